@@ -1,0 +1,269 @@
+//! Labels, distances, and the per-row passes around them.
+
+use super::{
+    filter::{Candidates, Centroids, Scalar},
+    lock, typed, Element, View,
+};
+use crate::{
+    problem::Rows,
+    rng::{race_key, Draw},
+    tiles::{CPU_CENTROIDS, CPU_ROWS},
+    Metric, Result,
+};
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+
+/// A contiguous result on the CPU.
+pub(super) fn tensor<T: candle_core::WithDType>(data: Vec<T>, shape: impl Into<candle_core::Shape>) -> Result<Tensor> {
+    Ok(Tensor::from_vec(data, shape.into(), &Device::Cpu)?)
+}
+
+/// `f(batch, row)` for every row, in parallel.
+fn per_row<R: candle_core::WithDType>(b: usize, n: usize, f: impl Fn(usize, usize) -> R + Sync) -> Result<Tensor> {
+    tensor((0..b * n).into_par_iter().with_min_len(256).map(|i| f(i / n, i % n)).collect(), (b, n))
+}
+
+/// The definition, in f64.
+#[inline(always)]
+fn distance<T: Element>(x: &[T], c: &[T], metric: Metric) -> f64 {
+    metric.distance(x.iter().zip(c).map(|(x, c)| (x.wide(), c.wide())))
+}
+
+/// The lowest index of the smallest distance by the definition. A NaN is as far as can be.
+fn nearest<T: Element>(
+    x: &[T],
+    c: &View<'_, T>,
+    batch: usize,
+    metric: Metric,
+    among: impl Iterator<Item = u32>,
+) -> u32 {
+    let mut best = (f64::INFINITY, u32::MAX);
+    for j in among {
+        let d = distance(x, c.row(batch, j as usize), metric);
+        if d < best.0 || best.1 == u32::MAX {
+            best = (if d.is_nan() { f64::INFINITY } else { d }, j);
+        }
+    }
+    best.1
+}
+
+pub(crate) fn labels(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let (xs, cs) = (lock(&x.tensor), lock(&c.tensor));
+        let (xs, cs) = (xs.view::<T>(x)?, cs.view::<T>(c)?);
+        let mut labels = vec![0u32; x.b * x.n];
+        if x.n > 0 {
+            label_all(&xs, &cs, metric, &mut labels);
+        }
+        tensor(labels, (x.b, x.n))
+    })
+}
+
+/// What one thread reuses from tile to tile.
+struct Scratch<S> {
+    rows: Vec<S>,
+    scores: Vec<S>,
+    candidates: Vec<Candidates<S>>,
+}
+
+fn label_all<T: Element>(x: &View<'_, T>, c: &View<'_, T>, metric: Metric, labels: &mut [u32]) {
+    let problems = if c.rows.batch_stride == 0 { 1 } else { c.rows.b };
+    let centroids: Vec<_> = (0..problems).into_par_iter().map(|b| Centroids::new(c, b, metric)).collect();
+    let (n, d, k) = (x.rows.n, x.rows.d, c.rows.n);
+    let tile = |b: usize, part: usize, out: &mut [u32], s: &mut Scratch<T::Filter>| {
+        label_tile(x, c, b, part * CPU_ROWS, &centroids[b.min(problems - 1)], metric, s, out)
+    };
+    let scratch = || Scratch {
+        rows: vec![Scalar::of(0.0); CPU_ROWS.min(n) * d],
+        scores: vec![Scalar::of(0.0); CPU_ROWS.min(n) * CPU_CENTROIDS.min(k)],
+        candidates: vec![Candidates::new(); CPU_ROWS.min(n)],
+    };
+    let tiles = labels.chunks_mut(n).enumerate();
+    let tiles: Vec<_> =
+        tiles.flat_map(|(b, l)| l.chunks_mut(CPU_ROWS).enumerate().map(move |(p, o)| (b, p, o))).collect();
+    tiles.into_par_iter().for_each_init(scratch, |s, (b, part, out)| tile(b, part, out, s));
+}
+
+/// FlashAssign on one tile of rows: score a block of centroids, keep the few that could win, settle ties in f64.
+#[allow(clippy::too_many_arguments)]
+fn label_tile<T: Element>(
+    x: &View<'_, T>,
+    c: &View<'_, T>,
+    b: usize,
+    first: usize,
+    centroids: &Centroids<T::Filter>,
+    metric: Metric,
+    s: &mut Scratch<T::Filter>,
+    out: &mut [u32],
+) {
+    let (m, d, k) = (out.len(), x.rows.d, c.rows.n);
+    let simd = pulp::Arch::new();
+    simd.dispatch(|| {
+        for (i, (packed, candidates)) in s.rows.chunks_exact_mut(d).zip(&mut s.candidates).take(m).enumerate() {
+            candidates.reset(centroids.pack(x.row(b, first + i), packed));
+        }
+    });
+    for from in (0..k).step_by(CPU_CENTROIDS) {
+        let width = CPU_CENTROIDS.min(k - from);
+        let scores = &mut s.scores[..m * width];
+        if metric != Metric::Manhattan {
+            multiply(&s.rows[..m * d], &centroids.values[from * d..(from + width) * d], d, scores);
+        }
+        simd.dispatch(|| {
+            for (i, (scores, candidates)) in scores.chunks_exact_mut(width).zip(&mut s.candidates).enumerate() {
+                if !candidates.slack.usable() {
+                    continue;
+                }
+                if metric == Metric::Manhattan {
+                    centroids.manhattan(&s.rows[i * d..][..d], from, scores);
+                    candidates.offer(scores, None, from);
+                } else {
+                    candidates.offer(scores, Some(&centroids.bias[from..from + width]), from);
+                }
+            }
+        });
+    }
+    for (i, (label, candidates)) in out.iter_mut().zip(&mut s.candidates).enumerate() {
+        let row = x.row(b, first + i);
+        *label = if candidates.slack.usable() {
+            let mut left = candidates.finish();
+            if left.len() == 1 {
+                left.next().expect("one candidate")
+            } else {
+                nearest(row, c, b, metric, left)
+            }
+        } else {
+            nearest(row, c, b, metric, 0..k as u32)
+        };
+    }
+}
+
+/// `out = rows * values^T`, row-major, on this thread alone: the rows of a tile already run in parallel.
+fn multiply<S: Scalar>(rows: &[S], values: &[S], d: usize, out: &mut [S]) {
+    let (m, width) = (rows.len() / d, values.len() / d);
+    assert_eq!(out.len(), m * width);
+    // SAFETY: the three slices hold m x d, width x d and m x width elements with the strides given, and `out` is
+    // borrowed mutably, so it overlaps neither operand.
+    unsafe {
+        gemm::gemm(
+            m,
+            width,
+            d,
+            out.as_mut_ptr(),
+            1,
+            width as isize,
+            false,
+            rows.as_ptr(),
+            1,
+            d as isize,
+            values.as_ptr(),
+            d as isize,
+            1,
+            S::of(0.0),
+            S::of(1.0),
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let (xs, cs, ls) = (lock(&x.tensor), lock(&c.tensor), lock(labels));
+        let (xs, cs, ls) = (xs.view::<T>(x)?, cs.view::<T>(c)?, ls.flat::<u32>()?);
+        per_row(x.b, x.n, |b, i| distance(xs.row(b, i), cs.row(b, ls[b * x.n + i] as usize), metric))
+    })
+}
+
+pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let (xs, cs) = (lock(&x.tensor), lock(&c.tensor));
+        let (xs, cs) = (xs.view::<T>(x)?, cs.view::<T>(c)?);
+        let (n, k) = (x.n, c.n);
+        let pair = |i: usize| {
+            let (b, j) = (i / (n * k), i % k);
+            <T as Element>::Filter::of(distance(xs.row(b, i / k % n), cs.row(b, j), metric))
+        };
+        tensor((0..x.b * n * k).into_par_iter().with_min_len(1024).map(pair).collect::<Vec<_>>(), (x.b, n, k))
+    })
+}
+
+pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let (b, m) = index.dims2()?;
+        let (xs, at) = (lock(&x.tensor), lock(index));
+        let (xs, at) = (xs.view::<T>(x)?, at.flat::<u32>()?);
+        let mut out = vec![T::narrow(0.0); b * m * x.d];
+        out.par_chunks_mut(x.d).with_min_len(64).enumerate().for_each(|(i, o)| {
+            o.copy_from_slice(xs.row(i / m, at[i] as usize));
+        });
+        tensor(out, (b, m, x.d))
+    })
+}
+
+pub(crate) fn scan(x: &Rows) -> Result<(Tensor, Tensor)> {
+    typed!(x.dtype(), T => {
+        let xs = lock(&x.tensor);
+        let xs = xs.view::<T>(x)?;
+        let row = |b: usize, i: usize| {
+            let (mut largest, mut finite) = (0f64, true);
+            for v in xs.row(b, i) {
+                let v = v.wide().abs();
+                if v.is_finite() { largest = largest.max(v) } else { finite = false }
+            }
+            (largest, if finite { u32::MAX } else { i as u32 })
+        };
+        let worse = |a: (f64, u32), b: (f64, u32)| (a.0.max(b.0), a.1.min(b.1));
+        let problem = |b| (0..x.n).into_par_iter().with_min_len(256).map(|i| row(b, i)).reduce(|| (0.0, u32::MAX), worse);
+        let (largest, first): (Vec<_>, Vec<_>) = (0..x.b).into_par_iter().map(problem).unzip();
+        Ok((tensor(largest, x.b)?, tensor(first, x.b)?))
+    })
+}
+
+pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let xs = lock(&x.tensor);
+        let xs = xs.view::<T>(x)?;
+        per_row(x.b, x.n, |b, i| xs.row(b, i).iter().fold(0.0, |s, v| s + v.wide() * v.wide()).sqrt())
+    })
+}
+
+pub(crate) fn nearer(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
+    let metric = if metric == Metric::Dot { Metric::SquaredEuclidean } else { metric };
+    typed!(x.dtype(), T => {
+        let (xs, near, new) = (lock(&x.tensor), lock(nearest), lock(newest));
+        let (xs, near, new) = (xs.view::<T>(x)?, near.flat::<f64>()?, new.flat::<u32>()?);
+        per_row(x.b, x.n, |b, i| {
+            let (old, seed) = (near[b * x.n + i], new[b]);
+            if seed as usize == i {
+                -1.0
+            } else if old < 0.0 || seed == u32::MAX {
+                old
+            } else {
+                let d = distance(xs.row(b, i), xs.row(b, seed as usize), metric);
+                old.min(if d > 0.0 { d } else { 0.0 })
+            }
+        })
+    })
+}
+
+pub(crate) fn race(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
+    let (b, n) = nearest.dims2()?;
+    let (near, weights) = (lock(nearest), weights.map(lock));
+    let near = near.flat::<f64>()?;
+    let weights = weights.as_ref().map(|w| w.flat::<f64>()).transpose()?;
+    per_row(b, n, |b, i| race_key(draw, b, i, near[b * n + i], weights.map_or(1.0, |w| w[b * n + i])))
+}
+
+pub(crate) fn lowest(keys: &Tensor) -> Result<Tensor> {
+    let (b, n) = keys.dims2()?;
+    let keys = lock(keys);
+    let keys = keys.flat::<f64>()?;
+    let first = |b: usize| {
+        let row = keys[b * n..(b + 1) * n].par_iter().enumerate().with_min_len(4096);
+        row.min_by(|x, y| x.1.total_cmp(y.1).then(x.0.cmp(&y.0))).map_or(0, |(i, _)| i as u32)
+    };
+    tensor((0..b).into_par_iter().map(first).collect::<Vec<_>>(), b)
+}

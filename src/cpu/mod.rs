@@ -1,0 +1,144 @@
+//! The CPU backend: rayon over fixed tiles, no N x K matrix, the same functions as `cuda`.
+
+pub(crate) mod assign;
+mod filter;
+pub(crate) mod update;
+
+use crate::{problem::Rows, Result};
+use candle_core::{Storage, Tensor, WithDType};
+use filter::Scalar;
+use half::{bf16, f16};
+use std::ops::Deref;
+
+/// Runs `$body` with `$t` standing for the Rust type of a float dtype.
+macro_rules! typed {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F16 => {
+                type $t = half::f16;
+                $body
+            }
+            candle_core::DType::BF16 => {
+                type $t = half::bf16;
+                $body
+            }
+            candle_core::DType::F32 => {
+                type $t = f32;
+                $body
+            }
+            candle_core::DType::F64 => {
+                type $t = f64;
+                $body
+            }
+            got => Err($crate::Error::DType { argument: "x", got, expected: "F16, BF16, F32 or F64".into() }),
+        }
+    };
+}
+pub(crate) use typed;
+
+/// A stored number. Conversions up are exact; `narrow` rounds to nearest even, once.
+pub(crate) trait Element: WithDType {
+    /// The type that scores are filtered in.
+    type Filter: Scalar;
+    fn wide(self) -> f64;
+    fn filter(self) -> Self::Filter;
+    fn narrow(v: f64) -> Self;
+}
+
+/// Rounds to f32 toward zero and marks inexactness in the last bit ("to odd"), after which one more rounding, to a type
+/// at least two bits narrower, is as good as a single one (Boldo and Melquiond 2008).
+fn round_to_odd(v: f64) -> f32 {
+    let nearest = v as f32;
+    if nearest as f64 == v || v.is_nan() {
+        return nearest;
+    }
+    let toward_zero = if (nearest as f64).abs() > v.abs() { nearest.to_bits() - 1 } else { nearest.to_bits() };
+    f32::from_bits(toward_zero | 1)
+}
+
+macro_rules! element {
+    ($t:ty, $filter:ty, $wide:expr, $down:expr, $round:expr) => {
+        impl Element for $t {
+            type Filter = $filter;
+            #[inline(always)]
+            fn wide(self) -> f64 {
+                $wide(self)
+            }
+            #[inline(always)]
+            fn filter(self) -> $filter {
+                $down(self)
+            }
+            #[inline(always)]
+            fn narrow(v: f64) -> Self {
+                $round(v)
+            }
+        }
+    };
+}
+element!(f16, f32, f16::to_f64, f16::to_f32, |v| f16::from_f32(round_to_odd(v)));
+element!(bf16, f32, bf16::to_f64, bf16::to_f32, |v| bf16::from_f32(round_to_odd(v)));
+element!(f32, f32, |v| v as f64, |v| v, |v| v as f32);
+element!(f64, f64, |v| v, |v| v, |v| v);
+
+/// A read lock on a tensor's storage.
+pub(crate) struct Guard<G> {
+    storage: G,
+    start: usize,
+    len: usize,
+}
+
+pub(crate) fn lock(t: &Tensor) -> Guard<impl Deref<Target = Storage> + '_> {
+    let (storage, layout) = t.storage_and_layout();
+    Guard { storage, start: layout.start_offset(), len: layout.shape().elem_count() }
+}
+
+impl<G: Deref<Target = Storage>> Guard<G> {
+    /// The whole storage, for views that carry their own offset and strides.
+    fn all<T: WithDType>(&self) -> Result<&[T]> {
+        match &*self.storage {
+            Storage::Cpu(s) => Ok(T::cpu_storage_as_slice(s)?),
+            _ => unreachable!("ops.rs sends CPU tensors here"),
+        }
+    }
+
+    /// The elements of a contiguous tensor.
+    pub fn flat<T: WithDType>(&self) -> Result<&[T]> {
+        Ok(&self.all::<T>()?[self.start..self.start + self.len])
+    }
+
+    pub fn view<'a, T: Element>(&'a self, rows: &'a Rows) -> Result<View<'a, T>> {
+        Ok(View { data: self.all()?, rows })
+    }
+}
+
+/// Typed access to the rows of [`Rows`].
+#[derive(Clone, Copy)]
+pub(crate) struct View<'a, T> {
+    data: &'a [T],
+    pub rows: &'a Rows,
+}
+
+impl<'a, T> View<'a, T> {
+    #[inline(always)]
+    pub fn row(&self, batch: usize, i: usize) -> &'a [T] {
+        let start = self.rows.offset + batch * self.rows.batch_stride + i * self.rows.row_stride;
+        &self.data[start..start + self.rows.d]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn halves_are_rounded_once() {
+        // Just above the midpoint of two f16 (and of two bf16), by less than f32 resolves: rounding twice goes down.
+        let above = 1.0 + 2f64.powi(-11) + 2f64.powi(-40);
+        assert_eq!(f16::narrow(above).to_f64(), 1.0 + 2f64.powi(-10));
+        assert_eq!(f16::narrow(-above).to_f64(), -1.0 - 2f64.powi(-10));
+        let above = 1.0 + 2f64.powi(-8) + 2f64.powi(-40);
+        assert_eq!(bf16::narrow(above).to_f64(), 1.0 + 2f64.powi(-7));
+        assert_eq!(f16::narrow(1e9), f16::INFINITY);
+        assert_eq!(bf16::narrow(1e39), bf16::INFINITY);
+    }
+}

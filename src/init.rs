@@ -1,0 +1,174 @@
+//! Where the centroids start.
+
+use crate::{ops, problem, problem::Rows, rng::Draw, Error, Metric, Result};
+use candle_core::{DType, Tensor};
+use rand::{seq::index, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// How a fit chooses its first centroids.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub enum Init {
+    /// `k` different rows, uniformly, or with probability proportional to the sample weights.
+    #[default]
+    Random,
+    /// k-means++ (Arthur and Vassilvitskii 2007): each next row with probability proportional to its weight times its
+    /// distance to the nearest row already chosen. `k` passes over the data.
+    KMeansPlusPlus,
+    /// k-means|| (Bahmani et al. 2012): five rounds that each draw about `2k` rows, then weighted k-means++ among them.
+    /// Fewer passes than k-means++ for large `k`.
+    KMeansParallel,
+    /// These centroids, `(..batch, k, d)` or `(k, d)` for every problem: a warm start.
+    Given(Tensor),
+}
+
+/// Rounds of k-means||, and rows drawn in each as a multiple of `k`, as its authors recommend.
+const ROUNDS: u64 = 5;
+const OVERSAMPLING: f64 = 2.0;
+
+/// The first centroids, `(b, k, d)`. `weights` are f64 `(b, n)`.
+pub(crate) fn centroids(
+    init: &Init,
+    x: &Rows,
+    k: usize,
+    weights: Option<&Tensor>,
+    metric: Metric,
+    seed: u64,
+) -> Result<Tensor> {
+    let index = match init {
+        Init::Given(c) => {
+            // Never the caller's own storage: the loop's tensors are the crate's.
+            return Ok(Rows::new(c)?.tensor.broadcast_as((x.b, k, x.d))?.copy()?);
+        }
+        Init::Random => random(x, k, weights, seed)?,
+        Init::KMeansPlusPlus => plus_plus(x, k, weights, metric, seed)?,
+        Init::KMeansParallel => return parallel(x, k, weights, metric, seed),
+    };
+    ops::gather(x, &index)
+}
+
+/// Checks given centroids against the data.
+pub(crate) fn check(init: &Init, x: &Tensor, k: usize, metric: Metric) -> Result<()> {
+    let Init::Given(c) = init else { return Ok(()) };
+    let p = problem::Problem::assign(x, c, metric)?;
+    if p.k != k {
+        return Err(Error::Size { argument: "init", what: "rows", got: p.k, expected: k });
+    }
+    Ok(())
+}
+
+fn random(x: &Rows, k: usize, weights: Option<&Tensor>, seed: u64) -> Result<Tensor> {
+    let mut chosen = Vec::with_capacity(x.b * k);
+    if let Some(weights) = weights {
+        let ones = Tensor::ones((x.b, x.n), DType::F64, x.device())?;
+        let keys = ops::race(&ones, Some(weights), Draw { seed, round: 0 })?.to_vec2::<f64>()?;
+        for keys in keys {
+            let mut rows: Vec<u32> = (0..x.n as u32).collect();
+            rows.select_nth_unstable_by(k - 1, |&i, &j| keys[i as usize].total_cmp(&keys[j as usize]).then(i.cmp(&j)));
+            rows[..k].sort_unstable();
+            chosen.extend_from_slice(&rows[..k]);
+        }
+    } else {
+        for b in 0..x.b {
+            // One stream a problem, so that a problem draws the same rows alone and inside a batch of any size.
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            rng.set_stream(b as u64);
+            chosen.extend(index::sample(&mut rng, x.n, k).into_iter().map(|i| i as u32));
+        }
+    }
+    Ok(Tensor::from_vec(chosen, (x.b, k), x.device())?)
+}
+
+fn plus_plus(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, seed: u64) -> Result<Tensor> {
+    let nearest = Tensor::ones((x.b, x.n), DType::F64, x.device())?;
+    continue_plus_plus(x, k, nearest, weights, metric, Draw { seed, round: 0 })
+}
+
+/// Draws `count` more rows, u32 `(b, count)`, given each row's distance to the nearest chosen one.
+fn continue_plus_plus(
+    x: &Rows,
+    count: usize,
+    mut nearest: Tensor,
+    weights: Option<&Tensor>,
+    metric: Metric,
+    first: Draw,
+) -> Result<Tensor> {
+    let mut chosen = Vec::with_capacity(count);
+    for i in 0..count {
+        let newest = ops::lowest(&ops::race(&nearest, weights, Draw { round: first.round + i as u64, ..first })?)?;
+        if i + 1 < count {
+            // The uniform (or given) start is no distance: the first row chosen replaces it.
+            if i == 0 && first.round == 0 {
+                nearest = (nearest * f64::INFINITY)?;
+            }
+            nearest = ops::nearer(x, &nearest, &newest, metric)?;
+        }
+        chosen.push(newest);
+    }
+    Ok(Tensor::stack(&chosen, 1)?.contiguous()?)
+}
+
+fn parallel(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, seed: u64) -> Result<Tensor> {
+    let problems = (0..x.b).map(|b| {
+        let one = Rows { b: 1, offset: x.offset + b * x.batch_stride, ..x.clone() };
+        let weights = weights.map(|w| w.narrow(0, b, 1)).transpose()?;
+        parallel_one(&one, k, weights.as_ref(), metric, mix_batch(seed, b))
+    });
+    Ok(Tensor::cat(&problems.collect::<Result<Vec<_>>>()?, 0)?)
+}
+
+fn mix_batch(seed: u64, b: usize) -> u64 {
+    seed ^ (b as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, seed: u64) -> Result<Tensor> {
+    let spread = if metric == Metric::Dot { Metric::SquaredEuclidean } else { metric };
+    let mut candidates = plus_plus(x, 1, weights, metric, seed)?;
+    let infinite = (Tensor::ones((1, x.n), DType::F64, x.device())? * f64::INFINITY)?;
+    let mut nearest = ops::nearer(x, &infinite, &candidates.reshape(1)?, metric)?.relu()?;
+    for round in 1..=ROUNDS {
+        let p = match weights {
+            Some(w) => (&nearest * w)?,
+            None => nearest.clone(),
+        };
+        let total = ops::total(&p)?.to_vec1::<f64>()?[0];
+        if total <= 0.0 {
+            break;
+        }
+        // Key below t: probability 1 - exp(-t p), the Poisson form of the paper's min(1, l p / total).
+        let keys = ops::race(&nearest, weights, Draw { seed, round })?;
+        let skipped = keys.ge(OVERSAMPLING * k as f64 / total)?.to_dtype(DType::U32)?;
+        let (order, offsets) = ops::order(&skipped, 2)?;
+        let count = offsets.to_vec2::<u32>()?[0][1] as usize;
+        if count == 0 {
+            continue;
+        }
+        let drawn = order.narrow(1, 0, count)?.contiguous()?;
+        let rows = Rows::new(&ops::gather(x, &drawn)?)?;
+        let to_drawn = ops::distances(x, &rows, &ops::labels(x, &rows, spread)?, spread)?.relu()?;
+        nearest = nearest.minimum(&to_drawn)?;
+        candidates = Tensor::cat(&[&candidates, &drawn], 1)?;
+    }
+    let count = candidates.dim(1)?;
+    if count <= k {
+        // Too few distinct rows were drawn; go on as k-means++ does, never taking a row twice.
+        let taken = candidates.to_vec2::<u32>()?.remove(0);
+        for row in taken {
+            nearest = ops::nearer(x, &nearest, &Tensor::new(&[row], x.device())?, metric)?;
+        }
+        if count < k {
+            let draw = Draw { seed, round: ROUNDS + 1 };
+            let more = continue_plus_plus(x, k - count, nearest, weights, metric, draw)?;
+            candidates = Tensor::cat(&[&candidates, &more], 1)?;
+        }
+        return ops::gather(x, &candidates);
+    }
+    let rows = Rows::new(&ops::gather(x, &candidates)?)?;
+    let (order, offsets) = ops::order(&ops::labels(x, &rows, spread)?, count)?;
+    let share = match weights {
+        Some(w) => ops::cluster_weights(w, &order, &offsets)?,
+        None => ops::cluster_sizes(&offsets)?.to_dtype(DType::F64)?,
+    };
+    let chosen = plus_plus(&rows, k, Some(&share), metric, seed)?;
+    ops::gather(&rows, &chosen)
+}

@@ -1,0 +1,41 @@
+//! Exact k-means as a fast primitive inside Candle models.
+//!
+//! [`KMeans`] clusters the rows of a tensor, any number of problems at once, on the tensor's device. [`assign`],
+//! [`assign_with_distances`], [`sort_by_cluster`], [`cluster_means`] and [`quantize`] are its parts, each an op of its own.
+//!
+//! What can be relied on:
+//! - **Labels are exact.** A label is the lowest index among the centroids at the smallest distance, in f64, of the stored
+//!   values. Fast arithmetic only rules centroids out, within a proven error bound.
+//! - **Labels belong to the centroids returned with them**: `fit.labels` equals `fit.predict(x)`.
+//! - **The same input and seed give the same bits**, whatever the number of threads. Sums are order-free integers.
+//! - Any layout gives the same bits as its contiguous copy, inputs are never written, and refusals are typed ([`Error`]).
+//!
+//! ```text
+//! x (..batch, n, d) -> problem (checks) -> init -> loop { ops: labels -> order -> sums -> means } -> Fit
+//!                                                         cpu | cuda
+//! ```
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod error;
+mod fixed;
+mod functional;
+mod init;
+mod kmeans;
+mod metric;
+mod ops;
+mod plan;
+mod problem;
+mod rng;
+#[allow(dead_code)] // `build.rs` reads the kernels' share.
+mod tiles;
+
+pub use error::{Error, Result};
+pub use functional::{assign, assign_with_distances, cluster_means, quantize, sort_by_cluster};
+pub use init::Init;
+pub use kmeans::{EmptyClusters, Fit, Iteration, KMeans};
+pub use metric::Metric;
+pub use plan::Plan;
+pub use problem::Problem;

@@ -1,0 +1,204 @@
+//! The border: a tensor becomes a checked view of rows here, and every refusal is here.
+
+use crate::{Error, Metric, Result};
+use candle_core::{DType, Device, Tensor};
+
+/// Rows a single problem may hold: labels and positions are u32.
+pub(crate) const MAX_ROWS: usize = u32::MAX as usize;
+
+/// `b` matrices of `n` rows and `d` columns inside a tensor, columns next to each other.
+///
+/// Any tensor whose batch dimensions share one stride and whose columns are adjacent is viewed in place (a transposed
+/// `(b, s, h, d)` cache, a narrowed one, a broadcast one); any other layout is copied once.
+#[derive(Clone, Debug)]
+pub(crate) struct Rows {
+    pub tensor: Tensor,
+    /// First element inside the storage; strides are in elements too.
+    pub offset: usize,
+    pub batch_stride: usize,
+    pub row_stride: usize,
+    pub b: usize,
+    pub n: usize,
+    pub d: usize,
+}
+
+impl Rows {
+    /// Views `t`, of shape `(..batch, n, d)`.
+    pub fn new(t: &Tensor) -> Result<Self> {
+        let (n, d) = (t.dims()[t.rank() - 2], t.dims()[t.rank() - 1]);
+        let b = t.dims()[..t.rank() - 2].iter().product();
+        let view = |t: &Tensor| {
+            let (dims, strides) = (t.dims(), t.stride());
+            let batch = dims.len() - 2;
+            if strides[batch + 1] != 1 && d != 1 {
+                return None;
+            }
+            // Fold the batch dimensions from the innermost one: each must step over the whole of the ones inside it.
+            let mut folded: Option<(usize, usize)> = None;
+            for (&size, &stride) in dims[..batch].iter().zip(&strides[..batch]).rev().filter(|(&size, _)| size != 1) {
+                folded = match folded {
+                    None => Some((size, stride)),
+                    Some((inner, step)) if stride == inner * step => Some((inner * size, step)),
+                    Some(_) => return None,
+                };
+            }
+            let batch_stride = folded.map_or(0, |(_, step)| step);
+            let offset = t.layout().start_offset();
+            Some(Self { tensor: t.clone(), offset, batch_stride, row_stride: strides[batch], b, n, d })
+        };
+        match view(t) {
+            Some(rows) => Ok(rows),
+            None => Ok(view(&t.contiguous()?).expect("a contiguous tensor folds")),
+        }
+    }
+
+    /// The same matrix for each of `b` problems, when this one has no batch of its own.
+    pub fn broadcast(mut self, b: usize) -> Self {
+        if self.b == 1 && b != 1 {
+            (self.b, self.batch_stride) = (b, 0);
+        }
+        self
+    }
+
+    pub fn device(&self) -> &Device {
+        self.tensor.device()
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.tensor.dtype()
+    }
+}
+
+/// The sizes of a call, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Leading dimensions of the input; empty for a single problem.
+    pub batch: Vec<usize>,
+    /// Number of problems: the product of `batch`.
+    pub b: usize,
+    /// Rows of each problem.
+    pub n: usize,
+    /// Columns.
+    pub d: usize,
+    /// Centroids of each problem.
+    pub k: usize,
+    /// Type of the stored rows and centroids.
+    pub dtype: DType,
+    /// The metric.
+    pub metric: Metric,
+}
+
+impl Problem {
+    /// Checks the rows of a fit with `k` clusters.
+    pub(crate) fn fit(x: &Tensor, k: usize, metric: Metric) -> Result<Self> {
+        let p = Self::of(x, k, metric)?;
+        if k == 0 || k > p.n {
+            return Err(Error::Range { argument: "k", got: k, min: 1, max: p.n });
+        }
+        if p.b == 0 {
+            return Err(Error::Range { argument: "x batch", got: 0, min: 1, max: usize::MAX });
+        }
+        Ok(p)
+    }
+
+    /// Checks rows against centroids of shape `(..batch, k, d)` or `(k, d)`.
+    pub(crate) fn assign(x: &Tensor, c: &Tensor, metric: Metric) -> Result<Self> {
+        if c.rank() < 2 {
+            return Err(Error::Rank { argument: "centroids", expected: 2, shape: c.dims().to_vec() });
+        }
+        let k = c.dims()[c.rank() - 2];
+        let p = Self::of(x, k, metric)?;
+        check_dtype("centroids", c, p.dtype)?;
+        check_device("centroids", c, x.device())?;
+        let columns = c.dims()[c.rank() - 1];
+        if columns != p.d {
+            return Err(Error::Size { argument: "centroids", what: "columns", got: columns, expected: p.d });
+        }
+        if c.rank() > 2 && c.dims()[..c.rank() - 2] != p.batch[..] {
+            let expected = [&p.batch[..], &[k, p.d]].concat();
+            return Err(Error::Shape { argument: "centroids", got: c.dims().to_vec(), expected });
+        }
+        if k == 0 {
+            return Err(Error::Range { argument: "k", got: k, min: 1, max: MAX_ROWS });
+        }
+        Ok(p)
+    }
+
+    /// Checks rows that are to be grouped by `k` labels.
+    pub(crate) fn rows(x: &Tensor, k: usize) -> Result<Self> {
+        Self::of(x, k, Metric::default())
+    }
+
+    fn of(x: &Tensor, k: usize, metric: Metric) -> Result<Self> {
+        if x.rank() < 2 {
+            return Err(Error::Rank { argument: "x", expected: 2, shape: x.dims().to_vec() });
+        }
+        if !matches!(x.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
+            return Err(Error::DType { argument: "x", got: x.dtype(), expected: "F16, BF16, F32 or F64".into() });
+        }
+        let (batch, rows) = x.dims().split_at(x.rank() - 2);
+        let (n, d) = (rows[0], rows[1]);
+        if d == 0 {
+            return Err(Error::Range { argument: "x columns", got: 0, min: 1, max: usize::MAX });
+        }
+        for (argument, got) in [("x rows", n), ("k", k)] {
+            if got > MAX_ROWS {
+                return Err(Error::TooLarge { argument, got, limit: MAX_ROWS });
+            }
+        }
+        let b = batch.iter().product();
+        Ok(Self { batch: batch.to_vec(), b, n, d, k, dtype: x.dtype(), metric })
+    }
+
+    /// `(..batch, tail..)`.
+    pub(crate) fn shape(&self, tail: &[usize]) -> Vec<usize> {
+        [&self.batch[..], tail].concat()
+    }
+
+    /// Checks per-row weights of shape `(..batch, n)` or `(n)` and returns them as f64 `(b, n)`.
+    pub(crate) fn weights(&self, w: &Tensor, device: &Device) -> Result<Tensor> {
+        check_device("sample_weights", w, device)?;
+        if !w.dtype().is_float() {
+            return Err(Error::DType { argument: "sample_weights", got: w.dtype(), expected: "a float type".into() });
+        }
+        let expected = self.shape(&[self.n]);
+        if w.dims() != expected && w.dims() != [self.n] {
+            return Err(Error::Shape { argument: "sample_weights", got: w.dims().to_vec(), expected });
+        }
+        Ok(w.to_dtype(DType::F64)?.broadcast_as(expected)?.contiguous()?.reshape((self.b, self.n))?)
+    }
+}
+
+/// Checks labels of shape `(..batch, n)` and returns them as `(b, n)`, contiguous.
+pub(crate) fn labels(labels: &Tensor, k: usize) -> Result<Tensor> {
+    if labels.rank() == 0 {
+        return Err(Error::Rank { argument: "labels", expected: 1, shape: vec![] });
+    }
+    if labels.dtype() != DType::U32 {
+        return Err(Error::DType { argument: "labels", got: labels.dtype(), expected: "U32".into() });
+    }
+    if k == 0 || k > MAX_ROWS {
+        return Err(Error::Range { argument: "k", got: k, min: 1, max: MAX_ROWS });
+    }
+    let n = labels.dims()[labels.rank() - 1];
+    if n > MAX_ROWS {
+        return Err(Error::TooLarge { argument: "labels", got: n, limit: MAX_ROWS });
+    }
+    let b = labels.dims()[..labels.rank() - 1].iter().product::<usize>();
+    Ok(labels.contiguous()?.reshape((b, n))?)
+}
+
+pub(crate) fn check_dtype(argument: &'static str, t: &Tensor, expected: DType) -> Result<()> {
+    if t.dtype() != expected {
+        return Err(Error::DType { argument, got: t.dtype(), expected: format!("{expected:?}") });
+    }
+    Ok(())
+}
+
+pub(crate) fn check_device(argument: &'static str, t: &Tensor, expected: &Device) -> Result<()> {
+    if !t.device().same_device(expected) {
+        let (got, expected) = (format!("{:?}", t.device().location()), format!("{:?}", expected.location()));
+        return Err(Error::Device { argument, got, expected });
+    }
+    Ok(())
+}

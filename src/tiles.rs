@@ -1,0 +1,23 @@
+//! Every tile number, in one place. `build.rs` hands the kernels theirs as macros of the same names.
+
+/// Rows that one CPU task scores against a block of centroids: the packed rows and their scores stay in L2.
+pub const CPU_ROWS: usize = 256;
+/// Centroids in one block of CPU scores.
+pub const CPU_CENTROIDS: usize = 512;
+/// Sorted rows that one CPU task sums.
+pub const CPU_SUM_ROWS: usize = 8192;
+
+/// Rows of a thread block's tile in `assign_simt.cu`.
+pub const SIMT_ROWS: usize = 64;
+/// Centroids of a thread block's tile in `assign_simt.cu`.
+pub const SIMT_CENTROIDS: usize = 64;
+/// Columns staged in shared memory at a time in `assign_simt.cu`.
+pub const SIMT_COLUMNS: usize = 16;
+/// Fewest labels that one warp of `sort.cu` ranks in order; more when K is larger, so that counts stay within N.
+pub const SORT_ROWS: usize = 2048;
+/// Sorted rows that one thread block of `update.cu` sums.
+pub const SUM_ROWS: usize = 256;
+/// Columns that one thread block of `update.cu` sums.
+pub const SUM_COLUMNS: usize = 128;
+/// Columns of a thread block in the median kernel.
+pub const MEDIAN_COLUMNS: usize = 32;
