@@ -1,7 +1,7 @@
 //! Labels, distances, and the per-row passes around them.
 
 use super::{
-    filter::{Candidates, Centroids, Scalar},
+    filter::{magnitude, Candidates, Centroids, Scalar},
     lock, typed, Element, View,
 };
 use crate::{
@@ -11,7 +11,9 @@ use crate::{
     Metric, Result,
 };
 use candle_core::{Device, Tensor};
+use pulp::NullaryFnOnce;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// A contiguous result on the CPU.
 pub(super) fn tensor<T: candle_core::WithDType>(data: Vec<T>, shape: impl Into<candle_core::Shape>) -> Result<Tensor> {
@@ -98,32 +100,17 @@ fn label_tile<T: Element>(
 ) {
     let (m, d, k) = (out.len(), x.rows.d, c.rows.n);
     let simd = pulp::Arch::new();
-    simd.dispatch(|| {
-        for (i, (packed, candidates)) in s.rows.chunks_exact_mut(d).zip(&mut s.candidates).take(m).enumerate() {
-            candidates.reset(centroids.pack(x.row(b, first + i), packed));
-        }
-    });
+    let (rows, candidates) = (&mut s.rows[..m * d], &mut s.candidates[..m]);
+    simd.dispatch(Pack { x, b, first, centroids, rows: &mut *rows, candidates: &mut *candidates });
     for from in (0..k).step_by(CPU_CENTROIDS) {
         let width = CPU_CENTROIDS.min(k - from);
         let scores = &mut s.scores[..m * width];
         if metric != Metric::Manhattan {
-            multiply(&s.rows[..m * d], &centroids.values[from * d..(from + width) * d], d, scores);
+            multiply(rows, &centroids.values[from * d..(from + width) * d], d, scores);
         }
-        simd.dispatch(|| {
-            for (i, (scores, candidates)) in scores.chunks_exact_mut(width).zip(&mut s.candidates).enumerate() {
-                if !candidates.slack.usable() {
-                    continue;
-                }
-                if metric == Metric::Manhattan {
-                    centroids.manhattan(&s.rows[i * d..][..d], from, scores);
-                    candidates.offer(scores, None, from);
-                } else {
-                    candidates.offer(scores, Some(&centroids.bias[from..from + width]), from);
-                }
-            }
-        });
+        simd.dispatch(Offer { rows, centroids, from, width, metric, scores, candidates: &mut *candidates });
     }
-    for (i, (label, candidates)) in out.iter_mut().zip(&mut s.candidates).enumerate() {
+    for (i, (label, candidates)) in out.iter_mut().zip(candidates).enumerate() {
         let row = x.row(b, first + i);
         *label = if candidates.slack.usable() {
             let mut left = candidates.finish();
@@ -135,6 +122,61 @@ fn label_tile<T: Element>(
         } else {
             nearest(row, c, b, metric, 0..k as u32)
         };
+    }
+}
+
+/// Packs a tile of rows. A struct because `pulp` compiles what a `call` inlines, and only that, for the widest vectors of
+/// the machine; a closure is not always inlined.
+struct Pack<'a, T: Element> {
+    x: &'a View<'a, T>,
+    b: usize,
+    first: usize,
+    centroids: &'a Centroids<T::Filter>,
+    rows: &'a mut [T::Filter],
+    candidates: &'a mut [Candidates<T::Filter>],
+}
+
+impl<T: Element> NullaryFnOnce for Pack<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for (i, (packed, candidates)) in self.rows.chunks_exact_mut(self.x.rows.d).zip(self.candidates).enumerate() {
+            candidates.reset(self.centroids.pack(self.x.row(self.b, self.first + i), packed));
+        }
+    }
+}
+
+/// Turns the products of a tile (for Manhattan, nothing yet) into scores and offers them.
+struct Offer<'a, S> {
+    rows: &'a [S],
+    centroids: &'a Centroids<S>,
+    from: usize,
+    width: usize,
+    metric: Metric,
+    scores: &'a mut [S],
+    candidates: &'a mut [Candidates<S>],
+}
+
+impl<S: Scalar> NullaryFnOnce for Offer<'_, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { rows, centroids, from, width, metric, scores, candidates } = self;
+        let d = rows.len() / candidates.len();
+        for (i, (scores, candidates)) in scores.chunks_exact_mut(width).zip(candidates).enumerate() {
+            if !candidates.slack.usable() {
+                continue;
+            }
+            if metric == Metric::Manhattan {
+                centroids.manhattan(&rows[i * d..][..d], from, scores);
+            } else {
+                let bias = &centroids.bias[from..from + width];
+                scores.iter_mut().zip(bias).for_each(|(s, &b)| *s = b.sub(*s));
+            }
+            candidates.offer(scores, from);
+        }
     }
 }
 
@@ -207,19 +249,40 @@ pub(crate) fn scan(x: &Rows) -> Result<(Tensor, Tensor)> {
     typed!(x.dtype(), T => {
         let xs = lock(&x.tensor);
         let xs = xs.view::<T>(x)?;
-        let row = |b: usize, i: usize| {
-            let (mut largest, mut finite) = (0f64, true);
-            for v in xs.row(b, i) {
-                let v = v.wide().abs();
-                if v.is_finite() { largest = largest.max(v) } else { finite = false }
-            }
-            (largest, if finite { u32::MAX } else { i as u32 })
-        };
         let worse = |a: (f64, u32), b: (f64, u32)| (a.0.max(b.0), a.1.min(b.1));
-        let problem = |b| (0..x.n).into_par_iter().with_min_len(256).map(|i| row(b, i)).reduce(|| (0.0, u32::MAX), worse);
+        let part = |b, part: usize| {
+            pulp::Arch::new().dispatch(Scan { x: &xs, b, rows: part * CPU_ROWS..x.n.min((part + 1) * CPU_ROWS) })
+        };
+        let problem = |b| {
+            let parts = (0..x.n.div_ceil(CPU_ROWS)).into_par_iter();
+            parts.map(|p| part(b, p)).reduce(|| (0.0, u32::MAX), worse)
+        };
         let (largest, first): (Vec<_>, Vec<_>) = (0..x.b).into_par_iter().map(problem).unzip();
         Ok((tensor(largest, x.b)?, tensor(first, x.b)?))
     })
+}
+
+/// The largest finite magnitude of some rows and the first that is not finite.
+struct Scan<'a, T> {
+    x: &'a View<'a, T>,
+    b: usize,
+    rows: Range<usize>,
+}
+
+impl<T: Element> NullaryFnOnce for Scan<'_, T> {
+    type Output = (f64, u32);
+
+    #[inline(always)]
+    fn call(self) -> (f64, u32) {
+        let mut row = vec![Scalar::of(0.0); self.x.rows.d];
+        let mut seen = (0.0, u32::MAX);
+        for i in self.rows {
+            T::filter_row(self.x.row(self.b, i), &mut row);
+            let (largest, finite) = magnitude(&row);
+            seen = (largest.widen().max(seen.0), if finite { seen.1 } else { seen.1.min(i as u32) });
+        }
+        seen
+    }
 }
 
 pub(crate) fn norms(x: &Rows) -> Result<Tensor> {

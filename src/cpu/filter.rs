@@ -80,6 +80,24 @@ fn lanes<S: Scalar>(a: &[S], b: &[S], f: impl Fn(S, S, S) -> S) -> S {
     acc.into_iter().fold(tail, S::add)
 }
 
+/// The largest finite magnitude, and whether all are finite.
+#[inline(always)]
+pub(super) fn magnitude<S: Scalar>(row: &[S]) -> (S, bool) {
+    let zero = S::of(0.0);
+    let mut largest = [zero; LANES];
+    // `v - v` is 0 unless `v` is a NaN or an infinity.
+    let mut poison = [zero; LANES];
+    for chunk in row.chunks(LANES) {
+        for ((v, m), p) in chunk.iter().zip(&mut largest).zip(&mut poison) {
+            let a = v.abs();
+            *m = if a > *m && a < S::INFINITY { a } else { *m };
+            *p = p.add(v.sub(*v));
+        }
+    }
+    let largest = largest.into_iter().fold(zero, |a, b| if b > a { b } else { a });
+    (largest, poison.into_iter().fold(zero, S::add) == zero)
+}
+
 /// The centroids of one problem, ready to be scored.
 pub(crate) struct Centroids<S> {
     /// Subtracted from rows and centroids: brings data far from the origin near it. Empty when the metric forbids it.
@@ -108,14 +126,17 @@ impl<S: Scalar> Centroids<S> {
         let (mut values, mut bias, mut largest) = (Vec::with_capacity(k * d), vec![S::of(0.0); k], 0f64);
         for j in 0..k {
             let row = c.row(batch, j);
+            values.resize((j + 1) * d, S::of(0.0));
+            let out = &mut values[j * d..];
+            T::filter_row(row, out);
             match metric {
-                Metric::SquaredEuclidean => values.extend(row.iter().zip(&centre).map(|(v, &m)| v.filter().sub(m))),
+                Metric::SquaredEuclidean => out.iter_mut().zip(&centre).for_each(|(o, &m)| *o = o.sub(m)),
                 Metric::Cosine => {
                     let norm = row.iter().map(|v| v.wide() * v.wide()).sum::<f64>().sqrt();
                     let inverse = if norm > 0.0 { 1.0 / norm } else { 0.0 };
-                    values.extend(row.iter().map(|v| S::of(v.wide() * inverse)));
+                    out.iter_mut().zip(row).for_each(|(o, v)| *o = S::of(v.wide() * inverse));
                 }
-                Metric::Dot | Metric::Manhattan => values.extend(row.iter().map(|v| v.filter())),
+                Metric::Dot | Metric::Manhattan => {}
             }
             let square = values[j * d..].iter().map(|v| v.widen() * v.widen()).sum::<f64>();
             // `max` would drop a NaN, and with it the warning that nothing here can be trusted.
@@ -130,11 +151,8 @@ impl<S: Scalar> Centroids<S> {
     /// Writes a row as it is scored and returns what may be concluded from its scores.
     #[inline(always)]
     pub fn pack<T: Element<Filter = S>>(&self, row: &[T], out: &mut [S]) -> Slack {
-        if self.centre.is_empty() {
-            out.iter_mut().zip(row).for_each(|(o, v)| *o = v.filter());
-        } else {
-            out.iter_mut().zip(row).zip(&self.centre).for_each(|((o, v), &m)| *o = v.filter().sub(m));
-        }
+        T::filter_row(row, out);
+        out.iter_mut().zip(&self.centre).for_each(|(o, &m)| *o = o.sub(m));
         self.slack(lanes(out, out, |s, a, b| s.add(a.mul(b))).widen())
     }
 
@@ -213,33 +231,49 @@ impl<S: Scalar> Candidates<S> {
         (self.best, self.slack) = (S::INFINITY, slack);
     }
 
-    /// Takes the scores `bias - products` (or `products` alone) of centroids `from..`.
+    /// Takes the scores of centroids `from..`.
     #[inline(always)]
-    pub fn offer(&mut self, products: &[S], bias: Option<&[S]>, from: usize) {
-        let score = |j: usize| match bias {
-            Some(bias) => bias[j].sub(products[j]),
-            None => products[j],
-        };
+    pub fn offer(&mut self, scores: &[S], from: usize) {
         let smaller = |a: S, b: S| if a < b { a } else { b };
-        let mut lowest = [S::INFINITY; LANES];
-        let whole = products.len() / LANES * LANES;
-        for start in (0..whole).step_by(LANES) {
-            for (l, low) in lowest.iter_mut().enumerate() {
-                *low = smaller(score(start + l), *low);
+        let chunks = scores.chunks_exact(LANES);
+        let mut lowest = S::INFINITY;
+        for &s in chunks.remainder() {
+            lowest = smaller(s, lowest);
+        }
+        let mut low = [S::INFINITY; LANES];
+        for chunk in chunks {
+            for l in 0..LANES {
+                low[l] = smaller(chunk[l], low[l]);
             }
         }
-        let lowest = (whole..products.len()).map(score).chain(lowest).fold(S::INFINITY, |a, b| smaller(b, a));
+        for s in low {
+            lowest = smaller(s, lowest);
+        }
         self.best = smaller(lowest, self.best);
         let cut = self.slack.cut(self.best);
         if lowest <= cut {
-            for start in (0..products.len()).step_by(LANES) {
-                let end = (start + LANES).min(products.len());
-                if (start..end).fold(false, |any, j| any | (score(j) <= cut)) {
-                    let near = (start..end).filter(|&j| score(j) <= cut);
-                    self.list.extend(near.map(|j| (score(j), (from + j) as u32)));
-                }
+            self.collect(scores, cut, from);
+        }
+    }
+
+    #[inline(always)]
+    fn collect(&mut self, scores: &[S], cut: S, from: usize) {
+        let mut take = |scores: &[S], at: usize| {
+            let near = scores.iter().enumerate().filter(|(_, &s)| s <= cut);
+            near.for_each(|(l, &s)| self.list.push((s, (at + l) as u32)));
+        };
+        let chunks = scores.chunks_exact(LANES);
+        let tail = chunks.remainder();
+        for (c, chunk) in chunks.enumerate() {
+            let mut near = false;
+            for l in 0..LANES {
+                near |= chunk[l] <= cut;
+            }
+            if near {
+                take(chunk, from + c * LANES);
             }
         }
+        take(tail, from + scores.len() - tail.len());
     }
 
     /// The candidates left after the last score, in ascending order.

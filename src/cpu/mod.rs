@@ -7,7 +7,7 @@ pub(crate) mod update;
 use crate::{problem::Rows, Result};
 use candle_core::{Storage, Tensor, WithDType};
 use filter::Scalar;
-use half::{bf16, f16};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
 use std::ops::Deref;
 
 /// Runs `$body` with `$t` standing for the Rust type of a float dtype.
@@ -41,7 +41,8 @@ pub(crate) trait Element: WithDType {
     /// The type that scores are filtered in.
     type Filter: Scalar;
     fn wide(self) -> f64;
-    fn filter(self) -> Self::Filter;
+    /// `out = row`, exactly.
+    fn filter_row(row: &[Self], out: &mut [Self::Filter]);
     fn narrow(v: f64) -> Self;
 }
 
@@ -57,7 +58,7 @@ fn round_to_odd(v: f64) -> f32 {
 }
 
 macro_rules! element {
-    ($t:ty, $filter:ty, $wide:expr, $down:expr, $round:expr) => {
+    ($t:ty, $filter:ty, $wide:expr, $filter_row:expr, $narrow:expr) => {
         impl Element for $t {
             type Filter = $filter;
             #[inline(always)]
@@ -65,20 +66,31 @@ macro_rules! element {
                 $wide(self)
             }
             #[inline(always)]
-            fn filter(self) -> $filter {
-                $down(self)
+            fn filter_row(row: &[Self], out: &mut [$filter]) {
+                $filter_row(row, out)
             }
             #[inline(always)]
             fn narrow(v: f64) -> Self {
-                $round(v)
+                $narrow(v)
             }
         }
     };
 }
-element!(f16, f32, f16::to_f64, f16::to_f32, |v| f16::from_f32(round_to_odd(v)));
-element!(bf16, f32, bf16::to_f64, bf16::to_f32, |v| bf16::from_f32(round_to_odd(v)));
-element!(f32, f32, |v| v as f64, |v| v, |v| v as f32);
-element!(f64, f64, |v| v, |v| v, |v| v);
+element!(f16, f32, f16::to_f64, half_row, |v| f16::from_f32(round_to_odd(v)));
+element!(bf16, f32, bf16::to_f64, half_row, |v| bf16::from_f32(round_to_odd(v)));
+element!(f32, f32, |v| v as f64, copy_row, |v| v as f32);
+element!(f64, f64, |v| v, copy_row, |v| v);
+
+fn half_row<T>(row: &[T], out: &mut [f32])
+where
+    [T]: HalfFloatSliceExt,
+{
+    row.convert_to_f32_slice(out)
+}
+
+fn copy_row<T: Copy>(row: &[T], out: &mut [T]) {
+    out.copy_from_slice(row)
+}
 
 /// A read lock on a tensor's storage.
 pub(crate) struct Guard<G> {

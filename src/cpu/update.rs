@@ -1,9 +1,11 @@
 //! Sort-Inverse Update: labels sorted, clusters summed without an order to depend on.
 
-use super::{assign::tensor, lock, typed, Element, View};
+use super::{assign::tensor, filter::Scalar, lock, typed, Element, View};
 use crate::{fixed, problem::Rows, tiles::CPU_SUM_ROWS, Metric, Result};
 use candle_core::Tensor;
+use pulp::NullaryFnOnce;
 use rayon::prelude::*;
+use std::ops::Range;
 
 pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
     let (b, n) = labels.dims2()?;
@@ -86,45 +88,17 @@ impl<T: Element> Terms<'_, T> {
     }
 
     fn sum_limbs<const LIMBS: usize>(&self, b: usize, start: usize, end: usize, scale: i32) -> Vec<i128> {
-        let (n, d) = (self.x.rows.n, self.x.rows.d);
         // Every term is below 2^top; adding and taking away 1.5 * 2^(52 + e) rounds to a multiple of 2^e.
-        let top = 126 - scale - (usize::BITS - n.leading_zeros()) as i32;
+        let top = 126 - scale - (usize::BITS - self.x.rows.n.leading_zeros()) as i32;
         let units: [i32; LIMBS] = std::array::from_fn(|l| top - 26 * (l as i32 + 1));
         let rounders = units.map(|e| 1.5 * 2f64.powi(52 + e));
         let extreme = !(-900..900).contains(&top);
-        let mut planes: [Vec<f64>; LIMBS] = std::array::from_fn(|_| vec![0f64; d]);
-        let mut sum = vec![0i128; d];
-        pulp::Arch::new().dispatch(|| {
-            for p in start..end {
-                let i = self.order.map_or(p, |order| order[b * n + p] as usize);
-                let (row, factor) = (self.x.row(b, i), self.factor.map_or(1.0, |f| f[b * n + i]));
-                let term = |v: T| {
-                    let v = v.wide() * factor;
-                    if v.is_finite() {
-                        v
-                    } else {
-                        0.0
-                    }
-                };
-                if extreme {
-                    sum.iter_mut().zip(row).for_each(|(s, &v)| *s += fixed::quantise(term(v), scale));
-                    continue;
-                }
-                let mut inexact = 0u64;
-                for (c, &v) in row.iter().enumerate() {
-                    let (limbs, rest) = split(term(v), &rounders);
-                    planes.iter_mut().zip(limbs).for_each(|(plane, limb)| plane[c] += limb);
-                    inexact |= rest.to_bits() << 1;
-                }
-                if inexact != 0 {
-                    for (s, &v) in sum.iter_mut().zip(row) {
-                        let kept = split(term(v), &rounders).0.iter().sum();
-                        *s += fixed::quantise(term(v), scale) - fixed::quantise(kept, scale);
-                    }
-                }
-            }
-        });
-        for (plane, unit) in planes.iter().zip(units) {
+        let mut planes = vec![0f64; LIMBS * self.x.rows.d];
+        let mut sum = vec![0i128; self.x.rows.d];
+        let rounders = if extreme { &[][..] } else { &rounders };
+        let add = AddRows { terms: self, b, positions: start..end, scale, rounders, planes: &mut planes, sum: &mut sum };
+        pulp::Arch::new().dispatch(add);
+        for (plane, unit) in planes.chunks_exact(self.x.rows.d).zip(units) {
             let whole = 2f64.powi(-unit);
             sum.iter_mut().zip(plane).for_each(|(s, &v)| *s += ((v * whole) as i128) << (unit + scale));
         }
@@ -132,15 +106,67 @@ impl<T: Element> Terms<'_, T> {
     }
 }
 
-/// `v` as a sum of limbs, coarsest first, and what they leave.
+/// Adds the limbs of some terms to `planes`, and what they leave (without rounders: everything) to `sum`. A struct for the
+/// reason that `Pack` in assign.rs is one.
+struct AddRows<'a, T> {
+    terms: &'a Terms<'a, T>,
+    b: usize,
+    positions: Range<usize>,
+    scale: i32,
+    rounders: &'a [f64],
+    planes: &'a mut [f64],
+    sum: &'a mut [i128],
+}
+
+impl<T: Element> NullaryFnOnce for AddRows<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { terms, b, positions, scale, rounders, planes, sum } = self;
+        let (n, d) = (terms.x.rows.n, terms.x.rows.d);
+        let row = |p: usize| terms.order.map_or(p, |order| order[b * n + p] as usize);
+        let (mut values, mut each, mut rest) = (vec![Scalar::of(0.0); d], vec![0f64; d], vec![0f64; d]);
+        for p in positions.clone() {
+            if terms.order.is_some() && p + AHEAD < positions.end {
+                prefetch(terms.x.row(b, row(p + AHEAD)));
+            }
+            T::filter_row(terms.x.row(b, row(p)), &mut values);
+            let factor = terms.factor.map_or(1.0, |f| f[b * n + row(p)]);
+            for ((t, r), v) in each.iter_mut().zip(&mut rest).zip(&values) {
+                let v = v.widen() * factor;
+                *t = if v.abs() < f64::INFINITY { v } else { 0.0 };
+                *r = *t;
+            }
+            for (plane, &rounder) in planes.chunks_exact_mut(d).zip(rounders) {
+                for (p, r) in plane.iter_mut().zip(&mut rest) {
+                    let limb = (*r + rounder) - rounder;
+                    *p += limb;
+                    *r -= limb;
+                }
+            }
+            if rest.iter().fold(0, |any, r| any | r.to_bits() << 1) != 0 {
+                for ((s, &t), &r) in sum.iter_mut().zip(&each).zip(&rest).filter(|(_, &r)| r != 0.0) {
+                    *s += fixed::quantise(t, scale) - fixed::quantise(t - r, scale);
+                }
+            }
+        }
+    }
+}
+
+/// Rows in label order lie anywhere: this many are asked for ahead of their turn.
+const AHEAD: usize = 4;
+
 #[inline(always)]
-fn split<const LIMBS: usize>(mut v: f64, rounders: &[f64; LIMBS]) -> ([f64; LIMBS], f64) {
-    let limbs = rounders.map(|r| {
-        let limb = (v + r) - r;
-        v -= limb;
-        limb
-    });
-    (limbs, v)
+fn prefetch<T>(row: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of_val(row)).step_by(64) {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        // SAFETY: a prefetch is a hint that cannot fault, and the address lies inside `row`.
+        unsafe { _mm_prefetch(row.as_ptr().cast::<i8>().add(line), _MM_HINT_T0) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = row;
 }
 
 pub(crate) fn totals(sums: &Tensor, max_abs: &Tensor, n: usize) -> Result<Tensor> {
