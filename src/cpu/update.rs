@@ -96,7 +96,8 @@ impl<T: Element> Terms<'_, T> {
         let mut planes = vec![0f64; LIMBS * self.x.rows.d];
         let mut sum = vec![0i128; self.x.rows.d];
         let rounders = if extreme { &[][..] } else { &rounders };
-        let add = AddRows { terms: self, b, positions: start..end, scale, rounders, planes: &mut planes, sum: &mut sum };
+        let add =
+            AddRows { terms: self, b, positions: start..end, scale, rounders, planes: &mut planes, sum: &mut sum };
         pulp::Arch::new().dispatch(add);
         for (plane, unit) in planes.chunks_exact(self.x.rows.d).zip(units) {
             let whole = 2f64.powi(-unit);

@@ -1,12 +1,7 @@
 //! Labels, distances, and the per-row passes around them: `kernels/assign_simt.cu` and `kernels/norms.cu`.
 
 use super::{alloc, device, elements, launch, read, shape, tensor, typed, zeros, Element, Nullable, BLOCK, PASS};
-use crate::{
-    problem::Rows,
-    rng::Draw,
-    tiles::SIMT_ROWS,
-    Metric, Result,
-};
+use crate::{problem::Rows, rng::Draw, tiles::SIMT_ROWS, Metric, Result};
 use candle_core::cuda_backend::{
     cudarc::driver::{CudaSlice, CudaView, PushKernelArg},
     CudaDevice,

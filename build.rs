@@ -1,0 +1,75 @@
+//! Compiles each `kernels/*.cu` to one fatbin in `OUT_DIR`: machine code for the architectures at hand and PTX for others.
+
+use std::{env, path::PathBuf, process::Command, thread};
+
+#[allow(dead_code)] // the CPU's tiles
+#[path = "src/tiles.rs"]
+mod tiles;
+
+/// Machine code is shipped for these where the toolkit has them; `FLASH_KMEANS_ARCHS` ("80;90a") names others.
+const ARCHS: [&str; 3] = ["80", "90a", "100a"];
+/// PTX for any later GPU.
+const PTX: &str = "-gencode=arch=compute_80,code=compute_80";
+
+fn main() {
+    for path in ["build.rs", "kernels", "src/tiles.rs"] {
+        println!("cargo::rerun-if-changed={path}");
+    }
+    for variable in ["NVCC", "CUDA_HOME", "FLASH_KMEANS_ARCHS", "DOCS_RS"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() || env::var_os("DOCS_RS").is_some() {
+        return;
+    }
+    let nvcc = &nvcc();
+    let mut flags = vec!["-fatbin".into(), "-O3".into(), "-std=c++17".into(), PTX.into()];
+    flags.extend(archs(nvcc).iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")));
+    flags.extend(tile_macros().map(|(name, value)| format!("-D{name}={value}")));
+    let flags = &flags;
+
+    let mut kernels: Vec<PathBuf> = std::fs::read_dir("kernels")
+        .expect("kernels/ is part of the package")
+        .map(|entry| entry.expect("kernels/ can be listed").path())
+        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
+        .collect();
+    kernels.sort();
+    thread::scope(|scope| {
+        for kernel in kernels {
+            scope.spawn(move || compile(nvcc, flags, kernel));
+        }
+    });
+}
+
+fn compile(nvcc: &PathBuf, flags: &[String], kernel: PathBuf) {
+    let stem = kernel.file_stem().expect("a .cu file has a stem");
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join(stem).with_extension("fatbin");
+    let run = Command::new(nvcc).args(flags).arg("-o").arg(out).arg(&kernel).output();
+    let run = run.unwrap_or_else(|e| panic!("{}: cannot run {}: {e}", kernel.display(), nvcc.display()));
+    if !run.status.success() {
+        panic!("{}: nvcc failed\n{}", kernel.display(), String::from_utf8_lossy(&run.stderr));
+    }
+}
+
+/// `NVCC`, or that of `CUDA_HOME`, or that on `PATH`.
+fn nvcc() -> PathBuf {
+    let home = env::var_os("CUDA_HOME").map(|home| PathBuf::from(home).join("bin").join("nvcc"));
+    let set = env::var_os("NVCC").map(PathBuf::from);
+    set.or(home.filter(|nvcc| nvcc.exists())).unwrap_or_else(|| "nvcc".into())
+}
+
+fn archs(nvcc: &PathBuf) -> Vec<String> {
+    if let Ok(list) = env::var("FLASH_KMEANS_ARCHS") {
+        return list.split([';', ',', ' ']).filter(|a| !a.is_empty()).map(String::from).collect();
+    }
+    let run = Command::new(nvcc).arg("--list-gpu-code").output();
+    let run = run.unwrap_or_else(|e| panic!("the cuda feature needs the CUDA toolkit: {}: {e}", nvcc.display()));
+    let known = String::from_utf8_lossy(&run.stdout);
+    // The list has no "a" variants; a toolkit that knows sm_90 knows sm_90a.
+    let has = |arch: &&str| known.lines().any(|line| line.trim() == format!("sm_{}", arch.trim_end_matches('a')));
+    ARCHS.iter().copied().filter(has).map(String::from).collect()
+}
+
+fn tile_macros() -> impl Iterator<Item = (&'static str, usize)> {
+    macro_rules! tiles { ($($name:ident)+) => { [$((stringify!($name), tiles::$name)),+] } }
+    tiles!(SIMT_ROWS SIMT_CENTROIDS SIMT_COLUMNS SORT_ROWS SUM_ROWS SUM_COLUMNS MEDIAN_COLUMNS).into_iter()
+}

@@ -1,0 +1,77 @@
+//! Lines on two logarithmic axes, as an SVG.
+
+use anyhow::{anyhow, Result};
+use plotters::prelude::*;
+use std::path::Path;
+
+/// Readable in print and for the colour-blind (Okabe and Ito).
+const COLOURS: [RGBColor; 6] = [
+    RGBColor(0, 114, 178),
+    RGBColor(86, 180, 233),
+    RGBColor(0, 158, 115),
+    RGBColor(230, 159, 0),
+    RGBColor(204, 121, 167),
+    RGBColor(90, 90, 90),
+];
+const SIZE: (u32, u32) = (860, 540);
+const Y_TICKS: [f64; 10] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0];
+const FONT: &str = "sans-serif";
+
+/// Draws named lines of (share, value) points, at the same shares: each gets a tick, in percent.
+pub fn draw(path: &Path, title: &str, x: &str, y: &str, lines: &[(&str, Vec<(f64, f64)>)]) -> Result<()> {
+    // The error of the backend borrows it.
+    draw_lines(path, title, x, y, lines).map_err(|error| anyhow!("cannot draw {}: {error}", path.display()))
+}
+
+fn draw_lines(
+    path: &Path,
+    title: &str,
+    x: &str,
+    y: &str,
+    lines: &[(&str, Vec<(f64, f64)>)],
+) -> Result<(), Box<dyn std::error::Error>> {
+    let points = || lines.iter().flat_map(|(_, points)| points.iter().copied());
+    let range = |pick: fn((f64, f64)) -> f64, margin: f64| {
+        let (low, high) = points().map(pick).fold((f64::MAX, f64::MIN), |(low, high), v| (low.min(v), high.max(v)));
+        low / margin..high * margin
+    };
+    let (x_range, y_range) = (range(|p| p.0, 1.12), range(|p| p.1, 1.3));
+    let x_ticks = lines[0].1.iter().map(|p| p.0).collect();
+    let y_ticks = Y_TICKS.iter().copied().filter(|tick| y_range.contains(tick)).collect();
+    let area = SVGBackend::new(path, SIZE).into_drawing_area();
+    area.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(&area)
+        .caption(title, (FONT, 24))
+        .margin(20)
+        .x_label_area_size(60)
+        .y_label_area_size(80)
+        .build_cartesian_2d(
+            x_range.log_scale().with_key_points(x_ticks),
+            y_range.log_scale().with_key_points(y_ticks),
+        )?;
+    chart
+        .configure_mesh()
+        .x_desc(x)
+        .y_desc(y)
+        .x_label_formatter(&|share| format!("{:.1} %", share * 100.0))
+        .label_style((FONT, 16))
+        .axis_desc_style((FONT, 18))
+        .bold_line_style(RGBColor(225, 225, 225))
+        .draw()?;
+    for ((name, points), colour) in lines.iter().zip(COLOURS.into_iter().cycle()) {
+        chart
+            .draw_series(LineSeries::new(points.iter().copied(), colour.filled().stroke_width(3)).point_size(4))?
+            .label(*name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 24, y)], colour.stroke_width(3)));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::LowerLeft)
+        .legend_area_size(32)
+        .label_font((FONT, 16))
+        .background_style(WHITE.mix(0.9))
+        .border_style(RGBColor(190, 190, 190))
+        .draw()?;
+    area.present()?;
+    Ok(())
+}

@@ -1,0 +1,72 @@
+#!/usr/bin/env python3
+"""Builds executables and packs them, stripped, into one archive to take to a GPU machine.
+
+    bundle.py OUT.tar.xz [--add FILE]... -- CARGO ARGUMENTS [-- CARGO ARGUMENTS]...
+
+Each group after `--` is one cargo command, for example
+
+    bundle.py out.tar.xz -- test --release --features cuda --no-run -- build --release --features cuda --examples
+
+and every executable that it reports goes in under the name of its target (unit tests as NAME-unit).
+On the GPU machine: mkdir bin && tar -xf OUT.tar.xz -C bin && LD_LIBRARY_PATH=/usr/local/cuda/lib64 bin/NAME
+"""
+
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+
+def parse(arguments):
+    """The archive, the files to add, and the cargo commands."""
+    if "--" not in arguments[1:]:
+        sys.exit(__doc__)
+    split = arguments.index("--")
+    (out, *options), rest = arguments[:split], arguments[split:]
+    if options[::2] != ["--add"] * (len(options) // 2) or len(options) % 2:
+        sys.exit(__doc__)
+    commands = []
+    for argument in rest:
+        if argument == "--":
+            commands.append([])
+        else:
+            commands[-1].append(argument)
+    return Path(out), [Path(f) for f in options[1::2]], commands
+
+
+def build(command):
+    """Runs cargo and yields (name, path) for each executable that it made."""
+    cargo = ["cargo", *command, "--message-format=json-render-diagnostics"]
+    with subprocess.Popen(cargo, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if not line.startswith("{"):
+                continue
+            message = json.loads(line)
+            if message.get("reason") != "compiler-artifact" or not message.get("executable"):
+                continue
+            target = message["target"]
+            unit = message["profile"]["test"] and target["kind"][0] in ("lib", "bin")
+            yield target["name"] + ("-unit" if unit else ""), message["executable"]
+    if process.returncode:
+        sys.exit(f"cargo {' '.join(command)} failed")
+
+
+def main():
+    out, extra, commands = parse(sys.argv[1:])
+    executables = dict(found for command in commands for found in build(command))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(out, "w:xz", preset=6) as archive:
+        for name, path in sorted(executables.items()):
+            stripped = Path(folder, name)
+            subprocess.run(["strip", "-s", "-o", stripped, path], check=True)
+            archive.add(stripped, arcname=name)
+        for file in extra:
+            archive.add(file, arcname=file.name)
+    size = out.stat().st_size / 2**20
+    print(f"{out}: {size:.1f} MiB, {len(executables)} executables: {', '.join(sorted(executables))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+#!/bin/sh
+# Compiles every kernel for sm_80 and sm_90a and prints the registers of each; fails if any spills to memory.
+# Needs nvcc on PATH (scripts/cuda-env.sh brings one).
+set -eu
+cd "$(dirname "$0")/.."
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+tiles=$(sed -nE 's/^pub const (\w+): usize = ([0-9_]+);.*/-D\1=\2/p' src/tiles.rs)
+
+for kernel in kernels/*.cu; do
+  for arch in 80 90a; do
+    stem=$(basename "$kernel" .cu)
+    # shellcheck disable=SC2086 # one flag per word
+    nvcc -fatbin -O3 -std=c++17 $tiles "-gencode=arch=compute_$arch,code=sm_$arch" -Xptxas -v \
+      -o "$out/$stem.$arch" "$kernel" 2> "$out/log" || { cat "$out/log" >&2; exit 1; }
+    awk -v arch="sm_$arch" '
+      /Compiling entry function/ { split($0, quoted, "\x27"); name = quoted[2] }
+      /bytes spill stores/ { spill = $0; sub(/ bytes spill stores.*/, "", spill); sub(/.* /, "", spill) }
+      /Used [0-9]+ registers/ {
+        registers = $0; sub(/ registers.*/, "", registers); sub(/.* /, "", registers)
+        printf "%-8s %-32s %4d registers %4d bytes spilled\n", arch, name, registers, spill
+        if (spill > 0) failed = 1
+      }
+      END { exit failed }' "$out/log" || { echo "$kernel spills" >&2; exit 1; }
+  done
+done
