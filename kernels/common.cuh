@@ -170,7 +170,7 @@ __device__ __forceinline__ __int128 fixed_quantise(double v, int scale) {
     const uint64_t mantissa = biased ? fraction | 1ull << 52 : fraction;
     const int shift = (biased ? biased - 1075 : -1074) + scale;
     __int128 magnitude = 0;
-    if (shift >= 0 && shift <= 74) magnitude = __int128(mantissa) << shift;
+    if (shift >= 0 && shift <= 126) magnitude = __int128(mantissa) << shift;
     if (shift < 0 && shift >= -63) magnitude = mantissa >> -shift;
     return bits >> 63 ? -magnitude : magnitude;
 }

@@ -35,7 +35,8 @@ pub(crate) fn quantise(v: f64, s: i32) -> i128 {
     };
     let shift = e + s;
     let magnitude = match shift {
-        0..=74 => (mantissa as i128) << shift,
+        // At most 74 but for a subnormal, whose mantissa is the shorter for it.
+        0..=126 => (mantissa as i128) << shift,
         -63..=-1 => (mantissa >> -shift) as i128,
         _ => 0,
     };

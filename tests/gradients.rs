@@ -1,0 +1,58 @@
+//! Gradients against finite differences, in f64.
+
+mod common;
+
+use candle_core::{DType, Tensor, Var};
+use candle_flash_kmeans::{cluster_means, quantize, Metric};
+use common::*;
+
+#[test]
+fn cluster_means_match_finite_differences() {
+    let mut rng = rng(21);
+    for device in devices() {
+        for batch in [vec![], vec![2], vec![2, 2]] {
+            let shape = [&batch[..], &[6, 3]].concat();
+            let x =
+                Var::from_tensor(&uniform(&shape, 0.0, 1.0, DType::F64, &mut rng).to_device(&device).unwrap()).unwrap();
+            let n = x.elem_count() / 3;
+            // Cluster 2 is empty.
+            let labels: Vec<u32> = (0..n as u32).map(|i| [0, 3, 1, 0, 3, 3][i as usize % 6]).collect();
+            let labels = Tensor::from_vec(labels, [&batch[..], &[6]].concat(), &device).unwrap();
+            let weights =
+                uniform(&[&batch[..], &[4, 3]].concat(), 0.0, 1.0, DType::F64, &mut rng).to_device(&device).unwrap();
+            let loss = |x: &Tensor| {
+                (cluster_means(x, &labels, 4).unwrap().sqr().unwrap() * &weights).unwrap().sum_all().unwrap()
+            };
+            let grad = loss(x.as_tensor()).backward().unwrap().get(&x).unwrap().clone();
+            assert_eq!(grad.dims(), x.dims());
+            let (values, grad, h) = (f64s(&x), f64s(&grad), 1e-5);
+            for i in 0..values.len() {
+                let at = |by: f64| {
+                    let mut v = values.clone();
+                    v[i] += by;
+                    f64s(&loss(&Tensor::from_vec(v, shape.clone(), &device).unwrap()))[0]
+                };
+                approx::assert_abs_diff_eq!(grad[i], (at(h) - at(-h)) / (2.0 * h), epsilon = 1e-8);
+            }
+        }
+    }
+}
+
+#[test]
+fn quantize_passes_gradients_straight_through() {
+    let mut rng = rng(22);
+    for device in devices() {
+        for dtype in [DType::F32, DType::F64] {
+            let x =
+                Var::from_tensor(&uniform(&[2, 20, 4], 0.0, 1.0, dtype, &mut rng).to_device(&device).unwrap()).unwrap();
+            let c = Var::from_tensor(&uniform(&[5, 4], 0.0, 1.0, dtype, &mut rng).to_device(&device).unwrap()).unwrap();
+            let weights = uniform(&[2, 20, 4], 0.0, 1.0, dtype, &mut rng).to_device(&device).unwrap();
+            let (values, _) = quantize(x.as_tensor(), c.as_tensor(), Metric::SquaredEuclidean).unwrap();
+            let plain = quantize(&x.detach(), &c.detach(), Metric::SquaredEuclidean).unwrap().0;
+            assert_eq!(bits(&values), bits(&plain), "in the graph and out of it");
+            let grads = (values * &weights).unwrap().sum_all().unwrap().backward().unwrap();
+            assert_eq!(bits(grads.get(&x).unwrap()), bits(&weights));
+            assert!(grads.get(&c).is_none(), "centroids are constants");
+        }
+    }
+}
