@@ -71,5 +71,5 @@ fn archs(nvcc: &PathBuf) -> Vec<String> {
 
 fn tile_macros() -> impl Iterator<Item = (&'static str, usize)> {
     macro_rules! tiles { ($($name:ident)+) => { [$((stringify!($name), tiles::$name)),+] } }
-    tiles!(SIMT_ROWS SIMT_CENTROIDS SIMT_COLUMNS SORT_ROWS SUM_ROWS SUM_COLUMNS MEDIAN_COLUMNS).into_iter()
+    tiles!(SIMT_ROWS SIMT_CENTROIDS SIMT_COLUMNS SORT_ROWS SUM_ROWS SUM_COLUMNS MEDIAN_COLUMNS MEAN_SAMPLES SCAN_THREADS AHEAD THREADS).into_iter()
 }

@@ -10,7 +10,7 @@
 // n d (k / 64) + (n / 64) k d elements against 2 n k d flops. Memory: 4 bytes a row for the list, 4 a problem.
 #include "argmin.cuh"
 
-constexpr int THREADS = 256, SIDE = 16;
+constexpr int SIDE = 16;
 constexpr int ROWS = SIMT_ROWS / SIDE, CENTROIDS = SIMT_CENTROIDS / SIDE;  // of a thread
 constexpr int PAD = 4;                                                     // spreads columns over the banks
 static_assert(SIMT_ROWS % SIDE == 0 && SIMT_CENTROIDS % SIDE == 0, "a thread's tile is square");

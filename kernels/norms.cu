@@ -8,7 +8,6 @@
 
 // ---- Preparation of the centroids for scoring: mu, then c^ = c - mu (or c / |c|), |c^|^2 / 2 and the largest |c^|.
 
-constexpr int MEAN_SAMPLES = 1024;  // mu only has to be near the data and the same every time
 
 /// One block of 32 x 32 threads for each problem and 32 columns.
 template <class T>

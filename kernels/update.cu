@@ -8,9 +8,7 @@
 // by counting.
 #include "common.cuh"
 
-constexpr int AHEAD = 8;  // loads in flight a thread
-constexpr int MEDIAN_THREADS = 256;
-static_assert(MEDIAN_THREADS % MEDIAN_COLUMNS == 0, "whole columns");
+static_assert(THREADS % MEDIAN_COLUMNS == 0, "whole columns");
 
 template <class T>
 __device__ void sums(const T* x, const Rows& r, const double* factor, const uint32_t* order, const uint32_t* offsets,
@@ -101,11 +99,11 @@ using Weight = unsigned __int128;
 
 /// The sum over the threads of a column, to all of them.
 __device__ Weight column_sum(Weight v) {
-    __shared__ Weight parts[MEDIAN_THREADS];
+    __shared__ Weight parts[THREADS];
     parts[threadIdx.x] = v;
     __syncthreads();
     v = 0;
-    for (int i = threadIdx.x % MEDIAN_COLUMNS; i < MEDIAN_THREADS; i += MEDIAN_COLUMNS) v += parts[i];
+    for (int i = threadIdx.x % MEDIAN_COLUMNS; i < THREADS; i += MEDIAN_COLUMNS) v += parts[i];
     __syncthreads();
     return v;
 }
@@ -118,7 +116,7 @@ __device__ void medians(const T* x, const Rows& r, const double* weights, const 
                         const uint8_t* done, T* out) {
     using Key = decltype(key(T()));
     const int64_t groups = (r.d + MEDIAN_COLUMNS - 1) / MEDIAN_COLUMNS, k = o.n;
-    const int part = threadIdx.x / MEDIAN_COLUMNS, parts = MEDIAN_THREADS / MEDIAN_COLUMNS;
+    const int part = threadIdx.x / MEDIAN_COLUMNS, parts = THREADS / MEDIAN_COLUMNS;
     for (int64_t tile = blockIdx.x; tile < r.b * k * groups; tile += gridDim.x) {
         const int64_t i = tile / groups, b = i / k, j = i % k;
         const int64_t column = tile % groups * MEDIAN_COLUMNS + threadIdx.x % MEDIAN_COLUMNS;
@@ -187,7 +185,7 @@ __device__ void converged(const uint8_t* done, const uint32_t* differ, const dou
                                             const uint8_t* done, int metric, T* out) {                                 \
         means(totals, weight, old, o, done, metric, out);                                                              \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(MEDIAN_THREADS, 3)                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                    \
         medians_##name(const T* x, Rows r, const double* weights, const double* max_weight, const uint32_t* order,     \
                        const uint32_t* offsets, const T* old, Rows o, const uint8_t* done, T* out) {                   \
         medians(x, r, weights, max_weight, order, offsets, old, o, done, out);                                         \

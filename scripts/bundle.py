@@ -12,11 +12,16 @@ On the GPU machine: mkdir bin && tar -xf OUT.tar.xz -C bin && LD_LIBRARY_PATH=/u
 """
 
 import json
+import lzma
 import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
+
+
+# Executables of one crate share most of their bytes; a window of several of them keeps one copy.
+WINDOW = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2**28}]
 
 
 def parse(arguments):
@@ -57,7 +62,11 @@ def main():
     out, extra, commands = parse(sys.argv[1:])
     executables = dict(found for command in commands for found in build(command))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(out, "w:xz", preset=6) as archive:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        lzma.open(out, "wb", filters=WINDOW) as packed,
+        tarfile.open(fileobj=packed, mode="w") as archive,
+    ):
         for name, path in sorted(executables.items()):
             stripped = Path(folder, name)
             subprocess.run(["strip", "-s", "-o", stripped, path], check=True)

@@ -27,9 +27,9 @@ impl Plan {
         let cpu = device.is_cpu();
         let filter = if p.dtype == DType::F64 { 8 } else { 4 };
         let (b, n, k, d) = (p.b as u64, p.n as u64, p.k as u64, p.d as u64);
-        let (rows, centroids) = match (cpu, p.metric) {
-            (true, _) => (tiles::CPU_ROWS, tiles::CPU_CENTROIDS),
-            (false, _) => (tiles::SIMT_ROWS, tiles::SIMT_CENTROIDS),
+        let (rows, centroids) = match cpu {
+            true => (tiles::CPU_ROWS, tiles::CPU_CENTROIDS),
+            false => (tiles::SIMT_ROWS, tiles::SIMT_CENTROIDS),
         };
         let assign = match (cpu, p.metric) {
             (true, Metric::Manhattan) => "cpu_manhattan",
@@ -55,11 +55,13 @@ impl Plan {
             let threads = rayon::current_num_threads() as u64 + 1;
             let tile = rows.min(p.n) as u64 * (filter * (d + centroids.min(p.k) as u64) + 64);
             let candidates = rows.min(p.n) as u64 * 16 * k.min(64);
-            let medians = if p.metric == Metric::Manhattan { 32 * n } else { 0 };
-            threads * (tile + candidates + medians + 64 * d) + b * n.div_ceil(rows as u64) * 64
+            // Clusters of one problem share its rows, and each problem at work may have them all in one cluster.
+            let medians = if p.metric == Metric::Manhattan { 32 * n * threads.min(b) } else { 0 };
+            threads * (tile + candidates + 64 * d) + medians + b * n.div_ceil(rows as u64) * 64
         } else {
-            // Threshold and worklist entry of each row; counts of the sort.
-            b * n * 16 + 4 * b * (n + 2 * k) + 4096
+            // The list of rows to recheck, and the counts of the sort.
+            let counts = k * n.div_ceil(k.max(tiles::SORT_ROWS as u64));
+            b * (filter * d + 4 * n + 32 + 4 * (counts + counts.div_ceil(tiles::SCAN_SPAN as u64)))
         };
         Self {
             assign,

@@ -21,3 +21,17 @@ pub const SUM_ROWS: usize = 256;
 pub const SUM_COLUMNS: usize = 128;
 /// Columns of a thread block in the median kernel.
 pub const MEDIAN_COLUMNS: usize = 32;
+/// Centroids that the common shift of `norms.cu` is the mean of: it only has to be near the data, and always the same.
+pub const MEAN_SAMPLES: usize = 1024;
+/// Threads of a block of the scan in `sort.cu`.
+pub const SCAN_THREADS: usize = 1024;
+/// Counts that one of these blocks scans.
+pub const SCAN_SPAN: usize = 8192;
+/// Loads in flight in a thread of `update.cu`'s sums.
+pub const AHEAD: usize = 8;
+/// Threads of a block of every other kernel.
+pub const THREADS: usize = 256;
+/// Cells that one block walks in a pass over a matrix, and keys or labels in a pass over a list.
+pub const PASS: usize = 16384;
+/// Blocks that share the rows left to recheck: enough to fill any device, and cheap when there are none.
+pub const RECHECK_BLOCKS: usize = 1024;

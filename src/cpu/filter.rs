@@ -265,10 +265,8 @@ impl<S: Scalar> Candidates<S> {
         let chunks = scores.chunks_exact(LANES);
         let tail = chunks.remainder();
         for (c, chunk) in chunks.enumerate() {
-            let mut near = false;
-            for l in 0..LANES {
-                near |= chunk[l] <= cut;
-            }
+            // No early exit: one comparison of the whole chunk.
+            let near = chunk.iter().fold(false, |near, &s| near | (s <= cut));
             if near {
                 take(chunk, from + c * LANES);
             }

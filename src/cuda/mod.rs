@@ -22,11 +22,6 @@ use std::{
     sync::{Arc, LazyLock, Mutex},
 };
 
-/// Threads of a block: `assign_simt.cu` and the medians are written for this many, most kernels take any.
-const BLOCK: usize = 256;
-/// Cells that one block walks in a pass over a matrix, and keys or labels in a pass over a list.
-const PASS: usize = 16384;
-
 /// A stored number and the names it has in `kernels/`.
 trait Element: CudaDType + DeviceRepr {
     const SUFFIX: &'static str;

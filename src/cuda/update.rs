@@ -1,9 +1,9 @@
 //! Sort-Inverse Update: `kernels/sort.cu` and `kernels/update.cu`.
 
-use super::{alloc, device, elements, launch, read, shape, tensor, typed, zeros, Element, Nullable, BLOCK, PASS};
+use super::{alloc, device, elements, launch, read, shape, tensor, typed, zeros, Element, Nullable};
 use crate::{
     problem::Rows,
-    tiles::{MEDIAN_COLUMNS, SORT_ROWS, SUM_COLUMNS, SUM_ROWS},
+    tiles::{MEDIAN_COLUMNS, PASS, SCAN_SPAN, SCAN_THREADS, SORT_ROWS, SUM_COLUMNS, SUM_ROWS, THREADS},
     Metric, Result,
 };
 use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
@@ -11,9 +11,6 @@ use candle_core::Tensor;
 
 /// Lanes of a warp.
 const WARP: usize = 32;
-/// Threads of a scan, and counts that one block scans.
-const SCAN_BLOCK: usize = 1024;
-const SCAN_SPAN: usize = 8 * SCAN_BLOCK;
 
 /// Scratch: 4 bytes for each of `k * chunks` (about n, or k if that is more) counts of a problem.
 pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
@@ -33,14 +30,14 @@ pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
     let [sb, sn, sk, srows, schunks, scells, sspans, span] =
         [b, n, k, rows, chunks, cells, spans, SCAN_SPAN].map(|size| size as i64);
     if n > 0 {
-        launch!(dev, Sort, "order_histogram", "", elements(&[b, chunks]), BLOCK;
+        launch!(dev, Sort, "order_histogram", "", elements(&[b, chunks]), THREADS;
             &labels, &sb, &sn, &sk, &srows, &mut counts)?;
-        launch!(dev, Sort, "order_scan_spans", "", elements(&[b, spans]), SCAN_BLOCK;
+        launch!(dev, Sort, "order_scan_spans", "", elements(&[b, spans]), SCAN_THREADS;
             &mut counts, &sb, &scells, &span, &mut totals)?;
-        launch!(dev, Sort, "order_scan_totals", "", b, SCAN_BLOCK; &mut totals, &sb, &sspans, &sk, &mut offsets)?;
-        launch!(dev, Sort, "order_begin", "", elements(&[b, k]).div_ceil(BLOCK), BLOCK;
+        launch!(dev, Sort, "order_scan_totals", "", b, SCAN_THREADS; &mut totals, &sb, &sspans, &sk, &mut offsets)?;
+        launch!(dev, Sort, "order_begin", "", elements(&[b, k]).div_ceil(THREADS), THREADS;
             &counts, &totals, &sb, &sk, &schunks, &span, &mut offsets)?;
-        launch!(dev, Sort, "order_scatter", "", elements(&[b, chunks]).div_ceil(BLOCK / WARP), BLOCK;
+        launch!(dev, Sort, "order_scatter", "", elements(&[b, chunks]).div_ceil(THREADS / WARP), THREADS;
             &labels, &sb, &sn, &sk, &srows, &span, &mut counts, &totals, &mut order)?;
     }
     Ok((tensor(dev, order, (b, n)), tensor(dev, offsets, (b, k + 1))))
@@ -76,7 +73,7 @@ pub(crate) fn totals(sums: &Tensor, max_abs: &Tensor, n: usize) -> Result<Tensor
     let cells = elements(&[k, d]);
     let mut out = alloc::<f64>(dev, "totals", elements(&[b, cells]))?;
     let (sums, max_abs) = (read(sums), read(max_abs));
-    launch!(dev, Update, "totals_f64", "", elements(&[b, cells]).div_ceil(BLOCK), BLOCK;
+    launch!(dev, Update, "totals_f64", "", elements(&[b, cells]).div_ceil(THREADS), THREADS;
         &sums.view::<i64>()?, &max_abs.view::<f64>()?, &(n as i64), &(b as i64), &(cells as i64), &mut out)?;
     Ok(tensor(dev, out, (b, k, d)))
 }
@@ -87,7 +84,7 @@ pub(crate) fn means(totals: &Tensor, weight: &Tensor, old: &Rows, done: &Tensor,
         let (b, k, d) = totals.dims3()?;
         let mut out = alloc::<T>(dev, "means", elements(&[b, k, d]))?;
         let (totals, weight, olds, done) = (read(totals), read(weight), read(&old.tensor), read(done));
-        launch!(dev, Update, "means", T::SUFFIX, elements(&[b, k]).div_ceil(BLOCK / WARP), BLOCK;
+        launch!(dev, Update, "means", T::SUFFIX, elements(&[b, k]).div_ceil(THREADS / WARP), THREADS;
             &totals.view::<f64>()?, &weight.view::<f64>()?, &olds.view::<T>()?, &shape(old), &done.view::<u8>()?,
             &(metric as i32), &mut out)?;
         Ok(tensor(dev, out, (b, k, d)))
@@ -111,7 +108,7 @@ pub(crate) fn medians(
         let weights = weights.map(|(w, max)| (read(w), read(max)));
         let max = weights.as_ref().map(|(_, max)| max.view::<f64>()).transpose()?;
         let weights = weights.as_ref().map(|(w, _)| w.view::<f64>()).transpose()?;
-        launch!(dev, Update, "medians", T::SUFFIX, elements(&[b, k, d.div_ceil(MEDIAN_COLUMNS)]), BLOCK;
+        launch!(dev, Update, "medians", T::SUFFIX, elements(&[b, k, d.div_ceil(MEDIAN_COLUMNS)]), THREADS;
             &xs.view::<T>()?, &shape(x), Nullable(&weights), Nullable(&max), &order.view::<u32>()?,
             &offsets.view::<u32>()?, &olds.view::<T>()?, &shape(old), &done.view::<u8>()?, &mut out)?;
         Ok(tensor(dev, out, (b, k, d)))
@@ -123,7 +120,7 @@ pub(crate) fn shift(new: &Rows, old: &Rows) -> Result<Tensor> {
         let dev = device(&new.tensor)?;
         let mut out = zeros::<f64>(dev, "shift", new.b)?;
         let (news, olds) = (read(&new.tensor), read(&old.tensor));
-        launch!(dev, Update, "shift", T::SUFFIX, elements(&[new.b, new.n]).div_ceil(BLOCK), BLOCK;
+        launch!(dev, Update, "shift", T::SUFFIX, elements(&[new.b, new.n]).div_ceil(THREADS), THREADS;
             &news.view::<T>()?, &shape(new), &olds.view::<T>()?, &shape(old), &mut out)?;
         Ok(tensor(dev, out, new.b))
     })
@@ -142,9 +139,9 @@ pub(crate) fn converged(
     let mut differ = zeros::<u32>(dev, OP, b)?;
     let mut out = alloc::<u8>(dev, OP, b)?;
     let (done, old, new, shift, threshold) = (read(done), read(old), read(new), read(shift), read(threshold));
-    launch!(dev, Update, "converged_labels", "", elements(&[b, n.div_ceil(PASS)]), BLOCK;
+    launch!(dev, Update, "converged_labels", "", elements(&[b, n.div_ceil(PASS)]), THREADS;
         &old.view::<u32>()?, &new.view::<u32>()?, &(b as i64), &(n as i64), &(PASS as i64), &mut differ)?;
-    launch!(dev, Update, "converged_problems", "", b.div_ceil(BLOCK), BLOCK;
+    launch!(dev, Update, "converged_problems", "", b.div_ceil(THREADS), THREADS;
         &done.view::<u8>()?, &differ, &shift.view::<f64>()?, &threshold.view::<f64>()?, &(b as i64), &mut out)?;
     Ok(tensor(dev, out, b))
 }
