@@ -1,74 +1,53 @@
-//! The specification: what the crate computes, in f64 with plain loops. Every suite judges by this file.
-use super::sum;
+//! The specification: k-means in f64, by loops, as the documentation words it.
+#![allow(dead_code)]
+
 use candle_flash_kmeans::Metric;
 
-/// A matrix, row by row.
-pub type Rows = Vec<Vec<f64>>;
+pub type Row = Vec<f64>;
 
 pub fn distance(x: &[f64], c: &[f64], metric: Metric) -> f64 {
-    let (mut squares, mut differences, mut dot, mut xx, mut cc) = (0.0, 0.0, 0.0, 0.0f64, 0.0f64);
-    for (x, c) in x.iter().zip(c) {
-        squares += (x - c) * (x - c);
-        differences += (x - c).abs();
-        (dot, xx, cc) = (dot + x * c, xx + x * x, cc + c * c);
-    }
+    let sum = |f: fn(f64, f64) -> f64| x.iter().zip(c).fold(0.0, |s, (&x, &c)| s + f(x, c));
     match metric {
-        Metric::SquaredEuclidean => squares,
-        Metric::Manhattan => differences,
-        Metric::Dot => -dot,
-        _ if xx.sqrt() * cc.sqrt() == 0.0 => 1.0,
-        _ => 1.0 - dot / (xx.sqrt() * cc.sqrt()),
+        Metric::SquaredEuclidean => sum(|x, c| (x - c) * (x - c)),
+        Metric::Manhattan => sum(|x, c| (x - c).abs()),
+        Metric::Dot => -sum(|x, c| x * c),
+        _ => match sum(|x, _| x * x).sqrt() * sum(|_, c| c * c).sqrt() {
+            0.0 => 1.0,
+            norms => 1.0 - sum(|x, c| x * c) / norms,
+        },
     }
 }
 
-pub fn labels(x: &Rows, c: &Rows, metric: Metric) -> Vec<u32> {
-    let mut best = vec![(f64::INFINITY, 0); x.len()];
-    for (x, best) in x.iter().zip(&mut best) {
-        for (j, c) in c.iter().enumerate() {
-            let d = distance(x, c, metric);
-            *best = if d < best.0 { (d, j as u32) } else { *best };
+/// The lowest index at the smallest distance; a NaN is as far as can be.
+pub fn label(x: &[f64], centroids: &[Row], metric: Metric) -> u32 {
+    let mut best = (f64::INFINITY, 0);
+    for (j, c) in centroids.iter().enumerate() {
+        let d = distance(x, c, metric);
+        if d < best.0 {
+            best = (d, j as u32);
         }
     }
-    best.into_iter().map(|b| b.1).collect()
+    best.1
 }
 
-/// New centroids for rows of weights `w`; `old` where a cluster has no weight.
-pub fn update(x: &Rows, w: &[f64], labels: &[u32], old: &Rows, metric: Metric) -> Rows {
-    let (mut new, norm) = (old.clone(), |v: &[f64]| sum(v.iter().map(|t| t * t)).sqrt());
-    let shrink = |x: &[f64]| if metric == Metric::Cosine && norm(x) > 0.0 { norm(x) } else { 1.0 };
-    for (j, new) in new.iter_mut().enumerate() {
-        let mut members: Vec<_> = (0..x.len()).filter(|&i| labels[i] as usize == j && w[i] > 0.0).collect();
-        let weight = sum(members.iter().map(|&i| w[i]));
-        let mut v: Vec<_> =
-            (0..new.len()).map(|c| sum(members.iter().map(|&i| x[i][c] * w[i] / shrink(&x[i])))).collect();
-        let divisor = if metric == Metric::Cosine { norm(&v) } else { weight };
-        v.iter_mut().for_each(|v| *v /= divisor);
-        for c in (0..new.len()).filter(|_| metric == Metric::Manhattan && weight > 0.0) {
-            members.sort_by(|&i, &j| x[i][c].total_cmp(&x[j][c]));
-            let mut below = 0.0;
-            v[c] = x[*members.iter().find(|&&i| (below += w[i], 2.0 * below >= weight).1).unwrap()][c];
-        }
-        *new = if divisor > 0.0 { v } else { new.clone() };
-    }
-    new
+/// The centroid that minimises the cost of weighted rows; `None` if they have no weight or no direction.
+pub fn centre(rows: &[(Row, f64)], metric: Metric) -> Option<Row> {
+    let weight: f64 = rows.iter().map(|r| r.1).sum();
+    let d = rows.first()?.0.len();
+    let norm = |r: &[f64]| r.iter().map(|v| v * v).sum::<f64>().sqrt();
+    let total = |c: usize| rows.iter().map(|(r, w)| r[c] * w).sum::<f64>();
+    let median = |c: usize| {
+        let mut column: Vec<_> = rows.iter().map(|(r, w)| (r[c], *w)).collect();
+        column.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let mut below = 0.0;
+        column.iter().find(|v| (below += v.1, 2.0 * below >= weight).1).map_or(0.0, |v| v.0)
+    };
+    let directions = |c: usize| rows.iter().filter(|r| norm(&r.0) > 0.0).map(|(r, w)| r[c] / norm(r) * w).sum::<f64>();
+    let centre: Row = match metric {
+        Metric::Manhattan => (0..d).map(median).collect(),
+        Metric::Cosine => (0..d).map(directions).collect(),
+        _ => (0..d).map(|c| total(c) / weight).collect(),
+    };
+    let scale = if metric == Metric::Cosine { norm(&centre) } else { 1.0 };
+    (weight > 0.0 && scale > 0.0).then(|| centre.iter().map(|v| v / scale).collect())
 }
-
-/// Lloyd from `c`, values stored through `store`: centroids, labels, updates made, converged.
-pub fn fit(x: &Rows, w: &[f64], mut c: Rows, how: (Metric, usize, f64), store: impl Fn(f64) -> f64) -> Lloyd {
-    let (metric, max_iters, threshold) = how;
-    let mut old = labels(x, &c, metric);
-    for i in 1..=max_iters {
-        let mut new = update(x, w, &old, &c, metric);
-        new.iter_mut().flatten().for_each(|v| *v = store(*v));
-        let (next, still) = (labels(x, &new, metric), |(a, b): (&Vec<_>, &Vec<_>)| {
-            distance(a, b, Metric::SquaredEuclidean) <= threshold
-        });
-        let stop = next == old || new.iter().zip(&c).all(still);
-        (c, old) = (new, next);
-        if stop {
-            return (c, old, i, true);
-        }
-    }
-    (c, old, max_iters, false)
-}
-pub type Lloyd = (Rows, Vec<u32>, usize, bool);
