@@ -6,8 +6,7 @@
 use anyhow::{ensure, Context, Result};
 use candle_core::quantized::{gguf_file::Content, tokenizer::TokenizerFromGguf};
 use candle_core::{DType, Device, Tensor, D};
-use candle_nn::{ops, rotary_emb, Linear, Module};
-use candle_transformers::quantized_nn::RmsNorm;
+use candle_nn::{ops, rotary_emb, Linear, Module, RmsNorm};
 use std::{fs::File, path::Path};
 use tokenizers::pre_tokenizers::{byte_level::ByteLevel, digits::Digits, sequence::Sequence};
 use tokenizers::Tokenizer;
@@ -81,7 +80,7 @@ impl SmolLm2 {
 
         let mut tensor = |name: String| gguf.tensor(&mut file, &format!("{name}.weight"), device);
         let embedding = tensor("token_embd".into())?.dequantize(device)?;
-        let norm = RmsNorm::from_qtensor(tensor("output_norm".into())?, eps)?;
+        let norm = RmsNorm::new(tensor("output_norm".into())?.dequantize(device)?, eps);
         let mut blocks = Vec::with_capacity(dims.layers);
         for i in 0..dims.layers {
             let mut linear = |name: &str| {
@@ -91,8 +90,11 @@ impl SmolLm2 {
             let (query, key, value) = (linear("attn_q")?, linear("attn_k")?, linear("attn_v")?);
             let (output, gate, up, down) =
                 (linear("attn_output")?, linear("ffn_gate")?, linear("ffn_up")?, linear("ffn_down")?);
-            let attention_norm = RmsNorm::from_qtensor(tensor(format!("blk.{i}.attn_norm"))?, eps)?;
-            let feed_norm = RmsNorm::from_qtensor(tensor(format!("blk.{i}.ffn_norm"))?, eps)?;
+            let mut scale = |name: &str| {
+                let weight = tensor(format!("blk.{i}.{name}"))?.dequantize(device)?;
+                candle_core::Result::Ok(RmsNorm::new(weight, eps))
+            };
+            let (attention_norm, feed_norm) = (scale("attn_norm")?, scale("ffn_norm")?);
             blocks.push(Block { attention_norm, query, key, value, output, feed_norm, gate, up, down });
         }
         let rotation = Rotation::new(dims.positions, dims.head_dim, theta, device)?;
