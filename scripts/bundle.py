@@ -21,7 +21,7 @@ from pathlib import Path
 
 
 # Executables of one crate share most of their bytes; a window of several of them keeps one copy.
-WINDOW = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2**28}]
+WINDOW = [{"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": 2**28}]
 
 
 def parse(arguments):
