@@ -110,9 +110,8 @@ fn continue_plus_plus(
 
 fn parallel(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, seed: u64) -> Result<Tensor> {
     let problems = (0..x.b).map(|b| {
-        let one = Rows { b: 1, offset: x.offset + b * x.batch_stride, ..x.clone() };
         let weights = weights.map(|w| w.narrow(0, b, 1)).transpose()?;
-        parallel_one(&one, k, weights.as_ref(), metric, mix_batch(seed, b))
+        parallel_one(&x.one(b)?, k, weights.as_ref(), metric, mix_batch(seed, b))
     });
     Ok(Tensor::cat(&problems.collect::<Result<Vec<_>>>()?, 0)?)
 }

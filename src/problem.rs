@@ -13,8 +13,7 @@ pub(crate) const MAX_ROWS: usize = u32::MAX as usize;
 #[derive(Clone, Debug)]
 pub(crate) struct Rows {
     pub tensor: Tensor,
-    /// First element inside the storage; strides are in elements too.
-    pub offset: usize,
+    /// Strides are in elements, from the tensor's first one.
     pub batch_stride: usize,
     pub row_stride: usize,
     pub b: usize,
@@ -43,13 +42,23 @@ impl Rows {
                 };
             }
             let batch_stride = folded.map_or(0, |(_, step)| step);
-            let offset = t.layout().start_offset();
-            Some(Self { tensor: t.clone(), offset, batch_stride, row_stride: strides[batch], b, n, d })
+            Some(Self { tensor: t.clone(), batch_stride, row_stride: strides[batch], b, n, d })
         };
         match view(t) {
             Some(rows) => Ok(rows),
             None => Ok(view(&t.contiguous()?).expect("a contiguous tensor folds")),
         }
+    }
+
+    /// Problem `b` alone.
+    pub fn one(&self, mut b: usize) -> Result<Self> {
+        let mut t = self.tensor.clone();
+        for dim in (0..t.rank() - 2).rev() {
+            let size = t.dims()[dim];
+            t = t.narrow(dim, b % size, 1)?;
+            b /= size;
+        }
+        Self::new(&t)
     }
 
     /// The same matrix for each of `b` problems, when this one has no batch of its own.

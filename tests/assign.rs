@@ -228,7 +228,7 @@ fn non_finite_values_stay_where_they_are() {
 #[test]
 fn degenerate_sizes() {
     for device in devices() {
-        let rows = |b: usize, n: usize, d: usize| Tensor::ones((b, n, d), DType::F32, &device).unwrap();
+        let rows = |b: usize, n: usize, d: usize| ones(&[b, n, d], DType::F32, &device);
         for metric in METRICS {
             assert_eq!(assign(&rows(2, 0, 3), &rows(2, 4, 3), metric).unwrap().dims(), [2, 0]);
             assert_eq!(assign(&rows(0, 5, 3), &rows(0, 4, 3), metric).unwrap().dims(), [0, 5]);

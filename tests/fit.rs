@@ -30,10 +30,21 @@ fn same(a: &Fit, b: &Fit, what: &str) {
 /// Runs on every device, demands the same bits everywhere and labels that belong to the centroids, and returns the CPU's.
 #[track_caller]
 fn fit(settings: &KMeans, x: &Tensor) -> Fit {
+    fit_on(|_| settings.clone(), x)
+}
+
+/// The same from given centroids, which have to be where the rows are.
+#[track_caller]
+fn fit_from(start: &Tensor, settings: &KMeans, x: &Tensor) -> Fit {
+    fit_on(|device| settings.clone().init(Init::Given(start.to_device(device).unwrap())), x)
+}
+
+#[track_caller]
+fn fit_on(settings: impl Fn(&Device) -> KMeans, x: &Tensor) -> Fit {
     let mut first: Option<Fit> = None;
     for device in devices() {
         let x = x.to_device(&device).unwrap();
-        let fit = settings.fit(&x).unwrap();
+        let fit = settings(&device).fit(&x).unwrap();
         assert_eq!(u32s(&fit.labels), u32s(&fit.predict(&x).unwrap()), "labels of other centroids on {device:?}");
         let n = x.dims()[x.rank() - 2] as u32;
         let k = fit.counts.dims()[fit.counts.rank() - 1];
@@ -53,7 +64,7 @@ fn follows_the_specification() {
         for (n, k, d) in [(300, 5, 2), (500, 12, 17), (200, 3, 64)] {
             let x = blobs(&[n, d], k, dtype, &mut rng);
             let start = x.narrow(0, 10, k).unwrap();
-            let got = fit(&KMeans::new(k).metric(metric).init(Init::Given(start.clone())).tol(0.0).max_iters(60), &x);
+            let got = fit_from(&start, &KMeans::new(k).metric(metric).tol(0.0).max_iters(60), &x);
             // Lloyd by the specification, every centroid stored in the dtype as the crate's are.
             let rows = problems(&x).remove(0);
             let mut centroids = start;
@@ -130,10 +141,10 @@ fn a_problem_is_the_same_alone_and_in_a_batch() {
     let start = x.narrow(1, 0, 6).unwrap();
     for metric in METRICS {
         // Problems that converge after different numbers of iterations must not touch each other.
-        let all = fit(&KMeans::new(6).metric(metric).init(Init::Given(start.clone())).tol(1e-3).max_iters(40), &x);
+        let settings = KMeans::new(6).metric(metric).tol(1e-3).max_iters(40);
+        let all = fit_from(&start, &settings, &x);
         for b in 0..5 {
-            let given = Init::Given(start.get(b).unwrap());
-            let one = fit(&KMeans::new(6).metric(metric).init(given).tol(1e-3).max_iters(40), &x.get(b).unwrap());
+            let one = fit_from(&start.get(b).unwrap(), &settings, &x.get(b).unwrap());
             assert_eq!(u32s(&one.labels), u32s(&all.labels.get(b).unwrap()));
             assert_eq!(bits(&one.centroids), bits(&all.centroids.get(b).unwrap()));
             assert_eq!(
@@ -151,12 +162,12 @@ fn integer_weights_are_repetitions() {
         let x = blobs(&[120, 5], 4, DType::F32, &mut rng);
         let times: Vec<u32> = (0..120).map(|_| rng.random_range(0..4)).collect();
         let repeated: Vec<u32> = (0..120).flat_map(|i| vec![i as u32; times[i] as usize]).collect();
-        let start = Init::Given(x.narrow(0, 0, 4).unwrap());
+        let start = x.narrow(0, 0, 4).unwrap();
         let weights = Tensor::from_vec(times.iter().map(|&t| t as f32).collect(), 120, &Device::Cpu).unwrap();
-        let weighted = KMeans::new(4).metric(metric).init(start.clone()).tol(0.0).sample_weights(&weights);
-        let repeats = KMeans::new(4).metric(metric).init(start).tol(0.0);
+        let weighted = KMeans::new(4).metric(metric).init(Init::Given(start.clone())).tol(0.0).sample_weights(&weights);
+        let repeats = KMeans::new(4).metric(metric).tol(0.0);
         let index = Tensor::new(&repeated[..], &Device::Cpu).unwrap();
-        let (a, b) = (weighted.fit(&x).unwrap(), fit(&repeats, &x.index_select(&index, 0).unwrap()));
+        let (a, b) = (weighted.fit(&x).unwrap(), fit_from(&start, &repeats, &x.index_select(&index, 0).unwrap()));
         let close = f64s(&a.centroids)
             .into_iter()
             .zip(f64s(&b.centroids))
@@ -191,11 +202,11 @@ fn weights_work_on_every_device_and_init() {
 fn empty_clusters() {
     // Two values and three centroids, one of which nothing is near.
     let x = Tensor::new(&[[0f32], [0.], [10.], [12.], [12.]], &Device::Cpu).unwrap();
-    let start = Init::Given(Tensor::new(&[[0f32], [11.], [1000.]], &Device::Cpu).unwrap());
-    let kept = fit(&KMeans::new(3).init(start.clone()).tol(0.0), &x);
+    let start = Tensor::new(&[[0f32], [11.], [1000.]], &Device::Cpu).unwrap();
+    let kept = fit_from(&start, &KMeans::new(3).tol(0.0), &x);
     assert_eq!(kept.centroids.to_vec2::<f32>().unwrap()[2], [1000.0]);
     assert_eq!(u32s(&kept.counts), [2, 3, 0]);
-    let moved = fit(&KMeans::new(3).init(start.clone()).tol(0.0).empty_clusters(EmptyClusters::Relocate), &x);
+    let moved = fit_from(&start, &KMeans::new(3).tol(0.0).empty_clusters(EmptyClusters::Relocate), &x);
     assert_eq!(f64s(&moved.inertia), [0.0]);
     assert_eq!(u32s(&moved.labels), [0, 0, 2, 1, 1]);
     // More clusters than distinct rows: nothing to move to, nothing breaks.

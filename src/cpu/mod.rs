@@ -119,7 +119,7 @@ impl<G: Deref<Target = Storage>> Guard<G> {
     }
 
     pub fn view<'a, T: Element>(&'a self, rows: &'a Rows) -> Result<View<'a, T>> {
-        Ok(View { data: self.all()?, rows })
+        Ok(View { data: &self.all()?[self.start..], rows })
     }
 }
 
@@ -133,7 +133,7 @@ pub(crate) struct View<'a, T> {
 impl<'a, T> View<'a, T> {
     #[inline(always)]
     pub fn row(&self, batch: usize, i: usize) -> &'a [T] {
-        let start = self.rows.offset + batch * self.rows.batch_stride + i * self.rows.row_stride;
+        let start = batch * self.rows.batch_stride + i * self.rows.row_stride;
         &self.data[start..start + self.rows.d]
     }
 }

@@ -77,3 +77,10 @@ pub fn unit(dtype: DType) -> f64 {
         _ => 2f64.powi(-53),
     }
 }
+
+/// Ones, of any shape on any device: a view where there is nothing to fill, which Candle's CUDA kernels refuse to launch for.
+pub fn ones(shape: &[usize], dtype: DType, device: &Device) -> Tensor {
+    let room: Vec<usize> = shape.iter().map(|&s| s.max(1)).collect();
+    let whole = Tensor::ones(room, dtype, device).unwrap();
+    shape.iter().enumerate().fold(whole, |t, (i, &s)| t.narrow(i, 0, s).unwrap())
+}
