@@ -5,7 +5,7 @@
   cargo build --release --example bench
   python3 benches/peers_cpu.py target/release/examples/bench > benches/record/NAME.csv
 
-Every figure is (fit of 21 iterations - fit of 1) / 20, so that start-up, initial and final passes drop out alike; the
+Every figure is (fit of 11 iterations - fit of 1) / 10, so that start-up, initial and final passes drop out alike; the
 median of five rounds that interleave the three. Ours checks its labels against f64 once per shape.
 """
 import csv, json, os, platform, statistics, subprocess, sys, tempfile, time, warnings
@@ -13,7 +13,7 @@ import faiss, numpy, sklearn
 from sklearn.cluster import KMeans
 
 SHAPES = [(100_000, 128, 256), (100_000, 128, 1024), (50_000, 384, 512)]
-SHORT, LONG, ROUNDS = 1, 21, 5
+SHORT, LONG, ROUNDS = 1, 11, 5
 warnings.filterwarnings("ignore")  # fits that stop at max_iter, on purpose
 
 
