@@ -38,7 +38,8 @@ pub(crate) fn centroids(
     let index = match init {
         Init::Given(c) => {
             // Never the caller's own storage: the loop's tensors are the crate's.
-            return Ok(Rows::new(c)?.tensor.broadcast_as((x.b, k, x.d))?.force_contiguous()?);
+            let c = if c.rank() > 2 { c.reshape((x.b, k, x.d))? } else { c.broadcast_as((x.b, k, x.d))? };
+            return Ok(c.detach().force_contiguous()?);
         }
         Init::Random => random(x, k, weights, seed)?,
         Init::KMeansPlusPlus => plus_plus(x, k, weights, metric, seed)?,

@@ -8,7 +8,16 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 use safetensors::SafeTensors;
-use std::{collections::HashMap, fs, io::Write, path::Path, sync::Arc};
+use std::{
+    collections::HashMap,
+    fs,
+    io::Write,
+    path::Path,
+    sync::{
+        atomic::{AtomicU64, Ordering},
+        Arc,
+    },
+};
 
 /// What becomes of a cluster that loses its last row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -435,7 +444,10 @@ impl Fit {
         let tensors = self.named().map(|(name, t)| (name, t.clone()));
         let bytes = safetensors::serialize(tensors, Some(metadata)).map_err(candle_core::Error::from)?;
         let io = |source| Error::Io { path: path.display().to_string(), source };
-        let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+        // A name of its own for every call, so that writers of one path cannot take each other's file.
+        static CALLS: AtomicU64 = AtomicU64::new(0);
+        let call = CALLS.fetch_add(1, Ordering::Relaxed);
+        let temporary = path.with_extension(format!("{}-{call}.tmp", std::process::id()));
         let write = || {
             let mut file = fs::File::create(&temporary)?;
             file.write_all(&bytes)?;

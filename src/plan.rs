@@ -18,7 +18,7 @@ pub struct Plan {
     pub update: &'static str,
     /// Upper bound on the memory of a fit beyond its input, in bytes, on the input's device: results, both label arrays,
     /// the order, the accumulators and the scratch of the kernels. A layout that must be copied adds one copy of the
-    /// input; initialisation other than random adds two f64 a row.
+    /// input; k-means++ adds two f64 a row and k-means|| three.
     pub bytes: u64,
 }
 

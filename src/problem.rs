@@ -155,7 +155,14 @@ impl Problem {
                 return Err(Error::TooLarge { argument, got, limit: MAX_ROWS });
             }
         }
-        let b = batch.iter().product();
+        // Room for every size that is computed later, in bytes.
+        let product = |sizes: &[usize]| sizes.iter().fold(1usize, |p, &s| p.saturating_mul(s));
+        let (b, limit) = (product(batch), isize::MAX as usize / 64);
+        for got in [b, product(&[b, n.max(k), d])] {
+            if got > limit {
+                return Err(Error::TooLarge { argument: "x elements", got, limit });
+            }
+        }
         Ok(Self { batch: batch.to_vec(), b, n, d, k, dtype: x.dtype(), metric })
     }
 

@@ -134,13 +134,17 @@ impl<S: Scalar> Centroids<S> {
                 Metric::Cosine => {
                     let norm = row.iter().map(|v| v.wide() * v.wide()).sum::<f64>().sqrt();
                     let inverse = if norm > 0.0 { 1.0 / norm } else { 0.0 };
+                    if norm > 0.0 && !(1e-140..=1e140).contains(&norm) {
+                        largest = f64::NAN;
+                    }
                     out.iter_mut().zip(row).for_each(|(o, v)| *o = S::of(v.wide() * inverse));
                 }
                 Metric::Dot | Metric::Manhattan => {}
             }
             let square = values[j * d..].iter().map(|v| v.widen() * v.widen()).sum::<f64>();
             // `max` would drop a NaN, and with it the warning that nothing here can be trusted.
-            largest = if square.is_nan() { square } else { largest.max(square.sqrt() * (1.0 + 1e-12)) };
+            largest =
+                if square.is_nan() || largest.is_nan() { f64::NAN } else { largest.max(square.sqrt() * (1.0 + 1e-12)) };
             if metric == Metric::SquaredEuclidean {
                 bias[j] = S::of(0.5 * square);
             }
@@ -168,7 +172,11 @@ impl<S: Scalar> Centroids<S> {
             let usable = square.is_finite() && c.is_finite() && square.sqrt() + c < S::HUGE / d && 4.0 * g < 1.0;
             return if usable { Slack { factor: 1.0 + 4.0 * g, bound: d * S::TINY } } else { Slack::NONE };
         }
-        let x = square.sqrt() * (1.0 + g);
+        // Squares that underflowed are put back; the definition's own must neither vanish nor overflow.
+        let x = (square + d * S::TINY).sqrt() * (1.0 + g);
+        if self.metric == Metric::Cosine && !(1e-140..=1e140).contains(&x) {
+            return Slack::NONE;
+        }
         let bound = match self.metric {
             Metric::SquaredEuclidean => g * (x * c + 0.5 * c * c) + 2.0 * definition * (x * x + c * c),
             _ => g * x * c + 2.0 * definition * x * (1.0 + c),
