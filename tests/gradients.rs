@@ -56,3 +56,26 @@ fn quantize_passes_gradients_straight_through() {
         }
     }
 }
+
+/// Gradients reach the variable through views, of half types too.
+#[test]
+fn gradients_pass_through_views() {
+    let mut rng = rng(23);
+    for (device, dtype) in
+        devices().into_iter().flat_map(|device| [DType::F32, DType::F64].map(|t| (device.clone(), t)))
+    {
+        let x = Var::from_tensor(&uniform(&[4, 9, 6], 0.0, 1.0, dtype, &mut rng).to_device(&device).unwrap()).unwrap();
+        let labels = Tensor::from_vec((0..36).map(|i| i * 7 % 5).collect::<Vec<u32>>(), (9, 4), &device).unwrap();
+        let view = x.transpose(0, 1).unwrap().narrow(2, 1, 3).unwrap();
+        let sum = |t: &Tensor| t.sum_all().unwrap().backward().unwrap().get(&x).unwrap().clone();
+        let (through, copied) = (
+            sum(&cluster_means(&view, &labels, 5).unwrap()),
+            sum(&cluster_means(&view.contiguous().unwrap(), &labels, 5).unwrap()),
+        );
+        assert_same(&through, &copied, "means");
+        let c = uniform(&[5, 3], 0.0, 1.0, dtype, &mut rng).to_device(&device).unwrap();
+        let straight = sum(&quantize(&view, &c, Metric::Cosine).unwrap().0);
+        let inside = |i: usize| (1..4).contains(&(i % 6));
+        assert!(f64s(&straight).into_iter().enumerate().all(|(i, g)| g == inside(i) as u8 as f64));
+    }
+}

@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, D};
-use candle_flash_kmeans::{assign, cluster_means, Init, KMeans, Metric};
+use candle_flash_kmeans::{assign, cluster_means, EmptyClusters, Error, Init, KMeans, Metric};
 use common::*;
 
 /// facebookresearch/faiss#1196: counters and sums in f32 stop at 2^24.
@@ -162,5 +162,101 @@ fn linfa_best_run_labels() {
         let fit = KMeans::new(12).n_init(4).seed(seed).fit(&x).unwrap();
         assert_eq!(u32s(&fit.labels), u32s(&assign(&x, &fit.centroids, fit.metric).unwrap()));
         assert_eq!(fit.labels.device().location(), Device::Cpu.location());
+    }
+}
+
+/// scikit-learn#9354: rows that differ in the last bits only, which the expanded distance cancels.
+#[test]
+fn sklearn_9354_cancellation() {
+    let (x, c) = ([[10_000.001f32, 1.0], [10_000.002, 1.0]], [[10_000.002f32, 1.0], [10_000.001, 1.0]]);
+    for device in devices() {
+        let (x, c) = (Tensor::new(&x, &device).unwrap(), Tensor::new(&c, &device).unwrap());
+        assert_eq!(u32s(&assign(&x, &c, Metric::SquaredEuclidean).unwrap()), [1, 0]);
+    }
+}
+
+/// scikit-learn#12506: labels of the centroids before the last update.
+#[test]
+fn sklearn_12506_labels_match_centroids() {
+    for device in devices() {
+        let x = uniform(&[400, 4], 0.0, 1.0, DType::F32, &mut rng(66)).to_device(&device).unwrap();
+        for max_iters in 0..12 {
+            let fit = KMeans::new(15).max_iters(max_iters).tol(0.0).fit(&x).unwrap();
+            assert_same(
+                &fit.labels,
+                &assign(&x, &fit.centroids, fit.metric).unwrap(),
+                &format!("{max_iters} iterations"),
+            );
+        }
+    }
+}
+
+/// scikit-learn#34074: the same after empty clusters were moved.
+#[test]
+fn sklearn_34074_pairing_after_empty() {
+    for device in devices() {
+        let x = blobs(&[3, 200, 2], 4, DType::F32, &mut rng(67)).to_device(&device).unwrap();
+        let c = Tensor::full(1e4f32, (9, 2), &device).unwrap();
+        for (metric, max_iters) in METRICS.into_iter().flat_map(|m| [0, 1, 2, 3, 50].map(|i| (m, i))) {
+            let settings = KMeans::new(9).metric(metric).init(Init::Given(c.clone())).max_iters(max_iters);
+            let fit = settings.empty_clusters(EmptyClusters::Relocate).fit(&x).unwrap();
+            assert_same(&fit.labels, &fit.predict(&x).unwrap(), &format!("{metric:?}, {max_iters} iterations"));
+            let filled = u32s(&fit.counts).iter().filter(|&&c| c > 0).count();
+            assert!(metric != Metric::SquaredEuclidean || max_iters == 0 || filled > 20, "{filled} of 27 clusters");
+        }
+    }
+}
+
+/// flash-kmeans de2cf1e: a crash where the columns are no power of two.
+#[test]
+fn flash_kmeans_de2cf1e_odd_d() {
+    for (device, d) in devices().into_iter().flat_map(|device| [3, 5, 80, 96, 129, 200].map(|d| (device.clone(), d))) {
+        let x = uniform(&[300, d], 0.0, 1.0, DType::F16, &mut rng(68));
+        let fit = KMeans::new(7).init(Init::Given(x.narrow(0, 0, 7).unwrap().to_device(&device).unwrap())).max_iters(0);
+        let got = fit.fit(&x.to_device(&device).unwrap()).unwrap();
+        assert_eq!(u32s(&got.labels), spec_labels(&x, &x.narrow(0, 0, 7).unwrap(), Metric::SquaredEuclidean));
+    }
+}
+
+/// flash-kmeans e740709: strides ignored, here those of keys as a transformer holds them.
+#[test]
+fn flash_kmeans_e740709_strided() {
+    for device in devices() {
+        let cache = uniform(&[2, 90, 3, 8], 0.0, 1.0, DType::BF16, &mut rng(69)).to_device(&device).unwrap();
+        let keys = cache.transpose(1, 2).unwrap();
+        let fit = |x: &Tensor| KMeans::new(6).fit(x).unwrap();
+        assert_same_fit(&fit(&keys), &fit(&keys.contiguous().unwrap()), "(batch, position, head, column)");
+    }
+}
+
+/// cuml#8067: the check for sizes that overflow overflowed itself.
+#[test]
+fn cuml_8067_overflow_check_overflows() {
+    let one = Tensor::ones((1, 1, 1, 1), DType::F32, &Device::Cpu).unwrap();
+    let c = Tensor::ones((1, 1), DType::F32, &Device::Cpu).unwrap();
+    for shape in [(1 << 32, 1 << 32, 1, 1), (1 << 40, 1 << 20, 16, 1), (1 << 33, 1 << 31, 5, 1), (1, 1 << 62, 3, 2)] {
+        let x = one.broadcast_as(shape).unwrap();
+        let got = assign(&x, &c.broadcast_as((1, shape.3)).unwrap(), Metric::Dot);
+        assert!(matches!(got, Err(Error::TooLarge { .. })), "{shape:?}: {:?}", got.map(|t| t.dims().to_vec()));
+        assert!(matches!(KMeans::new(1).fit(&x), Err(Error::TooLarge { .. })), "{shape:?}");
+    }
+    // Columns, too: no plan may say that sizes past 2^64 bytes take few.
+    let x = c.broadcast_as((4, 1 << 61)).unwrap();
+    assert!(KMeans::new(4).plan(&x).map_or(true, |plan| plan.bytes >= 1 << 62));
+}
+
+/// candle#3892: a kernel on another stream than the tensor's.
+#[test]
+fn candle_3892_callers_stream() {
+    if devices().len() == 1 {
+        return;
+    }
+    let x = blobs(&[4, 3000, 32], 9, DType::F16, &mut rng(70));
+    let want = KMeans::new(20).fit(&x).unwrap();
+    for _ in 0..5 {
+        let device = Device::new_cuda_with_stream(0).unwrap();
+        // Work still under way on that stream: whoever does not wait for it reads something else.
+        let late = (0..20).fold(x.to_device(&device).unwrap(), |x, _| x.neg().unwrap());
+        assert_same_fit(&KMeans::new(20).fit(&late).unwrap(), &want, "a stream of its own");
     }
 }

@@ -20,6 +20,10 @@ fn refused<T: Debug>(result: Result<T, Error>, variant: &str, parts: &[&str]) {
     assert!(candle_core::Error::from(error).to_string().contains(parts[0]));
 }
 
+fn ones(shape: &[usize], dtype: DType, device: &Device) -> Tensor {
+    Tensor::ones(shape, dtype, device).unwrap()
+}
+
 #[test]
 fn of_fit() {
     for device in devices() {
@@ -101,6 +105,20 @@ fn of_values() {
                     .unwrap();
                 assert!(f64s(&fit.centroids).iter().all(|v| v.is_finite()) && u32s(&fit.labels).iter().all(|&l| l < 2));
             }
+        }
+    }
+}
+
+/// Of many bad rows the first one is named, and of many problems the first one's.
+#[test]
+fn of_the_first_value() {
+    for device in devices() {
+        for (bad, batch, row) in
+            [(vec![300, 301, 900], 0, 300), (vec![999, 0], 0, 0), (vec![1999, 1256, 1255, 1900], 1, 255)]
+        {
+            let v = |i: usize| if bad.contains(&(i / 3)) && i % 3 == 2 { f64::NAN } else { 1.0 };
+            let x = tensor(&[2, 1000, 3], DType::F32, v).to_device(&device).unwrap();
+            refused(KMeans::new(2).fit(&x), "NonFinite", &["x", &format!("row {row} of batch element {batch} ")]);
         }
     }
 }

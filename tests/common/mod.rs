@@ -1,26 +1,35 @@
-//! What the tests share. Every body runs on each of [`devices`].
-#![allow(dead_code)]
+//! What the suites share: devices, seeded data, layouts, and comparison to the bit.
+#![allow(dead_code)] // Every suite compiles this file and uses its own part of it.
 
 pub mod naive;
 
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::Metric;
-use naive::Row;
+use candle_flash_kmeans::{Fit, Init, KMeans, Metric};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-pub const METRICS: [Metric; 4] = [Metric::SquaredEuclidean, Metric::Cosine, Metric::Dot, Metric::Manhattan];
-pub const DTYPES: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
+/// A matrix, row by row.
+pub type Rows = Vec<Vec<f64>>;
 
-/// The CPU, and the GPU if `FLASH_KMEANS_TEST_DEVICE=cuda` asks for it: then its absence is a failure.
+pub const DTYPES: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
+pub const METRICS: [Metric; 4] = [Metric::SquaredEuclidean, Metric::Cosine, Metric::Dot, Metric::Manhattan];
+
+/// Where a test runs: the CPU, and with `FLASH_KMEANS_TEST_DEVICE=cuda` the first GPU too. Asked for a GPU that is not
+/// there, a test fails: one that skips itself proves nothing. One handle a thread: two handles of one GPU are different
+/// devices to Candle, and each thread has its own stream.
 pub fn devices() -> Vec<Device> {
+    thread_local!(static DEVICES: Vec<Device> = open());
+    DEVICES.with(Clone::clone)
+}
+
+fn open() -> Vec<Device> {
     let mut devices = vec![Device::Cpu];
     match std::env::var("FLASH_KMEANS_TEST_DEVICE").as_deref() {
         Ok("cuda") => {
-            devices.push(Device::new_cuda(0).expect("FLASH_KMEANS_TEST_DEVICE=cuda needs a GPU and `--features cuda`"))
+            devices.push(Device::new_cuda(0).expect("FLASH_KMEANS_TEST_DEVICE=cuda needs a GPU and the feature `cuda`"))
         }
         Ok("cpu") | Err(_) => {}
-        Ok(other) => panic!("FLASH_KMEANS_TEST_DEVICE={other} is not cpu or cuda"),
+        Ok(other) => panic!("FLASH_KMEANS_TEST_DEVICE={other} is neither cpu nor cuda"),
     }
     devices
 }
@@ -29,58 +38,191 @@ pub fn rng(seed: u64) -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(seed)
 }
 
-/// `(shape)` values `offset + scale * u`, `u` uniform in [-1, 1), in `dtype` on the CPU.
+/// A tensor on the CPU of the values `f` gives, one after another.
+pub fn tensor(shape: &[usize], dtype: DType, mut f: impl FnMut(usize) -> f64) -> Tensor {
+    let data: Vec<_> = (0..shape.iter().product()).map(&mut f).collect();
+    Tensor::from_vec(data, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+}
+
+/// Values `offset + scale * u`, `u` uniform in [-1, 1).
 pub fn uniform(shape: &[usize], offset: f64, scale: f64, dtype: DType, rng: &mut ChaCha8Rng) -> Tensor {
-    let values: Vec<f64> = (0..shape.iter().product()).map(|_| offset + scale * rng.random_range(-1.0..1.0)).collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+    tensor(shape, dtype, |_| offset + scale * rng.random_range(-1.0..1.0))
 }
 
-/// `(shape)` integers in `-largest..=largest`.
-pub fn integers(shape: &[usize], largest: i64, dtype: DType, rng: &mut ChaCha8Rng) -> Tensor {
-    let values: Vec<f64> = (0..shape.iter().product()).map(|_| rng.random_range(-largest..=largest) as f64).collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+/// Whole numbers of magnitude at most `limit`: with a small one, every sum and product is exact in every type.
+pub fn integers(shape: &[usize], limit: i64, dtype: DType, rng: &mut ChaCha8Rng) -> Tensor {
+    tensor(shape, dtype, |_| rng.random_range(-limit..=limit) as f64)
 }
 
-/// The stored values of each problem's rows, in f64.
-pub fn problems(t: &Tensor) -> Vec<Vec<Row>> {
-    let t = t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
-    let (n, d) = (t.dims()[t.rank() - 2], t.dims()[t.rank() - 1]);
-    t.reshape(((), n, d)).unwrap().to_vec3().unwrap()
+/// Rows around `centres` points spread five times as wide: what a fit is for, with few near-ties on the way.
+pub fn blobs(shape: &[usize], centres: usize, dtype: DType, rng: &mut ChaCha8Rng) -> Tensor {
+    let d = shape[shape.len() - 1];
+    let centre: Vec<f64> = (0..centres * d).map(|_| 1.0 + rng.random_range(-8.0..8.0)).collect();
+    let mut at = 0;
+    tensor(shape, dtype, |i| {
+        at = if i % d == 0 { rng.random_range(0..centres) } else { at };
+        centre[at * d + i % d] + rng.random_range(-1.5..1.5)
+    })
 }
 
-/// Labels by the specification; centroids without a batch serve every problem.
-pub fn spec_labels(x: &Tensor, c: &Tensor, metric: Metric) -> Vec<u32> {
-    let (x, c) = (problems(x), problems(c));
-    let of = |b: usize| &c[if c.len() == 1 { 0 } else { b }];
-    x.iter().enumerate().flat_map(|(b, rows)| rows.iter().map(move |r| naive::label(r, of(b), metric))).collect()
+/// All elements in f64, exactly.
+pub fn f64s(t: &Tensor) -> Vec<f64> {
+    let t = t.to_device(&Device::Cpu).unwrap().contiguous().unwrap();
+    t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 pub fn u32s(t: &Tensor) -> Vec<u32> {
-    t.flatten_all().unwrap().to_vec1().unwrap()
+    assert!(matches!(t.dtype(), DType::U32 | DType::U8), "{:?}", t.dtype());
+    f64s(t).into_iter().map(|v| v as u32).collect()
 }
 
-pub fn f64s(t: &Tensor) -> Vec<f64> {
-    t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
-}
-
-/// Widening keeps every bit, so equal here is equal there.
 pub fn bits(t: &Tensor) -> Vec<u64> {
     f64s(t).into_iter().map(f64::to_bits).collect()
 }
 
-/// Half a unit in the last place of `dtype`, relative.
-pub fn unit(dtype: DType) -> f64 {
-    match dtype {
-        DType::F16 => 2f64.powi(-11),
-        DType::BF16 => 2f64.powi(-8),
-        DType::F32 => 2f64.powi(-24),
-        _ => 2f64.powi(-53),
+#[track_caller]
+pub fn assert_same(a: &Tensor, b: &Tensor, what: &str) {
+    assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()), "{what}");
+    let differs = bits(a).iter().zip(bits(b)).position(|(a, b)| *a != b);
+    if let Some(i) = differs {
+        panic!("{what}: element {i} of {:?} is {:e} and {:e}", a.dims(), f64s(a)[i], f64s(b)[i]);
     }
 }
 
-/// Ones, of any shape on any device: a view where there is nothing to fill, which Candle's CUDA kernels refuse to launch for.
-pub fn ones(shape: &[usize], dtype: DType, device: &Device) -> Tensor {
-    let room: Vec<usize> = shape.iter().map(|&s| s.max(1)).collect();
-    let whole = Tensor::ones(room, dtype, device).unwrap();
-    shape.iter().enumerate().fold(whole, |t, (i, &s)| t.narrow(i, 0, s).unwrap())
+#[track_caller]
+pub fn assert_same_fit(a: &Fit, b: &Fit, what: &str) {
+    assert_same(&a.labels, &b.labels, &format!("{what}: labels"));
+    assert_same(&a.centroids, &b.centroids, &format!("{what}: centroids"));
+    assert_same(&a.counts, &b.counts, &format!("{what}: counts"));
+    assert_same(&a.inertia, &b.inertia, &format!("{what}: inertia"));
+    assert_same(&a.n_iter, &b.n_iter, &format!("{what}: n_iter"));
+    assert_same(&a.converged, &b.converged, &format!("{what}: converged"));
+}
+
+/// Fits on every device, demands the same bits of each and labels that belong to the centroids, and returns the CPU's.
+#[track_caller]
+pub fn fit(settings: &KMeans, x: &Tensor) -> Fit {
+    fit_on(|_| settings.clone(), x)
+}
+
+/// The same from given centroids, which have to be where the rows are.
+#[track_caller]
+pub fn fit_from(start: &Tensor, settings: &KMeans, x: &Tensor) -> Fit {
+    fit_on(|device| settings.clone().init(Init::Given(start.to_device(device).unwrap())), x)
+}
+
+#[track_caller]
+fn fit_on(settings: impl Fn(&Device) -> KMeans, x: &Tensor) -> Fit {
+    let mut first: Option<Fit> = None;
+    for device in devices() {
+        let x = x.to_device(&device).unwrap();
+        let fit = settings(&device).fit(&x).unwrap();
+        assert_eq!(u32s(&fit.labels), u32s(&fit.predict(&x).unwrap()), "labels of other centroids on {device:?}");
+        let n = x.dims()[x.rank() - 2] as u32;
+        let k = fit.counts.dims()[fit.counts.rank() - 1];
+        u32s(&fit.counts).chunks(k).for_each(|c| assert_eq!(c.iter().sum::<u32>(), n));
+        if let Some(first) = &first {
+            assert_same_fit(first, &fit, "backends differ");
+        }
+        first.get_or_insert(fit);
+    }
+    first.unwrap()
+}
+
+/// The problems of a `(..batch, n, d)` tensor.
+pub fn problems(t: &Tensor) -> Vec<Rows> {
+    let (batch, n, d) = (t.dims()[..t.rank() - 2].iter().product(), t.dims()[t.rank() - 2], t.dims()[t.rank() - 1]);
+    let v = f64s(t);
+    (0..batch).map(|b| (0..n).map(|i| v[(b * n + i) * d..][..d].to_vec()).collect()).collect()
+}
+
+/// The labels, and each row's distance, that the specification gives; centroids without a batch serve every problem.
+pub fn expected(x: &Tensor, c: &Tensor, metric: Metric) -> (Vec<u32>, Vec<f64>) {
+    let (xs, cs) = (problems(x), problems(c));
+    let (mut labels, mut distances) = (vec![], vec![]);
+    for (b, x) in xs.iter().enumerate() {
+        let c = &cs[if cs.len() == 1 { 0 } else { b }];
+        let of_problem = naive::labels(x, c, metric);
+        distances.extend(x.iter().zip(&of_problem).map(|(x, &l)| naive::distance(x, &c[l as usize], metric)));
+        labels.extend(of_problem);
+    }
+    (labels, distances)
+}
+
+pub fn spec_labels(x: &Tensor, c: &Tensor, metric: Metric) -> Vec<u32> {
+    expected(x, c, metric).0
+}
+
+/// Bits of the significand and exponent of the smallest normal number.
+fn format(dtype: DType) -> (i32, i32) {
+    match dtype {
+        DType::F16 => (11, -14),
+        DType::BF16 => (8, -126),
+        DType::F32 => (24, -126),
+        _ => (53, -1022),
+    }
+}
+
+/// The spacing of `dtype` at `v`.
+pub fn ulp(v: f64, dtype: DType) -> f64 {
+    let (bits, smallest) = format(dtype);
+    let exponent = ((v.to_bits() >> 52) & 0x7ff) as i32 - 1023;
+    2f64.powi((exponent.max(smallest) - bits + 1).max(-1074))
+}
+
+/// `v` rounded to `dtype` once, to nearest even. (Candle and `half` may go through f32, and round twice.)
+pub fn round(v: f64, dtype: DType) -> f64 {
+    if dtype == DType::F64 {
+        return v;
+    }
+    (v / ulp(v, dtype)).round_ties_even() * ulp(v, dtype)
+}
+
+/// A sum as good as rounded once: Neumaier's.
+pub fn sum(terms: impl Iterator<Item = f64>) -> f64 {
+    let (mut s, mut lost) = (0.0f64, 0.0);
+    for t in terms {
+        let next = s + t;
+        lost += if s.abs() >= t.abs() { (s - next) + t } else { (t - next) + s };
+        s = next;
+    }
+    s + lost
+}
+
+/// A tensor in a layout of its own, inside a buffer whose other elements are NaN.
+pub struct Laid {
+    pub name: String,
+    pub base: Tensor,
+    pub view: Tensor,
+}
+
+/// `t` (contiguous) in every layout that Candle makes of a dense tensor, all equal to it in value.
+pub fn layouts(t: &Tensor) -> Vec<Laid> {
+    let nan = |shape: &[usize]| tensor(shape, t.dtype(), |_| f64::NAN).to_device(t.device()).unwrap();
+    let (dims, last) = (t.dims(), t.rank() - 1);
+    let mut all = vec![];
+    let mut add = |name: String, base: Tensor, view: Tensor| all.push(Laid { name, base, view });
+    for dim in 0..=last {
+        let mut shape = dims.to_vec();
+        shape[dim] = 3;
+        let base = Tensor::cat(&[&nan(&shape), t, &nan(&shape)], dim).unwrap().contiguous().unwrap();
+        let view = base.narrow(dim, 3, dims[dim]).unwrap();
+        add(format!("narrowed in dim {dim}"), base, view);
+        let gaps = nan(dims).unsqueeze(dim + 1).unwrap();
+        let base = Tensor::cat(&[&t.unsqueeze(dim + 1).unwrap(), &gaps], dim + 1).unwrap().contiguous().unwrap();
+        let view = base.narrow(dim + 1, 0, 1).unwrap().squeeze(dim + 1).unwrap();
+        add(format!("every second of dim {dim}"), base, view);
+        for other in 0..dim {
+            let base = t.transpose(other, dim).unwrap().contiguous().unwrap();
+            let view = base.transpose(other, dim).unwrap();
+            add(format!("dims {other} and {dim} swapped"), base, view);
+        }
+    }
+    for shift in 1..=3 {
+        let count = t.elem_count();
+        let base = Tensor::cat(&[&nan(&[shift]), &t.flatten_all().unwrap(), &nan(&[5])], 0).unwrap();
+        let view = base.narrow(0, shift, count).unwrap().reshape(dims).unwrap();
+        add(format!("starting at element {shift}"), base, view);
+    }
+    all
 }

@@ -1,53 +1,63 @@
-//! The specification: k-means in f64, by loops, as the documentation words it.
-#![allow(dead_code)]
-
+//! The specification: what the crate computes, in f64 with plain loops. Every suite judges by this file.
+use super::{sum, Rows};
 use candle_flash_kmeans::Metric;
 
-pub type Row = Vec<f64>;
-
 pub fn distance(x: &[f64], c: &[f64], metric: Metric) -> f64 {
-    let sum = |f: fn(f64, f64) -> f64| x.iter().zip(c).fold(0.0, |s, (&x, &c)| s + f(x, c));
+    let (mut squares, mut differences, mut dot, mut xx, mut cc) = (0.0, 0.0, 0.0, 0.0f64, 0.0f64);
+    for (x, c) in x.iter().zip(c) {
+        (squares, differences) = (squares + (x - c) * (x - c), differences + (x - c).abs());
+        (dot, xx, cc) = (dot + x * c, xx + x * x, cc + c * c);
+    }
     match metric {
-        Metric::SquaredEuclidean => sum(|x, c| (x - c) * (x - c)),
-        Metric::Manhattan => sum(|x, c| (x - c).abs()),
-        Metric::Dot => -sum(|x, c| x * c),
-        _ => match sum(|x, _| x * x).sqrt() * sum(|_, c| c * c).sqrt() {
-            0.0 => 1.0,
-            norms => 1.0 - sum(|x, c| x * c) / norms,
-        },
+        Metric::SquaredEuclidean => squares,
+        Metric::Manhattan => differences,
+        Metric::Dot => -dot,
+        _ if xx.sqrt() * cc.sqrt() == 0.0 => 1.0,
+        _ => 1.0 - dot / (xx.sqrt() * cc.sqrt()),
     }
 }
 
-/// The lowest index at the smallest distance; a NaN is as far as can be.
-pub fn label(x: &[f64], centroids: &[Row], metric: Metric) -> u32 {
-    let mut best = (f64::INFINITY, 0);
-    for (j, c) in centroids.iter().enumerate() {
-        let d = distance(x, c, metric);
-        if d < best.0 {
-            best = (d, j as u32);
+pub fn labels(x: &Rows, c: &Rows, metric: Metric) -> Vec<u32> {
+    let mut best = vec![(f64::INFINITY, 0); x.len()];
+    for (i, j) in (0..x.len()).flat_map(|i| (0..c.len()).map(move |j| (i, j))) {
+        let d = distance(&x[i], &c[j], metric);
+        best[i] = if d < best[i].0 { (d, j as u32) } else { best[i] };
+    }
+    best.into_iter().map(|b| b.1).collect()
+}
+
+/// New centroids for rows of weights `w`; `old` where a cluster has no weight.
+pub fn update(x: &Rows, w: &[f64], labels: &[u32], old: &Rows, metric: Metric) -> Rows {
+    let norm = |v: &[f64]| if metric == Metric::Cosine { sum(v.iter().map(|t| t * t)).sqrt() } else { 1.0 };
+    let share: Vec<_> = x.iter().zip(w).map(|(x, w)| if norm(x) > 0.0 { w / norm(x) } else { 0.0 }).collect();
+    let mut new = old.clone();
+    for (j, new) in new.iter_mut().enumerate() {
+        let mut members: Vec<_> = (0..x.len()).filter(|&i| labels[i] as usize == j && w[i] > 0.0).collect();
+        let weight = sum(members.iter().map(|&i| w[i]));
+        let total: Vec<_> = (0..new.len()).map(|c| sum(members.iter().map(|&i| x[i][c] * share[i]))).collect();
+        let divisor = if metric == Metric::Cosine { norm(&total) } else { weight };
+        for c in (0..new.len()).filter(|_| divisor > 0.0) {
+            members.sort_by(|&i, &j| x[i][c].total_cmp(&x[j][c]));
+            let mut below = 0.0;
+            let median = members.iter().find(|&&i| (below += w[i], 2.0 * below >= weight).1).unwrap();
+            new[c] = if metric == Metric::Manhattan { x[*median][c] } else { total[c] / divisor };
         }
     }
-    best.1
+    new
 }
 
-/// The centroid that minimises the cost of weighted rows; `None` if they have no weight or no direction.
-pub fn centre(rows: &[(Row, f64)], metric: Metric) -> Option<Row> {
-    let weight: f64 = rows.iter().map(|r| r.1).sum();
-    let d = rows.first()?.0.len();
-    let norm = |r: &[f64]| r.iter().map(|v| v * v).sum::<f64>().sqrt();
-    let total = |c: usize| rows.iter().map(|(r, w)| r[c] * w).sum::<f64>();
-    let median = |c: usize| {
-        let mut column: Vec<_> = rows.iter().map(|(r, w)| (r[c], *w)).collect();
-        column.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let mut below = 0.0;
-        column.iter().find(|v| (below += v.1, 2.0 * below >= weight).1).map_or(0.0, |v| v.0)
-    };
-    let directions = |c: usize| rows.iter().filter(|r| norm(&r.0) > 0.0).map(|(r, w)| r[c] / norm(r) * w).sum::<f64>();
-    let centre: Row = match metric {
-        Metric::Manhattan => (0..d).map(median).collect(),
-        Metric::Cosine => (0..d).map(directions).collect(),
-        _ => (0..d).map(|c| total(c) / weight).collect(),
-    };
-    let scale = if metric == Metric::Cosine { norm(&centre) } else { 1.0 };
-    (weight > 0.0 && scale > 0.0).then(|| centre.iter().map(|v| v / scale).collect())
+type Lloyd = (Rows, Vec<u32>, usize, bool);
+/// Lloyd from `c`, values kept as `store` does: centroids, labels, updates made, whether it converged.
+pub fn fit(x: &Rows, w: &[f64], c: Rows, how: (Metric, usize, f64), store: &dyn Fn(f64) -> f64) -> Lloyd {
+    let (mut at, (metric, max_iters, threshold)) = ((labels(x, &c, how.0), c), how);
+    for i in 1..=max_iters {
+        let new: Rows =
+            update(x, w, &at.0, &at.1, metric).iter().map(|c| c.iter().map(|&v| store(v)).collect()).collect();
+        let shift = new.iter().zip(&at.1).map(|(a, b)| distance(a, b, Metric::SquaredEuclidean)).fold(0.0, f64::max);
+        let old = std::mem::replace(&mut at, (labels(x, &new, metric), new));
+        if at.0 == old.0 || shift <= threshold {
+            return (at.1, at.0, i, true);
+        }
+    }
+    (at.1, at.0, max_iters, false)
 }

@@ -1,0 +1,94 @@
+//! Sizes past 32 bits, on a GPU with 80 GB or more: `FLASH_KMEANS_TEST_DEVICE=cuda cargo test --release --features cuda
+//! --test large -- --ignored --test-threads 1`. Rows are drawn from the result and compared with the specification.
+
+mod common;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use candle_flash_kmeans::{assign, cluster_means, sort_by_cluster, Metric};
+use common::*;
+use rand::Rng;
+
+fn gpu() -> Device {
+    devices().pop().filter(|d| !d.is_cpu()).expect("these sizes need FLASH_KMEANS_TEST_DEVICE=cuda")
+}
+
+/// `n` rows that repeat after 65,521, a prime: an index cut to 32 bits lands on another row. Joined on the
+/// device, because the host could not hold them.
+fn rows(n: usize, d: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+    let period = 65_521;
+    let pattern = uniform(&[period, d], 0.0, 1.0, dtype, &mut rng(1)).to_device(device)?;
+    let mut parts = vec![pattern; n / period];
+    if !n.is_multiple_of(period) {
+        parts.push(uniform(&[period, d], 0.0, 1.0, dtype, &mut rng(1)).narrow(0, 0, n % period)?.to_device(device)?);
+    }
+    Ok(Tensor::cat(&parts, 0)?)
+}
+
+/// Rows at both ends, at every power of two of elements, and at random.
+fn sample(n: usize, d: usize) -> Vec<usize> {
+    let mut rng = rng(2);
+    let edges = (28..36).flat_map(|p| [(1usize << p) / d, (1 << p) / d + 1, ((1 << p) / d).saturating_sub(1)]);
+    let random: Vec<usize> = (0..2000).map(|_| rng.random_range(0..n)).collect();
+    edges.chain([0, 1, n - 2, n - 1]).chain(random).filter(|&i| i < n).collect()
+}
+
+fn check(x: &Tensor, c: &Tensor, labels: &Tensor) -> Result<()> {
+    let (n, d) = x.dims2()?;
+    for piece in sample(n, d).chunks(64) {
+        let some: Vec<Tensor> = piece.iter().map(|&i| x.narrow(0, i, 1)).collect::<Result<_, _>>()?;
+        let got: Vec<u32> =
+            piece.iter().map(|&i| Ok(labels.narrow(0, i, 1)?.to_vec1::<u32>()?[0])).collect::<Result<_>>()?;
+        assert_eq!(got, spec_labels(&Tensor::cat(&some, 0)?, c, Metric::SquaredEuclidean), "rows {piece:?}");
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU with 80 GB"]
+fn elements_past_32_bits() -> Result<()> {
+    let device = gpu();
+    for (n, d, k, dtype) in
+        [((1 << 26) + 3, 65, 7, DType::F16), ((1 << 24) + 1, 257, 5, DType::F32), ((1 << 31) + 7, 2, 3, DType::F16)]
+    {
+        let (x, c) = (rows(n, d, dtype, &device)?, uniform(&[k, d], 0.0, 1.0, dtype, &mut rng(3)).to_device(&device)?);
+        let labels = assign(&x, &c, Metric::SquaredEuclidean)?;
+        check(&x, &c, &labels)?;
+        let (order, offsets) = sort_by_cluster(&labels, k)?;
+        assert_eq!(u32s(&offsets)[k] as usize, n);
+        let ends = [order.narrow(0, 0, 1)?.to_vec1::<u32>()?[0], order.narrow(0, n - 1, 1)?.to_vec1::<u32>()?[0]];
+        let of = |i: u32| Ok::<_, anyhow::Error>(labels.narrow(0, i as usize, 1)?.to_vec1::<u32>()?[0]);
+        assert!(of(ends[0])? <= of(ends[1])?);
+        assert!(f64s(&cluster_means(&x, &labels, k)?).iter().all(|v| v.abs() <= 1.0));
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU with 80 GB"]
+fn scores_past_32_bits() -> Result<()> {
+    let device = gpu();
+    for (n, d, k) in [(70_001, 16, 65_537), (1 << 20, 4, (1 << 14) + 1), (3, 2, (1 << 30) + 5)] {
+        let c = rows(k, d, DType::F16, &device)?;
+        let x = uniform(&[n, d], 0.0, 1.0, DType::F16, &mut rng(4)).to_device(&device)?;
+        let labels = assign(&x, &c, Metric::SquaredEuclidean)?;
+        // So many centroids take the specification a second a row: few rows, and of the pattern's repeats the first.
+        let (few, first) = (x.narrow(0, 0, 3.min(n))?, c.narrow(0, 0, k.min(65_521))?);
+        assert_eq!(u32s(&labels.narrow(0, 0, 3.min(n))?), spec_labels(&few, &first, Metric::SquaredEuclidean));
+        let last = x.narrow(0, n - 1, 1)?;
+        assert_eq!(u32s(&labels.narrow(0, n - 1, 1)?), spec_labels(&last, &first, Metric::SquaredEuclidean));
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU with 80 GB"]
+fn a_last_centroid_past_32_bits_wins() -> Result<()> {
+    let device = gpu();
+    let (k, d) = ((1usize << 26) + 3, 64);
+    let c = rows(k - 1, d, DType::F16, &device)?;
+    let x = (Tensor::ones((5, d), DType::F16, &device)? * 3.0)?;
+    let c = Tensor::cat(&[&c, &x.narrow(0, 0, 1)?], 0)?;
+    assert_eq!(u32s(&assign(&x, &c, Metric::SquaredEuclidean)?), vec![k as u32 - 1; 5]);
+    Ok(())
+}
