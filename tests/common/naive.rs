@@ -1,27 +1,24 @@
 //! The specification: what the crate computes, in f64 with plain loops. Every suite judges by this file.
 use super::{sum, Rows};
 use candle_flash_kmeans::Metric;
-
 pub fn distance(x: &[f64], c: &[f64], metric: Metric) -> f64 {
-    let (mut squares, mut differences, mut dot, mut xx, mut cc) = (0.0, 0.0, 0.0, 0.0f64, 0.0f64);
-    for (x, c) in x.iter().zip(c) {
-        (squares, differences) = (squares + (x - c) * (x - c), differences + (x - c).abs());
-        (dot, xx, cc) = (dot + x * c, xx + x * x, cc + c * c);
-    }
+    let total = |f: fn(f64, f64) -> f64| x.iter().zip(c).fold(0.0, |s, (&x, &c)| s + f(x, c));
     match metric {
-        Metric::SquaredEuclidean => squares,
-        Metric::Manhattan => differences,
-        Metric::Dot => -dot,
-        _ if xx.sqrt() * cc.sqrt() == 0.0 => 1.0,
-        _ => 1.0 - dot / (xx.sqrt() * cc.sqrt()),
+        Metric::SquaredEuclidean => total(|x, c| (x - c) * (x - c)),
+        Metric::Manhattan => total(|x, c| (x - c).abs()),
+        Metric::Dot => -total(|x, c| x * c),
+        _ => match total(|x, _| x * x).sqrt() * total(|_, c| c * c).sqrt() {
+            0.0 => 1.0,
+            norms => 1.0 - total(|x, c| x * c) / norms,
+        },
     }
 }
 
 pub fn labels(x: &Rows, c: &Rows, metric: Metric) -> Vec<u32> {
     let mut best = vec![(f64::INFINITY, 0); x.len()];
     for (i, j) in (0..x.len()).flat_map(|i| (0..c.len()).map(move |j| (i, j))) {
-        let d = distance(&x[i], &c[j], metric);
-        best[i] = if d < best[i].0 { (d, j as u32) } else { best[i] };
+        let found = (distance(&x[i], &c[j], metric), j as u32);
+        best[i] = if found.0 < best[i].0 { found } else { best[i] };
     }
     best.into_iter().map(|b| b.1).collect()
 }
