@@ -152,7 +152,7 @@ fn degenerate_sizes() -> Result<()> {
             for shape in
                 [vec![0, 3], vec![2, 0, 3], vec![0, 4, 3], vec![2, 0, 4, 3], vec![0, 2, 4, 3], vec![0, 0, 0, 3]]
             {
-                let (x, c) = (Tensor::zeros(&shape[..], dtype, &device)?, Tensor::ones((5, 3), dtype, &device)?);
+                let (x, c) = (ones(&shape, dtype, &device), ones(&[5, 3], dtype, &device));
                 let (labels, distances) = assign_with_distances(&x, &c, metric)?;
                 assert_eq!((labels.dims(), distances.dims()), (&shape[..shape.len() - 1], labels.dims()));
             }

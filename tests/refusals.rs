@@ -20,10 +20,6 @@ fn refused<T: Debug>(result: Result<T, Error>, variant: &str, parts: &[&str]) {
     assert!(candle_core::Error::from(error).to_string().contains(parts[0]));
 }
 
-fn ones(shape: &[usize], dtype: DType, device: &Device) -> Tensor {
-    Tensor::ones(shape, dtype, device).unwrap()
-}
-
 #[test]
 fn of_fit() {
     for device in devices() {

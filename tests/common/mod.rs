@@ -65,6 +65,16 @@ pub fn blobs(shape: &[usize], centres: usize, dtype: DType, rng: &mut ChaCha8Rng
     })
 }
 
+/// Ones on `device`. An empty tensor is a view, because Candle cannot allocate one of no bytes on a GPU.
+pub fn ones(shape: &[usize], dtype: DType, device: &Device) -> Tensor {
+    let stored: Vec<usize> = shape.iter().map(|&s| s.max(1)).collect();
+    let mut t = Tensor::ones(stored, dtype, device).unwrap();
+    for (dim, _) in shape.iter().enumerate().filter(|(_, s)| **s == 0) {
+        t = t.narrow(dim, 0, 0).unwrap();
+    }
+    t
+}
+
 /// All elements in f64, exactly.
 pub fn f64s(t: &Tensor) -> Vec<f64> {
     let t = t.to_device(&Device::Cpu).unwrap().contiguous().unwrap();
