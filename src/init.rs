@@ -26,6 +26,12 @@ pub enum Init {
 const ROUNDS: u64 = 5;
 const OVERSAMPLING: f64 = 2.0;
 
+/// Rows that k-means|| draws, at most but for luck: the count of a round is about Poisson's.
+pub(crate) fn drawn(k: u64) -> u64 {
+    let mean = ROUNDS as f64 * OVERSAMPLING * k as f64;
+    (mean + 8.0 * mean.sqrt()) as u64 + 1
+}
+
 /// The first centroids, `(b, k, d)`. `weights` are f64 `(b, n)`.
 pub(crate) fn centroids(
     init: &Init,

@@ -153,7 +153,7 @@ impl KMeans {
 
     /// What a fit of `x` would run and how much memory it would take, without running it.
     pub fn plan(&self, x: &Tensor) -> Result<Plan> {
-        Ok(Plan::new(&Problem::fit(x, self.k, self.metric)?, x.device(), self.weights.is_some()))
+        Ok(Plan::new(&Problem::fit(x, self.k, self.metric)?, &self.init, x.device(), self.weights.is_some()))
     }
 
     /// Clusters the rows of `x`, `(n, d)` or `(..batch, n, d)` in f16, bf16, f32 or f64, each problem of the batch on its own.
@@ -164,7 +164,7 @@ impl KMeans {
     pub fn fit(&self, x: &Tensor) -> Result<Fit> {
         let p = Problem::fit(x, self.k, self.metric)?;
         self.check(x)?;
-        Plan::new(&p, x.device(), self.weights.is_some()).announce();
+        Plan::new(&p, &self.init, x.device(), self.weights.is_some()).announce();
         let data = Data::new(self, &p, x)?;
         let mut best = self.lloyd(&data, 0)?;
         for run in 1..self.n_init {

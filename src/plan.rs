@@ -1,6 +1,10 @@
 //! What a fit will run, decided from the problem alone, and printable.
 
-use crate::{problem::Problem, tiles, Metric};
+use crate::{
+    init::{self, Init},
+    problem::Problem,
+    tiles, Metric,
+};
 use candle_core::{DType, Device};
 use std::{collections::HashSet, fmt, sync::Mutex};
 
@@ -17,13 +21,13 @@ pub struct Plan {
     /// The update kernel.
     pub update: &'static str,
     /// Upper bound on the memory of a fit beyond its input, in bytes, on the input's device: results, both label arrays,
-    /// the order, the accumulators and the scratch of the kernels. A layout that must be copied adds one copy of the
-    /// input; k-means++ adds two f64 a row and k-means|| three.
+    /// the order, the accumulators, and the scratch of the kernels and of the initialisation. A layout that must be
+    /// copied adds one copy of the input.
     pub bytes: u64,
 }
 
 impl Plan {
-    pub(crate) fn new(p: &Problem, device: &Device, weighted: bool) -> Self {
+    pub(crate) fn new(p: &Problem, init: &Init, device: &Device, weighted: bool) -> Self {
         let cpu = device.is_cpu();
         let filter = if p.dtype == DType::F64 { 8 } else { 4 };
         let (b, n, k, d) = (p.b as u64, p.n as u64, p.k as u64, p.d as u64);
@@ -51,10 +55,19 @@ impl Plan {
         // Distances of the final rows and their weighted copy.
         let last = 2 * 8 * b * n;
         let weights = if weighted { 8 * b * n } else { 0 } + if p.metric == Metric::Cosine { 16 * b * n } else { 0 };
+        // Distances to what is chosen and their keys; the rows that k-means|| draws, their prepared copy and its labels.
+        let (drawn, initial) = match init {
+            Init::KMeansPlusPlus => (k, 16 * b * n),
+            Init::KMeansParallel => {
+                let drawn = init::drawn(k).min(n);
+                (drawn, 24 * b * n + drawn * (d * (p.dtype.size_in_bytes() as u64 + filter) + 64))
+            }
+            _ => (k, 0),
+        };
         let scratch = if cpu {
             let threads = rayon::current_num_threads() as u64 + 1;
-            let tile = rows.min(p.n) as u64 * (filter * (d + centroids.min(p.k) as u64) + 64);
-            let candidates = rows.min(p.n) as u64 * 16 * k.min(64);
+            let tile = rows.min(p.n) as u64 * (filter * (d + drawn.min(centroids as u64)) + 64);
+            let candidates = rows.min(p.n) as u64 * 16 * drawn.min(64);
             // Clusters of one problem share its rows, and each problem at work may have them all in one cluster.
             let medians = if p.metric == Metric::Manhattan { 32 * n * threads.min(b) } else { 0 };
             threads * (tile + candidates + 64 * d) + medians + b * n.div_ceil(rows as u64) * 64
@@ -68,7 +81,7 @@ impl Plan {
             rows,
             centroids,
             update,
-            bytes: labels + order + accumulators + last + weights + scratch + 65536,
+            bytes: labels + order + accumulators + last + weights + initial + scratch + 65536,
         }
     }
 

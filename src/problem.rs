@@ -29,6 +29,9 @@ impl Rows {
         let view = |t: &Tensor| {
             let (dims, strides) = (t.dims(), t.stride());
             let batch = dims.len() - 2;
+            if t.elem_count() == 0 {
+                return Some(Self { tensor: t.clone(), batch_stride: 0, row_stride: d, b, n, d });
+            }
             if strides[batch + 1] != 1 && d != 1 {
                 return None;
             }
