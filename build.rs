@@ -22,10 +22,7 @@ fn main() {
         return;
     }
     let nvcc = &nvcc();
-    let mut flags = vec!["-fatbin".into(), "-O3".into(), "-std=c++17".into(), PTX.into()];
-    flags.extend(archs(nvcc).iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")));
-    flags.extend(tile_macros().map(|(name, value)| format!("-D{name}={value}")));
-    let flags = &flags;
+    let archs = &archs(nvcc);
 
     let mut kernels: Vec<PathBuf> = std::fs::read_dir("kernels")
         .expect("kernels/ is part of the package")
@@ -35,13 +32,19 @@ fn main() {
     kernels.sort();
     thread::scope(|scope| {
         for kernel in kernels {
-            scope.spawn(move || compile(nvcc, flags, kernel));
+            scope.spawn(move || compile(nvcc, archs, kernel));
         }
     });
 }
 
-fn compile(nvcc: &PathBuf, flags: &[String], kernel: PathBuf) {
+/// A file named after an architecture with instructions of its own (`*_sm90.cu`) is compiled for that one alone.
+fn compile(nvcc: &PathBuf, archs: &Vec<String>, kernel: PathBuf) {
     let stem = kernel.file_stem().expect("a .cu file has a stem");
+    let own = stem.to_string_lossy().ends_with("_sm90").then(|| vec!["90a".to_string()]);
+    let mut flags: Vec<String> = vec!["-fatbin".into(), "-O3".into(), "-std=c++17".into()];
+    flags.extend(own.is_none().then(|| PTX.into()));
+    flags.extend(own.as_ref().unwrap_or(archs).iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")));
+    flags.extend(tile_macros().map(|(name, value)| format!("-D{name}={value}")));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join(stem).with_extension("fatbin");
     let run = Command::new(nvcc).args(flags).arg("-o").arg(out).arg(&kernel).output();
     let run = run.unwrap_or_else(|e| panic!("{}: cannot run {}: {e}", kernel.display(), nvcc.display()));
@@ -71,5 +74,6 @@ fn archs(nvcc: &PathBuf) -> Vec<String> {
 
 fn tile_macros() -> impl Iterator<Item = (&'static str, usize)> {
     macro_rules! tiles { ($($name:ident)+) => { [$((stringify!($name), tiles::$name)),+] } }
-    tiles!(SIMT_ROWS SIMT_CENTROIDS SIMT_COLUMNS SORT_ROWS SUM_ROWS SUM_COLUMNS MEDIAN_COLUMNS MEAN_SAMPLES SCAN_THREADS AHEAD THREADS).into_iter()
+    tiles!(SIMT_ROWS SIMT_CENTROIDS SIMT_COLUMNS SM80_ROWS SM80_CENTROIDS SM80_COLUMNS SM80_STAGES SM80_QUEUE SM90_ROWS
+        SM90_CENTROIDS SM90_SHARED SORT_ROWS SUM_ROWS SUM_COLUMNS MEDIAN_COLUMNS MEAN_SAMPLES SCAN_THREADS AHEAD THREADS).into_iter()
 }

@@ -4,7 +4,7 @@
 // A number that is part of a definition (a norm, a distance) is one sequential f64 chain, so one thread walks a whole
 // row. Passes that only copy or take extrema read cells in memory order. Traffic: each reads X (or what it gathers)
 // once and writes one number a row; `pairwise` writes n k numbers, which is its purpose.
-#include "argmin.cuh"
+#include "tensor.cuh"
 
 // ---- Preparation of the centroids for scoring: mu, then c^ = c - mu (or c / |c|), |c^|^2 / 2 and the largest |c^|.
 
@@ -58,6 +58,95 @@ __device__ void centre(const T* c, const Rows& r, int metric, const Filter<T>* m
             // Nothing is proven about a centroid that is not finite, or whose squares overflow or vanish.
             if (!isfinite(above) || (norm != 0 && !(norm >= 1e-140 && norm <= 1e140))) above = nothing().distance;
             atomic_max(&largest[b], above);
+        }
+    }
+}
+
+// ---- Preparation of the centroids for tensor cores (tensor.cuh), and of rows that they cannot read in place.
+
+/// mu is the mean of a column, or zero unless the sampled values are within a factor of two of it: then all differences
+/// are exact (Sterbenz), and if another value's is not, `move` bounds what it loses.
+template <class T>
+__device__ void origin(const T* c, const Rows& r, bool centred, T* mu) {
+    __shared__ double sums[WARP][WARP], lows[WARP][WARP], highs[WARP][WARP];
+    const int lane = threadIdx.x % WARP, part = threadIdx.x / WARP;
+    const int64_t groups = (r.d + WARP - 1) / WARP, step = (r.n + MEAN_SAMPLES - 1) / MEAN_SAMPLES;
+    for (int64_t tile = blockIdx.x; tile < r.b * groups; tile += gridDim.x) {
+        const int64_t b = tile / groups, column = tile % groups * WARP + lane;
+        double sum = 0, low = INFINITY, high = -INFINITY;
+        if (centred && column < r.d) {
+            for (int64_t j = part * step; j < r.n; j += WARP * step) {
+                const double v = wide(row_of(c, r, b, j)[column]);
+                sum += v, low = fmin(low, v), high = fmax(high, v);
+            }
+        }
+        sums[part][lane] = sum, lows[part][lane] = low, highs[part][lane] = high;
+        __syncthreads();
+        if (part == 0 && column < r.d) {
+            for (int p = 1; p < WARP; ++p) {
+                sum += sums[p][lane], low = fmin(low, lows[p][lane]), high = fmax(high, highs[p][lane]);
+            }
+            const T mean = rounded<T>(sum / ((r.n + step - 1) / step));
+            const double m = wide(mean);
+            const bool exact = m > 0 ? low >= m / 2 && high <= m * 2 : m < 0 && low >= m * 2 && high <= m / 2;
+            mu[b * r.d + column] = centred && exact ? mean : T(0.0f);
+        }
+        __syncthreads();
+    }
+}
+
+/// A bound is at least the value, and +inf if that is not a number.
+__device__ __forceinline__ void raise(float* bound, double v) {
+    const float above = v >= 0 ? __double2float_ru(v * (1 + 0x1p-20)) : INFINITY;
+    atomicMax(reinterpret_cast<int*>(bound), __float_as_int(above));
+}
+
+/// One warp for each centroid and each place up to `padded`.
+template <class T>
+__device__ void move(const T* c, const Rows& r, int metric, const T* mu, int64_t pitch, int64_t padded, T* moved,
+                     float* start, float* scale, Bounds* bounds) {
+    const int lane = threadIdx.x % WARP;
+    for (int64_t i = global_thread() / WARP; i < r.b * padded; i += all_threads() / WARP) {
+        const int64_t b = i / padded, j = i % padded;
+        if (j >= r.n) {
+            if (lane == 0) start[i] = -INFINITY;
+            if (lane == 0 && scale) scale[i] = 0;
+            continue;
+        }
+        const T* from = row_of(c, r, b, j);
+        double squares = 0, moved_squares = 0, lost = 0, half = 0;
+        for (int64_t q = lane; q < pitch; q += WARP) {
+            const double v = q < r.d ? wide(from[q]) : 0, m = q < r.d ? wide(mu[b * r.d + q]) : 0;
+            const T e = rounded<T>(v - m);
+            const double residual = v - m - wide(e);
+            moved[(b * r.n + j) * pitch + q] = e;
+            squares += v * v, moved_squares += wide(e) * wide(e), lost += residual * residual;
+            half += (v - m) * (v + m) / 2;
+        }
+        squares = warp_sum(squares), moved_squares = warp_sum(moved_squares), lost = warp_sum(lost);
+        half = warp_sum(half);
+        if (lane != 0) continue;
+        const double norm = sqrt(squares);
+        const float factor = metric != COSINE ? 1 : norm == 0 ? 0 : float(1 / norm);
+        start[i] = metric == SQUARED_EUCLIDEAN ? float(-half) : 0;
+        if (scale) scale[i] = factor;
+        // A product with a row that `margin` lets pass must not overflow before it is scaled.
+        raise(&bounds[b].moved, metric == COSINE && norm > 1e18 ? INFINITY : sqrt(moved_squares) * factor);
+        raise(&bounds[b].residual, sqrt(lost) * factor);
+        raise(&bounds[b].start, fabs(double(start[i]))), raise(&bounds[b].stored, norm * factor);
+        raise(&bounds[b].scale, factor);
+    }
+}
+
+/// Rows side by side at a distance of `pitch`, zeros between. Each block copies `rows` rows.
+template <class T>
+__device__ void pack(const T* x, const Rows& r, int64_t pitch, int64_t rows, T* out) {
+    const int64_t chunks = (r.n + rows - 1) / rows;
+    for (int64_t tile = blockIdx.x; tile < r.b * chunks; tile += gridDim.x) {
+        const int64_t b = tile / chunks, begin = tile % chunks * rows, end = min(begin + rows, r.n);
+        for (Cells at(pitch); begin + at.row < end; at.next()) {
+            const T* row = row_of(x, r, b, begin + at.row);
+            out[(b * r.n + begin + at.row) * pitch + at.column] = at.column < r.d ? row[at.column] : T(0.0f);
         }
     }
 }
@@ -235,6 +324,23 @@ __device__ void lowest(const double* best, const uint32_t* index, int64_t b, int
     }
 FOR_EACH_TYPE(INSTANCE)
 #undef INSTANCE
+
+#define HALF_INSTANCE(name, T)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(1024) prepare_origin_##name(const T* c, Rows cr, int centred,         \
+                                                                             T* mu) {                                  \
+        origin(c, cr, centred, mu);                                                                                    \
+    }                                                                                                                  \
+    extern "C" __global__ void prepare_moved_##name(const T* c, Rows cr, int metric, const T* mu, int64_t pitch,       \
+                                                    int64_t padded, T* moved, float* start, float* scale,              \
+                                                    Bounds* bounds) {                                                  \
+        move(c, cr, metric, mu, pitch, padded, moved, start, scale, bounds);                                           \
+    }                                                                                                                  \
+    extern "C" __global__ void pack_##name(const T* x, Rows r, int64_t pitch, int64_t rows, T* out) {                  \
+        pack(x, r, pitch, rows, out);                                                                                  \
+    }
+HALF_INSTANCE(f16, __half)
+HALF_INSTANCE(bf16, __nv_bfloat16)
+#undef HALF_INSTANCE
 
 extern "C" __global__ void scan_start(int64_t b, double* largest, uint32_t* first_bad) {
     start_scan(b, largest, first_bad);

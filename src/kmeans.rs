@@ -153,7 +153,8 @@ impl KMeans {
 
     /// What a fit of `x` would run and how much memory it would take, without running it.
     pub fn plan(&self, x: &Tensor) -> Result<Plan> {
-        Ok(Plan::new(&Problem::fit(x, self.k, self.metric)?, &self.init, x.device(), self.weights.is_some()))
+        let p = Problem::fit(x, self.k, self.metric)?;
+        Ok(Plan::new(&p, x, &self.init, self.weights.is_some(), ops::arch(x.device())?))
     }
 
     /// Clusters the rows of `x`, `(n, d)` or `(..batch, n, d)` in f16, bf16, f32 or f64, each problem of the batch on its own.
@@ -164,7 +165,7 @@ impl KMeans {
     pub fn fit(&self, x: &Tensor) -> Result<Fit> {
         let p = Problem::fit(x, self.k, self.metric)?;
         self.check(x)?;
-        Plan::new(&p, &self.init, x.device(), self.weights.is_some()).announce();
+        self.plan(x)?.announce();
         let data = Data::new(self, &p, x)?;
         let mut best = self.lloyd(&data, 0)?;
         for run in 1..self.n_init {
@@ -269,7 +270,7 @@ struct Data {
 
 impl Data {
     fn new(settings: &KMeans, p: &Problem, x: &Tensor) -> Result<Self> {
-        let x = Rows::new(&x.detach())?;
+        let x = ops::readable(Rows::new(&x.detach())?, p.metric)?;
         let (largest, first_bad) = ops::scan(&x)?;
         if settings.check_finite {
             refuse_non_finite("x", &first_bad)?;

@@ -32,6 +32,29 @@ mod rng;
 #[allow(dead_code)] // `build.rs` reads the kernels' share.
 mod tiles;
 
+/// For the tests and the tuning of this crate; not part of its interface.
+#[doc(hidden)]
+pub mod testing {
+    pub use crate::plan::force;
+    use crate::{ops, plan::Assign, Metric, Result};
+    use candle_core::Tensor;
+
+    /// The names of the kernels that can assign `x`, the one that is chosen first.
+    pub fn candidates(x: &Tensor, metric: Metric) -> Result<Vec<&'static str>> {
+        let d = x.dims()[x.rank() - 1];
+        let all = Assign::candidates(x.dtype(), metric, d, ops::arch(x.device())?);
+        Ok(all.into_iter().map(Assign::name).collect())
+    }
+
+    /// The GPU kernels that this thread has launched since it last asked; the first call starts the record.
+    pub fn launches() -> Vec<String> {
+        #[cfg(feature = "cuda")]
+        return crate::cuda::launches();
+        #[cfg(not(feature = "cuda"))]
+        vec![]
+    }
+}
+
 pub use error::{Error, Result};
 pub use functional::{assign, assign_with_distances, cluster_means, quantize, sort_by_cluster};
 pub use init::Init;

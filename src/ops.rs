@@ -3,7 +3,7 @@
 //! `cpu` and `cuda` export the same functions in the same order. All of them take checked arguments and return new
 //! tensors on the same device, computed on the tensor's own stream.
 
-use crate::{problem::Rows, rng::Draw, Error, Metric, Result};
+use crate::{plan::Arch, problem::Rows, rng::Draw, Error, Metric, Result};
 use candle_core::{Device, Tensor};
 
 macro_rules! on_device {
@@ -15,6 +15,24 @@ macro_rules! on_device {
             device => Err(Error::Unsupported { op: stringify!($op), device: format!("{:?}", device.location()) }),
         }
     };
+}
+
+/// What chooses kernels.
+pub(crate) fn arch(device: &Device) -> Result<Arch> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(dev) => crate::cuda::arch(dev),
+        _ => Ok(Arch::Cpu),
+    }
+}
+
+/// The rows where the kernel that assigns them can read them: a copy, if need be.
+pub(crate) fn readable(x: Rows, metric: Metric) -> Result<Rows> {
+    match x.device() {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => crate::cuda::assign::readable(x, metric),
+        _ => Ok(x),
+    }
 }
 
 /// Exact labels, u32 `(b, n)`: the lowest index at the smallest [`Metric`] distance.

@@ -2,11 +2,104 @@
 
 use crate::{
     init::{self, Init},
-    problem::Problem,
+    problem::{in_eights, Problem},
     tiles, Metric,
 };
-use candle_core::{DType, Device};
-use std::{collections::HashSet, fmt, sync::Mutex};
+use candle_core::{DType, Tensor};
+use std::{cell::Cell, collections::HashSet, fmt, sync::Mutex};
+
+/// Where a fit runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Arch {
+    Cpu,
+    /// Compute capability, 90 for 9.0.
+    Cuda(u32),
+}
+
+/// An assignment kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Assign {
+    CpuGemm,
+    CpuManhattan,
+    SimtDot,
+    SimtManhattan,
+    /// `mma.sync`, for f16 and bf16 from Ampere on.
+    Sm80,
+    /// TMA and WGMMA, for f16 and bf16 on Hopper.
+    Sm90,
+}
+
+impl Assign {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::CpuGemm => "cpu_gemm",
+            Self::CpuManhattan => "cpu_manhattan",
+            Self::SimtDot => "assign_simt_dot",
+            Self::SimtManhattan => "assign_simt_manhattan",
+            Self::Sm80 => "assign_sm80",
+            Self::Sm90 => "assign_sm90",
+        }
+    }
+
+    /// Rows and centroids of a tile, for `d` columns.
+    fn tile(self, d: usize) -> (usize, usize) {
+        match self {
+            Self::CpuGemm | Self::CpuManhattan => (tiles::CPU_ROWS, tiles::CPU_CENTROIDS),
+            Self::SimtDot | Self::SimtManhattan => (tiles::SIMT_ROWS, tiles::SIMT_CENTROIDS),
+            Self::Sm80 => (tiles::SM80_ROWS, tiles::SM80_CENTROIDS),
+            Self::Sm90 => (tiles::SM90_ROWS * sm90_shape(d).1, tiles::SM90_CENTROIDS),
+        }
+    }
+
+    /// Whether it reads rows in pieces of eight columns, which have to be aligned.
+    pub fn in_eights(self) -> bool {
+        matches!(self, Self::Sm80 | Self::Sm90)
+    }
+
+    /// Every kernel that can do this, the one that is chosen first.
+    pub fn candidates(dtype: DType, metric: Metric, d: usize, arch: Arch) -> Vec<Self> {
+        let Arch::Cuda(arch) = arch else {
+            return vec![if metric == Metric::Manhattan { Self::CpuManhattan } else { Self::CpuGemm }];
+        };
+        if metric == Metric::Manhattan {
+            return vec![Self::SimtManhattan];
+        }
+        let mut all = vec![];
+        if matches!(dtype, DType::F16 | DType::BF16) {
+            all.extend((arch == 90 && d <= SM90_COLUMNS).then_some(Self::Sm90));
+            all.extend((arch >= 80).then_some(Self::Sm80));
+        }
+        all.push(Self::SimtDot);
+        all
+    }
+
+    /// The kernel for rows of `dtype` with `d` columns.
+    pub fn choose(dtype: DType, metric: Metric, d: usize, arch: Arch) -> Self {
+        let candidates = Self::candidates(dtype, metric, d, arch);
+        let forced = FORCED.get().and_then(|name| candidates.iter().find(|c| c.name() == name));
+        *forced.unwrap_or(&candidates[0])
+    }
+}
+
+thread_local!(static FORCED: Cell<Option<&'static str>> = const { Cell::new(None) });
+
+/// Makes this thread use the assignment kernel of that name wherever it can: for tests and tuning.
+pub fn force(kernel: Option<&'static str>) {
+    FORCED.set(kernel);
+}
+
+/// Most columns that `assign_sm90.cu` is compiled for.
+const SM90_COLUMNS: usize = 512;
+
+/// The instance of `assign_sm90.cu` for `d` columns: steps of 16 columns, and warpgroups that search.
+pub(crate) fn sm90_shape(d: usize) -> (usize, usize) {
+    let steps = d.div_ceil(16);
+    match steps {
+        0..=8 => (steps.max(1), 3),
+        9..=16 => (steps.next_multiple_of(2), 3),
+        _ => (steps.next_multiple_of(4), 2),
+    }
+}
 
 /// The kernels, tiles and memory of a fit. Set `FLASH_KMEANS_PRINT_PLAN=1` to have each new plan printed once to stderr.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -18,6 +111,8 @@ pub struct Plan {
     pub rows: usize,
     /// Centroids of its tile.
     pub centroids: usize,
+    /// Whether the rows are first copied to where this kernel can read them.
+    pub pack: bool,
     /// The update kernel.
     pub update: &'static str,
     /// Upper bound on the memory of a fit beyond its input, in bytes, on the input's device: results, both label arrays,
@@ -27,20 +122,13 @@ pub struct Plan {
 }
 
 impl Plan {
-    pub(crate) fn new(p: &Problem, init: &Init, device: &Device, weighted: bool) -> Self {
-        let cpu = device.is_cpu();
+    pub(crate) fn new(p: &Problem, x: &Tensor, init: &Init, weighted: bool, arch: Arch) -> Self {
+        let cpu = arch == Arch::Cpu;
         let filter = if p.dtype == DType::F64 { 8 } else { 4 };
         let (b, n, k, d) = (p.b as u64, p.n as u64, p.k as u64, p.d as u64);
-        let (rows, centroids) = match cpu {
-            true => (tiles::CPU_ROWS, tiles::CPU_CENTROIDS),
-            false => (tiles::SIMT_ROWS, tiles::SIMT_CENTROIDS),
-        };
-        let assign = match (cpu, p.metric) {
-            (true, Metric::Manhattan) => "cpu_manhattan",
-            (true, _) => "cpu_gemm",
-            (false, Metric::Manhattan) => "assign_simt_manhattan",
-            (false, _) => "assign_simt_dot",
-        };
+        let assign = Assign::choose(p.dtype, p.metric, p.d, arch);
+        let (rows, centroids) = assign.tile(p.d);
+        let pack = assign.in_eights() && !in_eights(x);
         let update = match (cpu, p.metric) {
             (true, Metric::Manhattan) => "cpu_medians",
             (true, _) => "cpu_sums",
@@ -52,6 +140,9 @@ impl Plan {
         let centroid = b * k * d;
         // Old, new and initial centroids; fixed-point sums and totals; the prepared copy that is scored.
         let accumulators = centroid * (3 * p.dtype.size_in_bytes() as u64 + 16 + 8 + filter) + b * k * 64;
+        let eights = 2 * p.d.next_multiple_of(8) as u64;
+        let tensor = if assign.in_eights() { b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights + 8) } else { 0 };
+        let packed = if pack { b * n * eights } else { 0 };
         // Distances of the final rows and their weighted copy.
         let last = 2 * 8 * b * n;
         let weights = if weighted { 8 * b * n } else { 0 } + if p.metric == Metric::Cosine { 16 * b * n } else { 0 };
@@ -60,7 +151,7 @@ impl Plan {
             Init::KMeansPlusPlus => (k, 16 * b * n),
             Init::KMeansParallel => {
                 let drawn = init::drawn(k).min(n);
-                (drawn, 24 * b * n + drawn * (d * (p.dtype.size_in_bytes() as u64 + filter) + 64))
+                (drawn, 24 * b * n + drawn * (d * (p.dtype.size_in_bytes() as u64 + filter) + eights + 64))
             }
             _ => (k, 0),
         };
@@ -76,13 +167,8 @@ impl Plan {
             let counts = k * n.div_ceil(k.max(tiles::SORT_ROWS as u64));
             b * (filter * d + 4 * n + 32 + 4 * (counts + counts.div_ceil(tiles::SCAN_SPAN as u64)))
         };
-        Self {
-            assign,
-            rows,
-            centroids,
-            update,
-            bytes: labels + order + accumulators + last + weights + initial + scratch + 65536,
-        }
+        let bytes = labels + order + accumulators + tensor + packed + last + weights + initial + scratch + 65536;
+        Self { assign: assign.name(), rows, centroids, pack, update, bytes }
     }
 
     /// Prints the plan if asked for and not yet printed.
@@ -99,10 +185,11 @@ impl Plan {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { assign, rows, centroids, update, bytes } = self;
+        let Self { assign, rows, centroids, pack, update, bytes } = self;
+        let packed = if *pack { " on packed rows" } else { "" };
         write!(
             f,
-            "assign {assign} in tiles of {rows} x {centroids}, update {update}, at most {:.1} MiB",
+            "assign {assign}{packed} in tiles of {rows} x {centroids}, update {update}, at most {:.1} MiB",
             *bytes as f64 / 1048576.0
         )
     }

@@ -221,3 +221,11 @@ pub(crate) fn check_device(argument: &'static str, t: &Tensor, expected: &Device
     }
     Ok(())
 }
+
+/// Whether rows of `t`, of shape `(..batch, n, d)`, start at multiples of eight elements, in steps that tell them apart.
+pub(crate) fn in_eights(t: &Tensor) -> bool {
+    let (last, dims) = (t.rank() - 1, t.dims());
+    let whole = |step: usize| step > 0 && step.is_multiple_of(8);
+    let steps = t.stride()[..last].iter().zip(dims).all(|(&step, &size)| size == 1 || whole(step));
+    steps && (t.stride()[last] == 1 || dims[last] == 1) && t.layout().start_offset().is_multiple_of(8)
+}

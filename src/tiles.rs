@@ -13,6 +13,24 @@ pub const SIMT_ROWS: usize = 64;
 pub const SIMT_CENTROIDS: usize = 64;
 /// Columns staged in shared memory at a time in `assign_simt.cu`.
 pub const SIMT_COLUMNS: usize = 16;
+/// Rows of a thread block's tile in `assign_sm80.cu`, and its threads.
+pub const SM80_ROWS: usize = 128;
+/// Centroids of a thread block's tile in `assign_sm80.cu`.
+pub const SM80_CENTROIDS: usize = 64;
+/// Columns of a stage in `assign_sm80.cu`.
+pub const SM80_COLUMNS: usize = 32;
+/// Stages of its ring.
+pub const SM80_STAGES: usize = 4;
+/// Columns that one thread block of its recheck queues for settling.
+pub const SM80_QUEUE: usize = 512;
+/// Rows of a searching warpgroup in `assign_sm90.cu`: what one product takes.
+pub const SM90_ROWS: usize = 64;
+/// Centroids of a tile in `assign_sm90.cu`.
+pub const SM90_CENTROIDS: usize = 128;
+/// Shared memory of a thread block of `assign_sm90.cu`, in bytes: all that Hopper gives one.
+pub const SM90_SHARED: usize = 232_448;
+/// Centroids that tensor-core kernels take `start` and `scale` of are padded to whole tiles of any of them.
+pub const TENSOR_CENTROIDS: usize = 128;
 /// Fewest labels that one warp of `sort.cu` ranks in order; more when K is larger, so that counts stay within N.
 pub const SORT_ROWS: usize = 2048;
 /// Sorted rows that one thread block of `update.cu` sums.

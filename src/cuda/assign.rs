@@ -1,15 +1,22 @@
-//! Labels, distances, and the per-row passes around them: `kernels/assign_simt.cu` and `kernels/norms.cu`.
+//! Labels, distances, and the per-row passes around them: `kernels/assign_*.cu` and `kernels/norms.cu`.
 
-use super::{alloc, device, elements, launch, read, shape, tensor, typed, zeros, Element, Nullable};
+use super::{alloc, device, elements, launch, read, shape, tensor, typed, zeros, Element, Nullable, TensorMap};
 use crate::{
-    problem::Rows,
+    plan::{sm90_shape, Assign},
+    problem::{in_eights, Rows},
     rng::Draw,
-    tiles::{PASS, RECHECK_BLOCKS, SIMT_ROWS, THREADS},
+    tiles::{
+        PASS, RECHECK_BLOCKS, SIMT_ROWS, SM80_CENTROIDS, SM80_COLUMNS, SM80_QUEUE, SM80_ROWS, SM80_STAGES,
+        SM90_CENTROIDS, SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS,
+    },
     Metric, Result,
 };
 use candle_core::cuda_backend::{
-    cudarc::driver::{CudaSlice, CudaView, PushKernelArg},
-    CudaDevice,
+    cudarc::driver::{
+        sys::{CUdevice_attribute, CUtensorMapDataType},
+        CudaSlice, CudaView, DevicePtr, PushKernelArg,
+    },
+    CudaDevice, WrapErr,
 };
 use candle_core::Tensor;
 
@@ -20,31 +27,172 @@ pub(crate) fn labels(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
     typed!(x.dtype(), T => labels_of::<T>(x, c, metric))
 }
 
-/// FlashAssign: one pass that proves most labels, one that settles the rest. Scratch beyond [`Prepared`]: 4 bytes a row.
+/// FlashAssign: one pass that proves most labels, one that settles the rest. Scratch beyond the prepared centroids: 4
+/// bytes a row.
 fn labels_of<T: Element>(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
     const OP: &str = "labels";
     let dev = device(&x.tensor)?;
     let mut labels = alloc::<u32>(dev, OP, elements(&[x.b, x.n]))?;
     let mut list = alloc::<u32>(dev, OP, elements(&[x.b, x.n]))?;
     let mut listed = zeros::<u32>(dev, OP, x.b)?;
+    let out = Labels { labels: &mut labels, list: &mut list, listed: &mut listed };
+    let kernel = Assign::choose(x.dtype(), metric, x.d, super::arch(dev)?);
+    if x.b == 0 || x.n == 0 {
+        return Ok(tensor(dev, labels, (x.b, x.n)));
+    }
+    match (kernel, T::HALF) {
+        (Assign::Sm80 | Assign::Sm90, Some(half)) => {
+            let x = readable(x.clone(), metric)?;
+            tensor_labels::<T>(dev, kernel, half, &x, c, metric, out)?;
+        }
+        _ => simt_labels::<T>(dev, x, c, metric, out)?,
+    }
+    Ok(tensor(dev, labels, (x.b, x.n)))
+}
+
+/// Where labels go, and the rows whose labels are still to be proven: `listed[b]` of them.
+struct Labels<'a> {
+    labels: &'a mut CudaSlice<u32>,
+    list: &'a mut CudaSlice<u32>,
+    listed: &'a mut CudaSlice<u32>,
+}
+
+/// The rows themselves, or a copy in multiples of eight columns if the kernel reads such and they lie otherwise.
+pub(crate) fn readable(x: Rows, metric: Metric) -> Result<Rows> {
+    let dev = device(&x.tensor)?;
+    let kernel = Assign::choose(x.dtype(), metric, x.d, super::arch(dev)?);
+    if !kernel.in_eights() || in_eights(&x.tensor) || x.b == 0 || x.n == 0 {
+        return Ok(x);
+    }
+    typed!(x.dtype(), T => {
+        let pitch = x.d.next_multiple_of(8);
+        let mut out = alloc::<T>(dev, "pack", elements(&[x.b, x.n, pitch]))?;
+        let (xs, rows) = (read(&x.tensor), rows_of_a_pass(pitch));
+        launch!(dev, Norms, "pack", T::SUFFIX, elements(&[x.b, x.n.div_ceil(rows)]), THREADS;
+            &xs.view::<T>()?, &shape(&x), &(pitch as i64), &(rows as i64), &mut out)?;
+        Rows::new(&tensor(dev, out, (x.b, x.n, pitch)).narrow(2, 0, x.d)?)
+    })
+}
+
+fn simt_labels<T: Element>(dev: &CudaDevice, x: &Rows, c: &Rows, metric: Metric, out: Labels<'_>) -> Result<()> {
     let (xs, cs) = (read(&x.tensor), read(&c.tensor));
     let (xs, cs) = (xs.view::<T>()?, cs.view::<T>()?);
-    let p = Prepared::new(dev, OP, &cs, c, metric)?;
-    let (tiles, block) = (elements(&[x.b, x.n.div_ceil(SIMT_ROWS)]), THREADS);
-    if metric == Metric::Manhattan {
-        launch!(dev, AssignSimt, "assign_simt_manhattan", T::SUFFIX, tiles, block;
-            &xs, &shape(x), &(c.n as i64), &p.mu, &p.moved, &p.bias, &p.largest, &p.copies, &(metric as i32),
-            &mut labels, &mut list, &mut listed)?;
-    } else {
-        launch!(dev, AssignSimt, "assign_simt_dot", T::SUFFIX, tiles, block;
-            &xs, &shape(x), &(c.n as i64), &p.mu, &p.moved, &p.bias, &p.largest, &p.copies, &(metric as i32),
-            &mut labels, &mut list, &mut listed)?;
-    }
+    let p = Prepared::new(dev, "labels", &cs, c, metric)?;
+    let tiles = elements(&[x.b, x.n.div_ceil(SIMT_ROWS)]);
+    let name = if metric == Metric::Manhattan { "assign_simt_manhattan" } else { "assign_simt_dot" };
+    launch!(dev, AssignSimt, name, T::SUFFIX, tiles, THREADS;
+        &xs, &shape(x), &(c.n as i64), &p.mu, &p.moved, &p.bias, &p.largest, &p.copies, &(metric as i32),
+        &mut *out.labels, &mut *out.list, &mut *out.listed)?;
     let blocks = elements(&[x.b, x.n.div_ceil(THREADS / WARP)]).min(RECHECK_BLOCKS);
     launch!(dev, AssignSimt, "recheck", T::SUFFIX, blocks, THREADS;
         &xs, &shape(x), &cs, &shape(c), &p.mu, &p.moved, &p.bias, &p.largest, &p.copies, &(metric as i32),
-        &mut labels, &list, &listed)?;
-    Ok(tensor(dev, labels, (x.b, x.n)))
+        &mut *out.labels, &*out.list, &*out.listed)
+}
+
+fn tensor_labels<T: Element>(
+    dev: &CudaDevice,
+    kernel: Assign,
+    half: CUtensorMapDataType,
+    x: &Rows,
+    c: &Rows,
+    metric: Metric,
+    out: Labels<'_>,
+) -> Result<()> {
+    let (xs, cs) = (read(&x.tensor), read(&c.tensor));
+    let (xs, cs) = (xs.view::<T>()?, cs.view::<T>()?);
+    let m = Moved::<T>::new(dev, "labels", &cs, c, metric)?;
+    let (k, pitch, padded, copies) = (c.n as i64, m.pitch as i64, m.padded as i64, m.copies as i64);
+    let scale = m.scale.as_ref().map(|s| s.slice(..));
+    let (stream, metric) = (dev.cuda_stream(), metric as i32);
+    let processors = stream.context().attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).w()?;
+    let processors = processors as usize;
+    if kernel == Assign::Sm90 {
+        let (steps, groups) = sm90_shape(x.d);
+        let address = |view: &CudaView<'_, T>| view.device_ptr(&stream).0;
+        let rows = TensorMap::new(half, address(&xs), [x.b, x.n, x.d], [x.batch_stride, x.row_stride], SM90_ROWS)?;
+        let moved = m.moved.slice(..);
+        let strides = [c.n * m.pitch, m.pitch];
+        let moved = TensorMap::new(half, address(&moved), [m.copies, c.n, x.d], strides, SM90_CENTROIDS)?;
+        let tiles = elements(&[x.b, x.n.div_ceil(SM90_ROWS * groups)]);
+        launch!(dev, AssignSm90, SM90_NAMES[steps], T::SUFFIX, tiles.min(processors), 128 * (groups + 1), SM90_SHARED;
+            &rows, &moved, &shape(x), &m.start, Nullable(&scale), &m.bounds, &k, &padded, &copies,
+            &mut *out.labels, &mut *out.list, &mut *out.listed)?;
+    } else {
+        let (tiles, shared) = (elements(&[x.b, x.n.div_ceil(SM80_ROWS)]), sm80_shared(x.d));
+        launch!(dev, AssignSm80, "assign_sm80", T::SUFFIX, tiles, SM80_ROWS, shared;
+            &xs, &shape(x), &cs, &shape(c), &m.moved, &m.start, Nullable(&scale), &m.bounds, &k, &pitch, &padded,
+            &copies, &metric, &mut *out.labels, &mut *out.list, &mut *out.listed)?;
+    }
+    let shared = sm80_shared(x.d) + 8 * (SM80_ROWS + SM80_QUEUE) + 128;
+    launch!(dev, AssignSm80, "recheck_sm80", T::SUFFIX, 2 * processors, SM80_ROWS, shared;
+        &xs, &shape(x), &cs, &shape(c), &m.moved, &m.start, Nullable(&scale), &m.bounds, &k, &pitch, &padded,
+        &copies, &metric, &mut *out.labels, &*out.list, &*out.listed)
+}
+
+/// The instances of `assign_sm90.cu` by their steps of 16 columns ([`sm90_shape`]).
+const SM90_NAMES: [&str; 33] = {
+    macro_rules! names {
+        ($($steps:literal)+) => {{
+            let mut names = [""; 33];
+            $(names[$steps] = concat!("assign_sm90_", $steps);)+
+            names
+        }};
+    }
+    names!(1 2 3 4 5 6 7 8 10 12 14 16 20 24 28 32)
+};
+
+/// Shared memory of a block of `assign_sm80.cu`: its ring, and chunks of rows, all of a tile's if they are not too many.
+fn sm80_shared(d: usize) -> usize {
+    let chunks = d.div_ceil(SM80_COLUMNS);
+    let chunks = if chunks <= 8 { chunks.max(SM80_STAGES) } else { SM80_STAGES };
+    2 * SM80_COLUMNS * (SM80_STAGES * SM80_CENTROIDS + chunks * SM80_ROWS) + 4 * SM80_STAGES * SM80_CENTROIDS
+}
+
+/// Centroids as tensor cores score them: see `kernels/tensor.cuh`.
+struct Moved<T: Element> {
+    moved: CudaSlice<T>,
+    start: CudaSlice<f32>,
+    scale: Option<CudaSlice<f32>>,
+    bounds: CudaSlice<f32>,
+    /// Elements from one centroid to the next, and centroids from one problem to the next in `start` and `scale`.
+    pitch: usize,
+    padded: usize,
+    /// 1 if all problems share their centroids, else the number of problems.
+    copies: usize,
+}
+
+/// Floats of `struct Bounds`.
+const BOUNDS: usize = 5;
+
+impl<T: Element> Moved<T> {
+    fn new(dev: &CudaDevice, op: &'static str, cs: &CudaView<'_, T>, c: &Rows, metric: Metric) -> Result<Self> {
+        let one = one_copy(c);
+        let (copies, k, d) = (one.b, c.n, c.d);
+        let (pitch, padded) = (d.next_multiple_of(8), k.next_multiple_of(TENSOR_CENTROIDS));
+        let mut mu = alloc::<T>(dev, op, elements(&[copies, d]))?;
+        let mut moved = alloc::<T>(dev, op, elements(&[copies, k, pitch]))?;
+        let mut start = alloc::<f32>(dev, op, elements(&[copies, padded]))?;
+        let scaled = metric == Metric::Cosine;
+        let mut scale = scaled.then(|| alloc::<f32>(dev, op, elements(&[copies, padded]))).transpose()?;
+        let mut bounds = zeros::<f32>(dev, op, elements(&[copies, BOUNDS]))?;
+        let columns = elements(&[copies, d.div_ceil(WARP)]);
+        let centred = metric == Metric::SquaredEuclidean;
+        launch!(dev, Norms, "prepare_origin", T::SUFFIX, columns, WARP * WARP;
+            cs, &shape(&one), &(centred as i32), &mut mu)?;
+        let blocks = elements(&[copies, padded]).div_ceil(THREADS / WARP);
+        {
+            let scale = scale.as_mut().map(|s| s.slice(..));
+            launch!(dev, Norms, "prepare_moved", T::SUFFIX, blocks, THREADS;
+                cs, &shape(&one), &(metric as i32), &mu, &(pitch as i64), &(padded as i64), &mut moved, &mut start,
+                Nullable(&scale), &mut bounds)?;
+        }
+        Ok(Self { moved, start, scale, bounds, pitch, padded, copies })
+    }
+}
+
+/// Centroids that all problems share as those of one.
+fn one_copy(c: &Rows) -> Rows {
+    Rows { b: if c.batch_stride == 0 { c.b.min(1) } else { c.b }, ..c.clone() }
 }
 
 /// Centroids as the filter scores them: moved by `mu` (or normalised), half their squares, and the largest norm.
@@ -59,9 +207,8 @@ struct Prepared<T: Element> {
 
 impl<T: Element> Prepared<T> {
     fn new(dev: &CudaDevice, op: &'static str, cs: &CudaView<'_, T>, c: &Rows, metric: Metric) -> Result<Self> {
-        let copies = if c.batch_stride == 0 { c.b.min(1) } else { c.b };
-        let (k, d) = (c.n, c.d);
-        let one = Rows { b: copies, ..c.clone() };
+        let one = one_copy(c);
+        let (copies, k, d) = (one.b, c.n, c.d);
         let mut mu = zeros::<T::Filter>(dev, op, elements(&[copies, d]))?;
         let mut moved = alloc::<T::Filter>(dev, op, elements(&[copies, k, d]))?;
         let mut bias = alloc::<T::Filter>(dev, op, elements(&[copies, k]))?;

@@ -5,12 +5,13 @@
 pub(crate) mod assign;
 pub(crate) mod update;
 
-use crate::{problem::Rows, Error, Result};
+use crate::{plan::Arch, problem::Rows, Error, Result};
 use candle_core::cuda_backend::{
     cudarc::{
         driver::{
-            sys::CUresult, CudaFunction, CudaModule, CudaSlice, CudaStream, CudaView, DeviceRepr, DriverError,
-            LaunchArgs, LaunchConfig, PushKernelArg, ValidAsZeroBits,
+            sys::{self, CUfunction_attribute, CUresult, CUtensorMap, CUtensorMapDataType},
+            CudaFunction, CudaModule, CudaSlice, CudaStream, CudaView, DeviceRepr, DriverError, LaunchArgs,
+            LaunchConfig, PushKernelArg, ValidAsZeroBits,
         },
         nvrtc::Ptx,
     },
@@ -18,26 +19,49 @@ use candle_core::cuda_backend::{
 };
 use candle_core::{Device, Shape, Storage, StorageRef, Tensor};
 use std::{
+    cell::RefCell,
     collections::HashMap,
+    mem::MaybeUninit,
     sync::{Arc, LazyLock, Mutex},
 };
+
+/// What chooses kernels.
+pub(crate) fn arch(dev: &CudaDevice) -> Result<Arch> {
+    let (major, minor) = dev.cuda_stream().context().compute_capability().w()?;
+    Ok(Arch::Cuda((10 * major + minor) as u32))
+}
+
+thread_local!(static LAUNCHES: RefCell<Option<Vec<String>>> = const { RefCell::new(None) });
+
+/// The kernels that this thread has launched since it last asked; the first call starts the record.
+pub fn launches() -> Vec<String> {
+    LAUNCHES.with(|l| l.borrow_mut().replace(vec![]).unwrap_or_default())
+}
 
 /// A stored number and the names it has in `kernels/`.
 trait Element: CudaDType + DeviceRepr {
     const SUFFIX: &'static str;
     /// The type that scores are filtered in.
     type Filter: CudaDType + DeviceRepr + ValidAsZeroBits;
+    /// As the elements of a [`TensorMap`]; none if tensor cores do not multiply them exactly.
+    const HALF: Option<CUtensorMapDataType>;
 }
 
 macro_rules! element {
-    ($($t:ty, $suffix:literal, $filter:ty;)+) => {
+    ($($t:ty, $suffix:literal, $filter:ty, $half:expr;)+) => {
         $(impl Element for $t {
             const SUFFIX: &'static str = $suffix;
             type Filter = $filter;
+            const HALF: Option<CUtensorMapDataType> = $half;
         })+
     };
 }
-element!(half::f16, "f16", f32; half::bf16, "bf16", f32; f32, "f32", f32; f64, "f64", f64;);
+element! {
+    half::f16, "f16", f32, Some(CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16);
+    half::bf16, "bf16", f32, Some(CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16);
+    f32, "f32", f32, None;
+    f64, "f64", f64, None;
+}
 
 /// Runs `$body` with `$t` standing for the Rust type of a float dtype.
 macro_rules! typed {
@@ -64,6 +88,8 @@ use typed;
 enum Image {
     Norms,
     AssignSimt,
+    AssignSm80,
+    AssignSm90,
     Sort,
     Update,
 }
@@ -73,6 +99,8 @@ impl Image {
         match self {
             Self::Norms => include_bytes!(concat!(env!("OUT_DIR"), "/norms.fatbin")),
             Self::AssignSimt => include_bytes!(concat!(env!("OUT_DIR"), "/assign_simt.fatbin")),
+            Self::AssignSm80 => include_bytes!(concat!(env!("OUT_DIR"), "/assign_sm80.fatbin")),
+            Self::AssignSm90 => include_bytes!(concat!(env!("OUT_DIR"), "/assign_sm90.fatbin")),
             Self::Sort => include_bytes!(concat!(env!("OUT_DIR"), "/sort.fatbin")),
             Self::Update => include_bytes!(concat!(env!("OUT_DIR"), "/update.fatbin")),
         }
@@ -91,6 +119,7 @@ static LOADED: LazyLock<Mutex<Loaded>> = LazyLock::new(Mutex::default);
 /// A kernel, ready to launch on a device's stream.
 struct Kernel {
     name: &'static str,
+    suffix: &'static str,
     function: CudaFunction,
     stream: Arc<CudaStream>,
 }
@@ -102,7 +131,7 @@ impl Kernel {
         let context = stream.context().cu_ctx() as usize;
         let mut loaded = LOADED.lock().unwrap_or_else(|e| e.into_inner());
         if let Some(function) = loaded.functions.get(&(context, name, suffix)) {
-            return Ok(Self { name, function: function.clone(), stream });
+            return Ok(Self { name, suffix, function: function.clone(), stream });
         }
         let failed = |e: DriverError| {
             let source = Err::<(), _>(e).w().unwrap_err();
@@ -120,29 +149,39 @@ impl Kernel {
         let full = if suffix.is_empty() { name.to_string() } else { format!("{name}_{suffix}") };
         let function = module.load_function(&full).map_err(failed)?;
         loaded.functions.insert((context, name, suffix), function.clone());
-        Ok(Self { name, function, stream })
+        Ok(Self { name, suffix, function, stream })
     }
 
     /// Launches; nothing if the grid is empty. Kernels loop over what a clamped grid does not cover.
-    fn run(&self, args: &mut LaunchArgs<'_>, grid: usize, block: usize) -> Result<()> {
+    fn run(&self, args: &mut LaunchArgs<'_>, grid: usize, block: usize, shared: usize) -> Result<()> {
         if grid == 0 {
             return Ok(());
         }
-        let (grid, block) = (grid.min(i32::MAX as usize) as u32, block as u32);
-        let config = LaunchConfig { grid_dim: (grid, 1, 1), block_dim: (block, 1, 1), shared_mem_bytes: 0 };
+        let (grid, block, shared) = (grid.min(i32::MAX as usize) as u32, block as u32, shared as u32);
+        LAUNCHES.with(|l| l.borrow_mut().iter_mut().for_each(|l| l.push(format!("{}_{}", self.name, self.suffix))));
+        let failed = |source| Error::Launch { kernel: self.name, grid, block, shared, source };
+        // More than a launch gets unasked.
+        if shared > 48 * 1024 {
+            let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            self.function.set_attribute(most, shared as i32).w().map_err(failed)?;
+        }
+        let config = LaunchConfig { grid_dim: (grid, 1, 1), block_dim: (block, 1, 1), shared_mem_bytes: shared };
         // SAFETY: `launch!` passes the parameters of the kernel in its order, as views into live allocations of this
         // device or plain values, and every kernel stays inside the sizes it is given.
-        let launched = unsafe { args.launch(config) }.w();
-        launched.map_err(|source| Error::Launch { kernel: self.name, grid, block, shared: 0, source })?;
+        unsafe { args.launch(config) }.w().map_err(failed)?;
         Ok(())
     }
 }
 
-/// `launch!(device, image, "name", suffix, grid, block; arguments..)?`: arguments are references, in the kernel's order.
+/// `launch!(device, image, name, suffix, grid, block, shared; arguments..)?`: arguments are references, in the kernel's
+/// order; `shared` is dynamic memory in bytes and may be left out.
 macro_rules! launch {
-    ($dev:expr, $image:ident, $name:literal, $suffix:expr, $grid:expr, $block:expr; $($arg:expr),+ $(,)?) => {{
+    ($dev:expr, $image:ident, $name:expr, $suffix:expr, $grid:expr, $block:expr; $($arg:expr),+ $(,)?) => {
+        $crate::cuda::launch!($dev, $image, $name, $suffix, $grid, $block, 0; $($arg),+)
+    };
+    ($dev:expr, $image:ident, $name:expr, $suffix:expr, $grid:expr, $block:expr, $shared:expr; $($arg:expr),+ $(,)?) => {{
         let kernel = $crate::cuda::Kernel::get($dev, $crate::cuda::Image::$image, $name, $suffix)?;
-        kernel.run(kernel.stream.launch_builder(&kernel.function)$(.arg($arg))+, $grid, $block)
+        kernel.run(kernel.stream.launch_builder(&kernel.function)$(.arg($arg))+, $grid, $block, $shared)
     }};
 }
 use launch;
@@ -158,6 +197,51 @@ unsafe impl<'a, 'b: 'a, T> PushKernelArg<Nullable<'b, T>> for LaunchArgs<'a> {
             Some(view) => self.arg(view),
             None => self.arg(&NULL),
         }
+    }
+}
+
+/// What the copy engine reads: a tensor of rows under the swizzle of `kernels/ptx.cuh`.
+#[repr(transparent)]
+struct TensorMap(CUtensorMap);
+
+// SAFETY: plain words, passed by value as the kernels declare them.
+unsafe impl DeviceRepr for TensorMap {}
+
+impl TensorMap {
+    /// Boxes of `rows` rows and 64 columns of `(b, n, d)` halves at `address`; strides are in elements, multiples of 8.
+    fn new(
+        half: CUtensorMapDataType,
+        address: u64,
+        [b, n, d]: [usize; 3],
+        strides: [usize; 2],
+        rows: usize,
+    ) -> Result<Self> {
+        let mut map = MaybeUninit::uninit();
+        let sizes = [d, n, b].map(|size| size as u64);
+        // A step that is never taken has to be a step all the same.
+        let row = if n > 1 { strides[1] } else { d.next_multiple_of(8) };
+        let steps = [row, if b > 1 { strides[0] } else { row * n }].map(|step| 2 * step as u64);
+        let (boxes, every) = ([64, rows as u32, 1], [1; 3]);
+        // SAFETY: writes `map` and reads three-element arrays; the address is only recorded.
+        let status = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                map.as_mut_ptr(),
+                half,
+                3,
+                address as *mut _,
+                sizes.as_ptr(),
+                steps.as_ptr(),
+                boxes.as_ptr(),
+                every.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        status.result().w()?;
+        // SAFETY: written, or there would have been an error.
+        Ok(Self(unsafe { map.assume_init() }))
     }
 }
 

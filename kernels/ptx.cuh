@@ -1,0 +1,160 @@
+// Hopper's own instructions: barriers in shared memory, bulk tensor copies, warpgroup matrix products.
+#pragma once
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+#include <type_traits>
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// ---- Loads and stores by address.
+
+__device__ __forceinline__ uint4 load_words(uint32_t from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
+    return v;
+}
+__device__ __forceinline__ uint2 load_two_words(uint32_t from) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ float2 load_floats(uint32_t from) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from));
+    return v;
+}
+__device__ __forceinline__ void store_shared(uint32_t to, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t to, uint32_t u, uint32_t v) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(u), "r"(v) : "memory");
+}
+
+// ---- mbarriers: a phase completes when its arrivals and its announced bytes are in. Waiting is by the phase's parity.
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+/// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void barrier_init_done() {
+    asm volatile("fence.mbarrier_init.release.cluster;");
+    asm volatile("fence.proxy.async.shared::cta;");
+}
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// ---- Named barriers among `threads` threads: `give` arrives, `take` arrives and waits.
+
+__device__ __forceinline__ void take_turn(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void give_turn(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+template <int N>
+__device__ __forceinline__ void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+__device__ __forceinline__ void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// ---- Bulk copies to shared memory, counted in bytes by `barrier`.
+
+/// The box at (column, row, problem) of a three-dimensional tensor; what lies outside the tensor arrives as zeros.
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row,
+                                         int problem) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+        "[%2];" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(problem)
+        : "memory");
+}
+__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+// ---- Warpgroup matrix products. Operands in shared memory are rows of 64 halves under the 128-byte swizzle: 16-byte
+// piece p of row r lies at 128 r + 16 (p ^ (r % 8)).
+
+__device__ __forceinline__ void load_fragment(uint32_t (&a)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"(address));
+}
+
+/// The descriptor of an operand: address, 1024 bytes between groups of eight rows, 128-byte swizzle.
+__device__ __forceinline__ uint64_t operand(uint32_t address) {
+    return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(64) << 32 | uint64_t(1) << 62;
+}
+
+__device__ __forceinline__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+/// Waits until at most `N` committed groups are under way.
+template <int N>
+__device__ __forceinline__ void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+/// Keeps the compiler from moving uses of accumulators over a fence or a wait.
+template <int N>
+__device__ __forceinline__ void pin(float (&acc)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+}
+
+#define TEN(n) "%" #n "0, %" #n "1, %" #n "2, %" #n "3, %" #n "4, %" #n "5, %" #n "6, %" #n "7, %" #n "8, %" #n "9, "
+#define EIGHT(acc, i)                                                                                                  \
+    "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]), "+f"(acc[i + 5]),            \
+        "+f"(acc[i + 6]), "+f"(acc[i + 7])
+#define SIXTY_FOUR(acc)                                                                                                \
+    EIGHT(acc, 0), EIGHT(acc, 8), EIGHT(acc, 16), EIGHT(acc, 24), EIGHT(acc, 32), EIGHT(acc, 40), EIGHT(acc, 48),      \
+        EIGHT(acc, 56)
+#define PRODUCT(type, from, operands, ...)                                                                             \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                          \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63}, " from \
+                 ", 1, 1, 1, " operands ";"                                                                            \
+                 : SIXTY_FOUR(acc)                                                                                     \
+                 : __VA_ARGS__)
+
+/// acc += a b^T for 64 rows in registers and 128 rows in shared memory, 16 columns of each.
+template <class T>
+__device__ __forceinline__ void multiply(float (&acc)[64], const uint32_t (&a)[4], uint64_t b) {
+    if constexpr (std::is_same_v<T, __half>) {
+        PRODUCT("f16", "{%64, %65, %66, %67}, %68", "0", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    } else {
+        PRODUCT("bf16", "{%64, %65, %66, %67}, %68", "0", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    }
+}
+/// The same with the 64 rows in shared memory too.
+template <class T>
+__device__ __forceinline__ void multiply(float (&acc)[64], uint64_t a, uint64_t b) {
+    if constexpr (std::is_same_v<T, __half>) {
+        PRODUCT("f16", "%64, %65", "0, 0", "l"(a), "l"(b));
+    } else {
+        PRODUCT("bf16", "%64, %65", "0, 0", "l"(a), "l"(b));
+    }
+}
+#undef TEN
+#undef EIGHT
+#undef SIXTY_FOUR
+#undef PRODUCT

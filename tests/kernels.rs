@@ -1,0 +1,155 @@
+//! Every assignment kernel, by name, whatever the plan would choose: the same exact labels from all.
+
+mod common;
+
+use candle_core::{DType, Tensor};
+use candle_flash_kmeans::{assign, testing, KMeans, Metric};
+use common::*;
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+
+/// Assigns on every device with every kernel that can, and compares with the specification.
+#[track_caller]
+fn check(x: &Tensor, c: &Tensor, metric: Metric, what: &str) {
+    let want = spec_labels(x, c, metric);
+    for device in devices() {
+        let (x, c) = (x.to_device(&device).unwrap(), c.to_device(&device).unwrap());
+        for kernel in testing::candidates(&x, metric).unwrap() {
+            testing::force(Some(kernel));
+            testing::launches();
+            let labels = assign(&x, &c, metric).unwrap();
+            let launched = testing::launches();
+            testing::force(None);
+            let what = format!("{what}: {:?} {:?} {:?} {metric:?} by {kernel}", x.dims(), c.dims(), x.dtype());
+            let wrong = u32s(&labels).iter().zip(&want).filter(|(a, b)| a != b).count();
+            assert_eq!(wrong, 0, "{what}: of {} labels", want.len());
+            assert_eq!(launched.iter().any(|l| l.starts_with(kernel)), device.is_cuda(), "{what}: {launched:?}");
+        }
+    }
+}
+
+const HALVES: [DType; 2] = [DType::F16, DType::BF16];
+
+/// Values as a network makes them, blobs around 20, and clusters so tight and far out that most rows are near-ties.
+fn kinds(shape: &[usize], dtype: DType, rng: &mut ChaCha8Rng) -> Vec<(&'static str, Tensor)> {
+    vec![
+        ("uniform", uniform(shape, 0.0, 1.0, dtype, rng)),
+        ("offset", uniform(shape, 20.0, 1.0, dtype, rng)),
+        ("tight", uniform(shape, 100.0, 0.3, dtype, rng)),
+        ("whole", integers(shape, 2, dtype, rng)),
+    ]
+}
+
+#[test]
+fn every_width() {
+    let mut rng = rng(31);
+    let widths = [
+        1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 80, 81, 96, 100, 112, 127, 128, 129, 144, 160,
+        161, 192, 200, 224, 255, 256, 257, 300, 320, 384, 400, 448, 511, 512, 513, 640,
+    ];
+    for (i, d) in widths.into_iter().enumerate() {
+        let dtype = HALVES[i % 2];
+        for (j, (kind, x)) in kinds(&[200, d], dtype, &mut rng).into_iter().enumerate() {
+            let metric = METRICS[(i + j) % 3];
+            let c = kinds(&[129, d], dtype, &mut rng).swap_remove(j).1;
+            check(&x, &c, metric, kind);
+        }
+    }
+}
+
+#[test]
+fn every_height() {
+    let mut rng = rng(32);
+    for (i, n) in [1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 383, 385, 1000].into_iter().enumerate() {
+        for k in [1, 2, 3, 63, 64, 65, 127, 128, 129, 255, 257, 1000] {
+            let dtype = HALVES[(i + k) % 2];
+            let (x, c) = (uniform(&[n, 24], 3.0, 1.0, dtype, &mut rng), uniform(&[k, 24], 3.0, 1.0, dtype, &mut rng));
+            check(&x, &c, METRICS[(i + k) % 3], "heights");
+        }
+    }
+}
+
+#[test]
+fn batches_and_layouts() {
+    let mut rng = rng(33);
+    for (b, n, k, d) in [(3, 100, 40, 64), (150, 30, 20, 40), (2, 500, 130, 136), (5, 1, 1, 16), (700, 3, 5, 8)] {
+        for dtype in HALVES {
+            let x = uniform(&[b, n, d], 20.0, 1.0, dtype, &mut rng);
+            let own = uniform(&[b, k, d], 20.0, 1.0, dtype, &mut rng);
+            let metric = METRICS[rng.random_range(0..3)];
+            check(&x, &own, metric, "own centroids");
+            check(&x, &own.narrow(0, 0, 1).unwrap().squeeze(0).unwrap(), metric, "shared centroids");
+        }
+    }
+    // (batch, position, head, column): what a model's keys are before they are made contiguous.
+    for d in [64, 60] {
+        let x = uniform(&[2, 90, 3, d], 0.0, 1.0, DType::F16, &mut rng);
+        let c = uniform(&[2, 3, 33, d], 0.0, 1.0, DType::F16, &mut rng);
+        check(&x.transpose(1, 2).unwrap(), &c, Metric::Cosine, "heads in the middle");
+        for laid in layouts(&x.narrow(2, 0, 1).unwrap().squeeze(2).unwrap().contiguous().unwrap()) {
+            let c = c.narrow(1, 0, 1).unwrap().squeeze(1).unwrap();
+            check(&laid.view, &c, Metric::SquaredEuclidean, &laid.name);
+        }
+    }
+}
+
+#[test]
+fn ties_and_duplicates() {
+    let mut rng = rng(34);
+    for (n, k, d) in [(300, 400usize, 64), (200, 1024, 128), (100, 130, 256), (150, 300, 20), (70, 200, 512)] {
+        for dtype in HALVES {
+            let few = integers(&[k.div_ceil(3), d], 1, dtype, &mut rng);
+            let c = Tensor::cat(&[&few, &few, &few], 0).unwrap().narrow(0, 0, k).unwrap();
+            for metric in [Metric::SquaredEuclidean, Metric::Dot, Metric::Cosine] {
+                check(&integers(&[n, d], 1, dtype, &mut rng), &c, metric, "duplicates");
+                check(&integers(&[n, d], 1, dtype, &mut rng).zeros_like().unwrap(), &c, metric, "zeros");
+            }
+        }
+    }
+}
+
+/// Ends of the range of both types, where squares overflow f32 or vanish, and rows of no finite distance.
+#[test]
+fn extremes() {
+    let mut rng = rng(35);
+    for (dtype, scales) in [(DType::F16, vec![6e4, 1.0, 1e-4, 6e-8]), (DType::BF16, vec![1e38, 1e19, 1e-19, 1e-38])] {
+        for scale in scales {
+            for metric in [Metric::SquaredEuclidean, Metric::Dot, Metric::Cosine] {
+                let x = uniform(&[100, 40], 0.0, scale, dtype, &mut rng);
+                check(&x, &uniform(&[150, 40], 0.0, scale, dtype, &mut rng), metric, "scale");
+            }
+        }
+        let mut x = vec![0.5; 65 * 24];
+        (x[24 * 3], x[24 * 10 + 5], x[24 * 64 + 23]) = (f64::NAN, f64::INFINITY, f64::NEG_INFINITY);
+        let x = tensor(&[65, 24], dtype, |i| x[i]);
+        let c = uniform(&[200, 24], 0.0, 1.0, dtype, &mut rng);
+        check(&x, &c, Metric::SquaredEuclidean, "not finite");
+    }
+}
+
+/// A plan names the kernel that runs, and says when rows have to be copied for it.
+#[test]
+fn plans_name_what_runs() {
+    for device in devices() {
+        for (dtype, d, strange) in [(DType::F16, 64, false), (DType::BF16, 65, true), (DType::F32, 64, false)] {
+            let x = uniform(&[300, d], 0.0, 1.0, dtype, &mut rng(36)).to_device(&device).unwrap();
+            for kernel in testing::candidates(&x, Metric::SquaredEuclidean).unwrap() {
+                testing::force(Some(kernel));
+                let settings = KMeans::new(5).max_iters(2);
+                let plan = settings.plan(&x).unwrap();
+                testing::launches();
+                settings.fit(&x).unwrap();
+                let launched = testing::launches();
+                testing::force(None);
+                assert_eq!(plan.assign, kernel);
+                assert_eq!(plan.pack, strange && kernel.contains("_sm"));
+                let packs = launched.iter().filter(|l| l.starts_with("pack")).count();
+                assert_eq!(packs, plan.pack as usize, "once for all iterations: {launched:?}");
+                if device.is_cuda() {
+                    let ran = |l: &&String| l.starts_with("assign_");
+                    assert!(launched.iter().filter(ran).all(|l| l.starts_with(kernel)), "{launched:?}");
+                }
+            }
+        }
+    }
+}
