@@ -4,7 +4,7 @@
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::{assign, cluster_means, Init, KMeans, Metric};
+use candle_flash_kmeans::{assign, cluster_means, testing, Init, KMeans, Metric};
 use clap::{Parser, ValueEnum};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -21,6 +21,8 @@ enum Op {
     Update,
     /// A whole fit from k rows of x, never stopped early by `tol`.
     Fit,
+    /// Every kernel that can assign, on a grid of shapes, beside the one that the plan chooses.
+    Tune,
 }
 
 #[derive(Parser)]
@@ -84,6 +86,9 @@ fn main() -> Result<()> {
         "cuda" => Device::new_cuda(0).context("--device cuda needs a GPU and a build with --features cuda")?,
         other => bail!("--device {other} is not cpu or cuda"),
     };
+    if args.op == Op::Tune {
+        return tune(&args, &device);
+    }
     let x = data(&args)?.to_device(&device)?;
     let (b, n, d) = x.dims3()?;
     ensure!(args.k >= 1 && args.k <= n, "--k {} is outside 1..={n}", args.k);
@@ -200,6 +205,57 @@ fn data(args: &Args) -> Result<Tensor> {
         }
     });
     Ok(Tensor::from_vec(rows, (b, n, d), &Device::Cpu)?.to_dtype(args.dtype)?)
+}
+
+/// What the rules of the plan are made from: they should choose within 5 % of the best kernel at every shape.
+fn tune(args: &Args, device: &Device) -> Result<()> {
+    let sizes = [
+        (1, 1 << 20, 4096),
+        (1, 1 << 18, 1024),
+        (1, 1 << 20, 256),
+        (32, 16384, 1024),
+        (256, 4096, 256),
+        (64, 2048, 64),
+        (1, 4096, 64),
+        (1, 300, 20),
+    ];
+    let (mut shapes, mut worst) = (0, 1.0f64);
+    for d in [4, 16, 32, 64, 80, 96, 128, 256, 512, 768] {
+        for (b, n, k) in sizes {
+            let x = Tensor::randn(0f32, 1.0, (b, n, d), device)?.to_dtype(args.dtype)?;
+            let centroids = x.narrow(1, 0, k)?.contiguous()?;
+            let mut ms = vec![];
+            for kernel in testing::candidates(&x, args.metric)? {
+                testing::force(Some(kernel));
+                let run = || -> Result<f64> {
+                    let t = Instant::now();
+                    assign(&x, &centroids, args.metric)?;
+                    device.synchronize()?;
+                    Ok(t.elapsed().as_secs_f64() * 1e3)
+                };
+                run()?;
+                let mut times = (0..args.reps.max(1)).map(|_| run()).collect::<Result<Vec<_>>>()?;
+                times.sort_by(f64::total_cmp);
+                ms.push((kernel, times[times.len() / 2]));
+            }
+            testing::force(None);
+            let chosen = KMeans::new(k).metric(args.metric).plan(&x)?.assign;
+            let of = |name: &str| ms.iter().find(|(kernel, _)| *kernel == name).map(|(_, ms)| *ms);
+            let best = ms.iter().map(|(_, ms)| *ms).fold(f64::INFINITY, f64::min);
+            let over_best = of(chosen).context("the plan chooses one of the candidates")? / best;
+            (shapes, worst) = (shapes + 1, worst.max(over_best));
+            let ms: serde_json::Map<String, Value> = ms.into_iter().map(|(k, v)| (k.to_string(), json!(v))).collect();
+            println!(
+                "{}",
+                json!({
+                    "op": "tune", "device": args.device, "b": b, "n": n, "k": k, "d": d, "dtype": args.dtype.as_str(),
+                    "metric": args.metric.name(), "ms": ms, "chosen": chosen, "over_best": over_best,
+                })
+            );
+        }
+    }
+    eprintln!("{shapes} shapes; at worst the plan takes {worst:.2} times as long as the best kernel");
+    Ok(())
 }
 
 fn random_labels(b: usize, n: usize, k: usize, seed: u64) -> Tensor {

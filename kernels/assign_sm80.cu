@@ -311,7 +311,7 @@ __device__ __forceinline__ float search_tile(const Shared& s, Search (&found)[SL
 /// Turns what a warp found into labels and list entries: of the four lanes that share rows, each settles one.
 template <class T>
 __device__ __forceinline__ void write_labels(Search (&found)[SLOTS], float squares, const Rows& r, int64_t b,
-                                             int64_t first_row, const Moved<T>& c, uint32_t* labels, uint32_t* list,
+                                             int64_t first_row, const Moved<T>& c, uint32_t* labels, Listed* list,
                                              uint32_t* listed) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, quad = lane % 4;
     float top = 0, second = 0;
@@ -327,7 +327,9 @@ __device__ __forceinline__ void write_labels(Search (&found)[SLOTS], float squar
     const int64_t row = first_row + warp * WARP_ROWS + row_of_warp;
     if (row >= r.n) return;
     labels[b * r.n + row] = top > -INFINITY && column < c.k ? column : 0;
-    if (!(top - second > margin(mine, r.d, *c.bounds))) list[b * r.n + atomicAdd(&listed[b], 1)] = row;
+    if (!(top - second > margin(mine, r.d, *c.bounds))) {
+        list[b * r.n + atomicAdd(&listed[b], 1)] = {uint32_t(row), top};
+    }
 }
 
 // ---- Recheck.
@@ -347,72 +349,52 @@ __device__ __forceinline__ uint4 piece_of(const T* row, int64_t piece, int64_t d
 }
 
 /// What a block of `recheck` keeps of its rows.
-struct Listed {
+struct Held {
     float* limit;     // the score below which a column cannot be the label
     uint32_t* index;  // of the row
     uint2* queue;     // (row of the tile, column) pairs that wait for `settle`
     uint32_t* queued;
 
-    __device__ __forceinline__ explicit Listed(uint8_t* at)
+    __device__ __forceinline__ explicit Held(uint8_t* at)
         : limit(reinterpret_cast<float*>(at)),
           index(reinterpret_cast<uint32_t*>(limit + SM80_ROWS)),
           queue(reinterpret_cast<uint2*>(index + SM80_ROWS)),
           queued(reinterpret_cast<uint32_t*>(queue + QUEUE)) {}
 };
 
-/// Scores each row of the tile against the label it has now, whatever that is, four lanes a row.
+/// The score that a column must reach to be a candidate for a row of the tile, four lanes a row.
 template <class T>
-__device__ __forceinline__ void find_limits(const Listed& of, const T* x, const Rows& r, int64_t b, const Moved<T>& c,
-                                            const uint32_t* labels, int live_rows) {
+__device__ __forceinline__ void find_limits(const Held& of, const T* x, const Rows& r, int64_t b, const Moved<T>& c,
+                                            int live_rows) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, part = lane % 4;
     for (int at = lane / 4; at < WARP_ROWS; at += WARP / 4) {
         const int row = warp * WARP_ROWS + at;
-        const bool live = row < live_rows;
-        const int64_t index = of.index[live ? row : 0];
-        uint32_t label = 0;
-        // Others may change it meanwhile: one lane reads it for all four.
-        if (part == 0) label = *(const volatile uint32_t*)&labels[b * r.n + index];
-        label = __shfl_sync(~0u, label, lane & ~3);
-        const T *values = row_of(x, r, b, index), *centroid = c.moved + label * c.pitch;
-        float dot = 0, squares = 0;
+        const T* values = row_of(x, r, b, of.index[row < live_rows ? row : 0]);
+        float squares = 0;
 #pragma unroll 4
-        for (int64_t piece = part; piece * PIECE < r.d; piece += 4) {
-            const uint4 u = piece_of(values, piece, r.d);
-            const uint4 v = __ldg(reinterpret_cast<const uint4*>(centroid) + piece);
-            const uint32_t us[4] = {u.x, u.y, u.z, u.w}, vs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float2 p = wide_pair(us[i], T()), q = wide_pair(vs[i], T());
-                dot = fmaf(p.x, q.x, fmaf(p.y, q.y, dot));
-                squares = fmaf(p.x, p.x, fmaf(p.y, p.y, squares));
-            }
-        }
-        for (int lanes = 1; lanes < 4; lanes *= 2) {
-            dot += __shfl_xor_sync(~0u, dot, lanes), squares += __shfl_xor_sync(~0u, squares, lanes);
-        }
-        const float score = fmaf(dot, c.scale ? __ldg(c.scale + label) : 1, __ldg(c.start + label));
-        if (part == 0) of.limit[row] = score - margin(squares, r.d, *c.bounds);
+        for (int64_t piece = part; piece * PIECE < r.d; piece += 4) squares += piece_squares<T>(piece_of(values, piece, r.d));
+        for (int lanes = 1; lanes < 4; lanes *= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
+        if (part == 0) of.limit[row] -= margin(squares, r.d, *c.bounds);
     }
 }
 
 /// Settles one tile of listed rows over the tiles `first` to `last` of the centroids.
 template <class T>
-__device__ __forceinline__ void recheck_tile(const Shared& s, const Listed& of, const T* x, const Rows& r,
+__device__ __forceinline__ void recheck_tile(const Shared& s, const Held& of, const T* x, const Rows& r,
                                              const T* centroids, const Rows& cr, int64_t b, const Moved<T>& c,
-                                             int metric, uint32_t* labels, const uint32_t* list, int live_rows,
+                                             int metric, uint32_t* labels, const Listed* list, int live_rows,
                                              int first, int last) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const auto settle_one = [&](int row, uint32_t column) {
         const int64_t index = of.index[row];
-        uint32_t* label = &labels[b * r.n + index];
-        if (*(volatile uint32_t*)label == column) return;
-        settle(metric, row_of(x, r, b, index), cr, centroids, b, r.d, column, label);
+        settle(metric, row_of(x, r, b, index), cr, centroids, b, r.d, column, &labels[b * r.n + index]);
     };
     __syncthreads();  // the last tile's are read
-    of.index[threadIdx.x] = threadIdx.x < live_rows ? list[threadIdx.x] : 0;
+    const Listed mine = threadIdx.x < live_rows ? list[threadIdx.x] : Listed{0, INFINITY};
+    of.index[threadIdx.x] = mine.row, of.limit[threadIdx.x] = mine.top;
     if (threadIdx.x == 0) *of.queued = 0;
     __syncthreads();
-    find_limits(of, x, r, b, c, labels, live_rows);
+    find_limits(of, x, r, b, c, live_rows);
     __syncwarp();
     float limit[SLOTS];
 #pragma unroll
@@ -459,9 +441,9 @@ __device__ __forceinline__ int splits_of(int64_t row_tiles, int64_t tiles, int64
 }
 
 template <class T>
-__device__ __forceinline__ void recheck_problem(const Shared& s, const Listed& of, const T* x, const Rows& r,
+__device__ __forceinline__ void recheck_problem(const Shared& s, const Held& of, const T* x, const Rows& r,
                                                 const T* centroids, const Rows& cr, int64_t b, const Moved<T>& c,
-                                                int metric, uint32_t* labels, const uint32_t* list, int64_t listed,
+                                                int metric, uint32_t* labels, const Listed* list, int64_t listed,
                                                 int64_t share, int64_t shares) {
     const int64_t row_tiles = (listed + SM80_ROWS - 1) / SM80_ROWS, tiles = (c.k + CENTROIDS - 1) / CENTROIDS;
     const int splits = splits_of(row_tiles, tiles, shares);
@@ -479,7 +461,7 @@ __device__ __forceinline__ void recheck_problem(const Shared& s, const Listed& o
     extern "C" __global__ void __launch_bounds__(BLOCK, ASSIGN_RESIDENT)                                                 \
         assign_sm80_##name(const T* x, Rows r, const T* centroids, Rows cr, const T* moved, const float* start,        \
                            const float* scale, const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded,         \
-                           int64_t copies, int metric, uint32_t* labels, uint32_t* list, uint32_t* listed) {           \
+                           int64_t copies, int metric, uint32_t* labels, Listed* list, uint32_t* listed) {             \
         extern __shared__ __align__(128) uint8_t raw[];                                                                \
         const Shared s(raw, 0);                                                                                        \
         const int64_t tiles = (r.n + SM80_ROWS - 1) / SM80_ROWS;                                                       \
@@ -498,11 +480,11 @@ Search found[SLOTS];                                                            
     extern "C" __global__ void __launch_bounds__(BLOCK, RECHECK_RESIDENT)                                                \
         recheck_sm80_##name(const T* x, Rows r, const T* centroids, Rows cr, const T* moved, const float* start,       \
                             const float* scale, const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded,        \
-                            int64_t copies, int metric, uint32_t* labels, const uint32_t* list,                        \
+                            int64_t copies, int metric, uint32_t* labels, const Listed* list,                          \
                             const uint32_t* listed) {                                                                  \
         extern __shared__ __align__(128) uint8_t raw[];                                                                \
         const Shared s(raw, LISTED_BYTES);                                                                             \
-        const Listed of(s.added);                                                                                      \
+        const Held of(s.added);                                                                                        \
         const int64_t shares = gridDim.x > r.b ? gridDim.x / r.b : 1, step = gridDim.x / shares;                       \
         for (int64_t first = blockIdx.x / shares; first < r.b; first += step * BLOCK) {                                \
             const int64_t mine = first + threadIdx.x * step;                                                           \

@@ -82,22 +82,30 @@ struct Search {
     }
 };
 
-/// The best centroid of a row, and how far it is ahead of all others.
+/// The best score of a row, what no other score is above, and the winner's column, which is its only if it is ahead.
 struct Found {
-    float lead;
+    float top, second;
     int column;
 };
+
+__device__ __forceinline__ void store_shared(uint32_t to, Found f) {
+    store_shared(to, __float_as_uint(f.top)), store_shared(to + 4, __float_as_uint(f.second));
+    store_shared(to + 8, uint32_t(f.column));
+}
+__device__ __forceinline__ Found load_found(uint32_t from) {
+    return {__uint_as_float(load_word(from)), __uint_as_float(load_word(from + 4)), int(load_word(from + 8))};
+}
 
 /// The parts of shared memory, as addresses.
 template <class S>
 struct Shared {
-    uint32_t rows, ring, start, scale, zeros, found, squares, barriers;
+    uint32_t rows, ring, start, scale, zeros, found, barriers;
 
     __device__ explicit Shared(const uint8_t* raw) {
         rows = (shared_address(raw) + 1023) / 1024 * 1024, ring = rows + S::GROUPS * S::SLOT_BYTES;
         start = ring + S::STAGES * S::STAGE_BYTES, scale = start + S::VECTORS * S::VECTOR_BYTES;
         zeros = scale + S::VECTORS * S::VECTOR_BYTES, found = zeros + S::VECTOR_BYTES;
-        squares = found + 2 * S::ROWS * 8, barriers = squares + 2 * S::ROWS * 4;
+        barriers = found + 2 * S::ROWS * sizeof(Found);
     }
     /// A stage of the ring has its bytes; its readers are done.
     __device__ uint32_t full(int stage) const { return barriers + 8 * stage; }
@@ -296,8 +304,7 @@ __device__ void search(const Shared<S>& s, const Rows& r, bool scaled, int64_t k
                 if (t > top || (t == top && c < column)) top = t, column = c;
             }
             const int row = group * SLOT + warp * 16 + lane / 4 + i * 8;
-            const uint32_t to = s.found + (out.at * S::ROWS + row) * 8;
-            if (quad == 0) store_shared(to, __float_as_uint(top - second), uint32_t(column));
+            if (quad == 0) store_shared(s.found + (out.at * S::ROWS + row) * sizeof(Found), Found{top, second, column});
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(s.found_full(out.at, group));
@@ -331,8 +338,8 @@ __device__ __forceinline__ float sum_of_squares(uint32_t slot, int row) {
 }
 
 template <class T, class S>
-__device__ void finish(const Shared<S>& s, const Rows& r, const Bounds* bounds, int64_t copies, uint32_t* labels,
-                       uint32_t* list, uint32_t* listed) {
+__device__ void finish(const Shared<S>& s, const Rows& r, const Bounds* bounds, int64_t copies, int64_t k,
+                       uint32_t* labels, Listed* list, uint32_t* listed) {
     const int band = (threadIdx.x / 32 - FINISH) * 32 + threadIdx.x % 32;  // the lane's row of a slot
     static_assert(FINISHERS * 32 == SLOT, "a lane to a row");
     float squares[S::GROUPS];
@@ -360,14 +367,14 @@ __device__ void finish(const Shared<S>& s, const Rows& r, const Bounds* bounds, 
         for (int group = 0; group < S::GROUPS; ++group) {
             const float next = work.more() ? look(group) : 0;
             barrier_wait(s.found_full(in.at, group), in.parity);
-            const uint2 f = load_two_words(s.found + (in.at * S::ROWS + group * SLOT + band) * 8);
+            const Found f = load_found(s.found + (in.at * S::ROWS + group * SLOT + band) * sizeof(Found));
             __syncwarp();
             if (threadIdx.x % 32 == 0) barrier_arrive(s.found_empty(in.at, group));
             const int64_t row = first + group * SLOT + band;
             if (row < r.n) {
-                labels[b * r.n + row] = f.y;
-                if (!(__uint_as_float(f.x) > margin(squares[group], r.d, of, WGMMA_LOSS))) {
-                    list[b * r.n + atomicAdd(&listed[b], 1)] = uint32_t(row);
+                labels[b * r.n + row] = f.column < k ? f.column : 0;  // a tie may name a column that is not there
+                if (!(f.top - f.second > margin(squares[group], r.d, of, WGMMA_LOSS))) {
+                    list[b * r.n + atomicAdd(&listed[b], 1)] = {uint32_t(row), f.top};
                 }
             }
             squares[group] = next;
@@ -378,7 +385,7 @@ __device__ void finish(const Shared<S>& s, const Rows& r, const Bounds* bounds, 
 template <class T, class S>
 __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtensorMap* centroid_map, const Rows& r,
                                        const float* start, const float* scale, const Bounds* bounds, int64_t k,
-                                       int64_t padded, int64_t copies, uint32_t* labels, uint32_t* list,
+                                       int64_t padded, int64_t copies, uint32_t* labels, Listed* list,
                                        uint32_t* listed) {
     extern __shared__ uint8_t raw[];
     const Shared<S> s(raw);
@@ -387,7 +394,7 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
     if (threadIdx.x < 128) {
         fewer_registers<S::FEW>();
         const int warp = threadIdx.x / 32;
-        if (warp >= FINISH) finish<T, S>(s, r, bounds, copies, labels, list, listed);
+        if (warp >= FINISH) finish<T, S>(s, r, bounds, copies, k, labels, list, listed);
         if (threadIdx.x == 32 * FEED_ROWS) feed_rows<S>(s, row_map, r);
         if (threadIdx.x == 32 * FEED_CENTROIDS) feed_centroids<S>(s, centroid_map, r, start, scale, k, padded, copies);
     } else {
@@ -400,7 +407,7 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
     extern "C" __global__ void __launch_bounds__(128 * (groups + 1), 1) assign_sm90_##steps##_##name(                  \
         const __grid_constant__ CUtensorMap row_map, const __grid_constant__ CUtensorMap centroid_map, Rows r,         \
         const float* start, const float* scale, const Bounds* bounds, int64_t k, int64_t padded, int64_t copies,       \
-        uint32_t* labels, uint32_t* list, uint32_t* listed) {                                                          \
+        uint32_t* labels, Listed* list, uint32_t* listed) {                                                            \
         assign<T, Shape<steps, groups>>(&row_map, &centroid_map, r, start, scale, bounds, k, padded, copies, labels,   \
                                         list, listed);                                                                 \
     }

@@ -98,13 +98,21 @@ __device__ void origin(const T* c, const Rows& r, bool centred, T* mu) {
 /// A bound is at least the value, and +inf if that is not a number.
 __device__ __forceinline__ void raise(float* bound, double v) {
     const float above = v >= 0 ? __double2float_ru(v * (1 + 0x1p-20)) : INFINITY;
-    atomicMax(reinterpret_cast<int*>(bound), __float_as_int(above));
+    // Most find it high enough already: the few that do not would otherwise wait for all the others.
+    if (above > *const_cast<volatile float*>(bound)) atomicMax(reinterpret_cast<int*>(bound), __float_as_int(above));
 }
 
-/// One warp for each centroid and each place up to `padded`.
+/// A table of the hashes of a problem's centroids, and the first centroid of each. All zero at first.
+struct Table {
+    unsigned long long* keys;
+    uint32_t* first;  // ~j, for the lowest j
+    int64_t slots;    // a power of two
+};
+
+/// One warp for each centroid and each place up to `padded`. `slot` becomes a centroid's place in the table.
 template <class T>
 __device__ void move(const T* c, const Rows& r, int metric, const T* mu, int64_t pitch, int64_t padded, T* moved,
-                     float* start, float* scale, Bounds* bounds) {
+                     float* start, float* scale, Bounds* bounds, const Table& table, uint32_t* slot) {
     const int lane = threadIdx.x % WARP;
     for (int64_t i = global_thread() / WARP; i < r.b * padded; i += all_threads() / WARP) {
         const int64_t b = i / padded, j = i % padded;
@@ -115,7 +123,9 @@ __device__ void move(const T* c, const Rows& r, int metric, const T* mu, int64_t
         }
         const T* from = row_of(c, r, b, j);
         double squares = 0, moved_squares = 0, lost = 0, half = 0;
+        unsigned long long hash = 0;
         for (int64_t q = lane; q < pitch; q += WARP) {
+            if (q < r.d) hash += mix(uint64_t(q) << 16 | reinterpret_cast<const uint16_t*>(from)[q]);
             const double v = q < r.d ? wide(from[q]) : 0, m = q < r.d ? wide(mu[b * r.d + q]) : 0;
             const T e = rounded<T>(v - m);
             const double residual = v - m - wide(e);
@@ -125,16 +135,48 @@ __device__ void move(const T* c, const Rows& r, int metric, const T* mu, int64_t
         }
         squares = warp_sum(squares), moved_squares = warp_sum(moved_squares), lost = warp_sum(lost);
         half = warp_sum(half);
-        if (lane != 0) continue;
+        for (int other = WARP / 2; other; other /= 2) hash += __shfl_xor_sync(~0u, hash, other);
+        if (lane == 0) {
+            hash |= 1;
+            int64_t at = int64_t(hash >> 1) & (table.slots - 1);
+            for (;; at = (at + 1) & (table.slots - 1)) {
+                const unsigned long long there = atomicCAS(&table.keys[b * table.slots + at], 0ull, hash);
+                if (there == 0 || there == hash) break;
+            }
+            atomicMax(&table.first[b * table.slots + at], ~uint32_t(j));
+            slot[b * r.n + j] = at;
+        }
         const double norm = sqrt(squares);
         const float factor = metric != COSINE ? 1 : norm == 0 ? 0 : float(1 / norm);
-        start[i] = metric == SQUARED_EUCLIDEAN ? float(-half) : 0;
-        if (scale) scale[i] = factor;
-        // A product with a row that `margin` lets pass must not overflow before it is scaled.
-        raise(&bounds[b].moved, metric == COSINE && norm > 1e18 ? INFINITY : sqrt(moved_squares) * factor);
-        raise(&bounds[b].residual, sqrt(lost) * factor);
-        raise(&bounds[b].start, fabs(double(start[i]))), raise(&bounds[b].stored, norm * factor);
-        raise(&bounds[b].scale, factor);
+        const float from_here = metric == SQUARED_EUCLIDEAN ? float(-half) : 0;
+        if (lane == 0) start[i] = from_here;
+        if (lane == 0 && scale) scale[i] = factor;
+        // A lane to a bound. A product with a row that `margin` lets pass must not overflow before it is scaled.
+        const double safe = metric == COSINE && norm > 1e18 ? INFINITY : factor;
+        const double values[] = {sqrt(moved_squares) * safe, fabs(double(from_here)), sqrt(lost) * factor, norm * factor,
+                                 factor};
+        double mine = 0;
+#pragma unroll
+        for (int v = 0; v < 5; ++v) mine = lane == v ? values[v] : mine;
+        static_assert(sizeof(Bounds) == 5 * sizeof(float) && offsetof(Bounds, residual) == 8, "in the order of `values`");
+        if (lane < 5) raise(&bounds[b].moved + lane, mine);
+    }
+}
+
+/// A centroid that repeats an earlier one bit for bit can never be a label: it starts from -inf. Without this, every row
+/// near a duplicate would be unproven. One warp for each centroid.
+template <class T>
+__device__ void drop_duplicates(const T* c, const Rows& r, int64_t padded, const Table& table, const uint32_t* slot,
+                                float* start) {
+    const int lane = threadIdx.x % WARP;
+    for (int64_t i = global_thread() / WARP; i < r.b * r.n; i += all_threads() / WARP) {
+        const int64_t b = i / r.n, j = i % r.n, first = ~table.first[b * table.slots + slot[i]];
+        if (first >= j) continue;
+        const uint16_t* mine = reinterpret_cast<const uint16_t*>(row_of(c, r, b, j));
+        const uint16_t* other = reinterpret_cast<const uint16_t*>(row_of(c, r, b, first));
+        bool same = true;
+        for (int64_t q = lane; q < r.d; q += WARP) same &= mine[q] == other[q];
+        if (__all_sync(~0u, same) && lane == 0) start[b * padded + j] = -INFINITY;
     }
 }
 
@@ -330,10 +372,15 @@ FOR_EACH_TYPE(INSTANCE)
                                                                              T* mu) {                                  \
         origin(c, cr, centred, mu);                                                                                    \
     }                                                                                                                  \
-    extern "C" __global__ void prepare_moved_##name(const T* c, Rows cr, int metric, const T* mu, int64_t pitch,       \
-                                                    int64_t padded, T* moved, float* start, float* scale,              \
-                                                    Bounds* bounds) {                                                  \
-        move(c, cr, metric, mu, pitch, padded, moved, start, scale, bounds);                                           \
+    extern "C" __global__ void prepare_moved_##name(                                                                   \
+        const T* c, Rows cr, int metric, const T* mu, int64_t pitch, int64_t padded, T* moved, float* start,           \
+        float* scale, Bounds* bounds, unsigned long long* keys, uint32_t* first, int64_t slots, uint32_t* slot) {      \
+        move(c, cr, metric, mu, pitch, padded, moved, start, scale, bounds, {keys, first, slots}, slot);               \
+    }                                                                                                                  \
+    extern "C" __global__ void drop_duplicates_##name(const T* c, Rows cr, int64_t padded, unsigned long long* keys,   \
+                                                      uint32_t* first, int64_t slots, const uint32_t* slot,            \
+                                                      float* start) {                                                  \
+        drop_duplicates(c, cr, padded, {keys, first, slots}, slot, start);                                             \
     }                                                                                                                  \
     extern "C" __global__ void pack_##name(const T* x, Rows r, int64_t pitch, int64_t rows, T* out) {                  \
         pack(x, r, pitch, rows, out);                                                                                  \

@@ -16,9 +16,9 @@ __device__ __forceinline__ uint4 load_words(uint32_t from) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
     return v;
 }
-__device__ __forceinline__ uint2 load_two_words(uint32_t from) {
-    uint2 v;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");
+__device__ __forceinline__ uint32_t load_word(uint32_t from) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
     return v;
 }
 __device__ __forceinline__ float2 load_floats(uint32_t from) {
@@ -29,8 +29,8 @@ __device__ __forceinline__ float2 load_floats(uint32_t from) {
 __device__ __forceinline__ void store_shared(uint32_t to, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-__device__ __forceinline__ void store_shared(uint32_t to, uint32_t u, uint32_t v) {
-    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(u), "r"(v) : "memory");
+__device__ __forceinline__ void store_shared(uint32_t to, uint32_t v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }
 
 // ---- mbarriers: a phase completes when its arrivals and its announced bytes are in. Waiting is by the phase's parity.

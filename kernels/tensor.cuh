@@ -33,7 +33,7 @@ struct Bounds {
 template <class T>
 struct Moved {
     const T* moved;      // (k, pitch): e, zero in the columns past d; pitch is a multiple of 8
-    const float* start;  // (padded): what an accumulator starts from; -inf past k
+    const float* start;  // (padded): what an accumulator starts from; -inf past k and for duplicates
     const float* scale;  // (padded), or null for ones; then score = scale * (x.moved) + start
     const Bounds* bounds;
     int64_t k, pitch;
@@ -68,13 +68,20 @@ __device__ __forceinline__ float margin(float squares, int64_t d, const Bounds& 
     return 2.001f * (ulps * 0x1p-23f * top + x * bounds.residual + definition + tiny);
 }
 
+/// A row whose label is not proven, and its best score. (Its label may be another column's, if two are level.)
+struct Listed {
+    uint32_t row;
+    float top;
+};
+
 /// Makes `candidate` the label of a row if it is better, by the definition, than the one that stands there. All
 /// candidates may come at once and in any order: the best of them stays.
 template <class T>
 __device__ __noinline__ void settle(int metric, const T* x, const Rows& centroids, const T* c, int64_t b, int64_t d,
                                     uint32_t candidate_index, uint32_t* label) {
-    const Best mine = candidate(distance(metric, x, row_of(c, centroids, b, candidate_index), d), candidate_index);
     uint32_t seen = *(volatile uint32_t*)label;
+    if (seen == candidate_index) return;
+    const Best mine = candidate(distance(metric, x, row_of(c, centroids, b, candidate_index), d), candidate_index);
     while (seen != candidate_index) {
         const Best theirs = candidate(distance(metric, x, row_of(c, centroids, b, seen), d), seen);
         if (better(theirs, mine).index != candidate_index) return;

@@ -270,7 +270,7 @@ struct Data {
 
 impl Data {
     fn new(settings: &KMeans, p: &Problem, x: &Tensor) -> Result<Self> {
-        let x = ops::readable(Rows::new(&x.detach())?, p.metric)?;
+        let x = ops::readable(Rows::new(&x.detach())?, p.k, p.metric)?;
         let (largest, first_bad) = ops::scan(&x)?;
         if settings.check_finite {
             refuse_non_finite("x", &first_bad)?;

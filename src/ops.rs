@@ -26,12 +26,15 @@ pub(crate) fn arch(device: &Device) -> Result<Arch> {
     }
 }
 
-/// The rows where the kernel that assigns them can read them: a copy, if need be.
-pub(crate) fn readable(x: Rows, metric: Metric) -> Result<Rows> {
+/// The rows where the kernel that assigns them to `k` centroids can read them: a copy, if need be.
+pub(crate) fn readable(x: Rows, k: usize, metric: Metric) -> Result<Rows> {
     match x.device() {
         #[cfg(feature = "cuda")]
-        Device::Cuda(_) => crate::cuda::assign::readable(x, metric),
-        _ => Ok(x),
+        Device::Cuda(_) => crate::cuda::assign::readable(x, k, metric),
+        _ => {
+            let _ = (k, metric);
+            Ok(x)
+        }
     }
 }
 

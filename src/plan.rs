@@ -13,6 +13,7 @@ use std::{cell::Cell, collections::HashSet, fmt, sync::Mutex};
 pub(crate) enum Arch {
     Cpu,
     /// Compute capability, 90 for 9.0.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     Cuda(u32),
 }
 
@@ -73,11 +74,21 @@ impl Assign {
         all
     }
 
-    /// The kernel for rows of `dtype` with `d` columns.
-    pub fn choose(dtype: DType, metric: Metric, d: usize, arch: Arch) -> Self {
+    /// The kernel for `b` problems of `n` rows with `d` columns and `k` centroids: the first candidate, but for sizes
+    /// where `bench tune` has found another one faster (benches/record).
+    pub fn choose(dtype: DType, metric: Metric, [b, n, k, d]: [usize; 4], arch: Arch) -> Self {
         let candidates = Self::candidates(dtype, metric, d, arch);
-        let forced = FORCED.get().and_then(|name| candidates.iter().find(|c| c.name() == name));
-        *forced.unwrap_or(&candidates[0])
+        let has = |kernel: Self| candidates.contains(&kernel).then_some(kernel);
+        if let Some(name) = FORCED.get() {
+            return candidates.iter().copied().find(|c| c.name() == name).unwrap_or(candidates[0]);
+        }
+        let scores = b.saturating_mul(n).saturating_mul(k);
+        // Rows so narrow have to be packed first, which takes longer than so few scores.
+        let narrow = d < 8 && scores <= 1 << 20;
+        // Too few centroids to keep the pipeline of a whole multiprocessor full.
+        let few = (k <= 64 && d <= 128) || (k <= 1024 && d <= 4 && b == 1);
+        let other = if narrow { has(Self::SimtDot) } else { None }.or(if few { has(Self::Sm80) } else { None });
+        other.unwrap_or(candidates[0])
     }
 }
 
@@ -126,7 +137,7 @@ impl Plan {
         let cpu = arch == Arch::Cpu;
         let filter = if p.dtype == DType::F64 { 8 } else { 4 };
         let (b, n, k, d) = (p.b as u64, p.n as u64, p.k as u64, p.d as u64);
-        let assign = Assign::choose(p.dtype, p.metric, p.d, arch);
+        let assign = Assign::choose(p.dtype, p.metric, [p.b, p.n, p.k, p.d], arch);
         let (rows, centroids) = assign.tile(p.d);
         let pack = assign.in_eights() && !in_eights(x);
         let update = match (cpu, p.metric) {
@@ -141,7 +152,8 @@ impl Plan {
         // Old, new and initial centroids; fixed-point sums and totals; the prepared copy that is scored.
         let accumulators = centroid * (3 * p.dtype.size_in_bytes() as u64 + 16 + 8 + filter) + b * k * 64;
         let eights = 2 * p.d.next_multiple_of(8) as u64;
-        let tensor = if assign.in_eights() { b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights + 8) } else { 0 };
+        // The moved centroids and the table of their hashes.
+        let tensor = if assign.in_eights() { b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights + 8 + 52) } else { 0 };
         let packed = if pack { b * n * eights } else { 0 };
         // Distances of the final rows and their weighted copy.
         let last = 2 * 8 * b * n;
@@ -165,7 +177,7 @@ impl Plan {
         } else {
             // The list of rows to recheck, and the counts of the sort.
             let counts = k * n.div_ceil(k.max(tiles::SORT_ROWS as u64));
-            b * (filter * d + 4 * n + 32 + 4 * (counts + counts.div_ceil(tiles::SCAN_SPAN as u64)))
+            b * (filter * d + 8 * n + 32 + 4 * (counts + counts.div_ceil(tiles::SCAN_SPAN as u64)))
         };
         let bytes = labels + order + accumulators + tensor + packed + last + weights + initial + scratch + 65536;
         Self { assign: assign.name(), rows, centroids, pack, update, bytes }

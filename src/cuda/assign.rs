@@ -27,22 +27,22 @@ pub(crate) fn labels(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
     typed!(x.dtype(), T => labels_of::<T>(x, c, metric))
 }
 
-/// FlashAssign: one pass that proves most labels, one that settles the rest. Scratch beyond the prepared centroids: 4
+/// FlashAssign: one pass that proves most labels, one that settles the rest. Scratch beyond the prepared centroids: 8
 /// bytes a row.
 fn labels_of<T: Element>(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
     const OP: &str = "labels";
     let dev = device(&x.tensor)?;
     let mut labels = alloc::<u32>(dev, OP, elements(&[x.b, x.n]))?;
-    let mut list = alloc::<u32>(dev, OP, elements(&[x.b, x.n]))?;
+    let mut list = alloc::<u32>(dev, OP, elements(&[2, x.b, x.n]))?;
     let mut listed = zeros::<u32>(dev, OP, x.b)?;
     let out = Labels { labels: &mut labels, list: &mut list, listed: &mut listed };
-    let kernel = Assign::choose(x.dtype(), metric, x.d, super::arch(dev)?);
+    let kernel = Assign::choose(x.dtype(), metric, [x.b, x.n, c.n, x.d], super::arch(dev)?);
     if x.b == 0 || x.n == 0 {
         return Ok(tensor(dev, labels, (x.b, x.n)));
     }
     match (kernel, T::HALF) {
         (Assign::Sm80 | Assign::Sm90, Some(half)) => {
-            let x = readable(x.clone(), metric)?;
+            let x = readable(x.clone(), c.n, metric)?;
             tensor_labels::<T>(dev, kernel, half, &x, c, metric, out)?;
         }
         _ => simt_labels::<T>(dev, x, c, metric, out)?,
@@ -50,7 +50,8 @@ fn labels_of<T: Element>(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
     Ok(tensor(dev, labels, (x.b, x.n)))
 }
 
-/// Where labels go, and the rows whose labels are still to be proven: `listed[b]` of them.
+/// Where labels go, and the rows whose labels are still to be proven, `listed[b]` of them: `struct Listed` of
+/// `kernels/tensor.cuh` on tensor cores, else their indices.
 struct Labels<'a> {
     labels: &'a mut CudaSlice<u32>,
     list: &'a mut CudaSlice<u32>,
@@ -58,9 +59,9 @@ struct Labels<'a> {
 }
 
 /// The rows themselves, or a copy in multiples of eight columns if the kernel reads such and they lie otherwise.
-pub(crate) fn readable(x: Rows, metric: Metric) -> Result<Rows> {
+pub(crate) fn readable(x: Rows, k: usize, metric: Metric) -> Result<Rows> {
     let dev = device(&x.tensor)?;
-    let kernel = Assign::choose(x.dtype(), metric, x.d, super::arch(dev)?);
+    let kernel = Assign::choose(x.dtype(), metric, [x.b, x.n, k, x.d], super::arch(dev)?);
     if !kernel.in_eights() || in_eights(&x.tensor) || x.b == 0 || x.n == 0 {
         return Ok(x);
     }
@@ -173,19 +174,25 @@ impl<T: Element> Moved<T> {
         let mut moved = alloc::<T>(dev, op, elements(&[copies, k, pitch]))?;
         let mut start = alloc::<f32>(dev, op, elements(&[copies, padded]))?;
         let scaled = metric == Metric::Cosine;
-        let mut scale = scaled.then(|| alloc::<f32>(dev, op, elements(&[copies, padded]))).transpose()?;
+        let scale = scaled.then(|| alloc::<f32>(dev, op, elements(&[copies, padded]))).transpose()?;
         let mut bounds = zeros::<f32>(dev, op, elements(&[copies, BOUNDS]))?;
         let columns = elements(&[copies, d.div_ceil(WARP)]);
         let centred = metric == Metric::SquaredEuclidean;
         launch!(dev, Norms, "prepare_origin", T::SUFFIX, columns, WARP * WARP;
             cs, &shape(&one), &(centred as i32), &mut mu)?;
         let blocks = elements(&[copies, padded]).div_ceil(THREADS / WARP);
+        let slots = 2 * k.next_power_of_two();
+        let mut keys = zeros::<u64>(dev, op, elements(&[copies, slots]))?;
+        let mut first = zeros::<u32>(dev, op, elements(&[copies, slots]))?;
+        let mut slot = alloc::<u32>(dev, op, elements(&[copies, k]))?;
         {
-            let scale = scale.as_mut().map(|s| s.slice(..));
+            let scale = scale.as_ref().map(|s| s.slice(..));
             launch!(dev, Norms, "prepare_moved", T::SUFFIX, blocks, THREADS;
                 cs, &shape(&one), &(metric as i32), &mu, &(pitch as i64), &(padded as i64), &mut moved, &mut start,
-                Nullable(&scale), &mut bounds)?;
+                Nullable(&scale), &mut bounds, &mut keys, &mut first, &(slots as i64), &mut slot)?;
         }
+        launch!(dev, Norms, "drop_duplicates", T::SUFFIX, blocks, THREADS;
+            cs, &shape(&one), &(padded as i64), &mut keys, &mut first, &(slots as i64), &slot, &mut start)?;
         Ok(Self { moved, start, scale, bounds, pitch, padded, copies })
     }
 }
