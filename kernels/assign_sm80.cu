@@ -12,6 +12,11 @@
 // Rows whose label `margin` (tensor.cuh) does not prove go on a list. `recheck` walks the centroids again for those
 // rows only, shared by all blocks, and settles by the definition every column that may beat the label.
 //
+// f32 rows come as halves h and l (split.cu, which says why their bound holds). The first pass sees h alone: `slack`
+// holds what that adds to the margin of each row. `recheck_split` sees both: a chunk of its ring is half a chunk of h
+// and the same columns of l, so that rows that stay take twice the memory, and it adds h.h + h.l + l.h to the same
+// accumulators. Margins are in the units of the halves; `settle` reads the f32 rows and centroids.
+//
 // Traffic of a row tile: X once, or once per tile of centroids if rows do not stay; the centroids once, 2 k d bytes
 // from L2 for 2 SM80_ROWS k d flops. Shared memory: 49 KB with STAGES chunks of rows, so that 3 blocks fit an A100 or
 // H100 and 2 an sm_86; 8 KB for each chunk more.
@@ -137,6 +142,39 @@ __device__ __forceinline__ void multiply_chunk(Scores& acc, uint32_t rows, uint3
     }
 }
 
+/// The same for a chunk of COLUMNS / 2 columns of h and then of l: h.h + h.l + l.h, rows first.
+template <class T>
+__device__ __forceinline__ void multiply_split_chunk(Scores& acc, uint32_t rows, uint32_t centroids) {
+#pragma unroll
+    for (int step = 0; step < STEPS / 2; ++step) {
+        const int high = step * 32, low = high + ROW_BYTES / 2;
+        uint32_t a[2][4], a_low[2][4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            load_fragment(a[i], (rows + i * 16 * ROW_BYTES) ^ high);
+            load_fragment(a_low[i], (rows + i * 16 * ROW_BYTES) ^ low);
+        }
+#pragma unroll
+        for (int j = 0; j < EIGHTS; j += 2) {
+            uint32_t b[4], b_low[4];
+            load_fragment(b, (centroids + j * 8 * ROW_BYTES) ^ high);
+            load_fragment(b_low, (centroids + j * 8 * ROW_BYTES) ^ low);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) multiply(acc[i][j], a[i], b[0], b[1], T());
+#pragma unroll
+            for (int i = 0; i < 2; ++i) multiply(acc[i][j + 1], a[i], b[2], b[3], T());
+#pragma unroll
+            for (int i = 0; i < 2; ++i) multiply(acc[i][j], a[i], b_low[0], b_low[1], T());
+#pragma unroll
+            for (int i = 0; i < 2; ++i) multiply(acc[i][j + 1], a[i], b_low[2], b_low[3], T());
+#pragma unroll
+            for (int i = 0; i < 2; ++i) multiply(acc[i][j], a_low[i], b[0], b[1], T());
+#pragma unroll
+            for (int i = 0; i < 2; ++i) multiply(acc[i][j + 1], a_low[i], b[2], b[3], T());
+        }
+    }
+}
+
 template <class T>
 __device__ __forceinline__ float piece_squares(uint4 v) {
     float sum = 0;
@@ -149,14 +187,16 @@ __device__ __forceinline__ float piece_squares(uint4 v) {
 
 /// Scores the tile's rows, of which `row_at` gives the address (null: zeros), against tiles `first` to `last` of the
 /// centroids and hands every tile of scores to `take(scores, column of the first)`. A warp that is not `live` takes
-/// nothing. Returns the squares of row threadIdx.x if wanted.
-template <bool SQUARES, class T, class RowAt, class Take>
+/// nothing. Returns the squares of row threadIdx.x if wanted. SPLIT: l lies half a pitch after h in both.
+template <bool SQUARES, bool SPLIT, class T, class RowAt, class Take>
 __device__ __forceinline__ float sweep(const Shared& s, RowAt row_at, const Moved<T>& c, int d, int first, int last,
                                        bool live, Take take) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, quad = lane % 4;
     const int piece = threadIdx.x % PIECES, line = threadIdx.x / PIECES;
     constexpr int LINES = BLOCK / PIECES;
-    const int chunks = (d + COLUMNS - 1) / COLUMNS;
+    constexpr int WIDTH = SPLIT ? COLUMNS / 2 : COLUMNS;  // of a chunk, in columns of the rows
+    const int chunks = (d + WIDTH - 1) / WIDTH;
+    const int64_t part = SPLIT && piece >= PIECES / 2 ? c.pitch / 2 - COLUMNS / 2 : 0;  // beyond h's piece to l's
     const bool resident = s.fit(chunks);
     const int to = place(line, piece);  // LINES is a multiple of 8, so all of a thread's pieces swizzle alike
     static_assert(LINES % 8 == 0, "see above");
@@ -166,23 +206,23 @@ __device__ __forceinline__ float sweep(const Shared& s, RowAt row_at, const Move
     Step fill{first}, use{first};
     const auto issue = [&] {
         if (fill.tile < last) {
-            const int column = fill.chunk * COLUMNS + piece * PIECE;
+            const int column = fill.chunk * WIDTH + piece * PIECE;
             if (!resident || fill.tile == first) {
                 const uint32_t rows = s.rows + (resident ? fill.chunk : fill.stage) * ROWS_BYTES + to;
-                const int bytes = max(0, min(16, 2 * (d - column)));
+                const int bytes = SPLIT ? 16 : max(0, min(16, 2 * (d - column)));
 #pragma unroll
                 for (int i = 0; i < SM80_ROWS / LINES; ++i) {
                     const T* row = row_at(line + i * LINES);
                     const bool some = row && bytes;
-                    copy_piece(rows + i * LINES * ROW_BYTES, some ? row + column : c.moved, some ? bytes : 0);
+                    copy_piece(rows + i * LINES * ROW_BYTES, some ? row + part + column : c.moved, some ? bytes : 0);
                 }
             }
             const int64_t j = int64_t(fill.tile) * CENTROIDS + line;
-            const T* centroid = c.moved + j * c.pitch + column;
+            const T* centroid = c.moved + j * c.pitch + part + column;
             const uint32_t ring = s.ring + fill.stage * TILE_BYTES + to;
 #pragma unroll
             for (int i = 0; i < CENTROIDS / LINES; ++i) {
-                const bool some = column < c.pitch && j + i * LINES < c.k;
+                const bool some = (SPLIT || column < c.pitch) && j + i * LINES < c.k;
                 const T* from = some ? centroid + i * LINES * c.pitch : c.moved;
                 copy_piece(ring + i * LINES * ROW_BYTES, from, some ? 16 : 0);
             }
@@ -225,7 +265,8 @@ __device__ __forceinline__ float sweep(const Shared& s, RowAt row_at, const Move
                 }
             }
             const uint32_t rows = row_fragments + slot * ROWS_BYTES, ring = centroid_fragments + use.stage * TILE_BYTES;
-            if (d - chunk * COLUMNS > 16) multiply_chunk<T, STEPS>(acc, rows, ring);
+            if (SPLIT) multiply_split_chunk<T>(acc, rows, ring);
+            else if (d - chunk * COLUMNS > 16) multiply_chunk<T, STEPS>(acc, rows, ring);
             else multiply_chunk<T, 1>(acc, rows, ring);
         }
         if (!live) continue;
@@ -292,7 +333,7 @@ __device__ __forceinline__ float search_tile(const Shared& s, Search (&found)[SL
                                              int64_t b, int64_t first_row, const Moved<T>& c) {
     const T* rows = row_of(x, r, b, first_row);
     const int live_rows = int(min(int64_t(SM80_ROWS), r.n - first_row)), tiles = (c.k + CENTROIDS - 1) / CENTROIDS;
-    return sweep<true>(
+    return sweep<true, false>(
         s, [&](int i) { return i < live_rows ? rows + i * r.row_stride : nullptr; }, c, int(r.d), 0, tiles,
         int(threadIdx.x) / WARP * WARP_ROWS < live_rows, [&](const Scores& acc, int column) {
 #pragma unroll
@@ -311,8 +352,8 @@ __device__ __forceinline__ float search_tile(const Shared& s, Search (&found)[SL
 /// Turns what a warp found into labels and list entries: of the four lanes that share rows, each settles one.
 template <class T>
 __device__ __forceinline__ void write_labels(Search (&found)[SLOTS], float squares, const Rows& r, int64_t b,
-                                             int64_t first_row, const Moved<T>& c, uint32_t* labels, Listed* list,
-                                             uint32_t* listed) {
+                                             int64_t first_row, const Moved<T>& c, const float* slack, uint32_t* labels,
+                                             Listed* list, uint32_t* listed) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, quad = lane % 4;
     float top = 0, second = 0;
     int column = 0;
@@ -327,7 +368,8 @@ __device__ __forceinline__ void write_labels(Search (&found)[SLOTS], float squar
     const int64_t row = first_row + warp * WARP_ROWS + row_of_warp;
     if (row >= r.n) return;
     labels[b * r.n + row] = top > -INFINITY && column < c.k ? column : 0;
-    if (!(top - second > margin(mine, r.d, *c.bounds))) {
+    const float more = slack ? __ldg(&slack[b * r.n + row]) : 0;
+    if (!(top - second > margin(mine, r.d, *c.bounds) + more)) {
         list[b * r.n + atomicAdd(&listed[b], 1)] = {uint32_t(row), top};
     }
 }
@@ -362,45 +404,104 @@ struct Held {
           queued(reinterpret_cast<uint32_t*>(queue + QUEUE)) {}
 };
 
-/// The score that a column must reach to be a candidate for a row of the tile, four lanes a row.
+/// Of eight columns: adds their products to `dot`.
 template <class T>
+__device__ __forceinline__ void add_products(float& dot, uint4 u, uint4 v) {
+    const uint32_t us[4] = {u.x, u.y, u.z, u.w}, vs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 p = wide_pair(us[i], T()), q = wide_pair(vs[i], T());
+        dot = fmaf(p.x, q.x, fmaf(p.y, q.y, dot));
+    }
+}
+
+/// The score that a column must reach to be a candidate for a row of the tile, four lanes a row. SPLIT: the first pass
+/// What the first pass over split rows knew: its slack, and how far before the bounds of both halves its own lie.
+struct First {
+    const float* slack;
+    int64_t copies;
+};
+
+/// knows its best score less well than the limit should be, so the label that the row has now is scored again.
+template <bool SPLIT, class T>
 __device__ __forceinline__ void find_limits(const Held& of, const T* x, const Rows& r, int64_t b, const Moved<T>& c,
+                                            const float* slack, const First& first, const uint32_t* labels,
                                             int live_rows) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, part = lane % 4;
     for (int at = lane / 4; at < WARP_ROWS; at += WARP / 4) {
         const int row = warp * WARP_ROWS + at;
-        const T* values = row_of(x, r, b, of.index[row < live_rows ? row : 0]);
-        float squares = 0;
+        const int64_t index = of.index[row < live_rows ? row : 0];
+        const T* values = row_of(x, r, b, index);
+        const float more = slack ? __ldg(&slack[b * r.n + index]) : 0;
+        if (SPLIT) {
+            uint32_t label = 0;
+            // Others may change it meanwhile: one lane reads it for all four.
+            if (part == 0) label = *(const volatile uint32_t*)&labels[b * r.n + index];
+            label = __shfl_sync(~0u, label, lane & ~3);
+            const T* centroid = c.moved + label * c.pitch;
+            float dot = 0, squares = 0;
+#pragma unroll 2
+            for (int64_t piece = part; piece * PIECE < r.d; piece += 4) {
+                const uint4 u = __ldg(reinterpret_cast<const uint4*>(values) + piece);
+                const uint4 u_low = __ldg(reinterpret_cast<const uint4*>(values + c.pitch / 2) + piece);
+                const uint4 v = __ldg(reinterpret_cast<const uint4*>(centroid) + piece);
+                const uint4 v_low = __ldg(reinterpret_cast<const uint4*>(centroid + c.pitch / 2) + piece);
+                add_products<T>(dot, u, v), add_products<T>(dot, u, v_low), add_products<T>(dot, u_low, v);
+                add_products<T>(squares, u, u);
+            }
+            for (int lanes = 1; lanes < 4; lanes *= 2) {
+                dot += __shfl_xor_sync(~0u, dot, lanes), squares += __shfl_xor_sync(~0u, squares, lanes);
+            }
+            // Three products are as much to add up as three times the columns, in whole steps.
+            const float off = margin(squares, 3 * ((r.d + 15) / 16 * 16), *c.bounds) + more;
+            // If scores were level, the label may be any: then the first pass's best score says more, each within its
+            // own half of the margins.
+            const float top = of.limit[row], first_off = margin(squares, r.d, c.bounds[-first.copies]);
+            const float from_top = top - 0.5f * (first_off + __ldg(&first.slack[b * r.n + index]) + off);
+            if (part == 0) of.limit[row] = fmaxf(dot + __ldg(c.start + label) - off, from_top);
+        } else {
+            float squares = 0;
 #pragma unroll 4
-        for (int64_t piece = part; piece * PIECE < r.d; piece += 4) squares += piece_squares<T>(piece_of(values, piece, r.d));
-        for (int lanes = 1; lanes < 4; lanes *= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
-        if (part == 0) of.limit[row] -= margin(squares, r.d, *c.bounds);
+            for (int64_t piece = part; piece * PIECE < r.d; piece += 4) {
+                squares += piece_squares<T>(piece_of(values, piece, r.d));
+            }
+            for (int lanes = 1; lanes < 4; lanes *= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
+            if (part == 0) of.limit[row] -= margin(squares, r.d, *c.bounds) + more;
+        }
     }
 }
 
+/// The rows and centroids of the definition: of the type that the caller has them in.
+template <class U>
+struct Originals {
+    const U *x, *centroids;
+    const Rows &r, &cr;
+};
+
 /// Settles one tile of listed rows over the tiles `first` to `last` of the centroids.
-template <class T>
+template <bool SPLIT, class T, class U>
 __device__ __forceinline__ void recheck_tile(const Shared& s, const Held& of, const T* x, const Rows& r,
-                                             const T* centroids, const Rows& cr, int64_t b, const Moved<T>& c,
-                                             int metric, uint32_t* labels, const Listed* list, int live_rows,
-                                             int first, int last) {
+                                             const Originals<U>& originals, int64_t b, const Moved<T>& c,
+                                             const float* slack, const First& before, int metric, uint32_t* labels,
+                                             const Listed* list, int live_rows, int first, int last) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const auto settle_one = [&](int row, uint32_t column) {
         const int64_t index = of.index[row];
-        settle(metric, row_of(x, r, b, index), cr, centroids, b, r.d, column, &labels[b * r.n + index]);
+        settle(metric, row_of(originals.x, originals.r, b, index), originals.cr, originals.centroids, b, r.d, column,
+               &labels[b * r.n + index]);
     };
     __syncthreads();  // the last tile's are read
     const Listed mine = threadIdx.x < live_rows ? list[threadIdx.x] : Listed{0, INFINITY};
     of.index[threadIdx.x] = mine.row, of.limit[threadIdx.x] = mine.top;
     if (threadIdx.x == 0) *of.queued = 0;
     __syncthreads();
-    find_limits(of, x, r, b, c, live_rows);
+    find_limits<SPLIT>(of, x, r, b, c, slack, before, labels, live_rows);
     __syncwarp();
     float limit[SLOTS];
 #pragma unroll
     for (int i = 0; i < SLOTS; ++i) limit[i] = of.limit[warp * WARP_ROWS + 8 * i + lane / 4];
 
-    sweep<false>(
+    sweep<false, SPLIT>(
         s, [&](int i) { return i < live_rows ? row_of(x, r, b, of.index[i]) : nullptr; }, c, int(r.d), first, last,
         warp * WARP_ROWS < live_rows, [&](const Scores& acc, int column) {
             uint64_t hits = 0;  // 16 columns of each slot in turn
@@ -440,33 +541,55 @@ __device__ __forceinline__ int splits_of(int64_t row_tiles, int64_t tiles, int64
     return max(int64_t(1), min(tiles, wanted));
 }
 
-template <class T>
+template <bool SPLIT, class T, class U>
 __device__ __forceinline__ void recheck_problem(const Shared& s, const Held& of, const T* x, const Rows& r,
-                                                const T* centroids, const Rows& cr, int64_t b, const Moved<T>& c,
-                                                int metric, uint32_t* labels, const Listed* list, int64_t listed,
-                                                int64_t share, int64_t shares) {
+                                                const Originals<U>& originals, int64_t b, const Moved<T>& c,
+                                                const float* slack, const First& before, int metric, uint32_t* labels, const Listed* list,
+                                                int64_t listed, int64_t share, int64_t shares) {
     const int64_t row_tiles = (listed + SM80_ROWS - 1) / SM80_ROWS, tiles = (c.k + CENTROIDS - 1) / CENTROIDS;
     const int splits = splits_of(row_tiles, tiles, shares);
     for (int64_t item = share; item < row_tiles * splits; item += shares) {
         const int64_t done = item / splits * SM80_ROWS, split = item % splits;
-        recheck_tile(s, of, x, r, centroids, cr, b, c, metric, labels, list + b * r.n + done,
-                     int(min(int64_t(SM80_ROWS), listed - done)), int(split * tiles / splits),
-                     int((split + 1) * tiles / splits));
+        recheck_tile<SPLIT>(s, of, x, r, originals, b, c, slack, before, metric, labels, list + b * r.n + done,
+                            int(min(int64_t(SM80_ROWS), listed - done)), int(split * tiles / splits),
+                            int((split + 1) * tiles / splits));
     }
 }
 
-// Problems are dealt to blocks of `recheck`; with fewer problems than blocks, each is shared by several. A block looks
-// at as many problems at once as it has threads, for most have no row listed.
+/// Problems are dealt to blocks; with fewer problems than blocks, each is shared by several. A block looks at as many
+/// problems at once as it has threads, for most have no row listed. `problem(b)` gives the centroids of one.
+template <bool SPLIT, class T, class U, class Problem>
+__device__ __forceinline__ void recheck(uint8_t* raw, const T* x, const Rows& r, const Originals<U>& originals,
+                                        Problem problem, const float* slack, const First& before, int metric, uint32_t* labels,
+                                        const Listed* list, const uint32_t* listed) {
+    const Shared s(raw, LISTED_BYTES);
+    const Held of(s.added);
+    const int64_t shares = gridDim.x > r.b ? gridDim.x / r.b : 1, step = gridDim.x / shares;
+    for (int64_t first = blockIdx.x / shares; first < r.b; first += step * BLOCK) {
+        const int64_t mine = first + threadIdx.x * step;
+        if (!__syncthreads_or(mine < r.b && listed[mine])) continue;
+        for (int64_t b = first; b < min(r.b, first + step * BLOCK); b += step) {
+            const uint32_t rows = listed[b];
+            if (rows == 0) continue;
+            const Moved<T> c = problem(b);
+            recheck_problem<SPLIT>(s, of, x, r, originals, b, c, slack, before, metric, labels, list, rows,
+                                   blockIdx.x % shares, shares);
+        }
+    }
+}
+
+// `slack` adds to the margin of each row, by its place in (b, n); null for nothing.
 #define INSTANCE(name, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(BLOCK, ASSIGN_RESIDENT)                                                 \
+    extern "C" __global__ void __launch_bounds__(BLOCK, ASSIGN_RESIDENT)                                               \
         assign_sm80_##name(const T* x, Rows r, const T* centroids, Rows cr, const T* moved, const float* start,        \
                            const float* scale, const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded,         \
-                           int64_t copies, int metric, uint32_t* labels, Listed* list, uint32_t* listed) {             \
+                           int64_t copies, int metric, uint32_t* labels, Listed* list, uint32_t* listed,               \
+                           const float* slack) {                                                                       \
         extern __shared__ __align__(128) uint8_t raw[];                                                                \
         const Shared s(raw, 0);                                                                                        \
         const int64_t tiles = (r.n + SM80_ROWS - 1) / SM80_ROWS;                                                       \
         for (int64_t tile = blockIdx.x; tile < r.b * tiles; tile += gridDim.x) {                                       \
-Search found[SLOTS];                                                                                       \
+            Search found[SLOTS];                                                                                       \
             const auto problem = [&] {                                                                                 \
                 return Moved<T>(moved, start, scale, bounds, k, pitch, padded, copies, tile / tiles);                  \
             };                                                                                                         \
@@ -474,30 +597,37 @@ Search found[SLOTS];                                                            
                 search_tile(s, found, x, r, tile / tiles, tile % tiles * SM80_ROWS, problem());                        \
             /* What follows from `tile` is worked out again: it would take registers from the sweep. */                \
             asm volatile("" : "+l"(tile));                                                                             \
-            write_labels(found, squares, r, tile / tiles, tile % tiles * SM80_ROWS, problem(), labels, list, listed);  \
+            write_labels(found, squares, r, tile / tiles, tile % tiles * SM80_ROWS, problem(), slack, labels, list,    \
+                         listed);                                                                                      \
         }                                                                                                              \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(BLOCK, RECHECK_RESIDENT)                                                \
+    extern "C" __global__ void __launch_bounds__(BLOCK, RECHECK_RESIDENT)                                              \
         recheck_sm80_##name(const T* x, Rows r, const T* centroids, Rows cr, const T* moved, const float* start,       \
                             const float* scale, const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded,        \
-                            int64_t copies, int metric, uint32_t* labels, const Listed* list,                          \
-                            const uint32_t* listed) {                                                                  \
+                            int64_t copies, int metric, uint32_t* labels, const Listed* list,                        \
+                            const uint32_t* listed, const float* slack) {                                              \
         extern __shared__ __align__(128) uint8_t raw[];                                                                \
-        const Shared s(raw, LISTED_BYTES);                                                                             \
-        const Held of(s.added);                                                                                        \
-        const int64_t shares = gridDim.x > r.b ? gridDim.x / r.b : 1, step = gridDim.x / shares;                       \
-        for (int64_t first = blockIdx.x / shares; first < r.b; first += step * BLOCK) {                                \
-            const int64_t mine = first + threadIdx.x * step;                                                           \
-            if (!__syncthreads_or(mine < r.b && listed[mine])) continue;                                               \
-            for (int64_t b = first; b < min(r.b, first + step * BLOCK); b += step) {                                   \
-                const uint32_t rows = listed[b];                                                                       \
-                if (rows == 0) continue;                                                                               \
-                const Moved<T> c(moved, start, scale, bounds, k, pitch, padded, copies, b);                            \
-                recheck_problem(s, of, x, r, centroids, cr, b, c, metric, labels, list, rows, blockIdx.x % shares,     \
-                                shares);                                                                               \
-            }                                                                                                          \
-        }                                                                                                              \
+        const auto problem = [&](int64_t b) {                                                                          \
+            return Moved<T>(moved, start, scale, bounds, k, pitch, padded, copies, b);                                 \
+        };                                                                                                             \
+        recheck<false>(raw, x, r, Originals<T>{x, centroids, r, cr}, problem, slack, {}, metric, labels, list,         \
+                       listed);                                                                                        \
     }
 INSTANCE(f16, __half)
 INSTANCE(bf16, __nv_bfloat16)
 #undef INSTANCE
+
+/// `x` is the rectangle of f32 rows that `halves` holds side by side, (b, n, pitch), each h and then l as in `moved`;
+/// labels, lists and slacks are those of the rectangle. The first pass's bounds lie before `bounds`. `pitch` is that of both, twice that of one half.
+extern "C" __global__ void __launch_bounds__(BLOCK, RECHECK_RESIDENT)
+    recheck_split_sm80_f32(const __half* halves, const float* x, Rows r, const float* centroids, Rows cr,
+                           const __half* moved, const float* start, const Bounds* bounds, int64_t k, int64_t pitch,
+                           int64_t padded, int64_t copies, int metric, uint32_t* labels, const Listed* list,
+                           const uint32_t* listed, const float* slack, const float* first_slack) {
+    extern __shared__ __align__(128) uint8_t raw[];
+    const auto problem = [&](int64_t b) {
+        return Moved<__half>(moved, start, nullptr, bounds, k, pitch, padded, copies, b);
+    };
+    recheck<true>(raw, halves, Rows{r.n * pitch, pitch, r.b, r.n, r.d}, Originals<float>{x, centroids, r, cr}, problem,
+                  slack, {first_slack, copies}, metric, labels, list, listed);
+}

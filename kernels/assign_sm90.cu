@@ -339,7 +339,7 @@ __device__ __forceinline__ float sum_of_squares(uint32_t slot, int row) {
 
 template <class T, class S>
 __device__ void finish(const Shared<S>& s, const Rows& r, const Bounds* bounds, int64_t copies, int64_t k,
-                       uint32_t* labels, Listed* list, uint32_t* listed) {
+                       const float* slack, uint32_t* labels, Listed* list, uint32_t* listed) {
     const int band = (threadIdx.x / 32 - FINISH) * 32 + threadIdx.x % 32;  // the lane's row of a slot
     static_assert(FINISHERS * 32 == SLOT, "a lane to a row");
     float squares[S::GROUPS];
@@ -373,7 +373,8 @@ __device__ void finish(const Shared<S>& s, const Rows& r, const Bounds* bounds, 
             const int64_t row = first + group * SLOT + band;
             if (row < r.n) {
                 labels[b * r.n + row] = f.column < k ? f.column : 0;  // a tie may name a column that is not there
-                if (!(f.top - f.second > margin(squares[group], r.d, of, WGMMA_LOSS))) {
+                const float more = slack ? __ldg(&slack[b * r.n + row]) : 0;
+                if (!(f.top - f.second > margin(squares[group], r.d, of, WGMMA_LOSS) + more)) {
                     list[b * r.n + atomicAdd(&listed[b], 1)] = {uint32_t(row), f.top};
                 }
             }
@@ -385,7 +386,7 @@ __device__ void finish(const Shared<S>& s, const Rows& r, const Bounds* bounds, 
 template <class T, class S>
 __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtensorMap* centroid_map, const Rows& r,
                                        const float* start, const float* scale, const Bounds* bounds, int64_t k,
-                                       int64_t padded, int64_t copies, uint32_t* labels, Listed* list,
+                                       int64_t padded, int64_t copies, const float* slack, uint32_t* labels, Listed* list,
                                        uint32_t* listed) {
     extern __shared__ uint8_t raw[];
     const Shared<S> s(raw);
@@ -394,7 +395,7 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
     if (threadIdx.x < 128) {
         fewer_registers<S::FEW>();
         const int warp = threadIdx.x / 32;
-        if (warp >= FINISH) finish<T, S>(s, r, bounds, copies, k, labels, list, listed);
+        if (warp >= FINISH) finish<T, S>(s, r, bounds, copies, k, slack, labels, list, listed);
         if (threadIdx.x == 32 * FEED_ROWS) feed_rows<S>(s, row_map, r);
         if (threadIdx.x == 32 * FEED_CENTROIDS) feed_centroids<S>(s, centroid_map, r, start, scale, k, padded, copies);
     } else {
@@ -407,9 +408,9 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
     extern "C" __global__ void __launch_bounds__(128 * (groups + 1), 1) assign_sm90_##steps##_##name(                  \
         const __grid_constant__ CUtensorMap row_map, const __grid_constant__ CUtensorMap centroid_map, Rows r,         \
         const float* start, const float* scale, const Bounds* bounds, int64_t k, int64_t padded, int64_t copies,       \
-        uint32_t* labels, Listed* list, uint32_t* listed) {                                                            \
-        assign<T, Shape<steps, groups>>(&row_map, &centroid_map, r, start, scale, bounds, k, padded, copies, labels,   \
-                                        list, listed);                                                                 \
+        const float* slack, uint32_t* labels, Listed* list, uint32_t* listed) {                                        \
+        assign<T, Shape<steps, groups>>(&row_map, &centroid_map, r, start, scale, bounds, k, padded, copies, slack,    \
+                                        labels, list, listed);                                                                 \
     }
 #ifdef LAB
 LAB(KERNEL)

@@ -95,13 +95,6 @@ __device__ void origin(const T* c, const Rows& r, bool centred, T* mu) {
     }
 }
 
-/// A bound is at least the value, and +inf if that is not a number.
-__device__ __forceinline__ void raise(float* bound, double v) {
-    const float above = v >= 0 ? __double2float_ru(v * (1 + 0x1p-20)) : INFINITY;
-    // Most find it high enough already: the few that do not would otherwise wait for all the others.
-    if (above > *const_cast<volatile float*>(bound)) atomicMax(reinterpret_cast<int*>(bound), __float_as_int(above));
-}
-
 /// A table of the hashes of a problem's centroids, and the first centroid of each. All zero at first.
 struct Table {
     unsigned long long* keys;
@@ -109,10 +102,32 @@ struct Table {
     int64_t slots;    // a power of two
 };
 
-/// One warp for each centroid and each place up to `padded`. `slot` becomes a centroid's place in the table.
+/// Enters every centroid; `slot` becomes its place. One warp for each.
+template <class Word>
+__device__ void find_duplicates(const Word* c, const Rows& r, const Table& table, uint32_t* slot) {
+    const int lane = threadIdx.x % WARP;
+    for (int64_t i = global_thread() / WARP; i < r.b * r.n; i += all_threads() / WARP) {
+        const int64_t b = i / r.n, j = i % r.n;
+        const Word* from = row_of(c, r, b, j);
+        unsigned long long hash = 0;
+        for (int64_t q = lane; q < r.d; q += WARP) hash += mix(uint64_t(q) << 32 | from[q]);
+        for (int other = WARP / 2; other; other /= 2) hash += __shfl_xor_sync(~0u, hash, other);
+        if (lane != 0) continue;
+        hash |= 1;
+        int64_t at = int64_t(hash >> 1) & (table.slots - 1);
+        for (;; at = (at + 1) & (table.slots - 1)) {
+            const unsigned long long there = atomicCAS(&table.keys[b * table.slots + at], 0ull, hash);
+            if (there == 0 || there == hash) break;
+        }
+        atomicMax(&table.first[b * table.slots + at], ~uint32_t(j));
+        slot[i] = at;
+    }
+}
+
+/// One warp for each centroid and each place up to `padded`.
 template <class T>
 __device__ void move(const T* c, const Rows& r, int metric, const T* mu, int64_t pitch, int64_t padded, T* moved,
-                     float* start, float* scale, Bounds* bounds, const Table& table, uint32_t* slot) {
+                     float* start, float* scale, Bounds* bounds) {
     const int lane = threadIdx.x % WARP;
     for (int64_t i = global_thread() / WARP; i < r.b * padded; i += all_threads() / WARP) {
         const int64_t b = i / padded, j = i % padded;
@@ -123,9 +138,7 @@ __device__ void move(const T* c, const Rows& r, int metric, const T* mu, int64_t
         }
         const T* from = row_of(c, r, b, j);
         double squares = 0, moved_squares = 0, lost = 0, half = 0;
-        unsigned long long hash = 0;
         for (int64_t q = lane; q < pitch; q += WARP) {
-            if (q < r.d) hash += mix(uint64_t(q) << 16 | reinterpret_cast<const uint16_t*>(from)[q]);
             const double v = q < r.d ? wide(from[q]) : 0, m = q < r.d ? wide(mu[b * r.d + q]) : 0;
             const T e = rounded<T>(v - m);
             const double residual = v - m - wide(e);
@@ -135,17 +148,6 @@ __device__ void move(const T* c, const Rows& r, int metric, const T* mu, int64_t
         }
         squares = warp_sum(squares), moved_squares = warp_sum(moved_squares), lost = warp_sum(lost);
         half = warp_sum(half);
-        for (int other = WARP / 2; other; other /= 2) hash += __shfl_xor_sync(~0u, hash, other);
-        if (lane == 0) {
-            hash |= 1;
-            int64_t at = int64_t(hash >> 1) & (table.slots - 1);
-            for (;; at = (at + 1) & (table.slots - 1)) {
-                const unsigned long long there = atomicCAS(&table.keys[b * table.slots + at], 0ull, hash);
-                if (there == 0 || there == hash) break;
-            }
-            atomicMax(&table.first[b * table.slots + at], ~uint32_t(j));
-            slot[b * r.n + j] = at;
-        }
         const double norm = sqrt(squares);
         const float factor = metric != COSINE ? 1 : norm == 0 ? 0 : float(1 / norm);
         const float from_here = metric == SQUARED_EUCLIDEAN ? float(-half) : 0;
@@ -165,15 +167,14 @@ __device__ void move(const T* c, const Rows& r, int metric, const T* mu, int64_t
 
 /// A centroid that repeats an earlier one bit for bit can never be a label: it starts from -inf. Without this, every row
 /// near a duplicate would be unproven. One warp for each centroid.
-template <class T>
-__device__ void drop_duplicates(const T* c, const Rows& r, int64_t padded, const Table& table, const uint32_t* slot,
+template <class Word>
+__device__ void drop_duplicates(const Word* c, const Rows& r, int64_t padded, const Table& table, const uint32_t* slot,
                                 float* start) {
     const int lane = threadIdx.x % WARP;
     for (int64_t i = global_thread() / WARP; i < r.b * r.n; i += all_threads() / WARP) {
         const int64_t b = i / r.n, j = i % r.n, first = ~table.first[b * table.slots + slot[i]];
         if (first >= j) continue;
-        const uint16_t* mine = reinterpret_cast<const uint16_t*>(row_of(c, r, b, j));
-        const uint16_t* other = reinterpret_cast<const uint16_t*>(row_of(c, r, b, first));
+        const Word *mine = row_of(c, r, b, j), *other = row_of(c, r, b, first);
         bool same = true;
         for (int64_t q = lane; q < r.d; q += WARP) same &= mine[q] == other[q];
         if (__all_sync(~0u, same) && lane == 0) start[b * padded + j] = -INFINITY;
@@ -372,15 +373,10 @@ FOR_EACH_TYPE(INSTANCE)
                                                                              T* mu) {                                  \
         origin(c, cr, centred, mu);                                                                                    \
     }                                                                                                                  \
-    extern "C" __global__ void prepare_moved_##name(                                                                   \
-        const T* c, Rows cr, int metric, const T* mu, int64_t pitch, int64_t padded, T* moved, float* start,           \
-        float* scale, Bounds* bounds, unsigned long long* keys, uint32_t* first, int64_t slots, uint32_t* slot) {      \
-        move(c, cr, metric, mu, pitch, padded, moved, start, scale, bounds, {keys, first, slots}, slot);               \
-    }                                                                                                                  \
-    extern "C" __global__ void drop_duplicates_##name(const T* c, Rows cr, int64_t padded, unsigned long long* keys,   \
-                                                      uint32_t* first, int64_t slots, const uint32_t* slot,            \
-                                                      float* start) {                                                  \
-        drop_duplicates(c, cr, padded, {keys, first, slots}, slot, start);                                             \
+    extern "C" __global__ void prepare_moved_##name(const T* c, Rows cr, int metric, const T* mu, int64_t pitch,       \
+                                                    int64_t padded, T* moved, float* start, float* scale,              \
+                                                    Bounds* bounds) {                                                  \
+        move(c, cr, metric, mu, pitch, padded, moved, start, scale, bounds);                                           \
     }                                                                                                                  \
     extern "C" __global__ void pack_##name(const T* x, Rows r, int64_t pitch, int64_t rows, T* out) {                  \
         pack(x, r, pitch, rows, out);                                                                                  \
@@ -388,6 +384,21 @@ FOR_EACH_TYPE(INSTANCE)
 HALF_INSTANCE(f16, __half)
 HALF_INSTANCE(bf16, __nv_bfloat16)
 #undef HALF_INSTANCE
+
+#define DUPLICATES(name, Word)                                                                                         \
+    extern "C" __global__ void find_duplicates_##name(const Word* c, Rows cr, unsigned long long* keys,                \
+                                                      uint32_t* first, int64_t slots, uint32_t* slot) {                \
+        find_duplicates(c, cr, {keys, first, slots}, slot);                                                            \
+    }                                                                                                                  \
+    extern "C" __global__ void drop_duplicates_##name(const Word* c, Rows cr, int64_t padded,                          \
+                                                      unsigned long long* keys, uint32_t* first, int64_t slots,        \
+                                                      const uint32_t* slot, float* start) {                            \
+        drop_duplicates(c, cr, padded, {keys, first, slots}, slot, start);                                             \
+    }
+DUPLICATES(f16, uint16_t)
+DUPLICATES(bf16, uint16_t)
+DUPLICATES(f32, uint32_t)
+#undef DUPLICATES
 
 extern "C" __global__ void scan_start(int64_t b, double* largest, uint32_t* first_bad) {
     start_scan(b, largest, first_bad);

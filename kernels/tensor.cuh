@@ -29,6 +29,13 @@ struct Bounds {
     float scale;     // of `scale`
 };
 
+/// A bound is at least the value, and +inf if that is not a number.
+__device__ __forceinline__ void raise(float* bound, double v) {
+    const float above = v >= 0 ? __double2float_ru(v * (1 + 0x1p-20)) : INFINITY;
+    // Most find it high enough already: the few that do not would otherwise wait for all the others.
+    if (above > *const_cast<volatile float*>(bound)) atomicMax(reinterpret_cast<int*>(bound), __float_as_int(above));
+}
+
 /// The centroids of one problem as tensor-core kernels score them.
 template <class T>
 struct Moved {

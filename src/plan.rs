@@ -24,9 +24,9 @@ pub(crate) enum Assign {
     CpuManhattan,
     SimtDot,
     SimtManhattan,
-    /// `mma.sync`, for f16 and bf16 from Ampere on.
+    /// `mma.sync`, for f16, bf16 and split f32 from Ampere on.
     Sm80,
-    /// TMA and WGMMA, for f16 and bf16 on Hopper.
+    /// TMA and WGMMA, for f16, bf16 and split f32 on Hopper.
     Sm90,
 }
 
@@ -52,9 +52,14 @@ impl Assign {
         }
     }
 
-    /// Whether it reads rows in pieces of eight columns, which have to be aligned.
-    pub fn in_eights(self) -> bool {
-        matches!(self, Self::Sm80 | Self::Sm90)
+    /// Whether it reads rows in pieces of eight columns, which have to be aligned. (f32 rows are split on the way.)
+    pub fn in_eights(self, dtype: DType) -> bool {
+        dtype != DType::F32 && matches!(self, Self::Sm80 | Self::Sm90)
+    }
+
+    /// Whether rows pass through it as halves.
+    fn splits(self, dtype: DType) -> bool {
+        dtype == DType::F32 && matches!(self, Self::Sm80 | Self::Sm90)
     }
 
     /// Every kernel that can do this, the one that is chosen first.
@@ -66,7 +71,7 @@ impl Assign {
             return vec![Self::SimtManhattan];
         }
         let mut all = vec![];
-        if matches!(dtype, DType::F16 | DType::BF16) {
+        if dtype != DType::F64 {
             all.extend((arch == 90 && d <= SM90_COLUMNS).then_some(Self::Sm90));
             all.extend((arch >= 80).then_some(Self::Sm80));
         }
@@ -83,11 +88,16 @@ impl Assign {
             return candidates.iter().copied().find(|c| c.name() == name).unwrap_or(candidates[0]);
         }
         let scores = b.saturating_mul(n).saturating_mul(k);
-        // Rows so narrow have to be packed first, which takes longer than so few scores.
-        let narrow = d < 8 && scores <= 1 << 20;
+        let products = scores.saturating_mul(d);
+        // Too little work to pay for the passes that prepare it: packing, or splitting f32 rows.
+        let little = match dtype {
+            DType::F32 if d < 128 => products <= 900_000_000,
+            DType::F32 => products <= 1 << 25 || (d > SM90_COLUMNS && k <= 64),
+            _ => products <= 1 << 23 || (d < 8 && scores <= 1 << 20),
+        };
         // Too few centroids to keep the pipeline of a whole multiprocessor full.
-        let few = (k <= 64 && d <= 128) || (k <= 1024 && d <= 4 && b == 1);
-        let other = if narrow { has(Self::SimtDot) } else { None }.or(if few { has(Self::Sm80) } else { None });
+        let few = (k <= 64 && d <= 128) || (k <= 1024 && d <= 4 && b == 1 && dtype != DType::F32);
+        let other = if little { has(Self::SimtDot) } else { None }.or(if few { has(Self::Sm80) } else { None });
         other.unwrap_or(candidates[0])
     }
 }
@@ -97,6 +107,12 @@ thread_local!(static FORCED: Cell<Option<&'static str>> = const { Cell::new(None
 /// Makes this thread use the assignment kernel of that name wherever it can: for tests and tuning.
 pub fn force(kernel: Option<&'static str>) {
     FORCED.set(kernel);
+}
+
+/// Rows of `d` columns that are split into halves at a time.
+pub(crate) fn split_rows(d: usize) -> usize {
+    let wave = tiles::SPLIT_WAVE * 4 * d.next_multiple_of(32);
+    (tiles::SPLIT_BYTES / wave).clamp(1, 8) * tiles::SPLIT_WAVE
 }
 
 /// Most columns that `assign_sm90.cu` is compiled for.
@@ -139,7 +155,7 @@ impl Plan {
         let (b, n, k, d) = (p.b as u64, p.n as u64, p.k as u64, p.d as u64);
         let assign = Assign::choose(p.dtype, p.metric, [p.b, p.n, p.k, p.d], arch);
         let (rows, centroids) = assign.tile(p.d);
-        let pack = assign.in_eights() && !in_eights(x);
+        let pack = assign.in_eights(p.dtype) && !in_eights(x);
         let update = match (cpu, p.metric) {
             (true, Metric::Manhattan) => "cpu_medians",
             (true, _) => "cpu_sums",
@@ -153,7 +169,12 @@ impl Plan {
         let accumulators = centroid * (3 * p.dtype.size_in_bytes() as u64 + 16 + 8 + filter) + b * k * 64;
         let eights = 2 * p.d.next_multiple_of(8) as u64;
         // The moved centroids and the table of their hashes.
-        let tensor = if assign.in_eights() { b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights + 8 + 52) } else { 0 };
+        let halves = 4 * p.d.next_multiple_of(32) as u64;
+        let tensor = match assign {
+            Assign::Sm80 | Assign::Sm90 => b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights.max(halves) + 8 + 52),
+            _ => 0,
+        };
+        let split = assign.splits(p.dtype).then(|| (halves + 8) * (b * n).min(split_rows(p.d) as u64)).unwrap_or(0);
         let packed = if pack { b * n * eights } else { 0 };
         // Distances of the final rows and their weighted copy.
         let last = 2 * 8 * b * n;
@@ -179,7 +200,8 @@ impl Plan {
             let counts = k * n.div_ceil(k.max(tiles::SORT_ROWS as u64));
             b * (filter * d + 8 * n + 32 + 4 * (counts + counts.div_ceil(tiles::SCAN_SPAN as u64)))
         };
-        let bytes = labels + order + accumulators + tensor + packed + last + weights + initial + scratch + 65536;
+        let bytes =
+            labels + order + accumulators + tensor + split + packed + last + weights + initial + scratch + 65536;
         Self { assign: assign.name(), rows, centroids, pack, update, bytes }
     }
 

@@ -31,6 +31,10 @@ pub const SM90_CENTROIDS: usize = 128;
 pub const SM90_SHARED: usize = 232_448;
 /// Centroids that tensor-core kernels take `start` and `scale` of are padded to whole tiles of any of them.
 pub const TENSOR_CENTROIDS: usize = 128;
+/// Rows that one wave of blocks of `assign_sm90.cu` takes on 132 multiprocessors.
+pub const SPLIT_WAVE: usize = 25_344;
+/// Bytes that whole waves of f32 rows, split into halves, should not take more than.
+pub const SPLIT_BYTES: usize = 134_217_728;
 /// Fewest labels that one warp of `sort.cu` ranks in order; more when K is larger, so that counts stay within N.
 pub const SORT_ROWS: usize = 2048;
 /// Sorted rows that one thread block of `update.cu` sums.

@@ -28,7 +28,8 @@ fn check(x: &Tensor, c: &Tensor, metric: Metric, what: &str) {
     }
 }
 
-const HALVES: [DType; 2] = [DType::F16, DType::BF16];
+/// What tensor cores multiply: f32 as pairs of halves.
+const TYPES: [DType; 3] = [DType::F16, DType::BF16, DType::F32];
 
 /// Values as a network makes them, blobs around 20, and clusters so tight and far out that most rows are near-ties.
 fn kinds(shape: &[usize], dtype: DType, rng: &mut ChaCha8Rng) -> Vec<(&'static str, Tensor)> {
@@ -47,8 +48,8 @@ fn every_width() {
         1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 80, 81, 96, 100, 112, 127, 128, 129, 144, 160,
         161, 192, 200, 224, 255, 256, 257, 300, 320, 384, 400, 448, 511, 512, 513, 640,
     ];
-    for (i, d) in widths.into_iter().enumerate() {
-        let dtype = HALVES[i % 2];
+    for (i, d) in widths.into_iter().enumerate().flat_map(|(i, d)| [(i, d), (i + 1, d)]) {
+        let dtype = TYPES[i % 3];
         for (j, (kind, x)) in kinds(&[200, d], dtype, &mut rng).into_iter().enumerate() {
             let metric = METRICS[(i + j) % 3];
             let c = kinds(&[129, d], dtype, &mut rng).swap_remove(j).1;
@@ -62,7 +63,7 @@ fn every_height() {
     let mut rng = rng(32);
     for (i, n) in [1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 383, 385, 1000].into_iter().enumerate() {
         for k in [1, 2, 3, 63, 64, 65, 127, 128, 129, 255, 257, 1000] {
-            let dtype = HALVES[(i + k) % 2];
+            let dtype = TYPES[(i + k) % 3];
             let (x, c) = (uniform(&[n, 24], 3.0, 1.0, dtype, &mut rng), uniform(&[k, 24], 3.0, 1.0, dtype, &mut rng));
             check(&x, &c, METRICS[(i + k) % 3], "heights");
         }
@@ -73,7 +74,7 @@ fn every_height() {
 fn batches_and_layouts() {
     let mut rng = rng(33);
     for (b, n, k, d) in [(3, 100, 40, 64), (150, 30, 20, 40), (2, 500, 130, 136), (5, 1, 1, 16), (700, 3, 5, 8)] {
-        for dtype in HALVES {
+        for dtype in TYPES {
             let x = uniform(&[b, n, d], 20.0, 1.0, dtype, &mut rng);
             let own = uniform(&[b, k, d], 20.0, 1.0, dtype, &mut rng);
             let metric = METRICS[rng.random_range(0..3)];
@@ -97,7 +98,7 @@ fn batches_and_layouts() {
 fn ties_and_duplicates() {
     let mut rng = rng(34);
     for (n, k, d) in [(300, 400usize, 64), (200, 1024, 128), (100, 130, 256), (150, 300, 20), (70, 200, 512)] {
-        for dtype in HALVES {
+        for dtype in TYPES {
             let few = integers(&[k.div_ceil(3), d], 1, dtype, &mut rng);
             let c = Tensor::cat(&[&few, &few, &few], 0).unwrap().narrow(0, 0, k).unwrap();
             for metric in [Metric::SquaredEuclidean, Metric::Dot, Metric::Cosine] {
@@ -108,11 +109,15 @@ fn ties_and_duplicates() {
     }
 }
 
-/// Ends of the range of both types, where squares overflow f32 or vanish, and rows of no finite distance.
+/// Ends of the range of each type, where squares overflow f32 or vanish, and rows of no finite distance.
 #[test]
 fn extremes() {
     let mut rng = rng(35);
-    for (dtype, scales) in [(DType::F16, vec![6e4, 1.0, 1e-4, 6e-8]), (DType::BF16, vec![1e38, 1e19, 1e-19, 1e-38])] {
+    for (dtype, scales) in [
+        (DType::F16, vec![6e4, 1.0, 1e-4, 6e-8]),
+        (DType::BF16, vec![1e38, 1e19, 1e-19, 1e-38]),
+        (DType::F32, vec![1e38, 1e19, 1e-19, 1e-38]),
+    ] {
         for scale in scales {
             for metric in [Metric::SquaredEuclidean, Metric::Dot, Metric::Cosine] {
                 let x = uniform(&[100, 40], 0.0, scale, dtype, &mut rng);

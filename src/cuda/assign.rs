@@ -2,7 +2,7 @@
 
 use super::{alloc, device, elements, launch, read, shape, tensor, typed, zeros, Element, Nullable, TensorMap};
 use crate::{
-    plan::{sm90_shape, Assign},
+    plan::{sm90_shape, split_rows, Assign},
     problem::{in_eights, Rows},
     rng::Draw,
     tiles::{
@@ -45,6 +45,7 @@ fn labels_of<T: Element>(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
             let x = readable(x.clone(), c.n, metric)?;
             tensor_labels::<T>(dev, kernel, half, &x, c, metric, out)?;
         }
+        (Assign::Sm80 | Assign::Sm90, None) => split_labels(dev, kernel, x, c, metric, out)?,
         _ => simt_labels::<T>(dev, x, c, metric, out)?,
     }
     Ok(tensor(dev, labels, (x.b, x.n)))
@@ -62,7 +63,7 @@ struct Labels<'a> {
 pub(crate) fn readable(x: Rows, k: usize, metric: Metric) -> Result<Rows> {
     let dev = device(&x.tensor)?;
     let kernel = Assign::choose(x.dtype(), metric, [x.b, x.n, k, x.d], super::arch(dev)?);
-    if !kernel.in_eights() || in_eights(&x.tensor) || x.b == 0 || x.n == 0 {
+    if !kernel.in_eights(x.dtype()) || in_eights(&x.tensor) || x.b == 0 || x.n == 0 {
         return Ok(x);
     }
     typed!(x.dtype(), T => {
@@ -104,9 +105,9 @@ fn tensor_labels<T: Element>(
     let m = Moved::<T>::new(dev, "labels", &cs, c, metric)?;
     let (k, pitch, padded, copies) = (c.n as i64, m.pitch as i64, m.padded as i64, m.copies as i64);
     let scale = m.scale.as_ref().map(|s| s.slice(..));
+    let no_slack: Option<CudaView<'_, f32>> = None;
     let (stream, metric) = (dev.cuda_stream(), metric as i32);
-    let processors = stream.context().attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).w()?;
-    let processors = processors as usize;
+    let processors = processors(dev)?;
     if kernel == Assign::Sm90 {
         let (steps, groups) = sm90_shape(x.d);
         let address = |view: &CudaView<'_, T>| view.device_ptr(&stream).0;
@@ -116,18 +117,18 @@ fn tensor_labels<T: Element>(
         let moved = TensorMap::new(half, address(&moved), [m.copies, c.n, x.d], strides, SM90_CENTROIDS)?;
         let tiles = elements(&[x.b, x.n.div_ceil(SM90_ROWS * groups)]);
         launch!(dev, AssignSm90, SM90_NAMES[steps], T::SUFFIX, tiles.min(processors), 128 * (groups + 1), SM90_SHARED;
-            &rows, &moved, &shape(x), &m.start, Nullable(&scale), &m.bounds, &k, &padded, &copies,
+            &rows, &moved, &shape(x), &m.start, Nullable(&scale), &m.bounds, &k, &padded, &copies, Nullable(&no_slack),
             &mut *out.labels, &mut *out.list, &mut *out.listed)?;
     } else {
         let (tiles, shared) = (elements(&[x.b, x.n.div_ceil(SM80_ROWS)]), sm80_shared(x.d));
         launch!(dev, AssignSm80, "assign_sm80", T::SUFFIX, tiles, SM80_ROWS, shared;
             &xs, &shape(x), &cs, &shape(c), &m.moved, &m.start, Nullable(&scale), &m.bounds, &k, &pitch, &padded,
-            &copies, &metric, &mut *out.labels, &mut *out.list, &mut *out.listed)?;
+            &copies, &metric, &mut *out.labels, &mut *out.list, &mut *out.listed, Nullable(&no_slack))?;
     }
-    let shared = sm80_shared(x.d) + 8 * (SM80_ROWS + SM80_QUEUE) + 128;
+    let shared = sm80_shared(x.d) + SM80_LISTED;
     launch!(dev, AssignSm80, "recheck_sm80", T::SUFFIX, 2 * processors, SM80_ROWS, shared;
         &xs, &shape(x), &cs, &shape(c), &m.moved, &m.start, Nullable(&scale), &m.bounds, &k, &pitch, &padded,
-        &copies, &metric, &mut *out.labels, &*out.list, &*out.listed)
+        &copies, &metric, &mut *out.labels, &*out.list, &*out.listed, Nullable(&no_slack))
 }
 
 /// The instances of `assign_sm90.cu` by their steps of 16 columns ([`sm90_shape`]).
@@ -141,6 +142,9 @@ const SM90_NAMES: [&str; 33] = {
     }
     names!(1 2 3 4 5 6 7 8 10 12 14 16 20 24 28 32)
 };
+
+/// What its recheck adds for the rows of a tile and its queue.
+const SM80_LISTED: usize = 8 * (SM80_ROWS + SM80_QUEUE) + 128;
 
 /// Shared memory of a block of `assign_sm80.cu`: its ring, and chunks of rows, all of a tile's if they are not too many.
 fn sm80_shared(d: usize) -> usize {
@@ -181,20 +185,125 @@ impl<T: Element> Moved<T> {
         launch!(dev, Norms, "prepare_origin", T::SUFFIX, columns, WARP * WARP;
             cs, &shape(&one), &(centred as i32), &mut mu)?;
         let blocks = elements(&[copies, padded]).div_ceil(THREADS / WARP);
-        let slots = 2 * k.next_power_of_two();
-        let mut keys = zeros::<u64>(dev, op, elements(&[copies, slots]))?;
-        let mut first = zeros::<u32>(dev, op, elements(&[copies, slots]))?;
-        let mut slot = alloc::<u32>(dev, op, elements(&[copies, k]))?;
         {
             let scale = scale.as_ref().map(|s| s.slice(..));
             launch!(dev, Norms, "prepare_moved", T::SUFFIX, blocks, THREADS;
                 cs, &shape(&one), &(metric as i32), &mu, &(pitch as i64), &(padded as i64), &mut moved, &mut start,
-                Nullable(&scale), &mut bounds, &mut keys, &mut first, &(slots as i64), &mut slot)?;
+                Nullable(&scale), &mut bounds)?;
         }
-        launch!(dev, Norms, "drop_duplicates", T::SUFFIX, blocks, THREADS;
-            cs, &shape(&one), &(padded as i64), &mut keys, &mut first, &(slots as i64), &slot, &mut start)?;
+        drop_duplicates(dev, op, cs, &one, padded, &mut start)?;
         Ok(Self { moved, start, scale, bounds, pitch, padded, copies })
     }
+}
+
+/// Lets no centroid win that repeats an earlier one.
+fn drop_duplicates<T: Element>(
+    dev: &CudaDevice,
+    op: &'static str,
+    cs: &CudaView<'_, T>,
+    c: &Rows,
+    padded: usize,
+    start: &mut CudaSlice<f32>,
+) -> Result<()> {
+    let slots = 2 * c.n.next_power_of_two();
+    let mut keys = zeros::<u64>(dev, op, elements(&[c.b, slots]))?;
+    let mut first = zeros::<u32>(dev, op, elements(&[c.b, slots]))?;
+    let mut slot = alloc::<u32>(dev, op, elements(&[c.b, c.n]))?;
+    let blocks = elements(&[c.b, c.n]).div_ceil(THREADS / WARP);
+    launch!(dev, Norms, "find_duplicates", T::SUFFIX, blocks, THREADS;
+        cs, &shape(c), &mut keys, &mut first, &(slots as i64), &mut slot)?;
+    launch!(dev, Norms, "drop_duplicates", T::SUFFIX, blocks, THREADS;
+        cs, &shape(c), &(padded as i64), &mut keys, &mut first, &(slots as i64), &slot, start)
+}
+
+fn processors(dev: &CudaDevice) -> Result<usize> {
+    let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+    Ok(dev.cuda_stream().context().attribute(count).w()? as usize)
+}
+
+/// f32 rows by way of halves: `kernels/split.cu`. Rows are split a rectangle at a time, part of one problem or whole
+/// problems, so that the halves take no more memory than [`SPLIT_BYTES`] and stay in L2 for the most part.
+fn split_labels(dev: &CudaDevice, kernel: Assign, x: &Rows, c: &Rows, metric: Metric, out: Labels<'_>) -> Result<()> {
+    const OP: &str = "labels";
+    let (xs, cs) = (read(&x.tensor), read(&c.tensor));
+    let (xs, cs) = (xs.view::<f32>()?, cs.view::<f32>()?);
+    let one = one_copy(c);
+    let (copies, k, d) = (one.b, c.n, c.d);
+    let (pitch, padded) = (d.next_multiple_of(32), k.next_multiple_of(TENSOR_CENTROIDS));
+    let both = 2 * pitch;
+
+    let mut mu = zeros::<f32>(dev, OP, elements(&[copies, d]))?;
+    let mut largest = zeros::<f32>(dev, OP, copies)?;
+    let mut moved = alloc::<half::f16>(dev, OP, elements(&[copies, k, both]))?;
+    let mut start = alloc::<f32>(dev, OP, elements(&[copies, padded]))?;
+    // For one half alone, then for both.
+    let mut bounds = zeros::<f32>(dev, OP, elements(&[2, copies, BOUNDS]))?;
+    if metric == Metric::SquaredEuclidean {
+        launch!(dev, Norms, "prepare_means", "f32", elements(&[copies, d.div_ceil(WARP)]), WARP * WARP;
+            &cs, &shape(&one), &mut mu)?;
+    }
+    let of = metric as i32;
+    let blocks = |warps: usize| warps.div_ceil(THREADS / WARP);
+    launch!(dev, Split, "split_largest", "f32", blocks(elements(&[copies, k])), THREADS;
+        &cs, &shape(&one), &of, &mu, &mut largest)?;
+    launch!(dev, Split, "split_centroids", "f32", blocks(elements(&[copies, padded])), THREADS;
+        &cs, &shape(&one), &of, &mu, &largest, &(pitch as i64), &(padded as i64), &mut moved, &mut start, &mut bounds)?;
+    drop_duplicates(dev, OP, &cs, &one, padded, &mut start)?;
+
+    let most = split_rows(d).min(elements(&[x.b, x.n]));
+    let mut halves = alloc::<half::f16>(dev, OP, elements(&[most, both]))?;
+    let (mut slack, mut slack_split) = (alloc::<f32>(dev, OP, most)?, alloc::<f32>(dev, OP, most)?);
+    let (processors, stream) = (processors(dev)?, dev.cuda_stream());
+    let (k64, pitch64, both64, padded64, copies64) =
+        (k as i64, pitch as i64, both as i64, padded as i64, copies as i64);
+    let mut first = 0;
+    while first < x.b * x.n {
+        let (b, row) = (first / x.n, first % x.n);
+        let whole = x.n <= most;
+        let (problems, rows) = if whole { ((most / x.n).min(x.b - b), x.n) } else { (1, most.min(x.n - row)) };
+        let copy = if copies > 1 { b } else { 0 };
+        let count = problems * rows;
+        let lanes = (pitch / 8).next_power_of_two().clamp(4, WARP);
+        launch!(dev, Split, "split_rows", "f32", blocks(count.div_ceil(WARP / lanes)).min(16 * processors), THREADS;
+            &xs, &shape(x), &(first as i64), &(count as i64), &of, &mu, &largest, &bounds, &copies64, &pitch64,
+            &mut halves, &mut slack, &mut slack_split)?;
+
+        let part = Rows { b: problems, n: rows, ..x.clone() };
+        let split = Rows { b: problems, n: rows, batch_stride: rows * both, row_stride: both, ..x.clone() };
+        let (start, moved) = (start.slice(copy * padded..), moved.slice(copy * k * both..));
+        let (high, low) = (bounds.slice(BOUNDS * copy..), bounds.slice(BOUNDS * (copies + copy)..));
+        let mut labels = out.labels.slice_mut(first..);
+        let mut list = out.list.slice_mut(2 * first..);
+        let mut listed = out.listed.slice_mut(b..b + problems);
+        stream.memset_zeros(&mut listed).w()?;
+        let (no_scale, some_slack): (Option<CudaView<'_, f32>>, _) = (None, Some(slack.slice(..)));
+        if kernel == Assign::Sm90 {
+            let half = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+            let (steps, groups) = sm90_shape(d);
+            let (from, to) = (halves.device_ptr(&stream).0, moved.device_ptr(&stream).0);
+            let row_map = TensorMap::new(half, from, [problems, rows, d], [rows * both, both], SM90_ROWS)?;
+            let own = if copies > 1 { problems } else { 1 };
+            let map = TensorMap::new(half, to, [own, k, d], [k * both, both], SM90_CENTROIDS)?;
+            let tiles = elements(&[problems, rows.div_ceil(SM90_ROWS * groups)]).min(processors);
+            launch!(dev, AssignSm90, SM90_NAMES[steps], "f16", tiles, 128 * (groups + 1), SM90_SHARED;
+                &row_map, &map, &shape(&split), &start, Nullable(&no_scale), &high, &k64, &padded64, &copies64,
+                Nullable(&some_slack), &mut labels, &mut list, &mut listed)?;
+        } else {
+            let (tiles, shared) = (elements(&[problems, rows.div_ceil(SM80_ROWS)]), sm80_shared(d));
+            // The centroids are for the definition, which this pass leaves to the next.
+            launch!(dev, AssignSm80, "assign_sm80", "f16", tiles, SM80_ROWS, shared;
+                &halves, &shape(&split), &moved, &shape(&split), &moved, &start, Nullable(&no_scale), &high, &k64,
+                &both64, &padded64, &copies64, &of, &mut labels, &mut list, &mut listed, Nullable(&some_slack))?;
+        }
+        let originals = xs.slice(b * x.batch_stride + row * x.row_stride..);
+        let centroids = cs.slice(b * c.batch_stride..);
+        let shared = sm80_shared(2 * d) + SM80_LISTED;
+        launch!(dev, AssignSm80, "recheck_split_sm80", "f32", 2 * processors, SM80_ROWS, shared;
+            &halves, &originals, &shape(&part), &centroids, &shape(c), &moved, &start, &low, &k64, &both64, &padded64,
+            &copies64, &of, &mut labels, &mut list, &mut listed, &slack_split, &slack)?;
+        first += count;
+    }
+    Ok(())
 }
 
 /// Centroids that all problems share as those of one.

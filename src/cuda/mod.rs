@@ -90,6 +90,7 @@ enum Image {
     AssignSimt,
     AssignSm80,
     AssignSm90,
+    Split,
     Sort,
     Update,
 }
@@ -101,6 +102,7 @@ impl Image {
             Self::AssignSimt => include_bytes!(concat!(env!("OUT_DIR"), "/assign_simt.fatbin")),
             Self::AssignSm80 => include_bytes!(concat!(env!("OUT_DIR"), "/assign_sm80.fatbin")),
             Self::AssignSm90 => include_bytes!(concat!(env!("OUT_DIR"), "/assign_sm90.fatbin")),
+            Self::Split => include_bytes!(concat!(env!("OUT_DIR"), "/split.fatbin")),
             Self::Sort => include_bytes!(concat!(env!("OUT_DIR"), "/sort.fatbin")),
             Self::Update => include_bytes!(concat!(env!("OUT_DIR"), "/update.fatbin")),
         }
