@@ -174,7 +174,7 @@ impl Plan {
             Assign::Sm80 | Assign::Sm90 => b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights.max(halves) + 8 + 52),
             _ => 0,
         };
-        let split = assign.splits(p.dtype).then(|| (halves + 8) * (b * n).min(split_rows(p.d) as u64)).unwrap_or(0);
+        let split = if assign.splits(p.dtype) { (halves + 8) * (b * n).min(split_rows(p.d) as u64) } else { 0 };
         let packed = if pack { b * n * eights } else { 0 };
         // Distances of the final rows and their weighted copy.
         let last = 2 * 8 * b * n;
