@@ -92,8 +92,9 @@ impl Assign {
         // Too little work to pay for the passes that prepare it: packing, or splitting f32 rows.
         let little = match dtype {
             DType::F32 if d < 128 => products <= 900_000_000,
-            DType::F32 => products <= 1 << 25 || (d > SM90_COLUMNS && k <= 64),
-            _ => products <= 1 << 23 || (d < 8 && scores <= 1 << 20),
+            DType::F32 if d <= SM90_COLUMNS => products <= 1 << 25 && d < 400,
+            DType::F32 => products > 1 << 30 && k <= 64,
+            _ => (products <= 1 << 23 && d < 200) || (d < 8 && scores <= 1 << 20),
         };
         // Too few centroids to keep the pipeline of a whole multiprocessor full.
         let few = (k <= 64 && d <= 128) || (k <= 1024 && d <= 4 && b == 1 && dtype != DType::F32);
