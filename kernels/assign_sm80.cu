@@ -23,7 +23,7 @@
 #include "tensor.cuh"
 
 constexpr int WARP_ROWS = 32, CENTROIDS = SM80_CENTROIDS, COLUMNS = SM80_COLUMNS, STAGES = SM80_STAGES;
-constexpr int BLOCK = SM80_ROWS;         // threads; thread t also stands for row t of the tile
+constexpr int BLOCK = SM80_ROWS;                    // threads; thread t also stands for row t of the tile
 constexpr int PIECE = 8, PIECES = COLUMNS / PIECE;  // 16 bytes, what one cp.async brings
 constexpr int ROW_BYTES = COLUMNS * 2, ROWS_BYTES = SM80_ROWS * ROW_BYTES, TILE_BYTES = CENTROIDS * ROW_BYTES;
 constexpr int EIGHTS = CENTROIDS / 8, STEPS = COLUMNS / 16;
@@ -65,7 +65,8 @@ __device__ __forceinline__ void load_fragment(uint32_t (&a)[4], uint32_t address
 /// acc += a b^T for 16 rows, 8 centroids and 16 columns.
 #define PRODUCT(name, T)                                                                                               \
     __device__ __forceinline__ void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {   \
-        asm("mma.sync.aligned.m16n8k16.row.col.f32." #name "." #name ".f32 "                                           \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." #name "." #name                                                   \
+            ".f32 "                                                                                                    \
             "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                          \
             : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])                                                   \
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                           \
@@ -304,8 +305,8 @@ struct Search {
     __device__ __forceinline__ void add(const float (&v)[PLACES], int at) {
 #pragma unroll
         for (int p = 0; p < PLACES; ++p) best_at[p] = fmaxf(best_at[p], v[p]);
-        const float most = fmaxf(fmaxf(fmaxf(v[0], v[1]), fmaxf(v[2], v[3])),
-                                 fmaxf(fmaxf(v[4], v[5]), fmaxf(v[6], v[7])));
+        const float most =
+            fmaxf(fmaxf(fmaxf(v[0], v[1]), fmaxf(v[2], v[3])), fmaxf(fmaxf(v[4], v[5]), fmaxf(v[6], v[7])));
         second = fmaxf(second, fminf(top, most));
         column = most > top ? at : column;
         top = fmaxf(top, most);
@@ -335,7 +336,8 @@ __device__ __forceinline__ float search_tile(const Shared& s, Search (&found)[SL
     const int live_rows = int(min(int64_t(SM80_ROWS), r.n - first_row)), tiles = (c.k + CENTROIDS - 1) / CENTROIDS;
     return sweep<true, false>(
         s, [&](int i) { return i < live_rows ? rows + i * r.row_stride : nullptr; }, c, int(r.d), 0, tiles,
-        int(threadIdx.x) / WARP * WARP_ROWS < live_rows, [&](const Scores& acc, int column) {
+        int(threadIdx.x) / WARP * WARP_ROWS < live_rows,
+        [&](const Scores& acc, int column) {
 #pragma unroll
             for (int j = 0; j < EIGHTS; j += PLACES / 2) {
 #pragma unroll
@@ -503,7 +505,8 @@ __device__ __forceinline__ void recheck_tile(const Shared& s, const Held& of, co
 
     sweep<false, SPLIT>(
         s, [&](int i) { return i < live_rows ? row_of(x, r, b, of.index[i]) : nullptr; }, c, int(r.d), first, last,
-        warp * WARP_ROWS < live_rows, [&](const Scores& acc, int column) {
+        warp * WARP_ROWS < live_rows,
+        [&](const Scores& acc, int column) {
             uint64_t hits = 0;  // 16 columns of each slot in turn
 #pragma unroll
             for (int i = 0; i < SLOTS; ++i) {
@@ -544,8 +547,8 @@ __device__ __forceinline__ int splits_of(int64_t row_tiles, int64_t tiles, int64
 template <bool SPLIT, class T, class U>
 __device__ __forceinline__ void recheck_problem(const Shared& s, const Held& of, const T* x, const Rows& r,
                                                 const Originals<U>& originals, int64_t b, const Moved<T>& c,
-                                                const float* slack, const First& before, int metric, uint32_t* labels, const Listed* list,
-                                                int64_t listed, int64_t share, int64_t shares) {
+                                                const float* slack, const First& before, int metric, uint32_t* labels,
+                                                const Listed* list, int64_t listed, int64_t share, int64_t shares) {
     const int64_t row_tiles = (listed + SM80_ROWS - 1) / SM80_ROWS, tiles = (c.k + CENTROIDS - 1) / CENTROIDS;
     const int splits = splits_of(row_tiles, tiles, shares);
     for (int64_t item = share; item < row_tiles * splits; item += shares) {
@@ -560,8 +563,8 @@ __device__ __forceinline__ void recheck_problem(const Shared& s, const Held& of,
 /// problems at once as it has threads, for most have no row listed. `problem(b)` gives the centroids of one.
 template <bool SPLIT, class T, class U, class Problem>
 __device__ __forceinline__ void recheck(uint8_t* raw, const T* x, const Rows& r, const Originals<U>& originals,
-                                        Problem problem, const float* slack, const First& before, int metric, uint32_t* labels,
-                                        const Listed* list, const uint32_t* listed) {
+                                        Problem problem, const float* slack, const First& before, int metric,
+                                        uint32_t* labels, const Listed* list, const uint32_t* listed) {
     const Shared s(raw, LISTED_BYTES);
     const Held of(s.added);
     const int64_t shares = gridDim.x > r.b ? gridDim.x / r.b : 1, step = gridDim.x / shares;
@@ -580,11 +583,10 @@ __device__ __forceinline__ void recheck(uint8_t* raw, const T* x, const Rows& r,
 
 // `slack` adds to the margin of each row, by its place in (b, n); null for nothing.
 #define INSTANCE(name, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(BLOCK, ASSIGN_RESIDENT)                                               \
-        assign_sm80_##name(const T* x, Rows r, const T* centroids, Rows cr, const T* moved, const float* start,        \
-                           const float* scale, const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded,         \
-                           int64_t copies, int metric, uint32_t* labels, Listed* list, uint32_t* listed,               \
-                           const float* slack) {                                                                       \
+    extern "C" __global__ void __launch_bounds__(BLOCK, ASSIGN_RESIDENT) assign_sm80_##name(                           \
+        const T* x, Rows r, const T* centroids, Rows cr, const T* moved, const float* start, const float* scale,       \
+        const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded, int64_t copies, int metric, uint32_t* labels,  \
+        Listed* list, uint32_t* listed, const float* slack) {                                                          \
         extern __shared__ __align__(128) uint8_t raw[];                                                                \
         const Shared s(raw, 0);                                                                                        \
         const int64_t tiles = (r.n + SM80_ROWS - 1) / SM80_ROWS;                                                       \
@@ -593,19 +595,17 @@ __device__ __forceinline__ void recheck(uint8_t* raw, const T* x, const Rows& r,
             const auto problem = [&] {                                                                                 \
                 return Moved<T>(moved, start, scale, bounds, k, pitch, padded, copies, tile / tiles);                  \
             };                                                                                                         \
-            const float squares =                                                                                      \
-                search_tile(s, found, x, r, tile / tiles, tile % tiles * SM80_ROWS, problem());                        \
+            const float squares = search_tile(s, found, x, r, tile / tiles, tile % tiles * SM80_ROWS, problem());      \
             /* What follows from `tile` is worked out again: it would take registers from the sweep. */                \
             asm volatile("" : "+l"(tile));                                                                             \
             write_labels(found, squares, r, tile / tiles, tile % tiles * SM80_ROWS, problem(), slack, labels, list,    \
                          listed);                                                                                      \
         }                                                                                                              \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(BLOCK, RECHECK_RESIDENT)                                              \
-        recheck_sm80_##name(const T* x, Rows r, const T* centroids, Rows cr, const T* moved, const float* start,       \
-                            const float* scale, const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded,        \
-                            int64_t copies, int metric, uint32_t* labels, const Listed* list,                        \
-                            const uint32_t* listed, const float* slack) {                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK, RECHECK_RESIDENT) recheck_sm80_##name(                         \
+        const T* x, Rows r, const T* centroids, Rows cr, const T* moved, const float* start, const float* scale,       \
+        const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded, int64_t copies, int metric, uint32_t* labels,  \
+        const Listed* list, const uint32_t* listed, const float* slack) {                                              \
         extern __shared__ __align__(128) uint8_t raw[];                                                                \
         const auto problem = [&](int64_t b) {                                                                          \
             return Moved<T>(moved, start, scale, bounds, k, pitch, padded, copies, b);                                 \
@@ -618,7 +618,8 @@ INSTANCE(bf16, __nv_bfloat16)
 #undef INSTANCE
 
 /// `x` is the rectangle of f32 rows that `halves` holds side by side, (b, n, pitch), each h and then l as in `moved`;
-/// labels, lists and slacks are those of the rectangle. The first pass's bounds lie before `bounds`. `pitch` is that of both, twice that of one half.
+/// labels, lists and slacks are those of the rectangle. The first pass's bounds lie before `bounds`. `pitch` is that of
+/// both, twice that of one half.
 extern "C" __global__ void __launch_bounds__(BLOCK, RECHECK_RESIDENT)
     recheck_split_sm80_f32(const __half* halves, const float* x, Rows r, const float* centroids, Rows cr,
                            const __half* moved, const float* start, const Bounds* bounds, int64_t k, int64_t pitch,

@@ -19,7 +19,7 @@
 
 constexpr int SLOT = SM90_ROWS, CENTROIDS = SM90_CENTROIDS, SCORES = SLOT * CENTROIDS / 128;
 constexpr int FEED_CENTROIDS = 0, FEED_ROWS = 1, FINISH = 2, FINISHERS = 2;  // warps of the first group
-constexpr int BOX = 64;                                                       // columns of a 128-byte swizzled row
+constexpr int BOX = 64;                                                      // columns of a 128-byte swizzled row
 static_assert(SLOT == 64 && CENTROIDS == 128, "the shape of one product");
 
 /// STEPS of 16 columns and GROUPS that search.
@@ -35,8 +35,8 @@ struct Shape {
     static constexpr int FIXED_BYTES = 1024 + GROUPS * SLOT_BYTES + 17 * VECTOR_BYTES + 2 * ROWS * 12 + 256;
     static constexpr int FIT = (SM90_SHARED - FIXED_BYTES) / STAGE_BYTES, STAGES = FIT < 8 ? FIT : 8;
     static constexpr int BYTES = FIXED_BYTES + STAGES * STAGE_BYTES;
-    // Of `start` and `scale`. A tile in parts lets go of them while its scores are not yet reduced, but by the time that
-    // the first part of the fourth tile after it is brought, all groups are past it.
+    // Of `start` and `scale`. A tile in parts lets go of them while its scores are not yet reduced, but by the time
+    // that the first part of the fourth tile after it is brought, all groups are past it.
     static constexpr int VECTORS = PARTS == 1 ? STAGES : 4;
     // With a tile in the ring, one group multiplies it while others reduce. Else all go through its parts together.
     static constexpr bool TURNS = STAGES > PARTS;
@@ -272,7 +272,8 @@ __device__ void search(const Shared<S>& s, const Rows& r, bool scaled, int64_t k
                 if (part) barrier_wait(s.full(stage.at), stage.parity);
 #pragma unroll
                 for (int step = 0; step < 4 * S::STAGE_BOXES && part * 4 * S::STAGE_BOXES + step < S::STEPS; ++step) {
-                    const uint32_t at = s.ring + stage.at * S::STAGE_BYTES + step / 4 * (CENTROIDS * 128) + step % 4 * 32;
+                    const uint32_t at =
+                        s.ring + stage.at * S::STAGE_BYTES + step / 4 * (CENTROIDS * 128) + step % 4 * 32;
                     multiply<T>(acc, rows[part * 4 * S::STAGE_BOXES + step], operand(at));
                 }
                 products_commit();
@@ -386,8 +387,8 @@ __device__ void finish(const Shared<S>& s, const Rows& r, const Bounds* bounds, 
 template <class T, class S>
 __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtensorMap* centroid_map, const Rows& r,
                                        const float* start, const float* scale, const Bounds* bounds, int64_t k,
-                                       int64_t padded, int64_t copies, const float* slack, uint32_t* labels, Listed* list,
-                                       uint32_t* listed) {
+                                       int64_t padded, int64_t copies, const float* slack, uint32_t* labels,
+                                       Listed* list, uint32_t* listed) {
     extern __shared__ uint8_t raw[];
     const Shared<S> s(raw);
     if (threadIdx.x == 0) s.init();
@@ -410,17 +411,17 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
         const float* start, const float* scale, const Bounds* bounds, int64_t k, int64_t padded, int64_t copies,       \
         const float* slack, uint32_t* labels, Listed* list, uint32_t* listed) {                                        \
         assign<T, Shape<steps, groups>>(&row_map, &centroid_map, r, start, scale, bounds, k, padded, copies, slack,    \
-                                        labels, list, listed);                                                                 \
+                                        labels, list, listed);                                                         \
     }
-#ifdef LAB
-LAB(KERNEL)
-#else
-// Up to eight steps none is wasted; above, the registers of two slots of centroids would not fit.
+// Up to 128 columns no step is wasted; above, steps come in twos and fours, for fewer kernels. Above 256 columns only
+// two groups have room for their rows in registers.
 #define KERNELS(name, T)                                                                                               \
-    KERNEL(name, T, 1, 3) KERNEL(name, T, 2, 3) KERNEL(name, T, 3, 3) KERNEL(name, T, 4, 3)                            \
-    KERNEL(name, T, 5, 3) KERNEL(name, T, 6, 3) KERNEL(name, T, 7, 3) KERNEL(name, T, 8, 3)                            \
-    KERNEL(name, T, 10, 3) KERNEL(name, T, 12, 3) KERNEL(name, T, 14, 3) KERNEL(name, T, 16, 3)                        \
-    KERNEL(name, T, 20, 2) KERNEL(name, T, 24, 2) KERNEL(name, T, 28, 2) KERNEL(name, T, 32, 2)
+    KERNEL(name, T, 1, 3)                                                                                              \
+    KERNEL(name, T, 2, 3) KERNEL(name, T, 3, 3) KERNEL(name, T, 4, 3) KERNEL(name, T, 5, 3) KERNEL(name, T, 6, 3)      \
+        KERNEL(name, T, 7, 3) KERNEL(name, T, 8, 3) KERNEL(name, T, 10, 3) KERNEL(name, T, 12, 3)                      \
+            KERNEL(name, T, 14, 3) KERNEL(name, T, 16, 3) KERNEL(name, T, 20, 2) KERNEL(name, T, 24, 2)                \
+                KERNEL(name, T, 28, 2) KERNEL(name, T, 32, 2)
 KERNELS(f16, __half)
 KERNELS(bf16, __nv_bfloat16)
-#endif
+#undef KERNELS
+#undef KERNEL

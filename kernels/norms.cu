@@ -8,7 +8,6 @@
 
 // ---- Preparation of the centroids for scoring: mu, then c^ = c - mu (or c / |c|), |c^|^2 / 2 and the largest |c^|.
 
-
 /// One block of 32 x 32 threads for each problem and 32 columns.
 template <class T>
 __device__ void column_means(const T* c, const Rows& r, Filter<T>* mu) {
@@ -155,18 +154,19 @@ __device__ void move(const T* c, const Rows& r, int metric, const T* mu, int64_t
         if (lane == 0 && scale) scale[i] = factor;
         // A lane to a bound. A product with a row that `margin` lets pass must not overflow before it is scaled.
         const double safe = metric == COSINE && norm > 1e18 ? INFINITY : factor;
-        const double values[] = {sqrt(moved_squares) * safe, fabs(double(from_here)), sqrt(lost) * factor, norm * factor,
-                                 factor};
+        const double values[] = {sqrt(moved_squares) * safe, fabs(double(from_here)), sqrt(lost) * factor,
+                                 norm * factor, factor};
         double mine = 0;
 #pragma unroll
         for (int v = 0; v < 5; ++v) mine = lane == v ? values[v] : mine;
-        static_assert(sizeof(Bounds) == 5 * sizeof(float) && offsetof(Bounds, residual) == 8, "in the order of `values`");
+        static_assert(sizeof(Bounds) == 5 * sizeof(float) && offsetof(Bounds, residual) == 8,
+                      "in the order of `values`");
         if (lane < 5) raise(&bounds[b].moved + lane, mine);
     }
 }
 
-/// A centroid that repeats an earlier one bit for bit can never be a label: it starts from -inf. Without this, every row
-/// near a duplicate would be unproven. One warp for each centroid.
+/// A centroid that repeats an earlier one bit for bit can never be a label: it starts from -inf. Without this, every
+/// row near a duplicate would be unproven. One warp for each centroid.
 template <class Word>
 __device__ void drop_duplicates(const Word* c, const Rows& r, int64_t padded, const Table& table, const uint32_t* slot,
                                 float* start) {
@@ -369,8 +369,8 @@ FOR_EACH_TYPE(INSTANCE)
 #undef INSTANCE
 
 #define HALF_INSTANCE(name, T)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(1024) prepare_origin_##name(const T* c, Rows cr, int centred,         \
-                                                                             T* mu) {                                  \
+    extern "C" __global__ void __launch_bounds__(1024)                                                                 \
+        prepare_origin_##name(const T* c, Rows cr, int centred, T* mu) {                                               \
         origin(c, cr, centred, mu);                                                                                    \
     }                                                                                                                  \
     extern "C" __global__ void prepare_moved_##name(const T* c, Rows cr, int metric, const T* mu, int64_t pitch,       \

@@ -27,7 +27,8 @@ __device__ __forceinline__ float2 load_floats(uint32_t from) {
     return v;
 }
 __device__ __forceinline__ void store_shared(uint32_t to, uint4 v) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
 }
 __device__ __forceinline__ void store_shared(uint32_t to, uint32_t v) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
@@ -131,8 +132,8 @@ __device__ __forceinline__ void pin(float (&acc)[N]) {
         EIGHT(acc, 56)
 #define PRODUCT(type, from, operands, ...)                                                                             \
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                          \
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63}, " from \
-                 ", 1, 1, 1, " operands ";"                                                                            \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " TEN(1) TEN(2) TEN(3) TEN(4)                              \
+                     TEN(5) "%60, %61, %62, %63}, " from ", 1, 1, 1, " operands ";"                                    \
                  : SIXTY_FOUR(acc)                                                                                     \
                  : __VA_ARGS__)
 

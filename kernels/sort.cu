@@ -7,7 +7,6 @@
 // of them). A label of k or more is left out; the tail of the order keeps its zeros.
 #include "common.cuh"
 
-
 __device__ void histogram(const uint32_t* labels, int64_t b, int64_t n, int64_t k, int64_t rows, uint32_t* counts) {
     const int64_t chunks = (n + rows - 1) / rows;
     for (int64_t tile = blockIdx.x; tile < b * chunks; tile += gridDim.x) {

@@ -52,7 +52,8 @@ struct Origin {
     double norm;      // cosine: of the centroid; else 1
 
     __device__ __forceinline__ Origin(const float* c, int64_t d, int metric, const float* mu)
-        : mu(metric == SQUARED_EUCLIDEAN ? mu : nullptr), norm(1) {
+        : mu(metric == SQUARED_EUCLIDEAN ? mu : nullptr),
+          norm(1) {
         if (metric != COSINE) return;
         double squares = 0;
         for (int64_t q = threadIdx.x % WARP; q < d; q += WARP) squares += wide(c[q]) * wide(c[q]);
@@ -113,10 +114,16 @@ extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, int metr
         if (lane == 0) start[i] = from_here;
         // A lane to a bound.
         const double high = sqrt(high_squares), from_above = fabs(double(from_here)), stored = sqrt(squares);
-        const double values[] = {high, from_above, sqrt(lost), metric == COSINE ? power : stored, 1,
-                                 high * (1 + 0x1p-10), from_above,
+        const double values[] = {high,
+                                 from_above,
+                                 sqrt(lost),
+                                 metric == COSINE ? power : stored,
+                                 1,
+                                 high * (1 + 0x1p-10),
+                                 from_above,
                                  sqrt(lost_split) * (1 + 0x1p-11) + 0x1p-11 * sqrt(low_squares),
-                                 metric == COSINE ? power : stored, 1};
+                                 metric == COSINE ? power : stored,
+                                 1};
         double mine = 0;
 #pragma unroll
         for (int v = 0; v < 10; ++v) mine = lane == v ? values[v] : mine;

@@ -185,7 +185,7 @@ __device__ void converged(const uint8_t* done, const uint32_t* differ, const dou
                                             const uint8_t* done, int metric, T* out) {                                 \
         means(totals, weight, old, o, done, metric, out);                                                              \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                           \
         medians_##name(const T* x, Rows r, const double* weights, const double* max_weight, const uint32_t* order,     \
                        const uint32_t* offsets, const T* old, Rows o, const uint8_t* done, T* out) {                   \
         medians(x, r, weights, max_weight, order, offsets, old, o, done, out);                                         \
