@@ -35,10 +35,9 @@ static_assert(SM80_ROWS % WARP_ROWS == 0 && CENTROIDS % 32 == 0, "whole warps, w
 static_assert(COLUMNS == 32 || COLUMNS == 64, "the swizzle is for rows of 64 or 128 bytes");
 static_assert(BLOCK % PIECES == 0 && CENTROIDS % (BLOCK / PIECES) == 0 && CENTROIDS / 4 <= BLOCK, "even copies");
 
-/// Dynamic shared memory for rows of `chunks` chunks to stay; fewer than STAGES are not enough for anything.
+/// Dynamic shared memory, beside ROWS_BYTES for each chunk of rows that is to stay, at least STAGES of them; src/cuda/
+/// assign.rs has the sum.
 constexpr int RING_BYTES = STAGES * (TILE_BYTES + CENTROIDS * 4), LISTED_BYTES = SM80_ROWS * 8 + QUEUE * 8 + 128;
-constexpr int assign_bytes(int chunks) { return RING_BYTES + chunks * ROWS_BYTES; }
-constexpr int recheck_bytes(int chunks) { return RING_BYTES + LISTED_BYTES + chunks * ROWS_BYTES; }
 
 // ---- Instructions.
 
@@ -74,13 +73,6 @@ __device__ __forceinline__ void load_fragment(uint32_t (&a)[4], uint32_t address
 PRODUCT(f16, __half)
 PRODUCT(bf16, __nv_bfloat16)
 #undef PRODUCT
-
-__device__ __forceinline__ float2 wide_pair(uint32_t v, __half) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&v));
-}
-__device__ __forceinline__ float2 wide_pair(uint32_t v, __nv_bfloat16) {
-    return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000)};
-}
 
 // ---- The sweep of a row tile over tiles of centroids.
 

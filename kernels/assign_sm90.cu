@@ -32,9 +32,11 @@ struct Shape {
     static constexpr int STAGE_BOXES = BOXES <= 2 ? BOXES : 1, PARTS = BOXES / STAGE_BOXES;
     static constexpr int SLOT_BYTES = SLOT * BOX * 2 * BOXES, STAGE_BYTES = CENTROIDS * BOX * 2 * STAGE_BOXES;
     static constexpr int VECTOR_BYTES = CENTROIDS * 4;
+    // What is not the ring: alignment, rows, at most eight tiles' `start` and `scale` and the zeros, two places for what
+    // is found, and barriers.
     static constexpr int FIXED_BYTES = 1024 + GROUPS * SLOT_BYTES + 17 * VECTOR_BYTES + 2 * ROWS * 12 + 256;
     static constexpr int FIT = (SM90_SHARED - FIXED_BYTES) / STAGE_BYTES, STAGES = FIT < 8 ? FIT : 8;
-    static constexpr int BYTES = FIXED_BYTES + STAGES * STAGE_BYTES;
+    static_assert(STAGES >= 2, "one to fill while another is read");
     // Of `start` and `scale`. A tile in parts lets go of them while its scores are not yet reduced, but by the time
     // that the first part of the fourth tile after it is brought, all groups are past it.
     static constexpr int VECTORS = PARTS == 1 ? STAGES : 4;
@@ -314,13 +316,6 @@ __device__ void search(const Shared<S>& s, const Rows& r, bool scaled, int64_t k
 }
 
 // ---- Warps 2 and 3 finish, a lane to a row.
-
-__device__ __forceinline__ float2 wide_pair(uint32_t v, __half) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&v));
-}
-__device__ __forceinline__ float2 wide_pair(uint32_t v, __nv_bfloat16) {
-    return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000)};
-}
 
 template <class T, class S>
 __device__ __forceinline__ float sum_of_squares(uint32_t slot, int row) {

@@ -1,4 +1,4 @@
-// Scores on tensor cores, for f16 and bf16, and the proof that goes with them.
+// Scores on tensor cores, for f16 and bf16 (f32 comes as pairs of halves: split.cu), and the proof that goes with them.
 //
 // Tensor cores multiply what is stored, so the rows stay as they are and only the centroids move: with c = mu + e, all
 // scores of a row x differ by the same x.mu from
@@ -13,7 +13,7 @@
 // after aligning all to the largest exponent and cutting what is left of the last place kept, then cuts the sum to f32
 // (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"). With M = |x| max|e| + max|start| above every partial
 // sum, u = 2^-23 M and j bits kept below those of f32, a block of m products loses at most (m + 1) 2^-j u + u. Hopper's
-// warpgroup products have m = 16 and j = 2 (tests/record has our probe of them): 5.25 u for 16 columns, taken as 6. For
+// warpgroup products have m = 16 and j = 2 (probed: benches/record/assign-versions.md): 5.25 u for 16 columns, taken as 6. For
 // mma.sync we assume no more than m = 8 and j = 1, as on Ampere: 11 u, taken as 12. A chain of FMAs, which scores one
 // column again, loses less. The moved centroid, if it had to be rounded, adds |x| max|residual|, and `start` and
 // `scale` half an ulp each. The f64 definition is within the rounding of argmin.cuh.
@@ -60,6 +60,14 @@ struct Moved {
         }
     }
 };
+
+/// Two halves in f32.
+__device__ __forceinline__ float2 wide_pair(uint32_t v, __half) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&v));
+}
+__device__ __forceinline__ float2 wide_pair(uint32_t v, __nv_bfloat16) {
+    return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000)};
+}
 
 /// Units of the last place that 16 columns may lose.
 constexpr int WGMMA_LOSS = 6, MMA_LOSS = 12;

@@ -28,14 +28,7 @@ pub(crate) fn arch(device: &Device) -> Result<Arch> {
 
 /// The rows where the kernel that assigns them to `k` centroids can read them: a copy, if need be.
 pub(crate) fn readable(x: Rows, k: usize, metric: Metric) -> Result<Rows> {
-    match x.device() {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(_) => crate::cuda::assign::readable(x, k, metric),
-        _ => {
-            let _ = (k, metric);
-            Ok(x)
-        }
-    }
+    on_device!(x.device(), assign::readable(x, k, metric))
 }
 
 /// Exact labels, u32 `(b, n)`: the lowest index at the smallest [`Metric`] distance.
