@@ -10,17 +10,27 @@
 // with PLACES columns. The maximum of each of its rows is compared with the best and the second-best row so far; across
 // all rows, tiles included, a maximum is kept of each place. The place whose maximum is the best score is the
 // winner's, and any other score is in another row or in another place: the larger of the second-best row and the other
-// places bounds it from above. A label is proven if the winner is ahead of that by `margin`; rows that are not proven
-// go on a list for `recheck`.
+// places bounds it from above. Comparisons run at half the rate of other instructions and are what the searching groups
+// have least room for, so the thread with a row's best score leaves its places to the finishing warps, where a row
+// takes one lane. A label is proven if the winner is ahead by `margin`; rows that are not proven go on a list for
+// `recheck`.
 //
-// Traffic of a block and tile of R rows: X once; 2 k d bytes of centroids from L2 for 2 R k d flops.
+// Traffic of a block and tile of R rows: X once; 2 k d bytes of centroids from L2 for 2 R k d flops, or, if all tiles
+// of a problem fit in the ring, none: they stay there, and a block's row tiles are neighbours.
 #include "ptx.cuh"
 #include "tensor.cuh"
 
-constexpr int SLOT = SM90_ROWS, CENTROIDS = SM90_CENTROIDS, SCORES = SLOT * CENTROIDS / 128;
+constexpr int SLOT = SM90_ROWS, CENTROIDS = SM90_CENTROIDS;
 constexpr int FEED_CENTROIDS = 0, FEED_ROWS = 1, FINISH = 2, FINISHERS = 2;  // warps of the first group
 constexpr int BOX = 64;                                                      // columns of a 128-byte swizzled row
 static_assert(SLOT == 64 && CENTROIDS == 128, "the shape of one product");
+
+/// What a search leaves to the finishing warps, with the maxima of the winner's places after it.
+struct Found {
+    float top, second;  // the best score; what no score of another row of places is above, nor that of another thread
+    int column;         // of the first of the winner's row of places
+    float squares;      // of the row, at least
+};
 
 /// STEPS of 16 columns and GROUPS that search.
 template <int STEPS_, int GROUPS_>
@@ -32,9 +42,10 @@ struct Shape {
     static constexpr int STAGE_BOXES = BOXES <= 2 ? BOXES : 1, PARTS = BOXES / STAGE_BOXES;
     static constexpr int SLOT_BYTES = SLOT * BOX * 2 * BOXES, STAGE_BYTES = CENTROIDS * BOX * 2 * STAGE_BOXES;
     static constexpr int VECTOR_BYTES = CENTROIDS * 4;
-    // What is not the ring: alignment, rows, at most eight tiles' `start` and `scale` and the zeros, two places for what
-    // is found, and barriers.
-    static constexpr int FIXED_BYTES = 1024 + GROUPS * SLOT_BYTES + 17 * VECTOR_BYTES + 2 * ROWS * 12 + 256;
+    static constexpr int FOUND_BYTES = sizeof(Found) + PLACES * sizeof(float);
+    // What is not the ring: alignment, rows, at most eight tiles' `start` and `scale` and the zeros, what is found, and
+    // barriers.
+    static constexpr int FIXED_BYTES = 1024 + GROUPS * SLOT_BYTES + 17 * VECTOR_BYTES + ROWS * FOUND_BYTES + 256;
     static constexpr int FIT = (SM90_SHARED - FIXED_BYTES) / STAGE_BYTES, STAGES = FIT < 8 ? FIT : 8;
     static_assert(STAGES >= 2, "one to fill while another is read");
     // Of `start` and `scale`. A tile in parts lets go of them while its scores are not yet reduced, but by the time
@@ -44,7 +55,7 @@ struct Shape {
     static constexpr bool TURNS = STAGES > PARTS;
     // What a block is given at its start, split between the roles; `setmaxnreg` deals in eights.
     static constexpr int REGISTERS = 65536 / BLOCK / 8 * 8 * (GROUPS + 1);
-    static constexpr int FEW = STEPS == 16 ? 32 : 56;  // 16 steps need all the registers that there are
+    static constexpr int FEW = GROUPS == 2 ? 40 : STEPS == 16 ? 32 : 56;  // what the others can spare
     static constexpr int MANY = (REGISTERS - FEW) / GROUPS / 8 * 8;
 };
 
@@ -54,7 +65,7 @@ __device__ __forceinline__ float largest(const float* of) {
     else return fmaxf(largest<N / 2>(of), largest<N / 2>(of + N / 2));
 }
 
-/// What a search knows of a row.
+/// What a thread knows of a row.
 template <int PLACES>
 struct Search {
     float top = -INFINITY, second = -INFINITY, best_of[PLACES];
@@ -65,38 +76,33 @@ struct Search {
         for (int p = 0; p < PLACES; ++p) best_of[p] = -INFINITY;
     }
 
-    __device__ __forceinline__ void add(const float (&score)[PLACES], int at) {
+    /// A row of places, or the first few of one.
+    template <int COUNT>
+    __device__ __forceinline__ void add(const float (&score)[COUNT], int at) {
 #pragma unroll
-        for (int p = 0; p < PLACES; ++p) best_of[p] = fmaxf(best_of[p], score[p]);
-        const float most = largest<PLACES>(score);
+        for (int p = 0; p < COUNT; ++p) best_of[p] = fmaxf(best_of[p], score[p]);
+        const float most = largest<COUNT>(score);
         second = fmaxf(second, fminf(top, most));
         if (most > top) top = most, column = at;
     }
 
-    /// Finds the winner's place. The thread's columns are pairs, eight apart.
-    __device__ __forceinline__ void finish() {
-        int winner = 0;
+    /// Of the four threads that share a row, the first with the best score leaves what is known.
+    __device__ __forceinline__ void leave(uint32_t to, float squares, int lane) const {
+        const float best = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+        const float most = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+        const uint32_t level = __ballot_sync(~0u, top == most) >> (lane & ~3) & 15;
+        const bool first = (level & ((2 << lane % 4) - 1)) == 1 << lane % 4;
+        float others = first ? second : top;
+        others = fmaxf(others, __shfl_xor_sync(~0u, others, 1));
+        others = fmaxf(others, __shfl_xor_sync(~0u, others, 2));
+        if (!first) return;
+        store_shared(to, most, others, __int_as_float(column), squares);
 #pragma unroll
-        for (int p = PLACES - 1; p >= 0; --p) winner = best_of[p] == top ? p : winner;
-#pragma unroll
-        for (int p = 0; p < PLACES; ++p) second = fmaxf(second, p == winner ? -INFINITY : best_of[p]);
-        column += 8 * (winner / 2) + winner % 2;
+        for (int p = 0; p < PLACES; p += 4) {
+            store_shared(to + sizeof(Found) + 4 * p, best_of[p], best_of[p + 1], best_of[p + 2], best_of[p + 3]);
+        }
     }
 };
-
-/// The best score of a row, what no other score is above, and the winner's column, which is its only if it is ahead.
-struct Found {
-    float top, second;
-    int column;
-};
-
-__device__ __forceinline__ void store_shared(uint32_t to, Found f) {
-    store_shared(to, __float_as_uint(f.top)), store_shared(to + 4, __float_as_uint(f.second));
-    store_shared(to + 8, uint32_t(f.column));
-}
-__device__ __forceinline__ Found load_found(uint32_t from) {
-    return {__uint_as_float(load_word(from)), __uint_as_float(load_word(from + 4)), int(load_word(from + 8))};
-}
 
 /// The parts of shared memory, as addresses.
 template <class S>
@@ -107,7 +113,7 @@ struct Shared {
         rows = (shared_address(raw) + 1023) / 1024 * 1024, ring = rows + S::GROUPS * S::SLOT_BYTES;
         start = ring + S::STAGES * S::STAGE_BYTES, scale = start + S::VECTORS * S::VECTOR_BYTES;
         zeros = scale + S::VECTORS * S::VECTOR_BYTES, found = zeros + S::VECTOR_BYTES;
-        barriers = found + 2 * S::ROWS * sizeof(Found);
+        barriers = found + S::ROWS * S::FOUND_BYTES;
     }
     /// A stage of the ring has its bytes; its readers are done.
     __device__ uint32_t full(int stage) const { return barriers + 8 * stage; }
@@ -115,17 +121,17 @@ struct Shared {
     /// The rows of a group have come; have been taken.
     __device__ uint32_t rows_full(int group) const { return full(2 * S::STAGES + group); }
     __device__ uint32_t rows_empty(int group) const { return rows_full(S::GROUPS + group); }
-    /// What a group has found stands in one of two places; is read.
-    __device__ uint32_t found_full(int at, int group) const { return rows_full((2 + at) * S::GROUPS + group); }
-    __device__ uint32_t found_empty(int at, int group) const { return found_full(2 + at, group); }
+    /// What a group has found stands there; is read.
+    __device__ uint32_t found_full(int group) const { return rows_empty(S::GROUPS + group); }
+    __device__ uint32_t found_empty(int group) const { return found_full(S::GROUPS + group); }
 
     __device__ void init() const {
         for (int i = 0; i < S::STAGES; ++i) barrier_init(full(i), 1), barrier_init(empty(i), 4 * S::GROUPS);
         for (int g = 0; g < S::GROUPS; ++g) {
-            barrier_init(rows_full(g), 1), barrier_init(rows_empty(g), 4 + FINISHERS);
-            for (int i = 0; i < 2; ++i) barrier_init(found_full(i, g), 4), barrier_init(found_empty(i, g), FINISHERS);
+            barrier_init(rows_full(g), 1), barrier_init(rows_empty(g), 4);
+            barrier_init(found_full(g), 4), barrier_init(found_empty(g), FINISHERS);
         }
-        for (int i = 0; i < S::VECTOR_BYTES; i += 16) store_shared(zeros + i, {0, 0, 0, 0});
+        for (int i = 0; i < S::VECTOR_BYTES; i += 16) store_shared(zeros + i, 0, 0, 0, 0);
         barrier_init_done();
     }
 };
@@ -139,33 +145,54 @@ struct Place {
     }
 };
 
-/// Walks the block's share of the row tiles of all problems.
+/// Whether all centroids of a problem stay in the ring.
+template <class S>
+__device__ __forceinline__ bool stays(int tiles) {
+    return S::PARTS == 1 && tiles <= S::STAGES;
+}
+
+/// Walks the block's share of the row tiles of all problems: neighbours if centroids stay, else far apart, so that all
+/// blocks want the same centroids at a time.
 template <class S>
 struct Tiles {
-    int64_t per_problem, all, tile;
-    __device__ explicit Tiles(const Rows& r)
-        : per_problem((r.n + S::ROWS - 1) / S::ROWS),
-          all(r.b * per_problem),
-          tile(blockIdx.x) {}
-    __device__ bool more() const { return tile < all; }
-    __device__ void next() { tile += gridDim.x; }
-    __device__ int problem() const { return int(tile / per_problem); }
-    __device__ int first_row(int problem) const { return int(tile - problem * per_problem) * S::ROWS; }
+    int64_t left;  // to come, this one included
+    int per_problem, problem, tile, problems_step, tiles_step;
+
+    __device__ Tiles(const Rows& r, bool neighbours) : per_problem((r.n + S::ROWS - 1) / S::ROWS) {
+        const int64_t all = r.b * per_problem, step = neighbours ? 1 : gridDim.x;
+        const int64_t first = neighbours ? all * blockIdx.x / gridDim.x : blockIdx.x;
+        const int64_t end = neighbours ? all * (blockIdx.x + 1) / gridDim.x : all;
+        left = (end - first + step - 1) / step;
+        problem = first / per_problem, tile = first % per_problem;
+        problems_step = step / per_problem, tiles_step = step % per_problem;
+    }
+    __device__ __forceinline__ bool more() const { return left > 0; }
+    __device__ __forceinline__ void next() {
+        --left, problem += problems_step, tile += tiles_step;
+        if (tile >= per_problem) tile -= per_problem, ++problem;
+    }
+    __device__ __forceinline__ int first_row() const { return tile * S::ROWS; }
+    /// Of `copies` of centroids, the one for this tile.
+    __device__ __forceinline__ int copy(int64_t copies) const { return copies > 1 ? problem : 0; }
+    /// Whether no later tile of a walk over neighbours wants the same centroids.
+    __device__ __forceinline__ bool last_of_copy(int64_t copies) const {
+        return left == 1 || (copies > 1 && tile + 1 == per_problem);
+    }
 };
 
 // ---- Two threads feed.
 
 template <class S>
-__device__ void feed_rows(const Shared<S>& s, const CUtensorMap* map, const Rows& r) {
+__device__ void feed_rows(const Shared<S>& s, const CUtensorMap* map, const Rows& r, int tiles) {
     int parity = 1;
-    for (Tiles<S> work(r); work.more(); work.next(), parity ^= 1) {
-        const int b = work.problem(), first = work.first_row(b);
+    for (Tiles<S> work(r, stays<S>(tiles)); work.more(); work.next(), parity ^= 1) {
         for (int group = 0; group < S::GROUPS; ++group) {
             const uint32_t to = s.rows + group * S::SLOT_BYTES;
             barrier_wait(s.rows_empty(group), parity);
             barrier_expect(s.rows_full(group), S::SLOT_BYTES);
             for (int box = 0; box < S::BOXES; ++box) {
-                copy_box(to + box * SLOT * 128, map, s.rows_full(group), box * BOX, first + group * SLOT, b);
+                copy_box(to + box * SLOT * 128, map, s.rows_full(group), box * BOX, work.first_row() + group * SLOT,
+                         work.problem);
             }
         }
     }
@@ -173,12 +200,16 @@ __device__ void feed_rows(const Shared<S>& s, const CUtensorMap* map, const Rows
 
 template <class S>
 __device__ void feed_centroids(const Shared<S>& s, const CUtensorMap* map, const Rows& r, const float* start,
-                               const float* scale, int64_t k, int64_t padded, int64_t copies) {
-    const int tiles = (k + CENTROIDS - 1) / CENTROIDS, vectors = (scale ? 2 : 1) * S::VECTOR_BYTES;
+                               const float* scale, int tiles, int64_t padded, int64_t copies) {
+    const int vectors = (scale ? 2 : 1) * S::VECTOR_BYTES;
+    const bool stay = stays<S>(tiles);
     Place<S::STAGES> stage;
     Place<S::VECTORS> vector;
-    for (Tiles<S> work(r); work.more(); work.next()) {
-        const int copy = copies > 1 ? work.problem() : 0;
+    int there = -1;
+    for (Tiles<S> work(r, stay); work.more(); work.next()) {
+        const int copy = work.copy(copies);
+        if (stay && copy == there) continue;
+        there = copy;
         for (int t = 0; t < tiles; ++t, vector.next()) {
             for (int part = 0; part < S::PARTS; ++part, stage.next()) {
                 const uint32_t full = s.full(stage.at), to = s.ring + stage.at * S::STAGE_BYTES;
@@ -210,171 +241,230 @@ __device__ __forceinline__ void load_rows(uint32_t (&a)[S::STEPS][4], uint32_t s
     }
 }
 
+template <int SCORES>
 __device__ __forceinline__ void begin(float (&acc)[SCORES], uint32_t start) {
 #pragma unroll
-    for (int j = 0; j < CENTROIDS / 8; ++j) {
+    for (int j = 0; j < SCORES / 4; ++j) {
         const float2 v = load_floats(start + 32 * j);
         acc[4 * j] = acc[4 * j + 2] = v.x, acc[4 * j + 1] = acc[4 * j + 3] = v.y;
     }
 }
 
+template <int SCORES>
 __device__ __forceinline__ void rescale(float (&acc)[SCORES], uint32_t start, uint32_t scale) {
 #pragma unroll
-    for (int j = 0; j < CENTROIDS / 8; ++j) {
+    for (int j = 0; j < SCORES / 4; ++j) {
         const float2 u = load_floats(start + 32 * j), v = load_floats(scale + 32 * j);
         acc[4 * j] = fmaf(acc[4 * j], v.x, u.x), acc[4 * j + 1] = fmaf(acc[4 * j + 1], v.y, u.y);
         acc[4 * j + 2] = fmaf(acc[4 * j + 2], v.x, u.x), acc[4 * j + 3] = fmaf(acc[4 * j + 3], v.y, u.y);
     }
 }
 
-template <int PLACES>
+template <int COUNT, int SCORES, int PLACES>
+__device__ __forceinline__ void reduce_some(const float (&acc)[SCORES], int first, int column, Search<PLACES>& low,
+                                            Search<PLACES>& high) {
+    float u[COUNT], v[COUNT];
+#pragma unroll
+    for (int p = 0; p < COUNT; ++p) {
+        const int at = (first + p) / 2 * 4 + p % 2;
+        u[p] = acc[at], v[p] = acc[at + 2];
+    }
+    low.add(u, column + 4 * first);
+    high.add(v, column + 4 * first);
+}
+
+template <int SCORES, int PLACES>
 __device__ __forceinline__ void reduce(const float (&acc)[SCORES], int column, Search<PLACES>& low,
                                        Search<PLACES>& high) {
+    constexpr int WHOLE = SCORES / 2 / PLACES * PLACES;
 #pragma unroll
-    for (int first = 0; first < CENTROIDS / 4; first += PLACES) {
-        float u[PLACES], v[PLACES];
+    for (int first = 0; first < WHOLE; first += PLACES) reduce_some<PLACES>(acc, first, column, low, high);
+    if constexpr (WHOLE < SCORES / 2) reduce_some<SCORES / 2 - WHOLE>(acc, WHOLE, column, low, high);
+}
+
+/// At least the sums of squares of the thread's two rows. 16 additions in the rows' own type lose at most 16 units of
+/// its roundoff (0.8 % for f16, 6.5 % for bf16), and what underflows in f16 is at most d 2^-25, 0.4 % of LEAST. Sums out
+/// of range, which show, are added up again in f32.
+template <class T, int STEPS>
+__device__ __forceinline__ void squares_of(const uint32_t (&a)[STEPS][4], float (&squares)[2]) {
+    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    constexpr float LEAST = std::is_same_v<T, __half> ? 0x1p-8f : 0x1p-100f;
+    constexpr float LOST = std::is_same_v<T, __half> ? 1.02f : 1.07f;
+    const auto over_quad = [](float v) {
+        v += __shfl_xor_sync(~0u, v, 1);
+        return v + __shfl_xor_sync(~0u, v, 2);
+    };
+    bool fits = true;
 #pragma unroll
-        for (int p = 0; p < PLACES; ++p) {
-            const int at = (first + p) / 2 * 4 + p % 2;
-            u[p] = acc[at], v[p] = acc[at + 2];
+    for (int i = 0; i < 2; ++i) {
+        float sum = 0;
+#pragma unroll
+        for (int first = 0; first < STEPS; first += 8) {
+            uint32_t pair = 0;
+#pragma unroll
+            for (int step = first; step < STEPS && step < first + 8; ++step) {
+#pragma unroll
+                for (int half = 0; half < 4; half += 2) {
+                    const Pair v = reinterpret_cast<const Pair&>(a[step][i + half]);
+                    const Pair added = __hfma2(v, v, reinterpret_cast<Pair&>(pair));
+                    pair = reinterpret_cast<const uint32_t&>(added);
+                }
+            }
+            const float2 two = wide_pair(pair, T());
+            sum += two.x + two.y;
         }
-        low.add(u, column + 4 * first);
-        high.add(v, column + 4 * first);
+        squares[i] = LOST * over_quad(sum);
+        fits &= squares[i] >= LEAST && squares[i] < INFINITY;
+    }
+    if (__all_sync(~0u, fits)) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float sum = 0;
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+            const float2 u = wide_pair(a[step][i], T()), v = wide_pair(a[step][i + 2], T());
+            sum = fmaf(u.x, u.x, fmaf(u.y, u.y, fmaf(v.x, v.x, fmaf(v.y, v.y, sum))));
+        }
+        squares[i] = over_quad(sum);
     }
 }
 
+/// One searching group.
 template <class T, class S>
-__device__ void search(const Shared<S>& s, const Rows& r, bool scaled, int64_t k) {
-    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, quad = lane % 4;
-    const int mine = 1 + group, theirs = 1 + (group + 1) % S::GROUPS, tiles = (k + CENTROIDS - 1) / CENTROIDS;
-    float acc[SCORES];
+struct Group {
+    const Shared<S>& s;
+    const int index = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const bool scaled;
     uint32_t rows[S::STEPS][4];
     Place<S::STAGES> stage;
     Place<S::VECTORS> vector;
-    Place<2> out;
-    int held = 0;
-    if (S::TURNS && group == S::GROUPS - 1) give_turn(1, 256);
-    for (Tiles<S> work(r); work.more(); work.next(), out.next(), held ^= 1) {
-        barrier_wait(s.rows_full(group), held);
-        load_rows<S>(rows, s.rows + group * S::SLOT_BYTES, warp, lane);
+
+    __device__ __forceinline__ void release(int at) const {
+        if (lane == 0) barrier_arrive(s.empty(at));
+    }
+
+    /// Searches the next tile, of which the first WIDTH centroids count.
+    template <int WIDTH>
+    __device__ __forceinline__ void search(int column, bool stay, Search<S::PLACES> (&found)[2]) {
+        const int quad = lane % 4, mine = 1 + index, theirs = 1 + (index + 1) % S::GROUPS;
+        const uint32_t start = s.start + vector.at * S::VECTOR_BYTES + 8 * quad;
+        float acc[WIDTH / 2];
+        Place<S::STAGES> done = stage;
+        barrier_wait(s.full(stage.at), stage.parity);
+        begin(acc, scaled ? s.zeros + 8 * quad : start);
+        if (S::TURNS) take_turn(mine, 256);
+        pin(acc);
+        products_fence();
+#pragma unroll
+        for (int part = 0; part < S::PARTS; ++part, stage.next()) {
+            if (part) barrier_wait(s.full(stage.at), stage.parity);
+#pragma unroll
+            for (int step = 0; step < 4 * S::STAGE_BOXES && part * 4 * S::STAGE_BOXES + step < S::STEPS; ++step) {
+                const uint32_t at = s.ring + stage.at * S::STAGE_BYTES + step / 4 * (CENTROIDS * 128) + step % 4 * 32;
+                multiply<T>(acc, rows[part * 4 * S::STAGE_BOXES + step], operand(at));
+            }
+            products_commit();
+            if (part == 0) continue;
+            products_wait<1>();
+            release(done.at);
+            done.next();
+        }
+        if (S::TURNS) give_turn(theirs, 256);
+        products_wait<0>();
+        pin(acc);
+        if (scaled) {
+            rescale(acc, start, s.scale + vector.at * S::VECTOR_BYTES + 8 * quad);
+            loads_done();
+        }
         __syncwarp();
-        if (lane == 0) barrier_arrive(s.rows_empty(group));
+        if (!stay) release(done.at);
+        reduce(acc, column + 2 * quad, found[0], found[1]);
+        vector.next();
+    }
+};
+
+template <class T, class S>
+__device__ void search(const Shared<S>& s, const Rows& r, bool scaled, int64_t k, int64_t copies) {
+    Group<T, S> g{s, int(threadIdx.x) / 128 - 1, int(threadIdx.x) / 32 % 4, int(threadIdx.x) % 32, scaled};
+    // A last tile of few centroids costs a product of its own width.
+    const int tiles = (k + CENTROIDS - 1) / CENTROIDS, last = k - (tiles - 1) * CENTROIDS, whole = tiles - (last <= 96);
+    const bool stay = stays<S>(tiles);
+    int held = 0;
+    if (S::TURNS && g.index == S::GROUPS - 1) give_turn(1, 256);
+    for (Tiles<S> work(r, stay); work.more(); work.next(), held ^= 1) {
+        barrier_wait(s.rows_full(g.index), held);
+        load_rows<S>(g.rows, s.rows + g.index * S::SLOT_BYTES, g.warp, g.lane);
+        float squares[2];
+        squares_of<T, S::STEPS>(g.rows, squares);
+        // Not before the squares: an arrival does not wait for loads under way, and the copy engine is quick.
+        __syncwarp();
+        if (g.lane == 0) barrier_arrive(s.rows_empty(g.index));
 
         Search<S::PLACES> found[2];
-        for (int t = 0; t < tiles; ++t, vector.next()) {
-            const uint32_t start = s.start + vector.at * S::VECTOR_BYTES + 8 * quad;
-            Place<S::STAGES> done = stage;
-            barrier_wait(s.full(stage.at), stage.parity);
-            begin(acc, scaled ? s.zeros + 8 * quad : start);
-            if (S::TURNS) take_turn(mine, 256);
-            pin(acc);
-            products_fence();
-#pragma unroll
-            for (int part = 0; part < S::PARTS; ++part, stage.next()) {
-                if (part) barrier_wait(s.full(stage.at), stage.parity);
-#pragma unroll
-                for (int step = 0; step < 4 * S::STAGE_BOXES && part * 4 * S::STAGE_BOXES + step < S::STEPS; ++step) {
-                    const uint32_t at =
-                        s.ring + stage.at * S::STAGE_BYTES + step / 4 * (CENTROIDS * 128) + step % 4 * 32;
-                    multiply<T>(acc, rows[part * 4 * S::STAGE_BOXES + step], operand(at));
-                }
-                products_commit();
-                if (part == 0) continue;
-                products_wait<1>();
-                if (lane == 0) barrier_arrive(s.empty(done.at));
-                done.next();
-            }
-            if (S::TURNS) give_turn(theirs, 256);
-            products_wait<0>();
-            pin(acc);
-            if (scaled) rescale(acc, start, s.scale + vector.at * S::VECTOR_BYTES + 8 * quad);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(s.empty(done.at));
-            reduce(acc, t * CENTROIDS + 2 * quad, found[0], found[1]);
+        const bool keep = stay && !work.last_of_copy(copies);
+        const auto stage = g.stage;
+        const auto vector = g.vector;
+        int t = 0;
+        for (; t < whole; ++t) g.template search<CENTROIDS>(t * CENTROIDS, keep, found);
+        if (t < tiles) {
+            if (last <= 32) g.template search<32>(t * CENTROIDS, keep, found);
+            else if (last <= 64) g.template search<64>(t * CENTROIDS, keep, found);
+            else g.template search<96>(t * CENTROIDS, keep, found);
         }
+        if (keep) g.stage = stage, g.vector = vector;
 
-        barrier_wait(s.found_empty(out.at, group), out.parity ^ 1);
+        barrier_wait(s.found_empty(g.index), held ^ 1);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            found[i].finish();
-            float top = found[i].top, second = found[i].second;
-            int column = found[i].column;
-#pragma unroll
-            for (int other = 1; other < 4; other *= 2) {
-                const float t = __shfl_xor_sync(~0u, top, other), u = __shfl_xor_sync(~0u, second, other);
-                const int c = __shfl_xor_sync(~0u, column, other);
-                second = fmaxf(fmaxf(second, u), fminf(top, t));
-                if (t > top || (t == top && c < column)) top = t, column = c;
-            }
-            const int row = group * SLOT + warp * 16 + lane / 4 + i * 8;
-            if (quad == 0) store_shared(s.found + (out.at * S::ROWS + row) * sizeof(Found), Found{top, second, column});
+            const int row = g.index * SLOT + g.warp * 16 + g.lane / 4 + i * 8;
+            found[i].leave(s.found + row * S::FOUND_BYTES, squares[i], g.lane);
         }
         __syncwarp();
-        if (lane == 0) barrier_arrive(s.found_full(out.at, group));
+        if (g.lane == 0) barrier_arrive(s.found_full(g.index));
     }
-    if (S::TURNS && group == 0) take_turn(1, 256);  // the last one given
+    if (S::TURNS && g.index == 0) take_turn(1, 256);  // the last one given
 }
 
 // ---- Warps 2 and 3 finish, a lane to a row.
 
-template <class T, class S>
-__device__ __forceinline__ float sum_of_squares(uint32_t slot, int row) {
-    float sums[4] = {};
-#pragma unroll 4
-    for (int piece = 0; piece < 2 * S::STEPS; ++piece) {
-        const uint4 v = load_words(slot + (piece / 8) * (SLOT * 128) + row * 128 + ((piece % 8 ^ (row & 7)) << 4));
-        const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float2 p = wide_pair(words[i], T());
-            sums[i] = fmaf(p.x, p.x, fmaf(p.y, p.y, sums[i]));
-        }
-    }
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-template <class T, class S>
+template <class S>
 __device__ void finish(const Shared<S>& s, const Rows& r, const Bounds* bounds, int64_t copies, int64_t k,
                        const float* slack, uint32_t* labels, Listed* list, uint32_t* listed) {
     const int band = (threadIdx.x / 32 - FINISH) * 32 + threadIdx.x % 32;  // the lane's row of a slot
     static_assert(FINISHERS * 32 == SLOT, "a lane to a row");
-    float squares[S::GROUPS];
-    int held = 0;
-    Place<2> in;
-    // Rows are looked at when they come, before the search of them ends and the next take their place.
-    const auto look = [&](int group) {
-        barrier_wait(s.rows_full(group), held);
-        const float sum = sum_of_squares<T, S>(s.rows + group * S::SLOT_BYTES, band);
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(s.rows_empty(group));
-        return sum;
-    };
-    Tiles<S> work(r);
-    if (!work.more()) return;
-#pragma unroll
-    for (int group = 0; group < S::GROUPS; ++group) squares[group] = look(group);
-    for (; work.more(); in.next()) {
-        const int64_t b = work.problem();
-        const int first = work.first_row(b);
-        const Bounds of = bounds[copies > 1 ? b : 0];
-        work.next();
-        held ^= 1;
-#pragma unroll
+    int parity = 0;
+    for (Tiles<S> work(r, stays<S>((k + CENTROIDS - 1) / CENTROIDS)); work.more(); work.next(), parity ^= 1) {
+        const int64_t b = work.problem;
+        const Bounds of = bounds[work.copy(copies)];
+#pragma unroll 1
         for (int group = 0; group < S::GROUPS; ++group) {
-            const float next = work.more() ? look(group) : 0;
-            barrier_wait(s.found_full(in.at, group), in.parity);
-            const Found f = load_found(s.found + (in.at * S::ROWS + group * SLOT + band) * sizeof(Found));
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) barrier_arrive(s.found_empty(in.at, group));
-            const int64_t row = first + group * SLOT + band;
-            if (row < r.n) {
-                labels[b * r.n + row] = f.column < k ? f.column : 0;  // a tie may name a column that is not there
-                const float more = slack ? __ldg(&slack[b * r.n + row]) : 0;
-                if (!(f.top - f.second > margin(squares[group], r.d, of, WGMMA_LOSS) + more)) {
-                    list[b * r.n + atomicAdd(&listed[b], 1)] = {uint32_t(row), f.top};
+            const uint32_t from = s.found + (group * SLOT + band) * S::FOUND_BYTES;
+            barrier_wait(s.found_full(group), parity);
+            const float4 f = load_floats4(from);
+            float top = f.x, second = f.y;
+            int place = 0, level = 0;
+#pragma unroll
+            for (int p = 0; p < S::PLACES; p += 4) {
+                const float4 v = load_floats4(from + sizeof(Found) + 4 * p);
+                const float best_of[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if (best_of[i] == top) place = p + i, ++level;
+                    else second = fmaxf(second, best_of[i]);
                 }
             }
-            squares[group] = next;
+            loads_done();
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) barrier_arrive(s.found_empty(group));
+            const int64_t row = work.first_row() + group * SLOT + band;
+            if (row >= r.n) continue;
+            // The thread's columns are pairs, eight apart. A tie may name a column that is not there.
+            const int column = __float_as_int(f.z) + 8 * (place / 2) + place % 2;
+            labels[b * r.n + row] = column < k ? column : 0;
+            const float more = slack ? __ldg(&slack[b * r.n + row]) : 0;
+            if (!(level == 1 && top - second > margin(f.w, r.d, of, WGMMA_LOSS) + more)) {
+                list[b * r.n + atomicAdd(&listed[b], 1)] = {uint32_t(row), top};
+            }
         }
     }
 }
@@ -386,17 +476,20 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
                                        Listed* list, uint32_t* listed) {
     extern __shared__ uint8_t raw[];
     const Shared<S> s(raw);
+    const int tiles = (k + CENTROIDS - 1) / CENTROIDS;
     if (threadIdx.x == 0) s.init();
     __syncthreads();
     if (threadIdx.x < 128) {
         fewer_registers<S::FEW>();
         const int warp = threadIdx.x / 32;
-        if (warp >= FINISH) finish<T, S>(s, r, bounds, copies, k, slack, labels, list, listed);
-        if (threadIdx.x == 32 * FEED_ROWS) feed_rows<S>(s, row_map, r);
-        if (threadIdx.x == 32 * FEED_CENTROIDS) feed_centroids<S>(s, centroid_map, r, start, scale, k, padded, copies);
+        if (warp >= FINISH) finish<S>(s, r, bounds, copies, k, slack, labels, list, listed);
+        if (threadIdx.x == 32 * FEED_ROWS) feed_rows<S>(s, row_map, r, tiles);
+        if (threadIdx.x == 32 * FEED_CENTROIDS) {
+            feed_centroids<S>(s, centroid_map, r, start, scale, tiles, padded, copies);
+        }
     } else {
         more_registers<S::MANY>();
-        search<T, S>(s, r, scale != nullptr, k);
+        search<T, S>(s, r, scale != nullptr, k, copies);
     }
 }
 

@@ -5,33 +5,26 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
-#include <type_traits>
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // ---- Loads and stores by address.
 
-__device__ __forceinline__ uint4 load_words(uint32_t from) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
-    return v;
-}
-__device__ __forceinline__ uint32_t load_word(uint32_t from) {
-    uint32_t v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
-    return v;
-}
 __device__ __forceinline__ float2 load_floats(uint32_t from) {
     float2 v;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from));
     return v;
 }
-__device__ __forceinline__ void store_shared(uint32_t to, uint4 v) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+__device__ __forceinline__ float4 load_floats4(uint32_t from) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(from)
                  : "memory");
+    return v;
 }
-__device__ __forceinline__ void store_shared(uint32_t to, uint32_t v) {
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
+__device__ __forceinline__ void store_shared(uint32_t to, float x, float y, float z, float w) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 }
 
 // ---- mbarriers: a phase completes when its arrivals and its announced bytes are in. Waiting is by the phase's parity.
@@ -50,6 +43,9 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+/// Waits for the thread's own loads from shared memory, before an arrival that lets what they read be overwritten: the
+/// arrival itself overtakes loads that are under way.
+__device__ __forceinline__ void loads_done() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
@@ -123,39 +119,38 @@ __device__ __forceinline__ void pin(float (&acc)[N]) {
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(acc[i])::"memory");
 }
 
-#define TEN(n) "%" #n "0, %" #n "1, %" #n "2, %" #n "3, %" #n "4, %" #n "5, %" #n "6, %" #n "7, %" #n "8, %" #n "9, "
+#define NUMBERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define NUMBERS_32                                                                                                     \
+    NUMBERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NUMBERS_48                                                                                                     \
+    NUMBERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define NUMBERS_64                                                                                                     \
+    NUMBERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define EIGHT(acc, i)                                                                                                  \
     "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]), "+f"(acc[i + 5]),            \
         "+f"(acc[i + 6]), "+f"(acc[i + 7])
-#define SIXTY_FOUR(acc)                                                                                                \
-    EIGHT(acc, 0), EIGHT(acc, 8), EIGHT(acc, 16), EIGHT(acc, 24), EIGHT(acc, 32), EIGHT(acc, 40), EIGHT(acc, 48),      \
-        EIGHT(acc, 56)
-#define PRODUCT(type, from, operands, ...)                                                                             \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                          \
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " TEN(1) TEN(2) TEN(3) TEN(4)                              \
-                     TEN(5) "%60, %61, %62, %63}, " from ", 1, 1, 1, " operands ";"                                    \
-                 : SIXTY_FOUR(acc)                                                                                     \
-                 : __VA_ARGS__)
+#define SCORES_16(acc) EIGHT(acc, 0), EIGHT(acc, 8)
+#define SCORES_32(acc) SCORES_16(acc), EIGHT(acc, 16), EIGHT(acc, 24)
+#define SCORES_48(acc) SCORES_32(acc), EIGHT(acc, 32), EIGHT(acc, 40)
+#define SCORES_64(acc) SCORES_48(acc), EIGHT(acc, 48), EIGHT(acc, 56)
+#define PRODUCT(T, type, width, scores, operands)                                                                      \
+    template <>                                                                                                        \
+    __device__ __forceinline__ void multiply<T>(float (&acc)[scores], const uint32_t (&a)[4], uint64_t b) {            \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #width "k16.f32." type "." type " {" NUMBERS_##scores         \
+                     "}, " operands ", 1, 1, 1, 0;"                                                                    \
+                     : SCORES_##scores(acc)                                                                            \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
+    }
+#define PRODUCTS(T, type)                                                                                              \
+    PRODUCT(T, type, 32, 16, "{%16, %17, %18, %19}, %20")                                                              \
+    PRODUCT(T, type, 64, 32, "{%32, %33, %34, %35}, %36")                                                              \
+    PRODUCT(T, type, 96, 48, "{%48, %49, %50, %51}, %52")                                                              \
+    PRODUCT(T, type, 128, 64, "{%64, %65, %66, %67}, %68")
 
-/// acc += a b^T for 64 rows in registers and 128 rows in shared memory, 16 columns of each.
-template <class T>
-__device__ __forceinline__ void multiply(float (&acc)[64], const uint32_t (&a)[4], uint64_t b) {
-    if constexpr (std::is_same_v<T, __half>) {
-        PRODUCT("f16", "{%64, %65, %66, %67}, %68", "0", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    } else {
-        PRODUCT("bf16", "{%64, %65, %66, %67}, %68", "0", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    }
-}
-/// The same with the 64 rows in shared memory too.
-template <class T>
-__device__ __forceinline__ void multiply(float (&acc)[64], uint64_t a, uint64_t b) {
-    if constexpr (std::is_same_v<T, __half>) {
-        PRODUCT("f16", "%64, %65", "0, 0", "l"(a), "l"(b));
-    } else {
-        PRODUCT("bf16", "%64, %65", "0, 0", "l"(a), "l"(b));
-    }
-}
-#undef TEN
-#undef EIGHT
-#undef SIXTY_FOUR
+/// acc += a b^T for 64 rows in registers and N / 64 * 128 rows in shared memory, 16 columns of each.
+template <class T, int N>
+__device__ __forceinline__ void multiply(float (&acc)[N], const uint32_t (&a)[4], uint64_t b);
+PRODUCTS(__half, "f16")
+PRODUCTS(__nv_bfloat16, "bf16")
+#undef PRODUCTS
 #undef PRODUCT
