@@ -59,50 +59,24 @@ struct Shape {
     static constexpr int MANY = (REGISTERS - FEW) / GROUPS / 8 * 8;
 };
 
-template <int N>
-__device__ __forceinline__ float largest(const float* of) {
-    if constexpr (N == 1) return of[0];
-    else return fmaxf(largest<N / 2>(of), largest<N / 2>(of + N / 2));
-}
-
-/// What a thread knows of a row.
+/// Of the four threads that share a row, the first with the best score leaves what is known.
 template <int PLACES>
-struct Search {
-    float top = -INFINITY, second = -INFINITY, best_of[PLACES];
-    int column = 0;  // the first of the best row of places
-
-    __device__ __forceinline__ Search() {
+__device__ __forceinline__ void leave(const Search<PLACES>& found, uint32_t to, float squares, int lane) {
+    const float best = fmaxf(found.top, __shfl_xor_sync(~0u, found.top, 1));
+    const float most = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+    const uint32_t level = __ballot_sync(~0u, found.top == most) >> (lane & ~3) & 15;
+    const bool first = (level & ((2 << lane % 4) - 1)) == 1 << lane % 4;
+    float others = first ? found.second : found.top;
+    others = fmaxf(others, __shfl_xor_sync(~0u, others, 1));
+    others = fmaxf(others, __shfl_xor_sync(~0u, others, 2));
+    if (!first) return;
+    store_shared(to, most, others, __int_as_float(found.column), squares);
 #pragma unroll
-        for (int p = 0; p < PLACES; ++p) best_of[p] = -INFINITY;
+    for (int p = 0; p < PLACES; p += 4) {
+        const float* best = found.best_of + p;
+        store_shared(to + sizeof(Found) + 4 * p, best[0], best[1], best[2], best[3]);
     }
-
-    /// A row of places, or the first few of one.
-    template <int COUNT>
-    __device__ __forceinline__ void add(const float (&score)[COUNT], int at) {
-#pragma unroll
-        for (int p = 0; p < COUNT; ++p) best_of[p] = fmaxf(best_of[p], score[p]);
-        const float most = largest<COUNT>(score);
-        second = fmaxf(second, fminf(top, most));
-        if (most > top) top = most, column = at;
-    }
-
-    /// Of the four threads that share a row, the first with the best score leaves what is known.
-    __device__ __forceinline__ void leave(uint32_t to, float squares, int lane) const {
-        const float best = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-        const float most = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-        const uint32_t level = __ballot_sync(~0u, top == most) >> (lane & ~3) & 15;
-        const bool first = (level & ((2 << lane % 4) - 1)) == 1 << lane % 4;
-        float others = first ? second : top;
-        others = fmaxf(others, __shfl_xor_sync(~0u, others, 1));
-        others = fmaxf(others, __shfl_xor_sync(~0u, others, 2));
-        if (!first) return;
-        store_shared(to, most, others, __int_as_float(column), squares);
-#pragma unroll
-        for (int p = 0; p < PLACES; p += 4) {
-            store_shared(to + sizeof(Found) + 4 * p, best_of[p], best_of[p + 1], best_of[p + 2], best_of[p + 3]);
-        }
-    }
-};
+}
 
 /// The parts of shared memory, as addresses.
 template <class S>
@@ -234,10 +208,10 @@ __device__ void feed_centroids(const Shared<S>& s, const CUtensorMap* map, const
 template <class S>
 __device__ __forceinline__ void load_rows(uint32_t (&a)[S::STEPS][4], uint32_t slot, int warp, int lane) {
     const int row = warp * 16 + (lane & 15);
+    const uint32_t first = slot + row * 128 + ((lane >> 4 ^ (row & 7)) << 4);
 #pragma unroll
     for (int step = 0; step < S::STEPS; ++step) {
-        const int piece = 2 * (step % 4) + (lane >> 4);
-        load_fragment(a[step], slot + (step / 4) * (SLOT * 128) + row * 128 + ((piece ^ (row & 7)) << 4));
+        load_fragment(a[step], (first ^ step % 4 * 32) + (step / 4) * (SLOT * 128));
     }
 }
 
@@ -283,8 +257,8 @@ __device__ __forceinline__ void reduce(const float (&acc)[SCORES], int column, S
 }
 
 /// At least the sums of squares of the thread's two rows. 16 additions in the rows' own type lose at most 16 units of
-/// its roundoff (0.8 % for f16, 6.5 % for bf16), and what underflows in f16 is at most d 2^-25, 0.4 % of LEAST. Sums out
-/// of range, which show, are added up again in f32.
+/// its roundoff (0.8 % for f16, 6.5 % for bf16), and what underflows in f16 is at most d 2^-25, 0.4 % of LEAST. Sums
+/// out of range, which show, are added up again in f32.
 template <class T, int STEPS>
 __device__ __forceinline__ void squares_of(const uint32_t (&a)[STEPS][4], float (&squares)[2]) {
     using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
@@ -417,7 +391,7 @@ __device__ void search(const Shared<S>& s, const Rows& r, bool scaled, int64_t k
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int row = g.index * SLOT + g.warp * 16 + g.lane / 4 + i * 8;
-            found[i].leave(s.found + row * S::FOUND_BYTES, squares[i], g.lane);
+            leave(found[i], s.found + row * S::FOUND_BYTES, squares[i], g.lane);
         }
         __syncwarp();
         if (g.lane == 0) barrier_arrive(s.found_full(g.index));
@@ -461,9 +435,9 @@ __device__ void finish(const Shared<S>& s, const Rows& r, const Bounds* bounds, 
             // The thread's columns are pairs, eight apart. A tie may name a column that is not there.
             const int column = __float_as_int(f.z) + 8 * (place / 2) + place % 2;
             labels[b * r.n + row] = column < k ? column : 0;
-            const float more = slack ? __ldg(&slack[b * r.n + row]) : 0;
-            if (!(level == 1 && top - second > margin(f.w, r.d, of, WGMMA_LOSS) + more)) {
-                list[b * r.n + atomicAdd(&listed[b], 1)] = {uint32_t(row), top};
+            const float off = margin(f.w, r.d, of, WGMMA_LOSS) + (slack ? __ldg(&slack[b * r.n + row]) : 0);
+            if (!(level == 1 && top - second > off)) {
+                list[b * r.n + atomicAdd(&listed[b], 1)] = {uint32_t(row), top - off};
             }
         }
     }
@@ -505,10 +479,11 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
 // two groups have room for their rows in registers.
 #define KERNELS(name, T)                                                                                               \
     KERNEL(name, T, 1, 3)                                                                                              \
-    KERNEL(name, T, 2, 3) KERNEL(name, T, 3, 3) KERNEL(name, T, 4, 3) KERNEL(name, T, 5, 3) KERNEL(name, T, 6, 3)      \
-        KERNEL(name, T, 7, 3) KERNEL(name, T, 8, 3) KERNEL(name, T, 10, 3) KERNEL(name, T, 12, 3)                      \
-            KERNEL(name, T, 14, 3) KERNEL(name, T, 16, 3) KERNEL(name, T, 20, 2) KERNEL(name, T, 24, 2)                \
-                KERNEL(name, T, 28, 2) KERNEL(name, T, 32, 2)
+    KERNEL(name, T, 2, 3)                                                                                              \
+    KERNEL(name, T, 3, 3) KERNEL(name, T, 4, 3) KERNEL(name, T, 5, 3) KERNEL(name, T, 6, 3) KERNEL(name, T, 7, 3)      \
+        KERNEL(name, T, 8, 3) KERNEL(name, T, 10, 3) KERNEL(name, T, 12, 3) KERNEL(name, T, 14, 3)                     \
+            KERNEL(name, T, 16, 3) KERNEL(name, T, 20, 2) KERNEL(name, T, 24, 2) KERNEL(name, T, 28, 2)                \
+                KERNEL(name, T, 32, 2)
 KERNELS(f16, __half)
 KERNELS(bf16, __nv_bfloat16)
 #undef KERNELS

@@ -119,33 +119,58 @@ __device__ __forceinline__ K unordered(K key) {
 
 enum Metric : int { SQUARED_EUCLIDEAN = 0, COSINE = 1, DOT = 2, MANHATTAN = 3 };
 
+/// Hands `take` the pairs of values of two rows, columns ascending. What is done with them is a chain; the loads need
+/// not be: 128 bytes of each row are under way at a time.
+template <class T, class Take>
+__device__ __forceinline__ void for_each_pair(const T* x, const T* c, int64_t d, Take take) {
+    constexpr int EACH = 16 / sizeof(T), LOADS = 8;
+    struct alignas(16) Piece {
+        T values[EACH];
+    };
+    int64_t i = 0;
+    if ((reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(c)) % 16 == 0) {
+        for (; i + EACH * LOADS <= d; i += EACH * LOADS) {
+            uint4 u[LOADS], v[LOADS];
+#pragma unroll
+            for (int p = 0; p < LOADS; ++p) {
+                u[p] = *reinterpret_cast<const uint4*>(x + i + p * EACH);
+                v[p] = *reinterpret_cast<const uint4*>(c + i + p * EACH);
+            }
+#pragma unroll
+            for (int p = 0; p < LOADS; ++p) {
+                const Piece &a = reinterpret_cast<const Piece&>(u[p]), &b = reinterpret_cast<const Piece&>(v[p]);
+#pragma unroll
+                for (int e = 0; e < EACH; ++e) take(wide(a.values[e]), wide(b.values[e]));
+            }
+        }
+    }
+#pragma unroll 8
+    for (; i < d; ++i) take(wide(x[i]), wide(c[i]));
+}
+
 template <class T>
 __device__ double distance(int metric, const T* x, const T* c, int64_t d) {
     double s = 0, xx = 0, cc = 0;
-    // The sums are chains, the loads need not be: unrolled, sixteen are under way at a time.
     if (metric == SQUARED_EUCLIDEAN) {
-#pragma unroll 16
-        for (int64_t i = 0; i < d; ++i) {
-            const double t = __dsub_rn(wide(x[i]), wide(c[i]));
+        for_each_pair(x, c, d, [&](double a, double b) {
+            const double t = __dsub_rn(a, b);
             s = __dadd_rn(s, __dmul_rn(t, t));
-        }
+        });
         return s;
     }
     if (metric == MANHATTAN) {
-        for (int64_t i = 0; i < d; ++i) s = __dadd_rn(s, fabs(__dsub_rn(wide(x[i]), wide(c[i]))));
+        for_each_pair(x, c, d, [&](double a, double b) { s = __dadd_rn(s, fabs(__dsub_rn(a, b))); });
         return s;
     }
     if (metric == DOT) {
-#pragma unroll 16
-        for (int64_t i = 0; i < d; ++i) s = __dadd_rn(s, __dmul_rn(wide(x[i]), wide(c[i])));
+        for_each_pair(x, c, d, [&](double a, double b) { s = __dadd_rn(s, __dmul_rn(a, b)); });
         return -s;
     }
-    for (int64_t i = 0; i < d; ++i) {
-        const double a = wide(x[i]), b = wide(c[i]);
+    for_each_pair(x, c, d, [&](double a, double b) {
         s = __dadd_rn(s, __dmul_rn(a, b));
         xx = __dadd_rn(xx, __dmul_rn(a, a));
         cc = __dadd_rn(cc, __dmul_rn(b, b));
-    }
+    });
     const double norms = __dmul_rn(__dsqrt_rn(xx), __dsqrt_rn(cc));
     return norms == 0 ? 1.0 : __dsub_rn(1.0, __ddiv_rn(s, norms));
 }

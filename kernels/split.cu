@@ -32,9 +32,8 @@
 // in `margin`, because `stored` is max|C| here. `definition` sees |hx| in place of |X|: the square of the difference
 // is in the slack. No distance of f32 rows overflows or vanishes in f64, so no norm is out of range for being too
 // large or too small.
+#include "duplicates.cuh"
 #include "tensor.cuh"
-
-constexpr int PIECE = 8;  // halves of a 16-byte store
 
 /// The power of two that brings the `largest` magnitude into [2^6, 2^7), as far as f32 has it; 1 for zero.
 __device__ __forceinline__ float power_for(float largest) {
@@ -82,10 +81,11 @@ extern "C" __global__ void split_largest_f32(const float* c, Rows cr, int metric
 }
 
 /// One warp for each centroid and each place up to `padded`. `moved` is (copies, k, 2 pitch), h before l; `bounds` is
-/// (2, copies), those for h alone before those for both, and zero before.
+/// (2, copies), those for h alone before those for both, and zero before. `slot` is each centroid's in the table.
 extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, int metric, const float* mu,
                                                const float* largest, int64_t pitch, int64_t padded, __half* moved,
-                                               float* start, Bounds* bounds) {
+                                               float* start, Bounds* bounds, unsigned long long* keys, uint32_t* first,
+                                               int64_t slots, uint32_t* slot) {
     const int lane = threadIdx.x % WARP;
     for (int64_t i = global_thread() / WARP; i < cr.b * padded; i += all_threads() / WARP) {
         const int64_t b = i / padded, j = i % padded;
@@ -98,6 +98,7 @@ extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, int metr
         const double power = power_for(largest[b]);
         __half* to = moved + (b * cr.n + j) * 2 * pitch;
         double squares = 0, high_squares = 0, low_squares = 0, lost = 0, lost_split = 0;
+        unsigned long long hash = 0;
         for (int64_t q = lane; q < pitch; q += WARP) {
             const double v = q < cr.d ? power * origin.moved(from, q) : 0;
             const __half high = rounded<__half>(v);
@@ -107,11 +108,13 @@ extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, int metr
             to[q] = high, to[pitch + q] = low;
             squares += v * v, high_squares += wide(high) * wide(high), low_squares += wide(low) * wide(low);
             lost += rest * rest, lost_split += rest_split * rest_split;
+            if (q < cr.d) hash += mix(uint64_t(q) << 32 | __float_as_uint(from[q]));
         }
         squares = warp_sum(squares), high_squares = warp_sum(high_squares), low_squares = warp_sum(low_squares);
         lost = warp_sum(lost), lost_split = warp_sum(lost_split);
+        for (int other = WARP / 2; other; other /= 2) hash += __shfl_xor_sync(~0u, hash, other);
         const float from_here = metric == SQUARED_EUCLIDEAN ? float(-squares / 2) : 0;
-        if (lane == 0) start[i] = from_here;
+        if (lane == 0) start[i] = from_here, slot[b * cr.n + j] = Table{keys, first, slots}.enter(b, j, hash);
         // A lane to a bound.
         const double high = sqrt(high_squares), from_above = fabs(double(from_here)), stored = sqrt(squares);
         const double values[] = {high,
@@ -133,19 +136,6 @@ extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, int metr
 }
 
 // ---- Rows.
-
-/// Eight columns of a row of `d`, those past it as zeros.
-__device__ __forceinline__ void load_piece(float (&v)[PIECE], const float* row, int64_t column, int64_t d) {
-    const float* from = row + column;
-    if (column + PIECE <= d && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-        const float4 a = __ldg(reinterpret_cast<const float4*>(from));
-        const float4 b = __ldg(reinterpret_cast<const float4*>(from) + 1);
-        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < PIECE; ++i) v[i] = column + i < d ? __ldg(from + i) : 0;
-}
 
 __device__ __forceinline__ uint32_t bits_of(__half2 v) { return *reinterpret_cast<const uint32_t*>(&v); }
 
@@ -179,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
         __half* to = halves + i * 2 * pitch;
 
         float v[PIECE];
-        load_piece(v, from, part * PIECE, r.d);
+        load_eight(v, from, part * PIECE, r.d);
         float most = 0;
         if (metric == SQUARED_EUCLIDEAN) {
             most = __ldg(&largest[copy]);
@@ -188,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
             for (int e = 0; e < PIECE; ++e) most = fmaxf(most, fabsf(v[e]));
             for (int64_t piece = part + lanes; piece < pieces; piece += lanes) {
                 float u[PIECE];
-                load_piece(u, from, piece * PIECE, r.d);
+                load_eight(u, from, piece * PIECE, r.d);
 #pragma unroll
                 for (int e = 0; e < PIECE; ++e) most = fmaxf(most, fabsf(u[e]));
             }
@@ -200,10 +190,10 @@ extern "C" __global__ void __launch_bounds__(256, 4)
 
         float squares = 0, lost = 0, lost_split = 0;
         for (int64_t piece = part; piece < pieces; piece += lanes) {
-            if (piece != part) load_piece(v, from, piece * PIECE, r.d);
+            if (piece != part) load_eight(v, from, piece * PIECE, r.d);
             if (metric == SQUARED_EUCLIDEAN) {
                 float m[PIECE];
-                load_piece(m, origin, piece * PIECE, r.d);
+                load_eight(m, origin, piece * PIECE, r.d);
 #pragma unroll
                 for (int e = 0; e < PIECE; ++e) v[e] = __fsub_rn(v[e], m[e]);
             }

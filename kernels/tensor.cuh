@@ -13,10 +13,10 @@
 // after aligning all to the largest exponent and cutting what is left of the last place kept, then cuts the sum to f32
 // (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"). With M = |x| max|e| + max|start| above every partial
 // sum, u = 2^-23 M and j bits kept below those of f32, a block of m products loses at most (m + 1) 2^-j u + u. Hopper's
-// warpgroup products have m = 16 and j = 2 (probed: benches/record/assign-versions.md): 5.25 u for 16 columns, taken as 6. For
-// mma.sync we assume no more than m = 8 and j = 1, as on Ampere: 11 u, taken as 12. A chain of FMAs, which scores one
-// column again, loses less. The moved centroid, if it had to be rounded, adds |x| max|residual|, and `start` and
-// `scale` half an ulp each. The f64 definition is within the rounding of argmin.cuh.
+// warpgroup products have m = 16 and j = 2 (probed: benches/record/assign-versions.md): 5.25 u for 16 columns, taken
+// as 6. For mma.sync we assume no more than m = 8 and j = 1, as on Ampere: 11 u, taken as 12. A chain of FMAs, which
+// scores one column again, loses less. The moved centroid, if it had to be rounded, adds |x| max|residual|, and `start`
+// and `scale` half an ulp each. The f64 definition is within the rounding of argmin.cuh.
 #pragma once
 #include "argmin.cuh"
 
@@ -61,6 +61,10 @@ struct Moved {
     }
 };
 
+// ---- Eight columns at a time: 16 bytes of halves.
+
+constexpr int PIECE = 8;
+
 /// Two halves in f32.
 __device__ __forceinline__ float2 wide_pair(uint32_t v, __half) {
     return __half22float2(*reinterpret_cast<const __half2*>(&v));
@@ -68,6 +72,62 @@ __device__ __forceinline__ float2 wide_pair(uint32_t v, __half) {
 __device__ __forceinline__ float2 wide_pair(uint32_t v, __nv_bfloat16) {
     return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000)};
 }
+
+/// Eight columns of a row of `d`, those past it as zeros.
+template <class T>
+__device__ __forceinline__ uint4 load_piece(const T* row, int64_t column, int64_t d) {
+    const T* from = row + column;
+    if (column + PIECE <= d && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+        return __ldg(reinterpret_cast<const uint4*>(from));
+    }
+    uint32_t words[4] = {};
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) {
+        const uint32_t bits = column + i < d ? reinterpret_cast<const uint16_t*>(from)[i] : 0;
+        words[i / 2] |= bits << (i % 2 * 16);
+    }
+    return {words[0], words[1], words[2], words[3]};
+}
+
+template <class T>
+__device__ __forceinline__ void widen(float (&v)[PIECE], uint4 piece) {
+    const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 two = wide_pair(words[i], T());
+        v[2 * i] = two.x, v[2 * i + 1] = two.y;
+    }
+}
+
+/// The same in f32.
+template <class T>
+__device__ __forceinline__ void load_eight(float (&v)[PIECE], const T* row, int64_t column, int64_t d) {
+    widen<T>(v, load_piece(row, column, d));
+}
+__device__ __forceinline__ void load_eight(float (&v)[PIECE], const float* row, int64_t column, int64_t d) {
+    const float* from = row + column;
+    if (column + PIECE <= d && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+        const float4 a = __ldg(reinterpret_cast<const float4*>(from));
+        const float4 b = __ldg(reinterpret_cast<const float4*>(from) + 1);
+        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) v[i] = column + i < d ? __ldg(from + i) : 0;
+}
+
+/// Their sum of squares.
+template <class T>
+__device__ __forceinline__ float piece_squares(uint4 v) {
+    float sum = 0;
+    for (const uint32_t word : {v.x, v.y, v.z, v.w}) {
+        const float2 u = wide_pair(word, T());
+        sum = fmaf(u.x, u.x, fmaf(u.y, u.y, sum));
+    }
+    return sum;
+}
+
+// ---- The proof.
 
 /// Units of the last place that 16 columns may lose.
 constexpr int WGMMA_LOSS = 6, MMA_LOSS = 12;
@@ -83,11 +143,44 @@ __device__ __forceinline__ float margin(float squares, int64_t d, const Bounds& 
     return 2.001f * (ulps * 0x1p-23f * top + x * bounds.residual + definition + tiny);
 }
 
-/// A row whose label is not proven, and its best score. (Its label may be another column's, if two are level.)
+/// A row whose label is not proven, and the score below which a column cannot be it.
 struct Listed {
     uint32_t row;
-    float top;
+    float limit;
 };
+
+// ---- The search of the first pass.
+
+template <int N>
+__device__ __forceinline__ float largest(const float* of) {
+    if constexpr (N == 1) return of[0];
+    else return fmaxf(largest<N / 2>(of), largest<N / 2>(of + N / 2));
+}
+
+/// What a thread knows of a row whose scores it sees as a matrix with PLACES columns: the best, the second best of the
+/// matrix's rows, and the best of each of its columns.
+template <int PLACES>
+struct Search {
+    float top = -INFINITY, second = -INFINITY, best_of[PLACES];
+    int column = 0;  // the first of the best row of places
+
+    __device__ __forceinline__ Search() {
+#pragma unroll
+        for (int p = 0; p < PLACES; ++p) best_of[p] = -INFINITY;
+    }
+
+    /// A row of places, or the first few of one.
+    template <int COUNT>
+    __device__ __forceinline__ void add(const float (&score)[COUNT], int at) {
+#pragma unroll
+        for (int p = 0; p < COUNT; ++p) best_of[p] = fmaxf(best_of[p], score[p]);
+        const float most = largest<COUNT>(score);
+        second = fmaxf(second, fminf(top, most));
+        if (most > top) top = most, column = at;
+    }
+};
+
+// ---- Settling.
 
 /// Makes `candidate` the label of a row if it is better, by the definition, than the one that stands there. All
 /// candidates may come at once and in any order: the best of them stays.

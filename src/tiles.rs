@@ -21,8 +21,8 @@ pub const SM80_CENTROIDS: usize = 64;
 pub const SM80_COLUMNS: usize = 32;
 /// Stages of its ring.
 pub const SM80_STAGES: usize = 4;
-/// Columns that one thread block of its recheck queues for settling.
-pub const SM80_QUEUE: usize = 1024;
+/// Candidates that one thread block of `recheck.cu` queues.
+pub const RECHECK_QUEUE: usize = 1024;
 /// Rows of a searching warpgroup in `assign_sm90.cu`: what one product takes.
 pub const SM90_ROWS: usize = 64;
 /// Centroids of a tile in `assign_sm90.cu`.

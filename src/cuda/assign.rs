@@ -1,12 +1,15 @@
 //! Labels, distances, and the per-row passes around them: `kernels/assign_*.cu` and `kernels/norms.cu`.
 
-use super::{alloc, device, elements, launch, read, shape, tensor, typed, zeros, Element, Nullable, TensorMap};
+use super::{
+    alloc, device, elements, launch, read, shape, tensor, typed, Element, Layout, Nullable, Part, Place, TensorMap,
+    Workspace,
+};
 use crate::{
     plan::{sm90_shape, split_rows, Assign},
     problem::{in_eights, Rows},
     rng::Draw,
     tiles::{
-        PASS, RECHECK_BLOCKS, SIMT_ROWS, SM80_CENTROIDS, SM80_COLUMNS, SM80_QUEUE, SM80_ROWS, SM80_STAGES,
+        PASS, RECHECK_BLOCKS, RECHECK_QUEUE, SIMT_ROWS, SM80_CENTROIDS, SM80_COLUMNS, SM80_ROWS, SM80_STAGES,
         SM90_CENTROIDS, SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS,
     },
     Metric, Result,
@@ -14,7 +17,7 @@ use crate::{
 use candle_core::cuda_backend::{
     cudarc::driver::{
         sys::{CUdevice_attribute, CUtensorMapDataType},
-        CudaSlice, CudaView, DevicePtr, PushKernelArg,
+        CudaView, DevicePtr, PushKernelArg,
     },
     CudaDevice, WrapErr,
 };
@@ -22,6 +25,8 @@ use candle_core::Tensor;
 
 /// Lanes of a warp.
 const WARP: usize = 32;
+/// Who allocates, in errors.
+const OP: &str = "labels";
 
 pub(crate) fn labels(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
     typed!(x.dtype(), T => labels_of::<T>(x, c, metric))
@@ -30,33 +35,21 @@ pub(crate) fn labels(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
 /// FlashAssign: one pass that proves most labels, one that settles the rest. Scratch beyond the prepared centroids: 8
 /// bytes a row.
 fn labels_of<T: Element>(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    const OP: &str = "labels";
     let dev = device(&x.tensor)?;
     let mut labels = alloc::<u32>(dev, OP, elements(&[x.b, x.n]))?;
-    let mut list = alloc::<u32>(dev, OP, elements(&[2, x.b, x.n]))?;
-    let mut listed = zeros::<u32>(dev, OP, x.b)?;
-    let out = Labels { labels: &mut labels, list: &mut list, listed: &mut listed };
-    let kernel = Assign::choose(x.dtype(), metric, [x.b, x.n, c.n, x.d], super::arch(dev)?);
-    if x.b == 0 || x.n == 0 {
-        return Ok(tensor(dev, labels, (x.b, x.n)));
-    }
-    match (kernel, T::HALF) {
-        (Assign::Sm80 | Assign::Sm90, Some(half)) => {
-            let x = readable(x.clone(), c.n, metric)?;
-            tensor_labels::<T>(dev, kernel, half, &x, c, metric, out)?;
+    if x.b > 0 && x.n > 0 {
+        let to = Part::of(&mut labels, &dev.cuda_stream());
+        let kernel = Assign::choose(x.dtype(), metric, [x.b, x.n, c.n, x.d], super::arch(dev)?);
+        match (kernel, T::HALF) {
+            (Assign::Sm80 | Assign::Sm90, Some(half)) => {
+                let x = readable(x.clone(), c.n, metric)?;
+                tensor_labels::<T>(dev, kernel, half, &x, c, metric, to)?;
+            }
+            (Assign::Sm80 | Assign::Sm90, None) => split_labels(dev, kernel, x, c, metric, to)?,
+            _ => simt_labels::<T>(dev, x, c, metric, to)?,
         }
-        (Assign::Sm80 | Assign::Sm90, None) => split_labels(dev, kernel, x, c, metric, out)?,
-        _ => simt_labels::<T>(dev, x, c, metric, out)?,
     }
     Ok(tensor(dev, labels, (x.b, x.n)))
-}
-
-/// Where labels go, and the rows whose labels are still to be proven, `listed[b]` of them: `struct Listed` of
-/// `kernels/tensor.cuh` on tensor cores, else their indices.
-struct Labels<'a> {
-    labels: &'a mut CudaSlice<u32>,
-    list: &'a mut CudaSlice<u32>,
-    listed: &'a mut CudaSlice<u32>,
 }
 
 /// The rows themselves, or a copy in multiples of eight columns if the kernel reads such and they lie otherwise.
@@ -70,25 +63,80 @@ pub(crate) fn readable(x: Rows, k: usize, metric: Metric) -> Result<Rows> {
         let pitch = x.d.next_multiple_of(8);
         let mut out = alloc::<T>(dev, "pack", elements(&[x.b, x.n, pitch]))?;
         let (xs, rows) = (read(&x.tensor), rows_of_a_pass(pitch));
-        launch!(dev, Norms, "pack", T::SUFFIX, elements(&[x.b, x.n.div_ceil(rows)]), THREADS;
+        launch!(dev, Prepare, "pack", T::SUFFIX, elements(&[x.b, x.n.div_ceil(rows)]), THREADS;
             &xs.view::<T>()?, &shape(&x), &(pitch as i64), &(rows as i64), &mut out)?;
         Rows::new(&tensor(dev, out, (x.b, x.n, pitch)).narrow(2, 0, x.d)?)
     })
 }
 
-fn simt_labels<T: Element>(dev: &CudaDevice, x: &Rows, c: &Rows, metric: Metric, out: Labels<'_>) -> Result<()> {
+fn simt_labels<T: Element>(dev: &CudaDevice, x: &Rows, c: &Rows, metric: Metric, labels: Part<u32>) -> Result<()> {
     let (xs, cs) = (read(&x.tensor), read(&c.tensor));
     let (xs, cs) = (xs.view::<T>()?, cs.view::<T>()?);
-    let p = Prepared::new(dev, "labels", &cs, c, metric)?;
-    let tiles = elements(&[x.b, x.n.div_ceil(SIMT_ROWS)]);
+    let one = one_copy(c);
+    let (copies, k, d) = (one.b, c.n, c.d);
+
+    let mut layout = Layout::default();
+    let mu = layout.zeroed::<T::Filter>(elements(&[copies, d]));
+    let largest = layout.zeroed::<f64>(copies);
+    let listed = layout.zeroed::<u32>(x.b);
+    let list = layout.unwritten::<u32>(elements(&[x.b, x.n]));
+    let moved = layout.unwritten::<T::Filter>(elements(&[copies, k, d]));
+    let bias = layout.unwritten::<T::Filter>(elements(&[copies, k]));
+    let w = layout.alloc(dev, OP)?;
+    let (mu, largest, moved, bias) = (w.part(mu), w.part(largest), w.part(moved), w.part(bias));
+    let (listed, list) = (w.part(listed), w.part(list));
+
+    if metric == Metric::SquaredEuclidean {
+        launch!(dev, Prepare, "prepare_means", T::SUFFIX, elements(&[copies, d.div_ceil(WARP)]), WARP * WARP;
+            &cs, &shape(&one), &mu)?;
+    }
+    let of = metric as i32;
+    launch!(dev, Prepare, "prepare_centroids", T::SUFFIX, warps(elements(&[copies, k])), THREADS;
+        &cs, &shape(&one), &of, &mu, &moved, &bias, &largest)?;
+    let (tiles, k, copies) = (elements(&[x.b, x.n.div_ceil(SIMT_ROWS)]), k as i64, copies as i64);
     let name = if metric == Metric::Manhattan { "assign_simt_manhattan" } else { "assign_simt_dot" };
     launch!(dev, AssignSimt, name, T::SUFFIX, tiles, THREADS;
-        &xs, &shape(x), &(c.n as i64), &p.mu, &p.moved, &p.bias, &p.largest, &p.copies, &(metric as i32),
-        &mut *out.labels, &mut *out.list, &mut *out.listed)?;
-    let blocks = elements(&[x.b, x.n.div_ceil(THREADS / WARP)]).min(RECHECK_BLOCKS);
+        &xs, &shape(x), &k, &mu, &moved, &bias, &largest, &copies, &of, &labels, &list, &listed)?;
+    let blocks = elements(&[x.b, warps(x.n)]).min(RECHECK_BLOCKS);
     launch!(dev, AssignSimt, "recheck", T::SUFFIX, blocks, THREADS;
-        &xs, &shape(x), &cs, &shape(c), &p.mu, &p.moved, &p.bias, &p.largest, &p.copies, &(metric as i32),
-        &mut *out.labels, &*out.list, &*out.listed)
+        &xs, &shape(x), &cs, &shape(c), &mu, &moved, &bias, &largest, &copies, &of, &labels, &list, &listed)
+}
+
+/// Blocks that have a warp for each of `count`.
+fn warps(count: usize) -> usize {
+    count.div_ceil(THREADS / WARP)
+}
+
+/// The table of hashes that finds repeated centroids (`kernels/duplicates.cuh`).
+struct Table {
+    keys: Place<u64>,
+    first: Place<u32>,
+    slot: Place<u32>,
+    slots: usize,
+}
+
+impl Table {
+    fn new(layout: &mut Layout, copies: usize, k: usize) -> Self {
+        let slots = 2 * k.next_power_of_two();
+        let keys = layout.zeroed(elements(&[copies, slots]));
+        let first = layout.zeroed(elements(&[copies, slots]));
+        Self { keys, first, slot: layout.unwritten(elements(&[copies, k])), slots }
+    }
+
+    /// Lets no centroid win that repeats an earlier one, once all are in the table.
+    fn drop_duplicates<T: Element>(
+        &self,
+        dev: &CudaDevice,
+        w: &Workspace,
+        cs: &CudaView<'_, T>,
+        c: &Rows,
+        padded: usize,
+        start: Part<f32>,
+    ) -> Result<()> {
+        launch!(dev, Prepare, "drop_duplicates", T::SUFFIX, elements(&[c.b, c.n]).div_ceil(THREADS), THREADS;
+            cs, &shape(c), &(padded as i64), &w.part(self.keys), &w.part(self.first), &(self.slots as i64),
+            &w.part(self.slot), &start)
+    }
 }
 
 fn tensor_labels<T: Element>(
@@ -98,38 +146,67 @@ fn tensor_labels<T: Element>(
     x: &Rows,
     c: &Rows,
     metric: Metric,
-    out: Labels<'_>,
+    labels: Part<u32>,
 ) -> Result<()> {
     let (xs, cs) = (read(&x.tensor), read(&c.tensor));
     let (xs, cs) = (xs.view::<T>()?, cs.view::<T>()?);
-    let m = Moved::<T>::new(dev, "labels", &cs, c, metric)?;
-    let (k, pitch, padded, copies) = (c.n as i64, m.pitch as i64, m.padded as i64, m.copies as i64);
-    let scale = m.scale.as_ref().map(|s| s.slice(..));
-    let no_slack: Option<CudaView<'_, f32>> = None;
-    let (stream, metric) = (dev.cuda_stream(), metric as i32);
+    let one = one_copy(c);
+    let (copies, k, d) = (one.b, c.n, c.d);
+    let (pitch, padded) = (d.next_multiple_of(8), k.next_multiple_of(TENSOR_CENTROIDS));
+
+    let mut layout = Layout::default();
+    let bounds = layout.zeroed::<[f32; BOUNDS]>(copies);
+    let listed = layout.zeroed::<u32>(x.b);
+    let table = Table::new(&mut layout, copies, k);
+    let list = layout.unwritten::<Listed>(elements(&[x.b, x.n]));
+    let mu = layout.unwritten::<T>(elements(&[copies, d]));
+    let moved = layout.unwritten::<T>(elements(&[copies, k, pitch]));
+    let start = layout.unwritten::<f32>(elements(&[copies, padded]));
+    let scaled = metric == Metric::Cosine;
+    let scale = scaled.then(|| layout.unwritten::<f32>(elements(&[copies, padded])));
+    let w = layout.alloc(dev, OP)?;
+    let (mu, moved, start, bounds) = (w.part(mu), w.part(moved), w.part(start), w.part(bounds));
+    let scale = scale.map_or(Part::NULL, |scale| w.part(scale));
+    let (listed, list) = (w.part(listed), w.part(list));
+
+    let centred = metric == Metric::SquaredEuclidean;
+    launch!(dev, Prepare, "prepare_origin", T::SUFFIX, elements(&[copies, d.div_ceil(WARP)]), WARP * WARP;
+        &cs, &shape(&one), &(centred as i32), &mu)?;
+    let blocks = elements(&[copies, padded]).div_ceil(THREADS / 8); // eight lanes to a centroid
+    let (of, k64, pitch64, padded64, copies64) = (metric as i32, k as i64, pitch as i64, padded as i64, copies as i64);
+    launch!(dev, Prepare, "prepare_moved", T::SUFFIX, blocks, THREADS;
+        &cs, &shape(&one), &of, &mu, &pitch64, &padded64, &moved, &start, &scale, &bounds,
+        &w.part(table.keys), &w.part(table.first), &(table.slots as i64), &w.part(table.slot))?;
+    table.drop_duplicates(dev, &w, &cs, &one, padded, start)?;
+
     let processors = processors(dev)?;
+    let no_slack = Part::<f32>::NULL;
     if kernel == Assign::Sm90 {
-        let (steps, groups) = sm90_shape(x.d);
-        let address = |view: &CudaView<'_, T>| view.device_ptr(&stream).0;
-        let rows = TensorMap::new(half, address(&xs), [x.b, x.n, x.d], [x.batch_stride, x.row_stride], SM90_ROWS)?;
-        let moved = m.moved.slice(..);
-        let strides = [c.n * m.pitch, m.pitch];
-        let moved = TensorMap::new(half, address(&moved), [m.copies, c.n, x.d], strides, SM90_CENTROIDS)?;
-        let tiles = elements(&[x.b, x.n.div_ceil(SM90_ROWS * groups)]);
-        launch!(dev, AssignSm90, SM90_NAMES[steps], T::SUFFIX, tiles.min(processors), 128 * (groups + 1), SM90_SHARED;
-            &rows, &moved, &shape(x), &m.start, Nullable(&scale), &m.bounds, &k, &padded, &copies, Nullable(&no_slack),
-            &mut *out.labels, &mut *out.list, &mut *out.listed)?;
+        let (steps, groups) = sm90_shape(d);
+        let from = xs.device_ptr(&dev.cuda_stream()).0;
+        let row_map = TensorMap::new(half, from, [x.b, x.n, d], [x.batch_stride, x.row_stride], SM90_ROWS)?;
+        let map = TensorMap::new(half, moved.address, [copies, k, d], [k * pitch, pitch], SM90_CENTROIDS)?;
+        let tiles = elements(&[x.b, x.n.div_ceil(SM90_ROWS * groups)]).min(processors);
+        launch!(dev, AssignSm90, SM90_NAMES[steps], T::SUFFIX, tiles, 128 * (groups + 1), SM90_SHARED;
+            &row_map, &map, &shape(x), &start, &scale, &bounds, &k64, &padded64, &copies64, &no_slack, &labels, &list,
+            &listed)?;
     } else {
-        let (tiles, shared) = (elements(&[x.b, x.n.div_ceil(SM80_ROWS)]), sm80_shared(x.d));
-        launch!(dev, AssignSm80, "assign_sm80", T::SUFFIX, tiles, SM80_ROWS, shared;
-            &xs, &shape(x), &cs, &shape(c), &m.moved, &m.start, Nullable(&scale), &m.bounds, &k, &pitch, &padded,
-            &copies, &metric, &mut *out.labels, &mut *out.list, &mut *out.listed, Nullable(&no_slack))?;
+        let tiles = elements(&[x.b, x.n.div_ceil(SM80_ROWS)]);
+        launch!(dev, AssignSm80, "assign_sm80", T::SUFFIX, tiles, SM80_ROWS, sweep_shared(d);
+            &xs, &shape(x), &moved, &start, &scale, &bounds, &k64, &pitch64, &padded64, &copies64, &labels, &list,
+            &listed, &no_slack)?;
     }
-    let shared = sm80_shared(x.d) + SM80_LISTED;
-    launch!(dev, AssignSm80, "recheck_sm80", T::SUFFIX, 2 * processors, SM80_ROWS, shared;
-        &xs, &shape(x), &cs, &shape(c), &m.moved, &m.start, Nullable(&scale), &m.bounds, &k, &pitch, &padded,
-        &copies, &metric, &mut *out.labels, &*out.list, &*out.listed, Nullable(&no_slack))
+    let shared = sweep_shared(d) + HELD_SHARED;
+    launch!(dev, Recheck, "recheck_tensor", T::SUFFIX, 2 * processors, SM80_ROWS, shared;
+        &xs, &shape(x), &cs, &shape(c), &moved, &start, &scale, &bounds, &k64, &pitch64, &padded64, &copies64, &of,
+        &labels, &list, &listed)
 }
+
+/// Floats of `struct Bounds`.
+const BOUNDS: usize = 5;
+
+/// `struct Listed`.
+type Listed = [u32; 2];
 
 /// The instances of `assign_sm90.cu` by their steps of 16 columns ([`sm90_shape`]).
 const SM90_NAMES: [&str; 33] = {
@@ -143,77 +220,14 @@ const SM90_NAMES: [&str; 33] = {
     names!(1 2 3 4 5 6 7 8 10 12 14 16 20 24 28 32)
 };
 
-/// What its recheck adds for the rows of a tile and its queue.
-const SM80_LISTED: usize = 8 * (SM80_ROWS + SM80_QUEUE) + 128;
+/// Shared memory that a block of `recheck.cu` adds for the rows of a tile and its queues.
+const HELD_SHARED: usize = 12 * (SM80_ROWS + RECHECK_QUEUE);
 
-/// Shared memory of a block of `assign_sm80.cu`: its ring, and chunks of rows, all of a tile's if they are not too many.
-fn sm80_shared(d: usize) -> usize {
+/// Shared memory of a block of `sweep.cuh`: its ring, and chunks of rows, all of a tile's if they are not too many.
+fn sweep_shared(d: usize) -> usize {
     let chunks = d.div_ceil(SM80_COLUMNS);
     let chunks = if chunks <= 8 { chunks.max(SM80_STAGES) } else { SM80_STAGES };
     2 * SM80_COLUMNS * (SM80_STAGES * SM80_CENTROIDS + chunks * SM80_ROWS) + 4 * SM80_STAGES * SM80_CENTROIDS
-}
-
-/// Centroids as tensor cores score them: see `kernels/tensor.cuh`.
-struct Moved<T: Element> {
-    moved: CudaSlice<T>,
-    start: CudaSlice<f32>,
-    scale: Option<CudaSlice<f32>>,
-    bounds: CudaSlice<f32>,
-    /// Elements from one centroid to the next, and centroids from one problem to the next in `start` and `scale`.
-    pitch: usize,
-    padded: usize,
-    /// 1 if all problems share their centroids, else the number of problems.
-    copies: usize,
-}
-
-/// Floats of `struct Bounds`.
-const BOUNDS: usize = 5;
-
-impl<T: Element> Moved<T> {
-    fn new(dev: &CudaDevice, op: &'static str, cs: &CudaView<'_, T>, c: &Rows, metric: Metric) -> Result<Self> {
-        let one = one_copy(c);
-        let (copies, k, d) = (one.b, c.n, c.d);
-        let (pitch, padded) = (d.next_multiple_of(8), k.next_multiple_of(TENSOR_CENTROIDS));
-        let mut mu = alloc::<T>(dev, op, elements(&[copies, d]))?;
-        let mut moved = alloc::<T>(dev, op, elements(&[copies, k, pitch]))?;
-        let mut start = alloc::<f32>(dev, op, elements(&[copies, padded]))?;
-        let scaled = metric == Metric::Cosine;
-        let scale = scaled.then(|| alloc::<f32>(dev, op, elements(&[copies, padded]))).transpose()?;
-        let mut bounds = zeros::<f32>(dev, op, elements(&[copies, BOUNDS]))?;
-        let columns = elements(&[copies, d.div_ceil(WARP)]);
-        let centred = metric == Metric::SquaredEuclidean;
-        launch!(dev, Norms, "prepare_origin", T::SUFFIX, columns, WARP * WARP;
-            cs, &shape(&one), &(centred as i32), &mut mu)?;
-        let blocks = elements(&[copies, padded]).div_ceil(THREADS / WARP);
-        {
-            let scale = scale.as_ref().map(|s| s.slice(..));
-            launch!(dev, Norms, "prepare_moved", T::SUFFIX, blocks, THREADS;
-                cs, &shape(&one), &(metric as i32), &mu, &(pitch as i64), &(padded as i64), &mut moved, &mut start,
-                Nullable(&scale), &mut bounds)?;
-        }
-        drop_duplicates(dev, op, cs, &one, padded, &mut start)?;
-        Ok(Self { moved, start, scale, bounds, pitch, padded, copies })
-    }
-}
-
-/// Lets no centroid win that repeats an earlier one.
-fn drop_duplicates<T: Element>(
-    dev: &CudaDevice,
-    op: &'static str,
-    cs: &CudaView<'_, T>,
-    c: &Rows,
-    padded: usize,
-    start: &mut CudaSlice<f32>,
-) -> Result<()> {
-    let slots = 2 * c.n.next_power_of_two();
-    let mut keys = zeros::<u64>(dev, op, elements(&[c.b, slots]))?;
-    let mut first = zeros::<u32>(dev, op, elements(&[c.b, slots]))?;
-    let mut slot = alloc::<u32>(dev, op, elements(&[c.b, c.n]))?;
-    let blocks = elements(&[c.b, c.n]).div_ceil(THREADS / WARP);
-    launch!(dev, Norms, "find_duplicates", T::SUFFIX, blocks, THREADS;
-        cs, &shape(c), &mut keys, &mut first, &(slots as i64), &mut slot)?;
-    launch!(dev, Norms, "drop_duplicates", T::SUFFIX, blocks, THREADS;
-        cs, &shape(c), &(padded as i64), &mut keys, &mut first, &(slots as i64), &slot, start)
 }
 
 fn processors(dev: &CudaDevice) -> Result<usize> {
@@ -223,39 +237,48 @@ fn processors(dev: &CudaDevice) -> Result<usize> {
 
 /// f32 rows by way of halves: `kernels/split.cu`. Rows are split a rectangle at a time, part of one problem or whole
 /// problems, so that the halves take no more memory than [`SPLIT_BYTES`] and stay in L2 for the most part.
-fn split_labels(dev: &CudaDevice, kernel: Assign, x: &Rows, c: &Rows, metric: Metric, out: Labels<'_>) -> Result<()> {
-    const OP: &str = "labels";
+fn split_labels(dev: &CudaDevice, kernel: Assign, x: &Rows, c: &Rows, metric: Metric, labels: Part<u32>) -> Result<()> {
     let (xs, cs) = (read(&x.tensor), read(&c.tensor));
     let (xs, cs) = (xs.view::<f32>()?, cs.view::<f32>()?);
     let one = one_copy(c);
     let (copies, k, d) = (one.b, c.n, c.d);
     let (pitch, padded) = (d.next_multiple_of(32), k.next_multiple_of(TENSOR_CENTROIDS));
     let both = 2 * pitch;
-
-    let mut mu = zeros::<f32>(dev, OP, elements(&[copies, d]))?;
-    let mut largest = zeros::<f32>(dev, OP, copies)?;
-    let mut moved = alloc::<half::f16>(dev, OP, elements(&[copies, k, both]))?;
-    let mut start = alloc::<f32>(dev, OP, elements(&[copies, padded]))?;
-    // For one half alone, then for both.
-    let mut bounds = zeros::<f32>(dev, OP, elements(&[2, copies, BOUNDS]))?;
-    if metric == Metric::SquaredEuclidean {
-        launch!(dev, Norms, "prepare_means", "f32", elements(&[copies, d.div_ceil(WARP)]), WARP * WARP;
-            &cs, &shape(&one), &mut mu)?;
-    }
-    let of = metric as i32;
-    let blocks = |warps: usize| warps.div_ceil(THREADS / WARP);
-    launch!(dev, Split, "split_largest", "f32", blocks(elements(&[copies, k])), THREADS;
-        &cs, &shape(&one), &of, &mu, &mut largest)?;
-    launch!(dev, Split, "split_centroids", "f32", blocks(elements(&[copies, padded])), THREADS;
-        &cs, &shape(&one), &of, &mu, &largest, &(pitch as i64), &(padded as i64), &mut moved, &mut start, &mut bounds)?;
-    drop_duplicates(dev, OP, &cs, &one, padded, &mut start)?;
-
     let most = split_rows(d).min(elements(&[x.b, x.n]));
-    let mut halves = alloc::<half::f16>(dev, OP, elements(&[most, both]))?;
-    let (mut slack, mut slack_split) = (alloc::<f32>(dev, OP, most)?, alloc::<f32>(dev, OP, most)?);
-    let (processors, stream) = (processors(dev)?, dev.cuda_stream());
+
+    let mut layout = Layout::default();
+    let mu = layout.zeroed::<f32>(elements(&[copies, d]));
+    let largest = layout.zeroed::<f32>(copies);
+    // For one half alone, then for both.
+    let bounds = layout.zeroed::<[f32; BOUNDS]>(elements(&[2, copies]));
+    let listed = layout.zeroed::<u32>(elements(&[x.b, x.n.div_ceil(most)]));
+    let table = Table::new(&mut layout, copies, k);
+    let list = layout.unwritten::<Listed>(most);
+    let moved = layout.unwritten::<half::f16>(elements(&[copies, k, both]));
+    let start = layout.unwritten::<f32>(elements(&[copies, padded]));
+    let halves = layout.unwritten::<half::f16>(elements(&[most, both]));
+    let slacks = [(); 2].map(|_| layout.unwritten::<f32>(most));
+    let w = layout.alloc(dev, OP)?;
+    let (mu, largest, moved, start, bounds) =
+        (w.part(mu), w.part(largest), w.part(moved), w.part(start), w.part(bounds));
+    let (mut listed, list, halves) = (w.part(listed), w.part(list), w.part(halves));
+    let [slack, slack_split] = slacks.map(|s| w.part(s));
+
+    if metric == Metric::SquaredEuclidean {
+        launch!(dev, Prepare, "prepare_means", "f32", elements(&[copies, d.div_ceil(WARP)]), WARP * WARP;
+            &cs, &shape(&one), &mu)?;
+    }
+    let (of, no_scale) = (metric as i32, Part::<f32>::NULL);
     let (k64, pitch64, both64, padded64, copies64) =
         (k as i64, pitch as i64, both as i64, padded as i64, copies as i64);
+    launch!(dev, Split, "split_largest", "f32", warps(elements(&[copies, k])), THREADS;
+        &cs, &shape(&one), &of, &mu, &largest)?;
+    launch!(dev, Split, "split_centroids", "f32", warps(elements(&[copies, padded])), THREADS;
+        &cs, &shape(&one), &of, &mu, &largest, &pitch64, &padded64, &moved, &start, &bounds,
+        &w.part(table.keys), &w.part(table.first), &(table.slots as i64), &w.part(table.slot))?;
+    table.drop_duplicates(dev, &w, &cs, &one, padded, start)?;
+
+    let processors = processors(dev)?;
     let mut first = 0;
     while first < x.b * x.n {
         let (b, row) = (first / x.n, first % x.n);
@@ -264,44 +287,38 @@ fn split_labels(dev: &CudaDevice, kernel: Assign, x: &Rows, c: &Rows, metric: Me
         let copy = if copies > 1 { b } else { 0 };
         let count = problems * rows;
         let lanes = (pitch / 8).next_power_of_two().clamp(4, WARP);
-        launch!(dev, Split, "split_rows", "f32", blocks(count.div_ceil(WARP / lanes)).min(16 * processors), THREADS;
+        launch!(dev, Split, "split_rows", "f32", warps(count.div_ceil(WARP / lanes)).min(16 * processors), THREADS;
             &xs, &shape(x), &(first as i64), &(count as i64), &of, &mu, &largest, &bounds, &copies64, &pitch64,
-            &mut halves, &mut slack, &mut slack_split)?;
+            &halves, &slack, &slack_split)?;
 
         let part = Rows { b: problems, n: rows, ..x.clone() };
         let split = Rows { b: problems, n: rows, batch_stride: rows * both, row_stride: both, ..x.clone() };
-        let (start, moved) = (start.slice(copy * padded..), moved.slice(copy * k * both..));
-        let (high, low) = (bounds.slice(BOUNDS * copy..), bounds.slice(BOUNDS * (copies + copy)..));
-        let mut labels = out.labels.slice_mut(first..);
-        let mut list = out.list.slice_mut(2 * first..);
-        let mut listed = out.listed.slice_mut(b..b + problems);
-        stream.memset_zeros(&mut listed).w()?;
-        let (no_scale, some_slack): (Option<CudaView<'_, f32>>, _) = (None, Some(slack.slice(..)));
+        let (start, moved) = (start.from(copy * padded), moved.from(copy * k * both));
+        let (high, low) = (bounds.from(copy), bounds.from(copies + copy));
+        let labels = labels.from(first);
         if kernel == Assign::Sm90 {
             let half = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
             let (steps, groups) = sm90_shape(d);
-            let (from, to) = (halves.device_ptr(&stream).0, moved.device_ptr(&stream).0);
-            let row_map = TensorMap::new(half, from, [problems, rows, d], [rows * both, both], SM90_ROWS)?;
+            let row_map = TensorMap::new(half, halves.address, [problems, rows, d], [rows * both, both], SM90_ROWS)?;
             let own = if copies > 1 { problems } else { 1 };
-            let map = TensorMap::new(half, to, [own, k, d], [k * both, both], SM90_CENTROIDS)?;
+            let map = TensorMap::new(half, moved.address, [own, k, d], [k * both, both], SM90_CENTROIDS)?;
             let tiles = elements(&[problems, rows.div_ceil(SM90_ROWS * groups)]).min(processors);
             launch!(dev, AssignSm90, SM90_NAMES[steps], "f16", tiles, 128 * (groups + 1), SM90_SHARED;
-                &row_map, &map, &shape(&split), &start, Nullable(&no_scale), &high, &k64, &padded64, &copies64,
-                Nullable(&some_slack), &mut labels, &mut list, &mut listed)?;
+                &row_map, &map, &shape(&split), &start, &no_scale, &high, &k64, &padded64, &copies64, &slack, &labels,
+                &list, &listed)?;
         } else {
-            let (tiles, shared) = (elements(&[problems, rows.div_ceil(SM80_ROWS)]), sm80_shared(d));
-            // The centroids are for the definition, which this pass leaves to the next.
-            launch!(dev, AssignSm80, "assign_sm80", "f16", tiles, SM80_ROWS, shared;
-                &halves, &shape(&split), &moved, &shape(&split), &moved, &start, Nullable(&no_scale), &high, &k64,
-                &both64, &padded64, &copies64, &of, &mut labels, &mut list, &mut listed, Nullable(&some_slack))?;
+            let tiles = elements(&[problems, rows.div_ceil(SM80_ROWS)]);
+            launch!(dev, AssignSm80, "assign_sm80", "f16", tiles, SM80_ROWS, sweep_shared(d);
+                &halves, &shape(&split), &moved, &start, &no_scale, &high, &k64, &both64, &padded64, &copies64,
+                &labels, &list, &listed, &slack)?;
         }
         let originals = xs.slice(b * x.batch_stride + row * x.row_stride..);
         let centroids = cs.slice(b * c.batch_stride..);
-        let shared = sm80_shared(2 * d) + SM80_LISTED;
-        launch!(dev, AssignSm80, "recheck_split_sm80", "f32", 2 * processors, SM80_ROWS, shared;
+        let shared = sweep_shared(2 * d) + HELD_SHARED;
+        launch!(dev, Recheck, "recheck_split", "f32", 2 * processors, SM80_ROWS, shared;
             &halves, &originals, &shape(&part), &centroids, &shape(c), &moved, &start, &low, &k64, &both64, &padded64,
-            &copies64, &of, &mut labels, &mut list, &mut listed, &slack_split, &slack)?;
-        first += count;
+            &copies64, &of, &labels, &list, &listed, &slack_split, &slack)?;
+        (first, listed) = (first + count, listed.from(problems));
     }
     Ok(())
 }
@@ -309,35 +326,6 @@ fn split_labels(dev: &CudaDevice, kernel: Assign, x: &Rows, c: &Rows, metric: Me
 /// Centroids that all problems share as those of one.
 fn one_copy(c: &Rows) -> Rows {
     Rows { b: if c.batch_stride == 0 { c.b.min(1) } else { c.b }, ..c.clone() }
-}
-
-/// Centroids as the filter scores them: moved by `mu` (or normalised), half their squares, and the largest norm.
-struct Prepared<T: Element> {
-    mu: CudaSlice<T::Filter>,
-    moved: CudaSlice<T::Filter>,
-    bias: CudaSlice<T::Filter>,
-    largest: CudaSlice<f64>,
-    /// 1 if all problems share their centroids, else the number of problems.
-    copies: i64,
-}
-
-impl<T: Element> Prepared<T> {
-    fn new(dev: &CudaDevice, op: &'static str, cs: &CudaView<'_, T>, c: &Rows, metric: Metric) -> Result<Self> {
-        let one = one_copy(c);
-        let (copies, k, d) = (one.b, c.n, c.d);
-        let mut mu = zeros::<T::Filter>(dev, op, elements(&[copies, d]))?;
-        let mut moved = alloc::<T::Filter>(dev, op, elements(&[copies, k, d]))?;
-        let mut bias = alloc::<T::Filter>(dev, op, elements(&[copies, k]))?;
-        let mut largest = zeros::<f64>(dev, op, copies)?;
-        if metric == Metric::SquaredEuclidean {
-            let tiles = elements(&[copies, d.div_ceil(WARP)]);
-            launch!(dev, Norms, "prepare_means", T::SUFFIX, tiles, WARP * WARP; cs, &shape(&one), &mut mu)?;
-        }
-        let blocks = elements(&[copies, k]).div_ceil(THREADS / WARP);
-        launch!(dev, Norms, "prepare_centroids", T::SUFFIX, blocks, THREADS;
-            cs, &shape(&one), &(metric as i32), &mu, &mut moved, &mut bias, &mut largest)?;
-        Ok(Self { mu, moved, bias, largest, copies: copies as i64 })
-    }
 }
 
 pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {

@@ -10,8 +10,8 @@ use candle_core::cuda_backend::{
     cudarc::{
         driver::{
             sys::{self, CUfunction_attribute, CUresult, CUtensorMap, CUtensorMapDataType},
-            CudaFunction, CudaModule, CudaSlice, CudaStream, CudaView, DeviceRepr, DriverError, LaunchArgs,
-            LaunchConfig, PushKernelArg, ValidAsZeroBits,
+            CudaFunction, CudaModule, CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DeviceRepr,
+            DriverError, LaunchArgs, LaunchConfig, PushKernelArg, ValidAsZeroBits,
         },
         nvrtc::Ptx,
     },
@@ -21,6 +21,7 @@ use candle_core::{Device, Shape, Storage, StorageRef, Tensor};
 use std::{
     cell::RefCell,
     collections::HashMap,
+    marker::PhantomData,
     mem::MaybeUninit,
     sync::{Arc, LazyLock, Mutex},
 };
@@ -87,10 +88,12 @@ use typed;
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Image {
     Norms,
+    Prepare,
+    Split,
     AssignSimt,
     AssignSm80,
     AssignSm90,
-    Split,
+    Recheck,
     Sort,
     Update,
 }
@@ -99,10 +102,12 @@ impl Image {
     fn bytes(self) -> &'static [u8] {
         match self {
             Self::Norms => include_bytes!(concat!(env!("OUT_DIR"), "/norms.fatbin")),
+            Self::Prepare => include_bytes!(concat!(env!("OUT_DIR"), "/prepare.fatbin")),
+            Self::Split => include_bytes!(concat!(env!("OUT_DIR"), "/split.fatbin")),
             Self::AssignSimt => include_bytes!(concat!(env!("OUT_DIR"), "/assign_simt.fatbin")),
             Self::AssignSm80 => include_bytes!(concat!(env!("OUT_DIR"), "/assign_sm80.fatbin")),
             Self::AssignSm90 => include_bytes!(concat!(env!("OUT_DIR"), "/assign_sm90.fatbin")),
-            Self::Split => include_bytes!(concat!(env!("OUT_DIR"), "/split.fatbin")),
+            Self::Recheck => include_bytes!(concat!(env!("OUT_DIR"), "/recheck.fatbin")),
             Self::Sort => include_bytes!(concat!(env!("OUT_DIR"), "/sort.fatbin")),
             Self::Update => include_bytes!(concat!(env!("OUT_DIR"), "/update.fatbin")),
         }
@@ -113,10 +118,14 @@ impl Image {
 #[derive(Default)]
 struct Loaded {
     modules: HashMap<(usize, Image), Arc<CudaModule>>,
-    functions: HashMap<(usize, &'static str, &'static str), CudaFunction>,
+    /// With the dynamic shared memory that each has been allowed.
+    functions: HashMap<(usize, &'static str, &'static str), (CudaFunction, usize)>,
 }
 
 static LOADED: LazyLock<Mutex<Loaded>> = LazyLock::new(Mutex::default);
+
+/// Dynamic shared memory that a launch gets unasked.
+const FREE_SHARED: usize = 48 * 1024;
 
 /// A kernel, ready to launch on a device's stream.
 struct Kernel {
@@ -127,17 +136,19 @@ struct Kernel {
 }
 
 impl Kernel {
-    /// The kernel `name_suffix`, or `name` if the suffix is empty.
-    fn get(dev: &CudaDevice, image: Image, name: &'static str, suffix: &'static str) -> Result<Self> {
+    /// The kernel `name_suffix`, or `name` if the suffix is empty, for launches with `shared` bytes of dynamic memory.
+    fn get(dev: &CudaDevice, image: Image, name: &'static str, suffix: &'static str, shared: usize) -> Result<Self> {
         let stream = dev.cuda_stream();
         let context = stream.context().cu_ctx() as usize;
         let mut loaded = LOADED.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(function) = loaded.functions.get(&(context, name, suffix)) {
-            return Ok(Self { name, suffix, function: function.clone(), stream });
+        if let Some((function, allowed)) = loaded.functions.get(&(context, name, suffix)) {
+            if shared <= *allowed {
+                return Ok(Self { name, suffix, function: function.clone(), stream });
+            }
         }
         let failed = |e: DriverError| {
             let source = Err::<(), _>(e).w().unwrap_err();
-            Error::Launch { kernel: name, grid: 0, block: 0, shared: 0, source }
+            Error::Launch { kernel: name, grid: 0, block: 0, shared: shared as u32, source }
         };
         let module = match loaded.modules.get(&(context, image)) {
             Some(module) => module.clone(),
@@ -150,7 +161,11 @@ impl Kernel {
         };
         let full = if suffix.is_empty() { name.to_string() } else { format!("{name}_{suffix}") };
         let function = module.load_function(&full).map_err(failed)?;
-        loaded.functions.insert((context, name, suffix), function.clone());
+        if shared > FREE_SHARED {
+            let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(most, shared as i32).map_err(failed)?;
+        }
+        loaded.functions.insert((context, name, suffix), (function.clone(), shared.max(FREE_SHARED)));
         Ok(Self { name, suffix, function, stream })
     }
 
@@ -162,11 +177,6 @@ impl Kernel {
         let (grid, block, shared) = (grid.min(i32::MAX as usize) as u32, block as u32, shared as u32);
         LAUNCHES.with(|l| l.borrow_mut().iter_mut().for_each(|l| l.push(format!("{}_{}", self.name, self.suffix))));
         let failed = |source| Error::Launch { kernel: self.name, grid, block, shared, source };
-        // More than a launch gets unasked.
-        if shared > 48 * 1024 {
-            let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            self.function.set_attribute(most, shared as i32).w().map_err(failed)?;
-        }
         let config = LaunchConfig { grid_dim: (grid, 1, 1), block_dim: (block, 1, 1), shared_mem_bytes: shared };
         // SAFETY: `launch!` passes the parameters of the kernel in its order, as views into live allocations of this
         // device or plain values, and every kernel stays inside the sizes it is given.
@@ -182,7 +192,7 @@ macro_rules! launch {
         $crate::cuda::launch!($dev, $image, $name, $suffix, $grid, $block, 0; $($arg),+)
     };
     ($dev:expr, $image:ident, $name:expr, $suffix:expr, $grid:expr, $block:expr, $shared:expr; $($arg:expr),+ $(,)?) => {{
-        let kernel = $crate::cuda::Kernel::get($dev, $crate::cuda::Image::$image, $name, $suffix)?;
+        let kernel = $crate::cuda::Kernel::get($dev, $crate::cuda::Image::$image, $name, $suffix, $shared)?;
         kernel.run(kernel.stream.launch_builder(&kernel.function)$(.arg($arg))+, $grid, $block, $shared)
     }};
 }
@@ -199,6 +209,91 @@ unsafe impl<'a, 'b: 'a, T> PushKernelArg<Nullable<'b, T>> for LaunchArgs<'a> {
             Some(view) => self.arg(view),
             None => self.arg(&NULL),
         }
+    }
+}
+
+/// Scratch memory to be: what starts as zeros, then the rest, so that one allocation and one fill serve several kernels.
+#[derive(Default)]
+struct Layout {
+    zeroed: usize,
+    rest: usize,
+}
+
+/// Where something lies in a [`Workspace`].
+#[derive(Clone, Copy)]
+struct Place<T> {
+    zeroed: bool,
+    offset: usize,
+    of: PhantomData<T>,
+}
+
+impl Layout {
+    fn place<T>(end: &mut usize, zeroed: bool, len: usize) -> Place<T> {
+        let offset = *end;
+        *end = offset.saturating_add(len.saturating_mul(size_of::<T>())).saturating_add(255) / 256 * 256;
+        Place { zeroed, offset, of: PhantomData }
+    }
+    /// `len` elements of zero bytes.
+    fn zeroed<T>(&mut self, len: usize) -> Place<T> {
+        Self::place(&mut self.zeroed, true, len)
+    }
+    /// `len` elements, not yet written.
+    fn unwritten<T>(&mut self, len: usize) -> Place<T> {
+        Self::place(&mut self.rest, false, len)
+    }
+    fn alloc(self, dev: &CudaDevice, op: &'static str) -> Result<Workspace> {
+        let stream = dev.cuda_stream();
+        let mut memory = alloc::<u8>(dev, op, self.zeroed.saturating_add(self.rest))?;
+        if self.zeroed > 0 {
+            stream.memset_zeros(&mut memory.slice_mut(..self.zeroed)).w()?;
+        }
+        let address = memory.device_ptr(&stream).0;
+        Ok(Workspace { _memory: memory, address, zeroed: self.zeroed })
+    }
+}
+
+/// Scratch memory. Its parts go to launches on its device's stream, and so does its release: the order of the stream
+/// keeps them valid.
+struct Workspace {
+    _memory: CudaSlice<u8>,
+    address: u64,
+    zeroed: usize,
+}
+
+impl Workspace {
+    fn part<T>(&self, place: Place<T>) -> Part<T> {
+        let offset = place.offset + if place.zeroed { 0 } else { self.zeroed };
+        Part { address: self.address + offset as u64, of: PhantomData }
+    }
+}
+
+/// Device memory as kernels take it: where it starts. Null for nothing.
+#[repr(transparent)]
+struct Part<T> {
+    address: u64,
+    of: PhantomData<T>,
+}
+
+impl<T> Clone for Part<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Part<T> {}
+
+// SAFETY: one pointer, as the kernels declare it.
+unsafe impl<T> DeviceRepr for Part<T> {}
+
+impl<T> Part<T> {
+    const NULL: Self = Self { address: 0, of: PhantomData };
+
+    /// All of an allocation that outlives the launches it goes to.
+    fn of(slice: &mut CudaSlice<T>, stream: &Arc<CudaStream>) -> Self {
+        Self { address: slice.device_ptr_mut(stream).0, of: PhantomData }
+    }
+    /// From element `at` on.
+    fn from(self, at: usize) -> Self {
+        Self { address: self.address + (at * size_of::<T>()) as u64, of: PhantomData }
     }
 }
 

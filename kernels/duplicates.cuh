@@ -1,0 +1,41 @@
+// A table of the hashes of a problem's centroids. A centroid that repeats an earlier one bit for bit can never be a
+// label; without this, every row near a duplicate would be unproven.
+#pragma once
+#include "common.cuh"
+
+/// For each problem, `slots` hashes and the first centroid of each. All zero at first.
+struct Table {
+    unsigned long long* keys;
+    uint32_t* first;  // ~j, for the lowest j
+    int64_t slots;    // a power of two
+
+    /// Enters centroid `j` of problem `b`, whose slot it returns. The hash is a sum over the words of the centroid,
+    /// each mixed with its place.
+    __device__ __forceinline__ uint32_t enter(int64_t b, int64_t j, unsigned long long hash) const {
+        hash |= 1;
+        int64_t at = int64_t(hash >> 1) & (slots - 1);
+        for (;; at = (at + 1) & (slots - 1)) {
+            const unsigned long long there = atomicCAS(&keys[b * slots + at], 0ull, hash);
+            if (there == 0 || there == hash) break;
+        }
+        atomicMax(&first[b * slots + at], ~uint32_t(j));
+        return at;
+    }
+};
+
+/// Lets no centroid win that repeats an earlier one: it starts from -inf.
+template <class Word>
+__device__ void drop_duplicates(const Word* c, const Rows& r, int64_t padded, const Table& table, const uint32_t* slot,
+                                float* start) {
+    for (int64_t i = global_thread(); i < r.b * r.n; i += all_threads()) {
+        const int64_t b = i / r.n, j = i % r.n, first = ~table.first[b * table.slots + slot[i]];
+        if (first >= j) continue;
+        const Word *mine = row_of(c, r, b, j), *other = row_of(c, r, b, first);
+        int64_t q = 0;
+#pragma unroll 8
+        for (; q < r.d; ++q) {
+            if (mine[q] != other[q]) break;
+        }
+        if (q == r.d) start[b * padded + j] = -INFINITY;
+    }
+}

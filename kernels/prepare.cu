@@ -1,0 +1,222 @@
+// Preparation: centroids as the assignment kernels score them, and rows that those cannot read in place.
+//
+// Traffic: the centroids twice, and what is scored written once; `pack` reads X once and writes it once.
+#include "duplicates.cuh"
+#include "tensor.cuh"
+
+// ---- For CUDA cores: mu, then c^ = c - mu (or c / |c|), |c^|^2 / 2 and the largest |c^|.
+
+/// One block of 32 x 32 threads for each problem and 32 columns.
+template <class T>
+__device__ void column_means(const T* c, const Rows& r, Filter<T>* mu) {
+    __shared__ double partial[WARP][WARP];
+    const int lane = threadIdx.x % WARP, part = threadIdx.x / WARP;
+    const int64_t groups = (r.d + WARP - 1) / WARP, step = (r.n + MEAN_SAMPLES - 1) / MEAN_SAMPLES;
+    for (int64_t tile = blockIdx.x; tile < r.b * groups; tile += gridDim.x) {
+        const int64_t b = tile / groups, column = tile % groups * WARP + lane;
+        double sum = 0;
+        if (column < r.d) {
+            for (int64_t j = part * step; j < r.n; j += WARP * step) sum += wide(row_of(c, r, b, j)[column]);
+        }
+        partial[part][lane] = sum;
+        __syncthreads();
+        if (part == 0 && column < r.d) {
+            for (int p = 1; p < WARP; ++p) sum += partial[p][lane];
+            mu[b * r.d + column] = rounded<Filter<T>>(sum / ((r.n + step - 1) / step));
+        }
+        __syncthreads();
+    }
+}
+
+/// One warp for each centroid.
+template <class T>
+__device__ void centre(const T* c, const Rows& r, int metric, const Filter<T>* mu, Filter<T>* moved, Filter<T>* bias,
+                       double* largest) {
+    using F = Filter<T>;
+    const int lane = threadIdx.x % WARP;
+    for (int64_t i = global_thread() / WARP; i < r.b * r.n; i += all_threads() / WARP) {
+        const int64_t b = i / r.n;
+        const T* from = row_of(c, r, b, i % r.n);
+        double norm = 1, squares = 0;
+        if (metric == COSINE) {
+            for (int64_t j = lane; j < r.d; j += WARP) squares += wide(from[j]) * wide(from[j]);
+            norm = sqrt(warp_sum(squares)), squares = 0;
+        }
+        for (int64_t j = lane; j < r.d; j += WARP) {
+            const F v =
+                metric == COSINE ? rounded<F>(norm == 0 ? 0 : wide(from[j]) / norm) : filter(from[j]) - mu[b * r.d + j];
+            moved[i * r.d + j] = v;
+            squares += double(v) * v;
+        }
+        squares = warp_sum(squares);
+        if (lane == 0) {
+            bias[i] = metric == SQUARED_EUCLIDEAN ? rounded<F>(squares / 2) : 0;
+            double above = norm_above(squares, r.d);
+            // Nothing is proven about a centroid that is not finite, or whose squares overflow or vanish.
+            if (!isfinite(above) || (norm != 0 && !(norm >= 1e-140 && norm <= 1e140))) above = nothing().distance;
+            atomic_max(&largest[b], above);
+        }
+    }
+}
+
+// ---- For tensor cores (tensor.cuh).
+
+/// mu is the mean of a column, or zero unless the sampled values are within a factor of two of it: then all differences
+/// are exact (Sterbenz), and if another value's is not, `move` bounds what it loses. One block of 32 x 32 threads for
+/// each problem and 32 columns.
+template <class T>
+__device__ void origin(const T* c, const Rows& r, bool centred, T* mu) {
+    __shared__ float sums[WARP][WARP], lows[WARP][WARP], highs[WARP][WARP];
+    const int lane = threadIdx.x % WARP, part = threadIdx.x / WARP;
+    const int64_t groups = (r.d + WARP - 1) / WARP, step = (r.n + MEAN_SAMPLES - 1) / MEAN_SAMPLES;
+    for (int64_t tile = blockIdx.x; tile < r.b * groups; tile += gridDim.x) {
+        const int64_t b = tile / groups, column = tile % groups * WARP + lane;
+        float sum = 0, low = INFINITY, high = -INFINITY;
+        if (centred && column < r.d) {
+#pragma unroll 8
+            for (int64_t j = part * step; j < r.n; j += WARP * step) {
+                const float v = filter(row_of(c, r, b, j)[column]);
+                sum += v, low = fminf(low, v), high = fmaxf(high, v);
+            }
+        }
+        sums[part][lane] = sum, lows[part][lane] = low, highs[part][lane] = high;
+        __syncthreads();
+        if (part == 0 && column < r.d) {
+            for (int p = 1; p < WARP; ++p) {
+                sum += sums[p][lane], low = fminf(low, lows[p][lane]), high = fmaxf(high, highs[p][lane]);
+            }
+            const T mean = rounded<T>(sum / ((r.n + step - 1) / step));
+            const float m = filter(mean);
+            const bool exact = m > 0 ? low >= m / 2 && high <= m * 2 : m < 0 && low >= m * 2 && high <= m / 2;
+            mu[b * r.d + column] = centred && exact ? mean : T(0.0f);
+        }
+        __syncthreads();
+    }
+}
+
+/// Eight lanes for each centroid and each place up to `padded`, a multiple of 32; `slot` is each centroid's in the
+/// table.
+template <class T>
+__device__ void move(const T* c, const Rows& r, int metric, const T* mu, int64_t pitch, int64_t padded, T* moved,
+                     float* start, float* scale, Bounds* bounds, const Table& table, uint32_t* slot) {
+    constexpr int LANES = 8;
+    const int part = threadIdx.x % LANES;
+    for (int64_t i = global_thread() / LANES; i < r.b * padded; i += all_threads() / LANES) {
+        const int64_t b = i / padded, j = i % padded;
+        const bool live = j < r.n;
+        double squares = 0, mu_squares = 0;
+        float moved_squares = 0, lost = 0;
+        unsigned long long hash = 0;
+        if (live) {
+            const T* from = row_of(c, r, b, j);
+            uint4* to = reinterpret_cast<uint4*>(moved + (b * r.n + j) * pitch);
+            for (int64_t piece = part; piece < pitch / PIECE; piece += LANES) {
+                const uint4 bits = load_piece(from, piece * PIECE, r.d);
+                const uint4 origin = load_piece(mu + b * r.d, piece * PIECE, r.d);
+                const bool moves = (origin.x | origin.y | origin.z | origin.w) != 0;
+                float v[PIECE], m[PIECE];
+                widen<T>(v, bits), widen<T>(m, origin);
+                struct alignas(16) {
+                    T e[PIECE];
+                } out;
+#pragma unroll
+                for (int q = 0; q < PIECE; ++q) {
+                    const float t = v[q] - m[q];
+                    out.e[q] = T(t);
+                    const float e = filter(out.e[q]);
+                    // The difference itself may have been rounded.
+                    const float off = fabsf(t - e) + (moves ? 0x1p-24f * fabsf(t) : 0);
+                    moved_squares = fmaf(e, e, moved_squares), lost = fmaf(off, off, lost);
+                    const double wide_v = v[q];
+                    squares = fma(wide_v, wide_v, squares);
+                    if (moves) mu_squares = fma(double(m[q]), double(m[q]), mu_squares);
+                }
+                to[piece] = reinterpret_cast<const uint4&>(out);
+                const uint64_t low = uint64_t(bits.y) << 32 | bits.x, high = uint64_t(bits.w) << 32 | bits.z;
+                hash += mix(mix(low ^ mix(piece)) ^ high);
+            }
+        }
+        for (int lanes = 1; lanes < LANES; lanes *= 2) {
+            squares += __shfl_xor_sync(~0u, squares, lanes), mu_squares += __shfl_xor_sync(~0u, mu_squares, lanes);
+            moved_squares += __shfl_xor_sync(~0u, moved_squares, lanes), lost += __shfl_xor_sync(~0u, lost, lanes);
+            hash += __shfl_xor_sync(~0u, hash, lanes);
+        }
+        if (!live) {
+            if (part == 0) start[i] = -INFINITY;
+            if (part == 0 && scale) scale[i] = 0;
+            continue;
+        }
+        const double norm = sqrt(squares);
+        const float factor = metric != COSINE ? 1 : norm == 0 ? 0 : float(1 / norm);
+        const float from_here = metric == SQUARED_EUCLIDEAN ? float((mu_squares - squares) / 2) : 0;
+        if (part == 0) start[i] = from_here, slot[b * r.n + j] = table.enter(b, j, hash);
+        if (part == 0 && scale) scale[i] = factor;
+        // A lane to a bound; those added up in f32 with what that and underflow may take. A product with a row that
+        // `margin` lets pass must not overflow before it is scaled.
+        const double rounding = 1 + (r.d + 16) * 0x1p-23, tiny = 1e-37 * r.d;
+        const double safe = metric == COSINE && norm > 1e18 ? INFINITY : factor;
+        double mine = 0;
+        if (part == 0) mine = sqrt(moved_squares + tiny) * rounding * safe;
+        if (part == 1) mine = fabs(double(from_here));
+        if (part == 2) mine = lost == 0 ? 0 : sqrt(lost + tiny) * rounding * factor;
+        if (part == 3) mine = norm * factor;
+        if (part == 4) mine = factor;
+        static_assert(sizeof(Bounds) == 5 * sizeof(float) && offsetof(Bounds, residual) == 8,
+                      "a lane to each, in order");
+        if (part < 5) raise(&bounds[b].moved + part, mine);
+    }
+}
+
+// ---- Rows.
+
+/// Rows side by side at a distance of `pitch`, zeros between. Each block copies `rows` rows.
+template <class T>
+__device__ void pack(const T* x, const Rows& r, int64_t pitch, int64_t rows, T* out) {
+    const int64_t chunks = (r.n + rows - 1) / rows;
+    for (int64_t tile = blockIdx.x; tile < r.b * chunks; tile += gridDim.x) {
+        const int64_t b = tile / chunks, begin = tile % chunks * rows, end = min(begin + rows, r.n);
+        for (Cells at(pitch); begin + at.row < end; at.next()) {
+            const T* row = row_of(x, r, b, begin + at.row);
+            out[(b * r.n + begin + at.row) * pitch + at.column] = at.column < r.d ? row[at.column] : T(0.0f);
+        }
+    }
+}
+
+#define INSTANCE(name, T)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(1024) prepare_means_##name(const T* c, Rows cr, Filter<T>* mu) {      \
+        column_means(c, cr, mu);                                                                                       \
+    }                                                                                                                  \
+    extern "C" __global__ void prepare_centroids_##name(const T* c, Rows cr, int metric, const Filter<T>* mu,          \
+                                                        Filter<T>* moved, Filter<T>* bias, double* largest) {          \
+        centre(c, cr, metric, mu, moved, bias, largest);                                                               \
+    }
+FOR_EACH_TYPE(INSTANCE)
+#undef INSTANCE
+
+#define HALF_INSTANCE(name, T)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(1024)                                                                 \
+        prepare_origin_##name(const T* c, Rows cr, int centred, T* mu) {                                               \
+        origin(c, cr, centred, mu);                                                                                    \
+    }                                                                                                                  \
+    extern "C" __global__ void prepare_moved_##name(                                                                   \
+        const T* c, Rows cr, int metric, const T* mu, int64_t pitch, int64_t padded, T* moved, float* start,           \
+        float* scale, Bounds* bounds, unsigned long long* keys, uint32_t* first, int64_t slots, uint32_t* slot) {      \
+        move(c, cr, metric, mu, pitch, padded, moved, start, scale, bounds, {keys, first, slots}, slot);               \
+    }                                                                                                                  \
+    extern "C" __global__ void pack_##name(const T* x, Rows r, int64_t pitch, int64_t rows, T* out) {                  \
+        pack(x, r, pitch, rows, out);                                                                                  \
+    }
+HALF_INSTANCE(f16, __half)
+HALF_INSTANCE(bf16, __nv_bfloat16)
+#undef HALF_INSTANCE
+
+#define DUPLICATES(name, Word)                                                                                         \
+    extern "C" __global__ void drop_duplicates_##name(const Word* c, Rows cr, int64_t padded,                          \
+                                                      unsigned long long* keys, uint32_t* first, int64_t slots,        \
+                                                      const uint32_t* slot, float* start) {                            \
+        drop_duplicates(c, cr, padded, {keys, first, slots}, slot, start);                                             \
+    }
+DUPLICATES(f16, uint16_t)
+DUPLICATES(bf16, uint16_t)
+DUPLICATES(f32, uint32_t)
+#undef DUPLICATES

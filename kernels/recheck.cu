@@ -1,0 +1,287 @@
+// Settles the rows whose label the first pass over them did not prove, exactly, by the definition.
+//
+// All blocks share the listed rows: tiles of them are swept over the centroids once more (sweep.cuh), and every column
+// whose score reaches the row's limit is a candidate. Candidates wait in a queue of their warp's; when it is full, the
+// warp works it off: squared Euclidean distances are taken in f32 first, of the differences, which no common offset
+// can blur; of those only what may be the nearest is settled in f64 against the label that stands.
+//
+// f32 rows come as halves h and l (split.cu, which says why their bound holds). The first pass saw h alone; here a
+// chunk of the ring is half a chunk of h and the same columns of l, so that rows that stay take twice the memory, and
+// h.h + h.l + l.h is added up. Margins are in the units of the halves; candidates are compared as f32.
+#include "sweep.cuh"
+
+constexpr int WARPS = BLOCK / WARP, QUEUE = RECHECK_QUEUE / WARPS;
+constexpr int RESIDENT = 256 / BLOCK;  // blocks of an SM, so far as registers go
+constexpr int HELD_BYTES = SM80_ROWS * 12 + RECHECK_QUEUE * 12;
+static_assert(HELD_BYTES % 128 == 0, "the swizzles start on lines of 128 bytes");
+static_assert(QUEUE >= 2 * WARP, "a queue takes a candidate of every lane");
+
+/// What a block keeps of its rows, and its warps' queues.
+struct Held {
+    float* limit;     // the score below which a column cannot be the label
+    uint32_t* index;  // of the row
+    uint32_t* least;  // the bits of what the smallest distance so far is at most
+    uint2* queue;     // of this warp: (row of the tile, column)
+    float* distance;  // their f32 distances
+
+    __device__ __forceinline__ explicit Held(uint8_t* at)
+        : limit(reinterpret_cast<float*>(at)),
+          index(reinterpret_cast<uint32_t*>(limit + SM80_ROWS)),
+          least(index + SM80_ROWS),
+          queue(reinterpret_cast<uint2*>(least + SM80_ROWS) + threadIdx.x / WARP * QUEUE),
+          distance(reinterpret_cast<float*>(at + SM80_ROWS * 12 + RECHECK_QUEUE * 8) + threadIdx.x / WARP * QUEUE) {}
+};
+
+/// Of eight columns: adds their products to `dot`.
+template <class T>
+__device__ __forceinline__ void add_products(float& dot, uint4 u, uint4 v) {
+    const uint32_t us[4] = {u.x, u.y, u.z, u.w}, vs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 p = wide_pair(us[i], T()), q = wide_pair(vs[i], T());
+        dot = fmaf(p.x, q.x, fmaf(p.y, q.y, dot));
+    }
+}
+
+/// What the first pass over split rows knew: its slack, and how far before the bounds of both halves its own lie.
+struct First {
+    const float* slack;
+    int64_t copies;
+};
+
+/// Raises the limits of split rows, four lanes a row: the first pass knew their best scores less well than both halves
+/// do, so the label that a row has now is scored again.
+template <class T>
+__device__ __forceinline__ void raise_limits(const Held& of, const T* x, const Rows& r, int64_t b, const Moved<T>& c,
+                                             const float* slack, const First& first, const uint32_t* labels,
+                                             int live_rows) {
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, part = lane % 4;
+    for (int at = lane / 4; at < WARP_ROWS; at += WARP / 4) {
+        const int row = warp * WARP_ROWS + at;
+        const int64_t index = of.index[row < live_rows ? row : 0];
+        const T* values = row_of(x, r, b, index);
+        uint32_t label = 0;
+        // Others may change it meanwhile: one lane reads it for all four.
+        if (part == 0) label = *(const volatile uint32_t*)&labels[b * r.n + index];
+        label = __shfl_sync(~0u, label, lane & ~3);
+        const T* centroid = c.moved + label * c.pitch;
+        float dot = 0, squares = 0;
+#pragma unroll 2
+        for (int64_t piece = part; piece * PIECE < r.d; piece += 4) {
+            const uint4 u = __ldg(reinterpret_cast<const uint4*>(values) + piece);
+            const uint4 u_low = __ldg(reinterpret_cast<const uint4*>(values + c.pitch / 2) + piece);
+            const uint4 v = __ldg(reinterpret_cast<const uint4*>(centroid) + piece);
+            const uint4 v_low = __ldg(reinterpret_cast<const uint4*>(centroid + c.pitch / 2) + piece);
+            add_products<T>(dot, u, v), add_products<T>(dot, u, v_low), add_products<T>(dot, u_low, v);
+            add_products<T>(squares, u, u);
+        }
+        for (int lanes = 1; lanes < 4; lanes *= 2) {
+            dot += __shfl_xor_sync(~0u, dot, lanes), squares += __shfl_xor_sync(~0u, squares, lanes);
+        }
+        // Three products are as much to add up as three times the columns, in whole steps.
+        const float off = margin(squares, 3 * ((r.d + 15) / 16 * 16), *c.bounds) + __ldg(&slack[b * r.n + index]);
+        // If scores were level, the label may be any: then the first pass's best score says more, each within its
+        // own half of the margins.
+        const float first_off = margin(squares, r.d, c.bounds[-first.copies]) + __ldg(&first.slack[b * r.n + index]);
+        const float from_top = of.limit[row] + 0.5f * (first_off - off);
+        if (part == 0) of.limit[row] = fmaxf(dot + __ldg(c.start + label) - off, from_top);
+    }
+}
+
+/// The rows and centroids of the definition: of the type that the caller has them in.
+template <class U>
+struct Originals {
+    const U *x, *centroids;
+    const Rows &r, &cr;
+};
+
+/// A tile of listed rows, and the warp's candidates among the centroids.
+template <class U>
+struct Candidates {
+    const Held& of;
+    const Originals<U>& originals;
+    const int64_t b, d;
+    const int metric;
+    uint32_t* const labels;  // of the problem
+    int queued = 0;          // the same in all lanes
+
+    __device__ __forceinline__ const U* row(int at) const { return row_of(originals.x, originals.r, b, of.index[at]); }
+    __device__ __forceinline__ const U* centroid(uint32_t column) const {
+        return row_of(originals.centroids, originals.cr, b, column);
+    }
+
+    /// Takes one candidate of each lane that has one.
+    __device__ __forceinline__ void add(bool has, int at, uint32_t column) {
+        const uint32_t some = __ballot_sync(~0u, has), before = (1u << threadIdx.x % WARP) - 1;
+        if (queued + __popc(some) > QUEUE) work_off();
+        if (has) of.queue[queued + __popc(some & before)] = make_uint2(at, column);
+        queued += __popc(some);
+    }
+
+    /// f32 distances of the queue, eight lanes each, and of each row what the smallest is at most. A difference is off
+    /// by half an ulp of itself, so a sum of d squares is by at most d + 3 roundings, and by what underflows.
+    __device__ __forceinline__ void measure() const {
+        constexpr int LANES = 8;
+        const int lane = threadIdx.x % WARP, part = lane % LANES;
+        for (int first = 0; first < queued; first += WARP / LANES) {
+            const int i = first + lane / LANES;
+            const uint2 one = of.queue[min(i, queued - 1)];
+            const U *x = row(one.x), *c = centroid(one.y);
+            float sum = 0;
+            for (int64_t column = part * PIECE; column < d; column += LANES * PIECE) {
+                float u[PIECE], v[PIECE];
+                load_eight(u, x, column, d), load_eight(v, c, column, d);
+#pragma unroll
+                for (int e = 0; e < PIECE; ++e) {
+                    const float t = u[e] - v[e];
+                    sum = fmaf(t, t, sum);
+                }
+            }
+            for (int lanes = 1; lanes < LANES; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+            if (part == 0 && i < queued) {
+                of.distance[i] = sum;
+                atomicMin(&of.least[one.x], __float_as_uint(sum * (1 + (d + 8) * 0x1p-23f) + d * 1e-37f));
+            }
+        }
+        __syncwarp();
+    }
+
+    __device__ __noinline__ void work_off() {
+        __syncwarp();
+        const bool measured = metric == SQUARED_EUCLIDEAN;
+        if (measured) measure();
+        for (int i = threadIdx.x % WARP; i < queued; i += WARP) {
+            const uint2 one = of.queue[i];
+            if (measured) {
+                const float least = __uint_as_float(of.least[one.x]);
+                if (of.distance[i] * (1 - (d + 8) * 0x1p-23f) - d * 1e-37f > least) continue;
+            }
+            settle(metric, row(one.x), originals.cr, originals.centroids, b, d, one.y, &labels[of.index[one.x]]);
+        }
+        __syncwarp();
+        queued = 0;
+    }
+};
+
+/// Settles one tile of listed rows over the tiles `first` to `last` of the centroids.
+template <bool SPLIT, class T, class U>
+__device__ __forceinline__ void recheck_tile(const Shared& s, const Held& of, const T* x, const Rows& r,
+                                             const Originals<U>& originals, int64_t b, const Moved<T>& c,
+                                             const float* slack, const First& before, int metric, uint32_t* labels,
+                                             const Listed* list, int live_rows, int first, int last) {
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    __syncthreads();  // the last tile's are read
+    const Listed mine = threadIdx.x < live_rows ? list[threadIdx.x] : Listed{0, INFINITY};
+    of.index[threadIdx.x] = mine.row, of.limit[threadIdx.x] = mine.limit;
+    of.least[threadIdx.x] = __float_as_uint(INFINITY);
+    __syncthreads();
+    if (SPLIT) raise_limits(of, x, r, b, c, slack, before, labels, live_rows);
+    __syncwarp();
+    float limit[SLOTS];
+#pragma unroll
+    for (int i = 0; i < SLOTS; ++i) limit[i] = of.limit[warp * WARP_ROWS + 8 * i + lane / 4];
+
+    Candidates<U> candidates{of, originals, b, r.d, metric, labels + b * r.n};
+    sweep<false, SPLIT>(
+        s, [&](int i) { return i < live_rows ? row_of(x, r, b, of.index[i]) : nullptr; }, c, int(r.d), first, last,
+        warp * WARP_ROWS < live_rows,
+        [&](const Scores& acc, int column) {
+            uint64_t hits = 0;  // 16 columns of each slot in turn
+#pragma unroll
+            for (int i = 0; i < SLOTS; ++i) {
+                bool any = false;
+#pragma unroll
+                for (int j = 0; j < 2 * EIGHTS; ++j) any |= !(acc[i / 2][j / 2][i % 2 * 2 + j % 2] < limit[i]);
+                if (!any || warp * WARP_ROWS + 8 * i + lane / 4 >= live_rows) continue;
+                uint32_t mask = 0;
+#pragma unroll
+                for (int j = 0; j < 2 * EIGHTS; ++j) {
+                    mask |= acc[i / 2][j / 2][i % 2 * 2 + j % 2] < limit[i] ? 0 : 1u << j;
+                }
+                hits |= uint64_t(mask) << (2 * EIGHTS * i);
+            }
+            for (; __any_sync(~0u, hits != 0); hits &= hits - 1) {
+                const int bit = hits ? __ffsll(hits) - 1 : 0, j = bit % (2 * EIGHTS), i = bit / (2 * EIGHTS);
+                const int64_t candidate = column + 8 * (j / 2) + j % 2;
+                candidates.add(hits && candidate < c.k, warp * WARP_ROWS + 8 * i + lane / 4, candidate);
+            }
+        });
+    candidates.work_off();
+}
+static_assert(2 * EIGHTS * SLOTS <= 64, "a tile's hits fit a word");
+
+/// Into how many runs of centroids to cut the work on `row_tiles` tiles of rows, for `shares` blocks: one item each
+/// for few rows, a few each for more, so that the last ones do not leave the others idle for long.
+__device__ __forceinline__ int splits_of(int64_t row_tiles, int64_t tiles, int64_t shares) {
+    const int64_t wanted = 2 * row_tiles <= shares ? shares / row_tiles : (4 * shares + row_tiles - 1) / row_tiles;
+    return max(int64_t(1), min(tiles, wanted));
+}
+
+template <bool SPLIT, class T, class U>
+__device__ __forceinline__ void recheck_problem(const Shared& s, const Held& of, const T* x, const Rows& r,
+                                                const Originals<U>& originals, int64_t b, const Moved<T>& c,
+                                                const float* slack, const First& before, int metric, uint32_t* labels,
+                                                const Listed* list, int64_t listed, int64_t share, int64_t shares) {
+    const int64_t row_tiles = (listed + SM80_ROWS - 1) / SM80_ROWS, tiles = (c.k + CENTROIDS - 1) / CENTROIDS;
+    const int splits = splits_of(row_tiles, tiles, shares);
+    for (int64_t item = share; item < row_tiles * splits; item += shares) {
+        const int64_t done = item / splits * SM80_ROWS, split = item % splits;
+        recheck_tile<SPLIT>(s, of, x, r, originals, b, c, slack, before, metric, labels, list + b * r.n + done,
+                            int(min(int64_t(SM80_ROWS), listed - done)), int(split * tiles / splits),
+                            int((split + 1) * tiles / splits));
+    }
+}
+
+/// Problems are dealt to blocks; with fewer problems than blocks, each is shared by several. A block looks at as many
+/// problems at once as it has threads, for most have no row listed. `problem(b)` gives the centroids of one.
+template <bool SPLIT, class T, class U, class Problem>
+__device__ __forceinline__ void recheck(uint8_t* raw, const T* x, const Rows& r, const Originals<U>& originals,
+                                        Problem problem, const float* slack, const First& before, int metric,
+                                        uint32_t* labels, const Listed* list, const uint32_t* listed) {
+    const Shared s(raw, HELD_BYTES);
+    const Held of(s.added);
+    const int64_t shares = gridDim.x > r.b ? gridDim.x / r.b : 1, step = gridDim.x / shares;
+    for (int64_t first = blockIdx.x / shares; first < r.b; first += step * BLOCK) {
+        const int64_t mine = first + threadIdx.x * step;
+        if (!__syncthreads_or(mine < r.b && listed[mine])) continue;
+        for (int64_t b = first; b < min(r.b, first + step * BLOCK); b += step) {
+            const uint32_t rows = listed[b];
+            if (rows == 0) continue;
+            const Moved<T> c = problem(b);
+            recheck_problem<SPLIT>(s, of, x, r, originals, b, c, slack, before, metric, labels, list, rows,
+                                   blockIdx.x % shares, shares);
+        }
+    }
+}
+
+#define INSTANCE(name, T)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) recheck_tensor_##name(                               \
+        const T* x, Rows r, const T* centroids, Rows cr, const T* moved, const float* start, const float* scale,       \
+        const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded, int64_t copies, int metric, uint32_t* labels,  \
+        const Listed* list, const uint32_t* listed) {                                                                  \
+        extern __shared__ __align__(128) uint8_t raw[];                                                                \
+        const auto problem = [&](int64_t b) {                                                                          \
+            return Moved<T>(moved, start, scale, bounds, k, pitch, padded, copies, b);                                 \
+        };                                                                                                             \
+        recheck<false>(raw, x, r, Originals<T>{x, centroids, r, cr}, problem, nullptr, {}, metric, labels, list,       \
+                       listed);                                                                                        \
+    }
+INSTANCE(f16, __half)
+INSTANCE(bf16, __nv_bfloat16)
+#undef INSTANCE
+
+/// `x` is the rectangle of f32 rows that `halves` holds side by side, (b, n, pitch), each h and then l as in `moved`;
+/// labels, lists and slacks are those of the rectangle. The first pass's bounds lie before `bounds`. `pitch` is that of
+/// both, twice that of one half.
+extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
+    recheck_split_f32(const __half* halves, const float* x, Rows r, const float* centroids, Rows cr,
+                      const __half* moved, const float* start, const Bounds* bounds, int64_t k, int64_t pitch,
+                      int64_t padded, int64_t copies, int metric, uint32_t* labels, const Listed* list,
+                      const uint32_t* listed, const float* slack, const float* first_slack) {
+    extern __shared__ __align__(128) uint8_t raw[];
+    const auto problem = [&](int64_t b) {
+        return Moved<__half>(moved, start, nullptr, bounds, k, pitch, padded, copies, b);
+    };
+    recheck<true>(raw, halves, Rows{r.n * pitch, pitch, r.b, r.n, r.d}, Originals<float>{x, centroids, r, cr}, problem,
+                  slack, {first_slack, copies}, metric, labels, list, listed);
+}
