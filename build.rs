@@ -75,5 +75,5 @@ fn archs(nvcc: &PathBuf) -> Vec<String> {
 fn tile_macros() -> impl Iterator<Item = (&'static str, usize)> {
     macro_rules! tiles { ($($name:ident)+) => { [$((stringify!($name), tiles::$name)),+] } }
     tiles!(SIMT_ROWS SIMT_CENTROIDS SIMT_COLUMNS SM80_ROWS SM80_CENTROIDS SM80_COLUMNS SM80_STAGES RECHECK_QUEUE SM90_ROWS
-        SM90_CENTROIDS SM90_SHARED SORT_ROWS SUM_ROWS SUM_COLUMNS MEDIAN_COLUMNS MEAN_SAMPLES SCAN_THREADS AHEAD THREADS).into_iter()
+        SM90_CENTROIDS SM90_SHARED TENSOR_CENTROIDS SORT_ROWS SUM_ROWS SUM_COLUMNS MEDIAN_COLUMNS MEAN_SAMPLES ORIGIN_THREADS SCAN_THREADS AHEAD THREADS).into_iter()
 }

@@ -2,6 +2,9 @@
 //!
 //! `cargo run --release --example bench -- assign --n 100000 --k 256 --d 128 --check --json`
 
+#[path = "common/memory.rs"]
+mod memory;
+
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{assign, cluster_means, testing, Init, KMeans, Metric};
@@ -86,6 +89,7 @@ fn main() -> Result<()> {
         "cuda" => Device::new_cuda(0).context("--device cuda needs a GPU and a build with --features cuda")?,
         other => bail!("--device {other} is not cpu or cuda"),
     };
+    memory::keep(&device)?;
     if args.op == Op::Tune {
         return tune(&args, &device);
     }

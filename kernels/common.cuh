@@ -119,60 +119,84 @@ __device__ __forceinline__ K unordered(K key) {
 
 enum Metric : int { SQUARED_EUCLIDEAN = 0, COSINE = 1, DOT = 2, MANHATTAN = 3 };
 
-/// Hands `take` the pairs of values of two rows, columns ascending. What is done with them is a chain; the loads need
-/// not be: 128 bytes of each row are under way at a time.
-template <class T, class Take>
-__device__ __forceinline__ void for_each_pair(const T* x, const T* c, int64_t d, Take take) {
+/// Hands `take(n, ...)` the pairs of values of row `x` and each row `c[n]`, columns ascending. What is done with them
+/// is a chain; the loads need not be: 128 bytes of each row are under way at a time.
+template <int N, class T, class Take>
+__device__ __forceinline__ void for_each_pair(const T* x, const T* const (&c)[N], int64_t d, Take take) {
     constexpr int EACH = 16 / sizeof(T), LOADS = 8;
     struct alignas(16) Piece {
         T values[EACH];
     };
+    uintptr_t together = reinterpret_cast<uintptr_t>(x);
+#pragma unroll
+    for (int n = 0; n < N; ++n) together |= reinterpret_cast<uintptr_t>(c[n]);
     int64_t i = 0;
-    if ((reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(c)) % 16 == 0) {
+    if (together % 16 == 0) {
         for (; i + EACH * LOADS <= d; i += EACH * LOADS) {
-            uint4 u[LOADS], v[LOADS];
+            uint4 u[LOADS], v[N][LOADS];
 #pragma unroll
             for (int p = 0; p < LOADS; ++p) {
                 u[p] = *reinterpret_cast<const uint4*>(x + i + p * EACH);
-                v[p] = *reinterpret_cast<const uint4*>(c + i + p * EACH);
+#pragma unroll
+                for (int n = 0; n < N; ++n) v[n][p] = *reinterpret_cast<const uint4*>(c[n] + i + p * EACH);
             }
 #pragma unroll
             for (int p = 0; p < LOADS; ++p) {
-                const Piece &a = reinterpret_cast<const Piece&>(u[p]), &b = reinterpret_cast<const Piece&>(v[p]);
+                const Piece& a = reinterpret_cast<const Piece&>(u[p]);
 #pragma unroll
-                for (int e = 0; e < EACH; ++e) take(wide(a.values[e]), wide(b.values[e]));
+                for (int e = 0; e < EACH; ++e) {
+#pragma unroll
+                    for (int n = 0; n < N; ++n) {
+                        take(n, wide(a.values[e]), wide(reinterpret_cast<const Piece&>(v[n][p]).values[e]));
+                    }
+                }
             }
         }
     }
 #pragma unroll 8
-    for (; i < d; ++i) take(wide(x[i]), wide(c[i]));
+    for (; i < d; ++i) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) take(n, wide(x[i]), wide(c[n][i]));
+    }
+}
+
+/// The distances of row `x` to the rows `c`.
+template <int N, class T>
+__device__ __forceinline__ void distances(int metric, const T* x, const T* const (&c)[N], int64_t d, double (&s)[N]) {
+    double xx = 0, cc[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) s[n] = cc[n] = 0;
+    if (metric == SQUARED_EUCLIDEAN) {
+        for_each_pair(x, c, d, [&](int n, double a, double b) {
+            const double t = __dsub_rn(a, b);
+            s[n] = __dadd_rn(s[n], __dmul_rn(t, t));
+        });
+    } else if (metric == MANHATTAN) {
+        for_each_pair(x, c, d, [&](int n, double a, double b) { s[n] = __dadd_rn(s[n], fabs(__dsub_rn(a, b))); });
+    } else if (metric == DOT) {
+        for_each_pair(x, c, d, [&](int n, double a, double b) { s[n] = __dadd_rn(s[n], __dmul_rn(a, b)); });
+#pragma unroll
+        for (int n = 0; n < N; ++n) s[n] = -s[n];
+    } else {
+        for_each_pair(x, c, d, [&](int n, double a, double b) {
+            s[n] = __dadd_rn(s[n], __dmul_rn(a, b));
+            if (n == 0) xx = __dadd_rn(xx, __dmul_rn(a, a));
+            cc[n] = __dadd_rn(cc[n], __dmul_rn(b, b));
+        });
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            const double norms = __dmul_rn(__dsqrt_rn(xx), __dsqrt_rn(cc[n]));
+            s[n] = norms == 0 ? 1.0 : __dsub_rn(1.0, __ddiv_rn(s[n], norms));
+        }
+    }
 }
 
 template <class T>
 __device__ double distance(int metric, const T* x, const T* c, int64_t d) {
-    double s = 0, xx = 0, cc = 0;
-    if (metric == SQUARED_EUCLIDEAN) {
-        for_each_pair(x, c, d, [&](double a, double b) {
-            const double t = __dsub_rn(a, b);
-            s = __dadd_rn(s, __dmul_rn(t, t));
-        });
-        return s;
-    }
-    if (metric == MANHATTAN) {
-        for_each_pair(x, c, d, [&](double a, double b) { s = __dadd_rn(s, fabs(__dsub_rn(a, b))); });
-        return s;
-    }
-    if (metric == DOT) {
-        for_each_pair(x, c, d, [&](double a, double b) { s = __dadd_rn(s, __dmul_rn(a, b)); });
-        return -s;
-    }
-    for_each_pair(x, c, d, [&](double a, double b) {
-        s = __dadd_rn(s, __dmul_rn(a, b));
-        xx = __dadd_rn(xx, __dmul_rn(a, a));
-        cc = __dadd_rn(cc, __dmul_rn(b, b));
-    });
-    const double norms = __dmul_rn(__dsqrt_rn(xx), __dsqrt_rn(cc));
-    return norms == 0 ? 1.0 : __dsub_rn(1.0, __ddiv_rn(s, norms));
+    const T* const one[] = {c};
+    double s[1];
+    distances(metric, x, one, d, s);
+    return s[0];
 }
 
 /// The largest of non-negative doubles, whose bits are ordered as they are.

@@ -62,108 +62,148 @@ __device__ void centre(const T* c, const Rows& r, int metric, const Filter<T>* m
 // ---- For tensor cores (tensor.cuh).
 
 /// mu is the mean of a column, or zero unless the sampled values are within a factor of two of it: then all differences
-/// are exact (Sterbenz), and if another value's is not, `move` bounds what it loses. One block of 32 x 32 threads for
-/// each problem and 32 columns.
+/// are exact (Sterbenz), and if another value's is not, `move` bounds what it loses. A block for each problem and 64
+/// columns, a pair to a lane; its warps share the samples.
 template <class T>
 __device__ void origin(const T* c, const Rows& r, bool centred, T* mu) {
-    __shared__ float sums[WARP][WARP], lows[WARP][WARP], highs[WARP][WARP];
-    const int lane = threadIdx.x % WARP, part = threadIdx.x / WARP;
-    const int64_t groups = (r.d + WARP - 1) / WARP, step = (r.n + MEAN_SAMPLES - 1) / MEAN_SAMPLES;
+    constexpr int PARTS = ORIGIN_THREADS / WARP, COLUMNS = 2 * WARP;
+    __shared__ float sums[PARTS][COLUMNS], lows[PARTS][COLUMNS], highs[PARTS][COLUMNS];
+    const int pair = threadIdx.x % WARP * 2, part = threadIdx.x / WARP;
+    const int64_t groups = (r.d + COLUMNS - 1) / COLUMNS, step = (r.n + MEAN_SAMPLES - 1) / MEAN_SAMPLES;
     for (int64_t tile = blockIdx.x; tile < r.b * groups; tile += gridDim.x) {
-        const int64_t b = tile / groups, column = tile % groups * WARP + lane;
-        float sum = 0, low = INFINITY, high = -INFINITY;
-        if (centred && column < r.d) {
+        const int64_t b = tile / groups, first = tile % groups * COLUMNS, column = first + pair;
+        const T* from = row_of(c, r, b, 0) + column;
+        const bool aligned = column + 1 < r.d && reinterpret_cast<uintptr_t>(from) % 4 == 0 && r.row_stride % 2 == 0;
+        float sum[2] = {}, low[2] = {INFINITY, INFINITY}, high[2] = {-INFINITY, -INFINITY};
 #pragma unroll 8
-            for (int64_t j = part * step; j < r.n; j += WARP * step) {
-                const float v = filter(row_of(c, r, b, j)[column]);
-                sum += v, low = fminf(low, v), high = fmaxf(high, v);
+        for (int64_t j = part * step; centred && column < r.d && j < r.n; j += PARTS * step) {
+            const T* at = from + j * r.row_stride;
+            float v[2] = {0, 0};
+            if (aligned) {
+                const float2 both = wide_pair(*reinterpret_cast<const uint32_t*>(at), T());
+                v[0] = both.x, v[1] = both.y;
+            } else {
+                v[0] = filter(at[0]), v[1] = column + 1 < r.d ? filter(at[1]) : 0;
             }
+#pragma unroll
+            for (int i = 0; i < 2; ++i) sum[i] += v[i], low[i] = fminf(low[i], v[i]), high[i] = fmaxf(high[i], v[i]);
         }
-        sums[part][lane] = sum, lows[part][lane] = low, highs[part][lane] = high;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            sums[part][pair + i] = sum[i], lows[part][pair + i] = low[i], highs[part][pair + i] = high[i];
+        }
         __syncthreads();
-        if (part == 0 && column < r.d) {
-            for (int p = 1; p < WARP; ++p) {
-                sum += sums[p][lane], low = fminf(low, lows[p][lane]), high = fmaxf(high, highs[p][lane]);
+        if (threadIdx.x < COLUMNS && first + threadIdx.x < r.d) {
+            float sum = 0, low = INFINITY, high = -INFINITY;
+#pragma unroll
+            for (int p = 0; p < PARTS; ++p) {
+                sum += sums[p][threadIdx.x];
+                low = fminf(low, lows[p][threadIdx.x]), high = fmaxf(high, highs[p][threadIdx.x]);
             }
-            const T mean = rounded<T>(sum / ((r.n + step - 1) / step));
+            const T mean = T(sum / ((r.n + step - 1) / step));
             const float m = filter(mean);
             const bool exact = m > 0 ? low >= m / 2 && high <= m * 2 : m < 0 && low >= m * 2 && high <= m / 2;
-            mu[b * r.d + column] = centred && exact ? mean : T(0.0f);
+            mu[b * r.d + first + threadIdx.x] = centred && exact ? mean : T(0.0f);
         }
         __syncthreads();
     }
 }
 
-/// Eight lanes for each centroid and each place up to `padded`, a multiple of 32; `slot` is each centroid's in the
-/// table.
+/// What one centroid adds to, by eight lanes.
+struct Sums {
+    double squares = 0, mu_squares = 0;
+    float moved_squares = 0, lost = 0;
+    unsigned long long hash = 0;
+
+    /// Eight columns `v`, less `m`, which become `e`.
+    template <class T>
+    __device__ __forceinline__ uint4 add(uint4 v_bits, uint4 m_bits, int64_t piece) {
+        const bool moves = (m_bits.x | m_bits.y | m_bits.z | m_bits.w) != 0;
+        float v[PIECE], m[PIECE];
+        widen<T>(v, v_bits), widen<T>(m, m_bits);
+        struct alignas(16) {
+            T e[PIECE];
+        } out;
+#pragma unroll
+        for (int q = 0; q < PIECE; ++q) {
+            const float t = v[q] - m[q];
+            out.e[q] = T(t);
+            const float e = filter(out.e[q]);
+            // The difference itself may have been rounded.
+            const float off = fabsf(t - e) + (moves ? 0x1p-24f * fabsf(t) : 0);
+            moved_squares = fmaf(e, e, moved_squares), lost = fmaf(off, off, lost);
+            const double wide_v = v[q];
+            squares = fma(wide_v, wide_v, squares);
+            if (moves) mu_squares = fma(double(m[q]), double(m[q]), mu_squares);
+        }
+        const uint64_t low = uint64_t(v_bits.y) << 32 | v_bits.x, high = uint64_t(v_bits.w) << 32 | v_bits.z;
+        hash += mix(mix(low + piece) ^ high);
+        return reinterpret_cast<const uint4&>(out);
+    }
+
+    __device__ __forceinline__ void join(int lanes) {
+        squares += __shfl_xor_sync(~0u, squares, lanes), mu_squares += __shfl_xor_sync(~0u, mu_squares, lanes);
+        moved_squares += __shfl_xor_sync(~0u, moved_squares, lanes), lost += __shfl_xor_sync(~0u, lost, lanes);
+        hash += __shfl_xor_sync(~0u, hash, lanes);
+    }
+};
+
+/// Eight lanes for each centroid and each place up to `padded`, of which a block's share is of one problem; `slot` is
+/// each centroid's in the table.
 template <class T>
 __device__ void move(const T* c, const Rows& r, int metric, const T* mu, int64_t pitch, int64_t padded, T* moved,
                      float* start, float* scale, Bounds* bounds, const Table& table, uint32_t* slot) {
-    constexpr int LANES = 8;
+    constexpr int LANES = 8, SHARE = THREADS / LANES, COUNT = sizeof(Bounds) / sizeof(float);
+    static_assert(TENSOR_CENTROIDS % SHARE == 0, "a block's share is of one problem");
+    static_assert(COUNT == 5 && offsetof(Bounds, residual) == 8, "a lane to each, in order");
+    __shared__ float block_bounds[COUNT];
     const int part = threadIdx.x % LANES;
-    for (int64_t i = global_thread() / LANES; i < r.b * padded; i += all_threads() / LANES) {
-        const int64_t b = i / padded, j = i % padded;
+    const int64_t shares = padded / SHARE;
+    for (int64_t share = blockIdx.x; share < r.b * shares; share += gridDim.x) {
+        const int64_t b = share / shares, j = share % shares * SHARE + threadIdx.x / LANES, i = b * padded + j;
         const bool live = j < r.n;
-        double squares = 0, mu_squares = 0;
-        float moved_squares = 0, lost = 0;
-        unsigned long long hash = 0;
+        __syncthreads();
+        if (threadIdx.x < COUNT) block_bounds[threadIdx.x] = 0;
+        __syncthreads();
+        Sums sums;
         if (live) {
-            const T* from = row_of(c, r, b, j);
+            const T *from = row_of(c, r, b, j), *origin = mu + b * r.d;
             uint4* to = reinterpret_cast<uint4*>(moved + (b * r.n + j) * pitch);
-            for (int64_t piece = part; piece < pitch / PIECE; piece += LANES) {
-                const uint4 bits = load_piece(from, piece * PIECE, r.d);
-                const uint4 origin = load_piece(mu + b * r.d, piece * PIECE, r.d);
-                const bool moves = (origin.x | origin.y | origin.z | origin.w) != 0;
-                float v[PIECE], m[PIECE];
-                widen<T>(v, bits), widen<T>(m, origin);
-                struct alignas(16) {
-                    T e[PIECE];
-                } out;
-#pragma unroll
-                for (int q = 0; q < PIECE; ++q) {
-                    const float t = v[q] - m[q];
-                    out.e[q] = T(t);
-                    const float e = filter(out.e[q]);
-                    // The difference itself may have been rounded.
-                    const float off = fabsf(t - e) + (moves ? 0x1p-24f * fabsf(t) : 0);
-                    moved_squares = fmaf(e, e, moved_squares), lost = fmaf(off, off, lost);
-                    const double wide_v = v[q];
-                    squares = fma(wide_v, wide_v, squares);
-                    if (moves) mu_squares = fma(double(m[q]), double(m[q]), mu_squares);
-                }
-                to[piece] = reinterpret_cast<const uint4&>(out);
-                const uint64_t low = uint64_t(bits.y) << 32 | bits.x, high = uint64_t(bits.w) << 32 | bits.z;
-                hash += mix(mix(low ^ mix(piece)) ^ high);
+            // Two at a time, so that one does not wait for the other's loads.
+            for (int64_t piece = part; piece < pitch / PIECE; piece += 2 * LANES) {
+                const int64_t next = piece + LANES;
+                const uint4 v = load_piece(from, piece * PIECE, r.d), m = load_piece(origin, piece * PIECE, r.d);
+                const uint4 next_v = load_piece(from, next * PIECE, r.d),
+                            next_m = load_piece(origin, next * PIECE, r.d);
+                to[piece] = sums.add<T>(v, m, piece);
+                if (next < pitch / PIECE) to[next] = sums.add<T>(next_v, next_m, next);
             }
         }
-        for (int lanes = 1; lanes < LANES; lanes *= 2) {
-            squares += __shfl_xor_sync(~0u, squares, lanes), mu_squares += __shfl_xor_sync(~0u, mu_squares, lanes);
-            moved_squares += __shfl_xor_sync(~0u, moved_squares, lanes), lost += __shfl_xor_sync(~0u, lost, lanes);
-            hash += __shfl_xor_sync(~0u, hash, lanes);
+        for (int lanes = 1; lanes < LANES; lanes *= 2) sums.join(lanes);
+        float from_here = -INFINITY, factor = 0;
+        if (live) {
+            from_here = metric == SQUARED_EUCLIDEAN ? float((sums.mu_squares - sums.squares) / 2) : 0;
+            factor = metric != COSINE ? 1 : sums.squares == 0 ? 0 : float(1 / sqrt(sums.squares));
+            // A lane to a bound; added up in f32 with what that and underflow may take. A product with a row that
+            // `margin` lets pass must not overflow before it is scaled.
+            const float norm = sqrtf(__double2float_ru(sums.squares)), tiny = 1e-37f * r.d;
+            const float rounding = 1 + (r.d + 16) * 0x1p-22f;
+            const float safe = metric == COSINE && norm > 1e18f ? INFINITY : factor;
+            float mine = 0;
+            if (part == 0) mine = sqrtf(sums.moved_squares + tiny) * rounding * safe;
+            if (part == 1) mine = fabsf(from_here);
+            if (part == 2) mine = sums.lost == 0 ? 0 : sqrtf(sums.lost + tiny) * rounding * factor;
+            if (part == 3) mine = norm * factor * rounding;
+            if (part == 4) mine = factor;
+            if (part < COUNT) raise(&block_bounds[part], mine);
         }
-        if (!live) {
-            if (part == 0) start[i] = -INFINITY;
-            if (part == 0 && scale) scale[i] = 0;
-            continue;
+        __syncthreads();
+        if (threadIdx.x < COUNT) raise(&bounds[b].moved + threadIdx.x, block_bounds[threadIdx.x]);
+        if (part == 0) {
+            start[i] = from_here;
+            if (scale) scale[i] = factor;
+            if (live) slot[b * r.n + j] = table.enter(b, j, sums.hash);
         }
-        const double norm = sqrt(squares);
-        const float factor = metric != COSINE ? 1 : norm == 0 ? 0 : float(1 / norm);
-        const float from_here = metric == SQUARED_EUCLIDEAN ? float((mu_squares - squares) / 2) : 0;
-        if (part == 0) start[i] = from_here, slot[b * r.n + j] = table.enter(b, j, hash);
-        if (part == 0 && scale) scale[i] = factor;
-        // A lane to a bound; those added up in f32 with what that and underflow may take. A product with a row that
-        // `margin` lets pass must not overflow before it is scaled.
-        const double rounding = 1 + (r.d + 16) * 0x1p-23, tiny = 1e-37 * r.d;
-        const double safe = metric == COSINE && norm > 1e18 ? INFINITY : factor;
-        double mine = 0;
-        if (part == 0) mine = sqrt(moved_squares + tiny) * rounding * safe;
-        if (part == 1) mine = fabs(double(from_here));
-        if (part == 2) mine = lost == 0 ? 0 : sqrt(lost + tiny) * rounding * factor;
-        if (part == 3) mine = norm * factor;
-        if (part == 4) mine = factor;
-        static_assert(sizeof(Bounds) == 5 * sizeof(float) && offsetof(Bounds, residual) == 8,
-                      "a lane to each, in order");
-        if (part < 5) raise(&bounds[b].moved + part, mine);
     }
 }
 
@@ -194,7 +234,7 @@ FOR_EACH_TYPE(INSTANCE)
 #undef INSTANCE
 
 #define HALF_INSTANCE(name, T)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(1024)                                                                 \
+    extern "C" __global__ void __launch_bounds__(ORIGIN_THREADS)                                                       \
         prepare_origin_##name(const T* c, Rows cr, int centred, T* mu) {                                               \
         origin(c, cr, centred, mu);                                                                                    \
     }                                                                                                                  \

@@ -110,24 +110,38 @@ struct Candidates {
         return row_of(originals.centroids, originals.cr, b, column);
     }
 
-    /// Takes one candidate of each lane that has one.
-    __device__ __forceinline__ void add(bool has, int at, uint32_t column) {
-        const uint32_t some = __ballot_sync(~0u, has), before = (1u << threadIdx.x % WARP) - 1;
-        if (queued + __popc(some) > QUEUE) work_off();
-        if (has) of.queue[queued + __popc(some & before)] = make_uint2(at, column);
-        queued += __popc(some);
+    /// Takes what each lane has hit of a tile: a bit for each of 16 columns of each slot.
+    __device__ __noinline__ void add(uint64_t hits, int column, int64_t k, int live_rows) {
+        const int lane = threadIdx.x % WARP, first_row = threadIdx.x / WARP * WARP_ROWS + lane / 4;
+        for (; __any_sync(~0u, hits != 0); hits &= hits - 1) {
+            const int bit = hits ? __ffsll(hits) - 1 : 0, j = bit % (2 * EIGHTS);
+            const int row = first_row + 8 * (bit / (2 * EIGHTS));
+            const uint32_t candidate = column + 8 * (j / 2) + j % 2;
+            const bool has = hits && candidate < k && row < live_rows;
+            const uint32_t some = __ballot_sync(~0u, has);
+            if (queued + __popc(some) > QUEUE) work_off();
+            if (has) of.queue[queued + __popc(some & ((1u << lane) - 1))] = make_uint2(row, candidate);
+            queued += __popc(some);
+        }
     }
 
-    /// f32 distances of the queue, eight lanes each, and of each row what the smallest is at most. A difference is off
-    /// by half an ulp of itself, so a sum of d squares is by at most d + 3 roundings, and by what underflows.
+    static constexpr int LANES = 4;  // of one f32 distance
+
+    /// What an f32 distance may be off by, of itself: a difference by a rounding, its square by two, the sums of a lane
+    /// by one for each term, and two where lanes join.
+    __device__ __forceinline__ float off() const {
+        return ((d + LANES * PIECE - 1) / (LANES * PIECE) * PIECE + 6) * 0x1.02p-24f;
+    }
+
+    /// f32 distances of the queue, and of each row what the smallest is at most.
     __device__ __forceinline__ void measure() const {
-        constexpr int LANES = 8;
         const int lane = threadIdx.x % WARP, part = lane % LANES;
         for (int first = 0; first < queued; first += WARP / LANES) {
             const int i = first + lane / LANES;
             const uint2 one = of.queue[min(i, queued - 1)];
             const U *x = row(one.x), *c = centroid(one.y);
             float sum = 0;
+#pragma unroll 4
             for (int64_t column = part * PIECE; column < d; column += LANES * PIECE) {
                 float u[PIECE], v[PIECE];
                 load_eight(u, x, column, d), load_eight(v, c, column, d);
@@ -140,7 +154,7 @@ struct Candidates {
             for (int lanes = 1; lanes < LANES; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
             if (part == 0 && i < queued) {
                 of.distance[i] = sum;
-                atomicMin(&of.least[one.x], __float_as_uint(sum * (1 + (d + 8) * 0x1p-23f) + d * 1e-37f));
+                atomicMin(&of.least[one.x], __float_as_uint(sum * (1 + 2 * off()) + d * 1e-37f));
             }
         }
         __syncwarp();
@@ -154,7 +168,7 @@ struct Candidates {
             const uint2 one = of.queue[i];
             if (measured) {
                 const float least = __uint_as_float(of.least[one.x]);
-                if (of.distance[i] * (1 - (d + 8) * 0x1p-23f) - d * 1e-37f > least) continue;
+                if (of.distance[i] * (1 - 2 * off()) - d * 1e-37f > least) continue;
             }
             settle(metric, row(one.x), originals.cr, originals.centroids, b, d, one.y, &labels[of.index[one.x]]);
         }
@@ -177,34 +191,27 @@ __device__ __forceinline__ void recheck_tile(const Shared& s, const Held& of, co
     __syncthreads();
     if (SPLIT) raise_limits(of, x, r, b, c, slack, before, labels, live_rows);
     __syncwarp();
-    float limit[SLOTS];
-#pragma unroll
-    for (int i = 0; i < SLOTS; ++i) limit[i] = of.limit[warp * WARP_ROWS + 8 * i + lane / 4];
-
     Candidates<U> candidates{of, originals, b, r.d, metric, labels + b * r.n};
     sweep<false, SPLIT>(
         s, [&](int i) { return i < live_rows ? row_of(x, r, b, of.index[i]) : nullptr; }, c, int(r.d), first, last,
         warp * WARP_ROWS < live_rows,
         [&](const Scores& acc, int column) {
-            uint64_t hits = 0;  // 16 columns of each slot in turn
+            uint64_t hits = 0;
 #pragma unroll
             for (int i = 0; i < SLOTS; ++i) {
+                const float limit = of.limit[warp * WARP_ROWS + 8 * i + lane / 4];
                 bool any = false;
 #pragma unroll
-                for (int j = 0; j < 2 * EIGHTS; ++j) any |= !(acc[i / 2][j / 2][i % 2 * 2 + j % 2] < limit[i]);
-                if (!any || warp * WARP_ROWS + 8 * i + lane / 4 >= live_rows) continue;
+                for (int j = 0; j < 2 * EIGHTS; ++j) any |= !(acc[i / 2][j / 2][i % 2 * 2 + j % 2] < limit);
+                if (!any) continue;
                 uint32_t mask = 0;
 #pragma unroll
                 for (int j = 0; j < 2 * EIGHTS; ++j) {
-                    mask |= acc[i / 2][j / 2][i % 2 * 2 + j % 2] < limit[i] ? 0 : 1u << j;
+                    mask |= acc[i / 2][j / 2][i % 2 * 2 + j % 2] < limit ? 0 : 1u << j;
                 }
                 hits |= uint64_t(mask) << (2 * EIGHTS * i);
             }
-            for (; __any_sync(~0u, hits != 0); hits &= hits - 1) {
-                const int bit = hits ? __ffsll(hits) - 1 : 0, j = bit % (2 * EIGHTS), i = bit / (2 * EIGHTS);
-                const int64_t candidate = column + 8 * (j / 2) + j % 2;
-                candidates.add(hits && candidate < c.k, warp * WARP_ROWS + 8 * i + lane / 4, candidate);
-            }
+            if (__any_sync(~0u, hits != 0)) candidates.add(hits, column, c.k, live_rows);
         });
     candidates.work_off();
 }

@@ -188,11 +188,11 @@ template <class T>
 __device__ __noinline__ void settle(int metric, const T* x, const Rows& centroids, const T* c, int64_t b, int64_t d,
                                     uint32_t candidate_index, uint32_t* label) {
     uint32_t seen = *(volatile uint32_t*)label;
-    if (seen == candidate_index) return;
-    const Best mine = candidate(distance(metric, x, row_of(c, centroids, b, candidate_index), d), candidate_index);
     while (seen != candidate_index) {
-        const Best theirs = candidate(distance(metric, x, row_of(c, centroids, b, seen), d), seen);
-        if (better(theirs, mine).index != candidate_index) return;
+        const T* const both[] = {row_of(c, centroids, b, candidate_index), row_of(c, centroids, b, seen)};
+        double s[2];
+        distances(metric, x, both, d, s);
+        if (better(candidate(s[1], seen), candidate(s[0], candidate_index)).index != candidate_index) return;
         const uint32_t now = atomicCAS(label, seen, candidate_index);
         if (now == seen) return;
         seen = now;

@@ -44,7 +44,9 @@ pub const SUM_COLUMNS: usize = 128;
 /// Columns of a thread block in the median kernel.
 pub const MEDIAN_COLUMNS: usize = 32;
 /// Centroids that the common shift of `norms.cu` is the mean of: it only has to be near the data, and always the same.
-pub const MEAN_SAMPLES: usize = 1024;
+pub const MEAN_SAMPLES: usize = 256;
+/// Threads of a block that finds the origin of the centroids.
+pub const ORIGIN_THREADS: usize = 512;
 /// Threads of a block of the scan in `sort.cu`.
 pub const SCAN_THREADS: usize = 1024;
 /// Counts that one of these blocks scans.

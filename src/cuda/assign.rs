@@ -9,8 +9,8 @@ use crate::{
     problem::{in_eights, Rows},
     rng::Draw,
     tiles::{
-        PASS, RECHECK_BLOCKS, RECHECK_QUEUE, SIMT_ROWS, SM80_CENTROIDS, SM80_COLUMNS, SM80_ROWS, SM80_STAGES,
-        SM90_CENTROIDS, SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS,
+        ORIGIN_THREADS, PASS, RECHECK_BLOCKS, RECHECK_QUEUE, SIMT_ROWS, SM80_CENTROIDS, SM80_COLUMNS, SM80_ROWS,
+        SM80_STAGES, SM90_CENTROIDS, SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS,
     },
     Metric, Result,
 };
@@ -170,7 +170,7 @@ fn tensor_labels<T: Element>(
     let (listed, list) = (w.part(listed), w.part(list));
 
     let centred = metric == Metric::SquaredEuclidean;
-    launch!(dev, Prepare, "prepare_origin", T::SUFFIX, elements(&[copies, d.div_ceil(WARP)]), WARP * WARP;
+    launch!(dev, Prepare, "prepare_origin", T::SUFFIX, elements(&[copies, d.div_ceil(2 * WARP)]), ORIGIN_THREADS;
         &cs, &shape(&one), &(centred as i32), &mu)?;
     let blocks = elements(&[copies, padded]).div_ceil(THREADS / 8); // eight lanes to a centroid
     let (of, k64, pitch64, padded64, copies64) = (metric as i32, k as i64, pitch as i64, padded as i64, copies as i64);
