@@ -485,8 +485,10 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
     KERNEL(name, T, 5, 3)                                                                                              \
     KERNEL(name, T, 6, 3)                                                                                              \
     KERNEL(name, T, 7, 3)                                                                                              \
-    KERNEL(name, T, 8, 3) KERNEL(name, T, 10, 3) KERNEL(name, T, 12, 3) KERNEL(name, T, 14, 3) KERNEL(name, T, 16, 3)  \
-        KERNEL(name, T, 20, 2) KERNEL(name, T, 24, 2) KERNEL(name, T, 28, 2) KERNEL(name, T, 32, 2)
+    KERNEL(name, T, 8, 3)                                                                                              \
+    KERNEL(name, T, 10, 3)                                                                                             \
+    KERNEL(name, T, 12, 3) KERNEL(name, T, 14, 3) KERNEL(name, T, 16, 3) KERNEL(name, T, 20, 2) KERNEL(name, T, 24, 2) \
+        KERNEL(name, T, 28, 2) KERNEL(name, T, 32, 2)
 KERNELS(f16, __half)
 KERNELS(bf16, __nv_bfloat16)
 #undef KERNELS

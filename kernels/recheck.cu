@@ -1,9 +1,10 @@
 // Settles the rows whose label the first pass over them did not prove, exactly, by the definition.
 //
 // All blocks share the listed rows: tiles of them are swept over the centroids once more (sweep.cuh), and every column
-// whose score reaches the row's limit is a candidate. Candidates wait in a queue of their warp's; when it is full, the
-// warp works it off: squared Euclidean distances are taken in f32 first, of the differences, which no common offset
-// can blur; of those only what may be the nearest is settled in f64 against the label that stands.
+// whose score reaches the row's limit is a candidate. Candidates wait in a queue of their warp's, which from time to
+// time is thinned: squared Euclidean distances are taken in f32, of the differences, which no common offset can blur,
+// and only what may still be the nearest stays. What is left in the end is settled in f64 against the label that
+// stands.
 //
 // f32 rows come as halves h and l (split.cu, which says why their bound holds). The first pass saw h alone; here a
 // chunk of the ring is half a chunk of h and the same columns of l, so that rows that stay take twice the memory, and
@@ -95,7 +96,7 @@ struct Originals {
     const Rows &r, &cr;
 };
 
-/// A tile of listed rows, and the warp's candidates among the centroids.
+/// A tile of listed rows, and the warp's candidates among the centroids from `first` on and before `last`.
 template <class U>
 struct Candidates {
     const Held& of;
@@ -103,7 +104,12 @@ struct Candidates {
     const int64_t b, d;
     const int metric;
     uint32_t* const labels;  // of the problem
-    int queued = 0;          // the same in all lanes
+    const uint32_t first, last;
+    // The same in all lanes:
+    int queued = 0, measured = 0;
+    bool complete = true;  // nothing has been settled yet
+
+    static constexpr int LANES = 4;  // of one f32 distance
 
     __device__ __forceinline__ const U* row(int at) const { return row_of(originals.x, originals.r, b, of.index[at]); }
     __device__ __forceinline__ const U* centroid(uint32_t column) const {
@@ -111,21 +117,21 @@ struct Candidates {
     }
 
     /// Takes what each lane has hit of a tile: a bit for each of 16 columns of each slot.
-    __device__ __noinline__ void add(uint64_t hits, int column, int64_t k, int live_rows) {
+    __device__ __noinline__ void add(uint64_t hits, int column, int live_rows) {
         const int lane = threadIdx.x % WARP, first_row = threadIdx.x / WARP * WARP_ROWS + lane / 4;
         for (; __any_sync(~0u, hits != 0); hits &= hits - 1) {
             const int bit = hits ? __ffsll(hits) - 1 : 0, j = bit % (2 * EIGHTS);
             const int row = first_row + 8 * (bit / (2 * EIGHTS));
             const uint32_t candidate = column + 8 * (j / 2) + j % 2;
-            const bool has = hits && candidate < k && row < live_rows;
+            const bool has = hits && candidate < last && row < live_rows;
             const uint32_t some = __ballot_sync(~0u, has);
-            if (queued + __popc(some) > QUEUE) work_off();
+            if (queued + __popc(some) > QUEUE) thin();
             if (has) of.queue[queued + __popc(some & ((1u << lane) - 1))] = make_uint2(row, candidate);
             queued += __popc(some);
         }
+        // Where there are many, all warps thin at the same tiles: they wait for each other at every chunk.
+        if (column / CENTROIDS % 2 && queued - measured >= 2 * WARP) thin();
     }
-
-    static constexpr int LANES = 4;  // of one f32 distance
 
     /// What an f32 distance may be off by, of itself: a difference by a rounding, its square by two, the sums of a lane
     /// by one for each term, and two where lanes join.
@@ -133,11 +139,11 @@ struct Candidates {
         return ((d + LANES * PIECE - 1) / (LANES * PIECE) * PIECE + 6) * 0x1.02p-24f;
     }
 
-    /// f32 distances of the queue, and of each row what the smallest is at most.
+    /// f32 distances of what is new, and of each row what the smallest is at most.
     __device__ __forceinline__ void measure() const {
         const int lane = threadIdx.x % WARP, part = lane % LANES;
-        for (int first = 0; first < queued; first += WARP / LANES) {
-            const int i = first + lane / LANES;
+        for (int from = measured; from < queued; from += WARP / LANES) {
+            const int i = from + lane / LANES;
             const uint2 one = of.queue[min(i, queued - 1)];
             const U *x = row(one.x), *c = centroid(one.y);
             float sum = 0;
@@ -160,20 +166,53 @@ struct Candidates {
         __syncwarp();
     }
 
-    __device__ __noinline__ void work_off() {
+    /// Keeps what may still be the nearest. If that is too much, it is settled at once.
+    __device__ __noinline__ void thin() {
         __syncwarp();
-        const bool measured = metric == SQUARED_EUCLIDEAN;
-        if (measured) measure();
-        for (int i = threadIdx.x % WARP; i < queued; i += WARP) {
-            const uint2 one = of.queue[i];
-            if (measured) {
-                const float least = __uint_as_float(of.least[one.x]);
-                if (of.distance[i] * (1 - 2 * off()) - d * 1e-37f > least) continue;
+        if (metric == SQUARED_EUCLIDEAN) {
+            measure();
+            int kept = 0;
+            for (int from = 0; from < queued; from += WARP) {
+                const int lane = threadIdx.x % WARP, i = min(from + lane, queued - 1);
+                const uint2 one = of.queue[i];
+                const float distance = of.distance[i], least = __uint_as_float(of.least[one.x]);
+                const bool stays = from + lane < queued && !(distance * (1 - 2 * off()) - d * 1e-37f > least);
+                const uint32_t staying = __ballot_sync(~0u, stays);
+                const int to = kept + __popc(staying & ((1u << lane) - 1));
+                if (stays) of.queue[to] = one, of.distance[to] = distance;
+                kept += __popc(staying);
+                __syncwarp();
             }
-            settle(metric, row(one.x), originals.cr, originals.centroids, b, d, one.y, &labels[of.index[one.x]]);
+            queued = measured = kept;
+        }
+        if (metric != SQUARED_EUCLIDEAN || queued > QUEUE / 2) complete = false, settle_all();
+    }
+
+    __device__ __forceinline__ void settle_all() {
+        const int lane = threadIdx.x % WARP;
+        for (int from = 0; from < queued; from += WARP) {
+            const bool live = from + lane < queued;
+            const uint2 one = of.queue[min(from + lane, queued - 1)];
+            uint32_t* label = &labels[of.index[one.x]];
+            const uint32_t seen = *(const volatile uint32_t*)label;
+            // When all that may be the nearest of these columns is here, a label among them that is not is farther than
+            // one that is: any may take its place, and the others are compared with that.
+            bool beaten = complete && seen >= first && seen < last;
+            for (int i = 0; i < queued && __any_sync(~0u, beaten); ++i) {
+                const uint2 other = of.queue[i];
+                beaten &= other.x != one.x || other.y != seen;
+            }
+            if (live && !(beaten && atomicCAS(label, seen, one.y) == seen)) {
+                settle(metric, row(one.x), originals.cr, originals.centroids, b, d, one.y, label);
+            }
         }
         __syncwarp();
-        queued = 0;
+        queued = measured = 0;
+    }
+
+    __device__ __noinline__ void finish() {
+        thin();
+        if (queued) settle_all();
     }
 };
 
@@ -191,7 +230,14 @@ __device__ __forceinline__ void recheck_tile(const Shared& s, const Held& of, co
     __syncthreads();
     if (SPLIT) raise_limits(of, x, r, b, c, slack, before, labels, live_rows);
     __syncwarp();
-    Candidates<U> candidates{of, originals, b, r.d, metric, labels + b * r.n};
+    Candidates<U> candidates{of,
+                             originals,
+                             b,
+                             r.d,
+                             metric,
+                             labels + b * r.n,
+                             uint32_t(first * CENTROIDS),
+                             uint32_t(min(c.k, int64_t(last) * CENTROIDS))};
     sweep<false, SPLIT>(
         s, [&](int i) { return i < live_rows ? row_of(x, r, b, of.index[i]) : nullptr; }, c, int(r.d), first, last,
         warp * WARP_ROWS < live_rows,
@@ -211,9 +257,9 @@ __device__ __forceinline__ void recheck_tile(const Shared& s, const Held& of, co
                 }
                 hits |= uint64_t(mask) << (2 * EIGHTS * i);
             }
-            if (__any_sync(~0u, hits != 0)) candidates.add(hits, column, c.k, live_rows);
+            if (__any_sync(~0u, hits != 0)) candidates.add(hits, column, live_rows);
         });
-    candidates.work_off();
+    candidates.finish();
 }
 static_assert(2 * EIGHTS * SLOTS <= 64, "a tile's hits fit a word");
 
