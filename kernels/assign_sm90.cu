@@ -348,7 +348,7 @@ struct Group {
         pin(acc);
         if (scaled) {
             rescale(acc, start, s.scale + vector.at * S::VECTOR_BYTES + 8 * quad);
-            loads_done();
+            fence_async();
         }
         __syncwarp();
         if (!stay) release(done.at);
@@ -427,7 +427,7 @@ __device__ void finish(const Shared<S>& s, const Rows& r, const Bounds* bounds, 
                     else second = fmaxf(second, best_of[i]);
                 }
             }
-            loads_done();
+            fence_async();
             __syncwarp();
             if (threadIdx.x % 32 == 0) barrier_arrive(s.found_empty(group));
             const int64_t row = work.first_row() + group * SLOT + band;
@@ -487,9 +487,42 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
     KERNEL(name, T, 7, 3)                                                                                              \
     KERNEL(name, T, 8, 3)                                                                                              \
     KERNEL(name, T, 10, 3)                                                                                             \
-    KERNEL(name, T, 12, 3) KERNEL(name, T, 14, 3) KERNEL(name, T, 16, 3) KERNEL(name, T, 20, 2) KERNEL(name, T, 24, 2) \
-        KERNEL(name, T, 28, 2) KERNEL(name, T, 32, 2)
+    KERNEL(name, T, 12, 3)                                                                                             \
+    KERNEL(name, T, 14, 3) KERNEL(name, T, 16, 3) KERNEL(name, T, 20, 2) KERNEL(name, T, 24, 2) KERNEL(name, T, 28, 2) \
+        KERNEL(name, T, 32, 2)
 KERNELS(f16, __half)
 KERNELS(bf16, __nv_bfloat16)
 #undef KERNELS
 #undef KERNEL
+
+/// One product step, for a test of what `margin` assumes of the hardware: out[i] = start[i] + a[i].b[i] over 16
+/// columns.
+#define PROBE(name, T)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(128)                                                                  \
+        probe_sm90_##name(const float* start, const T* a, const T* b, int64_t count, float* out) {                     \
+        __shared__ __align__(1024) T centroids[32 * BOX];                                                              \
+        for (int i = threadIdx.x; i < 32 * BOX; i += 128) centroids[i] = T(0.0f);                                      \
+        for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {                                                      \
+            __syncthreads();                                                                                           \
+            if (threadIdx.x < 16) centroids[threadIdx.x] = b[i * 16 + threadIdx.x];                                    \
+            fence_async();                                                                                              \
+            __syncthreads();                                                                                           \
+            float acc[16] = {};                                                                                        \
+            uint32_t row[4] = {};                                                                                      \
+            if (threadIdx.x == 0) acc[0] = start[i];                                                                   \
+            if (threadIdx.x < 4) {                                                                                     \
+                const uint32_t* pairs = reinterpret_cast<const uint32_t*>(a + i * 16);                                 \
+                row[0] = pairs[threadIdx.x], row[2] = pairs[4 + threadIdx.x];                                          \
+            }                                                                                                          \
+            pin(acc);                                                                                                  \
+            products_fence();                                                                                          \
+            multiply<T>(acc, row, operand(shared_address(centroids)));                                                 \
+            products_commit();                                                                                         \
+            products_wait<0>();                                                                                        \
+            pin(acc);                                                                                                  \
+            if (threadIdx.x == 0) out[i] = acc[0];                                                                     \
+        }                                                                                                              \
+    }
+PROBE(f16, __half)
+PROBE(bf16, __nv_bfloat16)
+#undef PROBE

@@ -42,9 +42,9 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-/// Waits for the thread's own loads from shared memory, before an arrival that lets what they read be overwritten: the
-/// arrival itself overtakes loads that are under way.
-__device__ __forceinline__ void loads_done() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+/// Completes the thread's accesses to shared memory before it lets the copy engine or the products at it: an arrival
+/// alone overtakes loads under way, and what they read may be overwritten first.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n.reg .pred done;\n"

@@ -35,6 +35,8 @@ mod tiles;
 /// For the tests and the tuning of this crate; not part of its interface.
 #[doc(hidden)]
 pub mod testing {
+    #[cfg(feature = "cuda")]
+    pub use crate::cuda::assign::product_step;
     pub use crate::plan::force;
     use crate::{ops, plan::Assign, Metric, Result};
     use candle_core::Tensor;

@@ -87,18 +87,15 @@ impl Assign {
         if let Some(name) = FORCED.get() {
             return candidates.iter().copied().find(|c| c.name() == name).unwrap_or(candidates[0]);
         }
-        let scores = b.saturating_mul(n).saturating_mul(k);
-        let products = scores.saturating_mul(d);
-        // Too little work to pay for the passes that prepare it: packing, or splitting f32 rows.
+        let products = b.saturating_mul(n).saturating_mul(k).saturating_mul(d);
+        // Too little work to pay for the passes that prepare it: moving centroids, packing or splitting rows.
         let little = match dtype {
-            DType::F32 if d < 128 => products <= 900_000_000,
-            DType::F32 if d <= SM90_COLUMNS => products <= 1 << 25 && d < 400,
+            DType::F32 if d < 128 => products <= 400_000_000,
+            DType::F32 if d <= SM90_COLUMNS => products <= 40_000_000 && d < 400,
             DType::F32 => products > 1 << 30 && k <= 64,
-            _ => (products <= 1 << 23 && d < 200) || (d < 8 && scores <= 1 << 20),
+            _ => products <= 5_000_000 && d < 64,
         };
-        // Too few centroids to keep the pipeline of a whole multiprocessor full.
-        let few = (k <= 64 && d <= 128) || (k <= 1024 && d <= 4 && b == 1 && dtype != DType::F32);
-        let other = if little { has(Self::SimtDot) } else { None }.or(if few { has(Self::Sm80) } else { None });
+        let other = if little { has(Self::SimtDot) } else { None };
         other.unwrap_or(candidates[0])
     }
 }

@@ -94,6 +94,70 @@ fn batches_and_layouts() {
     }
 }
 
+/// Codebooks that stay on chip while a block goes through several problems, and last tiles of every width.
+#[test]
+fn small_codebooks() {
+    let mut rng = rng(37);
+    for (i, k) in [1, 31, 32, 33, 64, 65, 96, 97, 128, 130, 225, 300, 400, 512, 640, 700].into_iter().enumerate() {
+        let d = [40, 64, 72, 128][i % 4];
+        let (b, n) = if d == 128 { (140, 70) } else { (150, 210) };
+        let (dtype, metric) = (TYPES[i % 3], METRICS[i % 3]);
+        let x = uniform(&[b, n, d], 3.0, 1.0, dtype, &mut rng);
+        check(&x, &uniform(&[b, k, d], 3.0, 1.0, dtype, &mut rng), metric, "small codebooks");
+    }
+}
+
+/// More problems than a grid has rows, and more centroids than anyone should need.
+#[test]
+fn many_problems_and_many_centroids() {
+    let mut rng = rng(38);
+    for dtype in TYPES {
+        let x = uniform(&[65_537, 3, 8], 0.0, 1.0, dtype, &mut rng);
+        check(&x, &uniform(&[65_537, 2, 8], 0.0, 1.0, dtype, &mut rng), Metric::SquaredEuclidean, "many problems");
+        let x = uniform(&[40, 8], 0.0, 1.0, dtype, &mut rng);
+        check(&x, &uniform(&[1_000_000, 8], 0.0, 1.0, dtype, &mut rng), Metric::SquaredEuclidean, "many centroids");
+    }
+}
+
+/// What the proof assumes of the tensor cores (kernels/tensor.cuh), measured: how far one product step is from the exact
+/// sum, in units of the last place of what bounds it.
+#[cfg(feature = "cuda")]
+#[test]
+fn tensor_cores_lose_no_more_than_assumed() {
+    let mut rng = rng(39);
+    let n = 200_000;
+    for device in devices().into_iter().filter(|d| d.is_cuda()) {
+        for (kernel, assumed) in [("assign_sm90", 6.0), ("assign_sm80", 12.0)] {
+            for dtype in [DType::F16, DType::BF16] {
+                // Values of one size, of many sizes, and products far below a large start: all that cancels, or is lost.
+                let mut draw = |width: usize, spread: i32| {
+                    tensor(&[n, width], dtype, |i| {
+                        let size = if i / width % 3 == 0 { 0 } else { rng.random_range(-spread..=spread) };
+                        rng.random_range(-2.0..2.0) * 2f64.powi(size)
+                    })
+                };
+                let (a, b, start) = (draw(16, 7), draw(16, 7), draw(1, 12).to_dtype(DType::F32).unwrap());
+                let on = |t: &Tensor| t.to_device(&device).unwrap();
+                if !testing::candidates(&on(&a), Metric::Dot).unwrap().contains(&kernel) {
+                    continue;
+                }
+                let got = testing::product_step(kernel, &on(&start.flatten_all().unwrap()), &on(&a), &on(&b)).unwrap();
+                let (got, start) = (f64s(&got), f64s(&start));
+                let (a, b) = (f64s(&a), f64s(&b));
+                let norm = |v: &[f64]| v.iter().map(|v| v * v).sum::<f64>().sqrt();
+                let worst = (0..n).map(|i| {
+                    let (a, b) = (&a[16 * i..16 * i + 16], &b[16 * i..16 * i + 16]);
+                    let exact = start[i] + a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+                    (got[i] - exact).abs() / ((norm(a) * norm(b) + start[i].abs()) * 2f64.powi(-23))
+                });
+                let worst = worst.fold(0.0, f64::max);
+                println!("{kernel} {dtype:?}: {worst:.2} units of the last place");
+                assert!(worst > 0.1 && worst <= assumed, "{kernel} {dtype:?}: {worst}");
+            }
+        }
+    }
+}
+
 #[test]
 fn ties_and_duplicates() {
     let mut rng = rng(34);

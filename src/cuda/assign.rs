@@ -202,6 +202,23 @@ fn tensor_labels<T: Element>(
         &labels, &list, &listed)
 }
 
+/// `start + a.b` of 16 columns as the tensor cores add it up: (n), (n, 16) and (n, 16) to (n), for tests.
+pub fn product_step(kernel: &str, start: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    typed!(a.dtype(), T => {
+        let dev = device(a)?;
+        let n = start.elem_count();
+        let mut out = alloc::<f32>(dev, "product_step", n)?;
+        let (starts, xs, ys) = (read(start), read(a), read(b));
+        let (starts, xs, ys) = (starts.view::<f32>()?, xs.view::<T>()?, ys.view::<T>()?);
+        if kernel == Assign::Sm90.name() {
+            launch!(dev, AssignSm90, "probe_sm90", T::SUFFIX, n, 128; &starts, &xs, &ys, &(n as i64), &mut out)?;
+        } else {
+            launch!(dev, AssignSm80, "probe_sm80", T::SUFFIX, n, 128; &starts, &xs, &ys, &(n as i64), &mut out)?;
+        }
+        Ok(tensor(dev, out, n))
+    })
+}
+
 /// Floats of `struct Bounds`.
 const BOUNDS: usize = 5;
 
