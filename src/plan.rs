@@ -82,7 +82,11 @@ impl Assign {
     /// The kernel for `b` problems of `n` rows with `d` columns and `k` centroids: the first candidate, but for sizes
     /// where `bench tune` has found another one faster (benches/record).
     pub fn choose(dtype: DType, metric: Metric, [b, n, k, d]: [usize; 4], arch: Arch) -> Self {
-        let candidates = Self::candidates(dtype, metric, d, arch);
+        let mut candidates = Self::candidates(dtype, metric, d, arch);
+        // The copy engine's coordinates are 32-bit integers. (f32 rows come to it a piece at a time.)
+        if k.max(b) > SM90_MOST || (n > SM90_MOST && dtype != DType::F32) {
+            candidates.retain(|&c| c != Self::Sm90);
+        }
         let has = |kernel: Self| candidates.contains(&kernel).then_some(kernel);
         if let Some(name) = FORCED.get() {
             return candidates.iter().copied().find(|c| c.name() == name).unwrap_or(candidates[0]);
@@ -113,6 +117,8 @@ pub(crate) fn split_rows(d: usize) -> usize {
     (tiles::SPLIT_BYTES / wave).clamp(1, 8) * tiles::SPLIT_WAVE
 }
 
+/// Most rows, centroids or problems that `assign_sm90.cu` reaches: whole tiles below 2^31.
+const SM90_MOST: usize = i32::MAX as usize - 4096;
 /// Most columns that `assign_sm90.cu` is compiled for.
 const SM90_COLUMNS: usize = 512;
 
