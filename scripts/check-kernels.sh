@@ -20,8 +20,9 @@ for kernel in kernels/*.cu; do
       /Used [0-9]+ registers/ {
         registers = $0; sub(/ registers.*/, "", registers); sub(/.* /, "", registers)
         printf "%-8s %-32s %4d registers %4d bytes spilled\n", arch, name, registers, spill
-        # The warps that finish have what is left of the registers, and time to spare; the ones that search spill nothing.
-        if (spill + 0 > (name ~ /^assign_sm90_1[46]_/ ? 256 : 0)) failed = 1
+        # With 14, 16 and 20 steps the registers are all taken: a few words of a row tile lie in memory, which no timing shows.
+        most = name ~ /^assign_sm90_1[46]_/ ? 96 : name ~ /^assign_sm90_20_/ ? 4 : 0
+        if (spill + 0 > most) failed = 1
       }
       /wgmma.mma_async instructions are serialized/ {
         print; failed = 1
