@@ -17,6 +17,8 @@
 //
 // Traffic of a block and tile of R rows: X once; 2 k d bytes of centroids from L2 for 2 R k d flops, or, if all tiles
 // of a problem fit in the ring, none: they stay there, and a block's row tiles are neighbours.
+#include <type_traits>
+
 #include "ptx.cuh"
 #include "tensor.cuh"
 
@@ -488,8 +490,8 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
     KERNEL(name, T, 8, 3)                                                                                              \
     KERNEL(name, T, 10, 3)                                                                                             \
     KERNEL(name, T, 12, 3)                                                                                             \
-    KERNEL(name, T, 14, 3) KERNEL(name, T, 16, 3) KERNEL(name, T, 20, 2) KERNEL(name, T, 24, 2) KERNEL(name, T, 28, 2) \
-        KERNEL(name, T, 32, 2)
+    KERNEL(name, T, 14, 3)                                                                                             \
+    KERNEL(name, T, 16, 3) KERNEL(name, T, 20, 2) KERNEL(name, T, 24, 2) KERNEL(name, T, 28, 2) KERNEL(name, T, 32, 2)
 KERNELS(f16, __half)
 KERNELS(bf16, __nv_bfloat16)
 #undef KERNELS
@@ -505,7 +507,7 @@ KERNELS(bf16, __nv_bfloat16)
         for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {                                                      \
             __syncthreads();                                                                                           \
             if (threadIdx.x < 16) centroids[threadIdx.x] = b[i * 16 + threadIdx.x];                                    \
-            fence_async();                                                                                              \
+            fence_async();                                                                                             \
             __syncthreads();                                                                                           \
             float acc[16] = {};                                                                                        \
             uint32_t row[4] = {};                                                                                      \
