@@ -132,7 +132,7 @@ fn tensor_cores_lose_no_more_than_assumed() {
                 // Values of one size, of many sizes, and products far below a large start: all that cancels, or is lost.
                 let mut draw = |width: usize, spread: i32| {
                     tensor(&[n, width], dtype, |i| {
-                        let size = if i / width % 3 == 0 { 0 } else { rng.random_range(-spread..=spread) };
+                        let size = if (i / width).is_multiple_of(3) { 0 } else { rng.random_range(-spread..=spread) };
                         rng.random_range(-2.0..2.0) * 2f64.powi(size)
                     })
                 };
