@@ -309,8 +309,8 @@ __device__ __forceinline__ void squares_of(const uint32_t (&a)[STEPS][4], float 
 template <class T, class S>
 struct Group {
     const Shared<S>& s;
-    const int index = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const bool scaled;
+    const int index = int(threadIdx.x) / 128 - 1, warp = int(threadIdx.x) / 32 % 4, lane = int(threadIdx.x) % 32;
     uint32_t rows[S::STEPS][4];
     Place<S::STAGES> stage;
     Place<S::VECTORS> vector;
@@ -319,9 +319,9 @@ struct Group {
         if (lane == 0) barrier_arrive(s.empty(at));
     }
 
-    /// Searches the next tile, of which the first WIDTH centroids count.
+    /// Searches the next tile, of which the first WIDTH centroids count, and lets go of it unless to `keep` it.
     template <int WIDTH>
-    __device__ __forceinline__ void search(int column, bool stay, Search<S::PLACES> (&found)[2]) {
+    __device__ __forceinline__ void search(int column, bool keep, Search<S::PLACES> (&found)[2]) {
         const int quad = lane % 4, mine = 1 + index, theirs = 1 + (index + 1) % S::GROUPS;
         const uint32_t start = s.start + vector.at * S::VECTOR_BYTES + 8 * quad;
         float acc[WIDTH / 2];
@@ -353,7 +353,7 @@ struct Group {
             fence_async();
         }
         __syncwarp();
-        if (!stay) release(done.at);
+        if (!keep) release(done.at);
         reduce(acc, column + 2 * quad, found[0], found[1]);
         vector.next();
     }
@@ -361,7 +361,7 @@ struct Group {
 
 template <class T, class S>
 __device__ void search(const Shared<S>& s, const Rows& r, bool scaled, int64_t k, int64_t copies) {
-    Group<T, S> g{s, int(threadIdx.x) / 128 - 1, int(threadIdx.x) / 32 % 4, int(threadIdx.x) % 32, scaled};
+    Group<T, S> g{s, scaled};
     // A last tile of few centroids costs a product of its own width.
     const int tiles = (k + CENTROIDS - 1) / CENTROIDS, last = k - (tiles - 1) * CENTROIDS, whole = tiles - (last <= 96);
     const bool stay = stays<S>(tiles);

@@ -139,11 +139,6 @@ extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, int metr
 
 __device__ __forceinline__ uint32_t bits_of(__half2 v) { return *reinterpret_cast<const uint32_t*>(&v); }
 
-/// An upper bound of a norm from the f32 sum of squares, added up in any order, and of what underflows before.
-__device__ __forceinline__ float row_norm_above(float squares, int64_t d) {
-    return sqrtf(squares + 1e-37f * d) * (1 + (d + 16) * 0x1p-23f);
-}
-
 /// Twice what a score may lose, for rows that are off by `lost`, beyond what `margin` knows.
 __device__ __forceinline__ float slack_of(float lost, float largest_norm, int64_t d) {
     const float slack = 2.002f * (lost * largest_norm + (d + 16) * 0x1p-50f * lost * lost);

@@ -89,6 +89,7 @@ __device__ __forceinline__ uint4 load_piece(const T* row, int64_t column, int64_
     return {words[0], words[1], words[2], words[3]};
 }
 
+/// A piece in f32.
 template <class T>
 __device__ __forceinline__ void widen(float (&v)[PIECE], uint4 piece) {
     const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
@@ -99,7 +100,7 @@ __device__ __forceinline__ void widen(float (&v)[PIECE], uint4 piece) {
     }
 }
 
-/// The same in f32.
+/// Eight columns of a row of `d` in f32, those past it as zeros.
 template <class T>
 __device__ __forceinline__ void load_eight(float (&v)[PIECE], const T* row, int64_t column, int64_t d) {
     widen<T>(v, load_piece(row, column, d));
@@ -116,7 +117,7 @@ __device__ __forceinline__ void load_eight(float (&v)[PIECE], const float* row, 
     for (int i = 0; i < PIECE; ++i) v[i] = column + i < d ? __ldg(from + i) : 0;
 }
 
-/// Their sum of squares.
+/// The sum of squares of a piece.
 template <class T>
 __device__ __forceinline__ float piece_squares(uint4 v) {
     float sum = 0;
@@ -132,11 +133,16 @@ __device__ __forceinline__ float piece_squares(uint4 v) {
 /// Units of the last place that 16 columns may lose.
 constexpr int WGMMA_LOSS = 6, MMA_LOSS = 12;
 
+/// An upper bound of a norm from its sum of squares, added up in f32 in any order, and of what underflows before.
+__device__ __forceinline__ float row_norm_above(float squares, int64_t d) {
+    return sqrtf(squares + 1e-37f * d) * (1 + (d + 16) * 0x1p-23f);
+}
+
 /// How far two scores of a row must differ to order its distances: twice the error of one. `squares` is the row's sum
-/// of squares, added up in f32 in any order.
+/// of squares or more, added up in f32 in any order.
 __device__ __forceinline__ float margin(float squares, int64_t d, const Bounds& bounds, int loss = MMA_LOSS) {
     const float ulps = loss * ((d + 15) / 16) + 4, tiny = 1e-37f * d * fmaxf(bounds.scale, 1.0f);
-    const float x = sqrtf(squares + 1e-37f * d) * (1 + (d + 16) * 0x1p-23f);
+    const float x = row_norm_above(squares, d);
     const float top = x * bounds.moved + bounds.start;
     if (!(top < 1e37f && x < 1e18f)) return INFINITY;
     const float definition = (d + 16) * 0x1p-50f * (x + bounds.stored) * (x + bounds.stored);

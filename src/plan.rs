@@ -87,7 +87,6 @@ impl Assign {
         if k.max(b) > SM90_MOST || (n > SM90_MOST && dtype != DType::F32) {
             candidates.retain(|&c| c != Self::Sm90);
         }
-        let has = |kernel: Self| candidates.contains(&kernel).then_some(kernel);
         if let Some(name) = FORCED.get() {
             return candidates.iter().copied().find(|c| c.name() == name).unwrap_or(candidates[0]);
         }
@@ -99,8 +98,11 @@ impl Assign {
             DType::F32 => products > 1 << 30 && k <= 64,
             _ => products <= 5_000_000 && d < 64,
         };
-        let other = if little { has(Self::SimtDot) } else { None };
-        other.unwrap_or(candidates[0])
+        if little && candidates.contains(&Self::SimtDot) {
+            Self::SimtDot
+        } else {
+            candidates[0]
+        }
     }
 }
 
