@@ -42,7 +42,7 @@ fn labels_of<T: Element>(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
         let kernel = Assign::choose(x.dtype(), metric, [x.b, x.n, c.n, x.d], super::arch(dev)?);
         match (kernel, T::HALF) {
             (Assign::Sm80 | Assign::Sm90, Some(half)) => {
-                let x = pack::<T>(dev, x.clone())?;
+                let x = pack::<T>(dev, x)?;
                 tensor_labels::<T>(dev, kernel, half, &x, c, metric, to)?;
             }
             (Assign::Sm80 | Assign::Sm90, None) => split_labels(dev, kernel, x, c, metric, to)?,
@@ -57,21 +57,21 @@ pub(crate) fn readable(x: Rows, k: usize, metric: Metric) -> Result<Rows> {
     let dev = device(&x.tensor)?;
     let kernel = Assign::choose(x.dtype(), metric, [x.b, x.n, k, x.d], super::arch(dev)?);
     if kernel.in_eights(x.dtype()) {
-        typed!(x.dtype(), T => pack::<T>(dev, x))
+        typed!(x.dtype(), T => pack::<T>(dev, &x))
     } else {
         Ok(x)
     }
 }
 
-fn pack<T: Element>(dev: &CudaDevice, x: Rows) -> Result<Rows> {
+fn pack<T: Element>(dev: &CudaDevice, x: &Rows) -> Result<Rows> {
     if in_eights(&x.tensor) || x.b == 0 || x.n == 0 {
-        return Ok(x);
+        return Ok(x.clone());
     }
     let pitch = x.d.next_multiple_of(8);
     let mut out = alloc::<T>(dev, "pack", elements(&[x.b, x.n, pitch]))?;
     let (xs, rows) = (read(&x.tensor), rows_of_a_pass(pitch));
     launch!(dev, Prepare, "pack", T::SUFFIX, elements(&[x.b, x.n.div_ceil(rows)]), THREADS;
-        &xs.view::<T>()?, &shape(&x), &(pitch as i64), &(rows as i64), &mut out)?;
+        &xs.view::<T>()?, &shape(x), &(pitch as i64), &(rows as i64), &mut out)?;
     Rows::new(&tensor(dev, out, (x.b, x.n, pitch)).narrow(2, 0, x.d)?)
 }
 
