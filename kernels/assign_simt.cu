@@ -37,7 +37,7 @@ struct Prepared {
 };
 
 template <class T, bool SUM_OF_DIFFERENCES>
-__device__ void assign_tile(const T* x, const Rows& r, int64_t b, int64_t first_row, const Prepared<Filter<T>>& c,
+__device__ void assign_tile(const T* x, const Rows& r, int64_t at, int64_t b, int64_t first_row, const Prepared<Filter<T>>& c,
                             int metric, uint32_t* labels, uint32_t* list, uint32_t* listed) {
     using F = Filter<T>;
     __shared__ __align__(16) F xs[SIMT_COLUMNS][SIMT_ROWS + PAD];
@@ -110,7 +110,7 @@ __device__ void assign_tile(const T* x, const Rows& r, int64_t b, int64_t first_
         const double norm = norm_above(squares_of[ty * ROWS + i], r.d);
         labels[b * r.n + row] = top[i].index;
         if (!(top[i].second > threshold<F>(metric, r.d, top[i].best, norm, *c.largest))) {
-            list[b * r.n + atomicAdd(&listed[b], 1)] = row;
+            list[at * r.n + atomicAdd(&listed[at], 1)] = row;
         }
     }
 }
@@ -127,14 +127,14 @@ __device__ Filter<T> score(int metric, const T* x, const Prepared<Filter<T>>& c,
     return c.bias[j] - s;
 }
 
-/// Settles the listed rows, one warp each. The label of the first pass, proven or not, gives the threshold.
+/// Settles the listed rows of problem `b`, one warp each. The label of the first pass, proven or not, gives the threshold.
 template <class T>
 __device__ void recheck_rows(const T* x, const Rows& r, const T* centroids, const Rows& cr, int64_t b, int64_t share,
                              int64_t shares, const Prepared<Filter<T>>& c, int metric, uint32_t* labels,
                              const uint32_t* list, uint32_t listed) {
     const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     for (int64_t i = share * warps + threadIdx.x / WARP; i < listed; i += shares * warps) {
-        const int64_t row = list[b * r.n + i];
+        const int64_t row = list[i];
         const T* values = row_of(x, r, b, row);
         double squares = 0;
         for (int64_t q = lane; q < r.d; q += WARP) {
@@ -159,13 +159,13 @@ __device__ void recheck_rows(const T* x, const Rows& r, const T* centroids, cons
 
 #define ASSIGN(kernel, name, T, differences)                                                                           \
     extern "C" __global__ void __launch_bounds__(THREADS, sizeof(Filter<T>) == 8 ? 1 : 3 - differences)                \
-        kernel##_##name(const T* x, Rows r, int64_t k, PREPARED(T), int metric, uint32_t* labels, uint32_t* list,      \
-                        uint32_t* listed) {                                                                            \
-        const int64_t tiles = (r.n + SIMT_ROWS - 1) / SIMT_ROWS;                                                       \
-        for (int64_t tile = blockIdx.x; tile < r.b * tiles; tile += gridDim.x) {                                       \
-            const int64_t b = tile / tiles;                                                                            \
-            const Prepared<Filter<T>> c(mu, moved, bias, largest, k, r.d, copies, b);                                  \
-            assign_tile<T, differences>(x, r, b, tile % tiles * SIMT_ROWS, c, metric, labels, list, listed);           \
+        kernel##_##name(const T* x, Rows r, Active active, int64_t k, PREPARED(T), int metric, uint32_t* labels,       \
+                        uint32_t* list, uint32_t* listed) {                                                            \
+        const int64_t tiles = (r.n + SIMT_ROWS - 1) / SIMT_ROWS, all = active.problems(r.b) * tiles;                   \
+        for (int64_t tile = blockIdx.x; tile < all; tile += gridDim.x) {                                               \
+            const int64_t at = tile / tiles, first = tile % tiles * SIMT_ROWS;                                         \
+            const Prepared<Filter<T>> c(mu, moved, bias, largest, k, r.d, copies, at);                                 \
+            assign_tile<T, differences>(x, r, at, active.problem(at), first, c, metric, labels, list, listed);         \
         }                                                                                                              \
     }
 
@@ -174,12 +174,13 @@ __device__ void recheck_rows(const T* x, const Rows& r, const T* centroids, cons
     ASSIGN(assign_simt_dot, name, T, false)                                                                            \
     ASSIGN(assign_simt_manhattan, name, T, true)                                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
-        recheck_##name(const T* x, Rows r, const T* centroids, Rows cr, PREPARED(T), int metric, uint32_t* labels,     \
-                       const uint32_t* list, const uint32_t* listed) {                                                 \
-        const int64_t shares = gridDim.x > r.b ? gridDim.x / r.b : 1;                                                  \
-        for (int64_t b = blockIdx.x / shares; b < r.b; b += gridDim.x / shares) {                                      \
-            const Prepared<Filter<T>> c(mu, moved, bias, largest, cr.n, r.d, copies, b);                               \
-            recheck_rows(x, r, centroids, cr, b, blockIdx.x % shares, shares, c, metric, labels, list, listed[b]);     \
+        recheck_##name(const T* x, Rows r, Active active, const T* centroids, Rows cr, PREPARED(T), int metric,        \
+                       uint32_t* labels, const uint32_t* list, const uint32_t* listed) {                               \
+        const int64_t problems = active.problems(r.b), shares = blocks_each(problems);                                 \
+        for (int64_t at = blockIdx.x / shares; at < problems; at += gridDim.x / shares) {                              \
+            const Prepared<Filter<T>> c(mu, moved, bias, largest, cr.n, r.d, copies, at);                              \
+            recheck_rows(x, r, centroids, cr, active.problem(at), blockIdx.x % shares, shares, c, metric, labels,      \
+                         list + at * r.n, listed[at]);                                                                 \
         }                                                                                                              \
     }
 FOR_EACH_TYPE(INSTANCE)

@@ -54,8 +54,8 @@ __device__ __forceinline__ float search_tile(const Shared& s, Found (&found)[SLO
 
 /// Turns what a warp found into labels and list entries: of the four lanes that share rows, each settles one.
 template <class T>
-__device__ __forceinline__ void write_labels(Found (&found)[SLOTS], float squares, const Rows& r, int64_t b,
-                                             int64_t first_row, const Moved<T>& c, const float* slack, uint32_t* labels,
+__device__ __forceinline__ void write_labels(Found (&found)[SLOTS], float squares, const Rows& r, int64_t at,
+                                             int64_t b, int64_t first_row, const Moved<T>& c, const float* slack, uint32_t* labels,
                                              Listed* list, uint32_t* listed) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, quad = lane % 4;
     float top = 0, second = 0;
@@ -71,29 +71,31 @@ __device__ __forceinline__ void write_labels(Found (&found)[SLOTS], float square
     const int64_t row = first_row + warp * WARP_ROWS + row_of_warp;
     if (row >= r.n) return;
     labels[b * r.n + row] = top > -INFINITY && column < c.k ? column : 0;
-    const float off = margin(mine, r.d, *c.bounds) + (slack ? __ldg(&slack[b * r.n + row]) : 0);
-    if (!(top - second > off)) list[b * r.n + atomicAdd(&listed[b], 1)] = {uint32_t(row), top - off};
+    const float off = margin(mine, r.d, *c.bounds) + (slack ? __ldg(&slack[at * r.n + row]) : 0);
+    if (!(top - second > off)) list[at * r.n + atomicAdd(&listed[at], 1)] = {uint32_t(row), top - off};
 }
 
-// `slack` adds to the margin of each row, by its place in (b, n); null for nothing.
+// `slack` adds to the margin of each row, by its place in (b, n); null for nothing. With it, rows lie as the scratch
+// they are.
 #define INSTANCE(name, T)                                                                                              \
     extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)                                                      \
-        assign_sm80_##name(const T* x, Rows r, const T* moved, const float* start, const float* scale,                 \
+        assign_sm80_##name(const T* x, Rows r, Active active, const T* moved, const float* start, const float* scale,                 \
                            const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded, int64_t copies,             \
                            uint32_t* labels, Listed* list, uint32_t* listed, const float* slack) {                     \
         extern __shared__ __align__(128) uint8_t raw[];                                                                \
         const Shared s(raw, 0);                                                                                        \
-        const int64_t tiles = (r.n + SM80_ROWS - 1) / SM80_ROWS;                                                       \
-        for (int64_t tile = blockIdx.x; tile < r.b * tiles; tile += gridDim.x) {                                       \
+        const int64_t tiles = (r.n + SM80_ROWS - 1) / SM80_ROWS, all = active.problems(r.b) * tiles;                   \
+        for (int64_t tile = blockIdx.x; tile < all; tile += gridDim.x) {                                               \
             Found found[SLOTS];                                                                                        \
             const auto problem = [&] {                                                                                 \
                 return Moved<T>(moved, start, scale, bounds, k, pitch, padded, copies, tile / tiles);                  \
             };                                                                                                         \
-            const float squares = search_tile(s, found, x, r, tile / tiles, tile % tiles * SM80_ROWS, problem());      \
+            const int64_t from = slack ? tile / tiles : active.problem(tile / tiles);                                  \
+            const float squares = search_tile(s, found, x, r, from, tile % tiles * SM80_ROWS, problem());              \
             /* What follows from `tile` is worked out again: it would take registers from the sweep. */                \
             asm volatile("" : "+l"(tile));                                                                             \
-            write_labels(found, squares, r, tile / tiles, tile % tiles * SM80_ROWS, problem(), slack, labels, list,    \
-                         listed);                                                                                      \
+            write_labels(found, squares, r, tile / tiles, active.problem(tile / tiles), tile % tiles * SM80_ROWS,      \
+                         problem(), slack, labels, list, listed);                                                      \
         }                                                                                                              \
     }
 INSTANCE(f16, __half)

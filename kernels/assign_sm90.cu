@@ -131,25 +131,26 @@ __device__ __forceinline__ bool stays(int tiles) {
 /// blocks want the same centroids at a time.
 template <class S>
 struct Tiles {
-    int64_t left;  // to come, this one included
-    int per_problem, problem, tile, problems_step, tiles_step;
+    int left;  // to come, this one included
+    int per_problem, at, tile, problems_step, tiles_step;
 
-    __device__ Tiles(const Rows& r, bool neighbours) : per_problem((r.n + S::ROWS - 1) / S::ROWS) {
-        const int64_t all = r.b * per_problem, step = neighbours ? 1 : gridDim.x;
+    __device__ Tiles(const Rows& r, const Active& active, bool neighbours)
+        : per_problem((r.n + S::ROWS - 1) / S::ROWS) {
+        const int64_t all = active.problems(r.b) * per_problem, step = neighbours ? 1 : gridDim.x;
         const int64_t first = neighbours ? all * blockIdx.x / gridDim.x : blockIdx.x;
         const int64_t end = neighbours ? all * (blockIdx.x + 1) / gridDim.x : all;
         left = (end - first + step - 1) / step;
-        problem = first / per_problem, tile = first % per_problem;
+        at = first / per_problem, tile = first % per_problem;
         problems_step = step / per_problem, tiles_step = step % per_problem;
     }
     __device__ __forceinline__ bool more() const { return left > 0; }
     __device__ __forceinline__ void next() {
-        --left, problem += problems_step, tile += tiles_step;
-        if (tile >= per_problem) tile -= per_problem, ++problem;
+        --left, at += problems_step, tile += tiles_step;
+        if (tile >= per_problem) tile -= per_problem, ++at;
     }
     __device__ __forceinline__ int first_row() const { return tile * S::ROWS; }
     /// Of `copies` of centroids, the one for this tile.
-    __device__ __forceinline__ int copy(int64_t copies) const { return copies > 1 ? problem : 0; }
+    __device__ __forceinline__ int copy(int64_t copies) const { return copies > 1 ? at : 0; }
     /// Whether no later tile of a walk over neighbours wants the same centroids.
     __device__ __forceinline__ bool last_of_copy(int64_t copies) const {
         return left == 1 || (copies > 1 && tile + 1 == per_problem);
@@ -159,30 +160,32 @@ struct Tiles {
 // ---- Two threads feed.
 
 template <class S>
-__device__ void feed_rows(const Shared<S>& s, const CUtensorMap* map, const Rows& r, int tiles) {
+__device__ void feed_rows(const Shared<S>& s, const CUtensorMap* map, const Rows& r, const Active& active, bool scratch,
+                          int tiles) {
     int parity = 1;
-    for (Tiles<S> work(r, stays<S>(tiles)); work.more(); work.next(), parity ^= 1) {
+    for (Tiles<S> work(r, active, stays<S>(tiles)); work.more(); work.next(), parity ^= 1) {
+        const int problem = scratch ? work.at : active.problem(work.at);
         for (int group = 0; group < S::GROUPS; ++group) {
             const uint32_t to = s.rows + group * S::SLOT_BYTES;
             barrier_wait(s.rows_empty(group), parity);
             barrier_expect(s.rows_full(group), S::SLOT_BYTES);
             for (int box = 0; box < S::BOXES; ++box) {
                 copy_box(to + box * SLOT * 128, map, s.rows_full(group), box * BOX, work.first_row() + group * SLOT,
-                         work.problem);
+                         problem);
             }
         }
     }
 }
 
 template <class S>
-__device__ void feed_centroids(const Shared<S>& s, const CUtensorMap* map, const Rows& r, const float* start,
-                               const float* scale, int tiles, int64_t padded, int64_t copies) {
+__device__ void feed_centroids(const Shared<S>& s, const CUtensorMap* map, const Rows& r, const Active& active,
+                               const float* start, const float* scale, int tiles, int64_t padded, int64_t copies) {
     const int vectors = (scale ? 2 : 1) * S::VECTOR_BYTES;
     const bool stay = stays<S>(tiles);
     Place<S::STAGES> stage;
     Place<S::VECTORS> vector;
     int there = -1;
-    for (Tiles<S> work(r, stay); work.more(); work.next()) {
+    for (Tiles<S> work(r, active, stay); work.more(); work.next()) {
         const int copy = work.copy(copies);
         if (stay && copy == there) continue;
         there = copy;
@@ -360,14 +363,14 @@ struct Group {
 };
 
 template <class T, class S>
-__device__ void search(const Shared<S>& s, const Rows& r, bool scaled, int64_t k, int64_t copies) {
+__device__ void search(const Shared<S>& s, const Rows& r, const Active& active, bool scaled, int64_t k, int64_t copies) {
     Group<T, S> g{s, scaled};
     // A last tile of few centroids costs a product of its own width.
     const int tiles = (k + CENTROIDS - 1) / CENTROIDS, last = k - (tiles - 1) * CENTROIDS, whole = tiles - (last <= 96);
     const bool stay = stays<S>(tiles);
     int held = 0;
     if (S::TURNS && g.index == S::GROUPS - 1) give_turn(1, 256);
-    for (Tiles<S> work(r, stay); work.more(); work.next(), held ^= 1) {
+    for (Tiles<S> work(r, active, stay); work.more(); work.next(), held ^= 1) {
         barrier_wait(s.rows_full(g.index), held);
         load_rows<S>(g.rows, s.rows + g.index * S::SLOT_BYTES, g.warp, g.lane);
         float squares[2];
@@ -404,13 +407,13 @@ __device__ void search(const Shared<S>& s, const Rows& r, bool scaled, int64_t k
 // ---- Warps 2 and 3 finish, a lane to a row.
 
 template <class S>
-__device__ void finish(const Shared<S>& s, const Rows& r, const Bounds* bounds, int64_t copies, int64_t k,
-                       const float* slack, uint32_t* labels, Listed* list, uint32_t* listed) {
+__device__ void finish(const Shared<S>& s, const Rows& r, const Active& active, const Bounds* bounds, int64_t copies,
+                       int64_t k, const float* slack, uint32_t* labels, Listed* list, uint32_t* listed) {
     const int band = (threadIdx.x / 32 - FINISH) * 32 + threadIdx.x % 32;  // the lane's row of a slot
     static_assert(FINISHERS * 32 == SLOT, "a lane to a row");
     int parity = 0;
-    for (Tiles<S> work(r, stays<S>((k + CENTROIDS - 1) / CENTROIDS)); work.more(); work.next(), parity ^= 1) {
-        const int64_t b = work.problem;
+    for (Tiles<S> work(r, active, stays<S>((k + CENTROIDS - 1) / CENTROIDS)); work.more(); work.next(), parity ^= 1) {
+        const int64_t at = work.at, b = active.problem(at);
         const Bounds of = bounds[work.copy(copies)];
 #pragma unroll 1
         for (int group = 0; group < S::GROUPS; ++group) {
@@ -437,9 +440,9 @@ __device__ void finish(const Shared<S>& s, const Rows& r, const Bounds* bounds, 
             // The thread's columns are pairs, eight apart. A tie may name a column that is not there.
             const int column = __float_as_int(f.z) + 8 * (place / 2) + place % 2;
             labels[b * r.n + row] = column < k ? column : 0;
-            const float off = margin(f.w, r.d, of, WGMMA_LOSS) + (slack ? __ldg(&slack[b * r.n + row]) : 0);
+            const float off = margin(f.w, r.d, of, WGMMA_LOSS) + (slack ? __ldg(&slack[at * r.n + row]) : 0);
             if (!(level == 1 && top - second > off)) {
-                list[b * r.n + atomicAdd(&listed[b], 1)] = {uint32_t(row), top - off};
+                list[at * r.n + atomicAdd(&listed[at], 1)] = {uint32_t(row), top - off};
             }
         }
     }
@@ -447,7 +450,7 @@ __device__ void finish(const Shared<S>& s, const Rows& r, const Bounds* bounds, 
 
 template <class T, class S>
 __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtensorMap* centroid_map, const Rows& r,
-                                       const float* start, const float* scale, const Bounds* bounds, int64_t k,
+                                       const Active& active, const float* start, const float* scale, const Bounds* bounds, int64_t k,
                                        int64_t padded, int64_t copies, const float* slack, uint32_t* labels,
                                        Listed* list, uint32_t* listed) {
     extern __shared__ uint8_t raw[];
@@ -458,23 +461,23 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
     if (threadIdx.x < 128) {
         fewer_registers<S::FEW>();
         const int warp = threadIdx.x / 32;
-        if (warp >= FINISH) finish<S>(s, r, bounds, copies, k, slack, labels, list, listed);
-        if (threadIdx.x == 32 * FEED_ROWS) feed_rows<S>(s, row_map, r, tiles);
+        if (warp >= FINISH) finish<S>(s, r, active, bounds, copies, k, slack, labels, list, listed);
+        if (threadIdx.x == 32 * FEED_ROWS) feed_rows<S>(s, row_map, r, active, slack != nullptr, tiles);
         if (threadIdx.x == 32 * FEED_CENTROIDS) {
-            feed_centroids<S>(s, centroid_map, r, start, scale, tiles, padded, copies);
+            feed_centroids<S>(s, centroid_map, r, active, start, scale, tiles, padded, copies);
         }
     } else {
         more_registers<S::MANY>();
-        search<T, S>(s, r, scale != nullptr, k, copies);
+        search<T, S>(s, r, active, scale != nullptr, k, copies);
     }
 }
 
 #define KERNEL(name, T, steps, groups)                                                                                 \
     extern "C" __global__ void __launch_bounds__(128 * (groups + 1), 1) assign_sm90_##steps##_##name(                  \
         const __grid_constant__ CUtensorMap row_map, const __grid_constant__ CUtensorMap centroid_map, Rows r,         \
-        const float* start, const float* scale, const Bounds* bounds, int64_t k, int64_t padded, int64_t copies,       \
+        Active active, const float* start, const float* scale, const Bounds* bounds, int64_t k, int64_t padded, int64_t copies,       \
         const float* slack, uint32_t* labels, Listed* list, uint32_t* listed) {                                        \
-        assign<T, Shape<steps, groups>>(&row_map, &centroid_map, r, start, scale, bounds, k, padded, copies, slack,    \
+        assign<T, Shape<steps, groups>>(&row_map, &centroid_map, r, active, start, scale, bounds, k, padded, copies, slack,    \
                                         labels, list, listed);                                                         \
     }
 // Up to 128 columns no step is wasted; above, steps come in twos and fours, for fewer kernels. Above 256 columns only

@@ -9,6 +9,8 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 constexpr int WARP = 32;
 
 /// `b` matrices of `n` rows of `d` adjacent columns; strides are in elements (`Rows` in src/problem.rs).
@@ -21,6 +23,22 @@ __device__ __forceinline__ const T* row_of(const T* x, const Rows& r, int64_t b,
     return x + b * r.batch_stride + i * r.row_stride;
 }
 
+/// The problems of a batch that an iteration still has to do: those at `list[first..*count]`. Without a list all, or none
+/// if `*count` is zero; without a count, all. Kernels go by the place in the list (`at`), and so does their scratch; rows,
+/// labels and the centroids themselves are those of `problem(at)`.
+struct Active {
+    const uint32_t *list, *count;
+    int64_t first;
+
+    /// How many there are, at most `b`.
+    __device__ __forceinline__ int64_t problems(int64_t b) const {
+        if (!count) return b;
+        const int64_t left = int64_t(*count) - first;
+        return list ? max(int64_t(0), min(b, left)) : *count ? b : 0;
+    }
+    __device__ __forceinline__ int64_t problem(int64_t at) const { return list ? list[first + at] : at; }
+};
+
 /// One `extern "C"` kernel per element type: `INSTANCE(suffix, type)`.
 #define FOR_EACH_TYPE(INSTANCE)                                                                                        \
     INSTANCE(f16, __half)                                                                                              \
@@ -28,6 +46,11 @@ __device__ __forceinline__ const T* row_of(const T* x, const Rows& r, int64_t b,
 
 __device__ __forceinline__ int64_t global_thread() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int64_t all_threads() { return int64_t(gridDim.x) * blockDim.x; }
+
+/// Of the grid's blocks, how many share each of so many problems.
+__device__ __forceinline__ int64_t blocks_each(int64_t problems) {
+    return 0 < problems && problems < gridDim.x ? gridDim.x / problems : 1;
+}
 
 __device__ __forceinline__ double warp_sum(double v) {
     for (int lane = WARP / 2; lane; lane /= 2) v += __shfl_xor_sync(~0u, v, lane);

@@ -25,12 +25,14 @@ struct Table {
 
 /// Lets no centroid win that repeats an earlier one: it starts from -inf.
 template <class Word>
-__device__ void drop_duplicates(const Word* c, const Rows& r, int64_t padded, const Table& table, const uint32_t* slot,
+__device__ void drop_duplicates(const Word* c, const Rows& r, const Active& active, int64_t padded, const Table& table, const uint32_t* slot,
                                 float* start) {
-    for (int64_t i = global_thread(); i < r.b * r.n; i += all_threads()) {
+    const int64_t all = active.problems(r.b) * r.n;
+    for (int64_t i = global_thread(); i < all; i += all_threads()) {
         const int64_t b = i / r.n, j = i % r.n, first = ~table.first[b * table.slots + slot[i]];
         if (first >= j) continue;
-        const Word *mine = row_of(c, r, b, j), *other = row_of(c, r, b, first);
+        const int64_t p = active.problem(b);
+        const Word *mine = row_of(c, r, p, j), *other = row_of(c, r, p, first);
         int64_t q = 0;
 #pragma unroll 8
         for (; q < r.d; ++q) {

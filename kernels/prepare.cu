@@ -8,15 +8,17 @@
 
 /// One block of 32 x 32 threads for each problem and 32 columns.
 template <class T>
-__device__ void column_means(const T* c, const Rows& r, Filter<T>* mu) {
+__device__ void column_means(const T* c, const Rows& r, const Active& active, Filter<T>* mu) {
     __shared__ double partial[WARP][WARP];
     const int lane = threadIdx.x % WARP, part = threadIdx.x / WARP;
     const int64_t groups = (r.d + WARP - 1) / WARP, step = (r.n + MEAN_SAMPLES - 1) / MEAN_SAMPLES;
-    for (int64_t tile = blockIdx.x; tile < r.b * groups; tile += gridDim.x) {
+    const int64_t tiles = active.problems(r.b) * groups;
+    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const int64_t b = tile / groups, column = tile % groups * WARP + lane;
+        const int64_t p = active.problem(b);
         double sum = 0;
         if (column < r.d) {
-            for (int64_t j = part * step; j < r.n; j += WARP * step) sum += wide(row_of(c, r, b, j)[column]);
+            for (int64_t j = part * step; j < r.n; j += WARP * step) sum += wide(row_of(c, r, p, j)[column]);
         }
         partial[part][lane] = sum;
         __syncthreads();
@@ -30,13 +32,14 @@ __device__ void column_means(const T* c, const Rows& r, Filter<T>* mu) {
 
 /// One warp for each centroid.
 template <class T>
-__device__ void centre(const T* c, const Rows& r, int metric, const Filter<T>* mu, Filter<T>* moved, Filter<T>* bias,
+__device__ void centre(const T* c, const Rows& r, const Active& active, int metric, const Filter<T>* mu, Filter<T>* moved, Filter<T>* bias,
                        double* largest) {
     using F = Filter<T>;
     const int lane = threadIdx.x % WARP;
-    for (int64_t i = global_thread() / WARP; i < r.b * r.n; i += all_threads() / WARP) {
+    const int64_t all = active.problems(r.b) * r.n;
+    for (int64_t i = global_thread() / WARP; i < all; i += all_threads() / WARP) {
         const int64_t b = i / r.n;
-        const T* from = row_of(c, r, b, i % r.n);
+        const T* from = row_of(c, r, active.problem(b), i % r.n);
         double norm = 1, squares = 0;
         if (metric == COSINE) {
             for (int64_t j = lane; j < r.d; j += WARP) squares += wide(from[j]) * wide(from[j]);
@@ -65,14 +68,15 @@ __device__ void centre(const T* c, const Rows& r, int metric, const Filter<T>* m
 /// are exact (Sterbenz), and if another value's is not, `move` bounds what it loses. A block for each problem and 64
 /// columns, a pair to a lane; its warps share the samples.
 template <class T>
-__device__ void origin(const T* c, const Rows& r, bool centred, T* mu) {
+__device__ void origin(const T* c, const Rows& r, const Active& active, bool centred, T* mu) {
     constexpr int PARTS = ORIGIN_THREADS / WARP, COLUMNS = 2 * WARP;
     __shared__ float sums[PARTS][COLUMNS], lows[PARTS][COLUMNS], highs[PARTS][COLUMNS];
     const int pair = threadIdx.x % WARP * 2, part = threadIdx.x / WARP;
     const int64_t groups = (r.d + COLUMNS - 1) / COLUMNS, step = (r.n + MEAN_SAMPLES - 1) / MEAN_SAMPLES;
-    for (int64_t tile = blockIdx.x; tile < r.b * groups; tile += gridDim.x) {
+    const int64_t tiles = active.problems(r.b) * groups;
+    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const int64_t b = tile / groups, first = tile % groups * COLUMNS, column = first + pair;
-        const T* from = row_of(c, r, b, 0) + column;
+        const T* from = row_of(c, r, active.problem(b), 0) + column;
         const bool aligned = column + 1 < r.d && reinterpret_cast<uintptr_t>(from) % 4 == 0 && r.row_stride % 2 == 0;
         float sum[2] = {}, low[2] = {INFINITY, INFINITY}, high[2] = {-INFINITY, -INFINITY};
 #pragma unroll 8
@@ -151,7 +155,7 @@ struct Sums {
 /// Eight lanes for each centroid and each place up to `padded`, of which a block's share is of one problem; `slot` is
 /// each centroid's in the table.
 template <class T>
-__device__ void move(const T* c, const Rows& r, int metric, const T* mu, int64_t pitch, int64_t padded, T* moved,
+__device__ void move(const T* c, const Rows& r, const Active& active, int metric, const T* mu, int64_t pitch, int64_t padded, T* moved,
                      float* start, float* scale, Bounds* bounds, const Table& table, uint32_t* slot) {
     constexpr int LANES = 8, SHARE = THREADS / LANES, COUNT = sizeof(Bounds) / sizeof(float);
     static_assert(TENSOR_CENTROIDS % SHARE == 0, "a block's share is of one problem");
@@ -159,7 +163,8 @@ __device__ void move(const T* c, const Rows& r, int metric, const T* mu, int64_t
     __shared__ float block_bounds[COUNT];
     const int part = threadIdx.x % LANES;
     const int64_t shares = padded / SHARE;
-    for (int64_t share = blockIdx.x; share < r.b * shares; share += gridDim.x) {
+    const int64_t all = active.problems(r.b) * shares;
+    for (int64_t share = blockIdx.x; share < all; share += gridDim.x) {
         const int64_t b = share / shares, j = share % shares * SHARE + threadIdx.x / LANES, i = b * padded + j;
         const bool live = j < r.n;
         __syncthreads();
@@ -167,7 +172,7 @@ __device__ void move(const T* c, const Rows& r, int metric, const T* mu, int64_t
         __syncthreads();
         Sums sums;
         if (live) {
-            const T *from = row_of(c, r, b, j), *origin = mu + b * r.d;
+            const T *from = row_of(c, r, active.problem(b), j), *origin = mu + b * r.d;
             uint4* to = reinterpret_cast<uint4*>(moved + (b * r.n + j) * pitch);
             // Two at a time, so that one does not wait for the other's loads.
             for (int64_t piece = part; piece < pitch / PIECE; piece += 2 * LANES) {
@@ -223,25 +228,25 @@ __device__ void pack(const T* x, const Rows& r, int64_t pitch, int64_t rows, T* 
 }
 
 #define INSTANCE(name, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(1024) prepare_means_##name(const T* c, Rows cr, Filter<T>* mu) {      \
-        column_means(c, cr, mu);                                                                                       \
+    extern "C" __global__ void __launch_bounds__(1024, 1) prepare_means_##name(const T* c, Rows cr, Active active, Filter<T>* mu) {      \
+        column_means(c, cr, active, mu);                                                                                       \
     }                                                                                                                  \
-    extern "C" __global__ void prepare_centroids_##name(const T* c, Rows cr, int metric, const Filter<T>* mu,          \
+    extern "C" __global__ void prepare_centroids_##name(const T* c, Rows cr, Active active, int metric, const Filter<T>* mu,          \
                                                         Filter<T>* moved, Filter<T>* bias, double* largest) {          \
-        centre(c, cr, metric, mu, moved, bias, largest);                                                               \
+        centre(c, cr, active, metric, mu, moved, bias, largest);                                                               \
     }
 FOR_EACH_TYPE(INSTANCE)
 #undef INSTANCE
 
 #define HALF_INSTANCE(name, T)                                                                                         \
     extern "C" __global__ void __launch_bounds__(ORIGIN_THREADS)                                                       \
-        prepare_origin_##name(const T* c, Rows cr, int centred, T* mu) {                                               \
-        origin(c, cr, centred, mu);                                                                                    \
+        prepare_origin_##name(const T* c, Rows cr, Active active, int centred, T* mu) {                                               \
+        origin(c, cr, active, centred, mu);                                                                                    \
     }                                                                                                                  \
     extern "C" __global__ void prepare_moved_##name(                                                                   \
-        const T* c, Rows cr, int metric, const T* mu, int64_t pitch, int64_t padded, T* moved, float* start,           \
+        const T* c, Rows cr, Active active, int metric, const T* mu, int64_t pitch, int64_t padded, T* moved, float* start,           \
         float* scale, Bounds* bounds, unsigned long long* keys, uint32_t* first, int64_t slots, uint32_t* slot) {      \
-        move(c, cr, metric, mu, pitch, padded, moved, start, scale, bounds, {keys, first, slots}, slot);               \
+        move(c, cr, active, metric, mu, pitch, padded, moved, start, scale, bounds, {keys, first, slots}, slot);               \
     }                                                                                                                  \
     extern "C" __global__ void pack_##name(const T* x, Rows r, int64_t pitch, int64_t rows, T* out) {                  \
         pack(x, r, pitch, rows, out);                                                                                  \
@@ -251,10 +256,10 @@ HALF_INSTANCE(bf16, __nv_bfloat16)
 #undef HALF_INSTANCE
 
 #define DUPLICATES(name, Word)                                                                                         \
-    extern "C" __global__ void drop_duplicates_##name(const Word* c, Rows cr, int64_t padded,                          \
+    extern "C" __global__ void drop_duplicates_##name(const Word* c, Rows cr, Active active, int64_t padded,                          \
                                                       unsigned long long* keys, uint32_t* first, int64_t slots,        \
                                                       const uint32_t* slot, float* start) {                            \
-        drop_duplicates(c, cr, padded, {keys, first, slots}, slot, start);                                             \
+        drop_duplicates(c, cr, active, padded, {keys, first, slots}, slot, start);                                             \
     }
 DUPLICATES(f16, uint16_t)
 DUPLICATES(bf16, uint16_t)

@@ -53,17 +53,17 @@ struct First {
 /// Raises the limits of split rows, four lanes a row: the first pass knew their best scores less well than both halves
 /// do, so the label that a row has now is scored again.
 template <class T>
-__device__ __forceinline__ void raise_limits(const Held& of, const T* x, const Rows& r, int64_t b, const Moved<T>& c,
-                                             const float* slack, const First& first, const uint32_t* labels,
-                                             int live_rows) {
+__device__ __forceinline__ void raise_limits(const Held& of, const T* x, const Rows& r, int64_t at_problem,
+                                             const Moved<T>& c, const float* slack, const First& first,
+                                             const uint32_t* labels, int live_rows) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, part = lane % 4;
     for (int at = lane / 4; at < WARP_ROWS; at += WARP / 4) {
         const int row = warp * WARP_ROWS + at;
         const int64_t index = of.index[row < live_rows ? row : 0];
-        const T* values = row_of(x, r, b, index);
+        const T* values = row_of(x, r, at_problem, index);
         uint32_t label = 0;
         // Others may change it meanwhile: one lane reads it for all four.
-        if (part == 0) label = *(const volatile uint32_t*)&labels[b * r.n + index];
+        if (part == 0) label = *(const volatile uint32_t*)&labels[index];
         label = __shfl_sync(~0u, label, lane & ~3);
         const T* centroid = c.moved + label * c.pitch;
         float dot = 0, squares = 0;
@@ -80,20 +80,21 @@ __device__ __forceinline__ void raise_limits(const Held& of, const T* x, const R
             dot += __shfl_xor_sync(~0u, dot, lanes), squares += __shfl_xor_sync(~0u, squares, lanes);
         }
         // Three products are as much to add up as three times the columns, in whole steps.
-        const float off = margin(squares, 3 * ((r.d + 15) / 16 * 16), *c.bounds) + __ldg(&slack[b * r.n + index]);
+        const float off = margin(squares, 3 * ((r.d + 15) / 16 * 16), *c.bounds) + __ldg(&slack[at_problem * r.n + index]);
         // If scores were level, the label may be any: then the first pass's best score says more, each within its
         // own half of the margins.
-        const float first_off = margin(squares, r.d, c.bounds[-first.copies]) + __ldg(&first.slack[b * r.n + index]);
+        const float first_off = margin(squares, r.d, c.bounds[-first.copies]) + __ldg(&first.slack[at_problem * r.n + index]);
         const float from_top = of.limit[row] + 0.5f * (first_off - off);
         if (part == 0) of.limit[row] = fmaxf(dot + __ldg(c.start + label) - off, from_top);
     }
 }
 
-/// The rows and centroids of the definition: of the type that the caller has them in.
+/// The rows and centroids of problem `b` by which the definition goes: of the type that the caller has them in.
 template <class U>
 struct Originals {
     const U *x, *centroids;
     const Rows &r, &cr;
+    uint32_t b;
 };
 
 /// A tile of listed rows, and the warp's candidates among the centroids from `first` on and before `last`.
@@ -101,7 +102,7 @@ template <class U>
 struct Candidates {
     const Held& of;
     const Originals<U>& originals;
-    const int64_t b, d;
+    const int64_t d;
     const int metric;
     uint32_t* const labels;  // of the problem
     const uint32_t first, last;
@@ -111,9 +112,9 @@ struct Candidates {
 
     static constexpr int LANES = 4;  // of one f32 distance
 
-    __device__ __forceinline__ const U* row(int at) const { return row_of(originals.x, originals.r, b, of.index[at]); }
+    __device__ __forceinline__ const U* row(int at) const { return row_of(originals.x, originals.r, originals.b, of.index[at]); }
     __device__ __forceinline__ const U* centroid(uint32_t column) const {
-        return row_of(originals.centroids, originals.cr, b, column);
+        return row_of(originals.centroids, originals.cr, originals.b, column);
     }
 
     /// Takes what each lane has hit of a tile: a bit for each of 16 columns of each slot.
@@ -203,7 +204,7 @@ struct Candidates {
                 beaten &= other.x != one.x || other.y != seen;
             }
             if (live && !(beaten && atomicCAS(label, seen, one.y) == seen)) {
-                settle(metric, row(one.x), originals.cr, originals.centroids, b, d, one.y, label);
+                settle(metric, row(one.x), originals.cr, originals.centroids, originals.b, d, one.y, label);
             }
         }
         __syncwarp();
@@ -219,7 +220,7 @@ struct Candidates {
 /// Settles one tile of listed rows over the tiles `first` to `last` of the centroids.
 template <bool SPLIT, class T, class U>
 __device__ __forceinline__ void recheck_tile(const Shared& s, const Held& of, const T* x, const Rows& r,
-                                             const Originals<U>& originals, int64_t b, const Moved<T>& c,
+                                             const Originals<U>& originals, int64_t at, const Moved<T>& c,
                                              const float* slack, const First& before, int metric, uint32_t* labels,
                                              const Listed* list, int live_rows, int first, int last) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -228,18 +229,17 @@ __device__ __forceinline__ void recheck_tile(const Shared& s, const Held& of, co
     of.index[threadIdx.x] = mine.row, of.limit[threadIdx.x] = mine.limit;
     of.least[threadIdx.x] = __float_as_uint(INFINITY);
     __syncthreads();
-    if (SPLIT) raise_limits(of, x, r, b, c, slack, before, labels, live_rows);
+    if (SPLIT) raise_limits(of, x, r, at, c, slack, before, labels, live_rows);
     __syncwarp();
     Candidates<U> candidates{of,
                              originals,
-                             b,
                              r.d,
                              metric,
-                             labels + b * r.n,
+                             labels,
                              uint32_t(first * CENTROIDS),
                              uint32_t(min(c.k, int64_t(last) * CENTROIDS))};
     sweep<false, SPLIT>(
-        s, [&](int i) { return i < live_rows ? row_of(x, r, b, of.index[i]) : nullptr; }, c, int(r.d), first, last,
+        s, [&](int i) { return i < live_rows ? row_of(x, r, at, of.index[i]) : nullptr; }, c, int(r.d), first, last,
         warp * WARP_ROWS < live_rows,
         [&](const Scores& acc, int column) {
             uint64_t hits = 0;
@@ -272,69 +272,71 @@ __device__ __forceinline__ int splits_of(int64_t row_tiles, int64_t tiles, int64
 
 template <bool SPLIT, class T, class U>
 __device__ __forceinline__ void recheck_problem(const Shared& s, const Held& of, const T* x, const Rows& r,
-                                                const Originals<U>& originals, int64_t b, const Moved<T>& c,
+                                                const Originals<U>& originals, int64_t at, const Moved<T>& c,
                                                 const float* slack, const First& before, int metric, uint32_t* labels,
                                                 const Listed* list, int64_t listed, int64_t share, int64_t shares) {
     const int64_t row_tiles = (listed + SM80_ROWS - 1) / SM80_ROWS, tiles = (c.k + CENTROIDS - 1) / CENTROIDS;
     const int splits = splits_of(row_tiles, tiles, shares);
     for (int64_t item = share; item < row_tiles * splits; item += shares) {
         const int64_t done = item / splits * SM80_ROWS, split = item % splits;
-        recheck_tile<SPLIT>(s, of, x, r, originals, b, c, slack, before, metric, labels, list + b * r.n + done,
+        recheck_tile<SPLIT>(s, of, x, r, originals, at, c, slack, before, metric, labels, list + done,
                             int(min(int64_t(SM80_ROWS), listed - done)), int(split * tiles / splits),
                             int((split + 1) * tiles / splits));
     }
 }
 
 /// Problems are dealt to blocks; with fewer problems than blocks, each is shared by several. A block looks at as many
-/// problems at once as it has threads, for most have no row listed. `problem(b)` gives the centroids of one.
-template <bool SPLIT, class T, class U, class Problem>
-__device__ __forceinline__ void recheck(uint8_t* raw, const T* x, const Rows& r, const Originals<U>& originals,
-                                        Problem problem, const float* slack, const First& before, int metric,
+/// problems at once as it has threads, for most have no row listed. `centroids(at)` gives those of one.
+template <bool SPLIT, class T, class U, class Centroids>
+__device__ __forceinline__ void recheck(uint8_t* raw, const T* x, const Rows& r, const Active& active,
+                                        const Originals<U>& originals, Centroids centroids, const float* slack, const First& before, int metric,
                                         uint32_t* labels, const Listed* list, const uint32_t* listed) {
     const Shared s(raw, HELD_BYTES);
     const Held of(s.added);
-    const int64_t shares = gridDim.x > r.b ? gridDim.x / r.b : 1, step = gridDim.x / shares;
-    for (int64_t first = blockIdx.x / shares; first < r.b; first += step * BLOCK) {
+    const int64_t problems = active.problems(r.b), shares = blocks_each(problems), step = gridDim.x / shares;
+    for (int64_t first = blockIdx.x / shares; first < problems; first += step * BLOCK) {
         const int64_t mine = first + threadIdx.x * step;
-        if (!__syncthreads_or(mine < r.b && listed[mine])) continue;
-        for (int64_t b = first; b < min(r.b, first + step * BLOCK); b += step) {
-            const uint32_t rows = listed[b];
+        if (!__syncthreads_or(mine < problems && listed[mine])) continue;
+        for (int64_t at = first; at < min(problems, first + step * BLOCK); at += step) {
+            const uint32_t rows = listed[at];
             if (rows == 0) continue;
-            const Moved<T> c = problem(b);
-            recheck_problem<SPLIT>(s, of, x, r, originals, b, c, slack, before, metric, labels, list, rows,
-                                   blockIdx.x % shares, shares);
+            const uint32_t b = active.problem(at);
+            const Moved<T> c = centroids(at);
+            const Originals<U> of_problem = {originals.x, originals.centroids, originals.r, originals.cr, b};
+            recheck_problem<SPLIT>(s, of, x, r, of_problem, SPLIT ? at : b, c, slack, before, metric,
+                                   labels + int64_t(b) * r.n, list + at * r.n, rows, blockIdx.x % shares, shares);
         }
     }
 }
 
 #define INSTANCE(name, T)                                                                                              \
     extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) recheck_tensor_##name(                               \
-        const T* x, Rows r, const T* centroids, Rows cr, const T* moved, const float* start, const float* scale,       \
-        const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded, int64_t copies, int metric, uint32_t* labels,  \
-        const Listed* list, const uint32_t* listed) {                                                                  \
+        const T* x, Rows r, Active active, const T* centroids, Rows cr, const T* moved, const float* start,            \
+        const float* scale, const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded, int64_t copies,            \
+        int metric, uint32_t* labels, const Listed* list, const uint32_t* listed) {                                                                  \
         extern __shared__ __align__(128) uint8_t raw[];                                                                \
-        const auto problem = [&](int64_t b) {                                                                          \
-            return Moved<T>(moved, start, scale, bounds, k, pitch, padded, copies, b);                                 \
+        const auto prepared = [&](int64_t at) {                                                                        \
+            return Moved<T>(moved, start, scale, bounds, k, pitch, padded, copies, at);                                \
         };                                                                                                             \
-        recheck<false>(raw, x, r, Originals<T>{x, centroids, r, cr}, problem, nullptr, {}, metric, labels, list,       \
-                       listed);                                                                                        \
+        recheck<false>(raw, x, r, active, Originals<T>{x, centroids, r, cr, 0}, prepared, nullptr, {}, metric, labels,    \
+                       list, listed);                                                                                  \
     }
 INSTANCE(f16, __half)
 INSTANCE(bf16, __nv_bfloat16)
 #undef INSTANCE
 
-/// `x` is the rectangle of f32 rows that `halves` holds side by side, (b, n, pitch), each h and then l as in `moved`;
-/// labels, lists and slacks are those of the rectangle. The first pass's bounds lie before `bounds`. `pitch` is that of
+/// `halves` holds the rows of `x` that are rechecked, (b, n, pitch), each h and then l as in `moved`, by problems' places
+/// in the list like all scratch. The first pass's bounds lie before `bounds`. `pitch` is that of
 /// both, twice that of one half.
 extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
-    recheck_split_f32(const __half* halves, const float* x, Rows r, const float* centroids, Rows cr,
+    recheck_split_f32(const __half* halves, const float* x, Rows r, Active active, const float* centroids, Rows cr,
                       const __half* moved, const float* start, const Bounds* bounds, int64_t k, int64_t pitch,
                       int64_t padded, int64_t copies, int metric, uint32_t* labels, const Listed* list,
                       const uint32_t* listed, const float* slack, const float* first_slack) {
     extern __shared__ __align__(128) uint8_t raw[];
-    const auto problem = [&](int64_t b) {
-        return Moved<__half>(moved, start, nullptr, bounds, k, pitch, padded, copies, b);
+    const auto prepared = [&](int64_t at) {
+        return Moved<__half>(moved, start, nullptr, bounds, k, pitch, padded, copies, at);
     };
-    recheck<true>(raw, halves, Rows{r.n * pitch, pitch, r.b, r.n, r.d}, Originals<float>{x, centroids, r, cr}, problem,
-                  slack, {first_slack, copies}, metric, labels, list, listed);
+    recheck<true>(raw, halves, Rows{r.n * pitch, pitch, r.b, r.n, r.d}, active, Originals<float>{x, centroids, r, cr, 0},
+                  prepared, slack, {first_slack, copies}, metric, labels, list, listed);
 }

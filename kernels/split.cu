@@ -65,10 +65,12 @@ struct Origin {
 
 /// The largest magnitude of an element of each copy's centroids, less mu or by their norm; `largest` is zero before.
 /// One warp for each centroid.
-extern "C" __global__ void split_largest_f32(const float* c, Rows cr, int metric, const float* mu, float* largest) {
-    for (int64_t i = global_thread() / WARP; i < cr.b * cr.n; i += all_threads() / WARP) {
+extern "C" __global__ void split_largest_f32(const float* c, Rows cr, Active active, int metric, const float* mu,
+                                             float* largest) {
+    const int64_t all = active.problems(cr.b) * cr.n;
+    for (int64_t i = global_thread() / WARP; i < all; i += all_threads() / WARP) {
         const int64_t b = i / cr.n;
-        const float* from = row_of(c, cr, b, i % cr.n);
+        const float* from = row_of(c, cr, active.problem(b), i % cr.n);
         const Origin origin(from, cr.d, metric, mu + b * cr.d);
         double most = 0;
         for (int64_t q = threadIdx.x % WARP; q < cr.d; q += WARP) most = fmax(most, fabs(origin.moved(from, q)));
@@ -82,18 +84,19 @@ extern "C" __global__ void split_largest_f32(const float* c, Rows cr, int metric
 
 /// One warp for each centroid and each place up to `padded`. `moved` is (copies, k, 2 pitch), h before l; `bounds` is
 /// (2, copies), those for h alone before those for both, and zero before. `slot` is each centroid's in the table.
-extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, int metric, const float* mu,
+extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, Active active, int metric, const float* mu,
                                                const float* largest, int64_t pitch, int64_t padded, __half* moved,
                                                float* start, Bounds* bounds, unsigned long long* keys, uint32_t* first,
                                                int64_t slots, uint32_t* slot) {
     const int lane = threadIdx.x % WARP;
-    for (int64_t i = global_thread() / WARP; i < cr.b * padded; i += all_threads() / WARP) {
+    const int64_t all = active.problems(cr.b) * padded;
+    for (int64_t i = global_thread() / WARP; i < all; i += all_threads() / WARP) {
         const int64_t b = i / padded, j = i % padded;
         if (j >= cr.n) {
             if (lane == 0) start[i] = -INFINITY;
             continue;
         }
-        const float* from = row_of(c, cr, b, j);
+        const float* from = row_of(c, cr, active.problem(b), j);
         const Origin origin(from, cr.d, metric, mu + b * cr.d);
         const double power = power_for(largest[b]);
         __half* to = moved + (b * cr.n + j) * 2 * pitch;
@@ -145,13 +148,14 @@ __device__ __forceinline__ float slack_of(float lost, float largest_norm, int64_
     return slack >= 0 ? slack : INFINITY;
 }
 
-/// Splits `count` rows from row `first` of all problems' on: row first + i to halves + 2 i pitch, h before l, zeros
+/// Splits `count` rows from row `first` of all that are to do on: row first + i to halves + 2 i pitch, h before l, zeros
 /// past d. 4 to 32 lanes share a row; a warp has as many rows as fit. `bounds` are those for h alone. Traffic: X once,
 /// and as much written.
 extern "C" __global__ void __launch_bounds__(256, 4)
-    split_rows_f32(const float* x, Rows r, int64_t first, int64_t count, int metric, const float* mu,
+    split_rows_f32(const float* x, Rows r, Active active, int64_t first, int64_t count, int metric, const float* mu,
                    const float* largest, const Bounds* bounds, int64_t copies, int64_t pitch, __half* halves,
                    float* slack, float* slack_split) {
+    count = min(count, active.problems(r.b) * r.n - first);
     const int64_t pieces = pitch / PIECE;
     const int lanes = pieces <= 4 ? 4 : pieces <= 8 ? 8 : pieces <= 16 ? 16 : 32;
     const int lane = threadIdx.x % WARP, part = lane % lanes, rows = WARP / lanes;
@@ -159,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
         const bool live = at + lane / lanes < count;
         const int64_t i = live ? at + lane / lanes : count - 1;
         const int64_t b = r.b == 1 ? 0 : (first + i) / r.n, copy = copies > 1 ? b : 0;
-        const float* from = row_of(x, r, b, first + i - b * r.n);
+        const float* from = row_of(x, r, active.problem(b), first + i - b * r.n);
         const float* origin = mu + copy * r.d;
         __half* to = halves + i * 2 * pitch;
 

@@ -67,6 +67,17 @@ fn power_of_two(e: i32) -> f64 {
     f64::from_bits(((e + 1023) as u64) << 52)
 }
 
+/// The sum of `terms` as 32 lanes add it up: lane `p` takes the terms `p`, `p + 32`, .. in turn, then lanes 16, 8, 4, 2 and
+/// 1 apart are added. Norms and shifts of centroids are such sums on every device.
+pub(crate) fn striped(terms: impl Iterator<Item = f64>) -> f64 {
+    let mut lanes = [0f64; 32];
+    terms.enumerate().for_each(|(i, t)| lanes[i % 32] += t);
+    for step in [16, 8, 4, 2, 1] {
+        (0..step).for_each(|i| lanes[i] += lanes[i + step]);
+    }
+    lanes[0]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

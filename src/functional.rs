@@ -1,7 +1,7 @@
 //! The ops, each usable alone in a model's graph.
 
 use crate::{
-    ops,
+    ops::{self, Memory, Rule, Terms},
     problem::{self, Problem, Rows},
     Error, Metric, Result,
 };
@@ -62,15 +62,10 @@ pub fn cluster_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
     }
     check_labels(&flat, k)?;
     let rows = Rows::new(&x.detach())?;
-    let (order, offsets) = ops::order(&flat, k)?;
-    let weight = ops::cluster_sizes(&offsets)?.to_dtype(DType::F64)?;
-    let largest = ops::scan(&rows)?.0;
-    let totals = ops::totals(&ops::sums(&rows, None, Some(&order), &offsets, &largest)?, &largest, p.n)?;
-    let zeros = Rows::new(&Tensor::zeros((1, k, p.d), p.dtype, x.device())?)?.broadcast(p.b);
-    let running = Tensor::zeros(p.b, DType::U8, x.device())?;
-    let means = ops::means(&totals, &weight, &zeros, &running, Metric::SquaredEuclidean)?;
+    let means = Tensor::zeros((p.b, k, p.d), p.dtype, x.device())?;
+    ops::update(&rows, &Terms::of(&rows)?, Some(&flat), Rule::Mean, None, &means, &Memory::default())?;
     let means = means.reshape(p.shape(&[k, p.d]))?;
-    Attached::to(x, means, Gradient::Mean { labels: flat, weight })
+    Attached::to(x, means, Gradient::Mean { labels: flat, k })
 }
 
 /// Each row's nearest centroid in its place: `(values, labels)`, `values` shaped and typed as `x`, `labels` as [`assign`]'s.
@@ -106,10 +101,10 @@ fn check_labels(labels: &Tensor, k: usize) -> Result<()> {
 /// What flows back from a computed value to the rows it came from.
 enum Gradient {
     Identity,
-    /// `labels` u32 `(b, n)`, `weight` f64 `(b, k)`.
+    /// `labels` u32 `(b, n)`.
     Mean {
         labels: Tensor,
-        weight: Tensor,
+        k: usize,
     },
 }
 
@@ -153,8 +148,9 @@ impl CustomOp1 for Attached {
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let Gradient::Mean { labels, weight } = &self.gradient else { return Ok(Some(grad.clone())) };
-        let (b, k) = weight.dims2()?;
+        let &Gradient::Mean { ref labels, k } = &self.gradient else { return Ok(Some(grad.clone())) };
+        let weight = ops::cluster_sizes(labels, k)?.to_dtype(DType::F64)?;
+        let b = weight.dim(0)?;
         let d = x.dim(candle_core::D::Minus1)?;
         // An empty cluster has no rows to pass a gradient to; its infinite share is never gathered.
         let share = weight.recip()?.unsqueeze(2)?;

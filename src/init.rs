@@ -1,7 +1,12 @@
 //! Where the centroids start.
 
-use crate::{ops, problem, problem::Rows, rng::Draw, Error, Metric, Result};
-use candle_core::{DType, Tensor};
+use crate::{
+    ops,
+    problem::{Problem, Rows},
+    rng::Draw,
+    Error, Metric, Result,
+};
+use candle_core::{DType, Device, Tensor};
 use rand::{seq::index, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -32,56 +37,65 @@ pub(crate) fn drawn(k: u64) -> u64 {
     (mean + 8.0 * mean.sqrt()) as u64 + 1
 }
 
-/// The first centroids, `(b, k, d)`. `weights` are f64 `(b, n)`.
+/// The first centroids, `(b, k, d)`: the rows `drawn`, where those are known. `weights` are f64 `(b, n)`.
 pub(crate) fn centroids(
     init: &Init,
+    drawn: Option<&Tensor>,
     x: &Rows,
     k: usize,
     weights: Option<&Tensor>,
     metric: Metric,
     seed: u64,
 ) -> Result<Tensor> {
-    let index = match init {
-        Init::Given(c) => {
-            // Never the caller's own storage: the loop's tensors are the crate's.
+    let index = match (init, drawn) {
+        (_, Some(drawn)) => drawn.clone(),
+        (Init::Given(c), _) => {
             let c = if c.rank() > 2 { c.reshape((x.b, k, x.d))? } else { c.broadcast_as((x.b, k, x.d))? };
-            return Ok(c.detach().force_contiguous()?);
+            return Ok(c.detach().contiguous()?);
         }
-        Init::Random => random(x, k, weights, seed)?,
-        Init::KMeansPlusPlus => plus_plus(x, k, weights, metric, seed)?,
-        Init::KMeansParallel => return parallel(x, k, weights, metric, seed),
+        (Init::Random, _) => weighted(x, k, weights, seed)?,
+        (Init::KMeansPlusPlus, _) => plus_plus(x, k, weights, metric, seed)?,
+        (Init::KMeansParallel, _) => return parallel(x, k, weights, metric, seed),
     };
     ops::gather(x, &index)
 }
 
+/// The rows to start from, u32 `(b, k)`, if they do not depend on the data.
+pub(crate) fn draw(init: &Init, p: &Problem, weighted: bool, seed: u64, device: &Device) -> Result<Option<Tensor>> {
+    if weighted || !matches!(init, Init::Random) {
+        return Ok(None);
+    }
+    let mut chosen = Vec::with_capacity(p.b * p.k);
+    for b in 0..p.b {
+        // One stream a problem, so that a problem draws the same rows alone and inside a batch of any size.
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(b as u64);
+        chosen.extend(index::sample(&mut rng, p.n, p.k).into_iter().map(|i| i as u32));
+    }
+    Ok(Some(Tensor::from_vec(chosen, (p.b, p.k), device)?))
+}
+
 /// Checks given centroids against the data.
-pub(crate) fn check(init: &Init, x: &Tensor, k: usize, metric: Metric) -> Result<()> {
+pub(crate) fn check(init: &Init, p: &Problem, device: &Device) -> Result<()> {
     let Init::Given(c) = init else { return Ok(()) };
-    let p = problem::Problem::assign(x, c, metric)?;
-    if p.k != k {
-        return Err(Error::Size { argument: "init", what: "rows", got: p.k, expected: k });
+    p.centroids(c, device)?;
+    let k = c.dims()[c.rank() - 2];
+    if k != p.k {
+        return Err(Error::Size { argument: "init", what: "rows", got: k, expected: p.k });
     }
     Ok(())
 }
 
-fn random(x: &Rows, k: usize, weights: Option<&Tensor>, seed: u64) -> Result<Tensor> {
+/// Rows with probability proportional to their weights.
+fn weighted(x: &Rows, k: usize, weights: Option<&Tensor>, seed: u64) -> Result<Tensor> {
+    let ones = Tensor::ones((x.b, x.n), DType::F64, x.device())?;
+    let keys = ops::race(&ones, weights, Draw { seed, round: 0 })?.to_vec2::<f64>()?;
     let mut chosen = Vec::with_capacity(x.b * k);
-    if let Some(weights) = weights {
-        let ones = Tensor::ones((x.b, x.n), DType::F64, x.device())?;
-        let keys = ops::race(&ones, Some(weights), Draw { seed, round: 0 })?.to_vec2::<f64>()?;
-        for keys in keys {
-            let mut rows: Vec<u32> = (0..x.n as u32).collect();
-            rows.select_nth_unstable_by(k - 1, |&i, &j| keys[i as usize].total_cmp(&keys[j as usize]).then(i.cmp(&j)));
-            rows[..k].sort_unstable();
-            chosen.extend_from_slice(&rows[..k]);
-        }
-    } else {
-        for b in 0..x.b {
-            // One stream a problem, so that a problem draws the same rows alone and inside a batch of any size.
-            let mut rng = ChaCha8Rng::seed_from_u64(seed);
-            rng.set_stream(b as u64);
-            chosen.extend(index::sample(&mut rng, x.n, k).into_iter().map(|i| i as u32));
-        }
+    for keys in keys {
+        let mut rows: Vec<u32> = (0..x.n as u32).collect();
+        rows.select_nth_unstable_by(k - 1, |&i, &j| keys[i as usize].total_cmp(&keys[j as usize]).then(i.cmp(&j)));
+        rows[..k].sort_unstable();
+        chosen.extend_from_slice(&rows[..k]);
     }
     Ok(Tensor::from_vec(chosen, (x.b, k), x.device())?)
 }
@@ -170,10 +184,10 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
         return ops::gather(x, &candidates);
     }
     let rows = Rows::new(&ops::gather(x, &candidates)?)?;
-    let (order, offsets) = ops::order(&ops::labels(x, &rows, spread)?, count)?;
+    let labels = ops::labels(x, &rows, spread)?;
     let share = match weights {
-        Some(w) => ops::cluster_weights(w, &order, &offsets)?,
-        None => ops::cluster_sizes(&offsets)?.to_dtype(DType::F64)?,
+        Some(w) => ops::cluster_sums(w, Some(&labels), count)?,
+        None => ops::cluster_sizes(&labels, count)?.to_dtype(DType::F64)?,
     };
     let chosen = plus_plus(&rows, k, Some(&share), metric, seed)?;
     ops::gather(&rows, &chosen)

@@ -11,7 +11,7 @@
 //! - Any layout gives the same bits as its contiguous copy, inputs are never written, and refusals are typed ([`Error`]).
 //!
 //! ```text
-//! x (..batch, n, d) -> problem (checks) -> init -> loop { ops: labels -> order -> sums -> means } -> Fit
+//! x (..batch, n, d) -> problem (checks) -> init -> loop { ops: update -> relabel } -> Fit
 //!                                                         cpu | cuda
 //! ```
 #![cfg_attr(docsrs, feature(doc_cfg))]
@@ -20,10 +20,12 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod error;
+mod fit;
 mod fixed;
 mod functional;
 mod init;
 mod kmeans;
+mod lloyd;
 mod metric;
 mod ops;
 mod plan;
@@ -58,9 +60,11 @@ pub mod testing {
 }
 
 pub use error::{Error, Result};
+pub use fit::Fit;
 pub use functional::{assign, assign_with_distances, cluster_means, quantize, sort_by_cluster};
 pub use init::Init;
-pub use kmeans::{EmptyClusters, Fit, Iteration, KMeans};
+pub use kmeans::{EmptyClusters, Iteration, KMeans};
+pub use lloyd::Prepared;
 pub use metric::Metric;
 pub use plan::Plan;
 pub use problem::Problem;

@@ -1,10 +1,10 @@
 //! The primitives, one line each, and the only place that matches on the device.
 //!
 //! `cpu` and `cuda` export the same functions in the same order. All of them take checked arguments and return new
-//! tensors on the same device, computed on the tensor's own stream.
+//! tensors on the same device, or write to the fit's own, on the tensor's own stream.
 
 use crate::{plan::Arch, problem::Rows, rng::Draw, Error, Metric, Result};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 macro_rules! on_device {
     ($device:expr, $stem:ident::$op:ident ( $($arg:expr),* )) => {
@@ -26,6 +26,70 @@ pub(crate) fn arch(device: &Device) -> Result<Arch> {
     }
 }
 
+/// Whether the host need not wait for what it reads from there.
+pub(crate) fn reads_are_free(device: &Device) -> bool {
+    device.is_cpu()
+}
+
+/// How far the problems of a fit have come.
+pub(crate) struct Progress {
+    /// The iteration in which each problem converged, u32 `(b,)`; `u32::MAX` where it has not.
+    pub stop: Tensor,
+    /// The squared shift at which a problem has converged, f64 `(b,)`.
+    pub threshold: Tensor,
+    /// The problems that go on to the next even and to the next odd iteration, u32 `(2, b + 1)`: their number, then
+    /// themselves. CUDA's; on the CPU `stop` says enough.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub going: Tensor,
+}
+
+/// An iteration of a fit: what it does to problems that have converged before is nothing.
+#[derive(Clone, Copy)]
+pub(crate) struct Turn<'a> {
+    pub progress: &'a Progress,
+    pub iteration: usize,
+}
+
+/// What is added up over rows: their values, each times its factor.
+pub(crate) struct Terms {
+    /// f64 `(b, n)`.
+    pub factor: Option<Tensor>,
+    /// Bound on the magnitude of the terms, f64 `(b,)`.
+    pub largest: Tensor,
+    /// The first row that has a NaN or an infinity, u32 `(b,)`; `u32::MAX` for none.
+    pub first_bad: Tensor,
+    /// The largest factor, f64 `(b,)`, where factors are weights.
+    pub heaviest: Option<Tensor>,
+}
+
+impl Terms {
+    /// The rows themselves.
+    pub fn of(x: &Rows) -> Result<Self> {
+        let (largest, first_bad) = scan(x)?;
+        Ok(Self { factor: None, largest, first_bad, heaviest: None })
+    }
+}
+
+/// What becomes of the terms of a cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rule {
+    /// Their sum by the cluster's weight: by the sum of the factors, which have to be weights, or the number of rows.
+    Mean,
+    /// Their sum by its norm.
+    Direction,
+    /// Their sum.
+    Sum,
+    /// The smallest value of each column that at least half of the weight does not exceed. Factors are weights.
+    Median,
+}
+
+/// Memory that the ops of a fit use one after another, so that only the first ones allocate. The CPU's need none.
+#[cfg(not(feature = "cuda"))]
+#[derive(Default)]
+pub(crate) struct Memory {}
+#[cfg(feature = "cuda")]
+pub(crate) use crate::cuda::Memory;
+
 /// The rows where the kernel that assigns them to `k` centroids can read them: a copy, if need be.
 pub(crate) fn readable(x: Rows, k: usize, metric: Metric) -> Result<Rows> {
     on_device!(x.device(), assign::readable(x, k, metric))
@@ -34,6 +98,18 @@ pub(crate) fn readable(x: Rows, k: usize, metric: Metric) -> Result<Rows> {
 /// Exact labels, u32 `(b, n)`: the lowest index at the smallest [`Metric`] distance.
 pub(crate) fn labels(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
     on_device!(x.device(), assign::labels(x, c, metric))
+}
+
+/// The same into `labels`.
+pub(crate) fn relabel(
+    x: &Rows,
+    c: &Rows,
+    metric: Metric,
+    turn: Option<Turn<'_>>,
+    labels: &Tensor,
+    memory: &Memory,
+) -> Result<()> {
+    on_device!(x.device(), assign::relabel(x, c, metric, turn, labels, memory))
 }
 
 /// The distance of each row to the centroid of its label, f64 `(b, n)`.
@@ -83,76 +159,36 @@ pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
     on_device!(labels.device(), update::order(labels, k))
 }
 
-/// Per-cluster sums of `x * factor[row]` as [`fixed`](crate::fixed) integers, i64 `(b, k, d, 2)` (low word, high word).
-/// `order` `None` means the identity; `max_abs` (f64 `(b,)`) bounds the magnitude of every term.
-pub(crate) fn sums(
+/// Replaces the rows of `centroids` `(b, k, d)` as `rule` says, but for clusters without weight. Without labels (u32
+/// `(b, n)`, below `k`) all rows are in one cluster. In a fit's turn it decides which problems have converged: no centroid has
+/// moved farther than the threshold, in squared Euclidean distance.
+pub(crate) fn update(
     x: &Rows,
-    factor: Option<&Tensor>,
-    order: Option<&Tensor>,
-    offsets: &Tensor,
-    max_abs: &Tensor,
-) -> Result<Tensor> {
-    on_device!(x.device(), update::sums(x, factor, order, offsets, max_abs))
-}
-
-/// The sums of [`sums`] over `n` rows in f64, `(b, k, d)`.
-pub(crate) fn totals(sums: &Tensor, max_abs: &Tensor, n: usize) -> Result<Tensor> {
-    on_device!(sums.device(), update::totals(sums, max_abs, n))
-}
-
-/// New centroids `(b, k, d)`: `totals / weight` (f64 `(b, k)`), or for cosine `totals / |totals|`. A cluster of no weight and
-/// every cluster of a problem whose `done` (u8 `(b,)`) is set keep the old centroid.
-pub(crate) fn means(totals: &Tensor, weight: &Tensor, old: &Rows, done: &Tensor, metric: Metric) -> Result<Tensor> {
-    on_device!(totals.device(), update::means(totals, weight, old, done, metric))
-}
-
-/// New centroids `(b, k, d)`: the smallest value that at least half of the cluster's weight does not exceed, per column.
-/// `weights` are f64 `(b, n)` with their largest per problem, f64 `(b,)`. Clusters are kept as in [`means`].
-pub(crate) fn medians(
-    x: &Rows,
-    weights: Option<(&Tensor, &Tensor)>,
-    order: &Tensor,
-    offsets: &Tensor,
-    old: &Rows,
-    done: &Tensor,
-) -> Result<Tensor> {
-    on_device!(x.device(), update::medians(x, weights, order, offsets, old, done))
-}
-
-/// The largest squared distance that a centroid of each problem moved, f64 `(b,)`.
-pub(crate) fn shift(new: &Rows, old: &Rows) -> Result<Tensor> {
-    on_device!(new.device(), update::shift(new, old))
-}
-
-/// `done`, or no label changed, or `shift <= threshold`: u8 `(b,)`.
-pub(crate) fn converged(
-    done: &Tensor,
-    old: &Tensor,
-    new: &Tensor,
-    shift: &Tensor,
-    threshold: &Tensor,
-) -> Result<Tensor> {
-    on_device!(done.device(), update::converged(done, old, new, shift, threshold))
+    terms: &Terms,
+    labels: Option<&Tensor>,
+    rule: Rule,
+    turn: Option<Turn<'_>>,
+    centroids: &Tensor,
+    memory: &Memory,
+) -> Result<()> {
+    on_device!(x.device(), update::update(x, terms, labels, rule, turn, centroids, memory))
 }
 
 /// Rows in each cluster, u32 `(b, k)`.
-pub(crate) fn cluster_sizes(offsets: &Tensor) -> Result<Tensor> {
-    let k = offsets.dim(1)? - 1;
+pub(crate) fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
+    let (_, offsets) = order(labels, k)?;
     Ok((offsets.narrow(1, 1, k)? - offsets.narrow(1, 0, k)?)?)
 }
 
-/// Weight in each cluster, f64 `(b, k)`, of weights f64 `(b, n)`.
-pub(crate) fn cluster_weights(weights: &Tensor, order: &Tensor, offsets: &Tensor) -> Result<Tensor> {
-    let column = Rows::new(&weights.unsqueeze(2)?)?;
-    let largest = scan(&column)?.0;
-    Ok(totals(&sums(&column, None, Some(order), offsets, &largest)?, &largest, column.n)?.squeeze(2)?)
+/// The sum of `values` (f64 `(b, n)`) in each cluster, f64 `(b, k)`; in no particular order and to the same bits in any.
+pub(crate) fn cluster_sums(values: &Tensor, labels: Option<&Tensor>, k: usize) -> Result<Tensor> {
+    let column = Rows::new(&values.unsqueeze(2)?)?;
+    let sums = Tensor::zeros((column.b, k, 1), DType::F64, values.device())?;
+    update(&column, &Terms::of(&column)?, labels, Rule::Sum, None, &sums, &Memory::default())?;
+    Ok(sums.squeeze(2)?)
 }
 
-/// The sum of each row of `values` (f64 `(b, n)`), in no particular order and to the same bits in any: f64 `(b,)`.
+/// The sum of each row of `values` (f64 `(b, n)`), likewise: f64 `(b,)`.
 pub(crate) fn total(values: &Tensor) -> Result<Tensor> {
-    let (b, n) = values.dims2()?;
-    let column = Rows::new(&values.unsqueeze(2)?)?;
-    let everything = Tensor::new(&[[0u32, n as u32]], values.device())?.repeat((b, 1))?;
-    let largest = scan(&column)?.0;
-    Ok(totals(&sums(&column, None, None, &everything, &largest)?, &largest, n)?.reshape(b)?)
+    Ok(cluster_sums(values, None, 1)?.squeeze(1)?)
 }

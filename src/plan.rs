@@ -2,6 +2,7 @@
 
 use crate::{
     init::{self, Init},
+    kmeans::{EmptyClusters, KMeans},
     problem::{in_eights, Problem},
     tiles, Metric,
 };
@@ -106,6 +107,36 @@ impl Assign {
     }
 }
 
+/// How labels are sorted: digit by digit, by chunks of rows.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) struct Sort {
+    pub passes: usize,
+    /// Bits of a digit, and its values.
+    pub bits: u32,
+    pub bins: usize,
+    /// Warps of a block that places rows.
+    pub warps: usize,
+    /// Rows of a chunk, and chunks.
+    pub rows: usize,
+    pub chunks: usize,
+}
+
+impl Sort {
+    /// For `b` problems of `n` labels below `k`, on a device whose blocks have `shared` bytes of shared memory.
+    pub fn new([b, n, k]: [usize; 3], shared: usize) -> Self {
+        let bits = usize::BITS - (k - 1).leading_zeros();
+        let passes = if k <= tiles::SORT_BINS { 1 } else { bits.div_ceil(tiles::SORT_BINS.ilog2()) };
+        let bits = bits.div_ceil(passes);
+        let bins = if passes == 1 { k } else { 1 << bits };
+        // Four bytes for each bin, and two for each bin and warp and for all warps.
+        let warps = (shared / (2 * bins)).saturating_sub(3).clamp(1, tiles::SORT_WARPS);
+        let step = warps * 32 * tiles::SORT_ITEMS;
+        let rows = bins.max(b.saturating_mul(n) / tiles::SORT_CHUNKS).max(1).next_multiple_of(step);
+        Self { passes: passes as usize, bits, bins, warps, rows, chunks: n.div_ceil(rows) }
+    }
+}
+
 thread_local!(static FORCED: Cell<Option<&'static str>> = const { Cell::new(None) });
 
 /// Makes this thread use the assignment kernel of that name wherever it can: for tests and tuning.
@@ -148,14 +179,14 @@ pub struct Plan {
     pub pack: bool,
     /// The update kernel.
     pub update: &'static str,
-    /// Upper bound on the memory of a fit beyond its input, in bytes, on the input's device: results, both label arrays,
-    /// the order, the accumulators, and the scratch of the kernels and of the initialisation. A layout that must be
-    /// copied adds one copy of the input.
+    /// Upper bound on the memory of a fit beyond its input, in bytes, on the input's device: results, accumulators, and the
+    /// scratch of the kernels and of the initialisation. A layout that must be copied adds one copy of the input.
     pub bytes: u64,
 }
 
 impl Plan {
-    pub(crate) fn new(p: &Problem, x: &Tensor, init: &Init, weighted: bool, arch: Arch) -> Self {
+    pub(crate) fn new(p: &Problem, x: &Tensor, settings: &KMeans, arch: Arch) -> Self {
+        let weighted = settings.weights.is_some();
         let cpu = arch == Arch::Cpu;
         let filter = if p.dtype == DType::F64 { 8 } else { 4 };
         let (b, n, k, d) = (p.b as u64, p.n as u64, p.k as u64, p.d as u64);
@@ -166,48 +197,55 @@ impl Plan {
             (true, Metric::Manhattan) => "cpu_medians",
             (true, _) => "cpu_sums",
             (false, Metric::Manhattan) => "medians",
-            (false, _) => "sums",
+            (false, _) => "update",
         };
-        let labels = 2 * 4 * b * n;
-        let order = 4 * b * n + 4 * b * (k + 1);
-        let centroid = b * k * d;
-        // Old, new and initial centroids; fixed-point sums and totals; the prepared copy that is scored.
-        let accumulators = centroid * (3 * p.dtype.size_in_bytes() as u64 + 16 + 8 + filter) + b * k * 64;
-        let eights = 2 * p.d.next_multiple_of(8) as u64;
-        // The moved centroids and the table of their hashes.
-        let halves = 4 * p.d.next_multiple_of(32) as u64;
-        let tensor = match assign {
-            Assign::Sm80 | Assign::Sm90 => b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights.max(halves) + 8 + 52),
-            _ => 0,
-        };
-        let split = if assign.splits(p.dtype) { (halves + 8) * (b * n).min(split_rows(p.d) as u64) } else { 0 };
-        let packed = if pack { b * n * eights } else { 0 };
-        // Distances of the final rows and their weighted copy.
-        let last = 2 * 8 * b * n;
-        let weights = if weighted { 8 * b * n } else { 0 } + if p.metric == Metric::Cosine { 16 * b * n } else { 0 };
-        // Distances to what is chosen and their keys; the rows that k-means|| draws, their prepared copy and its labels.
-        let (drawn, initial) = match init {
-            Init::KMeansPlusPlus => (k, 16 * b * n),
+        let (bn, size) = (b * n, p.dtype.size_in_bytes() as u64);
+        let (eights, halves) = (2 * p.d.next_multiple_of(8) as u64, 4 * p.d.next_multiple_of(32) as u64);
+        // What a fit has from beginning to end: labels, centroids, weights and factors, rows in eights.
+        let weighed = if weighted { 8 * bn } else { 0 } + if p.metric == Metric::Cosine { 8 * bn } else { 0 };
+        let packed = if pack { bn * eights } else { 0 };
+        let kept = 4 * bn + b * k * d * size + weighed + packed + 64 * b;
+        // Then one after another. First the distances to what is chosen and their keys; the rows that k-means|| draws,
+        // their prepared copy and its labels.
+        let (drawn, begins) = match settings.init {
+            Init::KMeansPlusPlus => (k, 16 * bn),
             Init::KMeansParallel => {
                 let drawn = init::drawn(k).min(n);
-                (drawn, 24 * b * n + drawn * (d * (p.dtype.size_in_bytes() as u64 + filter) + eights + 64))
+                (drawn, 56 * n + drawn * (d * (size + filter) + eights + 64))
             }
             _ => (k, 0),
         };
-        let scratch = if cpu {
+        let begins = begins + b * k * d * size + if p.metric == Metric::Cosine { 8 * bn } else { 0 };
+        // The loop: what assigns.
+        let (assigns, updates) = if cpu {
             let threads = rayon::current_num_threads() as u64 + 1;
-            let tile = rows.min(p.n) as u64 * (filter * (d + drawn.min(centroids as u64)) + 64);
-            let candidates = rows.min(p.n) as u64 * 16 * drawn.min(64);
+            let rows = rows.min(p.n) as u64;
+            let tile = rows * (filter * (2 * d + drawn.min(centroids as u64)) + 64 + 16 * drawn.min(64));
             // Clusters of one problem share its rows, and each problem at work may have them all in one cluster.
-            let medians = if p.metric == Metric::Manhattan { 32 * n * threads.min(b) } else { 0 };
-            threads * (tile + candidates + 64 * d) + medians + b * n.div_ceil(rows as u64) * 64
+            let medians = if p.metric == Metric::Manhattan { 64 * n * threads.min(b) } else { 0 };
+            let moves = if settings.empty == EmptyClusters::Relocate { 24 * bn + 8 * n } else { 0 };
+            (threads * tile + b * k * (filter * d + 64) + 64 * bn.div_ceil(rows), moves + medians + threads * 128 * d)
         } else {
-            // The list of rows to recheck, and the counts of the sort.
-            let counts = k * n.div_ceil(k.max(tiles::SORT_ROWS as u64));
-            b * (filter * d + 8 * n + 32 + 4 * (counts + counts.div_ceil(tiles::SCAN_SPAN as u64)))
+            // Moved centroids and the table of their hashes, halves of rows, and the list of rows left to recheck.
+            let tensor = b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights.max(halves) + 60);
+            let split = (halves + 16) * bn.min(split_rows(p.d) as u64);
+            let assigns = match (assign, assign.splits(p.dtype)) {
+                (Assign::Sm80 | Assign::Sm90, true) => tensor + split,
+                (Assign::Sm80 | Assign::Sm90, false) => tensor + 8 * bn,
+                _ => b * (k + 1) * (d + 1) * filter + 4 * bn,
+            };
+            (assigns + b * (4 * d + 64), 0)
         };
-        let bytes =
-            labels + order + accumulators + tensor + split + packed + last + weights + initial + scratch + 65536;
+        // And what updates: the order, its counts, and the sums of clusters that are under way.
+        let sort = Sort::new([p.b, p.n, p.k], 0);
+        let counts = if cpu { b * k } else { b * sort.bins as u64 * (sort.chunks as u64 + 3) };
+        let order = 4 * bn * sort.passes.min(2) as u64 + 8 * b * (k + 1) + 4 * counts;
+        let medians = if p.metric == Metric::Manhattan { b * k * d * size } else { 0 };
+        let sums = if cpu { b * k * (8 + 24 * d) } else { b * k * (16 * (d + 1) + 4) };
+        let loops = assigns.max(updates + order + medians) + sums;
+        // Last, the distances of the rows, and times their weights.
+        let ends = if weighted { 16 } else { 8 } * bn + order;
+        let bytes = kept + begins.max(ends).max(loops) + if cpu { begins.min(assigns) } else { 0 } + 65536;
         Self { assign: assign.name(), rows, centroids, pack, update, bytes }
     }
 

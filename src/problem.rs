@@ -103,14 +103,18 @@ pub struct Problem {
 impl Problem {
     /// Checks the rows of a fit with `k` clusters.
     pub(crate) fn fit(x: &Tensor, k: usize, metric: Metric) -> Result<Self> {
-        let p = Self::of(x, k, metric)?;
-        if k == 0 || k > p.n {
-            return Err(Error::Range { argument: "k", got: k, min: 1, max: p.n });
+        Self::of(x.dims(), x.dtype(), k, metric)?.fitting()
+    }
+
+    /// Checks that there are rows for all clusters.
+    pub(crate) fn fitting(self) -> Result<Self> {
+        if self.k == 0 || self.k > self.n {
+            return Err(Error::Range { argument: "k", got: self.k, min: 1, max: self.n });
         }
-        if p.b == 0 {
+        if self.b == 0 {
             return Err(Error::Range { argument: "x batch", got: 0, min: 1, max: usize::MAX });
         }
-        Ok(p)
+        Ok(self)
     }
 
     /// Checks rows against centroids of shape `(..batch, k, d)` or `(k, d)`.
@@ -119,36 +123,47 @@ impl Problem {
             return Err(Error::Rank { argument: "centroids", expected: 2, shape: c.dims().to_vec() });
         }
         let k = c.dims()[c.rank() - 2];
-        let p = Self::of(x, k, metric)?;
-        check_dtype("centroids", c, p.dtype)?;
-        check_device("centroids", c, x.device())?;
-        let columns = c.dims()[c.rank() - 1];
-        if columns != p.d {
-            return Err(Error::Size { argument: "centroids", what: "columns", got: columns, expected: p.d });
+        let p = Self::of(x.dims(), x.dtype(), k, metric)?;
+        p.centroids(c, x.device())?;
+        Ok(p)
+    }
+
+    /// Checks centroids of shape `(..batch, k, d)` or `(k, d)`.
+    pub(crate) fn centroids(&self, c: &Tensor, device: &Device) -> Result<()> {
+        if c.rank() < 2 {
+            return Err(Error::Rank { argument: "centroids", expected: 2, shape: c.dims().to_vec() });
         }
-        if c.rank() > 2 && c.dims()[..c.rank() - 2] != p.batch[..] {
-            let expected = [&p.batch[..], &[k, p.d]].concat();
+        check_dtype("centroids", c, self.dtype)?;
+        check_device("centroids", c, device)?;
+        let columns = c.dims()[c.rank() - 1];
+        if columns != self.d {
+            return Err(Error::Size { argument: "centroids", what: "columns", got: columns, expected: self.d });
+        }
+        let k = c.dims()[c.rank() - 2];
+        if c.rank() > 2 && c.dims()[..c.rank() - 2] != self.batch[..] {
+            let expected = [&self.batch[..], &[k, self.d]].concat();
             return Err(Error::Shape { argument: "centroids", got: c.dims().to_vec(), expected });
         }
         if k == 0 {
             return Err(Error::Range { argument: "k", got: k, min: 1, max: MAX_ROWS });
         }
-        Ok(p)
+        Ok(())
     }
 
     /// Checks rows that are to be grouped by `k` labels.
     pub(crate) fn rows(x: &Tensor, k: usize) -> Result<Self> {
-        Self::of(x, k, Metric::default())
+        Self::of(x.dims(), x.dtype(), k, Metric::default())
     }
 
-    fn of(x: &Tensor, k: usize, metric: Metric) -> Result<Self> {
-        if x.rank() < 2 {
-            return Err(Error::Rank { argument: "x", expected: 2, shape: x.dims().to_vec() });
+    /// Checks rows of a shape and type.
+    pub(crate) fn of(dims: &[usize], dtype: DType, k: usize, metric: Metric) -> Result<Self> {
+        if dims.len() < 2 {
+            return Err(Error::Rank { argument: "x", expected: 2, shape: dims.to_vec() });
         }
-        if !matches!(x.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
-            return Err(Error::DType { argument: "x", got: x.dtype(), expected: "F16, BF16, F32 or F64".into() });
+        if !matches!(dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
+            return Err(Error::DType { argument: "x", got: dtype, expected: "F16, BF16, F32 or F64".into() });
         }
-        let (batch, rows) = x.dims().split_at(x.rank() - 2);
+        let (batch, rows) = dims.split_at(dims.len() - 2);
         let (n, d) = (rows[0], rows[1]);
         if d == 0 {
             return Err(Error::Range { argument: "x columns", got: 0, min: 1, max: usize::MAX });
@@ -166,7 +181,7 @@ impl Problem {
                 return Err(Error::TooLarge { argument: "x elements", got, limit });
             }
         }
-        Ok(Self { batch: batch.to_vec(), b, n, d, k, dtype: x.dtype(), metric })
+        Ok(Self { batch: batch.to_vec(), b, n, d, k, dtype, metric })
     }
 
     /// `(..batch, tail..)`.
@@ -222,10 +237,21 @@ pub(crate) fn check_device(argument: &'static str, t: &Tensor, expected: &Device
     Ok(())
 }
 
-/// Whether rows of `t`, of shape `(..batch, n, d)`, start at multiples of eight elements, in steps that tell them apart.
+/// Whether rows of `t`, of shape `(..batch, n, d)`, are whole pieces of so many elements, each at a multiple of them, in steps
+/// that tell rows apart.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) fn in_pieces(t: &Tensor, of: usize) -> bool {
+    in_steps(t, of) && t.dims()[t.rank() - 1].is_multiple_of(of)
+}
+
+/// Whether rows of `t` start at multiples of eight elements, in steps that tell them apart.
 pub(crate) fn in_eights(t: &Tensor) -> bool {
+    in_steps(t, 8)
+}
+
+fn in_steps(t: &Tensor, of: usize) -> bool {
     let (last, dims) = (t.rank() - 1, t.dims());
-    let whole = |step: usize| step > 0 && step.is_multiple_of(8);
+    let whole = |step: usize| step > 0 && step.is_multiple_of(of);
     let steps = t.stride()[..last].iter().zip(dims).all(|(&step, &size)| size == 1 || whole(step));
-    steps && (t.stride()[last] == 1 || dims[last] == 1) && t.layout().start_offset().is_multiple_of(8)
+    steps && (t.stride()[last] == 1 || dims[last] == 1) && t.layout().start_offset().is_multiple_of(of)
 }

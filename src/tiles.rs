@@ -35,12 +35,24 @@ pub const TENSOR_CENTROIDS: usize = 128;
 pub const SPLIT_WAVE: usize = 25_344;
 /// Bytes that whole waves of f32 rows, split into halves, should not take more than.
 pub const SPLIT_BYTES: usize = 134_217_728;
-/// Fewest labels that one warp of `sort.cu` ranks in order; more when K is larger, so that counts stay within N.
-pub const SORT_ROWS: usize = 2048;
-/// Sorted rows that one thread block of `update.cu` sums.
-pub const SUM_ROWS: usize = 256;
-/// Columns that one thread block of `update.cu` sums.
-pub const SUM_COLUMNS: usize = 128;
+/// Rows that one thread of `sort.cu` ranks at a time.
+pub const SORT_ITEMS: usize = 16;
+/// Most warps of a block that places rows; fewer when there are many clusters, since each has counters of its own.
+pub const SORT_WARPS: usize = 16;
+/// Most counters of a warp. More clusters than that are sorted digit by digit.
+pub const SORT_BINS: usize = 8192;
+/// Chunks that a sort cuts its rows into, if they are as long as what a block ranks at a time, at least.
+pub const SORT_CHUNKS: usize = 1024;
+/// Most sorted rows that one warp of `update.cu` sums.
+pub const SUM_ROWS: usize = 1024;
+/// Fewest of them.
+pub const SUM_ROWS_LEAST: usize = 64;
+/// Warps that `update.cu` gives work to before it gives them more.
+pub const SUM_WARPS: usize = 16_384;
+/// Threads of a block of `update.cu`.
+pub const SUM_THREADS: usize = 128;
+/// Such blocks that a multiprocessor should hold.
+pub const SUM_BLOCKS: usize = 4;
 /// Columns of a thread block in the median kernel.
 pub const MEDIAN_COLUMNS: usize = 32;
 /// Centroids that the common shift of `norms.cu` is the mean of: it only has to be near the data, and always the same.
@@ -49,10 +61,8 @@ pub const MEAN_SAMPLES: usize = 256;
 pub const ORIGIN_THREADS: usize = 512;
 /// Threads of a block of the scan in `sort.cu`.
 pub const SCAN_THREADS: usize = 1024;
-/// Counts that one of these blocks scans.
-pub const SCAN_SPAN: usize = 8192;
-/// Loads in flight in a thread of `update.cu`'s sums.
-pub const AHEAD: usize = 8;
+/// Steps of the ring through which a warp of `update.cu` reads its rows.
+pub const SUM_STEPS: usize = 8;
 /// Threads of a block of every other kernel.
 pub const THREADS: usize = 256;
 /// Cells that one block walks in a pass over a matrix, and keys or labels in a pass over a list.

@@ -2,15 +2,16 @@
 
 use super::{
     filter::{magnitude, Candidates, Centroids, Scalar},
-    lock, typed, Element, View,
+    lock, typed, write, Element, View,
 };
 use crate::{
+    ops::{Memory, Turn},
     problem::Rows,
     rng::{race_key, Draw},
     tiles::{CPU_CENTROIDS, CPU_ROWS},
     Metric, Result,
 };
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use pulp::NullaryFnOnce;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -55,15 +56,34 @@ pub(crate) fn readable(x: Rows, _: usize, _: Metric) -> Result<Rows> {
 }
 
 pub(crate) fn labels(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+    let labels = Tensor::zeros((x.b, x.n), DType::U32, &Device::Cpu)?;
+    relabel(x, c, metric, None, &labels, &Memory::default())?;
+    Ok(labels)
+}
+
+pub(crate) fn relabel(
+    x: &Rows,
+    c: &Rows,
+    metric: Metric,
+    turn: Option<Turn<'_>>,
+    labels: &Tensor,
+    _: &Memory,
+) -> Result<()> {
     typed!(x.dtype(), T => {
         let (xs, cs) = (lock(&x.tensor), lock(&c.tensor));
         let (xs, cs) = (xs.view::<T>(x)?, cs.view::<T>(c)?);
-        let mut labels = vec![0u32; x.b * x.n];
-        if x.n > 0 {
-            label_all(&xs, &cs, metric, &mut labels);
+        let over = finished(turn)?;
+        if x.b > 0 && x.n > 0 {
+            write(labels, |labels| label_all(&xs, &cs, metric, &over, labels))?;
         }
-        tensor(labels, (x.b, x.n))
+        Ok(())
     })
+}
+
+/// Whether each problem has converged before this turn; empty outside a fit.
+pub(super) fn finished(turn: Option<Turn<'_>>) -> Result<Vec<bool>> {
+    let Some(Turn { progress, iteration }) = turn else { return Ok(vec![]) };
+    Ok(lock(&progress.stop).flat::<u32>()?.iter().map(|&stop| (stop as usize) < iteration).collect())
 }
 
 /// What one thread reuses from tile to tile.
@@ -73,19 +93,23 @@ struct Scratch<S> {
     candidates: Vec<Candidates<S>>,
 }
 
-fn label_all<T: Element>(x: &View<'_, T>, c: &View<'_, T>, metric: Metric, labels: &mut [u32]) {
+fn label_all<T: Element>(x: &View<'_, T>, c: &View<'_, T>, metric: Metric, over: &[bool], labels: &mut [u32]) {
+    let over = |b: usize| over.get(b).is_some_and(|&over| over);
     let problems = if c.rows.batch_stride == 0 { 1 } else { c.rows.b };
-    let centroids: Vec<_> = (0..problems).into_par_iter().map(|b| Centroids::new(c, b, metric)).collect();
+    let prepared = |b| (problems == 1 || !over(b)).then(|| Centroids::new(c, b, metric));
+    let centroids: Vec<_> = (0..problems).into_par_iter().map(prepared).collect();
     let (n, d, k) = (x.rows.n, x.rows.d, c.rows.n);
     let tile = |b: usize, part: usize, out: &mut [u32], s: &mut Scratch<T::Filter>| {
-        label_tile(x, c, b, part * CPU_ROWS, &centroids[b.min(problems - 1)], metric, s, out)
+        if let Some(centroids) = &centroids[b.min(problems - 1)] {
+            label_tile(x, c, b, part * CPU_ROWS, centroids, metric, s, out)
+        }
     };
     let scratch = || Scratch {
         rows: vec![Scalar::of(0.0); CPU_ROWS.min(n) * d],
         scores: vec![Scalar::of(0.0); CPU_ROWS.min(n) * CPU_CENTROIDS.min(k)],
         candidates: vec![Candidates::new(); CPU_ROWS.min(n)],
     };
-    let tiles = labels.chunks_mut(n).enumerate();
+    let tiles = labels.chunks_mut(n).enumerate().filter(|&(b, _)| !over(b));
     let tiles: Vec<_> =
         tiles.flat_map(|(b, l)| l.chunks_mut(CPU_ROWS).enumerate().map(move |(p, o)| (b, p, o))).collect();
     tiles.into_par_iter().for_each_init(scratch, |s, (b, part, out)| tile(b, part, out, s));

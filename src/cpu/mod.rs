@@ -5,10 +5,10 @@ mod filter;
 pub(crate) mod update;
 
 use crate::{problem::Rows, Result};
-use candle_core::{Storage, Tensor, WithDType};
+use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, Tensor, WithDType};
 use filter::Scalar;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
-use std::ops::Deref;
+use std::{cell::RefCell, marker::PhantomData, ops::Deref};
 
 /// Runs `$body` with `$t` standing for the Rust type of a float dtype.
 macro_rules! typed {
@@ -37,7 +37,7 @@ macro_rules! typed {
 pub(crate) use typed;
 
 /// A stored number. Conversions up are exact; `narrow` rounds to nearest even, once.
-pub(crate) trait Element: WithDType {
+pub(crate) trait Element: Stored {
     /// The type that scores are filtered in.
     type Filter: Scalar;
     fn wide(self) -> f64;
@@ -121,6 +121,46 @@ impl<G: Deref<Target = Storage>> Guard<G> {
     pub fn view<'a, T: Element>(&'a self, rows: &'a Rows) -> Result<View<'a, T>> {
         Ok(View { data: &self.all()?[self.start..], rows })
     }
+}
+
+/// An element whose storage can be written.
+pub(crate) trait Stored: WithDType {
+    fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
+}
+
+macro_rules! stored {
+    ($($t:ty, $variant:ident;)+) => {
+        $(impl Stored for $t {
+            fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
+                match storage {
+                    CpuStorage::$variant(data) => Some(data),
+                    _ => None,
+                }
+            }
+        })+
+    };
+}
+stored! { u32, U32; f16, F16; bf16, BF16; f32, F32; f64, F64; }
+
+/// Lets `f` write the elements of a contiguous tensor.
+pub(crate) fn write<T: Stored, R>(t: &Tensor, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
+    struct Write<T, F, R>(RefCell<(Option<F>, Option<R>)>, PhantomData<T>);
+    impl<T: Stored, R, F: FnOnce(&mut [T]) -> R> InplaceOp1 for Write<T, F, R> {
+        fn name(&self) -> &'static str {
+            "write"
+        }
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+            let (Some((start, end)), Some(data)) = (layout.contiguous_offsets(), T::slice_mut(storage)) else {
+                candle_core::bail!("a result is not a contiguous tensor of its type")
+            };
+            let (f, out) = &mut *self.0.borrow_mut();
+            *out = f.take().map(|f| f(&mut data[start..end]));
+            Ok(())
+        }
+    }
+    let op = Write(RefCell::new((Some(f), None)), PhantomData);
+    t.inplace_op1(&op)?;
+    Ok(op.0.into_inner().1.expect("written, or there would have been an error"))
 }
 
 /// Typed access to the rows of [`Rows`].

@@ -1,7 +1,17 @@
 //! Sort-Inverse Update: labels sorted, clusters summed without an order to depend on.
 
-use super::{assign::tensor, filter::Scalar, lock, typed, Element, View};
-use crate::{fixed, problem::Rows, tiles::CPU_SUM_ROWS, Metric, Result};
+use super::{
+    assign::{finished, tensor},
+    filter::Scalar,
+    lock, typed, write, Element, View,
+};
+use crate::{
+    fixed,
+    ops::{Memory, Rule, Terms, Turn},
+    problem::Rows,
+    tiles::CPU_SUM_ROWS,
+    Error, Result,
+};
 use candle_core::Tensor;
 use pulp::NullaryFnOnce;
 use rayon::prelude::*;
@@ -28,51 +38,132 @@ pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
     Ok((tensor(order, (b, n))?, tensor(offsets, (b, k + 1))?))
 }
 
-pub(crate) fn sums(
+pub(crate) fn update(
     x: &Rows,
-    factor: Option<&Tensor>,
-    order: Option<&Tensor>,
-    offsets: &Tensor,
-    max_abs: &Tensor,
-) -> Result<Tensor> {
+    terms: &Terms,
+    labels: Option<&Tensor>,
+    rule: Rule,
+    turn: Option<Turn<'_>>,
+    centroids: &Tensor,
+    _: &Memory,
+) -> Result<()> {
+    let (b, k, d) = centroids.dims3()?;
+    let sorted = labels.map(|labels| order(labels, k)).transpose()?;
     typed!(x.dtype(), T => {
-        let (xs, factor, order, offs, max) = (lock(&x.tensor), factor.map(lock), order.map(lock), lock(offsets), lock(max_abs));
-        let terms = Terms {
+        let (xs, largest) = (lock(&x.tensor), lock(&terms.largest));
+        let (factor, heaviest) = (terms.factor.as_ref().map(lock), terms.heaviest.as_ref().map(lock));
+        let sorted = sorted.as_ref().map(|(order, offsets)| (lock(order), lock(offsets)));
+        let sorted = sorted.as_ref().map(|(order, offsets)| Ok::<_, Error>((order.flat()?, offsets.flat()?))).transpose()?;
+        let clusters = Sorted {
             x: xs.view::<T>(x)?,
             factor: factor.as_ref().map(|f| f.flat::<f64>()).transpose()?,
-            order: order.as_ref().map(|o| o.flat::<u32>()).transpose()?,
+            order: sorted.map(|(order, _)| order),
+            offsets: sorted.map(|(_, offsets)| offsets),
+            largest: largest.flat()?,
+            heaviest: heaviest.as_ref().map(|h| h.flat::<f64>()).transpose()?,
+            k,
         };
-        let (offs, max) = (offs.flat::<u32>()?, max.flat::<f64>()?);
-        let k = offsets.dims2()?.1 - 1;
-        let mut out = vec![0i64; x.b * k * x.d * 2];
-        out.par_chunks_mut(x.d * 2).enumerate().for_each(|(i, out)| {
-            let (b, j) = (i / k, i % k);
-            let (start, end) = (offs[b * (k + 1) + j] as usize, offs[b * (k + 1) + j + 1] as usize);
-            let scale = fixed::scale(max[b], x.n);
-            let part = |p: usize| terms.sum(b, start + p * CPU_SUM_ROWS, end.min(start + (p + 1) * CPU_SUM_ROWS), scale);
-            let add = |mut a: Vec<i128>, b: Vec<i128>| {
-                a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
-                a
+        let over = finished(turn)?;
+        let shifts: Vec<f64> = write(centroids, |centroids: &mut [T]| {
+            let moved = |(i, row): (usize, &mut [T])| {
+                let (b, j) = (i / k, i % k);
+                if over.get(b).is_some_and(|&over| over) { 0.0 } else { clusters.replace(b, j, rule, row) }
             };
-            let parts = (end - start).div_ceil(CPU_SUM_ROWS);
-            if let Some(sum) = (0..parts).into_par_iter().map(part).reduce_with(add) {
-                for (o, q) in out.chunks_exact_mut(2).zip(sum) {
-                    (o[0], o[1]) = (q as i64, (q >> 64) as i64);
+            centroids.par_chunks_mut(d).enumerate().map(moved).collect()
+        })?;
+        let Some(Turn { progress, iteration }) = turn else { return Ok(()) };
+        let thresholds = lock(&progress.threshold);
+        let thresholds = thresholds.flat::<f64>()?;
+        write(&progress.stop, |stop: &mut [u32]| {
+            for b in (0..b).filter(|&b| !over[b]) {
+                if shifts[b * k..][..k].iter().fold(0.0, |most: f64, &s| most.max(s)) <= thresholds[b] {
+                    stop[b] = iteration as u32;
                 }
             }
-        });
-        tensor(out, (x.b, k, x.d, 2))
+        })
     })
 }
 
-/// The terms of the sums: rows in label order, each times its factor.
-struct Terms<'a, T> {
+/// Rows in label order (or, without one, all in one cluster as they lie), and what bounds their terms.
+struct Sorted<'a, T> {
     x: View<'a, T>,
     factor: Option<&'a [f64]>,
     order: Option<&'a [u32]>,
+    offsets: Option<&'a [u32]>,
+    largest: &'a [f64],
+    heaviest: Option<&'a [f64]>,
+    k: usize,
 }
 
-impl<T: Element> Terms<'_, T> {
+impl<T: Element> Sorted<'_, T> {
+    fn range(&self, b: usize, j: usize) -> Range<usize> {
+        match self.offsets {
+            Some(offsets) => offsets[b * (self.k + 1) + j] as usize..offsets[b * (self.k + 1) + j + 1] as usize,
+            None => 0..self.x.rows.n,
+        }
+    }
+
+    /// Replaces the centroid `row` of cluster `j`, unless that has no weight, and returns the square of its shift.
+    fn replace(&self, b: usize, j: usize, rule: Rule, row: &mut [T]) -> f64 {
+        let values = match rule {
+            Rule::Median => self.medians(b, j),
+            _ => self.sums(b, j).and_then(|sums| self.divided(b, j, rule, sums)),
+        };
+        let Some(values) = values else { return 0.0 };
+        let shift = fixed::striped(row.iter_mut().zip(values).map(|(old, v)| {
+            let new = T::narrow(v);
+            let t = if new.wide() == old.wide() { 0.0 } else { new.wide() - old.wide() };
+            *old = new;
+            t * t
+        }));
+        if shift.is_nan() {
+            f64::INFINITY
+        } else {
+            shift
+        }
+    }
+
+    fn divided(&self, b: usize, j: usize, rule: Rule, sums: Vec<f64>) -> Option<Vec<f64>> {
+        let divisor = match rule {
+            Rule::Sum => 1.0,
+            Rule::Direction => fixed::striped(sums.iter().map(|s| s * s)).sqrt(),
+            _ => self.weight(b, j),
+        };
+        (divisor > 0.0).then(|| sums.into_iter().map(|s| s / divisor).collect())
+    }
+
+    /// The fixed-point weight of the row at a place, and the scale it has.
+    fn weights(&self, b: usize) -> Option<(impl Fn(usize) -> i128 + '_, i32)> {
+        let (factor, heaviest) = (self.factor?, self.heaviest?);
+        let scale = fixed::scale(heaviest[b], self.x.rows.n);
+        Some((move |place| fixed::quantise(factor[b * self.x.rows.n + self.row(b, place)], scale), scale))
+    }
+
+    fn weight(&self, b: usize, j: usize) -> f64 {
+        match self.weights(b) {
+            Some((weight, scale)) => fixed::value(self.range(b, j).map(weight).sum(), scale),
+            None => self.range(b, j).len() as f64,
+        }
+    }
+
+    fn row(&self, b: usize, place: usize) -> usize {
+        self.order.map_or(place, |order| order[b * self.x.rows.n + place] as usize)
+    }
+
+    /// The sums of the columns; none of no rows.
+    fn sums(&self, b: usize, j: usize) -> Option<Vec<f64>> {
+        let Range { start, end } = self.range(b, j);
+        let scale = fixed::scale(self.largest[b], self.x.rows.n);
+        let part = |p: usize| self.sum(b, start + p * CPU_SUM_ROWS, end.min(start + (p + 1) * CPU_SUM_ROWS), scale);
+        let add = |mut a: Vec<i128>, b: Vec<i128>| {
+            a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+            a
+        };
+        let parts = (end - start).div_ceil(CPU_SUM_ROWS);
+        let sum = (0..parts).into_par_iter().map(part).reduce_with(add)?;
+        Some(sum.into_iter().map(|q| fixed::value(q, scale)).collect())
+    }
+
     /// Sums positions `start..end` of problem `b` as fixed-point integers.
     ///
     /// The integer of most terms is split over a few f64 "limbs", each a whole number of its own unit (2^26 apart) and
@@ -105,12 +196,27 @@ impl<T: Element> Terms<'_, T> {
         }
         sum
     }
+
+    /// The medians of the columns; none of no weight.
+    fn medians(&self, b: usize, j: usize) -> Option<Vec<f64>> {
+        let weights = self.weights(b);
+        let weight = |place| weights.as_ref().map_or(1, |(weight, _)| weight(place));
+        let members: Vec<_> = self.range(b, j).map(|place| (self.row(b, place), weight(place))).collect();
+        let total: i128 = members.iter().map(|m| m.1).sum();
+        let mut column = Vec::with_capacity(members.len());
+        let median = |c: usize| {
+            column.clear();
+            column.extend(members.iter().map(|&(i, weight)| (self.x.row(b, i)[c].wide(), weight)));
+            median(&mut column, total, weights.is_none())
+        };
+        (total > 0).then(|| (0..self.x.rows.d).map(median).collect())
+    }
 }
 
 /// Adds the limbs of some terms to `planes`, and what they leave (without rounders: everything) to `sum`. A struct for the
 /// reason that `Pack` in assign.rs is one.
 struct AddRows<'a, T> {
-    terms: &'a Terms<'a, T>,
+    terms: &'a Sorted<'a, T>,
     b: usize,
     positions: Range<usize>,
     scale: i32,
@@ -126,7 +232,7 @@ impl<T: Element> NullaryFnOnce for AddRows<'_, T> {
     fn call(self) {
         let Self { terms, b, positions, scale, rounders, planes, sum } = self;
         let (n, d) = (terms.x.rows.n, terms.x.rows.d);
-        let row = |p: usize| terms.order.map_or(p, |order| order[b * n + p] as usize);
+        let row = |p: usize| terms.row(b, p);
         let (mut values, mut each, mut rest) = (vec![Scalar::of(0.0); d], vec![0f64; d], vec![0f64; d]);
         for p in positions.clone() {
             if terms.order.is_some() && p + AHEAD < positions.end {
@@ -170,84 +276,6 @@ fn prefetch<T>(row: &[T]) {
     let _ = row;
 }
 
-pub(crate) fn totals(sums: &Tensor, max_abs: &Tensor, n: usize) -> Result<Tensor> {
-    let (b, k, d, _) = sums.dims4()?;
-    let (sums, max) = (lock(sums), lock(max_abs));
-    let (sums, max) = (sums.flat::<i64>()?, max.flat::<f64>()?);
-    let total = |i: usize| {
-        let q = (sums[2 * i + 1] as i128) << 64 | sums[2 * i] as u64 as i128;
-        fixed::value(q, fixed::scale(max[i / (k * d)], n))
-    };
-    tensor((0..b * k * d).into_par_iter().with_min_len(1024).map(total).collect::<Vec<_>>(), (b, k, d))
-}
-
-/// A centroid tensor whose rows are computed by `f(batch, cluster, out)`; where it returns false, and in problems that are
-/// done, the old centroid stays.
-fn centroids<T: Element>(
-    old: &Rows,
-    done: &Tensor,
-    f: impl Fn(usize, usize, &mut [T]) -> bool + Sync,
-) -> Result<Tensor> {
-    let (olds, done) = (lock(&old.tensor), lock(done));
-    let (olds, done) = (olds.view::<T>(old)?, done.flat::<u8>()?);
-    let (b, k, d) = (old.b, old.n, old.d);
-    let mut out = vec![T::narrow(0.0); b * k * d];
-    out.par_chunks_mut(d).enumerate().for_each(|(i, out)| {
-        let (b, j) = (i / k, i % k);
-        if done[b] != 0 || !f(b, j, out) {
-            out.copy_from_slice(olds.row(b, j));
-        }
-    });
-    tensor(out, (b, k, d))
-}
-
-pub(crate) fn means(totals: &Tensor, weight: &Tensor, old: &Rows, done: &Tensor, metric: Metric) -> Result<Tensor> {
-    typed!(old.dtype(), T => {
-        let (totals, weight) = (lock(totals), lock(weight));
-        let (totals, weight) = (totals.flat::<f64>()?, weight.flat::<f64>()?);
-        let (k, d) = (old.n, old.d);
-        centroids::<T>(old, done, |b, j, out| {
-            let total = &totals[(b * k + j) * d..][..d];
-            let divisor = match (weight[b * k + j], metric) {
-                (w, Metric::Cosine) if w > 0.0 => total.iter().fold(0.0, |s, t| s + t * t).sqrt(),
-                (w, _) => w,
-            };
-            out.iter_mut().zip(total).for_each(|(o, t)| *o = T::narrow(t / divisor));
-            divisor > 0.0
-        })
-    })
-}
-
-pub(crate) fn medians(
-    x: &Rows,
-    weights: Option<(&Tensor, &Tensor)>,
-    order: &Tensor,
-    offsets: &Tensor,
-    old: &Rows,
-    done: &Tensor,
-) -> Result<Tensor> {
-    typed!(x.dtype(), T => {
-        let (xs, order, offs) = (lock(&x.tensor), lock(order), lock(offsets));
-        let (xs, order, offs) = (xs.view::<T>(x)?, order.flat::<u32>()?, offs.flat::<u32>()?);
-        let weights = weights.map(|(w, max)| (lock(w), lock(max)));
-        let weights = weights.as_ref().map(|(w, max)| Ok::<_, crate::Error>((w.flat::<f64>()?, max.flat::<f64>()?)));
-        let weights = weights.transpose()?;
-        let (n, k) = (x.n, old.n);
-        centroids::<T>(old, done, |b, j, out| {
-            let members = &order[b * n..][offs[b * (k + 1) + j] as usize..offs[b * (k + 1) + j + 1] as usize];
-            let weight = |i: u32| weights.map_or(1, |(w, max)| fixed::quantise(w[b * n + i as usize], fixed::scale(max[b], n)));
-            let total: i128 = members.iter().map(|&i| weight(i)).sum();
-            let mut column: Vec<(f64, i128)> = Vec::with_capacity(members.len());
-            for (c, o) in out.iter_mut().enumerate() {
-                column.clear();
-                column.extend(members.iter().map(|&i| (xs.row(b, i as usize)[c].wide(), weight(i))));
-                *o = T::narrow(median(&mut column, total, weights.is_none()));
-            }
-            total > 0
-        })
-    })
-}
-
 /// The smallest value that at least half of the weight does not exceed.
 fn median(column: &mut [(f64, i128)], total: i128, unweighted: bool) -> f64 {
     let by_value = |a: &(f64, i128), b: &(f64, i128)| a.0.total_cmp(&b.0);
@@ -265,36 +293,4 @@ fn median(column: &mut [(f64, i128)], total: i128, unweighted: bool) -> f64 {
         2 * below >= total
     });
     reached.map_or(0.0, |&(v, _)| v)
-}
-
-pub(crate) fn shift(new: &Rows, old: &Rows) -> Result<Tensor> {
-    typed!(new.dtype(), T => {
-        let (ns, os) = (lock(&new.tensor), lock(&old.tensor));
-        let (ns, os) = (ns.view::<T>(new)?, os.view::<T>(old)?);
-        let moved = |b: usize, j: usize| {
-            let pairs = ns.row(b, j).iter().zip(os.row(b, j)).map(|(n, o)| (n.wide(), o.wide()));
-            let d = Metric::SquaredEuclidean.distance(pairs);
-            if d.is_nan() { f64::INFINITY } else { d }
-        };
-        let problem = |b| (0..new.n).into_par_iter().with_min_len(64).map(|j| moved(b, j)).reduce(|| 0.0, f64::max);
-        tensor((0..new.b).into_par_iter().map(problem).collect::<Vec<_>>(), new.b)
-    })
-}
-
-pub(crate) fn converged(
-    done: &Tensor,
-    old: &Tensor,
-    new: &Tensor,
-    shift: &Tensor,
-    threshold: &Tensor,
-) -> Result<Tensor> {
-    let (b, n) = old.dims2()?;
-    let (done, old, new, shift, threshold) = (lock(done), lock(old), lock(new), lock(shift), lock(threshold));
-    let (done, old, new) = (done.flat::<u8>()?, old.flat::<u32>()?, new.flat::<u32>()?);
-    let (shift, threshold) = (shift.flat::<f64>()?, threshold.flat::<f64>()?);
-    let stops = |b: usize| {
-        let rows = b * n..(b + 1) * n;
-        (done[b] != 0 || shift[b] <= threshold[b] || old[rows.clone()] == new[rows]) as u8
-    };
-    tensor((0..b).into_par_iter().map(stops).collect::<Vec<_>>(), b)
 }

@@ -1,10 +1,11 @@
 //! Labels, distances, and the per-row passes around them: `kernels/assign_*.cu` and `kernels/norms.cu`.
 
 use super::{
-    alloc, device, elements, launch, read, shape, tensor, typed, Element, Layout, Nullable, Part, Place, TensorMap,
-    Workspace,
+    alloc, device, elements, launch, read, shape, tensor, typed, write, Active, Element, Layout, Memory, Nullable,
+    Part, Place, TensorMap, Workspace,
 };
 use crate::{
+    ops::Turn,
     plan::{sm90_shape, split_rows, Assign},
     problem::{in_eights, Rows},
     rng::Draw,
@@ -29,27 +30,36 @@ const WARP: usize = 32;
 const OP: &str = "labels";
 
 pub(crate) fn labels(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    typed!(x.dtype(), T => labels_of::<T>(x, c, metric))
+    let dev = device(&x.tensor)?;
+    let labels = tensor(dev, alloc::<u32>(dev, OP, elements(&[x.b, x.n]))?, (x.b, x.n));
+    relabel(x, c, metric, None, &labels, &Memory::default())?;
+    Ok(labels)
 }
 
 /// FlashAssign: one pass that proves most labels, one that settles the rest. Scratch beyond the prepared centroids: 8
 /// bytes a row.
-fn labels_of<T: Element>(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    let dev = device(&x.tensor)?;
-    let mut labels = alloc::<u32>(dev, OP, elements(&[x.b, x.n]))?;
-    if x.b > 0 && x.n > 0 {
-        let to = Part::of(&mut labels, &dev.cuda_stream());
-        let kernel = Assign::choose(x.dtype(), metric, [x.b, x.n, c.n, x.d], super::arch(dev)?);
-        match (kernel, T::HALF) {
-            (Assign::Sm80 | Assign::Sm90, Some(half)) => {
-                let x = pack::<T>(dev, x)?;
-                tensor_labels::<T>(dev, kernel, half, &x, c, metric, to)?;
-            }
-            (Assign::Sm80 | Assign::Sm90, None) => split_labels(dev, kernel, x, c, metric, to)?,
-            _ => simt_labels::<T>(dev, x, c, metric, to)?,
-        }
+pub(crate) fn relabel(
+    x: &Rows,
+    c: &Rows,
+    metric: Metric,
+    turn: Option<Turn<'_>>,
+    labels: &Tensor,
+    memory: &Memory,
+) -> Result<()> {
+    if x.b == 0 || x.n == 0 {
+        return Ok(());
     }
-    Ok(tensor(dev, labels, (x.b, x.n)))
+    let dev = device(&x.tensor)?;
+    let active = Active::of(turn)?;
+    let kernel = Assign::choose(x.dtype(), metric, [x.b, x.n, c.n, x.d], super::arch(dev)?);
+    typed!(x.dtype(), T => write(labels, |to| match (kernel, T::HALF) {
+        (Assign::Sm80 | Assign::Sm90, Some(half)) => {
+            let x = pack::<T>(dev, x)?;
+            tensor_labels::<T>(dev, kernel, half, &x, c, metric, active, to, memory)
+        }
+        (Assign::Sm80 | Assign::Sm90, None) => split_labels(dev, kernel, x, c, metric, active, to, memory),
+        _ => simt_labels::<T>(dev, x, c, metric, active, to, memory),
+    }))
 }
 
 /// The rows themselves, or a copy in multiples of eight columns if the kernel reads such and they lie otherwise.
@@ -75,7 +85,15 @@ fn pack<T: Element>(dev: &CudaDevice, x: &Rows) -> Result<Rows> {
     Rows::new(&tensor(dev, out, (x.b, x.n, pitch)).narrow(2, 0, x.d)?)
 }
 
-fn simt_labels<T: Element>(dev: &CudaDevice, x: &Rows, c: &Rows, metric: Metric, labels: Part<u32>) -> Result<()> {
+fn simt_labels<T: Element>(
+    dev: &CudaDevice,
+    x: &Rows,
+    c: &Rows,
+    metric: Metric,
+    active: Active,
+    labels: Part<u32>,
+    memory: &Memory,
+) -> Result<()> {
     let (xs, cs) = (read(&x.tensor), read(&c.tensor));
     let (xs, cs) = (xs.view::<T>()?, cs.view::<T>()?);
     let one = one_copy(c);
@@ -88,24 +106,24 @@ fn simt_labels<T: Element>(dev: &CudaDevice, x: &Rows, c: &Rows, metric: Metric,
     let list = layout.unwritten::<u32>(elements(&[x.b, x.n]));
     let moved = layout.unwritten::<T::Filter>(elements(&[copies, k, d]));
     let bias = layout.unwritten::<T::Filter>(elements(&[copies, k]));
-    let w = layout.alloc(dev, OP)?;
+    let w = layout.scratch(dev, OP, memory)?;
     let (mu, largest, moved, bias) = (w.part(mu), w.part(largest), w.part(moved), w.part(bias));
     let (listed, list) = (w.part(listed), w.part(list));
 
     if metric == Metric::SquaredEuclidean {
         launch!(dev, Prepare, "prepare_means", T::SUFFIX, elements(&[copies, d.div_ceil(WARP)]), WARP * WARP;
-            &cs, &shape(&one), &mu)?;
+            &cs, &shape(&one), &active, &mu)?;
     }
     let of = metric as i32;
     launch!(dev, Prepare, "prepare_centroids", T::SUFFIX, warps(elements(&[copies, k])), THREADS;
-        &cs, &shape(&one), &of, &mu, &moved, &bias, &largest)?;
+        &cs, &shape(&one), &active, &of, &mu, &moved, &bias, &largest)?;
     let (tiles, k, copies) = (elements(&[x.b, x.n.div_ceil(SIMT_ROWS)]), k as i64, copies as i64);
     let name = if metric == Metric::Manhattan { "assign_simt_manhattan" } else { "assign_simt_dot" };
     launch!(dev, AssignSimt, name, T::SUFFIX, tiles, THREADS;
-        &xs, &shape(x), &k, &mu, &moved, &bias, &largest, &copies, &of, &labels, &list, &listed)?;
+        &xs, &shape(x), &active, &k, &mu, &moved, &bias, &largest, &copies, &of, &labels, &list, &listed)?;
     let blocks = elements(&[x.b, warps(x.n)]).min(RECHECK_BLOCKS);
     launch!(dev, AssignSimt, "recheck", T::SUFFIX, blocks, THREADS;
-        &xs, &shape(x), &cs, &shape(c), &mu, &moved, &bias, &largest, &copies, &of, &labels, &list, &listed)
+        &xs, &shape(x), &active, &cs, &shape(c), &mu, &moved, &bias, &largest, &copies, &of, &labels, &list, &listed)
 }
 
 /// Blocks that have a warp for each of `count`.
@@ -130,21 +148,24 @@ impl Table {
     }
 
     /// Lets no centroid win that repeats an earlier one, once all are in the table.
+    #[allow(clippy::too_many_arguments)]
     fn drop_duplicates<T: Element>(
         &self,
         dev: &CudaDevice,
-        w: &Workspace,
+        w: &Workspace<'_>,
         cs: &CudaView<'_, T>,
         c: &Rows,
+        active: Active,
         padded: usize,
         start: Part<f32>,
     ) -> Result<()> {
         launch!(dev, Prepare, "drop_duplicates", T::SUFFIX, elements(&[c.b, c.n]).div_ceil(THREADS), THREADS;
-            cs, &shape(c), &(padded as i64), &w.part(self.keys), &w.part(self.first), &(self.slots as i64),
+            cs, &shape(c), &active, &(padded as i64), &w.part(self.keys), &w.part(self.first), &(self.slots as i64),
             &w.part(self.slot), &start)
     }
 }
 
+#[allow(clippy::too_many_arguments)]
 fn tensor_labels<T: Element>(
     dev: &CudaDevice,
     kernel: Assign,
@@ -152,7 +173,9 @@ fn tensor_labels<T: Element>(
     x: &Rows,
     c: &Rows,
     metric: Metric,
+    active: Active,
     labels: Part<u32>,
+    memory: &Memory,
 ) -> Result<()> {
     let (xs, cs) = (read(&x.tensor), read(&c.tensor));
     let (xs, cs) = (xs.view::<T>()?, cs.view::<T>()?);
@@ -170,20 +193,20 @@ fn tensor_labels<T: Element>(
     let start = layout.unwritten::<f32>(elements(&[copies, padded]));
     let scaled = metric == Metric::Cosine;
     let scale = scaled.then(|| layout.unwritten::<f32>(elements(&[copies, padded])));
-    let w = layout.alloc(dev, OP)?;
+    let w = layout.scratch(dev, OP, memory)?;
     let (mu, moved, start, bounds) = (w.part(mu), w.part(moved), w.part(start), w.part(bounds));
     let scale = scale.map_or(Part::NULL, |scale| w.part(scale));
     let (listed, list) = (w.part(listed), w.part(list));
 
     let centred = metric == Metric::SquaredEuclidean;
     launch!(dev, Prepare, "prepare_origin", T::SUFFIX, elements(&[copies, d.div_ceil(2 * WARP)]), ORIGIN_THREADS;
-        &cs, &shape(&one), &(centred as i32), &mu)?;
+        &cs, &shape(&one), &active, &(centred as i32), &mu)?;
     let blocks = elements(&[copies, padded]).div_ceil(THREADS / 8); // eight lanes to a centroid
     let (of, k64, pitch64, padded64, copies64) = (metric as i32, k as i64, pitch as i64, padded as i64, copies as i64);
     launch!(dev, Prepare, "prepare_moved", T::SUFFIX, blocks, THREADS;
-        &cs, &shape(&one), &of, &mu, &pitch64, &padded64, &moved, &start, &scale, &bounds,
+        &cs, &shape(&one), &active, &of, &mu, &pitch64, &padded64, &moved, &start, &scale, &bounds,
         &w.part(table.keys), &w.part(table.first), &(table.slots as i64), &w.part(table.slot))?;
-    table.drop_duplicates(dev, &w, &cs, &one, padded, start)?;
+    table.drop_duplicates(dev, &w, &cs, &one, active, padded, start)?;
 
     let processors = processors(dev)?;
     let no_slack = Part::<f32>::NULL;
@@ -194,17 +217,17 @@ fn tensor_labels<T: Element>(
         let map = TensorMap::new(half, moved.address, [copies, k, d], [k * pitch, pitch], SM90_CENTROIDS)?;
         let tiles = elements(&[x.b, x.n.div_ceil(SM90_ROWS * groups)]).min(processors);
         launch!(dev, AssignSm90, SM90_NAMES[steps], T::SUFFIX, tiles, 128 * (groups + 1), SM90_SHARED;
-            &row_map, &map, &shape(x), &start, &scale, &bounds, &k64, &padded64, &copies64, &no_slack, &labels, &list,
+            &row_map, &map, &shape(x), &active, &start, &scale, &bounds, &k64, &padded64, &copies64, &no_slack, &labels, &list,
             &listed)?;
     } else {
         let tiles = elements(&[x.b, x.n.div_ceil(SM80_ROWS)]);
         launch!(dev, AssignSm80, "assign_sm80", T::SUFFIX, tiles, SM80_ROWS, sweep_shared(d);
-            &xs, &shape(x), &moved, &start, &scale, &bounds, &k64, &pitch64, &padded64, &copies64, &labels, &list,
+            &xs, &shape(x), &active, &moved, &start, &scale, &bounds, &k64, &pitch64, &padded64, &copies64, &labels, &list,
             &listed, &no_slack)?;
     }
     let shared = sweep_shared(d) + HELD_SHARED;
     launch!(dev, Recheck, "recheck_tensor", T::SUFFIX, 2 * processors, SM80_ROWS, shared;
-        &xs, &shape(x), &cs, &shape(c), &moved, &start, &scale, &bounds, &k64, &pitch64, &padded64, &copies64, &of,
+        &xs, &shape(x), &active, &cs, &shape(c), &moved, &start, &scale, &bounds, &k64, &pitch64, &padded64, &copies64, &of,
         &labels, &list, &listed)
 }
 
@@ -260,7 +283,17 @@ fn processors(dev: &CudaDevice) -> Result<usize> {
 
 /// f32 rows by way of halves: `kernels/split.cu`. Rows are split a rectangle at a time, part of one problem or whole
 /// problems, so that the halves take no more memory than [`SPLIT_BYTES`] and stay in L2 for the most part.
-fn split_labels(dev: &CudaDevice, kernel: Assign, x: &Rows, c: &Rows, metric: Metric, labels: Part<u32>) -> Result<()> {
+#[allow(clippy::too_many_arguments)]
+fn split_labels(
+    dev: &CudaDevice,
+    kernel: Assign,
+    x: &Rows,
+    c: &Rows,
+    metric: Metric,
+    active: Active,
+    labels: Part<u32>,
+    memory: &Memory,
+) -> Result<()> {
     let (xs, cs) = (read(&x.tensor), read(&c.tensor));
     let (xs, cs) = (xs.view::<f32>()?, cs.view::<f32>()?);
     let one = one_copy(c);
@@ -268,6 +301,9 @@ fn split_labels(dev: &CudaDevice, kernel: Assign, x: &Rows, c: &Rows, metric: Me
     let (pitch, padded) = (d.next_multiple_of(32), k.next_multiple_of(TENSOR_CENTROIDS));
     let both = 2 * pitch;
     let most = split_rows(d).min(elements(&[x.b, x.n]));
+    // A part of a problem is a rectangle that is known here: which problem it is of cannot come from a list.
+    let whole = x.n <= most;
+    let active = if whole { active } else { active.whole() };
 
     let mut layout = Layout::default();
     let mu = layout.zeroed::<f32>(elements(&[copies, d]));
@@ -281,7 +317,7 @@ fn split_labels(dev: &CudaDevice, kernel: Assign, x: &Rows, c: &Rows, metric: Me
     let start = layout.unwritten::<f32>(elements(&[copies, padded]));
     let halves = layout.unwritten::<half::f16>(elements(&[most, both]));
     let slacks = [(); 2].map(|_| layout.unwritten::<f32>(most));
-    let w = layout.alloc(dev, OP)?;
+    let w = layout.scratch(dev, OP, memory)?;
     let (mu, largest, moved, start, bounds) =
         (w.part(mu), w.part(largest), w.part(moved), w.part(start), w.part(bounds));
     let (mut listed, list, halves) = (w.part(listed), w.part(list), w.part(halves));
@@ -289,36 +325,37 @@ fn split_labels(dev: &CudaDevice, kernel: Assign, x: &Rows, c: &Rows, metric: Me
 
     if metric == Metric::SquaredEuclidean {
         launch!(dev, Prepare, "prepare_means", "f32", elements(&[copies, d.div_ceil(WARP)]), WARP * WARP;
-            &cs, &shape(&one), &mu)?;
+            &cs, &shape(&one), &active, &mu)?;
     }
     let (of, no_scale) = (metric as i32, Part::<f32>::NULL);
     let (k64, pitch64, both64, padded64, copies64) =
         (k as i64, pitch as i64, both as i64, padded as i64, copies as i64);
     launch!(dev, Split, "split_largest", "f32", warps(elements(&[copies, k])), THREADS;
-        &cs, &shape(&one), &of, &mu, &largest)?;
+        &cs, &shape(&one), &active, &of, &mu, &largest)?;
     launch!(dev, Split, "split_centroids", "f32", warps(elements(&[copies, padded])), THREADS;
-        &cs, &shape(&one), &of, &mu, &largest, &pitch64, &padded64, &moved, &start, &bounds,
+        &cs, &shape(&one), &active, &of, &mu, &largest, &pitch64, &padded64, &moved, &start, &bounds,
         &w.part(table.keys), &w.part(table.first), &(table.slots as i64), &w.part(table.slot))?;
-    table.drop_duplicates(dev, &w, &cs, &one, padded, start)?;
+    table.drop_duplicates(dev, &w, &cs, &one, active, padded, start)?;
 
     let processors = processors(dev)?;
     let mut first = 0;
     while first < x.b * x.n {
         let (b, row) = (first / x.n, first % x.n);
-        let whole = x.n <= most;
         let (problems, rows) = if whole { ((most / x.n).min(x.b - b), x.n) } else { (1, most.min(x.n - row)) };
         let copy = if copies > 1 { b } else { 0 };
         let count = problems * rows;
         let lanes = (pitch / 8).next_power_of_two().clamp(4, WARP);
         launch!(dev, Split, "split_rows", "f32", warps(count.div_ceil(WARP / lanes)).min(16 * processors), THREADS;
-            &xs, &shape(x), &(first as i64), &(count as i64), &of, &mu, &largest, &bounds, &copies64, &pitch64,
+            &xs, &shape(x), &active, &(first as i64), &(count as i64), &of, &mu, &largest, &bounds, &copies64, &pitch64,
             &halves, &slack, &slack_split)?;
 
         let part = Rows { b: problems, n: rows, ..x.clone() };
         let split = Rows { b: problems, n: rows, batch_stride: rows * both, row_stride: both, ..x.clone() };
         let (start, moved) = (start.from(copy * padded), moved.from(copy * k * both));
         let (high, low) = (bounds.from(copy), bounds.from(copies + copy));
-        let labels = labels.from(first);
+        // By a list, problems are found from the first one on.
+        let (from, skip) = if active.list.is_null() { (b, 0) } else { (0, b) };
+        let (active, labels) = (active.after(skip), labels.from(from * x.n + row));
         if kernel == Assign::Sm90 {
             let half = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
             let (steps, groups) = sm90_shape(d);
@@ -327,19 +364,19 @@ fn split_labels(dev: &CudaDevice, kernel: Assign, x: &Rows, c: &Rows, metric: Me
             let map = TensorMap::new(half, moved.address, [own, k, d], [k * both, both], SM90_CENTROIDS)?;
             let tiles = elements(&[problems, rows.div_ceil(SM90_ROWS * groups)]).min(processors);
             launch!(dev, AssignSm90, SM90_NAMES[steps], "f16", tiles, 128 * (groups + 1), SM90_SHARED;
-                &row_map, &map, &shape(&split), &start, &no_scale, &high, &k64, &padded64, &copies64, &slack, &labels,
+                &row_map, &map, &shape(&split), &active, &start, &no_scale, &high, &k64, &padded64, &copies64, &slack, &labels,
                 &list, &listed)?;
         } else {
             let tiles = elements(&[problems, rows.div_ceil(SM80_ROWS)]);
             launch!(dev, AssignSm80, "assign_sm80", "f16", tiles, SM80_ROWS, sweep_shared(d);
-                &halves, &shape(&split), &moved, &start, &no_scale, &high, &k64, &both64, &padded64, &copies64,
+                &halves, &shape(&split), &active, &moved, &start, &no_scale, &high, &k64, &both64, &padded64, &copies64,
                 &labels, &list, &listed, &slack)?;
         }
-        let originals = xs.slice(b * x.batch_stride + row * x.row_stride..);
-        let centroids = cs.slice(b * c.batch_stride..);
+        let originals = xs.slice(from * x.batch_stride + row * x.row_stride..);
+        let centroids = cs.slice(from * c.batch_stride..);
         let shared = sweep_shared(2 * d) + HELD_SHARED;
         launch!(dev, Recheck, "recheck_split", "f32", 2 * processors, SM80_ROWS, shared;
-            &halves, &originals, &shape(&part), &centroids, &shape(c), &moved, &start, &low, &k64, &both64, &padded64,
+            &halves, &originals, &shape(&part), &active, &centroids, &shape(c), &moved, &start, &low, &k64, &both64, &padded64,
             &copies64, &of, &labels, &list, &listed, &slack_split, &slack)?;
         (first, listed) = (first + count, listed.from(problems));
     }

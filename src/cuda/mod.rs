@@ -5,10 +5,16 @@
 pub(crate) mod assign;
 pub(crate) mod update;
 
-use crate::{plan::Arch, problem::Rows, Error, Result};
+use crate::{
+    ops::{Progress, Turn},
+    plan::Arch,
+    problem::Rows,
+    Error, Result,
+};
 use candle_core::cuda_backend::{
     cudarc::{
         driver::{
+            result,
             sys::{self, CUfunction_attribute, CUresult, CUtensorMap, CUtensorMapDataType},
             CudaFunction, CudaModule, CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DeviceRepr,
             DriverError, LaunchArgs, LaunchConfig, PushKernelArg, ValidAsZeroBits,
@@ -17,13 +23,13 @@ use candle_core::cuda_backend::{
     },
     CudaDType, CudaDevice, CudaStorage, WrapErr,
 };
-use candle_core::{Device, Shape, Storage, StorageRef, Tensor};
+use candle_core::{CpuStorage, Device, InplaceOp1, Shape, Storage, StorageRef, Tensor};
 use std::{
     cell::RefCell,
     collections::HashMap,
     marker::PhantomData,
     mem::MaybeUninit,
-    sync::{Arc, LazyLock, Mutex},
+    sync::{Arc, LazyLock, Mutex, MutexGuard},
 };
 
 /// What chooses kernels.
@@ -212,7 +218,16 @@ unsafe impl<'a, 'b: 'a, T> PushKernelArg<Nullable<'b, T>> for LaunchArgs<'a> {
     }
 }
 
-/// Scratch memory to be: what starts as zeros, then the rest, so that one allocation and one fill serve several kernels.
+/// Device memory that the ops of a fit use one after another.
+#[derive(Default)]
+pub(crate) struct Memory {
+    /// Used up when the next op begins.
+    scratch: Mutex<Option<CudaSlice<u8>>>,
+    /// Zeros whenever no op is under way.
+    zeros: Mutex<Option<CudaSlice<u8>>>,
+}
+
+/// Memory to be: what starts as zeros, then the rest, so that one allocation and one fill serve several kernels.
 #[derive(Default)]
 struct Layout {
     zeroed: usize,
@@ -241,26 +256,53 @@ impl Layout {
     fn unwritten<T>(&mut self, len: usize) -> Place<T> {
         Self::place(&mut self.rest, false, len)
     }
-    fn alloc(self, dev: &CudaDevice, op: &'static str) -> Result<Workspace> {
-        let stream = dev.cuda_stream();
-        let mut memory = alloc::<u8>(dev, op, self.zeroed.saturating_add(self.rest))?;
+
+    /// Scratch for one op, which the next one takes over.
+    fn scratch<'a>(self, dev: &CudaDevice, op: &'static str, memory: &'a Memory) -> Result<Workspace<'a>> {
+        let bytes = self.zeroed.saturating_add(self.rest);
+        let mut held = grown(&memory.scratch, dev, op, bytes, false)?;
+        let slice = held.as_mut().expect("grown");
         if self.zeroed > 0 {
-            stream.memset_zeros(&mut memory.slice_mut(..self.zeroed)).w()?;
+            dev.cuda_stream().memset_zeros(&mut slice.slice_mut(..self.zeroed)).w()?;
         }
-        let address = memory.device_ptr(&stream).0;
-        Ok(Workspace { _memory: memory, address, zeroed: self.zeroed })
+        let address = slice.device_ptr(&dev.cuda_stream()).0;
+        Ok(Workspace { _held: held, address, zeroed: self.zeroed })
+    }
+
+    /// Zeros, which the op has to leave as zeros.
+    fn zeros<'a>(self, dev: &CudaDevice, op: &'static str, memory: &'a Memory) -> Result<Workspace<'a>> {
+        let held = grown(&memory.zeros, dev, op, self.zeroed, true)?;
+        let address = held.as_ref().expect("grown").device_ptr(&dev.cuda_stream()).0;
+        Ok(Workspace { _held: held, address, zeroed: self.zeroed })
     }
 }
 
-/// Scratch memory. Its parts go to launches on its device's stream, and so does its release: the order of the stream
+/// The memory of a slot, which is at least so many bytes: new ones, unless it has been as large before.
+fn grown<'a>(
+    slot: &'a Mutex<Option<CudaSlice<u8>>>,
+    dev: &CudaDevice,
+    op: &'static str,
+    bytes: usize,
+    zeroed: bool,
+) -> Result<MutexGuard<'a, Option<CudaSlice<u8>>>> {
+    let mut held = slot.lock().unwrap_or_else(|e| e.into_inner());
+    if held.as_ref().is_none_or(|slice| slice.len() < bytes) {
+        // The old one first, so that there are never both.
+        *held = None;
+        *held = Some(if zeroed { self::zeros(dev, op, bytes)? } else { alloc(dev, op, bytes)? });
+    }
+    Ok(held)
+}
+
+/// Memory of an op. Its parts go to launches on its device's stream, and so does its release: the order of the stream
 /// keeps them valid.
-struct Workspace {
-    _memory: CudaSlice<u8>,
+struct Workspace<'a> {
+    _held: MutexGuard<'a, Option<CudaSlice<u8>>>,
     address: u64,
     zeroed: usize,
 }
 
-impl Workspace {
+impl Workspace<'_> {
     fn part<T>(&self, place: Place<T>) -> Part<T> {
         let offset = place.offset + if place.zeroed { 0 } else { self.zeroed };
         Part { address: self.address + offset as u64, of: PhantomData }
@@ -287,9 +329,17 @@ unsafe impl<T> DeviceRepr for Part<T> {}
 impl<T> Part<T> {
     const NULL: Self = Self { address: 0, of: PhantomData };
 
-    /// All of an allocation that outlives the launches it goes to.
-    fn of(slice: &mut CudaSlice<T>, stream: &Arc<CudaStream>) -> Self {
-        Self { address: slice.device_ptr_mut(stream).0, of: PhantomData }
+    fn is_null(self) -> bool {
+        self.address == 0
+    }
+
+    /// Copies `len` elements.
+    fn copy_from(self, dev: &CudaDevice, other: Self, len: usize) -> Result<()> {
+        let stream = dev.cuda_stream();
+        // SAFETY: both are parts of live allocations of at least this many elements, used on this stream.
+        unsafe { result::memcpy_dtod_async(self.address, other.address, len * size_of::<T>(), stream.cu_stream()) }
+            .w()?;
+        Ok(())
     }
     /// From element `at` on.
     fn from(self, at: usize) -> Self {
@@ -387,6 +437,82 @@ fn device(t: &Tensor) -> Result<&CudaDevice> {
         Device::Cuda(dev) => Ok(dev),
         other => Err(Error::Unsupported { op: "a CUDA kernel", device: format!("{:?}", other.location()) }),
     }
+}
+
+/// Lets `f` launch what writes the elements of a contiguous tensor.
+fn write<T: CudaDType>(t: &Tensor, f: impl FnOnce(Part<T>) -> Result<()>) -> Result<()> {
+    struct Write<T, F>(RefCell<(Option<F>, Result<()>)>, PhantomData<T>);
+    impl<T: CudaDType, F: FnOnce(Part<T>) -> Result<()>> InplaceOp1 for Write<T, F> {
+        fn name(&self) -> &'static str {
+            "write"
+        }
+        fn cpu_fwd(&self, _: &mut CpuStorage, _: &candle_core::Layout) -> candle_core::Result<()> {
+            candle_core::bail!("a CUDA kernel cannot write to the CPU")
+        }
+        fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &candle_core::Layout) -> candle_core::Result<()> {
+            let stream = storage.device.cuda_stream();
+            let Some((start, end)) = layout.contiguous_offsets() else {
+                candle_core::bail!("a result is not a contiguous tensor")
+            };
+            let mut slice = storage.as_cuda_slice_mut::<T>()?.slice_mut(start..end);
+            // Held until the launches are queued: it orders them with what other streams do to the tensor.
+            let (address, _order) = slice.device_ptr_mut(&stream);
+            let (f, out) = &mut *self.0.borrow_mut();
+            if let Some(f) = f.take() {
+                *out = f(Part { address, of: PhantomData });
+            }
+            Ok(())
+        }
+    }
+    let op = Write(RefCell::new((Some(f), Ok(()))), PhantomData);
+    t.inplace_op1(&op)?;
+    op.0.into_inner().1
+}
+
+/// The elements of a tensor that only this fit has.
+fn own<T: CudaDType>(t: &Tensor) -> Result<Part<T>> {
+    let input = read(t);
+    let address = input.view::<T>()?.device_ptr(&device(t)?.cuda_stream()).0;
+    Ok(Part { address, of: PhantomData })
+}
+
+/// `struct Active` of `kernels/common.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Active {
+    list: Part<u32>,
+    count: Part<u32>,
+    first: i64,
+}
+
+// SAFETY: two pointers and an integer, laid out as in C.
+unsafe impl DeviceRepr for Active {}
+
+impl Active {
+    /// What a turn has to do, which is everything outside a fit and in its first iteration.
+    fn of(turn: Option<Turn<'_>>) -> Result<Self> {
+        match turn {
+            Some(Turn { progress, iteration }) if iteration > 1 => {
+                let count = going(progress, iteration)?;
+                Ok(Self { list: count.from(1), count, first: 0 })
+            }
+            _ => Ok(Self { list: Part::NULL, count: Part::NULL, first: 0 }),
+        }
+    }
+    /// Without the first problems of the list.
+    fn after(self, first: usize) -> Self {
+        Self { first: first as i64, ..self }
+    }
+    /// All or nothing.
+    fn whole(self) -> Self {
+        Self { list: Part::NULL, first: 0, ..self }
+    }
+}
+
+/// The list of the problems that go on to an iteration.
+fn going(progress: &Progress, iteration: usize) -> Result<Part<u32>> {
+    let b = progress.stop.dims1()?;
+    Ok(own::<u32>(&progress.going)?.from(iteration % 2 * (b + 1)))
 }
 
 /// The product of sizes, or `usize::MAX`, which no allocation satisfies.

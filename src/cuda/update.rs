@@ -1,147 +1,273 @@
 //! Sort-Inverse Update: `kernels/sort.cu` and `kernels/update.cu`.
 
-use super::{alloc, device, elements, launch, read, shape, tensor, typed, zeros, Element, Nullable};
-use crate::{
-    problem::Rows,
-    tiles::{MEDIAN_COLUMNS, PASS, SCAN_SPAN, SCAN_THREADS, SORT_ROWS, SUM_COLUMNS, SUM_ROWS, THREADS},
-    Metric, Result,
+use super::{
+    alloc, device, elements, going, launch, own, read, shape, tensor, typed, write, Active, Element, Layout, Memory,
+    Nullable, Part, Place, Workspace,
 };
-use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
-use candle_core::Tensor;
+use crate::{
+    ops::{Rule, Terms, Turn},
+    plan::Sort,
+    problem::{in_pieces, Rows},
+    tiles::{MEDIAN_COLUMNS, SCAN_THREADS, SUM_ROWS, SUM_ROWS_LEAST, SUM_THREADS, SUM_WARPS, THREADS},
+    Result,
+};
+use candle_core::{
+    cuda_backend::{
+        cudarc::driver::{sys::CUdevice_attribute, DeviceRepr, PushKernelArg},
+        CudaDevice, WrapErr,
+    },
+    Tensor,
+};
 
 /// Lanes of a warp.
 const WARP: usize = 32;
 
-/// Scratch: 4 bytes for each of `k * chunks` (about n, or k if that is more) counts of a problem.
+/// `struct Digit` of `sort.cu`.
+#[repr(C)]
+struct Digit {
+    labels: Part<u32>,
+    before: Part<u32>,
+    n: i64,
+    k: i64,
+    bins: i64,
+    shift: u32,
+    mask: u32,
+}
+
+// SAFETY: pointers and integers, laid out as in C.
+unsafe impl DeviceRepr for Digit {}
+
+/// A sort of `b` problems of `n` labels below `k`: its plan, and where its scratch lies.
+struct Sorting {
+    plan: Sort,
+    b: usize,
+    n: usize,
+    k: usize,
+    counts: Place<u32>,
+    totals: Place<u32>,
+    begins: Place<u32>,
+    /// An order by some digits only.
+    other: Place<u32>,
+}
+
+impl Sorting {
+    fn new(dev: &CudaDevice, [b, n, k]: [usize; 3], scratch: &mut Layout) -> Result<Self> {
+        let shared = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let shared = dev.cuda_stream().context().attribute(shared).w()? as usize;
+        let plan = Sort::new([b, n, k], shared);
+        let several = plan.passes > 1;
+        Ok(Self {
+            plan,
+            b,
+            n,
+            k,
+            counts: scratch.unwritten(elements(&[b, plan.chunks, plan.bins])),
+            totals: scratch.unwritten(elements(&[b, plan.bins])),
+            begins: scratch.unwritten(if several { elements(&[b, plan.bins + 1]) } else { 0 }),
+            other: scratch.unwritten(if several { elements(&[b, n]) } else { 0 }),
+        })
+    }
+
+    /// Writes `order` (b, n) and `offsets` (b, k + 1). `arrived` (b) is zeros, `next` a count to clear on the way.
+    fn run(
+        &self,
+        dev: &CudaDevice,
+        scratch: &Workspace<'_>,
+        labels: Part<u32>,
+        active: Active,
+        [arrived, next, order, offsets]: [Part<u32>; 4],
+    ) -> Result<()> {
+        let &Self { plan: Sort { passes, bits, warps, rows, chunks, .. }, b, n, k, .. } = self;
+        let (counts, totals) = (scratch.part(self.counts), scratch.part(self.totals));
+        let (b64, rows64, chunks64) = (b as i64, rows as i64, chunks as i64);
+        let mut before = Part::NULL;
+        for pass in 0..passes {
+            let last = pass + 1 == passes;
+            let shift = pass as u32 * bits;
+            let bins = if last { ((k - 1) >> shift) + 1 } else { 1 << bits };
+            let mask = if last { u32::MAX } else { (1 << bits) - 1 };
+            let begins = if passes == 1 { offsets } else { scratch.part(self.begins) };
+            let out = if (passes - pass) % 2 == 1 { order } else { scratch.part(self.other) };
+            let digit = Digit { labels, before, n: n as i64, k: k as i64, bins: bins as i64, shift, mask };
+            let next = if pass == 0 { next } else { Part::NULL };
+            launch!(dev, Sort, "order_count", "", elements(&[b, chunks]), THREADS, 4 * bins;
+                &digit, &active, &b64, &rows64, &counts, &next)?;
+            launch!(dev, Sort, "order_scan", "", elements(&[b, bins.div_ceil(WARP)]), SCAN_THREADS;
+                &counts, &active, &b64, &chunks64, &digit.bins, &totals, &arrived, &begins)?;
+            launch!(dev, Sort, "order_scatter", "", elements(&[b, chunks]), WARP * warps, (4 + 2 * (warps + 1)) * bins;
+                &digit, &active, &b64, &rows64, &counts, &begins, &out)?;
+            before = out;
+        }
+        if passes > 1 {
+            launch!(dev, Sort, "order_boundaries", "", elements(&[b, n + 1]).div_ceil(THREADS), THREADS;
+                &labels, &active, &b64, &(n as i64), &(k as i64), &order, &offsets)?;
+        }
+        Ok(())
+    }
+}
+
 pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
     const OP: &str = "order";
     let dev = device(labels)?;
     let (b, n) = labels.dims2()?;
-    let rows = SORT_ROWS.max(k);
-    let chunks = n.div_ceil(rows);
-    let cells = elements(&[k, chunks]);
-    let spans = cells.div_ceil(SCAN_SPAN);
-    let mut order = zeros::<u32>(dev, OP, elements(&[b, n]))?;
-    let mut offsets = zeros::<u32>(dev, OP, elements(&[b, k + 1]))?;
-    let mut counts = zeros::<u32>(dev, OP, elements(&[b, cells]))?;
-    let mut totals = alloc::<u32>(dev, OP, elements(&[b, spans]))?;
-    let labels = read(labels);
-    let labels = labels.view::<u32>()?;
-    let [sb, sn, sk, srows, schunks, scells, sspans, span] =
-        [b, n, k, rows, chunks, cells, spans, SCAN_SPAN].map(|size| size as i64);
-    if n > 0 {
-        launch!(dev, Sort, "order_histogram", "", elements(&[b, chunks]), THREADS;
-            &labels, &sb, &sn, &sk, &srows, &mut counts)?;
-        launch!(dev, Sort, "order_scan_spans", "", elements(&[b, spans]), SCAN_THREADS;
-            &mut counts, &sb, &scells, &span, &mut totals)?;
-        launch!(dev, Sort, "order_scan_totals", "", b, SCAN_THREADS; &mut totals, &sb, &sspans, &sk, &mut offsets)?;
-        launch!(dev, Sort, "order_begin", "", elements(&[b, k]).div_ceil(THREADS), THREADS;
-            &counts, &totals, &sb, &sk, &schunks, &span, &mut offsets)?;
-        launch!(dev, Sort, "order_scatter", "", elements(&[b, chunks]).div_ceil(THREADS / WARP), THREADS;
-            &labels, &sb, &sn, &sk, &srows, &span, &mut counts, &totals, &mut order)?;
+    if b == 0 || n == 0 {
+        let none = |shape| Tensor::zeros(shape, labels.dtype(), labels.device());
+        return Ok((none((b, n))?, none((b, k + 1))?));
     }
-    Ok((tensor(dev, order, (b, n)), tensor(dev, offsets, (b, k + 1))))
+    let memory = Memory::default();
+    let (mut scratch, mut zeros) = (Layout::default(), Layout::default());
+    let sorting = Sorting::new(dev, [b, n, k], &mut scratch)?;
+    let arrived = zeros.zeroed(b);
+    let (scratch, zeros) = (scratch.scratch(dev, OP, &memory)?, zeros.zeros(dev, OP, &memory)?);
+    let order = tensor(dev, alloc::<u32>(dev, OP, elements(&[b, n]))?, (b, n));
+    let offsets = tensor(dev, alloc::<u32>(dev, OP, elements(&[b, k + 1]))?, (b, k + 1));
+    let labels = own::<u32>(labels)?;
+    write(&order, |order| {
+        write(&offsets, |offsets| {
+            let active = Active::of(None)?;
+            sorting.run(dev, &scratch, labels, active, [zeros.part(arrived), Part::NULL, order, offsets])
+        })
+    })?;
+    Ok((order, offsets))
 }
 
-pub(crate) fn sums(
+/// `struct Clusters` of `update.cu`.
+#[repr(C)]
+struct Clusters {
+    centroids: u64,
+    slots: Part<[u64; 2]>,
+    added: Part<u32>,
+    finished: Part<u32>,
+    shift: Part<f64>,
+    k: i64,
+    d: i64,
+    divisor: i32,
+}
+
+// SAFETY: pointers and integers, laid out as in C.
+unsafe impl DeviceRepr for Clusters {}
+
+/// `struct Verdict` of `update.cu`.
+#[repr(C)]
+struct Verdict {
+    threshold: Part<f64>,
+    stop: Part<u32>,
+    list: Part<u32>,
+    count: Part<u32>,
+    iteration: i64,
+}
+
+// SAFETY: pointers and integers, laid out as in C.
+unsafe impl DeviceRepr for Verdict {}
+
+impl Verdict {
+    fn of(turn: Option<Turn<'_>>) -> Result<Self> {
+        let Some(Turn { progress, iteration }) = turn else {
+            let (threshold, none) = (Part::NULL, Part::NULL);
+            return Ok(Self { threshold, stop: none, list: none, count: none, iteration: 0 });
+        };
+        let (threshold, stop) = (own(&progress.threshold)?, own(&progress.stop)?);
+        let count = going(progress, iteration + 1)?;
+        Ok(Self { threshold, stop, list: count.from(1), count, iteration: iteration as i64 })
+    }
+}
+
+pub(crate) fn update(
     x: &Rows,
-    factor: Option<&Tensor>,
-    order: Option<&Tensor>,
-    offsets: &Tensor,
-    max_abs: &Tensor,
-) -> Result<Tensor> {
-    typed!(x.dtype(), T => {
-        let dev = device(&x.tensor)?;
-        let k = offsets.dims2()?.1 - 1;
-        let mut out = zeros::<i64>(dev, "sums", elements(&[x.b, k, x.d, 2]))?;
-        let (xs, offsets, max_abs) = (read(&x.tensor), read(offsets), read(max_abs));
-        let (factor, order) = (factor.map(read), order.map(read));
-        let factor = factor.as_ref().map(|f| f.view::<f64>()).transpose()?;
-        let order = order.as_ref().map(|o| o.view::<u32>()).transpose()?;
-        let runs = SUM_COLUMNS / x.d.min(SUM_COLUMNS);
-        let tiles = elements(&[x.b, x.n.div_ceil(runs * SUM_ROWS), x.d.div_ceil(SUM_COLUMNS)]);
-        launch!(dev, Update, "sums", T::SUFFIX, tiles, SUM_COLUMNS;
-            &xs.view::<T>()?, &shape(x), Nullable(&factor), Nullable(&order), &offsets.view::<u32>()?, &(k as i64),
-            &max_abs.view::<f64>()?, &mut out)?;
-        Ok(tensor(dev, out, (x.b, k, x.d, 2)))
-    })
+    terms: &Terms,
+    labels: Option<&Tensor>,
+    rule: Rule,
+    turn: Option<Turn<'_>>,
+    centroids: &Tensor,
+    memory: &Memory,
+) -> Result<()> {
+    if x.b == 0 || x.n == 0 {
+        return Ok(());
+    }
+    typed!(x.dtype(), T => write::<T>(centroids, |out| {
+        update_of::<T>(x, terms, labels, rule, turn, out, centroids.dim(1)?, memory)
+    }))
 }
 
-pub(crate) fn totals(sums: &Tensor, max_abs: &Tensor, n: usize) -> Result<Tensor> {
-    let dev = device(sums)?;
-    let (b, k, d, _) = sums.dims4()?;
-    let cells = elements(&[k, d]);
-    let mut out = alloc::<f64>(dev, "totals", elements(&[b, cells]))?;
-    let (sums, max_abs) = (read(sums), read(max_abs));
-    launch!(dev, Update, "totals_f64", "", elements(&[b, cells]).div_ceil(THREADS), THREADS;
-        &sums.view::<i64>()?, &max_abs.view::<f64>()?, &(n as i64), &(b as i64), &(cells as i64), &mut out)?;
-    Ok(tensor(dev, out, (b, k, d)))
-}
-
-pub(crate) fn means(totals: &Tensor, weight: &Tensor, old: &Rows, done: &Tensor, metric: Metric) -> Result<Tensor> {
-    typed!(old.dtype(), T => {
-        let dev = device(totals)?;
-        let (b, k, d) = totals.dims3()?;
-        let mut out = alloc::<T>(dev, "means", elements(&[b, k, d]))?;
-        let (totals, weight, olds, done) = (read(totals), read(weight), read(&old.tensor), read(done));
-        launch!(dev, Update, "means", T::SUFFIX, elements(&[b, k]).div_ceil(THREADS / WARP), THREADS;
-            &totals.view::<f64>()?, &weight.view::<f64>()?, &olds.view::<T>()?, &shape(old), &done.view::<u8>()?,
-            &(metric as i32), &mut out)?;
-        Ok(tensor(dev, out, (b, k, d)))
-    })
-}
-
-pub(crate) fn medians(
+#[allow(clippy::too_many_arguments)]
+fn update_of<T: Element>(
     x: &Rows,
-    weights: Option<(&Tensor, &Tensor)>,
-    order: &Tensor,
-    offsets: &Tensor,
-    old: &Rows,
-    done: &Tensor,
-) -> Result<Tensor> {
-    typed!(x.dtype(), T => {
-        let dev = device(&x.tensor)?;
-        let (b, k, d) = (x.b, old.n, x.d);
-        let mut out = alloc::<T>(dev, "medians", elements(&[b, k, d]))?;
-        let (xs, olds, order, offsets, done) =
-            (read(&x.tensor), read(&old.tensor), read(order), read(offsets), read(done));
-        let weights = weights.map(|(w, max)| (read(w), read(max)));
-        let max = weights.as_ref().map(|(_, max)| max.view::<f64>()).transpose()?;
-        let weights = weights.as_ref().map(|(w, _)| w.view::<f64>()).transpose()?;
+    terms: &Terms,
+    labels: Option<&Tensor>,
+    rule: Rule,
+    turn: Option<Turn<'_>>,
+    centroids: Part<T>,
+    k: usize,
+    memory: &Memory,
+) -> Result<()> {
+    const OP: &str = "update";
+    let dev = device(&x.tensor)?;
+    let (b, n, d) = (x.b, x.n, x.d);
+    let (active, verdict) = (Active::of(turn)?, Verdict::of(turn)?);
+
+    let (mut scratch, mut zeros) = (Layout::default(), Layout::default());
+    let sorting = labels.map(|_| Sorting::new(dev, [b, n, k], &mut scratch)).transpose()?;
+    let order = scratch.unwritten::<u32>(if labels.is_some() { elements(&[b, n]) } else { 0 });
+    let offsets = scratch.unwritten::<u32>(elements(&[b, k + 1]));
+    let medians = rule == Rule::Median;
+    let old = scratch.unwritten::<T>(if medians { elements(&[b, k, d]) } else { 0 });
+    let slots = zeros.zeroed::<[u64; 2]>(if medians { 0 } else { elements(&[b, k, d + 1]) });
+    let added = zeros.zeroed::<u32>(elements(&[b, k]));
+    let [arrived, finished] = [(); 2].map(|_| zeros.zeroed::<u32>(b));
+    let shift = zeros.zeroed::<f64>(b);
+    let (scratch, zeros) = (scratch.scratch(dev, OP, memory)?, zeros.zeros(dev, OP, memory)?);
+    let (offsets, shift) = (scratch.part(offsets), zeros.part(shift));
+
+    let (mut order_at, mut labels_at) = (Part::NULL, Part::NULL);
+    if let (Some(sorting), Some(labels)) = (&sorting, labels) {
+        (order_at, labels_at) = (scratch.part(order), own(labels)?);
+        let next = if turn.is_some() { verdict.count } else { Part::NULL };
+        sorting.run(dev, &scratch, labels_at, active, [zeros.part(arrived), next, order_at, offsets])?;
+    }
+
+    let (xs, largest, first_bad) = (read(&x.tensor), read(&terms.largest), read(&terms.first_bad));
+    let (factor, heaviest) = (terms.factor.as_ref().map(read), terms.heaviest.as_ref().map(read));
+    let xs = xs.view::<T>()?;
+    let (largest, first_bad) = (largest.view::<f64>()?, first_bad.view::<u32>()?);
+    let factor = factor.as_ref().map(|f| f.view::<f64>()).transpose()?;
+    let heaviest = heaviest.as_ref().map(|h| h.view::<f64>()).transpose()?;
+    let divisor = match rule {
+        Rule::Direction => 1,
+        Rule::Sum => 2,
+        Rule::Mean | Rule::Median => 0,
+    };
+    let to = Clusters {
+        centroids: centroids.address,
+        slots: zeros.part(slots),
+        added: zeros.part(added),
+        finished: zeros.part(finished),
+        shift,
+        k: k as i64,
+        d: d as i64,
+        divisor,
+    };
+    if medians {
+        let (b64, old) = (b as i64, scratch.part(old));
+        old.copy_from(dev, centroids, elements(&[b, k, d]))?;
         launch!(dev, Update, "medians", T::SUFFIX, elements(&[b, k, d.div_ceil(MEDIAN_COLUMNS)]), THREADS;
-            &xs.view::<T>()?, &shape(x), Nullable(&weights), Nullable(&max), &order.view::<u32>()?,
-            &offsets.view::<u32>()?, &olds.view::<T>()?, &shape(old), &done.view::<u8>()?, &mut out)?;
-        Ok(tensor(dev, out, (b, k, d)))
-    })
-}
-
-pub(crate) fn shift(new: &Rows, old: &Rows) -> Result<Tensor> {
-    typed!(new.dtype(), T => {
-        let dev = device(&new.tensor)?;
-        let mut out = zeros::<f64>(dev, "shift", new.b)?;
-        let (news, olds) = (read(&new.tensor), read(&old.tensor));
-        launch!(dev, Update, "shift", T::SUFFIX, elements(&[new.b, new.n]).div_ceil(THREADS), THREADS;
-            &news.view::<T>()?, &shape(new), &olds.view::<T>()?, &shape(old), &mut out)?;
-        Ok(tensor(dev, out, new.b))
-    })
-}
-
-pub(crate) fn converged(
-    done: &Tensor,
-    old: &Tensor,
-    new: &Tensor,
-    shift: &Tensor,
-    threshold: &Tensor,
-) -> Result<Tensor> {
-    const OP: &str = "converged";
-    let dev = device(done)?;
-    let (b, n) = old.dims2()?;
-    let mut differ = zeros::<u32>(dev, OP, b)?;
-    let mut out = alloc::<u8>(dev, OP, b)?;
-    let (done, old, new, shift, threshold) = (read(done), read(old), read(new), read(shift), read(threshold));
-    launch!(dev, Update, "converged_labels", "", elements(&[b, n.div_ceil(PASS)]), THREADS;
-        &old.view::<u32>()?, &new.view::<u32>()?, &(b as i64), &(n as i64), &(PASS as i64), &mut differ)?;
-    launch!(dev, Update, "converged_problems", "", b.div_ceil(THREADS), THREADS;
-        &done.view::<u8>()?, &differ, &shift.view::<f64>()?, &threshold.view::<f64>()?, &(b as i64), &mut out)?;
-    Ok(tensor(dev, out, b))
+            &xs, &shape(x), Nullable(&factor), Nullable(&heaviest), &order_at, &offsets, &to.k, &active, &centroids)?;
+        if turn.is_some() {
+            launch!(dev, Update, "shift", T::SUFFIX, elements(&[b, k]).div_ceil(THREADS / WARP), THREADS;
+                &old, &b64, &to, &active)?;
+            launch!(dev, Update, "settle_shifts", "", b.div_ceil(THREADS), THREADS; &b64, &shift, &active, &verdict)?;
+        }
+        return Ok(());
+    }
+    let each = (elements(&[b, n]) / SUM_WARPS).clamp(SUM_ROWS_LEAST, SUM_ROWS).next_power_of_two().min(SUM_ROWS);
+    let whole = in_pieces(&x.tensor, 16 / size_of::<T>());
+    let name = match (whole, factor.is_some()) {
+        (true, false) => "update",
+        (true, true) => "update_weighted",
+        (false, false) => "update_narrow",
+        (false, true) => "update_narrow_weighted",
+    };
+    let blocks = elements(&[b, n.div_ceil(each)]).div_ceil(SUM_THREADS / WARP);
+    launch!(dev, Update, name, T::SUFFIX, blocks, SUM_THREADS;
+        &xs, &shape(x), Nullable(&factor), &largest, Nullable(&heaviest), &first_bad, &labels_at, &order_at, &offsets,
+        &(each as i64), &to, &active, &verdict)
 }

@@ -51,8 +51,8 @@ pub fn fit(x: &Rows, w: &[f64], c: Rows, how: (Metric, usize, f64), store: &dyn 
         let new: Rows =
             update(x, w, &at.0, &at.1, metric).iter().map(|c| c.iter().map(|&v| store(v)).collect()).collect();
         let shift = new.iter().zip(&at.1).map(|(a, b)| distance(a, b, Metric::SquaredEuclidean)).fold(0.0, f64::max);
-        let old = std::mem::replace(&mut at, (labels(x, &new, metric), new));
-        if at.0 == old.0 || shift <= threshold {
+        at = (labels(x, &new, metric), new);
+        if shift <= threshold {
             return (at.1, at.0, i, true);
         }
     }

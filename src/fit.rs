@@ -1,0 +1,158 @@
+//! The result of a fit.
+
+use crate::{
+    functional, ops,
+    problem::{Problem, Rows},
+    Error, Metric, Result,
+};
+use candle_core::{Device, Tensor};
+use safetensors::SafeTensors;
+use std::{
+    collections::HashMap,
+    fs,
+    io::Write,
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+/// A finished fit. All tensors are on the input's device and start with its batch dimensions.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Fit {
+    /// `(..batch, k, d)` in the input's dtype.
+    pub centroids: Tensor,
+    /// u32 `(..batch, n)`: equal to `predict(x)`, always.
+    pub labels: Tensor,
+    /// Rows in each cluster, u32 `(..batch, k)`.
+    pub counts: Tensor,
+    /// Weighted sum of the distances to the assigned centroids in the metric's own unit, f64 `(..batch)`, computed from
+    /// differences and summed in no particular order to the same bits in any.
+    pub inertia: Tensor,
+    /// Centroid updates made, u32 `(..batch)`. As in scikit-learn, the last one of a problem that converged strictly is the one
+    /// that moved nothing.
+    pub n_iter: Tensor,
+    /// 1 where the problem converged before `max_iters`, u8 `(..batch)`.
+    pub converged: Tensor,
+    /// The metric of the fit.
+    pub metric: Metric,
+}
+
+impl Fit {
+    /// Exact labels of new rows `(..batch, m, d)`, u32 `(..batch, m)`. A fit of one problem labels any batch.
+    ///
+    /// # Errors
+    /// Refuses rows that do not fit the centroids, and non-finite ones (the host waits for that answer; the op
+    /// [`assign`](crate::assign) does not ask).
+    pub fn predict(&self, x: &Tensor) -> Result<Tensor> {
+        Problem::assign(x, &self.centroids, self.metric)?;
+        refuse_non_finite("x", &ops::scan(&Rows::new(&x.detach())?)?.1)?;
+        functional::assign(x, &self.centroids, self.metric)
+    }
+
+    /// The distance of each row of `x` `(..batch, m, d)` to every centroid, in the metric's own unit (squared for squared
+    /// Euclidean): `(..batch, m, k)`, f64 for f64 rows and f32 otherwise.
+    ///
+    /// # Errors
+    /// As [`predict`](Self::predict).
+    pub fn transform(&self, x: &Tensor) -> Result<Tensor> {
+        let p = Problem::assign(x, &self.centroids, self.metric)?;
+        let x = Rows::new(&x.detach())?;
+        refuse_non_finite("x", &ops::scan(&x)?.1)?;
+        let c = Rows::new(&self.centroids)?.broadcast(p.b);
+        Ok(ops::pairwise(&x, &c, self.metric)?.reshape(p.shape(&[p.n, p.k]))?)
+    }
+
+    /// Writes the fit as a safetensors file, whole or not at all: a temporary file beside `path` is renamed to it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let metadata =
+            HashMap::from([("metric".to_string(), self.metric.name().to_string()), FORMAT.map(String::from).into()]);
+        let tensors = self.named().map(|(name, t)| (name, t.clone()));
+        let bytes = safetensors::serialize(tensors, Some(metadata)).map_err(candle_core::Error::from)?;
+        let io = |source| Error::Io { path: path.display().to_string(), source };
+        // A name of its own for every call, so that writers of one path cannot take each other's file.
+        static CALLS: AtomicU64 = AtomicU64::new(0);
+        let call = CALLS.fetch_add(1, Ordering::Relaxed);
+        let temporary = path.with_extension(format!("{}-{call}.tmp", std::process::id()));
+        let write = || {
+            let mut file = fs::File::create(&temporary)?;
+            file.write_all(&bytes)?;
+            file.sync_all()?;
+            fs::rename(&temporary, path)
+        };
+        write().inspect_err(|_| drop(fs::remove_file(&temporary))).map_err(io)
+    }
+
+    pub(crate) fn load(path: &Path, device: &Device) -> Result<Self> {
+        let name = path.display().to_string();
+        let bytes = fs::read(path).map_err(|source| Error::Io { path: name.clone(), source })?;
+        let bad = |reason: String| Error::Format { path: name.clone(), reason };
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        let [key, version] = FORMAT;
+        if metadata.get(key).map(String::as_str) != Some(version) {
+            return Err(bad(format!("metadata {key} is {:?}, expected {version}", metadata.get(key))));
+        }
+        let metric = metadata.get("metric").and_then(|m| Metric::from_name(m));
+        let metric = metric.ok_or_else(|| bad(format!("metadata metric is {:?}", metadata.get("metric"))))?;
+        let mut tensors = candle_core::safetensors::load_buffer(&bytes, device)?;
+        let mut take = |n: &str| tensors.remove(n).ok_or_else(|| bad(format!("tensor {n} is missing")));
+        let fit = Self {
+            centroids: take("centroids")?,
+            labels: take("labels")?,
+            counts: take("counts")?,
+            inertia: take("inertia")?,
+            n_iter: take("n_iter")?,
+            converged: take("converged")?,
+            metric,
+        };
+        if fit.centroids.rank() < 2 || fit.centroids.elem_count() == 0 {
+            return Err(bad(format!("tensor centroids has shape {:?}", fit.centroids.dims())));
+        }
+        Ok(fit)
+    }
+
+    fn named(&self) -> [(&'static str, &Tensor); 6] {
+        [
+            ("centroids", &self.centroids),
+            ("labels", &self.labels),
+            ("counts", &self.counts),
+            ("inertia", &self.inertia),
+            ("n_iter", &self.n_iter),
+            ("converged", &self.converged),
+        ]
+    }
+
+    /// `other`'s problems where `mask` (u8 `(..batch)`) is set.
+    pub(crate) fn replaced_where(&self, mask: &Tensor, other: &Self) -> Result<Self> {
+        let pick = |new: &Tensor, old: &Tensor| {
+            let mut shape = mask.dims().to_vec();
+            shape.resize(old.rank(), 1);
+            Ok::<_, Error>(mask.reshape(shape)?.broadcast_as(old.shape())?.where_cond(new, old)?)
+        };
+        Ok(Self {
+            centroids: pick(&other.centroids, &self.centroids)?,
+            labels: pick(&other.labels, &self.labels)?,
+            counts: pick(&other.counts, &self.counts)?,
+            inertia: pick(&other.inertia, &self.inertia)?,
+            n_iter: pick(&other.n_iter, &self.n_iter)?,
+            converged: pick(&other.converged, &self.converged)?,
+            metric: self.metric,
+        })
+    }
+}
+
+/// Key and value that mark a saved fit.
+const FORMAT: [&str; 2] = ["candle_flash_kmeans", "1"];
+
+/// Reads [`ops::scan`]'s answer.
+pub(crate) fn refuse_non_finite(argument: &'static str, first_bad: &Tensor) -> Result<()> {
+    let rows = first_bad.to_vec1::<u32>()?;
+    match rows.iter().position(|&r| r != u32::MAX) {
+        Some(batch) => Err(Error::NonFinite { argument, batch, row: rows[batch] as usize }),
+        None => Ok(()),
+    }
+}
