@@ -229,7 +229,7 @@ fn tune(args: &Args, device: &Device) -> Result<()> {
             let x = Tensor::randn(0f32, 1.0, (b, n, d), device)?.to_dtype(args.dtype)?;
             let centroids = x.narrow(1, 0, k)?.contiguous()?;
             let mut ms = vec![];
-            for kernel in testing::candidates(&x, args.metric)? {
+            for kernel in testing::candidates(&x, k, args.metric)? {
                 testing::force(Some(kernel));
                 let run = || -> Result<f64> {
                     let t = Instant::now();

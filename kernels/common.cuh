@@ -183,25 +183,25 @@ __device__ __forceinline__ void for_each_pair(const T* x, const T* const (&c)[N]
     }
 }
 
-/// The distances of row `x` to the rows `c`.
-template <int N, class T>
-__device__ __forceinline__ void distances(int metric, const T* x, const T* const (&c)[N], int64_t d, double (&s)[N]) {
+/// The distances of a row to `N` others; `pairs(take)` hands `take(n, ...)` their values.
+template <int N, class Pairs>
+__device__ __forceinline__ void distances_of(int metric, Pairs pairs, double (&s)[N]) {
     double xx = 0, cc[N];
 #pragma unroll
     for (int n = 0; n < N; ++n) s[n] = cc[n] = 0;
     if (metric == SQUARED_EUCLIDEAN) {
-        for_each_pair(x, c, d, [&](int n, double a, double b) {
+        pairs([&](int n, double a, double b) {
             const double t = __dsub_rn(a, b);
             s[n] = __dadd_rn(s[n], __dmul_rn(t, t));
         });
     } else if (metric == MANHATTAN) {
-        for_each_pair(x, c, d, [&](int n, double a, double b) { s[n] = __dadd_rn(s[n], fabs(__dsub_rn(a, b))); });
+        pairs([&](int n, double a, double b) { s[n] = __dadd_rn(s[n], fabs(__dsub_rn(a, b))); });
     } else if (metric == DOT) {
-        for_each_pair(x, c, d, [&](int n, double a, double b) { s[n] = __dadd_rn(s[n], __dmul_rn(a, b)); });
+        pairs([&](int n, double a, double b) { s[n] = __dadd_rn(s[n], __dmul_rn(a, b)); });
 #pragma unroll
         for (int n = 0; n < N; ++n) s[n] = -s[n];
     } else {
-        for_each_pair(x, c, d, [&](int n, double a, double b) {
+        pairs([&](int n, double a, double b) {
             s[n] = __dadd_rn(s[n], __dmul_rn(a, b));
             if (n == 0) xx = __dadd_rn(xx, __dmul_rn(a, a));
             cc[n] = __dadd_rn(cc[n], __dmul_rn(b, b));
@@ -212,6 +212,12 @@ __device__ __forceinline__ void distances(int metric, const T* x, const T* const
             s[n] = norms == 0 ? 1.0 : __dsub_rn(1.0, __ddiv_rn(s[n], norms));
         }
     }
+}
+
+/// The distances of row `x` to the rows `c`.
+template <int N, class T>
+__device__ __forceinline__ void distances(int metric, const T* x, const T* const (&c)[N], int64_t d, double (&s)[N]) {
+    distances_of(metric, [&](auto take) { for_each_pair(x, c, d, take); }, s);
 }
 
 template <class T>

@@ -43,10 +43,10 @@ pub mod testing {
     use crate::{ops, plan::Assign, Metric, Result};
     use candle_core::Tensor;
 
-    /// The names of the kernels that can assign `x`, the one that is chosen first.
-    pub fn candidates(x: &Tensor, metric: Metric) -> Result<Vec<&'static str>> {
+    /// The names of the kernels that can assign `x` to `k` centroids, the one that is chosen first.
+    pub fn candidates(x: &Tensor, k: usize, metric: Metric) -> Result<Vec<&'static str>> {
         let d = x.dims()[x.rank() - 1];
-        let all = Assign::candidates(x.dtype(), metric, d, ops::arch(x.device())?);
+        let all = Assign::candidates(x.dtype(), metric, [k, d], ops::arch(x.device())?);
         Ok(all.into_iter().map(Assign::name).collect())
     }
 

@@ -25,6 +25,8 @@ pub(crate) enum Assign {
     CpuManhattan,
     SimtDot,
     SimtManhattan,
+    /// CUDA cores too, for few columns and as many centroids as fit on chip.
+    Narrow,
     /// `mma.sync`, for f16, bf16 and split f32 from Ampere on.
     Sm80,
     /// TMA and WGMMA, for f16, bf16 and split f32 on Hopper.
@@ -38,6 +40,7 @@ impl Assign {
             Self::CpuManhattan => "cpu_manhattan",
             Self::SimtDot => "assign_simt_dot",
             Self::SimtManhattan => "assign_simt_manhattan",
+            Self::Narrow => "assign_narrow",
             Self::Sm80 => "assign_sm80",
             Self::Sm90 => "assign_sm90",
         }
@@ -48,6 +51,7 @@ impl Assign {
         match self {
             Self::CpuGemm | Self::CpuManhattan => (tiles::CPU_ROWS, tiles::CPU_CENTROIDS),
             Self::SimtDot | Self::SimtManhattan => (tiles::SIMT_ROWS, tiles::SIMT_CENTROIDS),
+            Self::Narrow => (tiles::NARROW_TILE, NARROW_GROUP),
             Self::Sm80 => (tiles::SM80_ROWS, tiles::SM80_CENTROIDS),
             Self::Sm90 => (tiles::SM90_ROWS * sm90_shape(d).1, tiles::SM90_CENTROIDS),
         }
@@ -64,14 +68,16 @@ impl Assign {
     }
 
     /// Every kernel that can do this, the one that is chosen first.
-    pub fn candidates(dtype: DType, metric: Metric, d: usize, arch: Arch) -> Vec<Self> {
+    pub fn candidates(dtype: DType, metric: Metric, [k, d]: [usize; 2], arch: Arch) -> Vec<Self> {
         let Arch::Cuda(arch) = arch else {
             return vec![if metric == Metric::Manhattan { Self::CpuManhattan } else { Self::CpuGemm }];
         };
-        if metric == Metric::Manhattan {
-            return vec![Self::SimtManhattan];
-        }
         let mut all = vec![];
+        all.extend(narrow_shared(dtype, k, d).is_some().then_some(Self::Narrow));
+        if metric == Metric::Manhattan {
+            all.push(Self::SimtManhattan);
+            return all;
+        }
         if dtype != DType::F64 {
             all.extend((arch == 90 && d <= SM90_COLUMNS).then_some(Self::Sm90));
             all.extend((arch >= 80).then_some(Self::Sm80));
@@ -83,7 +89,7 @@ impl Assign {
     /// The kernel for `b` problems of `n` rows with `d` columns and `k` centroids: the first candidate, but for sizes
     /// where `bench tune` has found another one faster (benches/record).
     pub fn choose(dtype: DType, metric: Metric, [b, n, k, d]: [usize; 4], arch: Arch) -> Self {
-        let mut candidates = Self::candidates(dtype, metric, d, arch);
+        let mut candidates = Self::candidates(dtype, metric, [k, d], arch);
         // The copy engine's coordinates are 32-bit integers. (f32 rows come to it a piece at a time.)
         if k.max(b) > SM90_MOST || (n > SM90_MOST && dtype != DType::F32) {
             candidates.retain(|&c| c != Self::Sm90);
@@ -99,7 +105,7 @@ impl Assign {
             DType::F32 => products > 1 << 30 && k <= 64,
             _ => products <= 5_000_000 && d < 64,
         };
-        if little && candidates.contains(&Self::SimtDot) {
+        if little && candidates[0] != Self::Narrow && candidates.contains(&Self::SimtDot) {
             Self::SimtDot
         } else {
             candidates[0]
@@ -142,6 +148,24 @@ thread_local!(static FORCED: Cell<Option<&'static str>> = const { Cell::new(None
 /// Makes this thread use the assignment kernel of that name wherever it can: for tests and tuning.
 pub fn force(kernel: Option<&'static str>) {
     FORCED.set(kernel);
+}
+
+/// Centroids of a group of `assign_narrow.cu`.
+const NARROW_GROUP: usize = 8;
+
+/// The columns that an instance of `assign_narrow.cu` for `d` columns has.
+pub(crate) fn narrow_columns(d: usize) -> usize {
+    d.next_power_of_two()
+}
+
+/// The shared memory of a block of `assign_narrow.cu`; none if it is not for this problem.
+pub(crate) fn narrow_shared(dtype: DType, k: usize, d: usize) -> Option<usize> {
+    let size = if dtype == DType::F64 { 8 } else { 4 };
+    // The largest norm, centroids and their biases in groups, mu, and the table that finds equal ones.
+    let centroids = k.next_multiple_of(NARROW_GROUP).saturating_mul(narrow_columns(d).saturating_add(1));
+    let table = 4 * (2 * k.min(usize::MAX / 16)).next_power_of_two();
+    let bytes = centroids.saturating_add(narrow_columns(d)).saturating_mul(size).saturating_add(16 + table);
+    (d <= tiles::NARROW_COLUMNS && bytes <= tiles::NARROW_SHARED).then_some(bytes)
 }
 
 /// Rows of `d` columns that are split into halves at a time.
@@ -232,6 +256,7 @@ impl Plan {
             let assigns = match (assign, assign.splits(p.dtype)) {
                 (Assign::Sm80 | Assign::Sm90, true) => tensor + split,
                 (Assign::Sm80 | Assign::Sm90, false) => tensor + 8 * bn,
+                (Assign::Narrow, _) => 0,
                 _ => b * (k + 1) * (d + 1) * filter + 4 * bn,
             };
             (assigns + b * (4 * d + 64), 0)

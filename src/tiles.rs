@@ -13,6 +13,18 @@ pub const SIMT_ROWS: usize = 64;
 pub const SIMT_CENTROIDS: usize = 64;
 /// Columns staged in shared memory at a time in `assign_simt.cu`.
 pub const SIMT_COLUMNS: usize = 16;
+/// Most columns that `assign_narrow.cu` is for.
+pub const NARROW_COLUMNS: usize = 8;
+/// Rows that a thread of it keeps, in f32; half as many in f64.
+pub const NARROW_ROWS: usize = 4;
+/// Threads of its block.
+pub const NARROW_THREADS: usize = 128;
+/// Such blocks that a multiprocessor is given, over some waves.
+pub const NARROW_BLOCKS: usize = 64;
+/// Rows of its tile.
+pub const NARROW_TILE: usize = 1024;
+/// Shared memory that its block takes at most, in bytes: centroids and the table that finds equal ones.
+pub const NARROW_SHARED: usize = 49_152;
 /// Rows of a thread block's tile in `assign_sm80.cu`, and its threads.
 pub const SM80_ROWS: usize = 128;
 /// Centroids of a thread block's tile in `assign_sm80.cu`.

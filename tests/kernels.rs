@@ -14,7 +14,7 @@ fn check(x: &Tensor, c: &Tensor, metric: Metric, what: &str) {
     let want = spec_labels(x, c, metric);
     for device in devices() {
         let (x, c) = (x.to_device(&device).unwrap(), c.to_device(&device).unwrap());
-        for kernel in testing::candidates(&x, metric).unwrap() {
+        for kernel in testing::candidates(&x, c.dims()[c.rank() - 2], metric).unwrap() {
             testing::force(Some(kernel));
             testing::launches();
             let labels = assign(&x, &c, metric).unwrap();
@@ -138,7 +138,7 @@ fn tensor_cores_lose_no_more_than_assumed() {
                 };
                 let (a, b, start) = (draw(16, 7), draw(16, 7), draw(1, 12).to_dtype(DType::F32).unwrap());
                 let on = |t: &Tensor| t.to_device(&device).unwrap();
-                if !testing::candidates(&on(&a), Metric::Dot).unwrap().contains(&kernel) {
+                if !testing::candidates(&on(&a), 1, Metric::Dot).unwrap().contains(&kernel) {
                     continue;
                 }
                 let got = testing::product_step(kernel, &on(&start.flatten_all().unwrap()), &on(&a), &on(&b)).unwrap();
@@ -202,7 +202,7 @@ fn plans_name_what_runs() {
     for device in devices() {
         for (dtype, d, strange) in [(DType::F16, 64, false), (DType::BF16, 65, true), (DType::F32, 64, false)] {
             let x = uniform(&[300, d], 0.0, 1.0, dtype, &mut rng(36)).to_device(&device).unwrap();
-            for kernel in testing::candidates(&x, Metric::SquaredEuclidean).unwrap() {
+            for kernel in testing::candidates(&x, 5, Metric::SquaredEuclidean).unwrap() {
                 testing::force(Some(kernel));
                 let settings = KMeans::new(5).max_iters(2);
                 let plan = settings.plan(&x).unwrap();

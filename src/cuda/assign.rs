@@ -6,12 +6,13 @@ use super::{
 };
 use crate::{
     ops::Turn,
-    plan::{sm90_shape, split_rows, Assign},
+    plan::{narrow_columns, narrow_shared, sm90_shape, split_rows, Assign},
     problem::{in_eights, Rows},
     rng::Draw,
     tiles::{
-        ORIGIN_THREADS, PASS, RECHECK_BLOCKS, RECHECK_QUEUE, SIMT_ROWS, SM80_CENTROIDS, SM80_COLUMNS, SM80_ROWS,
-        SM80_STAGES, SM90_CENTROIDS, SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS,
+        NARROW_BLOCKS, NARROW_THREADS, NARROW_TILE, ORIGIN_THREADS, PASS, RECHECK_BLOCKS, RECHECK_QUEUE, SIMT_ROWS,
+        SM80_CENTROIDS, SM80_COLUMNS, SM80_ROWS, SM80_STAGES, SM90_CENTROIDS, SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS,
+        THREADS,
     },
     Metric, Result,
 };
@@ -58,6 +59,7 @@ pub(crate) fn relabel(
             tensor_labels::<T>(dev, kernel, half, &x, c, metric, active, to, memory)
         }
         (Assign::Sm80 | Assign::Sm90, None) => split_labels(dev, kernel, x, c, metric, active, to, memory),
+        (Assign::Narrow, _) => narrow_labels::<T>(dev, x, c, metric, active, to),
         _ => simt_labels::<T>(dev, x, c, metric, active, to, memory),
     }))
 }
@@ -83,6 +85,28 @@ fn pack<T: Element>(dev: &CudaDevice, x: &Rows) -> Result<Rows> {
     launch!(dev, Prepare, "pack", T::SUFFIX, elements(&[x.b, x.n.div_ceil(rows)]), THREADS;
         &xs.view::<T>()?, &shape(x), &(pitch as i64), &(rows as i64), &mut out)?;
     Rows::new(&tensor(dev, out, (x.b, x.n, pitch)).narrow(2, 0, x.d)?)
+}
+
+fn narrow_labels<T: Element>(
+    dev: &CudaDevice,
+    x: &Rows,
+    c: &Rows,
+    metric: Metric,
+    active: Active,
+    labels: Part<u32>,
+) -> Result<()> {
+    let (xs, cs) = (read(&x.tensor), read(&c.tensor));
+    let name = match narrow_columns(x.d) {
+        1 => "assign_narrow_1",
+        2 => "assign_narrow_2",
+        4 => "assign_narrow_4",
+        _ => "assign_narrow_8",
+    };
+    let shared = narrow_shared(x.dtype(), c.n, x.d).unwrap_or(usize::MAX);
+    // Enough blocks to fill any device, each with centroids of its own to prepare.
+    let tiles = elements(&[x.b, x.n.div_ceil(NARROW_TILE)]).min(NARROW_BLOCKS * processors(dev)?);
+    launch!(dev, AssignNarrow, name, T::SUFFIX, tiles, NARROW_THREADS, shared;
+        &xs.view::<T>()?, &shape(x), &active, &cs.view::<T>()?, &shape(c), &(metric as i32), &labels)
 }
 
 fn simt_labels<T: Element>(
