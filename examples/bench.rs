@@ -7,7 +7,7 @@ mod memory;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::{assign, cluster_means, testing, Init, KMeans, Metric};
+use candle_flash_kmeans::{assign, testing, Init, KMeans, Metric};
 use clap::{Parser, ValueEnum};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -20,10 +20,12 @@ use std::time::Instant;
 enum Op {
     /// Labels of x against k of its rows.
     Assign,
-    /// Cluster means for random labels, the sort included.
+    /// The update of a fit for random labels, the sort included.
     Update,
     /// A whole fit from k rows of x, never stopped early by `tol`.
     Fit,
+    /// The same by a prepared fit, without the result's counts and inertia.
+    Run,
     /// Every kernel that can assign, on a grid of shapes, beside the one that the plan chooses.
     Tune,
 }
@@ -57,6 +59,12 @@ struct Args {
     data: String,
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// How the rows of an update are labelled: uniform, or hot, with half of them in one cluster
+    #[arg(long, default_value = "uniform")]
+    labels: String,
+    /// Seconds that repeats may take
+    #[arg(long, default_value_t = 10.0)]
+    budget: f64,
     /// Timed repeats, of which the median is reported
     #[arg(long, default_value_t = 7)]
     reps: usize,
@@ -93,7 +101,7 @@ fn main() -> Result<()> {
     if args.op == Op::Tune {
         return tune(&args, &device);
     }
-    let x = data(&args)?.to_device(&device)?;
+    let x = data(&args, &device)?;
     let (b, n, d) = x.dims3()?;
     ensure!(args.k >= 1 && args.k <= n, "--k {} is outside 1..={n}", args.k);
     let start = KMeans::new(args.k).metric(args.metric).seed(args.seed).max_iters(0);
@@ -101,14 +109,28 @@ fn main() -> Result<()> {
     let fit =
         KMeans::new(args.k).metric(args.metric).init(Init::Given(centroids.clone())).max_iters(args.iters).tol(0.0);
     let given_labels = match args.op {
-        Op::Update => Some(random_labels(b, n, args.k, args.seed).to_device(&device)?),
+        Op::Update => Some(random_labels(b, n, args.k, args.labels == "hot", args.seed).to_device(&device)?),
+        _ => None,
+    };
+    let update = given_labels.as_ref().map(|_| testing::Update::new(&x, args.k)).transpose()?;
+    let mut prepared = match args.op {
+        Op::Run => Some(fit.clone().check_finite(false).prepare(x.shape(), x.dtype(), &device)?),
         _ => None,
     };
 
+    // What is overwritten by the next call has to be kept for a comparison.
+    let kept = |t: &Tensor| if args.check { t.copy() } else { Ok(t.clone()) };
     let mut iterations = 1.0;
     let mut run = || -> Result<Vec<Tensor>> {
+        if let (Some(update), Some(labels)) = (&update, &given_labels) {
+            return Ok(vec![kept(&update.run(labels)?)?]);
+        }
+        if let Some(prepared) = &mut prepared {
+            iterations = args.iters as f64;
+            prepared.run(&x)?;
+            return Ok(vec![kept(prepared.labels())?, kept(prepared.centroids())?]);
+        }
         Ok(match (args.op, &given_labels) {
-            (Op::Update, Some(labels)) => vec![cluster_means(&x, labels, args.k)?],
             (Op::Fit, _) => {
                 let fit = fit.fit(&x)?;
                 iterations = fit.n_iter.flatten_all()?.max(0)?.to_scalar::<u32>()? as f64;
@@ -126,6 +148,9 @@ fn main() -> Result<()> {
         result = run()?;
         device.synchronize()?;
         ms.push(t.elapsed().as_secs_f64() * 1e3);
+        if ms.iter().sum::<f64>() > args.budget * 1e3 {
+            break;
+        }
     }
     ms.sort_by(f64::total_cmp);
     let ms = ms[ms.len() / 2];
@@ -141,7 +166,7 @@ fn main() -> Result<()> {
         "tbs": size * x.dtype().size_in_bytes() as f64 / each / 1e9,
         "plan": fit.plan(&x)?.to_string(),
     });
-    if args.op == Op::Fit {
+    if matches!(args.op, Op::Fit | Op::Run) {
         line["iters"] = json!(iterations);
         line["ms_per_iter"] = json!(each);
     }
@@ -150,7 +175,7 @@ fn main() -> Result<()> {
         line["reproducible"] = json!(same.into_iter().all(|s| s));
         let (wrong, regret, checked) = match (args.op, &given_labels) {
             (Op::Update, Some(labels)) => check_means(&x, labels, &result[0])?,
-            (Op::Fit, _) => check_labels(&x, &result[1], &result[0], args.metric)?,
+            (Op::Fit | Op::Run, _) => check_labels(&x, &result[1], &result[0], args.metric)?,
             _ => check_labels(&x, &centroids, &result[0], args.metric)?,
         };
         line["wrong"] = json!(wrong);
@@ -168,8 +193,24 @@ fn print(line: &Value, as_json: bool) {
     }
 }
 
-/// `(b, n, d)`, on the CPU.
-fn data(args: &Args) -> Result<Tensor> {
+/// `(b, n, d)`.
+fn data(args: &Args, device: &Device) -> Result<Tensor> {
+    let (b, n, d) = (args.b, args.n, args.d);
+    // More normal numbers than a CPU should draw.
+    if args.data == "normal" && device.is_cuda() && b * n * d >= 1 << 28 {
+        device.set_seed(args.seed)?;
+        let x = Tensor::zeros((b, n, d), args.dtype, device)?;
+        let (all, part) = (x.reshape((b * n, d))?, (1 << 26) / d);
+        for first in (0..b * n).step_by(part) {
+            let rows = part.min(b * n - first);
+            all.slice_set(&Tensor::randn(0f32, 1.0, (rows, d), device)?.to_dtype(args.dtype)?, 0, first)?;
+        }
+        return Ok(x);
+    }
+    Ok(data_on_cpu(args)?.to_device(device)?)
+}
+
+fn data_on_cpu(args: &Args) -> Result<Tensor> {
     let (b, n, d) = (args.b, args.n, args.d);
     if args.data.contains('.') {
         let x = match args.data.rsplit_once('.') {
@@ -262,9 +303,10 @@ fn tune(args: &Args, device: &Device) -> Result<()> {
     Ok(())
 }
 
-fn random_labels(b: usize, n: usize, k: usize, seed: u64) -> Tensor {
+fn random_labels(b: usize, n: usize, k: usize, hot: bool, seed: u64) -> Tensor {
     let mut rng = ChaCha8Rng::seed_from_u64(!seed);
-    let labels: Vec<u32> = (0..b * n).map(|_| rng.random_range(0..k as u32)).collect();
+    let mut label = |_| if hot && rng.random() { k as u32 / 2 } else { rng.random_range(0..k as u32) };
+    let labels: Vec<u32> = (0..b * n).map(&mut label).collect();
     Tensor::from_vec(labels, (b, n), &Device::Cpu).expect("sizes agree")
 }
 

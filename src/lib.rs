@@ -40,8 +40,37 @@ pub mod testing {
     #[cfg(feature = "cuda")]
     pub use crate::cuda::assign::product_step;
     pub use crate::plan::force;
-    use crate::{ops, plan::Assign, Metric, Result};
+    use crate::{
+        ops::{self, Memory, Rule, Terms},
+        plan::Assign,
+        problem::Rows,
+        Metric, Result,
+    };
     use candle_core::Tensor;
+
+    /// The update of a fit's loop alone: new means in place, for labels `(b, n)` that are known to be in range.
+    pub struct Update {
+        x: Rows,
+        terms: Terms,
+        centroids: Tensor,
+        memory: Memory,
+    }
+
+    impl Update {
+        /// For rows `(b, n, d)` and `k` clusters.
+        pub fn new(x: &Tensor, k: usize) -> Result<Self> {
+            let x = Rows::new(x)?;
+            let (terms, centroids) = (Terms::of(&x)?, Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?);
+            Ok(Self { x, terms, centroids, memory: Memory::default() })
+        }
+
+        /// The means `(b, k, d)`, which the next call overwrites.
+        pub fn run(&self, labels: &Tensor) -> Result<Tensor> {
+            let Self { x, terms, centroids, memory } = self;
+            ops::update(x, terms, Some(labels), Rule::Mean, None, centroids, memory)?;
+            Ok(centroids.clone())
+        }
+    }
 
     /// The names of the kernels that can assign `x` to `k` centroids, the one that is chosen first.
     pub fn candidates(x: &Tensor, k: usize, metric: Metric) -> Result<Vec<&'static str>> {
