@@ -3,9 +3,9 @@
 // A problem's centroids fit in shared memory, so a block prepares them for itself: moved by their mean, with |c|^2 / 2,
 // and without those that repeat an earlier one. A thread keeps NARROW_ROWS rows in registers while centroids stream
 // past, and remembers the best of each group of eight, the group it was in, and the second best of all groups: D + 1
-// operations a score and 5 a group. The winning group is scored once more for the winner's place in it. Rows whose label
-// the bound of argmin.cuh does not prove are settled at once by their warp: centroids whose score is within the bound
-// are compared by the f64 definition.
+// operations a score and 5 a group. The winning group is scored once more for the winner's place in it. Rows whose
+// label the bound of argmin.cuh does not prove are settled at once by their warp: centroids whose score is within the
+// bound are compared by the f64 definition.
 //
 // Traffic: X once, the centroids once a block, the labels once. No scratch.
 #include "argmin.cuh"
@@ -22,10 +22,7 @@ struct Narrow {
     double* largest;  // norm of a moved centroid
     int k, groups, slots;
 
-    __device__ Narrow(uint8_t* raw, int64_t k)
-        : k(int(k)),
-          groups(int((k + GROUP - 1) / GROUP)),
-          slots(2) {
+    __device__ Narrow(uint8_t* raw, int64_t k) : k(int(k)), groups(int((k + GROUP - 1) / GROUP)), slots(2) {
         while (slots < 2 * k) slots *= 2;
         largest = reinterpret_cast<double*>(raw);
         moved = reinterpret_cast<F*>(raw + 16);
@@ -176,9 +173,8 @@ __device__ void assign_rows(const T* x, const Rows& r, int64_t b, int64_t first_
 #pragma unroll
             for (int q = 0; q < D; ++q) squares += double(v[i][q]) * v[i][q];
             const int64_t row = base + i * blockDim.x + threadIdx.x;
-            const double limit =
-                threshold<F>(metric, r.d, top.best, norm_above(squares, r.d), *to.largest);
-            const bool live = row < r.n, proven = fmin(top.second, second[i]) > limit;
+            const double limit = threshold<F>(metric, r.d, top.best, norm_above(squares, r.d), *to.largest);
+            const bool live = row<r.n, proven = fmin(top.second, second[i])> limit;
             if (live && proven) labels[row] = top.index;
             // What is left is settled by the warp, row by row.
             for (uint32_t left = __ballot_sync(~0u, live && !proven); left; left &= left - 1) {
@@ -231,9 +227,8 @@ __device__ void assign(const T* x, const Rows& r, const Active& active, const T*
 }
 
 #define KERNEL(name, T, D)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(NARROW_THREADS, 4)                       \
-        assign_narrow_##D##_##name(const T* x, Rows r, Active active, const T* c, Rows cr, int metric,                 \
-                                   uint32_t* labels) {                                                                 \
+    extern "C" __global__ void __launch_bounds__(NARROW_THREADS, 4) assign_narrow_##D##_##name(                        \
+        const T* x, Rows r, Active active, const T* c, Rows cr, int metric, uint32_t* labels) {                        \
         if (metric == MANHATTAN) assign<T, D, true>(x, r, active, c, cr, metric, labels);                              \
         else assign<T, D, false>(x, r, active, c, cr, metric, labels);                                                 \
     }

@@ -37,8 +37,9 @@ struct Prepared {
 };
 
 template <class T, bool SUM_OF_DIFFERENCES>
-__device__ void assign_tile(const T* x, const Rows& r, int64_t at, int64_t b, int64_t first_row, const Prepared<Filter<T>>& c,
-                            int metric, uint32_t* labels, uint32_t* list, uint32_t* listed) {
+__device__ void assign_tile(const T* x, const Rows& r, int64_t at, int64_t b, int64_t first_row,
+                            const Prepared<Filter<T>>& c, int metric, uint32_t* labels, uint32_t* list,
+                            uint32_t* listed) {
     using F = Filter<T>;
     __shared__ __align__(16) F xs[SIMT_COLUMNS][SIMT_ROWS + PAD];
     __shared__ __align__(16) F cs[SIMT_COLUMNS][SIMT_CENTROIDS + PAD];
@@ -127,7 +128,8 @@ __device__ Filter<T> score(int metric, const T* x, const Prepared<Filter<T>>& c,
     return c.bias[j] - s;
 }
 
-/// Settles the listed rows of problem `b`, one warp each. The label of the first pass, proven or not, gives the threshold.
+/// Settles the listed rows of problem `b`, one warp each. The label of the first pass, proven or not, gives the
+/// threshold.
 template <class T>
 __device__ void recheck_rows(const T* x, const Rows& r, const T* centroids, const Rows& cr, int64_t b, int64_t share,
                              int64_t shares, const Prepared<Filter<T>>& c, int metric, uint32_t* labels,

@@ -54,8 +54,8 @@ __device__ __forceinline__ float search_tile(const Shared& s, Found (&found)[SLO
 
 /// Turns what a warp found into labels and list entries: of the four lanes that share rows, each settles one.
 template <class T>
-__device__ __forceinline__ void write_labels(Found (&found)[SLOTS], float squares, const Rows& r, int64_t at,
-                                             int64_t b, int64_t first_row, const Moved<T>& c, const float* slack, uint32_t* labels,
+__device__ __forceinline__ void write_labels(Found (&found)[SLOTS], float squares, const Rows& r, int64_t at, int64_t b,
+                                             int64_t first_row, const Moved<T>& c, const float* slack, uint32_t* labels,
                                              Listed* list, uint32_t* listed) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, quad = lane % 4;
     float top = 0, second = 0;
@@ -79,7 +79,7 @@ __device__ __forceinline__ void write_labels(Found (&found)[SLOTS], float square
 // they are.
 #define INSTANCE(name, T)                                                                                              \
     extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)                                                      \
-        assign_sm80_##name(const T* x, Rows r, Active active, const T* moved, const float* start, const float* scale,                 \
+        assign_sm80_##name(const T* x, Rows r, Active active, const T* moved, const float* start, const float* scale,  \
                            const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded, int64_t copies,             \
                            uint32_t* labels, Listed* list, uint32_t* listed, const float* slack) {                     \
         extern __shared__ __align__(128) uint8_t raw[];                                                                \

@@ -363,7 +363,8 @@ struct Group {
 };
 
 template <class T, class S>
-__device__ void search(const Shared<S>& s, const Rows& r, const Active& active, bool scaled, int64_t k, int64_t copies) {
+__device__ void search(const Shared<S>& s, const Rows& r, const Active& active, bool scaled, int64_t k,
+                       int64_t copies) {
     Group<T, S> g{s, scaled};
     // A last tile of few centroids costs a product of its own width.
     const int tiles = (k + CENTROIDS - 1) / CENTROIDS, last = k - (tiles - 1) * CENTROIDS, whole = tiles - (last <= 96);
@@ -450,9 +451,9 @@ __device__ void finish(const Shared<S>& s, const Rows& r, const Active& active, 
 
 template <class T, class S>
 __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtensorMap* centroid_map, const Rows& r,
-                                       const Active& active, const float* start, const float* scale, const Bounds* bounds, int64_t k,
-                                       int64_t padded, int64_t copies, const float* slack, uint32_t* labels,
-                                       Listed* list, uint32_t* listed) {
+                                       const Active& active, const float* start, const float* scale,
+                                       const Bounds* bounds, int64_t k, int64_t padded, int64_t copies,
+                                       const float* slack, uint32_t* labels, Listed* list, uint32_t* listed) {
     extern __shared__ uint8_t raw[];
     const Shared<S> s(raw);
     const int tiles = (k + CENTROIDS - 1) / CENTROIDS;
@@ -475,10 +476,10 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
 #define KERNEL(name, T, steps, groups)                                                                                 \
     extern "C" __global__ void __launch_bounds__(128 * (groups + 1), 1) assign_sm90_##steps##_##name(                  \
         const __grid_constant__ CUtensorMap row_map, const __grid_constant__ CUtensorMap centroid_map, Rows r,         \
-        Active active, const float* start, const float* scale, const Bounds* bounds, int64_t k, int64_t padded, int64_t copies,       \
-        const float* slack, uint32_t* labels, Listed* list, uint32_t* listed) {                                        \
-        assign<T, Shape<steps, groups>>(&row_map, &centroid_map, r, active, start, scale, bounds, k, padded, copies, slack,    \
-                                        labels, list, listed);                                                         \
+        Active active, const float* start, const float* scale, const Bounds* bounds, int64_t k, int64_t padded,        \
+        int64_t copies, const float* slack, uint32_t* labels, Listed* list, uint32_t* listed) {                        \
+        assign<T, Shape<steps, groups>>(&row_map, &centroid_map, r, active, start, scale, bounds, k, padded, copies,   \
+                                        slack, labels, list, listed);                                                  \
     }
 // Up to 128 columns no step is wasted; above, steps come in twos and fours, for fewer kernels. Above 256 columns only
 // two groups have room for their rows in registers.

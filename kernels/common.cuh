@@ -23,9 +23,9 @@ __device__ __forceinline__ const T* row_of(const T* x, const Rows& r, int64_t b,
     return x + b * r.batch_stride + i * r.row_stride;
 }
 
-/// The problems of a batch that an iteration still has to do: those at `list[first..*count]`. Without a list all, or none
-/// if `*count` is zero; without a count, all. Kernels go by the place in the list (`at`), and so does their scratch; rows,
-/// labels and the centroids themselves are those of `problem(at)`.
+/// The problems of a batch that an iteration still has to do: those at `list[first..*count]`. Without a list all, or
+/// none if `*count` is zero; without a count, all. Kernels go by the place in the list (`at`), and so does their
+/// scratch; rows, labels and the centroids themselves are those of `problem(at)`.
 struct Active {
     const uint32_t *list, *count;
     int64_t first;

@@ -23,21 +23,29 @@ struct Table {
     }
 };
 
-/// Lets no centroid win that repeats an earlier one: it starts from -inf.
-template <class Word>
-__device__ void drop_duplicates(const Word* c, const Rows& r, const Active& active, int64_t padded, const Table& table, const uint32_t* slot,
-                                float* start) {
+/// Lets centroid `j` of problem `p` not win if it repeats an earlier one: it starts from -inf. `b` is the problem's
+/// place. (Values of zeros of either sign are different words and stay; they are as rare as any other tie.)
+template <class T>
+__device__ __forceinline__ void drop_duplicate(const T* c, const Rows& r, int64_t p, int64_t b, int64_t j,
+                                               int64_t padded, const Table& table, const uint32_t* slot, float* start) {
+    using Word = typename std::conditional<sizeof(T) == 2, uint16_t, uint32_t>::type;
+    const int64_t first = uint32_t(~__ldcg(&table.first[b * table.slots + slot[b * r.n + j]]));
+    if (first >= j) return;
+    const Word *mine = reinterpret_cast<const Word*>(row_of(c, r, p, j)),
+               *other = reinterpret_cast<const Word*>(row_of(c, r, p, first));
+    int64_t q = 0;
+#pragma unroll 8
+    for (; q < r.d; ++q) {
+        if (mine[q] != other[q]) break;
+    }
+    if (q == r.d) start[b * padded + j] = -INFINITY;
+}
+
+template <class T>
+__device__ void drop_duplicates(const T* c, const Rows& r, const Active& active, int64_t padded, const Table& table,
+                                const uint32_t* slot, float* start) {
     const int64_t all = active.problems(r.b) * r.n;
     for (int64_t i = global_thread(); i < all; i += all_threads()) {
-        const int64_t b = i / r.n, j = i % r.n, first = ~table.first[b * table.slots + slot[i]];
-        if (first >= j) continue;
-        const int64_t p = active.problem(b);
-        const Word *mine = row_of(c, r, p, j), *other = row_of(c, r, p, first);
-        int64_t q = 0;
-#pragma unroll 8
-        for (; q < r.d; ++q) {
-            if (mine[q] != other[q]) break;
-        }
-        if (q == r.d) start[b * padded + j] = -INFINITY;
+        drop_duplicate(c, r, active.problem(i / r.n), i / r.n, i % r.n, padded, table, slot, start);
     }
 }

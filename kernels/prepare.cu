@@ -32,8 +32,8 @@ __device__ void column_means(const T* c, const Rows& r, const Active& active, Fi
 
 /// One warp for each centroid.
 template <class T>
-__device__ void centre(const T* c, const Rows& r, const Active& active, int metric, const Filter<T>* mu, Filter<T>* moved, Filter<T>* bias,
-                       double* largest) {
+__device__ void centre(const T* c, const Rows& r, const Active& active, int metric, const Filter<T>* mu,
+                       Filter<T>* moved, Filter<T>* bias, double* largest) {
     using F = Filter<T>;
     const int lane = threadIdx.x % WARP;
     const int64_t all = active.problems(r.b) * r.n;
@@ -64,53 +64,52 @@ __device__ void centre(const T* c, const Rows& r, const Active& active, int metr
 
 // ---- For tensor cores (tensor.cuh).
 
+constexpr int ORIGIN_COLUMNS = 2 * WARP;
+
 /// mu is the mean of a column, or zero unless the sampled values are within a factor of two of it: then all differences
 /// are exact (Sterbenz), and if another value's is not, `move` bounds what it loses. A block for each problem and 64
-/// columns, a pair to a lane; its warps share the samples.
+/// columns, a pair to a lane; its warps share the samples. `p` is the problem, `b` its place.
 template <class T>
-__device__ void origin(const T* c, const Rows& r, const Active& active, bool centred, T* mu) {
-    constexpr int PARTS = ORIGIN_THREADS / WARP, COLUMNS = 2 * WARP;
+__device__ void origin(const T* c, const Rows& r, int64_t p, int64_t b, int64_t first, bool centred, T* mu) {
+    constexpr int PARTS = ORIGIN_THREADS / WARP, COLUMNS = ORIGIN_COLUMNS;
     __shared__ float sums[PARTS][COLUMNS], lows[PARTS][COLUMNS], highs[PARTS][COLUMNS];
     const int pair = threadIdx.x % WARP * 2, part = threadIdx.x / WARP;
-    const int64_t groups = (r.d + COLUMNS - 1) / COLUMNS, step = (r.n + MEAN_SAMPLES - 1) / MEAN_SAMPLES;
-    const int64_t tiles = active.problems(r.b) * groups;
-    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const int64_t b = tile / groups, first = tile % groups * COLUMNS, column = first + pair;
-        const T* from = row_of(c, r, active.problem(b), 0) + column;
-        const bool aligned = column + 1 < r.d && reinterpret_cast<uintptr_t>(from) % 4 == 0 && r.row_stride % 2 == 0;
-        float sum[2] = {}, low[2] = {INFINITY, INFINITY}, high[2] = {-INFINITY, -INFINITY};
+    const int64_t step = (r.n + MEAN_SAMPLES - 1) / MEAN_SAMPLES;
+    const int64_t column = first + pair;
+    const T* from = row_of(c, r, p, 0) + column;
+    const bool aligned = column + 1 < r.d && reinterpret_cast<uintptr_t>(from) % 4 == 0 && r.row_stride % 2 == 0;
+    float sum[2] = {}, low[2] = {INFINITY, INFINITY}, high[2] = {-INFINITY, -INFINITY};
 #pragma unroll 8
-        for (int64_t j = part * step; centred && column < r.d && j < r.n; j += PARTS * step) {
-            const T* at = from + j * r.row_stride;
-            float v[2] = {0, 0};
-            if (aligned) {
-                const float2 both = wide_pair(*reinterpret_cast<const uint32_t*>(at), T());
-                v[0] = both.x, v[1] = both.y;
-            } else {
-                v[0] = filter(at[0]), v[1] = column + 1 < r.d ? filter(at[1]) : 0;
-            }
-#pragma unroll
-            for (int i = 0; i < 2; ++i) sum[i] += v[i], low[i] = fminf(low[i], v[i]), high[i] = fmaxf(high[i], v[i]);
+    for (int64_t j = part * step; centred && column < r.d && j < r.n; j += PARTS * step) {
+        const T* at = from + j * r.row_stride;
+        float v[2] = {0, 0};
+        if (aligned) {
+            const float2 both = wide_pair(*reinterpret_cast<const uint32_t*>(at), T());
+            v[0] = both.x, v[1] = both.y;
+        } else {
+            v[0] = filter(at[0]), v[1] = column + 1 < r.d ? filter(at[1]) : 0;
         }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            sums[part][pair + i] = sum[i], lows[part][pair + i] = low[i], highs[part][pair + i] = high[i];
-        }
-        __syncthreads();
-        if (threadIdx.x < COLUMNS && first + threadIdx.x < r.d) {
-            float sum = 0, low = INFINITY, high = -INFINITY;
-#pragma unroll
-            for (int p = 0; p < PARTS; ++p) {
-                sum += sums[p][threadIdx.x];
-                low = fminf(low, lows[p][threadIdx.x]), high = fmaxf(high, highs[p][threadIdx.x]);
-            }
-            const T mean = T(sum / ((r.n + step - 1) / step));
-            const float m = filter(mean);
-            const bool exact = m > 0 ? low >= m / 2 && high <= m * 2 : m < 0 && low >= m * 2 && high <= m / 2;
-            mu[b * r.d + first + threadIdx.x] = centred && exact ? mean : T(0.0f);
-        }
-        __syncthreads();
+        for (int i = 0; i < 2; ++i) sum[i] += v[i], low[i] = fminf(low[i], v[i]), high[i] = fmaxf(high[i], v[i]);
     }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        sums[part][pair + i] = sum[i], lows[part][pair + i] = low[i], highs[part][pair + i] = high[i];
+    }
+    __syncthreads();
+    if (threadIdx.x < COLUMNS && first + threadIdx.x < r.d) {
+        float sum = 0, low = INFINITY, high = -INFINITY;
+#pragma unroll
+        for (int p = 0; p < PARTS; ++p) {
+            sum += sums[p][threadIdx.x];
+            low = fminf(low, lows[p][threadIdx.x]), high = fmaxf(high, highs[p][threadIdx.x]);
+        }
+        const T mean = T(sum / ((r.n + step - 1) / step));
+        const float m = filter(mean);
+        const bool exact = m > 0 ? low >= m / 2 && high <= m * 2 : m < 0 && low >= m * 2 && high <= m / 2;
+        mu[b * r.d + first + threadIdx.x] = centred && exact ? mean : T(0.0f);
+    }
+    __syncthreads();
 }
 
 /// What one centroid adds to, by eight lanes.
@@ -152,64 +151,79 @@ struct Sums {
     }
 };
 
-/// Eight lanes for each centroid and each place up to `padded`, of which a block's share is of one problem; `slot` is
+/// Eight lanes for each centroid from `first` on and each place up to `padded`, as many as the block has; `slot` is
 /// each centroid's in the table.
 template <class T>
-__device__ void move(const T* c, const Rows& r, const Active& active, int metric, const T* mu, int64_t pitch, int64_t padded, T* moved,
-                     float* start, float* scale, Bounds* bounds, const Table& table, uint32_t* slot) {
-    constexpr int LANES = 8, SHARE = THREADS / LANES, COUNT = sizeof(Bounds) / sizeof(float);
-    static_assert(TENSOR_CENTROIDS % SHARE == 0, "a block's share is of one problem");
+__device__ void move(const T* c, const Rows& r, int64_t p, int64_t b, int64_t first, int metric, const T* mu,
+                     int64_t pitch, int64_t padded, T* moved, float* start, float* scale, Bounds* bounds,
+                     const Table& table, uint32_t* slot) {
+    constexpr int LANES = 8, COUNT = sizeof(Bounds) / sizeof(float);
     static_assert(COUNT == 5 && offsetof(Bounds, residual) == 8, "a lane to each, in order");
     __shared__ float block_bounds[COUNT];
     const int part = threadIdx.x % LANES;
-    const int64_t shares = padded / SHARE;
-    const int64_t all = active.problems(r.b) * shares;
-    for (int64_t share = blockIdx.x; share < all; share += gridDim.x) {
-        const int64_t b = share / shares, j = share % shares * SHARE + threadIdx.x / LANES, i = b * padded + j;
-        const bool live = j < r.n;
-        __syncthreads();
-        if (threadIdx.x < COUNT) block_bounds[threadIdx.x] = 0;
-        __syncthreads();
-        Sums sums;
-        if (live) {
-            const T *from = row_of(c, r, active.problem(b), j), *origin = mu + b * r.d;
-            uint4* to = reinterpret_cast<uint4*>(moved + (b * r.n + j) * pitch);
-            // Two at a time, so that one does not wait for the other's loads.
-            for (int64_t piece = part; piece < pitch / PIECE; piece += 2 * LANES) {
-                const int64_t next = piece + LANES;
-                const uint4 v = load_piece(from, piece * PIECE, r.d), m = load_piece(origin, piece * PIECE, r.d);
-                const uint4 next_v = load_piece(from, next * PIECE, r.d),
-                            next_m = load_piece(origin, next * PIECE, r.d);
-                to[piece] = sums.add<T>(v, m, piece);
-                if (next < pitch / PIECE) to[next] = sums.add<T>(next_v, next_m, next);
-            }
-        }
-        for (int lanes = 1; lanes < LANES; lanes *= 2) sums.join(lanes);
-        float from_here = -INFINITY, factor = 0;
-        if (live) {
-            from_here = metric == SQUARED_EUCLIDEAN ? float((sums.mu_squares - sums.squares) / 2) : 0;
-            factor = metric != COSINE ? 1 : sums.squares == 0 ? 0 : float(1 / sqrt(sums.squares));
-            // A lane to a bound; added up in f32 with what that and underflow may take. A product with a row that
-            // `margin` lets pass must not overflow before it is scaled.
-            const float norm = sqrtf(__double2float_ru(sums.squares)), tiny = 1e-37f * r.d;
-            const float rounding = 1 + (r.d + 16) * 0x1p-22f;
-            const float safe = metric == COSINE && norm > 1e18f ? INFINITY : factor;
-            float mine = 0;
-            if (part == 0) mine = sqrtf(sums.moved_squares + tiny) * rounding * safe;
-            if (part == 1) mine = fabsf(from_here);
-            if (part == 2) mine = sums.lost == 0 ? 0 : sqrtf(sums.lost + tiny) * rounding * factor;
-            if (part == 3) mine = norm * factor * rounding;
-            if (part == 4) mine = factor;
-            if (part < COUNT) raise(&block_bounds[part], mine);
-        }
-        __syncthreads();
-        if (threadIdx.x < COUNT) raise(&bounds[b].moved + threadIdx.x, block_bounds[threadIdx.x]);
-        if (part == 0) {
-            start[i] = from_here;
-            if (scale) scale[i] = factor;
-            if (live) slot[b * r.n + j] = table.enter(b, j, sums.hash);
+    const int64_t j = first + threadIdx.x / LANES, i = b * padded + j;
+    const bool live = j < r.n;
+    __syncthreads();
+    if (threadIdx.x < COUNT) block_bounds[threadIdx.x] = 0;
+    __syncthreads();
+    Sums sums;
+    if (live) {
+        const T *from = row_of(c, r, p, j), *origin = mu + b * r.d;
+        uint4* to = reinterpret_cast<uint4*>(moved + (b * r.n + j) * pitch);
+        // Two at a time, so that one does not wait for the other's loads.
+        for (int64_t piece = part; piece < pitch / PIECE; piece += 2 * LANES) {
+            const int64_t next = piece + LANES;
+            const uint4 v = load_piece(from, piece * PIECE, r.d), m = load_piece<T, false>(origin, piece * PIECE, r.d);
+            const uint4 next_v = load_piece(from, next * PIECE, r.d),
+                        next_m = load_piece<T, false>(origin, next * PIECE, r.d);
+            to[piece] = sums.add<T>(v, m, piece);
+            if (next < pitch / PIECE) to[next] = sums.add<T>(next_v, next_m, next);
         }
     }
+    for (int lanes = 1; lanes < LANES; lanes *= 2) sums.join(lanes);
+    float from_here = -INFINITY, factor = 0;
+    if (live) {
+        from_here = metric == SQUARED_EUCLIDEAN ? float((sums.mu_squares - sums.squares) / 2) : 0;
+        factor = metric != COSINE ? 1 : sums.squares == 0 ? 0 : float(1 / sqrt(sums.squares));
+        // A lane to a bound; added up in f32 with what that and underflow may take. A product with a row that
+        // `margin` lets pass must not overflow before it is scaled.
+        const float norm = sqrtf(__double2float_ru(sums.squares)), tiny = 1e-37f * r.d;
+        const float rounding = 1 + (r.d + 16) * 0x1p-22f;
+        const float safe = metric == COSINE && norm > 1e18f ? INFINITY : factor;
+        float mine = 0;
+        if (part == 0) mine = sqrtf(sums.moved_squares + tiny) * rounding * safe;
+        if (part == 1) mine = fabsf(from_here);
+        if (part == 2) mine = sums.lost == 0 ? 0 : sqrtf(sums.lost + tiny) * rounding * factor;
+        if (part == 3) mine = norm * factor * rounding;
+        if (part == 4) mine = factor;
+        if (part < COUNT) raise(&block_bounds[part], mine);
+    }
+    __syncthreads();
+    if (threadIdx.x < COUNT) raise(&bounds[b].moved + threadIdx.x, block_bounds[threadIdx.x]);
+    if (part == 0) {
+        start[i] = from_here;
+        if (scale) scale[i] = factor;
+        if (live) slot[b * r.n + j] = table.enter(b, j, sums.hash);
+    }
+}
+
+/// All of it for one problem, by one block: its slots of the table and its bounds are cleared first.
+template <class T>
+__device__ void prepare(const T* c, const Rows& r, int64_t p, int64_t b, int metric, T* mu, int64_t pitch,
+                        int64_t padded, T* moved, float* start, float* scale, Bounds* bounds, const Table& table,
+                        uint32_t* slot) {
+    for (int64_t i = threadIdx.x; i < table.slots; i += blockDim.x) {
+        table.keys[b * table.slots + i] = 0, table.first[b * table.slots + i] = 0;
+    }
+    if (threadIdx.x == 0) bounds[b] = {};
+    for (int64_t first = 0; first < r.d; first += ORIGIN_COLUMNS) {
+        origin(c, r, p, b, first, metric == SQUARED_EUCLIDEAN, mu);
+    }
+    for (int64_t first = 0; first < padded; first += ORIGIN_THREADS / 8) {
+        move(c, r, p, b, first, metric, mu, pitch, padded, moved, start, scale, bounds, table, slot);
+    }
+    __syncthreads();
+    for (int64_t j = threadIdx.x; j < r.n; j += blockDim.x) drop_duplicate(c, r, p, b, j, padded, table, slot, start);
 }
 
 // ---- Rows.
@@ -228,25 +242,50 @@ __device__ void pack(const T* x, const Rows& r, int64_t pitch, int64_t rows, T* 
 }
 
 #define INSTANCE(name, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(1024, 1) prepare_means_##name(const T* c, Rows cr, Active active, Filter<T>* mu) {      \
-        column_means(c, cr, active, mu);                                                                                       \
+    extern "C" __global__ void __launch_bounds__(1024, 1)                                                              \
+        prepare_means_##name(const T* c, Rows cr, Active active, Filter<T>* mu) {                                      \
+        column_means(c, cr, active, mu);                                                                               \
     }                                                                                                                  \
-    extern "C" __global__ void prepare_centroids_##name(const T* c, Rows cr, Active active, int metric, const Filter<T>* mu,          \
-                                                        Filter<T>* moved, Filter<T>* bias, double* largest) {          \
-        centre(c, cr, active, metric, mu, moved, bias, largest);                                                               \
+    extern "C" __global__ void prepare_centroids_##name(const T* c, Rows cr, Active active, int metric,                \
+                                                        const Filter<T>* mu, Filter<T>* moved, Filter<T>* bias,        \
+                                                        double* largest) {                                             \
+        centre(c, cr, active, metric, mu, moved, bias, largest);                                                       \
     }
 FOR_EACH_TYPE(INSTANCE)
 #undef INSTANCE
 
+static_assert(TENSOR_CENTROIDS % (ORIGIN_THREADS / 8) == 0 && TENSOR_CENTROIDS % (THREADS / 8) == 0,
+              "a block's centroids are of one problem");
+
+#define MOVED(T)                                                                                                       \
+    T *mu, int64_t pitch, int64_t padded, T *moved, float *start, float *scale, Bounds *bounds,                        \
+        unsigned long long *keys, uint32_t *first_of, int64_t slots, uint32_t *slot
+
 #define HALF_INSTANCE(name, T)                                                                                         \
     extern "C" __global__ void __launch_bounds__(ORIGIN_THREADS)                                                       \
-        prepare_origin_##name(const T* c, Rows cr, Active active, int centred, T* mu) {                                               \
-        origin(c, cr, active, centred, mu);                                                                                    \
+        prepare_origin_##name(const T* c, Rows cr, Active active, int centred, T* mu) {                                \
+        const int64_t groups = (cr.d + ORIGIN_COLUMNS - 1) / ORIGIN_COLUMNS, all = active.problems(cr.b) * groups;     \
+        for (int64_t tile = blockIdx.x; tile < all; tile += gridDim.x) {                                               \
+            const int64_t b = tile / groups;                                                                           \
+            origin(c, cr, active.problem(b), b, tile % groups * ORIGIN_COLUMNS, centred, mu);                          \
+        }                                                                                                              \
     }                                                                                                                  \
-    extern "C" __global__ void prepare_moved_##name(                                                                   \
-        const T* c, Rows cr, Active active, int metric, const T* mu, int64_t pitch, int64_t padded, T* moved, float* start,           \
-        float* scale, Bounds* bounds, unsigned long long* keys, uint32_t* first, int64_t slots, uint32_t* slot) {      \
-        move(c, cr, active, metric, mu, pitch, padded, moved, start, scale, bounds, {keys, first, slots}, slot);               \
+    extern "C" __global__ void prepare_moved_##name(const T* c, Rows cr, Active active, int metric, MOVED(T)) {        \
+        const int64_t shares = padded / (THREADS / 8), all = active.problems(cr.b) * shares;                           \
+        for (int64_t share = blockIdx.x; share < all; share += gridDim.x) {                                            \
+            const int64_t b = share / shares, first = share % shares * (THREADS / 8);                                  \
+            move(c, cr, active.problem(b), b, first, metric, mu, pitch, padded, moved, start, scale, bounds,           \
+                 {keys, first_of, slots}, slot);                                                                       \
+        }                                                                                                              \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(ORIGIN_THREADS) prepare_all_##name(                                   \
+        const T* c, Rows cr, Active active, int metric, MOVED(T), int64_t lists, uint32_t* listed) {                   \
+        const int64_t problems = active.problems(cr.b);                                                                \
+        for (int64_t i = global_thread(); i < lists; i += all_threads()) listed[i] = 0;                                \
+        for (int64_t b = blockIdx.x; b < problems; b += gridDim.x) {                                                   \
+            prepare(c, cr, active.problem(b), b, metric, mu, pitch, padded, moved, start, scale, bounds,               \
+                    {keys, first_of, slots}, slot);                                                                    \
+        }                                                                                                              \
     }                                                                                                                  \
     extern "C" __global__ void pack_##name(const T* x, Rows r, int64_t pitch, int64_t rows, T* out) {                  \
         pack(x, r, pitch, rows, out);                                                                                  \
@@ -254,14 +293,15 @@ FOR_EACH_TYPE(INSTANCE)
 HALF_INSTANCE(f16, __half)
 HALF_INSTANCE(bf16, __nv_bfloat16)
 #undef HALF_INSTANCE
+#undef MOVED
 
-#define DUPLICATES(name, Word)                                                                                         \
-    extern "C" __global__ void drop_duplicates_##name(const Word* c, Rows cr, Active active, int64_t padded,                          \
+#define DUPLICATES(name, T)                                                                                            \
+    extern "C" __global__ void drop_duplicates_##name(const T* c, Rows cr, Active active, int64_t padded,              \
                                                       unsigned long long* keys, uint32_t* first, int64_t slots,        \
                                                       const uint32_t* slot, float* start) {                            \
-        drop_duplicates(c, cr, active, padded, {keys, first, slots}, slot, start);                                             \
+        drop_duplicates(c, cr, active, padded, {keys, first, slots}, slot, start);                                     \
     }
-DUPLICATES(f16, uint16_t)
-DUPLICATES(bf16, uint16_t)
-DUPLICATES(f32, uint32_t)
+DUPLICATES(f16, __half)
+DUPLICATES(bf16, __nv_bfloat16)
+DUPLICATES(f32, float)
 #undef DUPLICATES

@@ -80,10 +80,12 @@ __device__ __forceinline__ void raise_limits(const Held& of, const T* x, const R
             dot += __shfl_xor_sync(~0u, dot, lanes), squares += __shfl_xor_sync(~0u, squares, lanes);
         }
         // Three products are as much to add up as three times the columns, in whole steps.
-        const float off = margin(squares, 3 * ((r.d + 15) / 16 * 16), *c.bounds) + __ldg(&slack[at_problem * r.n + index]);
+        const float off =
+            margin(squares, 3 * ((r.d + 15) / 16 * 16), *c.bounds) + __ldg(&slack[at_problem * r.n + index]);
         // If scores were level, the label may be any: then the first pass's best score says more, each within its
         // own half of the margins.
-        const float first_off = margin(squares, r.d, c.bounds[-first.copies]) + __ldg(&first.slack[at_problem * r.n + index]);
+        const float first_off =
+            margin(squares, r.d, c.bounds[-first.copies]) + __ldg(&first.slack[at_problem * r.n + index]);
         const float from_top = of.limit[row] + 0.5f * (first_off - off);
         if (part == 0) of.limit[row] = fmaxf(dot + __ldg(c.start + label) - off, from_top);
     }
@@ -112,7 +114,9 @@ struct Candidates {
 
     static constexpr int LANES = 4;  // of one f32 distance
 
-    __device__ __forceinline__ const U* row(int at) const { return row_of(originals.x, originals.r, originals.b, of.index[at]); }
+    __device__ __forceinline__ const U* row(int at) const {
+        return row_of(originals.x, originals.r, originals.b, of.index[at]);
+    }
     __device__ __forceinline__ const U* centroid(uint32_t column) const {
         return row_of(originals.centroids, originals.cr, originals.b, column);
     }
@@ -231,13 +235,8 @@ __device__ __forceinline__ void recheck_tile(const Shared& s, const Held& of, co
     __syncthreads();
     if (SPLIT) raise_limits(of, x, r, at, c, slack, before, labels, live_rows);
     __syncwarp();
-    Candidates<U> candidates{of,
-                             originals,
-                             r.d,
-                             metric,
-                             labels,
-                             uint32_t(first * CENTROIDS),
-                             uint32_t(min(c.k, int64_t(last) * CENTROIDS))};
+    Candidates<U> candidates{
+        of, originals, r.d, metric, labels, uint32_t(first * CENTROIDS), uint32_t(min(c.k, int64_t(last) * CENTROIDS))};
     sweep<false, SPLIT>(
         s, [&](int i) { return i < live_rows ? row_of(x, r, at, of.index[i]) : nullptr; }, c, int(r.d), first, last,
         warp * WARP_ROWS < live_rows,
@@ -289,8 +288,9 @@ __device__ __forceinline__ void recheck_problem(const Shared& s, const Held& of,
 /// problems at once as it has threads, for most have no row listed. `centroids(at)` gives those of one.
 template <bool SPLIT, class T, class U, class Centroids>
 __device__ __forceinline__ void recheck(uint8_t* raw, const T* x, const Rows& r, const Active& active,
-                                        const Originals<U>& originals, Centroids centroids, const float* slack, const First& before, int metric,
-                                        uint32_t* labels, const Listed* list, const uint32_t* listed) {
+                                        const Originals<U>& originals, Centroids centroids, const float* slack,
+                                        const First& before, int metric, uint32_t* labels, const Listed* list,
+                                        const uint32_t* listed) {
     const Shared s(raw, HELD_BYTES);
     const Held of(s.added);
     const int64_t problems = active.problems(r.b), shares = blocks_each(problems), step = gridDim.x / shares;
@@ -313,21 +313,21 @@ __device__ __forceinline__ void recheck(uint8_t* raw, const T* x, const Rows& r,
     extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) recheck_tensor_##name(                               \
         const T* x, Rows r, Active active, const T* centroids, Rows cr, const T* moved, const float* start,            \
         const float* scale, const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded, int64_t copies,            \
-        int metric, uint32_t* labels, const Listed* list, const uint32_t* listed) {                                                                  \
+        int metric, uint32_t* labels, const Listed* list, const uint32_t* listed) {                                    \
         extern __shared__ __align__(128) uint8_t raw[];                                                                \
         const auto prepared = [&](int64_t at) {                                                                        \
             return Moved<T>(moved, start, scale, bounds, k, pitch, padded, copies, at);                                \
         };                                                                                                             \
-        recheck<false>(raw, x, r, active, Originals<T>{x, centroids, r, cr, 0}, prepared, nullptr, {}, metric, labels,    \
+        recheck<false>(raw, x, r, active, Originals<T>{x, centroids, r, cr, 0}, prepared, nullptr, {}, metric, labels, \
                        list, listed);                                                                                  \
     }
 INSTANCE(f16, __half)
 INSTANCE(bf16, __nv_bfloat16)
 #undef INSTANCE
 
-/// `halves` holds the rows of `x` that are rechecked, (b, n, pitch), each h and then l as in `moved`, by problems' places
-/// in the list like all scratch. The first pass's bounds lie before `bounds`. `pitch` is that of
-/// both, twice that of one half.
+/// `halves` holds the rows of `x` that are rechecked, (b, n, pitch), each h and then l as in `moved`, by problems'
+/// places in the list like all scratch. The first pass's bounds lie before `bounds`. `pitch` is that of both, twice
+/// that of one half.
 extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
     recheck_split_f32(const __half* halves, const float* x, Rows r, Active active, const float* centroids, Rows cr,
                       const __half* moved, const float* start, const Bounds* bounds, int64_t k, int64_t pitch,
@@ -337,6 +337,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
     const auto prepared = [&](int64_t at) {
         return Moved<__half>(moved, start, nullptr, bounds, k, pitch, padded, copies, at);
     };
-    recheck<true>(raw, halves, Rows{r.n * pitch, pitch, r.b, r.n, r.d}, active, Originals<float>{x, centroids, r, cr, 0},
-                  prepared, slack, {first_slack, copies}, metric, labels, list, listed);
+    recheck<true>(raw, halves, Rows{r.n * pitch, pitch, r.b, r.n, r.d}, active,
+                  Originals<float>{x, centroids, r, cr, 0}, prepared, slack, {first_slack, copies}, metric, labels,
+                  list, listed);
 }

@@ -1,14 +1,15 @@
 // Stable counting sort of labels: the order of the rows by cluster, and where each cluster begins.
 //
 // Labels are below k, so there is nothing to compare: count, scan, place. Rows are cut into chunks. `count` fills
-// counts[chunk][bin], `scan` turns them into the number of rows of that bin in earlier chunks and finds where bins begin,
-// and `scatter` walks each chunk again and writes its rows to their places. Rows are ranked by warps, each with counters
-// of its own in shared memory, and warps are ranked by their order, so the result depends on no schedule. More clusters
-// than counters fit are sorted digit by digit, lowest first. Traffic: labels twice, the order once; counts are few.
+// counts[chunk][bin], `scan` turns them into the number of rows of that bin in earlier chunks and finds where bins
+// begin, and `scatter` walks each chunk again and writes its rows to their places. Rows are ranked by warps, each with
+// counters of its own in shared memory, and warps are ranked by their order, so the result depends on no schedule. More
+// clusters than counters fit are sorted digit by digit, lowest first. Traffic: labels twice, the order once; counts are
+// few.
 #include "common.cuh"
 
-/// What is sorted by: the bits `mask` of a label from `shift` on, below `bins`. `before` (null: none) is the order by the
-/// lower digits.
+/// What is sorted by: the bits `mask` of a label from `shift` on, below `bins`. `before` (null: none) is the order by
+/// the lower digits.
 struct Digit {
     const uint32_t *labels, *before;
     int64_t n, k, bins;
@@ -53,35 +54,39 @@ __device__ __forceinline__ uint32_t warp_scan(uint32_t v) {
     return v;
 }
 
-static_assert(SCAN_THREADS == WARP * WARP, "one warp scans what all warps found");
-
-/// Writes the exclusive scan of `n` totals, and their sum after it, with one block.
-__device__ void block_scan(const uint32_t* totals, int64_t n, uint32_t* out) {
+/// The exclusive scan of `value(i)` for `n` places, by one block: `take(i, sum)`. Returns the sum of all.
+template <class Value, class Take>
+__device__ uint32_t block_scan(int64_t n, Value value, Take take) {
     __shared__ uint32_t of_warps[WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    if (warp == 0) of_warps[lane] = 0;
+    __syncthreads();
     uint32_t carry = 0;
-    for (int64_t base = 0; base < n; base += SCAN_THREADS) {
+    for (int64_t base = 0; base < n; base += blockDim.x) {
         const int64_t i = base + threadIdx.x;
-        const uint32_t own = i < n ? __ldcg(&totals[i]) : 0, within = warp_scan(own);
+        const uint32_t own = i < n ? value(i) : 0, within = warp_scan(own);
         if (lane == WARP - 1) of_warps[warp] = within;
         __syncthreads();
         if (warp == 0) of_warps[lane] = warp_scan(of_warps[lane]);
         __syncthreads();
-        if (i < n) out[i] = carry + (warp ? of_warps[warp - 1] : 0) + within - own;
+        if (i < n) take(i, carry + (warp ? of_warps[warp - 1] : 0) + within - own);
         carry += of_warps[WARP - 1];
         __syncthreads();
+        // Warps that the block does not have count for nothing.
+        if (warp == 0 && lane >= blockDim.x / WARP) of_warps[lane] = 0;
     }
-    if (threadIdx.x == 0) out[n] = carry;
+    return carry;
 }
 
-/// Each block takes 32 bins of one problem, each of its warps a part of the chunks. The last block of a problem to finish
-/// scans the totals of its bins. `arrived` starts as zeros and is left so.
-__device__ void scan(uint32_t* counts, const Active& active, int64_t b, int64_t chunks, int64_t bins,
-                     uint32_t* totals, uint32_t* arrived, uint32_t* begins) {
+/// Each block takes 32 bins of one problem, each of its warps a part of the chunks. The last block of a problem to
+/// finish scans the totals of its bins. `arrived` starts as zeros and is left so.
+__device__ void scan(uint32_t* counts, const Active& active, int64_t b, int64_t chunks, int64_t bins, uint32_t* totals,
+                     uint32_t* arrived, uint32_t* begins) {
     __shared__ uint32_t parts[WARP][WARP + 1];
     __shared__ bool last;
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int64_t groups = (bins + WARP - 1) / WARP, each = (chunks + WARP - 1) / WARP;
+    static_assert(SCAN_THREADS <= WARP * WARP, "a row of `parts` for each warp");
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    const int64_t groups = (bins + WARP - 1) / WARP, each = (chunks + warps - 1) / warps;
     const int64_t tiles = active.problems(b) * groups;
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const int64_t p = active.problem(tile / groups), bin = tile % groups * WARP + lane;
@@ -100,78 +105,123 @@ __device__ void scan(uint32_t* counts, const Active& active, int64_t b, int64_t 
             column[c * bins] = sum;
             sum += own;
         }
-        if (warp == WARP - 1 && bin < bins) totals[p * bins + bin] = sum;
+        if (warp == warps - 1 && bin < bins) totals[p * bins + bin] = sum;
         __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) last = atomicAdd(&arrived[p], 1) + 1 == groups;
         __syncthreads();
         if (last) {
             __threadfence();
-            block_scan(totals + p * bins, bins, begins + p * (bins + 1));
-            if (threadIdx.x == 0) arrived[p] = 0;
+            uint32_t* const out = begins + p * (bins + 1);
+            const uint32_t all = block_scan(
+                bins, [&](int64_t i) { return __ldcg(&totals[p * bins + i]); },
+                [&](int64_t i, uint32_t before) { out[i] = before; });
+            if (threadIdx.x == 0) out[bins] = all, arrived[p] = 0;
         }
         __syncthreads();
     }
 }
 
-/// Each block walks one chunk, SORT_ITEMS rows a thread at a time. Shared memory holds, for each bin, the place of its
-/// next row; and for each warp, and for all, how many rows of the bin the warps before it have.
-__device__ void scatter(const Digit& digit, const Active& active, int64_t b, int64_t rows, const uint32_t* counts,
-                        const uint32_t* begins, uint32_t* order) {
-    extern __shared__ uint32_t next[];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    const int64_t bins = digit.bins, chunks = (digit.n + rows - 1) / rows;
-    uint16_t* const seen = reinterpret_cast<uint16_t*>(next + bins);
-    uint16_t* const own = seen + warp * bins;
-    const int64_t tiles = active.problems(b) * chunks;
-    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const int64_t p = active.problem(tile / chunks), chunk = tile % chunks;
-        const int64_t begin = chunk * rows, end = min(begin + rows, digit.n);
-        for (int64_t j = threadIdx.x; j < bins; j += blockDim.x) {
-            next[j] = begins[p * (bins + 1) + j] + counts[(p * chunks + chunk) * bins + j];
+/// The counters of a block that places rows: for each bin, the place of its next row; and for each warp, and for all,
+/// how many rows of the bin the warps before it have.
+struct Counters {
+    uint32_t* next;
+    uint16_t *seen, *own;
+    int warps;
+
+    __device__ Counters(uint32_t* shared, int64_t bins)
+        : next(shared),
+          seen(reinterpret_cast<uint16_t*>(shared + bins)),
+          own(seen + threadIdx.x / WARP * bins),
+          warps(blockDim.x / WARP) {}
+};
+
+static_assert(SORT_BINS <= 1 << 16 && WARP * SORT_ITEMS < 1 << 15 && WARP * SORT_WARPS * SORT_ITEMS < 1 << 16,
+              "counts and ranks fit their bits");
+
+/// Writes the rows at places `[begin, end)` of problem `p` where `next` says, SORT_ITEMS rows a thread at a time, by
+/// one block.
+__device__ void place(const Digit& digit, const Counters& to, int64_t p, int64_t begin, int64_t end, uint32_t* order) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int64_t bins = digit.bins;
+    for (int64_t base = begin; base < end; base += blockDim.x * SORT_ITEMS) {
+        for (int64_t j = lane; j < bins; j += WARP) to.own[j] = 0;
+        const int64_t first = base + warp * (WARP * SORT_ITEMS) + lane;
+        uint32_t found[SORT_ITEMS];  // a row's bin, and from bit 16 on its rank in the warp's share of that
+#pragma unroll
+        for (int i = 0; i < SORT_ITEMS; ++i) {
+            const int64_t at = first + i * WARP;
+            found[i] = at < end ? digit.bin(p, digit.row(p, at)) : UINT32_MAX;
         }
-        for (int64_t base = begin; base < end; base += blockDim.x * SORT_ITEMS) {
-            for (int64_t j = lane; j < bins; j += WARP) own[j] = 0;
-            const int64_t first = base + warp * (WARP * SORT_ITEMS) + lane;
-            uint32_t row[SORT_ITEMS], bin[SORT_ITEMS], rank[SORT_ITEMS];
+        __syncwarp();
 #pragma unroll
-            for (int i = 0; i < SORT_ITEMS; ++i) {
-                const int64_t at = first + i * WARP;
-                row[i] = at < end ? digit.row(p, at) : 0;
-            }
-#pragma unroll
-            for (int i = 0; i < SORT_ITEMS; ++i) {
-                bin[i] = first + i * WARP < end ? digit.bin(p, row[i]) : UINT32_MAX;
-            }
+        for (int i = 0; i < SORT_ITEMS; ++i) {
+            const bool live = found[i] != UINT32_MAX;
+            const uint32_t peers = __match_any_sync(~0u, found[i]), lower = peers & ((1u << lane) - 1);
+            uint16_t* const has = to.own + (live ? found[i] : 0);
+            const uint32_t rank = *has + __popc(lower);
             __syncwarp();
-#pragma unroll
-            for (int i = 0; i < SORT_ITEMS; ++i) {
-                const bool live = bin[i] != UINT32_MAX;
-                const uint32_t peers = __match_any_sync(~0u, bin[i]), lower = peers & ((1u << lane) - 1);
-                rank[i] = (live ? own[bin[i]] : 0) + __popc(lower);
-                __syncwarp();
-                if (live && lower == 0) own[bin[i]] = rank[i] + __popc(peers);
-                __syncwarp();
-            }
-            __syncthreads();
-            for (int64_t j = threadIdx.x; j < bins; j += blockDim.x) {
-                uint32_t before = 0;
-                for (int w = 0; w < warps; ++w) {
-                    const uint32_t has = seen[w * bins + j];
-                    seen[w * bins + j] = before;
-                    before += has;
-                }
-                seen[warps * bins + j] = before;
-            }
-            __syncthreads();
-#pragma unroll
-            for (int i = 0; i < SORT_ITEMS; ++i) {
-                if (bin[i] != UINT32_MAX) order[p * digit.n + next[bin[i]] + own[bin[i]] + rank[i]] = row[i];
-            }
-            __syncthreads();
-            for (int64_t j = threadIdx.x; j < bins; j += blockDim.x) next[j] += seen[warps * bins + j];
+            if (live && lower == 0) *has = rank + __popc(peers);
+            if (live) found[i] |= rank << 16;
+            __syncwarp();
         }
         __syncthreads();
+        for (int64_t j = threadIdx.x; j < bins; j += blockDim.x) {
+            uint32_t before = 0;
+            for (int w = 0; w < to.warps; ++w) {
+                const uint32_t has = to.seen[w * bins + j];
+                to.seen[w * bins + j] = before;
+                before += has;
+            }
+            to.seen[to.warps * bins + j] = before;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < SORT_ITEMS; ++i) {
+            const uint32_t bin = found[i] & 0xffff;
+            if (found[i] == UINT32_MAX) continue;
+            order[p * digit.n + to.next[bin] + to.own[bin] + (found[i] >> 16)] = digit.row(p, first + i * WARP);
+        }
+        __syncthreads();
+        for (int64_t j = threadIdx.x; j < bins; j += blockDim.x) to.next[j] += to.seen[to.warps * bins + j];
+    }
+    __syncthreads();
+}
+
+/// Each block places the rows of one chunk.
+__device__ void scatter(const Digit& digit, const Active& active, int64_t b, int64_t rows, const uint32_t* counts,
+                        const uint32_t* begins, uint32_t* order) {
+    extern __shared__ uint32_t counters[];
+    const Counters to(counters, digit.bins);
+    const int64_t bins = digit.bins, chunks = (digit.n + rows - 1) / rows, tiles = active.problems(b) * chunks;
+    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const int64_t p = active.problem(tile / chunks), chunk = tile % chunks;
+        for (int64_t j = threadIdx.x; j < bins; j += blockDim.x) {
+            to.next[j] = begins[p * (bins + 1) + j] + counts[(p * chunks + chunk) * bins + j];
+        }
+        place(digit, to, p, chunk * rows, min((chunk + 1) * rows, digit.n), order);
+    }
+}
+
+/// Each block sorts one problem, of which a chunk is all.
+__device__ void whole(const Digit& digit, const Active& active, int64_t b, uint32_t* next_active, uint32_t* begins,
+                      uint32_t* order) {
+    extern __shared__ uint32_t counters[];
+    const Counters to(counters, digit.bins);
+    if (next_active && global_thread() == 0) *next_active = 0;
+    const int64_t bins = digit.bins, problems = active.problems(b);
+    for (int64_t at = blockIdx.x; at < problems; at += gridDim.x) {
+        const int64_t p = active.problem(at);
+        for (int64_t j = threadIdx.x; j < bins; j += blockDim.x) to.next[j] = 0;
+        __syncthreads();
+        for (int64_t i = threadIdx.x; i < digit.n; i += blockDim.x) atomicAdd(&to.next[digit.bin(p, i)], 1);
+        __syncthreads();
+        uint32_t* const out = begins + p * (bins + 1);
+        const uint32_t all = block_scan(
+            bins, [&](int64_t i) { return to.next[i]; },
+            [&](int64_t i, uint32_t before) { out[i] = to.next[i] = before; });
+        if (threadIdx.x == 0) out[bins] = all;
+        place(digit, to, p, 0, digit.n, order);
     }
 }
 
@@ -198,10 +248,14 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS, 1)
                uint32_t* arrived, uint32_t* begins) {
     scan(counts, active, b, chunks, bins, totals, arrived, begins);
 }
-extern "C" __global__ void __launch_bounds__(WARP* SORT_WARPS)
-    order_scatter(Digit digit, Active active, int64_t b, int64_t rows, const uint32_t* counts,
-                  const uint32_t* begins, uint32_t* order) {
+extern "C" __global__ void __launch_bounds__(WARP* SORT_WARPS, 2)
+    order_scatter(Digit digit, Active active, int64_t b, int64_t rows, const uint32_t* counts, const uint32_t* begins,
+                  uint32_t* order) {
     scatter(digit, active, b, rows, counts, begins, order);
+}
+extern "C" __global__ void __launch_bounds__(WARP* SORT_WARPS, 2)
+    order_whole(Digit digit, Active active, int64_t b, uint32_t* next_active, uint32_t* begins, uint32_t* order) {
+    whole(digit, active, b, next_active, begins, order);
 }
 extern "C" __global__ void order_boundaries(const uint32_t* labels, Active active, int64_t b, int64_t n, int64_t k,
                                             const uint32_t* order, uint32_t* offsets) {

@@ -148,9 +148,9 @@ __device__ __forceinline__ float slack_of(float lost, float largest_norm, int64_
     return slack >= 0 ? slack : INFINITY;
 }
 
-/// Splits `count` rows from row `first` of all that are to do on: row first + i to halves + 2 i pitch, h before l, zeros
-/// past d. 4 to 32 lanes share a row; a warp has as many rows as fit. `bounds` are those for h alone. Traffic: X once,
-/// and as much written.
+/// Splits `count` rows from row `first` of all that are to do on: row first + i to halves + 2 i pitch, h before l,
+/// zeros past d. 4 to 32 lanes share a row; a warp has as many rows as fit. `bounds` are those for h alone. Traffic: X
+/// once, and as much written.
 extern "C" __global__ void __launch_bounds__(256, 4)
     split_rows_f32(const float* x, Rows r, Active active, int64_t first, int64_t count, int metric, const float* mu,
                    const float* largest, const Bounds* bounds, int64_t copies, int64_t pitch, __half* halves,

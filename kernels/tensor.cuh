@@ -73,12 +73,13 @@ __device__ __forceinline__ float2 wide_pair(uint32_t v, __nv_bfloat16) {
     return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000)};
 }
 
-/// Eight columns of a row of `d`, those past it as zeros.
-template <class T>
+/// Eight columns of a row of `d`, those past it as zeros. What a kernel has written itself is not read-only.
+template <class T, bool READ_ONLY = true>
 __device__ __forceinline__ uint4 load_piece(const T* row, int64_t column, int64_t d) {
     const T* from = row + column;
     if (column + PIECE <= d && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-        return __ldg(reinterpret_cast<const uint4*>(from));
+        const uint4* piece = reinterpret_cast<const uint4*>(from);
+        return READ_ONLY ? __ldg(piece) : *piece;
     }
     uint32_t words[4] = {};
 #pragma unroll

@@ -1,12 +1,12 @@
-// Sort-Inverse Update: rows are visited in cluster order, summed on chip, and the mean of a cluster is written where its
-// last row is added.
+// Sort-Inverse Update: rows are visited in cluster order, summed on chip, and the mean of a cluster is written where
+// its last row is added.
 //
-// A sum is a 128-bit integer (src/fixed.rs), so it may be cut anywhere and added up in any order. A warp takes a piece of
-// the sorted places, cluster by cluster. Its lanes share a row, 16 bytes each, and add into f64 "limbs": whole numbers of
-// a unit, few enough bits of each term that 2^10 of them add up exactly. What a term has below the last limb, which is
-// rare, is an integer of its own. A cluster inside one piece is finished on chip. One that crosses pieces is added up in
-// its slot in memory, and whoever adds last finishes it and leaves zeros behind. Traffic: X and the order once, the
-// centroids twice, and 16 bytes a column for each piece of a crossing cluster.
+// A sum is a 128-bit integer (src/fixed.rs), so it may be cut anywhere and added up in any order. A warp takes a piece
+// of the sorted places, cluster by cluster. Its lanes share a row, 16 bytes each, and add into f64 "limbs": whole
+// numbers of a unit, few enough bits of each term that 2^10 of them add up exactly. What a term has below the last
+// limb, which is rare, is an integer of its own. A cluster inside one piece is finished on chip. One that crosses
+// pieces is added up in its slot in memory, and whoever adds last finishes it and leaves zeros behind. Traffic: X and
+// the order once, the centroids twice, and 16 bytes a column for each piece of a crossing cluster.
 //
 // Medians (Manhattan) need no sums: a median is found bit by bit, by counting.
 #include <cuda_pipeline_primitives.h>
@@ -56,9 +56,10 @@ struct Clusters {
 
 /// Which problems go on.
 struct Verdict {
-    const double* threshold;  // (b,): the squared shift at which a problem has converged. Null: there is no next iteration
-    uint32_t* stop;           // (b,): where it has converged, the iteration in which it did
-    uint32_t *list, *count;   // `Active` of the next iteration
+    const double*
+        threshold;   // (b,): the squared shift at which a problem has converged. Null: there is no next iteration
+    uint32_t* stop;  // (b,): where it has converged, the iteration in which it did
+    uint32_t *list, *count;  // `Active` of the next iteration
     int64_t iteration;
 
     /// Decides once all clusters have moved, and clears their shift.
@@ -77,11 +78,11 @@ struct Units {
     bool extreme;    // no limbs: their units are no f64
     bool dirty;      // there may be terms that are no numbers
 
-    __device__ Units(double largest, int64_t n, bool dirty)
-        : scale(fixed_scale(largest, n)),
-          top(126 - scale - (64 - __clzll(n))),
-          extreme(top < -900 || top >= 900),
-          dirty(dirty) {}
+    __device__ Units(double largest, int64_t n, bool dirty) : dirty(dirty) {
+        scale = fixed_scale(largest, n);
+        top = 126 - scale - (64 - __clzll(n));
+        extreme = top < -900 || top >= 900;
+    }
     __device__ __forceinline__ int unit(int limb) const { return top - LIMB_BITS * (limb + 1); }
     /// Adding this and taking it away again rounds to the unit.
     __device__ __forceinline__ double rounder(int limb) const {
@@ -94,8 +95,8 @@ struct Units {
     }
 };
 
-/// A warp on its way through a piece of the sorted places, with `EACH` columns a lane and as many rows at a time as lanes
-/// are left for. Rows come through a ring of steps, which each lane fills and empties for itself.
+/// A warp on its way through a piece of the sorted places, with `EACH` columns a lane and as many rows at a time as
+/// lanes are left for. Rows come through a ring of steps, which each lane fills and empties for itself.
 template <class T, int EACH, bool FACTOR>
 struct Warp {
     /// Halves span 40 bits: their sums are exact as they are.
@@ -121,15 +122,13 @@ struct Warp {
     const uint32_t* order;  // from the piece on; null if rows are in order
     int64_t begin;          // of the piece
     Units units;
-    int weight_scale, lane, lanes;  // `lanes` of them to a row
-
-    __device__ int groups() const { return WARP / lanes; }
-    __device__ int group() const { return lane / lanes; }
+    int weight_scale;
+    uint32_t lane, lanes, group, groups;  // `lanes` of them to a row, in so many groups
 
     // ---- The rows of a piece, from column `first` on.
 
-    int count;              // places of the piece; they are counted from its begin
-    int asked, here;        // steps that have been asked for, and that have arrived
+    uint32_t count;         // places of the piece; they are counted from its begin
+    uint32_t asked, here;   // steps that have been asked for, and that have arrived
     uint32_t rows, coming;  // row numbers: of 32 places, and of the next 32
     const T* from;          // this lane's columns of row 0
     bool live, leads;       // whether it has any; whether it has the first
@@ -139,24 +138,26 @@ struct Warp {
         from = x + column, live = column < r.d, leads = column == 0;
         asked = here = 0;
         coming = row_at(lane);
+#pragma unroll 1
         for (int i = 1; i < SUM_STEPS; ++i) ask();
     }
 
-    __device__ uint32_t row_at(int place) const {
+    __device__ uint32_t row_at(uint32_t place) const {
         place = min(place, count - 1);
         return order ? order[place] : uint32_t(begin + place);
     }
 
     __device__ void ask() {
-        const int place = asked * groups();
+        const uint32_t place = asked * groups;
         if (place % WARP == 0) {
             rows = coming;
             coming = row_at(place + WARP + lane);
         }
-        const int64_t row = __shfl_sync(~0u, rows, place % WARP + group());
-        if (live && place + group() < count) {
+        const uint32_t row = __shfl_sync(~0u, rows, place % WARP + group);
+        if (live && place + group < count) {
             Part* const part = &shared.ring[asked % SUM_STEPS][lane];
-            const T* const at = from + row * r.row_stride;
+            // Whole parts come with strides of less than 2^32 (and anything else without).
+            const T* const at = from + (EACH > 1 ? row * uint64_t(uint32_t(r.row_stride)) : row * r.row_stride);
             if constexpr (sizeof(Part) < 4) *part = *reinterpret_cast<const Part*>(at);
             else __pipeline_memcpy_async(part, at, sizeof(Part));
             if (FACTOR) __pipeline_memcpy_async(&shared.factors[asked % SUM_STEPS][lane], &factor[row], sizeof(double));
@@ -165,9 +166,9 @@ struct Warp {
         ++asked;
     }
 
-    /// Adds up the rows at places `[place, stop)` into the limbs, and adds their factors to `weight` in one lane of each
-    /// row. Returns whether there is any rest.
-    __device__ bool add(int place, int stop, __int128& weight) {
+    /// Adds up the rows at places `[place, stop)` into the limbs, and adds their factors to `weight` in one lane of
+    /// each row. Returns whether there is any rest.
+    __device__ bool add(uint32_t place, uint32_t stop, __int128& weight) {
         double sums[LIMBS][EACH], rounders[LIMBS];
         bool any_rest = false;
 #pragma unroll
@@ -176,17 +177,22 @@ struct Warp {
 #pragma unroll
             for (int e = 0; e < EACH; ++e) sums[l][e] = 0;
         }
-        const int last = (stop - 1) / groups();
+        const uint32_t last = (stop - 1) / groups;
 #pragma unroll 1
-        for (int step = place / groups(); step <= last; ++step) {
+        for (uint32_t step = place / groups; step <= last; ++step) {
             if (step == here) {
                 ask();  // into the place of the step before, which is done with
                 __pipeline_wait_prior(SUM_STEPS - 1);
                 ++here;
             }
-            const int at = step * groups() + group();
+            const uint32_t at = step * groups + group;
             if (!live || at < place || at >= stop) continue;
-            const Part part = shared.ring[step % SUM_STEPS][lane];
+            Part part = shared.ring[step % SUM_STEPS][lane];
+            if (!FACTOR && units.dirty) {
+#pragma unroll
+                for (int e = 0; e < EACH; ++e)
+                    part.values[e] = isfinite(wide(part.values[e])) ? part.values[e] : T(0.0f);
+            }
             const double f = FACTOR ? shared.factors[step % SUM_STEPS][lane] : 1;
             if (FACTOR && to.divisor == WEIGHT && leads) weight += fixed_quantise(f, weight_scale);
             double left[EACH];
@@ -195,7 +201,7 @@ struct Warp {
             for (int e = 0; e < EACH; ++e) {
                 double v = wide(part.values[e]);
                 if (FACTOR) v = __dmul_rn(v, f);
-                if ((FACTOR || sizeof(T) == 8 || units.dirty) && !isfinite(v)) v = 0;
+                if (FACTOR && !isfinite(v)) v = 0;
                 if (EXACT) {
                     sums[0][e] += v;
                     continue;
@@ -214,7 +220,7 @@ struct Warp {
 #pragma unroll
                 for (int e = 0; e < EACH; ++e) shared.limbs[0][lane * EACH + e] = left[e];
 #pragma unroll 1
-                for (int own = lane * EACH; own < (lane + 1) * EACH; ++own) {
+                for (uint32_t own = lane * EACH; own < (lane + 1) * EACH; ++own) {
                     shared.rest[own] += fixed_quantise(shared.limbs[0][own], units.scale);
                 }
             }
@@ -229,19 +235,19 @@ struct Warp {
     }
 
     /// The sum of a column of what was added last.
-    __device__ __int128 sum(int own, bool rest) const {
-        const int width = lanes * EACH;
+    __device__ __int128 sum(uint32_t own, bool rest) const {
+        const uint32_t width = lanes * EACH;
         __int128 q = 0;
 #pragma unroll
         for (int l = 0; l < LIMBS; ++l) {
             double limb = 0;
 #pragma unroll 1
-            for (int at = own; at < COLUMNS; at += width) limb += shared.limbs[l][at];
+            for (uint32_t at = own; at < COLUMNS; at += width) limb += shared.limbs[l][at];
             q += units.value(l, limb);
         }
         if (!EXACT && rest) {
 #pragma unroll 1
-            for (int at = own; at < COLUMNS; at += width) q += shared.rest[at];
+            for (uint32_t at = own; at < COLUMNS; at += width) q += shared.rest[at];
         }
         return q;
     }
@@ -251,7 +257,7 @@ struct Warp {
         __syncwarp();
         if (EXACT || !rest) return;
 #pragma unroll 1
-        for (int at = lane; at < COLUMNS; at += WARP) shared.rest[at] = 0;
+        for (uint32_t at = lane; at < COLUMNS; at += WARP) shared.rest[at] = 0;
         __syncwarp();
     }
 
@@ -301,9 +307,9 @@ struct Warp {
         for (int64_t first = 0; first < r.d; first += COLUMNS) {
             start(first);
             int64_t cluster = order ? min(int64_t(labels[order[0]]), to.k - 1) : 0;
-            for (int place = 0; place < count; ++cluster) {
+            for (uint32_t place = 0; place < count; ++cluster) {
                 const int64_t top = order ? offsets[cluster] : 0, bottom = order ? offsets[cluster + 1] : r.n;
-                const int stop = int(min(bottom - begin, int64_t(count)));
+                const uint32_t stop = uint32_t(max(int64_t(0), min(bottom - begin, int64_t(count))));
                 if (stop <= place) continue;
                 __int128 weight = 0;
                 const bool rest = add(place, stop, weight);
@@ -314,7 +320,7 @@ struct Warp {
                 } else {
                     unsigned long long* const slot = to.slot(b, cluster);
 #pragma unroll 1
-                    for (int c = lane; c < COLUMNS && first + c < r.d; c += WARP) {
+                    for (uint32_t c = lane; c < COLUMNS && first + c < r.d; c += WARP) {
                         atomic_add(slot + 2 * (first + c), sum(c, rest));
                     }
                     if (lane == 0 && first == 0) atomic_add(slot + 2 * r.d, weight);
@@ -356,20 +362,32 @@ __device__ void update(const T* x, const Rows& r, const double* factor, const do
     using Mine = Warp<T, EACH, FACTOR>;
     __shared__ typename Mine::Shared of_warps[SUM_THREADS / WARP];
     typename Mine::Shared& shared = of_warps[threadIdx.x / WARP];
-    const int lane = threadIdx.x % WARP;
+    const uint32_t lane = threadIdx.x % WARP;
     if (!Mine::EXACT) {
-        for (int at = lane; at < Mine::COLUMNS; at += WARP) shared.rest[at] = 0;
+        for (uint32_t at = lane; at < Mine::COLUMNS; at += WARP) shared.rest[at] = 0;
         __syncwarp();
     }
-    int lanes = 1;
+    uint32_t lanes = 1;
     while (lanes < WARP && lanes * EACH < r.d) lanes *= 2;
     const int64_t pieces = (r.n + rows - 1) / rows;
     const int64_t items = active.problems(r.b) * pieces;
     for (int64_t item = global_thread() / WARP; item < items; item += all_threads() / WARP) {
         const int64_t b = active.problem(item / pieces), begin = item % pieces * rows;
-        Mine warp = {shared, r, to, b, x + b * r.batch_stride, factor ? factor + b * r.n : nullptr,
-                     order ? order + b * r.n + begin : nullptr, begin, Units(largest[b], r.n, first_bad[b] != UINT32_MAX),
-                     heaviest ? fixed_scale(heaviest[b], r.n) : 0, lane, lanes, int(min(rows, r.n - begin))};
+        Mine warp = {shared,
+                     r,
+                     to,
+                     b,
+                     x + b * r.batch_stride,
+                     factor ? factor + b * r.n : nullptr,
+                     order ? order + b * r.n + begin : nullptr,
+                     begin,
+                     Units(largest[b], r.n, first_bad[b] != UINT32_MAX),
+                     heaviest ? fixed_scale(heaviest[b], r.n) : 0,
+                     lane,
+                     lanes,
+                     lane / lanes,
+                     WARP / lanes,
+                     uint32_t(min(rows, r.n - begin))};
         warp.run(labels + b * r.n, offsets + b * (to.k + 1), rows);
         __threadfence();
         __syncwarp();
@@ -462,7 +480,7 @@ __device__ void settle(int64_t b, double* shift, const Active& active, const Ver
 }
 
 #define UPDATE(name, T, EACH, FACTOR)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(SUM_THREADS, SUM_BLOCKS)                                                \
+    extern "C" __global__ void __launch_bounds__(SUM_THREADS, SUM_BLOCKS)                                              \
         name(const T* x, Rows r, const double* factor, const double* largest, const double* heaviest,                  \
              const uint32_t* first_bad, const uint32_t* labels, const uint32_t* order, const uint32_t* offsets,        \
              int64_t rows, Clusters<T> to, Active active, Verdict verdict) {                                           \
@@ -471,7 +489,7 @@ __device__ void settle(int64_t b, double* shift, const Active& active, const Ver
     }
 #define INSTANCE(name, T)                                                                                              \
     UPDATE(update_##name, T, 16 / sizeof(T), false)                                                                    \
-    UPDATE(update_weighted_##name, T, (sizeof(T) > 4 ? 2 : 4), true)                                                         \
+    UPDATE(update_weighted_##name, T, (sizeof(T) > 4 ? 2 : 4), true)                                                   \
     UPDATE(update_narrow_##name, T, 1, false)                                                                          \
     UPDATE(update_narrow_weighted_##name, T, 1, true)                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                           \

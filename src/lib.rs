@@ -38,7 +38,7 @@ mod tiles;
 #[doc(hidden)]
 pub mod testing {
     #[cfg(feature = "cuda")]
-    pub use crate::cuda::assign::product_step;
+    pub use crate::cuda::{assign::product_step, fail_allocation};
     pub use crate::plan::force;
     use crate::{
         ops::{self, Memory, Rule, Terms},

@@ -69,9 +69,11 @@ pub const SUM_BLOCKS: usize = 4;
 pub const MEDIAN_COLUMNS: usize = 32;
 /// Centroids that the common shift of `norms.cu` is the mean of: it only has to be near the data, and always the same.
 pub const MEAN_SAMPLES: usize = 256;
-/// Threads of a block that finds the origin of the centroids.
+/// Threads of a block that finds the origin of the centroids, or prepares all of a problem's.
 pub const ORIGIN_THREADS: usize = 512;
-/// Threads of a block of the scan in `sort.cu`.
+/// Most centroids of a problem that one block prepares.
+pub const PREPARE_CENTROIDS: usize = 512;
+/// Most threads of a block of the scan in `sort.cu`: a warp for each few chunks.
 pub const SCAN_THREADS: usize = 1024;
 /// Steps of the ring through which a warp of `update.cu` reads its rows.
 pub const SUM_STEPS: usize = 8;

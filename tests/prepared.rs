@@ -118,8 +118,8 @@ fn refusals() {
 #[cfg(feature = "cuda")]
 mod cuda {
     use super::*;
-    use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-    use candle_flash_kmeans::Metric;
+    use candle_core::cuda_backend::cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUstreamCaptureMode};
+    use candle_flash_kmeans::{testing, Metric};
     use std::sync::{Arc, Barrier};
 
     fn asked_for() -> bool {
@@ -172,6 +172,107 @@ mod cuda {
             // The context is as good as before.
             assert_eq!(all_bits(&settings.fit(&inputs[0]).unwrap()), all_bits(&want[0]));
         }
+    }
+
+    /// Whichever allocation fails, the error says so and the next fit is as if nothing had been.
+    #[test]
+    fn every_allocation_may_fail() {
+        if !asked_for() {
+            return;
+        }
+        let device = Device::new_cuda(0).unwrap();
+        let mut rng = rng(86);
+        let mut failures = 0;
+        for (dtype, shape, k) in
+            [(DType::F16, [3, 600, 40], 9), (DType::F32, [2, 500, 130], 200), (DType::F64, [2, 300, 5], 7)]
+        {
+            let x = blobs(&shape, k, dtype, &mut rng).to_device(&device).unwrap();
+            for settings in super::settings(&mut rng, &device, shape[1]) {
+                let settings = settings.max_iters(3);
+                let want = all_bits(&settings.fit(&x).unwrap());
+                let mut prepared = settings.prepare(&shape[..], dtype, &device).unwrap();
+                for spared in 0.. {
+                    testing::fail_allocation(Some(spared));
+                    let fit = settings.fit(&x);
+                    if !testing::fail_allocation(None) {
+                        break;
+                    }
+                    assert!(matches!(fit, Err(Error::OutOfMemory { .. })), "{fit:?}");
+                    failures += 1;
+                    testing::fail_allocation(Some(spared));
+                    let run = prepared.run(&x);
+                    assert!(
+                        !testing::fail_allocation(None) || matches!(run, Err(Error::OutOfMemory { .. })),
+                        "{run:?}"
+                    );
+                    prepared.run(&x).unwrap();
+                    assert!(all_bits(&prepared.fit().unwrap()) == want, "after failure {spared}");
+                }
+                assert!(all_bits(&settings.fit(&x).unwrap()) == want);
+            }
+        }
+        assert!(failures > 200, "{failures} failures");
+    }
+
+    /// No fit takes more memory than its plan says, and only the first run of a prepared one takes any.
+    #[test]
+    fn peak_is_within_the_plan() {
+        if !asked_for() {
+            return;
+        }
+        let device = Device::new_cuda(0).unwrap();
+        let used = |attribute, reset: bool| {
+            let context = device.as_cuda_device().unwrap().cuda_stream().context().clone();
+            let (mut pool, mut bytes) = (std::ptr::null_mut(), 0u64);
+            device.synchronize().unwrap();
+            // SAFETY: the device is in use, and these attributes are a u64.
+            unsafe {
+                sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()).result().unwrap();
+                if reset {
+                    sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut bytes).cast()).result().unwrap();
+                }
+                sys::cuMemPoolGetAttribute(pool, attribute, (&raw mut bytes).cast()).result().unwrap();
+            }
+            bytes
+        };
+        let peak = || used(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH, false);
+        let reset = || used(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH, true);
+        let mut rng = rng(87);
+        let mut wrong = vec![];
+        for (b, n, k, d) in [
+            (1, 500_000, 300, 64),
+            (1, 200_000, 5000, 128),
+            (40, 5_000, 64, 33),
+            (300, 1000, 20, 4),
+            (1, 100_000, 20_000, 16),
+        ] {
+            for (metric, dtype) in METRICS.into_iter().zip([DType::F16, DType::F32, DType::BF16, DType::F64]) {
+                let x = uniform(&[b, n, d], 0.0, 1.0, dtype, &mut rng).to_device(&device).unwrap();
+                let weights = uniform(&[n], 1.0, 1.0, DType::F64, &mut rng).to_device(&device).unwrap();
+                let given = Init::Given(x.narrow(1, 0, k).unwrap());
+                let plain = KMeans::new(k).metric(metric).max_iters(2).init(given);
+                for (settings, what) in [(plain.clone(), "plain"), (plain.clone().sample_weights(&weights), "weighted")]
+                {
+                    let before = reset();
+                    drop(settings.fit(&x).unwrap());
+                    let (took, plan) = (peak() - before, settings.plan(&x).unwrap());
+                    let line = format!("{what}: {took} bytes at {b} {n} {k} {d} {metric:?} {dtype:?}: {plan}");
+                    println!("{line}");
+                    if took > plan.bytes || took * 8 < plan.bytes {
+                        wrong.push(line);
+                    }
+                    let bound = (8 + 4 + 8) * b * n + b * k * d * 3 * 8;
+                    println!("    of 8 bytes a row and three f64 accumulators: {:.2}", took as f64 / bound as f64);
+                }
+                let plain = plain.check_finite(false).tol(0.0);
+                let mut prepared = plain.prepare(x.shape(), dtype, &device).unwrap();
+                prepared.run(&x).unwrap();
+                let before = reset();
+                prepared.run(&x).unwrap();
+                println!("    again: {} bytes", peak() - before);
+            }
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     }
 
     /// Threads at once, each with a device of its own, of its own stream, or one that all share.

@@ -10,9 +10,9 @@ use crate::{
     problem::{in_eights, Rows},
     rng::Draw,
     tiles::{
-        NARROW_BLOCKS, NARROW_THREADS, NARROW_TILE, ORIGIN_THREADS, PASS, RECHECK_BLOCKS, RECHECK_QUEUE, SIMT_ROWS,
-        SM80_CENTROIDS, SM80_COLUMNS, SM80_ROWS, SM80_STAGES, SM90_CENTROIDS, SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS,
-        THREADS,
+        NARROW_BLOCKS, NARROW_THREADS, NARROW_TILE, ORIGIN_THREADS, PASS, PREPARE_CENTROIDS, RECHECK_BLOCKS,
+        RECHECK_QUEUE, SIMT_ROWS, SM80_CENTROIDS, SM80_COLUMNS, SM80_ROWS, SM80_STAGES, SM90_CENTROIDS, SM90_ROWS,
+        SM90_SHARED, TENSOR_CENTROIDS, THREADS,
     },
     Metric, Result,
 };
@@ -164,10 +164,11 @@ struct Table {
 }
 
 impl Table {
-    fn new(layout: &mut Layout, copies: usize, k: usize) -> Self {
+    /// Zeros, unless the kernel that fills it clears it first.
+    fn new(layout: &mut Layout, copies: usize, k: usize, zeroed: bool) -> Self {
         let slots = 2 * k.next_power_of_two();
-        let keys = layout.zeroed(elements(&[copies, slots]));
-        let first = layout.zeroed(elements(&[copies, slots]));
+        let keys = layout.place_for(zeroed, elements(&[copies, slots]));
+        let first = layout.place_for(zeroed, elements(&[copies, slots]));
         Self { keys, first, slot: layout.unwritten(elements(&[copies, k])), slots }
     }
 
@@ -208,9 +209,11 @@ fn tensor_labels<T: Element>(
     let (pitch, padded) = (d.next_multiple_of(8), k.next_multiple_of(TENSOR_CENTROIDS));
 
     let mut layout = Layout::default();
-    let bounds = layout.zeroed::<[f32; BOUNDS]>(copies);
-    let listed = layout.zeroed::<u32>(x.b);
-    let table = Table::new(&mut layout, copies, k);
+    // Few centroids are prepared by one kernel, which clears what it adds to.
+    let few = k <= PREPARE_CENTROIDS;
+    let bounds = layout.place_for::<[f32; BOUNDS]>(!few, copies);
+    let listed = layout.place_for::<u32>(!few, x.b);
+    let table = Table::new(&mut layout, copies, k, !few);
     let list = layout.unwritten::<Listed>(elements(&[x.b, x.n]));
     let mu = layout.unwritten::<T>(elements(&[copies, d]));
     let moved = layout.unwritten::<T>(elements(&[copies, k, pitch]));
@@ -222,15 +225,23 @@ fn tensor_labels<T: Element>(
     let scale = scale.map_or(Part::NULL, |scale| w.part(scale));
     let (listed, list) = (w.part(listed), w.part(list));
 
-    let centred = metric == Metric::SquaredEuclidean;
-    launch!(dev, Prepare, "prepare_origin", T::SUFFIX, elements(&[copies, d.div_ceil(2 * WARP)]), ORIGIN_THREADS;
-        &cs, &shape(&one), &active, &(centred as i32), &mu)?;
-    let blocks = elements(&[copies, padded]).div_ceil(THREADS / 8); // eight lanes to a centroid
     let (of, k64, pitch64, padded64, copies64) = (metric as i32, k as i64, pitch as i64, padded as i64, copies as i64);
-    launch!(dev, Prepare, "prepare_moved", T::SUFFIX, blocks, THREADS;
-        &cs, &shape(&one), &active, &of, &mu, &pitch64, &padded64, &moved, &start, &scale, &bounds,
-        &w.part(table.keys), &w.part(table.first), &(table.slots as i64), &w.part(table.slot))?;
-    table.drop_duplicates(dev, &w, &cs, &one, active, padded, start)?;
+    let (keys, first, slot, slots) = (w.part(table.keys), w.part(table.first), w.part(table.slot), table.slots as i64);
+    if few {
+        launch!(dev, Prepare, "prepare_all", T::SUFFIX, copies, ORIGIN_THREADS;
+            &cs, &shape(&one), &active, &of, &mu, &pitch64, &padded64, &moved, &start, &scale, &bounds,
+            &keys, &first, &slots, &slot, &(x.b as i64), &listed)?;
+    } else {
+        let centred = metric == Metric::SquaredEuclidean;
+        let groups = elements(&[copies, d.div_ceil(2 * WARP)]);
+        launch!(dev, Prepare, "prepare_origin", T::SUFFIX, groups, ORIGIN_THREADS;
+            &cs, &shape(&one), &active, &(centred as i32), &mu)?;
+        let blocks = elements(&[copies, padded]).div_ceil(THREADS / 8); // eight lanes to a centroid
+        launch!(dev, Prepare, "prepare_moved", T::SUFFIX, blocks, THREADS;
+            &cs, &shape(&one), &active, &of, &mu, &pitch64, &padded64, &moved, &start, &scale, &bounds,
+            &keys, &first, &slots, &slot)?;
+        table.drop_duplicates(dev, &w, &cs, &one, active, padded, start)?;
+    }
 
     let processors = processors(dev)?;
     let no_slack = Part::<f32>::NULL;
@@ -335,7 +346,7 @@ fn split_labels(
     // For one half alone, then for both.
     let bounds = layout.zeroed::<[f32; BOUNDS]>(elements(&[2, copies]));
     let listed = layout.zeroed::<u32>(elements(&[x.b, x.n.div_ceil(most)]));
-    let table = Table::new(&mut layout, copies, k);
+    let table = Table::new(&mut layout, copies, k, true);
     let list = layout.unwritten::<Listed>(most);
     let moved = layout.unwritten::<half::f16>(elements(&[copies, k, both]));
     let start = layout.unwritten::<f32>(elements(&[copies, padded]));

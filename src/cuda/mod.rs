@@ -25,7 +25,7 @@ use candle_core::cuda_backend::{
 };
 use candle_core::{CpuStorage, Device, InplaceOp1, Shape, Storage, StorageRef, Tensor};
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::HashMap,
     marker::PhantomData,
     mem::MaybeUninit,
@@ -253,6 +253,14 @@ impl Layout {
     /// `len` elements of zero bytes.
     fn zeroed<T>(&mut self, len: usize) -> Place<T> {
         Self::place(&mut self.zeroed, true, len)
+    }
+    /// Either.
+    fn place_for<T>(&mut self, zeroed: bool, len: usize) -> Place<T> {
+        if zeroed {
+            self.zeroed(len)
+        } else {
+            self.unwritten(len)
+        }
     }
     /// `len` elements, not yet written.
     fn unwritten<T>(&mut self, len: usize) -> Place<T> {
@@ -522,10 +530,29 @@ fn elements(sizes: &[usize]) -> usize {
     sizes.iter().fold(1, |product: usize, &size| product.saturating_mul(size))
 }
 
+thread_local!(static SPARED: Cell<Option<usize>> = const { Cell::new(None) });
+
+/// Makes one allocation of this thread fail as if memory were exhausted, after so many that are spared; `None` makes none
+/// fail. Returns whether the one that was asked for last has failed.
+pub fn fail_allocation(spared: Option<usize>) -> bool {
+    SPARED.replace(spared).is_none()
+}
+
+/// Whether this is the allocation that is to fail.
+fn fails() -> bool {
+    let spared = SPARED.get();
+    SPARED.set(spared.and_then(|left| left.checked_sub(1)));
+    spared == Some(0)
+}
+
 /// Memory for `len` elements (at least one: CUDA refuses none), not yet written.
 fn alloc<T: DeviceRepr>(dev: &CudaDevice, op: &'static str, len: usize) -> Result<CudaSlice<T>> {
     let len = len.max(1);
     let bytes = len.saturating_mul(size_of::<T>());
+    if fails() {
+        let source = candle_core::Error::Msg("a test makes this allocation fail".into());
+        return Err(Error::OutOfMemory { op, bytes, source });
+    }
     if bytes > isize::MAX as usize {
         let source = candle_core::Error::Msg("more bytes than an address has".into());
         return Err(Error::OutOfMemory { op, bytes, source });

@@ -8,7 +8,7 @@ use crate::{
     ops::{Rule, Terms, Turn},
     plan::Sort,
     problem::{in_pieces, Rows},
-    tiles::{MEDIAN_COLUMNS, SCAN_THREADS, SUM_ROWS, SUM_ROWS_LEAST, SUM_THREADS, SUM_WARPS, THREADS},
+    tiles::{MEDIAN_COLUMNS, SCAN_THREADS, SORT_ITEMS, SUM_ROWS, SUM_ROWS_LEAST, SUM_THREADS, SUM_WARPS, THREADS},
     Result,
 };
 use candle_core::{
@@ -77,10 +77,17 @@ impl Sorting {
         active: Active,
         [arrived, next, order, offsets]: [Part<u32>; 4],
     ) -> Result<()> {
-        let &Self { plan: Sort { passes, bits, warps, rows, chunks, .. }, b, n, k, .. } = self;
+        let &Self { plan: Sort { passes, bits, bins, warps, rows, chunks }, b, n, k, .. } = self;
         let (counts, totals) = (scratch.part(self.counts), scratch.part(self.totals));
         let (b64, rows64, chunks64) = (b as i64, rows as i64, chunks as i64);
         let mut before = Part::NULL;
+        if passes == 1 && chunks == 1 {
+            let (n, k) = (n as i64, k as i64);
+            let digit = Digit { labels, before, n, k, bins: k, shift: 0, mask: u32::MAX };
+            let warps = warps.min(self.n.div_ceil(WARP * SORT_ITEMS));
+            return launch!(dev, Sort, "order_whole", "", b, WARP * warps, (4 + 2 * (warps + 1)) * bins;
+                &digit, &active, &b64, &next, &offsets, &order);
+        }
         for pass in 0..passes {
             let last = pass + 1 == passes;
             let shift = pass as u32 * bits;
@@ -92,7 +99,8 @@ impl Sorting {
             let next = if pass == 0 { next } else { Part::NULL };
             launch!(dev, Sort, "order_count", "", elements(&[b, chunks]), THREADS, 4 * bins;
                 &digit, &active, &b64, &rows64, &counts, &next)?;
-            launch!(dev, Sort, "order_scan", "", elements(&[b, bins.div_ceil(WARP)]), SCAN_THREADS;
+            let threads = (WARP * chunks).next_power_of_two().clamp(THREADS, SCAN_THREADS);
+            launch!(dev, Sort, "order_scan", "", elements(&[b, bins.div_ceil(WARP)]), threads;
                 &counts, &active, &b64, &chunks64, &digit.bins, &totals, &arrived, &begins)?;
             launch!(dev, Sort, "order_scatter", "", elements(&[b, chunks]), WARP * warps, (4 + 2 * (warps + 1)) * bins;
                 &digit, &active, &b64, &rows64, &counts, &begins, &out)?;
