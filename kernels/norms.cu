@@ -75,21 +75,26 @@ __device__ void gather(const T* x, const Rows& r, const uint32_t* index, int64_t
 
 // ---- Initialisation: the distance to the nearest seed, the race for the next one, and its winner.
 
-/// A dot product is no spread to seed by: it seeds by squared Euclidean distance.
+__device__ __forceinline__ double nothing_near() { return __longlong_as_double(0x7ff0000000000000); }
+
+/// The distance of a row to the nearest seed, with one more seed. A seed itself is marked -1, for good. A dot product
+/// is no spread to seed by: it seeds by squared Euclidean distance.
+template <class T>
+__device__ __forceinline__ double nearer_by(double nearest, const T* x, const Rows& r, int64_t b, int64_t row,
+                                            int64_t seed, int metric) {
+    if (seed == row) return -1;
+    if (nearest < 0 || seed >= r.n) return nearest;
+    const double t =
+        distance(metric == DOT ? SQUARED_EUCLIDEAN : metric, row_of(x, r, b, row), row_of(x, r, b, seed), r.d);
+    return fmin(nearest, t > 0 ? t : 0);
+}
+
 template <class T>
 __device__ void nearer(const T* x, const Rows& r, const double* nearest, const uint32_t* newest, int metric,
                        double* out) {
     for (int64_t i = global_thread(); i < r.b * r.n; i += all_threads()) {
-        const int64_t b = i / r.n, row = i % r.n, seed = newest[b];
-        double v = nearest[i];
-        if (seed == row) {
-            v = -1;
-        } else if (!(v < 0) && seed < r.n) {
-            const double t =
-                distance(metric == DOT ? SQUARED_EUCLIDEAN : metric, row_of(x, r, b, row), row_of(x, r, b, seed), r.d);
-            v = fmin(v, t > 0 ? t : 0);
-        }
-        out[i] = v;
+        const int64_t b = i / r.n;
+        out[i] = nearer_by(nearest[i], x, r, b, i % r.n, newest[b], metric);
     }
 }
 
@@ -102,50 +107,75 @@ __device__ void race(const double* nearest, const double* weights, int64_t b, in
 
 struct Lowest {
     uint64_t key;
-    uint32_t index;
+    uint32_t row;
 };
 
-/// The lowest index at the smallest key in `[begin, end)`, compared as ordered integers, by one block.
-__device__ Lowest block_lowest(const double* keys, const uint32_t* index, int64_t begin, int64_t end) {
-    __shared__ Lowest partial[WARP];
-    Lowest low = {UINT64_MAX, UINT32_MAX};
-    const auto lower = [](Lowest a, Lowest b) {
-        return b.key < a.key || (b.key == a.key && b.index < a.index) ? b : a;
-    };
-    const auto warp_lowest = [&](Lowest v) {
+__device__ __forceinline__ Lowest lower(Lowest a, Lowest b) {
+    return b.key < a.key || (b.key == a.key && b.row < a.row) ? b : a;
+}
+
+/// The lowest row at the smallest key that any thread of the block has, to the first warp.
+__device__ Lowest block_lowest(Lowest low) {
+    __shared__ Lowest of_warps[WARP];
+    const auto warp_lowest = [](Lowest v) {
         for (int lane = WARP / 2; lane; lane /= 2) {
-            v = lower(v, {__shfl_xor_sync(~0u, v.key, lane), __shfl_xor_sync(~0u, v.index, lane)});
+            v = lower(v, {__shfl_xor_sync(~0u, v.key, lane), __shfl_xor_sync(~0u, v.row, lane)});
         }
         return v;
     };
-    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-        low = lower(low, {ordered<uint64_t>(__double_as_longlong(keys[i])), index ? index[i] : uint32_t(i)});
-    }
     low = warp_lowest(low);
-    if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = low;
+    if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = low;
     __syncthreads();
     if (threadIdx.x < WARP) {
-        low = warp_lowest(threadIdx.x < blockDim.x / WARP ? partial[threadIdx.x] : Lowest{UINT64_MAX, UINT32_MAX});
+        low = warp_lowest(threadIdx.x < blockDim.x / WARP ? of_warps[threadIdx.x] : Lowest{UINT64_MAX, UINT32_MAX});
     }
     __syncthreads();
     return low;
 }
 
-/// The winner of each chunk of `span` keys, then of each problem's chunks.
-__device__ void lowest_parts(const double* keys, int64_t b, int64_t n, int64_t span, double* best, uint32_t* index) {
-    const int64_t chunks = (n + span - 1) / span;
-    for (int64_t tile = blockIdx.x; tile < b * chunks; tile += gridDim.x) {
-        const int64_t begin = tile % chunks * span;
-        const double* row = keys + tile / chunks * n;
-        const Lowest low = block_lowest(row, nullptr, begin, min(begin + span, n));
-        if (threadIdx.x == 0) best[tile] = row[low.index], index[tile] = low.index;
-    }
-}
-
-__device__ void lowest(const double* best, const uint32_t* index, int64_t b, int64_t chunks, uint32_t* out) {
-    for (int64_t p = blockIdx.x; p < b; p += gridDim.x) {
-        const Lowest low = block_lowest(best + p * chunks, index + p * chunks, 0, chunks);
-        if (threadIdx.x == 0) out[p] = chunks ? low.index : 0;
+/// Pick `i` of k-means++ for each problem: distances to the last pick are folded into `nearest`, and all rows race. A
+/// block takes `rows` rows; the last block of a problem finds the winner. Nothing is in `nearest` at a `start`;
+/// `arrived` is zeros and left so.
+template <class T>
+__device__ void pick(const T* x, const Rows& r, double* nearest, const double* weights, uint32_t* chosen, int64_t count,
+                     int64_t i, bool start, int metric, uint64_t seed, uint64_t round, int64_t rows, uint64_t* keys,
+                     uint32_t* winners, uint32_t* arrived) {
+    __shared__ bool last;
+    const int64_t parts = (r.n + rows - 1) / rows;
+    for (int64_t tile = blockIdx.x; tile < r.b * parts; tile += gridDim.x) {
+        const int64_t b = tile / parts, begin = tile % parts * rows, end = min(begin + rows, r.n);
+        const int64_t newest = i ? chosen[b * count + i - 1] : -1;
+        Lowest low = {UINT64_MAX, UINT32_MAX};
+        for (int64_t row = begin + threadIdx.x; row < end; row += blockDim.x) {
+            const int64_t at = b * r.n + row;
+            double v = 1;
+            if (i) {
+                v = start && i == 1 ? nothing_near() : nearest[at];
+                v = nearer_by(v, x, r, b, row, newest, metric);
+                nearest[at] = v;
+            } else if (!start) {
+                v = nearest[at];
+            }
+            const double key = race_key(seed, round, b, row, v, weights ? weights[at] : 1.0);
+            low = lower(low, {ordered<uint64_t>(__double_as_longlong(key)), uint32_t(row)});
+        }
+        low = block_lowest(low);
+        if (threadIdx.x == 0) {
+            keys[tile] = low.key, winners[tile] = low.row;
+            __threadfence();
+            last = atomicAdd(&arrived[b], 1) + 1 == parts;
+        }
+        __syncthreads();
+        if (last) {
+            __threadfence();
+            low = {UINT64_MAX, UINT32_MAX};
+            for (int64_t part = b * parts + threadIdx.x; part < (b + 1) * parts; part += blockDim.x) {
+                low = lower(low, {__ldcg(&keys[part]), __ldcg(&winners[part])});
+            }
+            low = block_lowest(low);
+            if (threadIdx.x == 0) chosen[b * count + i] = low.row, arrived[b] = 0;
+        }
+        __syncthreads();
     }
 }
 
@@ -168,6 +198,12 @@ __device__ void lowest(const double* best, const uint32_t* index, int64_t b, int
     extern "C" __global__ void nearer_##name(const T* x, Rows r, const double* nearest, const uint32_t* newest,        \
                                              int metric, double* out) {                                                \
         nearer(x, r, nearest, newest, metric, out);                                                                    \
+    }                                                                                                                  \
+    extern "C" __global__ void pick_##name(const T* x, Rows r, double* nearest, const double* weights,                 \
+                                           uint32_t* chosen, int64_t count, int64_t i, int start, int metric,          \
+                                           uint64_t seed, uint64_t round, int64_t rows, uint64_t* keys,                \
+                                           uint32_t* winners, uint32_t* arrived) {                                     \
+        pick(x, r, nearest, weights, chosen, count, i, start, metric, seed, round, rows, keys, winners, arrived);      \
     }
 FOR_EACH_TYPE(INSTANCE)
 #undef INSTANCE
@@ -178,12 +214,4 @@ extern "C" __global__ void scan_start(int64_t b, double* largest, uint32_t* firs
 extern "C" __global__ void race_keys(const double* nearest, const double* weights, int64_t b, int64_t n, uint64_t seed,
                                      uint64_t round, double* out) {
     race(nearest, weights, b, n, seed, round, out);
-}
-extern "C" __global__ void lowest_of_chunk(const double* keys, int64_t b, int64_t n, int64_t span, double* best,
-                                           uint32_t* index) {
-    lowest_parts(keys, b, n, span, best, index);
-}
-extern "C" __global__ void lowest_of_problem(const double* best, const uint32_t* index, int64_t b, int64_t chunks,
-                                             uint32_t* out) {
-    lowest(best, index, b, chunks, out);
 }

@@ -1,7 +1,7 @@
 //! Where the centroids start.
 
 use crate::{
-    ops,
+    ops::{self, Memory},
     problem::{Problem, Rows},
     rng::Draw,
     Error, Metric, Result,
@@ -101,32 +101,27 @@ fn weighted(x: &Rows, k: usize, weights: Option<&Tensor>, seed: u64) -> Result<T
 }
 
 fn plus_plus(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, seed: u64) -> Result<Tensor> {
-    let nearest = Tensor::ones((x.b, x.n), DType::F64, x.device())?;
-    continue_plus_plus(x, k, nearest, weights, metric, Draw { seed, round: 0 })
+    let nearest = Tensor::zeros((x.b, x.n), DType::F64, x.device())?;
+    pick(x, k, &nearest, weights, metric, Draw { seed, round: 0 })
 }
 
-/// Draws `count` more rows, u32 `(b, count)`, given each row's distance to the nearest chosen one.
-fn continue_plus_plus(
+/// Picks `count` rows, u32 `(b, count)`: the first ones in round 0, else more, given each row's distance to the nearest one
+/// so far.
+fn pick(
     x: &Rows,
     count: usize,
-    mut nearest: Tensor,
+    nearest: &Tensor,
     weights: Option<&Tensor>,
     metric: Metric,
     first: Draw,
 ) -> Result<Tensor> {
-    let mut chosen = Vec::with_capacity(count);
+    let chosen = Tensor::zeros((x.b, count), DType::U32, x.device())?;
+    let memory = Memory::default();
     for i in 0..count {
-        let newest = ops::lowest(&ops::race(&nearest, weights, Draw { round: first.round + i as u64, ..first })?)?;
-        if i + 1 < count {
-            // The uniform (or given) start is no distance: the first row chosen replaces it.
-            if i == 0 && first.round == 0 {
-                nearest = (nearest * f64::INFINITY)?;
-            }
-            nearest = ops::nearer(x, &nearest, &newest, metric)?;
-        }
-        chosen.push(newest);
+        let draw = Draw { round: first.round + i as u64, ..first };
+        ops::pick(x, nearest, weights, &chosen, i, first.round == 0, metric, draw, &memory)?;
     }
-    Ok(Tensor::stack(&chosen, 1)?.contiguous()?)
+    Ok(chosen)
 }
 
 fn parallel(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, seed: u64) -> Result<Tensor> {
@@ -178,7 +173,7 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
         }
         if count < k {
             let draw = Draw { seed, round: ROUNDS + 1 };
-            let more = continue_plus_plus(x, k - count, nearest, weights, metric, draw)?;
+            let more = pick(x, k - count, &nearest, weights, metric, draw)?;
             candidates = Tensor::cat(&[&candidates, &more], 1)?;
         }
         return ops::gather(x, &candidates);

@@ -149,9 +149,21 @@ pub(crate) fn race(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Re
     on_device!(nearest.device(), assign::race(nearest, weights, draw))
 }
 
-/// The lowest index of the smallest value of each row of `keys` `(b, n)`: u32 `(b,)`.
-pub(crate) fn lowest(keys: &Tensor) -> Result<Tensor> {
-    on_device!(keys.device(), assign::lowest(keys))
+/// Pick `i` of k-means++, to column `i` of `chosen` (u32 `(b, count)`): pick `i - 1` is folded into `nearest` (f64 `(b, n)`) as
+/// [`nearer`] does, and all rows race. At a `start` nothing is nearest yet, and the first pick is uniform.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn pick(
+    x: &Rows,
+    nearest: &Tensor,
+    weights: Option<&Tensor>,
+    chosen: &Tensor,
+    i: usize,
+    start: bool,
+    metric: Metric,
+    draw: Draw,
+    memory: &Memory,
+) -> Result<()> {
+    on_device!(x.device(), assign::pick(x, nearest, weights, chosen, i, start, metric, draw, memory))
 }
 
 /// The stable order of `labels` (u32 `(b, n)`, below `k`): positions u32 `(b, n)` and offsets u32 `(b, k + 1)`.

@@ -349,7 +349,36 @@ pub(crate) fn race(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Re
     per_row(b, n, |b, i| race_key(draw, b, i, near[b * n + i], weights.map_or(1.0, |w| w[b * n + i])))
 }
 
-pub(crate) fn lowest(keys: &Tensor) -> Result<Tensor> {
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn pick(
+    x: &Rows,
+    nearest: &Tensor,
+    weights: Option<&Tensor>,
+    chosen: &Tensor,
+    i: usize,
+    start: bool,
+    metric: Metric,
+    draw: Draw,
+    _: &Memory,
+) -> Result<()> {
+    let before = match (start, i) {
+        (true, 0) => Tensor::ones((x.b, x.n), DType::F64, x.device())?,
+        (true, 1) => Tensor::full(f64::INFINITY, (x.b, x.n), x.device())?,
+        _ => nearest.clone(),
+    };
+    let now = if i > 0 {
+        let now = nearer(x, &before, &chosen.narrow(1, i - 1, 1)?.flatten_all()?.contiguous()?, metric)?;
+        nearest.slice_set(&now, 0, 0)?;
+        now
+    } else {
+        before
+    };
+    chosen.slice_set(&lowest(&race(&now, weights, draw)?)?.unsqueeze(1)?, 1, i)?;
+    Ok(())
+}
+
+/// The lowest index of the smallest value of each row of `keys` `(b, n)`: u32 `(b,)`.
+fn lowest(keys: &Tensor) -> Result<Tensor> {
     let (b, n) = keys.dims2()?;
     let keys = lock(keys);
     let keys = keys.flat::<f64>()?;

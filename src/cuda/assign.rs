@@ -1,7 +1,7 @@
 //! Labels, distances, and the per-row passes around them: `kernels/assign_*.cu` and `kernels/norms.cu`.
 
 use super::{
-    alloc, device, elements, launch, read, shape, tensor, typed, write, Active, Element, Layout, Memory, Nullable,
+    alloc, device, elements, launch, own, read, shape, tensor, typed, write, Active, Element, Layout, Memory, Nullable,
     Part, Place, TensorMap, Workspace,
 };
 use crate::{
@@ -10,9 +10,9 @@ use crate::{
     problem::{in_eights, Rows},
     rng::Draw,
     tiles::{
-        NARROW_BLOCKS, NARROW_THREADS, NARROW_TILE, ORIGIN_THREADS, PASS, PREPARE_CENTROIDS, RECHECK_BLOCKS,
-        RECHECK_QUEUE, SIMT_ROWS, SM80_CENTROIDS, SM80_COLUMNS, SM80_ROWS, SM80_STAGES, SM90_CENTROIDS, SM90_ROWS,
-        SM90_SHARED, TENSOR_CENTROIDS, THREADS,
+        NARROW_BLOCKS, NARROW_THREADS, NARROW_TILE, ORIGIN_THREADS, PASS, PICK_PARTS, PREPARE_CENTROIDS,
+        RECHECK_BLOCKS, RECHECK_QUEUE, SIMT_ROWS, SM80_CENTROIDS, SM80_COLUMNS, SM80_ROWS, SM80_STAGES, SM90_CENTROIDS,
+        SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS,
     },
     Metric, Result,
 };
@@ -516,18 +516,31 @@ pub(crate) fn race(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Re
     Ok(tensor(dev, out, (b, n)))
 }
 
-pub(crate) fn lowest(keys: &Tensor) -> Result<Tensor> {
-    const OP: &str = "lowest";
-    let dev = device(keys)?;
-    let (b, n) = keys.dims2()?;
-    let chunks = n.div_ceil(PASS);
-    let mut best = alloc::<f64>(dev, OP, elements(&[b, chunks]))?;
-    let mut index = alloc::<u32>(dev, OP, elements(&[b, chunks]))?;
-    let mut out = alloc::<u32>(dev, OP, b)?;
-    let keys = read(keys);
-    launch!(dev, Norms, "lowest_of_chunk", "", elements(&[b, chunks]), THREADS;
-        &keys.view::<f64>()?, &(b as i64), &(n as i64), &(PASS as i64), &mut best, &mut index)?;
-    launch!(dev, Norms, "lowest_of_problem", "", b, THREADS;
-        &best, &index, &(b as i64), &(chunks as i64), &mut out)?;
-    Ok(tensor(dev, out, b))
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn pick(
+    x: &Rows,
+    nearest: &Tensor,
+    weights: Option<&Tensor>,
+    chosen: &Tensor,
+    i: usize,
+    start: bool,
+    metric: Metric,
+    draw: Draw,
+    memory: &Memory,
+) -> Result<()> {
+    const OP: &str = "pick";
+    let dev = device(&x.tensor)?;
+    let rows = THREADS.max(x.n / PICK_PARTS).next_multiple_of(THREADS);
+    let parts = elements(&[x.b, x.n.div_ceil(rows)]);
+    let (mut scratch, mut zeros) = (Layout::default(), Layout::default());
+    let (keys, winners) = (scratch.unwritten::<u64>(parts), scratch.unwritten::<u32>(parts));
+    let arrived = zeros.zeroed::<u32>(x.b);
+    let (scratch, zeros) = (scratch.scratch(dev, OP, memory)?, zeros.zeros(dev, OP, memory)?);
+    let (xs, weights) = (read(&x.tensor), weights.map(read));
+    let weights = weights.as_ref().map(|w| w.view::<f64>()).transpose()?;
+    let (nearest, chosen_at, count) = (own::<f64>(nearest)?, own::<u32>(chosen)?, chosen.dim(1)? as i64);
+    typed!(x.dtype(), T => launch!(dev, Norms, "pick", T::SUFFIX, parts, THREADS;
+        &xs.view::<T>()?, &shape(x), &nearest, Nullable(&weights), &chosen_at, &count, &(i as i64), &(start as i32),
+        &(metric as i32), &draw.seed, &draw.round, &(rows as i64), &scratch.part(keys), &scratch.part(winners),
+        &zeros.part(arrived)))
 }
