@@ -5,7 +5,7 @@
 // best of each of the eight places in a group. Every column but the winner is in another group or at another place, so
 // that gives the winner's column and the exact second best for 2.5 operations a score instead of 5. Rows whose label
 // `margin` (tensor.cuh) does not prove go on a list for recheck.cu.
-#include "sweep.cuh"
+#include "recheck.cuh"
 
 constexpr int PLACES = 8;
 constexpr int RESIDENT = 384 / BLOCK;  // blocks of an SM, so far as registers go
@@ -96,6 +96,39 @@ __device__ __forceinline__ void write_labels(Found (&found)[SLOTS], float square
             asm volatile("" : "+l"(tile));                                                                             \
             write_labels(found, squares, r, tile / tiles, active.problem(tile / tiles), tile % tiles * SM80_ROWS,      \
                          problem(), slack, labels, list, listed);                                                      \
+        }                                                                                                              \
+    }
+INSTANCE(f16, __half)
+INSTANCE(bf16, __nv_bfloat16)
+#undef INSTANCE
+
+/// A block that settles what it does not prove at once, for problems too small to pay for another launch.
+#define INSTANCE(name, T)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK, RECHECK_RESIDENT)                                              \
+        assign_small_##name(const T* x, Rows r, Active active, const T* centroids, Rows cr, const T* moved,            \
+                            const float* start, const float* scale, const Bounds* bounds, int64_t k, int64_t pitch,    \
+                            int64_t padded, int64_t copies, int metric, uint32_t* labels) {                            \
+        extern __shared__ __align__(128) uint8_t raw[];                                                                \
+        __shared__ Listed list[SM80_ROWS];                                                                             \
+        __shared__ uint32_t listed;                                                                                    \
+        const Shared s(raw, HELD_BYTES);                                                                               \
+        const Held of(s.added);                                                                                        \
+        const int64_t tiles = (r.n + SM80_ROWS - 1) / SM80_ROWS, all = active.problems(r.b) * tiles;                   \
+        for (int64_t tile = blockIdx.x; tile < all; tile += gridDim.x) {                                               \
+            const uint32_t b = active.problem(tile / tiles);                                                           \
+            const int64_t first_row = tile % tiles * SM80_ROWS;                                                        \
+            const Moved<T> c(moved, start, scale, bounds, k, pitch, padded, copies, tile / tiles);                     \
+            __syncthreads(); /* the last tile's list is read */                                                        \
+            if (threadIdx.x == 0) listed = 0;                                                                          \
+            Found found[SLOTS];                                                                                        \
+            const float squares = search_tile(s, found, x, r, b, first_row, c);                                        \
+            __syncthreads();                                                                                           \
+            write_labels(found, squares, r, 0, b, first_row, c, nullptr, labels, list, &listed);                       \
+            __syncthreads();                                                                                           \
+            if (listed == 0) continue;                                                                                 \
+            recheck_tile<false>(s, of, x, r, Originals<T>{x, centroids, r, cr, b}, b, c, nullptr, First{}, metric,     \
+                                labels + int64_t(b) * r.n, list, int(listed), 0,                                       \
+                                int((k + CENTROIDS - 1) / CENTROIDS));                                                 \
         }                                                                                                              \
     }
 INSTANCE(f16, __half)

@@ -54,12 +54,11 @@ struct Clusters {
     }
 };
 
-/// Which problems go on.
+/// Which problems go on. There is no next iteration if there is no threshold.
 struct Verdict {
-    const double*
-        threshold;   // (b,): the squared shift at which a problem has converged. Null: there is no next iteration
-    uint32_t* stop;  // (b,): where it has converged, the iteration in which it did
-    uint32_t *list, *count;  // `Active` of the next iteration
+    const double* threshold;  // (b,): the squared shift at which a problem has converged
+    uint32_t* stop;           // (b,): where it has, the iteration in which it did
+    uint32_t *list, *count;   // `Active` of the next iteration
     int64_t iteration;
 
     /// Decides once all clusters have moved, and clears their shift.

@@ -29,6 +29,8 @@ pub(crate) enum Assign {
     Narrow,
     /// `mma.sync`, for f16, bf16 and split f32 from Ampere on.
     Sm80,
+    /// The same for f16 and bf16, proof and recheck in one launch.
+    Small,
     /// TMA and WGMMA, for f16, bf16 and split f32 on Hopper.
     Sm90,
 }
@@ -42,6 +44,7 @@ impl Assign {
             Self::SimtManhattan => "assign_simt_manhattan",
             Self::Narrow => "assign_narrow",
             Self::Sm80 => "assign_sm80",
+            Self::Small => "assign_small",
             Self::Sm90 => "assign_sm90",
         }
     }
@@ -52,14 +55,14 @@ impl Assign {
             Self::CpuGemm | Self::CpuManhattan => (tiles::CPU_ROWS, tiles::CPU_CENTROIDS),
             Self::SimtDot | Self::SimtManhattan => (tiles::SIMT_ROWS, tiles::SIMT_CENTROIDS),
             Self::Narrow => (tiles::NARROW_TILE, NARROW_GROUP),
-            Self::Sm80 => (tiles::SM80_ROWS, tiles::SM80_CENTROIDS),
+            Self::Sm80 | Self::Small => (tiles::SM80_ROWS, tiles::SM80_CENTROIDS),
             Self::Sm90 => (tiles::SM90_ROWS * sm90_shape(d).1, tiles::SM90_CENTROIDS),
         }
     }
 
     /// Whether it reads rows in pieces of eight columns, which have to be aligned. (f32 rows are split on the way.)
     pub fn in_eights(self, dtype: DType) -> bool {
-        dtype != DType::F32 && matches!(self, Self::Sm80 | Self::Sm90)
+        dtype != DType::F32 && matches!(self, Self::Sm80 | Self::Small | Self::Sm90)
     }
 
     /// Whether rows pass through it as halves.
@@ -81,6 +84,7 @@ impl Assign {
         if dtype != DType::F64 {
             all.extend((arch == 90 && d <= SM90_COLUMNS).then_some(Self::Sm90));
             all.extend((arch >= 80).then_some(Self::Sm80));
+            all.extend((arch >= 80 && dtype != DType::F32).then_some(Self::Small));
         }
         all.push(Self::SimtDot);
         all
@@ -105,8 +109,14 @@ impl Assign {
             DType::F32 => products > 1 << 30 && k <= 64,
             _ => products <= 5_000_000 && d < 64,
         };
-        if little && candidates[0] != Self::Narrow && candidates.contains(&Self::SimtDot) {
+        // Too little for two launches to be worth their while.
+        let small = products <= 1 << 30 && k <= tiles::PREPARE_CENTROIDS;
+        if candidates[0] == Self::Narrow {
+            Self::Narrow
+        } else if little && candidates.contains(&Self::SimtDot) {
             Self::SimtDot
+        } else if small && candidates.contains(&Self::Small) {
+            Self::Small
         } else {
             candidates[0]
         }
@@ -256,6 +266,7 @@ impl Plan {
             let assigns = match (assign, assign.splits(p.dtype)) {
                 (Assign::Sm80 | Assign::Sm90, true) => tensor + split,
                 (Assign::Sm80 | Assign::Sm90, false) => tensor + 8 * bn,
+                (Assign::Small, _) => tensor,
                 (Assign::Narrow, _) => 0,
                 _ => b * (k + 1) * (d + 1) * filter + 4 * bn,
             };

@@ -54,7 +54,7 @@ pub(crate) fn relabel(
     let active = Active::of(turn)?;
     let kernel = Assign::choose(x.dtype(), metric, [x.b, x.n, c.n, x.d], super::arch(dev)?);
     typed!(x.dtype(), T => write(labels, |to| match (kernel, T::HALF) {
-        (Assign::Sm80 | Assign::Sm90, Some(half)) => {
+        (Assign::Sm80 | Assign::Small | Assign::Sm90, Some(half)) => {
             let x = pack::<T>(dev, x)?;
             tensor_labels::<T>(dev, kernel, half, &x, c, metric, active, to, memory)
         }
@@ -214,7 +214,7 @@ fn tensor_labels<T: Element>(
     let bounds = layout.place_for::<[f32; BOUNDS]>(!few, copies);
     let listed = layout.place_for::<u32>(!few, x.b);
     let table = Table::new(&mut layout, copies, k, !few);
-    let list = layout.unwritten::<Listed>(elements(&[x.b, x.n]));
+    let list = layout.unwritten::<Listed>(if kernel == Assign::Small { 0 } else { elements(&[x.b, x.n]) });
     let mu = layout.unwritten::<T>(elements(&[copies, d]));
     let moved = layout.unwritten::<T>(elements(&[copies, k, pitch]));
     let start = layout.unwritten::<f32>(elements(&[copies, padded]));
@@ -244,6 +244,13 @@ fn tensor_labels<T: Element>(
     }
 
     let processors = processors(dev)?;
+    let shared = sweep_shared(d) + HELD_SHARED;
+    if kernel == Assign::Small {
+        let tiles = elements(&[x.b, x.n.div_ceil(SM80_ROWS)]);
+        return launch!(dev, AssignSm80, "assign_small", T::SUFFIX, tiles, SM80_ROWS, shared;
+            &xs, &shape(x), &active, &cs, &shape(c), &moved, &start, &scale, &bounds, &k64, &pitch64, &padded64,
+            &copies64, &of, &labels);
+    }
     let no_slack = Part::<f32>::NULL;
     if kernel == Assign::Sm90 {
         let (steps, groups) = sm90_shape(d);
@@ -260,7 +267,6 @@ fn tensor_labels<T: Element>(
             &xs, &shape(x), &active, &moved, &start, &scale, &bounds, &k64, &pitch64, &padded64, &copies64, &labels, &list,
             &listed, &no_slack)?;
     }
-    let shared = sweep_shared(d) + HELD_SHARED;
     launch!(dev, Recheck, "recheck_tensor", T::SUFFIX, 2 * processors, SM80_ROWS, shared;
         &xs, &shape(x), &active, &cs, &shape(c), &moved, &start, &scale, &bounds, &k64, &pitch64, &padded64, &copies64, &of,
         &labels, &list, &listed)

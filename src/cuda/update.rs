@@ -13,11 +13,12 @@ use crate::{
 };
 use candle_core::{
     cuda_backend::{
-        cudarc::driver::{sys::CUdevice_attribute, DeviceRepr, PushKernelArg},
+        cudarc::driver::{sys::CUdevice_attribute, DevicePtr, DeviceRepr, PushKernelArg},
         CudaDevice, WrapErr,
     },
     Tensor,
 };
+use std::marker::PhantomData;
 
 /// Lanes of a warp.
 const WARP: usize = 32;
@@ -129,7 +130,11 @@ pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
     let (scratch, zeros) = (scratch.scratch(dev, OP, &memory)?, zeros.zeros(dev, OP, &memory)?);
     let order = tensor(dev, alloc::<u32>(dev, OP, elements(&[b, n]))?, (b, n));
     let offsets = tensor(dev, alloc::<u32>(dev, OP, elements(&[b, k + 1]))?, (b, k + 1));
-    let labels = own::<u32>(labels)?;
+    let (stream, input) = (dev.cuda_stream(), read(labels));
+    let input = input.view::<u32>()?;
+    // Held until the launches are queued: it orders them with what other streams do to the labels.
+    let (address, _order) = input.device_ptr(&stream);
+    let labels = Part { address, of: PhantomData };
     write(&order, |order| {
         write(&offsets, |offsets| {
             let active = Active::of(None)?;
@@ -267,7 +272,7 @@ fn update_of<T: Element>(
         return Ok(());
     }
     let each = (elements(&[b, n]) / SUM_WARPS).clamp(SUM_ROWS_LEAST, SUM_ROWS).next_power_of_two().min(SUM_ROWS);
-    let whole = in_pieces(&x.tensor, 16 / size_of::<T>());
+    let whole = in_pieces(&x.tensor, 16 / size_of::<T>()) && x.row_stride <= u32::MAX as usize;
     let name = match (whole, factor.is_some()) {
         (true, false) => "update",
         (true, true) => "update_weighted",
