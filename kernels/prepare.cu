@@ -278,7 +278,7 @@ static_assert(TENSOR_CENTROIDS % (ORIGIN_THREADS / 8) == 0 && TENSOR_CENTROIDS %
                  {keys, first_of, slots}, slot);                                                                       \
         }                                                                                                              \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(ORIGIN_THREADS) prepare_all_##name(                                   \
+    extern "C" __global__ void __launch_bounds__(ORIGIN_THREADS, 1) prepare_all_##name(                                \
         const T* c, Rows cr, Active active, int metric, MOVED(T), int64_t lists, uint32_t* listed) {                   \
         const int64_t problems = active.problems(cr.b);                                                                \
         for (int64_t i = global_thread(); i < lists; i += all_threads()) listed[i] = 0;                                \

@@ -322,22 +322,24 @@ pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
     })
 }
 
-pub(crate) fn nearer(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
+/// The distance of row `i` to the nearest seed, with one more seed: see [`ops::nearer`](crate::ops::nearer).
+fn nearer_by<T: Element>(x: &View<'_, T>, b: usize, i: usize, nearest: f64, seed: u32, metric: Metric) -> f64 {
     let metric = if metric == Metric::Dot { Metric::SquaredEuclidean } else { metric };
+    if seed as usize == i {
+        -1.0
+    } else if nearest < 0.0 || seed == u32::MAX {
+        nearest
+    } else {
+        let d = distance(x.row(b, i), x.row(b, seed as usize), metric);
+        nearest.min(if d > 0.0 { d } else { 0.0 })
+    }
+}
+
+pub(crate) fn nearer(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
     typed!(x.dtype(), T => {
         let (xs, near, new) = (lock(&x.tensor), lock(nearest), lock(newest));
         let (xs, near, new) = (xs.view::<T>(x)?, near.flat::<f64>()?, new.flat::<u32>()?);
-        per_row(x.b, x.n, |b, i| {
-            let (old, seed) = (near[b * x.n + i], new[b]);
-            if seed as usize == i {
-                -1.0
-            } else if old < 0.0 || seed == u32::MAX {
-                old
-            } else {
-                let d = distance(xs.row(b, i), xs.row(b, seed as usize), metric);
-                old.min(if d > 0.0 { d } else { 0.0 })
-            }
-        })
+        per_row(x.b, x.n, |b, i| nearer_by(&xs, b, i, near[b * x.n + i], new[b], metric))
     })
 }
 
@@ -355,36 +357,37 @@ pub(crate) fn pick(
     nearest: &Tensor,
     weights: Option<&Tensor>,
     chosen: &Tensor,
-    i: usize,
+    pick: usize,
     start: bool,
     metric: Metric,
     draw: Draw,
     _: &Memory,
 ) -> Result<()> {
-    let before = match (start, i) {
-        (true, 0) => Tensor::ones((x.b, x.n), DType::F64, x.device())?,
-        (true, 1) => Tensor::full(f64::INFINITY, (x.b, x.n), x.device())?,
-        _ => nearest.clone(),
-    };
-    let now = if i > 0 {
-        let now = nearer(x, &before, &chosen.narrow(1, i - 1, 1)?.flatten_all()?.contiguous()?, metric)?;
-        nearest.slice_set(&now, 0, 0)?;
-        now
-    } else {
-        before
-    };
-    chosen.slice_set(&lowest(&race(&now, weights, draw)?)?.unsqueeze(1)?, 1, i)?;
+    let before = if pick > 0 { chosen.narrow(1, pick - 1, 1)?.flatten_all()?.to_vec1::<u32>()? } else { vec![] };
+    let weights = weights.map(lock);
+    let weights = weights.as_ref().map(|w| w.flat::<f64>()).transpose()?;
+    let n = x.n;
+    let picked = typed!(x.dtype(), T => {
+        let xs = lock(&x.tensor);
+        let xs = xs.view::<T>(x)?;
+        let key = |b: usize, i: usize, nearest: &mut f64| {
+            let now = match (start, pick) {
+                (true, 0) => 1.0,
+                (false, 0) => *nearest,
+                (_, pick) => {
+                    let old = if start && pick == 1 { f64::INFINITY } else { *nearest };
+                    *nearest = nearer_by(&xs, b, i, old, before[b], metric);
+                    *nearest
+                }
+            };
+            (race_key(draw, b, i, now, weights.map_or(1.0, |w| w[b * n + i])), i)
+        };
+        let lowest = |(b, nearest): (usize, &mut [f64])| {
+            let keys = nearest.par_iter_mut().enumerate().with_min_len(256).map(|(i, nearest)| key(b, i, nearest));
+            keys.min_by(|x, y| x.0.total_cmp(&y.0).then(x.1.cmp(&y.1))).map_or(0, |(_, i)| i as u32)
+        };
+        write(nearest, |nearest: &mut [f64]| nearest.par_chunks_mut(n).enumerate().map(lowest).collect::<Vec<_>>())
+    })?;
+    chosen.slice_set(&tensor(picked, (x.b, 1))?, 1, pick)?;
     Ok(())
-}
-
-/// The lowest index of the smallest value of each row of `keys` `(b, n)`: u32 `(b,)`.
-fn lowest(keys: &Tensor) -> Result<Tensor> {
-    let (b, n) = keys.dims2()?;
-    let keys = lock(keys);
-    let keys = keys.flat::<f64>()?;
-    let first = |b: usize| {
-        let row = keys[b * n..(b + 1) * n].par_iter().enumerate().with_min_len(4096);
-        row.min_by(|x, y| x.1.total_cmp(y.1).then(x.0.cmp(&y.0))).map_or(0, |(i, _)| i as u32)
-    };
-    tensor((0..b).into_par_iter().map(first).collect::<Vec<_>>(), b)
 }
