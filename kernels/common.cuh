@@ -259,10 +259,14 @@ __device__ __forceinline__ __int128 fixed_quantise(double v, int scale) {
 /// `2^e` for `-1022 <= e <= 1023`.
 __device__ __forceinline__ double power_of_two(int e) { return __longlong_as_double(int64_t(e + 1023) << 52); }
 
-/// `q * 2^-scale` in f64.
+/// `q * 2^-scale` in f64, rounded once to nearest even.
 __device__ __forceinline__ double fixed_value(__int128 q, int scale) {
     const unsigned __int128 m = q < 0 ? -(unsigned __int128)q : q;
-    double r = __dadd_rn(__dmul_rn(__ull2double_rn(uint64_t(m >> 64)), 0x1p64), __ull2double_rn(uint64_t(m)));
+    // The highest 64 bits, the last one set if anything below them is.
+    const int above = m >> 64 ? __clzll(uint64_t(m >> 64)) : 64;
+    const unsigned __int128 high = m << above;
+    double r = __ull2double_rn(uint64_t(high >> 64) | (uint64_t(high) != 0));
+    r = __dmul_rn(r, power_of_two(64 - above));
     const int half = -scale / 2;
     r = __dmul_rn(__dmul_rn(r, power_of_two(half)), power_of_two(-scale - half));
     return q < 0 ? -r : r;

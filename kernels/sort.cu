@@ -1,11 +1,14 @@
-// Stable counting sort of labels: the order of the rows by cluster, and where each cluster begins.
+// Counting sort of labels: the order of the rows by cluster, and where each cluster begins.
 //
 // Labels are below k, so there is nothing to compare: count, scan, place. Rows are cut into chunks. `count` fills
 // counts[chunk][bin], `scan` turns them into the number of rows of that bin in earlier chunks and finds where bins
-// begin, and `scatter` walks each chunk again and writes its rows to their places. Rows are ranked by warps, each with
-// counters of its own in shared memory, and warps are ranked by their order, so the result depends on no schedule. More
-// clusters than counters fit are sorted digit by digit, lowest first. Traffic: labels twice, the order once; counts are
-// few.
+// begin, and a last kernel walks each chunk again and writes its rows to their places. Traffic: labels twice, the order
+// once; counts are few.
+//
+// The sums of an update do not depend on the order of a cluster's rows, so in a fit atomic counters in shared memory
+// deal out the places (`deal`, and `whole` where a block can do all of a problem). `scatter` keeps rows in ascending order, for those
+// who read the order itself and for more clusters than a block has counters: these are sorted digit by digit, lowest
+// first. There rows are ranked by warps, each with counters of its own, and warps are ranked by their order.
 #include "common.cuh"
 
 /// What is sorted by: the bits `mask` of a label from `shift` on, below `bins`. `before` (null: none) is the order by
@@ -18,10 +21,28 @@ struct Digit {
     /// The row at place `i` of problem `p`.
     __device__ __forceinline__ uint32_t row(int64_t p, int64_t i) const { return before ? before[p * n + i] : i; }
     /// A label out of range counts as the last one.
-    __device__ __forceinline__ uint32_t bin(int64_t p, uint32_t row) const {
-        return min(labels[p * n + row], uint32_t(k - 1)) >> shift & mask;
-    }
+    __device__ __forceinline__ uint32_t bin(uint32_t label) const { return min(label, uint32_t(k - 1)) >> shift & mask; }
 };
+
+/// The bins of a thread's rows of a tile of `size` places, of which it has every `blockDim.x`th. What lies beyond the
+/// tile is in a bin of its own, the last one. `before` (null: none) and else `labels` are those of the tile.
+template <int ITEMS>
+__device__ __forceinline__ void load_bins(const Digit& digit, const uint32_t* labels, const uint32_t* before,
+                                          uint32_t size, uint32_t (&bins)[ITEMS]) {
+    if (before) {
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) bins[i] = before[min(i * blockDim.x + threadIdx.x, size - 1)];
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) bins[i] = labels[bins[i]];
+    } else {
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) bins[i] = labels[min(i * blockDim.x + threadIdx.x, size - 1)];
+    }
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+        bins[i] = i * blockDim.x + threadIdx.x < size ? digit.bin(bins[i]) : uint32_t(digit.bins);
+    }
+}
 
 /// Each block counts the bins of one chunk of `rows` rows. An iteration begins here: no problem is known to outlast it.
 __device__ void count(const Digit& digit, const Active& active, int64_t b, int64_t rows, uint32_t* counts,
@@ -32,11 +53,16 @@ __device__ void count(const Digit& digit, const Active& active, int64_t b, int64
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const int64_t p = active.problem(tile / chunks), chunk = tile % chunks;
         const int64_t begin = chunk * rows, end = min(begin + rows, digit.n);
-        for (int64_t j = threadIdx.x; j < digit.bins; j += blockDim.x) histogram[j] = 0;
+        for (int64_t j = threadIdx.x; j <= digit.bins; j += blockDim.x) histogram[j] = 0;
         __syncthreads();
-#pragma unroll 4
-        for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-            atomicAdd(&histogram[digit.bin(p, digit.row(p, i))], 1);
+        for (int64_t tile = begin; tile < end; tile += blockDim.x * SORT_ITEMS) {
+            uint32_t bins[SORT_ITEMS];
+            const uint32_t* const labels = digit.labels + p * digit.n;
+            const uint32_t* const before = digit.before ? digit.before + p * digit.n + tile : nullptr;
+            const uint32_t size = min(end - tile, int64_t(blockDim.x * SORT_ITEMS));
+            load_bins(digit, before ? labels : labels + tile, before, size, bins);
+#pragma unroll
+            for (int i = 0; i < SORT_ITEMS; ++i) atomicAdd(&histogram[bins[i]], 1);
         }
         __syncthreads();
         uint32_t* const out = counts + (p * chunks + chunk) * digit.bins;
@@ -54,28 +80,33 @@ __device__ __forceinline__ uint32_t warp_scan(uint32_t v) {
     return v;
 }
 
-/// The exclusive scan of `value(i)` for `n` places, by one block: `take(i, sum)`. Returns the sum of all.
+/// The exclusive scan of `value(i)` for `n` places, by one block: `take(i, sum)`, by the thread that has read the value.
+/// Returns the sum of all.
 template <class Value, class Take>
 __device__ uint32_t block_scan(int64_t n, Value value, Take take) {
     __shared__ uint32_t of_warps[WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int64_t each = (n + blockDim.x - 1) / blockDim.x;
+    const int64_t begin = min(threadIdx.x * each, n), end = min(begin + each, n);
+    uint32_t own = 0;
+#pragma unroll 8
+    for (int64_t i = begin; i < end; ++i) own += value(i);
+    const uint32_t within = warp_scan(own);
     if (warp == 0) of_warps[lane] = 0;
     __syncthreads();
-    uint32_t carry = 0;
-    for (int64_t base = 0; base < n; base += blockDim.x) {
-        const int64_t i = base + threadIdx.x;
-        const uint32_t own = i < n ? value(i) : 0, within = warp_scan(own);
-        if (lane == WARP - 1) of_warps[warp] = within;
-        __syncthreads();
-        if (warp == 0) of_warps[lane] = warp_scan(of_warps[lane]);
-        __syncthreads();
-        if (i < n) take(i, carry + (warp ? of_warps[warp - 1] : 0) + within - own);
-        carry += of_warps[WARP - 1];
-        __syncthreads();
-        // Warps that the block does not have count for nothing.
-        if (warp == 0 && lane >= blockDim.x / WARP) of_warps[lane] = 0;
+    if (lane == WARP - 1) of_warps[warp] = within;
+    __syncthreads();
+    if (warp == 0) of_warps[lane] = warp_scan(of_warps[lane]);
+    __syncthreads();
+    uint32_t sum = (warp ? of_warps[warp - 1] : 0) + within - own;
+    for (int64_t i = begin; i < end; ++i) {
+        const uint32_t here = value(i);
+        take(i, sum);
+        sum += here;
     }
-    return carry;
+    const uint32_t all = of_warps[WARP - 1];
+    __syncthreads();
+    return all;
 }
 
 /// Each block takes 32 bins of one problem, each of its warps a part of the chunks. The last block of a problem to
@@ -139,8 +170,8 @@ struct Counters {
 static_assert(SORT_BINS <= 1 << 16 && WARP * SORT_ITEMS < 1 << 15 && WARP * SORT_WARPS * SORT_ITEMS < 1 << 16,
               "counts and ranks fit their bits");
 
-/// Writes the rows at places `[begin, end)` of problem `p` where `next` says, SORT_ITEMS rows a thread at a time, by
-/// one block.
+/// Writes the rows at places `[begin, end)` of problem `p` where `next` says, in their order, SORT_ITEMS rows a thread
+/// at a time, by one block.
 __device__ void place(const Digit& digit, const Counters& to, int64_t p, int64_t begin, int64_t end, uint32_t* order) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int64_t bins = digit.bins;
@@ -151,7 +182,7 @@ __device__ void place(const Digit& digit, const Counters& to, int64_t p, int64_t
 #pragma unroll
         for (int i = 0; i < SORT_ITEMS; ++i) {
             const int64_t at = first + i * WARP;
-            found[i] = at < end ? digit.bin(p, digit.row(p, at)) : UINT32_MAX;
+            found[i] = at < end ? digit.bin(digit.labels[p * digit.n + digit.row(p, at)]) : UINT32_MAX;
         }
         __syncwarp();
 #pragma unroll
@@ -203,25 +234,79 @@ __device__ void scatter(const Digit& digit, const Active& active, int64_t b, int
     }
 }
 
-/// Each block sorts one problem, of which a chunk is all.
+/// A tile of rows that a block sorts in shared memory. Its rows come out in no particular order within a bin.
+template <int ITEMS>
+struct Tile {
+    uint32_t* starts;  // (bins + 1): where bins begin in it
+    uint32_t* sorted;  // bin, and in the lower 16 bits the row, counted from the begin of the tile
+
+    __device__ __forceinline__ void sort(const Digit& digit, const uint32_t* labels, uint32_t size) const {
+        const uint32_t bins = digit.bins;
+        uint32_t found[ITEMS];  // a row's bin, and from bit 16 on its rank in that
+        load_bins(digit, labels, nullptr, size, found);
+        for (uint32_t j = threadIdx.x; j <= bins; j += blockDim.x) starts[j] = 0;
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            if (i * blockDim.x < size) found[i] |= atomicAdd(&starts[found[i]], 1) << 16;
+        }
+        __syncthreads();
+        block_scan(
+            bins + 1, [&](int64_t i) { return starts[i]; }, [&](int64_t i, uint32_t before) { starts[i] = before; });
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            const uint32_t bin = found[i] & 0xffff, row = i * blockDim.x + threadIdx.x;
+            if (row < size) sorted[starts[bin] + (found[i] >> 16)] = bin << 16 | row;
+        }
+        __syncthreads();
+    }
+};
+
+static_assert(SORT_BINS < 1 << 16 && SORT_WHOLE * SORT_ITEMS_MANY <= 1 << 16, "bins, ranks and rows of a tile fit 16 bits");
+
+/// Each block places the rows of one chunk, in any order. A tile is sorted on chip so that the rows of a bin, which go
+/// to places in a row, are written together.
+template <int ITEMS>
+__device__ void deal(const Digit& digit, const Active& active, int64_t b, int64_t rows, const uint32_t* counts,
+                     const uint32_t* begins, uint32_t* order) {
+    extern __shared__ uint32_t shared[];
+    const int64_t bins = digit.bins, chunks = (digit.n + rows - 1) / rows, tiles = active.problems(b) * chunks;
+    uint32_t* const next = shared;
+    const Tile<ITEMS> tile = {next + bins, next + 2 * bins + 1};
+    for (int64_t at = blockIdx.x; at < tiles; at += gridDim.x) {
+        const int64_t p = active.problem(at / chunks), chunk = at % chunks;
+        for (int64_t j = threadIdx.x; j < bins; j += blockDim.x) {
+            next[j] = begins[p * (bins + 1) + j] + counts[(p * chunks + chunk) * bins + j];
+        }
+        const int64_t last = min((chunk + 1) * rows, digit.n);
+        for (int64_t begin = chunk * rows, end; begin < last; begin = end) {
+            end = min(begin + blockDim.x * ITEMS, last);
+            tile.sort(digit, digit.labels + p * digit.n + begin, end - begin);
+            for (int64_t i = threadIdx.x; i < end - begin; i += blockDim.x) {
+                const uint32_t bin = tile.sorted[i] >> 16;
+                order[p * digit.n + next[bin] + (i - tile.starts[bin])] = begin + (tile.sorted[i] & 0xffff);
+            }
+            __syncthreads();
+            for (int64_t j = threadIdx.x; j < bins; j += blockDim.x) next[j] += tile.starts[j + 1] - tile.starts[j];
+            __syncthreads();
+        }
+    }
+}
+
+/// Each block sorts one problem, which is one tile.
 __device__ void whole(const Digit& digit, const Active& active, int64_t b, uint32_t* next_active, uint32_t* begins,
                       uint32_t* order) {
-    extern __shared__ uint32_t counters[];
-    const Counters to(counters, digit.bins);
+    extern __shared__ uint32_t shared[];
+    const Tile<SORT_ITEMS> tile = {shared, shared + digit.bins + 1};
     if (next_active && global_thread() == 0) *next_active = 0;
-    const int64_t bins = digit.bins, problems = active.problems(b);
+    const int64_t bins = digit.bins, n = digit.n, problems = active.problems(b);
     for (int64_t at = blockIdx.x; at < problems; at += gridDim.x) {
         const int64_t p = active.problem(at);
-        for (int64_t j = threadIdx.x; j < bins; j += blockDim.x) to.next[j] = 0;
+        tile.sort(digit, digit.labels + p * n, n);
+        for (int64_t j = threadIdx.x; j <= bins; j += blockDim.x) begins[p * (bins + 1) + j] = tile.starts[j];
+        for (int64_t i = threadIdx.x; i < n; i += blockDim.x) order[p * n + i] = tile.sorted[i] & 0xffff;
         __syncthreads();
-        for (int64_t i = threadIdx.x; i < digit.n; i += blockDim.x) atomicAdd(&to.next[digit.bin(p, i)], 1);
-        __syncthreads();
-        uint32_t* const out = begins + p * (bins + 1);
-        const uint32_t all = block_scan(
-            bins, [&](int64_t i) { return to.next[i]; },
-            [&](int64_t i, uint32_t before) { out[i] = to.next[i] = before; });
-        if (threadIdx.x == 0) out[bins] = all;
-        place(digit, to, p, 0, digit.n, order);
     }
 }
 
@@ -239,7 +324,8 @@ __device__ void boundaries(const uint32_t* labels, const Active& active, int64_t
     }
 }
 
-extern "C" __global__ void order_count(Digit digit, Active active, int64_t b, int64_t rows, uint32_t* counts,
+extern "C" __global__ void __launch_bounds__(SORT_THREADS)
+    order_count(Digit digit, Active active, int64_t b, int64_t rows, uint32_t* counts,
                                        uint32_t* next_active) {
     count(digit, active, b, rows, counts, next_active);
 }
@@ -253,7 +339,17 @@ extern "C" __global__ void __launch_bounds__(WARP* SORT_WARPS, 2)
                   uint32_t* order) {
     scatter(digit, active, b, rows, counts, begins, order);
 }
-extern "C" __global__ void __launch_bounds__(WARP* SORT_WARPS, 2)
+extern "C" __global__ void __launch_bounds__(SORT_WHOLE)
+    order_deal(Digit digit, Active active, int64_t b, int64_t rows, const uint32_t* counts, const uint32_t* begins,
+               uint32_t* order) {
+    deal<SORT_ITEMS>(digit, active, b, rows, counts, begins, order);
+}
+extern "C" __global__ void __launch_bounds__(SORT_WHOLE)
+    order_deal_many(Digit digit, Active active, int64_t b, int64_t rows, const uint32_t* counts,
+                    const uint32_t* begins, uint32_t* order) {
+    deal<SORT_ITEMS_MANY>(digit, active, b, rows, counts, begins, order);
+}
+extern "C" __global__ void __launch_bounds__(SORT_WHOLE)
     order_whole(Digit digit, Active active, int64_t b, uint32_t* next_active, uint32_t* begins, uint32_t* order) {
     whole(digit, active, b, next_active, begins, order);
 }

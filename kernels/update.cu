@@ -41,7 +41,7 @@ struct Clusters {
     unsigned long long* slots;  // (b, k, d + 1, 2): sums, and the weight; zeros but for clusters under way
     uint32_t* added;            // (b, k): pieces in a slot, likewise
     uint32_t* finished;         // (b,): pieces that are done, likewise
-    double* shift;              // (b,): the largest squared shift of the iteration, likewise
+    double* shift;              // (b,): the largest squared shift of the iteration, likewise; null if not wanted
     int64_t k, d;
     int divisor;
 
@@ -50,6 +50,7 @@ struct Clusters {
         return slots + (b * k + cluster) * (d + 1) * 2;
     }
     __device__ __forceinline__ void moved(int64_t b, double squared) const {
+        if (shift)
         atomic_max(&shift[b], squared == squared ? squared : INFINITY);
     }
 };
@@ -72,8 +73,15 @@ struct Verdict {
 };
 
 /// How the terms of one problem are cut.
+template <class T>
 struct Units {
+    /// bf16 and f32, whose exponents are the same.
+    static constexpr bool SMALL = std::is_same<T, __nv_bfloat16>::value || std::is_same<T, float>::value;
+    static constexpr int MANTISSA = sizeof(T) == 4 ? 23 : 7;
+    static constexpr int64_t SIGN = 1ll << (8 * sizeof(T) - 1);
+
     int scale, top;  // every term is below 2^top
+    int least;       // what `low` of values that are whole numbers of the first limb's unit is not below
     bool extreme;    // no limbs: their units are no f64
     bool dirty;      // there may be terms that are no numbers
 
@@ -81,7 +89,39 @@ struct Units {
         scale = fixed_scale(largest, n);
         top = 126 - scale - (64 - __clzll(n));
         extreme = top < -900 || top >= 900;
+        if (!SMALL) return;
+        // The smallest exponent that such a value has, and its bits. Zero counts as the largest.
+        const int exponent = unit(0) + MANTISSA + 127;
+        const int64_t bits = exponent > 1 ? int64_t(min(exponent, 256)) << MANTISSA : 0;
+        least = extreme ? INT32_MAX : max(bits - 1 - SIGN, -SIGN);
     }
+
+    /// Whether values need no rounding to the first limb's unit.
+    template <int EACH>
+    __device__ __forceinline__ bool fit(const T (&values)[EACH]) const {
+        if constexpr (!SMALL) {
+            return false;
+        } else if constexpr (sizeof(T) == 4) {
+            int low = INT32_MAX;
+#pragma unroll
+            for (int e = 0; e < EACH; ++e) {
+                low = min(low, int((__float_as_uint(values[e]) & 0x7fffffff) - 1 ^ 0x80000000));
+            }
+            return low >= least;
+        } else if constexpr (EACH == 1) {
+            const int bits = __bfloat16_as_ushort(values[0]) & 0x7fff;
+            return bits == 0 || bits - 1 - SIGN >= least;
+        } else {
+            uint32_t low = 0x7fff7fff;
+#pragma unroll
+            for (int e = 0; e < EACH; e += 2) {
+                const uint32_t two = *reinterpret_cast<const uint32_t*>(&values[e]);
+                low = __vmins2(low, (two & 0x7fff7fff | 0x80008000) - 0x00010001);
+            }
+            return min(int(low) >> 16, int(low << 16) >> 16) >= least;
+        }
+    }
+
     __device__ __forceinline__ int unit(int limb) const { return top - LIMB_BITS * (limb + 1); }
     /// Adding this and taking it away again rounds to the unit.
     __device__ __forceinline__ double rounder(int limb) const {
@@ -94,20 +134,34 @@ struct Units {
     }
 };
 
+/// How the sorted places are cut: after every `rows`, but for clusters of at most `whole` rows, which belong to the
+/// piece that they begin in.
+struct Pieces {
+    uint32_t rows, whole;
+
+    /// How many a cluster has a part of, if it is no such cluster.
+    __device__ __forceinline__ uint32_t of(uint32_t top, uint32_t bottom) const {
+        return (bottom - 1) / rows - top / rows + 1;
+    }
+};
+
 /// A warp on its way through a piece of the sorted places, with `EACH` columns a lane and as many rows at a time as
-/// lanes are left for. Rows come through a ring of steps, which each lane fills and empties for itself.
+/// lanes are left for. So many rows are a step, SUM_STEPS steps a batch; while one batch is added up the next one is on
+/// its way. Each lane fills and empties the ring of batches for itself.
 template <class T, int EACH, bool FACTOR>
 struct Warp {
     /// Halves span 40 bits: their sums are exact as they are.
     static constexpr bool EXACT = std::is_same<T, __half>::value && !FACTOR;
     static constexpr int LIMBS = sizeof(T) == 2 && !FACTOR ? 1 : 2, COLUMNS = WARP * EACH;
+    static constexpr int UNROLLED = EXACT ? SUM_STEPS : 1;  // steps whose code is laid out
+    static constexpr int AT_ONCE = 4;  // columns of a lane when sums are finished
 
     struct alignas(sizeof(T) * EACH) Part {
         T values[EACH];
     };
     struct Shared {
-        Part ring[SUM_STEPS][WARP];
-        double factors[FACTOR ? SUM_STEPS : 1][WARP];
+        Part ring[SUM_BATCHES][SUM_STEPS][WARP];
+        double factors[FACTOR ? SUM_BATCHES : 1][SUM_STEPS][WARP];
         __int128 rest[EXACT ? 1 : COLUMNS];  // zeros but for what limbs could not take
         double limbs[LIMBS][COLUMNS];
     };
@@ -115,85 +169,93 @@ struct Warp {
     Shared& shared;
     const Rows& r;
     const Clusters<T>& to;
-    int64_t b;
+    uint32_t b;
     const T* x;             // of problem `b`, as all that follow
     const double* factor;   // (n)
     const uint32_t* order;  // from the piece on; null if rows are in order
-    int64_t begin;          // of the piece
-    Units units;
+    uint32_t begin;         // of the piece
+    Units<T> units;
     int weight_scale;
     uint32_t lane, lanes, group, groups;  // `lanes` of them to a row, in so many groups
+    uint32_t count;                       // places of the piece; they are counted from its begin
+    uint32_t first_cluster;               // which the piece begins in
 
     // ---- The rows of a piece, from column `first` on.
 
-    uint32_t count;         // places of the piece; they are counted from its begin
-    uint32_t asked, here;   // steps that have been asked for, and that have arrived
-    uint32_t rows, coming;  // row numbers: of 32 places, and of the next 32
-    const T* from;          // this lane's columns of row 0
-    bool live, leads;       // whether it has any; whether it has the first
+    const T* from;     // this lane's columns of row 0
+    bool live, leads;  // whether it has any; whether it has the first
+    uint32_t base;             // the first place of the batch that is added up
+    uint32_t here, there;      // where in the ring that is, and where the next one asked for will be
+    uint32_t rows[SUM_STEPS];  // row numbers of the batch to ask for next
+    double sums[LIMBS][EACH];
+    bool any_rest;
 
-    __device__ void start(int64_t first) {
-        const int64_t column = first + lane % lanes * EACH;
-        from = x + column, live = column < r.d, leads = column == 0;
-        asked = here = 0;
-        coming = row_at(lane);
-#pragma unroll 1
-        for (int i = 1; i < SUM_STEPS; ++i) ask();
-    }
-
-    __device__ uint32_t row_at(uint32_t place) const {
-        place = min(place, count - 1);
-        return order ? order[place] : uint32_t(begin + place);
-    }
-
-    __device__ void ask() {
-        const uint32_t place = asked * groups;
-        if (place % WARP == 0) {
-            rows = coming;
-            coming = row_at(place + WARP + lane);
+    /// Looks up the rows at places from `base` on.
+    __device__ __forceinline__ void look_up(uint32_t base) {
+#pragma unroll
+        for (int u = 0; u < SUM_STEPS; ++u) {
+            const uint32_t place = min(base + u * groups + group, count - 1);
+            rows[u] = order ? order[place] : begin + place;
         }
-        const uint32_t row = __shfl_sync(~0u, rows, place % WARP + group);
-        if (live && place + group < count) {
-            Part* const part = &shared.ring[asked % SUM_STEPS][lane];
-            // Whole parts come with strides of less than 2^32 (and anything else without).
-            const T* const at = from + (EACH > 1 ? row * uint64_t(uint32_t(r.row_stride)) : row * r.row_stride);
-            if constexpr (sizeof(Part) < 4) *part = *reinterpret_cast<const Part*>(at);
-            else __pipeline_memcpy_async(part, at, sizeof(Part));
-            if (FACTOR) __pipeline_memcpy_async(&shared.factors[asked % SUM_STEPS][lane], &factor[row], sizeof(double));
+    }
+
+    /// Asks for the batch at places from `next` on, which has been looked up, and looks up the one that follows.
+    __device__ __forceinline__ void ask(uint32_t next) {
+        if (live && next < count) {
+#pragma unroll
+            for (int u = 0; u < SUM_STEPS; ++u) {
+                Part* const part = &shared.ring[there][u][lane];
+                // Whole parts come with strides of less than 2^32 (and anything else without).
+                const uint64_t at = EACH > 1 ? rows[u] * uint64_t(uint32_t(r.row_stride)) : rows[u] * r.row_stride;
+                if constexpr (sizeof(Part) < 4) *part = *reinterpret_cast<const Part*>(from + at);
+                else __pipeline_memcpy_async(part, from + at, sizeof(Part));
+                if (FACTOR) __pipeline_memcpy_async(&shared.factors[there][u][lane], &factor[rows[u]], sizeof(double));
+            }
         }
         __pipeline_commit();
-        ++asked;
+        there = there + 1 < SUM_BATCHES ? there + 1 : 0;
+        if (next + batch() < count) look_up(next + batch());
     }
 
-    /// Adds up the rows at places `[place, stop)` into the limbs, and adds their factors to `weight` in one lane of
-    /// each row. Returns whether there is any rest.
-    __device__ bool add(uint32_t place, uint32_t stop, __int128& weight) {
-        double sums[LIMBS][EACH], rounders[LIMBS];
-        bool any_rest = false;
+    /// Waits for the batch at `base`, and asks for another in the place of the one before.
+    __device__ __forceinline__ void arrive() {
+        ask(base + (SUM_BATCHES - 1) * batch());
+        __pipeline_wait_prior(SUM_BATCHES - 1);
+    }
+
+    __device__ __forceinline__ uint32_t batch() const { return SUM_STEPS * groups; }
+
+    __device__ __forceinline__ void clear() {
+        any_rest = false;
 #pragma unroll
         for (int l = 0; l < LIMBS; ++l) {
-            rounders[l] = units.rounder(l);
 #pragma unroll
             for (int e = 0; e < EACH; ++e) sums[l][e] = 0;
         }
-        const uint32_t last = (stop - 1) / groups;
-#pragma unroll 1
-        for (uint32_t step = place / groups; step <= last; ++step) {
-            if (step == here) {
-                ask();  // into the place of the step before, which is done with
-                __pipeline_wait_prior(SUM_STEPS - 1);
-                ++here;
-            }
-            const uint32_t at = step * groups + group;
-            if (!live || at < place || at >= stop) continue;
-            Part part = shared.ring[step % SUM_STEPS][lane];
+    }
+
+    /// Adds up those rows of the batch that are at places `[place, stop)`, and adds their factors to `weight` in one
+    /// lane of each row.
+    __device__ __forceinline__ void add(uint32_t place, uint32_t stop, __int128& weight) {
+        const bool all = place <= base && base + batch() <= stop;
+        if (!live) return;
+#pragma unroll(UNROLLED)
+        for (int u = 0; u < SUM_STEPS; ++u) {
+            const uint32_t at = base + u * groups + group;
+            Part part = shared.ring[here][u][lane];
+            if (!all && (at < place || at >= stop)) part = Part();
             if (!FACTOR && units.dirty) {
 #pragma unroll
                 for (int e = 0; e < EACH; ++e)
                     part.values[e] = isfinite(wide(part.values[e])) ? part.values[e] : T(0.0f);
             }
-            const double f = FACTOR ? shared.factors[step % SUM_STEPS][lane] : 1;
+            const double f = FACTOR ? all || (at >= place && at < stop) ? shared.factors[here][u][lane] : 0 : 1;
             if (FACTOR && to.divisor == WEIGHT && leads) weight += fixed_quantise(f, weight_scale);
+            if (EXACT || (!FACTOR && units.fit(part.values))) {
+#pragma unroll
+                for (int e = 0; e < EACH; ++e) sums[0][e] += wide(part.values[e]);
+                continue;
+            }
             double left[EACH];
             bool rest = false;
 #pragma unroll
@@ -201,14 +263,10 @@ struct Warp {
                 double v = wide(part.values[e]);
                 if (FACTOR) v = __dmul_rn(v, f);
                 if (FACTOR && !isfinite(v)) v = 0;
-                if (EXACT) {
-                    sums[0][e] += v;
-                    continue;
-                }
                 // Rounded toward zero, so that what is left has the sign of the term.
 #pragma unroll
                 for (int l = 0; l < LIMBS; ++l) {
-                    const double rounder = copysign(rounders[l], v);
+                    const double rounder = copysign(units.rounder(l), v);
                     const double limb = units.extreme ? 0 : __dadd_rz(v, rounder) - rounder;
                     sums[l][e] += limb, v -= limb;
                 }
@@ -224,31 +282,29 @@ struct Warp {
                 }
             }
         }
-#pragma unroll
-        for (int l = 0; l < LIMBS; ++l) {
-#pragma unroll
-            for (int e = 0; e < EACH; ++e) shared.limbs[l][lane * EACH + e] = sums[l][e];
-        }
-        __syncwarp();
-        return __any_sync(~0u, any_rest);
     }
 
-    /// The sum of a column of what was added last.
-    __device__ __int128 sum(uint32_t own, bool rest) const {
-        const uint32_t width = lanes * EACH;
+    /// The part of a column's sum in limb `l`, over all rows.
+    __device__ __forceinline__ double limb(int l, uint32_t own) const {
+        double sum = 0;
+        for (uint32_t at = own; at < COLUMNS; at += lanes * EACH) sum += shared.limbs[l][at];
+        return sum;
+    }
+
+    /// The sum of a column of what was added last, as an integer and rounded.
+    __device__ __forceinline__ __int128 sum(uint32_t own, bool rest) const {
         __int128 q = 0;
 #pragma unroll
-        for (int l = 0; l < LIMBS; ++l) {
-            double limb = 0;
-#pragma unroll 1
-            for (uint32_t at = own; at < COLUMNS; at += width) limb += shared.limbs[l][at];
-            q += units.value(l, limb);
-        }
+        for (int l = 0; l < LIMBS; ++l) q += units.value(l, limb(l, own));
         if (!EXACT && rest) {
 #pragma unroll 1
-            for (uint32_t at = own; at < COLUMNS; at += width) q += shared.rest[at];
+            for (uint32_t at = own; at < COLUMNS; at += lanes * EACH) q += shared.rest[at];
         }
         return q;
+    }
+    __device__ __forceinline__ double total(uint32_t own, bool rest) const {
+        if (!EXACT && rest) return fixed_value(sum(own, rest), units.scale);
+        return LIMBS == 1 ? limb(0, own) : __dadd_rn(limb(0, own), limb(LIMBS - 1, own));
     }
 
     /// Leaves shared memory to the next rows.
@@ -262,7 +318,7 @@ struct Warp {
 
     /// Replaces the centroid of `cluster` by `total(column) / divisor`; one of no weight stays.
     template <class Total>
-    __device__ void finish(int64_t cluster, double weight, Total total) const {
+    __device__ __forceinline__ void finish(int64_t cluster, double weight, Total total) const {
         double divisor = to.divisor == ONE ? 1 : weight;
         if (to.divisor == NORM) {
             double squares = 0;
@@ -277,10 +333,18 @@ struct Warp {
         T* const row = to.row(b, cluster);
         double moved = 0;
 #pragma unroll 1
-        for (int64_t c = lane; c < r.d; c += WARP) {
-            const T mean = rounded<T>(__ddiv_rn(total(c), divisor));
-            moved = __dadd_rn(moved, squared(wide(mean), wide(row[c])));
-            row[c] = mean;
+        for (int64_t first = lane; first < r.d; first += WARP * AT_ONCE) {
+            T old[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) old[i] = first + i * WARP < r.d ? row[first + i * WARP] : T(0.0f);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                const int64_t c = first + i * WARP;
+                if (c >= r.d) break;
+                const T mean = rounded<T>(__ddiv_rn(total(c), divisor));
+                moved = __dadd_rn(moved, squared(wide(mean), wide(old[i])));
+                row[c] = mean;
+            }
         }
         moved = striped(moved);
         if (lane == 0 && !(moved == 0)) to.moved(b, moved);
@@ -301,40 +365,65 @@ struct Warp {
         return FACTOR && to.divisor == WEIGHT ? fixed_value(weight, weight_scale) : double(int64_t(weight));
     }
 
-    /// Adds up the piece, one of those cut after every `each` places. Without an order all rows are in one cluster.
-    __device__ void run(const uint32_t* labels, const uint32_t* offsets, int64_t each) {
+    /// Adds up the piece. Without an order all rows are in one cluster.
+    __device__ __forceinline__ void run(const uint32_t* offsets, const Pieces& pieces) {
         for (int64_t first = 0; first < r.d; first += COLUMNS) {
-            start(first);
-            int64_t cluster = order ? min(int64_t(labels[order[0]]), to.k - 1) : 0;
+            const int64_t column = first + lane % lanes * EACH;
+            from = x + column, live = column < r.d, leads = column == 0;
+            uint32_t cluster = first_cluster;
+            base = here = there = 0;
+            look_up(0);
+#pragma unroll 1
+            for (int i = 0; i + 1 < SUM_BATCHES; ++i) ask(i * batch());
+            arrive();
             for (uint32_t place = 0; place < count; ++cluster) {
-                const int64_t top = order ? offsets[cluster] : 0, bottom = order ? offsets[cluster + 1] : r.n;
-                const uint32_t stop = uint32_t(max(int64_t(0), min(bottom - begin, int64_t(count))));
-                if (stop <= place) continue;
+                const uint32_t top = order ? offsets[cluster] : 0;
+                const uint32_t bottom = order ? offsets[cluster + 1] : uint32_t(r.n);
+                if (bottom <= begin + place) continue;
+                const uint32_t stop = min(bottom - begin, count);
                 __int128 weight = 0;
-                const bool rest = add(place, stop, weight);
+                clear();
+                for (;;) {
+                    add(place, stop, weight);
+                    if (stop < base + batch()) break;
+                    base += batch();
+                    here = here + 1 < SUM_BATCHES ? here + 1 : 0;
+                    arrive();
+                    if (base >= stop) break;
+                }
+#pragma unroll
+                for (int l = 0; l < LIMBS; ++l) {
+#pragma unroll
+                    for (int e = 0; e < EACH; ++e) shared.limbs[l][lane * EACH + e] = sums[l][e];
+                }
+                __syncwarp();
+                const bool rest = !EXACT && __any_sync(~0u, any_rest);
                 weight = total_weight(weight, stop - place);
-                if (top >= begin && bottom <= begin + count && r.d <= COLUMNS) {
-                    finish(cluster, as_weight(weight),
-                           [&](int64_t c) { return fixed_value(sum(c, rest), units.scale); });
+                const bool whole = begin <= top && bottom - begin <= count;
+                if (whole && r.d <= COLUMNS) {
+                    finish(cluster, as_weight(weight), [&](int64_t c) { return total(c, rest); });
                 } else {
                     unsigned long long* const slot = to.slot(b, cluster);
-#pragma unroll 1
-                    for (uint32_t c = lane; c < COLUMNS && first + c < r.d; c += WARP) {
-                        atomic_add(slot + 2 * (first + c), sum(c, rest));
-                    }
+                    bring(slot + 2 * first, min(r.d - first, int64_t(COLUMNS)), rest);
                     if (lane == 0 && first == 0) atomic_add(slot + 2 * r.d, weight);
-                    if (first + COLUMNS >= r.d) add_last(cluster, slot, (bottom - 1) / each - top / each + 1);
+                    if (first + COLUMNS >= r.d) add_last(cluster, slot, whole ? 1 : pieces.of(top, bottom));
                 }
                 leave(rest);
                 place = stop;
             }
+            __pipeline_wait_prior(0);
         }
-        __pipeline_wait_prior(0);
+    }
+
+    /// Adds the sums of `columns` columns to a slot.
+    __device__ __forceinline__ void bring(unsigned long long* slot, uint32_t columns, bool rest) const {
+#pragma unroll 1
+        for (uint32_t c = lane; c < columns; c += WARP) atomic_add(slot + 2 * c, sum(c, rest));
     }
 
     /// Finishes a cluster if its slot now holds all of its `pieces`.
-    __device__ void add_last(int64_t cluster, unsigned long long* slot, int64_t pieces) {
-        uint32_t* const added = to.added + b * to.k + cluster;
+    __device__ void add_last(uint32_t cluster, unsigned long long* slot, uint32_t pieces) {
+        uint32_t* const added = to.added + (b * to.k + cluster);
         __threadfence();
         __syncwarp();
         const uint32_t others = __shfl_sync(~0u, lane == 0 ? atomicAdd(added, 1) : 0, 0);
@@ -352,11 +441,11 @@ struct Warp {
     }
 };
 
-/// Each warp takes a piece of `rows` places.
+/// Each warp takes a piece.
 template <class T, int EACH, bool FACTOR>
 __device__ void update(const T* x, const Rows& r, const double* factor, const double* largest, const double* heaviest,
                        const uint32_t* first_bad, const uint32_t* labels, const uint32_t* order,
-                       const uint32_t* offsets, int64_t rows, const Clusters<T>& to, const Active& active,
+                       const uint32_t* offsets, const Pieces& pieces, const Clusters<T>& to, const Active& active,
                        const Verdict& verdict) {
     using Mine = Warp<T, EACH, FACTOR>;
     __shared__ typename Mine::Shared of_warps[SUM_THREADS / WARP];
@@ -368,29 +457,46 @@ __device__ void update(const T* x, const Rows& r, const double* factor, const do
     }
     uint32_t lanes = 1;
     while (lanes < WARP && lanes * EACH < r.d) lanes *= 2;
-    const int64_t pieces = (r.n + rows - 1) / rows;
-    const int64_t items = active.problems(r.b) * pieces;
+    const int64_t each = (r.n + pieces.rows - 1) / pieces.rows;
+    const int64_t items = active.problems(r.b) * each;
     for (int64_t item = global_thread() / WARP; item < items; item += all_threads() / WARP) {
-        const int64_t b = active.problem(item / pieces), begin = item % pieces * rows;
-        Mine warp = {shared,
-                     r,
-                     to,
-                     b,
-                     x + b * r.batch_stride,
-                     factor ? factor + b * r.n : nullptr,
-                     order ? order + b * r.n + begin : nullptr,
-                     begin,
-                     Units(largest[b], r.n, first_bad[b] != UINT32_MAX),
-                     heaviest ? fixed_scale(heaviest[b], r.n) : 0,
-                     lane,
-                     lanes,
-                     lane / lanes,
-                     WARP / lanes,
-                     uint32_t(min(rows, r.n - begin))};
-        warp.run(labels + b * r.n, offsets + b * (to.k + 1), rows);
+        const uint32_t b = active.problem(item / each);
+        uint32_t begin = item % each * pieces.rows, end = min(int64_t(begin) + pieces.rows, r.n);
+        const uint32_t* const bounds = offsets + b * (to.k + 1);
+        uint32_t cluster = 0;
+        if (order) {
+            // A cluster that the piece before sums as a whole is none of this one's, and one that this one sums may
+            // reach beyond it.
+            const uint32_t* const places = order + b * r.n;
+            const uint32_t other = min(labels[b * r.n + places[end - 1]], uint32_t(to.k - 1));
+            cluster = min(labels[b * r.n + places[begin]], uint32_t(to.k - 1));
+            const uint32_t top = bounds[cluster], bottom = bounds[cluster + 1], last = bounds[other + 1];
+            if (top < begin && bottom - top <= pieces.whole) begin = bottom, ++cluster;
+            if (last - bounds[other] <= pieces.whole) end = last;
+        }
+        if (begin < end) {
+            Mine warp = {shared,
+                         r,
+                         to,
+                         b,
+                         x + b * r.batch_stride,
+                         factor ? factor + b * r.n : nullptr,
+                         order ? order + b * r.n + begin : nullptr,
+                         begin,
+                         Units<T>(largest[b], r.n, first_bad[b] != UINT32_MAX),
+                         heaviest ? fixed_scale(heaviest[b], r.n) : 0,
+                         lane,
+                         lanes,
+                         lane / lanes,
+                         WARP / lanes,
+                         end - begin,
+                         cluster};
+            warp.run(bounds, pieces);
+        }
+        if (!verdict.threshold) continue;
         __threadfence();
         __syncwarp();
-        if (lane == 0 && atomicAdd(&to.finished[b], 1) + 1 == pieces) {
+        if (lane == 0 && atomicAdd(&to.finished[b], 1) + 1 == each) {
             __threadfence();
             verdict.settle(b, to.shift);
             to.finished[b] = 0;
@@ -478,13 +584,17 @@ __device__ void settle(int64_t b, double* shift, const Active& active, const Ver
     for (int64_t i = global_thread(); i < all; i += all_threads()) verdict.settle(active.problem(i), shift);
 }
 
+/// Blocks that a multiprocessor should hold.
+template <class T, int EACH, bool FACTOR>
+constexpr int BLOCKS = Warp<T, EACH, FACTOR>::EXACT ? SUM_BLOCKS : FACTOR ? SUM_BLOCKS_WEIGHTED : SUM_BLOCKS_LIMBS;
+
 #define UPDATE(name, T, EACH, FACTOR)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(SUM_THREADS, SUM_BLOCKS)                                              \
+    extern "C" __global__ void __launch_bounds__(SUM_THREADS, (BLOCKS<T, EACH, FACTOR>))                               \
         name(const T* x, Rows r, const double* factor, const double* largest, const double* heaviest,                  \
              const uint32_t* first_bad, const uint32_t* labels, const uint32_t* order, const uint32_t* offsets,        \
-             int64_t rows, Clusters<T> to, Active active, Verdict verdict) {                                           \
-        update<T, EACH, FACTOR>(x, r, factor, largest, heaviest, first_bad, labels, order, offsets, rows, to, active,  \
-                                verdict);                                                                              \
+             Pieces pieces, Clusters<T> to, Active active, Verdict verdict) {                                          \
+        update<T, EACH, FACTOR>(x, r, factor, largest, heaviest, first_bad, labels, order, offsets, pieces, to,        \
+                                active, verdict);                                                                      \
     }
 #define INSTANCE(name, T)                                                                                              \
     UPDATE(update_##name, T, 16 / sizeof(T), false)                                                                    \

@@ -47,18 +47,11 @@ pub(crate) fn quantise(v: f64, s: i32) -> i128 {
     }
 }
 
-/// `q * 2^-s` in f64.
+/// `q * 2^-s` in f64, rounded once to nearest even.
 #[inline]
 pub(crate) fn value(q: i128, s: i32) -> f64 {
-    let m = q.unsigned_abs();
-    let r = (m >> 64) as u64 as f64 * 18_446_744_073_709_551_616.0 + m as u64 as f64;
     let half = -s / 2;
-    let r = r * power_of_two(half) * power_of_two(-s - half);
-    if q < 0 {
-        -r
-    } else {
-        r
-    }
+    q as f64 * power_of_two(half) * power_of_two(-s - half)
 }
 
 /// `2^e` for `-1022 <= e <= 1023`.

@@ -121,7 +121,8 @@ impl Prepared {
     ///
     /// # Errors
     /// As [`fit`](Self::fit).
-    pub fn into_fit(self) -> Result<Fit> {
+    pub fn into_fit(mut self) -> Result<Fit> {
+        self.memory = Memory::default();
         self.result()
     }
 

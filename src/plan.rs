@@ -123,33 +123,67 @@ impl Assign {
     }
 }
 
-/// How labels are sorted: digit by digit, by chunks of rows.
+/// How labels are sorted.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) struct Sort {
+    pub way: SortWay,
+    /// Digits to sort by, one after another; bits of one, and its values.
     pub passes: usize,
-    /// Bits of a digit, and its values.
     pub bits: u32,
     pub bins: usize,
-    /// Warps of a block that places rows.
-    pub warps: usize,
+    /// Threads of a block that places rows.
+    pub threads: usize,
     /// Rows of a chunk, and chunks.
     pub rows: usize,
     pub chunks: usize,
 }
 
+/// The kernel of `sort.cu` that places rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SortWay {
+    /// `order_whole`
+    Whole,
+    /// `order_deal`
+    Deal,
+    /// `order_deal_many`
+    DealMany,
+    /// `order_scatter`
+    Scatter,
+}
+
 impl Sort {
-    /// For `b` problems of `n` labels below `k`, on a device whose blocks have `shared` bytes of shared memory.
-    pub fn new([b, n, k]: [usize; 3], shared: usize) -> Self {
+    /// For `b` problems of `n` labels below `k`, on a device whose blocks have `shared` bytes of shared memory. `ascending`:
+    /// whether it matters in what order the rows of a cluster are.
+    pub fn new([b, n, k]: [usize; 3], ascending: bool, shared: usize) -> Self {
         let bits = usize::BITS - (k - 1).leading_zeros();
         let passes = if k <= tiles::SORT_BINS { 1 } else { bits.div_ceil(tiles::SORT_BINS.ilog2()) };
         let bits = bits.div_ceil(passes);
         let bins = if passes == 1 { k } else { 1 << bits };
-        // Four bytes for each bin, and two for each bin and warp and for all warps.
-        let warps = (shared / (2 * bins)).saturating_sub(3).clamp(1, tiles::SORT_WARPS);
-        let step = warps * 32 * tiles::SORT_ITEMS;
-        let rows = bins.max(b.saturating_mul(n) / tiles::SORT_CHUNKS).max(1).next_multiple_of(step);
-        Self { passes: passes as usize, bits, bins, warps, rows, chunks: n.div_ceil(rows) }
+        let all = b.saturating_mul(n);
+        let way = if ascending || passes > 1 {
+            SortWay::Scatter
+        } else if n <= tiles::SORT_WHOLE * tiles::SORT_ITEMS {
+            SortWay::Whole
+        } else if all >= tiles::SORT_MANY * tiles::SORT_WHOLE * tiles::SORT_ITEMS_MANY {
+            SortWay::DealMany
+        } else {
+            SortWay::Deal
+        };
+        let threads = match way {
+            // Few problems have the device for themselves.
+            SortWay::Whole => {
+                let items = if b < tiles::SORT_MANY { 2 } else { tiles::SORT_ITEMS };
+                n.div_ceil(items).next_multiple_of(32).clamp(64, tiles::SORT_WHOLE)
+            }
+            SortWay::Deal => tiles::SORT_THREADS,
+            SortWay::DealMany => tiles::SORT_WHOLE,
+            // Four bytes for each bin, and two for each bin and warp and for all warps.
+            SortWay::Scatter => 32 * (shared / (2 * bins)).saturating_sub(3).clamp(1, tiles::SORT_WARPS),
+        };
+        let tile = threads * if way == SortWay::DealMany { tiles::SORT_ITEMS_MANY } else { tiles::SORT_ITEMS };
+        let rows = bins.max(all / tiles::SORT_CHUNKS).next_multiple_of(tile);
+        Self { way, passes: passes as usize, bits, bins, threads, rows, chunks: n.div_ceil(rows) }
     }
 }
 
@@ -273,7 +307,7 @@ impl Plan {
             (assigns + b * (4 * d + 64), 0)
         };
         // And what updates: the order, its counts, and the sums of clusters that are under way.
-        let sort = Sort::new([p.b, p.n, p.k], 0);
+        let sort = Sort::new([p.b, p.n, p.k], false, 0);
         let counts = if cpu { b * k } else { b * sort.bins as u64 * (sort.chunks as u64 + 3) };
         let order = 4 * bn * sort.passes.min(2) as u64 + 8 * b * (k + 1) + 4 * counts;
         let medians = if p.metric == Metric::Manhattan { b * k * d * size } else { 0 };

@@ -47,9 +47,17 @@ pub const TENSOR_CENTROIDS: usize = 128;
 pub const SPLIT_WAVE: usize = 25_344;
 /// Bytes that whole waves of f32 rows, split into halves, should not take more than.
 pub const SPLIT_BYTES: usize = 134_217_728;
-/// Rows that one thread of `sort.cu` ranks at a time.
+/// Rows that one thread of `sort.cu` takes at a time.
 pub const SORT_ITEMS: usize = 16;
-/// Most warps of a block that places rows; fewer when there are many clusters, since each has counters of its own.
+/// Threads of a block that counts rows, and of one that sorts them in tiles if there are few.
+pub const SORT_THREADS: usize = 512;
+/// Threads of a block that sorts rows in tiles if there are many, and most of one that sorts a whole problem.
+pub const SORT_WHOLE: usize = 1024;
+/// Rows that a thread of the former takes at a time.
+pub const SORT_ITEMS_MANY: usize = 32;
+/// So many problems or tiles are many: enough to fill any device.
+pub const SORT_MANY: usize = 192;
+/// Most warps of a block that places rows in ascending order; fewer when there are many clusters, since each has counters of its own.
 pub const SORT_WARPS: usize = 16;
 /// Most counters of a warp. More clusters than that are sorted digit by digit.
 pub const SORT_BINS: usize = 8192;
@@ -58,13 +66,21 @@ pub const SORT_CHUNKS: usize = 1024;
 /// Most sorted rows that one warp of `update.cu` sums.
 pub const SUM_ROWS: usize = 1024;
 /// Fewest of them.
-pub const SUM_ROWS_LEAST: usize = 64;
-/// Warps that `update.cu` gives work to before it gives them more.
+pub const SUM_ROWS_LEAST: usize = 32;
+/// A warp that sums fewer rows than that takes clusters of up to as many rows as a whole.
+pub const SUM_WHOLE: usize = 256;
+/// Warps that `update.cu` gives work to before it gives them more than a cluster.
 pub const SUM_WARPS: usize = 16_384;
+/// Warps that it gives less than a cluster.
+pub const SUM_WARPS_LEAST: usize = 4096;
 /// Threads of a block of `update.cu`.
-pub const SUM_THREADS: usize = 128;
-/// Such blocks that a multiprocessor should hold.
-pub const SUM_BLOCKS: usize = 4;
+pub const SUM_THREADS: usize = 64;
+/// Such blocks that a multiprocessor should hold if they sum f16.
+pub const SUM_BLOCKS: usize = 11;
+/// If they sum other types.
+pub const SUM_BLOCKS_LIMBS: usize = 10;
+/// If they sum products.
+pub const SUM_BLOCKS_WEIGHTED: usize = 8;
 /// Columns of a thread block in the median kernel.
 pub const MEDIAN_COLUMNS: usize = 32;
 /// Centroids that the common shift of `norms.cu` is the mean of: it only has to be near the data, and always the same.
@@ -75,8 +91,10 @@ pub const ORIGIN_THREADS: usize = 512;
 pub const PREPARE_CENTROIDS: usize = 512;
 /// Most threads of a block of the scan in `sort.cu`: a warp for each few chunks.
 pub const SCAN_THREADS: usize = 1024;
-/// Steps of the ring through which a warp of `update.cu` reads its rows.
-pub const SUM_STEPS: usize = 8;
+/// Steps of a batch of rows of `update.cu`.
+pub const SUM_STEPS: usize = 4;
+/// Batches of the ring through which a warp of it reads its rows.
+pub const SUM_BATCHES: usize = 2;
 /// Threads of a block of every other kernel.
 pub const THREADS: usize = 256;
 /// Cells that one block walks in a pass over a matrix, and keys or labels in a pass over a list.

@@ -6,9 +6,11 @@ use super::{
 };
 use crate::{
     ops::{Rule, Terms, Turn},
-    plan::Sort,
+    plan::{Sort, SortWay},
     problem::{in_pieces, Rows},
-    tiles::{MEDIAN_COLUMNS, SCAN_THREADS, SORT_ITEMS, SUM_ROWS, SUM_ROWS_LEAST, SUM_THREADS, SUM_WARPS, THREADS},
+    tiles::{
+        MEDIAN_COLUMNS, SCAN_THREADS, SORT_ITEMS, SORT_ITEMS_MANY, SORT_THREADS, SUM_ROWS, SUM_ROWS_LEAST, SUM_THREADS, SUM_WARPS, SUM_WARPS_LEAST, SUM_WHOLE, THREADS,
+    },
     Result,
 };
 use candle_core::{
@@ -22,6 +24,8 @@ use std::marker::PhantomData;
 
 /// Lanes of a warp.
 const WARP: usize = 32;
+/// Shared memory that kernels of `sort.cu` have besides their counters, at most, in bytes.
+const STATIC_SHARED: usize = 1024;
 
 /// `struct Digit` of `sort.cu`.
 #[repr(C)]
@@ -52,18 +56,18 @@ struct Sorting {
 }
 
 impl Sorting {
-    fn new(dev: &CudaDevice, [b, n, k]: [usize; 3], scratch: &mut Layout) -> Result<Self> {
+    fn new(dev: &CudaDevice, [b, n, k]: [usize; 3], ascending: bool, scratch: &mut Layout) -> Result<Self> {
         let shared = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared = dev.cuda_stream().context().attribute(shared).w()? as usize;
-        let plan = Sort::new([b, n, k], shared);
-        let several = plan.passes > 1;
+        let plan = Sort::new([b, n, k], ascending, shared - STATIC_SHARED);
+        let (whole, several) = (plan.way == SortWay::Whole, plan.passes > 1);
         Ok(Self {
             plan,
             b,
             n,
             k,
-            counts: scratch.unwritten(elements(&[b, plan.chunks, plan.bins])),
-            totals: scratch.unwritten(elements(&[b, plan.bins])),
+            counts: scratch.unwritten(if whole { 0 } else { elements(&[b, plan.chunks, plan.bins]) }),
+            totals: scratch.unwritten(if whole { 0 } else { elements(&[b, plan.bins]) }),
             begins: scratch.unwritten(if several { elements(&[b, plan.bins + 1]) } else { 0 }),
             other: scratch.unwritten(if several { elements(&[b, n]) } else { 0 }),
         })
@@ -78,15 +82,14 @@ impl Sorting {
         active: Active,
         [arrived, next, order, offsets]: [Part<u32>; 4],
     ) -> Result<()> {
-        let &Self { plan: Sort { passes, bits, bins, warps, rows, chunks }, b, n, k, .. } = self;
+        let &Self { plan: Sort { way, passes, bits, bins, threads, rows, chunks }, b, n, k, .. } = self;
         let (counts, totals) = (scratch.part(self.counts), scratch.part(self.totals));
         let (b64, rows64, chunks64) = (b as i64, rows as i64, chunks as i64);
         let mut before = Part::NULL;
-        if passes == 1 && chunks == 1 {
+        if way == SortWay::Whole {
             let (n, k) = (n as i64, k as i64);
             let digit = Digit { labels, before, n, k, bins: k, shift: 0, mask: u32::MAX };
-            let warps = warps.min(self.n.div_ceil(WARP * SORT_ITEMS));
-            return launch!(dev, Sort, "order_whole", "", b, WARP * warps, (4 + 2 * (warps + 1)) * bins;
+            return launch!(dev, Sort, "order_whole", "", b, threads, 4 * (bins + 1 + self.n);
                 &digit, &active, &b64, &next, &offsets, &order);
         }
         for pass in 0..passes {
@@ -98,12 +101,17 @@ impl Sorting {
             let out = if (passes - pass) % 2 == 1 { order } else { scratch.part(self.other) };
             let digit = Digit { labels, before, n: n as i64, k: k as i64, bins: bins as i64, shift, mask };
             let next = if pass == 0 { next } else { Part::NULL };
-            launch!(dev, Sort, "order_count", "", elements(&[b, chunks]), THREADS, 4 * bins;
+            launch!(dev, Sort, "order_count", "", elements(&[b, chunks]), SORT_THREADS, 4 * (bins + 1);
                 &digit, &active, &b64, &rows64, &counts, &next)?;
-            let threads = (WARP * chunks).next_power_of_two().clamp(THREADS, SCAN_THREADS);
-            launch!(dev, Sort, "order_scan", "", elements(&[b, bins.div_ceil(WARP)]), threads;
+            let scans = (WARP * chunks).next_power_of_two().clamp(THREADS, SCAN_THREADS);
+            launch!(dev, Sort, "order_scan", "", elements(&[b, bins.div_ceil(WARP)]), scans;
                 &counts, &active, &b64, &chunks64, &digit.bins, &totals, &arrived, &begins)?;
-            launch!(dev, Sort, "order_scatter", "", elements(&[b, chunks]), WARP * warps, (4 + 2 * (warps + 1)) * bins;
+            let (name, shared) = match way {
+                SortWay::Scatter => ("order_scatter", 2 * (threads / WARP + 3) * bins),
+                SortWay::DealMany => ("order_deal_many", 4 * (2 * bins + 1 + threads * SORT_ITEMS_MANY)),
+                _ => ("order_deal", 4 * (2 * bins + 1 + threads * SORT_ITEMS)),
+            };
+            launch!(dev, Sort, name, "", elements(&[b, chunks]), threads, shared;
                 &digit, &active, &b64, &rows64, &counts, &begins, &out)?;
             before = out;
         }
@@ -125,7 +133,7 @@ pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
     }
     let memory = Memory::default();
     let (mut scratch, mut zeros) = (Layout::default(), Layout::default());
-    let sorting = Sorting::new(dev, [b, n, k], &mut scratch)?;
+    let sorting = Sorting::new(dev, [b, n, k], true, &mut scratch)?;
     let arrived = zeros.zeroed(b);
     let (scratch, zeros) = (scratch.scratch(dev, OP, &memory)?, zeros.zeros(dev, OP, &memory)?);
     let order = tensor(dev, alloc::<u32>(dev, OP, elements(&[b, n]))?, (b, n));
@@ -159,6 +167,16 @@ struct Clusters {
 
 // SAFETY: pointers and integers, laid out as in C.
 unsafe impl DeviceRepr for Clusters {}
+
+/// `struct Pieces` of `update.cu`.
+#[repr(C)]
+struct Pieces {
+    rows: u32,
+    whole: u32,
+}
+
+// SAFETY: integers, laid out as in C.
+unsafe impl DeviceRepr for Pieces {}
 
 /// `struct Verdict` of `update.cu`.
 #[repr(C)]
@@ -219,7 +237,7 @@ fn update_of<T: Element>(
     let (active, verdict) = (Active::of(turn)?, Verdict::of(turn)?);
 
     let (mut scratch, mut zeros) = (Layout::default(), Layout::default());
-    let sorting = labels.map(|_| Sorting::new(dev, [b, n, k], &mut scratch)).transpose()?;
+    let sorting = labels.map(|_| Sorting::new(dev, [b, n, k], false, &mut scratch)).transpose()?;
     let order = scratch.unwritten::<u32>(if labels.is_some() { elements(&[b, n]) } else { 0 });
     let offsets = scratch.unwritten::<u32>(elements(&[b, k + 1]));
     let medians = rule == Rule::Median;
@@ -254,7 +272,7 @@ fn update_of<T: Element>(
         slots: zeros.part(slots),
         added: zeros.part(added),
         finished: zeros.part(finished),
-        shift,
+        shift: if turn.is_some() { shift } else { Part::NULL },
         k: k as i64,
         d: d as i64,
         divisor,
@@ -271,7 +289,10 @@ fn update_of<T: Element>(
         }
         return Ok(());
     }
-    let each = (elements(&[b, n]) / SUM_WARPS).clamp(SUM_ROWS_LEAST, SUM_ROWS).next_power_of_two().min(SUM_ROWS);
+    // Pieces about as long as a cluster, but enough of them, and not more than that takes.
+    let each = (elements(&[b, n]) / SUM_WARPS).max((n / k).min(SUM_WHOLE).min(elements(&[b, n]) / SUM_WARPS_LEAST));
+    let each = each.next_power_of_two().clamp(SUM_ROWS_LEAST, SUM_ROWS);
+    let pieces = Pieces { rows: each as u32, whole: (2 * each).clamp(SUM_WHOLE, SUM_ROWS) as u32 };
     let whole = in_pieces(&x.tensor, 16 / size_of::<T>()) && x.row_stride <= u32::MAX as usize;
     let name = match (whole, factor.is_some()) {
         (true, false) => "update",
@@ -282,5 +303,5 @@ fn update_of<T: Element>(
     let blocks = elements(&[b, n.div_ceil(each)]).div_ceil(SUM_THREADS / WARP);
     launch!(dev, Update, name, T::SUFFIX, blocks, SUM_THREADS;
         &xs, &shape(x), Nullable(&factor), &largest, Nullable(&heaviest), &first_bad, &labels_at, &order_at, &offsets,
-        &(each as i64), &to, &active, &verdict)
+        &pieces, &to, &active, &verdict)
 }
