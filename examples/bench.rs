@@ -62,6 +62,9 @@ struct Args {
     /// How the rows of an update are labelled: uniform, or hot, with half of them in one cluster
     #[arg(long, default_value = "uniform")]
     labels: String,
+    /// Give each row a weight between 0.5 and 1.5 in a fit
+    #[arg(long)]
+    weighted: bool,
     /// Seconds that repeats may take
     #[arg(long, default_value_t = 10.0)]
     budget: f64,
@@ -106,8 +109,13 @@ fn main() -> Result<()> {
     ensure!(args.k >= 1 && args.k <= n, "--k {} is outside 1..={n}", args.k);
     let start = KMeans::new(args.k).metric(args.metric).seed(args.seed).max_iters(0);
     let centroids = start.fit(&x)?.centroids;
-    let fit =
+    let mut fit =
         KMeans::new(args.k).metric(args.metric).init(Init::Given(centroids.clone())).max_iters(args.iters).tol(0.0);
+    if args.weighted {
+        let mut rng = ChaCha8Rng::seed_from_u64(!args.seed);
+        let weights: Vec<f64> = (0..b * n).map(|_| rng.random_range(0.5..1.5)).collect();
+        fit = fit.sample_weights(&Tensor::from_vec(weights, (b, n), &device)?);
+    }
     let given_labels = match args.op {
         Op::Update => Some(random_labels(b, n, args.k, args.labels == "hot", args.seed).to_device(&device)?),
         _ => None,
@@ -161,7 +169,7 @@ fn main() -> Result<()> {
     let mut line = json!({
         "op": args.op.to_possible_value().map(|v| v.get_name().to_string()),
         "device": args.device, "b": b, "n": n, "k": args.k, "d": d,
-        "dtype": args.dtype.as_str(), "metric": args.metric.name(), "data": args.data, "ms": ms,
+        "dtype": args.dtype.as_str(), "metric": args.metric.name(), "data": args.data, "weighted": args.weighted, "ms": ms,
         "tflops": 2.0 * size * args.k as f64 / each / 1e9,
         "tbs": size * x.dtype().size_in_bytes() as f64 / each / 1e9,
         "plan": fit.plan(&x)?.to_string(),

@@ -151,21 +151,19 @@ struct Sums {
     }
 };
 
+constexpr int BOUNDS = sizeof(Bounds) / sizeof(float);
+
 /// Eight lanes for each centroid from `first` on and each place up to `padded`, as many as the block has; `slot` is
-/// each centroid's in the table.
+/// each centroid's in the table. Raises `bounds`.
 template <class T>
 __device__ void move(const T* c, const Rows& r, int64_t p, int64_t b, int64_t first, int metric, const T* mu,
-                     int64_t pitch, int64_t padded, T* moved, float* start, float* scale, Bounds* bounds,
+                     int64_t pitch, int64_t padded, T* moved, float* start, float* scale, float* bounds,
                      const Table& table, uint32_t* slot) {
-    constexpr int LANES = 8, COUNT = sizeof(Bounds) / sizeof(float);
-    static_assert(COUNT == 5 && offsetof(Bounds, residual) == 8, "a lane to each, in order");
-    __shared__ float block_bounds[COUNT];
+    constexpr int LANES = 8;
+    static_assert(BOUNDS == 5 && offsetof(Bounds, residual) == 8, "a lane to each, in order");
     const int part = threadIdx.x % LANES;
     const int64_t j = first + threadIdx.x / LANES, i = b * padded + j;
     const bool live = j < r.n;
-    __syncthreads();
-    if (threadIdx.x < COUNT) block_bounds[threadIdx.x] = 0;
-    __syncthreads();
     Sums sums;
     if (live) {
         const T *from = row_of(c, r, p, j), *origin = mu + b * r.d;
@@ -196,10 +194,8 @@ __device__ void move(const T* c, const Rows& r, int64_t p, int64_t b, int64_t fi
         if (part == 2) mine = sums.lost == 0 ? 0 : sqrtf(sums.lost + tiny) * rounding * factor;
         if (part == 3) mine = norm * factor * rounding;
         if (part == 4) mine = factor;
-        if (part < COUNT) raise(&block_bounds[part], mine);
+        if (part < BOUNDS) raise(&bounds[part], mine);
     }
-    __syncthreads();
-    if (threadIdx.x < COUNT) raise(&bounds[b].moved + threadIdx.x, block_bounds[threadIdx.x]);
     if (part == 0) {
         start[i] = from_here;
         if (scale) scale[i] = factor;
@@ -215,14 +211,16 @@ __device__ void prepare(const T* c, const Rows& r, int64_t p, int64_t b, int met
     for (int64_t i = threadIdx.x; i < table.slots; i += blockDim.x) {
         table.keys[b * table.slots + i] = 0, table.first[b * table.slots + i] = 0;
     }
-    if (threadIdx.x == 0) bounds[b] = {};
+    __shared__ float block_bounds[BOUNDS];
+    if (threadIdx.x < BOUNDS) block_bounds[threadIdx.x] = 0;
     for (int64_t first = 0; first < r.d; first += ORIGIN_COLUMNS) {
         origin(c, r, p, b, first, metric == SQUARED_EUCLIDEAN, mu);
     }
     for (int64_t first = 0; first < padded; first += ORIGIN_THREADS / 8) {
-        move(c, r, p, b, first, metric, mu, pitch, padded, moved, start, scale, bounds, table, slot);
+        move(c, r, p, b, first, metric, mu, pitch, padded, moved, start, scale, block_bounds, table, slot);
     }
     __syncthreads();
+    if (threadIdx.x < BOUNDS) (&bounds[b].moved)[threadIdx.x] = block_bounds[threadIdx.x];
     for (int64_t j = threadIdx.x; j < r.n; j += blockDim.x) drop_duplicate(c, r, p, b, j, padded, table, slot, start);
 }
 
@@ -271,11 +269,16 @@ static_assert(TENSOR_CENTROIDS % (ORIGIN_THREADS / 8) == 0 && TENSOR_CENTROIDS %
         }                                                                                                              \
     }                                                                                                                  \
     extern "C" __global__ void prepare_moved_##name(const T* c, Rows cr, Active active, int metric, MOVED(T)) {        \
+        __shared__ float block_bounds[BOUNDS];                                                                         \
         const int64_t shares = padded / (THREADS / 8), all = active.problems(cr.b) * shares;                           \
         for (int64_t share = blockIdx.x; share < all; share += gridDim.x) {                                            \
             const int64_t b = share / shares, first = share % shares * (THREADS / 8);                                  \
-            move(c, cr, active.problem(b), b, first, metric, mu, pitch, padded, moved, start, scale, bounds,           \
+            if (threadIdx.x < BOUNDS) block_bounds[threadIdx.x] = 0;                                                   \
+            __syncthreads();                                                                                           \
+            move(c, cr, active.problem(b), b, first, metric, mu, pitch, padded, moved, start, scale, block_bounds,     \
                  {keys, first_of, slots}, slot);                                                                       \
+            __syncthreads();                                                                                           \
+            if (threadIdx.x < BOUNDS) raise(&bounds[b].moved + threadIdx.x, block_bounds[threadIdx.x]);                \
         }                                                                                                              \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(ORIGIN_THREADS, 1) prepare_all_##name(                                \

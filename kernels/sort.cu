@@ -9,7 +9,7 @@
 // deal out the places (`deal`, and `whole` where a block can do all of a problem). `scatter` keeps rows in ascending order, for those
 // who read the order itself and for more clusters than a block has counters: these are sorted digit by digit, lowest
 // first. There rows are ranked by warps, each with counters of its own, and warps are ranked by their order.
-#include "common.cuh"
+#include "scan.cuh"
 
 /// What is sorted by: the bits `mask` of a label from `shift` on, below `bins`. `before` (null: none) is the order by
 /// the lower digits.
@@ -69,44 +69,6 @@ __device__ void count(const Digit& digit, const Active& active, int64_t b, int64
         for (int64_t j = threadIdx.x; j < digit.bins; j += blockDim.x) out[j] = histogram[j];
         __syncthreads();
     }
-}
-
-__device__ __forceinline__ uint32_t warp_scan(uint32_t v) {
-    const int lane = threadIdx.x % WARP;
-    for (int step = 1; step < WARP; step *= 2) {
-        const uint32_t before = __shfl_up_sync(~0u, v, step);
-        if (lane >= step) v += before;
-    }
-    return v;
-}
-
-/// The exclusive scan of `value(i)` for `n` places, by one block: `take(i, sum)`, by the thread that has read the value.
-/// Returns the sum of all.
-template <class Value, class Take>
-__device__ uint32_t block_scan(int64_t n, Value value, Take take) {
-    __shared__ uint32_t of_warps[WARP];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int64_t each = (n + blockDim.x - 1) / blockDim.x;
-    const int64_t begin = min(threadIdx.x * each, n), end = min(begin + each, n);
-    uint32_t own = 0;
-#pragma unroll 8
-    for (int64_t i = begin; i < end; ++i) own += value(i);
-    const uint32_t within = warp_scan(own);
-    if (warp == 0) of_warps[lane] = 0;
-    __syncthreads();
-    if (lane == WARP - 1) of_warps[warp] = within;
-    __syncthreads();
-    if (warp == 0) of_warps[lane] = warp_scan(of_warps[lane]);
-    __syncthreads();
-    uint32_t sum = (warp ? of_warps[warp - 1] : 0) + within - own;
-    for (int64_t i = begin; i < end; ++i) {
-        const uint32_t here = value(i);
-        take(i, sum);
-        sum += here;
-    }
-    const uint32_t all = of_warps[WARP - 1];
-    __syncthreads();
-    return all;
 }
 
 /// Each block takes 32 bins of one problem, each of its warps a part of the chunks. The last block of a problem to

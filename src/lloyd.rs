@@ -198,13 +198,17 @@ impl Prepared {
         };
         let relocates = self.settings.empty == EmptyClusters::Relocate;
         let watched = relocates || self.settings.on_iteration.is_some() || ops::reads_are_free(&self.device);
+        let (progress, terms) = (&self.progress, &data.terms);
+        if !watched && ops::fit_on_chip(x, terms, metric, rule, progress, *max_iters, &self.centroids, &self.labels)? {
+            return Ok(());
+        }
         ops::relabel(x, &centroids, metric, None, &self.labels, &self.memory)?;
         for iteration in 1..=*max_iters {
-            let turn = Some(Turn { progress: &self.progress, iteration });
+            let turn = Some(Turn { progress, iteration });
             if relocates {
                 self.relocate(x, &centroids)?;
             }
-            ops::update(x, &data.terms, Some(&self.labels), rule, turn, &self.centroids, &self.memory)?;
+            ops::update(x, terms, Some(&self.labels), rule, turn, &self.centroids, &self.memory)?;
             ops::relabel(x, &centroids, metric, turn, &self.labels, &self.memory)?;
             if watched {
                 let stop = self.progress.stop.to_vec1::<u32>()?;

@@ -186,6 +186,22 @@ pub(crate) fn update(
     on_device!(x.device(), update::update(x, terms, labels, rule, turn, centroids, memory))
 }
 
+/// All iterations of a fit and its last labels in one launch, and whether this was a fit for that; if not, nothing has
+/// been done.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn fit_on_chip(
+    x: &Rows,
+    terms: &Terms,
+    metric: Metric,
+    rule: Rule,
+    progress: &Progress,
+    max_iters: usize,
+    centroids: &Tensor,
+    labels: &Tensor,
+) -> Result<bool> {
+    on_device!(x.device(), update::fit_on_chip(x, terms, metric, rule, progress, max_iters, centroids, labels))
+}
+
 /// Rows in each cluster, u32 `(b, k)`.
 pub(crate) fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
     let (_, offsets) = order(labels, k)?;

@@ -212,6 +212,44 @@ pub(crate) fn narrow_shared(dtype: DType, k: usize, d: usize) -> Option<usize> {
     (d <= tiles::NARROW_COLUMNS && bytes <= tiles::NARROW_SHARED).then_some(bytes)
 }
 
+/// The launch of `fit_narrow.cu`.
+pub(crate) struct FitNarrow {
+    pub threads: usize,
+    /// Shared memory of a block, and of that what its centroids take, which come first.
+    pub shared: usize,
+    pub centroids: usize,
+}
+
+impl FitNarrow {
+    /// For `b` problems of `n` rows that fit in a block's shared memory, and of which there are enough, or which are small
+    /// enough, not to be shared by several blocks.
+    pub fn new(dtype: DType, metric: Metric, [b, n, k, d]: [usize; 4], arch: Arch) -> Option<Self> {
+        let most = match arch {
+            Arch::Cpu => return None,
+            Arch::Cuda(80 | 87) => 163 << 10,
+            Arch::Cuda(90 | 100 | 103) => 227 << 10,
+            Arch::Cuda(_) => 99 << 10,
+        };
+        let centroids = narrow_shared(dtype, k, d)?.next_multiple_of(16);
+        let columns = narrow_columns(d);
+        // Sums and weights, two limbs of each sum; rows; where clusters begin; labels and their order.
+        let sums = 16 * k * (columns + 1) + 16 * k * columns;
+        let rows = n.checked_mul(columns)?.checked_next_multiple_of(8)?.checked_mul(dtype.size_in_bytes())?;
+        let shared = rows.checked_add(centroids + sums + 4 * (2 * k + 1))?.checked_add(4 * n)?;
+        let worth_it = b >= tiles::FIT_PROBLEMS || n * k <= tiles::FIT_SMALL;
+        let fits = metric != Metric::Manhattan && n <= 1 << 16 && shared + STATIC_SHARED <= most;
+        // As many threads to a multiprocessor as its registers are for, in as many blocks as its shared memory is for.
+        let threads = if columns == 4 { tiles::FIT_THREADS_4 } else { tiles::FIT_THREADS };
+        let resident = if columns > 2 { threads } else { 2 * threads };
+        let many = (resident * (shared + STATIC_SHARED) / most).next_multiple_of(32).clamp(32, threads);
+        let threads = if b < tiles::FIT_PROBLEMS { threads } else { many }.min(n.next_multiple_of(32));
+        (fits && worth_it && FORCED.get().is_none()).then_some(Self { threads, shared, centroids })
+    }
+}
+
+/// Shared memory that a kernel with much of it may have besides, in bytes.
+const STATIC_SHARED: usize = 1024;
+
 /// Rows of `d` columns that are split into halves at a time.
 pub(crate) fn split_rows(d: usize) -> usize {
     let wave = tiles::SPLIT_WAVE * 4 * d.next_multiple_of(32);
@@ -265,6 +303,7 @@ impl Plan {
             (true, Metric::Manhattan) => "cpu_medians",
             (true, _) => "cpu_sums",
             (false, Metric::Manhattan) => "medians",
+            (false, _) if FitNarrow::new(p.dtype, p.metric, [p.b, p.n, p.k, p.d], arch).is_some() => "fit_narrow",
             (false, _) => "update",
         };
         let (bn, size) = (b * n, p.dtype.size_in_bytes() as u64);

@@ -25,6 +25,13 @@ pub const NARROW_BLOCKS: usize = 64;
 pub const NARROW_TILE: usize = 1024;
 /// Shared memory that its block takes at most, in bytes: centroids and the table that finds equal ones.
 pub const NARROW_SHARED: usize = 49_152;
+/// Most threads of a block of `fit_narrow.cu`, and for rows of four columns.
+pub const FIT_THREADS: usize = 320;
+pub const FIT_THREADS_4: usize = 512;
+/// Problems that are enough for a block each.
+pub const FIT_PROBLEMS: usize = 64;
+/// Rows times centroids of a problem that needs no more than a block.
+pub const FIT_SMALL: usize = 65_536;
 /// Rows of a thread block's tile in `assign_sm80.cu`, and its threads.
 pub const SM80_ROWS: usize = 128;
 /// Centroids of a thread block's tile in `assign_sm80.cu`.
@@ -67,8 +74,8 @@ pub const SORT_CHUNKS: usize = 1024;
 pub const SUM_ROWS: usize = 1024;
 /// Fewest of them.
 pub const SUM_ROWS_LEAST: usize = 32;
-/// A warp that sums fewer rows than that takes clusters of up to as many rows as a whole.
-pub const SUM_WHOLE: usize = 256;
+/// A piece for each cluster of so many rows, if there are more than enough pieces to fill any device.
+pub const SUM_CLUSTER: usize = 256;
 /// Warps that `update.cu` gives work to before it gives them more than a cluster.
 pub const SUM_WARPS: usize = 16_384;
 /// Warps that it gives less than a cluster.

@@ -7,10 +7,10 @@ use super::{
 };
 use crate::{
     fixed,
-    ops::{Memory, Rule, Terms, Turn},
+    ops::{Memory, Progress, Rule, Terms, Turn},
     problem::Rows,
     tiles::CPU_SUM_ROWS,
-    Error, Result,
+    Error, Metric, Result,
 };
 use candle_core::Tensor;
 use pulp::NullaryFnOnce;
@@ -82,6 +82,21 @@ pub(crate) fn update(
             }
         })
     })
+}
+
+/// A CPU has nothing to gain from it.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn fit_on_chip(
+    _: &Rows,
+    _: &Terms,
+    _: Metric,
+    _: Rule,
+    _: &Progress,
+    _: usize,
+    _: &Tensor,
+    _: &Tensor,
+) -> Result<bool> {
+    Ok(false)
 }
 
 /// Rows in label order (or, without one, all in one cluster as they lie), and what bounds their terms.

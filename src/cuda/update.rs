@@ -5,13 +5,14 @@ use super::{
     Nullable, Part, Place, Workspace,
 };
 use crate::{
-    ops::{Rule, Terms, Turn},
-    plan::{Sort, SortWay},
+    ops::{Progress, Rule, Terms, Turn},
+    plan::{narrow_columns, FitNarrow, Sort, SortWay},
     problem::{in_pieces, Rows},
     tiles::{
-        MEDIAN_COLUMNS, SCAN_THREADS, SORT_ITEMS, SORT_ITEMS_MANY, SORT_THREADS, SUM_ROWS, SUM_ROWS_LEAST, SUM_THREADS, SUM_WARPS, SUM_WARPS_LEAST, SUM_WHOLE, THREADS,
+        MEDIAN_COLUMNS, SCAN_THREADS, SORT_ITEMS, SORT_ITEMS_MANY, SORT_THREADS, SUM_CLUSTER, SUM_ROWS, SUM_ROWS_LEAST,
+        SUM_THREADS, SUM_WARPS, SUM_WARPS_LEAST, THREADS,
     },
-    Result,
+    Metric, Result,
 };
 use candle_core::{
     cuda_backend::{
@@ -220,6 +221,66 @@ pub(crate) fn update(
     }))
 }
 
+/// `struct Terms` of `fit_narrow.cu`.
+#[repr(C)]
+struct TermsOnChip {
+    factor: Part<f64>,
+    largest: Part<f64>,
+    heaviest: Part<f64>,
+    first_bad: Part<u32>,
+}
+
+// SAFETY: pointers, laid out as in C.
+unsafe impl DeviceRepr for TermsOnChip {}
+
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn fit_on_chip(
+    x: &Rows,
+    terms: &Terms,
+    metric: Metric,
+    rule: Rule,
+    progress: &Progress,
+    max_iters: usize,
+    centroids: &Tensor,
+    labels: &Tensor,
+) -> Result<bool> {
+    let dev = device(&x.tensor)?;
+    let k = centroids.dim(1)?;
+    let Some(plan) = FitNarrow::new(x.dtype(), metric, [x.b, x.n, k, x.d], super::arch(dev)?) else {
+        return Ok(false);
+    };
+    let name = match narrow_columns(x.d) {
+        1 => "fit_narrow_1",
+        2 => "fit_narrow_2",
+        4 => "fit_narrow_4",
+        _ => "fit_narrow_8",
+    };
+    let optional = |t: &Option<Tensor>| t.as_ref().map_or(Ok(Part::NULL), own);
+    let of = TermsOnChip {
+        factor: optional(&terms.factor)?,
+        largest: own(&terms.largest)?,
+        heaviest: optional(&terms.heaviest)?,
+        first_bad: own(&terms.first_bad)?,
+    };
+    let (threshold, stop) = (own::<f64>(&progress.threshold)?, own::<u32>(&progress.stop)?);
+    typed!(x.dtype(), T => write::<T>(centroids, |centroids| write::<u32>(labels, |labels| {
+        let xs = read(&x.tensor);
+        launch!(dev, FitNarrow, name, T::SUFFIX, x.b, plan.threads, plan.shared;
+            &xs.view::<T>()?, &shape(x), &of, &(metric as i32), &divisor(rule), &(max_iters as i64), &threshold,
+            &(plan.centroids as i64), &stop, &(k as i64), &centroids, &labels)
+    })))?;
+    Ok(true)
+}
+
+/// `enum Divisor` of `sums.cuh`.
+fn divisor(rule: Rule) -> i32 {
+    match rule {
+        Rule::Mean | Rule::Median => 0,
+        Rule::Direction => 1,
+        Rule::Sum => 2,
+    }
+}
+
 #[allow(clippy::too_many_arguments)]
 fn update_of<T: Element>(
     x: &Rows,
@@ -262,11 +323,6 @@ fn update_of<T: Element>(
     let (largest, first_bad) = (largest.view::<f64>()?, first_bad.view::<u32>()?);
     let factor = factor.as_ref().map(|f| f.view::<f64>()).transpose()?;
     let heaviest = heaviest.as_ref().map(|h| h.view::<f64>()).transpose()?;
-    let divisor = match rule {
-        Rule::Direction => 1,
-        Rule::Sum => 2,
-        Rule::Mean | Rule::Median => 0,
-    };
     let to = Clusters {
         centroids: centroids.address,
         slots: zeros.part(slots),
@@ -275,7 +331,7 @@ fn update_of<T: Element>(
         shift: if turn.is_some() { shift } else { Part::NULL },
         k: k as i64,
         d: d as i64,
-        divisor,
+        divisor: divisor(rule),
     };
     if medians {
         let (b64, old) = (b as i64, scratch.part(old));
@@ -290,9 +346,9 @@ fn update_of<T: Element>(
         return Ok(());
     }
     // Pieces about as long as a cluster, but enough of them, and not more than that takes.
-    let each = (elements(&[b, n]) / SUM_WARPS).max((n / k).min(SUM_WHOLE).min(elements(&[b, n]) / SUM_WARPS_LEAST));
+    let each = (elements(&[b, n]) / SUM_WARPS).max((n / k).min(SUM_CLUSTER).min(elements(&[b, n]) / SUM_WARPS_LEAST));
     let each = each.next_power_of_two().clamp(SUM_ROWS_LEAST, SUM_ROWS);
-    let pieces = Pieces { rows: each as u32, whole: (2 * each).clamp(SUM_WHOLE, SUM_ROWS) as u32 };
+    let pieces = Pieces { rows: each as u32, whole: (2 * each).min(SUM_ROWS) as u32 };
     let whole = in_pieces(&x.tensor, 16 / size_of::<T>()) && x.row_stride <= u32::MAX as usize;
     let name = match (whole, factor.is_some()) {
         (true, false) => "update",

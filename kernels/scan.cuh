@@ -1,0 +1,41 @@
+// Exclusive scans.
+#pragma once
+#include "common.cuh"
+
+__device__ __forceinline__ uint32_t warp_scan(uint32_t v) {
+    const int lane = threadIdx.x % WARP;
+    for (int step = 1; step < WARP; step *= 2) {
+        const uint32_t before = __shfl_up_sync(~0u, v, step);
+        if (lane >= step) v += before;
+    }
+    return v;
+}
+
+/// The exclusive scan of `value(i)` for `n` places, by one block: `take(i, sum)`, by the thread that has read the value.
+/// Returns the sum of all.
+template <class Value, class Take>
+__device__ uint32_t block_scan(int64_t n, Value value, Take take) {
+    __shared__ uint32_t of_warps[WARP];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int64_t each = (n + blockDim.x - 1) / blockDim.x;
+    const int64_t begin = min(threadIdx.x * each, n), end = min(begin + each, n);
+    uint32_t own = 0;
+#pragma unroll 8
+    for (int64_t i = begin; i < end; ++i) own += value(i);
+    const uint32_t within = warp_scan(own);
+    if (warp == 0) of_warps[lane] = 0;
+    __syncthreads();
+    if (lane == WARP - 1) of_warps[warp] = within;
+    __syncthreads();
+    if (warp == 0) of_warps[lane] = warp_scan(of_warps[lane]);
+    __syncthreads();
+    uint32_t sum = (warp ? of_warps[warp - 1] : 0) + within - own;
+    for (int64_t i = begin; i < end; ++i) {
+        const uint32_t here = value(i);
+        take(i, sum);
+        sum += here;
+    }
+    const uint32_t all = of_warps[WARP - 1];
+    __syncthreads();
+    return all;
+}
