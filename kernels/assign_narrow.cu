@@ -33,7 +33,7 @@ __device__ void assign(const T* x, const Rows& r, const Active& active, const T*
 }
 
 #define KERNEL(name, T, D)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(NARROW_THREADS, D > 4 ? 3 : 4) assign_narrow_##D##_##name(                        \
+    extern "C" __global__ void __launch_bounds__(NARROW_THREADS, D > 4 ? 3 : 4) assign_narrow_##D##_##name(            \
         const T* x, Rows r, Active active, const T* c, Rows cr, int metric, uint32_t* labels) {                        \
         if (metric == MANHATTAN) assign<T, D, true>(x, r, active, c, cr, metric, labels);                              \
         else assign<T, D, false>(x, r, active, c, cr, metric, labels);                                                 \

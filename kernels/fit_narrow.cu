@@ -2,9 +2,9 @@
 //
 // A block takes a problem and keeps its rows, labels and sums on chip for all iterations: centroids are prepared and
 // rows labelled as in assign_narrow.cu, rows are brought into cluster order by a counting sort, and each thread adds up
-// an equal share of them, cluster by cluster. Sums are integers (src/fixed.rs), so atomics may finish them in any order.
-// A block that has converged goes on to the next problem. Traffic: X once, labels once, and the centroids, which stay
-// in the cache.
+// an equal share of them, cluster by cluster. Sums are integers (src/fixed.rs), so atomics may finish them in any
+// order. A block that has converged goes on to the next problem. Traffic: X once, labels once, and the centroids, which
+// stay in the cache.
 #include "narrow.cuh"
 #include "scan.cuh"
 #include "sums.cuh"
@@ -12,12 +12,12 @@
 /// A problem's part of shared memory, behind its centroids (`fit_narrow_shared` in src/plan.rs).
 template <class T, int D>
 struct OnChip {
-    __int128* rest;            // (k, D): what limbs could not take
-    __int128* weights;         // (k)
-    unsigned long long* limbs; // (2, k, D), two's complement
-    uint32_t *starts, *next;   // (k + 1) and (k): where clusters begin, and the place of the next row
-    T* x;                      // (n, D), zeros beyond the columns
-    uint16_t *labels, *order;  // (n)
+    __int128* rest;             // (k, D): what limbs could not take
+    __int128* weights;          // (k)
+    unsigned long long* limbs;  // (2, k, D), two's complement
+    uint32_t *starts, *next;    // (k + 1) and (k): where clusters begin, and the place of the next row
+    T* x;                       // (n, D), zeros beyond the columns
+    uint16_t *labels, *order;   // (n)
 
     __device__ OnChip(uint8_t* raw, int64_t n, int64_t k) {
         rest = reinterpret_cast<__int128*>(raw);
@@ -206,10 +206,11 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
 }
 
 #define KERNEL(name, T, D)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(D == 4 ? FIT_THREADS_4 : FIT_THREADS, D > 2 || sizeof(T) == 8 ? 1 : 2) \
-        fit_narrow_##D##_##name(                                                                                       \
-            const T* x, Rows r, Terms terms, int metric, int divisor, int64_t max_iters, const double* threshold,      \
-            int64_t narrow_bytes, uint32_t* stop, int64_t k, T* centroids, uint32_t* labels) {                         \
+    extern "C" __global__ void __launch_bounds__(D == 4 ? FIT_THREADS_4 : FIT_THREADS,                                 \
+                                                 D > 2 || sizeof(T) == 8 ? 1 : 2)                                      \
+        fit_narrow_##D##_##name(const T* x, Rows r, Terms terms, int metric, int divisor, int64_t max_iters,           \
+                                const double* threshold, int64_t narrow_bytes, uint32_t* stop, int64_t k,              \
+                                T* centroids, uint32_t* labels) {                                                      \
         fit<T, D>(x, r, terms, metric, divisor, max_iters, threshold, narrow_bytes, stop, k, centroids, labels);       \
     }
 #define INSTANCE(name, T) KERNEL(name, T, 1) KERNEL(name, T, 2) KERNEL(name, T, 4) KERNEL(name, T, 8)

@@ -193,8 +193,8 @@ __device__ __forceinline__ void assign_rows(const T* x, const Rows& r, int64_t b
 #pragma unroll
             for (int q = 0; q < D; ++q) squares += double(v[i][q]) * v[i][q];
             // (A root that is rounded up is cheap in f32.)
-            const double norm = sizeof(F) == 4 ? __fsqrt_ru(__double2float_ru(squares)) * (1 + 0x1p-20)
-                                               : norm_above(squares, r.d);
+            const double norm =
+                sizeof(F) == 4 ? __fsqrt_ru(__double2float_ru(squares)) * (1 + 0x1p-20) : norm_above(squares, r.d);
             const int64_t row = base + i * blockDim.x + threadIdx.x;
             const double limit = threshold<F>(metric, r.d, best[i], norm, *to.largest);
             const bool live = row < end;

@@ -11,8 +11,8 @@ __device__ __forceinline__ uint32_t warp_scan(uint32_t v) {
     return v;
 }
 
-/// The exclusive scan of `value(i)` for `n` places, by one block: `take(i, sum)`, by the thread that has read the value.
-/// Returns the sum of all.
+/// The exclusive scan of `value(i)` for `n` places, by one block: `take(i, sum)`, by the thread that has read the
+/// value. Returns the sum of all.
 template <class Value, class Take>
 __device__ uint32_t block_scan(int64_t n, Value value, Take take) {
     __shared__ uint32_t of_warps[WARP];

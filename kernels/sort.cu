@@ -6,9 +6,10 @@
 // once; counts are few.
 //
 // The sums of an update do not depend on the order of a cluster's rows, so in a fit atomic counters in shared memory
-// deal out the places (`deal`, and `whole` where a block can do all of a problem). `scatter` keeps rows in ascending order, for those
-// who read the order itself and for more clusters than a block has counters: these are sorted digit by digit, lowest
-// first. There rows are ranked by warps, each with counters of its own, and warps are ranked by their order.
+// deal out the places (`deal`, and `whole` where a block can do all of a problem). `scatter` keeps rows in ascending
+// order, for those who read the order itself and for more clusters than a block has counters: these are sorted digit by
+// digit, lowest first. There rows are ranked by warps, each with counters of its own, and warps are ranked by their
+// order.
 #include "scan.cuh"
 
 /// What is sorted by: the bits `mask` of a label from `shift` on, below `bins`. `before` (null: none) is the order by
@@ -21,7 +22,9 @@ struct Digit {
     /// The row at place `i` of problem `p`.
     __device__ __forceinline__ uint32_t row(int64_t p, int64_t i) const { return before ? before[p * n + i] : i; }
     /// A label out of range counts as the last one.
-    __device__ __forceinline__ uint32_t bin(uint32_t label) const { return min(label, uint32_t(k - 1)) >> shift & mask; }
+    __device__ __forceinline__ uint32_t bin(uint32_t label) const {
+        return min(label, uint32_t(k - 1)) >> shift & mask;
+    }
 };
 
 /// The bins of a thread's rows of a tile of `size` places, of which it has every `blockDim.x`th. What lies beyond the
@@ -225,7 +228,8 @@ struct Tile {
     }
 };
 
-static_assert(SORT_BINS < 1 << 16 && SORT_WHOLE * SORT_ITEMS_MANY <= 1 << 16, "bins, ranks and rows of a tile fit 16 bits");
+static_assert(SORT_BINS < 1 << 16 && SORT_WHOLE * SORT_ITEMS_MANY <= 1 << 16,
+              "bins, ranks and rows of a tile fit 16 bits");
 
 /// Each block places the rows of one chunk, in any order. A tile is sorted on chip so that the rows of a bin, which go
 /// to places in a row, are written together.
@@ -287,8 +291,7 @@ __device__ void boundaries(const uint32_t* labels, const Active& active, int64_t
 }
 
 extern "C" __global__ void __launch_bounds__(SORT_THREADS)
-    order_count(Digit digit, Active active, int64_t b, int64_t rows, uint32_t* counts,
-                                       uint32_t* next_active) {
+    order_count(Digit digit, Active active, int64_t b, int64_t rows, uint32_t* counts, uint32_t* next_active) {
     count(digit, active, b, rows, counts, next_active);
 }
 extern "C" __global__ void __launch_bounds__(SCAN_THREADS, 1)
@@ -307,8 +310,8 @@ extern "C" __global__ void __launch_bounds__(SORT_WHOLE)
     deal<SORT_ITEMS>(digit, active, b, rows, counts, begins, order);
 }
 extern "C" __global__ void __launch_bounds__(SORT_WHOLE)
-    order_deal_many(Digit digit, Active active, int64_t b, int64_t rows, const uint32_t* counts,
-                    const uint32_t* begins, uint32_t* order) {
+    order_deal_many(Digit digit, Active active, int64_t b, int64_t rows, const uint32_t* counts, const uint32_t* begins,
+                    uint32_t* order) {
     deal<SORT_ITEMS_MANY>(digit, active, b, rows, counts, begins, order);
 }
 extern "C" __global__ void __launch_bounds__(SORT_WHOLE)

@@ -32,8 +32,7 @@ struct Clusters {
         return slots + (b * k + cluster) * (d + 1) * 2;
     }
     __device__ __forceinline__ void moved(int64_t b, double squared) const {
-        if (shift)
-        atomic_max(&shift[b], squared == squared ? squared : INFINITY);
+        if (shift) atomic_max(&shift[b], squared == squared ? squared : INFINITY);
     }
 };
 
@@ -74,7 +73,7 @@ struct Warp {
     static constexpr bool EXACT = std::is_same<T, __half>::value && !FACTOR;
     static constexpr int LIMBS = sizeof(T) == 2 && !FACTOR ? 1 : 2, COLUMNS = WARP * EACH;
     static constexpr int UNROLLED = EXACT ? SUM_STEPS : 1;  // steps whose code is laid out
-    static constexpr int AT_ONCE = 4;  // columns of a lane when sums are finished
+    static constexpr int AT_ONCE = 4;                       // columns of a lane when sums are finished
 
     struct alignas(sizeof(T) * EACH) Part {
         T values[EACH];
@@ -102,8 +101,8 @@ struct Warp {
 
     // ---- The rows of a piece, from column `first` on.
 
-    const T* from;     // this lane's columns of row 0
-    bool live, leads;  // whether it has any; whether it has the first
+    const T* from;             // this lane's columns of row 0
+    bool live, leads;          // whether it has any; whether it has the first
     uint32_t base;             // the first place of the batch that is added up
     uint32_t here, there;      // where in the ring that is, and where the next one asked for will be
     uint32_t rows[SUM_STEPS];  // row numbers of the batch to ask for next
@@ -506,7 +505,9 @@ __device__ void settle(int64_t b, double* shift, const Active& active, const Ver
 
 /// Blocks that a multiprocessor should hold.
 template <class T, int EACH, bool FACTOR>
-constexpr int BLOCKS = Warp<T, EACH, FACTOR>::EXACT ? SUM_BLOCKS : FACTOR ? SUM_BLOCKS_WEIGHTED : SUM_BLOCKS_LIMBS;
+constexpr int BLOCKS = Warp<T, EACH, FACTOR>::EXACT ? SUM_BLOCKS
+                       : FACTOR                     ? SUM_BLOCKS_WEIGHTED
+                                                    : SUM_BLOCKS_LIMBS;
 
 #define UPDATE(name, T, EACH, FACTOR)                                                                                  \
     extern "C" __global__ void __launch_bounds__(SUM_THREADS, (BLOCKS<T, EACH, FACTOR>))                               \

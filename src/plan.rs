@@ -110,7 +110,7 @@ impl Assign {
             _ => products <= 5_000_000 && d < 64,
         };
         // Too little for two launches to be worth their while.
-        let small = products <= 1 << 30 && k <= tiles::PREPARE_CENTROIDS;
+        let small = products <= 1 << 28 && k <= tiles::PREPARE_CENTROIDS;
         if candidates[0] == Self::Narrow {
             Self::Narrow
         } else if little && candidates.contains(&Self::SimtDot) {
@@ -213,6 +213,7 @@ pub(crate) fn narrow_shared(dtype: DType, k: usize, d: usize) -> Option<usize> {
 }
 
 /// The launch of `fit_narrow.cu`.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) struct FitNarrow {
     pub threads: usize,
     /// Shared memory of a block, and of that what its centroids take, which come first.
@@ -241,7 +242,7 @@ impl FitNarrow {
         // As many threads to a multiprocessor as its registers are for, in as many blocks as its shared memory is for.
         let threads = if columns == 4 { tiles::FIT_THREADS_4 } else { tiles::FIT_THREADS };
         let resident = if columns > 2 { threads } else { 2 * threads };
-        let many = (resident * (shared + STATIC_SHARED) / most).next_multiple_of(32).clamp(32, threads);
+        let many = (resident / (most / (shared + STATIC_SHARED)).max(1) / 32 * 32).clamp(32, threads);
         let threads = if b < tiles::FIT_PROBLEMS { threads } else { many }.min(n.next_multiple_of(32));
         (fits && worth_it && FORCED.get().is_none()).then_some(Self { threads, shared, centroids })
     }

@@ -91,6 +91,30 @@ fn problems_stop_on_their_own() {
     }
 }
 
+/// A cluster that no row is nearest to stays where it is, in its problem and in no other.
+#[test]
+fn empty_clusters_stay_in_their_problems() {
+    let mut rng = rng(89);
+    for device in devices() {
+        for (dtype, n, k, d) in [(DType::F16, 400, 6, 64), (DType::F32, 90, 4, 3), (DType::BF16, 3000, 300, 40)] {
+            let x = uniform(&[9, n, d], 0.0, 1.0, dtype, &mut rng).to_device(&device).unwrap();
+            let start = x.narrow(1, 0, k).unwrap().contiguous().unwrap();
+            // In every third problem the second centroid is out of reach.
+            let far = |b: usize| if b % 3 == 1 { 50.0 } else { 0.0 };
+            let away = tensor(&[9, k, d], dtype, |i| if i / d % k == 1 { far(i / d / k) } else { 0.0 });
+            let start = (start + away.to_device(&device).unwrap()).unwrap();
+            let settings = KMeans::new(k).init(Init::Given(start.clone())).max_iters(8);
+            let fit = settings.fit(&x).unwrap();
+            for b in 0..9 {
+                let [then, now] = [&start, &fit.centroids].map(|c| bits(&c.get(b).unwrap().get(1).unwrap()));
+                let count = u32s(&fit.counts.get(b).unwrap())[1];
+                assert!((count == 0) == (b % 3 == 1), "problem {b} {dtype:?}: {count}");
+                assert!(count > 0 || then == now, "problem {b} {dtype:?}");
+            }
+        }
+    }
+}
+
 /// Narrow rows may be fitted in one launch, as whole problems on chip. It is the same fit as in many launches, on every
 /// device: of values far apart in size, rows that are no numbers, empty clusters and one cluster with most of the rows.
 #[test]
@@ -100,9 +124,9 @@ fn fits_in_one_launch_are_fits() {
     for dtype in DTYPES {
         for d in [1, 2, 3, 4, 7, 8] {
             for (n, k, kind) in
-                [(300, 5, "uniform"), (1024, 16, "hot"), (777, 40, "wide"), (64, 64, "nan"), (2000, 3, "hot")]
+                [(300, 5, "uniform"), (512, 16, "hot"), (333, 40, "wide"), (64, 64, "nan"), (900, 3, "hot")]
             {
-                let (b, exponents) = (70, if dtype == DType::F16 { 12 } else { 60 });
+                let (b, exponents) = (64, if dtype == DType::F16 { 12 } else { 60 });
                 let x = tensor(&[b, n, d], dtype, |i| match kind {
                     "hot" => rng.random_range(0.0f64..1.0).powi(if i / d % 2 == 0 { 1 } else { 40 }),
                     "wide" => rng.random_range(-1.0..1.0) * 2f64.powi(rng.random_range(-exponents..exponents / 4)),
@@ -124,10 +148,12 @@ fn fits_in_one_launch_are_fits() {
                             }
                             assert_eq!(one_launch(&settings, &x), device.is_cuda(), "{dtype:?} {n} {k} {d}");
                             all.push(all_bits(&settings.fit(&x).unwrap()));
-                            testing::force(Some("assign_narrow"));
-                            assert!(!one_launch(&settings, &x));
-                            all.push(all_bits(&settings.fit(&x).unwrap()));
-                            testing::force(None);
+                            if device.is_cuda() {
+                                testing::force(Some("assign_narrow"));
+                                assert!(!one_launch(&settings, &x));
+                                all.push(all_bits(&settings.fit(&x).unwrap()));
+                                testing::force(None);
+                            }
                         }
                         // The inertia of a NaN is a NaN, of either sign.
                         let same = |a: &Vec<u64>| kind == "nan" || *a == all[0];
@@ -167,7 +193,7 @@ fn refusals() {
 #[cfg(feature = "cuda")]
 mod cuda {
     use super::*;
-    use candle_core::cuda_backend::cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUstreamCaptureMode};
+    use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
     use candle_flash_kmeans::{testing, Metric};
     use std::sync::{Arc, Barrier};
 

@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::{EmptyClusters, Fit, Init, KMeans};
+use candle_flash_kmeans::{testing, EmptyClusters, Fit, Init, KMeans, Metric};
 use common::*;
 use rayon::ThreadPoolBuilder;
 
@@ -49,6 +49,42 @@ fn from_run_to_run_and_device_to_device() {
         let runs = if device.is_cpu() { 6 } else { 20 };
         for ((settings, x), first) in cases(&device).into_iter().zip(&on_cpu) {
             (0..runs).for_each(|_| assert!(all_bits(&settings.fit(&x).unwrap()) == *first, "{:?}", device.location()));
+        }
+    }
+}
+
+/// A hundred runs by every kernel that can assign, and by the one launch that can do all of a fit.
+#[test]
+fn a_hundred_times_on_every_path() {
+    for device in devices().into_iter().filter(Device::is_cuda) {
+        let mut rng = rng(53);
+        for (b, n, k, d, dtype, metric) in [
+            (3, 3000, 40, 128, DType::F16, Metric::SquaredEuclidean),
+            (1, 9000, 600, 64, DType::BF16, Metric::Cosine),
+            (2, 2000, 30, 20, DType::F32, Metric::Dot),
+            (70, 500, 16, 4, DType::F32, Metric::SquaredEuclidean),
+            (70, 300, 9, 1, DType::F16, Metric::Cosine),
+            (2, 900, 12, 33, DType::F64, Metric::SquaredEuclidean),
+            (2, 900, 12, 5, DType::F32, Metric::Manhattan),
+        ] {
+            let x = blobs(&[b, n, d], k / 2, dtype, &mut rng).to_device(&device).unwrap();
+            let weights = uniform(&[b, n], 1.0, 0.5, DType::F64, &mut rng).to_device(&device).unwrap();
+            let plain = KMeans::new(k).metric(metric).max_iters(5).tol(0.0).check_finite(false);
+            for settings in [plain.clone(), plain.sample_weights(&weights)] {
+                let mut first = None;
+                let forced = testing::candidates(&x, k, metric).unwrap().into_iter().map(Some);
+                for kernel in forced.chain([None]) {
+                    testing::force(kernel);
+                    let mut prepared = settings.prepare(x.shape(), dtype, &device).unwrap();
+                    for run in 0..100 {
+                        prepared.run(&x).unwrap();
+                        let labels = u32s(prepared.labels()).into_iter().map(u64::from);
+                        let all: Vec<u64> = bits(prepared.centroids()).into_iter().chain(labels).collect();
+                        assert!(*first.get_or_insert_with(|| all.clone()) == all, "{kernel:?} {run} {dtype:?} {d}");
+                    }
+                    testing::force(None);
+                }
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::{cluster_means, sort_by_cluster, Metric};
+use candle_flash_kmeans::{cluster_means, sort_by_cluster, Init, KMeans, Metric};
 use common::*;
 use rand::{seq::SliceRandom, Rng};
 
@@ -209,5 +209,21 @@ fn sums_beyond_the_dtype_do_not_overflow() {
                 assert!((mean / v - 1.0).abs() <= error, "{mean} {dtype:?} on {:?}", device.location());
             }
         }
+    }
+}
+
+/// Neither a count nor a sum may be an f32, which stops counting at 2^24.
+#[test]
+fn counts_past_24_bits() {
+    for device in devices() {
+        let n = (1usize << 24) + 3;
+        let labels = Tensor::zeros(n, DType::U32, &device).unwrap();
+        let ones = Tensor::ones((n - 3, 1), DType::F32, &device).unwrap();
+        let x = Tensor::cat(&[&ones, &Tensor::zeros((3, 1), DType::F32, &device).unwrap()], 0).unwrap();
+        let mean = f64s(&cluster_means(&x, &labels, 2).unwrap());
+        assert_eq!(mean, [1.0 - 3.0 / (1u32 << 24) as f64, 0.0], "{:?}", device.location());
+        let start = Tensor::new(&[[0.9f32], [9.0]], &device).unwrap();
+        let fit = KMeans::new(2).init(Init::Given(start)).fit(&x).unwrap();
+        assert_eq!(u32s(&fit.counts), [n as u32, 0]);
     }
 }

@@ -209,8 +209,8 @@ fn tensor_labels<T: Element>(
     let (pitch, padded) = (d.next_multiple_of(8), k.next_multiple_of(TENSOR_CENTROIDS));
 
     let mut layout = Layout::default();
-    // Few centroids are prepared by one kernel, which clears what it adds to.
-    let few = k <= PREPARE_CENTROIDS;
+    // Few centroids are prepared by one kernel, a block to a problem, which clears what it adds to.
+    let few = k <= PREPARE_CENTROIDS && copies <= processors(dev)?;
     let bounds = layout.place_for::<[f32; BOUNDS]>(!few, copies);
     let listed = layout.place_for::<u32>(!few, x.b);
     let table = Table::new(&mut layout, copies, k, !few);
