@@ -42,8 +42,11 @@ fn main() -> Result<()> {
     let settings = KMeans::new(k).max_iters(iters).tol(0.0).check_finite(false);
     let mut prepared = settings.prepare((b, n, d), DType::F16, &device)?;
     let input = Tensor::randn(0f32, 1.0, (b, n, d), &device)?.to_dtype(DType::F16)?;
+    device.synchronize()?;
+    let start = Instant::now();
     prepared.run(&input)?; // allocates, and loads the kernels
     device.synchronize()?;
+    println!("   first: {:8.1} us, with the loading of kernels", start.elapsed().as_secs_f64() * 1e6);
 
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
     prepared.run(&input)?;
