@@ -383,11 +383,12 @@ fn check_labels(x: &Tensor, c: &Tensor, labels: &Tensor, metric: Metric) -> Resu
 fn check_means(x: &Tensor, labels: &Tensor, means: &Tensor) -> Result<(f64, f64, usize)> {
     let (b, n, d) = x.dims3()?;
     let k = means.dim(1)?;
-    let ulp = match x.dtype() {
-        DType::F16 => 2f64.powi(-10),
-        DType::BF16 => 2f64.powi(-7),
-        DType::F32 => 2f64.powi(-23),
-        _ => 2f64.powi(-52),
+    // Of a normal number, relatively, and of a subnormal.
+    let (ulp, least) = match x.dtype() {
+        DType::F16 => (2f64.powi(-10), 2f64.powi(-24)),
+        DType::BF16 => (2f64.powi(-7), 2f64.powi(-133)),
+        DType::F32 => (2f64.powi(-23), 2f64.powi(-149)),
+        _ => (2f64.powi(-52), 0.0),
     };
     let (x, labels, means) = (host(x)?, host(labels)?, host(means)?);
     let (mut sums, mut sizes, mut counts) = (vec![0f64; b * k * d], vec![0f64; b * k * d], vec![0f64; b * k]);
@@ -405,7 +406,7 @@ fn check_means(x: &Tensor, labels: &Tensor, means: &Tensor) -> Result<(f64, f64,
         let count = counts[i / d].max(1.0);
         let (mean, size) = (sums[i] / count, sizes[i] / count);
         // One rounding of the result, and the rounding of the f64 sum it is compared with.
-        wrong += ((got - mean).abs() > ulp * mean.abs() + 2f64.powi(-50) * size * count.sqrt()) as usize;
+        wrong += ((got - mean).abs() > ulp * mean.abs() + least + 2f64.powi(-50) * size * count.sqrt()) as usize;
         worst = worst.max((got - mean).abs() / mean.abs().max(f64::MIN_POSITIVE));
     }
     Ok((wrong as f64 / means.len() as f64, worst, means.len()))
