@@ -161,14 +161,19 @@ impl Sort {
         let bits = bits.div_ceil(passes);
         let bins = if passes == 1 { k } else { 1 << bits };
         let all = b.saturating_mul(n);
+        let many = tiles::SORT_WHOLE * tiles::SORT_ITEMS_MANY;
+        // Counters for each bin and a word for each row of a tile.
+        let fits = |rows: usize| 4 * (2 * bins + 1 + rows) <= shared;
         let way = if ascending || passes > 1 {
             SortWay::Scatter
-        } else if n <= tiles::SORT_WHOLE * tiles::SORT_ITEMS {
+        } else if n <= tiles::SORT_WHOLE * tiles::SORT_ITEMS && fits(n) {
             SortWay::Whole
-        } else if all >= tiles::SORT_MANY * tiles::SORT_WHOLE * tiles::SORT_ITEMS_MANY {
+        } else if all >= tiles::SORT_MANY * many && fits(many) {
             SortWay::DealMany
-        } else {
+        } else if fits(tiles::SORT_THREADS * tiles::SORT_ITEMS) {
             SortWay::Deal
+        } else {
+            SortWay::Scatter
         };
         let threads = match way {
             // Few problems have the device for themselves.
@@ -347,7 +352,7 @@ impl Plan {
             (assigns + b * (4 * d + 64), 0)
         };
         // And what updates: the order, its counts, and the sums of clusters that are under way.
-        let sort = Sort::new([p.b, p.n, p.k], false, 0);
+        let sort = Sort::new([p.b, p.n, p.k], false, usize::MAX);
         let counts = if cpu { b * k } else { b * sort.bins as u64 * (sort.chunks as u64 + 3) };
         let order = 4 * bn * sort.passes.min(2) as u64 + 8 * b * (k + 1) + 4 * counts;
         let medians = if p.metric == Metric::Manhattan { b * k * d * size } else { 0 };
@@ -380,5 +385,34 @@ impl fmt::Display for Plan {
             "assign {assign}{packed} in tiles of {rows} x {centroids}, update {update}, at most {:.1} MiB",
             *bytes as f64 / 1048576.0
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sorts_fit_the_shared_memory_of_their_device() {
+        for shared in [48 << 10, 98 << 10, 162 << 10, 226 << 10] {
+            for k in [1, 2, 100, 4096, 8192, 8193, 1 << 20] {
+                for (b, n) in [(1, 1), (1, 16_384), (1, 1 << 25), (70, 16_385), (2880, 8192)] {
+                    for ascending in [false, true] {
+                        let Sort { way, bins, threads, rows, chunks, .. } = Sort::new([b, n, k], ascending, shared);
+                        let words = |rows| 4 * (2 * bins + 1 + rows);
+                        let (bytes, tile) = match way {
+                            SortWay::Whole => (words(n), threads * tiles::SORT_ITEMS),
+                            SortWay::Deal => (words(threads * tiles::SORT_ITEMS), threads * tiles::SORT_ITEMS),
+                            SortWay::DealMany => (words(threads * tiles::SORT_ITEMS_MANY), threads),
+                            SortWay::Scatter => (2 * (threads / 32 + 3) * bins, threads),
+                        };
+                        // A stable sort of many clusters has at least one warp's counters.
+                        assert!(bytes <= shared.max(8 * bins), "{way:?} {b} {n} {k}: {bytes} of {shared}");
+                        assert!(way != SortWay::Whole || n <= tile, "{n} {tile}");
+                        assert!(rows * chunks >= n && rows % tile == 0 && (way == SortWay::Scatter) >= ascending);
+                    }
+                }
+            }
+        }
     }
 }
