@@ -153,7 +153,7 @@ pub(crate) enum SortWay {
 }
 
 impl Sort {
-    /// For `b` problems of `n` labels below `k`, on a device whose blocks have `shared` bytes of shared memory. `ascending`:
+    /// For `b` problems of `n` labels below `k`, in blocks of `shared` bytes of shared memory. `ascending`:
     /// whether it matters in what order the rows of a cluster are.
     pub fn new([b, n, k]: [usize; 3], ascending: bool, shared: usize) -> Self {
         let bits = usize::BITS - (k - 1).leading_zeros();
@@ -230,12 +230,7 @@ impl FitNarrow {
     /// For `b` problems of `n` rows that fit in a block's shared memory, and of which there are enough, or which are small
     /// enough, not to be shared by several blocks.
     pub fn new(dtype: DType, metric: Metric, [b, n, k, d]: [usize; 4], arch: Arch) -> Option<Self> {
-        let most = match arch {
-            Arch::Cpu => return None,
-            Arch::Cuda(80 | 87) => 163 << 10,
-            Arch::Cuda(90 | 100 | 103) => 227 << 10,
-            Arch::Cuda(_) => 99 << 10,
-        };
+        let most = shared_memory(arch)?;
         let centroids = narrow_shared(dtype, k, d)?.next_multiple_of(16);
         let columns = narrow_columns(d);
         // Sums and weights, two limbs of each sum; rows; where clusters begin; labels and their order.
@@ -243,17 +238,29 @@ impl FitNarrow {
         let rows = n.checked_mul(columns)?.checked_next_multiple_of(8)?.checked_mul(dtype.size_in_bytes())?;
         let shared = rows.checked_add(centroids + sums + 4 * (2 * k + 1))?.checked_add(4 * n)?;
         let worth_it = b >= tiles::FIT_PROBLEMS || n * k <= tiles::FIT_SMALL;
-        let fits = metric != Metric::Manhattan && n <= 1 << 16 && shared + STATIC_SHARED <= most;
+        let fits = metric != Metric::Manhattan && n <= 1 << 16 && shared <= most;
         // As many threads to a multiprocessor as its registers are for, in as many blocks as its shared memory is for.
         let threads = if columns == 4 { tiles::FIT_THREADS_4 } else { tiles::FIT_THREADS };
         let resident = if columns > 2 { threads } else { 2 * threads };
-        let many = (resident / (most / (shared + STATIC_SHARED)).max(1) / 32 * 32).clamp(32, threads);
+        let many = (resident / ((most + STATIC_SHARED) / (shared + STATIC_SHARED)).max(1) / 32 * 32).clamp(32, threads);
         let threads = if b < tiles::FIT_PROBLEMS { threads } else { many }.min(n.next_multiple_of(32));
         (fits && worth_it && FORCED.get().is_none()).then_some(Self { threads, shared, centroids })
     }
 }
 
-/// Shared memory that a kernel with much of it may have besides, in bytes.
+/// The shared memory that a block can ask for at its launch, in bytes: what the device gives it, less what kernels with
+/// much of it have of their own.
+pub(crate) fn shared_memory(arch: Arch) -> Option<usize> {
+    let all = match arch {
+        Arch::Cpu => return None,
+        Arch::Cuda(80 | 87) => 163 << 10,
+        Arch::Cuda(90 | 100 | 103) => 227 << 10,
+        Arch::Cuda(_) => 99 << 10,
+    };
+    Some(all - STATIC_SHARED)
+}
+
+/// Static shared memory of such kernels, at most, in bytes.
 const STATIC_SHARED: usize = 1024;
 
 /// Rows of `d` columns that are split into halves at a time.

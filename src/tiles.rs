@@ -25,8 +25,9 @@ pub const NARROW_BLOCKS: usize = 64;
 pub const NARROW_TILE: usize = 1024;
 /// Shared memory that its block takes at most, in bytes: centroids and the table that finds equal ones.
 pub const NARROW_SHARED: usize = 49_152;
-/// Most threads of a block of `fit_narrow.cu`, and for rows of four columns.
+/// Most threads of a block of `fit_narrow.cu`.
 pub const FIT_THREADS: usize = 320;
+/// The same for rows of four columns (or three), which leave registers for more.
 pub const FIT_THREADS_4: usize = 512;
 /// Problems that are enough for a block each.
 pub const FIT_PROBLEMS: usize = 64;
@@ -58,9 +59,9 @@ pub const SPLIT_BYTES: usize = 134_217_728;
 pub const SORT_ITEMS: usize = 16;
 /// Threads of a block that counts rows, and of one that sorts them in tiles if there are few.
 pub const SORT_THREADS: usize = 512;
-/// Threads of a block that sorts rows in tiles if there are many, and most of one that sorts a whole problem.
+/// Threads of a block that sorts rows in tiles if there are many rows, and most of one that sorts a whole problem.
 pub const SORT_WHOLE: usize = 1024;
-/// Rows that a thread of the former takes at a time.
+/// Rows that a thread takes at a time of a block that sorts many rows in tiles.
 pub const SORT_ITEMS_MANY: usize = 32;
 /// So many problems or tiles are many: enough to fill any device.
 pub const SORT_MANY: usize = 192;
@@ -74,11 +75,11 @@ pub const SORT_CHUNKS: usize = 1024;
 pub const SUM_ROWS: usize = 1024;
 /// Fewest of them.
 pub const SUM_ROWS_LEAST: usize = 32;
-/// A piece for each cluster of so many rows, if there are more than enough pieces to fill any device.
+/// Pieces are made as long as the average cluster, up to so many rows, if enough of them are left to fill any device.
 pub const SUM_CLUSTER: usize = 256;
-/// Warps that `update.cu` gives work to before it gives them more than a cluster.
+/// Pieces that `update.cu` makes longer than that rather than make more of them.
 pub const SUM_WARPS: usize = 16_384;
-/// Warps that it gives less than a cluster.
+/// Pieces that are enough to fill any device: with fewer, they are shorter than a cluster.
 pub const SUM_WARPS_LEAST: usize = 4096;
 /// Threads of a block of `update.cu`.
 pub const SUM_THREADS: usize = 64;

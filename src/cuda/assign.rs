@@ -2,7 +2,7 @@
 
 use super::{
     alloc, device, elements, launch, own, read, shape, tensor, typed, write, Active, Element, Layout, Memory, Nullable,
-    Part, Place, TensorMap, Workspace,
+    Part, Place, TensorMap, Workspace, WARP,
 };
 use crate::{
     ops::Turn,
@@ -25,8 +25,6 @@ use candle_core::cuda_backend::{
 };
 use candle_core::Tensor;
 
-/// Lanes of a warp.
-const WARP: usize = 32;
 /// Who allocates, in errors.
 const OP: &str = "labels";
 

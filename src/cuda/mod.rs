@@ -90,6 +90,9 @@ macro_rules! typed {
 }
 use typed;
 
+/// Lanes of a warp.
+const WARP: usize = 32;
+
 /// A compiled file of `kernels/`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Image {

@@ -1,12 +1,12 @@
-//! Sort-Inverse Update: `kernels/sort.cu` and `kernels/update.cu`.
+//! Sort-Inverse Update: `kernels/sort.cu` and `kernels/update.cu`; and all of a fit at once: `kernels/fit_narrow.cu`.
 
 use super::{
     alloc, device, elements, going, launch, own, read, shape, tensor, typed, write, Active, Element, Layout, Memory,
-    Nullable, Part, Place, Workspace,
+    Nullable, Part, Place, Workspace, WARP,
 };
 use crate::{
     ops::{Progress, Rule, Terms, Turn},
-    plan::{narrow_columns, FitNarrow, Sort, SortWay},
+    plan::{narrow_columns, shared_memory, FitNarrow, Sort, SortWay},
     problem::{in_pieces, Rows},
     tiles::{
         MEDIAN_COLUMNS, SCAN_THREADS, SORT_ITEMS, SORT_ITEMS_MANY, SORT_THREADS, SUM_CLUSTER, SUM_ROWS, SUM_ROWS_LEAST,
@@ -16,17 +16,12 @@ use crate::{
 };
 use candle_core::{
     cuda_backend::{
-        cudarc::driver::{sys::CUdevice_attribute, DevicePtr, DeviceRepr, PushKernelArg},
-        CudaDevice, WrapErr,
+        cudarc::driver::{DevicePtr, DeviceRepr, PushKernelArg},
+        CudaDevice,
     },
     Tensor,
 };
 use std::marker::PhantomData;
-
-/// Lanes of a warp.
-const WARP: usize = 32;
-/// Shared memory that kernels of `sort.cu` have besides their counters, at most, in bytes.
-const STATIC_SHARED: usize = 1024;
 
 /// `struct Digit` of `sort.cu`.
 #[repr(C)]
@@ -58,9 +53,8 @@ struct Sorting {
 
 impl Sorting {
     fn new(dev: &CudaDevice, [b, n, k]: [usize; 3], ascending: bool, scratch: &mut Layout) -> Result<Self> {
-        let shared = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-        let shared = dev.cuda_stream().context().attribute(shared).w()? as usize;
-        let plan = Sort::new([b, n, k], ascending, shared - STATIC_SHARED);
+        let shared = shared_memory(super::arch(dev)?).unwrap_or_default();
+        let plan = Sort::new([b, n, k], ascending, shared);
         let (whole, several) = (plan.way == SortWay::Whole, plan.passes > 1);
         Ok(Self {
             plan,
