@@ -65,6 +65,9 @@ struct Args {
     /// Give each row a weight between 0.5 and 1.5 in a fit
     #[arg(long)]
     weighted: bool,
+    /// Use this assignment kernel wherever it can do the work; no fit runs on chip then
+    #[arg(long)]
+    kernel: Option<String>,
     /// Seconds that repeats may take
     #[arg(long, default_value_t = 10.0)]
     budget: f64,
@@ -101,6 +104,7 @@ fn main() -> Result<()> {
         other => bail!("--device {other} is not cpu or cuda"),
     };
     memory::keep(&device)?;
+    testing::force(args.kernel.clone().map(|name| &*name.leak()));
     if args.op == Op::Tune {
         return tune(&args, &device);
     }

@@ -1,33 +1,10 @@
 // FlashAssign with the tensor cores of Ampere and later: f16 and bf16, any number of columns. f32 comes as the first
 // halves of its values (split.cu), with a slack for each row.
 //
-// Of the scores a thread keeps, for each of its rows, the best and the best outside its group of eight columns, and the
-// best of each of the eight places in a group. Every column but the winner is in another group or at another place, so
-// that gives the winner's column and the exact second best for 2.5 operations a score instead of 5. Rows whose label
-// `margin` (tensor.cuh) does not prove go on a list for recheck.cu.
+// Rows whose label `margin` (tensor.cuh) does not prove go on a list for recheck.cu.
 #include "recheck.cuh"
 
-constexpr int PLACES = 8;
 constexpr int RESIDENT = 384 / BLOCK;  // blocks of an SM, so far as registers go
-
-/// What a thread finds of a row.
-struct Found : Search<PLACES> {
-    /// Narrows the row of places to the winner. Equal scores leave `second` equal to `top`.
-    __device__ __forceinline__ void finish() {
-        int winner = 0;
-#pragma unroll
-        for (int p = PLACES - 1; p >= 0; --p) winner = best_of[p] == top ? p : winner;
-#pragma unroll
-        for (int p = 0; p < PLACES; ++p) second = fmaxf(second, p == winner ? -INFINITY : best_of[p]);
-        column += 8 * (winner / 2) + winner % 2;
-    }
-    __device__ __forceinline__ void join(int offset) {
-        const float t = __shfl_xor_sync(~0u, top, offset), u = __shfl_xor_sync(~0u, second, offset);
-        const int other = __shfl_xor_sync(~0u, column, offset);
-        second = fmaxf(fmaxf(second, u), fminf(top, t));
-        if (t > top || (t == top && other < column)) top = t, column = other;
-    }
-};
 
 /// Searches one tile of rows; returns the squares of row threadIdx.x.
 template <class T>

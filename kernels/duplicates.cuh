@@ -23,22 +23,28 @@ struct Table {
     }
 };
 
+/// Whether two rows are the same, bit for bit. (Values of zeros of either sign are different words and differ; they are
+/// as rare as any other tie.)
+template <class T>
+__device__ __forceinline__ bool same_row(const T* one, const T* two, int64_t d) {
+    using Word = typename std::conditional<sizeof(T) == 2, uint16_t, uint32_t>::type;
+    const Word *mine = reinterpret_cast<const Word*>(one), *other = reinterpret_cast<const Word*>(two);
+    int64_t q = 0;
+#pragma unroll 8
+    for (; q < d; ++q) {
+        if (mine[q] != other[q]) break;
+    }
+    return q == d;
+}
+
 /// Lets centroid `j` of problem `p` not win if it repeats an earlier one: it starts from -inf. `b` is the problem's
-/// place. (Values of zeros of either sign are different words and stay; they are as rare as any other tie.)
+/// place.
 template <class T>
 __device__ __forceinline__ void drop_duplicate(const T* c, const Rows& r, int64_t p, int64_t b, int64_t j,
                                                int64_t padded, const Table& table, const uint32_t* slot, float* start) {
-    using Word = typename std::conditional<sizeof(T) == 2, uint16_t, uint32_t>::type;
     const int64_t first = uint32_t(~__ldcg(&table.first[b * table.slots + slot[b * r.n + j]]));
     if (first >= j) return;
-    const Word *mine = reinterpret_cast<const Word*>(row_of(c, r, p, j)),
-               *other = reinterpret_cast<const Word*>(row_of(c, r, p, first));
-    int64_t q = 0;
-#pragma unroll 8
-    for (; q < r.d; ++q) {
-        if (mine[q] != other[q]) break;
-    }
-    if (q == r.d) start[b * padded + j] = -INFINITY;
+    if (same_row(row_of(c, r, p, j), row_of(c, r, p, first), r.d)) start[b * padded + j] = -INFINITY;
 }
 
 template <class T>

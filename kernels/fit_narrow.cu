@@ -160,12 +160,6 @@ __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const 
     return most;
 }
 
-/// Where the terms of a fit come from (`Terms` in src/ops.rs).
-struct Terms {
-    const double *factor, *largest, *heaviest;
-    const uint32_t* first_bad;
-};
-
 template <class T, int D>
 __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, int divisor, int64_t max_iters,
                     const double* threshold, int64_t narrow_bytes, uint32_t* stop, int64_t k, T* centroids,

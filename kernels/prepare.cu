@@ -2,7 +2,7 @@
 //
 // Traffic: the centroids twice, and what is scored written once; `pack` reads X once and writes it once.
 #include "duplicates.cuh"
-#include "tensor.cuh"
+#include "moved.cuh"
 
 // ---- For CUDA cores: mu, then c^ = c - mu (or c / |c|), |c^|^2 / 2 and the largest |c^|.
 
@@ -112,47 +112,6 @@ __device__ void origin(const T* c, const Rows& r, int64_t p, int64_t b, int64_t 
     __syncthreads();
 }
 
-/// What one centroid adds to, by eight lanes.
-struct Sums {
-    double squares = 0, mu_squares = 0;
-    float moved_squares = 0, lost = 0;
-    unsigned long long hash = 0;
-
-    /// Eight columns `v`, less `m`, which become `e`.
-    template <class T>
-    __device__ __forceinline__ uint4 add(uint4 v_bits, uint4 m_bits, int64_t piece) {
-        const bool moves = (m_bits.x | m_bits.y | m_bits.z | m_bits.w) != 0;
-        float v[PIECE], m[PIECE];
-        widen<T>(v, v_bits), widen<T>(m, m_bits);
-        struct alignas(16) {
-            T e[PIECE];
-        } out;
-#pragma unroll
-        for (int q = 0; q < PIECE; ++q) {
-            const float t = v[q] - m[q];
-            out.e[q] = T(t);
-            const float e = filter(out.e[q]);
-            // The difference itself may have been rounded.
-            const float off = fabsf(t - e) + (moves ? 0x1p-24f * fabsf(t) : 0);
-            moved_squares = fmaf(e, e, moved_squares), lost = fmaf(off, off, lost);
-            const double wide_v = v[q];
-            squares = fma(wide_v, wide_v, squares);
-            if (moves) mu_squares = fma(double(m[q]), double(m[q]), mu_squares);
-        }
-        const uint64_t low = uint64_t(v_bits.y) << 32 | v_bits.x, high = uint64_t(v_bits.w) << 32 | v_bits.z;
-        hash += mix(mix(low + piece) ^ high);
-        return reinterpret_cast<const uint4&>(out);
-    }
-
-    __device__ __forceinline__ void join(int lanes) {
-        squares += __shfl_xor_sync(~0u, squares, lanes), mu_squares += __shfl_xor_sync(~0u, mu_squares, lanes);
-        moved_squares += __shfl_xor_sync(~0u, moved_squares, lanes), lost += __shfl_xor_sync(~0u, lost, lanes);
-        hash += __shfl_xor_sync(~0u, hash, lanes);
-    }
-};
-
-constexpr int BOUNDS = sizeof(Bounds) / sizeof(float);
-
 /// Eight lanes for each centroid from `first` on and each place up to `padded`, as many as the block has; `slot` is
 /// each centroid's in the table. Raises `bounds`.
 template <class T>
@@ -160,7 +119,6 @@ __device__ void move(const T* c, const Rows& r, int64_t p, int64_t b, int64_t fi
                      int64_t pitch, int64_t padded, T* moved, float* start, float* scale, float* bounds,
                      const Table& table, uint32_t* slot) {
     constexpr int LANES = 8;
-    static_assert(BOUNDS == 5 && offsetof(Bounds, residual) == 8, "a lane to each, in order");
     const int part = threadIdx.x % LANES;
     const int64_t j = first + threadIdx.x / LANES, i = b * padded + j;
     const bool live = j < r.n;
@@ -178,22 +136,18 @@ __device__ void move(const T* c, const Rows& r, int64_t p, int64_t b, int64_t fi
             if (next < pitch / PIECE) to[next] = sums.add<T>(next_v, next_m, next);
         }
     }
-    for (int lanes = 1; lanes < LANES; lanes *= 2) sums.join(lanes);
+    sums.join(LANES);
     float from_here = -INFINITY, factor = 0;
     if (live) {
-        from_here = metric == SQUARED_EUCLIDEAN ? float((sums.mu_squares - sums.squares) / 2) : 0;
-        factor = metric != COSINE ? 1 : sums.squares == 0 ? 0 : float(1 / sqrt(sums.squares));
-        // A lane to a bound; added up in f32 with what that and underflow may take. A product with a row that
-        // `margin` lets pass must not overflow before it is scaled.
-        const float norm = sqrtf(__double2float_ru(sums.squares)), tiny = 1e-37f * r.d;
-        const float rounding = 1 + (r.d + 16) * 0x1p-22f;
-        const float safe = metric == COSINE && norm > 1e18f ? INFINITY : factor;
-        float mine = 0;
-        if (part == 0) mine = sqrtf(sums.moved_squares + tiny) * rounding * safe;
-        if (part == 1) mine = fabsf(from_here);
-        if (part == 2) mine = sums.lost == 0 ? 0 : sqrtf(sums.lost + tiny) * rounding * factor;
-        if (part == 3) mine = norm * factor * rounding;
-        if (part == 4) mine = factor;
+        from_here = sums.start(metric), factor = sums.scale(metric);
+        const Bounds its = sums.bounds(metric, r.d, from_here, factor);
+        // A lane to each.
+        static_assert(BOUNDS == 5 && offsetof(Bounds, residual) == 8, "in order");
+        const float mine = part == 0   ? its.moved
+                           : part == 1 ? its.start
+                           : part == 2 ? its.residual
+                           : part == 3 ? its.stored
+                                       : its.scale;
         if (part < BOUNDS) raise(&bounds[part], mine);
     }
     if (part == 0) {
@@ -201,6 +155,7 @@ __device__ void move(const T* c, const Rows& r, int64_t p, int64_t b, int64_t fi
         if (scale) scale[i] = factor;
         if (live) slot[b * r.n + j] = table.enter(b, j, sums.hash);
     }
+    __syncwarp();  // or what comes next is done twice: by the lane that was here, and by the others
 }
 
 /// All of it for one problem, by one block: its slots of the table and its bounds are cleared first.

@@ -8,6 +8,12 @@ constexpr int LIMB_BITS = 42;
 /// What a sum is divided by: the weight of its cluster, the norm of the sums, or nothing.
 enum Divisor : int { WEIGHT = 0, NORM = 1, ONE = 2 };
 
+/// Where the terms of a fit come from (`Terms` in src/ops.rs).
+struct Terms {
+    const double *factor, *largest, *heaviest;
+    const uint32_t* first_bad;
+};
+
 /// Partial sums of columns 32 apart, added up in the order of `striped` in src/fixed.rs.
 __device__ __forceinline__ double striped(double partial) {
     for (int step = WARP / 2; step; step /= 2) partial = __dadd_rn(partial, __shfl_xor_sync(~0u, partial, step));

@@ -25,6 +25,8 @@ for kernel in kernels/*.cu; do
         # cluster needs at its end does: more warps hide more latency than that costs (update-versions.md).
         most = name ~ /^assign_sm90_1[46]_/ ? 96 : name ~ /^assign_sm90_20_/ ? 4 : name ~ /^recheck_split_/ ? 8 : 0
         if (name ~ /^update_/) most = 48
+        # What the phases around its search need waits in memory while that has all registers.
+        if (name ~ /^fit_resident/) most = arch == "sm_80" ? 160 : 64
         # Its tile and counters take more shared memory than blocks of sm_80 have, so there it is not run.
         if (name == "order_deal_many") most = arch == "sm_80" ? 96 : 8
         if (spill + 0 > most) failed = 1

@@ -199,8 +199,11 @@ impl Prepared {
         let relocates = self.settings.empty == EmptyClusters::Relocate;
         let watched = relocates || self.settings.on_iteration.is_some() || ops::reads_are_free(&self.device);
         let (progress, terms) = (&self.progress, &data.terms);
-        if !watched && ops::fit_on_chip(x, terms, metric, rule, progress, *max_iters, &self.centroids, &self.labels)? {
-            return Ok(());
+        if !watched {
+            let (c, labels, memory) = (&self.centroids, &self.labels, &self.memory);
+            if ops::fit_on_chip(x, terms, metric, rule, progress, *max_iters, c, labels, memory)? {
+                return Ok(());
+            }
         }
         ops::relabel(x, &centroids, metric, None, &self.labels, &self.memory)?;
         for iteration in 1..=*max_iters {

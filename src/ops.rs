@@ -198,8 +198,9 @@ pub(crate) fn fit_on_chip(
     max_iters: usize,
     centroids: &Tensor,
     labels: &Tensor,
+    memory: &Memory,
 ) -> Result<bool> {
-    on_device!(x.device(), update::fit_on_chip(x, terms, metric, rule, progress, max_iters, centroids, labels))
+    on_device!(x.device(), update::fit_on_chip(x, terms, metric, rule, progress, max_iters, centroids, labels, memory))
 }
 
 /// Rows in each cluster, u32 `(b, k)`.

@@ -13,9 +13,13 @@ use std::{cell::Cell, collections::HashSet, fmt, sync::Mutex};
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Arch {
     Cpu,
-    /// Compute capability, 90 for 9.0.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    Cuda(u32),
+    Cuda {
+        /// Compute capability, 90 for 9.0.
+        capability: u32,
+        /// Multiprocessors.
+        processors: usize,
+    },
 }
 
 /// An assignment kernel.
@@ -72,7 +76,7 @@ impl Assign {
 
     /// Every kernel that can do this, the one that is chosen first.
     pub fn candidates(dtype: DType, metric: Metric, [k, d]: [usize; 2], arch: Arch) -> Vec<Self> {
-        let Arch::Cuda(arch) = arch else {
+        let Arch::Cuda { capability: arch, .. } = arch else {
             return vec![if metric == Metric::Manhattan { Self::CpuManhattan } else { Self::CpuGemm }];
         };
         let mut all = vec![];
@@ -248,14 +252,58 @@ impl FitNarrow {
     }
 }
 
+/// The launch of `fit_resident.cu`.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) struct FitResident {
+    /// Teams, and blocks of each: no more of both than run at once.
+    pub teams: usize,
+    pub blocks: usize,
+    /// Rows of a block, and centroids in whole groups.
+    pub rows: usize,
+    pub padded: usize,
+    /// Shared memory of a block.
+    pub shared: usize,
+}
+
+impl FitResident {
+    /// For `b` problems of `n` rows that fit in the shared memory of blocks that run at once. `weighted`: whether terms have
+    /// factors.
+    pub fn new(dtype: DType, metric: Metric, weighted: bool, [b, n, k, d]: [usize; 4], arch: Arch) -> Option<Self> {
+        let Arch::Cuda { capability, processors } = arch else { return None };
+        let halves = capability >= 80 && matches!(dtype, DType::F16 | DType::BF16) && metric != Metric::Manhattan;
+        let columns = d.is_multiple_of(8) && (16..=tiles::TEAM_COLUMNS).contains(&d);
+        if !halves || !columns || k > tiles::TEAM_CENTROIDS || FORCED.get().is_some() {
+            return None;
+        }
+        let most = shared_memory(arch)?;
+        let (padded, line) = (k.next_multiple_of(32), d.div_ceil(64) * 128);
+        // Rows, their squares, labels, order, factors, and the list of those to settle. Centroids with what they start from,
+        // their scales, hashes and rows' places; mu; the sums of a share of the clusters.
+        let of_row = line + 16 + if weighted { 8 } else { 0 };
+        let fixed = |blocks: usize| padded * (line + 20) + 16 + line + k.div_ceil(blocks) * d * 8;
+        let of = |blocks: usize| {
+            let rows = n.div_ceil(blocks).next_multiple_of(32);
+            let shared = rows.checked_mul(of_row)?.checked_add(fixed(blocks))?;
+            let teams = b.min(processors / blocks);
+            // Problems that have to wait for others are better off in kernels that take all at once.
+            let soon = b.div_ceil(teams.max(1)) <= tiles::TEAM_TURNS;
+            (rows <= tiles::SUM_ROWS && shared <= most && soon).then_some(Self { teams, blocks, rows, padded, shared })
+        };
+        // As many blocks as there are, if all problems run at once; the fewest that do, if not.
+        let wide = (processors / b.max(1)).min(n.div_ceil(tiles::TEAM_ROWS)).max(1);
+        of(wide).or_else(|| (wide..=processors).find_map(of))
+    }
+}
+
 /// The shared memory that a block can ask for at its launch, in bytes: what the device gives it, less what kernels with
 /// much of it have of their own.
 pub(crate) fn shared_memory(arch: Arch) -> Option<usize> {
     let all = match arch {
         Arch::Cpu => return None,
-        Arch::Cuda(80 | 87) => 163 << 10,
-        Arch::Cuda(90 | 100 | 103) => 227 << 10,
-        Arch::Cuda(_) => 99 << 10,
+        Arch::Cuda { capability: 80 | 87, .. } => 163 << 10,
+        Arch::Cuda { capability: 90 | 100 | 103, .. } => 227 << 10,
+        Arch::Cuda { .. } => 99 << 10,
     };
     Some(all - STATIC_SHARED)
 }
@@ -309,14 +357,17 @@ impl Plan {
         let cpu = arch == Arch::Cpu;
         let filter = if p.dtype == DType::F64 { 8 } else { 4 };
         let (b, n, k, d) = (p.b as u64, p.n as u64, p.k as u64, p.d as u64);
-        let assign = Assign::choose(p.dtype, p.metric, [p.b, p.n, p.k, p.d], arch);
+        let sizes = [p.b, p.n, p.k, p.d];
+        let assign = Assign::choose(p.dtype, p.metric, sizes, arch);
         let (rows, centroids) = assign.tile(p.d);
+        let factors = weighted || p.metric == Metric::Cosine;
         let pack = assign.in_eights(p.dtype) && !in_eights(x);
         let update = match (cpu, p.metric) {
             (true, Metric::Manhattan) => "cpu_medians",
             (true, _) => "cpu_sums",
             (false, Metric::Manhattan) => "medians",
-            (false, _) if FitNarrow::new(p.dtype, p.metric, [p.b, p.n, p.k, p.d], arch).is_some() => "fit_narrow",
+            (false, _) if FitNarrow::new(p.dtype, p.metric, sizes, arch).is_some() => "fit_narrow",
+            (false, _) if FitResident::new(p.dtype, p.metric, factors, sizes, arch).is_some() => "fit_resident",
             (false, _) => "update",
         };
         let (bn, size) = (b * n, p.dtype.size_in_bytes() as u64);
@@ -363,7 +414,11 @@ impl Plan {
         let counts = if cpu { b * k } else { b * sort.bins as u64 * (sort.chunks as u64 + 3) };
         let order = 4 * bn * sort.passes.min(2) as u64 + 8 * b * (k + 1) + 4 * counts;
         let medians = if p.metric == Metric::Manhattan { b * k * d * size } else { 0 };
-        let sums = if cpu { b * k * (8 + 24 * d) } else { b * k * (16 * (d + 1) + 4) };
+        let sums = match update {
+            _ if cpu => b * k * (8 + 24 * d),
+            "fit_resident" => b * k * (32 * p.d.next_multiple_of(64) as u64 + 24),
+            _ => b * k * (16 * (d + 1) + 4),
+        };
         let loops = assigns.max(updates + order + medians) + sums;
         // Last, the distances of the rows, and times their weights.
         let ends = if weighted { 16 } else { 8 } * bn + order;

@@ -33,6 +33,16 @@ pub const FIT_THREADS_4: usize = 512;
 pub const FIT_PROBLEMS: usize = 64;
 /// Rows times centroids of a problem that needs no more than a block.
 pub const FIT_SMALL: usize = 65_536;
+/// Threads of a block of `fit_resident.cu`.
+pub const TEAM_THREADS: usize = 512;
+/// Rows that such a block is to have at least, where several share a problem.
+pub const TEAM_ROWS: usize = 64;
+/// Most problems that a team does one after another.
+pub const TEAM_TURNS: usize = 4;
+/// Most columns that it is for.
+pub const TEAM_COLUMNS: usize = 256;
+/// Most centroids that it is for.
+pub const TEAM_CENTROIDS: usize = 1024;
 /// Rows of a thread block's tile in `assign_sm80.cu`, and its threads.
 pub const SM80_ROWS: usize = 128;
 /// Centroids of a thread block's tile in `assign_sm80.cu`.

@@ -115,18 +115,17 @@ fn empty_clusters_stay_in_their_problems() {
     }
 }
 
-/// Narrow rows may be fitted in one launch, as whole problems on chip. It is the same fit as in many launches, on every
-/// device: of values far apart in size, rows that are no numbers, empty clusters and one cluster with most of the rows.
-#[test]
-fn fits_in_one_launch_are_fits() {
+/// A fit whose problems stay on chip is one launch. It is the same fit as in many launches, on every device: of values far
+/// apart in size, rows that are no numbers, empty clusters and one cluster with most of the rows.
+fn one_launch_is_many(dtypes: &[DType], columns: &[usize], b: usize, other: &'static str) {
     let mut rng = rng(88);
-    let one_launch = |settings: &KMeans, x: &Tensor| settings.plan(x).unwrap().update == "fit_narrow";
-    for dtype in DTYPES {
-        for d in [1, 2, 3, 4, 7, 8] {
+    let one_launch = |settings: &KMeans, x: &Tensor| settings.plan(x).unwrap().update.starts_with("fit_");
+    for &dtype in dtypes {
+        for &d in columns {
             for (n, k, kind) in
                 [(300, 5, "uniform"), (512, 16, "hot"), (333, 40, "wide"), (64, 64, "nan"), (900, 3, "hot")]
             {
-                let (b, exponents) = (64, if dtype == DType::F16 { 12 } else { 60 });
+                let exponents = if dtype == DType::F16 { 12 } else { 60 };
                 let x = tensor(&[b, n, d], dtype, |i| match kind {
                     "hot" => rng.random_range(0.0f64..1.0).powi(if i / d % 2 == 0 { 1 } else { 40 }),
                     "wide" => rng.random_range(-1.0..1.0) * 2f64.powi(rng.random_range(-exponents..exponents / 4)),
@@ -149,7 +148,7 @@ fn fits_in_one_launch_are_fits() {
                             assert_eq!(one_launch(&settings, &x), device.is_cuda(), "{dtype:?} {n} {k} {d}");
                             all.push(all_bits(&settings.fit(&x).unwrap()));
                             if device.is_cuda() {
-                                testing::force(Some("assign_narrow"));
+                                testing::force(Some(other));
                                 assert!(!one_launch(&settings, &x));
                                 all.push(all_bits(&settings.fit(&x).unwrap()));
                                 testing::force(None);
@@ -163,6 +162,19 @@ fn fits_in_one_launch_are_fits() {
             }
         }
     }
+}
+
+#[test]
+fn a_block_to_a_problem_is_a_fit() {
+    one_launch_is_many(&DTYPES, &[1, 2, 3, 4, 7, 8], 64, "assign_narrow");
+}
+
+/// Blocks that share a problem; the last case has more problems than teams, so that each does several.
+#[test]
+fn blocks_that_share_problems_are_a_fit() {
+    let halves = [DType::F16, DType::BF16];
+    one_launch_is_many(&halves, &[16, 40, 64, 136, 256], 3, "assign_sm80");
+    one_launch_is_many(&halves, &[64], 150, "assign_small");
 }
 
 #[test]

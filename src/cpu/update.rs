@@ -95,6 +95,7 @@ pub(crate) fn fit_on_chip(
     _: usize,
     _: &Tensor,
     _: &Tensor,
+    _: &Memory,
 ) -> Result<bool> {
     Ok(false)
 }

@@ -15,7 +15,7 @@ use candle_core::cuda_backend::{
     cudarc::{
         driver::{
             result,
-            sys::{self, CUfunction_attribute, CUresult, CUtensorMap, CUtensorMapDataType},
+            sys::{self, CUdevice_attribute, CUfunction_attribute, CUresult, CUtensorMap, CUtensorMapDataType},
             CudaFunction, CudaModule, CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DeviceRepr,
             DriverError, LaunchArgs, LaunchConfig, PushKernelArg, ValidAsZeroBits,
         },
@@ -34,8 +34,10 @@ use std::{
 
 /// What chooses kernels.
 pub(crate) fn arch(dev: &CudaDevice) -> Result<Arch> {
-    let (major, minor) = dev.cuda_stream().context().compute_capability().w()?;
-    Ok(Arch::Cuda((10 * major + minor) as u32))
+    let stream = dev.cuda_stream();
+    let (major, minor) = stream.context().compute_capability().w()?;
+    let processors = stream.context().attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).w()?;
+    Ok(Arch::Cuda { capability: (10 * major + minor) as u32, processors: processors as usize })
 }
 
 thread_local!(static LAUNCHES: RefCell<Option<Vec<String>>> = const { RefCell::new(None) });
@@ -104,6 +106,7 @@ enum Image {
     AssignSm80,
     AssignSm90,
     FitNarrow,
+    FitResident,
     Recheck,
     Sort,
     Update,
@@ -120,6 +123,7 @@ impl Image {
             Self::AssignSm80 => include_bytes!(concat!(env!("OUT_DIR"), "/assign_sm80.fatbin")),
             Self::AssignSm90 => include_bytes!(concat!(env!("OUT_DIR"), "/assign_sm90.fatbin")),
             Self::FitNarrow => include_bytes!(concat!(env!("OUT_DIR"), "/fit_narrow.fatbin")),
+            Self::FitResident => include_bytes!(concat!(env!("OUT_DIR"), "/fit_resident.fatbin")),
             Self::Recheck => include_bytes!(concat!(env!("OUT_DIR"), "/recheck.fatbin")),
             Self::Sort => include_bytes!(concat!(env!("OUT_DIR"), "/sort.fatbin")),
             Self::Update => include_bytes!(concat!(env!("OUT_DIR"), "/update.fatbin")),
@@ -182,8 +186,16 @@ impl Kernel {
         Ok(Self { name, suffix, function, stream })
     }
 
-    /// Launches; nothing if the grid is empty. Kernels loop over what a clamped grid does not cover.
-    fn run(&self, args: &mut LaunchArgs<'_>, grid: usize, block: usize, shared: usize) -> Result<()> {
+    /// Launches; nothing if the grid is empty. Kernels loop over what a clamped grid does not cover. The blocks of a
+    /// cooperative launch all run at once, or it fails.
+    fn run(
+        &self,
+        args: &mut LaunchArgs<'_>,
+        grid: usize,
+        block: usize,
+        shared: usize,
+        cooperative: bool,
+    ) -> Result<()> {
         if grid == 0 {
             return Ok(());
         }
@@ -193,7 +205,15 @@ impl Kernel {
         let config = LaunchConfig { grid_dim: (grid, 1, 1), block_dim: (block, 1, 1), shared_mem_bytes: shared };
         // SAFETY: `launch!` passes the parameters of the kernel in its order, as views into live allocations of this
         // device or plain values, and every kernel stays inside the sizes it is given.
-        unsafe { args.launch(config) }.w().map_err(failed)?;
+        unsafe {
+            if cooperative {
+                args.launch_cooperative(config)
+            } else {
+                args.launch(config)
+            }
+        }
+        .w()
+        .map_err(failed)?;
         Ok(())
     }
 }
@@ -206,7 +226,8 @@ macro_rules! launch {
     };
     ($dev:expr, $image:ident, $name:expr, $suffix:expr, $grid:expr, $block:expr, $shared:expr; $($arg:expr),+ $(,)?) => {{
         let kernel = $crate::cuda::Kernel::get($dev, $crate::cuda::Image::$image, $name, $suffix, $shared)?;
-        kernel.run(kernel.stream.launch_builder(&kernel.function)$(.arg($arg))+, $grid, $block, $shared)
+        let cooperative = $crate::cuda::Image::$image == $crate::cuda::Image::FitResident;
+        kernel.run(kernel.stream.launch_builder(&kernel.function)$(.arg($arg))+, $grid, $block, $shared, cooperative)
     }};
 }
 use launch;

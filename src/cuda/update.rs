@@ -1,4 +1,4 @@
-//! Sort-Inverse Update: `kernels/sort.cu` and `kernels/update.cu`; and all of a fit at once: `kernels/fit_narrow.cu`.
+//! Sort-Inverse Update: `kernels/sort.cu` and `kernels/update.cu`; and all of a fit at once: `kernels/fit_*.cu`.
 
 use super::{
     alloc, device, elements, going, launch, own, read, shape, tensor, typed, write, Active, Element, Layout, Memory,
@@ -6,11 +6,11 @@ use super::{
 };
 use crate::{
     ops::{Progress, Rule, Terms, Turn},
-    plan::{narrow_columns, shared_memory, FitNarrow, Sort, SortWay},
+    plan::{narrow_columns, shared_memory, FitNarrow, FitResident, Sort, SortWay},
     problem::{in_pieces, Rows},
     tiles::{
         MEDIAN_COLUMNS, SCAN_THREADS, SORT_ITEMS, SORT_ITEMS_MANY, SORT_THREADS, SUM_CLUSTER, SUM_ROWS, SUM_ROWS_LEAST,
-        SUM_THREADS, SUM_WARPS, SUM_WARPS_LEAST, THREADS,
+        SUM_THREADS, SUM_WARPS, SUM_WARPS_LEAST, TEAM_THREADS, THREADS,
     },
     Metric, Result,
 };
@@ -19,7 +19,7 @@ use candle_core::{
         cudarc::driver::{DevicePtr, DeviceRepr, PushKernelArg},
         CudaDevice,
     },
-    Tensor,
+    DType, Tensor,
 };
 use std::marker::PhantomData;
 
@@ -215,7 +215,7 @@ pub(crate) fn update(
     }))
 }
 
-/// `struct Terms` of `fit_narrow.cu`.
+/// `struct Terms` of `sums.cuh`.
 #[repr(C)]
 struct TermsOnChip {
     factor: Part<f64>,
@@ -227,6 +227,33 @@ struct TermsOnChip {
 // SAFETY: pointers, laid out as in C.
 unsafe impl DeviceRepr for TermsOnChip {}
 
+/// `struct Shares` of `fit_resident.cu`.
+#[repr(C)]
+struct Shares {
+    blocks: i32,
+    rows: i32,
+    padded: i32,
+}
+
+// SAFETY: integers, laid out as in C.
+unsafe impl DeviceRepr for Shares {}
+
+/// `struct Common` of `fit_resident.cu`.
+#[repr(C)]
+struct Common {
+    limbs: Part<u64>,
+    rest: Part<[u64; 2]>,
+    weights: Part<[u64; 2]>,
+    sizes: Part<u32>,
+    shifts: Part<[f64; 2]>,
+    arrived: Part<u32>,
+    moved: Part<u16>,
+    prepared: Part<[u64; 4]>,
+}
+
+// SAFETY: pointers, laid out as in C.
+unsafe impl DeviceRepr for Common {}
+
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn fit_on_chip(
     x: &Rows,
@@ -237,18 +264,17 @@ pub(crate) fn fit_on_chip(
     max_iters: usize,
     centroids: &Tensor,
     labels: &Tensor,
+    memory: &Memory,
 ) -> Result<bool> {
+    const OP: &str = "fit_on_chip";
     let dev = device(&x.tensor)?;
-    let k = centroids.dim(1)?;
-    let Some(plan) = FitNarrow::new(x.dtype(), metric, [x.b, x.n, k, x.d], super::arch(dev)?) else {
+    let (arch, k, weighted) = (super::arch(dev)?, centroids.dim(1)?, terms.factor.is_some());
+    let sizes = [x.b, x.n, k, x.d];
+    let narrow = FitNarrow::new(x.dtype(), metric, sizes, arch);
+    let resident = FitResident::new(x.dtype(), metric, weighted, sizes, arch).filter(|_| in_pieces(&x.tensor, 8));
+    if narrow.is_none() && resident.is_none() {
         return Ok(false);
-    };
-    let name = match narrow_columns(x.d) {
-        1 => "fit_narrow_1",
-        2 => "fit_narrow_2",
-        4 => "fit_narrow_4",
-        _ => "fit_narrow_8",
-    };
+    }
     let optional = |t: &Option<Tensor>| t.as_ref().map_or(Ok(Part::NULL), own);
     let of = TermsOnChip {
         factor: optional(&terms.factor)?,
@@ -257,11 +283,47 @@ pub(crate) fn fit_on_chip(
         first_bad: own(&terms.first_bad)?,
     };
     let (threshold, stop) = (own::<f64>(&progress.threshold)?, own::<u32>(&progress.stop)?);
+    let (metric, divisor, max_iters, k64) = (metric as i32, divisor(rule), max_iters as i64, k as i64);
     typed!(x.dtype(), T => write::<T>(centroids, |centroids| write::<u32>(labels, |labels| {
         let xs = read(&x.tensor);
-        launch!(dev, FitNarrow, name, T::SUFFIX, x.b, plan.threads, plan.shared;
-            &xs.view::<T>()?, &shape(x), &of, &(metric as i32), &divisor(rule), &(max_iters as i64), &threshold,
-            &(plan.centroids as i64), &stop, &(k as i64), &centroids, &labels)
+        let xs = xs.view::<T>()?;
+        if let Some(plan) = &narrow {
+            let name = match narrow_columns(x.d) {
+                1 => "fit_narrow_1",
+                2 => "fit_narrow_2",
+                4 => "fit_narrow_4",
+                _ => "fit_narrow_8",
+            };
+            return launch!(dev, FitNarrow, name, T::SUFFIX, x.b, plan.threads, plan.shared;
+                &xs, &shape(x), &of, &metric, &divisor, &max_iters, &threshold, &(plan.centroids as i64), &stop, &k64,
+                &centroids, &labels);
+        }
+        let Some(plan) = &resident else { return Ok(()) };
+        // The sums of halves are exact without a rest.
+        let exact = x.dtype() == DType::F16 && !weighted;
+        let (&FitResident { teams, blocks, rows, padded, shared }, mut zeros) = (plan, Layout::default());
+        let limbs = zeros.zeroed(elements(&[teams, if weighted { 2 } else { 1 }, k, x.d.next_multiple_of(64)]));
+        let rest = zeros.zeroed(if exact { 0 } else { elements(&[teams, k, x.d]) });
+        let weights = zeros.zeroed(if weighted { elements(&[teams, k]) } else { 0 });
+        let (sizes, shifts, arrived) = (zeros.zeroed(elements(&[teams, k])), zeros.zeroed(teams), zeros.zeroed(teams));
+        let mut scratch = Layout::default();
+        let (moved, prepared) = (scratch.unwritten(elements(&[teams, k, x.d])), scratch.unwritten(elements(&[teams, k])));
+        let (zeros, scratch) = (zeros.zeros(dev, OP, memory)?, scratch.scratch(dev, OP, memory)?);
+        let common = Common {
+            limbs: zeros.part(limbs),
+            rest: zeros.part(rest),
+            weights: zeros.part(weights),
+            sizes: zeros.part(sizes),
+            shifts: zeros.part(shifts),
+            arrived: zeros.part(arrived),
+            moved: scratch.part(moved),
+            prepared: scratch.part(prepared),
+        };
+        let name = if weighted { "fit_resident_weighted" } else { "fit_resident" };
+        let [blocks_i32, rows, padded] = [blocks, rows, padded].map(|v| v as i32);
+        launch!(dev, FitResident, name, T::SUFFIX, elements(&[teams, blocks]), TEAM_THREADS, shared;
+            &xs, &shape(x), &of, &metric, &divisor, &max_iters, &threshold,
+            &Shares { blocks: blocks_i32, rows, padded }, &common, &stop, &k64, &centroids, &labels)
     })))?;
     Ok(true)
 }
