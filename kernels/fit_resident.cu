@@ -487,16 +487,6 @@ struct Fit {
         __syncthreads();
     }
 
-    /// Of a half, the f64 that is 2^-SMALL of it, from its bits alone: a conversion would take longer than the sum. (A
-    /// subnormal becomes one.) The other half of the word is dropped; ABOVE says which this is.
-    template <bool ABOVE>
-    __device__ __forceinline__ static double small(uint32_t two) {
-        constexpr bool F16 = std::is_same<T, __half>::value;
-        const int32_t bits = int32_t(ABOVE ? two : two << 16) >> (F16 ? 6 : 3);
-        return __hiloint2double(bits & (F16 ? 0x81fffc00 : 0x8fffe000), 0);
-    }
-    static constexpr int SMALL = std::is_same<T, __half>::value ? 1008 : 896;
-
     /// Adds up the block's rows of each cluster, a warp's, two columns of a line to a lane.
     template <int LINES>
     __device__ void add(const Units<T>& units, int weight_scale) const {
@@ -534,7 +524,7 @@ struct Fit {
                         two = reinterpret_cast<const uint32_t&>(pair);
                     }
                     if (!FACTOR && (EXACT || units.fit(pair.values))) {
-                        sums[0][line][0] += small<false>(two), sums[0][line][1] += small<true>(two);
+                        sums[0][line][0] += Small<T>::low(two), sums[0][line][1] += Small<T>::high(two);
                         continue;
                     }
                     take(pair.values, f, units, j, line * LINE_COLUMNS + 2 * lane, sums, line);
@@ -547,7 +537,7 @@ struct Fit {
                 for (int line = 0; line < LINES; ++line) {
 #pragma unroll
                     for (int q = 0; q < 2; ++q) {
-                        const double sum = FACTOR ? sums[l][line][q] : sums[l][line][q] * power_of_two(SMALL);
+                        const double sum = FACTOR ? sums[l][line][q] : sums[l][line][q] * power_of_two(Small<T>::SCALE);
                         atomicAdd(limbs + line * LINE_COLUMNS + q * WARP,
                                   (unsigned long long)__double2ll_rn(sum * per_unit[l]));
                     }
@@ -572,7 +562,7 @@ struct Fit {
             for (int l = 0; l < LIMBS; ++l) {
                 const double rounder = copysign(units.rounder(l), v);
                 const double limb = __dadd_rz(v, rounder) - rounder;
-                sums[l][line][q] += FACTOR ? limb : limb * power_of_two(-SMALL), v -= limb;
+                sums[l][line][q] += FACTOR ? limb : limb * power_of_two(-Small<T>::SCALE), v -= limb;
             }
             if (v != 0) atomic_add(to.rest + 2 * (j * d + column + q), fixed_quantise(v, units.scale));
         }

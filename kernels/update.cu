@@ -72,8 +72,10 @@ struct Warp {
     /// Halves span 40 bits: their sums are exact as they are.
     static constexpr bool EXACT = std::is_same<T, __half>::value && !FACTOR;
     static constexpr int LIMBS = sizeof(T) == 2 && !FACTOR ? 1 : 2, COLUMNS = WARP * EACH;
-    static constexpr int UNROLLED = EXACT ? SUM_STEPS : 1;  // steps whose code is laid out
-    static constexpr int AT_ONCE = 4;                       // columns of a lane when sums are finished
+    static constexpr bool HALVES = sizeof(T) == 2 && EACH > 1 && !FACTOR;
+    static constexpr int SCALE = HALVES ? Small<T>::SCALE : 0;  // of sums on their way
+    static constexpr int UNROLLED = EXACT ? SUM_STEPS : 1;      // steps whose code is laid out
+    static constexpr int AT_ONCE = 4;                           // columns of a lane when sums are finished
 
     struct alignas(sizeof(T) * EACH) Part {
         T values[EACH];
@@ -171,8 +173,16 @@ struct Warp {
             const double f = FACTOR ? all || (at >= place && at < stop) ? shared.factors[here][u][lane] : 0 : 1;
             if (FACTOR && to.divisor == WEIGHT && leads) weight += fixed_quantise(f, weight_scale);
             if (EXACT || (!FACTOR && units.fit(part.values))) {
+                if constexpr (HALVES) {
 #pragma unroll
-                for (int e = 0; e < EACH; ++e) sums[0][e] += wide(part.values[e]);
+                    for (int e = 0; e < EACH; e += 2) {
+                        const uint32_t two = reinterpret_cast<const uint32_t&>(part.values[e]);
+                        sums[0][e] += Small<T>::low(two), sums[0][e + 1] += Small<T>::high(two);
+                    }
+                } else {
+#pragma unroll
+                    for (int e = 0; e < EACH; ++e) sums[0][e] += wide(part.values[e]);
+                }
                 continue;
             }
             double left[EACH];
@@ -187,7 +197,7 @@ struct Warp {
                 for (int l = 0; l < LIMBS; ++l) {
                     const double rounder = copysign(units.rounder(l), v);
                     const double limb = units.extreme ? 0 : __dadd_rz(v, rounder) - rounder;
-                    sums[l][e] += limb, v -= limb;
+                    sums[l][e] += limb * power_of_two(-SCALE), v -= limb;
                 }
                 left[e] = v, rest |= v != 0;
             }
@@ -313,7 +323,7 @@ struct Warp {
 #pragma unroll
                 for (int l = 0; l < LIMBS; ++l) {
 #pragma unroll
-                    for (int e = 0; e < EACH; ++e) shared.limbs[l][lane * EACH + e] = sums[l][e];
+                    for (int e = 0; e < EACH; ++e) shared.limbs[l][lane * EACH + e] = sums[l][e] * power_of_two(SCALE);
                 }
                 __syncwarp();
                 const bool rest = !EXACT && __any_sync(~0u, any_rest);
