@@ -477,4 +477,31 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn teams_fit_their_device() {
+        let mut some = 0;
+        for (capability, processors) in [(80, 108), (86, 82), (90, 132), (90, 16), (100, 148)] {
+            let arch = Arch::Cuda { capability, processors };
+            let most = shared_memory(arch).unwrap();
+            for b in [1, 3, 8, 100, 132, 500, 100_000] {
+                for (n, k, d) in [(1, 1, 16), (2048, 64, 128), (8192, 128, 64), (16_384, 512, 128), (100_000, 33, 256)]
+                {
+                    for weighted in [false, true] {
+                        let sizes = [b, n, k, d];
+                        let plan = FitResident::new(DType::F16, Metric::SquaredEuclidean, weighted, sizes, arch);
+                        let Some(FitResident { teams, blocks, rows, padded, shared }) = plan else { continue };
+                        some += 1;
+                        assert!(
+                            teams >= 1 && teams * blocks <= processors && teams <= b,
+                            "{teams} x {blocks}: {sizes:?}"
+                        );
+                        assert!(rows * blocks >= n && rows <= tiles::SUM_ROWS && padded >= k, "{rows}: {sizes:?}");
+                        assert!(shared <= most && b <= teams * tiles::TEAM_TURNS, "{shared}: {sizes:?}");
+                    }
+                }
+            }
+        }
+        assert!(some > 50, "{some}");
+    }
 }
