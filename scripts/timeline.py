@@ -10,6 +10,7 @@ import csv
 import sys
 
 WIDTH, LEFT, LANE, GAP = 1180, 70, 26, 92
+HOST, WAITS = "#555555", "#dddddd"
 COLOURS = {
     "assign": "#4878cf",
     "recheck": "#d65f5f",
@@ -63,7 +64,7 @@ def panel(out, top, title, spans):
         y = top + 10 + lane * (LANE + 4)
         out.append(f'<text x="10" y="{y + 17}" font-size="12">{label}</text>')
         for kind, name, a, b in chosen:
-            fill = "#555555" if kind == "host" else colour(name)
+            fill = colour(name) if kind != "host" else WAITS if "Synchronize" in name else HOST
             width = max((b - a) * scale, 0.15)
             out.append(f'<rect x="{LEFT + (a - first) * scale:.2f}" y="{y}" width="{width:.2f}" '
                        f'height="{LANE}" fill="{fill}"/>')
@@ -78,8 +79,9 @@ def main():
         panel(out, top, title, last_run(path))
         top += GAP
     x = LEFT
-    for start, name in NAMES:
-        out.append(f'<rect x="{x}" y="{top - 8}" width="12" height="12" fill="{colour(start or "?")}"/>')
+    legend = [(HOST, "host calls"), (WAITS, "host waits")] + [(colour(start or "?"), name) for start, name in NAMES]
+    for fill, name in legend:
+        out.append(f'<rect x="{x}" y="{top - 8}" width="12" height="12" fill="{fill}"/>')
         out.append(f'<text x="{x + 16}" y="{top + 2}" font-size="11">{name}</text>')
         x += 30 + 7 * len(name)
     with open(sys.argv[1], "w") as file:
