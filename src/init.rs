@@ -23,6 +23,9 @@ pub enum Init {
     /// k-means|| (Bahmani et al. 2012): five rounds that each draw about `2k` rows, then weighted k-means++ among them.
     /// Fewer passes than k-means++ for large `k`.
     KMeansParallel,
+    /// Evenly spaced rows: row `i * n / k` for cluster `i`, whatever the weights. Neighbours in a sequence are often alike,
+    /// so that keys of a KV cache start well from these (RetroInfer, Chen et al. 2025), and nothing is read or drawn.
+    Even,
     /// These centroids, `(..batch, k, d)` or `(k, d)` for every problem: a warm start.
     Given(Tensor),
 }
@@ -53,7 +56,8 @@ pub(crate) fn centroids(
             let c = if c.rank() > 2 { c.reshape((x.b, k, x.d))? } else { c.broadcast_as((x.b, k, x.d))? };
             return Ok(c.detach().contiguous()?);
         }
-        (Init::Random, _) => weighted(x, k, weights, seed)?,
+        // Even rows are known by now.
+        (Init::Random | Init::Even, _) => weighted(x, k, weights, seed)?,
         (Init::KMeansPlusPlus, _) => plus_plus(x, k, weights, metric, seed)?,
         (Init::KMeansParallel, _) => return parallel(x, k, weights, metric, seed),
     };
@@ -62,15 +66,18 @@ pub(crate) fn centroids(
 
 /// The rows to start from, u32 `(b, k)`, if they do not depend on the data.
 pub(crate) fn draw(init: &Init, p: &Problem, weighted: bool, seed: u64, device: &Device) -> Result<Option<Tensor>> {
-    if weighted || !matches!(init, Init::Random) {
-        return Ok(None);
-    }
     let mut chosen = Vec::with_capacity(p.b * p.k);
-    for b in 0..p.b {
-        // One stream a problem, so that a problem draws the same rows alone and inside a batch of any size.
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        rng.set_stream(b as u64);
-        chosen.extend(index::sample(&mut rng, p.n, p.k).into_iter().map(|i| i as u32));
+    match init {
+        Init::Even => (0..p.b).for_each(|_| chosen.extend((0..p.k).map(|i| (i * p.n / p.k) as u32))),
+        Init::Random if !weighted => {
+            for b in 0..p.b {
+                // One stream a problem, so that a problem draws the same rows alone and inside a batch of any size.
+                let mut rng = ChaCha8Rng::seed_from_u64(seed);
+                rng.set_stream(b as u64);
+                chosen.extend(index::sample(&mut rng, p.n, p.k).into_iter().map(|i| i as u32));
+            }
+        }
+        _ => return Ok(None),
     }
     Ok(Some(Tensor::from_vec(chosen, (p.b, p.k), device)?))
 }

@@ -205,8 +205,13 @@ impl KMeans {
         if !(self.tol >= 0.0 && self.tol.is_finite()) {
             return Err(Error::Value { argument: "tol", got: self.tol, expected: "a finite number of at least 0" });
         }
-        if self.n_init > 1 && matches!(self.init, Init::Given(_)) {
-            let with = "given centroids, which start every run alike".into();
+        let alike = match self.init {
+            Init::Given(_) => Some("given centroids"),
+            Init::Even => Some("evenly spaced rows"),
+            _ => None,
+        };
+        if let (2.., Some(seeds)) = (self.n_init, alike) {
+            let with = format!("{seeds}, which start every run alike");
             return Err(Error::Conflict { argument: "n_init", got: self.n_init.to_string(), with });
         }
         init::check(&self.init, p, device)

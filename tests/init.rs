@@ -12,7 +12,7 @@ fn weights_work_on_every_device_and_init() {
     let x = blobs(&[2, 300, 4], 5, DType::F32, &mut rng);
     let weights = uniform(&[300], 1.0, 1.0, DType::F32, &mut rng);
     for metric in METRICS {
-        for init in [Init::Random, Init::KMeansPlusPlus, Init::KMeansParallel] {
+        for init in [Init::Random, Init::KMeansPlusPlus, Init::KMeansParallel, Init::Even] {
             let mut costs = vec![];
             for device in devices() {
                 let settings = KMeans::new(5)
@@ -113,4 +113,27 @@ fn draws_follow_their_probabilities() {
     near(share(plus.clone(), |start| start == [3.0, 0.0]), 9.0 / 13.0 / 3.0);
     // The same with weights: from 1, 0 or 3 by 1 to 20.
     near(share(plus.sample_weights(&weights), |start| start == [1.0, 3.0]), 2.0 / 8.0 * 20.0 / 21.0);
+}
+
+/// Row `i * n / k` for cluster `i` of every problem, with weights too and in a prepared fit.
+#[test]
+fn even_seeds_are_evenly_spaced() {
+    let mut rng = rng(43);
+    for (n, k) in [(1, 1), (7, 7), (100, 7), (1000, 16), (257, 256)] {
+        let x = uniform(&[3, n, 2], 0.0, 1.0, DType::F32, &mut rng);
+        let want: Vec<Rows> = problems(&x).iter().map(|x| (0..k).map(|i| x[i * n / k].clone()).collect()).collect();
+        let even = KMeans::new(k).init(Init::Even).max_iters(0);
+        assert_eq!(problems(&fit(&even, &x).centroids), want, "{n} {k}");
+        for device in devices() {
+            let x = x.to_device(&device).unwrap();
+            let weights = uniform(&[n], 1.0, 1.0, DType::F32, &mut common::rng(44)).to_device(&device).unwrap();
+            let weighted = even.clone().sample_weights(&weights).fit(&x).unwrap();
+            assert_eq!(problems(&weighted.centroids), want, "weighted");
+            let mut prepared = even.prepare((3, n, 2), DType::F32, &device).unwrap();
+            for _ in 0..2 {
+                prepared.run(&x).unwrap();
+                assert_eq!(problems(prepared.centroids()), want, "prepared");
+            }
+        }
+    }
 }
