@@ -5,7 +5,9 @@ use crate::{
     problem::{self, Problem, Rows},
     Error, Metric, Result,
 };
-use candle_core::{backend::BackendStorage, CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
+use candle_core::{
+    backend::BackendStorage, CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, D,
+};
 
 /// The exact nearest centroid of each row: u32 `(..batch, n)`.
 ///
@@ -54,18 +56,107 @@ pub fn sort_by_cluster(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
 /// # Errors
 /// Refuses shapes, dtypes, devices and labels that do not fit together (the host waits for the labels' check).
 pub fn cluster_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
+    reduce(x, labels, k, Rule::Mean)
+}
+
+/// The sum of the rows of each cluster, `(..batch, k, d)` in `x`'s dtype; zeros for a cluster without rows.
+///
+/// `x` is `(..batch, n, d)` and `labels` u32 `(..batch, n)` below `k`. The labels may come from other rows than `x`: the
+/// values of a KV cache by the clusters of its keys, whatever the columns of either. Sums are rounded to the dtype once,
+/// from f64, and become infinite beyond its range: cast f16 rows to f32 first where that can be. Differentiable in `x`: a
+/// row's gradient is its cluster's.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_flash_kmeans::{cluster_sizes, cluster_sums};
+///
+/// let values = Tensor::new(&[[1f32, 2.], [3., 4.], [5., 6.]], &Device::Cpu)?;
+/// let labels = Tensor::new(&[1u32, 0, 1], &Device::Cpu)?;
+/// assert_eq!(cluster_sums(&values, &labels, 2)?.to_vec2::<f32>()?, [[3., 4.], [6., 8.]]);
+/// assert_eq!(cluster_sizes(&labels, 2)?.to_vec1::<u32>()?, [1, 2]);
+/// # Ok::<_, candle_flash_kmeans::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`cluster_means`].
+pub fn cluster_sums(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
+    reduce(x, labels, k, Rule::Sum)
+}
+
+fn reduce(x: &Tensor, labels: &Tensor, k: usize, rule: Rule) -> Result<Tensor> {
     let flat = problem::labels(labels, k)?;
     let p = Problem::rows(x, k)?;
-    problem::check_device("labels", labels, x.device())?;
-    if labels.dims() != p.shape(&[p.n]) {
-        return Err(Error::Shape { argument: "labels", got: labels.dims().to_vec(), expected: p.shape(&[p.n]) });
-    }
+    check_labels_of(&p, labels, x.device())?;
     check_labels(&flat, k)?;
     let rows = Rows::new(&x.detach())?;
-    let means = Tensor::zeros((p.b, k, p.d), p.dtype, x.device())?;
-    ops::update(&rows, &Terms::of(&rows)?, Some(&flat), Rule::Mean, None, &means, &Memory::default())?;
-    let means = means.reshape(p.shape(&[k, p.d]))?;
-    Attached::to(x, means, Gradient::Mean { labels: flat, k })
+    let reduced = Tensor::zeros((p.b, k, p.d), p.dtype, x.device())?;
+    ops::update(&rows, &Terms::of(&rows)?, Some(&flat), rule, None, &reduced, &Memory::default())?;
+    let reduced = reduced.reshape(p.shape(&[k, p.d]))?;
+    Attached::to(x, reduced, Gradient::Clusters { rule, labels: flat, k })
+}
+
+/// The number of rows in each cluster, u32 `(..batch, k)`, for u32 `labels` `(..batch, n)` below `k`.
+///
+/// # Errors
+/// As [`sort_by_cluster`].
+pub fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
+    let flat = problem::labels(labels, k)?;
+    check_labels(&flat, k)?;
+    let batch = &labels.dims()[..labels.rank() - 1];
+    Ok(ops::cluster_sizes(&flat, k)?.reshape([batch, &[k]].concat())?)
+}
+
+/// The permutation that undoes another: `inverse[order[i]] = i`, both u32 `(..batch, n)`.
+///
+/// Rows that were gathered by [`sort_by_cluster`]'s order are gathered by this one to be where they were. Values are not
+/// searched: what is no permutation gets some positions in range.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_flash_kmeans::{inverse_order, sort_by_cluster};
+///
+/// let x = Tensor::new(&[3f32, 1., 2., 0.], &Device::Cpu)?;
+/// let (order, _) = sort_by_cluster(&Tensor::new(&[1u32, 0, 1, 0], &Device::Cpu)?, 2)?;
+/// let sorted = x.gather(&order, 0)?;
+/// assert_eq!(sorted.gather(&inverse_order(&order)?, 0)?.to_vec1::<f32>()?, [3., 1., 2., 0.]);
+/// # Ok::<_, candle_flash_kmeans::Error>(())
+/// ```
+///
+/// # Errors
+/// Refuses an order that is not u32 or has no dimension.
+pub fn inverse_order(order: &Tensor) -> Result<Tensor> {
+    if order.rank() == 0 {
+        return Err(Error::Rank { argument: "order", expected: 1, shape: vec![] });
+    }
+    problem::check_dtype("order", order, DType::U32)?;
+    let n = order.dims()[order.rank() - 1];
+    if n > problem::MAX_ROWS {
+        return Err(Error::TooLarge { argument: "order", got: n, limit: problem::MAX_ROWS });
+    }
+    if order.elem_count() == 0 {
+        return Ok(order.clone());
+    }
+    // A position out of range would be written outside of the result.
+    let order = order.minimum(n as u32 - 1)?.contiguous()?;
+    let place = Tensor::arange(0, n as u32, order.device())?.broadcast_as(order.shape())?.contiguous()?;
+    Ok(order.zeros_like()?.scatter(&order, &place, D::Minus1)?)
+}
+
+/// What each row's centroid leaves of it, `x - centroids[labels]`: `(..batch, n, d)` in `x`'s dtype.
+///
+/// `x` is `(..batch, n, d)`, `centroids` `(..batch, k, d)`, or `(k, d)` for every problem, in the same dtype, and `labels` u32
+/// `(..batch, n)` below `k`. The next stage of a residual quantiser (Juang and Gray 1982) clusters these. The gradient
+/// passes to `x` unchanged, and none flows to the centroids.
+///
+/// # Errors
+/// As [`assign`], and refuses labels that do not fit (the host waits for their check).
+pub fn residuals(x: &Tensor, centroids: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    let p = Problem::assign(x, centroids, Metric::default())?;
+    let flat = problem::labels(labels, p.k)?;
+    check_labels_of(&p, labels, x.device())?;
+    check_labels(&flat, p.k)?;
+    let c = Rows::new(&centroids.detach())?.broadcast(p.b);
+    Ok((x - ops::gather(&c, &flat)?.reshape(x.shape())?)?)
 }
 
 /// Each row's nearest centroid in its place: `(values, labels)`, `values` shaped and typed as `x`, `labels` as [`assign`]'s.
@@ -88,6 +179,15 @@ fn border(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Problem, Ro
     Ok((p, x, c))
 }
 
+/// Checks that there is a label for each row.
+fn check_labels_of(p: &Problem, labels: &Tensor, device: &Device) -> Result<()> {
+    problem::check_device("labels", labels, device)?;
+    if labels.dims() != p.shape(&[p.n]) {
+        return Err(Error::Shape { argument: "labels", got: labels.dims().to_vec(), expected: p.shape(&[p.n]) });
+    }
+    Ok(())
+}
+
 fn check_labels(labels: &Tensor, k: usize) -> Result<()> {
     if labels.elem_count() > 0 {
         let largest = labels.flatten_all()?.max(0)?.to_scalar::<u32>()? as usize;
@@ -101,8 +201,9 @@ fn check_labels(labels: &Tensor, k: usize) -> Result<()> {
 /// What flows back from a computed value to the rows it came from.
 enum Gradient {
     Identity,
-    /// `labels` u32 `(b, n)`.
-    Mean {
+    /// Of means or sums, by `labels` u32 `(b, n)`.
+    Clusters {
+        rule: Rule,
         labels: Tensor,
         k: usize,
     },
@@ -128,7 +229,8 @@ impl CustomOp1 for Attached {
     fn name(&self) -> &'static str {
         match self.gradient {
             Gradient::Identity => "quantize",
-            Gradient::Mean { .. } => "cluster-means",
+            Gradient::Clusters { rule: Rule::Sum, .. } => "cluster-sums",
+            Gradient::Clusters { .. } => "cluster-means",
         }
     }
 
@@ -148,13 +250,14 @@ impl CustomOp1 for Attached {
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let &Gradient::Mean { ref labels, k } = &self.gradient else { return Ok(Some(grad.clone())) };
-        let weight = ops::cluster_sizes(labels, k)?.to_dtype(DType::F64)?;
-        let b = weight.dim(0)?;
-        let d = x.dim(candle_core::D::Minus1)?;
-        // An empty cluster has no rows to pass a gradient to; its infinite share is never gathered.
-        let share = weight.recip()?.unsqueeze(2)?;
-        let each = grad.reshape((b, k, d))?.to_dtype(DType::F64)?.broadcast_mul(&share)?.to_dtype(x.dtype())?;
+        let &Gradient::Clusters { rule, ref labels, k } = &self.gradient else { return Ok(Some(grad.clone())) };
+        let (b, d) = (labels.dim(0)?, x.dim(D::Minus1)?);
+        let mut each = grad.reshape((b, k, d))?;
+        if rule == Rule::Mean {
+            // An empty cluster has no rows to pass a gradient to; its infinite share is never gathered.
+            let share = ops::cluster_sizes(labels, k)?.to_dtype(DType::F64)?.recip()?.unsqueeze(2)?;
+            each = each.to_dtype(DType::F64)?.broadcast_mul(&share)?.to_dtype(x.dtype())?;
+        }
         Ok(Some(ops::gather(&Rows::new(&each)?, labels)?.reshape(x.shape())?))
     }
 }

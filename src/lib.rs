@@ -90,7 +90,10 @@ pub mod testing {
 
 pub use error::{Error, Result};
 pub use fit::Fit;
-pub use functional::{assign, assign_with_distances, cluster_means, quantize, sort_by_cluster};
+pub use functional::{
+    assign, assign_with_distances, cluster_means, cluster_sizes, cluster_sums, inverse_order, quantize, residuals,
+    sort_by_cluster,
+};
 pub use init::Init;
 pub use kmeans::{EmptyClusters, Iteration, KMeans};
 pub use lloyd::Prepared;

@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{DType, Tensor, Var};
-use candle_flash_kmeans::{cluster_means, quantize, Metric};
+use candle_flash_kmeans::{cluster_means, cluster_sums, quantize, residuals, Metric};
 use common::*;
 
 #[test]
@@ -77,5 +77,26 @@ fn gradients_pass_through_views() {
         let straight = sum(&quantize(&view, &c, Metric::Cosine).unwrap().0);
         let inside = |i: usize| (1..4).contains(&(i % 6));
         assert!(f64s(&straight).into_iter().enumerate().all(|(i, g)| g == inside(i) as u8 as f64));
+    }
+}
+
+/// A row gets its cluster's gradient from a sum, and its own from a residual.
+#[test]
+fn sums_and_residuals_pass_gradients_whole() {
+    let mut rng = rng(24);
+    for (device, dtype) in
+        devices().into_iter().flat_map(|device| [DType::F32, DType::F64].map(|t| (device.clone(), t)))
+    {
+        let x = Var::from_tensor(&uniform(&[2, 20, 4], 0.0, 1.0, dtype, &mut rng).to_device(&device).unwrap()).unwrap();
+        let labels = Tensor::from_vec((0..40).map(|i| i * 7 % 5).collect::<Vec<u32>>(), (2, 20), &device).unwrap();
+        let weights = uniform(&[2, 6, 4], 0.0, 1.0, dtype, &mut rng).to_device(&device).unwrap();
+        let grad = |t: Tensor| t.sum_all().unwrap().backward().unwrap().get(&x).unwrap().clone();
+        let got = problems(&grad((cluster_sums(&x, &labels, 6).unwrap() * &weights).unwrap()));
+        for (b, (weights, labels)) in problems(&weights).iter().zip(labels.to_vec2::<u32>().unwrap()).enumerate() {
+            let want: Rows = labels.iter().map(|&l| weights[l as usize].clone()).collect();
+            assert_eq!(got[b], want);
+        }
+        let c = uniform(&[5, 4], 0.0, 1.0, dtype, &mut rng).to_device(&device).unwrap();
+        assert!(f64s(&grad(residuals(&x, &c, &labels).unwrap())).into_iter().all(|g| g == 1.0));
     }
 }

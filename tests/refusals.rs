@@ -4,7 +4,8 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{
-    assign, cluster_means, quantize, sort_by_cluster, EmptyClusters, Error, Init, KMeans, Metric,
+    assign, cluster_means, cluster_sizes, cluster_sums, inverse_order, quantize, residuals, sort_by_cluster,
+    EmptyClusters, Error, Init, KMeans, Metric,
 };
 use common::*;
 use std::fmt::Debug;
@@ -50,6 +51,7 @@ fn of_fit() {
         refused(given(f32s(&[5, 2, 3])).fit(&x), "Shape", &["centroids", "[5, 2, 3]", "[2, 3]"]);
         refused(given(ones(&[2, 3], DType::F16, &device)).fit(&x), "DType", &["centroids", "F16", "F32"]);
         refused(given(f32s(&[2, 3])).n_init(3).fit(&x), "Conflict", &["n_init", "3", "given centroids"]);
+        refused(KMeans::new(2).init(Init::Even).n_init(3).fit(&x), "Conflict", &["n_init", "3", "evenly spaced rows"]);
         let weighted = |w: Tensor| KMeans::new(2).sample_weights(&w);
         refused(weighted(f32s(&[5])).fit(&x), "Shape", &["sample_weights", "[5]", "[6]"]);
         refused(weighted(f32s(&[2, 6])).fit(&x), "Shape", &["sample_weights", "[2, 6]", "[6]"]);
@@ -141,6 +143,15 @@ fn of_ops() {
         refused(cluster_means(&ones(&[3, 2], DType::U8, &device), &labels(&[0, 1, 1]), 2), "DType", &["x", "U8"]);
         refused(cluster_means(&f32s(&[3]), &labels(&[0, 1, 1]), 2), "Rank", &["x", "[3]"]);
         refused(cluster_means(&f32s(&[3, 0]), &labels(&[0, 1, 1]), 2), "Range", &["x columns: 0"]);
+        refused(cluster_sums(&y, &labels(&[0, 1]), 2), "Shape", &["labels", "[2]", "[3]"]);
+        refused(cluster_sums(&y, &labels(&[0, 1, 2]), 2), "Range", &["labels: 2", "0..=1"]);
+        refused(cluster_sizes(&labels(&[0, 4, 1]), 4), "Range", &["labels: 4", "0..=3"]);
+        refused(cluster_sizes(&labels(&[0]), 0), "Range", &["k: 0"]);
+        refused(inverse_order(&y), "DType", &["order", "F32", "U32"]);
+        refused(inverse_order(&Tensor::new(1u32, &device).unwrap()), "Rank", &["order", "[]"]);
+        refused(residuals(&y, &f32s(&[4, 3]), &labels(&[0, 1, 1])), "Size", &["centroids", "3", "2"]);
+        refused(residuals(&y, &f32s(&[4, 2]), &labels(&[0, 1])), "Shape", &["labels", "[2]", "[3]"]);
+        refused(residuals(&y, &f32s(&[4, 2]), &labels(&[0, 4, 1])), "Range", &["labels: 4", "0..=3"]);
         let model = KMeans::new(2).fit(&f32s(&[6, 3])).unwrap();
         refused(model.predict(&f32s(&[6, 4])), "Size", &["centroids", "3", "4"]);
         refused(model.transform(&ones(&[6, 3], DType::BF16, &device)), "DType", &["centroids", "F32", "BF16"]);

@@ -3,7 +3,9 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::{cluster_means, sort_by_cluster, Init, KMeans, Metric};
+use candle_flash_kmeans::{
+    cluster_means, cluster_sizes, cluster_sums, inverse_order, residuals, sort_by_cluster, Init, KMeans, Metric,
+};
 use common::*;
 use rand::{seq::SliceRandom, Rng};
 
@@ -225,5 +227,80 @@ fn counts_past_24_bits() {
         let start = Tensor::new(&[[0.9f32], [9.0]], &device).unwrap();
         let fit = KMeans::new(2).init(Init::Given(start)).fit(&x).unwrap();
         assert_eq!(u32s(&fit.counts), [n as u32, 0]);
+    }
+}
+
+/// Sums of other rows than were labelled, of any width, rounded once.
+#[test]
+fn sums_and_sizes_follow_the_labels() {
+    let mut rng = rng(14);
+    for dtype in DTYPES {
+        for (b, n, k, d) in [(1, 1, 1, 1), (2, 700, 5, 33), (3, 1000, 1, 3), (1, 40, 60, 17), (2, 3000, 300, 8)] {
+            let (labels, x) = (random_labels(b, n, k, &mut rng), uniform(&[b, n, d], 0.3, 1.0, dtype, &mut rng));
+            let (rows, of) = (problems(&x), labels.to_vec2::<u32>().unwrap());
+            let members = |b: usize, j: usize| (0..n).filter(|&i| of[b][i] as usize == j).collect::<Vec<_>>();
+            let clusters: Vec<_> = (0..b).flat_map(|b| (0..k).map(move |j| (b, j))).collect();
+            let sizes: Vec<_> = clusters.iter().map(|&(b, j)| members(b, j).len() as u32).collect();
+            let total = |b: usize, j: usize, c: usize| sum(members(b, j).iter().map(|&i| rows[b][i][c]));
+            let want: Vec<_> = clusters
+                .iter()
+                .flat_map(|&(b, j)| (0..d).map(move |c| (b, j, c)))
+                .map(|(b, j, c)| total(b, j, c))
+                .collect();
+            for device in devices() {
+                let (x, labels) = (x.to_device(&device).unwrap(), labels.to_device(&device).unwrap());
+                let counted = cluster_sizes(&labels, k).unwrap();
+                assert_eq!((counted.dims(), u32s(&counted)), (&[b, k][..], sizes.clone()));
+                let sums = cluster_sums(&x, &labels, k).unwrap();
+                assert_eq!((sums.dims(), sums.dtype()), (&[b, k, d][..], dtype));
+                for (got, &want) in f64s(&sums).into_iter().zip(&want) {
+                    let allowed = if dtype == DType::F64 { ulp(want, dtype) } else { 0.0 };
+                    assert!((got - round(want, dtype)).abs() <= allowed, "{got:e} for {want:e} {dtype:?} {device:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn inverse_order_undoes_an_order() {
+    let mut rng = rng(15);
+    for device in devices() {
+        for (b, n, k) in [(1, 1, 1), (3, 257, 2), (2, 1000, 40), (1, 70_000, 3)] {
+            let (order, _) = sort_by_cluster(&random_labels(b, n, k, &mut rng).to_device(&device).unwrap(), k).unwrap();
+            let inverse = inverse_order(&order).unwrap();
+            assert_eq!((inverse.dims(), inverse.dtype()), (&[b, n][..], DType::U32));
+            let pairs = order.to_vec2::<u32>().unwrap().into_iter().zip(inverse.to_vec2::<u32>().unwrap());
+            pairs.for_each(|(order, inverse)| (0..n).for_each(|i| assert_eq!(inverse[order[i] as usize], i as u32)));
+        }
+        // A layout of its own, no rows, and no permutation.
+        let order = Tensor::new(&[[2u32, 0], [0, 1], [1, 2]], &device).unwrap().t().unwrap();
+        assert_eq!(inverse_order(&order).unwrap().to_vec2::<u32>().unwrap(), [[1, 2, 0], [0, 1, 2]]);
+        assert_eq!(inverse_order(&ones(&[2, 0], DType::U32, &device)).unwrap().dims(), [2, 0]);
+        assert!(u32s(&inverse_order(&Tensor::new(&[9u32, 1, 1], &device).unwrap()).unwrap()).iter().all(|&i| i < 3));
+    }
+}
+
+#[test]
+fn residuals_are_what_centroids_leave() {
+    let mut rng = rng(16);
+    for dtype in DTYPES {
+        for shared in [false, true] {
+            let x = uniform(&[2, 50, 7], 0.3, 1.0, dtype, &mut rng);
+            let c = uniform(if shared { &[6, 7] } else { &[2, 6, 7] }, 0.3, 1.0, dtype, &mut rng);
+            let (labels, cs) = (random_labels(2, 50, 6, &mut rng), problems(&c));
+            let mut want = vec![];
+            for (b, (x, labels)) in problems(&x).iter().zip(labels.to_vec2::<u32>().unwrap()).enumerate() {
+                let of = &cs[if shared { 0 } else { b }];
+                for (x, l) in x.iter().zip(labels) {
+                    want.extend(x.iter().zip(&of[l as usize]).map(|(x, c)| round(x - c, dtype)));
+                }
+            }
+            for device in devices() {
+                let [x, c, labels] = [&x, &c, &labels].map(|t| t.to_device(&device).unwrap());
+                let got = residuals(&x, &c, &labels).unwrap();
+                assert_eq!((got.dims(), got.dtype(), f64s(&got)), (x.dims(), dtype, want.clone()));
+            }
+        }
     }
 }
