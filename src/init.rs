@@ -23,7 +23,7 @@ pub enum Init {
     /// k-means|| (Bahmani et al. 2012): five rounds that each draw about `2k` rows, then weighted k-means++ among them.
     /// Fewer passes than k-means++ for large `k`.
     KMeansParallel,
-    /// Evenly spaced rows: row `i * n / k` for cluster `i`, whatever the weights. Neighbours in a sequence are often alike,
+    /// Evenly spaced rows: row `i * n / k` for cluster `i`, whatever the weights (`n` being those that count). Neighbours in a sequence are often alike,
     /// so that keys of a KV cache start well from these (RetroInfer, Chen et al. 2025), and nothing is read or drawn.
     Even,
     /// These centroids, `(..batch, k, d)` or `(k, d)` for every problem: a warm start.
@@ -64,17 +64,24 @@ pub(crate) fn centroids(
     ops::gather(x, &index)
 }
 
-/// The rows to start from, u32 `(b, k)`, if they do not depend on the data.
-pub(crate) fn draw(init: &Init, p: &Problem, weighted: bool, seed: u64, device: &Device) -> Result<Option<Tensor>> {
+/// The rows to start from, u32 `(b, k)`, if they do not depend on the data: of the first `rows(b)` of problem `b`.
+pub(crate) fn draw(
+    init: &Init,
+    p: &Problem,
+    rows: impl Fn(usize) -> usize,
+    weighted: bool,
+    seed: u64,
+    device: &Device,
+) -> Result<Option<Tensor>> {
     let mut chosen = Vec::with_capacity(p.b * p.k);
     match init {
-        Init::Even => (0..p.b).for_each(|_| chosen.extend((0..p.k).map(|i| (i * p.n / p.k) as u32))),
+        Init::Even => (0..p.b).for_each(|b| chosen.extend((0..p.k).map(|i| (i * rows(b) / p.k) as u32))),
         Init::Random if !weighted => {
             for b in 0..p.b {
                 // One stream a problem, so that a problem draws the same rows alone and inside a batch of any size.
                 let mut rng = ChaCha8Rng::seed_from_u64(seed);
                 rng.set_stream(b as u64);
-                chosen.extend(index::sample(&mut rng, p.n, p.k).into_iter().map(|i| i as u32));
+                chosen.extend(index::sample(&mut rng, rows(b), p.k).into_iter().map(|i| i as u32));
             }
         }
         _ => return Ok(None),

@@ -50,6 +50,7 @@ pub struct KMeans {
     pub(crate) tol: f64,
     pub(crate) seed: u64,
     pub(crate) weights: Option<Tensor>,
+    pub(crate) lengths: Option<Tensor>,
     pub(crate) empty: EmptyClusters,
     pub(crate) check_finite: bool,
     pub(crate) on_iteration: Option<Arc<dyn Fn(Iteration) + Send + Sync>>,
@@ -67,6 +68,7 @@ impl KMeans {
             tol: 1e-4,
             seed: 0,
             weights: None,
+            lengths: None,
             empty: EmptyClusters::default(),
             check_finite: true,
             on_iteration: None,
@@ -114,6 +116,29 @@ impl KMeans {
     /// the inertia.
     pub fn sample_weights(mut self, weights: &Tensor) -> Self {
         self.weights = Some(weights.clone());
+        self
+    }
+
+    /// The number of rows of each problem that count, u32 `(..batch)` of `k` to `n`, for problems of different sizes in one
+    /// tensor. The rows after those are padding, whatever they hold, NaN too: they are never a seed, weigh nothing in the
+    /// update, the inertia and [`Fit::counts`], and are not searched for non-finite values. Results are those of the rows
+    /// that count alone. The label of padding is what [`Fit::predict`] gives for what it holds, always in range, so that
+    /// whoever sorts labels into clusters has to set it aside first.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_flash_kmeans::KMeans;
+    ///
+    /// let x = Tensor::new(&[[[0f32], [1.], [5.]], [[2.], [f32::NAN], [f32::NAN]]], &Device::Cpu)?;
+    /// let fit = KMeans::new(1).lengths(&Tensor::new(&[3u32, 1], &Device::Cpu)?).fit(&x)?;
+    /// assert_eq!(fit.centroids.flatten_all()?.to_vec1::<f32>()?, [2., 2.]);
+    /// assert_eq!(fit.counts.to_vec2::<u32>()?, [[3], [1]]);
+    /// # Ok::<_, candle_flash_kmeans::Error>(())
+    /// ```
+    ///
+    /// The host reads them once, when a fit begins or is prepared.
+    pub fn lengths(mut self, lengths: &Tensor) -> Self {
+        self.lengths = Some(lengths.clone());
         self
     }
 

@@ -45,7 +45,8 @@ pub struct Prepared {
     /// The same with the caller's batch dimensions.
     shown: [Tensor; 2],
     progress: Progress,
-    /// f64 `(b, n)`, and the largest of each problem.
+    ragged: Option<Ragged>,
+    /// f64 `(b, n)`, 0 for rows that do not count, and the largest of each problem.
     weights: Option<(Tensor, Tensor)>,
     /// The rows to start from, if they do not depend on the data.
     drawn: Option<Tensor>,
@@ -61,7 +62,8 @@ struct Data {
 
 impl Prepared {
     pub(crate) fn new(settings: &KMeans, p: Problem, device: &Device) -> Result<Self> {
-        let weights = settings.weights.as_ref().map(|w| weights(settings, &p, w, device)).transpose()?;
+        let ragged = settings.lengths.as_ref().map(|l| Ragged::new(p.lengths(l, device)?, p.n, device)).transpose()?;
+        let weights = weights(settings, &p, ragged.as_ref(), device)?;
         if let (Init::Given(c), true) = (&settings.init, settings.check_finite) {
             refuse_non_finite("init", &ops::scan(&Rows::new(&c.detach())?)?.1)?;
         }
@@ -74,9 +76,23 @@ impl Prepared {
             going: zeros(&[2, p.b + 1], DType::U32)?,
         };
         let shown = [centroids.reshape(p.shape(&[p.k, p.d]))?, labels.reshape(p.shape(&[p.n]))?];
-        let drawn = init::draw(&settings.init, &p, weights.is_some(), settings.seed, device)?;
         let (settings, device, memory) = (settings.clone(), device.clone(), Memory::default());
-        Ok(Self { settings, p, device, centroids, labels, shown, progress, weights, drawn, memory, data: None })
+        let mut fit = Self {
+            settings,
+            p,
+            device,
+            centroids,
+            labels,
+            shown,
+            progress,
+            ragged,
+            weights,
+            drawn: None,
+            memory,
+            data: None,
+        };
+        fit.drawn = fit.draw(fit.settings.seed)?;
+        Ok(fit)
     }
 
     /// The centroids, `(..batch, k, d)`. The next run overwrites them.
@@ -138,7 +154,7 @@ impl Prepared {
         Ok(Fit {
             centroids: self.shown[0].clone(),
             labels: self.shown[1].clone(),
-            counts: ops::cluster_sizes(&self.labels, p.k)?.reshape(p.shape(&[p.k]))?,
+            counts: self.sizes()?.reshape(p.shape(&[p.k]))?,
             inertia: ops::total(&self.cost(&data.x, &centroids)?)?.reshape(p.shape(&[]))?,
             n_iter: stop.minimum(self.settings.max_iters.min(RUNNING as usize) as u32)?.reshape(p.shape(&[]))?,
             converged: stop.ne(RUNNING)?.reshape(p.shape(&[]))?,
@@ -148,13 +164,24 @@ impl Prepared {
 
     /// Takes the rows of a run, and finds what stays the same over its iterations.
     pub(crate) fn load(&mut self, x: &Tensor) -> Result<()> {
-        let x = ops::readable(Rows::new(&x.detach())?, self.p.k, self.p.metric)?;
+        let rows = Rows::new(&x.detach())?;
+        let counted = self.ragged.as_ref().map(|ragged| ragged.scan(&rows)).transpose()?;
+        let x = ops::readable(rows, self.p.k, self.p.metric)?;
         let mut terms = Terms::of(&x)?;
+        let mut first_bad = terms.first_bad.clone();
+        if let Some((largest, bad)) = counted {
+            // Padding may still hold what is not finite, which sums have to know.
+            (terms.largest, first_bad) = (largest, bad);
+        }
         if self.settings.check_finite {
-            refuse_non_finite("x", &terms.first_bad)?;
+            refuse_non_finite("x", &first_bad)?;
         }
         if self.settings.tol > 0.0 && self.p.metric != Metric::Cosine {
-            let threshold = (spread(&x, &terms)? * (self.settings.tol / (x.n as f64 * x.d as f64)))?;
+            let threshold = match &self.ragged {
+                Some(ragged) => ragged.variance(&x, &mut terms)?,
+                None => (spread(&x, &terms, None)? / x.n as f64)?,
+            };
+            let threshold = (threshold * (self.settings.tol / x.d as f64))?;
             self.progress.threshold.slice_set(&threshold, 0, 0)?;
         }
         if let Some((w, heaviest)) = &self.weights {
@@ -165,7 +192,11 @@ impl Prepared {
             let inverse = ops::norms(&x)?.recip()?;
             // Columns of a unit vector, with room for rounding, times the weight.
             (terms.factor, terms.largest) = match &self.weights {
-                Some((w, heaviest)) => (Some((w * inverse)?), (heaviest * 2.0)?),
+                Some((w, heaviest)) => {
+                    let factor = (w * inverse)?;
+                    let factor = self.ragged.as_ref().map_or(Ok(factor.clone()), |r| r.counted(&factor))?;
+                    (Some(factor), (heaviest * 2.0)?)
+                }
                 None => (Some(inverse), Tensor::full(2f64, x.b, &self.device)?),
             };
         }
@@ -184,7 +215,7 @@ impl Prepared {
         let seed = seed.wrapping_add(run as u64);
         let again = match run {
             0 => None,
-            _ => init::draw(init, &self.p, weights.is_some(), seed, &self.device)?,
+            _ => self.draw(seed)?,
         };
         let drawn = again.as_ref().or(drawn);
         self.centroids.slice_set(&init::centroids(init, drawn, x, self.p.k, weights, metric, seed)?, 0, 0)?;
@@ -227,18 +258,37 @@ impl Prepared {
         Ok(())
     }
 
+    fn draw(&self, seed: u64) -> Result<Option<Tensor>> {
+        let weighted = self.settings.weights.is_some();
+        init::draw(&self.settings.init, &self.p, |b| self.rows(b), weighted, seed, &self.device)
+    }
+
+    /// The rows of problem `b` that count.
+    fn rows(&self, b: usize) -> usize {
+        self.ragged.as_ref().map_or(self.p.n, |ragged| ragged.lengths[b])
+    }
+
+    /// The rows that count in each cluster, u32 `(b, k)`.
+    fn sizes(&self) -> Result<Tensor> {
+        match &self.ragged {
+            Some(r) => Ok(ops::cluster_sums(&r.ones, Some(&self.labels), self.p.k)?.to_dtype(DType::U32)?),
+            None => ops::cluster_sizes(&self.labels, self.p.k),
+        }
+    }
+
     /// The weighted distance of each row to its centroid, f64 `(b, n)`.
     fn cost(&self, x: &Rows, centroids: &Rows) -> Result<Tensor> {
         let cost = ops::distances(x, centroids, &self.labels, self.p.metric)?;
-        Ok(match &self.weights {
+        let cost = match &self.weights {
             Some((w, _)) => (cost * w)?,
             None => cost,
-        })
+        };
+        self.ragged.as_ref().map_or(Ok(cost.clone()), |ragged| ragged.counted(&cost))
     }
 
     /// Gives every empty cluster one of the rows farthest from their centroids.
     fn relocate(&self, x: &Rows, centroids: &Rows) -> Result<()> {
-        let sizes = ops::cluster_sizes(&self.labels, self.p.k)?.to_vec2::<u32>()?;
+        let sizes = self.sizes()?.to_vec2::<u32>()?;
         let stop = self.progress.stop.to_vec1::<u32>()?;
         let lacking = |b: usize| stop[b] == RUNNING && sizes[b].contains(&0);
         if !(0..x.b).any(lacking) {
@@ -247,7 +297,7 @@ impl Prepared {
         let (cost, mut rows) = (self.cost(x, centroids)?.to_vec2::<f64>()?, self.labels.to_vec2::<u32>()?);
         for b in (0..x.b).filter(|&b| lacking(b)) {
             let (mut size, cost, labels) = (sizes[b].clone(), &cost[b], &mut rows[b]);
-            let mut far: Vec<u32> = (0..x.n as u32).collect();
+            let mut far: Vec<u32> = (0..self.rows(b) as u32).collect();
             far.sort_unstable_by(|&i, &j| cost[j as usize].total_cmp(&cost[i as usize]).then(i.cmp(&j)));
             let mut far = far.into_iter().map(|i| i as usize);
             for cluster in (0..self.p.k).filter(|&j| sizes[b][j] == 0) {
@@ -282,9 +332,63 @@ impl Data {
 /// [`Progress::stop`] of a problem that has not converged.
 const RUNNING: u32 = u32::MAX;
 
-/// Checked weights as f64 `(b, n)`, and the largest of each problem.
-fn weights(settings: &KMeans, p: &Problem, w: &Tensor, device: &Device) -> Result<(Tensor, Tensor)> {
-    let w = p.weights(&w.detach(), device)?;
+/// Problems of different sizes: which rows count.
+struct Ragged {
+    lengths: Vec<usize>,
+    /// 1 where a row counts and 0 where it is padding, u8 and f64 `(b, n)`.
+    mask: Tensor,
+    ones: Tensor,
+    /// f64 `(b,)`.
+    sizes: Tensor,
+}
+
+impl Ragged {
+    fn new(lengths: Vec<usize>, n: usize, device: &Device) -> Result<Self> {
+        let b = lengths.len();
+        let ends = Tensor::from_vec(lengths.iter().map(|&l| l as u32).collect(), (b, 1), device)?;
+        let mask = Tensor::arange(0, n as u32, device)?.broadcast_as((b, n))?.lt(&ends.broadcast_as((b, n))?)?;
+        let (ones, sizes) = (mask.to_dtype(DType::F64)?, ends.to_dtype(DType::F64)?.squeeze(1)?);
+        Ok(Self { lengths, mask, ones, sizes })
+    }
+
+    /// `values` (f64 `(b, n)`) of the rows that count, 0 for others, which may be NaN.
+    fn counted(&self, values: &Tensor) -> Result<Tensor> {
+        Ok(self.mask.where_cond(values, &values.zeros_like()?)?)
+    }
+
+    /// [`ops::scan`] of the rows that count.
+    fn scan(&self, x: &Rows) -> Result<(Tensor, Tensor)> {
+        // Each row as a problem of its own.
+        let (largest, bad) = ops::scan(&Rows::new(&x.tensor.unsqueeze(x.tensor.rank() - 1)?)?)?;
+        let largest = self.counted(&largest.reshape((x.b, x.n))?)?.max(1)?;
+        let place = Tensor::arange(0, x.n as u32, x.device())?.broadcast_as((x.b, x.n))?;
+        let none = Tensor::full(u32::MAX, (x.b, x.n), x.device())?;
+        let bad = bad.reshape((x.b, x.n))?.eq(0u32)?.where_cond(&place, &none)?;
+        Ok((largest, self.mask.where_cond(&bad, &none)?.min(1)?))
+    }
+
+    /// The sum over columns of the variance of the rows that count, f64 `(b,)`. Leaves `terms` as they were.
+    fn variance(&self, x: &Rows, terms: &mut Terms) -> Result<Tensor> {
+        (terms.factor, terms.heaviest) = (Some(self.ones.clone()), Some(self.sizes.ones_like()?));
+        let spread = spread(x, terms, Some(self))?;
+        (terms.factor, terms.heaviest) = (None, None);
+        Ok((spread / &self.sizes)?)
+    }
+}
+
+/// Checked weights as f64 `(b, n)`, and the largest of each problem; none where every row counts alike.
+fn weights(
+    settings: &KMeans,
+    p: &Problem,
+    ragged: Option<&Ragged>,
+    device: &Device,
+) -> Result<Option<(Tensor, Tensor)>> {
+    let w = match (&settings.weights, ragged) {
+        (None, None) => return Ok(None),
+        (None, Some(ragged)) => return Ok(Some((ragged.ones.clone(), ragged.sizes.ones_like()?))),
+        (Some(w), None) => p.weights(&w.detach(), device)?,
+        (Some(w), Some(ragged)) => ragged.counted(&p.weights(&w.detach(), device)?)?,
+    };
     let (heaviest, first_bad) = ops::scan(&Rows::new(&w.unsqueeze(2)?)?)?;
     if settings.check_finite {
         refuse_non_finite("sample_weights", &first_bad)?;
@@ -296,13 +400,14 @@ fn weights(settings: &KMeans, p: &Problem, w: &Tensor, device: &Device) -> Resul
             return Err(Error::Value { argument: "sample_weights total", got: 0.0, expected: "positive" });
         }
     }
-    Ok((w, heaviest))
+    Ok(Some((w, heaviest)))
 }
 
-/// The sum of the squared distances of the rows to their mean, f64 `(b,)`.
-fn spread(x: &Rows, terms: &Terms) -> Result<Tensor> {
+/// The sum of the squared distances of the rows that count to their mean, f64 `(b,)`.
+fn spread(x: &Rows, terms: &Terms, ragged: Option<&Ragged>) -> Result<Tensor> {
     let mean = Tensor::zeros((x.b, 1, x.d), x.dtype(), x.device())?;
     ops::update(x, terms, None, Rule::Mean, None, &mean, &Memory::default())?;
     let one = Tensor::zeros((x.b, x.n), DType::U32, x.device())?;
-    ops::total(&ops::distances(x, &Rows::new(&mean)?, &one, Metric::SquaredEuclidean)?)
+    let distances = ops::distances(x, &Rows::new(&mean)?, &one, Metric::SquaredEuclidean)?;
+    ops::total(&ragged.map_or(Ok(distances.clone()), |r| r.counted(&distances))?)
 }

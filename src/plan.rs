@@ -353,7 +353,8 @@ pub struct Plan {
 
 impl Plan {
     pub(crate) fn new(p: &Problem, x: &Tensor, settings: &KMeans, arch: Arch) -> Self {
-        let weighted = settings.weights.is_some();
+        let ragged = settings.lengths.is_some();
+        let weighted = ragged || settings.weights.is_some();
         let cpu = arch == Arch::Cpu;
         let filter = if p.dtype == DType::F64 { 8 } else { 4 };
         let (b, n, k, d) = (p.b as u64, p.n as u64, p.k as u64, p.d as u64);
@@ -375,7 +376,9 @@ impl Plan {
         // What a fit has from beginning to end: labels, centroids, weights and factors, rows in eights.
         let weighed = if weighted { 8 * bn } else { 0 } + if p.metric == Metric::Cosine { 8 * bn } else { 0 };
         let packed = if pack { bn * eights } else { 0 };
-        let kept = 4 * bn + b * k * d * size + weighed + packed + 64 * b;
+        // Which rows count, as bytes and as numbers; and, once, what is found of each row.
+        let ragged = if ragged { 48 * bn } else { 0 };
+        let kept = 4 * bn + b * k * d * size + weighed + ragged + packed + 64 * b;
         // Then one after another. First the distances to what is chosen and their keys; the rows that k-means|| draws,
         // their prepared copy and its labels.
         let (drawn, begins) = match settings.init {

@@ -201,6 +201,24 @@ impl Problem {
         }
         Ok(w.to_dtype(DType::F64)?.broadcast_as(expected)?.contiguous()?.reshape((self.b, self.n))?)
     }
+
+    /// Checks the number of rows that count, of shape `(..batch)`, and reads them.
+    pub(crate) fn lengths(&self, lengths: &Tensor, device: &Device) -> Result<Vec<usize>> {
+        check_device("lengths", lengths, device)?;
+        check_dtype("lengths", lengths, DType::U32)?;
+        if lengths.dims() != self.batch {
+            return Err(Error::Shape {
+                argument: "lengths",
+                got: lengths.dims().to_vec(),
+                expected: self.batch.clone(),
+            });
+        }
+        let lengths: Vec<_> = lengths.flatten_all()?.to_vec1::<u32>()?.into_iter().map(|l| l as usize).collect();
+        match lengths.iter().find(|&l| !(self.k..=self.n).contains(l)) {
+            Some(&got) => Err(Error::Range { argument: "lengths", got, min: self.k, max: self.n }),
+            None => Ok(lengths),
+        }
+    }
 }
 
 /// Checks labels of shape `(..batch, n)` and returns them as `(b, n)`, contiguous.

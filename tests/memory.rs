@@ -54,6 +54,7 @@ fn peak_is_within_the_plan() {
         for (metric, dtype) in METRICS.into_iter().zip([DType::F32, DType::F16, DType::F64, DType::F32]) {
             let x = uniform(&[b, n, d], 0.0, 1.0, dtype, &mut rng);
             let weights = uniform(&[n], 1.0, 1.0, DType::F64, &mut rng);
+            let lengths = Tensor::full(n as u32 - 1, b, x.device()).unwrap();
             let given = Init::Given(x.narrow(1, 0, k).unwrap());
             let plain = KMeans::new(k).metric(metric).max_iters(2).init(given);
             // What the documentation of the plan adds for a copy.
@@ -64,6 +65,7 @@ fn peak_is_within_the_plan() {
             let all = [
                 (plain.clone(), &x, 0, "plain"),
                 (plain.clone().sample_weights(&weights), &x, 0, "weighted"),
+                (plain.clone().lengths(&lengths), &x, 0, "ragged"),
                 (plain.clone().init(Init::Random), &x, 0, "random"),
                 (plain.clone().init(Init::KMeansParallel), &x, 0, "k-means||"),
                 (plain.clone().init(Init::KMeansPlusPlus), &x, 0, "k-means++"),
