@@ -136,10 +136,9 @@ pub fn inverse_order(order: &Tensor) -> Result<Tensor> {
     if order.elem_count() == 0 {
         return Ok(order.clone());
     }
-    // A position out of range would be written outside of the result.
-    let order = order.minimum(n as u32 - 1)?.contiguous()?;
-    let place = Tensor::arange(0, n as u32, order.device())?.broadcast_as(order.shape())?.contiguous()?;
-    Ok(order.zeros_like()?.scatter(&order, &place, D::Minus1)?)
+    // The sort of a permutation as labels is its inverse. Labels out of range would be counted outside of its memory.
+    let labels = order.minimum(n as u32 - 1)?.contiguous()?.reshape((order.elem_count() / n, n))?;
+    Ok(ops::order(&labels, n)?.0.reshape(order.shape())?)
 }
 
 /// What each row's centroid leaves of it, `x - centroids[labels]`: `(..batch, n, d)` in `x`'s dtype.
