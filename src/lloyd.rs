@@ -62,7 +62,8 @@ struct Data {
 
 impl Prepared {
     pub(crate) fn new(settings: &KMeans, p: Problem, device: &Device) -> Result<Self> {
-        let ragged = settings.lengths.as_ref().map(|l| Ragged::new(p.lengths(l, device)?, p.n, device)).transpose()?;
+        let ragged =
+            settings.lengths.as_ref().map(|l| Ragged::new(p.lengths(l, device)?, settings, &p, device)).transpose()?;
         let weights = weights(settings, &p, ragged.as_ref(), device)?;
         if let (Init::Given(c), true) = (&settings.init, settings.check_finite) {
             refuse_non_finite("init", &ops::scan(&Rows::new(&c.detach())?)?.1)?;
@@ -178,10 +179,9 @@ impl Prepared {
         }
         if self.settings.tol > 0.0 && self.p.metric != Metric::Cosine {
             let threshold = match &self.ragged {
-                Some(ragged) => ragged.variance(&x, &mut terms)?,
-                None => (spread(&x, &terms, None)? / x.n as f64)?,
+                Some(ragged) => ragged.threshold(&x, &mut terms)?,
+                None => (spread(&x, &terms, None)? * (self.settings.tol / (x.n as f64 * x.d as f64)))?,
             };
-            let threshold = (threshold * (self.settings.tol / x.d as f64))?;
             self.progress.threshold.slice_set(&threshold, 0, 0)?;
         }
         if let Some((w, heaviest)) = &self.weights {
@@ -192,11 +192,7 @@ impl Prepared {
             let inverse = ops::norms(&x)?.recip()?;
             // Columns of a unit vector, with room for rounding, times the weight.
             (terms.factor, terms.largest) = match &self.weights {
-                Some((w, heaviest)) => {
-                    let factor = (w * inverse)?;
-                    let factor = self.ragged.as_ref().map_or(Ok(factor.clone()), |r| r.counted(&factor))?;
-                    (Some(factor), (heaviest * 2.0)?)
-                }
+                Some((w, heaviest)) => (Some((w * inverse)?), (heaviest * 2.0)?),
                 None => (Some(inverse), Tensor::full(2f64, x.b, &self.device)?),
             };
         }
@@ -279,11 +275,10 @@ impl Prepared {
     /// The weighted distance of each row to its centroid, f64 `(b, n)`.
     fn cost(&self, x: &Rows, centroids: &Rows) -> Result<Tensor> {
         let cost = ops::distances(x, centroids, &self.labels, self.p.metric)?;
-        let cost = match &self.weights {
+        Ok(match &self.weights {
             Some((w, _)) => (cost * w)?,
             None => cost,
-        };
-        self.ragged.as_ref().map_or(Ok(cost.clone()), |ragged| ragged.counted(&cost))
+        })
     }
 
     /// Gives every empty cluster one of the rows farthest from their centroids.
@@ -333,46 +328,46 @@ impl Data {
 const RUNNING: u32 = u32::MAX;
 
 /// Problems of different sizes: which rows count.
+///
+/// What a run does with these takes no shape to the device, which a captured graph would look for where it was.
 struct Ragged {
     lengths: Vec<usize>,
-    /// 1 where a row counts and 0 where it is padding, u8 and f64 `(b, n)`.
-    mask: Tensor,
+    /// 1 where a row counts and 0 where it is padding, f64 `(b, n)`.
     ones: Tensor,
-    /// f64 `(b,)`.
-    sizes: Tensor,
+    /// 1 for each problem, f64 `(b,)`.
+    one: Tensor,
+    /// The tolerance by the numbers that count, f64 `(b,)`.
+    tol: Tensor,
 }
 
 impl Ragged {
-    fn new(lengths: Vec<usize>, n: usize, device: &Device) -> Result<Self> {
-        let b = lengths.len();
+    fn new(lengths: Vec<usize>, settings: &KMeans, p: &Problem, device: &Device) -> Result<Self> {
+        let (b, n) = (p.b, p.n);
         let ends = Tensor::from_vec(lengths.iter().map(|&l| l as u32).collect(), (b, 1), device)?;
-        let mask = Tensor::arange(0, n as u32, device)?.broadcast_as((b, n))?.lt(&ends.broadcast_as((b, n))?)?;
-        let (ones, sizes) = (mask.to_dtype(DType::F64)?, ends.to_dtype(DType::F64)?.squeeze(1)?);
-        Ok(Self { lengths, mask, ones, sizes })
-    }
-
-    /// `values` (f64 `(b, n)`) of the rows that count, 0 for others, which may be NaN.
-    fn counted(&self, values: &Tensor) -> Result<Tensor> {
-        Ok(self.mask.where_cond(values, &values.zeros_like()?)?)
+        let ones = Tensor::arange(0, n as u32, device)?.broadcast_as((b, n))?.lt(&ends.broadcast_as((b, n))?)?;
+        let tol = lengths.iter().map(|&l| settings.tol / (l as f64 * p.d as f64)).collect();
+        let (one, tol) = (Tensor::ones(b, DType::F64, device)?, Tensor::from_vec(tol, b, device)?);
+        Ok(Self { lengths, ones: ones.to_dtype(DType::F64)?, one, tol })
     }
 
     /// [`ops::scan`] of the rows that count.
     fn scan(&self, x: &Rows) -> Result<(Tensor, Tensor)> {
-        // Each row as a problem of its own.
+        // Each row as a problem of its own, and what is found of them as rows of one column.
         let (largest, bad) = ops::scan(&Rows::new(&x.tensor.unsqueeze(x.tensor.rank() - 1)?)?)?;
-        let largest = self.counted(&largest.reshape((x.b, x.n))?)?.max(1)?;
-        let place = Tensor::arange(0, x.n as u32, x.device())?.broadcast_as((x.b, x.n))?;
-        let none = Tensor::full(u32::MAX, (x.b, x.n), x.device())?;
-        let bad = bad.reshape((x.b, x.n))?.eq(0u32)?.where_cond(&place, &none)?;
-        Ok((largest, self.mask.where_cond(&bad, &none)?.min(1)?))
+        let whole = |found: Tensor| ops::scan(&Rows::new(&found.reshape((x.b, x.n, 1))?)?);
+        let largest = (largest.reshape((x.b, x.n))? * &self.ones)?;
+        // 0 is what `bad` says of such a row, and the largest u32 of others.
+        let none = u32::MAX as f64;
+        let bad = (bad.reshape((x.b, x.n))?.to_dtype(DType::F64)?.affine(-1.0, none)? * &self.ones)?;
+        Ok((whole(largest)?.0, whole(bad.affine(-1.0, none)?.recip()?)?.1))
     }
 
-    /// The sum over columns of the variance of the rows that count, f64 `(b,)`. Leaves `terms` as they were.
-    fn variance(&self, x: &Rows, terms: &mut Terms) -> Result<Tensor> {
-        (terms.factor, terms.heaviest) = (Some(self.ones.clone()), Some(self.sizes.ones_like()?));
-        let spread = spread(x, terms, Some(self))?;
+    /// The squared shift at which a problem has converged, f64 `(b,)`. Leaves `terms` as they were.
+    fn threshold(&self, x: &Rows, terms: &mut Terms) -> Result<Tensor> {
+        (terms.factor, terms.heaviest) = (Some(self.ones.clone()), Some(self.one.clone()));
+        let threshold = (spread(x, terms, Some(&self.ones))? * &self.tol)?;
         (terms.factor, terms.heaviest) = (None, None);
-        Ok((spread / &self.sizes)?)
+        Ok(threshold)
     }
 }
 
@@ -385,9 +380,12 @@ fn weights(
 ) -> Result<Option<(Tensor, Tensor)>> {
     let w = match (&settings.weights, ragged) {
         (None, None) => return Ok(None),
-        (None, Some(ragged)) => return Ok(Some((ragged.ones.clone(), ragged.sizes.ones_like()?))),
+        (None, Some(ragged)) => return Ok(Some((ragged.ones.clone(), ragged.one.clone()))),
         (Some(w), None) => p.weights(&w.detach(), device)?,
-        (Some(w), Some(ragged)) => ragged.counted(&p.weights(&w.detach(), device)?)?,
+        (Some(w), Some(Ragged { ones, .. })) => {
+            let w = p.weights(&w.detach(), device)?;
+            ones.ne(&ones.zeros_like()?)?.where_cond(&w, &w.zeros_like()?)?
+        }
     };
     let (heaviest, first_bad) = ops::scan(&Rows::new(&w.unsqueeze(2)?)?)?;
     if settings.check_finite {
@@ -404,10 +402,14 @@ fn weights(
 }
 
 /// The sum of the squared distances of the rows that count to their mean, f64 `(b,)`.
-fn spread(x: &Rows, terms: &Terms, ragged: Option<&Ragged>) -> Result<Tensor> {
+fn spread(x: &Rows, terms: &Terms, ones: Option<&Tensor>) -> Result<Tensor> {
     let mean = Tensor::zeros((x.b, 1, x.d), x.dtype(), x.device())?;
     ops::update(x, terms, None, Rule::Mean, None, &mean, &Memory::default())?;
     let one = Tensor::zeros((x.b, x.n), DType::U32, x.device())?;
     let distances = ops::distances(x, &Rows::new(&mean)?, &one, Metric::SquaredEuclidean)?;
-    ops::total(&ragged.map_or(Ok(distances.clone()), |r| r.counted(&distances))?)
+    // What is not finite is not in a total.
+    ops::total(&match ones {
+        Some(ones) => (distances * ones)?,
+        None => distances,
+    })
 }

@@ -97,8 +97,8 @@ fn lengths_go_with_weights_views_and_prepared_fits() {
             let fit = both.fit(&x).unwrap();
             let turned = x.transpose(0, 1).unwrap().contiguous().unwrap().transpose(0, 1).unwrap();
             assert_same_fit(&both.fit(&turned).unwrap(), &fit, "turned");
-            for b in 0..3 {
-                let counted = |t: Tensor| t.get(b).unwrap().narrow(0, 0, LENGTHS[b] as usize).unwrap();
+            for (b, length) in LENGTHS.into_iter().enumerate() {
+                let counted = |t: Tensor| t.get(b).unwrap().narrow(0, 0, length as usize).unwrap();
                 let alone =
                     settings.clone().sample_weights(&counted(weights.clone())).fit(&counted(x.clone())).unwrap();
                 same_as_alone(&fit, b, &alone, &format!("{metric:?}"));
