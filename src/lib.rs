@@ -2,6 +2,8 @@
 //!
 //! [`KMeans`] clusters the rows of a tensor, any number of problems at once, on the tensor's device. [`assign`],
 //! [`assign_with_distances`], [`sort_by_cluster`], [`cluster_means`] and [`quantize`] are its parts, each an op of its own.
+//! Layers are made of these and of [`cluster_sums`], [`cluster_sizes`], [`inverse_order`], [`residuals`],
+//! [`select_clusters`] and [`top_rows_per_centroid`].
 //!
 //! What can be relied on:
 //! - **Labels are exact.** A label is the lowest index among the centroids at the smallest distance, in f64, of the stored
@@ -31,6 +33,7 @@ mod ops;
 mod plan;
 mod problem;
 mod rng;
+mod select;
 #[allow(dead_code)] // `build.rs` reads the kernels' share.
 mod tiles;
 
@@ -100,3 +103,4 @@ pub use lloyd::Prepared;
 pub use metric::Metric;
 pub use plan::Plan;
 pub use problem::Problem;
+pub use select::{select_clusters, top_rows_per_centroid, Selection, Take};
