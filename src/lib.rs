@@ -3,7 +3,7 @@
 //! [`KMeans`] clusters the rows of a tensor, any number of problems at once, on the tensor's device. [`assign`],
 //! [`assign_with_distances`], [`sort_by_cluster`], [`cluster_means`] and [`quantize`] are its parts, each an op of its own.
 //! Layers are made of these and of [`cluster_sums`], [`cluster_sizes`], [`inverse_order`], [`residuals`],
-//! [`select_clusters`] and [`top_rows_per_centroid`].
+//! [`select_clusters`] and [`top_rows_per_centroid`]; sequences that grow are followed by [`MiniBatch`] and [`Segments`].
 //!
 //! What can be relied on:
 //! - **Labels are exact.** A label is the lowest index among the centroids at the smallest distance, in f64, of the stored
@@ -29,6 +29,7 @@ mod init;
 mod kmeans;
 mod lloyd;
 mod metric;
+mod minibatch;
 mod ops;
 mod plan;
 mod problem;
@@ -101,6 +102,7 @@ pub use init::Init;
 pub use kmeans::{EmptyClusters, Iteration, KMeans};
 pub use lloyd::Prepared;
 pub use metric::Metric;
+pub use minibatch::{MiniBatch, Segments};
 pub use plan::Plan;
 pub use problem::Problem;
 pub use select::{select_clusters, top_rows_per_centroid, Selection, Take};

@@ -1,0 +1,141 @@
+//! Rows that come later: running means, and segments that are appended.
+
+mod common;
+
+use candle_core::{DType, Device, Tensor};
+use candle_flash_kmeans::{assign, sort_by_cluster, Error, Init, KMeans, Metric, MiniBatch, Segments};
+use common::*;
+
+const RUNNING: [Metric; 3] = [Metric::SquaredEuclidean, Metric::Cosine, Metric::Dot];
+
+fn unit(v: &[f64]) -> Vec<f64> {
+    let norm = v.iter().map(|v| v * v).sum::<f64>().sqrt();
+    v.iter().map(|v| if norm > 0.0 { v / norm } else { 0.0 }).collect()
+}
+
+/// Every step against Sculley's rule in plain loops, one row at a time.
+#[test]
+fn steps_follow_the_running_means() {
+    let mut rng = rng(111);
+    for (dtype, metric) in DTYPES.into_iter().flat_map(|t| RUNNING.map(|m| (t, m))) {
+        let x = blobs(&[2, 300, 5], 6, dtype, &mut rng);
+        // The last centroid gets no row.
+        let start =
+            Tensor::cat(&[&x.narrow(1, 0, 4).unwrap(), &(x.narrow(1, 0, 1).unwrap() * -30.0).unwrap()], 1).unwrap();
+        for device in devices() {
+            let what = format!("{dtype:?} {metric:?} on {:?}", device.location());
+            let (x, start) = (x.to_device(&device).unwrap(), start.to_device(&device).unwrap());
+            let mut running = MiniBatch::new(&start, metric).unwrap();
+            let (mut means, mut counts) = (problems(&start), vec![vec![0.0; 5]; 2]);
+            for (at, size) in [(0, 100), (100, 1), (101, 199)] {
+                let batch = x.narrow(1, at, size).unwrap();
+                let before = running.centroids().unwrap();
+                let labels = running.step(&batch).unwrap();
+                assert_same(&labels, &assign(&batch, &before, metric).unwrap(), &what);
+                for (b, rows) in problems(&batch).into_iter().enumerate() {
+                    for (x, l) in rows.iter().zip(&u32s(&labels)[b * size..]) {
+                        let (x, j) = (if metric == Metric::Cosine { unit(x) } else { x.clone() }, *l as usize);
+                        counts[b][j] += 1.0;
+                        means[b][j].iter_mut().zip(x).for_each(|(c, x)| *c += (x - *c) / counts[b][j]);
+                    }
+                }
+                assert_eq!(f64s(running.counts()), counts.concat(), "{what}");
+                let shown = running.centroids().unwrap();
+                assert_eq!((shown.dims(), shown.dtype()), (start.dims(), dtype));
+                for (got, want) in problems(&shown).concat().iter().zip(means.concat()) {
+                    let want = if metric == Metric::Cosine { unit(&want) } else { want };
+                    for (&got, want) in got.iter().zip(want) {
+                        let allowed = ulp(want, dtype).max(1e-12);
+                        assert!((got - want).abs() <= allowed, "{got:e} for {want:e}, {what}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// However rows are cut into batches, the same labels make the same means; and a fit goes on where it ended.
+#[test]
+fn a_fit_goes_on() {
+    let mut rng = rng(112);
+    for device in devices() {
+        // Clusters so far apart that no row changes sides.
+        let x = tensor(&[400, 2], DType::F64, |i| (i / 2 % 4) as f64 * 1000.0).to_device(&device).unwrap();
+        let x = (x + uniform(&[400, 2], 0.0, 1.0, DType::F64, &mut rng).to_device(&device).unwrap()).unwrap();
+        let kmeans = KMeans::new(4).init(Init::Given(x.narrow(0, 0, 4).unwrap()));
+        let mut running = MiniBatch::of(&kmeans.fit(&x.narrow(0, 0, 200).unwrap()).unwrap()).unwrap();
+        for part in 4..8 {
+            running.step(&x.narrow(0, part * 50, 50).unwrap()).unwrap();
+        }
+        let whole = kmeans.fit(&x).unwrap();
+        assert_eq!(f64s(running.counts()), f64s(&whole.counts));
+        for (got, want) in f64s(&running.centroids().unwrap()).into_iter().zip(f64s(&whole.centroids)) {
+            assert!((got - want).abs() < 1e-10, "{got} for {want}");
+        }
+    }
+}
+
+#[test]
+fn mini_batches_that_do_not_fit_are_refused() {
+    for device in devices() {
+        let c = ones(&[2, 4, 3], DType::F32, &device);
+        assert!(matches!(MiniBatch::new(&c, Metric::Manhattan), Err(Error::Conflict { argument: "metric", .. })));
+        let whole = ones(&[4, 3], DType::U32, &device);
+        assert!(matches!(MiniBatch::new(&whole, Metric::Dot), Err(Error::DType { argument: "centroids", .. })));
+        let mut running = MiniBatch::new(&c, Metric::Dot).unwrap();
+        let before = running.centroids().unwrap();
+        for shape in [vec![4, 3], vec![3, 5, 3], vec![2, 5, 4]] {
+            let error = running.step(&ones(&shape, DType::F32, &device)).unwrap_err();
+            assert!(matches!(error, Error::Shape { argument: "x", .. }), "{error}");
+        }
+        let error = running.step(&ones(&[2, 5, 3], DType::F16, &device)).unwrap_err();
+        assert!(matches!(error, Error::DType { argument: "x", .. }), "{error}");
+        let error = running.step(&ones(&[2, 0, 3], DType::F32, &device)).unwrap_err();
+        assert!(matches!(error, Error::Range { argument: "x rows", got: 0, .. }), "{error}");
+        assert_same(&running.centroids().unwrap(), &before, "after refusals");
+    }
+}
+
+#[test]
+fn segments_are_numbered_on() {
+    let mut rng = rng(113);
+    for device in devices() {
+        for batch in [vec![], vec![2, 3]] {
+            let fit = |n: usize, k: usize, rng: &mut _| {
+                let x = blobs(&[&batch[..], &[n, 4]].concat(), 5, DType::F16, rng).to_device(&device).unwrap();
+                KMeans::new(k).init(Init::Even).max_iters(3).fit(&x).unwrap()
+            };
+            let fits = [fit(100, 7, &mut rng), fit(3, 3, &mut rng), fit(64, 5, &mut rng)];
+            let mut cache = Segments::of(&fits[0]).unwrap();
+            fits[1..].iter().for_each(|fit| cache.append(fit).unwrap());
+            let last = batch.len();
+            let joined = |of: fn(&candle_flash_kmeans::Fit) -> &Tensor| {
+                Tensor::cat(&fits.iter().map(of).collect::<Vec<_>>(), last).unwrap()
+            };
+            assert_same(&cache.centroids, &joined(|f| &f.centroids), "centroids");
+            assert_same(&cache.counts, &joined(|f| &f.counts), "counts");
+            let (labels, got) = (u32s(&joined(|f| &f.labels)), u32s(&cache.labels));
+            let from = |i: usize| [0, 7, 10][(i % 167 >= 100) as usize + (i % 167 >= 103) as usize];
+            assert!((0..got.len()).all(|i| got[i] == labels[i] + from(i)), "{got:?}");
+            // Sorted again from the beginning, it is the same.
+            let (order, offsets) = sort_by_cluster(&cache.labels, 15).unwrap();
+            assert_same(&cache.order, &order, "order");
+            assert_same(&cache.offsets, &offsets, "offsets");
+        }
+    }
+}
+
+#[test]
+fn segments_that_do_not_fit_are_refused() {
+    let device = Device::Cpu;
+    let fit = |shape: &[usize], dtype, metric| KMeans::new(2).metric(metric).fit(&ones(shape, dtype, &device)).unwrap();
+    let mut cache = Segments::of(&fit(&[2, 5, 3], DType::F32, Metric::Dot)).unwrap();
+    let mut refused = |shape: &[usize], dtype, metric| cache.append(&fit(shape, dtype, metric)).unwrap_err();
+    let error = refused(&[2, 5, 3], DType::F32, Metric::Cosine);
+    assert!(error.to_string().contains("metric: cosine cannot be combined with segments by dot"), "{error}");
+    for shape in [&[2, 5, 4][..], &[3, 5, 3], &[5, 3]] {
+        assert!(matches!(refused(shape, DType::F32, Metric::Dot), Error::Shape { argument: "fit", .. }), "{shape:?}");
+    }
+    assert!(matches!(refused(&[2, 5, 3], DType::F64, Metric::Dot), Error::DType { argument: "fit", .. }));
+    assert_eq!((cache.labels.dims(), cache.centroids.dims()), (&[2, 5][..], &[2, 2, 3][..]));
+}
