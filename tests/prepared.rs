@@ -231,11 +231,18 @@ mod cuda {
             (DType::BF16, [1, 5000, 96], 150, Metric::Dot, Init::Random),
             (DType::F32, [40, 300, 4], 16, Metric::Manhattan, Init::KMeansPlusPlus),
             (DType::F64, [2, 400, 7], 5, Metric::SquaredEuclidean, Init::Random),
+            (DType::F16, [6, 700, 64], 16, Metric::SquaredEuclidean, Init::Even),
+            (DType::F32, [3, 900, 20], 9, Metric::Cosine, Init::Even),
         ];
         for (dtype, shape, k, metric, init) in shapes {
             let inputs: Vec<_> =
                 (0..10).map(|_| blobs(&shape, k, dtype, &mut rng).to_device(&device).unwrap()).collect();
-            let settings = KMeans::new(k).metric(metric).init(init).max_iters(6).tol(1e-3).check_finite(false);
+            let ragged = matches!(init, Init::Even);
+            let mut settings = KMeans::new(k).metric(metric).init(init).max_iters(6).tol(1e-3).check_finite(false);
+            if ragged {
+                let lengths: Vec<u32> = (0..shape[0]).map(|b| (shape[1] - 50 * b) as u32).collect();
+                settings = settings.lengths(&Tensor::new(lengths, &device).unwrap());
+            }
             let want: Vec<_> = inputs.iter().map(|x| settings.fit(x).unwrap()).collect();
             let x = inputs[0].copy().unwrap();
             let mut prepared = settings.prepare(&shape[..], dtype, &device).unwrap();
