@@ -53,7 +53,7 @@ pub enum Error {
     #[error("{kernel}: launch failed with grid {grid}, block {block}, {shared} bytes of shared memory: {source}")]
     Launch { kernel: &'static str, grid: u32, block: u32, shared: u32, source: candle_core::Error },
     /// A saved model cannot be read.
-    #[error("{path}: not a saved fit: {reason}")]
+    #[error("{path}: cannot be read: {reason}")]
     Format { path: String, reason: String },
     /// Reading or writing a file failed.
     #[error("{path}: {source}")]

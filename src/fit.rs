@@ -3,17 +3,11 @@
 use crate::{
     functional, ops,
     problem::{Problem, Rows},
+    saved::{self, Saved},
     Error, Metric, Result,
 };
 use candle_core::{Device, Tensor};
-use safetensors::SafeTensors;
-use std::{
-    collections::HashMap,
-    fs,
-    io::Write,
-    path::Path,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::path::Path;
 
 /// A finished fit. All tensors are on the input's device and start with its batch dimensions.
 #[derive(Clone, Debug)]
@@ -67,39 +61,14 @@ impl Fit {
     /// # Errors
     /// [`Error::Io`] if it cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
-        let metadata =
-            HashMap::from([("metric".to_string(), self.metric.name().to_string()), FORMAT.map(String::from).into()]);
-        let tensors = self.named().map(|(name, t)| (name, t.clone()));
-        let bytes = safetensors::serialize(tensors, Some(metadata)).map_err(candle_core::Error::from)?;
-        let io = |source| Error::Io { path: path.display().to_string(), source };
-        // A name of its own for every call, so that writers of one path cannot take each other's file.
-        static CALLS: AtomicU64 = AtomicU64::new(0);
-        let call = CALLS.fetch_add(1, Ordering::Relaxed);
-        let temporary = path.with_extension(format!("{}-{call}.tmp", std::process::id()));
-        let write = || {
-            let mut file = fs::File::create(&temporary)?;
-            file.write_all(&bytes)?;
-            file.sync_all()?;
-            fs::rename(&temporary, path)
-        };
-        write().inspect_err(|_| drop(fs::remove_file(&temporary))).map_err(io)
+        let tensors = self.named().map(|(name, t)| (name.to_string(), t));
+        saved::write(path.as_ref(), tensors, [("metric".to_string(), self.metric.name().to_string())])
     }
 
     pub(crate) fn load(path: &Path, device: &Device) -> Result<Self> {
-        let name = path.display().to_string();
-        let bytes = fs::read(path).map_err(|source| Error::Io { path: name.clone(), source })?;
-        let bad = |reason: String| Error::Format { path: name.clone(), reason };
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
-        let metadata = header.metadata().clone().unwrap_or_default();
-        let [key, version] = FORMAT;
-        if metadata.get(key).map(String::as_str) != Some(version) {
-            return Err(bad(format!("metadata {key} is {:?}, expected {version}", metadata.get(key))));
-        }
-        let metric = metadata.get("metric").and_then(|m| Metric::from_name(m));
-        let metric = metric.ok_or_else(|| bad(format!("metadata metric is {:?}", metadata.get("metric"))))?;
-        let mut tensors = candle_core::safetensors::load_buffer(&bytes, device)?;
-        let mut take = |n: &str| tensors.remove(n).ok_or_else(|| bad(format!("tensor {n} is missing")));
+        let mut file = Saved::read(path, device)?;
+        let metric = file.metric("metric")?;
+        let mut take = |name| file.take(name);
         let fit = Self {
             centroids: take("centroids")?,
             labels: take("labels")?,
@@ -110,7 +79,7 @@ impl Fit {
             metric,
         };
         if fit.centroids.rank() < 2 || fit.centroids.elem_count() == 0 {
-            return Err(bad(format!("tensor centroids has shape {:?}", fit.centroids.dims())));
+            return Err(file.bad(format!("tensor centroids has shape {:?}", fit.centroids.dims())));
         }
         Ok(fit)
     }
@@ -144,9 +113,6 @@ impl Fit {
         })
     }
 }
-
-/// Key and value that mark a saved fit.
-const FORMAT: [&str; 2] = ["candle_flash_kmeans", "1"];
 
 /// Reads [`ops::scan`]'s answer.
 pub(crate) fn refuse_non_finite(argument: &'static str, first_bad: &Tensor) -> Result<()> {

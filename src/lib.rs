@@ -34,6 +34,7 @@ mod ops;
 mod plan;
 mod problem;
 mod rng;
+mod saved;
 mod select;
 #[allow(dead_code)] // `build.rs` reads the kernels' share.
 mod tiles;
