@@ -169,7 +169,35 @@ pub fn quantize(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Tenso
     let (p, rows, c) = border(x, centroids, metric)?;
     let labels = ops::labels(&rows, &c, metric)?;
     let values = ops::gather(&c, &labels)?.reshape(x.shape())?;
-    Ok((Attached::to(x, values, Gradient::Identity)?, labels.reshape(p.shape(&[p.n]))?))
+    Ok((straight_through(x, values)?, labels.reshape(p.shape(&[p.n]))?))
+}
+
+/// The rows of `centroids` (`(..batch, k, d)`, or `(k, d)` for every problem) that `labels` (u32 `(..batch, n)`, known to be
+/// below `k`) name: `(..batch, n, d)`. No gradient flows.
+pub(crate) fn rows_of(centroids: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    let flat = problem::labels(labels, centroids.dims()[centroids.rank() - 2])?;
+    let c = Rows::new(&centroids.detach())?.broadcast(flat.dim(0)?);
+    let shape = [labels.dims(), &[c.d]].concat();
+    Ok(ops::gather(&c, &flat)?.reshape(shape)?)
+}
+
+/// The sum of the rows of each cluster, `(b, k, d)`, and their number, u32 `(b, k)`, for rows `(b, n, d)` and labels `(b, n)`
+/// that are known to be below `k`: nothing waits. No gradient flows.
+pub(crate) fn cluster_sums(x: &Tensor, labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
+    let rows = Rows::new(&x.detach())?;
+    let sums = Tensor::zeros((rows.b, k, rows.d), x.dtype(), x.device())?;
+    ops::update(&rows, &Terms::of(&rows)?, Some(labels), Rule::Sum, None, &sums, &Memory::default())?;
+    Ok((sums, ops::cluster_sizes(labels, k)?))
+}
+
+/// The sum of each row of `values`, f64 `(b, k)`, the same bits on every device: f64 `(b,)`.
+pub(crate) fn totals(values: &Tensor) -> Result<Tensor> {
+    ops::total(values)
+}
+
+/// `values`, computed from `x` outside the graph and shaped as it, with a gradient that passes to `x` unchanged.
+pub(crate) fn straight_through(x: &Tensor, values: Tensor) -> Result<Tensor> {
+    Attached::to(x, values, Gradient::Identity)
 }
 
 fn border(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Problem, Rows, Rows)> {

@@ -30,6 +30,7 @@ mod kmeans;
 mod lloyd;
 mod metric;
 mod minibatch;
+pub mod nn;
 mod ops;
 mod plan;
 mod problem;
