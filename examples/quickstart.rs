@@ -81,7 +81,11 @@ fn main() -> Result<()> {
     chart::draw(
         &args.out,
         "What attention loses by reading a part of its cache",
-        "share of tokens read",
+        chart::Axis {
+            name: "share of tokens read",
+            ticks: BUDGETS.iter().map(|&budget| budget as f64 / tokens as f64).collect(),
+            label: |share| format!("{:.1} %", share * 100.0),
+        },
         "relative error",
         &lines,
     )?;

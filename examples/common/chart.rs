@@ -17,8 +17,15 @@ const SIZE: (u32, u32) = (860, 540);
 const Y_TICKS: [f64; 10] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0];
 const FONT: &str = "sans-serif";
 
-/// Draws named lines of (share, value) points, at the same shares: each gets a tick, in percent.
-pub fn draw(path: &Path, title: &str, x: &str, y: &str, lines: &[(&str, Vec<(f64, f64)>)]) -> Result<()> {
+/// The horizontal axis: its name, where it has ticks, and what they say.
+pub struct Axis<'a> {
+    pub name: &'a str,
+    pub ticks: Vec<f64>,
+    pub label: fn(&f64) -> String,
+}
+
+/// Draws named lines of (x, y) points.
+pub fn draw(path: &Path, title: &str, x: Axis, y: &str, lines: &[(&str, Vec<(f64, f64)>)]) -> Result<()> {
     // The error of the backend borrows it.
     draw_lines(path, title, x, y, lines).map_err(|error| anyhow!("cannot draw {}: {error}", path.display()))
 }
@@ -26,7 +33,7 @@ pub fn draw(path: &Path, title: &str, x: &str, y: &str, lines: &[(&str, Vec<(f64
 fn draw_lines(
     path: &Path,
     title: &str,
-    x: &str,
+    x: Axis,
     y: &str,
     lines: &[(&str, Vec<(f64, f64)>)],
 ) -> Result<(), Box<dyn std::error::Error>> {
@@ -36,7 +43,6 @@ fn draw_lines(
         low / margin..high * margin
     };
     let (x_range, y_range) = (range(|p| p.0, 1.12), range(|p| p.1, 1.3));
-    let x_ticks = lines[0].1.iter().map(|p| p.0).collect();
     let y_ticks = Y_TICKS.iter().copied().filter(|tick| y_range.contains(tick)).collect();
     let area = SVGBackend::new(path, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
@@ -46,14 +52,14 @@ fn draw_lines(
         .x_label_area_size(60)
         .y_label_area_size(80)
         .build_cartesian_2d(
-            x_range.log_scale().with_key_points(x_ticks),
+            x_range.log_scale().with_key_points(x.ticks),
             y_range.log_scale().with_key_points(y_ticks),
         )?;
     chart
         .configure_mesh()
-        .x_desc(x)
+        .x_desc(x.name)
         .y_desc(y)
-        .x_label_formatter(&|share| format!("{:.1} %", share * 100.0))
+        .x_label_formatter(&x.label)
         .label_style((FONT, 16))
         .axis_desc_style((FONT, 18))
         .bold_line_style(RGBColor(225, 225, 225))
