@@ -45,6 +45,7 @@ impl Cache {
     }
 
     /// (heads, query heads of the group, dim): the queries of the last position alone, as in decoding.
+    #[allow(dead_code)] // Every example compiles this file and uses its own part of it.
     pub fn last_queries(&self) -> Result<Tensor> {
         let (heads, rows, dim) = self.queries.dims3()?;
         let positions = self.near_keys.dim(1)? - SINKS;
