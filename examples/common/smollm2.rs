@@ -1,7 +1,7 @@
 //! SmolLM2-135M for prompts, from its GGUF alone: a Llama of 30 blocks, 9 query and 3 key/value heads of 64.
 //!
 //! candle-transformers has a quantized Llama too, but its keys are private and its positions end at 4096. Here every
-//! block hands its heads to the caller.
+//! block asks the caller for its attention.
 
 use anyhow::{ensure, Context, Result};
 use candle_core::quantized::{gguf_file::Content, tokenizer::TokenizerFromGguf};
@@ -29,7 +29,8 @@ pub struct Heads {
 pub struct SmolLm2 {
     pub tokenizer: Tokenizer,
     pub dims: Dims,
-    embedding: Tensor,
+    /// (vocabulary, width): of tokens, and of the output
+    pub embedding: Tensor,
     blocks: Vec<Block>,
     norm: RmsNorm,
     rotation: Rotation,
@@ -106,46 +107,49 @@ impl SmolLm2 {
         Ok(self.tokenizer.encode(text, false).map_err(anyhow::Error::msg)?.get_ids().to_vec())
     }
 
-    /// Hidden states (tokens, width) after the last norm; `on_block` sees the heads of every block in turn.
-    pub fn forward(&self, ids: &[u32], mut on_block: impl FnMut(usize, &Heads) -> Result<()>) -> Result<Tensor> {
-        ensure!(ids.len() <= self.dims.positions, "{} tokens, but {} positions", ids.len(), self.dims.positions);
+    /// Hidden states (tokens, width) after the last norm of tokens that follow `past` others. `attention` sees the heads of
+    /// every block in turn and returns (tokens, query heads x head_dim).
+    pub fn forward(
+        &self,
+        ids: &[u32],
+        past: usize,
+        mut attention: impl FnMut(usize, &Heads) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let tokens = past + ids.len();
+        ensure!(tokens <= self.dims.positions, "{tokens} tokens, but {} positions", self.dims.positions);
         let mut hidden = self.embedding.index_select(&Tensor::new(ids, self.embedding.device())?, 0)?;
         for (i, block) in self.blocks.iter().enumerate() {
-            let heads = block.heads(&hidden, &self.dims, &self.rotation)?;
-            on_block(i, &heads)?;
-            hidden = (hidden + block.output.forward(&attend(&heads)?)?)?;
+            let heads = block.heads(&hidden, past, &self.dims, &self.rotation)?;
+            hidden = (hidden + block.output.forward(&attention(i, &heads)?)?)?;
             hidden = (&hidden + block.feed_forward(&hidden)?)?;
         }
         Ok(self.norm.forward(&hidden)?)
     }
 
-    /// Exponential of the mean negative log likelihood of each token given those before it.
-    pub fn perplexity(&self, hidden: &Tensor, ids: &[u32]) -> Result<f64> {
-        let targets = Tensor::new(&ids[1..], hidden.device())?;
-        let mut loss = 0.0;
-        for (start, rows) in row_blocks(ids.len() - 1) {
-            // The output matrix is the embedding itself.
-            let logits = hidden.narrow(0, start, rows)?.matmul(&self.embedding.t()?)?;
-            let likelihood = ops::log_softmax(&logits, D::Minus1)?;
-            let picked = likelihood.gather(&targets.narrow(0, start, rows)?.unsqueeze(1)?, 1)?;
-            loss -= picked.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?;
-        }
-        Ok((loss / (ids.len() - 1) as f64).exp())
+    /// The logarithm of each next token's probability, (tokens, vocabulary).
+    pub fn log_probabilities(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(ops::log_softmax(&hidden.matmul(&self.embedding.t()?)?, D::Minus1)?)
     }
 }
 
+/// (rows,): what `log_probabilities` (rows, vocabulary) give to the tokens `ids`.
+pub fn picked(log_probabilities: &Tensor, ids: &[u32]) -> Result<Tensor> {
+    let ids = Tensor::new(ids, log_probabilities.device())?.unsqueeze(1)?;
+    Ok(log_probabilities.gather(&ids, 1)?.squeeze(1)?)
+}
+
 impl Block {
-    fn heads(&self, hidden: &Tensor, dims: &Dims, rotation: &Rotation) -> Result<Heads> {
+    fn heads(&self, hidden: &Tensor, past: usize, dims: &Dims, rotation: &Rotation) -> Result<Heads> {
         let xs = self.attention_norm.forward(hidden)?;
         let tokens = xs.dim(0)?;
         let split = |linear: &Linear, heads: usize| {
             linear.forward(&xs)?.reshape((tokens, heads, dims.head_dim))?.transpose(0, 1)
         };
-        let queries = rotation.apply(&split(&self.query, dims.query_heads)?)?;
+        let queries = rotation.apply(&split(&self.query, dims.query_heads)?, past)?;
         let group = dims.query_heads / dims.key_heads;
         Ok(Heads {
             queries: queries.reshape((dims.key_heads, group, tokens, dims.head_dim))?,
-            keys: rotation.apply(&split(&self.key, dims.key_heads)?)?,
+            keys: rotation.apply(&split(&self.key, dims.key_heads)?, past)?,
             values: split(&self.value, dims.key_heads)?.contiguous()?,
         })
     }
@@ -167,13 +171,14 @@ impl Rotation {
     }
 
     /// Neighbouring numbers are pairs: the GGUF converter permuted the rows of the query and key weights to make it so.
-    fn apply(&self, heads: &Tensor) -> candle_core::Result<Tensor> {
-        rotary_emb::rope_i(&heads.contiguous()?.unsqueeze(0)?, &self.cos, &self.sin)?.squeeze(0)
+    fn apply(&self, heads: &Tensor, past: usize) -> candle_core::Result<Tensor> {
+        let of = |t: &Tensor| t.narrow(0, past, heads.dim(1)?);
+        rotary_emb::rope_i(&heads.contiguous()?.unsqueeze(0)?, &of(&self.cos)?, &of(&self.sin)?)?.squeeze(0)
     }
 }
 
-/// Causal attention in blocks of query rows; returns (tokens, heads x head_dim).
-fn attend(heads: &Heads) -> Result<Tensor> {
+/// Causal attention of a whole prompt in blocks of query rows; returns (tokens, query heads x head_dim).
+pub fn attend(heads: &Heads) -> Result<Tensor> {
     let (key_heads, group, tokens, head_dim) = heads.queries.dims4()?;
     let scale = 1.0 / (head_dim as f64).sqrt();
     let mut outputs = Vec::new();
@@ -202,7 +207,7 @@ fn causal_mask(start: usize, rows: usize, device: &Device) -> candle_core::Resul
     Tensor::from_vec(mask, (rows, seen), device)
 }
 
-fn row_blocks(rows: usize) -> impl Iterator<Item = (usize, usize)> {
+pub fn row_blocks(rows: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..rows).step_by(ROW_BLOCK).map(move |start| (start, ROW_BLOCK.min(rows - start)))
 }
 
