@@ -4,6 +4,7 @@
 //! [`assign_with_distances`], [`sort_by_cluster`], [`cluster_means`] and [`quantize`] are its parts, each an op of its own.
 //! Layers are made of these and of [`cluster_sums`], [`cluster_sizes`], [`inverse_order`], [`residuals`],
 //! [`select_clusters`] and [`top_rows_per_centroid`]; sequences that grow are followed by [`MiniBatch`] and [`Segments`].
+//! [`nn`] has such layers.
 //!
 //! What can be relied on:
 //! - **Labels are exact.** A label is the lowest index among the centroids at the smallest distance, in f64, of the stored

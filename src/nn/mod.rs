@@ -1,7 +1,9 @@
-//! Layers for Candle models, built on the crate's ops: on the tensor's own device, without a kernel of their own.
+//! Layers for Candle models, built on the crate's ops, on the tensor's own device.
 
 mod codebook;
+mod kv_cache;
 
 pub use codebook::{
     codebook_encode, Codebook, Ema, EmaCodebook, ProductQuantizer, Quantized, ResidualQuantizer, Usage,
 };
+pub use kv_cache::{ClusteredKvCache, KvBudget, KvClusters};

@@ -1,0 +1,625 @@
+//! A key/value cache that is read by clusters of its keys.
+
+use crate::{cluster_means, problem, sort_by_cluster, Error, Init, KMeans, Result};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::ops::softmax_last_dim;
+use std::ops::Range;
+
+/// Positions are computed in f32, which counts no further.
+const MAX_TOKENS: usize = 1 << 24;
+/// Elements that a block of query rows may gather and score: 64 MB of f32.
+const BLOCK: usize = 1 << 24;
+
+/// Keys and values of one layer, of which [`attend`](Self::attend) reads a part: the first tokens, the recent ones, and
+/// those in the clusters nearest to the query. Every other cluster stands in for its tokens with its mean.
+///
+/// ```text
+/// 0        sinks                              clustered        current_seq_len
+/// | exact  | segment, k clusters | segment, .. | recent: exact  |
+/// ```
+/// [`append`](Self::append) only stores. [`cluster`](Self::cluster) groups what has grown old since it last did, as a new
+/// segment with clusters of its own, and [`cluster_layers`](Self::cluster_layers) does so for all layers of a model in one
+/// batched call: once after the prompt, then once a step. Keys are those that queries meet, after any rotation by position.
+///
+/// Sources: exact reads and estimates inside one softmax as in Chen et al. 2025 (RetroInfer) and Hooper et al. 2025
+/// (Multipole attention), selection by centroid under a token budget as in Liu et al. 2024 (ClusterKV).
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget};
+///
+/// let random = |heads, n| Tensor::randn(0f32, 1f32, (1, heads, n, 64), &Device::Cpu);
+/// let mut cache = ClusteredKvCache::new(1024);
+/// cache.append(&random(3, 1000)?, &random(3, 1000)?)?; // the prompt
+/// cache.cluster()?;
+/// cache.append(&random(3, 1)?, &random(3, 1)?)?; // a new token
+/// let out = cache.attend(&random(9, 1)?, 0.125, KvBudget::new(128))?; // nine query heads share three key heads
+/// assert_eq!(out.dims(), [1, 9, 1, 64]);
+/// # Ok::<_, candle_flash_kmeans::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct ClusteredKvCache {
+    settings: Settings,
+    /// The room to start with, and to grow by.
+    max_seq_len: usize,
+    stored: Option<Stored>,
+    clusters: Option<KvClusters>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Settings {
+    sinks: usize,
+    recent: usize,
+    cluster_size: usize,
+    segment: usize,
+    passes: usize,
+}
+
+/// Keys and values `(batch, kv_heads, room, d)`, of which the first `len` tokens are there.
+#[derive(Debug)]
+struct Stored {
+    keys: Tensor,
+    values: Tensor,
+    len: usize,
+}
+
+/// The clusters of a cache, segment by segment. Labels and offsets of a segment continue those before it.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct KvClusters {
+    /// u32 `(batch, kv_heads, m)`: the cluster of each of the `m` clustered tokens, the first of which follows the sinks.
+    pub labels: Tensor,
+    /// u32 `(batch, kv_heads, m)`: the clustered tokens, counted from the first of them, cluster by cluster.
+    pub order: Tensor,
+    /// u32 `(batch, kv_heads, k + 1)`: cluster `j` is `order[offsets[j]..offsets[j + 1]]`.
+    pub offsets: Tensor,
+    /// f32 `(batch, kv_heads, k)`: tokens in each cluster.
+    pub sizes: Tensor,
+    /// `(batch, kv_heads, k, d)` in the keys' dtype.
+    pub mean_keys: Tensor,
+    /// `(batch, kv_heads, k, d)`, by the same labels.
+    pub mean_values: Tensor,
+}
+
+/// What [`ClusteredKvCache::attend`] may read besides the sinks and the recent tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvBudget {
+    tokens: usize,
+    estimate: bool,
+    shared: bool,
+}
+
+impl KvBudget {
+    /// Each query head reads `tokens` clustered tokens of its own choice; all others are estimated.
+    pub fn new(tokens: usize) -> Self {
+        Self { tokens, estimate: true, shared: false }
+    }
+
+    /// Whether tokens that are not read are estimated by their clusters' means (default: yes), or left out.
+    pub fn estimate(mut self, estimate: bool) -> Self {
+        self.estimate = estimate;
+        self
+    }
+
+    /// Whether the query heads that share a key head choose together, by the sum of their softmaxes over the clusters
+    /// (default: no). It reads a group's share of the cache once.
+    pub fn shared(mut self, shared: bool) -> Self {
+        self.shared = shared;
+        self
+    }
+}
+
+impl ClusteredKvCache {
+    /// An empty cache with room for `max_seq_len` tokens, growing by as many. 4 sinks, at least 64 recent tokens, 16 tokens
+    /// a cluster on average, segments of at least 128 tokens, 4 passes of k-means.
+    pub fn new(max_seq_len: usize) -> Self {
+        let settings = Settings { sinks: 4, recent: 64, cluster_size: 16, segment: 128, passes: 4 };
+        Self { settings, max_seq_len, stored: None, clusters: None }
+    }
+
+    /// The first tokens, which every query reads: models park attention there.
+    pub fn sinks(mut self, tokens: usize) -> Self {
+        self.settings.sinks = tokens;
+        self
+    }
+
+    /// The last tokens, which every query reads and which are not clustered yet.
+    pub fn recent(mut self, tokens: usize) -> Self {
+        self.settings.recent = tokens;
+        self
+    }
+
+    /// Tokens in a cluster, on average.
+    pub fn cluster_size(mut self, tokens: usize) -> Self {
+        self.settings.cluster_size = tokens;
+        self
+    }
+
+    /// The fewest tokens that are clustered at once.
+    pub fn segment(mut self, tokens: usize) -> Self {
+        self.settings.segment = tokens;
+        self
+    }
+
+    /// Most updates of the centroids.
+    pub fn passes(mut self, passes: usize) -> Self {
+        self.settings.passes = passes;
+        self
+    }
+
+    /// Stores the keys and values of further tokens, both `(batch, kv_heads, n, d)`, and returns all there are, as views.
+    ///
+    /// # Errors
+    /// Refuses shapes, dtypes and devices that differ from each other or from what is stored, and more than 2^24 tokens.
+    pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (dims, len) = (heads("k", k)?, self.current_seq_len());
+        let [batch, kv_heads, n, d] = dims;
+        check_like("v", v, k, dims)?;
+        if let Some(stored) = &self.stored {
+            let [b, h, _, d] = heads("k", &stored.keys)?;
+            check_like("k", k, &stored.keys, [b, h, n, d])?;
+        }
+        let (total, most) = (len + n, self.max_seq_len.max(1));
+        let (room, limit) = (total.div_ceil(most) * most, MAX_TOKENS.min(u32::MAX as usize / (batch * kv_heads)));
+        if total.max(room) > limit {
+            return Err(Error::TooLarge { argument: "k", got: total.max(room), limit });
+        }
+        if self.stored.as_ref().is_none_or(|s| s.keys.dims()[2] < room) {
+            let grown = |like: &Tensor, old: Option<Tensor>| {
+                let new = Tensor::zeros((batch, kv_heads, room, d), like.dtype(), like.device())?;
+                old.map_or(Ok(()), |old| new.slice_set(&old.contiguous()?, 2, 0))?;
+                Ok::<_, Error>(new)
+            };
+            let (keys, values) = (grown(k, self.k()?)?, grown(v, self.v()?)?);
+            self.stored = Some(Stored { keys, values, len });
+        }
+        let stored = self.stored.as_mut().expect("just made");
+        stored.keys.slice_set(&k.contiguous()?, 2, len)?;
+        stored.values.slice_set(&v.contiguous()?, 2, len)?;
+        stored.len = total;
+        Ok((stored.keys.narrow(2, 0, total)?, stored.values.narrow(2, 0, total)?))
+    }
+
+    /// All keys, `(batch, kv_heads, n, d)`: a view, which shows what is written after a [`truncate`](Self::truncate).
+    pub fn k(&self) -> Result<Option<Tensor>> {
+        Ok(self.stored.as_ref().map(|s| s.keys.narrow(2, 0, s.len)).transpose()?)
+    }
+
+    /// All values, as [`k`](Self::k).
+    pub fn v(&self) -> Result<Option<Tensor>> {
+        Ok(self.stored.as_ref().map(|s| s.values.narrow(2, 0, s.len)).transpose()?)
+    }
+
+    /// Tokens stored.
+    pub fn current_seq_len(&self) -> usize {
+        self.stored.as_ref().map_or(0, |s| s.len)
+    }
+
+    /// The clusters so far; `None` before there are any.
+    pub fn clusters(&self) -> Option<&KvClusters> {
+        self.clusters.as_ref()
+    }
+
+    /// Forgets everything but the settings.
+    pub fn reset(&mut self) {
+        (self.stored, self.clusters) = (None, None);
+    }
+
+    /// Forgets all tokens but the first `len`: what a model guessed and then took back.
+    ///
+    /// # Errors
+    /// Refuses to forget tokens that are clustered, or to keep more than there are.
+    pub fn truncate(&mut self, len: usize) -> Result<()> {
+        let (min, max) = (self.clusters.as_ref().map_or(0, |_| self.clustered().end), self.current_seq_len());
+        if !(min..=max).contains(&len) {
+            return Err(Error::Range { argument: "len", got: len, min, max });
+        }
+        if let Some(stored) = &mut self.stored {
+            stored.len = len;
+        }
+        Ok(())
+    }
+
+    /// Clusters the tokens between the last segment and the recent ones as a new segment, if they are enough for one, and
+    /// says whether it did. The clusters are k-means' from evenly spaced keys, by squared Euclidean distance.
+    ///
+    /// # Errors
+    /// Refuses clusters of no tokens and non-finite keys, by their token and the batch element among all heads, and fails as
+    /// [`KMeans::fit`].
+    pub fn cluster(&mut self) -> Result<bool> {
+        Self::cluster_layers([self])
+    }
+
+    /// [`cluster`](Self::cluster) for many caches, the heads of all of them in one batched call. The result is that of one
+    /// call for each, to the bit.
+    ///
+    /// # Errors
+    /// As [`cluster`](Self::cluster). Refuses caches that differ in settings, shape, tokens, dtype or device.
+    pub fn cluster_layers<'a>(layers: impl IntoIterator<Item = &'a mut Self>) -> Result<bool> {
+        let mut layers: Vec<_> = layers.into_iter().collect();
+        let Some(first) = layers.first() else { return Ok(false) };
+        if first.settings.cluster_size == 0 {
+            return Err(Error::Range { argument: "cluster_size", got: 0, min: 1, max: MAX_TOKENS });
+        }
+        let waiting = first.waiting();
+        layers[1..].iter().try_for_each(|layer| first.check_alike(layer))?;
+        if waiting.is_empty() || waiting.len() < first.settings.segment {
+            return Ok(false);
+        }
+        let (m, passes) = (waiting.len(), first.settings.passes);
+        let k = m.div_ceil(first.settings.cluster_size);
+        let keys = stacked(&layers, |s| &s.keys, &waiting)?;
+        // Evenly spaced keys, and not random ones: they do not depend on which layers are clustered together.
+        let seeds: Vec<u32> = (0..k).map(|i| (i * m / k) as u32).collect();
+        let seeds = keys.index_select(&Tensor::new(seeds, keys.device())?, 2)?;
+        let fit = KMeans::new(k).init(Init::Given(seeds)).max_iters(passes).fit(&keys);
+        let labels = fit.map_err(|error| named_by_token(error, &waiting, k))?.labels;
+        Self::add_segment(&mut layers, &keys, &labels, k)?;
+        Ok(true)
+    }
+
+    /// Takes given clusters for the tokens between the last segment and the recent ones: u32 `labels`
+    /// `(batch, kv_heads, tokens)` below `k`, from another method, or pages of neighbouring tokens.
+    ///
+    /// # Errors
+    /// Refuses labels of another shape, dtype or device, or not below `k`, and fails where there is nothing to group.
+    pub fn group(&mut self, labels: &Tensor, k: usize) -> Result<()> {
+        let waiting = self.waiting();
+        let Some(stored) = self.stored.as_ref().filter(|_| !waiting.is_empty()) else {
+            return Err(Error::Range { argument: "tokens to group", got: 0, min: 1, max: MAX_TOKENS });
+        };
+        problem::check_device("labels", labels, stored.keys.device())?;
+        let expected = [&stored.keys.dims()[..2], &[waiting.len()]].concat();
+        if labels.dims() != expected {
+            return Err(Error::Shape { argument: "labels", got: labels.dims().to_vec(), expected });
+        }
+        let keys = stored.keys.narrow(2, waiting.start, waiting.len())?;
+        Self::add_segment(&mut [self], &keys, labels, k)
+    }
+
+    /// Attention of `q`, `(batch, heads, rows, d)`: the last `rows` tokens stored, each seeing those up to itself. Returns
+    /// the same shape.
+    ///
+    /// `heads` is a multiple of the cache's; neighbouring ones share a key head. Sinks and recent tokens are read exactly.
+    /// Clusters are ranked by the score of their mean key, and their tokens read in that order, exactly
+    /// [`tokens`](KvBudget::new) of them, the last cluster in part. What remains of the others enters the same softmax with the
+    /// mean key, the mean value and the number of tokens left. Where the budget suffices for all tokens, as before the
+    /// first segment, this is attention.
+    ///
+    /// Scores are computed in the cache's dtype, and weighed in f32 (f64 for f64). Nothing is read by the host. On a GPU
+    /// Candle sorts the clusters' scores in shared memory, which limits the clusters of a cache to 8,192 where that is 48 KiB.
+    ///
+    /// # Errors
+    /// Refuses queries whose shape, dtype or device does not fit the cache, and more rows than there are tokens after the
+    /// last segment.
+    pub fn attend(&self, q: &Tensor, softmax_scale: f64, budget: KvBudget) -> Result<Tensor> {
+        let [batch, q_heads, rows, d] = heads("q", q)?;
+        let Some(stored) = &self.stored else {
+            return Err(Error::Range { argument: "q rows", got: rows, min: 0, max: 0 });
+        };
+        let [b, kv_heads, _, width] = heads("k", &stored.keys)?;
+        if !q_heads.is_multiple_of(kv_heads) {
+            let with = format!("a cache of {kv_heads}, which must divide them");
+            return Err(Error::Conflict { argument: "q", got: format!("{q_heads} heads"), with });
+        }
+        check_like("q", q, &stored.keys, [b, q_heads, rows, width])?;
+        let clusters = self.clusters.as_ref().filter(|_| budget.tokens < self.clustered().len());
+        // What is not clustered, or is to be read anyway, is read where it is.
+        let exact = match clusters {
+            Some(_) => [0..self.settings.sinks, self.clustered().end..stored.len],
+            None => [0..0, 0..stored.len],
+        };
+        let exact: Vec<_> = exact.into_iter().filter(|range| !range.is_empty()).collect();
+        let free = if self.clusters.is_some() { stored.len - self.clustered().end } else { stored.len };
+        if rows > free {
+            return Err(Error::Range { argument: "q rows", got: rows, min: 1, max: free });
+        }
+
+        let group = q_heads / kv_heads;
+        // Rows outside, heads of a group inside: the queries of a choice are neighbours, whether it is shared or not.
+        let queries = (q * softmax_scale)?.reshape((b * kv_heads, group, rows, d))?.transpose(1, 2)?;
+        let read: usize = exact.iter().map(ExactSizeIterator::len).sum();
+        let clustered = clusters.map_or(0, |c| c.sizes.dims()[2] + budget.tokens * (2 * d + 1));
+        let step = (BLOCK / (q_heads * batch * (read + clustered))).clamp(1, rows);
+        let mut outputs = Vec::with_capacity(rows.div_ceil(step));
+        for start in (0..rows).step_by(step) {
+            let count = step.min(rows - start);
+            let queries = queries.narrow(1, start, count)?.contiguous()?;
+            let last = stored.len - rows + start;
+            let choice = clusters.map(|c| Choice::new(c, &queries, &budget)).transpose()?;
+            let offset = self.settings.sinks;
+            outputs.push(read_chosen(&queries, stored, &exact, last, choice.as_ref(), offset)?);
+        }
+        let output = Tensor::cat(&outputs, 1)?.transpose(1, 2)?;
+        Ok(output.reshape((batch, q_heads, rows, d))?)
+    }
+
+    /// The tokens that are clustered.
+    fn clustered(&self) -> Range<usize> {
+        let start = self.settings.sinks;
+        start..start + self.clusters.as_ref().map_or(0, |c| c.labels.dims()[2])
+    }
+
+    /// The tokens that are neither clustered nor sinks nor recent.
+    fn waiting(&self) -> Range<usize> {
+        let start = self.clustered().end;
+        start..self.current_seq_len().saturating_sub(self.settings.recent).max(start)
+    }
+
+    fn check_alike(&self, other: &Self) -> Result<()> {
+        if self.settings != other.settings {
+            let (got, with) = (format!("{:?}", other.settings), format!("{:?}", self.settings));
+            return Err(Error::Conflict { argument: "layers", got, with });
+        }
+        for (what, size) in
+            [("tokens", Self::current_seq_len as fn(&Self) -> usize), ("clustered tokens", |c| c.clustered().len())]
+        {
+            if size(self) != size(other) {
+                return Err(Error::Size { argument: "layers", what, got: size(other), expected: size(self) });
+            }
+        }
+        if let (Some(a), Some(b)) = (&self.stored, &other.stored) {
+            let [batch, kv_heads, _, d] = heads("layers", &a.keys)?;
+            check_like("layers", &b.keys.narrow(2, 0, b.len)?, &a.keys, [batch, kv_heads, a.len, d])?;
+        }
+        Ok(())
+    }
+
+    /// Adds a segment of the waiting tokens to each layer; `keys` and `labels` are stacked along the batch.
+    fn add_segment(layers: &mut [&mut Self], keys: &Tensor, labels: &Tensor, k: usize) -> Result<()> {
+        let values = stacked(layers, |s| &s.values, &layers[0].waiting())?;
+        let (order, offsets) = sort_by_cluster(labels, k)?;
+        let (mean_keys, mean_values) = (cluster_means(keys, labels, k)?, cluster_means(&values, labels, k)?);
+        let ends = offsets.to_dtype(DType::F32)?;
+        let sizes = (ends.narrow(2, 1, k)? - ends.narrow(2, 0, k)?)?;
+        let all = KvClusters { labels: labels.contiguous()?, order, offsets, sizes, mean_keys, mean_values };
+        let batch = labels.dims()[0] / layers.len();
+        let parts = (0..layers.len()).map(|i| {
+            let part = all.map(|t| Ok(t.narrow(0, i * batch, batch)?))?;
+            layers[i].clusters.as_ref().map_or(Ok(part.clone()), |before| before.followed_by(&part))
+        });
+        // All of them before any is kept, so that an error leaves the layers alike.
+        let parts = parts.collect::<Result<Vec<_>>>()?;
+        layers.iter_mut().zip(parts).for_each(|(layer, part)| layer.clusters = Some(part));
+        Ok(())
+    }
+}
+
+impl KvClusters {
+    fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self {
+            labels: f(&self.labels)?,
+            order: f(&self.order)?,
+            offsets: f(&self.offsets)?,
+            sizes: f(&self.sizes)?,
+            mean_keys: f(&self.mean_keys)?,
+            mean_values: f(&self.mean_values)?,
+        })
+    }
+
+    fn followed_by(&self, next: &Self) -> Result<Self> {
+        let (k, m) = (self.sizes.dims()[2], self.labels.dims()[2]);
+        let join = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 2);
+        let after = |t: &Tensor, by: usize| t.broadcast_add(&Tensor::new(by as u32, t.device())?);
+        let offsets = next.offsets.narrow(2, 1, next.sizes.dims()[2])?;
+        Ok(Self {
+            labels: join(&self.labels, &after(&next.labels, k)?)?,
+            order: join(&self.order, &after(&next.order, m)?)?,
+            offsets: join(&self.offsets, &after(&offsets, m)?)?,
+            sizes: join(&self.sizes, &next.sizes)?,
+            mean_keys: join(&self.mean_keys, &next.mean_keys)?,
+            mean_values: join(&self.mean_values, &next.mean_values)?,
+        })
+    }
+}
+
+/// What a block of queries reads of the clusters. `p` problems of `units` that choose alone, each for `n / units` queries.
+struct Choice {
+    /// u32 `(p, units, tokens)`: the clustered tokens that are read, counted from the first of them.
+    read: Option<Tensor>,
+    estimate: Option<Estimate>,
+}
+
+/// A token that stands for others.
+struct Estimate {
+    /// `(p, n, k)`, wide: the score of the mean key and the logarithm of the tokens it stands for.
+    scores: Tensor,
+    /// `(p, k, d)`
+    values: Tensor,
+}
+
+impl Choice {
+    /// For `queries` `(p, rows, group, d)`, scaled.
+    fn new(clusters: &KvClusters, queries: &Tensor, budget: &KvBudget) -> Result<Self> {
+        let (p, rows, group, _) = queries.dims4()?;
+        let flat = queries.flatten(1, 2)?;
+        let sizes = clusters.sizes.flatten(0, 1)?.contiguous()?;
+        let k = sizes.dims()[1];
+        let scores = wide(&flat.matmul(&clusters.mean_keys.flatten(0, 1)?.transpose(1, 2)?)?)?;
+        let empty = sizes.eq(0f32)?.unsqueeze(1)?;
+        let units = if budget.shared { rows } else { rows * group };
+        let sizes = sizes.unsqueeze(1)?.broadcast_as((p, units, k))?.contiguous()?;
+        let (mut read, mut left) = (None, sizes.clone());
+        if budget.tokens > 0 {
+            // Clusters without tokens come last, also behind probabilities that underflow.
+            let mut rank = unless(&empty, &scores, f64::NEG_INFINITY)?;
+            if budget.shared {
+                let together = softmax_last_dim(&rank)?.reshape((p, rows, group, k))?.sum(2)?;
+                rank = unless(&empty, &together, -1.0)?;
+            }
+            let starts = clusters.offsets.narrow(2, 0, k)?.flatten(0, 1)?.to_dtype(DType::F32)?;
+            let (tokens, taken) = chosen_tokens(&rank, &sizes, &starts, budget.tokens)?;
+            let order = clusters.order.flatten(0, 1)?.contiguous()?;
+            let tokens = tokens.reshape((p, units * budget.tokens))?;
+            read = Some(order.gather(&tokens, 1)?.reshape((p, units, budget.tokens))?);
+            left = (left - taken)?;
+        }
+        let estimate = if budget.estimate {
+            let left = left.to_dtype(scores.dtype())?.log()?.reshape((p, rows, units / rows, k))?;
+            let scores = scores.reshape((p, rows, group, k))?.broadcast_add(&left)?.flatten(1, 2)?;
+            Some(Estimate { scores, values: clusters.mean_values.flatten(0, 1)? })
+        } else {
+            None
+        };
+        Ok(Self { read, estimate })
+    }
+}
+
+/// The first `budget` tokens of clusters in the order of their `rank`, which all have more: the positions in the clusters'
+/// order, u32 `(p, units, budget)`, and how many each cluster gives, f32 `(p, units, k)`. All else is `(p, units, k)`, and
+/// `starts` `(p, k)`. Clusters of no tokens rank last.
+fn chosen_tokens(rank: &Tensor, sizes: &Tensor, starts: &Tensor, budget: usize) -> Result<(Tensor, Tensor)> {
+    let (p, units, k) = rank.dims3()?;
+    // A cluster that matters has a token at least.
+    let ranked = rank.contiguous()?.arg_sort_last_dim(false)?.narrow(2, 0, k.min(budget))?.contiguous()?;
+    let size = sizes.gather(&ranked, 2)?;
+    let before = (running(&size)? - &size)?;
+    let taken = (before.neg()? + budget as f64)?.relu()?.minimum(&size)?;
+    let taken = sizes.zeros_like()?.scatter_add(&ranked, &taken, 2)?;
+
+    // A mark at the slot where each cluster starts: counting the marks tells whose each slot is.
+    let mark = before.clamp(0.0, budget as f64)?.to_dtype(DType::U32)?;
+    let marks = Tensor::zeros((p, units, budget + 1), DType::F32, rank.device())?;
+    let marks = marks.scatter_add(&mark, &before.ones_like()?, 2)?.narrow(2, 0, budget)?.contiguous()?;
+    let whose = (running(&marks)? - 1.0)?.to_dtype(DType::U32)?;
+    let starts = starts.unsqueeze(1)?.broadcast_as((p, units, k))?.contiguous()?.gather(&ranked, 2)?;
+    let slot = Tensor::arange(0u32, budget as u32, rank.device())?.to_dtype(DType::F32)?;
+    let tokens = (starts - before)?.gather(&whose, 2)?.broadcast_add(&slot)?;
+    Ok((tokens.to_dtype(DType::U32)?, taken))
+}
+
+/// Sums along the rows of `(p, units, n)`, each up to its column. Candle multiplies by a triangle: one for all rows here, and
+/// not one for each problem.
+fn running(t: &Tensor) -> Result<Tensor> {
+    Ok(t.flatten(0, 1)?.cumsum(1)?.reshape(t.shape())?)
+}
+
+/// Attention of `queries` `(p, rows, group, d)` to the `exact` tokens, of which row `i` sees those up to `last + i`, to the
+/// tokens of a choice, counted from `offset`, and to its estimates, in one softmax.
+fn read_chosen(
+    queries: &Tensor,
+    stored: &Stored,
+    exact: &[Range<usize>],
+    last: usize,
+    choice: Option<&Choice>,
+    offset: usize,
+) -> Result<Tensor> {
+    let (p, rows, group, d) = queries.dims4()?;
+    let (n, dtype) = (rows * group, queries.dtype());
+    let flat = queries.flatten(1, 2)?;
+    let (keys, values) = (stored.keys.flatten(0, 1)?, stored.values.flatten(0, 1)?);
+
+    let near = exact.iter().map(|r| Ok(flat.matmul(&keys.narrow(1, r.start, r.len())?.transpose(1, 2)?)?));
+    let near = wide(&Tensor::cat(&near.collect::<Result<Vec<_>>>()?, 2)?)?;
+    let width = near.dims()[2];
+    let mut scores = vec![match mask(exact, last, rows, group, near.device())? {
+        Some(mask) => near.broadcast_add(&mask.to_dtype(near.dtype())?)?,
+        None => near,
+    }];
+
+    let mut gathered = None;
+    if let Some(index) = choice.and_then(|c| c.read.as_ref()) {
+        let (_, units, tokens) = index.dims3()?;
+        let room = stored.keys.dims()[2];
+        let base: Vec<u32> = (0..p).map(|i| (i * room + offset) as u32).collect();
+        let base = Tensor::from_vec(base, (p, 1, 1), index.device())?;
+        let index = index.broadcast_add(&base)?.flatten_all()?;
+        let rows = |t: &Tensor| t.flatten(0, 1)?.index_select(&index, 0)?.reshape((p * units, tokens, d));
+        let of_unit = flat.reshape((p * units, n / units, d))?;
+        let chosen = of_unit.matmul(&rows(&keys)?.transpose(1, 2)?)?;
+        scores.push(wide(&chosen.reshape((p, n, tokens))?)?);
+        gathered = Some((rows(&values)?, units, tokens));
+    }
+    let estimate = choice.and_then(|c| c.estimate.as_ref());
+    scores.extend(estimate.map(|e| e.scores.clone()));
+
+    let weights = softmax_last_dim(&Tensor::cat(&scores, 2)?)?.to_dtype(dtype)?;
+    let mut at = 0;
+    let mut part = |width: usize| {
+        at += width;
+        weights.narrow(2, at - width, width)?.contiguous()
+    };
+    let near = part(width)?;
+    let mut start = 0;
+    let near = exact.iter().map(|r| {
+        start += r.len();
+        let weights = near.narrow(2, start - r.len(), r.len())?.contiguous()?;
+        Ok(weights.matmul(&values.narrow(1, r.start, r.len())?)?)
+    });
+    let mut output = near.collect::<Result<Vec<_>>>()?;
+    if let Some((values, units, tokens)) = gathered {
+        let weights = part(tokens)?.reshape((p * units, n / units, tokens))?;
+        output.push(weights.matmul(&values)?.reshape((p, n, d))?);
+    }
+    if let Some(estimate) = estimate {
+        output.push(part(estimate.scores.dims()[2])?.matmul(&estimate.values)?);
+    }
+    let output = output.into_iter().map(Ok).reduce(|a: candle_core::Result<_>, b| a? + b?);
+    Ok(output.expect("a query sees itself")?.reshape((p, rows, group, d))?)
+}
+
+/// f32 `(rows * group, tokens)`: minus infinity where an exact token comes after the row's own. `None` where none does.
+fn mask(exact: &[Range<usize>], last: usize, rows: usize, group: usize, device: &Device) -> Result<Option<Tensor>> {
+    if exact.iter().all(|r| r.end <= last + 1) {
+        return Ok(None);
+    }
+    let tokens: Vec<usize> = exact.iter().cloned().flatten().collect();
+    let of_row = |i: usize| tokens.iter().map(move |&t| if t > last + i / group { f32::NEG_INFINITY } else { 0.0 });
+    let mask: Vec<f32> = (0..rows * group).flat_map(of_row).collect();
+    Ok(Some(Tensor::from_vec(mask, (rows * group, tokens.len()), device)?))
+}
+
+/// Says which token of the cache is not finite, where a fit says which row or which of its `k` seeds.
+fn named_by_token(error: Error, waiting: &Range<usize>, k: usize) -> Error {
+    match error {
+        Error::NonFinite { argument, batch, row } => {
+            let row = if argument == "init" { row * waiting.len() / k } else { row };
+            Error::NonFinite { argument: "k", batch, row: waiting.start + row }
+        }
+        error => error,
+    }
+}
+
+/// The tokens `range` of all layers, stacked along the batch.
+fn stacked(layers: &[&mut ClusteredKvCache], pick: fn(&Stored) -> &Tensor, range: &Range<usize>) -> Result<Tensor> {
+    let of = |layer: &&mut ClusteredKvCache| {
+        let stored = layer.stored.as_ref().expect("tokens wait");
+        Ok(pick(stored).narrow(2, range.start, range.len())?)
+    };
+    match layers {
+        [layer] => Ok(of(layer)?.contiguous()?),
+        _ => Ok(Tensor::cat(&layers.iter().map(of).collect::<Result<Vec<_>>>()?, 0)?),
+    }
+}
+
+/// `t` `(p, n, k)`, or `value` where u8 `mask` `(p, 1, k)` is set.
+fn unless(mask: &Tensor, t: &Tensor, value: f64) -> Result<Tensor> {
+    let value = Tensor::full(value, (), t.device())?.to_dtype(t.dtype())?.broadcast_as(t.shape())?;
+    Ok(mask.broadcast_as(t.shape())?.where_cond(&value, t)?)
+}
+
+/// The type in which scores are weighed.
+fn wide(scores: &Tensor) -> Result<Tensor> {
+    Ok(scores.to_dtype(if scores.dtype() == DType::F64 { DType::F64 } else { DType::F32 })?)
+}
+
+/// The sizes of float `(batch, heads, n, d)`.
+fn heads(argument: &'static str, t: &Tensor) -> Result<[usize; 4]> {
+    if !matches!(t.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
+        return Err(Error::DType { argument, got: t.dtype(), expected: "F16, BF16, F32 or F64".into() });
+    }
+    match *t.dims() {
+        [b, h, n, d] if b * h * n * d > 0 => Ok([b, h, n, d]),
+        [_, _, _, _] => Err(Error::Range { argument, got: 0, min: 1, max: usize::MAX }),
+        _ => Err(Error::Size { argument, what: "number of dimensions", got: t.rank(), expected: 4 }),
+    }
+}
+
+fn check_like(argument: &'static str, t: &Tensor, like: &Tensor, expected: [usize; 4]) -> Result<()> {
+    problem::check_dtype(argument, t, like.dtype())?;
+    problem::check_device(argument, t, like.device())?;
+    if t.dims() != expected {
+        return Err(Error::Shape { argument, got: t.dims().to_vec(), expected: expected.to_vec() });
+    }
+    Ok(())
+}
