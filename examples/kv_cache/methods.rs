@@ -1,0 +1,181 @@
+//! What a query reads of a cached prompt, method by method.
+
+use crate::smollm2::{attend, Heads, SmolLm2};
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor, D};
+use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget};
+use candle_nn::ops::softmax_last_dim;
+use indicatif::ProgressBar;
+use std::time::Instant;
+
+pub const SINKS: usize = 4;
+pub const RECENT: usize = 64;
+/// Tokens in a page, and in a cluster on average.
+pub const GROUP: usize = 16;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    Full,
+    ClustersAndEstimate,
+    Clusters,
+    PagesAndEstimate,
+    /// Pages by the largest score that the bounds of their keys allow (Tang et al. 2024).
+    Quest,
+    Recent,
+}
+
+impl Method {
+    /// Those that spend a budget.
+    pub const ALL: [Self; 5] =
+        [Self::ClustersAndEstimate, Self::Clusters, Self::PagesAndEstimate, Self::Quest, Self::Recent];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full attention",
+            Self::ClustersAndEstimate => "clusters + estimate",
+            Self::Clusters => "clusters",
+            Self::PagesAndEstimate => "page means + estimate",
+            Self::Quest => "Quest pages",
+            Self::Recent => "recent window",
+        }
+    }
+}
+
+/// A prompt, in a cache for every block.
+pub struct Prompt {
+    tokens: usize,
+    clusters: Vec<ClusteredKvCache>,
+    pages: Vec<ClusteredKvCache>,
+    pub prefill_seconds: f64,
+    pub clustering_seconds: f64,
+}
+
+impl Prompt {
+    /// Runs the model over `ids` exactly and keeps keys and values in `dtype`; `bar` counts blocks.
+    pub fn new(model: &SmolLm2, ids: &[u32], dtype: DType, room: usize, bar: &ProgressBar) -> Result<Self> {
+        let new = || {
+            let cache = ClusteredKvCache::new(ids.len() + room).sinks(SINKS).recent(RECENT);
+            cache.cluster_size(GROUP).segment(1)
+        };
+        let caches = || (0..model.dims.layers).map(|_| new()).collect::<Vec<_>>();
+        let (mut clusters, mut pages) = (caches(), caches());
+        let device = model.embedding.device();
+        let (_, prefill_seconds) = seconds(device, || {
+            model.forward(ids, 0, |layer, heads| {
+                let [_, keys, values] = stored(heads, dtype)?;
+                clusters[layer].append(&keys, &values)?;
+                bar.inc(1);
+                attend(heads)
+            })
+        })?;
+        let (_, clustering_seconds) = seconds(device, || Ok(ClusteredKvCache::cluster_layers(&mut clusters)?))?;
+        for (cache, clustered) in pages.iter_mut().zip(&clusters) {
+            let (Some(keys), Some(values), Some(found)) = (clustered.k()?, clustered.v()?, clustered.clusters()) else {
+                anyhow::bail!("{} tokens are too few for a cluster", ids.len());
+            };
+            cache.append(&keys, &values)?;
+            let tokens = found.labels.dims()[2];
+            let page = Tensor::from_iter((0..tokens).map(|token| (token / GROUP) as u32), device)?;
+            cache.group(&page.broadcast_as(found.labels.shape())?.contiguous()?, tokens.div_ceil(GROUP))?;
+        }
+        Ok(Self { tokens: ids.len(), clusters, pages, prefill_seconds, clustering_seconds })
+    }
+
+    /// The logarithms of the next tokens' probabilities, (tokens, vocabulary), after each of `ids`, which follow the prompt.
+    /// They see each other exactly, and of the prompt what the method reads.
+    pub fn follow(&mut self, model: &SmolLm2, ids: &[u32], method: Method, budget: usize) -> Result<Tensor> {
+        let caches = if method == Method::PagesAndEstimate { &mut self.pages } else { &mut self.clusters };
+        let hidden = model.forward(ids, self.tokens, |layer, heads| {
+            let cache = &mut caches[layer];
+            let dtype = cache.k()?.map_or(DType::F32, |keys| keys.dtype());
+            let [queries, keys, values] = stored(heads, dtype)?;
+            let scale = 1.0 / (model.dims.head_dim as f64).sqrt();
+            let (keys, values) = cache.append(&keys, &values)?;
+            let output = match method {
+                Method::Full => cache.attend(&queries, scale, KvBudget::new(usize::MAX))?,
+                Method::Clusters => cache.attend(&queries, scale, KvBudget::new(budget).estimate(false))?,
+                Method::ClustersAndEstimate | Method::PagesAndEstimate => {
+                    cache.attend(&queries, scale, KvBudget::new(budget))?
+                }
+                Method::Quest | Method::Recent => {
+                    masked(&(queries * scale)?, &keys, &values, self.tokens, |queries, keys| match method {
+                        Method::Quest => quest(queries, keys, budget),
+                        _ => recent(queries, keys, budget),
+                    })?
+                }
+            };
+            cache.truncate(self.tokens)?;
+            let (_, heads, tokens, dim) = output.dims4()?;
+            Ok(output.to_dtype(DType::F32)?.squeeze(0)?.transpose(0, 1)?.reshape((tokens, heads * dim))?)
+        })?;
+        model.log_probabilities(&hidden)
+    }
+}
+
+/// Queries, keys and values as a cache takes them.
+fn stored(heads: &Heads, dtype: DType) -> Result<[Tensor; 3]> {
+    let of = |t: &Tensor| t.unsqueeze(0)?.to_dtype(dtype);
+    Ok([of(&heads.queries.flatten(0, 1)?)?, of(&heads.keys)?, of(&heads.values)?])
+}
+
+/// Attention of the tokens after the first `past` to each other, to sinks, to recent tokens, and to those that `choose`
+/// marks, u8 `(key heads, queries, tokens)`, given scaled queries and the keys to choose from.
+fn masked(
+    queries: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    past: usize,
+    choose: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let (_, query_heads, tokens, dim) = queries.dims4()?;
+    let (keys, values) = (keys.squeeze(0)?, values.squeeze(0)?);
+    let (key_heads, total, _) = keys.dims3()?;
+    let rows = query_heads / key_heads * tokens;
+    let flat = queries.contiguous()?.reshape((key_heads, rows, dim))?;
+    let chosen = choose(&flat, &keys.narrow(1, SINKS, past - RECENT - SINKS)?.contiguous()?)?;
+    let always = |count: usize| Tensor::ones((key_heads, rows, count), DType::U8, keys.device());
+    let new: Vec<u8> = (0..rows * tokens).map(|i| (i % tokens <= i / tokens % tokens) as u8).collect();
+    let new = Tensor::from_vec(new, (1, rows, tokens), keys.device())?.broadcast_as((key_heads, rows, tokens))?;
+    let seen = Tensor::cat(&[always(SINKS)?, chosen, always(RECENT)?, new.contiguous()?], 2)?;
+
+    let scores = flat.matmul(&keys.transpose(1, 2)?)?.to_dtype(DType::F32)?;
+    let never = Tensor::new(f32::NEG_INFINITY, keys.device())?.broadcast_as((key_heads, rows, total))?;
+    let weights = softmax_last_dim(&seen.where_cond(&scores, &never.contiguous()?)?)?;
+    let output = weights.to_dtype(values.dtype())?.matmul(&values)?;
+    Ok(output.reshape((1, query_heads, tokens, dim))?)
+}
+
+/// The pages whose bounds allow the largest scores.
+fn quest(queries: &Tensor, keys: &Tensor, budget: usize) -> Result<Tensor> {
+    let (heads, tokens, dim) = keys.dims3()?;
+    let pages = tokens.div_ceil(GROUP);
+    // The last key again changes no bound.
+    let last = keys.narrow(1, tokens - 1, 1)?.broadcast_as((heads, pages * GROUP - tokens, dim))?;
+    let keys = if pages * GROUP > tokens { Tensor::cat(&[keys, &last.contiguous()?], 1)? } else { keys.clone() };
+    let keys = keys.reshape((heads, pages, GROUP, dim))?;
+    let (high, low) = (keys.max(2)?, keys.min(2)?);
+    let bound = queries.relu()?.matmul(&high.transpose(1, 2)?)?;
+    let bound = (bound - queries.neg()?.relu()?.matmul(&low.transpose(1, 2)?)?)?.to_dtype(DType::F32)?;
+    // Sorting a permutation inverts it.
+    let rank = bound.arg_sort_last_dim(false)?.arg_sort_last_dim(true)?;
+    let chosen = rank.lt((budget / GROUP) as u32)?.unsqueeze(D::Minus1)?;
+    let rows = queries.dim(1)?;
+    let chosen = chosen.broadcast_as((heads, rows, pages, GROUP))?.reshape((heads, rows, pages * GROUP))?;
+    Ok(chosen.narrow(2, 0, tokens)?.contiguous()?)
+}
+
+/// The tokens before the recent ones.
+fn recent(queries: &Tensor, keys: &Tensor, budget: usize) -> Result<Tensor> {
+    let (heads, tokens, _) = keys.dims3()?;
+    let chosen = Tensor::from_iter((0..tokens).map(|token| (token + budget >= tokens) as u8), keys.device())?;
+    Ok(chosen.broadcast_as((heads, queries.dim(1)?, tokens))?.contiguous()?)
+}
+
+/// The result of some work on a device, and its seconds.
+pub fn seconds<T>(device: &Device, work: impl FnOnce() -> Result<T>) -> Result<(T, f64)> {
+    device.synchronize()?;
+    let start = Instant::now();
+    let result = work()?;
+    device.synchronize()?;
+    Ok((result, start.elapsed().as_secs_f64()))
+}
