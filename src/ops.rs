@@ -203,6 +203,36 @@ pub(crate) fn fit_on_chip(
     on_device!(x.device(), update::fit_on_chip(x, terms, metric, rule, progress, max_iters, centroids, labels, memory))
 }
 
+/// A cache of keys and values, its clusters, and how the queries of one token read it.
+pub(crate) struct Attention<'a> {
+    /// `(b, q_heads, d)`, of the keys' dtype, as all floats but the outcome's inside.
+    pub q: &'a Tensor,
+    /// `(b, heads, room, d)`, of which the first `tokens` are there.
+    pub keys: &'a Tensor,
+    pub values: &'a Tensor,
+    pub tokens: usize,
+    /// Tokens before the clustered ones.
+    pub sinks: usize,
+    /// u32 `(b, heads, clustered)`, counted from the first clustered token, and u32 `(b, heads, k + 1)`.
+    pub order: &'a Tensor,
+    pub offsets: &'a Tensor,
+    /// `(b, heads, k, d)`.
+    pub mean_keys: &'a Tensor,
+    pub mean_values: &'a Tensor,
+    pub scale: f64,
+    /// Clustered tokens that are read, fewer than there are.
+    pub budget: usize,
+    /// Whether the query heads of a key head choose together.
+    pub shared: bool,
+    /// Whether clusters stand in for their tokens that are not read.
+    pub estimate: bool,
+}
+
+/// What each query head takes from the cache, `(b, q_heads, d)`; nothing where there is no kernel for it.
+pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor>> {
+    on_device!(a.q.device(), attend::attend(a, memory))
+}
+
 /// Rows in each cluster, u32 `(b, k)`.
 pub(crate) fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
     let (_, offsets) = order(labels, k)?;

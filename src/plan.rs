@@ -198,9 +198,16 @@ impl Sort {
 
 thread_local!(static FORCED: Cell<Option<&'static str>> = const { Cell::new(None) });
 
-/// Makes this thread use the assignment kernel of that name wherever it can: for tests and tuning.
+/// Makes this thread use the assignment kernel of that name wherever it can, and no kernel that does the work of several: for
+/// tests and tuning.
 pub fn force(kernel: Option<&'static str>) {
     FORCED.set(kernel);
+}
+
+/// Whether there is such a name.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) fn forced() -> bool {
+    FORCED.get().is_some()
 }
 
 /// Centroids of a group of `assign_narrow.cu`.
@@ -248,7 +255,7 @@ impl FitNarrow {
         let resident = if columns > 2 { threads } else { 2 * threads };
         let many = (resident / ((most + STATIC_SHARED) / (shared + STATIC_SHARED)).max(1) / 32 * 32).clamp(32, threads);
         let threads = if b < tiles::FIT_PROBLEMS { threads } else { many }.min(n.next_multiple_of(32));
-        (fits && worth_it && FORCED.get().is_none()).then_some(Self { threads, shared, centroids })
+        (fits && worth_it && !forced()).then_some(Self { threads, shared, centroids })
     }
 }
 
@@ -273,7 +280,7 @@ impl FitResident {
         let Arch::Cuda { capability, processors } = arch else { return None };
         let halves = capability >= 80 && matches!(dtype, DType::F16 | DType::BF16) && metric != Metric::Manhattan;
         let columns = d.is_multiple_of(8) && (16..=tiles::TEAM_COLUMNS).contains(&d);
-        if !halves || !columns || k > tiles::TEAM_CENTROIDS || FORCED.get().is_some() {
+        if !halves || !columns || k > tiles::TEAM_CENTROIDS || forced() {
             return None;
         }
         let most = shared_memory(arch)?;

@@ -113,6 +113,14 @@ pub const SCAN_THREADS: usize = 1024;
 pub const SUM_STEPS: usize = 4;
 /// Batches of the ring through which a warp of it reads its rows.
 pub const SUM_BATCHES: usize = 2;
+/// Rows of a piece in `attend.cu`.
+pub const ATTEND_ROWS: usize = 64;
+/// Threads of a block that reads a piece.
+pub const ATTEND_THREADS: usize = 128;
+/// Threads of a block that ranks the clusters of a key head.
+pub const ATTEND_CHOOSERS: usize = 1024;
+/// Threads that add up the pieces of a column.
+pub const ATTEND_MERGERS: usize = 4;
 /// Threads of a block of every other kernel.
 pub const THREADS: usize = 256;
 /// Cells that one block walks in a pass over a matrix, and keys or labels in a pass over a list.

@@ -1,6 +1,7 @@
 //! The CPU backend: rayon over fixed tiles, no N x K matrix, the same functions as `cuda`.
 
 pub(crate) mod assign;
+pub(crate) mod attend;
 mod filter;
 pub(crate) mod update;
 

@@ -3,6 +3,7 @@
 //! Nothing here waits for the device or reads from it, and every launch goes through [`Kernel::run`].
 
 pub(crate) mod assign;
+pub(crate) mod attend;
 pub(crate) mod update;
 
 use crate::{
@@ -105,6 +106,7 @@ enum Image {
     AssignNarrow,
     AssignSm80,
     AssignSm90,
+    Attend,
     FitNarrow,
     FitResident,
     Recheck,
@@ -122,6 +124,7 @@ impl Image {
             Self::AssignNarrow => include_bytes!(concat!(env!("OUT_DIR"), "/assign_narrow.fatbin")),
             Self::AssignSm80 => include_bytes!(concat!(env!("OUT_DIR"), "/assign_sm80.fatbin")),
             Self::AssignSm90 => include_bytes!(concat!(env!("OUT_DIR"), "/assign_sm90.fatbin")),
+            Self::Attend => include_bytes!(concat!(env!("OUT_DIR"), "/attend.fatbin")),
             Self::FitNarrow => include_bytes!(concat!(env!("OUT_DIR"), "/fit_narrow.fatbin")),
             Self::FitResident => include_bytes!(concat!(env!("OUT_DIR"), "/fit_resident.fatbin")),
             Self::Recheck => include_bytes!(concat!(env!("OUT_DIR"), "/recheck.fatbin")),
