@@ -183,7 +183,7 @@ pub(crate) fn rows_of(centroids: &Tensor, labels: &Tensor) -> Result<Tensor> {
 
 /// The sum of the rows of each cluster, `(b, k, d)`, and their number, u32 `(b, k)`, for rows `(b, n, d)` and labels `(b, n)`
 /// that are known to be below `k`: nothing waits. No gradient flows.
-pub(crate) fn cluster_sums(x: &Tensor, labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
+pub(crate) fn sums_and_sizes(x: &Tensor, labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
     let rows = Rows::new(&x.detach())?;
     let sums = Tensor::zeros((rows.b, k, rows.d), x.dtype(), x.device())?;
     ops::update(&rows, &Terms::of(&rows)?, Some(labels), Rule::Sum, None, &sums, &Memory::default())?;

@@ -85,7 +85,7 @@ pub(crate) enum Rule {
 
 /// Memory that the ops of a fit use one after another, so that only the first ones allocate. The CPU's need none.
 #[cfg(not(feature = "cuda"))]
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Memory {}
 #[cfg(feature = "cuda")]
 pub(crate) use crate::cuda::Memory;
@@ -204,6 +204,7 @@ pub(crate) fn fit_on_chip(
 }
 
 /// A cache of keys and values, its clusters, and how the queries of one token read it.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) struct Attention<'a> {
     /// `(b, q_heads, d)`, of the keys' dtype, as all floats but the outcome's inside.
     pub q: &'a Tensor,

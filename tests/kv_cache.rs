@@ -346,6 +346,9 @@ fn forgets_what_it_is_told_to() {
         assert!(cache.current_seq_len() == 0 && cache.clusters().is_none() && cache.k().unwrap().is_none());
         append(&mut cache, 12, DType::F32, &device, &mut rng);
         assert!(!cache.cluster().unwrap(), "too few tokens for a segment");
+        cache.truncate(0).unwrap();
+        append(&mut cache, 50, DType::F32, &device, &mut rng);
+        assert_eq!(cache.current_seq_len(), 50);
     }
 }
 

@@ -127,7 +127,12 @@ fn score(model: &SmolLm2, ids: &[u32], args: &Args, dtype: DType) -> Result<()> 
     }
     bar.finish_and_clear();
     let title = "What SmolLM2 loses by reading a part of its cache";
-    chart::draw(&args.out, title, "share of the prompt read by budget", "KL to full attention", &lines)?;
+    let share = chart::Axis {
+        name: "share of the prompt read by budget",
+        ticks: vec![0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0],
+        label: |share| format!("{} %", share * 100.0),
+    };
+    chart::draw(&args.out, title, share, "KL to full attention", &lines)?;
     println!("\n{}", args.out.display());
     Ok(())
 }

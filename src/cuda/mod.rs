@@ -250,7 +250,7 @@ unsafe impl<'a, 'b: 'a, T> PushKernelArg<Nullable<'b, T>> for LaunchArgs<'a> {
 }
 
 /// Device memory that the ops of a fit use one after another.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Memory {
     /// Used up when the next op begins.
     scratch: Mutex<Option<CudaSlice<u8>>>,

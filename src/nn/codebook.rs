@@ -686,7 +686,7 @@ impl EmaCodebook {
         // Sums of halves would overflow their own type.
         let wide = if dtype == DType::F64 { dtype } else { DType::F32 };
         let (x, codes) = (x.detach().reshape((b, n, d))?.to_dtype(wide)?, codes.reshape((b, n))?);
-        let (sums, sizes) = functional::cluster_sums(&x, &codes, k)?;
+        let (sums, sizes) = functional::sums_and_sizes(&x, &codes, k)?;
         let usage = Usage::of(&sizes, &self.codebook.centroids.dims()[..self.codebook.centroids.rank() - 2])?;
 
         let Ema { decay, eps, threshold_ema_dead_code: threshold, .. } = self.ema;

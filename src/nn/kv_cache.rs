@@ -1,6 +1,10 @@
 //! A key/value cache that is read by clusters of its keys.
 
-use crate::{cluster_means, problem, sort_by_cluster, Error, Init, KMeans, Result};
+use crate::{
+    cluster_means,
+    ops::{self, Memory},
+    problem, sort_by_cluster, Error, Init, KMeans, Result,
+};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::softmax_last_dim;
 use std::ops::Range;
@@ -44,6 +48,7 @@ pub struct ClusteredKvCache {
     max_seq_len: usize,
     stored: Option<Stored>,
     clusters: Option<KvClusters>,
+    memory: Memory,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,7 +119,7 @@ impl ClusteredKvCache {
     /// a cluster on average, segments of at least 128 tokens, 4 passes of k-means.
     pub fn new(max_seq_len: usize) -> Self {
         let settings = Settings { sinks: 4, recent: 64, cluster_size: 16, segment: 128, passes: 4 };
-        Self { settings, max_seq_len, stored: None, clusters: None }
+        Self { settings, max_seq_len, stored: None, clusters: None, memory: Memory::default() }
     }
 
     /// The first tokens, which every query reads: models park attention there.
@@ -167,7 +172,9 @@ impl ClusteredKvCache {
         if self.stored.as_ref().is_none_or(|s| s.keys.dims()[2] < room) {
             let grown = |like: &Tensor, old: Option<Tensor>| {
                 let new = Tensor::zeros((batch, kv_heads, room, d), like.dtype(), like.device())?;
-                old.map_or(Ok(()), |old| new.slice_set(&old.contiguous()?, 2, 0))?;
+                if let Some(old) = old.filter(|_| len > 0) {
+                    new.slice_set(&old.contiguous()?, 2, 0)?;
+                }
                 Ok::<_, Error>(new)
             };
             let (keys, values) = (grown(k, self.k()?)?, grown(v, self.v()?)?);
@@ -286,8 +293,10 @@ impl ClusteredKvCache {
     /// mean key, the mean value and the number of tokens left. Where the budget suffices for all tokens, as before the
     /// first segment, this is attention.
     ///
-    /// Scores are computed in the cache's dtype, and weighed in f32 (f64 for f64). Nothing is read by the host. On a GPU
-    /// Candle sorts the clusters' scores in shared memory, which limits the clusters of a cache to 8,192 where that is 48 KiB.
+    /// Scores are computed in the cache's dtype, and weighed in f32 (f64 for f64). Nothing is read by the host. One row of
+    /// f16, bf16 or f32 with 64 or 128 columns is four kernels on a GPU, which read tokens where they lie and score in f32. For
+    /// others Candle sorts the clusters' scores in shared memory, which limits the clusters of a cache to 8,192 where that is
+    /// 48 KiB.
     ///
     /// # Errors
     /// Refuses queries whose shape, dtype or device does not fit the cache, and more rows than there are tokens after the
@@ -313,6 +322,27 @@ impl ClusteredKvCache {
         let free = if self.clusters.is_some() { stored.len - self.clustered().end } else { stored.len };
         if rows > free {
             return Err(Error::Range { argument: "q rows", got: rows, min: 1, max: free });
+        }
+
+        if let (1, Some(c)) = (rows, clusters) {
+            let attention = ops::Attention {
+                q: &q.reshape((b, q_heads, d))?.contiguous()?,
+                keys: &stored.keys,
+                values: &stored.values,
+                tokens: stored.len,
+                sinks: self.settings.sinks,
+                order: &c.order,
+                offsets: &c.offsets,
+                mean_keys: &c.mean_keys,
+                mean_values: &c.mean_values,
+                scale: softmax_scale,
+                budget: budget.tokens,
+                shared: budget.shared,
+                estimate: budget.estimate,
+            };
+            if let Some(output) = ops::attend(&attention, &self.memory)? {
+                return Ok(output.reshape((batch, q_heads, 1, d))?);
+            }
         }
 
         let group = q_heads / kv_heads;

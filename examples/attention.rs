@@ -1,0 +1,175 @@
+//! One token's attention over a long cache, read by clusters, beside attention over all of it.
+//!
+//! ```text
+//! cargo run --release --example attention [--device cpu|cuda] [--tokens 32768,65536,131072] [--batch 1,4,16]
+//! ```
+//! The shapes are those of an 8B model: 8 key heads, 32 query heads, 128 columns. Keys lie in blobs and queries near
+//! some of them, so that attention has something to find; values are random. Printed are the time to cluster, the time of
+//! one step against dense attention by Candle's ops, and the relative error of the output.
+
+use anyhow::{ensure, Result};
+use candle_core::{DType, Device, Tensor, D};
+use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget};
+use candle_nn::ops::softmax_last_dim;
+use clap::{Parser, ValueEnum};
+use common::memory;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::time::Instant;
+
+mod common {
+    pub mod memory;
+}
+
+const HEADS: usize = 8;
+const QUERY_HEADS: usize = 32;
+const COLUMNS: usize = 128;
+/// Tokens of a blob of keys.
+const BLOB: usize = 48;
+
+#[derive(Parser)]
+#[command(about = "Attention of one token that reads clusters of its cache, against all of it")]
+struct Args {
+    #[arg(long, default_value = "cpu")]
+    device: Backend,
+    #[arg(long, value_delimiter = ',')]
+    tokens: Vec<usize>,
+    #[arg(long, value_delimiter = ',')]
+    batch: Vec<usize>,
+    /// Tokens of a cluster on average
+    #[arg(long, value_delimiter = ',', default_values_t = [16, 32, 64])]
+    cluster_size: Vec<usize>,
+    /// The share of the tokens that is read
+    #[arg(long, default_value_t = 0.02)]
+    share: f64,
+    /// Timed steps
+    #[arg(long, default_value_t = 50)]
+    steps: usize,
+    /// Print one JSON line a case
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Backend {
+    Cpu,
+    Cuda,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let (device, dtype) = match args.device {
+        Backend::Cpu => (Device::Cpu, DType::F32),
+        Backend::Cuda => (Device::new_cuda(0)?, DType::F16),
+    };
+    memory::keep(&device)?;
+    let or = |given: &[usize], small: &[usize], large: &[usize]| match (given.is_empty(), args.device) {
+        (false, _) => given.to_vec(),
+        (true, Backend::Cpu) => small.to_vec(),
+        (true, Backend::Cuda) => large.to_vec(),
+    };
+    let tokens = or(&args.tokens, &[4096], &[32_768, 65_536, 131_072]);
+    let batches = or(&args.batch, &[1], &[1, 4, 16]);
+    if !args.json {
+        println!("  tokens  batch  a cluster  clustering   dense step  clustered  times  error, estimates in and out");
+    }
+    let bar = ProgressBar::new((tokens.len() * batches.len() * args.cluster_size.len()) as u64);
+    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}")?);
+    for &n in &tokens {
+        for &batch in &batches {
+            bar.set_message(format!("{batch} x {n} tokens"));
+            let step = Step::new(n, batch, dtype, &device)?;
+            let (dense, dense_ms) = step.timed(args.steps, || step.dense())?;
+            for &size in &args.cluster_size {
+                let budget = (n as f64 * args.share) as usize;
+                let mut cache = ClusteredKvCache::new(n).cluster_size(size).passes(4);
+                cache.append(&step.keys, &step.values)?;
+                device.synchronize()?;
+                let start = Instant::now();
+                ensure!(cache.cluster()?, "{n} tokens are too few for clusters");
+                device.synchronize()?;
+                let clustering = start.elapsed().as_secs_f64() * 1e3;
+                let scale = 1.0 / (COLUMNS as f64).sqrt();
+                let read = |estimate| {
+                    Ok(cache.attend(&step.q, scale, KvBudget::new(budget).shared(true).estimate(estimate))?)
+                };
+                let (with, ms) = step.timed(args.steps, || read(true))?;
+                let [with, without] = [apart(&with, &dense)?, apart(&read(false)?, &dense)?];
+                let times = dense_ms / ms;
+                bar.suspend(|| {
+                    if args.json {
+                        println!(
+                            "{{\"tokens\": {n}, \"batch\": {batch}, \"cluster_size\": {size}, \"budget\": {budget}, \"clustering_ms\": \
+                             {clustering:.3}, \"dense_ms\": {dense_ms:.4}, \"ms\": {ms:.4}, \"error\": {with:.5}, \
+                             \"error_without_estimate\": {without:.5}}}"
+                        );
+                    } else {
+                        println!(
+                            "{n:8} {batch:6} {size:10} {clustering:9.1} ms {dense_ms:9.3} ms {ms:7.3} ms {times:5.1}x  {with:.4}, \
+                             {without:.4}"
+                        );
+                    }
+                });
+                bar.inc(1);
+            }
+        }
+    }
+    bar.finish_and_clear();
+    Ok(())
+}
+
+/// A cache, and the queries of the next token.
+struct Step {
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+}
+
+impl Step {
+    fn new(n: usize, batch: usize, dtype: DType, device: &Device) -> Result<Self> {
+        device.set_seed(1)?;
+        let random = |std: f32, shape: (usize, usize, usize, usize)| {
+            Ok::<_, anyhow::Error>(Tensor::randn(0f32, std, shape, device)?.to_dtype(dtype)?)
+        };
+        let blobs = n.div_ceil(BLOB);
+        let centres = random(1.0, (batch, HEADS, blobs, COLUMNS))?;
+        // Neighbouring tokens are of different blobs, so that pages of them would say little.
+        let of = Tensor::from_iter((0..n).map(|i| (i * 7919 % blobs) as u32), device)?;
+        let keys = (centres.index_select(&of, 2)? + random(0.6, (batch, HEADS, n, COLUMNS))?)?;
+        let values = random(1.0, (batch, HEADS, n, COLUMNS))?;
+        // Each query head looks for one blob.
+        let group = QUERY_HEADS / HEADS;
+        let wanted = Tensor::from_iter((0..group).map(|g| (g * 31 % blobs) as u32), device)?;
+        let q = centres.index_select(&wanted, 2)?.affine(0.7, 0.0)?;
+        let q = (q + random(0.4, (batch, HEADS, group, COLUMNS))?)?.reshape((batch, QUERY_HEADS, 1, COLUMNS))?;
+        Ok(Self { q, keys, values })
+    }
+
+    /// Attention over all tokens, the query heads of a key head as rows of one product.
+    fn dense(&self) -> Result<Tensor> {
+        let (batch, heads, _, d) = self.keys.dims4()?;
+        let q = (self.q.reshape((batch, heads, QUERY_HEADS / HEADS, d))? * (1.0 / (d as f64).sqrt()))?;
+        let scores = q.matmul(&self.keys.t()?)?.to_dtype(DType::F32)?;
+        let weights = softmax_last_dim(&scores)?.to_dtype(self.values.dtype())?;
+        Ok(weights.matmul(&self.values)?.reshape((batch, QUERY_HEADS, 1, d))?)
+    }
+
+    /// The last result, and the milliseconds of a call, queued one after another as a model does.
+    fn timed(&self, steps: usize, mut call: impl FnMut() -> Result<Tensor>) -> Result<(Tensor, f64)> {
+        let device = self.q.device();
+        let mut out = call()?;
+        device.synchronize()?;
+        let start = Instant::now();
+        for _ in 0..steps {
+            out = call()?;
+        }
+        device.synchronize()?;
+        Ok((out, start.elapsed().as_secs_f64() * 1e3 / steps as f64))
+    }
+}
+
+/// How far two outputs are apart, relative to the second.
+fn apart(a: &Tensor, b: &Tensor) -> Result<f32> {
+    let (a, b) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
+    let norm = |t: &Tensor| t.sqr()?.sum(D::Minus1)?.sqrt()?.mean_all()?.to_scalar::<f32>();
+    Ok(norm(&(a - &b)?)? / norm(&b)?)
+}
