@@ -146,10 +146,14 @@ extern "C" __global__ void __launch_bounds__(ATTEND_CHOOSERS, 1)
     for (int64_t j = threadIdx.x; j < c.k; j += blockDim.x) {
         ranks[j] = c.group == 1 ? ordered(__float_as_uint(scores[j])) : 0;
     }
-    // A few query heads at a time. (Sums of numbers that are not negative, whose bits are ordered as they are.)
+    __syncthreads();
+    // A few query heads at a time; a cluster without tokens is none. (Sums of numbers that are not negative, whose bits
+    // are ordered as they are.)
     for (int64_t from = 0; c.group > 1 && from < c.group; from += HEADS) {
         const float* const its = scores + from * c.k;
-        const auto score = [&](int g, int64_t j) { return from + g < c.group ? its[g * c.k + j] : -INFINITY; };
+        const auto score = [&](int g, int64_t j) {
+            return from + g < c.group && begins[j] < begins[j + 1] ? its[g * c.k + j] : -INFINITY;
+        };
         float most[HEADS], sum[HEADS];
 #pragma unroll
         for (int g = 0; g < HEADS; ++g) most[g] = -INFINITY, sum[g] = 0;

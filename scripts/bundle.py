@@ -7,7 +7,8 @@ Each group after `--` is one cargo command, for example
 
     bundle.py out.tar.xz -- test --release --features cuda --no-run -- build --release --features cuda --examples
 
-and every executable that it reports goes in under the name of its target (unit tests as NAME-unit).
+and every executable that it reports goes in under the name of its target (unit tests as NAME-unit, a second one of a name as
+NAME-2).
 On the GPU machine: mkdir bin && tar -xf OUT.tar.xz -C bin && LD_LIBRARY_PATH=/usr/local/cuda/lib64 bin/NAME
 """
 
@@ -60,7 +61,12 @@ def build(command):
 
 def main():
     out, extra, commands = parse(sys.argv[1:])
-    executables = dict(found for command in commands for found in build(command))
+    executables = {}
+    for command in commands:
+        for name, path in build(command):
+            # A test and an example may share a name; commands that make the same executable again do not.
+            taken = executables.get(name, path) != path
+            executables[f"{name}-2" if taken else name] = path
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget, KvClusters};
-use candle_flash_kmeans::Error;
+use candle_flash_kmeans::{testing, Error};
 use common::*;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -199,6 +199,49 @@ fn reads_what_the_budget_says_and_estimates_the_rest() {
                     let all = (tokens, estimate, shared);
                     let out = cache.attend(&q, SCALE, budget(all)).unwrap();
                     assert_near(&out, &spec(&cache, &q, all), 1e-11, &format!("seed {seed}, {all:?}"));
+                }
+            }
+        }
+    }
+}
+
+/// The shapes that a GPU has kernels for: one row of 64 or 128 columns. Clusters of one token leave halves nothing to
+/// choose, so that rounded ranks cannot matter.
+#[test]
+fn one_row_of_many_columns() {
+    for device in devices() {
+        let mut rng = rng(57);
+        for (d, heads) in [(64, 2), (64, 6), (128, 8), (128, 12)] {
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                let size = if dtype == DType::F32 { 5 } else { 1 };
+                let mut cache = ClusteredKvCache::new(300).sinks(SINKS).recent(RECENT).cluster_size(size).segment(1);
+                let [k, v] = [(); 2].map(|_| random([2, 2, 250, d], dtype, &device, &mut rng));
+                cache.append(&k, &v).unwrap();
+                if dtype == DType::F32 {
+                    // Sizes from none to many.
+                    let labels = (0..4 * 237).map(|_| rng.random_range(0..40u32).min(rng.random_range(0..60)));
+                    cache
+                        .group(&Tensor::from_iter(labels, &device).unwrap().reshape((2, 2, 237)).unwrap(), 45)
+                        .unwrap();
+                } else {
+                    cache.cluster().unwrap();
+                }
+                let [k, v] = [(); 2].map(|_| random([2, 2, 9, d], dtype, &device, &mut rng));
+                cache.append(&k, &v).unwrap();
+                let q = (random([2, heads, 1, d], dtype, &device, &mut rng) * 0.3).unwrap();
+                for tokens in [1, 30, 100, 236] {
+                    for (estimate, shared) in [(true, false), (false, false), (true, true), (false, true)] {
+                        if dtype != DType::F32 && !estimate {
+                            continue;
+                        }
+                        testing::launches();
+                        let out = cache.attend(&q, SCALE, budget((tokens, estimate, shared))).unwrap();
+                        let fused = testing::launches().iter().any(|l| l.starts_with("attend_split"));
+                        assert_eq!(fused, device.is_cuda());
+                        let expected = spec(&cache, &q, (tokens, estimate, shared));
+                        let what = format!("{dtype:?} {d} columns, {heads} heads: {tokens}, {estimate}, {shared}");
+                        assert_near(&out, &expected, 5.0 * tolerance(dtype), &what);
+                    }
                 }
             }
         }
