@@ -72,6 +72,11 @@ fn main() -> Result<()> {
     if !args.json {
         println!("  tokens  batch  a cluster  clustering   dense step  clustered  times  error, estimates in and out");
     }
+    // The first fit loads the kernels.
+    let warm = Step::new(1024, 1, dtype, &device)?;
+    let mut cache = ClusteredKvCache::new(1024);
+    cache.append(&warm.keys, &warm.values)?;
+    cache.cluster()?;
     let bar = ProgressBar::new((tokens.len() * batches.len() * args.cluster_size.len()) as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}")?);
     for &n in &tokens {

@@ -48,6 +48,30 @@ fn order_is_stable_and_offsets_bound_the_clusters() {
     }
 }
 
+/// Every number of clusters has its own tiles and memory.
+#[test]
+fn any_number_of_clusters_can_be_summed() {
+    let mut rng = rng(13);
+    for device in devices() {
+        for n in [17_000, 9000] {
+            for k in (1..=68).map(|i| 124 * i - 4) {
+                let labels = random_labels(1, n, k, &mut rng);
+                let x = tensor(&[1, n, 1], DType::F64, |i| (i % 1009) as f64);
+                let means =
+                    cluster_means(&x.to_device(&device).unwrap(), &labels.to_device(&device).unwrap(), k).unwrap();
+                let (mut sums, mut counts) = (vec![0.0; k], vec![0.0; k]);
+                for (i, label) in u32s(&labels).into_iter().enumerate() {
+                    (sums[label as usize], counts[label as usize]) =
+                        (sums[label as usize] + (i % 1009) as f64, counts[label as usize] + 1.0);
+                }
+                let expected: Vec<f64> =
+                    sums.iter().zip(&counts).map(|(s, c)| if *c > 0.0 { s / c } else { 0.0 }).collect();
+                assert_eq!(f64s(&means), expected, "{n} rows in {k} clusters on {:?}", device.location());
+            }
+        }
+    }
+}
+
 /// Means of every shape against the specification: whole numbers to the bit, others to the last.
 #[test]
 fn means_are_rounded_once() {

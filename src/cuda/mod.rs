@@ -8,7 +8,7 @@ pub(crate) mod update;
 
 use crate::{
     ops::{Progress, Turn},
-    plan::Arch,
+    plan::{Arch, STATIC_SHARED},
     problem::Rows,
     Error, Result,
 };
@@ -144,8 +144,8 @@ struct Loaded {
 
 static LOADED: LazyLock<Mutex<Loaded>> = LazyLock::new(Mutex::default);
 
-/// Dynamic shared memory that a launch gets unasked.
-const FREE_SHARED: usize = 48 * 1024;
+/// Dynamic shared memory that a launch gets unasked, beside what its kernel has of its own.
+const FREE_SHARED: usize = 48 * 1024 - STATIC_SHARED;
 
 /// A kernel, ready to launch on a device's stream.
 struct Kernel {
