@@ -7,8 +7,8 @@ Each group after `--` is one cargo command, for example
 
     bundle.py out.tar.xz -- test --release --features cuda --no-run -- build --release --features cuda --examples
 
-and every executable that it reports goes in under the name of its target (unit tests as NAME-unit, a second one of a name as
-NAME-2).
+and every executable that it reports goes in under the name of its target (unit tests as NAME-unit, an
+example that shares its name with a test as NAME-example).
 On the GPU machine: mkdir bin && tar -xf OUT.tar.xz -C bin && LD_LIBRARY_PATH=/usr/local/cuda/lib64 bin/NAME
 """
 
@@ -43,7 +43,7 @@ def parse(arguments):
 
 
 def build(command):
-    """Runs cargo and yields (name, path) for each executable that it made."""
+    """Runs cargo and yields (name, kind, path) for each executable that it made."""
     cargo = ["cargo", *command, "--message-format=json-render-diagnostics"]
     with subprocess.Popen(cargo, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -54,19 +54,16 @@ def build(command):
                 continue
             target = message["target"]
             unit = message["profile"]["test"] and target["kind"][0] in ("lib", "bin")
-            yield target["name"] + ("-unit" if unit else ""), message["executable"]
+            yield target["name"] + ("-unit" if unit else ""), target["kind"][0], message["executable"]
     if process.returncode:
         sys.exit(f"cargo {' '.join(command)} failed")
 
 
 def main():
     out, extra, commands = parse(sys.argv[1:])
-    executables = {}
-    for command in commands:
-        for name, path in build(command):
-            # A test and an example may share a name; commands that make the same executable again do not.
-            taken = executables.get(name, path) != path
-            executables[f"{name}-2" if taken else name] = path
+    built = [found for command in commands for found in build(command)]
+    tests = {name for name, kind, _ in built if kind == "test"}
+    executables = {f"{name}-example" if kind == "example" and name in tests else name: path for name, kind, path in built}
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory() as folder,
