@@ -13,13 +13,11 @@ constexpr int ROWS = ATTEND_ROWS, BLOCK = ATTEND_THREADS, WARPS = BLOCK / WARP;
 constexpr int EACH = 8;                  // columns of a lane
 constexpr int UNROLL = 2;                // rows of a lane under way
 constexpr int MERGERS = ATTEND_MERGERS;  // threads that add up a column
-static_assert(ROWS % BLOCK == 0 || BLOCK % ROWS == 0, "whole turns");
 
 /// A cache and the queries of one token (`Cache` in src/cuda/attend.rs). A unit is what chooses alone: the query heads
 /// of a key head together, or each of them.
 struct Cache {
     int64_t head_stride;               // from a key head to the next, in elements; tokens are `d` apart
-    int64_t heads;                     // key heads of all problems
     int64_t units, group;              // units of a key head, and query heads of a unit
     int64_t sinks, clustered, tokens;  // those before the clusters, those in them, and all
     int64_t k, budget;
@@ -62,7 +60,7 @@ struct Queries {
         }
     }
 
-    /// The scores of a row, in all its lanes.
+    /// This lane's part of the scores of a row.
     __device__ __forceinline__ void score(float (&s)[QUERIES], const T* row) const {
         float v[EACH];
         load_columns(v, row + threadIdx.x % LANES * EACH);
@@ -71,7 +69,6 @@ struct Queries {
             s[g] = 0;
 #pragma unroll
             for (int i = 0; i < EACH; ++i) s[g] = fmaf(values[g][i], v[i], s[g]);
-            s[g] = over_lanes<LANES>(s[g]);
         }
     }
 };
@@ -92,8 +89,9 @@ __device__ void score_means(const T* q, const T* means, const Cache& c, float* s
             queries.score(s, means + (head * c.k + j) * D);
 #pragma unroll
             for (int g = 0; g < QUERIES; ++g) {
+                const float all = over_lanes<LANES>(s[g]);
                 if (threadIdx.x % LANES == g % LANES && g < live && first + at < c.k) {
-                    scores[(head * of_head + from + g) * c.k + j] = s[g];
+                    scores[(head * of_head + from + g) * c.k + j] = all;
                 }
             }
         }
@@ -227,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(ATTEND_CHOOSERS, 1)
         const uint32_t here = places[j] < budget ? min(size(j), budget - places[j]) : 0;
         left[j] = size(j) - here;
     }
-    // A warp writes a cluster's tokens; few clusters are listed, so threads find them.
+    // A thread to each cluster finds those that are listed, which are few; its warp writes the tokens of each.
     const int lane = threadIdx.x % WARP;
     for (int64_t first = threadIdx.x / WARP * WARP; first < c.k; first += blockDim.x) {
         const int64_t j = first + lane;
@@ -276,14 +274,7 @@ __device__ void attend_piece(const T* q, const T* keys, const T* values, const T
             const uint32_t row = from[i];
             float s[QUERIES];
             if (row < CLUSTER) {
-                float v[EACH];
-                load_columns(v, keys + int64_t(row) * D + part_of_row * EACH);
-#pragma unroll
-                for (int g = 0; g < QUERIES; ++g) {
-                    s[g] = 0;
-#pragma unroll
-                    for (int e = 0; e < EACH; ++e) s[g] = fmaf(queries.values[g][e], v[e], s[g]);
-                }
+                queries.score(s, keys + int64_t(row) * D);
             } else {
                 const uint32_t j = row & ~CLUSTER;
                 const float bias = row == NOTHING ? -INFINITY : __logf(left[unit * c.k + j]);

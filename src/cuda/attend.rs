@@ -16,7 +16,6 @@ use candle_core::{
 #[repr(C)]
 struct Cache {
     head_stride: i64,
-    heads: i64,
     units: i64,
     group: i64,
     sinks: i64,
@@ -50,7 +49,6 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
     let pieces = (near + a.budget + if a.estimate { k } else { 0 }).div_ceil(ATTEND_ROWS);
     let of = Cache {
         head_stride: (room * d) as i64,
-        heads: elements(&[b, heads]) as i64,
         units: units as i64,
         group: group as i64,
         sinks: a.sinks as i64,
