@@ -11,12 +11,14 @@ use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor, D};
 use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget};
 use candle_nn::ops::softmax_last_dim;
-use clap::{Parser, ValueEnum};
+use clap::Parser;
+use common::backend::Backend;
 use common::memory;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::time::Instant;
 
 mod common {
+    pub mod backend;
     pub mod memory;
 }
 
@@ -49,23 +51,14 @@ struct Args {
     json: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Backend {
-    Cpu,
-    Cuda,
-}
-
 fn main() -> Result<()> {
     let args = Args::parse();
-    let (device, dtype) = match args.device {
-        Backend::Cpu => (Device::Cpu, DType::F32),
-        Backend::Cuda => (Device::new_cuda(0)?, DType::F16),
-    };
+    let (device, dtype) = args.device.open()?;
     memory::keep(&device)?;
-    let or = |given: &[usize], small: &[usize], large: &[usize]| match (given.is_empty(), args.device) {
+    let or = |given: &[usize], small: &[usize], large: &[usize]| match (given.is_empty(), device.is_cuda()) {
         (false, _) => given.to_vec(),
-        (true, Backend::Cpu) => small.to_vec(),
-        (true, Backend::Cuda) => large.to_vec(),
+        (true, false) => small.to_vec(),
+        (true, true) => large.to_vec(),
     };
     let tokens = or(&args.tokens, &[4096], &[32_768, 65_536, 131_072]);
     let batches = or(&args.batch, &[1], &[1, 4, 16]);

@@ -8,19 +8,21 @@
 //! trained in one call for all heads and pieces, or of the other text. Four sink tokens and the recent ones stay exact.
 
 use anyhow::Result;
-use candle_core::{DType, Device, Module, Tensor};
+use candle_core::{DType, Module, Tensor};
 use candle_flash_kmeans::{
     nn::{Codebook, ProductQuantizer},
     KMeans,
 };
 use candle_nn::ops::softmax_last_dim;
-use clap::{Parser, ValueEnum};
+use clap::Parser;
+use common::backend::Backend;
 use common::cache::{Cache, TEXTS};
 use common::chart;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
 
 mod common {
+    pub mod backend;
     pub mod cache;
     pub mod chart;
 }
@@ -45,12 +47,6 @@ struct Args {
     out: PathBuf,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Backend {
-    Cpu,
-    Cuda,
-}
-
 /// A way to store keys and values, and what it costs.
 struct Stored {
     line: String,
@@ -62,10 +58,7 @@ struct Stored {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let device = match args.device {
-        Backend::Cpu => Device::Cpu,
-        Backend::Cuda => Device::new_cuda(0)?,
-    };
+    let (device, _) = args.device.open()?;
     let cache = Cache::load(&device)?;
     let tokens = cache.keys.dim(1)?;
     let full = attention(&cache, &cache.keys, &cache.values)?;

@@ -11,7 +11,8 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor, D};
 use candle_flash_kmeans::{cluster_means, sort_by_cluster, KMeans};
 use candle_nn::ops::softmax_last_dim;
-use clap::{Parser, ValueEnum};
+use clap::Parser;
+use common::backend::Backend;
 use common::cache::{Cache, TEXTS};
 use common::chart;
 use common::timing::{ms, timed};
@@ -20,6 +21,7 @@ use rand_chacha::ChaCha8Rng;
 use std::path::PathBuf;
 
 mod common {
+    pub mod backend;
     pub mod cache;
     pub mod chart;
     pub mod timing;
@@ -44,18 +46,9 @@ struct Args {
     out: PathBuf,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Backend {
-    Cpu,
-    Cuda,
-}
-
 fn main() -> Result<()> {
     let args = Args::parse();
-    let (device, dtype) = match args.device {
-        Backend::Cpu => (Device::Cpu, DType::F32),
-        Backend::Cuda => (Device::new_cuda(0)?, DType::F16),
-    };
+    let (device, dtype) = args.device.open()?;
     let cache = Cache::load(&device)?;
     let (heads, tokens, _) = cache.keys.dims3()?;
     let keys = cache.keys.to_dtype(dtype)?;

@@ -13,12 +13,17 @@ use candle_flash_kmeans::{
     KMeans, Metric,
 };
 use candle_nn::{loss::mse, AdamW, Linear, Module, Optimizer, ParamsAdamW};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
+use common::backend::Backend;
 use indicatif::{ProgressBar, ProgressStyle};
 use plotters::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::path::{Path, PathBuf};
+
+mod common {
+    pub mod backend;
+}
 
 const SIDE: usize = 16;
 const PIXELS: usize = SIDE * SIDE;
@@ -44,12 +49,6 @@ struct Args {
     out: PathBuf,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Backend {
-    Cpu,
-    Cuda,
-}
-
 /// Where the codebook starts.
 #[derive(Clone, Copy)]
 enum Start {
@@ -68,10 +67,7 @@ struct Outcome {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let device = match args.device {
-        Backend::Cpu => Device::Cpu,
-        Backend::Cuda => Device::new_cuda(0)?,
-    };
+    let (device, _) = args.device.open()?;
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let (train, test) = (images(TRAIN, &mut rng, &device)?, images(TEST, &mut rng, &device)?);
 

@@ -8,13 +8,16 @@
 //! it is asked for five digits hidden in the prompt instead.
 
 use anyhow::{ensure, Context, Result};
-use candle_core::{DType, Device, Tensor};
-use clap::{Parser, ValueEnum};
+use backend::Backend;
+use candle_core::{DType, Tensor};
+use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use methods::{Method, Prompt, GROUP, RECENT, SINKS};
 use smollm2::{picked, SmolLm2};
 use std::{fs, path::PathBuf};
 
+#[path = "../common/backend.rs"]
+mod backend;
 #[path = "../common/chart.rs"]
 mod chart;
 mod methods;
@@ -55,12 +58,6 @@ struct Args {
     out: PathBuf,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Backend {
-    Cpu,
-    Cuda,
-}
-
 fn main() -> Result<()> {
     let args = Args::parse();
     ensure!(args.model.is_file(), "{} is not a file.\n{HOW_TO_GET_THE_MODEL}", args.model.display());
@@ -68,10 +65,7 @@ fn main() -> Result<()> {
     ensure!(args.tokens >= near + GROUP, "--tokens {}: at least {} are needed", args.tokens, near + GROUP);
     ensure!(args.scored > 0, "--scored 0: there is nothing to measure");
     ensure!(args.budgets.iter().all(|&b| b >= GROUP), "--budgets: a page has {GROUP} tokens");
-    let (device, dtype) = match args.device {
-        Backend::Cpu => (Device::Cpu, DType::F32),
-        Backend::Cuda => (Device::new_cuda(0)?, DType::F16),
-    };
+    let (device, dtype) = args.device.open()?;
     let model = SmolLm2::load(&args.model, &device)?;
     let text = fs::read_to_string(&args.text).with_context(|| format!("cannot read {}", args.text.display()))?;
     let ids = model.encode(&text)?;
