@@ -88,11 +88,21 @@ fn reduce(x: &Tensor, labels: &Tensor, k: usize, rule: Rule) -> Result<Tensor> {
     let p = Problem::rows(x, k)?;
     check_labels_of(&p, labels, x.device())?;
     check_labels(&flat, k)?;
-    let rows = Rows::new(&x.detach())?;
-    let reduced = Tensor::zeros((p.b, k, p.d), p.dtype, x.device())?;
-    ops::update(&rows, &Terms::of(&rows)?, Some(&flat), rule, None, &reduced, &Memory::default())?;
-    let reduced = reduced.reshape(p.shape(&[k, p.d]))?;
+    let reduced = reduce_known(&Rows::new(&x.detach())?, &flat, k, rule)?.reshape(p.shape(&[k, p.d]))?;
     Attached::to(x, reduced, Gradient::Clusters { rule, labels: flat, k })
+}
+
+/// The sums or means of clusters, `(b, k, d)`, by labels `(b, n)` that are known to be below `k`: nothing waits.
+fn reduce_known(rows: &Rows, labels: &Tensor, k: usize, rule: Rule) -> Result<Tensor> {
+    let reduced = Tensor::zeros((rows.b, k, rows.d), rows.dtype(), rows.device())?;
+    ops::update(rows, &Terms::of(rows)?, Some(labels), rule, None, &reduced, &Memory::default())?;
+    Ok(reduced)
+}
+
+/// [`cluster_means`] by labels that are known to be below `k`: nothing waits. No gradient flows.
+pub(crate) fn known_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
+    let (flat, p) = (problem::labels(labels, k)?, Problem::rows(x, k)?);
+    Ok(reduce_known(&Rows::new(&x.detach())?, &flat, k, Rule::Mean)?.reshape(p.shape(&[k, p.d]))?)
 }
 
 /// The number of rows in each cluster, u32 `(..batch, k)`, for u32 `labels` `(..batch, n)` below `k`.
@@ -184,10 +194,7 @@ pub(crate) fn rows_of(centroids: &Tensor, labels: &Tensor) -> Result<Tensor> {
 /// The sum of the rows of each cluster, `(b, k, d)`, and their number, u32 `(b, k)`, for rows `(b, n, d)` and labels `(b, n)`
 /// that are known to be below `k`: nothing waits. No gradient flows.
 pub(crate) fn sums_and_sizes(x: &Tensor, labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
-    let rows = Rows::new(&x.detach())?;
-    let sums = Tensor::zeros((rows.b, k, rows.d), x.dtype(), x.device())?;
-    ops::update(&rows, &Terms::of(&rows)?, Some(labels), Rule::Sum, None, &sums, &Memory::default())?;
-    Ok((sums, ops::cluster_sizes(labels, k)?))
+    Ok((reduce_known(&Rows::new(&x.detach())?, labels, k, Rule::Sum)?, ops::cluster_sizes(labels, k)?))
 }
 
 /// The sum of each row of `values`, f64 `(b, k)`, the same bits on every device: f64 `(b,)`.

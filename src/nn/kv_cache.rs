@@ -1,7 +1,7 @@
 //! A key/value cache that is read by clusters of its keys.
 
 use crate::{
-    cluster_means,
+    functional,
     ops::{self, Memory},
     problem, sort_by_cluster, Error, Init, KMeans, Result,
 };
@@ -257,11 +257,11 @@ impl ClusteredKvCache {
         let k = m.div_ceil(first.settings.cluster_size);
         let keys = stacked(&layers, |s| &s.keys, &waiting)?;
         // Evenly spaced keys, and not random ones: they do not depend on which layers are clustered together.
-        let seeds: Vec<u32> = (0..k).map(|i| (i * m / k) as u32).collect();
-        let seeds = keys.index_select(&Tensor::new(seeds, keys.device())?, 2)?;
-        let fit = KMeans::new(k).init(Init::Given(seeds)).max_iters(passes).fit(&keys);
-        let labels = fit.map_err(|error| named_by_token(error, &waiting, k))?.labels;
-        Self::add_segment(&mut layers, &keys, &labels, k)?;
+        let settings = KMeans::new(k).init(Init::Even).max_iters(passes);
+        let mut fit = settings.prepare(keys.shape(), keys.dtype(), keys.device())?;
+        fit.run(&keys).map_err(|error| named_by_token(error, &waiting))?;
+        let labels = fit.labels();
+        Self::add_segment(&mut layers, &keys, labels, k)?;
         Ok(true)
     }
 
@@ -398,8 +398,10 @@ impl ClusteredKvCache {
     /// Adds a segment of the waiting tokens to each layer; `keys` and `labels` are stacked along the batch.
     fn add_segment(layers: &mut [&mut Self], keys: &Tensor, labels: &Tensor, k: usize) -> Result<()> {
         let values = stacked(layers, |s| &s.values, &layers[0].waiting())?;
+        // The one check of the labels, for which the host waits.
         let (order, offsets) = sort_by_cluster(labels, k)?;
-        let (mean_keys, mean_values) = (cluster_means(keys, labels, k)?, cluster_means(&values, labels, k)?);
+        let [mean_keys, mean_values] =
+            [functional::known_means(keys, labels, k)?, functional::known_means(&values, labels, k)?];
         let ends = offsets.to_dtype(DType::F32)?;
         let sizes = (ends.narrow(2, 1, k)? - ends.narrow(2, 0, k)?)?;
         let all = KvClusters { labels: labels.contiguous()?, order, offsets, sizes, mean_keys, mean_values };
@@ -599,13 +601,10 @@ fn mask(exact: &[Range<usize>], last: usize, rows: usize, group: usize, device: 
     Ok(Some(Tensor::from_vec(mask, (rows * group, tokens.len()), device)?))
 }
 
-/// Says which token of the cache is not finite, where a fit says which row or which of its `k` seeds.
-fn named_by_token(error: Error, waiting: &Range<usize>, k: usize) -> Error {
+/// Says which token of the cache is not finite, where a fit says which row.
+fn named_by_token(error: Error, waiting: &Range<usize>) -> Error {
     match error {
-        Error::NonFinite { argument, batch, row } => {
-            let row = if argument == "init" { row * waiting.len() / k } else { row };
-            Error::NonFinite { argument: "k", batch, row: waiting.start + row }
-        }
+        Error::NonFinite { batch, row, .. } => Error::NonFinite { argument: "k", batch, row: waiting.start + row },
         error => error,
     }
 }

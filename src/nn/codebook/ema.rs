@@ -150,7 +150,7 @@ impl EmaCodebook {
     /// Quantises `x` `(..batch, n, d)` for a forward pass in training, then moves the codebook towards it.
     ///
     /// # Errors
-    /// As [`assign`]. Refuses `x` without rows.
+    /// As [`assign`](crate::assign). Refuses `x` without rows.
     pub fn step(&mut self, x: &Tensor) -> Result<Quantized> {
         let (values, codes) = quantize(x, &self.codebook.centroids, self.codebook.metric)?;
         let loss = (commitment(x, &values)? * self.ema.commitment_weight)?;
