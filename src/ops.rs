@@ -234,6 +234,46 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
     on_device!(a.q.device(), attend::attend(a, memory))
 }
 
+/// Queries, keys and values, and how the queries read them.
+pub(crate) struct Routed<'a> {
+    /// `(b, heads, m, d)`, of the keys' dtype.
+    pub q: &'a Tensor,
+    /// `(b, kv_heads, n, d)`: sinks, then the grouped tokens, then others, which are the last.
+    pub keys: &'a Tensor,
+    pub values: &'a Tensor,
+    pub sinks: usize,
+    pub groups: Option<&'a RoutedGroups>,
+    /// Whether the queries are those of the last `m` tokens, which see what comes up to themselves.
+    pub causal: bool,
+    pub scale: f64,
+    /// Of the grouped tokens those that have this share of the estimated attention, but at least and at most so many.
+    pub share: f64,
+    pub least: usize,
+    pub most: usize,
+    /// Whether the groups stand in for their tokens that are not read.
+    pub estimate: bool,
+}
+
+/// The groups of queries and keys.
+pub(crate) struct RoutedGroups {
+    /// u32 `(b, kv_heads, grouped)`, counted from the first grouped token, and u32 `(b, kv_heads, k + 1)`.
+    pub order: Tensor,
+    pub offsets: Tensor,
+    /// `(b, kv_heads, k, d)`.
+    pub mean_keys: Tensor,
+    pub mean_values: Tensor,
+    /// u32 `(b, heads, m)`, and u32 `(b, heads, groups + 1)`.
+    pub query_labels: Tensor,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub query_order: Tensor,
+    pub query_offsets: Tensor,
+}
+
+/// What each query takes, `(b, heads, m, d)`; nothing where there is no kernel for it.
+pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
+    on_device!(r.q.device(), route::route(r, memory))
+}
+
 /// Rows in each cluster, u32 `(b, k)`.
 pub(crate) fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
     let (_, offsets) = order(labels, k)?;

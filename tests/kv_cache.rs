@@ -35,25 +35,6 @@ fn append(cache: &mut ClusteredKvCache, n: usize, dtype: DType, device: &Device,
     assert_same(&end(&values), &v, "values");
 }
 
-/// A token that a query may read: its problem's key and value, and how many it stands for.
-type Weighed = (Vec<f64>, Vec<f64>, f64);
-
-fn attention(q: &[f64], read: &[Weighed]) -> Vec<f64> {
-    let scores: Vec<f64> = read.iter().map(|(k, _, n)| dot(q, k) * SCALE + n.ln()).collect();
-    let peak = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let weights: Vec<f64> = scores.iter().map(|s| (s - peak).exp()).collect();
-    let total = sum(weights.iter().copied());
-    (0..q.len()).map(|i| sum(read.iter().zip(&weights).map(|((_, v, _), w)| v[i] * w)) / total).collect()
-}
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    sum(a.iter().zip(b).map(|(a, b)| a * b))
-}
-
-fn mean(rows: &[Vec<f64>], of: &[usize]) -> Vec<f64> {
-    (0..rows[0].len()).map(|i| sum(of.iter().map(|&r| rows[r][i])) / of.len().max(1) as f64).collect()
-}
-
 /// What `attend` promises, token by token: `(tokens, estimate, shared)`.
 fn spec(cache: &ClusteredKvCache, q: &Tensor, budget: (usize, bool, bool)) -> Vec<f64> {
     let (tokens, estimate, shared) = budget;
@@ -103,7 +84,7 @@ fn spec(cache: &ClusteredKvCache, q: &Tensor, budget: (usize, bool, bool)) -> Ve
                     read.push((means[j].0.clone(), means[j].1.clone(), left as f64));
                 }
             }
-            output.extend(attention(&query[row], &read));
+            output.extend(attention(&query[row], &read, SCALE));
         }
     }
     output
@@ -116,14 +97,6 @@ fn tolerance(dtype: DType) -> f64 {
         DType::F32 => 2e-5,
         _ => 1e-11,
     }
-}
-
-#[track_caller]
-fn assert_near(got: &Tensor, expected: &[f64], tolerance: f64, what: &str) {
-    let got = f64s(got);
-    assert_eq!(got.len(), expected.len(), "{what}");
-    let worst = got.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-    assert!(worst <= tolerance, "{what}: {worst:e} off");
 }
 
 fn budget((tokens, estimate, shared): (usize, bool, bool)) -> KvBudget {

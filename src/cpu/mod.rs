@@ -3,6 +3,7 @@
 pub(crate) mod assign;
 pub(crate) mod attend;
 mod filter;
+pub(crate) mod route;
 pub(crate) mod update;
 
 use crate::{problem::Rows, Result};

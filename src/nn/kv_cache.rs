@@ -1,5 +1,6 @@
 //! A key/value cache that is read by clusters of its keys.
 
+use super::parts::{check_like, chosen_tokens, four, unless, wide};
 use crate::{
     functional,
     ops::{self, Memory},
@@ -157,11 +158,11 @@ impl ClusteredKvCache {
     /// # Errors
     /// Refuses shapes, dtypes and devices that differ from each other or from what is stored, and more than 2^24 tokens.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (dims, len) = (heads("k", k)?, self.current_seq_len());
+        let (dims, len) = (four("k", k)?, self.current_seq_len());
         let [batch, kv_heads, n, d] = dims;
         check_like("v", v, k, dims)?;
         if let Some(stored) = &self.stored {
-            let [b, h, _, d] = heads("k", &stored.keys)?;
+            let [b, h, _, d] = four("k", &stored.keys)?;
             check_like("k", k, &stored.keys, [b, h, n, d])?;
         }
         let (total, most) = (len + n, self.max_seq_len.max(1));
@@ -302,11 +303,11 @@ impl ClusteredKvCache {
     /// Refuses queries whose shape, dtype or device does not fit the cache, and more rows than there are tokens after the
     /// last segment.
     pub fn attend(&self, q: &Tensor, softmax_scale: f64, budget: KvBudget) -> Result<Tensor> {
-        let [batch, q_heads, rows, d] = heads("q", q)?;
+        let [batch, q_heads, rows, d] = four("q", q)?;
         let Some(stored) = &self.stored else {
             return Err(Error::Range { argument: "q rows", got: rows, min: 0, max: 0 });
         };
-        let [b, kv_heads, _, width] = heads("k", &stored.keys)?;
+        let [b, kv_heads, _, width] = four("k", &stored.keys)?;
         if !q_heads.is_multiple_of(kv_heads) {
             let with = format!("a cache of {kv_heads}, which must divide them");
             return Err(Error::Conflict { argument: "q", got: format!("{q_heads} heads"), with });
@@ -389,7 +390,7 @@ impl ClusteredKvCache {
             }
         }
         if let (Some(a), Some(b)) = (&self.stored, &other.stored) {
-            let [batch, kv_heads, _, d] = heads("layers", &a.keys)?;
+            let [batch, kv_heads, _, d] = four("layers", &a.keys)?;
             check_like("layers", &b.keys.narrow(2, 0, b.len)?, &a.keys, [batch, kv_heads, a.len, d])?;
         }
         Ok(())
@@ -480,7 +481,8 @@ impl Choice {
                 rank = unless(&empty, &together, -1.0)?;
             }
             let starts = clusters.offsets.narrow(2, 0, k)?.flatten(0, 1)?.to_dtype(DType::F32)?;
-            let (tokens, taken) = chosen_tokens(&rank, &sizes, &starts, budget.tokens)?;
+            let tokens = Tensor::full(budget.tokens as f32, (p, units, 1), rank.device())?;
+            let (tokens, taken) = chosen_tokens(&rank, &sizes, &starts, &tokens, budget.tokens)?;
             let order = clusters.order.flatten(0, 1)?.contiguous()?;
             let tokens = tokens.reshape((p, units * budget.tokens))?;
             read = Some(order.gather(&tokens, 1)?.reshape((p, units, budget.tokens))?);
@@ -495,35 +497,6 @@ impl Choice {
         };
         Ok(Self { read, estimate })
     }
-}
-
-/// The first `budget` tokens of clusters in the order of their `rank`, which all have more: the positions in the clusters'
-/// order, u32 `(p, units, budget)`, and how many each cluster gives, f32 `(p, units, k)`. All else is `(p, units, k)`, and
-/// `starts` `(p, k)`. Clusters of no tokens rank last.
-fn chosen_tokens(rank: &Tensor, sizes: &Tensor, starts: &Tensor, budget: usize) -> Result<(Tensor, Tensor)> {
-    let (p, units, k) = rank.dims3()?;
-    // A cluster that matters has a token at least.
-    let ranked = rank.contiguous()?.arg_sort_last_dim(false)?.narrow(2, 0, k.min(budget))?.contiguous()?;
-    let size = sizes.gather(&ranked, 2)?;
-    let before = (running(&size)? - &size)?;
-    let taken = (before.neg()? + budget as f64)?.relu()?.minimum(&size)?;
-    let taken = sizes.zeros_like()?.scatter_add(&ranked, &taken, 2)?;
-
-    // A mark at the slot where each cluster starts: counting the marks tells whose each slot is.
-    let mark = before.clamp(0.0, budget as f64)?.to_dtype(DType::U32)?;
-    let marks = Tensor::zeros((p, units, budget + 1), DType::F32, rank.device())?;
-    let marks = marks.scatter_add(&mark, &before.ones_like()?, 2)?.narrow(2, 0, budget)?.contiguous()?;
-    let whose = (running(&marks)? - 1.0)?.to_dtype(DType::U32)?;
-    let starts = starts.unsqueeze(1)?.broadcast_as((p, units, k))?.contiguous()?.gather(&ranked, 2)?;
-    let slot = Tensor::arange(0u32, budget as u32, rank.device())?.to_dtype(DType::F32)?;
-    let tokens = (starts - before)?.gather(&whose, 2)?.broadcast_add(&slot)?;
-    Ok((tokens.to_dtype(DType::U32)?, taken))
-}
-
-/// Sums along the rows of `(p, units, n)`, each up to its column. Candle multiplies by a triangle: one for all rows here, and
-/// not one for each problem.
-fn running(t: &Tensor) -> Result<Tensor> {
-    Ok(t.flatten(0, 1)?.cumsum(1)?.reshape(t.shape())?)
 }
 
 /// Attention of `queries` `(p, rows, group, d)` to the `exact` tokens, of which row `i` sees those up to `last + i`, to the
@@ -619,36 +592,4 @@ fn stacked(layers: &[&mut ClusteredKvCache], pick: fn(&Stored) -> &Tensor, range
         [layer] => Ok(of(layer)?.contiguous()?),
         _ => Ok(Tensor::cat(&layers.iter().map(of).collect::<Result<Vec<_>>>()?, 0)?),
     }
-}
-
-/// `t` `(p, n, k)`, or `value` where u8 `mask` `(p, 1, k)` is set.
-fn unless(mask: &Tensor, t: &Tensor, value: f64) -> Result<Tensor> {
-    let value = Tensor::full(value, (), t.device())?.to_dtype(t.dtype())?.broadcast_as(t.shape())?;
-    Ok(mask.broadcast_as(t.shape())?.where_cond(&value, t)?)
-}
-
-/// The type in which scores are weighed.
-fn wide(scores: &Tensor) -> Result<Tensor> {
-    Ok(scores.to_dtype(if scores.dtype() == DType::F64 { DType::F64 } else { DType::F32 })?)
-}
-
-/// The sizes of float `(batch, heads, n, d)`.
-fn heads(argument: &'static str, t: &Tensor) -> Result<[usize; 4]> {
-    if !matches!(t.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
-        return Err(Error::DType { argument, got: t.dtype(), expected: "F16, BF16, F32 or F64".into() });
-    }
-    match *t.dims() {
-        [b, h, n, d] if b * h * n * d > 0 => Ok([b, h, n, d]),
-        [_, _, _, _] => Err(Error::Range { argument, got: 0, min: 1, max: usize::MAX }),
-        _ => Err(Error::Size { argument, what: "number of dimensions", got: t.rank(), expected: 4 }),
-    }
-}
-
-fn check_like(argument: &'static str, t: &Tensor, like: &Tensor, expected: [usize; 4]) -> Result<()> {
-    problem::check_dtype(argument, t, like.dtype())?;
-    problem::check_device(argument, t, like.device())?;
-    if t.dims() != expected {
-        return Err(Error::Shape { argument, got: t.dims().to_vec(), expected: expected.to_vec() });
-    }
-    Ok(())
 }

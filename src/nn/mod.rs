@@ -2,8 +2,11 @@
 
 mod codebook;
 mod kv_cache;
+mod parts;
+mod routing;
 
 pub use codebook::{
     codebook_encode, Codebook, Ema, EmaCodebook, ProductQuantizer, Quantized, ResidualQuantizer, Usage,
 };
 pub use kv_cache::{ClusteredKvCache, KvBudget, KvClusters};
+pub use routing::{Grouping, Read, RoutedAttention};

@@ -236,3 +236,31 @@ pub fn layouts(t: &Tensor) -> Vec<Laid> {
     }
     all
 }
+
+/// A token that a query may read: its problem's key and value, and how many it stands for.
+pub type Weighed = (Vec<f64>, Vec<f64>, f64);
+
+/// Attention of a query to `read`, in f64.
+pub fn attention(q: &[f64], read: &[Weighed], scale: f64) -> Vec<f64> {
+    let scores: Vec<f64> = read.iter().map(|(k, _, n)| dot(q, k) * scale + n.ln()).collect();
+    let peak = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = scores.iter().map(|s| (s - peak).exp()).collect();
+    let total = sum(weights.iter().copied());
+    (0..q.len()).map(|i| sum(read.iter().zip(&weights).map(|((_, v, _), w)| v[i] * w)) / total).collect()
+}
+
+pub fn dot(a: &[f64], b: &[f64]) -> f64 {
+    sum(a.iter().zip(b).map(|(a, b)| a * b))
+}
+
+pub fn mean(rows: &[Vec<f64>], of: &[usize]) -> Vec<f64> {
+    (0..rows[0].len()).map(|i| sum(of.iter().map(|&r| rows[r][i])) / of.len().max(1) as f64).collect()
+}
+
+#[track_caller]
+pub fn assert_near(got: &Tensor, expected: &[f64], tolerance: f64, what: &str) {
+    let got = f64s(got);
+    assert_eq!(got.len(), expected.len(), "{what}");
+    let worst = got.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(worst <= tolerance, "{what}: {worst:e} off");
+}

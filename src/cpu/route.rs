@@ -1,0 +1,11 @@
+//! The CPU has no routed attention of its own: Candle's ops are what it would be made of.
+
+use crate::{
+    ops::{Memory, Routed},
+    Result,
+};
+use candle_core::Tensor;
+
+pub(crate) fn route(_: &Routed<'_>, _: &Memory) -> Result<Option<Tensor>> {
+    Ok(None)
+}
