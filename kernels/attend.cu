@@ -1,12 +1,13 @@
 // Attention of one token over a cache that is read by clusters: chosen tokens exactly, the others as their clusters'
 // means.
 //
-// Four launches. `attend_scores` scores the query heads against the mean keys. `attend_select` ranks the clusters and
-// lists the tokens of the best, up to a budget. `attend_split` reads keys and values of what is listed where they lie,
+// Four launches. `attend_scores` scores the query heads against the mean keys. `select_tokens` of select.cu ranks the
+// clusters and lists the tokens of the best, up to a budget. `attend_split` reads keys and values of what is listed where they lie,
 // and adds the means of what is left, in pieces of ATTEND_ROWS rows; a piece keeps its largest score, its sum of
 // weights and its weighted values (Dao et al. 2023, "Flash-Decoding"). `attend_merge` adds the pieces up. Traffic: the
 // mean keys and mean values, the listed keys and values, once for all query heads that share them.
 #include "common.cuh"
+#include "listed.cuh"
 #include "scan.cuh"
 
 constexpr int ROWS = ATTEND_ROWS, BLOCK = ATTEND_THREADS, WARPS = BLOCK / WARP;
@@ -98,149 +99,6 @@ __device__ void score_means(const T* q, const T* means, const Cache& c, float* s
     }
 }
 
-/// The results over all threads of the block of COUNT values each.
-template <int COUNT, class Join>
-__device__ void over_block(float (&v)[COUNT], float none, Join join) {
-    __shared__ float of_warps[COUNT][WARP];
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-        for (int lane = WARP / 2; lane; lane /= 2) v[i] = join(v[i], __shfl_xor_sync(~0u, v[i], lane));
-    }
-    __syncthreads();
-    const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-        if (lane == 0) of_warps[i][threadIdx.x / WARP] = v[i];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-        v[i] = lane < warps ? of_warps[i][lane] : none;
-        for (int step = WARP / 2; step; step /= 2) v[i] = join(v[i], __shfl_xor_sync(~0u, v[i], step));
-    }
-}
-struct Larger {
-    __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
-};
-struct Plus {
-    __device__ float operator()(float a, float b) const { return a + b; }
-};
-
-/// A block to a unit: ranks its clusters, by the score of one query head or the sum of the softmaxes of several, and
-/// lists the tokens of the best in `chosen` (units, budget), counted from the first clustered one; `left` (units, k)
-/// says how many tokens of each cluster are not listed. Clusters of one rank go by their index.
-extern "C" __global__ void __launch_bounds__(ATTEND_CHOOSERS, 1)
-    attend_select(Cache c, const float* scores, const uint32_t* order, const uint32_t* offsets, uint32_t* chosen,
-                  float* left) {
-    constexpr int BINS = 256, HEADS = 4;
-    extern __shared__ uint32_t ranks[];         // (k): as integers
-    uint32_t* const begins = ranks + c.k;       // (k + 1): the offsets
-    uint32_t* const places = begins + c.k + 1;  // (k): of their first tokens in the list
-    __shared__ uint32_t bins[BINS], found[2];
-    const int64_t unit = blockIdx.x, head = unit / c.units;
-    scores += unit * c.group * c.k, order += head * c.clustered, offsets += head * (c.k + 1);
-    chosen += unit * c.budget, left += unit * c.k;
-    for (int64_t j = threadIdx.x; j <= c.k; j += blockDim.x) begins[j] = offsets[j];
-    for (int64_t j = threadIdx.x; j < c.k; j += blockDim.x) {
-        ranks[j] = c.group == 1 ? ordered(__float_as_uint(scores[j])) : 0;
-    }
-    __syncthreads();
-    // A few query heads at a time; a cluster without tokens is none. (Sums of numbers that are not negative, whose bits
-    // are ordered as they are.)
-    for (int64_t from = 0; c.group > 1 && from < c.group; from += HEADS) {
-        const float* const its = scores + from * c.k;
-        const auto score = [&](int g, int64_t j) {
-            return from + g < c.group && begins[j] < begins[j + 1] ? its[g * c.k + j] : -INFINITY;
-        };
-        float most[HEADS], sum[HEADS];
-#pragma unroll
-        for (int g = 0; g < HEADS; ++g) most[g] = -INFINITY, sum[g] = 0;
-#pragma unroll 2
-        for (int64_t j = threadIdx.x; j < c.k; j += blockDim.x) {
-#pragma unroll
-            for (int g = 0; g < HEADS; ++g) most[g] = fmaxf(most[g], score(g, j));
-        }
-        over_block(most, -INFINITY, Larger());
-#pragma unroll 2
-        for (int64_t j = threadIdx.x; j < c.k; j += blockDim.x) {
-#pragma unroll
-            for (int g = 0; g < HEADS; ++g) sum[g] += __expf(score(g, j) - most[g]);
-        }
-        over_block(sum, 0, Plus());
-#pragma unroll 2
-        for (int64_t j = threadIdx.x; j < c.k; j += blockDim.x) {
-            float share = __uint_as_float(ranks[j]);
-#pragma unroll
-            for (int g = 0; g < HEADS; ++g) {
-                if (from + g < c.group) share += __expf(score(g, j) - most[g]) / sum[g];
-            }
-            ranks[j] = __float_as_uint(share);
-        }
-    }
-    // The rank at which the clusters from the best on have enough tokens, a byte at a time from the top: how many
-    // tokens clusters have whose rank begins as found so far, by their next byte.
-    uint32_t rank = 0, wanted = c.budget;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        for (int i = threadIdx.x; i < BINS; i += blockDim.x) bins[i] = 0;
-        __syncthreads();
-        for (int64_t j = threadIdx.x; j < c.k; j += blockDim.x) {
-            const uint32_t key = ranks[j];
-            if (shift == 24 || key >> shift >> 8 == rank >> shift >> 8) {
-                atomicAdd(&bins[key >> shift & (BINS - 1)], begins[j + 1] - begins[j]);
-            }
-        }
-        __syncthreads();
-        if (threadIdx.x < WARP) {
-            // A lane to eight bins, the highest first.
-            const int lane = threadIdx.x;
-            uint32_t own = 0;
-            for (int i = 0; i < BINS / WARP; ++i) own += bins[BINS - 1 - (lane * (BINS / WARP) + i)];
-            uint32_t before = warp_scan(own) - own;
-            const uint32_t here = __ballot_sync(~0u, before < wanted && before + own >= wanted);
-            if (here && lane == __ffs(here) - 1) {
-                int bin = BINS - 1 - lane * (BINS / WARP);
-                for (; before + bins[bin] < wanted; --bin) before += bins[bin];
-                found[0] = bin, found[1] = wanted - before;
-            } else if (!here && lane == 0) {
-                found[0] = 0, found[1] = wanted;  // there are not that many: all are
-            }
-        }
-        __syncthreads();
-        rank |= found[0] << shift, wanted = found[1];
-        __syncthreads();
-    }
-    // Those above that rank come first, then those of it as long as there is room.
-    const auto size = [&](int64_t j) { return begins[j + 1] - begins[j]; };
-    const uint32_t above = block_scan(
-        c.k, [&](int64_t j) { return ranks[j] > rank ? size(j) : 0; }, [&](int64_t j, uint32_t at) { places[j] = at; });
-    block_scan(
-        c.k, [&](int64_t j) { return ranks[j] == rank ? size(j) : 0; },
-        [&](int64_t j, uint32_t at) {
-            if (ranks[j] == rank) places[j] = above + at;
-            if (ranks[j] < rank) places[j] = UINT32_MAX;
-        });
-    __syncthreads();
-    const uint32_t budget = c.budget;
-    for (int64_t j = threadIdx.x; j < c.k; j += blockDim.x) {
-        const uint32_t here = places[j] < budget ? min(size(j), budget - places[j]) : 0;
-        left[j] = size(j) - here;
-    }
-    // A thread to each cluster finds those that are listed, which are few; its warp writes the tokens of each.
-    const int lane = threadIdx.x % WARP;
-    for (int64_t first = threadIdx.x / WARP * WARP; first < c.k; first += blockDim.x) {
-        const int64_t j = first + lane;
-        const uint32_t here = j < c.k && places[j] < budget ? min(size(j), budget - places[j]) : 0;
-        for (uint32_t some = __ballot_sync(~0u, here > 0); some; some &= some - 1) {
-            const int of = __ffs(some) - 1;
-            const uint32_t count = __shfl_sync(~0u, here, of), from = begins[first + of], to = places[first + of];
-            for (uint32_t i = lane; i < count; i += WARP) chosen[to + i] = order[from + i];
-        }
-    }
-}
-
-/// A row that a piece reads: a token, a cluster, or nothing.
-constexpr uint32_t CLUSTER = 1u << 31, NOTHING = UINT32_MAX;
-
 /// Pieces of the rows of a unit, QUERIES of its query heads at a time. `partial` (units, parts, pieces, QUERIES, D +
 /// 2): weighted values, the largest score and the sum of weights.
 template <class T, int D, int QUERIES>
@@ -250,21 +108,17 @@ __device__ void attend_piece(const T* q, const T* keys, const T* values, const T
     constexpr int LANES = D / EACH, AT_ONCE = BLOCK / LANES;
     __shared__ uint32_t from[ROWS];
     __shared__ float weights[QUERIES][ROWS], sums[WARPS][QUERIES][D];
-    const int64_t near = c.tokens - c.clustered, rows = near + c.budget + (estimate ? c.k : 0);
-    const int64_t pieces = (rows + ROWS - 1) / ROWS, parts = (c.group + QUERIES - 1) / QUERIES;
+    const int64_t means = estimate ? c.k : 0;
+    const int64_t pieces = (c.tokens - c.clustered + c.budget + means + ROWS - 1) / ROWS;
+    const int64_t parts = (c.group + QUERIES - 1) / QUERIES;
     const int64_t piece = blockIdx.x % pieces, unit = blockIdx.x / pieces / parts, part = blockIdx.x / pieces % parts;
     const int64_t head = unit / c.units, query = unit * c.group + part * QUERIES;
     const int live = int(min(int64_t(QUERIES), c.group - part * QUERIES));
     keys += head * c.head_stride, values += head * c.head_stride, mean_values += head * c.k * D;
-    for (int i = threadIdx.x; i < ROWS; i += BLOCK) {
-        const int64_t row = piece * ROWS + i, j = row - near - c.budget;
-        from[i] = row < c.sinks              ? row
-                  : row < near               ? row + c.clustered
-                  : row < near + c.budget    ? c.sinks + chosen[unit * c.budget + row - near]
-                  : row >= rows              ? NOTHING
-                  : left[unit * c.k + j] > 0 ? CLUSTER | uint32_t(j)
-                                             : NOTHING;
-    }
+    left += unit * c.k;
+    const Listed listed = {chosen + unit * c.budget, left, c.sinks, c.budget, means, c.clustered,
+                           c.tokens - c.clustered - c.sinks};
+    for (int i = threadIdx.x; i < ROWS; i += BLOCK) from[i] = listed[piece * ROWS + i];
     __syncthreads();
     const int part_of_row = threadIdx.x % LANES;
     {
@@ -277,7 +131,7 @@ __device__ void attend_piece(const T* q, const T* keys, const T* values, const T
                 queries.score(s, keys + int64_t(row) * D);
             } else {
                 const uint32_t j = row & ~CLUSTER;
-                const float bias = row == NOTHING ? -INFINITY : __logf(left[unit * c.k + j]);
+                const float bias = row == NOTHING ? -INFINITY : __logf(left[j]);
 #pragma unroll
                 for (int g = 0; g < QUERIES; ++g) {
                     s[g] = part_of_row      ? 0

@@ -1,4 +1,4 @@
-// Exclusive scans.
+// Exclusive scans, and reductions over a block.
 #pragma once
 #include "common.cuh"
 
@@ -39,3 +39,31 @@ __device__ uint32_t block_scan(int64_t n, Value value, Take take) {
     __syncthreads();
     return all;
 }
+
+/// The results over all threads of the block of COUNT values each.
+template <int COUNT, class Join>
+__device__ void over_block(float (&v)[COUNT], float none, Join join) {
+    __shared__ float of_warps[COUNT][WARP];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        for (int lane = WARP / 2; lane; lane /= 2) v[i] = join(v[i], __shfl_xor_sync(~0u, v[i], lane));
+    }
+    __syncthreads();
+    const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        if (lane == 0) of_warps[i][threadIdx.x / WARP] = v[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        v[i] = lane < warps ? of_warps[i][lane] : none;
+        for (int step = WARP / 2; step; step /= 2) v[i] = join(v[i], __shfl_xor_sync(~0u, v[i], step));
+    }
+}
+struct Larger {
+    __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+struct Plus {
+    __device__ float operator()(float a, float b) const { return a + b; }
+};

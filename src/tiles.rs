@@ -117,10 +117,18 @@ pub const SUM_BATCHES: usize = 2;
 pub const ATTEND_ROWS: usize = 64;
 /// Threads of a block that reads a piece.
 pub const ATTEND_THREADS: usize = 128;
-/// Threads of a block that ranks the clusters of a key head.
+/// Threads of a block of `select.cu`, which ranks the clusters of a unit.
 pub const ATTEND_CHOOSERS: usize = 1024;
+/// The same where units are many, so that blocks share a multiprocessor.
+pub const ROUTE_CHOOSERS: usize = 256;
+/// So many are many.
+pub const SELECT_MANY: usize = 1024;
 /// Threads that add up the pieces of a column.
 pub const ATTEND_MERGERS: usize = 4;
+/// Threads of a block of `route.cu`, each warp of which takes 16 queries or 32.
+pub const ROUTE_THREADS: usize = 128;
+/// Keys of a tile there.
+pub const ROUTE_KEYS: usize = 64;
 /// Threads of a block of every other kernel.
 pub const THREADS: usize = 256;
 /// Cells that one block walks in a pass over a matrix, and keys or labels in a pass over a list.

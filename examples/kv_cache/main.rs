@@ -9,11 +9,12 @@
 
 use anyhow::{ensure, Context, Result};
 use backend::Backend;
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use methods::{Method, Prompt, GROUP, RECENT, SINKS};
-use smollm2::{picked, SmolLm2};
+use score::Score;
+use smollm2::SmolLm2;
 use std::{fs, path::PathBuf};
 
 #[path = "../common/backend.rs"]
@@ -22,6 +23,8 @@ mod backend;
 mod chart;
 mod methods;
 mod passkey;
+#[path = "../common/score.rs"]
+mod score;
 #[path = "../common/smollm2.rs"]
 mod smollm2;
 
@@ -75,24 +78,6 @@ fn main() -> Result<()> {
     }
 }
 
-/// How a method's predictions differ from those of full attention.
-struct Score {
-    /// Mean Kullback-Leibler divergence from full attention, nats
-    divergence: f64,
-    perplexity: f64,
-    /// Share of positions with the same most likely token
-    agreement: f64,
-}
-
-impl Score {
-    fn new(full: &Tensor, predicted: &Tensor, next: &[u32]) -> Result<Self> {
-        let divergence = (full.exp()? * (full - predicted)?)?.sum(1)?.mean_all()?.to_scalar::<f32>()? as f64;
-        let loss = picked(predicted, next)?.neg()?.mean_all()?.to_scalar::<f32>()? as f64;
-        let same = full.argmax(1)?.eq(&predicted.argmax(1)?)?.to_dtype(DType::F32)?;
-        Ok(Self { divergence, perplexity: loss.exp(), agreement: same.mean_all()?.to_scalar::<f32>()? as f64 })
-    }
-}
-
 fn score(model: &SmolLm2, ids: &[u32], args: &Args, dtype: DType) -> Result<()> {
     let (tokens, end) = (args.tokens, args.tokens + args.scored);
     ensure!(ids.len() > end, "{} has {} tokens, {} are needed", args.text.display(), ids.len(), end + 1);
@@ -108,13 +93,13 @@ fn score(model: &SmolLm2, ids: &[u32], args: &Args, dtype: DType) -> Result<()> 
     let reference = Score::new(&full, &full, next)?;
     let mut lines = vec![];
     println!("\n| tokens read | method | KL to full attention | perplexity | top-1 agreement |\n|---|---|---|---|---|");
-    bar.suspend(|| print_row(&format!("all {tokens}"), Method::Full, &reference));
+    bar.suspend(|| reference.print(&format!("all {tokens}"), Method::Full.name()));
     for method in Method::ALL {
         let mut points = vec![];
         for &budget in &args.budgets {
             let score = Score::new(&full, &prompt.follow(model, follows, method, budget)?, next)?;
             bar.inc(1);
-            bar.suspend(|| print_row(&format!("{SINKS} + {RECENT} + {budget}"), method, &score));
+            bar.suspend(|| score.print(&format!("{SINKS} + {RECENT} + {budget}"), method.name()));
             points.push((budget as f64 / tokens as f64, score.divergence));
         }
         lines.push((method.name(), points));
@@ -136,11 +121,6 @@ fn report(prompt: &Prompt, model: &SmolLm2, tokens: usize) {
     let heads = model.dims.layers * model.dims.key_heads;
     println!("prompt of {tokens} tokens: {prefill:.3} s");
     println!("k-means of {heads} heads in one call: {clustering:.3} s, {:.1} % of it", 100.0 * clustering / prefill);
-}
-
-fn print_row(read: &str, method: Method, score: &Score) {
-    let Score { divergence, perplexity, agreement } = score;
-    println!("| {read} | {} | {divergence:.4} | {perplexity:.3} | {:.1} % |", method.name(), 100.0 * agreement);
 }
 
 fn progress(steps: usize, what: &'static str) -> Result<ProgressBar> {

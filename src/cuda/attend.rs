@@ -1,10 +1,14 @@
 //! Attention over a clustered cache: `kernels/attend.cu`.
 
-use super::{alloc, device, elements, launch, read, tensor, typed, Element, Layout};
+use super::{
+    alloc, device, elements, launch, read,
+    select::{self, Choice},
+    tensor, typed, Element, Layout, Part,
+};
 use crate::{
     ops::{Attention, Memory},
-    plan::{forced, shared_memory},
-    tiles::{ATTEND_CHOOSERS, ATTEND_MERGERS, ATTEND_ROWS, ATTEND_THREADS},
+    plan::forced,
+    tiles::{ATTEND_MERGERS, ATTEND_ROWS, ATTEND_THREADS},
     Result,
 };
 use candle_core::{
@@ -34,9 +38,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
     let dev = device(a.q)?;
     let (b, heads, room, d) = a.keys.dims4()?;
     let (q_heads, k, clustered) = (a.q.dim(1)?, a.mean_keys.dim(2)?, a.order.dim(2)?);
-    // The ranks, offsets and places of a unit's clusters.
-    let choosing = 4 * (3 * k + 1);
-    let fits = shared_memory(super::arch(dev)?).is_some_and(|most| choosing <= most);
+    let fits = select::fits(k, super::arch(dev)?);
     let here =
         [a.q, a.keys, a.values, a.order, a.offsets, a.mean_keys, a.mean_values].into_iter().all(Tensor::is_contiguous);
     let tokens = a.tokens.max(clustered) < 1 << 31 && k < 1 << 31;
@@ -57,6 +59,15 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
         k: k as i64,
         budget: a.budget as i64,
         scale: a.scale as f32,
+    };
+    let choice = Choice {
+        units: units as i64,
+        group: group as i64,
+        clustered: clustered as i64,
+        k: k as i64,
+        least: a.budget as i64,
+        most: a.budget as i64,
+        share: 0.0,
     };
     let all = elements(&[b, heads, units]);
     let mut scratch = Layout::default();
@@ -81,8 +92,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
         let mut out = alloc::<T>(dev, OP, elements(&[b, q_heads, d]))?;
         let scored = elements(&[b, heads, k.div_ceil(ATTEND_ROWS)]);
         launch!(dev, Attend, rank, T::SUFFIX, scored, ATTEND_THREADS; &q, &mean_keys, &of, &scores)?;
-        launch!(dev, Attend, "attend_select", "", all, ATTEND_CHOOSERS, choosing;
-            &of, &scores, &order.view::<u32>()?, &offsets.view::<u32>()?, &chosen, &left)?;
+        select::select(dev, &choice, all, scores, &order.view()?, &offsets.view()?, chosen, left, Part::NULL)?;
         launch!(dev, Attend, split, T::SUFFIX, elements(&[all, parts, pieces]), ATTEND_THREADS;
             &q, &keys, &values, &mean_values, &of, &scores, &chosen, &left, &(a.estimate as i32), &partial)?;
         launch!(dev, Attend, merge, T::SUFFIX, elements(&[b, q_heads]), ATTEND_MERGERS * d;

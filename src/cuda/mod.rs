@@ -4,6 +4,8 @@
 
 pub(crate) mod assign;
 pub(crate) mod attend;
+pub(crate) mod route;
+mod select;
 pub(crate) mod update;
 
 use crate::{
@@ -110,6 +112,8 @@ enum Image {
     FitNarrow,
     FitResident,
     Recheck,
+    Route,
+    Select,
     Sort,
     Update,
 }
@@ -128,6 +132,8 @@ impl Image {
             Self::FitNarrow => include_bytes!(concat!(env!("OUT_DIR"), "/fit_narrow.fatbin")),
             Self::FitResident => include_bytes!(concat!(env!("OUT_DIR"), "/fit_resident.fatbin")),
             Self::Recheck => include_bytes!(concat!(env!("OUT_DIR"), "/recheck.fatbin")),
+            Self::Route => include_bytes!(concat!(env!("OUT_DIR"), "/route.fatbin")),
+            Self::Select => include_bytes!(concat!(env!("OUT_DIR"), "/select.fatbin")),
             Self::Sort => include_bytes!(concat!(env!("OUT_DIR"), "/sort.fatbin")),
             Self::Update => include_bytes!(concat!(env!("OUT_DIR"), "/update.fatbin")),
         }

@@ -1,0 +1,121 @@
+//! Attention of groups of queries to lists of tokens: `kernels/route.cu`.
+
+use super::{
+    alloc, device, elements, launch, read,
+    select::{self, Choice},
+    tensor, typed, Element, Layout,
+};
+use crate::{
+    ops::{Memory, Routed},
+    plan::forced,
+    problem::{in_eights, Rows},
+    tiles::{ROUTE_KEYS, ROUTE_THREADS},
+    Result,
+};
+use candle_core::{
+    cuda_backend::cudarc::driver::{DeviceRepr, PushKernelArg},
+    DType, Tensor,
+};
+
+/// `struct Route` of `route.cu`.
+#[repr(C)]
+struct Route {
+    key_head: i64,
+    key_row: i64,
+    value_head: i64,
+    value_row: i64,
+    group: i64,
+    queries: i64,
+    units: i64,
+    sinks: i64,
+    clustered: i64,
+    others: i64,
+    k: i64,
+    most: i64,
+    means: i64,
+    causal: i64,
+    scale: f32,
+}
+
+// SAFETY: integers and a float, laid out as in C.
+unsafe impl DeviceRepr for Route {}
+
+pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
+    const OP: &str = "route";
+    let dev = device(r.q)?;
+    let (b, heads, m, d) = r.q.dims4()?;
+    let Some(groups) = r.groups else { return Ok(None) };
+    let (kv_heads, n) = (r.keys.dim(1)?, r.keys.dim(2)?);
+    let (k, units, clustered) = (groups.mean_keys.dim(2)?, groups.query_offsets.dim(2)? - 1, groups.order.dim(2)?);
+    let half = matches!(r.q.dtype(), DType::F16 | DType::BF16);
+    if forced() || !half || !matches!(d, 64 | 128) || r.scale <= 0.0 || !select::fits(k, super::arch(dev)?) {
+        return Ok(None);
+    }
+    let aligned = |t: &Tensor| if in_eights(t) { Ok(t.clone()) } else { t.force_contiguous() };
+    let q = aligned(&r.q.contiguous()?)?;
+    let (keys, values) = (Rows::new(&aligned(r.keys)?)?, Rows::new(&aligned(r.values)?)?);
+
+    let all = elements(&[b, heads, units]);
+    // Tiles of 32 queries a warp read keys half as often, and are worth it where groups fill them.
+    let (tall, kernels) = match (d, m > units * ROUTE_THREADS / 2) {
+        (64, false) => (1, ["route_scores_64_1", "route_attend_64_1"]),
+        (64, true) => (2, ["route_scores_64_2", "route_attend_64_2"]),
+        (_, false) => (1, ["route_scores_128_1", "route_attend_128_1"]),
+        (_, true) => (2, ["route_scores_128_2", "route_attend_128_2"]),
+    };
+    let rows = ROUTE_THREADS / 2 * tall;
+    let shared = (rows + 2 * ROUTE_KEYS) * d * 2;
+    let (sinks, others) = (r.sinks, n - r.sinks - clustered);
+    let of = Route {
+        key_head: keys.batch_stride as i64,
+        key_row: keys.row_stride as i64,
+        value_head: values.batch_stride as i64,
+        value_row: values.row_stride as i64,
+        group: (heads / kv_heads) as i64,
+        queries: m as i64,
+        units: units as i64,
+        sinks: sinks as i64,
+        clustered: clustered as i64,
+        others: others as i64,
+        k: k as i64,
+        most: r.most as i64,
+        means: if r.estimate { k as i64 } else { 0 },
+        causal: r.causal as i64,
+        scale: (r.scale * std::f64::consts::LOG2_E) as f32,
+    };
+    let choice = Choice {
+        units: (heads / kv_heads * units) as i64,
+        group: 1,
+        clustered: clustered as i64,
+        k: k as i64,
+        least: r.least as i64,
+        most: r.most as i64,
+        share: r.share as f32,
+    };
+    let mut scratch = Layout::default();
+    let scores = scratch.unwritten::<f32>(elements(&[all, k]));
+    let left = scratch.unwritten::<f32>(elements(&[all, k]));
+    let chosen = scratch.unwritten::<u32>(elements(&[all, r.most]));
+    let listed = scratch.unwritten::<u32>(all);
+    let scratch = scratch.scratch(dev, OP, memory)?;
+    let (scores, left, chosen, listed) =
+        (scratch.part(scores), scratch.part(left), scratch.part(chosen), scratch.part(listed));
+    let inputs = [&q, &keys.tensor, &values.tensor, &groups.mean_keys, &groups.mean_values].map(read);
+    let [q, keys, values, mean_keys, mean_values] = &inputs;
+    let lists = [&groups.order, &groups.offsets, &groups.query_order, &groups.query_offsets].map(read);
+    let [order, offsets, query_order, query_offsets] = &lists;
+    let (order, offsets) = (order.view::<u32>()?, offsets.view::<u32>()?);
+    let (query_order, query_offsets) = (query_order.view::<u32>()?, query_offsets.view::<u32>()?);
+    typed!(r.q.dtype(), T => {
+        let (q, keys, values) = (q.view::<T>()?, keys.view::<T>()?, values.view::<T>()?);
+        let (mean_keys, mean_values) = (mean_keys.view::<T>()?, mean_values.view::<T>()?);
+        let mut out = alloc::<T>(dev, OP, elements(&[b, heads, m, d]))?;
+        launch!(dev, Route, kernels[0], T::SUFFIX, all, ROUTE_THREADS, shared;
+            &q, &mean_keys, &of, &query_order, &query_offsets, &offsets, &scores)?;
+        select::select(dev, &choice, all, scores, &order, &offsets, chosen, left, listed)?;
+        launch!(dev, Route, kernels[1], T::SUFFIX, elements(&[b, heads, m / rows + units]), ROUTE_THREADS, shared;
+            &q, &keys, &values, &mean_keys, &mean_values, &of, &query_order, &query_offsets, &chosen, &left, &listed,
+            &mut out)?;
+        Ok(Some(tensor(dev, out, (b, heads, m, d))))
+    })
+}
