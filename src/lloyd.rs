@@ -224,7 +224,7 @@ impl Prepared {
             _ => Rule::Mean,
         };
         let relocates = self.settings.empty == EmptyClusters::Relocate;
-        let watched = relocates || self.settings.on_iteration.is_some() || ops::reads_are_free(&self.device);
+        let watched = relocates || self.settings.on_iteration.is_some();
         let (progress, terms) = (&self.progress, &data.terms);
         if !watched {
             let (c, labels, memory) = (&self.centroids, &self.labels, &self.memory);
@@ -240,7 +240,7 @@ impl Prepared {
             }
             ops::update(x, terms, Some(&self.labels), rule, turn, &self.centroids, &self.memory)?;
             ops::relabel(x, &centroids, metric, turn, &self.labels, &self.memory)?;
-            if watched {
+            if watched || ops::reads_are_free(&self.device) {
                 let stop = self.progress.stop.to_vec1::<u32>()?;
                 let converged = stop.iter().filter(|&&stop| stop != RUNNING).count();
                 if let Some(f) = &self.settings.on_iteration {

@@ -223,3 +223,33 @@ fn iterations_are_reported() {
     assert!(seen.iter().any(|i| i.run == 1) && seen.iter().filter(|i| i.converged == 2).count() == 2);
     assert!(*u32s(&got.n_iter).iter().max().unwrap() as usize <= seen.iter().map(|i| i.iteration).max().unwrap());
 }
+
+/// Rows of one column take another way, sorted, unless iterations are watched: to the same bits, ties and equal or far
+/// apart values included.
+#[test]
+fn one_column_is_the_same_sorted() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DTYPES.map(|t| (device.clone(), t))) {
+        for seed in 0..6 {
+            let mut rng = rng(90 + seed);
+            let (b, n, k) = (3, 400, [1, 7, 16][seed as usize % 3]);
+            let x = match seed {
+                0 | 1 => integers(&[b, n, 1], 9, dtype, &mut rng),
+                2 => tensor(&[b, n, 1], dtype, |i| [1.0, 1e4, -0.0, 0.0, 1e-4][i % 5] * rng.random_range(-1.0..1.0)),
+                3 => (integers(&[b, n, 1], 3, dtype, &mut rng) * 1e4).unwrap(),
+                _ => uniform(&[b, n, 1], 0.3, 2.0, dtype, &mut rng),
+            };
+            let weights = tensor(&[b, n], DType::F32, |_| rng.random_range(0..4) as f64);
+            let lengths = Tensor::new(&[400u32, 16, 77], &device).unwrap();
+            let (x, weights) = (x.to_device(&device).unwrap(), weights.to_device(&device).unwrap());
+            for init in [Init::Random, Init::Even, Init::KMeansPlusPlus] {
+                let plain = KMeans::new(k).init(init).max_iters(9).tol(if seed % 2 == 0 { 0.0 } else { 1e-3 });
+                let all = [plain.clone(), plain.clone().sample_weights(&weights), plain.lengths(&lengths)];
+                for (i, settings) in all.into_iter().enumerate() {
+                    let what = format!("{dtype:?} seed {seed} settings {i}");
+                    let watched = settings.clone().on_iteration(|_| {}).fit(&x).unwrap();
+                    assert_same_fit(&settings.fit(&x).unwrap(), &watched, &what);
+                }
+            }
+        }
+    }
+}

@@ -3,6 +3,7 @@
 pub(crate) mod assign;
 pub(crate) mod attend;
 mod filter;
+mod line;
 pub(crate) mod route;
 pub(crate) mod update;
 

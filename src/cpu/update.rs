@@ -3,7 +3,7 @@
 use super::{
     assign::{finished, tensor},
     filter::Scalar,
-    lock, typed, write, Element, View,
+    line, lock, typed, write, Element, View,
 };
 use crate::{
     fixed,
@@ -84,20 +84,23 @@ pub(crate) fn update(
     })
 }
 
-/// A CPU has nothing to gain from it.
+/// Rows of one column are worth it.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn fit_on_chip(
-    _: &Rows,
-    _: &Terms,
-    _: Metric,
+    x: &Rows,
+    terms: &Terms,
+    metric: Metric,
     _: Rule,
-    _: &Progress,
-    _: usize,
-    _: &Tensor,
-    _: &Tensor,
+    progress: &Progress,
+    max_iters: usize,
+    centroids: &Tensor,
+    labels: &Tensor,
     _: &Memory,
 ) -> Result<bool> {
-    Ok(false)
+    if x.d != 1 || metric != Metric::SquaredEuclidean {
+        return Ok(false);
+    }
+    line::fit(x, terms, progress, max_iters, centroids, labels)
 }
 
 /// Rows in label order (or, without one, all in one cluster as they lie), and what bounds their terms.

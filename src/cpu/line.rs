@@ -1,0 +1,164 @@
+//! A whole fit of rows of one column: sorted once, a cluster is a range of them, and its sum the difference of two prefix
+//! sums. A pass costs `k log n` instead of `k n`, and the results have the bits of any other fit.
+
+use super::{lock, typed, write, Element, View};
+use crate::{
+    fixed,
+    ops::{Progress, Terms},
+    problem::Rows,
+    Metric, Result,
+};
+use candle_core::{DType, Tensor};
+use rayon::prelude::*;
+
+/// Fits `x` `(b, n, 1)` by squared Euclidean distance, unless its values are too far apart or not numbers: whether it did.
+pub(super) fn fit(
+    x: &Rows,
+    terms: &Terms,
+    progress: &Progress,
+    max_iters: usize,
+    centroids: &Tensor,
+    labels: &Tensor,
+) -> Result<bool> {
+    let bad = lock(&terms.first_bad);
+    // Squares of f64 can underflow to ties.
+    if x.dtype() == DType::F64 || bad.flat::<u32>()?.iter().any(|&row| row != u32::MAX) {
+        return Ok(false);
+    }
+    typed!(x.dtype(), T => {
+        let (xs, largest, thresholds) = (lock(&x.tensor), lock(&terms.largest), lock(&progress.threshold));
+        let (factor, heaviest) = (terms.factor.as_ref().map(lock), terms.heaviest.as_ref().map(lock));
+        let (largest, thresholds) = (largest.flat::<f64>()?, thresholds.flat::<f64>()?);
+        let factor = factor.as_ref().map(|f| f.flat::<f64>()).transpose()?;
+        let heaviest = heaviest.as_ref().map(|h| h.flat::<f64>()).transpose()?;
+        let view: View<'_, T> = xs.view(x)?;
+        let k = centroids.dims()[1];
+        // A copy: the centroids are written below.
+        let starts = lock(centroids).flat::<T>()?.to_vec();
+        let fits = (0..x.b).into_par_iter().map(|b| {
+            let weights = factor.zip(heaviest).map(|(f, h)| (&f[b * x.n..][..x.n], h[b]));
+            let line = Line::new((0..x.n).map(|i| view.row(b, i)[0].wide()), largest[b], weights);
+            line.lloyd(&starts[b * k..][..k], thresholds[b], max_iters)
+        });
+        let Some(fits) = fits.collect::<Option<Vec<_>>>() else { return Ok(false) };
+        write(centroids, |all: &mut [T]| {
+            all.chunks_mut(k).zip(&fits).for_each(|(row, fit)| row.copy_from_slice(&fit.centroids));
+        })?;
+        write(labels, |all: &mut [u32]| {
+            all.par_chunks_mut(x.n).zip(&fits).for_each(|(row, fit)| row.copy_from_slice(&fit.labels));
+        })?;
+        write(&progress.stop, |all: &mut [u32]| {
+            all.iter_mut().zip(&fits).for_each(|(stop, fit)| *stop = fit.stop.unwrap_or(*stop));
+        })?;
+        Ok(true)
+    })
+}
+
+/// The values of a problem, ascending.
+struct Line {
+    values: Vec<f64>,
+    /// Where they come from.
+    rows: Vec<u32>,
+    /// Sums of the terms before each place, and their scale.
+    sums: (Vec<i128>, i32),
+    /// The same of the weights, if there are any.
+    weights: Option<(Vec<i128>, i32)>,
+}
+
+struct Fitted<T> {
+    centroids: Vec<T>,
+    labels: Vec<u32>,
+    /// The iteration in which it converged.
+    stop: Option<u32>,
+}
+
+impl Line {
+    /// `largest` bounds the terms; weights come with their largest.
+    fn new(values: impl Iterator<Item = f64>, largest: f64, weights: Option<(&[f64], f64)>) -> Self {
+        let mut sorted: Vec<(f64, u32)> = values.zip(0..).collect();
+        sorted.par_sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
+        let (values, rows): (Vec<f64>, Vec<u32>) = sorted.into_iter().unzip();
+        let prefix = |bound, term: &dyn Fn(usize) -> f64| {
+            let scale = fixed::scale(bound, values.len());
+            let mut sum = 0;
+            let before = (0..values.len()).map(|i| {
+                sum += fixed::quantise(term(i), scale);
+                sum
+            });
+            (std::iter::once(0).chain(before).collect(), scale)
+        };
+        let weight = |i: usize| weights.map_or(1.0, |(w, _)| w[rows[i] as usize]);
+        let sums = prefix(largest, &|i| values[i] * weight(i));
+        let of_weights = weights.map(|(_, heaviest)| prefix(heaviest, &weight));
+        Self { sums, weights: of_weights, values, rows }
+    }
+
+    fn lloyd<T: Element>(&self, start: &[T], threshold: f64, max_iters: usize) -> Option<Fitted<T>> {
+        let mut centroids = start.to_vec();
+        let mut ends = self.assign(&centroids)?;
+        let mut stop = None;
+        for iteration in 1..=max_iters {
+            let mut most = 0f64;
+            for &(j, begin, end) in &ends {
+                let Some(mean) = self.mean(begin, end) else { continue };
+                let (old, new) = (centroids[j].wide(), T::narrow(mean));
+                most = most.max((new.wide() - old) * (new.wide() - old));
+                centroids[j] = new;
+            }
+            ends = self.assign(&centroids)?;
+            if most <= threshold {
+                stop = Some(iteration as u32);
+                break;
+            }
+        }
+        let mut labels = vec![0; self.rows.len()];
+        for &(j, begin, end) in &ends {
+            self.rows[begin..end].iter().for_each(|&row| labels[row as usize] = j as u32);
+        }
+        Some(Fitted { centroids, labels, stop })
+    }
+
+    /// The weighted mean of a range; none of no weight.
+    fn mean(&self, begin: usize, end: usize) -> Option<f64> {
+        let of = |(sums, scale): &(Vec<i128>, i32)| fixed::value(sums[end] - sums[begin], *scale);
+        let weight = self.weights.as_ref().map_or((end - begin) as f64, of);
+        (weight > 0.0).then(|| of(&self.sums) / weight)
+    }
+
+    /// The range of each centroid that has rows. None where a centroid is no number, or neighbouring ones are so near each other that their distances
+    /// to a far value may round to the same: ranges end where distances cross only if they are different elsewhere.
+    fn assign<T: Element>(&self, centroids: &[T]) -> Option<Vec<(usize, usize, usize)>> {
+        let mut sorted: Vec<(f64, usize)> = centroids.iter().map(|c| c.wide()).zip(0..).collect();
+        if sorted.iter().any(|(c, _)| !c.is_finite()) {
+            return None;
+        }
+        // Of equal centroids the first has all rows; -0 equals 0.
+        sorted.sort_unstable_by(|a, b| (a.0 + 0.0).total_cmp(&(b.0 + 0.0)).then(a.1.cmp(&b.1)));
+        sorted.dedup_by(|next, first| next.0 == first.0);
+        let far = |v: Option<&f64>| v.map_or(0.0, |v| v.abs());
+        let reach = far(self.values.first()).max(far(self.values.last()));
+        let mut begin = 0;
+        let mut ranges = Vec::with_capacity(sorted.len());
+        for (i, &(c, j)) in sorted.iter().enumerate() {
+            let end = match sorted.get(i + 1) {
+                None => self.values.len(),
+                Some(&(next, other)) => {
+                    if next - c <= (reach + c.abs().max(next.abs())) * 2f64.powi(-48) {
+                        return None;
+                    }
+                    let distance = |c, x| Metric::SquaredEuclidean.distance(std::iter::once((x, c)));
+                    let stays = |&x: &f64| {
+                        let (here, there) = (distance(c, x), distance(next, x));
+                        here < there || here == there && j < other
+                    };
+                    begin + self.values[begin..].partition_point(stays)
+                }
+            };
+            if begin < end {
+                ranges.push((j, begin, end));
+            }
+            begin = end;
+        }
+        Some(ranges)
+    }
+}
