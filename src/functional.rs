@@ -197,6 +197,12 @@ pub(crate) fn sums_and_sizes(x: &Tensor, labels: &Tensor, k: usize) -> Result<(T
     Ok((reduce_known(&Rows::new(&x.detach())?, labels, k, Rule::Sum)?, ops::cluster_sizes(labels, k)?))
 }
 
+/// The Euclidean norm of each row of `x` `(..batch, n, d)`, f64 `(..batch, n)`. No gradient flows.
+pub(crate) fn norms(x: &Tensor) -> Result<Tensor> {
+    let p = Problem::rows(x, 1)?;
+    Ok(ops::norms(&Rows::new(&x.detach())?)?.reshape(p.shape(&[p.n]))?)
+}
+
 /// The sum of each row of `values`, f64 `(b, k)`, the same bits on every device: f64 `(b,)`.
 pub(crate) fn totals(values: &Tensor) -> Result<Tensor> {
     ops::total(values)

@@ -4,10 +4,11 @@ mod common;
 
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_flash_kmeans::{
-    nn::{codebook_encode, Codebook, Ema, EmaCodebook, ProductQuantizer, ResidualQuantizer},
+    nn::{codebook_encode, Codebook, Ema, EmaCodebook, GainShapeQuantizer, ProductQuantizer, ResidualQuantizer},
     Error, Init, KMeans, Metric,
 };
 use common::*;
+use rand::Rng;
 use std::{fs, path::PathBuf};
 
 const FLOATS: [DType; 3] = [DType::F16, DType::F32, DType::F64];
@@ -585,5 +586,51 @@ fn refusals_name_the_argument_and_both_values() {
         let mut learner = ema(Ema::default()).unwrap();
         refused(learner.step(&f32s(&[0, 3])), "Range", &["x rows: 0"]);
         refused(learner.step(&f32s(&[5, 2])), "Size", &["columns is 3, expected 2"]);
+    }
+}
+
+/// Rows of few directions and few lengths are what a gain-shape quantiser is made of; a codebook of as many bits is not.
+#[test]
+fn gain_shape_quantiser_codes_directions_and_lengths_apart() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DTYPES.map(|t| (device.clone(), t))) {
+        let mut rng = rng(41);
+        let directions: Vec<f64> = (0..2 * 8 * 6).map(|_| rng.random_range(-1.0..1.0)).collect();
+        let mut at = (0, 0.0);
+        let x = tensor(&[2, 1000, 6], dtype, |i| {
+            if i % 6 == 0 {
+                at = (rng.random_range(0..8), rng.random_range(0.5..9.0));
+            }
+            directions[(i / (1000 * 6) * 8 + at.0) * 6 + i % 6] * at.1
+        });
+        let x = x.to_device(&device).unwrap();
+        let fit = |k| KMeans::new(k).init(Init::KMeansPlusPlus).max_iters(50);
+        let quantizer = GainShapeQuantizer::train(&x, &fit(8), &fit(32)).unwrap();
+        let (shapes, gains) = quantizer.encode(&x).unwrap();
+        let back = quantizer.decode(&shapes, &gains).unwrap();
+        assert_same(&quantizer.forward(&x).unwrap(), &back, "forward");
+        let error = |back: &Tensor| {
+            let pairs = f64s(&x).into_iter().zip(f64s(back));
+            sum(pairs.map(|(a, b)| (a - b) * (a - b))) / sum(f64s(&x).into_iter().map(|v| v * v))
+        };
+        let plain = ResidualQuantizer::train(&x, 2, &fit(16)).unwrap();
+        assert!((plain.bits_per_value() - quantizer.bits_per_value()).abs() < 1e-12, "eight bits a row each");
+        let errors = [error(&back), error(&plain.forward(&x).unwrap())];
+        assert!(errors[0] < 1e-3 && 2.0 * errors[0] < errors[1], "{dtype:?}: {errors:?}");
+        // Lengths are those along the directions, so that what is left over is at right angles to them.
+        let unit = quantizer.shapes().decode(&shapes).unwrap();
+        let norms = problems(&unit).concat();
+        let off = norms.iter().map(|row| (sum(row.iter().map(|v| v * v)) - 1.0).abs()).fold(0.0, f64::max);
+        assert!(off < if dtype == DType::BF16 { 2e-2 } else { 2e-3 }, "{dtype:?}: a shape is {off} off unit length");
+
+        let path = std::env::temp_dir().join(format!("gain-shape-{}-{dtype:?}.safetensors", std::process::id()));
+        quantizer.save(&path).unwrap();
+        let loaded = GainShapeQuantizer::load(&path, &device).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert_same(&loaded.forward(&x).unwrap(), &back, "loaded");
+        let weighted = fit(8).sample_weights(&Tensor::ones(1000, DType::F32, &device).unwrap());
+        let refused = GainShapeQuantizer::train(&x, &weighted, &fit(4)).unwrap_err().to_string();
+        assert!(refused.contains("sample_weights") && refused.contains("lengths"), "{refused}");
+        let refused = GainShapeQuantizer::new(quantizer.gains().clone(), quantizer.gains().clone()).unwrap_err();
+        assert!(refused.to_string().contains("squared_euclidean"), "{refused}");
     }
 }

@@ -12,7 +12,7 @@ use backend::Backend;
 use candle_core::DType;
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
-use methods::{Method, Prompt, GROUP, RECENT, SINKS};
+use methods::{Method, Prompt, RECENT, SINKS};
 use score::Score;
 use smollm2::SmolLm2;
 use std::{fs, path::PathBuf};
@@ -51,6 +51,9 @@ struct Args {
     /// Tokens that a query may read besides sinks and recent ones
     #[arg(long, value_delimiter = ',', default_values_t = [64, 128, 256, 512])]
     budgets: Vec<usize>,
+    /// Tokens in a page, and in a cluster on average
+    #[arg(long, default_value_t = 16)]
+    group: usize,
     /// Ask for hidden digits in so many prompts instead
     #[arg(long, value_name = "CASES")]
     passkey: Option<usize>,
@@ -65,15 +68,16 @@ fn main() -> Result<()> {
     let args = Args::parse();
     ensure!(args.model.is_file(), "{} is not a file.\n{HOW_TO_GET_THE_MODEL}", args.model.display());
     let near = SINKS + RECENT;
-    ensure!(args.tokens >= near + GROUP, "--tokens {}: at least {} are needed", args.tokens, near + GROUP);
+    ensure!(args.group > 0, "--group 0: a cluster has tokens");
+    ensure!(args.tokens >= near + args.group, "--tokens {}: at least {} are needed", args.tokens, near + args.group);
     ensure!(args.scored > 0, "--scored 0: there is nothing to measure");
-    ensure!(args.budgets.iter().all(|&b| b >= GROUP), "--budgets: a page has {GROUP} tokens");
+    ensure!(args.budgets.iter().all(|&b| b >= args.group), "--budgets: a page has {} tokens", args.group);
     let (device, dtype) = args.device.open()?;
     let model = SmolLm2::load(&args.model, &device)?;
     let text = fs::read_to_string(&args.text).with_context(|| format!("cannot read {}", args.text.display()))?;
     let ids = model.encode(&text)?;
     match args.passkey {
-        Some(cases) => passkey::run(&model, &ids, args.tokens, cases, &args.budgets, dtype),
+        Some(cases) => passkey::run(&model, &ids, &args, cases, dtype),
         None => score(&model, &ids, &args, dtype),
     }
 }
@@ -82,7 +86,7 @@ fn score(model: &SmolLm2, ids: &[u32], args: &Args, dtype: DType) -> Result<()> 
     let (tokens, end) = (args.tokens, args.tokens + args.scored);
     ensure!(ids.len() > end, "{} has {} tokens, {} are needed", args.text.display(), ids.len(), end + 1);
     let bar = progress(model.dims.layers, "prompt")?;
-    let mut prompt = Prompt::new(model, &ids[..tokens], dtype, args.scored, &bar)?;
+    let mut prompt = Prompt::new(model, &ids[..tokens], args.group, dtype, args.scored, &bar)?;
     bar.finish_and_clear();
     report(&prompt, model, tokens);
 

@@ -10,8 +10,6 @@ use std::time::Instant;
 
 pub const SINKS: usize = 4;
 pub const RECENT: usize = 64;
-/// Tokens in a page, and in a cluster on average.
-pub const GROUP: usize = 16;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
@@ -44,6 +42,8 @@ impl Method {
 /// A prompt, in a cache for every block.
 pub struct Prompt {
     tokens: usize,
+    /// Tokens in a page, and in a cluster on average.
+    group: usize,
     clusters: Vec<ClusteredKvCache>,
     pages: Vec<ClusteredKvCache>,
     pub prefill_seconds: f64,
@@ -52,10 +52,17 @@ pub struct Prompt {
 
 impl Prompt {
     /// Runs the model over `ids` exactly and keeps keys and values in `dtype`; `bar` counts blocks.
-    pub fn new(model: &SmolLm2, ids: &[u32], dtype: DType, room: usize, bar: &ProgressBar) -> Result<Self> {
+    pub fn new(
+        model: &SmolLm2,
+        ids: &[u32],
+        group: usize,
+        dtype: DType,
+        room: usize,
+        bar: &ProgressBar,
+    ) -> Result<Self> {
         let new = || {
             let cache = ClusteredKvCache::new(ids.len() + room).sinks(SINKS).recent(RECENT);
-            cache.cluster_size(GROUP).segment(1)
+            cache.cluster_size(group).segment(1)
         };
         let caches = || (0..model.dims.layers).map(|_| new()).collect::<Vec<_>>();
         let (mut clusters, mut pages) = (caches(), caches());
@@ -75,10 +82,10 @@ impl Prompt {
             };
             cache.append(&keys, &values)?;
             let tokens = found.labels.dims()[2];
-            let page = Tensor::from_iter((0..tokens).map(|token| (token / GROUP) as u32), device)?;
-            cache.group(&page.broadcast_as(found.labels.shape())?.contiguous()?, tokens.div_ceil(GROUP))?;
+            let page = Tensor::from_iter((0..tokens).map(|token| (token / group) as u32), device)?;
+            cache.group(&page.broadcast_as(found.labels.shape())?.contiguous()?, tokens.div_ceil(group))?;
         }
-        Ok(Self { tokens: ids.len(), clusters, pages, prefill_seconds, clustering_seconds })
+        Ok(Self { tokens: ids.len(), group, clusters, pages, prefill_seconds, clustering_seconds })
     }
 
     /// The logarithms of the next tokens' probabilities, (tokens, vocabulary), after each of `ids`, which follow the prompt.
@@ -99,7 +106,7 @@ impl Prompt {
                 }
                 Method::Quest | Method::Recent => {
                     masked(&(queries * scale)?, &keys, &values, self.tokens, |queries, keys| match method {
-                        Method::Quest => quest(queries, keys, budget),
+                        Method::Quest => quest(queries, keys, budget, self.group),
                         _ => recent(queries, keys, budget),
                     })?
                 }
@@ -146,21 +153,21 @@ fn masked(
 }
 
 /// The pages whose bounds allow the largest scores.
-fn quest(queries: &Tensor, keys: &Tensor, budget: usize) -> Result<Tensor> {
+fn quest(queries: &Tensor, keys: &Tensor, budget: usize, group: usize) -> Result<Tensor> {
     let (heads, tokens, dim) = keys.dims3()?;
-    let pages = tokens.div_ceil(GROUP);
+    let pages = tokens.div_ceil(group);
     // The last key again changes no bound.
-    let last = keys.narrow(1, tokens - 1, 1)?.broadcast_as((heads, pages * GROUP - tokens, dim))?;
-    let keys = if pages * GROUP > tokens { Tensor::cat(&[keys, &last.contiguous()?], 1)? } else { keys.clone() };
-    let keys = keys.reshape((heads, pages, GROUP, dim))?;
+    let last = keys.narrow(1, tokens - 1, 1)?.broadcast_as((heads, pages * group - tokens, dim))?;
+    let keys = if pages * group > tokens { Tensor::cat(&[keys, &last.contiguous()?], 1)? } else { keys.clone() };
+    let keys = keys.reshape((heads, pages, group, dim))?;
     let (high, low) = (keys.max(2)?, keys.min(2)?);
     let bound = queries.relu()?.matmul(&high.transpose(1, 2)?)?;
     let bound = (bound - queries.neg()?.relu()?.matmul(&low.transpose(1, 2)?)?)?.to_dtype(DType::F32)?;
     // Sorting a permutation inverts it.
     let rank = bound.arg_sort_last_dim(false)?.arg_sort_last_dim(true)?;
-    let chosen = rank.lt((budget / GROUP) as u32)?.unsqueeze(D::Minus1)?;
+    let chosen = rank.lt((budget / group) as u32)?.unsqueeze(D::Minus1)?;
     let rows = queries.dim(1)?;
-    let chosen = chosen.broadcast_as((heads, rows, pages, GROUP))?.reshape((heads, rows, pages * GROUP))?;
+    let chosen = chosen.broadcast_as((heads, rows, pages, group))?.reshape((heads, rows, pages * group))?;
     Ok(chosen.narrow(2, 0, tokens)?.contiguous()?)
 }
 

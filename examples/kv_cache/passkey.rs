@@ -4,6 +4,7 @@ use crate::{
     methods::{Method, Prompt},
     progress,
     smollm2::SmolLm2,
+    Args,
 };
 use anyhow::{ensure, Result};
 use candle_core::DType;
@@ -18,7 +19,8 @@ const AFTER: &str = "\n\nWhat is the pass key?<|im_end|>\n<|im_start|>assistant\
 
 /// Hides a number at evenly spaced depths of prompts of so many `tokens`, made of pieces of `text`, and counts exact answers.
 /// The question is asked after the prompt has been compressed.
-pub fn run(model: &SmolLm2, text: &[u32], tokens: usize, cases: usize, budgets: &[usize], dtype: DType) -> Result<()> {
+pub fn run(model: &SmolLm2, text: &[u32], args: &Args, cases: usize, dtype: DType) -> Result<()> {
+    let Args { tokens, group, ref budgets, .. } = *args;
     ensure!(cases > 0, "--passkey 0: there is nothing to measure");
     let settings: Vec<_> = [(Method::Full, tokens)]
         .into_iter()
@@ -38,7 +40,7 @@ pub fn run(model: &SmolLm2, text: &[u32], tokens: usize, cases: usize, budgets: 
         let start = rng.random_range(0..text.len() - straw);
         let (straw, depth) = (&text[start..start + straw], straw * (2 * case + 1) / (2 * cases));
         let ids = [&before[..], &straw[..depth], &needle, &straw[depth..]].concat();
-        let mut prompt = Prompt::new(model, &ids, dtype, after.len() + DIGITS, &bar)?;
+        let mut prompt = Prompt::new(model, &ids, group, dtype, after.len() + DIGITS, &bar)?;
 
         // Digits are said one by one, so the greedy answer is right if each is the likeliest after those before it.
         let asked = [&after[..], &digits[..DIGITS - 1]].concat();

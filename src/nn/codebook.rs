@@ -15,7 +15,9 @@ use candle_nn::Module;
 use std::path::Path;
 
 mod ema;
+mod gain_shape;
 pub use ema::{Ema, EmaCodebook, Quantized, Usage};
+pub use gain_shape::GainShapeQuantizer;
 
 /// The index of the entry of `codebook` `(k, d)` nearest to each row of `x` `(n, d)`, u32 `(n)`, by squared Euclidean distance;
 /// the lowest one at the smallest distance. Leading dimensions of `x` are kept.

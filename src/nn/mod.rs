@@ -6,7 +6,8 @@ mod parts;
 mod routing;
 
 pub use codebook::{
-    codebook_encode, Codebook, Ema, EmaCodebook, ProductQuantizer, Quantized, ResidualQuantizer, Usage,
+    codebook_encode, Codebook, Ema, EmaCodebook, GainShapeQuantizer, ProductQuantizer, Quantized, ResidualQuantizer,
+    Usage,
 };
 pub use kv_cache::{ClusteredKvCache, KvBudget, KvClusters};
 pub use routing::{Grouping, Read, RoutedAttention};
