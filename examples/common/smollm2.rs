@@ -8,7 +8,10 @@ use anyhow::{ensure, Context, Result};
 use candle_core::quantized::{gguf_file::Content, tokenizer::TokenizerFromGguf};
 use candle_core::{DType, Device, Tensor, D};
 use candle_nn::{ops, rotary_emb, Linear, Module, RmsNorm};
-use std::{fs::File, path::Path};
+use std::{
+    fs::{self, File},
+    path::Path,
+};
 use tokenizers::pre_tokenizers::{byte_level::ByteLevel, digits::Digits, sequence::Sequence};
 use tokenizers::Tokenizer;
 
@@ -41,7 +44,7 @@ impl Heads {
 }
 
 /// What a linear layer of a block reads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Input {
     /// Of queries, keys and values
     Attention,
@@ -140,6 +143,15 @@ impl SmolLm2 {
         Ok(self.tokenizer.encode(text, false).map_err(anyhow::Error::msg)?.get_ids().to_vec())
     }
 
+    /// The first token ids of a file.
+    pub fn read(&self, path: &Path, tokens: usize) -> Result<Vec<u32>> {
+        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let mut ids = self.encode(&text)?;
+        ensure!(ids.len() >= tokens, "{} has {} tokens, {tokens} are needed", path.display(), ids.len());
+        ids.truncate(tokens);
+        Ok(ids)
+    }
+
     /// Hidden states (tokens, width) after the last norm of tokens that follow `past` others. `attention` sees the heads of
     /// every block in turn and returns (tokens, query heads x head_dim).
     pub fn forward(
@@ -195,6 +207,17 @@ impl SmolLm2 {
     /// The logarithm of each next token's probability, (tokens, vocabulary).
     pub fn log_probabilities(&self, hidden: &Tensor) -> Result<Tensor> {
         Ok(ops::log_softmax(&hidden.matmul(&self.embedding.t()?)?, D::Minus1)?)
+    }
+
+    /// The mean negative log likelihood of each of `ids` given those before it, whose hidden states these are.
+    pub fn loss(&self, hidden: &Tensor, ids: &[u32]) -> Result<f64> {
+        let mut loss = 0.0;
+        for (start, rows) in row_blocks(ids.len() - 1) {
+            let predicted = self.log_probabilities(&hidden.narrow(0, start, rows)?)?;
+            let likelihood = picked(&predicted, &ids[start + 1..][..rows])?.to_dtype(DType::F64)?;
+            loss -= likelihood.sum_all()?.to_scalar::<f64>()?;
+        }
+        Ok(loss / (ids.len() - 1) as f64)
     }
 }
 
@@ -270,7 +293,7 @@ fn causal_mask(start: usize, rows: usize, device: &Device) -> candle_core::Resul
     Tensor::from_vec(mask, (rows, seen), device)
 }
 
-pub fn row_blocks(rows: usize) -> impl Iterator<Item = (usize, usize)> {
+fn row_blocks(rows: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..rows).step_by(ROW_BLOCK).map(move |start| (start, ROW_BLOCK.min(rows - start)))
 }
 

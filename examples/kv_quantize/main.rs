@@ -7,17 +7,15 @@
 //! see the stored prompt, four exact tokens at its start, and each other exactly. Codebooks are trained on the prompt's own keys,
 //! before their rotation by position, and values: those of all layers, heads and pieces in one call.
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 use backend::Backend;
+use candle_flash_kmeans::Init;
 use clap::Parser;
 use methods::{Method, Prompt, Stored, PASSES, SINKS};
 use progress::progress;
 use score::Score;
 use smollm2::SmolLm2;
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::PathBuf;
 
 #[path = "../common/backend.rs"]
 mod backend;
@@ -54,6 +52,9 @@ struct Args {
     /// Tokens after it that are scored
     #[arg(long, default_value_t = 64)]
     scored: usize,
+    /// Start codebooks by k-means++: closer, and slower to train
+    #[arg(long)]
+    plus_plus: bool,
     #[arg(long, default_value = "cpu")]
     device: Backend,
     /// Where to draw divergence against bits
@@ -68,14 +69,15 @@ fn main() -> Result<()> {
     let (device, _) = args.device.open()?;
     let model = SmolLm2::load(&args.model, &device)?;
     let (tokens, end) = (args.tokens, args.tokens + args.scored);
-    let ids = read(&model, &args.text, end + 1)?;
-    let other = read(&model, &args.other_text, tokens)?;
+    let ids = model.read(&args.text, end + 1)?;
+    let other = model.read(&args.other_text, tokens)?;
 
     let bar = progress(2 * model.dims.layers, "prompts")?;
     let prompt = Prompt::new(&model, &ids[..tokens], &bar)?;
     let other = Prompt::new(&model, &other, &bar)?;
     bar.finish_and_clear();
 
+    let init = if args.plus_plus { Init::KMeansPlusPlus } else { Init::Random };
     println!("{tokens} tokens of {}, at most {PASSES} passes of k-means\n", args.text.display());
     println!(
         "| | bits a value | of these, scales or codebooks | codebooks | trained in | KL to f16 | perplexity | top-1 |"
@@ -84,7 +86,7 @@ fn main() -> Result<()> {
     let bar = progress(1 + Method::ALL.len(), "methods")?;
     let (mut full, mut lines) = (None, Vec::<(String, Vec<_>)>::new());
     for method in [Method::Exact].into_iter().chain(Method::ALL) {
-        let stored = prompt.stored(&model, method, &other)?;
+        let stored = prompt.stored(&model, method, &other, &init)?;
         let predicted = stored.prompt.follow(&model, &ids[tokens..end])?;
         let score = Score::new(full.get_or_insert_with(|| predicted.clone()), &predicted, &ids[tokens + 1..])?;
         bar.inc(1);
@@ -103,15 +105,6 @@ fn main() -> Result<()> {
     chart::draw(&args.out, "What SmolLM2 loses to a smaller cache", bits, "KL to the cache in f16", &lines)?;
     println!("\n{}", args.out.display());
     Ok(())
-}
-
-/// The first tokens of a file.
-fn read(model: &SmolLm2, path: &Path, tokens: usize) -> Result<Vec<u32>> {
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let mut ids = model.encode(&text)?;
-    ensure!(ids.len() >= tokens, "{} has {} tokens, {tokens} are needed", path.display(), ids.len());
-    ids.truncate(tokens);
-    Ok(ids)
 }
 
 fn print_row(method: Method, stored: &Stored, score: &Score) {

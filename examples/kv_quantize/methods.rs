@@ -8,7 +8,7 @@ use anyhow::Result;
 use candle_core::{DType, Module, Tensor};
 use candle_flash_kmeans::{
     nn::{ProductQuantizer, ResidualQuantizer},
-    KMeans,
+    Init, KMeans,
 };
 use indicatif::ProgressBar;
 
@@ -111,14 +111,14 @@ impl Prompt {
         Ok(self.heads.dim(1)?)
     }
 
-    /// The prompt as `method` stores it; codebooks that are not its own are trained on `other`.
-    pub fn stored(&self, model: &SmolLm2, method: Method, other: &Self) -> Result<Stored> {
+    /// The prompt as `method` stores it; codebooks start from `init`, and those not its own are trained on `other`.
+    pub fn stored(&self, model: &SmolLm2, method: Method, other: &Self, init: &Init) -> Result<Stored> {
         let rotated = matches!(method, Method::Integers { rotated: true, .. });
         let heads = if rotated { self.rotated(model)? } else { self.heads.clone() };
         let rest = |heads: &Tensor| heads.narrow(1, SINKS, heads.dim(1)? - SINKS)?.contiguous();
         let x = rest(&heads)?;
         let (tokens, dim) = (x.dim(1)?, x.dim(2)?);
-        let kmeans = |entries| KMeans::new(entries).max_iters(PASSES).tol(0.0);
+        let kmeans = |entries| KMeans::new(entries).init(init.clone()).max_iters(PASSES).tol(0.0);
         let (x, bits, overhead, codebooks, seconds) = match method {
             Method::Exact => (x, 16.0, 0.0, 0, 0.0),
             Method::Integers { bits, .. } => {
