@@ -42,17 +42,14 @@ pub fn run(args: &Args, device: &Device) -> Result<()> {
     let mut lines: [Vec<_>; 3] = Default::default();
     for method in methods {
         let quantized = method.quantize(&matrices)?;
+        let time = quantized.clustered_in();
         let mut changed = model.clone();
         for ((_, _, linear), weight) in changed.linears_mut().zip(quantized.weights) {
             *linear = Linear::new(weight, None);
         }
         let loss = loss(&changed, &ids, &bar)?;
         let (name, bits, lost) = (method.name(), quantized.bits, loss - exact);
-        let seconds = match method {
-            Method::Table { .. } => format!("{:.3} s", quantized.seconds),
-            _ => String::new(),
-        };
-        bar.suspend(|| println!("| {name} | {bits:.2} | {lost:+.3} | {:.3} | {seconds} |", loss.exp()));
+        bar.suspend(|| println!("| {name} | {bits:.2} | {lost:+.3} | {:.3} | {time} |", loss.exp()));
         let line = match method {
             Method::Table { weighted: true, .. } => 2,
             Method::Table { weighted: false, .. } => 1,

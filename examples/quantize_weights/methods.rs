@@ -57,7 +57,18 @@ pub struct Quantized {
     /// Of a weight, with scales and levels
     pub bits: f64,
     /// Of clustering
-    pub seconds: f64,
+    seconds: f64,
+}
+
+impl Quantized {
+    /// The time of clustering, where there was any.
+    pub fn clustered_in(&self) -> String {
+        if self.seconds > 0.0 {
+            format!("{:.3} s", self.seconds)
+        } else {
+            String::new()
+        }
+    }
 }
 
 impl Method {
