@@ -97,7 +97,7 @@ fn training_is_a_fit() {
     }
 }
 
-/// The op that it stands in for, which the CPU alone has, and what models use elsewhere; both in f32, where whole numbers are exact.
+/// The op that it stands in for, which the CPU alone has, and what models use elsewhere: f32 both, exact for whole numbers.
 #[test]
 fn codebook_encode_is_that_of_encodec() {
     let entries = whole(&[20, 8], 6, DType::F32, &Device::Cpu);
@@ -430,8 +430,8 @@ fn rounded(x: &Tensor, bits: u32) -> Tensor {
     code.broadcast_mul(&step).unwrap().broadcast_add(&low).unwrap()
 }
 
-/// A real KV cache in 2.3 bits a value, codebooks and all, against integers of two bits and scales for 64 of them (2.5): keys by
-/// channel, values by token. The relative error of attention is 0.24 against 0.41.
+/// A real KV cache in 2.3 bits a value, codebooks and all, against integers of two bits and scales for 64 of them (2.5):
+/// keys by channel, values by token. The relative error of attention is 0.24 against 0.41.
 #[test]
 fn a_kv_cache_keeps_more_in_codebooks_than_in_integers() {
     const GROUP: usize = 64;

@@ -46,6 +46,7 @@ fn draw_lines(
     };
     let (x_range, y_range) = (range(|p| p.0, 1.12), range(|p| p.1, 1.3));
     let y_ticks = Y_TICKS.iter().copied().filter(|tick| y_range.contains(tick)).collect();
+    let x_ticks = x.ticks.into_iter().filter(|tick| x_range.contains(tick)).collect();
     let area = SVGBackend::new(path, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&area)
@@ -54,7 +55,7 @@ fn draw_lines(
         .x_label_area_size(60)
         .y_label_area_size(80)
         .build_cartesian_2d(
-            x_range.log_scale().with_key_points(x.ticks),
+            x_range.log_scale().with_key_points(x_ticks),
             y_range.log_scale().with_key_points(y_ticks),
         )?;
     chart

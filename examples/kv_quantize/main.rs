@@ -3,9 +3,9 @@
 //! ```text
 //! cargo run --release --example kv_quantize -- --model SmolLM2-135M-Instruct.Q4_1.gguf
 //! ```
-//! The prompt is read exactly and then stored by each method. The model is scored on the tokens that follow, all at once, which
-//! see the stored prompt, four exact tokens at its start, and each other exactly. Codebooks are trained on the prompt's own keys,
-//! before their rotation by position, and values: those of all layers, heads and pieces in one call.
+//! The prompt is read exactly and then stored by each method. The model is scored on the tokens that follow, all at
+//! once, which see the stored prompt, four exact tokens at its start, and each other exactly. Codebooks are trained on
+//! the prompt's own keys, before their rotation by position, and values: all layers, heads and pieces in one call.
 
 use anyhow::{ensure, Result};
 use backend::Backend;

@@ -12,7 +12,7 @@ use candle_flash_kmeans::{
 };
 use indicatif::ProgressBar;
 
-/// Tokens at the start that stay exact in every method: models park attention there, and their keys are unlike all others.
+/// Tokens at the start that stay exact in every method: models park attention there, and their keys are unlike others.
 pub const SINKS: usize = 4;
 /// Numbers that share a scale and an offset, each an f16.
 const GROUP: usize = 64;
@@ -153,8 +153,8 @@ impl Prompt {
         Ok(Stored { prompt: Self { heads, rotated }, bits, overhead, codebooks, seconds })
     }
 
-    /// The logarithms of the next tokens' probabilities, (tokens, vocabulary), after each of `ids`, which follow the prompt
-    /// and see each other exactly.
+    /// The logarithms of the next tokens' probabilities, (tokens, vocabulary), after each of `ids`, which follow the
+    /// prompt and see each other exactly.
     pub fn follow(&self, model: &SmolLm2, ids: &[u32]) -> Result<Tensor> {
         let (layers, heads) = (model.dims.layers, model.dims.key_heads);
         let hidden = model.forward(ids, self.tokens()?, |layer, new| {

