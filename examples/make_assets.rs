@@ -8,7 +8,7 @@
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
-use common::smollm2::{attend, picked, row_blocks, Heads, SmolLm2};
+use common::smollm2::{attend, Heads, SmolLm2};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{collections::HashMap, fs, path::PathBuf};
 
@@ -92,26 +92,17 @@ fn run(model: &SmolLm2, name: &str, text: &str) -> Result<Vec<Heads>> {
                 queries: heads.queries.get(*head)?.narrow(1, TOKENS - QUERIES, QUERIES)?,
                 keys: heads.keys.get(*head)?,
                 values: heads.values.get(*head)?,
+                unrotated: heads.unrotated.get(*head)?,
             });
         }
         bar.inc(1);
         attend(heads)
     })?;
     bar.finish_and_clear();
-    let perplexity = perplexity(model, &hidden, ids)?;
+    let perplexity = model.loss(&hidden, ids)?.exp();
     println!("{name:8} perplexity {perplexity:.3} over {TOKENS} tokens");
     ensure!(perplexity < PERPLEXITY_LIMIT, "perplexity {perplexity:.1} on {name}: the model or its file is wrong");
     Ok(kept)
-}
-
-/// Exponential of the mean negative log likelihood of each token given those before it.
-fn perplexity(model: &SmolLm2, hidden: &Tensor, ids: &[u32]) -> Result<f64> {
-    let mut loss = 0.0;
-    for (start, rows) in row_blocks(ids.len() - 1) {
-        let likelihood = picked(&model.log_probabilities(&hidden.narrow(0, start, rows)?)?, &ids[start + 1..][..rows])?;
-        loss -= likelihood.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?;
-    }
-    Ok((loss / (ids.len() - 1) as f64).exp())
 }
 
 fn to_f16(tensor: &Tensor) -> Result<Tensor> {

@@ -2,10 +2,10 @@
 // means.
 //
 // Four launches. `attend_scores` scores the query heads against the mean keys. `select_tokens` of select.cu ranks the
-// clusters and lists the tokens of the best, up to a budget. `attend_split` reads keys and values of what is listed where they lie,
-// and adds the means of what is left, in pieces of ATTEND_ROWS rows; a piece keeps its largest score, its sum of
-// weights and its weighted values (Dao et al. 2023, "Flash-Decoding"). `attend_merge` adds the pieces up. Traffic: the
-// mean keys and mean values, the listed keys and values, once for all query heads that share them.
+// clusters and lists the tokens of the best, up to a budget. `attend_split` reads keys and values of what is listed
+// where they lie, and adds the means of what is left, in pieces of ATTEND_ROWS rows; a piece keeps its largest score,
+// its sum of weights and its weighted values (Dao et al. 2023, "Flash-Decoding"). `attend_merge` adds the pieces up.
+// Traffic: the mean keys and mean values, the listed keys and values, once for all query heads that share them.
 #include "common.cuh"
 #include "listed.cuh"
 #include "scan.cuh"
@@ -116,7 +116,7 @@ __device__ void attend_piece(const T* q, const T* keys, const T* values, const T
     const int live = int(min(int64_t(QUERIES), c.group - part * QUERIES));
     keys += head * c.head_stride, values += head * c.head_stride, mean_values += head * c.k * D;
     left += unit * c.k;
-    const Listed listed = {chosen + unit * c.budget, left, c.sinks, c.budget, means, c.clustered,
+    const Listed listed = {chosen + unit * c.budget,        left, c.sinks, c.budget, means, c.clustered,
                            c.tokens - c.clustered - c.sinks};
     for (int i = threadIdx.x; i < ROWS; i += BLOCK) from[i] = listed[piece * ROWS + i];
     __syncthreads();

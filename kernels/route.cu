@@ -1,12 +1,13 @@
 // Attention of groups of queries, each to a list of rows of its own.
 //
-// `route_scores` ranks the clusters of keys for each group: the mean over its queries of exp(q.c_j) / sum_i n_i exp(q.c_i),
-// the estimated attention to a token of cluster j. `select_tokens` of select.cu lists the tokens of the best. `route_attend`
-// is FlashAttention-2 (Dao 2023) over that list: a block takes ROWS queries of a group and walks the listed keys and values
-// where they lie, KEYS at a time; nothing is permuted. A cluster's mean is a row with the logarithm of what it stands for.
+// `route_scores` ranks the clusters of keys for each group: the mean over its queries of exp(q.c_j) / sum_i n_i
+// exp(q.c_i), the estimated attention to a token of cluster j. `select_tokens` of select.cu lists the tokens of the
+// best. `route_attend` is FlashAttention-2 (Dao 2023) over that list: a block takes ROWS queries of a group and walks
+// the listed keys and values where they lie, KEYS at a time; nothing is permuted. A cluster's mean is a row with the
+// logarithm of what it stands for.
 //
-// Traffic of a block: its queries, and 4 d bytes of each listed row from L2, for 4 ROWS d flops. Shared memory at d = 128:
-// 64 KB, so that two blocks fit a multiprocessor, as their registers do.
+// Traffic of a block: its queries, and 4 d bytes of each listed row from L2, for 4 ROWS d flops. Shared memory at d =
+// 128: 64 KB, so that two blocks fit a multiprocessor, as their registers do.
 #include "common.cuh"
 #include "listed.cuh"
 #include "mma.cuh"
@@ -45,7 +46,8 @@ __device__ __forceinline__ void copy_rows(uint32_t to, const void* any, RowAt ro
     }
 }
 
-/// 16 TALL rows of a warp against KEYS others: [i][j][e] is row 16 i + 8 (e / 2) + lane / 4, column 8 j + 2 (lane % 4) + e % 2.
+/// 16 TALL rows of a warp against KEYS others: [i][j][e] is row 16 i + 8 (e / 2) + lane / 4, column 8 j + 2 (lane % 4)
+/// + e % 2.
 template <int TALL>
 using Scores = float[TALL][EIGHTS][4];
 
@@ -218,7 +220,8 @@ __device__ void score_clusters(const T* q, const T* means, const Route& r, const
                             column[j][e] = v;
                         }
                         if (lane < 4) {
-                            reinterpret_cast<float2*>(sums[warp])[4 * j + lane] = make_float2(column[j][0], column[j][1]);
+                            reinterpret_cast<float2*>(sums[warp])[4 * j + lane] =
+                                make_float2(column[j][0], column[j][1]);
                         }
                     }
                     __syncthreads();
@@ -247,7 +250,8 @@ __device__ void score_clusters(const T* q, const T* means, const Route& r, const
     }
 }
 
-/// The group and the first query of the `slot`-th tile of ROWS queries, over all groups of a head; false if there are fewer.
+/// The group and the first query of the `slot`-th tile of ROWS queries, over all groups of a head; false if there are
+/// fewer.
 template <int ROWS>
 __device__ bool find_tile(const uint32_t* query_offsets, int64_t units, int64_t slot, int64_t& unit, int64_t& first) {
     __shared__ uint32_t of_warps[WARPS];
@@ -274,26 +278,26 @@ __device__ bool find_tile(const uint32_t* query_offsets, int64_t units, int64_t 
     return unit >= 0;
 }
 
-/// A block to each tile of ROWS queries of a group: `out` (heads, queries, D), row by row where the queries are.
+/// What a tile of queries reads, from its own head, unit and place on.
+template <class T>
+struct Reading {
+    const T *q, *keys, *values, *mean_keys, *mean_values;
+    T* out;
+    const uint32_t* order;
+    const float* left;
+    int64_t first, end;  // of the unit's queries from here on, in `order`
+};
+
+/// The first ROWS of the queries.
 template <class T, int D, int TALL>
-__device__ void attend_listed(const T* q, const T* keys, const T* values, const T* mean_keys, const T* mean_values,
-                              const Route& r, const uint32_t* order, const uint32_t* query_offsets,
-                              const uint32_t* chosen, const float* left, const uint32_t* counts, T* out) {
+__device__ __forceinline__ void attend_tile(const Reading<T>& at, const Listed& listed, const Route& r) {
     constexpr int ROWS = WARPS * 16 * TALL;
+    const auto [q, keys, values, mean_keys, mean_values, out, order, left, first, end] = at;
     extern __shared__ __align__(128) uint8_t raw[];
     const uint32_t rows = uint32_t(__cvta_generic_to_shared(raw)), key_tile = rows + ROWS * D * 2,
                    value_tile = key_tile + KEYS * D * 2;
     __shared__ uint32_t entries[2][KEYS];
     __shared__ float biases[2][KEYS];
-    const int64_t slots = r.queries / ROWS + r.units, head = blockIdx.x / slots, key_head = head / r.group;
-    query_offsets += head * (r.units + 1), order += head * r.queries;
-    int64_t unit, first;
-    if (!find_tile<ROWS>(query_offsets, r.units, blockIdx.x % slots, unit, first)) return;
-    const int64_t end = query_offsets[unit + 1], at = head * r.units + unit;
-    q += head * r.queries * D, out += head * r.queries * D;
-    keys += key_head * r.key_head, values += key_head * r.value_head;
-    mean_keys += key_head * r.k * D, mean_values += key_head * r.k * D, left += at * r.k;
-    const Listed listed = {chosen + at * r.most, left, r.sinks, counts[at], r.means, r.clustered, r.others};
     const int tiles = int((listed.rows() + KEYS - 1) / KEYS);
     const int64_t plain = r.sinks + listed.listed;  // rows that every query sees as they are
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -311,7 +315,9 @@ __device__ void attend_listed(const T* q, const T* keys, const T* values, const 
     const auto load = [&](uint32_t to, int tile, const T* tokens, int64_t stride, const T* means) {
         copy_rows<D, KEYS>(to, q, [&](int i) -> const T* {
             const uint32_t row = entries[tile & 1][i];
-            return row < CLUSTER ? tokens + row * stride : row == NOTHING ? nullptr : means + int64_t(row & ~CLUSTER) * D;
+            return row < CLUSTER    ? tokens + row * stride
+                   : row == NOTHING ? nullptr
+                                    : means + int64_t(row & ~CLUSTER) * D;
         });
         copies_commit();
     };
@@ -351,7 +357,7 @@ __device__ void attend_listed(const T* q, const T* keys, const T* values, const 
 #pragma unroll
                         for (int h = 0; h < 2; ++h) {
                             float& v = s[i][j][2 * h + e];
-                            v = r.causal && row < CLUSTER && int(row) > last[i][h] ? -INFINITY : v + bias;
+                            v = r.causal && row<CLUSTER&& int(row)> last[i][h] ? -INFINITY : v + bias;
                         }
                     }
                 }
@@ -408,10 +414,40 @@ __device__ void attend_listed(const T* q, const T* keys, const T* values, const 
     }
 }
 
+/// A block to each tile of queries of a group: `out` (heads, queries, D), row by row where the queries are. A tile that
+/// is no more than half full is a lower one.
+template <class T, int D, int TALL>
+__device__ void attend_listed(const T* q, const T* keys, const T* values, const T* mean_keys, const T* mean_values,
+                              const Route& r, const uint32_t* order, const uint32_t* query_offsets,
+                              const uint32_t* chosen, const float* left, const uint32_t* counts, T* out) {
+    constexpr int ROWS = WARPS * 16 * TALL;
+    const int64_t slots = r.queries / ROWS + r.units, head = blockIdx.x / slots, key_head = head / r.group;
+    query_offsets += head * (r.units + 1);
+    int64_t unit, first;
+    if (!find_tile<ROWS>(query_offsets, r.units, blockIdx.x % slots, unit, first)) return;
+    const int64_t end = query_offsets[unit + 1], at = head * r.units + unit;
+    const Reading<T> reading = {q + head * r.queries * D,
+                                keys + key_head * r.key_head,
+                                values + key_head * r.value_head,
+                                mean_keys + key_head * r.k * D,
+                                mean_values + key_head * r.k * D,
+                                out + head * r.queries * D,
+                                order + head * r.queries,
+                                left + at * r.k,
+                                first,
+                                end};
+    const Listed listed = {chosen + at * r.most, reading.left, r.sinks, counts[at], r.means, r.clustered, r.others};
+    if (TALL > 1 && end - first <= ROWS / 2) {
+        attend_tile<T, D, 1>(reading, listed, r);
+    } else {
+        attend_tile<T, D, TALL>(reading, listed, r);
+    }
+}
+
 #define KERNELS(suffix, T, D, TALL)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(BLOCK, 2) route_scores_##D##_##TALL##_##suffix(                       \
-        const T* q, const T* means, Route r, const uint32_t* order, const uint32_t* query_offsets,                     \
-        const uint32_t* offsets, float* scores) {                                                                      \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 2)                                                             \
+        route_scores_##D##_##TALL##_##suffix(const T* q, const T* means, Route r, const uint32_t* order,               \
+                                             const uint32_t* query_offsets, const uint32_t* offsets, float* scores) {  \
         score_clusters<T, D, TALL>(q, means, r, order, query_offsets, offsets, scores);                                \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(BLOCK, 2) route_attend_##D##_##TALL##_##suffix(                       \
@@ -421,7 +457,8 @@ __device__ void attend_listed(const T* q, const T* keys, const T* values, const 
         attend_listed<T, D, TALL>(q, keys, values, mean_keys, mean_values, r, order, query_offsets, chosen, left,      \
                                   counts, out);                                                                        \
     }
-#define INSTANCES(suffix, T) KERNELS(suffix, T, 64, 1) KERNELS(suffix, T, 64, 2) KERNELS(suffix, T, 128, 1) KERNELS(suffix, T, 128, 2)
+#define INSTANCES(suffix, T)                                                                                           \
+    KERNELS(suffix, T, 64, 1) KERNELS(suffix, T, 64, 2) KERNELS(suffix, T, 128, 1) KERNELS(suffix, T, 128, 2)
 INSTANCES(f16, __half)
 INSTANCES(bf16, __nv_bfloat16)
 #undef INSTANCES

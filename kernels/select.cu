@@ -50,9 +50,9 @@ __device__ uint32_t rank_reaching(const uint32_t* ranks, int64_t k, uint32_t wan
     return rank;
 }
 
-/// A block to each unit: ranks its clusters, by its score or the sum of the softmaxes of several, and lists the tokens of
-/// the best in `chosen` (units, most), counted from the first clustered one; `left` (units, k) says how many tokens of each
-/// cluster are not listed, and `listed` (units) how many are. Clusters of one rank go by their index.
+/// A block to each unit: ranks its clusters, by its score or the sum of the softmaxes of several, and lists the tokens
+/// of the best in `chosen` (units, most), counted from the first clustered one; `left` (units, k) says how many tokens
+/// of each cluster are not listed, and `listed` (units) how many are. Clusters of one rank go by their index.
 extern "C" __global__ void __launch_bounds__(ATTEND_CHOOSERS, 1)
     select_tokens(Choice c, const float* scores, const uint32_t* order, const uint32_t* offsets, uint32_t* chosen,
                   float* left, uint32_t* listed) {
@@ -103,7 +103,8 @@ extern "C" __global__ void __launch_bounds__(ATTEND_CHOOSERS, 1)
     const auto size = [&](int64_t j) { return begins[j + 1] - begins[j]; };
     uint32_t budget = c.least;
     if (c.share > 0 && c.least < c.most) {
-        // Attention in parts of 2^30, so that sums are the same in any order; a cluster's place in the list is free yet.
+        // Attention in parts of 2^30, so that sums are the same in any order; a cluster's place in the list is free
+        // yet.
         const auto mass = [&](int64_t j) { return __uint_as_float(unordered(ranks[j])) * size(j); };
         float all[1] = {0};
         for (int64_t j = threadIdx.x; j < c.k; j += blockDim.x) all[0] += mass(j);

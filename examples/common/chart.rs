@@ -14,7 +14,9 @@ const COLOURS: [RGBColor; 6] = [
     RGBColor(90, 90, 90),
 ];
 const SIZE: (u32, u32) = (860, 540);
-const Y_TICKS: [f64; 10] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0];
+const Y_TICKS: [f64; 19] = [
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0,
+];
 const FONT: &str = "sans-serif";
 
 /// The horizontal axis: its name, where it has ticks, and what they say.
@@ -44,6 +46,7 @@ fn draw_lines(
     };
     let (x_range, y_range) = (range(|p| p.0, 1.12), range(|p| p.1, 1.3));
     let y_ticks = Y_TICKS.iter().copied().filter(|tick| y_range.contains(tick)).collect();
+    let x_ticks = x.ticks.into_iter().filter(|tick| x_range.contains(tick)).collect();
     let area = SVGBackend::new(path, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&area)
@@ -52,7 +55,7 @@ fn draw_lines(
         .x_label_area_size(60)
         .y_label_area_size(80)
         .build_cartesian_2d(
-            x_range.log_scale().with_key_points(x.ticks),
+            x_range.log_scale().with_key_points(x_ticks),
             y_range.log_scale().with_key_points(y_ticks),
         )?;
     chart

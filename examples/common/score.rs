@@ -1,11 +1,12 @@
-//! How a model's predictions differ from those of full attention.
+//! What a method costs a language model.
 
 use crate::smollm2::picked;
 use anyhow::Result;
 use candle_core::{DType, Tensor};
 
+/// How predictions, (positions, vocabulary) as logarithms, differ from the reference's.
 pub struct Score {
-    /// Mean Kullback-Leibler divergence from full attention, nats
+    /// Mean Kullback-Leibler divergence from the reference, nats
     pub divergence: f64,
     pub perplexity: f64,
     /// Share of positions with the same most likely token
@@ -22,6 +23,7 @@ impl Score {
     }
 
     /// A row of a table in Markdown.
+    #[allow(dead_code)] // Every example compiles this file and uses its own part of it.
     pub fn print(&self, read: &str, method: &str) {
         let Self { divergence, perplexity, agreement } = self;
         println!("| {read} | {method} | {divergence:.4} | {perplexity:.3} | {:.1} % |", 100.0 * agreement);

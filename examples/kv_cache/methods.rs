@@ -1,12 +1,14 @@
 //! What a query reads of a cached prompt, method by method.
 
-use crate::smollm2::{attend, Heads, SmolLm2};
+use crate::{
+    smollm2::{attend, Heads, SmolLm2},
+    timing::seconds,
+};
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor, D};
+use candle_core::{DType, Tensor, D};
 use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget};
 use candle_nn::ops::softmax_last_dim;
 use indicatif::ProgressBar;
-use std::time::Instant;
 
 pub const SINKS: usize = 4;
 pub const RECENT: usize = 64;
@@ -176,13 +178,4 @@ fn recent(queries: &Tensor, keys: &Tensor, budget: usize) -> Result<Tensor> {
     let (heads, tokens, _) = keys.dims3()?;
     let chosen = Tensor::from_iter((0..tokens).map(|token| (token + budget >= tokens) as u8), keys.device())?;
     Ok(chosen.broadcast_as((heads, queries.dim(1)?, tokens))?.contiguous()?)
-}
-
-/// The result of some work on a device, and its seconds.
-pub fn seconds<T>(device: &Device, work: impl FnOnce() -> Result<T>) -> Result<(T, f64)> {
-    device.synchronize()?;
-    let start = Instant::now();
-    let result = work()?;
-    device.synchronize()?;
-    Ok((result, start.elapsed().as_secs_f64()))
 }

