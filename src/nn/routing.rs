@@ -62,7 +62,7 @@ pub enum Read {
 /// On a GPU, f16 and bf16 rows of 64 or 128 columns are attended by one kernel that reads rows where they lie, in the order of
 /// the groups' lists, so that nothing is permuted or copied and no mask exists. For others, and on the CPU, Candle's products
 /// compute all scores and a mask removes those that are not read, which is no faster than attention. The host waits for
-/// nothing. Values are not searched for NaN.
+/// nothing. Values are not searched for NaN, and no gradient flows.
 ///
 /// Sources: query and key clusters as in Yang et al. 2025 (Sparse VideoGen2), with each query's own softmax instead of
 /// that of their mean; estimates inside the softmax as in Hooper et al. 2025 (Multipole attention).
@@ -205,9 +205,11 @@ impl RoutedAttention {
         let sinks = if causal { self.sinks } else { 0 };
         let grouped = if causal { n.saturating_sub(m + self.recent + sinks) } else { n };
         let [share, least, most] = self.reads(grouped)?;
-        let groups = match grouped {
-            0 => None,
-            _ => Some(self.groups(q, [k, v].map(|t| t.narrow(2, sinks, grouped)))?),
+        let (q, k, v) = (&q.detach(), &k.detach(), &v.detach());
+        let groups = if grouped == 0 {
+            None
+        } else {
+            Some(self.groups(q, &k.narrow(2, sinks, grouped)?, &v.narrow(2, sinks, grouped)?)?)
         };
         let routed = Routed {
             q,
@@ -247,10 +249,8 @@ impl RoutedAttention {
     }
 
     /// Groups the queries and the keys, and reduces keys and values to the groups' means.
-    fn groups(&mut self, q: &Tensor, rows: [candle_core::Result<Tensor>; 2]) -> Result<RoutedGroups> {
-        let [keys, values] = rows;
-        let (keys, values) = (keys?, values?);
-        let of_keys = self.group(KEYS, &keys)?;
+    fn groups(&mut self, q: &Tensor, keys: &Tensor, values: &Tensor) -> Result<RoutedGroups> {
+        let of_keys = self.group(KEYS, keys)?;
         let of_queries = self.group(QUERIES, q)?;
         let sorted = |labels: &Tensor, k: usize| {
             let (b, heads, n) = labels.dims3()?;
@@ -260,8 +260,8 @@ impl RoutedAttention {
         let (order, offsets) = sorted(&of_keys.labels, of_keys.k)?;
         let (query_order, query_offsets) = sorted(&of_queries.labels, of_queries.k)?;
         Ok(RoutedGroups {
-            mean_keys: functional::known_means(&keys, &of_keys.labels, of_keys.k)?,
-            mean_values: functional::known_means(&values, &of_keys.labels, of_keys.k)?,
+            mean_keys: functional::known_means(keys, &of_keys.labels, of_keys.k)?,
+            mean_values: functional::known_means(values, &of_keys.labels, of_keys.k)?,
             order,
             offsets,
             query_labels: of_queries.labels,
