@@ -9,6 +9,7 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use rand::{seq::index, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 
 /// How a fit chooses its first centroids.
 #[derive(Clone, Debug, Default)]
@@ -33,6 +34,9 @@ pub enum Init {
 /// Rounds of k-means||, and rows drawn in each as a multiple of `k`, as its authors recommend.
 const ROUNDS: u64 = 5;
 const OVERSAMPLING: f64 = 2.0;
+
+/// So many draws are shared among threads.
+const PARALLEL: usize = 16_384;
 
 /// Rows that k-means|| draws, at most but for luck: the count of a round is about Poisson's.
 pub(crate) fn drawn(k: u64) -> u64 {
@@ -68,22 +72,23 @@ pub(crate) fn centroids(
 pub(crate) fn draw(
     init: &Init,
     p: &Problem,
-    rows: impl Fn(usize) -> usize,
+    rows: impl Fn(usize) -> usize + Sync,
     weighted: bool,
     seed: u64,
     device: &Device,
 ) -> Result<Option<Tensor>> {
-    let mut chosen = Vec::with_capacity(p.b * p.k);
+    let mut chosen = vec![0; p.b * p.k];
+    let drawn = |(b, chosen): (usize, &mut [u32])| {
+        // One stream a problem, so that a problem draws the same rows alone and inside a batch of any size.
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(b as u64);
+        chosen.iter_mut().zip(index::sample(&mut rng, rows(b), p.k)).for_each(|(c, i)| *c = i as u32);
+    };
     match init {
-        Init::Even => (0..p.b).for_each(|b| chosen.extend((0..p.k).map(|i| (i * rows(b) / p.k) as u32))),
-        Init::Random if !weighted => {
-            for b in 0..p.b {
-                // One stream a problem, so that a problem draws the same rows alone and inside a batch of any size.
-                let mut rng = ChaCha8Rng::seed_from_u64(seed);
-                rng.set_stream(b as u64);
-                chosen.extend(index::sample(&mut rng, rows(b), p.k).into_iter().map(|i| i as u32));
-            }
-        }
+        Init::Even => chosen.iter_mut().enumerate().for_each(|(i, c)| *c = (i % p.k * rows(i / p.k) / p.k) as u32),
+        // Waking other threads costs more than a few draws.
+        Init::Random if !weighted && chosen.len() < PARALLEL => chosen.chunks_mut(p.k).enumerate().for_each(drawn),
+        Init::Random if !weighted => chosen.par_chunks_mut(p.k).enumerate().for_each(drawn),
         _ => return Ok(None),
     }
     Ok(Some(Tensor::from_vec(chosen, (p.b, p.k), device)?))

@@ -253,3 +253,22 @@ fn one_column_is_the_same_sorted() {
         }
     }
 }
+
+/// As many problems as a model has rows of weights: each is what it is in a batch of a thousand.
+#[test]
+fn a_million_problems() {
+    let (few, copies, n, k) = (1000, 1000, 5, 2);
+    for device in devices() {
+        let x = uniform(&[few, n, 1], 0.0, 1.0, DType::F32, &mut rng(97)).to_device(&device).unwrap();
+        let settings = KMeans::new(k).init(Init::Even).max_iters(4).tol(0.0);
+        let [alone, all] = [&x, &x.repeat((copies, 1, 1)).unwrap()].map(|x| settings.fit(x).unwrap());
+        for from in [0, few, (copies / 2) * few, (copies - 1) * few] {
+            let part = |t: &Tensor| t.narrow(0, from, few).unwrap().contiguous().unwrap();
+            assert_same(&part(&all.labels), &alone.labels, "labels");
+            assert_same(&part(&all.centroids), &alone.centroids, "centroids");
+            assert_same(&part(&all.counts), &alone.counts, "counts");
+            assert_same(&part(&all.inertia), &alone.inertia, "inertia");
+        }
+        assert_eq!(u32s(&all.counts).into_iter().map(|c| c as usize).sum::<usize>(), few * copies * n);
+    }
+}
