@@ -53,7 +53,7 @@ __device__ uint32_t rank_reaching(const uint32_t* ranks, int64_t k, uint32_t wan
 /// A block to each unit: ranks its clusters, by its score or the sum of the softmaxes of several, and lists the tokens
 /// of the best in `chosen` (units, most), counted from the first clustered one; `left` (units, k) says how many tokens
 /// of each cluster are not listed, and `listed` (units) how many are. Clusters of one rank go by their index.
-extern "C" __global__ void __launch_bounds__(ATTEND_CHOOSERS, 1)
+extern "C" __global__ void __launch_bounds__(SELECT_THREADS, 1)
     select_tokens(Choice c, const float* scores, const uint32_t* order, const uint32_t* offsets, uint32_t* chosen,
                   float* left, uint32_t* listed) {
     constexpr int HEADS = 4;

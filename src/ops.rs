@@ -186,8 +186,8 @@ pub(crate) fn update(
     on_device!(x.device(), update::update(x, terms, labels, rule, turn, centroids, memory))
 }
 
-/// All iterations of a fit and its last labels in one launch, and whether this was a fit for that; if not, nothing has
-/// been done.
+/// All iterations of a fit and its last labels at once (in one launch; on the CPU rows of one column, sorted), and whether this
+/// was a fit for that; if not, nothing has been done.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn fit_on_chip(
     x: &Rows,

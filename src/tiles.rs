@@ -118,9 +118,9 @@ pub const ATTEND_ROWS: usize = 64;
 /// Threads of a block that reads a piece.
 pub const ATTEND_THREADS: usize = 128;
 /// Threads of a block of `select.cu`, which ranks the clusters of a unit.
-pub const ATTEND_CHOOSERS: usize = 1024;
+pub const SELECT_THREADS: usize = 1024;
 /// The same where units are many, so that blocks share a multiprocessor.
-pub const ROUTE_CHOOSERS: usize = 256;
+pub const SELECT_THREADS_MANY: usize = 256;
 /// So many are many.
 pub const SELECT_MANY: usize = 1024;
 /// Threads that add up the pieces of a column.

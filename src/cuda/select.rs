@@ -3,7 +3,7 @@
 use super::{launch, Part};
 use crate::{
     plan::{shared_memory, Arch},
-    tiles::{ATTEND_CHOOSERS, ROUTE_CHOOSERS, SELECT_MANY},
+    tiles::{SELECT_MANY, SELECT_THREADS, SELECT_THREADS_MANY},
     Result,
 };
 use candle_core::cuda_backend::{
@@ -50,7 +50,7 @@ pub(super) fn select(
     left: Part<f32>,
     listed: Part<u32>,
 ) -> Result<()> {
-    let threads = if all < SELECT_MANY { ATTEND_CHOOSERS } else { ROUTE_CHOOSERS };
+    let threads = if all < SELECT_MANY { SELECT_THREADS } else { SELECT_THREADS_MANY };
     launch!(dev, Select, "select_tokens", "", all, threads, shared(c.k as usize);
         c, &scores, order, offsets, &chosen, &left, &listed)
 }
