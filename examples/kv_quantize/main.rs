@@ -47,7 +47,7 @@ struct Args {
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/src/nn/codebook.rs"))]
     other_text: PathBuf,
     /// Tokens of the prompt, and of the other text
-    #[arg(long, default_value_t = 1024)]
+    #[arg(long, default_value_t = 768)]
     tokens: usize,
     /// Tokens after it that are scored
     #[arg(long, default_value_t = 64)]

@@ -48,7 +48,7 @@ struct Args {
     #[arg(long, default_value_t = 256)]
     chunk: usize,
     /// Shares of the keys that are read
-    #[arg(long, value_delimiter = ',', default_values_t = [0.05, 0.1, 0.2])]
+    #[arg(long, value_delimiter = ',', default_values_t = [0.1, 0.2])]
     shares: Vec<f64>,
     /// Route every chunk, and not the last one alone
     #[arg(long)]
