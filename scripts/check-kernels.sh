@@ -4,43 +4,47 @@
 # Needs nvcc on PATH (scripts/cuda-env.sh brings one).
 set -eu
 cd "$(dirname "$0")/.."
+if [ $# = 0 ]; then
+  # A job to each file and architecture, as many at once as there are processors.
+  for kernel in kernels/*.cu; do
+    case $kernel in *_sm90.cu) archs=90a ;; *) archs="80 90a" ;; esac
+    for arch in $archs; do echo "$kernel $arch"; done
+  done | xargs -n 2 -P "$(nproc)" sh scripts/check-kernels.sh
+  exit
+fi
+
+kernel=$1 arch=$2
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 tiles=$(sed -nE 's/^pub const (\w+): usize = ([0-9_]+);.*/-D\1=\2/p' src/tiles.rs | sed -E ':a;s/(=[0-9]*)_/\1/;ta')
-
-for kernel in kernels/*.cu; do
-  stem=$(basename "$kernel" .cu)
-  case $stem in *_sm90) archs=90a ;; *) archs="80 90a" ;; esac
-  for arch in $archs; do
-    # shellcheck disable=SC2086 # one flag per word
-    nvcc -fatbin -O3 -std=c++17 $tiles "-gencode=arch=compute_$arch,code=sm_$arch" -Xptxas -v \
-      -o "$out/$stem.$arch" "$kernel" 2> "$out/log" || { cat "$out/log" >&2; exit 1; }
-    awk -v arch="sm_$arch" '
-      /Compiling entry function/ { split($0, quoted, "\x27"); name = quoted[2] }
-      /bytes spill stores/ { spill = $0; sub(/ bytes spill stores.*/, "", spill); sub(/.* /, "", spill) }
-      /Used [0-9]+ registers/ {
-        registers = $0; sub(/ registers.*/, "", registers); sub(/.* /, "", registers)
-        printf "%-8s %-32s %4d registers %4d bytes spilled\n", arch, name, registers, spill
-        # With 14, 16 and 20 steps the registers are all taken: a few words of a row tile lie in memory, which no timing shows.
-        # So are those of the f32 recheck, where two words wait for the end of a sweep, and of the update, where what a
-        # cluster needs at its end does: more warps hide more latency than that costs (update-versions.md).
-        most = name ~ /^assign_sm90_1[46]_/ ? 96 : name ~ /^assign_sm90_20_/ ? 4 : name ~ /^recheck_split_/ ? 8 : 0
-        if (name ~ /^update_/) most = 48
-        # What the phases around its search need waits in memory while that has all registers.
-        if (name ~ /^fit_resident/) most = arch == "sm_80" ? 160 : 64
-        # Its tile and counters take more shared memory than blocks of sm_80 have, so there it is not run.
-        if (name == "order_deal_many") most = arch == "sm_80" ? 96 : 8
-        if (spill + 0 > most) failed = 1
-        # STATIC_SHARED in src/plan.rs: what kernels that ask for more at their launch may have of their own.
-        shared = $0; if (!sub(/ bytes smem.*/, "", shared)) shared = 0; sub(/.* /, "", shared)
-        asks = name ~ /^(order_|fit_|select_tokens|route_|assign_|recheck_)/ && name !~ /^(order_scan|assign_simt)/
-        if (asks && shared + 0 > 4096) {
-          print name " has " shared " bytes of static shared memory"; failed = 1
-        }
-      }
-      /wgmma.mma_async instructions are serialized/ {
-        print; failed = 1
-      }
-      END { exit failed }' "$out/log" || { echo "$kernel fails" >&2; exit 1; }
-  done
-done
+# shellcheck disable=SC2086 # one flag per word
+nvcc -fatbin -O3 -std=c++17 $tiles "-gencode=arch=compute_$arch,code=sm_$arch" -Xptxas -v \
+  -o "$out/fatbin" "$kernel" 2> "$out/log" || { cat "$out/log" >&2; exit 1; }
+awk -v arch="sm_$arch" '
+  /Compiling entry function/ { split($0, quoted, "\x27"); name = quoted[2] }
+  /bytes spill stores/ { spill = $0; sub(/ bytes spill stores.*/, "", spill); sub(/.* /, "", spill) }
+  /Used [0-9]+ registers/ {
+    registers = $0; sub(/ registers.*/, "", registers); sub(/.* /, "", registers)
+    printf "%-8s %-32s %4d registers %4d bytes spilled\n", arch, name, registers, spill
+    # With 14, 16 and 20 steps the registers are all taken: a few words of a row tile lie in memory, which no timing shows.
+    # So are those of the f32 recheck, where two words wait for the end of a sweep, and of the update, where what a
+    # cluster needs at its end does: more warps hide more latency than that costs (update-versions.md).
+    most = name ~ /^assign_sm90_1[46]_/ ? 96 : name ~ /^assign_sm90_20_/ ? 4 : name ~ /^recheck_split_/ ? 8 : 0
+    if (name ~ /^update_/) most = 48
+    # What the phases around its search need waits in memory while that has all registers.
+    if (name ~ /^fit_resident/) most = arch == "sm_80" ? 160 : 64
+    # Its tile and counters take more shared memory than blocks of sm_80 have, so there it is not run.
+    if (name == "order_deal_many") most = arch == "sm_80" ? 96 : 8
+    if (spill + 0 > most) failed = 1
+    # STATIC_SHARED in src/plan.rs: what kernels that ask for more at their launch may have of their own.
+    shared = $0; if (!sub(/ bytes smem.*/, "", shared)) shared = 0; sub(/.* /, "", shared)
+    asks = name ~ /^(order_|fit_|select_tokens|route_|assign_|recheck_)/ && name !~ /^(order_scan|assign_simt)/
+    if (asks && shared + 0 > 4096) {
+      print name " has " shared " bytes of static shared memory"; failed = 1
+    }
+  }
+  /wgmma.mma_async instructions are serialized/ {
+    print; failed = 1
+  }
+  END { exit failed }' "$out/log" > "$out/table" || { cat "$out/table"; echo "$kernel fails for sm_$arch" >&2; exit 1; }
+cat "$out/table"
