@@ -374,7 +374,10 @@ impl Plan {
         let (rows, centroids) = assign.tile(p.d);
         let factors = weighted || p.metric == Metric::Cosine;
         let pack = assign.in_eights(p.dtype) && !in_eights(x);
+        let watched = settings.on_iteration.is_some() || settings.empty == EmptyClusters::Relocate;
+        let line = p.d == 1 && p.metric == Metric::SquaredEuclidean && p.dtype != DType::F64 && !watched;
         let update = match (cpu, p.metric) {
+            (true, _) if line => "cpu_line",
             (true, Metric::Manhattan) => "cpu_medians",
             (true, _) => "cpu_sums",
             (false, Metric::Manhattan) => "medians",
@@ -433,7 +436,16 @@ impl Plan {
             "fit_resident" => b * k * (32 * p.d.next_multiple_of(64) as u64 + 24),
             _ => b * k * (16 * (d + 1) + 4),
         };
-        let loops = assigns.max(updates + order + medians) + sums;
+        // Rows in order and their prefix sums, of as many problems as there are threads, and all results. Values that are
+        // not for this are fitted as others are.
+        let lines = match update {
+            "cpu_line" => {
+                let threads = b.min(rayon::current_num_threads() as u64);
+                4 * bn + b * (2 * k * size + 96) + threads * (if weighted { 48 } else { 32 } * n + 96 * k)
+            }
+            _ => 0,
+        };
+        let loops = (assigns.max(updates + order + medians) + sums).max(lines);
         // Last, the distances of the rows, and times their weights.
         let ends = if weighted { 16 } else { 8 } * bn + order;
         let bytes = kept + begins.max(ends).max(loops) + if cpu { begins.min(assigns) } else { 0 } + 65536;

@@ -48,9 +48,16 @@ fn peak_is_within_the_plan() {
     let (mut rng, mut wrong) = (rng(71), vec![]);
     let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     let (two, sixteen) = (pool(2), pool(16));
-    for (b, n, k, d) in
-        [(1, 100_000, 16, 8), (1, 20_000, 500, 64), (8, 5_000, 64, 32), (1, 4_000, 2_000, 200), (200, 1000, 20, 2)]
-    {
+    for (b, n, k, d) in [
+        (1, 100_000, 16, 8),
+        (1, 20_000, 500, 64),
+        (8, 5_000, 64, 32),
+        (1, 4_000, 2_000, 200),
+        (200, 1000, 20, 2),
+        (1, 100_000, 16, 1),
+        (3, 30_000, 9, 1),
+        (40, 1000, 20, 1),
+    ] {
         for (metric, dtype) in METRICS.into_iter().zip([DType::F32, DType::F16, DType::F64, DType::F32]) {
             let x = uniform(&[b, n, d], 0.0, 1.0, dtype, &mut rng);
             let weights = uniform(&[n], 1.0, 1.0, DType::F64, &mut rng);

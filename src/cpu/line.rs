@@ -37,7 +37,7 @@ pub(super) fn fit(
         let starts = lock(centroids).flat::<T>()?.to_vec();
         let fits = (0..x.b).into_par_iter().map(|b| {
             let weights = factor.zip(heaviest).map(|(f, h)| (&f[b * x.n..][..x.n], h[b]));
-            let line = Line::new((0..x.n).map(|i| view.row(b, i)[0].wide()), largest[b], weights);
+            let line = Line::new((0..x.n).map(|i| view.row(b, i)[0].wide()), largest[b], weights, x.b == 1);
             line.lloyd(&starts[b * k..][..k], thresholds[b], max_iters)
         });
         let Some(fits) = fits.collect::<Option<Vec<_>>>() else { return Ok(false) };
@@ -73,10 +73,16 @@ struct Fitted<T> {
 }
 
 impl Line {
-    /// `largest` bounds the terms; weights come with their largest.
-    fn new(values: impl Iterator<Item = f64>, largest: f64, weights: Option<(&[f64], f64)>) -> Self {
+    /// `largest` bounds the terms; weights come with their largest. A problem that is `alone` is sorted by all threads; one
+    /// that waited for others would meanwhile begin with a third.
+    fn new(values: impl Iterator<Item = f64>, largest: f64, weights: Option<(&[f64], f64)>, alone: bool) -> Self {
         let mut sorted: Vec<(f64, u32)> = values.zip(0..).collect();
-        sorted.par_sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
+        let by_value = |a: &(f64, u32), b: &(f64, u32)| a.0.total_cmp(&b.0);
+        if alone {
+            sorted.par_sort_unstable_by(by_value);
+        } else {
+            sorted.sort_unstable_by(by_value);
+        }
         let (values, rows): (Vec<f64>, Vec<u32>) = sorted.into_iter().unzip();
         let prefix = |bound, term: &dyn Fn(usize) -> f64| {
             let scale = fixed::scale(bound, values.len());
