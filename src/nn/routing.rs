@@ -335,19 +335,23 @@ fn masked(r: &Routed<'_>) -> Result<Tensor> {
     let keys = joined(r.keys, r.groups.map(|g| &g.mean_keys))?.transpose(1, 2)?;
     let values = joined(r.values, r.groups.map(|g| &g.mean_values))?;
     let columns = values.dims()[1];
-    let bias = r.groups.map(|g| g.bias(r, &queries)).transpose()?;
+    // With the group of each query, numbered over all heads.
+    let bias = |g: &RoutedGroups| {
+        let units = g.query_offsets.dims()[2] - 1;
+        let before = Tensor::from_iter((0..p * group).map(|h| (h * units) as u32), device)?.reshape((p * group, 1))?;
+        let of = g.query_labels.reshape((p * group, m))?.broadcast_add(&before)?;
+        Ok::<_, Error>((g.bias(r, &queries)?, of))
+    };
+    let bias = r.groups.map(bias).transpose()?;
     let step = (BLOCK / (b * heads * columns)).clamp(1, m);
     let mut outputs = Vec::with_capacity(m.div_ceil(step));
     for start in (0..m).step_by(step) {
         let count = step.min(m - start);
         let rows = queries.narrow(2, start, count)?.reshape((p, group * count, d))?;
         let mut scores = rows.matmul(&keys)?.reshape((p * group, count, columns))?;
-        if let (Some(bias), Some(g)) = (&bias, r.groups) {
-            let units = g.query_offsets.dims()[2] - 1;
-            let of = Tensor::from_iter((0..p * group).map(|h| (h * units) as u32), device)?.reshape((p * group, 1))?;
-            let of = g.query_labels.narrow(2, start, count)?.reshape((p * group, count))?.broadcast_add(&of)?;
-            let bias = bias.index_select(&of.flatten_all()?, 0)?.reshape((p * group, count, columns))?;
-            scores = (scores + bias)?;
+        if let Some((bias, of)) = &bias {
+            let bias = bias.index_select(&of.narrow(1, start, count)?.flatten_all()?, 0)?;
+            scores = (scores + bias.reshape((p * group, count, columns))?)?;
         }
         if r.causal {
             let last = n - m + start;
@@ -413,12 +417,15 @@ impl RoutedGroups {
 /// The tokens that each group of queries reads, f32 `(p, units, 1)`, by the attention `rank` to a token of each cluster of
 /// `sizes`, both `(p, units, k)`.
 fn budgets(rank: &Tensor, sizes: &Tensor, r: &Routed<'_>) -> Result<Tensor> {
+    let (p, units, k) = rank.dims3()?;
+    if r.least == r.most {
+        return Ok(Tensor::full(r.most as f32, (p, units, 1), rank.device())?);
+    }
     let ranked = rank.arg_sort_last_dim(false)?;
-    let mass = running(&(rank * sizes)?.gather(&ranked, 2)?)?;
-    let (k, of) = (mass.dims()[2], |t: &Tensor| Ok::<_, Error>(t.gather(&ranked, 2)?));
-    let all = mass.narrow(2, k - 1, 1)?;
-    let before = (&mass - of(&(rank * sizes)?)?)?;
-    let needed = before.broadcast_lt(&(all * r.share)?)?.to_dtype(DType::F32)?;
-    let tokens = (needed * of(sizes)?)?.sum_keepdim(2)?;
+    let mass = (rank * sizes)?.gather(&ranked, 2)?;
+    let through = running(&mass)?;
+    let enough = (through.narrow(2, k - 1, 1)? * r.share)?;
+    let needed = (through - mass)?.broadcast_lt(&enough)?.to_dtype(DType::F32)?;
+    let tokens = (needed * sizes.gather(&ranked, 2)?)?.sum_keepdim(2)?;
     Ok(tokens.maximum(r.least as f64)?.minimum(r.most as f64)?)
 }
