@@ -5,7 +5,8 @@
 //! ```
 //! The shapes are those of an 8B model: 8 key heads, 32 query heads, 128 columns. Keys lie in blobs and queries near
 //! some of them, so that attention has something to find; values are random. Printed are the time to cluster, the time of
-//! one step against dense attention by Candle's ops, and the relative error of the output.
+//! one step against dense attention by Candle's ops, queued by the host and replayed from a CUDA graph, and the relative
+//! error of the output.
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor, D};
@@ -53,7 +54,10 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let (device, dtype) = args.device.open()?;
+    let (device, dtype) = match args.device {
+        Backend::Cpu => args.device.open()?,
+        Backend::Cuda => (graph::device()?, DType::F16),
+    };
     memory::keep(&device)?;
     let or = |given: &[usize], small: &[usize], large: &[usize]| match (given.is_empty(), device.is_cuda()) {
         (false, _) => given.to_vec(),
@@ -63,7 +67,7 @@ fn main() -> Result<()> {
     let tokens = or(&args.tokens, &[4096], &[32_768, 65_536, 131_072]);
     let batches = or(&args.batch, &[1], &[1, 4, 16]);
     if !args.json {
-        println!("  tokens  batch  a cluster  clustering   dense step  clustered  times  error, estimates in and out");
+        println!("  tokens  batch  a cluster  clustering   dense step  clustered   in a graph  times  error, estimates in and out");
     }
     // The first fit loads the kernels.
     let warm = Step::new(1024, 1, dtype, &device)?;
@@ -76,7 +80,7 @@ fn main() -> Result<()> {
         for &batch in &batches {
             bar.set_message(format!("{batch} x {n} tokens"));
             let step = Step::new(n, batch, dtype, &device)?;
-            let (dense, dense_ms) = step.timed(args.steps, || step.dense())?;
+            let (dense, dense_ms, _) = step.timed(args.steps, || step.dense())?;
             for &size in &args.cluster_size {
                 let budget = (n as f64 * args.share) as usize;
                 let mut cache = ClusteredKvCache::new(n).cluster_size(size).passes(4);
@@ -90,19 +94,20 @@ fn main() -> Result<()> {
                 let read = |estimate| {
                     Ok(cache.attend(&step.q, scale, KvBudget::new(budget).shared(true).estimate(estimate))?)
                 };
-                let (with, ms) = step.timed(args.steps, || read(true))?;
+                let (with, ms, host_ms) = step.timed(args.steps, || read(true))?;
+                let graph_ms = graph::replayed(&device, || read(true))?;
                 let [with, without] = [apart(&with, &dense)?, apart(&read(false)?, &dense)?];
                 let times = dense_ms / ms;
                 bar.suspend(|| {
                     if args.json {
                         println!(
                             "{{\"tokens\": {n}, \"batch\": {batch}, \"cluster_size\": {size}, \"budget\": {budget}, \"clustering_ms\": \
-                             {clustering:.3}, \"dense_ms\": {dense_ms:.4}, \"ms\": {ms:.4}, \"error\": {with:.5}, \
+                             {clustering:.3}, \"dense_ms\": {dense_ms:.4}, \"ms\": {ms:.4}, \"host_ms\": {host_ms:.4}, \"graph_ms\": {graph_ms:.4}, \"error\": {with:.5}, \
                              \"error_without_estimate\": {without:.5}}}"
                         );
                     } else {
                         println!(
-                            "{n:8} {batch:6} {size:10} {clustering:9.1} ms {dense_ms:9.3} ms {ms:7.3} ms {times:5.1}x  {with:.4}, \
+                            "{n:8} {batch:6} {size:10} {clustering:9.1} ms {dense_ms:9.3} ms {ms:7.3} ms {graph_ms:9.3} ms {times:5.1}x  {with:.4}, \
                              {without:.4}"
                         );
                     }
@@ -154,8 +159,8 @@ impl Step {
         Ok(weights.matmul(&self.values)?.reshape((batch, QUERY_HEADS, 1, d))?)
     }
 
-    /// The last result, and the milliseconds of a call, queued one after another as a model does.
-    fn timed(&self, steps: usize, mut call: impl FnMut() -> Result<Tensor>) -> Result<(Tensor, f64)> {
+    /// The last result, and the milliseconds of a call, queued one after another as a model does: of all, and to queue it.
+    fn timed(&self, steps: usize, mut call: impl FnMut() -> Result<Tensor>) -> Result<(Tensor, f64, f64)> {
         let device = self.q.device();
         let mut out = call()?;
         device.synchronize()?;
@@ -163,8 +168,10 @@ impl Step {
         for _ in 0..steps {
             out = call()?;
         }
+        let queued = start.elapsed();
         device.synchronize()?;
-        Ok((out, start.elapsed().as_secs_f64() * 1e3 / steps as f64))
+        let each = |time: std::time::Duration| time.as_secs_f64() * 1e3 / steps as f64;
+        Ok((out, each(start.elapsed()), each(queued)))
     }
 }
 
@@ -173,4 +180,56 @@ fn apart(a: &Tensor, b: &Tensor) -> Result<f32> {
     let (a, b) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
     let norm = |t: &Tensor| t.sqr()?.sum(D::Minus1)?.sqrt()?.mean_all()?.to_scalar::<f32>();
     Ok(norm(&(a - &b)?)? / norm(&b)?)
+}
+
+#[cfg(feature = "cuda")]
+mod graph {
+    use super::*;
+    use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+
+    /// Calls of a graph, and how often it is replayed.
+    const CALLS: usize = 20;
+    const REPLAYS: usize = 5;
+
+    /// A device with a stream of its own: the one that is captured must not be shared.
+    pub fn device() -> Result<Device> {
+        let device = Device::new_cuda_with_stream(0)?;
+        // SAFETY: one stream does all the work, so that no events have to order it; recorded ones would end the capture.
+        unsafe { device.as_cuda_device()?.disable_event_tracking() };
+        Ok(device)
+    }
+
+    /// The milliseconds of a call without the host: one of many in a CUDA graph. NaN on the CPU, which has none.
+    pub fn replayed(device: &Device, mut call: impl FnMut() -> Result<Tensor>) -> Result<f64> {
+        let Device::Cuda(gpu) = device else { return Ok(f64::NAN) };
+        let stream = gpu.cuda_stream();
+        device.synchronize()?;
+        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+        for _ in 0..CALLS {
+            call()?;
+        }
+        let free = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = stream.end_capture(free)?.expect("work was captured");
+        graph.launch()?;
+        device.synchronize()?;
+        let start = Instant::now();
+        for _ in 0..REPLAYS {
+            graph.launch()?;
+        }
+        device.synchronize()?;
+        Ok(start.elapsed().as_secs_f64() * 1e3 / (CALLS * REPLAYS) as f64)
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+mod graph {
+    use super::*;
+
+    pub fn device() -> Result<Device> {
+        Ok(Device::new_cuda(0)?)
+    }
+
+    pub fn replayed(_: &Device, _: impl FnMut() -> Result<Tensor>) -> Result<f64> {
+        Ok(f64::NAN)
+    }
 }

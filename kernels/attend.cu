@@ -1,247 +1,586 @@
 // Attention of one token over a cache that is read by clusters: chosen tokens exactly, the others as their clusters'
 // means.
 //
-// Four launches. `attend_scores` scores the query heads against the mean keys. `select_tokens` of select.cu ranks the
-// clusters and lists the tokens of the best, up to a budget. `attend_split` reads keys and values of what is listed
-// where they lie, and adds the means of what is left, in pieces of ATTEND_ROWS rows; a piece keeps its largest score,
-// its sum of weights and its weighted values (Dao et al. 2023, "Flash-Decoding"). `attend_merge` adds the pieces up.
-// Traffic: the mean keys and mean values, the listed keys and values, once for all query heads that share them.
-#include "common.cuh"
-#include "listed.cuh"
-#include "scan.cuh"
+// The blocks of a unit share its clusters and the rows it reads. They (1) score the query heads against their mean
+// keys, (2) each rank all clusters, choose the best up to a budget of tokens, and read keys and values of their share
+// of the listed tokens where they lie, and the mean values of their clusters, and (3) add up what they have (Dao et al.
+// 2023, "Flash-Decoding"). Between these stages they wait for each other: as a thread block cluster in one launch where
+// there are such, else every stage is a launch. Traffic: the mean keys and mean values, the listed keys and values,
+// once for all query heads that share them.
+#include "choose.cuh"
+#include "mma.cuh"
 
-constexpr int ROWS = ATTEND_ROWS, BLOCK = ATTEND_THREADS, WARPS = BLOCK / WARP;
-constexpr int EACH = 8;                  // columns of a lane
-constexpr int UNROLL = 2;                // rows of a lane under way
-constexpr int MERGERS = ATTEND_MERGERS;  // threads that add up a column
+constexpr int BLOCK = ATTEND_THREADS, WARPS = BLOCK / WARP;
+constexpr int BLOCKS = ATTEND_BLOCKS;  // of a unit, at most
+constexpr int HEADS = ATTEND_HEADS;    // query heads at once: half the rows of a product
 
 /// A cache and the queries of one token (`Cache` in src/cuda/attend.rs). A unit is what chooses alone: the query heads
 /// of a key head together, or each of them.
 struct Cache {
-    int64_t head_stride;               // from a key head to the next, in elements; tokens are `d` apart
-    int64_t units, group;              // units of a key head, and query heads of a unit
-    int64_t sinks, clustered, tokens;  // those before the clusters, those in them, and all
-    int64_t k, budget;
+    const void *q, *keys, *values, *mean_keys, *mean_values;
+    const uint32_t *order, *offsets;
+    void* out;
+    float* scores;                 // (all units, group, width)
+    float2* of_means;              // (all units, blocks, WARPS, group): the largest score and the sum of weights
+    float* partial;                // (all units, blocks, group, D + 4): sums of a block's rows
+    int64_t head_stride;           // from a key head to the next, in elements; tokens are `d` apart
+    int units, group;              // units of a key head, and query heads of a unit
+    int sinks, clustered, tokens;  // those before the clusters, those in them, and all
+    int k, width, budget;          // clusters, and room for their scores, an even number
+    int blocks, clusters, rows;    // blocks of a unit; clusters of a block, and tokens that it reads, at most
+    int first, last;               // stages of this launch
+    int estimate;                  // whether means stand in for tokens that are not listed
     float scale;
 };
 
-/// `EACH` neighbouring columns in f32.
+/// A row in pieces of 16 bytes, as lanes (g = lane / 4, t = lane % 4) hold them for products with mma.sync. For scores
+/// lane t has every fourth piece of the key rows g, g + 8.., and the same of query head g: columns may be in any order
+/// that is the same for both. For values lane g has every eighth piece of the rows of lane t in the scores, so that
+/// they meet their weights with no exchange. What an operand loses in the tensor cores' type is a second operand (of
+/// the queries and weights always, of keys and values in f32), so that products are as exact as in f32.
+template <class T, int D>
+struct Fragments {
+    static constexpr int EACH = 16 / sizeof(T);  // columns of a piece
+    static constexpr int ROWS = 4 * EACH / 2;    // of a tile: 16, of f32 8
+    static constexpr int TALL = ROWS / 8;        // rows of keys of a lane
+    static constexpr int PIECES = D / EACH / 4;  // of a key row of a lane
+    static constexpr int VALUES = ROWS / 4;      // rows of values of a lane
+    static constexpr int PARTS = D / EACH / 8;   // pieces of a value row of a lane
+    static constexpr int TILES = D / 16;         // accumulators: two columns of two heads each
+};
+
+__device__ __forceinline__ uint4 load_piece(const void* from) { return __ldg(reinterpret_cast<const uint4*>(from)); }
+
+/// Adds the products of 16 bytes of a query head and of a key row.
 template <class T>
-__device__ __forceinline__ void load_columns(float (&v)[EACH], const T* from) {
-    constexpr int PIECES = EACH * sizeof(T) / 16;
-    uint4 raw[PIECES];
+__device__ __forceinline__ void add_scores(float (&s)[4], uint4 q, uint4 key) {
+    if constexpr (sizeof(T) == 4) {
+        const uint32_t qs[] = {q.x, q.y, q.z, q.w}, ks[] = {key.x, key.y, key.z, key.w};
 #pragma unroll
-    for (int i = 0; i < PIECES; ++i) raw[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
-    const T* const values = reinterpret_cast<const T*>(raw);
-#pragma unroll
-    for (int q = 0; q < EACH; ++q) v[q] = filter(values[q]);
-}
-
-/// The sums over the LANES neighbouring lanes that share a row.
-template <int LANES>
-__device__ __forceinline__ float over_lanes(float v) {
-#pragma unroll
-    for (int lanes = 1; lanes < LANES; lanes *= 2) v += __shfl_xor_sync(~0u, v, lanes);
-    return v;
-}
-
-/// Scores of up to QUERIES query heads of one key head.
-template <class T, int D, int QUERIES>
-struct Queries {
-    static constexpr int LANES = D / EACH;
-    float values[QUERIES][EACH];
-
-    __device__ __forceinline__ Queries(const T* q, int live, float scale) {
-        const int part = threadIdx.x % LANES;
-#pragma unroll
-        for (int g = 0; g < QUERIES; ++g) {
-            load_columns(values[g], q + min(g, live - 1) * D + part * EACH);
-#pragma unroll
-            for (int i = 0; i < EACH; ++i) values[g][i] *= scale;
+        for (int i = 0; i < 4; i += 2) {
+            const uint32_t a[] = {high(qs[i]), low(qs[i]), high(qs[i + 1]), low(qs[i + 1])};
+            multiply(s, a, high(ks[i]), high(ks[i + 1]), T());
+            multiply(s, a, low(ks[i]), low(ks[i + 1]), T());
         }
+    } else {
+        multiply(s, {q.x, 0, q.y, 0}, key.x, key.y, T());
+        multiply(s, {q.z, 0, q.w, 0}, key.z, key.w, T());
     }
+}
 
-    /// This lane's part of the scores of a row.
-    __device__ __forceinline__ void score(float (&s)[QUERIES], const T* row) const {
-        float v[EACH];
-        load_columns(v, row + threadIdx.x % LANES * EACH);
+/// Two weights in the type of the values, and what that loses.
+template <class T>
+__device__ __forceinline__ void split_pair(float a, float b, uint32_t& high, uint32_t& low) {
+    const T h[] = {T(a), T(b)}, l[] = {T(a - float(h[0])), T(b - float(h[1]))};
+    high = reinterpret_cast<const uint32_t&>(h), low = reinterpret_cast<const uint32_t&>(l);
+}
+
+/// Weights are 2^12 for the largest score, so that small ones keep their bits in f16.
+constexpr float ROOM = 8.317766f;
+
+/// The attention of up to HEADS query heads so far. Lane (g, t) has the largest score of head g, its share of the sum
+/// of weights, and weighted values of the heads 2t and 2t + 1.
+template <class T, int D>
+struct Running {
+    using F = Fragments<T, D>;
+    float most = -INFINITY, sum = 0;
+    float acc[F::TILES][4] = {};
+
+    /// Adds rows with scores s[i][e] (head g, row 8 * i + 2t + e) and values of the rows 8 * i + 2t + e.
+    __device__ __forceinline__ void add(float (&s)[F::TALL][2], const uint4 (&v)[F::PARTS][F::VALUES]) {
+        const int lane = threadIdx.x % WARP, t = lane % 4;
+        float top = most;
 #pragma unroll
-        for (int g = 0; g < QUERIES; ++g) {
-            s[g] = 0;
+        for (int i = 0; i < F::TALL; ++i) top = fmaxf(top, fmaxf(s[i][0], s[i][1]));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1)), top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        const float from = top == -INFINITY ? 0 : top;
+        if (__any_sync(~0u, top > most)) {
+            const float shrink = __expf(most - from);
+            sum *= shrink;
+            const float even = __shfl_sync(~0u, shrink, 8 * t), odd = __shfl_sync(~0u, shrink, 8 * t + 4);
 #pragma unroll
-            for (int i = 0; i < EACH; ++i) s[g] = fmaf(values[g][i], v[i], s[g]);
+            for (int i = 0; i < F::TILES; ++i) acc[i][0] *= even, acc[i][1] *= odd, acc[i][2] *= even, acc[i][3] *= odd;
+        }
+        most = top;
+#pragma unroll
+        for (int i = 0; i < F::TALL; ++i) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) s[i][e] = __expf(s[i][e] - from + ROOM), sum += s[i][e];
+        }
+        if constexpr (sizeof(T) == 4) {
+            const uint32_t w0 = __float_as_uint(s[0][0]), w1 = __float_as_uint(s[0][1]);
+#pragma unroll
+            for (int part = 0; part < F::PARTS; ++part) {
+                const uint32_t x[2][4] = {{v[part][0].x, v[part][0].y, v[part][0].z, v[part][0].w},
+                                          {v[part][1].x, v[part][1].y, v[part][1].z, v[part][1].w}};
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const uint32_t raw[] = {x[0][2 * i], x[0][2 * i + 1], x[1][2 * i], x[1][2 * i + 1]};
+                    const uint32_t a[] = {high(raw[0]), high(raw[1]), high(raw[2]), high(raw[3])};
+                    const uint32_t b[] = {low(raw[0]), low(raw[1]), low(raw[2]), low(raw[3])};
+                    multiply(acc[2 * part + i], a, high(w0), high(w1), T());
+                    multiply(acc[2 * part + i], a, low(w0), low(w1), T());
+                    multiply(acc[2 * part + i], b, high(w0), high(w1), T());
+                }
+            }
+        } else {
+            uint32_t w[2], left[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) split_pair<T>(s[i][0], s[i][1], w[i], left[i]);
+#pragma unroll
+            for (int part = 0; part < F::PARTS; ++part) {
+                const uint4(&r)[4] = v[part];
+                const uint32_t x[4][4] = {{r[0].x, r[0].y, r[0].z, r[0].w},
+                                          {r[1].x, r[1].y, r[1].z, r[1].w},
+                                          {r[2].x, r[2].y, r[2].z, r[2].w},
+                                          {r[3].x, r[3].y, r[3].z, r[3].w}};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const uint32_t a[] = {__byte_perm(x[0][i], x[1][i], 0x5410), __byte_perm(x[0][i], x[1][i], 0x7632),
+                                          __byte_perm(x[2][i], x[3][i], 0x5410), __byte_perm(x[2][i], x[3][i], 0x7632)};
+                    multiply(acc[4 * part + i], a, w[0], w[1], T());
+                    multiply(acc[4 * part + i], a, left[0], left[1], T());
+                }
+            }
         }
     }
 };
 
-/// `scores` (heads, units * group, k). A block takes ROWS mean keys of a key head.
-template <class T, int D, int QUERIES>
-__device__ void score_means(const T* q, const T* means, const Cache& c, float* scores) {
-    constexpr int LANES = D / EACH, AT_ONCE = BLOCK / LANES;
-    const int64_t pieces = (c.k + ROWS - 1) / ROWS, of_head = c.units * c.group;
-    const int64_t head = blockIdx.x / pieces, first = blockIdx.x % pieces * ROWS;
-    for (int64_t from = 0; from < of_head; from += QUERIES) {
-        const int live = int(min(int64_t(QUERIES), of_head - from));
-        const Queries<T, D, QUERIES> queries(q + (head * of_head + from) * D, live, c.scale);
+/// The scores of a tile of key rows for head g: s[i][e] of row 8 * i + 2t + e.
+template <class T, int D>
+__device__ __forceinline__ void score_tile(float (&s)[Fragments<T, D>::TALL][2],
+                                           const uint4 (&keys)[Fragments<T, D>::TALL][Fragments<T, D>::PIECES],
+                                           const uint4* q, float scale) {
+    using F = Fragments<T, D>;
+    float acc[F::TALL][4] = {};
+#pragma unroll
+    for (int p = 0; p < F::PIECES; ++p) {
+        const uint4 head = q[p * WARP + threadIdx.x % WARP];
+#pragma unroll
+        for (int i = 0; i < F::TALL; ++i) add_scores<T>(acc[i], head, keys[i][p]);
+    }
+#pragma unroll
+    for (int i = 0; i < F::TALL; ++i) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) s[i][e] = (acc[i][e] + acc[i][e + 2]) * scale;
+    }
+}
+
+/// The largest score and the sum of weights relative to it, of what the LANES neighbouring lanes have.
+template <int LANES = WARP>
+__device__ __forceinline__ float2 over_lanes(float2 own) {
+    float most = own.x;
+#pragma unroll
+    for (int step = 1; step < LANES; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+    float sum = most == -INFINITY ? 0 : own.y * __expf(own.x - most);
+#pragma unroll
+    for (int step = 1; step < LANES; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    return make_float2(most, sum);
+}
+
+// Thread block clusters, and launches that begin before the one before has ended: on GPUs that have them.
+__device__ __forceinline__ void wait_for_unit() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+/// Lets the next launch take its places, and waits for what the one before has written.
+__device__ __forceinline__ void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void copy_word(uint32_t* to, const uint32_t* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+/// What a block works on.
+template <class T, int D>
+struct Unit {
+    using F = Fragments<T, D>;
+    static constexpr int ROWS = F::ROWS;
+    static constexpr int STRIDE = D + 4;  // of a head's sums, so that lanes write to different banks
+    const Cache& c;
+    uint32_t unit, block;
+    int begin, end;                   // clusters of this block
+    uint32_t *ranks, *begins, *rows;  // (k): later the tokens read exactly; (k + 1); the tokens that this block reads
+    float* sums;                      // (WARPS, at most HEADS, STRIDE)
+    uint4* queries;                   // (PIECES, WARP): as the lanes hold them
+    float2 (*tops)[HEADS];            // (WARPS, HEADS)
+    float* scores;
+    const T *mean_keys, *mean_values;
+    int warp, lane, g, t;
+
+    /// Begins to load the queries from a head on.
+    __device__ __forceinline__ void load_queries(int from) const {
+        if (warp < F::PIECES) {
+            const int head = min(from + g, c.group - 1);
+            const T* const q = static_cast<const T*>(c.q) + (int64_t(unit) * c.group + head) * D;
+            copy_piece(shared_address(queries + threadIdx.x), q + (warp * 4 + t) * F::EACH,
+                       from + g < c.group ? 16 : 0);
+        }
+        copies_commit();
+    }
+    __device__ __forceinline__ uint32_t size(int j) const { return begins[j + 1] - begins[j]; }
+
+    /// Lane (g, t)'s pieces of the keys of a tile, whose row i is at `row(i)`.
+    template <class Row>
+    __device__ __forceinline__ void load_keys(uint4 (&v)[F::TALL][F::PIECES], Row row) const {
+#pragma unroll
+        for (int i = 0; i < F::TALL; ++i) {
+            const T* const its = row(8 * i + g) + t * F::EACH;
+#pragma unroll
+            for (int p = 0; p < F::PIECES; ++p) v[i][p] = load_piece(its + p * 4 * F::EACH);
+        }
+    }
+
+    /// Scores of this block's mean keys.
+    __device__ __forceinline__ void score_means() const {
 #pragma unroll 1
-        for (int at = threadIdx.x / LANES; at < ROWS; at += AT_ONCE) {
-            const int64_t j = min(first + at, c.k - 1);
-            float s[QUERIES];
-            queries.score(s, means + (head * c.k + j) * D);
-#pragma unroll
-            for (int g = 0; g < QUERIES; ++g) {
-                const float all = over_lanes<LANES>(s[g]);
-                if (threadIdx.x % LANES == g % LANES && g < live && first + at < c.k) {
-                    scores[(head * of_head + from + g) * c.k + j] = all;
-                }
+        for (int from = 0; from < c.group; from += HEADS) {
+            if (from) {
+                __syncthreads();
+                load_queries(from);
             }
+            uint4 keys[F::TALL][F::PIECES];
+            const auto load = [&](int at) {
+                if (at < end) load_keys(keys, [&](int i) { return mean_keys + int64_t(min(at + i, end - 1)) * D; });
+            };
+            int at = begin + warp * ROWS;
+            load(at);
+            copies_wait<0>();
+            __syncthreads();
+            const bool live = from + g < c.group;
+            float2 top = {-INFINITY, 0};
+#pragma unroll 1
+            while (at < end) {
+                float s[F::TALL][2];
+                score_tile<T, D>(s, keys, queries, c.scale);
+                const int here = at;
+                load(at += WARPS * ROWS);
+                float most = top.x;
+#pragma unroll
+                for (int i = 0; i < F::TALL; ++i) {
+                    const int j = here + 8 * i + 2 * t;
+                    float* const to = scores + int64_t(from + g) * c.width + j;
+                    if (j < end && live) *reinterpret_cast<float2*>(to) = make_float2(s[i][0], s[i][1]);
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        if (j + e >= end || size(j + e) == 0) s[i][e] = -INFINITY;
+                        most = fmaxf(most, s[i][e]);
+                    }
+                }
+                const float base = most == -INFINITY ? 0 : most;
+                top.y *= __expf(top.x - base), top.x = most;
+#pragma unroll
+                for (int i = 0; i < F::TALL; ++i) top.y += __expf(s[i][0] - base) + __expf(s[i][1] - base);
+            }
+            if (c.group == 1) continue;
+            top = over_lanes<4>(top);
+            if (t == 0 && live)
+                c.of_means[((int64_t(unit) * c.blocks + block) * WARPS + warp) * c.group + from + g] = top;
         }
     }
-}
 
-/// Pieces of the rows of a unit, QUERIES of its query heads at a time. `partial` (units, parts, pieces, QUERIES, D +
-/// 2): weighted values, the largest score and the sum of weights.
-template <class T, int D, int QUERIES>
-__device__ void attend_piece(const T* q, const T* keys, const T* values, const T* mean_values, const Cache& c,
-                             const float* scores, const uint32_t* chosen, const float* left, bool estimate,
-                             float* partial) {
-    constexpr int LANES = D / EACH, AT_ONCE = BLOCK / LANES;
-    __shared__ uint32_t from[ROWS];
-    __shared__ float weights[QUERIES][ROWS], sums[WARPS][QUERIES][D];
-    const int64_t means = estimate ? c.k : 0;
-    const int64_t pieces = (c.tokens - c.clustered + c.budget + means + ROWS - 1) / ROWS;
-    const int64_t parts = (c.group + QUERIES - 1) / QUERIES;
-    const int64_t piece = blockIdx.x % pieces, unit = blockIdx.x / pieces / parts, part = blockIdx.x / pieces % parts;
-    const int64_t head = unit / c.units, query = unit * c.group + part * QUERIES;
-    const int live = int(min(int64_t(QUERIES), c.group - part * QUERIES));
-    keys += head * c.head_stride, values += head * c.head_stride, mean_values += head * c.k * D;
-    left += unit * c.k;
-    const Listed listed = {chosen + unit * c.budget,        left, c.sinks, c.budget, means, c.clustered,
-                           c.tokens - c.clustered - c.sinks};
-    for (int i = threadIdx.x; i < ROWS; i += BLOCK) from[i] = listed[piece * ROWS + i];
-    __syncthreads();
-    const int part_of_row = threadIdx.x % LANES;
-    {
-        const Queries<T, D, QUERIES> queries(q + query * D, live, c.scale);
-#pragma unroll UNROLL
-        for (int i = threadIdx.x / LANES; i < ROWS; i += AT_ONCE) {
-            const uint32_t row = from[i];
-            float s[QUERIES];
-            if (row < CLUSTER) {
-                queries.score(s, keys + int64_t(row) * D);
-            } else {
-                const uint32_t j = row & ~CLUSTER;
-                const float bias = row == NOTHING ? -INFINITY : __logf(left[j]);
+    /// Ranks of all clusters: the score, as an integer of the same order, or the sum of the softmaxes, which is not
+    /// negative, so that its bits are ordered as it is. Returns the least and the largest of this thread.
+    __device__ __forceinline__ uint2 rank_clusters() const {
+        const int pairs = c.width / 2;
+        const float2* const scores = reinterpret_cast<const float2*>(this->scores);
+        uint2 bounds = {UINT32_MAX, 0};
+        const auto rank = [&](int j, uint32_t its) {
+            if (j < c.k) ranks[j] = its, bounds.x = min(bounds.x, its), bounds.y = max(bounds.y, its);
+        };
+        if (c.group == 1) {
+#pragma unroll 1
+            for (int i = threadIdx.x; i < pairs; i += BLOCK) {
+                const float2 s = __ldcg(scores + i);
+                rank(2 * i, ordered(__float_as_uint(s.x))), rank(2 * i + 1, ordered(__float_as_uint(s.y)));
+            }
+            return bounds;
+        }
+        __shared__ float2 softmax[HEADS];  // the largest score, and what to multiply weights by
+#pragma unroll 1
+        for (int from = 0; from < c.group; from += HEADS) {
+            // A thread has two pairs at a time, and the first while it waits for the softmax.
+            constexpr int PAIRS = 2;
+            float2 s[HEADS][PAIRS];
+            const auto load = [&](int i) {
 #pragma unroll
-                for (int g = 0; g < QUERIES; ++g) {
-                    s[g] = part_of_row      ? 0
-                           : row == NOTHING ? -INFINITY
-                                            : scores[(query + min(g, live - 1)) * c.k + j] + bias;
+                for (int p = 0; p < PAIRS; ++p) {
+#pragma unroll
+                    for (int h = 0; h < HEADS; ++h) {
+                        const bool its = i + p * BLOCK < pairs && from + h < c.group;
+                        if (its) s[h][p] = __ldcg(scores + int64_t(from + h) * pairs + i + p * BLOCK);
+                    }
+                }
+            };
+            load(threadIdx.x);
+            __syncthreads();
+#pragma unroll 1
+            for (int h = warp; h < HEADS && from + h < c.group; h += WARPS) {
+                constexpr int EACH = BLOCKS * WARPS / WARP;
+                float2 own[EACH];
+#pragma unroll
+                for (int e = 0; e < EACH; ++e) {
+                    const int of = e * WARP + lane;
+                    const bool its = of < c.blocks * WARPS;
+                    const float2* const at = c.of_means + (int64_t(unit) * c.blocks * WARPS + of) * c.group + from + h;
+                    own[e] = its ? __ldcg(at) : make_float2(-INFINITY, 0);
+                }
+                float2 all = own[0];
+#pragma unroll
+                for (int e = 1; e < EACH; ++e) all.x = fmaxf(all.x, own[e].x);
+                all.y = 0;
+#pragma unroll
+                for (int e = 0; e < EACH; ++e) all.y += own[e].y > 0 ? own[e].y * __expf(own[e].x - all.x) : 0;
+                all = over_lanes(all);
+                if (lane == 0) softmax[h] = all.y > 0 ? make_float2(all.x, 1 / all.y) : make_float2(0, 0);
+            }
+            __syncthreads();
+#pragma unroll 1
+            for (int i = threadIdx.x; i < pairs; i += PAIRS * BLOCK) {
+                float share[PAIRS][2] = {};
+#pragma unroll
+                for (int h = 0; h < HEADS; ++h) {
+                    if (from + h >= c.group) break;
+                    const float most = softmax[h].x, times = softmax[h].y;
+#pragma unroll
+                    for (int p = 0; p < PAIRS; ++p) {
+                        share[p][0] = fmaf(__expf(s[h][p].x - most), times, share[p][0]);
+                        share[p][1] = fmaf(__expf(s[h][p].y - most), times, share[p][1]);
+                    }
+                }
+                load(i + PAIRS * BLOCK);
+#pragma unroll
+                for (int p = 0; p < PAIRS; ++p) {
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const int j = 2 * (i + p * BLOCK) + e;
+                        if (j >= c.k) break;
+                        if (from) share[p][e] += __uint_as_float(ranks[j]);
+                        rank(j, __float_as_uint(size(j) ? share[p][e] : 0));
+                    }
                 }
             }
-#pragma unroll
-            for (int g = 0; g < QUERIES; ++g) {
-                const float all = over_lanes<LANES>(s[g]);
-                if (part_of_row == g % LANES) weights[g][i] = all;
+        }
+        return bounds;
+    }
+
+    /// What this block reads, for all query heads, after the ranks of this thread.
+    __device__ __forceinline__ void read(uint2 bounds) const {
+        __shared__ Choosing choosing;
+        // Exact are the sinks, the listed tokens and those after the clustered ones.
+        const int exact = c.tokens - c.clustered + c.budget;
+        const int low = int(min(int64_t(block) * c.rows, int64_t(exact))), count = min(c.rows, exact - low);
+        const int64_t head = unit / uint32_t(c.units);
+        __syncthreads();
+        const uint32_t rank =
+            rank_reaching(ranks, c.k, bounds.x, bounds.y, c.budget, [&](int j) { return size(j); }, choosing);
+        list_best(
+            ranks, c.k, rank, c.budget, begins, max(low - c.sinks, 0), min(low + count - c.sinks, c.budget), choosing,
+            [&](int j, uint32_t listed) { ranks[j] = listed; },
+            [&](int i, int at) { rows[i + c.sinks - low] = uint32_t(at); });
+        __syncthreads();
+        const uint32_t* const order = c.order + head * c.clustered;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < count; i += BLOCK) {
+            const int at = low + i - c.sinks;
+            rows[i] = at < 0          ? uint32_t(low + i)
+                      : at < c.budget ? uint32_t(c.sinks) + __ldg(order + rows[i])
+                                      : uint32_t(low + i - c.budget + c.clustered);
+        }
+        const T* const keys = static_cast<const T*>(c.keys) + head * c.head_stride;
+        const T* const values = static_cast<const T*>(c.values) + head * c.head_stride;
+        const int of_tokens = (count + ROWS - 1) / ROWS;
+        const int tiles = of_tokens + (c.estimate ? (end - begin + ROWS - 1) / ROWS : 0);
+#pragma unroll 1
+        for (int from = 0; from < c.group; from += HEADS) {
+            __syncthreads();
+            if (c.group > HEADS) {
+                load_queries(from);
+                copies_wait<0>();
+                __syncthreads();
             }
+            const int live = min(c.group - from, HEADS);
+            Running<T, D> running;
+#pragma unroll 1
+            for (int tile = warp; tile < tiles; tile += WARPS) {
+                const bool tokens = tile < of_tokens;
+                float s[F::TALL][2];
+                uint32_t left[F::VALUES];  // tokens that a row stands for
+                uint4 k[F::TALL][F::PIECES], v[F::PARTS][F::VALUES];
+                uint32_t of_row[F::VALUES];
+                if (tokens) {
+                    const int at = tile * ROWS;
+                    load_keys(k, [&](int i) { return keys + int64_t(rows[min(at + i, count - 1)]) * D; });
+#pragma unroll
+                    for (int r = 0; r < F::VALUES; ++r) {
+                        const int i = at + r / 2 * 8 + 2 * t + r % 2;
+                        left[r] = i < count;
+                        of_row[r] = rows[min(i, count - 1)];
+                    }
+                } else {
+#pragma unroll
+                    for (int r = 0; r < F::VALUES; ++r) {
+                        const int i = begin + (tile - of_tokens) * ROWS + r / 2 * 8 + 2 * t + r % 2,
+                                  j = min(i, end - 1);
+                        left[r] = i < end ? size(j) - ranks[j] : 0;
+                        of_row[r] = uint32_t(j);
+                        s[r / 2][r % 2] = __ldcg(scores + int64_t(min(from + g, c.group - 1)) * c.width + j);
+                    }
+                }
+#pragma unroll
+                for (int r = 0; r < F::VALUES; ++r) {
+                    const T* const row = (tokens ? values : mean_values) + int64_t(of_row[r]) * D + g * F::EACH;
+#pragma unroll
+                    for (int p = 0; p < F::PARTS; ++p) {
+                        v[p][r] = left[r] ? load_piece(row + p * 8 * F::EACH) : uint4{};
+                    }
+                }
+                if (tokens) score_tile<T, D>(s, k, queries, c.scale);
+#pragma unroll
+                for (int r = 0; r < F::VALUES; ++r) {
+                    // The logarithm of none is -inf, of one 0.
+                    s[r / 2][r % 2] = left[r] ? s[r / 2][r % 2] + __logf(float(left[r])) : -INFINITY;
+                }
+                running.add(s, v);
+            }
+            add_warps(running, from, live);
         }
     }
-    __syncthreads();
-    float* const out = partial + ((unit * parts + part) * pieces + piece) * QUERIES * (D + 2);
+
+    /// A block's sums: STRIDE numbers for each query head, the weighted values in the accumulators' order of columns,
+    /// the largest score and the sum of weights.
+    __device__ __forceinline__ float* sums_of(uint32_t block) const {
+        return c.partial + (int64_t(unit) * c.blocks + block) * c.group * STRIDE;
+    }
+
+    /// Adds up what the warps of this block have.
+    __device__ __forceinline__ void add_warps(const Running<T, D>& running, int from, int live) const {
+        float sum = running.sum;
+        sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
+        __syncthreads();
+        if (t == 0) tops[warp][g] = make_float2(running.most, sum);
+        // Four columns of a lane at a time, those of other lanes beside them.
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int h = 2 * t + e;
+            float* const its = sums + (warp * live + h) * STRIDE + 4 * g;
+            if (h >= live) continue;
+#pragma unroll
+            for (int i = 0; i < F::TILES; i += 2) {
+                const auto(&a)[4] = running.acc[i], (&b)[4] = running.acc[i + 1];
+                *reinterpret_cast<float4*>(its + 16 * i) = make_float4(a[e], a[e + 2], b[e], b[e + 2]);
+            }
+        }
+        __syncthreads();
+        float* const out = sums_of(block) + from * STRIDE;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < live * D; i += BLOCK) {
+            const int h = i / D, slot = i % D;
+            float most = -INFINITY, value = 0, weight = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) most = fmaxf(most, tops[w][h].x);
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) {
+                const float2 top = tops[w][h];
+                const float shrink = top.y > 0 ? __expf(top.x - most) : 0;
+                value = fmaf(shrink, sums[(w * live + h) * STRIDE + slot], value);
+                weight = fmaf(shrink, top.y, weight);
+            }
+            out[h * STRIDE + slot] = value;
+            if (slot == 0) *reinterpret_cast<float2*>(out + h * STRIDE + D) = make_float2(most, weight);
+        }
+    }
+
+    /// Adds up what the blocks have, each a share of the query heads' columns.
+    __device__ __forceinline__ void add_blocks() const {
+        T* const out = static_cast<T*>(c.out) + int64_t(unit) * c.group * D;
+#pragma unroll 1
+        for (int i = block * BLOCK + threadIdx.x; i < c.group * D; i += c.blocks * BLOCK) {
+            const int h = i / D, slot = i % D;  // a head has whole warps
+            float2 own = {-INFINITY, 0};
+            if (lane < c.blocks) own = __ldcg(reinterpret_cast<const float2*>(sums_of(lane) + h * STRIDE + D));
+            float its[BLOCKS];
+#pragma unroll
+            for (int b = 0; b < BLOCKS; ++b) its[b] = b < c.blocks ? __ldcg(sums_of(b) + h * STRIDE + slot) : 0;
+            const float2 all = over_lanes(own);
+            const float shrink = own.y > 0 ? __expf(own.x - all.x) / all.y : 0;
+            float value = 0;
+#pragma unroll
+            for (int b = 0; b < BLOCKS; ++b) value = fmaf(__shfl_sync(~0u, shrink, b), its[b], value);
+            // The column of a lane's value: one of a pair in its piece of a part.
+            const int g = slot % 32 / 4, at = slot / 32 * 4 + slot % 4, pair = at / 2, part = pair / (F::EACH / 2);
+            const int column = part * 8 * F::EACH + g * F::EACH + pair % (F::EACH / 2) * 2 + at % 2;
+            out[h * D + column] = T(value);
+        }
+    }
+};
+
+template <class T, int D>
+__device__ __forceinline__ void attend(const Cache& c) {
+    using F = Fragments<T, D>;
+    extern __shared__ uint4 queries[];
+    uint4* const dynamic = queries + F::PIECES * WARP;
+    __shared__ float2 tops[WARPS][HEADS];
+    const uint32_t unit = blockIdx.x / uint32_t(c.blocks), block = blockIdx.x % uint32_t(c.blocks);
+    const int64_t head = unit / uint32_t(c.units);
+    const int begin = int(min(int64_t(block) * c.clusters, int64_t(c.k))), end = min(begin + c.clusters, c.k);
+    uint32_t* const ranks = reinterpret_cast<uint32_t*>(dynamic);
+    // Sums take the place of what is no longer needed, unless the query heads take turns.
+    const int kept = c.group > HEADS ? (2 * c.k + 1 + c.rows + 3) / 4 : 0;
     const int lane = threadIdx.x % WARP;
-    for (int g = threadIdx.x / WARP; g < QUERIES; g += WARPS) {
-        float most = -INFINITY, sum = 0;
-        for (int i = lane; i < ROWS; i += WARP) most = fmaxf(most, weights[g][i]);
-        for (int step = WARP / 2; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-        for (int i = lane; i < ROWS; i += WARP) {
-            const float w = most == -INFINITY ? 0 : __expf(weights[g][i] - most);
-            weights[g][i] = w, sum += w;
-        }
-        sum = over_lanes<WARP>(sum);
-        if (lane == 0) out[g * (D + 2) + D] = most, out[g * (D + 2) + D + 1] = sum;
-    }
-    __syncthreads();
-    float acc[QUERIES][EACH] = {};
-#pragma unroll UNROLL
-    for (int i = threadIdx.x / LANES; i < ROWS; i += AT_ONCE) {
-        const uint32_t row = from[i];
-        if (row == NOTHING) continue;
-        float v[EACH];
-        const T* const its = row < CLUSTER ? values + int64_t(row) * D : mean_values + int64_t(row & ~CLUSTER) * D;
-        load_columns(v, its + part_of_row * EACH);
-#pragma unroll
-        for (int g = 0; g < QUERIES; ++g) {
-            const float w = weights[g][i];
-#pragma unroll
-            for (int e = 0; e < EACH; ++e) acc[g][e] = fmaf(w, v[e], acc[g][e]);
-        }
-    }
-    __syncwarp();
-#pragma unroll
-    for (int g = 0; g < QUERIES; ++g) {
-#pragma unroll
-        for (int e = 0; e < EACH; ++e) {
-#pragma unroll
-            for (int lanes = LANES; lanes < WARP; lanes *= 2) acc[g][e] += __shfl_xor_sync(~0u, acc[g][e], lanes);
-            if (lane < LANES) sums[threadIdx.x / WARP][g][part_of_row * EACH + e] = acc[g][e];
-        }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < QUERIES * D; i += BLOCK) {
-        float sum = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) sum += sums[w][i / D][i % D];
-        out[i / D * (D + 2) + i % D] = sum;
-    }
-}
-
-/// Adds up the pieces of a query head, a block of MERGERS threads to a column: `out` (heads, units * group, D).
-template <class T, int D, int QUERIES>
-__device__ void attend_merge(const Cache& c, int64_t pieces, const float* partial, T* out) {
-    __shared__ float of_pieces[MERGERS][D], of_sums[MERGERS];
-    const int64_t parts = (c.group + QUERIES - 1) / QUERIES;
-    const int64_t unit = blockIdx.x / c.group, g = blockIdx.x % c.group;
-    const float* const its = partial + ((unit * parts + g / QUERIES) * pieces * QUERIES + g % QUERIES) * (D + 2);
-    constexpr int STEP = QUERIES * (D + 2);
-    const int column = threadIdx.x % D, turn = threadIdx.x / D;
-    float all[1] = {-INFINITY};
-    for (int64_t p = threadIdx.x; p < pieces; p += MERGERS * D) all[0] = fmaxf(all[0], its[p * STEP + D]);
-    over_block(all, -INFINITY, Larger());
-    const float most = all[0];
-    float sum = 0, value = 0;
+    const Unit<T, D> u = {c,
+                          unit,
+                          block,
+                          begin,
+                          end,
+                          ranks,
+                          ranks + c.k,
+                          ranks + 2 * c.k + 1,
+                          reinterpret_cast<float*>(dynamic + kept),
+                          queries,
+                          tops,
+                          c.scores + int64_t(unit) * c.group * c.width,
+                          static_cast<const T*>(c.mean_keys) + head * c.k * D,
+                          static_cast<const T*>(c.mean_values) + head * c.k * D,
+                          __shfl_sync(~0u, int(threadIdx.x) / WARP, 0),
+                          lane,
+                          lane / 4,
+                          lane % 4};
+    wait_for_inputs();
+    if (c.first <= 2) {
+        const uint32_t* const offsets = c.offsets + head * (c.k + 1);
 #pragma unroll 4
-    for (int64_t p = turn; p < pieces; p += MERGERS) {
-        const float w = __expf(its[p * STEP + D] - most);
-        sum = fmaf(w, its[p * STEP + D + 1], sum), value = fmaf(w, its[p * STEP + column], value);
+        for (int j = threadIdx.x; j <= c.k; j += BLOCK) copy_word(u.begins + j, offsets + j);
+        u.load_queries(0);
+        // The mean values are read last; they can be on their way.
+        const char* const values = reinterpret_cast<const char*>(u.mean_values + int64_t(begin) * D);
+        const int64_t bytes = c.estimate ? int64_t(end - begin) * D * int64_t(sizeof(T)) : 0;
+#pragma unroll 1
+        for (int64_t at = int64_t(threadIdx.x) * 128; at < bytes; at += BLOCK * 128) {
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(values + at));
+        }
     }
-    of_pieces[turn][column] = value;
-    if (column == 0) of_sums[turn] = sum;
-    __syncthreads();
-    if (turn) return;
-    sum = value = 0;
-#pragma unroll
-    for (int t = 0; t < MERGERS; ++t) sum += of_sums[t], value += of_pieces[t][column];
-    out[blockIdx.x * D + column] = T(value / sum);
+    if (c.first <= 1) u.score_means();
+    if (c.first <= 1 && c.last > 1) wait_for_unit();
+    if (c.first <= 2 && c.last >= 2) {
+        if (c.first == 2) copies_wait<0>();
+        __syncthreads();
+        u.read(u.rank_clusters());
+    }
+    if (c.last > 2 && c.first <= 2) wait_for_unit();
+    if (c.last >= 3) u.add_blocks();
 }
 
-#define KERNELS(suffix, T, D, Q)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(BLOCK, 7)                                                             \
-        attend_scores_##D##_##Q##_##suffix(const T* q, const T* means, Cache c, float* scores) {                       \
-        score_means<T, D, Q>(q, means, c, scores);                                                                     \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(BLOCK) attend_split_##D##_##Q##_##suffix(                             \
-        const T* q, const T* keys, const T* values, const T* mean_values, Cache c, const float* scores,                \
-        const uint32_t* chosen, const float* left, int estimate, float* partial) {                                     \
-        attend_piece<T, D, Q>(q, keys, values, mean_values, c, scores, chosen, left, estimate, partial);               \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(MERGERS* D)                                                           \
-        attend_merge_##D##_##Q##_##suffix(Cache c, int64_t pieces, const float* partial, T* out) {                     \
-        attend_merge<T, D, Q>(c, pieces, partial, out);                                                                \
+#define KERNEL(D, suffix, T)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(BLOCK) attend_##D##_##suffix(const __grid_constant__ Cache c) {       \
+        attend<T, D>(c);                                                                                               \
     }
-#define INSTANCES(suffix, T)                                                                                           \
-    KERNELS(suffix, T, 64, 1) KERNELS(suffix, T, 64, 4) KERNELS(suffix, T, 128, 1) KERNELS(suffix, T, 128, 4)
-INSTANCES(f16, __half)
-INSTANCES(bf16, __nv_bfloat16)
-INSTANCES(f32, float)
-#undef INSTANCES
+#define KERNELS(D) KERNEL(D, f16, __half) KERNEL(D, bf16, __nv_bfloat16) KERNEL(D, f32, float)
+KERNELS(64)
+KERNELS(128)
 #undef KERNELS
+#undef KERNEL

@@ -36,3 +36,20 @@ __device__ __forceinline__ void load_fragment(uint32_t (&a)[4], uint32_t address
 PRODUCT(f16, __half)
 PRODUCT(bf16, __nv_bfloat16)
 #undef PRODUCT
+
+/// What tf32 keeps of an f32, and what of the rest.
+__device__ __forceinline__ uint32_t high(uint32_t v) {
+    uint32_t out;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(out) : "r"(v));
+    return out;
+}
+__device__ __forceinline__ uint32_t low(uint32_t v) {
+    return high(__float_as_uint(__uint_as_float(v) - __uint_as_float(high(v))));
+}
+/// The same for 8 columns of tf32.
+__device__ __forceinline__ void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}

@@ -40,26 +40,18 @@ __device__ uint32_t block_scan(int64_t n, Value value, Take take) {
     return all;
 }
 
-/// The results over all threads of the block of COUNT values each.
-template <int COUNT, class Join>
-__device__ void over_block(float (&v)[COUNT], float none, Join join) {
-    __shared__ float of_warps[COUNT][WARP];
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-        for (int lane = WARP / 2; lane; lane /= 2) v[i] = join(v[i], __shfl_xor_sync(~0u, v[i], lane));
-    }
+/// The result over all threads of the block.
+template <class Join>
+__device__ float over_block(float v, float none, Join join) {
+    __shared__ float of_warps[WARP];
+    for (int lanes = WARP / 2; lanes; lanes /= 2) v = join(v, __shfl_xor_sync(~0u, v, lanes));
     __syncthreads();
-    const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-        if (lane == 0) of_warps[i][threadIdx.x / WARP] = v[i];
-    }
+    const int lane = threadIdx.x % WARP;
+    if (lane == 0) of_warps[threadIdx.x / WARP] = v;
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-        v[i] = lane < warps ? of_warps[i][lane] : none;
-        for (int step = WARP / 2; step; step /= 2) v[i] = join(v[i], __shfl_xor_sync(~0u, v[i], step));
-    }
+    v = lane < int(blockDim.x) / WARP ? of_warps[lane] : none;
+    for (int lanes = WARP / 2; lanes; lanes /= 2) v = join(v, __shfl_xor_sync(~0u, v, lanes));
+    return v;
 }
 struct Larger {
     __device__ float operator()(float a, float b) const { return fmaxf(a, b); }

@@ -38,7 +38,7 @@ awk -v arch="sm_$arch" '
     if (spill + 0 > most) failed = 1
     # STATIC_SHARED in src/plan.rs: what kernels that ask for more at their launch may have of their own.
     shared = $0; if (!sub(/ bytes smem.*/, "", shared)) shared = 0; sub(/.* /, "", shared)
-    asks = name ~ /^(order_|fit_|select_tokens|route_|assign_|recheck_)/ && name !~ /^(order_scan|assign_simt)/
+    asks = name ~ /^(attend_|order_|fit_|select_tokens|route_|assign_|recheck_)/ && name !~ /^(order_scan|assign_simt)/
     if (asks && shared + 0 > 4096) {
       print name " has " shared " bytes of static shared memory"; failed = 1
     }

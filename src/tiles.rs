@@ -113,18 +113,18 @@ pub const SCAN_THREADS: usize = 1024;
 pub const SUM_STEPS: usize = 4;
 /// Batches of the ring through which a warp of it reads its rows.
 pub const SUM_BATCHES: usize = 2;
-/// Rows of a piece in `attend.cu`.
-pub const ATTEND_ROWS: usize = 64;
-/// Threads of a block that reads a piece.
-pub const ATTEND_THREADS: usize = 128;
+/// Threads of a block of `attend.cu`.
+pub const ATTEND_THREADS: usize = 384;
+/// Most blocks that share what the query heads of a key head read: clusters of so many can run on any GPU that has them.
+pub const ATTEND_BLOCKS: usize = 8;
+/// Query heads that one pass of it takes.
+pub const ATTEND_HEADS: usize = 8;
 /// Threads of a block of `select.cu`, which ranks the clusters of a unit.
 pub const SELECT_THREADS: usize = 1024;
 /// The same where units are many, so that blocks share a multiprocessor.
 pub const SELECT_THREADS_MANY: usize = 256;
 /// So many are many.
 pub const SELECT_MANY: usize = 1024;
-/// Threads that add up the pieces of a column.
-pub const ATTEND_MERGERS: usize = 4;
 /// Threads of a block of `route.cu`, each warp of which takes 16 queries or 32.
 pub const ROUTE_THREADS: usize = 128;
 /// Keys of a tile there.

@@ -209,7 +209,7 @@ fn one_row_of_many_columns() {
                         }
                         testing::launches();
                         let out = cache.attend(&q, SCALE, budget((tokens, estimate, shared))).unwrap();
-                        let fused = testing::launches().iter().any(|l| l.starts_with("attend_split"));
+                        let fused = testing::launches().iter().any(|l| l.starts_with("attend_"));
                         assert_eq!(fused, device.is_cuda());
                         let expected = spec(&cache, &q, (tokens, estimate, shared));
                         let what = format!("{dtype:?} {d} columns, {heads} heads: {tokens}, {estimate}, {shared}");
@@ -479,6 +479,45 @@ fn clusters_beat_pages_on_real_keys() {
             assert!(shared * 2.5 < paged, "{tokens} tokens, shared: {shared} against {paged}");
             assert!(read * 2.5 < paged_read, "{tokens} tokens, no estimate: {read} against {paged_read}");
             assert!(estimated * 1.2 < read, "{tokens} tokens: {estimated} with the estimate, {read} without");
+        }
+    }
+}
+
+/// A step captured once and replayed for other queries gives what a step of its own gives.
+#[cfg(feature = "cuda")]
+#[test]
+fn replays_are_steps() {
+    use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+    if !devices().iter().any(Device::is_cuda) {
+        return;
+    }
+    let device = Device::new_cuda_with_stream(0).unwrap();
+    let gpu = device.as_cuda_device().unwrap();
+    // SAFETY: everything here runs on one stream.
+    unsafe { gpu.disable_event_tracking() };
+    let stream = gpu.cuda_stream();
+    let mut rng = rng(58);
+    for (dtype, shared) in [(DType::F16, true), (DType::F32, false), (DType::BF16, true)] {
+        let mut cache = ClusteredKvCache::new(2000).sinks(SINKS).recent(RECENT);
+        let [k, v] = [(); 2].map(|_| random([2, 2, 2000, 128], dtype, &device, &mut rng));
+        cache.append(&k, &v).unwrap();
+        cache.cluster().unwrap();
+        let queries: Vec<_> = (0..5).map(|_| random([2, 8, 1, 128], dtype, &device, &mut rng)).collect();
+        let step = |q: &Tensor| cache.attend(q, 0.1, budget((300, true, shared))).unwrap();
+        let want: Vec<_> = queries.iter().map(step).collect();
+        let (q, out) = (queries[0].copy().unwrap(), want[0].zeros_like().unwrap());
+        device.synchronize().unwrap();
+        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+        // Two in a row: the second may take its places while the first still runs.
+        drop(step(&q));
+        out.slice_set(&step(&q), 0, 0).unwrap();
+        let free = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = stream.end_capture(free).unwrap().expect("a graph of what was captured");
+        for replay in 0..100 {
+            let at = replay * 3 % queries.len();
+            q.slice_set(&queries[at], 0, 0).unwrap();
+            graph.launch().unwrap();
+            assert_same(&out, &want[at], &format!("{dtype:?}, replay {replay}"));
         }
     }
 }

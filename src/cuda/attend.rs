@@ -1,102 +1,151 @@
 //! Attention over a clustered cache: `kernels/attend.cu`.
 
-use super::{
-    alloc, device, elements, launch, read,
-    select::{self, Choice},
-    tensor, typed, Element, Layout, Part,
-};
+use super::{alloc, device, elements, read, tensor, typed, Element, Image, Kernel, Layout, Part, WARP};
 use crate::{
     ops::{Attention, Memory},
-    plan::forced,
-    tiles::{ATTEND_MERGERS, ATTEND_ROWS, ATTEND_THREADS},
+    plan::{forced, shared_memory, Arch},
+    tiles::{ATTEND_BLOCKS, ATTEND_HEADS, ATTEND_THREADS},
     Result,
 };
 use candle_core::{
-    cuda_backend::cudarc::driver::{DeviceRepr, PushKernelArg},
+    cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr},
     DType, Tensor,
 };
 
 /// `struct Cache` of `attend.cu`.
 #[repr(C)]
 struct Cache {
+    q: u64,
+    keys: u64,
+    values: u64,
+    mean_keys: u64,
+    mean_values: u64,
+    order: u64,
+    offsets: u64,
+    out: u64,
+    scores: Part<f32>,
+    of_means: Part<[f32; 2]>,
+    partial: Part<f32>,
     head_stride: i64,
-    units: i64,
-    group: i64,
-    sinks: i64,
-    clustered: i64,
-    tokens: i64,
-    k: i64,
-    budget: i64,
+    units: i32,
+    group: i32,
+    sinks: i32,
+    clustered: i32,
+    tokens: i32,
+    k: i32,
+    width: i32,
+    budget: i32,
+    blocks: i32,
+    clusters: i32,
+    rows: i32,
+    first: i32,
+    last: i32,
+    estimate: i32,
     scale: f32,
 }
 
-// SAFETY: integers and a float, laid out as in C.
+// SAFETY: addresses, integers and a float, laid out as in C.
 unsafe impl DeviceRepr for Cache {}
+
+const WARPS: usize = ATTEND_THREADS / WARP;
+/// Stages of the kernel, before each of which the blocks of a unit wait for each other.
+const STAGES: i32 = 3;
 
 pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     const OP: &str = "attend";
     let dev = device(a.q)?;
     let (b, heads, room, d) = a.keys.dims4()?;
     let (q_heads, k, clustered) = (a.q.dim(1)?, a.mean_keys.dim(2)?, a.order.dim(2)?);
-    let fits = select::fits(k, super::arch(dev)?);
     let here =
         [a.q, a.keys, a.values, a.order, a.offsets, a.mean_keys, a.mean_values].into_iter().all(Tensor::is_contiguous);
-    let tokens = a.tokens.max(clustered) < 1 << 31 && k < 1 << 31;
-    if forced() || !matches!(d, 64 | 128) || a.q.dtype() == DType::F64 || a.budget == 0 || !fits || !here || !tokens {
+    let counted = a.tokens.max(clustered).saturating_add(k) < 1 << 31;
+    let name = match d {
+        64 => "attend_64",
+        128 => "attend_128",
+        _ => return Ok(None),
+    };
+    if forced() || a.q.dtype() == DType::F64 || a.budget == 0 || !here || !counted {
         return Ok(None);
     }
     let (units, group) = if a.shared { (1, q_heads / heads) } else { (q_heads / heads, 1) };
-    let queries = if group == 1 { 1 } else { 4 };
-    let (parts, near) = (group.div_ceil(queries), a.tokens - clustered);
-    let pieces = (near + a.budget + if a.estimate { k } else { 0 }).div_ceil(ATTEND_ROWS);
-    let of = Cache {
-        head_stride: (room * d) as i64,
-        units: units as i64,
-        group: group as i64,
-        sinks: a.sinks as i64,
-        clustered: clustered as i64,
-        tokens: a.tokens as i64,
-        k: k as i64,
-        budget: a.budget as i64,
-        scale: a.scale as f32,
-    };
-    let choice = Choice {
-        units: units as i64,
-        group: group as i64,
-        clustered: clustered as i64,
-        k: k as i64,
-        least: a.budget as i64,
-        most: a.budget as i64,
-        share: 0.0,
-    };
     let all = elements(&[b, heads, units]);
-    let mut scratch = Layout::default();
-    let scores = scratch.unwritten::<f32>(elements(&[all, group, k]));
-    let left = scratch.unwritten::<f32>(elements(&[all, k]));
-    let chosen = scratch.unwritten::<u32>(elements(&[all, a.budget]));
-    let partial = scratch.unwritten::<f32>(elements(&[all, parts, pieces, queries, d + 2]));
-    let scratch = scratch.scratch(dev, OP, memory)?;
-    let (scores, left, chosen, partial) =
-        (scratch.part(scores), scratch.part(left), scratch.part(chosen), scratch.part(partial));
-    let [rank, split, merge] = match (d, queries) {
-        (64, 1) => ["attend_scores_64_1", "attend_split_64_1", "attend_merge_64_1"],
-        (64, _) => ["attend_scores_64_4", "attend_split_64_4", "attend_merge_64_4"],
-        (_, 1) => ["attend_scores_128_1", "attend_split_128_1", "attend_merge_128_1"],
-        _ => ["attend_scores_128_4", "attend_split_128_4", "attend_merge_128_4"],
-    };
-    let inputs = [a.q, a.keys, a.values, a.mean_keys, a.mean_values, a.order, a.offsets].map(read);
-    let [q, keys, values, mean_keys, mean_values, order, offsets] = &inputs;
+
     typed!(a.q.dtype(), T => {
-        let (q, keys, values) = (q.view::<T>()?, keys.view::<T>()?, values.view::<T>()?);
-        let (mean_keys, mean_values) = (mean_keys.view::<T>()?, mean_values.view::<T>()?);
+        let arch = super::arch(dev)?;
+        let (Arch::Cuda { processors, .. }, Some(most)) = (arch, shared_memory(arch)) else { return Ok(None) };
+        let kernel = Kernel::get(dev, Image::Attend, name, T::SUFFIX, most)?;
+        // As many blocks as run at once.
+        let cluster = kernel.cluster(all, ATTEND_THREADS, ATTEND_BLOCKS)?;
+        let blocks = cluster.unwrap_or((processors / all.max(1)).clamp(1, ATTEND_BLOCKS));
+
+        // What a block holds: queries; ranks, offsets and its tokens; and in their place, or beside them if the query heads
+        // take turns, the sums of its warps.
+        let tile = 32 / size_of::<T>();
+        let (clusters, rows) = (k.div_ceil(blocks * tile) * tile, (a.tokens - clustered + a.budget).div_ceil(blocks));
+        let lists = (4 * (2 * k + 1 + rows)).next_multiple_of(16);
+        let sums = 4 * WARPS * group.min(ATTEND_HEADS) * (d + 4);
+        let queries = ATTEND_HEADS * d * size_of::<T>();
+        let shared = queries + if group > ATTEND_HEADS { lists + sums } else { lists.max(sums) };
+        let grid = elements(&[all, blocks]);
+        if shared > most || grid > i32::MAX as usize {
+            return Ok(None);
+        }
+
+        let mut scratch = Layout::default();
+        let width = k.next_multiple_of(2);
+        let scores = scratch.unwritten::<f32>(elements(&[all, group, width]));
+        let of_means = scratch.unwritten::<[f32; 2]>(elements(&[all, blocks, WARPS, group]));
+        let partial = scratch.unwritten::<f32>(elements(&[all, blocks, group, d + 4]));
+        let scratch = scratch.scratch(dev, OP, memory)?;
         let mut out = alloc::<T>(dev, OP, elements(&[b, q_heads, d]))?;
-        let scored = elements(&[b, heads, k.div_ceil(ATTEND_ROWS)]);
-        launch!(dev, Attend, rank, T::SUFFIX, scored, ATTEND_THREADS; &q, &mean_keys, &of, &scores)?;
-        select::select(dev, &choice, all, scores, &order.view()?, &offsets.view()?, chosen, left, Part::NULL)?;
-        launch!(dev, Attend, split, T::SUFFIX, elements(&[all, parts, pieces]), ATTEND_THREADS;
-            &q, &keys, &values, &mean_values, &of, &scores, &chosen, &left, &(a.estimate as i32), &partial)?;
-        launch!(dev, Attend, merge, T::SUFFIX, elements(&[b, q_heads]), ATTEND_MERGERS * d;
-            &of, &(pieces as i64), &partial, &mut out)?;
+
+        // The addresses, and what orders the launches with other streams while they are queued.
+        let stream = &kernel.stream;
+        let floats = [a.q, a.keys, a.values, a.mean_keys, a.mean_values].map(read);
+        let lists = [a.order, a.offsets].map(read);
+        let floats = floats.iter().map(|input| input.view::<T>()).collect::<Result<Vec<_>>>()?;
+        let lists = lists.iter().map(|input| input.view::<u32>()).collect::<Result<Vec<_>>>()?;
+        let floats: Vec<_> = floats.iter().map(|view| view.device_ptr(stream)).collect();
+        let lists: Vec<_> = lists.iter().map(|view| view.device_ptr(stream)).collect();
+        let written = out.device_ptr_mut(stream);
+        let mut of = Cache {
+            q: floats[0].0,
+            keys: floats[1].0,
+            values: floats[2].0,
+            mean_keys: floats[3].0,
+            mean_values: floats[4].0,
+            order: lists[0].0,
+            offsets: lists[1].0,
+            out: written.0,
+            scores: scratch.part(scores),
+            of_means: scratch.part(of_means),
+            partial: scratch.part(partial),
+            head_stride: (room * d) as i64,
+            units: units as i32,
+            group: group as i32,
+            sinks: a.sinks as i32,
+            clustered: clustered as i32,
+            tokens: a.tokens as i32,
+            k: k as i32,
+            width: width as i32,
+            budget: a.budget as i32,
+            blocks: blocks as i32,
+            clusters: clusters as i32,
+            rows: rows as i32,
+            first: 1,
+            last: STAGES,
+            estimate: a.estimate as i32,
+            scale: a.scale as f32,
+        };
+        if cluster.is_some() {
+            kernel.run_clusters(&of, grid, ATTEND_THREADS, shared, Some(blocks))?;
+        } else {
+            for stage in 1..=STAGES {
+                (of.first, of.last) = (stage, stage);
+                kernel.run_clusters(&of, grid, ATTEND_THREADS, shared, None)?;
+            }
+        }
+        drop(written);
         Ok(Some(tensor(dev, out, (b, q_heads, d))))
     })
 }

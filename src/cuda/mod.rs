@@ -18,7 +18,11 @@ use candle_core::cuda_backend::{
     cudarc::{
         driver::{
             result,
-            sys::{self, CUdevice_attribute, CUfunction_attribute, CUresult, CUtensorMap, CUtensorMapDataType},
+            sys::{
+                self, CUdevice_attribute, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID,
+                CUlaunchAttributeValue, CUlaunchAttributeValue_union__bindgen_ty_1, CUlaunchConfig, CUresult,
+                CUtensorMap, CUtensorMapDataType,
+            },
             CudaFunction, CudaModule, CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DeviceRepr,
             DriverError, LaunchArgs, LaunchConfig, PushKernelArg, ValidAsZeroBits,
         },
@@ -29,7 +33,7 @@ use candle_core::cuda_backend::{
 use candle_core::{CpuStorage, Device, InplaceOp1, Shape, Storage, StorageRef, Tensor};
 use std::{
     cell::{Cell, RefCell},
-    collections::HashMap,
+    collections::{hash_map::Entry, HashMap},
     marker::PhantomData,
     mem::MaybeUninit,
     sync::{Arc, LazyLock, Mutex, MutexGuard},
@@ -146,6 +150,8 @@ struct Loaded {
     modules: HashMap<(usize, Image), Arc<CudaModule>>,
     /// With the dynamic shared memory that each has been allowed.
     functions: HashMap<(usize, &'static str, &'static str), (CudaFunction, usize)>,
+    /// How many clusters of 1, 2, .. blocks run at once; empty where the code is for GPUs without clusters.
+    clusters: HashMap<(usize, &'static str, &'static str), Vec<usize>>,
 }
 
 static LOADED: LazyLock<Mutex<Loaded>> = LazyLock::new(Mutex::default);
@@ -195,6 +201,95 @@ impl Kernel {
         Ok(Self { name, suffix, function, stream })
     }
 
+    /// The largest cluster, of at most `most` blocks, of which `count` run at once, or one block; none where this code
+    /// is for GPUs without clusters, as PTX for Ampere is on any.
+    fn cluster(&self, count: usize, block: usize, most: usize) -> Result<Option<usize>> {
+        let key = (self.stream.context().cu_ctx() as usize, self.name, self.suffix);
+        let mut loaded = LOADED.lock().unwrap_or_else(|e| e.into_inner());
+        let running = match loaded.clusters.entry(key) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => {
+                let version = self.function.get_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION).w()?;
+                let sizes = if version < 90 { 1..=0 } else { 1..=most };
+                unknown.insert(sizes.map(|size| self.clusters_at_once(size, block)).collect::<Result<_>>()?)
+            }
+        };
+        let largest = running.iter().take(most).rposition(|&running| count <= running).unwrap_or(0) + 1;
+        Ok((!running.is_empty()).then_some(largest))
+    }
+
+    /// How many clusters of so many blocks run at once.
+    fn clusters_at_once(&self, size: usize, block: usize) -> Result<usize> {
+        let mut count = 0;
+        let mut attributes = [cluster_size(size)];
+        let config = self.in_clusters(size, block, 0, &mut attributes);
+        // SAFETY: writes one integer, and reads a configuration whose attributes are alive.
+        unsafe { sys::cuOccupancyMaxActiveClusters(&mut count, self.function.cu_function(), &config) }.result().w()?;
+        Ok(count as usize)
+    }
+
+    /// A launch with attributes, which have to outlive it.
+    fn in_clusters(
+        &self,
+        grid: usize,
+        block: usize,
+        shared: usize,
+        attributes: &mut [CUlaunchAttribute],
+    ) -> CUlaunchConfig {
+        CUlaunchConfig {
+            gridDimX: grid as u32,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: block as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared as u32,
+            hStream: self.stream.cu_stream(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
+        }
+    }
+
+    /// Launches a kernel with one parameter, in clusters of so many blocks; without one, for GPUs that have none. A kernel
+    /// in clusters takes its places while the one before it ends, and has to wait for it. The addresses in the parameter
+    /// have to be in order with other streams.
+    fn run_clusters<P: DeviceRepr>(
+        &self,
+        parameter: &P,
+        grid: usize,
+        block: usize,
+        shared: usize,
+        cluster: Option<usize>,
+    ) -> Result<()> {
+        if grid == 0 {
+            return Ok(());
+        }
+        self.record();
+        let failed = |source| Error::Launch {
+            kernel: self.name,
+            grid: grid.min(u32::MAX as usize) as u32,
+            block: block as u32,
+            shared: shared as u32,
+            source,
+        };
+        self.stream.context().bind_to_thread().w().map_err(failed)?;
+        let mut attributes = cluster.map_or(vec![], |blocks| vec![cluster_size(blocks)]);
+        attributes.extend((cluster.is_some() && *EARLY).then(early));
+        let config = self.in_clusters(grid, block, shared, &mut attributes);
+        let mut parameters = [std::ptr::from_ref(parameter).cast_mut().cast()];
+        // SAFETY: the kernel's parameter is laid out as `parameter`, with parts of live allocations of this device, and
+        // every kernel stays inside the sizes it is given.
+        let status = unsafe {
+            let function = self.function.cu_function();
+            sys::cuLaunchKernelEx(&config, function, parameters.as_mut_ptr(), std::ptr::null_mut())
+        };
+        status.result().w().map_err(failed)
+    }
+
+    fn record(&self) {
+        LAUNCHES.with(|l| l.borrow_mut().iter_mut().for_each(|l| l.push(format!("{}_{}", self.name, self.suffix))));
+    }
+
     /// Launches; nothing if the grid is empty. Kernels loop over what a clamped grid does not cover. The blocks of a
     /// cooperative launch all run at once, or it fails.
     fn run(
@@ -209,7 +304,7 @@ impl Kernel {
             return Ok(());
         }
         let (grid, block, shared) = (grid.min(i32::MAX as usize) as u32, block as u32, shared as u32);
-        LAUNCHES.with(|l| l.borrow_mut().iter_mut().for_each(|l| l.push(format!("{}_{}", self.name, self.suffix))));
+        self.record();
         let failed = |source| Error::Launch { kernel: self.name, grid, block, shared, source };
         let config = LaunchConfig { grid_dim: (grid, 1, 1), block_dim: (block, 1, 1), shared_mem_bytes: shared };
         // SAFETY: `launch!` passes the parameters of the kernel in its order, as views into live allocations of this
@@ -224,6 +319,33 @@ impl Kernel {
         .w()
         .map_err(failed)?;
         Ok(())
+    }
+}
+
+/// The attribute of a launch in clusters of so many blocks.
+fn cluster_size(blocks: usize) -> CUlaunchAttribute {
+    CUlaunchAttribute {
+        id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: Default::default(),
+        value: CUlaunchAttributeValue {
+            clusterDim: CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks as u32, y: 1, z: 1 },
+        },
+    }
+}
+
+/// Whether the driver can also capture launches that begin early, as those for CUDA 12.3 and later can.
+static EARLY: LazyLock<bool> = LazyLock::new(|| {
+    let mut version = 0;
+    // SAFETY: writes one integer.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().is_ok() && version >= 12_030
+});
+
+/// The attribute of a launch that begins while the one before it ends.
+fn early() -> CUlaunchAttribute {
+    CUlaunchAttribute {
+        id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: Default::default(),
+        value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
     }
 }
 

@@ -85,7 +85,6 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     };
     let choice = Choice {
         units: (heads / kv_heads * units) as i64,
-        group: 1,
         clustered: clustered as i64,
         k: k as i64,
         least: r.least as i64,

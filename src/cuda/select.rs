@@ -15,7 +15,6 @@ use candle_core::cuda_backend::{
 #[repr(C)]
 pub(super) struct Choice {
     pub units: i64,
-    pub group: i64,
     pub clustered: i64,
     pub k: i64,
     pub least: i64,
@@ -37,7 +36,7 @@ pub(super) fn fits(k: usize, arch: Arch) -> bool {
 }
 
 /// Lists for each of `all` units the tokens of its best clusters: `chosen` (all, most), `left` (all, k) and `listed` (all), by
-/// `scores` (all, group, k).
+/// `scores` (all, k).
 #[allow(clippy::too_many_arguments)]
 pub(super) fn select(
     dev: &CudaDevice,

@@ -295,8 +295,8 @@ impl ClusteredKvCache {
     /// first segment, this is attention.
     ///
     /// Scores are computed in the cache's dtype, and weighed in f32 (f64 for f64). Nothing is read by the host. One row of
-    /// f16, bf16 or f32 with 64 or 128 columns is four kernels on a GPU, which read tokens where they lie and score in f32. For
-    /// others Candle sorts the clusters' scores in shared memory, which limits the clusters of a cache to 8,192 where that is
+    /// f16, bf16 or f32 with 64 or 128 columns is one kernel on a GPU with thread block clusters (from Hopper on; three
+    /// launches elsewhere), which reads tokens where they lie and scores in f32. For others Candle sorts the clusters' scores in shared memory, which limits the clusters of a cache to 8,192 where that is
     /// 48 KiB.
     ///
     /// # Errors
