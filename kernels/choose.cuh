@@ -23,7 +23,6 @@ __device__ uint32_t rank_reaching(const uint32_t* ranks, int k, uint32_t least, 
     const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     least = __reduce_min_sync(~0u, least), most = __reduce_max_sync(~0u, most);
     if (lane == 0) s.bounds[threadIdx.x / WARP] = make_uint2(least, most);
-    if (threadIdx.x == 0) s.count = 0;
     for (int i = threadIdx.x; i < BINS; i += blockDim.x) s.bins[i] = 0;
     __syncthreads();
     const uint2 bounds = s.bounds[min(lane, warps - 1)];
@@ -32,6 +31,7 @@ __device__ uint32_t rank_reaching(const uint32_t* ranks, int k, uint32_t least, 
     uint32_t distance = 0;                 // as far as found
     while (above) {
         const int shift = max(above - DIGIT, 0);
+        if (threadIdx.x == 0) s.count = 0;
         const auto candidate = [&](uint32_t away) { return above == 32 || (away ^ distance) >> above == 0; };
 #pragma unroll 2
         for (int j = threadIdx.x; j < k; j += blockDim.x) {
@@ -87,7 +87,6 @@ __device__ uint32_t rank_reaching(const uint32_t* ranks, int k, uint32_t least, 
             break;
         }
         for (int i = threadIdx.x; i < BINS; i += blockDim.x) s.bins[i] = 0;
-        if (threadIdx.x == 0) s.count = 0;
         __syncthreads();
     }
     return least + distance;

@@ -1,6 +1,6 @@
 //! The CUDA backend: every kernel is compiled by `build.rs`, embedded, and launched on the tensor's own stream.
 //!
-//! Nothing here waits for the device or reads from it, and every launch goes through [`Kernel::run`].
+//! Nothing here waits for the device or reads from it, and every launch goes through [`Kernel`].
 
 pub(crate) mod assign;
 pub(crate) mod attend;
