@@ -178,7 +178,7 @@ __device__ __forceinline__ float2 over_lanes(float2 own) {
     return make_float2(most, sum);
 }
 
-// Thread block clusters, and launches that begin before the one before has ended: on GPUs that have them.
+/// Waits for the other blocks of the unit, which are a cluster where there are such.
 __device__ __forceinline__ void wait_for_unit() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -424,8 +424,8 @@ struct Unit {
                 } else {
 #pragma unroll
                     for (int r = 0; r < F::VALUES; ++r) {
-                        const int i = begin + (tile - of_tokens) * ROWS + r / 2 * 8 + 2 * t + r % 2,
-                                  j = min(i, end - 1);
+                        const int i = begin + (tile - of_tokens) * ROWS + r / 2 * 8 + 2 * t + r % 2;
+                        const int j = min(i, end - 1);
                         left[r] = i < end ? size(j) - ranks[j] : 0;
                         of_row[r] = uint32_t(j);
                         s[r / 2][r % 2] = __ldcg(scores + int64_t(min(from + g, c.group - 1)) * c.width + j);

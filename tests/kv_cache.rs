@@ -221,6 +221,22 @@ fn one_row_of_many_columns() {
     }
 }
 
+/// A query that starts in the middle of 16 bytes gives what its copy gives.
+#[test]
+fn queries_may_start_anywhere() {
+    for device in devices() {
+        let mut rng = rng(59);
+        let mut cache = ClusteredKvCache::new(300).sinks(SINKS).recent(RECENT);
+        let [k, v] = [(); 2].map(|_| random([1, 2, 300, 64], DType::F16, &device, &mut rng));
+        cache.append(&k, &v).unwrap();
+        cache.cluster().unwrap();
+        let all = random([1, 1, 1, 4 * 64 + 1], DType::F16, &device, &mut rng).flatten_all().unwrap();
+        let q = all.narrow(0, 1, 4 * 64).unwrap().reshape((1, 4, 1, 64)).unwrap();
+        let step = |q: &Tensor| cache.attend(q, SCALE, budget((50, true, true))).unwrap();
+        assert_same(&step(&q), &step(&q.copy().unwrap()), "a view");
+    }
+}
+
 /// Tokens that are not clustered yet count in full, even where nothing else is read.
 #[test]
 fn appended_tokens_are_exact() {

@@ -4,6 +4,7 @@ use super::{alloc, device, elements, read, tensor, typed, Element, Image, Kernel
 use crate::{
     ops::{Attention, Memory},
     plan::{forced, shared_memory, Arch},
+    problem::in_eights,
     tiles::{ATTEND_BLOCKS, ATTEND_HEADS, ATTEND_THREADS},
     Result,
 };
@@ -56,8 +57,10 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
     let dev = device(a.q)?;
     let (b, heads, room, d) = a.keys.dims4()?;
     let (q_heads, k, clustered) = (a.q.dim(1)?, a.mean_keys.dim(2)?, a.order.dim(2)?);
-    let here =
-        [a.q, a.keys, a.values, a.order, a.offsets, a.mean_keys, a.mean_values].into_iter().all(Tensor::is_contiguous);
+    // Rows are read 16 bytes at a time.
+    let floats = [a.keys, a.values, a.mean_keys, a.mean_values];
+    let here = floats.iter().all(|t| t.is_contiguous() && in_eights(t))
+        && [a.q, a.order, a.offsets].into_iter().all(Tensor::is_contiguous);
     let counted = a.tokens.max(clustered).saturating_add(k) < 1 << 31;
     let name = match d {
         64 => "attend_64",
@@ -67,6 +70,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
     if forced() || a.q.dtype() == DType::F64 || a.budget == 0 || !here || !counted {
         return Ok(None);
     }
+    let q = if in_eights(a.q) { a.q.clone() } else { a.q.force_contiguous()? };
     let (units, group) = if a.shared { (1, q_heads / heads) } else { (q_heads / heads, 1) };
     let all = elements(&[b, heads, units]);
 
@@ -101,7 +105,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
 
         // The addresses, and what orders the launches with other streams while they are queued.
         let stream = &kernel.stream;
-        let floats = [a.q, a.keys, a.values, a.mean_keys, a.mean_values].map(read);
+        let floats = [&q, a.keys, a.values, a.mean_keys, a.mean_values].map(read);
         let lists = [a.order, a.offsets].map(read);
         let floats = floats.iter().map(|input| input.view::<T>()).collect::<Result<Vec<_>>>()?;
         let lists = lists.iter().map(|input| input.view::<u32>()).collect::<Result<Vec<_>>>()?;

@@ -210,8 +210,8 @@ impl Kernel {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(unknown) => {
                 let version = self.function.get_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION).w()?;
-                let sizes = if version < 90 { 1..=0 } else { 1..=most };
-                unknown.insert(sizes.map(|size| self.clusters_at_once(size, block)).collect::<Result<_>>()?)
+                let most = if version < 90 { 0 } else { most };
+                unknown.insert((1..=most).map(|size| self.clusters_at_once(size, block)).collect::<Result<_>>()?)
             }
         };
         let largest = running.iter().take(most).rposition(|&running| count <= running).unwrap_or(0) + 1;
