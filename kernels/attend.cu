@@ -203,11 +203,12 @@ struct Unit {
     static constexpr int STRIDE = D + 4;  // of a head's sums, so that lanes write to different banks
     const Cache& c;
     uint32_t unit, block;
-    int begin, end;                   // clusters of this block
-    uint32_t *ranks, *begins, *rows;  // (k): later the tokens read exactly; (k + 1); the tokens that this block reads
-    float* sums;                      // (WARPS, at most HEADS, STRIDE)
-    uint4* queries;                   // (PIECES, WARP): as the lanes hold them
-    float2 (*tops)[HEADS];            // (WARPS, HEADS)
+    int begin, end;           // clusters of this block
+    uint32_t* ranks;          // (k): of the clusters, and then how many of their tokens are listed
+    uint32_t *begins, *rows;  // (k + 1): the offsets; and the tokens that this block reads
+    float* sums;              // (WARPS, at most HEADS, STRIDE)
+    uint4* queries;           // (PIECES, WARP): as the lanes hold them
+    float2 (*tops)[HEADS];    // (WARPS, HEADS)
     float* scores;
     const T *mean_keys, *mean_values;
     int warp, lane, g, t;
