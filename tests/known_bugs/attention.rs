@@ -1,0 +1,1 @@
+//! Attention over clusters: caches, routing, selection.

@@ -1,0 +1,1 @@
+//! Codebooks, running means and their updates.

@@ -1,0 +1,1 @@
+//! CUDA: threads, streams, devices, memory and sizes.

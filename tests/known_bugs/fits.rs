@@ -1,0 +1,1 @@
+//! Settings, refusals and fits at their extremes.

@@ -1,0 +1,1 @@
+//! Sums and means are right whatever else is in the tensor.
