@@ -6,8 +6,9 @@ use std::{env, path::PathBuf, process::Command, thread};
 #[path = "src/tiles.rs"]
 mod tiles;
 
-/// Machine code is shipped for these where the toolkit has them; `FLASH_KMEANS_ARCHS` ("80;90a") names others.
-const ARCHS: [&str; 3] = ["80", "90a", "100a"];
+/// Machine code is shipped for these where the toolkit has them, and runs on later GPUs of the same major version, but for
+/// that of "90a"; `FLASH_KMEANS_ARCHS` ("80;90a") names others.
+const ARCHS: [&str; 4] = ["80", "90a", "100", "120"];
 /// PTX for any later GPU.
 const PTX: &str = "-gencode=arch=compute_80,code=compute_80";
 

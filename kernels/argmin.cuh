@@ -12,11 +12,19 @@
 // itself. A sum of D products in any order is off by D u / (1 - D u) of |x^||c^| (Cauchy-Schwarz), the two moves by 2
 // u, the last subtraction by u, and the bias |c^|^2 / 2 by 4 u of itself (Higham, Accuracy and Stability, ch. 3):
 // together at most g (|x^||c^| + |c^|^2 / 2). Products that underflow add less than D times the smallest subnormal. The
-// definition, itself rounded, is within (2 D + 8) 2^-53 of the true value relative to |x^|^2 + |c^|^2, |x||c|/|c|, or
-// |x||c|. Twice the sum of these separates scores from labels. For f64 rows the definition's error and that of a norm
-// are of the filter's own size: `slack` doubles g. Manhattan terms are positive, so its scores are within g relatively,
-// and so is the definition. `score_error` is +inf when the bound does not apply (an overflow is possible, or D u is not
-// small): all centroids then count as candidates.
+// definition, itself rounded, is within (2 D + 8) 2^-53 of the true value relative to |x^|^2 + |c^|^2, |x^||c^|/|c^|,
+// or |x^||c^|. For f64 rows the definition's error and that of a norm are of the filter's own size: `slack` doubles g.
+// Manhattan terms are positive, so its scores are within g relatively, and so is the definition.
+//
+// Squared Euclidean: as 2 |x^||c^| <= |x^|^2 + |c^|^2, a score is off by a share of the row, at most (g / 2 + e) |x^|^2
+// with e = (2 D + 32) 2^-53, and one of the centroid, a = (g + e) |c^|^2, so that no centroid widens the bound of
+// another. `Scored` takes a from the bias: a score is too low by at most 2 a, and too high by nothing but the row's
+// share. A label is proven if the second score is above the best, more 2 a of its centroid, more twice the row's share.
+// Centroids beyond `FAR` and those with a NaN are not scored (their bias is +inf). The nearest of a row within `NEAR`
+// whose best score is below `limit` is none of them: that score's centroid lies nearer than half of FAR.
+//
+// Cosine and dot product: twice the error with the largest |c^|. Where a bound does not apply (an overflow is possible,
+// or D u is not small) it is +inf: all centroids then count as candidates.
 #pragma once
 #include "common.cuh"
 
@@ -69,44 +77,114 @@ template <class F>
 struct Arithmetic;
 template <>
 struct Arithmetic<float> {
-    static constexpr double u = 0x1p-24, smallest = 0x1p-149, slack = 1, limit = 1e38;
+    static constexpr double u = 0x1p-24, smallest = 0x1p-149, slack = 1, limit = 1e37, NEAR = 1e17, FAR = 1e19;
     __device__ static bool fits(double x, double c) { return (x + c) * c < limit; }
 };
 template <>
 struct Arithmetic<double> {
-    static constexpr double u = 0x1p-53, smallest = 0x1p-1074, slack = 2, limit = 1e300;
+    static constexpr double u = 0x1p-53, smallest = 0x1p-1074, slack = 2, limit = 1e299, NEAR = 1e148, FAR = 1e150;
     __device__ static bool fits(double x, double c) {
         return (x + c) * (x + c) < limit;
     }  // the definition must fit too
 };
+
+/// g.
+template <class F>
+__device__ __forceinline__ double rounding(int64_t d) {
+    const double v = (d + 4) * Arithmetic<F>::u;
+    return Arithmetic<F>::slack * v / (1 - v);
+}
+
+/// Squared Euclidean: the centroid's share of the error of a score, by |c^|^2.
+template <class F>
+__device__ __forceinline__ double centroid_share(int64_t d) {
+    return (rounding<F>(d) + (d + 16) * 0x1p-52) * (1 + 1e-9);
+}
+
+/// Whether a bound applies to rows of `d` columns.
+template <class F>
+__device__ __forceinline__ bool bounded(int metric, int64_t d) {
+    return (d + 4) * Arithmetic<F>::u < (metric == SQUARED_EUCLIDEAN || metric == MANHATTAN ? 0.05 : 0.5);
+}
 
 /// An upper bound of a Euclidean norm from the f64 sum of squares, added up in any order.
 __device__ __forceinline__ double norm_above(double squares, int64_t d) {
     return sqrt(squares + d * 0x1p-1074) * (1 + (d + 16) * 0x1p-52);
 }
 
-/// How far any score of a row of norm `x`, and its definition, may be off; `c` is the largest norm of a centroid.
+/// What is scored of a centroid, and what it asks of the bound.
+template <class F>
+struct Scored {
+    F bias = 0;
+    double norm = 0;      // dot product and cosine: at least that of c^; +inf where nothing can be proven
+    bool dropped = false;  // it is not scored: c^ has to be zeros then
+
+    /// `squares` is |c^|^2; by cosine, `original` is |c|.
+    __device__ __forceinline__ Scored(int metric, int64_t d, double squares, double original) {
+        const double above = norm_above(squares, d);
+        if (metric == MANHATTAN) return;
+        if (metric == SQUARED_EUCLIDEAN) {
+            dropped = !(above < Arithmetic<F>::FAR);
+            if (bounded<F>(metric, d)) bias = F(squares / 2 - centroid_share<F>(d) * above * above);
+        } else {
+            // No norm of f16, bf16 or f32 is out of this range, but for that of a row with an infinity.
+            const bool in_range = original == 0 || (original >= 1e-140 && original <= 1e140);
+            dropped = squares != squares || original != original || (metric == COSINE && sizeof(F) == 4 && !in_range);
+            norm = dropped ? 0 : in_range ? above : nothing().distance;
+        }
+        if (dropped) bias = INFINITY;
+    }
+};
+
+/// Dot product and cosine: how far any score of a row of norm `x`, and its definition, may be off; `c` is the largest
+/// norm of a centroid.
 template <class F>
 __device__ double score_error(int metric, int64_t d, double x, double c) {
     using A = Arithmetic<F>;
-    const double inf = nothing().distance, v = (d + 4) * A::u;
+    const double inf = nothing().distance;
     // Squares of a cosine must neither overflow nor vanish; the norm of a centroid is checked where it is taken.
     const bool in_range = metric != COSINE || (x >= 1e-140 && x <= 1e140);
-    if (!(v < 0.5 && in_range && A::fits(x, c))) return inf;
-    const double g = A::slack * v / (1 - v), half = metric == SQUARED_EUCLIDEAN ? c * c / 2 : 0;
-    const double scale = metric == SQUARED_EUCLIDEAN ? x * x + c * c : metric == COSINE ? x * (1 + c) : x * c;
-    return (g * (x * c + half) + (d + 16) * 0x1p-51 * scale + 4 * d * A::smallest) * (1 + 1e-9);
+    if (!(bounded<F>(metric, d) && in_range && A::fits(x, c))) return inf;
+    const double scale = metric == COSINE ? x * (1 + c) : x * c;
+    return (rounding<F>(d) * x * c + (d + 16) * 0x1p-51 * scale + 4 * d * A::smallest) * (1 + 1e-9);
 }
 
-/// No centroid with a score above this can be the label, given the `score` of any one of them. +inf: all may be.
+/// Squared Euclidean: twice the shares of a score's error, of the centroid by its bias and of the row by the square of
+/// its norm; +inf where no bound applies.
+struct ErrorShares {
+    float of_centroid, of_row;
+};
 template <class F>
-__device__ double threshold(int metric, int64_t d, double score, double x, double c) {
+__device__ ErrorShares error_shares(int64_t d) {
+    if (!bounded<F>(SQUARED_EUCLIDEAN, d)) return {INFINITY, INFINITY};
+    const double share = centroid_share<F>(d);
+    return {__double2float_ru(2 * share / (0.5 - share) * (1 + 1e-6)),
+            __double2float_ru((rounding<F>(d) + (d + 16) * 0x1p-51) * (1 + 1e-9))};
+}
+
+/// No centroid with a score above this can be the label of a row of norm `x`, given the `score` of any one of them,
+/// which has this `bias`; `c` is the largest norm of a centroid. +inf: all may be.
+template <class F>
+__device__ double threshold(int metric, int64_t d, double score, double x, double c, double bias, const ErrorShares& twice) {
     using A = Arithmetic<F>;
     const double inf = nothing().distance;
-    if (metric == MANHATTAN) {
-        const double v = (d + 4) * A::u, g = 4 * A::slack * v / (1 - v), t = score * (1 + g) * (1 + 1e-9);
-        return v < 0.05 && t < A::limit ? t : inf;
+    double t = score;
+    if (metric == SQUARED_EUCLIDEAN) {
+        if (!(x < A::NEAR)) return inf;
+        t += twice.of_centroid * (bias + 4 * A::smallest) + twice.of_row * (x * x) + 9 * d * A::smallest;
+    } else if (metric == MANHATTAN) {
+        t = bounded<F>(metric, d) ? t * ((1 + 4 * rounding<F>(d)) * (1 + 1e-9)) : inf;
+    } else {
+        t += 2 * score_error<F>(metric, d, x, c);
     }
-    const double t = score + 2 * score_error<F>(metric, d, x, c);
     return t < A::limit ? t : inf;
+}
+
+/// Whether a row of which `squares` is the sum of squares has a NaN: all its distances are +inf, and its label is 0.
+__device__ __forceinline__ bool nowhere(double squares) { return squares != squares; }
+
+/// Whether a row is zero, and so at the same cosine distance from all centroids. (Squares of f64 may vanish.)
+template <class F>
+__device__ __forceinline__ bool without_direction(int metric, double squares) {
+    return metric == COSINE && sizeof(F) == 4 && squares == 0;
 }

@@ -108,9 +108,12 @@ __device__ void assign_tile(const T* x, const Rows& r, int64_t at, int64_t b, in
         for (int lane = SIDE / 2; lane; lane /= 2) top[i].join(lane);
         const int64_t row = first_row + ty * ROWS + i;
         if (tx != 0 || row >= r.n) continue;
-        const double norm = norm_above(squares_of[ty * ROWS + i], r.d);
+        const double squares = squares_of[ty * ROWS + i], norm = norm_above(squares, r.d);
+        const F bias = c.bias[top[i].index];
         labels[b * r.n + row] = top[i].index;
-        if (!(top[i].second > threshold<F>(metric, r.d, top[i].best, norm, *c.largest))) {
+        const double limit = threshold<F>(metric, r.d, top[i].best, norm, *c.largest, bias, error_shares<F>(r.d));
+        const bool proven = top[i].second > limit;
+        if (!proven && !nowhere(squares)) {
             list[at * r.n + atomicAdd(&listed[at], 1)] = row;
         }
     }
@@ -143,8 +146,18 @@ __device__ void recheck_rows(const T* x, const Rows& r, const T* centroids, cons
             const double v = filter(values[q]) - c.mu[q];
             squares += v * v;
         }
-        const Filter<T> any = score(metric, values, c, labels[b * r.n + row]);
-        const double limit = threshold<Filter<T>>(metric, r.d, any, norm_above(warp_sum(squares), r.d), *c.largest);
+        squares = warp_sum(squares);
+        if (without_direction<Filter<T>>(metric, squares)) {
+            int64_t first = 0;
+            while (first + 1 < c.k && c.bias[first] == INFINITY) ++first;
+            if (lane == 0) labels[b * r.n + row] = first;
+            continue;
+        }
+        const int64_t label = labels[b * r.n + row];
+        const Filter<T> any = score(metric, values, c, label);
+        const double norm = norm_above(squares, r.d);
+        const ErrorShares twice = error_shares<Filter<T>>(r.d);
+        const double limit = threshold<Filter<T>>(metric, r.d, any, norm, *c.largest, c.bias[label], twice);
         Best best = nothing();
         for (int64_t j = lane; j < c.k; j += WARP) {
             if (score(metric, values, c, j) > limit) continue;  // a NaN stays

@@ -47,9 +47,13 @@ __device__ __forceinline__ void write_labels(Found (&found)[SLOTS], float square
     const float mine = __shfl_sync(~0u, squares, row_of_warp);
     const int64_t row = first_row + warp * WARP_ROWS + row_of_warp;
     if (row >= r.n) return;
-    labels[b * r.n + row] = top > -INFINITY && column < c.k ? column : 0;
-    const float off = margin(mine, r.d, *c.bounds) + (slack ? __ldg(&slack[at * r.n + row]) : 0);
-    if (!(top - second > off)) list[at * r.n + atomicAdd(&listed[at], 1)] = {uint32_t(row), top - off};
+    const int label = top > -INFINITY && column < c.k ? column : 0;
+    labels[b * r.n + row] = label;
+    float off = margin(mine, r.d, *c.bounds) + (slack ? __ldg(&slack[at * r.n + row]) : 0);
+    const bool far = beyond(off, c.own ? c.own + label : nullptr, mine, r.d, *c.bounds);
+    if (!(top - second > off && !far) && !nowhere(top, mine, *c.bounds)) {
+        list[at * r.n + atomicAdd(&listed[at], 1)] = {uint32_t(row), top - off};
+    }
 }
 
 // `slack` adds to the margin of each row, by its place in (b, n); null for nothing. With it, rows lie as the scratch
@@ -57,15 +61,15 @@ __device__ __forceinline__ void write_labels(Found (&found)[SLOTS], float square
 #define INSTANCE(name, T)                                                                                              \
     extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)                                                      \
         assign_sm80_##name(const T* x, Rows r, Active active, const T* moved, const float* start, const float* scale,  \
-                           const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded, int64_t copies,             \
-                           uint32_t* labels, Listed* list, uint32_t* listed, const float* slack) {                     \
+                           const float* own, const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded,           \
+                           int64_t copies, uint32_t* labels, Listed* list, uint32_t* listed, const float* slack) {     \
         extern __shared__ __align__(128) uint8_t raw[];                                                                \
         const Shared s(raw, 0);                                                                                        \
         const int64_t tiles = (r.n + SM80_ROWS - 1) / SM80_ROWS, all = active.problems(r.b) * tiles;                   \
         for (int64_t tile = blockIdx.x; tile < all; tile += gridDim.x) {                                               \
             Found found[SLOTS];                                                                                        \
             const auto problem = [&] {                                                                                 \
-                return Moved<T>(moved, start, scale, bounds, k, pitch, padded, copies, tile / tiles);                  \
+                return Moved<T>(moved, start, scale, own, bounds, k, pitch, padded, copies, tile / tiles);             \
             };                                                                                                         \
             const int64_t from = slack ? tile / tiles : active.problem(tile / tiles);                                  \
             const float squares = search_tile(s, found, x, r, from, tile % tiles * SM80_ROWS, problem());              \
@@ -83,8 +87,8 @@ INSTANCE(bf16, __nv_bfloat16)
 #define INSTANCE(name, T)                                                                                              \
     extern "C" __global__ void __launch_bounds__(BLOCK, RECHECK_RESIDENT)                                              \
         assign_small_##name(const T* x, Rows r, Active active, const T* centroids, Rows cr, const T* moved,            \
-                            const float* start, const float* scale, const Bounds* bounds, int64_t k, int64_t pitch,    \
-                            int64_t padded, int64_t copies, int metric, uint32_t* labels) {                            \
+                            const float* start, const float* scale, const float* own, const Bounds* bounds, int64_t k, \
+                            int64_t pitch, int64_t padded, int64_t copies, int metric, uint32_t* labels) {             \
         extern __shared__ __align__(128) uint8_t raw[];                                                                \
         __shared__ Listed list[SM80_ROWS];                                                                             \
         __shared__ uint32_t listed;                                                                                    \
@@ -94,7 +98,7 @@ INSTANCE(bf16, __nv_bfloat16)
         for (int64_t tile = blockIdx.x; tile < all; tile += gridDim.x) {                                               \
             const uint32_t b = active.problem(tile / tiles);                                                           \
             const int64_t first_row = tile % tiles * SM80_ROWS;                                                        \
-            const Moved<T> c(moved, start, scale, bounds, k, pitch, padded, copies, tile / tiles);                     \
+            const Moved<T> c(moved, start, scale, own, bounds, k, pitch, padded, copies, tile / tiles);                \
             __syncthreads(); /* the last tile's list is read */                                                        \
             if (threadIdx.x == 0) listed = 0;                                                                          \
             Found found[SLOTS];                                                                                        \

@@ -408,14 +408,16 @@ __device__ void search(const Shared<S>& s, const Rows& r, const Active& active, 
 // ---- Warps 2 and 3 finish, a lane to a row.
 
 template <class S>
-__device__ void finish(const Shared<S>& s, const Rows& r, const Active& active, const Bounds* bounds, int64_t copies,
-                       int64_t k, const float* slack, uint32_t* labels, Listed* list, uint32_t* listed) {
+__device__ void finish(const Shared<S>& s, const Rows& r, const Active& active, const float* own, const Bounds* bounds,
+                       int64_t padded, int64_t copies, int64_t k, const float* slack, uint32_t* labels, Listed* list,
+                       uint32_t* listed) {
     const int band = (threadIdx.x / 32 - FINISH) * 32 + threadIdx.x % 32;  // the lane's row of a slot
     static_assert(FINISHERS * 32 == SLOT, "a lane to a row");
     int parity = 0;
     for (Tiles<S> work(r, active, stays<S>((k + CENTROIDS - 1) / CENTROIDS)); work.more(); work.next(), parity ^= 1) {
         const int64_t at = work.at, b = active.problem(at);
-        const Bounds of = bounds[work.copy(copies)];
+        // Read again for each row: there are few registers here.
+        const Bounds& of = bounds[work.copy(copies)];
 #pragma unroll 1
         for (int group = 0; group < S::GROUPS; ++group) {
             const uint32_t from = s.found + (group * SLOT + band) * S::FOUND_BYTES;
@@ -440,11 +442,14 @@ __device__ void finish(const Shared<S>& s, const Rows& r, const Active& active, 
             if (row >= r.n) continue;
             // The thread's columns are pairs, eight apart. A tie may name a column that is not there.
             const int column = __float_as_int(f.z) + 8 * (place / 2) + place % 2;
-            labels[b * r.n + row] = column < k ? column : 0;
-            const float off = margin(f.w, r.d, of, WGMMA_LOSS) + (slack ? __ldg(&slack[at * r.n + row]) : 0);
-            if (!(level == 1 && top - second > off)) {
-                list[at * r.n + atomicAdd(&listed[at], 1)] = {uint32_t(row), top - off};
-            }
+            labels[b * r.n + row] = top > -INFINITY && column < k ? column : 0;
+            float off = margin(f.w, r.d, of) + (slack ? __ldg(&slack[at * r.n + row]) : 0);
+            const float ahead = level == 1 ? top - second : 0;
+            if (ahead > off && of.inverse == 0) continue;
+            const float* widened = own ? own + work.copy(copies) * padded + labels[b * r.n + row] : nullptr;
+            const bool far = beyond(off, widened, f.w, r.d, of);
+            if ((ahead > off && !far) || nowhere(top, f.w, of)) continue;
+            list[at * r.n + atomicAdd(&listed[at], 1)] = {uint32_t(row), top - off};
         }
     }
 }
@@ -452,8 +457,9 @@ __device__ void finish(const Shared<S>& s, const Rows& r, const Active& active, 
 template <class T, class S>
 __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtensorMap* centroid_map, const Rows& r,
                                        const Active& active, const float* start, const float* scale,
-                                       const Bounds* bounds, int64_t k, int64_t padded, int64_t copies,
-                                       const float* slack, uint32_t* labels, Listed* list, uint32_t* listed) {
+                                       const float* own, const Bounds* bounds, int64_t k, int64_t padded,
+                                       int64_t copies, const float* slack, uint32_t* labels, Listed* list,
+                                       uint32_t* listed) {
     extern __shared__ uint8_t raw[];
     const Shared<S> s(raw);
     const int tiles = (k + CENTROIDS - 1) / CENTROIDS;
@@ -462,7 +468,7 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
     if (threadIdx.x < 128) {
         fewer_registers<S::FEW>();
         const int warp = threadIdx.x / 32;
-        if (warp >= FINISH) finish<S>(s, r, active, bounds, copies, k, slack, labels, list, listed);
+        if (warp >= FINISH) finish<S>(s, r, active, own, bounds, padded, copies, k, slack, labels, list, listed);
         if (threadIdx.x == 32 * FEED_ROWS) feed_rows<S>(s, row_map, r, active, slack != nullptr, tiles);
         if (threadIdx.x == 32 * FEED_CENTROIDS) {
             feed_centroids<S>(s, centroid_map, r, active, start, scale, tiles, padded, copies);
@@ -476,10 +482,10 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
 #define KERNEL(name, T, steps, groups)                                                                                 \
     extern "C" __global__ void __launch_bounds__(128 * (groups + 1), 1) assign_sm90_##steps##_##name(                  \
         const __grid_constant__ CUtensorMap row_map, const __grid_constant__ CUtensorMap centroid_map, Rows r,         \
-        Active active, const float* start, const float* scale, const Bounds* bounds, int64_t k, int64_t padded,        \
-        int64_t copies, const float* slack, uint32_t* labels, Listed* list, uint32_t* listed) {                        \
-        assign<T, Shape<steps, groups>>(&row_map, &centroid_map, r, active, start, scale, bounds, k, padded, copies,   \
-                                        slack, labels, list, listed);                                                  \
+        Active active, const float* start, const float* scale, const float* own, const Bounds* bounds, int64_t k,      \
+        int64_t padded, int64_t copies, const float* slack, uint32_t* labels, Listed* list, uint32_t* listed) {        \
+        assign<T, Shape<steps, groups>>(&row_map, &centroid_map, r, active, start, scale, own, bounds, k, padded,      \
+                                        copies, slack, labels, list, listed);                                          \
     }
 // Up to 128 columns no step is wasted; above, steps come in twos and fours, for fewer kernels. Above 256 columns only
 // two groups have room for their rows in registers.

@@ -135,7 +135,7 @@ struct Fit {
     const OnChip<T, FACTOR>& s;
     const Common& to;
     const Shares& shares;
-    float* const bounds;     // (BOUNDS)
+    float* const bounds;     // (BOUNDS), and how far most of the block's rows reach
     uint32_t* const listed;  // rows on the list
     const Rows& r;
     const T* const x;  // of the problem, from the block's first row on
@@ -167,6 +167,22 @@ struct Fit {
             s.squares[row] = squares;
             if (FACTOR) s.factor[row] = row < live ? factor[row] : 0;
         }
+        __syncthreads();
+        if (threadIdx.x < WARP) {
+            // R of tensor.cuh: four times the norm that seven in eight of the warp's samples do not exceed.
+            const int lane = threadIdx.x;
+            const float squares = live ? s.squares[lane * live / WARP] : 0;
+            const bool counts = squares > 0 && squares < INFINITY;
+            const int all = __popc(__ballot_sync(~0u, counts));
+            int rank = 0;
+            for (int i = 0; i < WARP; ++i) {
+                const float other = __shfl_sync(~0u, squares, i);
+                rank += other > 0 && (other < squares || (other == squares && i < lane));
+            }
+            if (lane == 0) bounds[BOUNDS] = INFINITY;
+            __syncwarp();
+            if (counts && rank == (all - 1) * 7 / 8) bounds[BOUNDS] = 4 * sqrtf(squares);
+        }
     }
 
     // ---- Centroids as they are scored.
@@ -188,7 +204,8 @@ struct Fit {
         copies_commit();
     }
 
-    /// mu as `origin` in prepare.cu has it, with as many samples as a warp has lanes, a pair of columns to a warp. It
+    /// mu as `origin` in prepare.cu has it, of as many groups of one value as a warp has lanes, a pair of columns to a
+    /// warp. It
     /// only has to be near the data, so it stays that of the centroids which a fit begins with.
     __device__ void origin() const {
         fetch_lines(c);
@@ -201,21 +218,21 @@ struct Fit {
                 const uint4* const piece = centroid_piece(lane * step, pair / 4);
                 v = wide_pair(reinterpret_cast<const uint32_t*>(piece)[pair % 4], T());
             }
-            float sum[2] = {v.x, v.y}, low[2] = {v.x, v.y}, high[2] = {v.x, v.y};
-            if (lane >= samples) low[0] = low[1] = INFINITY, high[0] = high[1] = -INFINITY;
-            for (int lanes = 1; lanes < WARP; lanes *= 2) {
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    sum[i] += __shfl_xor_sync(~0u, sum[i], lanes);
-                    low[i] = fminf(low[i], __shfl_xor_sync(~0u, low[i], lanes));
-                    high[i] = fmaxf(high[i], __shfl_xor_sync(~0u, high[i], lanes));
+            for (int i = 0; i < 2; ++i) {
+                const float value = i ? v.y : v.x;
+                const float mine = lane < samples && fabsf(value) < INFINITY ? value : INFINITY;
+                int rank = 0;
+                for (int of = 0; of < WARP; ++of) {
+                    const float other = __shfl_sync(~0u, mine, of);
+                    rank += other < mine || (other == mine && of < lane);
                 }
-            }
-            if (lane < 2) {
-                const T mean = T((lane ? sum[1] : sum[0]) / samples);
-                const float m = filter(mean), least = lane ? low[1] : low[0], most = lane ? high[1] : high[0];
-                const bool exact = m > 0 ? least >= m / 2 && most <= m * 2 : m < 0 && least >= m * 2 && most <= m / 2;
-                s.mu[2 * pair + lane] = exact && metric == SQUARED_EUCLIDEAN ? mean : T(0.0f);
+                const uint32_t middle = __ballot_sync(~0u, rank == (samples - 1) / 2);
+                const float m = __shfl_sync(~0u, mine, __ffs(middle) - 1);
+                const bool exact = m > 0 ? mine >= m / 2 && mine <= m * 2 : m < 0 && mine >= m * 2 && mine <= m / 2;
+                const int near = __popc(__ballot_sync(~0u, lane < samples && exact));
+                const bool moves = metric == SQUARED_EUCLIDEAN && fabsf(m) < INFINITY && 8 * near >= 7 * samples;
+                if (lane == 0) s.mu[2 * pair + i] = T(moves ? m : 0);
             }
         }
         __syncthreads();
@@ -233,8 +250,12 @@ struct Fit {
             sums.hash += mix(uint64_t(q) << 16 | reinterpret_cast<const uint16_t&>(v));
         }
         sums.join(WARP);
-        const float start = sums.start(metric), scale = sums.scale(metric);
-        const Bounds its = sums.bounds(metric, d, start, scale);
+        float start = sums.start(metric), scale = sums.scale(metric);
+        Bounds its = sums.bounds(metric, d, start, scale);
+        if (sums.nowhere(metric)) {
+            start = -INFINITY, scale = 1, its = {};
+            for (int q = lane; q < d; q += WARP) reinterpret_cast<T*>(to.moved)[j * d + q] = T(0.0f);
+        }
         if (lane == 0) {
             const auto above = [](float v) { return __fmul_ru(v, 1 + 0x1p-20f); };
             to.prepared[j] = {
@@ -248,20 +269,50 @@ struct Fit {
         if (threadIdx.x == 0) *listed = 0;
     }
 
+    __device__ __forceinline__ Prepared published(int j) const {
+        const uint4* const from = reinterpret_cast<const uint4*>(to.prepared + j);
+        const uint4 low = __ldcg(from), high = __ldcg(from + 1);
+        return {__uint_as_float(low.x), __uint_as_float(low.y),  __uint_as_float(low.z),
+                __uint_as_float(low.w), __uint_as_float(high.x), high.y};
+    }
+
+    /// The bounds of a published centroid for this block's rows; `limit_to` says what becomes of the rest.
+    __device__ __forceinline__ Bounds bounds_of(const Prepared& its, const Reach& reach, float& start,
+                                                float& own) const {
+        start = its.start, own = 0;
+        if (start == -INFINITY) return {};
+        Bounds of = {its.moved, fabsf(start), its.residual, its.stored, its.scale, 0, 0};
+        limit_to(of, reach, metric, its.stored, start, own);
+        return of;
+    }
+
+    /// How far the block's rows and the centroids that may be the nearest of one reach: a few of these are enough to
+    /// know how near a centroid there is.
+    __device__ __forceinline__ Reach reach() const {
+        if (metric != SQUARED_EUCLIDEAN) return {};
+        float least = INFINITY;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const Prepared its = published(i * (k - 1) / 3);
+            if (its.start > -INFINITY) least = fminf(least, its.stored);
+        }
+        const float rows = bounds[BOUNDS], centroids = 1.02f * (2 * rows + least);
+        return centroids < 1e37f ? Reach{rows, centroids} : Reach{};
+    }
+
     /// Brings what has been published on chip. Of equal centroids the first stays.
     __device__ void prepare() const {
         fetch_lines(reinterpret_cast<const T*>(to.moved));
+        const Reach reach = this->reach();
         for (int j = threadIdx.x; j < shares.padded; j += THREADS_HERE) {
             Prepared its = {-INFINITY};
-            if (j < k) {
-                const uint4* const from = reinterpret_cast<const uint4*>(to.prepared + j);
-                const uint4 low = __ldcg(from), high = __ldcg(from + 1);
-                its = {__uint_as_float(low.x), __uint_as_float(low.y),  __uint_as_float(low.z),
-                       __uint_as_float(low.w), __uint_as_float(high.x), high.y};
-            }
-            s.start[j] = its.start, s.scale[j] = its.scale, s.hashes[j] = its.hash;
+            if (j < k) its = published(j);
+            float start, own;
+            const Bounds bounds_here = bounds_of(its, reach, start, own);
+            s.start[j] = start, s.scale[j] = its.scale, s.hashes[j] = its.hash;
             // The bits of numbers that are not negative are ordered as they are, and those of a NaN above them.
-            const float of[BOUNDS] = {its.moved, j < k ? fabsf(its.start) : 0, its.residual, its.stored, its.scale};
+            const float of[BOUNDS] = {bounds_here.moved,  bounds_here.start, bounds_here.residual, bounds_here.stored,
+                                      bounds_here.scale, bounds_here.inverse, bounds_here.rounded};
             uint32_t most = 0;
 #pragma unroll
             for (int i = 0; i < BOUNDS; ++i) {
@@ -362,9 +413,20 @@ struct Fit {
         }
         const int row = first + 8 * quad + lane / 4;
         if (quad < OWN && row < live) {
-            s.labels[row] = top > -INFINITY && column < k ? column : 0;
-            const float off = margin(s.squares[row], d, *reinterpret_cast<const Bounds*>(bounds));
-            if (!(top - second > off)) s.list[atomicAdd(listed, 1)] = {uint32_t(row), top - off};
+            const int label = top > -INFINITY && column < k ? column : 0;
+            s.labels[row] = label;
+            const Bounds& of = *reinterpret_cast<const Bounds*>(bounds);
+            const float squares = s.squares[row];
+            float off = margin(squares, d, of);
+            bool far = false;
+            if (of.inverse > 0) {
+                float start, own;
+                bounds_of(published(label), reach(), start, own);
+                far = beyond(off, own, squares, d, of);
+            }
+            if (!(top - second > off && !far) && !nowhere(top, squares, of)) {
+                s.list[atomicAdd(listed, 1)] = {uint32_t(row), top - off};
+            }
         }
         __syncwarp();
     }
@@ -402,6 +464,17 @@ struct Fit {
         return sum;
     }
 
+    /// Whether a row is zero, and so at the same cosine distance from all centroids, by a warp.
+    __device__ __forceinline__ bool without_direction(int row) const {
+        uint32_t any = 0;
+        for (int piece = threadIdx.x % WARP; piece < lines * LINE_PIECES; piece += WARP) {
+            const int at = piece / LINE_PIECES * shares.rows * LINE + piece_of(row, piece % LINE_PIECES);
+            const uint4 v = *reinterpret_cast<const uint4*>(s.rows + at);
+            any |= (v.x | v.y | v.z | v.w) & 0x7fff7fff;
+        }
+        return !__any_sync(~0u, any);
+    }
+
     /// Settles the listed rows, a warp each: of the centroids that may be the nearest, f32 distances leave few, and of
     /// those the definition decides.
     __device__ void settle_list() const {
@@ -410,6 +483,12 @@ struct Fit {
         uint16_t* const queue = queues[threadIdx.x / WARP];
         for (uint32_t i = threadIdx.x / WARP; i < *listed; i += WARPS) {
             const Listed one = s.list[i];
+            if (metric == COSINE && without_direction(one.row)) {
+                int first = 0;
+                while (first + 1 < k && s.start[first] == -INFINITY) ++first;
+                if (lane == 0) s.labels[one.row] = first;
+                continue;
+            }
             int count = 0;
             for (int first = 0; first < k; first += WARP) {
                 const int j = first + lane;
@@ -637,7 +716,7 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
                     const double* threshold, const Shares& shares, const Common& common, uint32_t* stop, int64_t k,
                     T* centroids, uint32_t* labels) {
     extern __shared__ __align__(128) uint8_t raw[];
-    __shared__ float bounds[BOUNDS];
+    __shared__ float bounds[BOUNDS + 1];
     __shared__ uint32_t listed;
     using Problem = Fit<T, FACTOR>;
     const int d = int(r.d), rank = blockIdx.x % shares.blocks;

@@ -1,13 +1,29 @@
 // A centroid as tensor cores score it (tensor.cuh): what is added up on the way, and what its proof needs.
 #pragma once
+#include "reach.cuh"
 #include "tensor.cuh"
 
 constexpr int BOUNDS = sizeof(Bounds) / sizeof(float);
 
+/// What is left to the bounds of a problem by a centroid of norm `norm` with bounds `its`, if that could spoil them
+/// for rows within reach: its start, and by how much wider the margin is where it wins.
+__device__ __forceinline__ void limit_to(Bounds& its, const Reach& reach, int metric, float norm, float& start,
+                                         float& own) {
+    if (metric != SQUARED_EUCLIDEAN) return;
+    if (norm > reach.centroids) {
+        start = NAN, its = {0, 0, 0, 0, 0, 1 / reach.rows, 0};
+    } else if (its.residual > 0x1p-20f * its.moved && reach.rows < INFINITY) {
+        const float loss = its.residual * reach.rows;
+        start = __fadd_ru(start, 1.0001f * loss), own = 2.002f * loss;
+        its.start = fmaxf(its.start, fabsf(start)), its.rounded = its.residual, its.residual = 0;
+        its.inverse = 1 / reach.rows;
+    }
+}
+
 /// What the columns of one centroid add up to, by several lanes.
 struct Sums {
-    double squares = 0, mu_squares = 0;
-    float moved_squares = 0, lost = 0;
+    double squares = 0, mu_squares = 0, lost = 0;
+    float moved_squares = 0;
     unsigned long long hash = 0;
 
     /// A column `v`, less `m`: what is left, in the type of the rows.
@@ -18,7 +34,9 @@ struct Sums {
         const float e = filter(moved);
         // The difference itself may have been rounded.
         const float off = fabsf(t - e) + (moves ? 0x1p-24f * fabsf(t) : 0);
-        moved_squares = fmaf(e, e, moved_squares), lost = fmaf(off, off, lost);
+        moved_squares = fmaf(e, e, moved_squares);
+        // In f32 the square of a loss could vanish, and the loss with it.
+        lost = fma(double(off), double(off), lost);
         const double wide_v = v;
         squares = fma(wide_v, wide_v, squares);
         if (moves) mu_squares = fma(double(m), double(m), mu_squares);
@@ -50,6 +68,13 @@ struct Sums {
         }
     }
 
+    /// Whether every row is at distance +inf from it.
+    __device__ __forceinline__ bool nowhere(int metric) const {
+        return squares != squares || (squares == __longlong_as_double(0x7ff0000000000000) && metric != DOT);
+    }
+    /// Its norm, at least.
+    __device__ __forceinline__ float norm() const { return sqrtf(__double2float_ru(squares)); }
+
     /// What the centroid's scores start from and are scaled by.
     __device__ __forceinline__ float start(int metric) const {
         return metric == SQUARED_EUCLIDEAN ? float((mu_squares - squares) / 2) : 0;
@@ -60,10 +85,10 @@ struct Sums {
 
     /// What it asks of the bounds: added up in f32, with what that and underflow may take.
     __device__ __forceinline__ Bounds bounds(int metric, int64_t d, float start, float scale) const {
-        const float norm = sqrtf(__double2float_ru(squares)), tiny = 1e-37f * d, rounding = 1 + (d + 16) * 0x1p-22f;
+        const float norm = this->norm(), tiny = 1e-37f * d, rounding = 1 + (d + 16) * 0x1p-22f;
         // A product with a row that `margin` lets pass must not overflow before it is scaled.
         const float safe = metric == COSINE && norm > 1e18f ? INFINITY : scale;
         return {sqrtf(moved_squares + tiny) * rounding * safe, fabsf(start),
-                lost == 0 ? 0 : sqrtf(lost + tiny) * rounding * scale, norm * scale * rounding, scale};
+                __double2float_ru(sqrt(lost)) * rounding * scale, norm * scale * rounding, scale, 0, 0};
     }
 };

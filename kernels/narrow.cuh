@@ -13,15 +13,30 @@ struct Narrow {
     uint32_t* table;  // (slots): 1 + the first of equal centroids, by their hash
     F* mu;            // (D)
     double* largest;  // norm of a moved centroid
+    ErrorShares* twice;
     int k, groups, slots;
 
     __device__ Narrow(uint8_t* raw, int64_t k) : k(int(k)), groups(int((k + GROUP - 1) / GROUP)), slots(2) {
         while (slots < 2 * k) slots *= 2;
-        largest = reinterpret_cast<double*>(raw);
+        largest = reinterpret_cast<double*>(raw), twice = reinterpret_cast<ErrorShares*>(raw + 8);
         moved = reinterpret_cast<F*>(raw + 16);
         bias = moved + groups * GROUP * D;
         mu = bias + groups * GROUP;
         table = reinterpret_cast<uint32_t*>(mu + D);
+    }
+
+    /// The median of the means of groups of values, a group to a lane: near the data, whatever a few of them are
+    /// (Nemirovski and Yudin 1983). Zero if there is none that is finite.
+    __device__ static double median(double mean) {
+        const double infinite = nothing().distance, mine = fabs(mean) < infinite ? mean : infinite;
+        const int lane = threadIdx.x % WARP, count = __popc(__ballot_sync(~0u, mine < infinite));
+        int rank = 0;
+        for (int i = 0; i < WARP; ++i) {
+            const double other = __shfl_sync(~0u, mine, i);
+            rank += other < mine || (other == mine && i < lane);
+        }
+        const uint32_t middle = __ballot_sync(~0u, mine < infinite && rank == (count - 1) / 2);
+        return middle ? __shfl_sync(~0u, mine, __ffs(middle) - 1) : 0;
     }
 
     template <class T>
@@ -37,15 +52,16 @@ struct Narrow {
     __device__ void prepare(const T* c, int64_t stride, int64_t d, int metric) const {
         const int lane = threadIdx.x % WARP;
         for (int i = threadIdx.x; i < slots; i += blockDim.x) table[i] = 0;
-        if (threadIdx.x == 0) *largest = 0;
+        if (threadIdx.x == 0) *largest = 0, *twice = error_shares<F>(d);
         for (int q = threadIdx.x / WARP; q < D; q += blockDim.x / WARP) {
             const int64_t step = (k + MEAN_SAMPLES - 1) / MEAN_SAMPLES;
             double sum = 0;
-            for (int64_t j = lane * step; q < d && metric == SQUARED_EUCLIDEAN && j < k; j += WARP * step) {
+            int count = 0;
+            for (int64_t j = lane * step; q < d && metric == SQUARED_EUCLIDEAN && j < k; j += WARP * step, ++count) {
                 sum += wide(c[j * stride + q]);
             }
-            sum = warp_sum(sum);
-            if (lane == 0) mu[q] = rounded<F>(sum / ((k + step - 1) / step));
+            const double middle = median(count ? sum / count : nothing().distance);
+            if (lane == 0) mu[q] = rounded<F>(middle);
         }
         __syncthreads();
         double most = 0;
@@ -67,12 +83,12 @@ struct Narrow {
                 moved[j * D + q] = v;
                 squares += double(v) * v;
             }
-            bias[j] = j >= k ? F(INFINITY) : metric == SQUARED_EUCLIDEAN ? rounded<F>(squares / 2) : F(0);
+            bias[j] = INFINITY;
             if (j >= k) continue;
-            double above = norm_above(squares, d);
-            // Nothing is proven about a centroid that is not finite, or whose squares overflow or vanish.
-            if (!isfinite(above) || (norm != 0 && !(norm >= 1e-140 && norm <= 1e140))) above = nothing().distance;
-            most = fmax(most, above);
+            const Scored<F> scored(metric, d, squares, norm);
+            bias[j] = scored.bias, most = fmax(most, scored.norm);
+#pragma unroll
+            for (int q = 0; q < D; ++q) moved[j * D + q] = scored.dropped ? F(0) : moved[j * D + q];
             // A hash's slot is the first free one, or that of an equal centroid, which it then shares.
             int at = int(hash) & (slots - 1);
             for (;; at = (at + 1) & (slots - 1)) {
@@ -196,7 +212,8 @@ __device__ __forceinline__ void assign_rows(const T* x, const Rows& r, int64_t b
             const double norm =
                 sizeof(F) == 4 ? __fsqrt_ru(__double2float_ru(squares)) * (1 + 0x1p-20) : norm_above(squares, r.d);
             const int64_t row = base + i * blockDim.x + threadIdx.x;
-            const double limit = threshold<F>(metric, r.d, best[i], norm, *to.largest);
+            const F bias = to.bias[min(index, to.k - 1)];
+            const double limit = threshold<F>(metric, r.d, best[i], norm, *to.largest, bias, *to.twice);
             const bool live = row < end;
             const bool proven = second[i] > limit;
             if (live && proven) labels[row] = index;
@@ -208,6 +225,15 @@ __device__ __forceinline__ void assign_rows(const T* x, const Rows& r, int64_t b
                 for (int q = 0; q < D; ++q) its[q] = __shfl_sync(~0u, v[i][q], of);
                 const double its_limit = __shfl_sync(~0u, limit, of);
                 const int64_t its_row = __shfl_sync(~0u, row, of);
+                double its_squares = 0;
+#pragma unroll
+                for (int q = 0; q < D; ++q) its_squares += double(its[q]) * its[q];
+                if (nowhere(its_squares) || without_direction<F>(metric, its_squares)) {
+                    int first = 0;
+                    while (!nowhere(its_squares) && first + 1 < to.k && to.bias[first] == INFINITY) ++first;
+                    if (lane == 0) labels[its_row] = first;
+                    continue;
+                }
                 Best nearest = nothing();
                 for (int j = lane; j < to.k; j += WARP) {
                     if (to.template score<DIFFERENCES>(its, j) > its_limit) continue;  // a NaN stays

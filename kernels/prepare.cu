@@ -6,7 +6,8 @@
 
 // ---- For CUDA cores: mu, then c^ = c - mu (or c / |c|), |c^|^2 / 2 and the largest |c^|.
 
-/// One block of 32 x 32 threads for each problem and 32 columns.
+/// Near the data, whatever a few centroids are: the median of the means of groups of centroids (Nemirovski and Yudin
+/// 1983). One block of 32 x 32 threads for each problem and 32 columns, a group to a warp.
 template <class T>
 __device__ void column_means(const T* c, const Rows& r, const Active& active, Filter<T>* mu) {
     __shared__ double partial[WARP][WARP];
@@ -16,15 +17,24 @@ __device__ void column_means(const T* c, const Rows& r, const Active& active, Fi
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const int64_t b = tile / groups, column = tile % groups * WARP + lane;
         const int64_t p = active.problem(b);
+        const int groups_here = int(min(int64_t(WARP), (r.n + step - 1) / step));
         double sum = 0;
+        int64_t count = 0;
         if (column < r.d) {
-            for (int64_t j = part * step; j < r.n; j += WARP * step) sum += wide(row_of(c, r, p, j)[column]);
+            for (int64_t j = part * step; j < r.n; j += WARP * step, ++count) sum += wide(row_of(c, r, p, j)[column]);
         }
-        partial[part][lane] = sum;
+        // What is not finite is beyond all others.
+        const double mean = sum / count, mine = fabs(mean) < nothing().distance ? mean : nothing().distance;
+        partial[part][lane] = mine;
         __syncthreads();
-        if (part == 0 && column < r.d) {
-            for (int p = 1; p < WARP; ++p) sum += partial[p][lane];
-            mu[b * r.d + column] = rounded<Filter<T>>(sum / ((r.n + step - 1) / step));
+        if (part < groups_here && column < r.d) {
+            int rank = 0;
+            for (int i = 0; i < groups_here; ++i) {
+                const double other = partial[i][lane];
+                rank += other < mine || (other == mine && i < part);
+            }
+            const double middle = mine < nothing().distance ? mine : 0;
+            if (rank == (groups_here - 1) / 2) mu[b * r.d + column] = rounded<Filter<T>>(middle);
         }
         __syncthreads();
     }
@@ -52,12 +62,13 @@ __device__ void centre(const T* c, const Rows& r, const Active& active, int metr
             squares += double(v) * v;
         }
         squares = warp_sum(squares);
+        const Scored<F> scored(metric, r.d, squares, norm);
+        if (scored.dropped) {
+            for (int64_t j = lane; j < r.d; j += WARP) moved[i * r.d + j] = 0;
+        }
         if (lane == 0) {
-            bias[i] = metric == SQUARED_EUCLIDEAN ? rounded<F>(squares / 2) : 0;
-            double above = norm_above(squares, r.d);
-            // Nothing is proven about a centroid that is not finite, or whose squares overflow or vanish.
-            if (!isfinite(above) || (norm != 0 && !(norm >= 1e-140 && norm <= 1e140))) above = nothing().distance;
-            atomic_max(&largest[b], above);
+            bias[i] = scored.bias;
+            atomic_max(&largest[b], scored.norm);
         }
     }
 }
@@ -66,9 +77,9 @@ __device__ void centre(const T* c, const Rows& r, const Active& active, int metr
 
 constexpr int ORIGIN_COLUMNS = 2 * WARP;
 
-/// mu is the mean of a column, or zero unless the sampled values are within a factor of two of it: then all differences
-/// are exact (Sterbenz), and if another value's is not, `move` bounds what it loses. A block for each problem and 64
-/// columns, a pair to a lane; its warps share the samples. `p` is the problem, `b` its place.
+/// mu is the median of the means of groups of values of a column, or zero unless seven in eight groups are within a
+/// factor of two of it: their differences are exact (Sterbenz), and what another value loses, `move` bounds. A block
+/// for each problem and 64 columns, a pair to a lane, a group to a warp. `p` is the problem, `b` its place.
 template <class T>
 __device__ void origin(const T* c, const Rows& r, int64_t p, int64_t b, int64_t first, bool centred, T* mu) {
     constexpr int PARTS = ORIGIN_THREADS / WARP, COLUMNS = ORIGIN_COLUMNS;
@@ -98,26 +109,67 @@ __device__ void origin(const T* c, const Rows& r, int64_t p, int64_t b, int64_t 
     }
     __syncthreads();
     if (threadIdx.x < COLUMNS && first + threadIdx.x < r.d) {
-        float sum = 0, low = INFINITY, high = -INFINITY;
+        const int samples = int((r.n + step - 1) / step), groups = min(samples, PARTS);
+        float means[PARTS], middle = 0;
 #pragma unroll
         for (int p = 0; p < PARTS; ++p) {
-            sum += sums[p][threadIdx.x];
-            low = fminf(low, lows[p][threadIdx.x]), high = fmaxf(high, highs[p][threadIdx.x]);
+            const float mean = sums[p][threadIdx.x] / ((samples - p + PARTS - 1) / PARTS);
+            means[p] = p < groups && fabsf(mean) < INFINITY ? mean : INFINITY;
         }
-        const T mean = T(sum / ((r.n + step - 1) / step));
+#pragma unroll
+        for (int p = 0; p < PARTS; ++p) {
+            int rank = 0;
+#pragma unroll
+            for (int q = 0; q < PARTS; ++q) rank += means[q] < means[p] || (means[q] == means[p] && q < p);
+            if (rank == (groups - 1) / 2) middle = means[p];
+        }
+        const T mean = T(middle);
         const float m = filter(mean);
-        const bool exact = m > 0 ? low >= m / 2 && high <= m * 2 : m < 0 && low >= m * 2 && high <= m / 2;
-        mu[b * r.d + first + threadIdx.x] = centred && exact ? mean : T(0.0f);
+        int exact = 0;
+        for (int p = 0; p < groups; ++p) {
+            const float low = lows[p][threadIdx.x], high = highs[p][threadIdx.x];
+            exact += m > 0 ? low >= m / 2 && high <= m * 2 : m < 0 && low >= m * 2 && high <= m / 2;
+        }
+        const bool moves = centred && fabsf(m) < INFINITY && 8 * exact >= 7 * groups;
+        mu[b * r.d + first + threadIdx.x] = moves ? mean : T(0.0f);
     }
     __syncthreads();
+}
+
+/// The sum of squares of a row, by a warp, in f32.
+template <class T>
+__device__ __forceinline__ float row_squares(const T* row, int64_t d) {
+    float squares = 0;
+    for (int64_t piece = threadIdx.x % WARP; piece * PIECE < d; piece += WARP) {
+        squares += piece_squares<T>(load_piece(row, piece * PIECE, d));
+    }
+    for (int lane = WARP / 2; lane; lane /= 2) squares += __shfl_xor_sync(~0u, squares, lane);
+    return squares;
+}
+
+/// The reach of the centroids of problem `p`, by the whole block: that of its rows, or of all rows if they share the
+/// centroids.
+template <class T>
+__device__ Reach reach(const T* x, const Rows& xr, const T* c, const Rows& r, const Active& active, int64_t p,
+                       int metric) {
+    if (metric != SQUARED_EUCLIDEAN) return {};
+    const bool own = r.b > 1 || xr.b == 1;
+    const int64_t rows = own ? xr.n : active.problems(xr.b) * xr.n;
+    float largest;
+    return reach_of(
+        [&](int i) {
+            const int64_t at = sample_of(i, rows), problem = own ? p : active.problem(at / xr.n);
+            return sqrtf(row_squares(row_of(x, xr, problem, at % xr.n), r.d));
+        },
+        [&](int i) { return row_norm_above(row_squares(row_of(c, r, p, sample_of(i, r.n)), r.d), r.d); }, largest);
 }
 
 /// Eight lanes for each centroid from `first` on and each place up to `padded`, as many as the block has; `slot` is
 /// each centroid's in the table. Raises `bounds`.
 template <class T>
 __device__ void move(const T* c, const Rows& r, int64_t p, int64_t b, int64_t first, int metric, const T* mu,
-                     int64_t pitch, int64_t padded, T* moved, float* start, float* scale, float* bounds,
-                     const Table& table, uint32_t* slot) {
+                     const Reach& reach, int64_t pitch, int64_t padded, T* moved, float* start, float* scale,
+                     float* own, float* bounds, const Table& table, uint32_t* slot) {
     constexpr int LANES = 8;
     const int part = threadIdx.x % LANES;
     const int64_t j = first + threadIdx.x / LANES, i = b * padded + j;
@@ -137,22 +189,32 @@ __device__ void move(const T* c, const Rows& r, int64_t p, int64_t b, int64_t fi
         }
     }
     sums.join(LANES);
-    float from_here = -INFINITY, factor = 0;
+    float from_here = -INFINITY, factor = 0, wider = 0;
     if (live) {
         from_here = sums.start(metric), factor = sums.scale(metric);
-        const Bounds its = sums.bounds(metric, r.d, from_here, factor);
+        Bounds its = sums.bounds(metric, r.d, from_here, factor);
+        if (sums.nowhere(metric)) {
+            from_here = -INFINITY, factor = 1, its = {};
+            uint4* const to = reinterpret_cast<uint4*>(moved + (b * r.n + j) * pitch);
+            for (int64_t piece = part; piece < pitch / PIECE; piece += LANES) to[piece] = {0, 0, 0, 0};
+        } else {
+            limit_to(its, reach, metric, sums.norm(), from_here, wider);
+        }
         // A lane to each.
-        static_assert(BOUNDS == 5 && offsetof(Bounds, residual) == 8, "in order");
+        static_assert(BOUNDS == 7 && offsetof(Bounds, residual) == 8, "in order");
         const float mine = part == 0   ? its.moved
                            : part == 1 ? its.start
                            : part == 2 ? its.residual
                            : part == 3 ? its.stored
-                                       : its.scale;
+                           : part == 4 ? its.scale
+                           : part == 5 ? its.inverse
+                                       : its.rounded;
         if (part < BOUNDS) raise(&bounds[part], mine);
     }
     if (part == 0) {
         start[i] = from_here;
         if (scale) scale[i] = factor;
+        if (own) own[i] = wider;
         if (live) slot[b * r.n + j] = table.enter(b, j, sums.hash);
     }
     __syncwarp();  // or what comes next is done twice: by the lane that was here, and by the others
@@ -160,9 +222,9 @@ __device__ void move(const T* c, const Rows& r, int64_t p, int64_t b, int64_t fi
 
 /// All of it for one problem, by one block: its slots of the table and its bounds are cleared first.
 template <class T>
-__device__ void prepare(const T* c, const Rows& r, int64_t p, int64_t b, int metric, T* mu, int64_t pitch,
-                        int64_t padded, T* moved, float* start, float* scale, Bounds* bounds, const Table& table,
-                        uint32_t* slot) {
+__device__ void prepare(const T* x, const Rows& xr, const T* c, const Rows& r, const Active& active, int64_t p,
+                        int64_t b, int metric, T* mu, int64_t pitch, int64_t padded, T* moved, float* start,
+                        float* scale, float* own, Bounds* bounds, const Table& table, uint32_t* slot) {
     for (int64_t i = threadIdx.x; i < table.slots; i += blockDim.x) {
         table.keys[b * table.slots + i] = 0, table.first[b * table.slots + i] = 0;
     }
@@ -171,8 +233,9 @@ __device__ void prepare(const T* c, const Rows& r, int64_t p, int64_t b, int met
     for (int64_t first = 0; first < r.d; first += ORIGIN_COLUMNS) {
         origin(c, r, p, b, first, metric == SQUARED_EUCLIDEAN, mu);
     }
+    const Reach its = reach(x, xr, c, r, active, p, metric);
     for (int64_t first = 0; first < padded; first += ORIGIN_THREADS / 8) {
-        move(c, r, p, b, first, metric, mu, pitch, padded, moved, start, scale, block_bounds, table, slot);
+        move(c, r, p, b, first, metric, mu, its, pitch, padded, moved, start, scale, own, block_bounds, table, slot);
     }
     __syncthreads();
     if (threadIdx.x < BOUNDS) (&bounds[b].moved)[threadIdx.x] = block_bounds[threadIdx.x];
@@ -211,38 +274,47 @@ static_assert(TENSOR_CENTROIDS % (ORIGIN_THREADS / 8) == 0 && TENSOR_CENTROIDS %
               "a block's centroids are of one problem");
 
 #define MOVED(T)                                                                                                       \
-    T *mu, int64_t pitch, int64_t padded, T *moved, float *start, float *scale, Bounds *bounds,                        \
+    T *mu, int64_t pitch, int64_t padded, T *moved, float *start, float *scale, float *own, Bounds *bounds,            \
         unsigned long long *keys, uint32_t *first_of, int64_t slots, uint32_t *slot
 
 #define HALF_INSTANCE(name, T)                                                                                         \
     extern "C" __global__ void __launch_bounds__(ORIGIN_THREADS)                                                       \
-        prepare_origin_##name(const T* c, Rows cr, Active active, int centred, T* mu) {                                \
-        const int64_t groups = (cr.d + ORIGIN_COLUMNS - 1) / ORIGIN_COLUMNS, all = active.problems(cr.b) * groups;     \
+        prepare_origin_##name(const T* x, Rows xr, const T* c, Rows cr, Active active, int metric, T* mu,              \
+                              Reach* reaches) {                                                                        \
+        /* A block to each group of columns, and one that looks how far rows reach. */                                 \
+        const int64_t groups = (cr.d + ORIGIN_COLUMNS - 1) / ORIGIN_COLUMNS + 1, all = active.problems(cr.b) * groups; \
         for (int64_t tile = blockIdx.x; tile < all; tile += gridDim.x) {                                               \
-            const int64_t b = tile / groups;                                                                           \
-            origin(c, cr, active.problem(b), b, tile % groups * ORIGIN_COLUMNS, centred, mu);                          \
+            const int64_t b = tile / groups, group = tile % groups, p = active.problem(b);                             \
+            if (group + 1 < groups) {                                                                                  \
+                origin(c, cr, p, b, group * ORIGIN_COLUMNS, metric == SQUARED_EUCLIDEAN, mu);                          \
+            } else {                                                                                                   \
+                const Reach its = reach(x, xr, c, cr, active, p, metric);                                              \
+                if (threadIdx.x == 0) reaches[b] = its;                                                                \
+            }                                                                                                          \
         }                                                                                                              \
     }                                                                                                                  \
-    extern "C" __global__ void prepare_moved_##name(const T* c, Rows cr, Active active, int metric, MOVED(T)) {        \
+    extern "C" __global__ void prepare_moved_##name(const T* c, Rows cr, Active active, int metric,                    \
+                                                    const Reach* reaches, MOVED(T)) {                                  \
         __shared__ float block_bounds[BOUNDS];                                                                         \
         const int64_t shares = padded / (THREADS / 8), all = active.problems(cr.b) * shares;                           \
         for (int64_t share = blockIdx.x; share < all; share += gridDim.x) {                                            \
             const int64_t b = share / shares, first = share % shares * (THREADS / 8);                                  \
             if (threadIdx.x < BOUNDS) block_bounds[threadIdx.x] = 0;                                                   \
             __syncthreads();                                                                                           \
-            move(c, cr, active.problem(b), b, first, metric, mu, pitch, padded, moved, start, scale, block_bounds,     \
-                 {keys, first_of, slots}, slot);                                                                       \
+            move(c, cr, active.problem(b), b, first, metric, mu, reaches[b], pitch, padded, moved, start, scale, own,  \
+                 block_bounds, {keys, first_of, slots}, slot);                                                         \
             __syncthreads();                                                                                           \
             if (threadIdx.x < BOUNDS) raise(&bounds[b].moved + threadIdx.x, block_bounds[threadIdx.x]);                \
         }                                                                                                              \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(ORIGIN_THREADS, 1) prepare_all_##name(                                \
-        const T* c, Rows cr, Active active, int metric, MOVED(T), int64_t lists, uint32_t* listed) {                   \
+        const T* x, Rows xr, const T* c, Rows cr, Active active, int metric, MOVED(T), int64_t lists,                  \
+        uint32_t* listed) {                                                                                            \
         const int64_t problems = active.problems(cr.b);                                                                \
         for (int64_t i = global_thread(); i < lists; i += all_threads()) listed[i] = 0;                                \
         for (int64_t b = blockIdx.x; b < problems; b += gridDim.x) {                                                   \
-            prepare(c, cr, active.problem(b), b, metric, mu, pitch, padded, moved, start, scale, bounds,               \
-                    {keys, first_of, slots}, slot);                                                                    \
+            prepare(x, xr, c, cr, active, active.problem(b), b, metric, mu, pitch, padded, moved, start, scale, own,   \
+                    bounds, {keys, first_of, slots}, slot);                                                            \
         }                                                                                                              \
     }                                                                                                                  \
     extern "C" __global__ void pack_##name(const T* x, Rows r, int64_t pitch, int64_t rows, T* out) {                  \

@@ -4,11 +4,11 @@
 #define INSTANCE(name, T)                                                                                              \
     extern "C" __global__ void __launch_bounds__(BLOCK, RECHECK_RESIDENT) recheck_tensor_##name(                       \
         const T* x, Rows r, Active active, const T* centroids, Rows cr, const T* moved, const float* start,            \
-        const float* scale, const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded, int64_t copies,            \
-        int metric, uint32_t* labels, const Listed* list, const uint32_t* listed) {                                    \
+        const float* scale, const float* own, const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded,          \
+        int64_t copies, int metric, uint32_t* labels, const Listed* list, const uint32_t* listed) {                                    \
         extern __shared__ __align__(128) uint8_t raw[];                                                                \
         const auto prepared = [&](int64_t at) {                                                                        \
-            return Moved<T>(moved, start, scale, bounds, k, pitch, padded, copies, at);                                \
+            return Moved<T>(moved, start, scale, own, bounds, k, pitch, padded, copies, at);                           \
         };                                                                                                             \
         recheck<false>(raw, x, r, active, Originals<T>{x, centroids, r, cr, 0}, prepared, nullptr, {}, metric, labels, \
                        list, listed);                                                                                  \
@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RECHECK_RESIDENT)
                       const uint32_t* listed, const float* slack, const float* first_slack) {
     extern __shared__ __align__(128) uint8_t raw[];
     const auto prepared = [&](int64_t at) {
-        return Moved<__half>(moved, start, nullptr, bounds, k, pitch, padded, copies, at);
+        return Moved<__half>(moved, start, nullptr, nullptr, bounds, k, pitch, padded, copies, at);
     };
     recheck<true>(raw, halves, Rows{r.n * pitch, pitch, r.b, r.n, r.d}, active,
                   Originals<float>{x, centroids, r, cr, 0}, prepared, slack, {first_slack, copies}, metric, labels,

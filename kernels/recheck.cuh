@@ -100,6 +100,21 @@ struct Originals {
     uint32_t b;
 };
 
+/// Settles the thread's row if it is zero: it is at the same distance from all centroids, so its label is the first
+/// that is not at distance +inf. No column is a candidate then.
+template <class T, class U>
+__device__ __forceinline__ void settle_without_direction(const Held& of, const Originals<U>& originals,
+                                                         const Moved<T>& c, uint32_t* labels) {
+    const uint32_t index = of.index[threadIdx.x];
+    const U* row = row_of(originals.x, originals.r, originals.b, index);
+    for (int64_t q = 0; q < originals.r.d; ++q) {
+        if (!(filter(row[q]) == 0)) return;
+    }
+    uint32_t first = 0;
+    while (first + 1 < c.k && c.start[first] == -INFINITY) ++first;
+    labels[index] = first, of.limit[threadIdx.x] = INFINITY;
+}
+
 /// A tile of listed rows, and the warp's candidates among the centroids from `first` on and before `last`.
 template <class U>
 struct Candidates {
@@ -235,6 +250,7 @@ __device__ __forceinline__ void recheck_tile(const Shared& s, const Held& of, co
     of.least[threadIdx.x] = __float_as_uint(INFINITY);
     __syncthreads();
     if (SPLIT) raise_limits(of, x, r, at, c, slack, before, labels, live_rows);
+    if (metric == COSINE && threadIdx.x < live_rows) settle_without_direction(of, originals, c, labels);
     __syncwarp();
     Candidates<U> candidates{
         of, originals, r.d, metric, labels, uint32_t(first * CENTROIDS), uint32_t(min(c.k, int64_t(last) * CENTROIDS))};

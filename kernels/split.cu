@@ -2,7 +2,7 @@
 //
 // What is split is v = 2^s (x - mu) and 2^s (c - mu) (squared Euclidean; mu the columns' means), or 2^t x and 2^s c or
 // 2^s c / |c| (dot product, cosine). 2^s belongs to a copy of the centroids and brings their largest element into
-// [2^6, 2^7). Products decide nothing but an order, so where there is no mu each row has its own 2^t, which does the
+// [2^6, 2^7), or the norm of what is in reach (tensor.cuh; about mu here) to at most 2^15. Products decide nothing but an order, so where there is no mu each row has its own 2^t, which does the
 // same for its elements. A first pass scores h.h for all rows; the rows that it proves nothing about are scored once
 // more by h.h + h.l + l.h (`recheck_split` in assign_sm80.cu); what even that leaves open is settled by the definition.
 //
@@ -33,6 +33,7 @@
 // is in the slack. No distance of f32 rows overflows or vanishes in f64, so no norm is out of range for being too
 // large or too small.
 #include "duplicates.cuh"
+#include "reach.cuh"
 #include "tensor.cuh"
 
 /// The power of two that brings the `largest` magnitude into [2^6, 2^7), as far as f32 has it; 1 for zero.
@@ -63,8 +64,38 @@ struct Origin {
     }
 };
 
-/// The largest magnitude of an element of each copy's centroids, less mu or by their norm; `largest` is zero before.
-/// One warp for each centroid.
+/// At least the norm of a row less mu, by a warp; zero for mu itself.
+__device__ __forceinline__ float moved_norm(const float* row, const float* mu, int64_t d) {
+    double squares = 0;
+    for (int64_t q = threadIdx.x % WARP; q < d; q += WARP) {
+        const double v = wide(row[q]) - wide(mu[q]);
+        squares += v * v;
+    }
+    return __double2float_ru(sqrt(warp_sum(squares)) * (1 + (d + 16) * 0x1p-52));
+}
+
+/// Squared Euclidean: how far the rows of each copy of the centroids reach from mu, and in place of the largest
+/// element a bound of those of centroids in reach, which may use nearly all of f16's range: [2^14, 2^15). A block to
+/// each copy.
+extern "C" __global__ void split_reach_f32(const float* x, Rows r, const float* c, Rows cr, Active active,
+                                           const float* mu, float* largest, Reach* reaches) {
+    const bool own = cr.b > 1 || r.b == 1;
+    for (int64_t b = blockIdx.x; b < active.problems(cr.b); b += gridDim.x) {
+        const int64_t p = active.problem(b), rows = own ? r.n : active.problems(r.b) * r.n;
+        const float* origin = mu + b * cr.d;
+        float most;
+        const Reach its = reach_of(
+            [&](int i) {
+                const int64_t at = sample_of(i, rows), problem = own ? p : active.problem(at / r.n);
+                return moved_norm(row_of(x, r, problem, at % r.n), origin, cr.d);
+            },
+            [&](int i) { return moved_norm(row_of(c, cr, p, sample_of(i, cr.n)), origin, cr.d); }, most);
+        if (threadIdx.x == 0) reaches[b] = its, largest[b] = its.centroids < INFINITY ? its.centroids * 0x1p-8f : most;
+    }
+}
+
+/// The largest finite magnitude of an element of each copy's centroids, or by their norm; `largest` is zero before. One
+/// warp for each centroid.
 extern "C" __global__ void split_largest_f32(const float* c, Rows cr, Active active, int metric, const float* mu,
                                              float* largest) {
     const int64_t all = active.problems(cr.b) * cr.n;
@@ -73,7 +104,10 @@ extern "C" __global__ void split_largest_f32(const float* c, Rows cr, Active act
         const float* from = row_of(c, cr, active.problem(b), i % cr.n);
         const Origin origin(from, cr.d, metric, mu + b * cr.d);
         double most = 0;
-        for (int64_t q = threadIdx.x % WARP; q < cr.d; q += WARP) most = fmax(most, fabs(origin.moved(from, q)));
+        for (int64_t q = threadIdx.x % WARP; q < cr.d; q += WARP) {
+            const double v = fabs(origin.moved(from, q));
+            if (v < __longlong_as_double(0x7ff0000000000000)) most = fmax(most, v);
+        }
         for (int lane = WARP / 2; lane; lane /= 2) most = fmax(most, __shfl_xor_sync(~0u, most, lane));
         const float v = __double2float_rz(most);
         if (threadIdx.x % WARP == 0 && v > *const_cast<volatile float*>(&largest[b])) {
@@ -84,10 +118,12 @@ extern "C" __global__ void split_largest_f32(const float* c, Rows cr, Active act
 
 /// One warp for each centroid and each place up to `padded`. `moved` is (copies, k, 2 pitch), h before l; `bounds` is
 /// (2, copies), those for h alone before those for both, and zero before. `slot` is each centroid's in the table.
+/// `reaches` is for squared Euclidean distances.
 extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, Active active, int metric, const float* mu,
-                                               const float* largest, int64_t pitch, int64_t padded, __half* moved,
-                                               float* start, Bounds* bounds, unsigned long long* keys, uint32_t* first,
-                                               int64_t slots, uint32_t* slot) {
+                                               const float* largest, const Reach* reaches, int64_t pitch,
+                                               int64_t padded, __half* moved, float* start, Bounds* bounds,
+                                               unsigned long long* keys, uint32_t* first, int64_t slots,
+                                               uint32_t* slot) {
     const int lane = threadIdx.x % WARP;
     const int64_t all = active.problems(cr.b) * padded;
     for (int64_t i = global_thread() / WARP; i < all; i += all_threads() / WARP) {
@@ -116,7 +152,12 @@ extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, Active a
         squares = warp_sum(squares), high_squares = warp_sum(high_squares), low_squares = warp_sum(low_squares);
         lost = warp_sum(lost), lost_split = warp_sum(lost_split);
         for (int other = WARP / 2; other; other /= 2) hash += __shfl_xor_sync(~0u, hash, other);
-        const float from_here = metric == SQUARED_EUCLIDEAN ? float(-squares / 2) : 0;
+        const bool centred = metric == SQUARED_EUCLIDEAN;
+        const Reach reach = centred ? reaches[b] : Reach{};
+        const bool nowhere = squares != squares || (metric != DOT && !(squares < nothing().distance));
+        const bool far = centred && !nowhere && sqrt(squares) > power * reach.centroids;
+        const float from_here = nowhere ? -INFINITY : far ? NAN : centred ? float(-squares / 2) : 0;
+        for (int64_t q = lane; nowhere && q < pitch; q += WARP) to[q] = to[pitch + q] = __half(0.0f);
         if (lane == 0) start[i] = from_here, slot[b * cr.n + j] = Table{keys, first, slots}.enter(b, j, hash);
         // A lane to a bound.
         const double high = sqrt(high_squares), from_above = fabs(double(from_here)), stored = sqrt(squares);
@@ -130,11 +171,17 @@ extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, Active a
                                  sqrt(lost_split) * (1 + 0x1p-11) + 0x1p-11 * sqrt(low_squares),
                                  metric == COSINE ? power : stored,
                                  1};
+        constexpr int PROVEN = 5;
+        static_assert(offsetof(Bounds, inverse) == PROVEN * sizeof(float) && offsetof(Bounds, residual) == 8,
+                      "as `values`");
         double mine = 0;
 #pragma unroll
-        for (int v = 0; v < 10; ++v) mine = lane == v ? values[v] : mine;
-        static_assert(sizeof(Bounds) == 5 * sizeof(float) && offsetof(Bounds, residual) == 8, "as `values`");
-        if (lane < 10) raise(&bounds[lane / 5 * cr.b + b].moved + lane % 5, mine);
+        for (int v = 0; v < 2 * PROVEN; ++v) mine = lane == v ? values[v] : mine;
+        if (far || nowhere) {
+            if (far && lane < 2) raise(&bounds[lane * cr.b + b].inverse, 1 / (power * reach.rows));
+        } else if (lane < 2 * PROVEN) {
+            raise(&bounds[lane / PROVEN * cr.b + b].moved + lane % PROVEN, mine);
+        }
     }
 }
 

@@ -13,20 +13,37 @@
 // after aligning all to the largest exponent and cutting what is left of the last place kept, then cuts the sum to f32
 // (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"). With M = |x| max|e| + max|start| above every partial
 // sum, u = 2^-23 M and j bits kept below those of f32, a block of m products loses at most (m + 1) 2^-j u + u. Hopper's
-// warpgroup products have m = 16 and j = 2 (probed: benches/record/assign-versions.md): 5.25 u for 16 columns, taken
-// as 6. For mma.sync we assume no more than m = 8 and j = 1, as on Ampere: 11 u, taken as 12. A chain of FMAs, which
-// scores one column again, loses less. The moved centroid, if it had to be rounded, adds |x| max|residual|, and `start`
-// and `scale` half an ulp each. The f64 definition is within the rounding of argmin.cuh.
+// products have m = 16 and j = 2, those of warpgroups and mma.sync alike, and so have later GPUs (probed by
+// tests/numbers.rs; benches/record/assign-versions.md): 5.25 u for 16 columns, taken as 6. Before Hopper we assume no
+// more than m = 8 and j = 1, as on Ampere: 11 u, taken as 12. A chain of FMAs, which scores one column again, loses
+// less. The moved centroid, if it had to be rounded, adds |x| max|residual|, and `start` and `scale` half an ulp each.
+// The f64 definition is within the rounding of argmin.cuh.
+//
+// Why no centroid can spoil the bound for all rows. The maxima above are those of the centroids in reach. Most rows
+// have norms of at most R, four times what seven in eight of a sample have (`reach_of`). By the triangle inequality a
+// row x within R of the origin is at least |c| - R from a centroid c, and at most R + |a| from a centroid a; so where
+// |c| > 2 R + |a|, c is not the nearest (2 % more leave room for rounding, the definition's too). Such a centroid is
+// out of reach: it starts from NaN, which no maximum takes, and is in no bound. Rows beyond R are never proven, and
+// the recheck compares whatever scores NaN by the definition. A centroid with a NaN is at distance +inf from every
+// row, and so is one with an infinity but for dot products: both start from -inf. A row with a NaN is as far from all
+// centroids, and its label is 0.
+//
+// A centroid that loses more than rounding should when it is moved, because mu is right for the others, carries that
+// itself: with r the norm of what it lost, its start is R r higher, so that for rows within R its score is too high by
+// 2 R r at most and never too low by it. Where it wins, the margin is wider by 2 R r (`own`).
 #pragma once
 #include "argmin.cuh"
 
-/// Bounds over the centroids of a problem, from `prepare_moved` in norms.cu. +inf where nothing can be proven.
+/// Bounds over the centroids of a problem that are in reach, from `prepare_moved` in prepare.cu. +inf where nothing can
+/// be proven.
 struct Bounds {
     float moved;     // of |e| (cosine: of |c| / |c|)
     float start;     // of |start|
     float residual;  // of the norm of what rounding took from e
     float stored;    // of |c| (cosine: 1)
-    float scale;     // of `scale`
+    float scale;     // of `scale`: 0 if no centroid can be the nearest of any row
+    float inverse;   // of R: 0 if all centroids are in reach and none carries its own loss
+    float rounded;   // as `residual`, of the centroids that carry it themselves
 };
 
 /// A bound is at least the value, and +inf if that is not a number.
@@ -40,23 +57,28 @@ __device__ __forceinline__ void raise(float* bound, double v) {
 template <class T>
 struct Moved {
     const T* moved;      // (k, pitch): e, zero in the columns past d; pitch is a multiple of 8
-    const float* start;  // (padded): what an accumulator starts from; -inf past k and for duplicates
+    const float* start;  // (padded): what an accumulator starts from; -inf past k, for duplicates and for what is at
+                         // distance +inf; NaN out of reach
     const float* scale;  // (padded), or null for ones; then score = scale * (x.moved) + start
+    const float* own;    // (padded), or null for zeros: by how much more a row's margin is wider where this one wins
     const Bounds* bounds;
     int64_t k, pitch;
 
     /// Problem `b` of arrays that hold one copy for all problems or one for each.
-    __device__ __forceinline__ Moved(const T* moved, const float* start, const float* scale, const Bounds* bounds,
-                                     int64_t k, int64_t pitch, int64_t padded, int64_t copies, int64_t b)
+    __device__ __forceinline__ Moved(const T* moved, const float* start, const float* scale, const float* own,
+                                     const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded, int64_t copies,
+                                     int64_t b)
         : moved(moved),
           start(start),
           scale(scale),
+          own(own),
           bounds(bounds),
           k(k),
           pitch(pitch) {
         if (copies > 1) {
             this->moved += b * k * pitch, this->start += b * padded, this->bounds += b;
             if (scale) this->scale += b * padded;
+            if (own) this->own += b * padded;
         }
     }
 };
@@ -132,7 +154,11 @@ __device__ __forceinline__ float piece_squares(uint4 v) {
 // ---- The proof.
 
 /// Units of the last place that 16 columns may lose.
-constexpr int WGMMA_LOSS = 6, MMA_LOSS = 12;
+#if __CUDA_ARCH__ >= 900
+constexpr int LOSS = 6;
+#else
+constexpr int LOSS = 12;
+#endif
 
 /// An upper bound of a norm from its sum of squares, added up in f32 in any order, and of what underflows before.
 __device__ __forceinline__ float row_norm_above(float squares, int64_t d) {
@@ -141,13 +167,31 @@ __device__ __forceinline__ float row_norm_above(float squares, int64_t d) {
 
 /// How far two scores of a row must differ to order its distances: twice the error of one. `squares` is the row's sum
 /// of squares or more, added up in f32 in any order.
-__device__ __forceinline__ float margin(float squares, int64_t d, const Bounds& bounds, int loss = MMA_LOSS) {
-    const float ulps = loss * ((d + 15) / 16) + 4, tiny = 1e-37f * d * fmaxf(bounds.scale, 1.0f);
+__device__ __forceinline__ float margin(float squares, int64_t d, const Bounds& bounds) {
+    const float ulps = LOSS * ((d + 15) / 16) + 4, tiny = 1e-37f * d * fmaxf(bounds.scale, 1.0f);
     const float x = row_norm_above(squares, d);
     const float top = x * bounds.moved + bounds.start;
     if (!(top < 1e37f && x < 1e18f)) return INFINITY;
     const float definition = (d + 16) * 0x1p-50f * (x + bounds.stored) * (x + bounds.stored);
     return 2.001f * (ulps * 0x1p-23f * top + x * bounds.residual + definition + tiny);
+}
+
+/// Whether the bound does not hold for a row as it is, because it lies beyond R; then `off` becomes what holds for the
+/// scores of centroids in reach. Where it holds, `off` becomes that of a row which the centroid with `own` wins.
+__device__ __forceinline__ bool beyond(float& off, float own, float squares, int64_t d, const Bounds& bounds) {
+    const float x = row_norm_above(squares, d);
+    const bool is = !(x * bounds.inverse <= 1);
+    off += own + (is ? 2.001f * x * bounds.rounded : 0);
+    return is;
+}
+__device__ __forceinline__ bool beyond(float& off, const float* own, float squares, int64_t d, const Bounds& bounds) {
+    return bounds.inverse > 0 && beyond(off, own ? __ldg(own) : 0, squares, d, bounds);
+}
+
+/// Whether the label of a row is 0 because all distances are +inf: those of a row with a NaN, whose squares have one
+/// too, and those to centroids that are all at distance +inf.
+__device__ __forceinline__ bool nowhere(float top, float squares, const Bounds& bounds) {
+    return squares != squares || (top == -INFINITY && bounds.scale == 0);
 }
 
 /// A row whose label is not proven, and the score below which a column cannot be it.
@@ -182,7 +226,10 @@ struct Search {
 #pragma unroll
         for (int p = 0; p < COUNT; ++p) best_of[p] = fmaxf(best_of[p], score[p]);
         const float most = largest<COUNT>(score);
-        second = fmaxf(second, fminf(top, most));
+        // Of scores that are all NaN nothing is kept: the smaller of `top` and a NaN has to be a NaN.
+        float lower;
+        asm("min.NaN.f32 %0, %1, %2;" : "=f"(lower) : "f"(top), "f"(most));
+        second = fmaxf(second, lower);
         if (most > top) top = most, column = at;
     }
 };

@@ -49,11 +49,11 @@ pub mod testing {
     pub use crate::plan::force;
     use crate::{
         ops::{self, Memory, Rule, Terms},
-        plan::Assign,
+        plan::{Arch, Assign},
         problem::Rows,
         Metric, Result,
     };
-    use candle_core::Tensor;
+    use candle_core::{Device, Tensor};
 
     /// The update of a fit's loop alone: new means in place, for labels `(b, n)` that are known to be in range.
     pub struct Update {
@@ -84,6 +84,14 @@ pub mod testing {
         let d = x.dims()[x.rank() - 1];
         let all = Assign::candidates(x.dtype(), metric, [k, d], ops::arch(x.device())?);
         Ok(all.into_iter().map(Assign::name).collect())
+    }
+
+    /// The compute capability of a GPU, 90 for 9.0; 0 of the CPU.
+    pub fn capability(device: &Device) -> Result<u32> {
+        Ok(match ops::arch(device)? {
+            Arch::Cpu => 0,
+            Arch::Cuda { capability, .. } => capability,
+        })
     }
 
     /// The GPU kernels that this thread has launched since it last asked; the first call starts the record.

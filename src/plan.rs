@@ -415,7 +415,7 @@ impl Plan {
             (threads * tile + b * k * (filter * d + 64) + 64 * bn.div_ceil(rows), moves + medians + threads * 128 * d)
         } else {
             // Moved centroids and the table of their hashes, halves of rows, and the list of rows left to recheck.
-            let tensor = b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights.max(halves) + 60);
+            let tensor = b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights.max(halves) + 64);
             let split = (halves + 16) * bn.min(split_rows(p.d) as u64);
             let assigns = match (assign, assign.splits(p.dtype)) {
                 (Assign::Sm80 | Assign::Sm90, true) => tensor + split,
@@ -424,7 +424,7 @@ impl Plan {
                 (Assign::Narrow, _) => 0,
                 _ => b * (k + 1) * (d + 1) * filter + 4 * bn,
             };
-            (assigns + b * (4 * d + 64), 0)
+            (assigns + b * (4 * d + 96), 0)
         };
         // And what updates: the order, its counts, and the sums of clusters that are under way.
         let sort = Sort::new([p.b, p.n, p.k], false, usize::MAX);

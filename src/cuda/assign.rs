@@ -218,26 +218,29 @@ fn tensor_labels<T: Element>(
     let start = layout.unwritten::<f32>(elements(&[copies, padded]));
     let scaled = metric == Metric::Cosine;
     let scale = scaled.then(|| layout.unwritten::<f32>(elements(&[copies, padded])));
+    let centred = metric == Metric::SquaredEuclidean;
+    let own = centred.then(|| layout.unwritten::<f32>(elements(&[copies, padded])));
+    let reaches = layout.unwritten::<Reach>(if few { 0 } else { copies });
     let w = layout.scratch(dev, OP, memory)?;
     let (mu, moved, start, bounds) = (w.part(mu), w.part(moved), w.part(start), w.part(bounds));
-    let scale = scale.map_or(Part::NULL, |scale| w.part(scale));
+    let [scale, own] = [scale, own].map(|place| place.map_or(Part::NULL, |place| w.part(place)));
     let (listed, list) = (w.part(listed), w.part(list));
 
     let (of, k64, pitch64, padded64, copies64) = (metric as i32, k as i64, pitch as i64, padded as i64, copies as i64);
     let (keys, first, slot, slots) = (w.part(table.keys), w.part(table.first), w.part(table.slot), table.slots as i64);
     if few {
         launch!(dev, Prepare, "prepare_all", T::SUFFIX, copies, ORIGIN_THREADS;
-            &cs, &shape(&one), &active, &of, &mu, &pitch64, &padded64, &moved, &start, &scale, &bounds,
-            &keys, &first, &slots, &slot, &(x.b as i64), &listed)?;
+            &xs, &shape(x), &cs, &shape(&one), &active, &of, &mu, &pitch64, &padded64, &moved, &start, &scale, &own,
+            &bounds, &keys, &first, &slots, &slot, &(x.b as i64), &listed)?;
     } else {
-        let centred = metric == Metric::SquaredEuclidean;
-        let groups = elements(&[copies, d.div_ceil(2 * WARP)]);
+        let groups = elements(&[copies, d.div_ceil(2 * WARP) + 1]);
+        let reaches = w.part(reaches);
         launch!(dev, Prepare, "prepare_origin", T::SUFFIX, groups, ORIGIN_THREADS;
-            &cs, &shape(&one), &active, &(centred as i32), &mu)?;
+            &xs, &shape(x), &cs, &shape(&one), &active, &of, &mu, &reaches)?;
         let blocks = elements(&[copies, padded]).div_ceil(THREADS / 8); // eight lanes to a centroid
         launch!(dev, Prepare, "prepare_moved", T::SUFFIX, blocks, THREADS;
-            &cs, &shape(&one), &active, &of, &mu, &pitch64, &padded64, &moved, &start, &scale, &bounds,
-            &keys, &first, &slots, &slot)?;
+            &cs, &shape(&one), &active, &of, &reaches, &mu, &pitch64, &padded64, &moved, &start, &scale, &own,
+            &bounds, &keys, &first, &slots, &slot)?;
         table.drop_duplicates(dev, &w, &cs, &one, active, padded, start)?;
     }
 
@@ -246,7 +249,7 @@ fn tensor_labels<T: Element>(
     if kernel == Assign::Small {
         let tiles = elements(&[x.b, x.n.div_ceil(SM80_ROWS)]);
         return launch!(dev, AssignSm80, "assign_small", T::SUFFIX, tiles, SM80_ROWS, shared;
-            &xs, &shape(x), &active, &cs, &shape(c), &moved, &start, &scale, &bounds, &k64, &pitch64, &padded64,
+            &xs, &shape(x), &active, &cs, &shape(c), &moved, &start, &scale, &own, &bounds, &k64, &pitch64, &padded64,
             &copies64, &of, &labels);
     }
     let no_slack = Part::<f32>::NULL;
@@ -257,17 +260,17 @@ fn tensor_labels<T: Element>(
         let map = TensorMap::new(half, moved.address, [copies, k, d], [k * pitch, pitch], SM90_CENTROIDS)?;
         let tiles = elements(&[x.b, x.n.div_ceil(SM90_ROWS * groups)]).min(processors);
         launch!(dev, AssignSm90, SM90_NAMES[steps], T::SUFFIX, tiles, 128 * (groups + 1), SM90_SHARED;
-            &row_map, &map, &shape(x), &active, &start, &scale, &bounds, &k64, &padded64, &copies64, &no_slack, &labels, &list,
-            &listed)?;
+            &row_map, &map, &shape(x), &active, &start, &scale, &own, &bounds, &k64, &padded64, &copies64, &no_slack,
+            &labels, &list, &listed)?;
     } else {
         let tiles = elements(&[x.b, x.n.div_ceil(SM80_ROWS)]);
         launch!(dev, AssignSm80, "assign_sm80", T::SUFFIX, tiles, SM80_ROWS, sweep_shared(d);
-            &xs, &shape(x), &active, &moved, &start, &scale, &bounds, &k64, &pitch64, &padded64, &copies64, &labels, &list,
-            &listed, &no_slack)?;
+            &xs, &shape(x), &active, &moved, &start, &scale, &own, &bounds, &k64, &pitch64, &padded64, &copies64,
+            &labels, &list, &listed, &no_slack)?;
     }
     launch!(dev, Recheck, "recheck_tensor", T::SUFFIX, 2 * processors, SM80_ROWS, shared;
-        &xs, &shape(x), &active, &cs, &shape(c), &moved, &start, &scale, &bounds, &k64, &pitch64, &padded64, &copies64, &of,
-        &labels, &list, &listed)
+        &xs, &shape(x), &active, &cs, &shape(c), &moved, &start, &scale, &own, &bounds, &k64, &pitch64, &padded64,
+        &copies64, &of, &labels, &list, &listed)
 }
 
 /// `start + a.b` of 16 columns as the tensor cores add it up: (n), (n, 16) and (n, 16) to (n), for tests.
@@ -288,7 +291,10 @@ pub fn product_step(kernel: &str, start: &Tensor, a: &Tensor, b: &Tensor) -> Res
 }
 
 /// Floats of `struct Bounds`.
-const BOUNDS: usize = 5;
+const BOUNDS: usize = 7;
+
+/// `struct Reach`.
+type Reach = [f32; 2];
 
 /// `struct Listed`.
 type Listed = [u32; 2];
@@ -356,23 +362,27 @@ fn split_labels(
     let start = layout.unwritten::<f32>(elements(&[copies, padded]));
     let halves = layout.unwritten::<half::f16>(elements(&[most, both]));
     let slacks = [(); 2].map(|_| layout.unwritten::<f32>(most));
+    let reaches = layout.unwritten::<Reach>(copies);
     let w = layout.scratch(dev, OP, memory)?;
     let (mu, largest, moved, start, bounds) =
         (w.part(mu), w.part(largest), w.part(moved), w.part(start), w.part(bounds));
     let (mut listed, list, halves) = (w.part(listed), w.part(list), w.part(halves));
     let [slack, slack_split] = slacks.map(|s| w.part(s));
 
+    let (of, none, reaches) = (metric as i32, Part::<f32>::NULL, w.part(reaches));
+    let (k64, pitch64, both64, padded64, copies64) =
+        (k as i64, pitch as i64, both as i64, padded as i64, copies as i64);
     if metric == Metric::SquaredEuclidean {
         launch!(dev, Prepare, "prepare_means", "f32", elements(&[copies, d.div_ceil(WARP)]), WARP * WARP;
             &cs, &shape(&one), &active, &mu)?;
+        launch!(dev, Split, "split_reach", "f32", copies, 2 * THREADS;
+            &xs, &shape(x), &cs, &shape(&one), &active, &mu, &largest, &reaches)?;
+    } else {
+        launch!(dev, Split, "split_largest", "f32", warps(elements(&[copies, k])), THREADS;
+            &cs, &shape(&one), &active, &of, &mu, &largest)?;
     }
-    let (of, no_scale) = (metric as i32, Part::<f32>::NULL);
-    let (k64, pitch64, both64, padded64, copies64) =
-        (k as i64, pitch as i64, both as i64, padded as i64, copies as i64);
-    launch!(dev, Split, "split_largest", "f32", warps(elements(&[copies, k])), THREADS;
-        &cs, &shape(&one), &active, &of, &mu, &largest)?;
     launch!(dev, Split, "split_centroids", "f32", warps(elements(&[copies, padded])), THREADS;
-        &cs, &shape(&one), &active, &of, &mu, &largest, &pitch64, &padded64, &moved, &start, &bounds,
+        &cs, &shape(&one), &active, &of, &mu, &largest, &reaches, &pitch64, &padded64, &moved, &start, &bounds,
         &w.part(table.keys), &w.part(table.first), &(table.slots as i64), &w.part(table.slot))?;
     table.drop_duplicates(dev, &w, &cs, &one, active, padded, start)?;
 
@@ -403,12 +413,12 @@ fn split_labels(
             let map = TensorMap::new(half, moved.address, [own, k, d], [k * both, both], SM90_CENTROIDS)?;
             let tiles = elements(&[problems, rows.div_ceil(SM90_ROWS * groups)]).min(processors);
             launch!(dev, AssignSm90, SM90_NAMES[steps], "f16", tiles, 128 * (groups + 1), SM90_SHARED;
-                &row_map, &map, &shape(&split), &active, &start, &no_scale, &high, &k64, &padded64, &copies64, &slack, &labels,
-                &list, &listed)?;
+                &row_map, &map, &shape(&split), &active, &start, &none, &none, &high, &k64, &padded64, &copies64, &slack,
+                &labels, &list, &listed)?;
         } else {
             let tiles = elements(&[problems, rows.div_ceil(SM80_ROWS)]);
             launch!(dev, AssignSm80, "assign_sm80", "f16", tiles, SM80_ROWS, sweep_shared(d);
-                &halves, &shape(&split), &active, &moved, &start, &no_scale, &high, &k64, &both64, &padded64, &copies64,
+                &halves, &shape(&split), &active, &moved, &start, &none, &none, &high, &k64, &both64, &padded64, &copies64,
                 &labels, &list, &listed, &slack)?;
         }
         let originals = xs.slice(from * x.batch_stride + row * x.row_stride..);
