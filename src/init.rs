@@ -1,6 +1,7 @@
 //! Where the centroids start.
 
 use crate::{
+    host,
     ops::{self, Memory},
     problem::{Problem, Rows},
     rng::Draw,
@@ -9,7 +10,6 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use rand::{seq::index, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use rayon::prelude::*;
 
 /// How a fit chooses its first centroids.
 #[derive(Clone, Debug, Default)]
@@ -35,8 +35,8 @@ pub enum Init {
 const ROUNDS: u64 = 5;
 const OVERSAMPLING: f64 = 2.0;
 
-/// So many draws are shared among threads.
-const PARALLEL: usize = 16_384;
+/// Steps that a draw takes.
+const DRAW_STEPS: usize = 20;
 
 /// Rows that k-means|| draws, at most but for luck: the count of a round is about Poisson's.
 pub(crate) fn drawn(k: u64) -> u64 {
@@ -86,9 +86,10 @@ pub(crate) fn draw(
     };
     match init {
         Init::Even => chosen.iter_mut().enumerate().for_each(|(i, c)| *c = (i % p.k * rows(i / p.k) / p.k) as u32),
-        // Waking other threads costs more than a few draws.
-        Init::Random if !weighted && chosen.len() < PARALLEL => chosen.chunks_mut(p.k).enumerate().for_each(drawn),
-        Init::Random if !weighted => chosen.par_chunks_mut(p.k).enumerate().for_each(drawn),
+        Init::Random if !weighted => {
+            let problems = chosen.chunks_mut(p.k).enumerate().collect();
+            host::for_each(problems, DRAW_STEPS * p.k, || (), |_, problem| Ok(drawn(problem)))?
+        }
         _ => return Ok(None),
     }
     Ok(Some(Tensor::from_vec(chosen, (p.b, p.k), device)?))

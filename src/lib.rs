@@ -26,6 +26,7 @@ mod error;
 mod fit;
 mod fixed;
 mod functional;
+mod host;
 mod init;
 mod kmeans;
 mod lloyd;

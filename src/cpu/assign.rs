@@ -2,9 +2,10 @@
 
 use super::{
     filter::{magnitude, Candidates, Centroids, Scalar},
-    lock, typed, write, Element, View,
+    lock, read_and_write, typed, Element, View,
 };
 use crate::{
+    host,
     ops::{Memory, Turn},
     problem::Rows,
     rng::{race_key, Draw},
@@ -13,7 +14,6 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 use pulp::NullaryFnOnce;
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// A contiguous result on the CPU.
@@ -21,9 +21,14 @@ pub(super) fn tensor<T: candle_core::WithDType>(data: Vec<T>, shape: impl Into<c
     Ok(Tensor::from_vec(data, shape.into(), &Device::Cpu)?)
 }
 
-/// `f(batch, row)` for every row, in parallel.
-fn per_row<R: candle_core::WithDType>(b: usize, n: usize, f: impl Fn(usize, usize) -> R + Sync) -> Result<Tensor> {
-    tensor((0..b * n).into_par_iter().with_min_len(256).map(|i| f(i / n, i % n)).collect(), (b, n))
+/// `f(batch, row)` for every row, each about so many steps.
+fn per_row<R: candle_core::WithDType>(
+    op: &'static str,
+    [b, n]: [usize; 2],
+    steps: usize,
+    f: impl Fn(usize, usize) -> R + Send + Sync,
+) -> Result<Tensor> {
+    tensor(host::map(op, b * n, steps, |i| f(i / n, i % n))?, (b, n))
 }
 
 /// The definition, in f64.
@@ -70,20 +75,21 @@ pub(crate) fn relabel(
     _: &Memory,
 ) -> Result<()> {
     typed!(x.dtype(), T => {
-        let (xs, cs) = (lock(&x.tensor), lock(&c.tensor));
-        let (xs, cs) = (xs.view::<T>(x)?, cs.view::<T>(c)?);
         let over = finished(turn)?;
-        if x.b > 0 && x.n > 0 {
-            write(labels, |labels| label_all(&xs, &cs, metric, &over, labels))?;
+        if x.b == 0 || x.n == 0 {
+            return Ok(());
         }
-        Ok(())
+        read_and_write([&x.tensor, &c.tensor], labels, |[xs, cs], labels| {
+            label_all(&xs.view::<T>(x)?, &cs.view::<T>(c)?, metric, &over, labels)
+        })?
     })
 }
 
 /// Whether each problem has converged before this turn; empty outside a fit.
 pub(super) fn finished(turn: Option<Turn<'_>>) -> Result<Vec<bool>> {
     let Some(Turn { progress, iteration }) = turn else { return Ok(vec![]) };
-    Ok(lock(&progress.stop).flat::<u32>()?.iter().map(|&stop| (stop as usize) < iteration).collect())
+    let [stop] = lock([&progress.stop]);
+    Ok(stop.flat::<u32>()?.iter().map(|&stop| (stop as usize) < iteration).collect())
 }
 
 /// What one thread reuses from tile to tile.
@@ -93,16 +99,23 @@ struct Scratch<S> {
     candidates: Vec<Candidates<S>>,
 }
 
-fn label_all<T: Element>(x: &View<'_, T>, c: &View<'_, T>, metric: Metric, over: &[bool], labels: &mut [u32]) {
+fn label_all<T: Element>(
+    x: &View<'_, T>,
+    c: &View<'_, T>,
+    metric: Metric,
+    over: &[bool],
+    labels: &mut [u32],
+) -> Result<()> {
     let over = |b: usize| over.get(b).is_some_and(|&over| over);
     let problems = if c.rows.batch_stride == 0 { 1 } else { c.rows.b };
     let prepared = |b| (problems == 1 || !over(b)).then(|| Centroids::new(c, b, metric));
-    let centroids: Vec<_> = (0..problems).into_par_iter().map(prepared).collect();
     let (n, d, k) = (x.rows.n, x.rows.d, c.rows.n);
+    let centroids = host::map("assign", problems, 4 * k * d, prepared)?;
     let tile = |b: usize, part: usize, out: &mut [u32], s: &mut Scratch<T::Filter>| {
         if let Some(centroids) = &centroids[b.min(problems - 1)] {
             label_tile(x, c, b, part * CPU_ROWS, centroids, metric, s, out)
         }
+        Ok(())
     };
     let scratch = || Scratch {
         rows: vec![Scalar::of(0.0); CPU_ROWS.min(n) * d],
@@ -112,7 +125,9 @@ fn label_all<T: Element>(x: &View<'_, T>, c: &View<'_, T>, metric: Metric, over:
     let tiles = labels.chunks_mut(n).enumerate().filter(|&(b, _)| !over(b));
     let tiles: Vec<_> =
         tiles.flat_map(|(b, l)| l.chunks_mut(CPU_ROWS).enumerate().map(move |(p, o)| (b, p, o))).collect();
-    tiles.into_par_iter().for_each_init(scratch, |s, (b, part, out)| tile(b, part, out, s));
+    // A multiplication in a product of matrices is a small part of a step.
+    let steps = CPU_ROWS.min(n) * d * (4 + k / 16);
+    host::for_each(tiles, steps, scratch, |s, (b, part, out)| tile(b, part, out, s))
 }
 
 /// FlashAssign on one tile of rows: score a block of centroids, keep the few that could win, settle ties in f64.
@@ -242,51 +257,56 @@ fn multiply<S: Scalar>(rows: &[S], values: &[S], d: usize, out: &mut [S]) {
 
 pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {
     typed!(x.dtype(), T => {
-        let (xs, cs, ls) = (lock(&x.tensor), lock(&c.tensor), lock(labels));
+        let [xs, cs, ls] = lock([&x.tensor, &c.tensor, labels]);
         let (xs, cs, ls) = (xs.view::<T>(x)?, cs.view::<T>(c)?, ls.flat::<u32>()?);
-        per_row(x.b, x.n, |b, i| distance(xs.row(b, i), cs.row(b, ls[b * x.n + i] as usize), metric))
+        per_row("distances", [x.b, x.n], x.d, |b, i| distance(xs.row(b, i), cs.row(b, ls[b * x.n + i] as usize), metric))
     })
 }
 
 pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
     typed!(x.dtype(), T => {
-        let (xs, cs) = (lock(&x.tensor), lock(&c.tensor));
+        let [xs, cs] = lock([&x.tensor, &c.tensor]);
         let (xs, cs) = (xs.view::<T>(x)?, cs.view::<T>(c)?);
         let (n, k) = (x.n, c.n);
         let pair = |i: usize| {
             let (b, j) = (i / (n * k), i % k);
             <T as Element>::Filter::of(distance(xs.row(b, i / k % n), cs.row(b, j), metric))
         };
-        tensor((0..x.b * n * k).into_par_iter().with_min_len(1024).map(pair).collect::<Vec<_>>(), (x.b, n, k))
+        tensor(host::map("pairwise", x.b * n * k, x.d, pair)?, (x.b, n, k))
     })
 }
 
 pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
     typed!(x.dtype(), T => {
         let (b, m) = index.dims2()?;
-        let (xs, at) = (lock(&x.tensor), lock(index));
+        let [xs, at] = lock([&x.tensor, index]);
         let (xs, at) = (xs.view::<T>(x)?, at.flat::<u32>()?);
-        let mut out = vec![T::narrow(0.0); b * m * x.d];
-        out.par_chunks_mut(x.d).with_min_len(64).enumerate().for_each(|(i, o)| {
-            o.copy_from_slice(xs.row(i / m, at[i] as usize));
-        });
+        let mut out = host::filled("gather", b * m * x.d, T::narrow(0.0))?;
+        let rows = host::items_per_task(x.d);
+        let parts = out.chunks_mut(rows * x.d).enumerate().collect();
+        host::for_each(parts, rows * x.d, || (), |_, (part, out): (usize, &mut [T])| {
+            for (i, row) in (part * rows..).zip(out.chunks_mut(x.d)) {
+                row.copy_from_slice(xs.row(i / m, at[i] as usize));
+            }
+            Ok(())
+        })?;
         tensor(out, (b, m, x.d))
     })
 }
 
 pub(crate) fn scan(x: &Rows) -> Result<(Tensor, Tensor)> {
     typed!(x.dtype(), T => {
-        let xs = lock(&x.tensor);
+        let [xs] = lock([&x.tensor]);
         let xs = xs.view::<T>(x)?;
         let worse = |a: (f64, u32), b: (f64, u32)| (a.0.max(b.0), a.1.min(b.1));
         let part = |b, part: usize| {
             pulp::Arch::new().dispatch(Scan { x: &xs, b, rows: part * CPU_ROWS..x.n.min((part + 1) * CPU_ROWS) })
         };
-        let problem = |b| {
-            let parts = (0..x.n.div_ceil(CPU_ROWS)).into_par_iter();
-            parts.map(|p| part(b, p)).reduce(|| (0.0, u32::MAX), worse)
-        };
-        let (largest, first): (Vec<_>, Vec<_>) = (0..x.b).into_par_iter().map(problem).unzip();
+        let parts = x.n.div_ceil(CPU_ROWS);
+        let problem = |b| host::reduce(parts, CPU_ROWS.min(x.n) * x.d / 4, |p| part(b, p), worse);
+        let found = host::map("scan", x.b, x.n * x.d / 4, problem)?;
+        let found = found.into_iter().map(|found| Ok(found?.unwrap_or((0.0, u32::MAX))));
+        let (largest, first) = found.collect::<Result<(Vec<_>, Vec<_>)>>()?;
         Ok((tensor(largest, x.b)?, tensor(first, x.b)?))
     })
 }
@@ -316,9 +336,9 @@ impl<T: Element> NullaryFnOnce for Scan<'_, T> {
 
 pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
     typed!(x.dtype(), T => {
-        let xs = lock(&x.tensor);
+        let [xs] = lock([&x.tensor]);
         let xs = xs.view::<T>(x)?;
-        per_row(x.b, x.n, |b, i| xs.row(b, i).iter().fold(0.0, |s, v| s + v.wide() * v.wide()).sqrt())
+        per_row("norms", [x.b, x.n], x.d, |b, i| xs.row(b, i).iter().fold(0.0, |s, v| s + v.wide() * v.wide()).sqrt())
     })
 }
 
@@ -337,19 +357,23 @@ fn nearer_by<T: Element>(x: &View<'_, T>, b: usize, i: usize, nearest: f64, seed
 
 pub(crate) fn nearer(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
     typed!(x.dtype(), T => {
-        let (xs, near, new) = (lock(&x.tensor), lock(nearest), lock(newest));
+        let [xs, near, new] = lock([&x.tensor, nearest, newest]);
         let (xs, near, new) = (xs.view::<T>(x)?, near.flat::<f64>()?, new.flat::<u32>()?);
-        per_row(x.b, x.n, |b, i| nearer_by(&xs, b, i, near[b * x.n + i], new[b], metric))
+        per_row("k-means||", [x.b, x.n], x.d, |b, i| nearer_by(&xs, b, i, near[b * x.n + i], new[b], metric))
     })
 }
 
 pub(crate) fn race(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
     let (b, n) = nearest.dims2()?;
-    let (near, weights) = (lock(nearest), weights.map(lock));
-    let near = near.flat::<f64>()?;
-    let weights = weights.as_ref().map(|w| w.flat::<f64>()).transpose()?;
-    per_row(b, n, |b, i| race_key(draw, b, i, near[b * n + i], weights.map_or(1.0, |w| w[b * n + i])))
+    let [near, each] = lock([nearest, weights.unwrap_or(nearest)]);
+    let (near, weights) = (near.flat::<f64>()?, weights.map(|_| each.flat::<f64>()).transpose()?);
+    per_row("race", [b, n], RACE_STEPS, |b, i| {
+        race_key(draw, b, i, near[b * n + i], weights.map_or(1.0, |w| w[b * n + i]))
+    })
 }
+
+/// Steps that a race's key takes.
+const RACE_STEPS: usize = 32;
 
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn pick(
@@ -364,29 +388,36 @@ pub(crate) fn pick(
     _: &Memory,
 ) -> Result<()> {
     let before = if pick > 0 { chosen.narrow(1, pick - 1, 1)?.flatten_all()?.to_vec1::<u32>()? } else { vec![] };
-    let weights = weights.map(lock);
-    let weights = weights.as_ref().map(|w| w.flat::<f64>()).transpose()?;
     let n = x.n;
     let picked = typed!(x.dtype(), T => {
-        let xs = lock(&x.tensor);
-        let xs = xs.view::<T>(x)?;
-        let key = |b: usize, i: usize, nearest: &mut f64| {
-            let now = match (start, pick) {
-                (true, 0) => 1.0,
-                (false, 0) => *nearest,
-                (_, pick) => {
-                    let old = if start && pick == 1 { f64::INFINITY } else { *nearest };
-                    *nearest = nearer_by(&xs, b, i, old, before[b], metric);
-                    *nearest
-                }
+        read_and_write([&x.tensor, weights.unwrap_or(&x.tensor)], nearest, |[xs, each], nearest: &mut [f64]| {
+            let (xs, weights) = (xs.view::<T>(x)?, weights.map(|_| each.flat::<f64>()).transpose()?);
+            let key = |b: usize, i: usize, nearest: &mut f64| {
+                let now = match (start, pick) {
+                    (true, 0) => 1.0,
+                    (false, 0) => *nearest,
+                    (_, pick) => {
+                        let old = if start && pick == 1 { f64::INFINITY } else { *nearest };
+                        *nearest = nearer_by(&xs, b, i, old, before[b], metric);
+                        *nearest
+                    }
+                };
+                (race_key(draw, b, i, now, weights.map_or(1.0, |w| w[b * n + i])), i as u32)
             };
-            (race_key(draw, b, i, now, weights.map_or(1.0, |w| w[b * n + i])), i)
-        };
-        let lowest = |(b, nearest): (usize, &mut [f64])| {
-            let keys = nearest.par_iter_mut().enumerate().with_min_len(256).map(|(i, nearest)| key(b, i, nearest));
-            keys.min_by(|x, y| x.0.total_cmp(&y.0).then(x.1.cmp(&y.1))).map_or(0, |(_, i)| i as u32)
-        };
-        write(nearest, |nearest: &mut [f64]| nearest.par_chunks_mut(n).enumerate().map(lowest).collect::<Vec<_>>())
+            let earlier = |x: &(f64, u32), y: &(f64, u32)| x.0.total_cmp(&y.0).then(x.1.cmp(&y.1));
+            // Each task has its rows, and leaves the first of them to arrive.
+            let rows = host::items_per_task(x.d + RACE_STEPS).min(n);
+            let mut first = vec![(0.0, 0); x.b * n.div_ceil(rows)];
+            let parts = nearest.chunks_mut(n).flat_map(|nearest| nearest.chunks_mut(rows)).zip(&mut first);
+            let parts = parts.enumerate().map(|(p, (nearest, first))| (p / n.div_ceil(rows), p % n.div_ceil(rows), nearest, first));
+            host::for_each(parts.collect(), rows * (x.d + RACE_STEPS), || (), |_, (b, part, nearest, first)| {
+                let keys = nearest.iter_mut().zip(part * rows..).map(|(nearest, i)| key(b, i, nearest));
+                *first = keys.min_by(earlier).expect("no part is empty");
+                Ok(())
+            })?;
+            let parts = first.chunks(n.div_ceil(rows));
+            Ok(parts.map(|parts| parts.iter().copied().min_by(earlier).map_or(0, |(_, row)| row)).collect::<Vec<_>>())
+        })?
     })?;
     chosen.slice_set(&tensor(picked, (x.b, 1))?, 1, pick)?;
     Ok(())

@@ -3,10 +3,10 @@
 use super::{
     assign::{finished, tensor},
     filter::Scalar,
-    line, lock, typed, write, Element, View,
+    line, lock, read_and_write, typed, write, Element, View,
 };
 use crate::{
-    fixed,
+    fixed, host,
     ops::{Memory, Progress, Rule, Terms, Turn},
     problem::Rows,
     tiles::CPU_SUM_ROWS,
@@ -14,26 +14,27 @@ use crate::{
 };
 use candle_core::Tensor;
 use pulp::NullaryFnOnce;
-use rayon::prelude::*;
 use std::ops::Range;
 
 pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
     let (b, n) = labels.dims2()?;
-    let labels = lock(labels);
+    let [labels] = lock([labels]);
     let labels = labels.flat::<u32>()?;
-    let (mut order, mut offsets) = (vec![0u32; b * n], vec![0u32; b * (k + 1)]);
+    let (mut order, mut offsets) = (host::filled("sort", b * n, 0u32)?, host::filled("sort", b * (k + 1), 0u32)?);
     if n > 0 {
-        order.par_chunks_mut(n).zip(offsets.par_chunks_mut(k + 1)).zip(labels.par_chunks(n)).for_each(
-            |((order, offsets), labels)| {
-                labels.iter().for_each(|&l| offsets[l as usize + 1] += 1);
-                (0..k).for_each(|j| offsets[j + 1] += offsets[j]);
-                let mut next = offsets[..k].to_vec();
-                for (i, &l) in labels.iter().enumerate() {
-                    order[next[l as usize] as usize] = i as u32;
-                    next[l as usize] += 1;
-                }
-            },
-        );
+        let problems = order.chunks_mut(n).zip(offsets.chunks_mut(k + 1)).zip(labels.chunks(n)).collect();
+        type Sorting<'a> = ((&'a mut [u32], &'a mut [u32]), &'a [u32]);
+        let sort = |_: &mut (), ((order, offsets), labels): Sorting<'_>| {
+            labels.iter().for_each(|&l| offsets[l as usize + 1] += 1);
+            (0..k).for_each(|j| offsets[j + 1] += offsets[j]);
+            let mut next = offsets[..k].to_vec();
+            for (i, &l) in labels.iter().enumerate() {
+                order[next[l as usize] as usize] = i as u32;
+                next[l as usize] += 1;
+            }
+            Ok(())
+        };
+        host::for_each(problems, 4 * n + k, || (), sort)?;
     }
     Ok((tensor(order, (b, n))?, tensor(offsets, (b, k + 1))?))
 }
@@ -50,29 +51,34 @@ pub(crate) fn update(
     let (b, k, d) = centroids.dims3()?;
     let sorted = labels.map(|labels| order(labels, k)).transpose()?;
     typed!(x.dtype(), T => {
-        let (xs, largest) = (lock(&x.tensor), lock(&terms.largest));
-        let (factor, heaviest) = (terms.factor.as_ref().map(lock), terms.heaviest.as_ref().map(lock));
-        let sorted = sorted.as_ref().map(|(order, offsets)| (lock(order), lock(offsets)));
-        let sorted = sorted.as_ref().map(|(order, offsets)| Ok::<_, Error>((order.flat()?, offsets.flat()?))).transpose()?;
-        let clusters = Sorted {
-            x: xs.view::<T>(x)?,
-            factor: factor.as_ref().map(|f| f.flat::<f64>()).transpose()?,
-            order: sorted.map(|(order, _)| order),
-            offsets: sorted.map(|(_, offsets)| offsets),
-            largest: largest.flat()?,
-            heaviest: heaviest.as_ref().map(|h| h.flat::<f64>()).transpose()?,
-            k,
-        };
+        // Of these nobody else has any.
+        let ([largest], heaviest) = (lock([&terms.largest]), terms.heaviest.as_ref().map(|h| lock([h])));
+        let sorted = sorted.as_ref().map(|(order, offsets)| lock([order, offsets]));
+        let sorted = sorted.as_ref().map(|[order, offsets]| Ok::<_, Error>((order.flat()?, offsets.flat()?))).transpose()?;
         let over = finished(turn)?;
-        let shifts: Vec<f64> = write(centroids, |centroids: &mut [T]| {
-            let moved = |(i, row): (usize, &mut [T])| {
-                let (b, j) = (i / k, i % k);
-                if over.get(b).is_some_and(|&over| over) { 0.0 } else { clusters.replace(b, j, rule, row) }
+        let shared = [&x.tensor, terms.factor.as_ref().unwrap_or(&x.tensor)];
+        let shifts: Vec<f64> = read_and_write(shared, centroids, |[xs, factor], centroids: &mut [T]| {
+            let clusters = Sorted {
+                x: xs.view::<T>(x)?,
+                factor: terms.factor.as_ref().map(|_| factor.flat::<f64>()).transpose()?,
+                order: sorted.map(|(order, _)| order),
+                offsets: sorted.map(|(_, offsets)| offsets),
+                largest: largest.flat()?,
+                heaviest: heaviest.as_ref().map(|[h]| h.flat::<f64>()).transpose()?,
+                k,
             };
-            centroids.par_chunks_mut(d).enumerate().map(moved).collect()
-        })?;
+            let mut shifts = host::filled("update", b * k, 0.0)?;
+            let all = centroids.chunks_mut(d).zip(&mut shifts).enumerate();
+            let going = all.filter(|(i, _)| !over.get(i / k).is_some_and(|&over| over)).collect();
+            let replace = |_: &mut (), (i, (row, shift)): (usize, (&mut [T], &mut f64))| {
+                *shift = clusters.replace(i / k, i % k, rule, row)?;
+                Ok(())
+            };
+            host::for_each(going, d * (8 + 2 * (x.n / k)), || (), replace)?;
+            Ok::<_, Error>(shifts)
+        })??;
         let Some(Turn { progress, iteration }) = turn else { return Ok(()) };
-        let thresholds = lock(&progress.threshold);
+        let [thresholds] = lock([&progress.threshold]);
         let thresholds = thresholds.flat::<f64>()?;
         write(&progress.stop, |stop: &mut [u32]| {
             for b in (0..b).filter(|&b| !over[b]) {
@@ -123,23 +129,19 @@ impl<T: Element> Sorted<'_, T> {
     }
 
     /// Replaces the centroid `row` of cluster `j`, unless that has no weight, and returns the square of its shift.
-    fn replace(&self, b: usize, j: usize, rule: Rule, row: &mut [T]) -> f64 {
+    fn replace(&self, b: usize, j: usize, rule: Rule, row: &mut [T]) -> Result<f64> {
         let values = match rule {
             Rule::Median => self.medians(b, j),
-            _ => self.sums(b, j).and_then(|sums| self.divided(b, j, rule, sums)),
+            _ => self.sums(b, j)?.and_then(|sums| self.divided(b, j, rule, sums)),
         };
-        let Some(values) = values else { return 0.0 };
+        let Some(values) = values else { return Ok(0.0) };
         let shift = fixed::striped(row.iter_mut().zip(values).map(|(old, v)| {
             let new = T::narrow(v);
             let t = if new.wide() == old.wide() { 0.0 } else { new.wide() - old.wide() };
             *old = new;
             t * t
         }));
-        if shift.is_nan() {
-            f64::INFINITY
-        } else {
-            shift
-        }
+        Ok(if shift.is_nan() { f64::INFINITY } else { shift })
     }
 
     fn divided(&self, b: usize, j: usize, rule: Rule, sums: Vec<f64>) -> Option<Vec<f64>> {
@@ -170,7 +172,7 @@ impl<T: Element> Sorted<'_, T> {
     }
 
     /// The sums of the columns; none of no rows.
-    fn sums(&self, b: usize, j: usize) -> Option<Vec<f64>> {
+    fn sums(&self, b: usize, j: usize) -> Result<Option<Vec<f64>>> {
         let Range { start, end } = self.range(b, j);
         let scale = fixed::scale(self.largest[b], self.x.rows.n);
         let part = |p: usize| self.sum(b, start + p * CPU_SUM_ROWS, end.min(start + (p + 1) * CPU_SUM_ROWS), scale);
@@ -179,8 +181,8 @@ impl<T: Element> Sorted<'_, T> {
             a
         };
         let parts = (end - start).div_ceil(CPU_SUM_ROWS);
-        let sum = (0..parts).into_par_iter().map(part).reduce_with(add)?;
-        Some(sum.into_iter().map(|q| fixed::value(q, scale)).collect())
+        let sum = host::reduce(parts, CPU_SUM_ROWS * self.x.rows.d, part, add)?;
+        Ok(sum.map(|sum| sum.into_iter().map(|q| fixed::value(q, scale)).collect()))
     }
 
     /// Sums positions `start..end` of problem `b` as fixed-point integers.
