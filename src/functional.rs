@@ -1,6 +1,7 @@
 //! The ops, each usable alone in a model's graph.
 
 use crate::{
+    host,
     ops::{self, Memory, Rule, Terms},
     problem::{self, Problem, Rows},
     Error, Metric, Result,
@@ -94,7 +95,7 @@ fn reduce(x: &Tensor, labels: &Tensor, k: usize, rule: Rule) -> Result<Tensor> {
 
 /// The sums or means of clusters, `(b, k, d)`, by labels `(b, n)` that are known to be below `k`: nothing waits.
 fn reduce_known(rows: &Rows, labels: &Tensor, k: usize, rule: Rule) -> Result<Tensor> {
-    let reduced = Tensor::zeros((rows.b, k, rows.d), rows.dtype(), rows.device())?;
+    let reduced = host::zeros("clusters", (rows.b, k, rows.d), rows.dtype(), rows.device())?;
     ops::update(rows, &Terms::of(rows)?, Some(labels), rule, None, &reduced, &Memory::default())?;
     Ok(reduced)
 }

@@ -6,6 +6,7 @@
 //! until it is done. What runs there takes no lock of a tensor and calls neither Candle's ops nor a user's functions.
 
 use crate::{Error, Result};
+use candle_core::{DType, Device, Shape, Tensor};
 use rayon::{prelude::*, ThreadPool, ThreadPoolBuilder};
 use std::{
     cell::Cell,
@@ -33,6 +34,21 @@ pub(crate) fn filled<T: Clone>(op: &'static str, len: usize, value: T) -> Result
     let mut buffer = buffer(op, len)?;
     buffer.resize(len, value);
     Ok(buffer)
+}
+
+/// A tensor of zeros. What Candle allocates on the CPU is there, or the process ends: so it is asked for here first.
+pub(crate) fn zeros(op: &'static str, shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+    let shape = shape.into();
+    room(op, shape.elem_count(), dtype, device)?;
+    Ok(Tensor::zeros(shape, dtype, device)?)
+}
+
+/// Refuses, with a type, what Candle would have no room for on the CPU.
+pub(crate) fn room(op: &'static str, len: usize, dtype: DType, device: &Device) -> Result<()> {
+    if device.is_cpu() {
+        buffer::<u8>(op, len.saturating_mul(dtype.size_in_bytes()))?;
+    }
+    Ok(())
 }
 
 /// The items of one task, for items that take so many steps each.

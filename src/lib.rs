@@ -87,6 +87,11 @@ pub mod testing {
         Ok(all.into_iter().map(Assign::name).collect())
     }
 
+    /// How many centroids were compared with a row by the definition in f64, in all CPU assignments of this thread so far.
+    pub fn compared() -> u64 {
+        crate::cpu::assign::compared()
+    }
+
     /// The GPU kernels that this thread has launched since it last asked; the first call starts the record.
     pub fn launches() -> Vec<String> {
         #[cfg(feature = "cuda")]

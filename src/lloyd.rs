@@ -2,7 +2,7 @@
 
 use crate::{
     fit::refuse_non_finite,
-    init,
+    host, init,
     ops::{self, Memory, Progress, Rule, Terms, Turn},
     problem::{self, Problem, Rows},
     EmptyClusters, Error, Fit, Init, Iteration, KMeans, Metric, Result,
@@ -68,7 +68,7 @@ impl Prepared {
         if let (Init::Given(c), true) = (&settings.init, settings.check_finite) {
             refuse_non_finite("init", &ops::scan(&Rows::new(&c.detach())?)?.1)?;
         }
-        let zeros = |shape: &[usize], dtype| Tensor::zeros(shape, dtype, device);
+        let zeros = |shape: &[usize], dtype| host::zeros("fit", shape, dtype, device);
         let centroids = zeros(&[p.b, p.k, p.d], p.dtype)?;
         let labels = zeros(&[p.b, p.n], DType::U32)?;
         let progress = Progress {

@@ -408,11 +408,14 @@ impl Plan {
         let (assigns, updates) = if cpu {
             let threads = rayon::current_num_threads() as u64 + 1;
             let rows = rows.min(p.n) as u64;
-            let tile = rows * (filter * (2 * d + drawn.min(centroids as u64)) + 64 + 16 * drawn.min(64));
+            let tile = rows * (filter * (2 * d + drawn.min(centroids as u64)) + 96 + 16 * drawn.min(64));
             // Clusters of one problem share its rows, and each problem at work may have them all in one cluster.
             let medians = if p.metric == Metric::Manhattan { 64 * n * threads.min(b) } else { 0 };
             let moves = if settings.empty == EmptyClusters::Relocate { 24 * bn + 8 * n } else { 0 };
-            (threads * tile + b * k * (filter * d + 64) + 64 * bn.div_ceil(rows), moves + medians + threads * 128 * d)
+            (
+                threads * tile + (b + threads.min(b)) * k * (filter * d + 64) + 64 * bn.div_ceil(rows),
+                moves + medians + threads * 128 * d,
+            )
         } else {
             // Moved centroids and the table of their hashes, halves of rows, and the list of rows left to recheck.
             let tensor = b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights.max(halves) + 60);

@@ -1,6 +1,6 @@
 //! The border: a tensor becomes a checked view of rows here, and every refusal is here.
 
-use crate::{Error, Metric, Result};
+use crate::{host, Error, Metric, Result};
 use candle_core::{DType, Device, Tensor};
 
 /// Rows a single problem may hold: labels and positions are u32.
@@ -49,7 +49,10 @@ impl Rows {
         };
         match view(t) {
             Some(rows) => Ok(rows),
-            None => Ok(view(&t.contiguous()?).expect("a contiguous tensor folds")),
+            None => {
+                host::room("copy", t.elem_count(), t.dtype(), t.device())?;
+                Ok(view(&t.contiguous()?).expect("a contiguous tensor folds"))
+            }
         }
     }
 
@@ -237,6 +240,9 @@ pub(crate) fn labels(labels: &Tensor, k: usize) -> Result<Tensor> {
         return Err(Error::TooLarge { argument: "labels", got: n, limit: MAX_ROWS });
     }
     let b = labels.dims()[..labels.rank() - 1].iter().product::<usize>();
+    if !labels.is_contiguous() {
+        host::room("copy", labels.elem_count(), labels.dtype(), labels.device())?;
+    }
     Ok(labels.contiguous()?.reshape((b, n))?)
 }
 

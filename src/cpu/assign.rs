@@ -1,7 +1,7 @@
 //! Labels, distances, and the per-row passes around them.
 
 use super::{
-    filter::{magnitude, Candidates, Centroids, Scalar},
+    filter::{magnitude, Block, Candidates, Centroids, Found, Scalar, NONE},
     lock, read_and_write, typed, Element, View,
 };
 use crate::{
@@ -12,9 +12,13 @@ use crate::{
     tiles::{CPU_CENTROIDS, CPU_ROWS},
     Metric, Result,
 };
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use pulp::NullaryFnOnce;
-use std::ops::Range;
+use std::{
+    cell::Cell,
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
 
 /// A contiguous result on the CPU.
 pub(super) fn tensor<T: candle_core::WithDType>(data: Vec<T>, shape: impl Into<candle_core::Shape>) -> Result<Tensor> {
@@ -37,22 +41,25 @@ fn distance<T: Element>(x: &[T], c: &[T], metric: Metric) -> f64 {
     metric.distance(x.iter().zip(c).map(|(x, c)| (x.wide(), c.wide())))
 }
 
-/// The lowest index of the smallest distance by the definition. A NaN is as far as can be.
+/// The smallest distance by the definition, of what was found before and of centroids, and the lowest index that has it. A
+/// NaN is as far as can be.
 fn nearest<T: Element>(
     x: &[T],
     c: &View<'_, T>,
     batch: usize,
     metric: Metric,
+    before: Found,
     among: impl Iterator<Item = u32>,
-) -> u32 {
-    let mut best = (f64::INFINITY, u32::MAX);
-    for j in among {
+) -> Found {
+    among.fold(before, |best, j| {
         let d = distance(x, c.row(batch, j as usize), metric);
-        if d < best.0 || best.1 == u32::MAX {
-            best = (if d.is_nan() { f64::INFINITY } else { d }, j);
+        let found = (if d.is_nan() { f64::INFINITY } else { d }, j);
+        if found.0 < best.0 || found.0 == best.0 && j < best.1 {
+            found
+        } else {
+            best
         }
-    }
-    best.1
+    })
 }
 
 /// The rows themselves: the CPU reads them anywhere.
@@ -61,7 +68,7 @@ pub(crate) fn readable(x: Rows, _: usize, _: Metric) -> Result<Rows> {
 }
 
 pub(crate) fn labels(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    let labels = Tensor::zeros((x.b, x.n), DType::U32, &Device::Cpu)?;
+    let labels = tensor(host::filled("assign", x.b * x.n, 0u32)?, (x.b, x.n))?;
     relabel(x, c, metric, None, &labels, &Memory::default())?;
     Ok(labels)
 }
@@ -92,6 +99,13 @@ pub(super) fn finished(turn: Option<Turn<'_>>) -> Result<Vec<bool>> {
     Ok(stop.flat::<u32>()?.iter().map(|&stop| (stop as usize) < iteration).collect())
 }
 
+thread_local!(static COMPARED: Cell<u64> = const { Cell::new(0) });
+
+/// How many centroids have been compared with a row by the definition in assignments that this thread has asked for.
+pub(crate) fn compared() -> u64 {
+    COMPARED.get()
+}
+
 /// What one thread reuses from tile to tile.
 struct Scratch<S> {
     rows: Vec<S>,
@@ -108,12 +122,15 @@ fn label_all<T: Element>(
 ) -> Result<()> {
     let over = |b: usize| over.get(b).is_some_and(|&over| over);
     let problems = if c.rows.batch_stride == 0 { 1 } else { c.rows.b };
-    let prepared = |b| (problems == 1 || !over(b)).then(|| Centroids::new(c, b, metric));
+    let prepared = |b| (problems == 1 || !over(b)).then(|| Centroids::new(c, b, metric)).transpose();
     let (n, d, k) = (x.rows.n, x.rows.d, c.rows.n);
-    let centroids = host::map("assign", problems, 4 * k * d, prepared)?;
-    let tile = |b: usize, part: usize, out: &mut [u32], s: &mut Scratch<T::Filter>| {
+    let centroids = host::map("assign", problems, 8 * k * d, prepared)?;
+    let centroids = centroids.into_iter().collect::<Result<Vec<_>>>()?;
+    let compared = AtomicU64::new(0);
+    let tile = |s: &mut Scratch<T::Filter>, (b, part, labels): (usize, usize, &mut [u32])| {
         if let Some(centroids) = &centroids[b.min(problems - 1)] {
-            label_tile(x, c, b, part * CPU_ROWS, centroids, metric, s, out)
+            let tile = Tile { x, c, b, first: part * CPU_ROWS, centroids, metric };
+            compared.fetch_add(tile.label(s, labels), Relaxed);
         }
         Ok(())
     };
@@ -123,59 +140,108 @@ fn label_all<T: Element>(
         candidates: vec![Candidates::new(); CPU_ROWS.min(n)],
     };
     let tiles = labels.chunks_mut(n).enumerate().filter(|&(b, _)| !over(b));
-    let tiles: Vec<_> =
-        tiles.flat_map(|(b, l)| l.chunks_mut(CPU_ROWS).enumerate().map(move |(p, o)| (b, p, o))).collect();
+    let tiles = tiles.flat_map(|(b, l)| l.chunks_mut(CPU_ROWS).enumerate().map(move |(p, o)| (b, p, o))).collect();
     // A multiplication in a product of matrices is a small part of a step.
-    let steps = CPU_ROWS.min(n) * d * (4 + k / 16);
-    host::for_each(tiles, steps, scratch, |s, (b, part, out)| tile(b, part, out, s))
+    host::for_each(tiles, CPU_ROWS.min(n) * d * (4 + k / 16), scratch, tile)?;
+    COMPARED.set(COMPARED.get() + compared.into_inner());
+    Ok(())
 }
 
-/// FlashAssign on one tile of rows: score a block of centroids, keep the few that could win, settle ties in f64.
-#[allow(clippy::too_many_arguments)]
-fn label_tile<T: Element>(
-    x: &View<'_, T>,
-    c: &View<'_, T>,
+/// Rows of problem `b` from `first` on, and the centroids that they are assigned to.
+struct Tile<'a, T: Element> {
+    x: &'a View<'a, T>,
+    c: &'a View<'a, T>,
     b: usize,
     first: usize,
-    centroids: &Centroids<T::Filter>,
+    centroids: &'a Centroids<T::Filter>,
     metric: Metric,
-    s: &mut Scratch<T::Filter>,
-    out: &mut [u32],
-) {
-    let (m, d, k) = (out.len(), x.rows.d, c.rows.n);
-    let simd = pulp::Arch::new();
-    let (rows, candidates) = (&mut s.rows[..m * d], &mut s.candidates[..m]);
-    simd.dispatch(Pack { x, b, first, centroids, rows: &mut *rows, candidates: &mut *candidates });
-    for from in (0..k).step_by(CPU_CENTROIDS) {
-        let width = CPU_CENTROIDS.min(k - from);
-        let scores = &mut s.scores[..m * width];
-        if metric != Metric::Manhattan {
-            multiply(rows, &centroids.values[from * d..(from + width) * d], d, scores);
-        }
-        simd.dispatch(Offer { rows, centroids, from, width, metric, scores, candidates: &mut *candidates });
-    }
-    for (i, (label, candidates)) in out.iter_mut().zip(candidates).enumerate() {
-        let row = x.row(b, first + i);
-        *label = if candidates.slack.usable() {
-            let mut left = candidates.finish();
-            if left.len() == 1 {
-                left.next().expect("one candidate")
-            } else {
-                nearest(row, c, b, metric, left)
+}
+
+impl<T: Element> Tile<'_, T> {
+    /// FlashAssign: score a block of centroids, keep the few that could win, settle ties in f64. Returns how many centroids
+    /// were compared by the definition.
+    fn label(&self, s: &mut Scratch<T::Filter>, out: &mut [u32]) -> u64 {
+        let (m, d, centroids) = (out.len(), self.x.rows.d, self.centroids);
+        let (simd, mut compared) = (pulp::Arch::new(), 0);
+        let (rows, candidates) = (&mut s.rows[..m * d], &mut s.candidates[..m]);
+        simd.dispatch(Pack { tile: self, rows: &mut *rows, candidates: &mut *candidates });
+        for block in &centroids.blocks {
+            let Range { start, end } = block.scored;
+            let scores = &mut s.scores[..m * (end - start)];
+            if self.metric != Metric::Manhattan {
+                multiply(rows, &centroids.values[start * d..end * d], d, scores);
             }
+            let (candidates, compared) = (&mut *candidates, &mut compared);
+            simd.dispatch(Offer { tile: self, rows, block, scores, candidates, compared });
+        }
+        for (i, (label, candidates)) in out.iter_mut().zip(candidates).enumerate() {
+            *label = self.settle(i, candidates, &mut compared);
+        }
+        compared
+    }
+
+    /// The label of row `i` of the tile.
+    fn settle(&self, i: usize, candidates: &mut Candidates<T::Filter>, compared: &mut u64) -> u32 {
+        let (centroids, slack) = (self.centroids, candidates.slack);
+        if !slack.usable() {
+            return self.unproven(i, compared);
+        }
+        let apart = if centroids.apart_may_win(slack, candidates.cutoff()) { centroids.apart() } else { &[] };
+        let (before, left) = (candidates.compared, candidates.finish());
+        if let (&[(_, only)], true, []) = (left, before == NONE, apart) {
+            return centroids.index(only);
+        }
+        *compared += (left.len() + apart.len()) as u64;
+        let left = left.iter().map(|&(_, scored)| centroids.index(scored));
+        self.label_of(self.nearest(i, before, left.chain(apart.iter().copied())))
+    }
+
+    /// The label of row `i` of the tile, of whose scores nothing is known.
+    #[cold]
+    fn unproven(&self, i: usize, compared: &mut u64) -> u32 {
+        let (row, products) = (self.x.row(self.b, self.first + i), matches!(self.metric, Metric::Dot | Metric::Cosine));
+        let infinite = || row.iter().zip(0..).filter(|(v, _)| v.wide().is_infinite());
+        if row.iter().any(|v| v.wide().is_nan()) || self.metric != Metric::Dot && infinite().next().is_some() {
+            // Every distance is infinite or NaN: differences, and quotients of infinite numbers.
+            0
+        } else if infinite().next().is_some() {
+            // Every product is infinite or NaN, and of those that are largest the first wins. Where it is largest, it is so by
+            // the columns where the row is infinite.
+            let part = |c: &[T]| infinite().fold(0.0, |s, (v, col): (_, usize)| s + v.wide() * c[col].wide());
+            let largest = |&j: &usize| {
+                let c = self.c.row(self.b, j);
+                part(c) == f64::INFINITY && distance(row, c, self.metric) == f64::NEG_INFINITY
+            };
+            (0..self.c.rows.n).find(largest).unwrap_or(0) as u32
+        } else if products && row.iter().all(|v| v.wide() == 0.0) {
+            // All that are scored are as near as each other.
+            let first = self.centroids.first().into_iter();
+            *compared += self.centroids.apart().len() as u64 + 1;
+            self.label_of(self.nearest(i, NONE, first.chain(self.centroids.apart().iter().copied())))
         } else {
-            nearest(row, c, b, metric, 0..k as u32)
-        };
+            *compared += self.centroids.all().count() as u64;
+            self.label_of(self.nearest(i, NONE, self.centroids.all()))
+        }
+    }
+
+    fn nearest(&self, i: usize, before: Found, among: impl Iterator<Item = u32>) -> Found {
+        nearest(self.x.row(self.b, self.first + i), self.c, self.b, self.metric, before, among)
+    }
+
+    /// If no centroid is nearer than infinitely far away, all are as near as each other, those that were left out too.
+    fn label_of(&self, (distance, index): Found) -> u32 {
+        if distance == f64::INFINITY {
+            0
+        } else {
+            index
+        }
     }
 }
 
 /// Packs a tile of rows. A struct because `pulp` compiles what a `call` inlines, and only that, for the widest vectors of
 /// the machine; a closure is not always inlined.
 struct Pack<'a, T: Element> {
-    x: &'a View<'a, T>,
-    b: usize,
-    first: usize,
-    centroids: &'a Centroids<T::Filter>,
+    tile: &'a Tile<'a, T>,
     rows: &'a mut [T::Filter],
     candidates: &'a mut [Candidates<T::Filter>],
 }
@@ -185,41 +251,44 @@ impl<T: Element> NullaryFnOnce for Pack<'_, T> {
 
     #[inline(always)]
     fn call(self) {
-        for (i, (packed, candidates)) in self.rows.chunks_exact_mut(self.x.rows.d).zip(self.candidates).enumerate() {
-            candidates.reset(self.centroids.pack(self.x.row(self.b, self.first + i), packed));
+        let &Tile { x, b, first, centroids, .. } = self.tile;
+        for (i, (packed, candidates)) in self.rows.chunks_exact_mut(x.rows.d).zip(self.candidates).enumerate() {
+            candidates.reset(centroids.pack(x.row(b, first + i), packed));
         }
     }
 }
 
 /// Turns the products of a tile (for Manhattan, nothing yet) into scores and offers them.
-struct Offer<'a, S> {
-    rows: &'a [S],
-    centroids: &'a Centroids<S>,
-    from: usize,
-    width: usize,
-    metric: Metric,
-    scores: &'a mut [S],
-    candidates: &'a mut [Candidates<S>],
+struct Offer<'a, T: Element> {
+    tile: &'a Tile<'a, T>,
+    rows: &'a [T::Filter],
+    block: &'a Block,
+    scores: &'a mut [T::Filter],
+    candidates: &'a mut [Candidates<T::Filter>],
+    compared: &'a mut u64,
 }
 
-impl<S: Scalar> NullaryFnOnce for Offer<'_, S> {
+impl<T: Element> NullaryFnOnce for Offer<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn call(self) {
-        let Self { rows, centroids, from, width, metric, scores, candidates } = self;
-        let d = rows.len() / candidates.len();
-        for (i, (scores, candidates)) in scores.chunks_exact_mut(width).zip(candidates).enumerate() {
+        let Self { tile, rows, block, scores, candidates, compared } = self;
+        let (d, centroids, scored) = (tile.x.rows.d, tile.centroids, block.scored.clone());
+        for (i, (scores, candidates)) in scores.chunks_exact_mut(scored.len()).zip(candidates).enumerate() {
             if !candidates.slack.usable() {
                 continue;
             }
-            if metric == Metric::Manhattan {
-                centroids.manhattan(&rows[i * d..][..d], from, scores);
+            if tile.metric == Metric::Manhattan {
+                centroids.manhattan(&rows[i * d..][..d], scored.start, scores);
             } else {
-                let bias = &centroids.bias[from..from + width];
+                let bias = &centroids.bias[scored.clone()];
                 scores.iter_mut().zip(bias).for_each(|(s, &b)| *s = b.sub(*s));
             }
-            candidates.offer(scores, from);
+            candidates.offer(scores, block, |before, list| {
+                *compared += list.len() as u64;
+                tile.nearest(i, before, list.iter().map(|&(_, scored)| centroids.index(scored)))
+            });
         }
     }
 }
