@@ -193,7 +193,7 @@ impl<T: Element> Tile<'_, T> {
         }
         *compared += (left.len() + apart.len()) as u64;
         let left = left.iter().map(|&(_, scored)| centroids.index(scored));
-        self.label_of(self.nearest(i, before, left.chain(apart.iter().copied())))
+        label_of(self.nearest(i, before, left.chain(apart.iter().copied())))
     }
 
     /// The label of row `i` of the tile, of whose scores nothing is known.
@@ -217,24 +217,24 @@ impl<T: Element> Tile<'_, T> {
             // All that are scored are as near as each other.
             let first = self.centroids.first().into_iter();
             *compared += self.centroids.apart().len() as u64 + 1;
-            self.label_of(self.nearest(i, NONE, first.chain(self.centroids.apart().iter().copied())))
+            label_of(self.nearest(i, NONE, first.chain(self.centroids.apart().iter().copied())))
         } else {
             *compared += self.centroids.all().count() as u64;
-            self.label_of(self.nearest(i, NONE, self.centroids.all()))
+            label_of(self.nearest(i, NONE, self.centroids.all()))
         }
     }
 
     fn nearest(&self, i: usize, before: Found, among: impl Iterator<Item = u32>) -> Found {
         nearest(self.x.row(self.b, self.first + i), self.c, self.b, self.metric, before, among)
     }
+}
 
-    /// If no centroid is nearer than infinitely far away, all are as near as each other, those that were left out too.
-    fn label_of(&self, (distance, index): Found) -> u32 {
-        if distance == f64::INFINITY {
-            0
-        } else {
-            index
-        }
+/// If no centroid is nearer than infinitely far away, all are as near as each other, those that were left out too.
+fn label_of((distance, index): Found) -> u32 {
+    if distance == f64::INFINITY {
+        0
+    } else {
+        index
     }
 }
 

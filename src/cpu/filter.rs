@@ -95,7 +95,7 @@ macro_rules! scalar {
     };
 }
 scalar!(f32, 1e-44, 1e37, f32::MAX as f64, |bits| bits);
-scalar!(f64, 1e-322, 1e307, 1e150, |bits: u64| (bits ^ bits >> 32) as u32);
+scalar!(f64, 1e-322, 1e307, 1e150, |bits: u64| (bits ^ (bits >> 32)) as u32);
 
 /// SIMD lanes that a loop is written for; wide enough for one AVX-512 register of f32.
 const LANES: usize = 16;
@@ -399,7 +399,7 @@ fn hash<S: Scalar>(row: &[S]) -> u32 {
         all.iter_mut().zip(chunk).for_each(|(h, v)| *h = mix(*h, v.hash()));
     }
     let hash = all.into_iter().fold(0, mix);
-    hash ^ hash >> 15
+    hash ^ (hash >> 15)
 }
 
 /// The median of each column over a few of the centroids `kept`, which single ones far away do not move.
