@@ -88,7 +88,15 @@ pub(crate) fn draw(
         Init::Even => chosen.iter_mut().enumerate().for_each(|(i, c)| *c = (i % p.k * rows(i / p.k) / p.k) as u32),
         Init::Random if !weighted => {
             let problems = chosen.chunks_mut(p.k).enumerate().collect();
-            host::for_each(problems, DRAW_STEPS * p.k, || (), |_, problem| Ok(drawn(problem)))?
+            host::for_each(
+                problems,
+                DRAW_STEPS * p.k,
+                || (),
+                |_, problem| {
+                    drawn(problem);
+                    Ok(())
+                },
+            )?
         }
         _ => return Ok(None),
     }
