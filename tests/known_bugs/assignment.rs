@@ -279,7 +279,7 @@ fn a_fit_beside_outliers_compares_as_few_as_any() {
                 for init in [Init::KMeansPlusPlus, Init::KMeansParallel, Init::Even] {
                     let settings = KMeans::new(k).max_iters(5).tol(0.0).metric(metric).init(init.clone());
                     let found = compared(|| drop(settings.fit(&x).unwrap()));
-                    // Six assignments, and those of the choice: not one for each row and assignment, of k.
+                    // In each of six assignments a row is compared with one centroid on average, where most are outliers.
                     assert!(
                         found <= 6 * n,
                         "{outliers} at {far:e}, {init:?} {metric:?} {dtype:?}: {found} for {n} rows"
