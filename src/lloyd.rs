@@ -48,6 +48,8 @@ pub struct Prepared {
     ragged: Option<Ragged>,
     /// f64 `(b, n)`, 0 for rows that do not count, and the largest of each problem.
     weights: Option<(Tensor, Tensor)>,
+    /// What these weights are multiples of, f64 `(b,)`, if they are not the caller's own.
+    unit: Option<Tensor>,
     /// The rows to start from, if they do not depend on the data.
     drawn: Option<Tensor>,
     memory: Memory,
@@ -64,7 +66,7 @@ impl Prepared {
     pub(crate) fn new(settings: &KMeans, p: Problem, device: &Device) -> Result<Self> {
         let ragged =
             settings.lengths.as_ref().map(|l| Ragged::new(p.lengths(l, device)?, settings, &p, device)).transpose()?;
-        let weights = weights(settings, &p, ragged.as_ref(), device)?;
+        let (weights, unit) = weights(settings, &p, ragged.as_ref(), device)?;
         if let (Init::Given(c), true) = (&settings.init, settings.check_finite) {
             refuse_non_finite("init", &ops::scan(&Rows::new(&c.detach())?)?.1)?;
         }
@@ -88,6 +90,7 @@ impl Prepared {
             progress,
             ragged,
             weights,
+            unit,
             drawn: None,
             memory,
             data: None,
@@ -156,7 +159,7 @@ impl Prepared {
             centroids: self.shown[0].clone(),
             labels: self.shown[1].clone(),
             counts: self.sizes()?.reshape(p.shape(&[p.k]))?,
-            inertia: ops::total(&self.cost(&data.x, &centroids)?)?.reshape(p.shape(&[]))?,
+            inertia: self.inertia(&data.x, &centroids)?.reshape(p.shape(&[]))?,
             n_iter: stop.minimum(self.settings.max_iters.min(RUNNING as usize) as u32)?.reshape(p.shape(&[]))?,
             converged: stop.ne(RUNNING)?.reshape(p.shape(&[]))?,
             metric: p.metric,
@@ -272,13 +275,26 @@ impl Prepared {
         }
     }
 
-    /// The weighted distance of each row to its centroid, f64 `(b, n)`.
-    fn cost(&self, x: &Rows, centroids: &Rows) -> Result<Tensor> {
-        let cost = ops::distances(x, centroids, &self.labels, self.p.metric)?;
-        Ok(match &self.weights {
-            Some((w, _)) => (cost * w)?,
-            None => cost,
+    /// The weighted distances of the rows to their centroids, added up, f64 `(b,)`.
+    fn inertia(&self, x: &Rows, centroids: &Rows) -> Result<Tensor> {
+        let total = ops::total(&self.cost(x, centroids)?)?;
+        Ok(match &self.unit {
+            Some(unit) => (total * unit)?,
+            None => total,
         })
+    }
+
+    /// The weighted distance of each row to its centroid, f64 `(b, n)`: 0 of rows that are not finite.
+    fn cost(&self, x: &Rows, centroids: &Rows) -> Result<Tensor> {
+        let mut cost = ops::distances(x, centroids, &self.labels, self.p.metric)?;
+        if let Some((w, _)) = &self.weights {
+            cost = (cost * w)?;
+        }
+        if !self.settings.check_finite {
+            let (_, bad) = scan_rows(x)?;
+            cost = bad.ne(0u32)?.where_cond(&cost, &cost.zeros_like()?)?;
+        }
+        Ok(cost)
     }
 
     /// Gives every empty cluster one of the rows farthest from their centroids.
@@ -352,13 +368,13 @@ impl Ragged {
 
     /// [`ops::scan`] of the rows that count.
     fn scan(&self, x: &Rows) -> Result<(Tensor, Tensor)> {
-        // Each row as a problem of its own, and what is found of them as rows of one column.
-        let (largest, bad) = ops::scan(&Rows::new(&x.tensor.unsqueeze(x.tensor.rank() - 1)?)?)?;
+        // What is found of the rows, as rows of one column.
+        let (largest, bad) = scan_rows(x)?;
         let whole = |found: Tensor| ops::scan(&Rows::new(&found.reshape((x.b, x.n, 1))?)?);
-        let largest = (largest.reshape((x.b, x.n))? * &self.ones)?;
+        let largest = (largest * &self.ones)?;
         // 0 is what `bad` says of such a row, and the largest u32 of others.
         let none = u32::MAX as f64;
-        let bad = (bad.reshape((x.b, x.n))?.to_dtype(DType::F64)?.affine(-1.0, none)? * &self.ones)?;
+        let bad = (bad.to_dtype(DType::F64)?.affine(-1.0, none)? * &self.ones)?;
         Ok((whole(largest)?.0, whole(bad.affine(-1.0, none)?.recip()?)?.1))
     }
 
@@ -371,16 +387,21 @@ impl Ragged {
     }
 }
 
-/// Checked weights as f64 `(b, n)`, and the largest of each problem; none where every row counts alike.
-fn weights(
-    settings: &KMeans,
-    p: &Problem,
-    ragged: Option<&Ragged>,
-    device: &Device,
-) -> Result<Option<(Tensor, Tensor)>> {
+/// [`ops::scan`] of each row as a problem of its own, f64 and u32 `(b, n)`.
+fn scan_rows(x: &Rows) -> Result<(Tensor, Tensor)> {
+    let (largest, bad) = ops::scan(&Rows::new(&x.tensor.unsqueeze(x.tensor.rank() - 1)?)?)?;
+    Ok((largest.reshape((x.b, x.n))?, bad.reshape((x.b, x.n))?))
+}
+
+/// Weights f64 `(b, n)` and the largest of each problem f64 `(b,)`; and what they are multiples of, f64 `(b,)`.
+type Weights = (Option<(Tensor, Tensor)>, Option<Tensor>);
+
+/// Checked weights; none where every row counts alike. They are multiples of a power of two, so that their products with
+/// rows are f64 wherever the rows are: means depend on their ratios alone.
+fn weights(settings: &KMeans, p: &Problem, ragged: Option<&Ragged>, device: &Device) -> Result<Weights> {
     let w = match (&settings.weights, ragged) {
-        (None, None) => return Ok(None),
-        (None, Some(ragged)) => return Ok(Some((ragged.ones.clone(), ragged.one.clone()))),
+        (None, None) => return Ok((None, None)),
+        (None, Some(ragged)) => return Ok((Some((ragged.ones.clone(), ragged.one.clone())), None)),
         (Some(w), None) => p.weights(&w.detach(), device)?,
         (Some(w), Some(Ragged { ones, .. })) => {
             let w = p.weights(&w.detach(), device)?;
@@ -398,7 +419,12 @@ fn weights(
             return Err(Error::Value { argument: "sample_weights total", got: 0.0, expected: "positive" });
         }
     }
-    Ok(Some((w, heaviest)))
+    // Just above the largest one.
+    let power = |h: f64| f64::from_bits(((h.to_bits() >> 52) + 1).min(2046) << 52);
+    let powers: Vec<_> = heaviest.to_vec1()?.into_iter().map(power).collect();
+    let unit = Tensor::from_vec(powers, p.b, device)?;
+    let w = w.broadcast_div(&unit.unsqueeze(1)?)?;
+    Ok((Some((w, (heaviest / &unit)?)), Some(unit)))
 }
 
 /// The sum of the squared distances of the rows that count to their mean, f64 `(b,)`.
@@ -407,9 +433,10 @@ fn spread(x: &Rows, terms: &Terms, ones: Option<&Tensor>) -> Result<Tensor> {
     ops::update(x, terms, None, Rule::Mean, None, &mean, &Memory::default())?;
     let one = Tensor::zeros((x.b, x.n), DType::U32, x.device())?;
     let distances = ops::distances(x, &Rows::new(&mean)?, &one, Metric::SquaredEuclidean)?;
-    // What is not finite is not in a total.
-    ops::total(&match ones {
+    // Squares beyond the range of f64 are no measure of anything: those within it are.
+    let distances = match ones {
         Some(ones) => (distances * ones)?,
         None => distances,
-    })
+    };
+    Ok(ops::cluster_sums(&distances, None, 1)?.squeeze(1)?)
 }

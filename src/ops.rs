@@ -280,7 +280,7 @@ pub(crate) fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
     Ok((offsets.narrow(1, 1, k)? - offsets.narrow(1, 0, k)?)?)
 }
 
-/// The sum of `values` (f64 `(b, n)`) in each cluster, f64 `(b, k)`; in no particular order and to the same bits in any.
+/// The sum of the finite of `values` (f64 `(b, n)`) in each cluster, f64 `(b, k)`: exact, and rounded once.
 pub(crate) fn cluster_sums(values: &Tensor, labels: Option<&Tensor>, k: usize) -> Result<Tensor> {
     let column = Rows::new(&values.unsqueeze(2)?)?;
     let sums = Tensor::zeros((column.b, k, 1), DType::F64, values.device())?;
@@ -288,7 +288,9 @@ pub(crate) fn cluster_sums(values: &Tensor, labels: Option<&Tensor>, k: usize) -
     Ok(sums.squeeze(2)?)
 }
 
-/// The sum of each row of `values` (f64 `(b, n)`), likewise: f64 `(b,)`.
+/// The sum of each row of `values` (f64 `(b, n)`), likewise, but infinite where one of them is positive infinity: f64 `(b,)`.
 pub(crate) fn total(values: &Tensor) -> Result<Tensor> {
-    Ok(cluster_sums(values, None, 1)?.squeeze(1)?)
+    let sums = cluster_sums(values, None, 1)?.squeeze(1)?;
+    let infinite = values.gt(f64::MAX)?.to_dtype(DType::U32)?.max(1)?;
+    Ok(infinite.where_cond(&(sums.ones_like()? * f64::INFINITY)?, &sums)?)
 }

@@ -3,7 +3,7 @@
 
 use super::{lock, typed, write, Element, View};
 use crate::{
-    fixed,
+    fixed::{self, Scaled},
     ops::{Progress, Terms},
     problem::Rows,
     Metric, Result,
@@ -11,7 +11,8 @@ use crate::{
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
-/// Fits `x` `(b, n, 1)` by squared Euclidean distance, unless its values are too far apart or not numbers: whether it did.
+/// Fits `x` `(b, n, 1)` by squared Euclidean distance, unless its values or their terms are too far apart or not numbers:
+/// whether it did.
 pub(super) fn fit(
     x: &Rows,
     terms: &Terms,
@@ -38,7 +39,7 @@ pub(super) fn fit(
         let fits = (0..x.b).into_par_iter().map(|b| {
             let weights = factor.zip(heaviest).map(|(f, h)| (&f[b * x.n..][..x.n], h[b]));
             let line = Line::new((0..x.n).map(|i| view.row(b, i)[0].wide()), largest[b], weights, x.b == 1);
-            line.lloyd(&starts[b * k..][..k], thresholds[b], max_iters)
+            line?.lloyd(&starts[b * k..][..k], thresholds[b], max_iters)
         });
         let Some(fits) = fits.collect::<Option<Vec<_>>>() else { return Ok(false) };
         write(centroids, |all: &mut [T]| {
@@ -73,9 +74,14 @@ struct Fitted<T> {
 }
 
 impl Line {
-    /// `largest` bounds the terms; weights come with their largest. A problem that is `alone` is sorted by all threads; one
-    /// that waited for others would meanwhile begin with a third.
-    fn new(values: impl Iterator<Item = f64>, largest: f64, weights: Option<(&[f64], f64)>, alone: bool) -> Self {
+    /// `largest` bounds the terms; weights come with their largest. None where a term is no integer of the scale. A problem
+    /// that is `alone` is sorted by all threads; one that waited for others would meanwhile begin with a third.
+    fn new(
+        values: impl Iterator<Item = f64>,
+        largest: f64,
+        weights: Option<(&[f64], f64)>,
+        alone: bool,
+    ) -> Option<Self> {
         let mut sorted: Vec<(f64, u32)> = values.zip(0..).collect();
         let by_value = |a: &(f64, u32), b: &(f64, u32)| a.0.total_cmp(&b.0);
         if alone {
@@ -88,15 +94,18 @@ impl Line {
             let scale = fixed::scale(bound, values.len());
             let mut sum = 0;
             let before = (0..values.len()).map(|i| {
-                sum += fixed::quantise(term(i), scale);
-                sum
+                sum += fixed::quantise(term(i), scale)?;
+                Some(sum)
             });
-            (std::iter::once(0).chain(before).collect(), scale)
+            Some((std::iter::once(Some(0)).chain(before).collect::<Option<_>>()?, scale))
         };
         let weight = |i: usize| weights.map_or(1.0, |(w, _)| w[rows[i] as usize]);
-        let sums = prefix(largest, &|i| values[i] * weight(i));
-        let of_weights = weights.map(|(_, heaviest)| prefix(heaviest, &weight));
-        Self { sums, weights: of_weights, values, rows }
+        let sums = prefix(largest, &|i| values[i] * weight(i))?;
+        let of_weights = match weights {
+            Some((_, heaviest)) => Some(prefix(heaviest, &weight)?),
+            None => None,
+        };
+        Some(Self { sums, weights: of_weights, values, rows })
     }
 
     fn lloyd<T: Element>(&self, start: &[T], threshold: f64, max_iters: usize) -> Option<Fitted<T>> {
@@ -126,9 +135,9 @@ impl Line {
 
     /// The weighted mean of a range; none of no weight.
     fn mean(&self, begin: usize, end: usize) -> Option<f64> {
-        let of = |(sums, scale): &(Vec<i128>, i32)| fixed::value(sums[end] - sums[begin], *scale);
-        let weight = self.weights.as_ref().map_or((end - begin) as f64, of);
-        (weight > 0.0).then(|| of(&self.sums) / weight)
+        let of = |(sums, scale): &(Vec<i128>, i32)| Scaled::of(sums[end] - sums[begin], *scale);
+        let weight = self.weights.as_ref().map_or_else(|| Scaled::of((end - begin) as i128, 0), of);
+        weight.is_positive().then(|| of(&self.sums).over(weight))
     }
 
     /// The range of each centroid that has rows. None where a centroid is no number, or neighbouring ones are so near each other that their distances

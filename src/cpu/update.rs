@@ -6,7 +6,7 @@ use super::{
     line, lock, typed, write, Element, View,
 };
 use crate::{
-    fixed,
+    fixed::{self, Exact, Scaled},
     ops::{Memory, Progress, Rule, Terms, Turn},
     problem::Rows,
     tiles::CPU_SUM_ROWS,
@@ -50,7 +50,7 @@ pub(crate) fn update(
     let (b, k, d) = centroids.dims3()?;
     let sorted = labels.map(|labels| order(labels, k)).transpose()?;
     typed!(x.dtype(), T => {
-        let (xs, largest) = (lock(&x.tensor), lock(&terms.largest));
+        let (xs, largest, first_bad) = (lock(&x.tensor), lock(&terms.largest), lock(&terms.first_bad));
         let (factor, heaviest) = (terms.factor.as_ref().map(lock), terms.heaviest.as_ref().map(lock));
         let sorted = sorted.as_ref().map(|(order, offsets)| (lock(order), lock(offsets)));
         let sorted = sorted.as_ref().map(|(order, offsets)| Ok::<_, Error>((order.flat()?, offsets.flat()?))).transpose()?;
@@ -60,6 +60,7 @@ pub(crate) fn update(
             order: sorted.map(|(order, _)| order),
             offsets: sorted.map(|(_, offsets)| offsets),
             largest: largest.flat()?,
+            first_bad: first_bad.flat()?,
             heaviest: heaviest.as_ref().map(|h| h.flat::<f64>()).transpose()?,
             k,
         };
@@ -110,6 +111,7 @@ struct Sorted<'a, T> {
     order: Option<&'a [u32]>,
     offsets: Option<&'a [u32]>,
     largest: &'a [f64],
+    first_bad: &'a [u32],
     heaviest: Option<&'a [f64]>,
     k: usize,
 }
@@ -142,27 +144,51 @@ impl<T: Element> Sorted<'_, T> {
         }
     }
 
-    fn divided(&self, b: usize, j: usize, rule: Rule, sums: Vec<f64>) -> Option<Vec<f64>> {
-        let divisor = match rule {
-            Rule::Sum => 1.0,
-            Rule::Direction => fixed::striped(sums.iter().map(|s| s * s)).sqrt(),
-            _ => self.weight(b, j),
-        };
-        (divisor > 0.0).then(|| sums.into_iter().map(|s| s / divisor).collect())
-    }
-
-    /// The fixed-point weight of the row at a place, and the scale it has.
-    fn weights(&self, b: usize) -> Option<(impl Fn(usize) -> i128 + '_, i32)> {
-        let (factor, heaviest) = (self.factor?, self.heaviest?);
-        let scale = fixed::scale(heaviest[b], self.x.rows.n);
-        Some((move |place| fixed::quantise(factor[b * self.x.rows.n + self.row(b, place)], scale), scale))
-    }
-
-    fn weight(&self, b: usize, j: usize) -> f64 {
-        match self.weights(b) {
-            Some((weight, scale)) => fixed::value(self.range(b, j).map(weight).sum(), scale),
-            None => self.range(b, j).len() as f64,
+    fn divided(&self, b: usize, j: usize, rule: Rule, sums: Vec<Scaled>) -> Option<Vec<f64>> {
+        match rule {
+            Rule::Sum => Some(sums.into_iter().map(Scaled::value).collect()),
+            Rule::Direction => {
+                let (values, norm) = Scaled::direction(&sums)?;
+                Some(values.into_iter().map(|v| v / norm).collect())
+            }
+            _ => {
+                let weight = self.weight(b, j);
+                weight.is_positive().then(|| sums.into_iter().map(|s| s.over(weight)).collect())
+            }
         }
+    }
+
+    /// Whether a row counts: one that is not finite weighs nothing.
+    fn counts(&self, b: usize, row: usize) -> bool {
+        self.first_bad[b] == u32::MAX || self.x.row(b, row).iter().all(|v| v.wide().is_finite())
+    }
+
+    /// The rows of a cluster that count.
+    fn members(&self, b: usize, j: usize) -> impl Iterator<Item = usize> + '_ {
+        self.range(b, j).map(move |place| self.row(b, place)).filter(move |&row| self.counts(b, row))
+    }
+
+    /// The weight of a row that counts.
+    fn row_weight(&self, b: usize, row: usize) -> f64 {
+        self.factor.map_or(1.0, |factor| factor[b * self.x.rows.n + row])
+    }
+
+    fn weight(&self, b: usize, j: usize) -> Scaled {
+        let Some(heaviest) = self.heaviest else {
+            let all = self.first_bad[b] == u32::MAX;
+            let rows = if all { self.range(b, j).len() } else { self.members(b, j).count() };
+            return Scaled::of(rows as i128, 0);
+        };
+        let scale = fixed::scale(heaviest[b], self.x.rows.n);
+        let (mut whole, mut exact) = (0, None);
+        for row in self.members(b, j) {
+            let weight = self.row_weight(b, row);
+            match fixed::quantise(weight, scale) {
+                Some(v) => whole += v,
+                None => exact.get_or_insert(Exact::ZERO).add(weight),
+            }
+        }
+        rounded(whole, scale, exact)
     }
 
     fn row(&self, b: usize, place: usize) -> usize {
@@ -170,25 +196,22 @@ impl<T: Element> Sorted<'_, T> {
     }
 
     /// The sums of the columns; none of no rows.
-    fn sums(&self, b: usize, j: usize) -> Option<Vec<f64>> {
+    fn sums(&self, b: usize, j: usize) -> Option<Vec<Scaled>> {
         let Range { start, end } = self.range(b, j);
         let scale = fixed::scale(self.largest[b], self.x.rows.n);
         let part = |p: usize| self.sum(b, start + p * CPU_SUM_ROWS, end.min(start + (p + 1) * CPU_SUM_ROWS), scale);
-        let add = |mut a: Vec<i128>, b: Vec<i128>| {
-            a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
-            a
-        };
         let parts = (end - start).div_ceil(CPU_SUM_ROWS);
-        let sum = (0..parts).into_par_iter().map(part).reduce_with(add)?;
-        Some(sum.into_iter().map(|q| fixed::value(q, scale)).collect())
+        let Sums { whole, exact } = (0..parts).into_par_iter().map(part).reduce_with(Sums::join)?;
+        let exact = exact.map_or_else(|| vec![None; whole.len()], |exact| exact.into_iter().map(Some).collect());
+        Some(whole.into_iter().zip(exact).map(|(q, exact)| rounded(q, scale, exact)).collect())
     }
 
-    /// Sums positions `start..end` of problem `b` as fixed-point integers.
+    /// Sums positions `start..end` of problem `b`.
     ///
     /// The integer of most terms is split over a few f64 "limbs", each a whole number of its own unit (2^26 apart) and
     /// small enough that f64 addition of thousands of them is exact: integer sums at the speed of f64 adds. A term with
-    /// bits below the last limb (a small one) adds what is missing as an integer of its own.
-    fn sum(&self, b: usize, start: usize, end: usize, scale: i32) -> Vec<i128> {
+    /// bits below the last limb (a small one) adds what is missing as an integer of its own, or to an exact sum.
+    fn sum(&self, b: usize, start: usize, end: usize, scale: i32) -> Sums {
         // Products with a factor carry 53 bits, plain f32 and shorter at most 24.
         if self.factor.is_some() || size_of::<T>() == 8 {
             self.sum_limbs::<3>(b, start, end, scale)
@@ -197,42 +220,71 @@ impl<T: Element> Sorted<'_, T> {
         }
     }
 
-    fn sum_limbs<const LIMBS: usize>(&self, b: usize, start: usize, end: usize, scale: i32) -> Vec<i128> {
+    fn sum_limbs<const LIMBS: usize>(&self, b: usize, start: usize, end: usize, scale: i32) -> Sums {
         // Every term is below 2^top; adding and taking away 1.5 * 2^(52 + e) rounds to a multiple of 2^e.
         let top = 126 - scale - (usize::BITS - self.x.rows.n.leading_zeros()) as i32;
         let units: [i32; LIMBS] = std::array::from_fn(|l| top - 26 * (l as i32 + 1));
         let rounders = units.map(|e| 1.5 * 2f64.powi(52 + e));
         let extreme = !(-900..900).contains(&top);
         let mut planes = vec![0f64; LIMBS * self.x.rows.d];
-        let mut sum = vec![0i128; self.x.rows.d];
+        let mut sums = Sums { whole: vec![0; self.x.rows.d], exact: None };
         let rounders = if extreme { &[][..] } else { &rounders };
         let add =
-            AddRows { terms: self, b, positions: start..end, scale, rounders, planes: &mut planes, sum: &mut sum };
+            AddRows { terms: self, b, positions: start..end, scale, rounders, planes: &mut planes, sums: &mut sums };
         pulp::Arch::new().dispatch(add);
         for (plane, unit) in planes.chunks_exact(self.x.rows.d).zip(units) {
             let whole = 2f64.powi(-unit);
-            sum.iter_mut().zip(plane).for_each(|(s, &v)| *s += ((v * whole) as i128) << (unit + scale));
+            sums.whole.iter_mut().zip(plane).for_each(|(s, &v)| *s += ((v * whole) as i128) << (unit + scale));
         }
-        sum
+        sums
     }
 
     /// The medians of the columns; none of no weight.
     fn medians(&self, b: usize, j: usize) -> Option<Vec<f64>> {
-        let weights = self.weights(b);
-        let weight = |place| weights.as_ref().map_or(1, |(weight, _)| weight(place));
-        let members: Vec<_> = self.range(b, j).map(|place| (self.row(b, place), weight(place))).collect();
-        let total: i128 = members.iter().map(|m| m.1).sum();
+        let members: Vec<_> = self.members(b, j).map(|row| (row, self.row_weight(b, row))).collect();
+        let members: Vec<_> = members.into_iter().filter(|&(_, weight)| weight > 0.0 && weight.is_finite()).collect();
         let mut column = Vec::with_capacity(members.len());
         let median = |c: usize| {
             column.clear();
             column.extend(members.iter().map(|&(i, weight)| (self.x.row(b, i)[c].wide(), weight)));
-            median(&mut column, total, weights.is_none())
+            median(&mut column, self.heaviest.map(|heaviest| fixed::scale(heaviest[b], self.x.rows.n)))
         };
-        (total > 0).then(|| (0..self.x.rows.d).map(median).collect())
+        (!members.is_empty()).then(|| (0..self.x.rows.d).map(median).collect())
     }
 }
 
-/// Adds the limbs of some terms to `planes`, and what they leave (without rounders: everything) to `sum`. A struct for the
+/// The sums of columns: of terms that are integers of the problem's scale, and of others, if there are any.
+struct Sums {
+    whole: Vec<i128>,
+    exact: Option<Vec<Exact>>,
+}
+
+impl Sums {
+    fn join(mut self, other: Self) -> Self {
+        self.whole.iter_mut().zip(other.whole).for_each(|(a, b)| *a += b);
+        self.exact = match (self.exact, other.exact) {
+            (Some(mut exact), Some(other)) => {
+                exact.iter_mut().zip(&other).for_each(|(a, b)| a.join(b));
+                Some(exact)
+            }
+            (exact, other) => exact.or(other),
+        };
+        self
+    }
+}
+
+/// The sum of both, rounded once.
+fn rounded(whole: i128, scale: i32, exact: Option<Exact>) -> Scaled {
+    match exact {
+        None => Scaled::of(whole, scale),
+        Some(mut exact) => {
+            exact.add_fixed(whole, scale);
+            exact.rounded()
+        }
+    }
+}
+
+/// Adds the limbs of some terms to `planes`, and what they leave (without rounders: everything) to `sums`. A struct for the
 /// reason that `Pack` in assign.rs is one.
 struct AddRows<'a, T> {
     terms: &'a Sorted<'a, T>,
@@ -241,7 +293,7 @@ struct AddRows<'a, T> {
     scale: i32,
     rounders: &'a [f64],
     planes: &'a mut [f64],
-    sum: &'a mut [i128],
+    sums: &'a mut Sums,
 }
 
 impl<T: Element> NullaryFnOnce for AddRows<'_, T> {
@@ -249,20 +301,22 @@ impl<T: Element> NullaryFnOnce for AddRows<'_, T> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { terms, b, positions, scale, rounders, planes, sum } = self;
-        let (n, d) = (terms.x.rows.n, terms.x.rows.d);
+        let Self { terms, b, positions, scale, rounders, planes, sums } = self;
+        let (n, d, dirty) = (terms.x.rows.n, terms.x.rows.d, terms.first_bad[b] != u32::MAX);
         let row = |p: usize| terms.row(b, p);
-        let (mut values, mut each, mut rest) = (vec![Scalar::of(0.0); d], vec![0f64; d], vec![0f64; d]);
+        let (mut values, mut rest) = (vec![Scalar::of(0.0); d], vec![0f64; d]);
         for p in positions.clone() {
             if terms.order.is_some() && p + AHEAD < positions.end {
                 prefetch(terms.x.row(b, row(p + AHEAD)));
             }
             T::filter_row(terms.x.row(b, row(p)), &mut values);
             let factor = terms.factor.map_or(1.0, |f| f[b * n + row(p)]);
-            for ((t, r), v) in each.iter_mut().zip(&mut rest).zip(&values) {
+            if dirty && !values.iter().all(|v| v.widen().is_finite()) {
+                continue;
+            }
+            for (r, v) in rest.iter_mut().zip(&values) {
                 let v = v.widen() * factor;
-                *t = if v.abs() < f64::INFINITY { v } else { 0.0 };
-                *r = *t;
+                *r = if v.abs() < f64::INFINITY { v } else { 0.0 };
             }
             for (plane, &rounder) in planes.chunks_exact_mut(d).zip(rounders) {
                 for (p, r) in plane.iter_mut().zip(&mut rest) {
@@ -272,8 +326,12 @@ impl<T: Element> NullaryFnOnce for AddRows<'_, T> {
                 }
             }
             if rest.iter().fold(0, |any, r| any | r.to_bits() << 1) != 0 {
-                for ((s, &t), &r) in sum.iter_mut().zip(&each).zip(&rest).filter(|(_, &r)| r != 0.0) {
-                    *s += fixed::quantise(t, scale) - fixed::quantise(t - r, scale);
+                let Sums { whole, exact } = &mut *sums;
+                for (c, (s, &r)) in whole.iter_mut().zip(&rest).enumerate().filter(|(_, (_, &r))| r != 0.0) {
+                    match fixed::quantise(r, scale) {
+                        Some(v) => *s += v,
+                        None => exact.get_or_insert_with(|| vec![Exact::ZERO; d])[c].add(r),
+                    }
                 }
             }
         }
@@ -295,21 +353,30 @@ fn prefetch<T>(row: &[T]) {
     let _ = row;
 }
 
-/// The smallest value that at least half of the weight does not exceed.
-fn median(column: &mut [(f64, i128)], total: i128, unweighted: bool) -> f64 {
-    let by_value = |a: &(f64, i128), b: &(f64, i128)| a.0.total_cmp(&b.0);
-    if column.is_empty() {
-        return 0.0;
-    }
-    if unweighted {
+/// The smallest value that at least half of the weight does not exceed, of at least one value. Weights, if there is a scale,
+/// are positive; without one they are equal.
+fn median(column: &mut [(f64, f64)], scale: Option<i32>) -> f64 {
+    let by_value = |a: &(f64, f64), b: &(f64, f64)| a.0.total_cmp(&b.0);
+    let Some(scale) = scale else {
         let middle = (column.len() - 1) / 2;
         return column.select_nth_unstable_by(middle, by_value).1 .0;
-    }
+    };
     column.sort_unstable_by(by_value);
-    let mut below = 0;
-    let reached = column.iter().find(|(_, w)| {
-        below += w;
-        2 * below >= total
-    });
-    reached.map_or(0.0, |&(v, _)| v)
+    let whole: Option<Vec<i128>> = column.iter().map(|&(_, weight)| fixed::quantise(weight, scale)).collect();
+    let reached = match whole {
+        Some(whole) => {
+            let total: i128 = whole.iter().sum();
+            whole.iter().scan(0, |below, w| Some((*below += w, 2 * *below >= total).1)).position(|reached| reached)
+        }
+        None => {
+            // Twice what is below, less the total.
+            let mut left = Exact::ZERO;
+            column.iter().for_each(|&(_, weight)| left.add(-weight));
+            column.iter().position(|&(_, weight)| {
+                (0..2).for_each(|_| left.add(weight));
+                !left.is_negative()
+            })
+        }
+    };
+    column[reached.expect("all of the weight is at least half")].0
 }
