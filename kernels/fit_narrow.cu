@@ -3,7 +3,8 @@
 // A block takes a problem and keeps its rows, labels and sums on chip for all iterations: centroids are prepared and
 // rows labelled as in assign_narrow.cu, rows are brought into cluster order by a counting sort, and each thread adds up
 // an equal share of them, cluster by cluster. Sums are integers (src/fixed.rs), so atomics may finish them in any
-// order. A block that has converged goes on to the next problem. Traffic: X once, labels once, and the centroids, which
+// order. Clusters with a term that is no such integer, or with a row that is not finite, are added up once more, by warps.
+// A block that has converged goes on to the next problem. Traffic: X once, labels once, and the centroids, which
 // stay in the cache.
 #include "narrow.cuh"
 #include "scan.cuh"
@@ -15,7 +16,7 @@ struct OnChip {
     __int128* rest;             // (k, D): what limbs could not take
     __int128* weights;          // (k)
     unsigned long long* limbs;  // (2, k, D), two's complement
-    uint32_t *starts, *next;    // (k + 1) and (k): where clusters begin, and the place of the next row
+    uint32_t *starts, *next;    // (k + 1) and (k): where clusters begin, and the place of the next row; then ODD
     T* x;                       // (n, D), zeros beyond the columns
     uint16_t *labels, *order;   // (n)
 
@@ -30,6 +31,9 @@ struct OnChip {
         order = labels + n;
     }
 };
+
+/// What `next` is of clusters that have to be added up once more.
+constexpr uint32_t ODD = UINT32_MAX;
 
 /// The sum of D terms in the order of `striped` in src/fixed.rs.
 template <int D>
@@ -62,16 +66,17 @@ __device__ void sort(const OnChip<T, D>& s, uint32_t n, uint32_t k) {
     __syncthreads();
 }
 
-/// Adds up each thread's share of the sorted rows.
+/// Adds up each thread's share of the sorted rows. Sets `odd` if there is a cluster to be added up once more.
 template <class T, int D>
 __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T>& units, const double* factor,
-                    int weight_scale, int divisor) {
+                    int weight_scale, int divisor, bool& odd) {
     constexpr bool EXACT = std::is_same<T, __half>::value;
     const uint32_t each = (n + blockDim.x - 1) / blockDim.x;
     const uint32_t end = min((threadIdx.x + 1) * each, n);
     uint32_t cluster = UINT32_MAX;
     double sums[2][D];
     __int128 weight = 0;
+    const auto mark = [&] { s.next[cluster] = ODD, odd = true; };
     const auto leave = [&] {
 #pragma unroll
         for (int l = 0; l < 2; ++l) {
@@ -95,7 +100,9 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
         Several<T, D> part = reinterpret_cast<const Several<T, D>*>(s.x)[row];
         if (!factor && units.dirty) {
 #pragma unroll
-            for (int q = 0; q < D; ++q) part.values[q] = isfinite(wide(part.values[q])) ? part.values[q] : T(0.0f);
+            for (int q = 0; q < D; ++q) {
+                if (!isfinite(wide(part.values[q]))) part.values[q] = T(0.0f), mark();
+            }
         }
         if (!factor && (EXACT || units.fit(part.values))) {
 #pragma unroll
@@ -103,11 +110,18 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
             continue;
         }
         const double f = factor ? factor[row] : 1;
-        if (factor && divisor == WEIGHT) weight += fixed_quantise(f, weight_scale);
+        __int128 whole;
+        if (factor && divisor == WEIGHT) {
+            if (!fixed_quantise(f, weight_scale, whole)) mark();
+            weight += whole;
+        }
 #pragma unroll
         for (int q = 0; q < D; ++q) {
             double v = __dmul_rn(wide(part.values[q]), f);
-            if (!isfinite(v)) v = 0;
+            if (!isfinite(v)) {
+                v = 0;
+                if (units.dirty && f != 0) mark();
+            }
             // Rounded toward zero, so that what is left has the sign of the term.
 #pragma unroll
             for (int l = 0; l < 2; ++l) {
@@ -116,12 +130,37 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
                 sums[l][q] += limb, v -= limb;
             }
             if (v != 0) {
-                atomic_add(reinterpret_cast<unsigned long long*>(&s.rest[cluster * D + q]),
-                           fixed_quantise(v, units.scale));
+                if (!fixed_quantise(v, units.scale, whole) || units.extreme) mark();
+                atomic_add(reinterpret_cast<unsigned long long*>(&s.rest[cluster * D + q]), whole);
             }
         }
     }
     if (cluster != UINT32_MAX) leave();
+    __syncthreads();
+}
+
+/// Adds up marked clusters once more, a column to a warp: to `rest` and `weights`, as `Scaled`.
+template <class T, int D>
+__device__ void add_exactly(const OnChip<T, D>& s, uint32_t k, bool dirty, const double* factor) {
+    const uint32_t lane = threadIdx.x % WARP;
+    for (uint32_t item = threadIdx.x / WARP; item < k * (D + 1); item += blockDim.x / WARP) {
+        const uint32_t j = item / (D + 1), q = item % (D + 1), end = s.starts[j + 1];
+        if (s.next[j] != ODD) continue;
+        Gathered sum;
+#pragma unroll 1
+        for (uint32_t next = s.starts[j]; next < end; next += WARP) {
+            double term = 0;
+            if (next + lane < end) {
+                const uint32_t row = s.order[next + lane];
+                const double f = factor ? factor[row] : 1;
+                const T* const values = s.x + row * D;
+                if (!dirty || finite(values, D)) term = q < D ? __dmul_rn(wide(values[q]), f) : f;
+            }
+            sum.add(term);
+        }
+        const Scaled its = sum.all().rounded();
+        if (lane == 0) *reinterpret_cast<Scaled*>(q < D ? &s.rest[j * D + q] : &s.weights[j]) = its;
+    }
     __syncthreads();
 }
 
@@ -132,19 +171,52 @@ __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const 
     double most = 0;
 #pragma unroll 1
     for (uint32_t j = threadIdx.x; j < k; j += blockDim.x) {
-        double totals[D], terms[D];
+        double totals[D], terms[D], by = 1;
+        Scaled* const sums = reinterpret_cast<Scaled*>(s.rest + j * D);
+        bool odd = s.next[j] == ODD;
+        if (!odd) {
 #pragma unroll
-        for (int q = 0; q < D; ++q) {
-            __int128 sum = s.rest[j * D + q];
+            for (int q = 0; q < D; ++q) {
+                __int128 sum = s.rest[j * D + q];
 #pragma unroll
-            for (int l = 0; l < 2; ++l) {
-                sum += __int128((long long)s.limbs[(l * k + j) * D + q]) << (units.unit(l) + units.scale);
+                for (int l = 0; l < 2; ++l) {
+                    sum += __int128((long long)s.limbs[(l * k + j) * D + q]) << (units.unit(l) + units.scale);
+                }
+                totals[q] = fixed_value(sum, units.scale), terms[q] = __dmul_rn(totals[q], totals[q]);
             }
-            totals[q] = fixed_value(sum, units.scale), terms[q] = __dmul_rn(totals[q], totals[q]);
+            const double squares = striped_here(terms);
+            by = divisor == NORM ? __dsqrt_rn(squares)
+                 : weighted      ? fixed_value(s.weights[j], weight_scale)
+                                 : double(s.starts[j + 1] - s.starts[j]);
+            if (divisor == NORM && !(LEAST_SQUARES <= squares && squares <= MOST_SQUARES)) {
+                odd = true;
+#pragma unroll
+                for (int q = 0; q < D; ++q) sums[q] = scaled(totals[q]);
+            }
         }
-        const double by = divisor == NORM ? __dsqrt_rn(striped_here(terms))
-                          : weighted      ? fixed_value(s.weights[j], weight_scale)
-                                          : double(s.starts[j + 1] - s.starts[j]);
+        if (odd) {
+            const Quotient quotient(
+                divisor, *reinterpret_cast<const Scaled*>(s.weights + j),
+                [&](int64_t shift) {
+#pragma unroll
+                    for (int q = 0; q < D; ++q) {
+                        const double t = sums[q].value(shift);
+                        terms[q] = __dmul_rn(t, t);
+                    }
+                    return striped_here(terms);
+                },
+                [&] {
+                    int64_t most = INT32_MIN;
+#pragma unroll 1
+                    for (int q = 0; q < D; ++q) {
+                        if (sums[q].significand != 0) most = max(most, sums[q].exponent);
+                    }
+                    return most == INT32_MIN ? 0 : most;
+                });
+            by = quotient.some();
+#pragma unroll
+            for (int q = 0; q < D; ++q) totals[q] = by > 0 ? quotient.of(sums[q]) : 0;
+        }
         if (!(by > 0)) continue;
 #pragma unroll
         for (int q = 0; q < D; ++q) {
@@ -166,6 +238,7 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
                     uint32_t* labels) {
     extern __shared__ __align__(16) uint8_t raw[];
     __shared__ double shift;
+    __shared__ bool odd;
     const Narrow<Filter<T>, D> to(raw, k);
     const OnChip<T, D> s(raw + narrow_bytes, r.n, k);
     const Rows here = {0, D, 1, r.n, r.d};
@@ -173,7 +246,8 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
     for (int64_t b = blockIdx.x; b < r.b; b += gridDim.x) {
         T* const c = centroids + b * k * d;
         const double* const factor = terms.factor ? terms.factor + b * r.n : nullptr;
-        const Units<T> units(terms.largest[b], r.n, terms.first_bad[b] != UINT32_MAX);
+        const Units<T> units(terms.largest[b], terms.heaviest ? terms.heaviest[b] : 1, r.n,
+                             terms.first_bad[b] != UINT32_MAX);
         const int weight_scale = terms.heaviest ? fixed_scale(terms.heaviest[b], r.n) : 0;
         for (int64_t i = threadIdx.x; i < r.n * D; i += blockDim.x) {
             s.x[i] = i % D < d ? row_of(x, r, b, i / D)[i % D] : T(0.0f);
@@ -183,12 +257,13 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
             __syncthreads();
             to.prepare(c, d, d, metric);
             assign_rows<T, D, false>(s.x, here, 0, 0, r.n, c, d, to, metric, s.labels);
-            if (threadIdx.x == 0) shift = 0;
+            if (threadIdx.x == 0) shift = 0, odd = false;
             __syncthreads();
             if (done && threadIdx.x == 0) stop[b] = iteration;
             if (done || iteration == max_iters) break;
             sort(s, r.n, k);
-            add(s, r.n, k, units, factor, weight_scale, divisor);
+            add(s, r.n, k, units, factor, weight_scale, divisor, odd);
+            if (odd) add_exactly(s, k, units.dirty, factor);
             const double moved = replace(s, c, k, d, units, factor != nullptr, weight_scale, divisor);
             if (moved > 0) atomic_max(&shift, moved);
             __syncthreads();

@@ -3,7 +3,8 @@
 // The blocks of a team share a problem and keep its rows on chip for all iterations. In each, every block labels its
 // rows with mma.sync, settles what that does not prove, brings its rows into cluster order and adds them up, cluster by
 // cluster, to what the other blocks have of a cluster. When all have, each block finishes a share of the means and
-// prepares them for the next scores. Sums are integers (src/fixed.rs), so it does not matter how rows are shared out. A
+// prepares them for the next scores. Sums are integers (src/fixed.rs), so it does not matter how rows are shared out.
+// Clusters with a term that is no such integer, or with a row that is not finite, are added up once more from memory. A
 // team waits for its own blocks alone, twice an iteration (the launch is cooperative, so all of them run), and once
 // converged it goes on to another problem. Traffic: X once, labels once; centroids and sums stay in the L2 cache.
 #include "duplicates.cuh"
@@ -37,7 +38,7 @@ struct Common {
     unsigned long long* limbs;    // (LIMBS, k, whole lines), columns in the order of `place_of`
     unsigned long long* rest;     // (k, d, 2): what limbs could not take; null for f16 without factors
     unsigned long long* weights;  // (k, 2), of factors
-    uint32_t* sizes;              // (k), without
+    uint32_t* sizes;              // (k + 1), without; ODD if a cluster is to be added up once more, and of any last
     double* shifts;               // (2): the largest squared shift of an even and of an odd turn
     uint32_t* arrived;            // times that blocks have come to a barrier
     // And how the centroids are scored, which needs no zeros:
@@ -49,13 +50,16 @@ struct Common {
         return {limbs + team * limb_count * k * ((d + LINE_COLUMNS - 1) / LINE_COLUMNS * LINE_COLUMNS),
                 rest + team * k * d * 2,
                 weights + team * k * 2,
-                sizes + team * k,
+                sizes + team * (k + 1),
                 shifts + team * 2,
                 arrived + team,
                 reinterpret_cast<T*>(moved) + team * k * d,
                 prepared + team * k};
     }
 };
+
+/// Of a cluster's size, beside the number of its rows.
+constexpr uint32_t ODD = 1u << 31;
 
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
     uint32_t v;
@@ -487,6 +491,9 @@ struct Fit {
         __syncthreads();
     }
 
+    /// Says that a cluster is to be added up once more.
+    __device__ __forceinline__ void mark(int j) const { atomicOr(to.sizes + j, ODD), to.sizes[k] = ODD; }
+
     /// Adds up the block's rows of each cluster, a warp's, two columns of a line to a lane.
     template <int LINES>
     __device__ void add(const Units<T>& units, int weight_scale) const {
@@ -494,7 +501,7 @@ struct Fit {
         const uint8_t* const rows = s.rows + lane % 4 * 4;
         double per_unit[LIMBS];
 #pragma unroll
-        for (int l = 0; l < LIMBS; ++l) per_unit[l] = power_of_two(-units.unit(l));
+        for (int l = 0; l < LIMBS; ++l) per_unit[l] = units.extreme ? 0 : power_of_two(-units.unit(l));
         // Blocks begin at different clusters, for they should not add to the same ones at the same time.
         const int ahead = rank * k / shares.blocks;
 #pragma unroll 1
@@ -509,7 +516,11 @@ struct Fit {
                 const int row = s.order[place];
                 const uint8_t* const at = rows + row * LINE + ((lane / 4 ^ row & 7) << 4);
                 const double f = FACTOR ? s.factor[row] : 1;
-                if (FACTOR && divisor == WEIGHT) weight += fixed_quantise(f, weight_scale);
+                if (FACTOR && divisor == WEIGHT) {
+                    __int128 q;
+                    if (!fixed_quantise(f, weight_scale, q)) mark(j);
+                    weight += q;
+                }
 #pragma unroll
                 for (int line = 0; line < LINES; ++line) {
                     uint32_t two = *reinterpret_cast<const uint32_t*>(at + line * line_bytes);
@@ -519,7 +530,7 @@ struct Fit {
                     if (!FACTOR && units.dirty) {
 #pragma unroll
                         for (int q = 0; q < 2; ++q) {
-                            if (!isfinite(wide(pair.values[q]))) pair.values[q] = T(0.0f);
+                            if (!isfinite(wide(pair.values[q]))) pair.values[q] = T(0.0f), mark(j);
                         }
                         two = reinterpret_cast<const uint32_t&>(pair);
                     }
@@ -556,15 +567,22 @@ struct Fit {
 #pragma unroll
         for (int q = 0; q < 2; ++q) {
             double v = __dmul_rn(wide(values[q]), f);
-            if (!isfinite(v)) v = 0;
+            if (!isfinite(v)) {
+                v = 0;
+                if (units.dirty && f != 0) mark(j);
+            }
             // Rounded toward zero, so that what is left has the sign of the term.
 #pragma unroll
             for (int l = 0; l < LIMBS; ++l) {
                 const double rounder = copysign(units.rounder(l), v);
-                const double limb = __dadd_rz(v, rounder) - rounder;
+                const double limb = units.extreme ? 0 : __dadd_rz(v, rounder) - rounder;
                 sums[l][line][q] += FACTOR ? limb : limb * power_of_two(-Small<T>::SCALE), v -= limb;
             }
-            if (v != 0) atomic_add(to.rest + 2 * (j * d + column + q), fixed_quantise(v, units.scale));
+            if (v != 0) {
+                __int128 whole;
+                if (!fixed_quantise(v, units.scale, whole) || units.extreme) mark(j);
+                atomic_add(to.rest + 2 * (j * d + column + q), whole);
+            }
         }
     }
 
@@ -576,10 +594,83 @@ struct Fit {
         else add<4>(units, weight_scale);
     }
 
+    /// Where exponents of the sums of marked clusters lie, as many as `totals`: what centroids are scored by is not
+    /// needed before the next ones are there.
+    __device__ __forceinline__ int16_t* exponents() const { return reinterpret_cast<int16_t*>(s.centroids); }
+
+    /// Adds up the marked clusters of the block's share once more, a column to a warp, from where all blocks read their
+    /// rows: significands to `totals`. The weight goes where it was.
+    __device__ void add_exactly(int owned, bool dirty, const uint32_t* labels) const {
+        const int lane = threadIdx.x % WARP;
+        const int64_t before = int64_t(live ? rank : 0) * shares.rows;
+        for (int item = threadIdx.x / WARP; item < owned * (d + 1); item += WARPS) {
+            const int i = item / (d + 1), q = item % (d + 1), j = rank + i * shares.blocks;
+            if (!(__ldcg(to.sizes + j) & ODD)) continue;
+            Gathered sum;
+#pragma unroll 1
+            for (int64_t next = 0; next < r.n; next += WARP) {
+                const int64_t row = next + lane;
+                double term = 0;
+                if (row < r.n && __ldcg(labels + row) == uint32_t(j)) {
+                    const T* const values = x + (row - before) * r.row_stride;
+                    const double f = FACTOR ? factor[row - int64_t(rank) * shares.rows] : 1;
+                    if (!dirty || finite(values, d)) term = q < d ? __dmul_rn(wide(values[q]), f) : f;
+                }
+                sum.add(term);
+            }
+            const Scaled its = sum.all().rounded();
+            if (lane) continue;
+            if (q < d) s.totals[i * d + q] = its.significand, exponents()[i * d + q] = its.exponent;
+            else if (FACTOR) *reinterpret_cast<Scaled*>(to.weights + 2 * j) = its;
+            else to.sizes[j] = ODD | uint32_t(its.value(0));
+        }
+    }
+
+    /// Replaces sums in `totals` by what they are divided by, a warp's, where f64 alone does not do: those of a marked
+    /// cluster, or ones whose squares leave its range. Returns whether there is anything to divide by.
+    __device__ bool divide(int j, double* totals, const int16_t* exponents) const {
+        const int lane = threadIdx.x % WARP;
+        const auto total = [&](int q) {
+            return exponents ? Scaled{totals[q], exponents[q]} : scaled(totals[q]);
+        };
+        const uint32_t size = __ldcg(to.sizes + j) & ~ODD;
+        Scaled weight = scaled(double(size));
+        if (FACTOR && exponents) {
+            const uint4 its = __ldcg(reinterpret_cast<const uint4*>(to.weights + 2 * j));
+            weight = reinterpret_cast<const Scaled&>(its);
+        }
+        const Quotient by(
+            divisor, weight,
+            [&](int64_t shift) {
+                double squares = 0;
+                for (int q = lane; q < d; q += WARP) {
+                    const double t = total(q).value(shift);
+                    squares = __dadd_rn(squares, __dmul_rn(t, t));
+                }
+                return striped(squares);
+            },
+            [&] {
+                int most = INT32_MIN;
+                for (int q = lane; q < d; q += WARP) {
+                    const Scaled its = total(q);
+                    if (its.significand != 0) most = max(most, int(its.exponent));
+                }
+                most = __reduce_max_sync(~0u, most);
+                return int64_t(most == INT32_MIN ? 0 : most);
+            });
+        if (!by.some()) return false;
+        for (int q = lane; q < d; q += WARP) totals[q] = by.of(total(q));
+        __syncwarp();
+        return true;
+    }
+
     /// Replaces the block's share of the centroids, every so many, but those of no weight. Leaves zeros where their
-    /// terms were added up.
-    __device__ void replace(const Units<T>& units, int weight_scale, double* shift) const {
+    /// terms were added up. `labels` (n) is where blocks tell each other theirs, if clusters are marked; `all` is how
+    /// often they have come to a barrier.
+    __device__ void replace(const Units<T>& units, int weight_scale, double* shift, uint32_t* labels,
+                            uint32_t& all) const {
         const int owned = (k - rank + shares.blocks - 1) / shares.blocks;
+        const bool marked = __ldcg(to.sizes + k);
         for (int i = threadIdx.x; i < owned * d; i += THREADS_HERE) {
             const int j = rank + i / d * shares.blocks, column = i % d;
             __int128 total = 0;
@@ -596,11 +687,17 @@ struct Fit {
             }
             s.totals[i] = fixed_value(total, units.scale);
         }
+        if (marked) {
+            for (int i = threadIdx.x; i < live; i += THREADS_HERE) labels[rank * shares.rows + i] = s.labels[i];
+            sync_team(to.arrived, all += shares.blocks);
+            if (rank == 0 && threadIdx.x == 0) to.sizes[k] = 0;
+            add_exactly(owned, units.dirty, labels);
+        }
         __syncthreads();
         const int lane = threadIdx.x % WARP;
         for (int i = threadIdx.x / WARP; i < owned; i += WARPS) {
             const int j = rank + i * shares.blocks;
-            const double* const totals = s.totals + i * d;
+            double* const totals = s.totals + i * d;
             double by = 0;
             if (FACTOR) {
                 const unsigned long long low = __ldcg(to.weights + 2 * j), high = __ldcg(to.weights + 2 * j + 1);
@@ -608,12 +705,17 @@ struct Fit {
             } else {
                 by = __ldcg(to.sizes + j);
             }
-            if (divisor == NORM) {
+            const bool odd = marked && __ldcg(to.sizes + j) & ODD;
+            bool far = false;
+            if (divisor == NORM && !odd) {
                 double squares = 0;
                 for (int q = lane; q < d; q += WARP) squares = __dadd_rn(squares, __dmul_rn(totals[q], totals[q]));
-                by = __dsqrt_rn(striped(squares));
+                squares = striped(squares);
+                by = __dsqrt_rn(squares), far = !(LEAST_SQUARES <= squares && squares <= MOST_SQUARES);
             }
+            if (odd || far) by = divide(j, totals, odd ? exponents() + i * d : nullptr);
             __syncwarp();
+            if (odd && lane == 0) to.sizes[j] = 0;
             if (lane == 0) {
                 if (FACTOR) to.weights[2 * j] = to.weights[2 * j + 1] = 0;
                 else to.sizes[j] = 0;
@@ -663,7 +765,8 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
                               metric,
                               divisor,
                               rank};
-        const Units<T> units(terms.largest[b], r.n, terms.first_bad[b] != UINT32_MAX);
+        const Units<T> units(terms.largest[b], FACTOR && terms.heaviest ? terms.heaviest[b] : 1, r.n,
+                             terms.first_bad[b] != UINT32_MAX);
         const int weight_scale = FACTOR && terms.heaviest ? fixed_scale(terms.heaviest[b], r.n) : 0;
         problem.load();
         problem.origin();
@@ -682,7 +785,7 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
             sync_team(to.arrived, all += shares.blocks);
             // All have seen the last turn's.
             if (rank == 0 && threadIdx.x == 0) to.shifts[(turn + 1) % 2] = 0;
-            problem.replace(units, weight_scale, &to.shifts[turn % 2]);
+            problem.replace(units, weight_scale, &to.shifts[turn % 2], labels + b * r.n, all);
             sync_team(to.arrived, all += shares.blocks);
             done = __ldcg(&to.shifts[turn % 2]) <= threshold[b];
         }

@@ -179,6 +179,8 @@ impl Prepared {
         }
         if self.settings.check_finite {
             refuse_non_finite("x", &first_bad)?;
+            // Padding has not been looked at.
+            terms.finite = self.ragged.is_none();
         }
         if self.settings.tol > 0.0 && self.p.metric != Metric::Cosine {
             let threshold = match &self.ragged {
@@ -331,6 +333,7 @@ impl Data {
         self.x = x;
         self.terms.largest.slice_set(&terms.largest, 0, 0)?;
         self.terms.first_bad.slice_set(&terms.first_bad, 0, 0)?;
+        self.terms.finite = terms.finite;
         if let (Some(old), Some(new)) = (&self.terms.factor, &terms.factor) {
             if old.id() != new.id() {
                 old.slice_set(new, 0, 0)?;

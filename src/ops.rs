@@ -60,13 +60,16 @@ pub(crate) struct Terms {
     pub first_bad: Tensor,
     /// The largest factor, f64 `(b,)`, where factors are weights.
     pub heaviest: Option<Tensor>,
+    /// Whether the host knows that there is no such row.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub finite: bool,
 }
 
 impl Terms {
     /// The rows themselves.
     pub fn of(x: &Rows) -> Result<Self> {
         let (largest, first_bad) = scan(x)?;
-        Ok(Self { factor: None, largest, first_bad, heaviest: None })
+        Ok(Self { factor: None, largest, first_bad, heaviest: None, finite: false })
     }
 }
 

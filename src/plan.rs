@@ -434,7 +434,7 @@ impl Plan {
         let sums = match update {
             _ if cpu => b * k * (8 + 24 * d),
             "fit_resident" => b * k * (32 * p.d.next_multiple_of(64) as u64 + 24),
-            _ => b * k * (16 * (d + 1) + 4),
+            _ => b * k * (16 * (d + 1) + 16) + 4 * b,
         };
         // Rows in order and their prefix sums, of as many problems as there are threads, and all results. Values that are
         // not for this are fitted as others are.

@@ -9,7 +9,7 @@ use crate::{
     plan::{narrow_columns, shared_memory, FitNarrow, FitResident, Sort, SortWay},
     problem::{in_pieces, Rows},
     tiles::{
-        MEDIAN_COLUMNS, SCAN_THREADS, SORT_ITEMS, SORT_ITEMS_MANY, SORT_THREADS, SUM_CLUSTER, SUM_ROWS, SUM_ROWS_LEAST,
+        LEFT_BLOCKS, LEFT_COLUMNS, LEFT_THREADS, MEDIAN_COLUMNS, SCAN_THREADS, SORT_ITEMS, SORT_ITEMS_MANY, SORT_THREADS, SUM_CLUSTER, SUM_ROWS, SUM_ROWS_LEAST,
         SUM_THREADS, SUM_WARPS, SUM_WARPS_LEAST, TEAM_THREADS, THREADS,
     },
     Metric, Result,
@@ -154,6 +154,10 @@ struct Clusters {
     slots: Part<[u64; 2]>,
     added: Part<u32>,
     finished: Part<u32>,
+    odd: Part<u32>,
+    odd_of: Part<u32>,
+    odd_count: Part<u32>,
+    odd_list: Part<u64>,
     shift: Part<f64>,
     k: i64,
     d: i64,
@@ -305,7 +309,7 @@ pub(crate) fn fit_on_chip(
         let limbs = zeros.zeroed(elements(&[teams, if weighted { 2 } else { 1 }, k, x.d.next_multiple_of(64)]));
         let rest = zeros.zeroed(if exact { 0 } else { elements(&[teams, k, x.d]) });
         let weights = zeros.zeroed(if weighted { elements(&[teams, k]) } else { 0 });
-        let (sizes, shifts, arrived) = (zeros.zeroed(elements(&[teams, k])), zeros.zeroed(teams), zeros.zeroed(teams));
+        let (sizes, shifts, arrived) = (zeros.zeroed(elements(&[teams, k + 1])), zeros.zeroed(teams), zeros.zeroed(teams));
         let mut scratch = Layout::default();
         let (moved, prepared) = (scratch.unwritten(elements(&[teams, k, x.d])), scratch.unwritten(elements(&[teams, k])));
         let (zeros, scratch) = (zeros.zeros(dev, OP, memory)?, scratch.scratch(dev, OP, memory)?);
@@ -361,7 +365,9 @@ fn update_of<T: Element>(
     let old = scratch.unwritten::<T>(if medians { elements(&[b, k, d]) } else { 0 });
     let slots = zeros.zeroed::<[u64; 2]>(if medians { 0 } else { elements(&[b, k, d + 1]) });
     let added = zeros.zeroed::<u32>(elements(&[b, k]));
-    let [arrived, finished] = [(); 2].map(|_| zeros.zeroed::<u32>(b));
+    let [arrived, finished, odd_of] = [(); 3].map(|_| zeros.zeroed::<u32>(b));
+    let (odd, odd_count) = (zeros.zeroed::<u32>(elements(&[b, k])), zeros.zeroed::<u32>(2));
+    let odd_list = scratch.unwritten::<u64>(elements(&[b, k]));
     let shift = zeros.zeroed::<f64>(b);
     let (scratch, zeros) = (scratch.scratch(dev, OP, memory)?, zeros.zeros(dev, OP, memory)?);
     let (offsets, shift) = (scratch.part(offsets), zeros.part(shift));
@@ -384,6 +390,10 @@ fn update_of<T: Element>(
         slots: zeros.part(slots),
         added: zeros.part(added),
         finished: zeros.part(finished),
+        odd: zeros.part(odd),
+        odd_of: zeros.part(odd_of),
+        odd_count: zeros.part(odd_count),
+        odd_list: scratch.part(odd_list),
         shift: if turn.is_some() { shift } else { Part::NULL },
         k: k as i64,
         d: d as i64,
@@ -393,7 +403,8 @@ fn update_of<T: Element>(
         let (b64, old) = (b as i64, scratch.part(old));
         old.copy_from(dev, centroids, elements(&[b, k, d]))?;
         launch!(dev, Update, "medians", T::SUFFIX, elements(&[b, k, d.div_ceil(MEDIAN_COLUMNS)]), THREADS;
-            &xs, &shape(x), Nullable(&factor), Nullable(&heaviest), &order_at, &offsets, &to.k, &active, &centroids)?;
+            &xs, &shape(x), Nullable(&factor), Nullable(&heaviest), &first_bad, &order_at, &offsets, &to.k, &active,
+            &centroids)?;
         if turn.is_some() {
             launch!(dev, Update, "shift", T::SUFFIX, elements(&[b, k]).div_ceil(THREADS / WARP), THREADS;
                 &old, &b64, &to, &active)?;
@@ -415,5 +426,12 @@ fn update_of<T: Element>(
     let blocks = elements(&[b, n.div_ceil(each)]).div_ceil(SUM_THREADS / WARP);
     launch!(dev, Update, name, T::SUFFIX, blocks, SUM_THREADS;
         &xs, &shape(x), Nullable(&factor), &largest, Nullable(&heaviest), &first_bad, &labels_at, &order_at, &offsets,
-        &pieces, &to, &active, &verdict)
+        &pieces, &to, &active, &verdict)?;
+    if x.dtype() == DType::F16 && factor.is_none() && terms.finite {
+        // All halves are integers of the scale: nothing is left.
+        return Ok(());
+    }
+    let blocks = elements(&[b, k, (d + 1).div_ceil(LEFT_COLUMNS)]).min(LEFT_BLOCKS);
+    launch!(dev, Update, "update_exact", T::SUFFIX, blocks, LEFT_THREADS;
+        &xs, &shape(x), Nullable(&factor), &first_bad, &order_at, &offsets, &to, &verdict)
 }
