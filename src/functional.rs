@@ -50,6 +50,9 @@ pub fn sort_by_cluster(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
 
 /// The mean of the rows of each cluster, `(..batch, k, d)` in `x`'s dtype; zeros for a cluster without rows.
 ///
+/// It is the exact sum of the stored values, rounded to 53 bits, by the number of rows, rounded to f64 and to the dtype. A row
+/// that is not finite weighs nothing.
+///
 /// `x` is `(..batch, n, d)` and `labels` u32 `(..batch, n)` below `k`. Differentiable in `x`: a row's gradient is its
 /// cluster's, divided by the number of rows.
 ///
@@ -62,9 +65,9 @@ pub fn cluster_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
 /// The sum of the rows of each cluster, `(..batch, k, d)` in `x`'s dtype; zeros for a cluster without rows.
 ///
 /// `x` is `(..batch, n, d)` and `labels` u32 `(..batch, n)` below `k`. The labels may come from other rows than `x`: the
-/// values of a KV cache by the clusters of its keys, whatever the columns of either. Sums are rounded to the dtype once,
-/// from f64, and become infinite beyond its range: cast f16 rows to f32 first where that can be. Differentiable in `x`: a
-/// row's gradient is its cluster's.
+/// values of a KV cache by the clusters of its keys, whatever the columns of either. Sums are exact, rounded to f64 and to the
+/// dtype, and infinite beyond its range: cast f16 rows to f32 first where that can be. A row that is not finite weighs
+/// nothing. Differentiable in `x`: a row's gradient is its cluster's.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -149,7 +149,8 @@ impl KMeans {
     }
 
     /// Whether inputs are searched for NaN and infinities, and refused with their first row (default: yes; the host waits
-    /// for the answer). Without it such a row gets some label in range and counts as zeros; other rows are unaffected.
+    /// for the answer). Without it such a row gets some label in range and weighs nothing: centroids and inertia are those of the
+    /// other rows.
     pub fn check_finite(mut self, check: bool) -> Self {
         self.check_finite = check;
         self

@@ -412,7 +412,9 @@ impl Plan {
             // Clusters of one problem share its rows, and each problem at work may have them all in one cluster.
             let medians = if p.metric == Metric::Manhattan { 64 * n * threads.min(b) } else { 0 };
             let moves = if settings.empty == EmptyClusters::Relocate { 24 * bn + 8 * n } else { 0 };
-            (threads * tile + b * k * (filter * d + 64) + 64 * bn.div_ceil(rows), moves + medians + threads * 128 * d)
+            // The sums of a part, and those that no integer of its scale holds.
+            let sums = threads * (128 + 1280) * d;
+            (threads * tile + b * k * (filter * d + 64) + 64 * bn.div_ceil(rows), moves + medians + sums)
         } else {
             // Moved centroids and the table of their hashes, halves of rows, and the list of rows left to recheck.
             let tensor = b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights.max(halves) + 60);
@@ -446,8 +448,8 @@ impl Plan {
             _ => 0,
         };
         let loops = (assigns.max(updates + order + medians) + sums).max(lines);
-        // Last, the distances of the rows, and times their weights.
-        let ends = if weighted { 16 } else { 8 } * bn + order;
+        // Last, the distances of the rows, and times their weights; which are infinite, and which are of rows that count.
+        let ends = if weighted { 21 } else { 13 } * bn + if settings.check_finite { 0 } else { 32 * bn } + order;
         let bytes = kept + begins.max(ends).max(loops) + if cpu { begins.min(assigns) } else { 0 } + 65536;
         Self { assign: assign.name(), rows, centroids, pack, update, bytes }
     }
