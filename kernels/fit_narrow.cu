@@ -76,8 +76,9 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
     uint32_t cluster = UINT32_MAX;
     double sums[2][D];
     __int128 weight = 0;
-    const auto mark = [&] { s.next[cluster] = ODD, odd = true; };
+    bool marked = false;
     const auto leave = [&] {
+        if (marked) s.next[cluster] = ODD, odd = true;
 #pragma unroll
         for (int l = 0; l < 2; ++l) {
 #pragma unroll
@@ -93,7 +94,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
         const uint32_t row = s.order[place], its = s.labels[row];
         if (its != cluster) {
             if (cluster != UINT32_MAX) leave();
-            cluster = its, weight = 0;
+            cluster = its, weight = 0, marked = false;
 #pragma unroll
             for (int q = 0; q < D; ++q) sums[0][q] = sums[1][q] = 0;
         }
@@ -101,7 +102,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
         if (!factor && units.dirty) {
 #pragma unroll
             for (int q = 0; q < D; ++q) {
-                if (!isfinite(wide(part.values[q]))) part.values[q] = T(0.0f), mark();
+                if (!isfinite(wide(part.values[q]))) part.values[q] = T(0.0f), marked = true;
             }
         }
         if (!factor && (EXACT || units.fit(part.values))) {
@@ -112,7 +113,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
         const double f = factor ? factor[row] : 1;
         __int128 whole;
         if (factor && divisor == WEIGHT) {
-            if (!fixed_quantise(f, weight_scale, whole)) mark();
+            marked |= !fixed_quantise(f, weight_scale, whole);
             weight += whole;
         }
 #pragma unroll
@@ -120,7 +121,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
             double v = __dmul_rn(wide(part.values[q]), f);
             if (!isfinite(v)) {
                 v = 0;
-                if (units.dirty && f != 0) mark();
+                marked |= units.dirty && f != 0;
             }
             // Rounded toward zero, so that what is left has the sign of the term.
 #pragma unroll
@@ -130,7 +131,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
                 sums[l][q] += limb, v -= limb;
             }
             if (v != 0) {
-                if (!fixed_quantise(v, units.scale, whole) || units.extreme) mark();
+                marked |= !fixed_quantise(v, units.scale, whole) || units.extreme;
                 atomic_add(reinterpret_cast<unsigned long long*>(&s.rest[cluster * D + q]), whole);
             }
         }
@@ -139,9 +140,10 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
     __syncthreads();
 }
 
-/// Adds up marked clusters once more, a column to a warp: to `rest` and `weights`, as `Scaled`.
+/// Adds up marked clusters once more, a column to a warp: to `rest` and `weights`, as `Scaled`. Not inlined, as what follows,
+/// so that it takes no registers from where it is not needed.
 template <class T, int D>
-__device__ void add_exactly(const OnChip<T, D>& s, uint32_t k, bool dirty, const double* factor) {
+__device__ __noinline__ void add_exactly(OnChip<T, D> s, uint32_t k, bool dirty, const double* factor) {
     const uint32_t lane = threadIdx.x % WARP;
     for (uint32_t item = threadIdx.x / WARP; item < k * (D + 1); item += blockDim.x / WARP) {
         const uint32_t j = item / (D + 1), q = item % (D + 1), end = s.starts[j + 1];
@@ -161,7 +163,35 @@ __device__ void add_exactly(const OnChip<T, D>& s, uint32_t k, bool dirty, const
         const Scaled its = sum.all().rounded();
         if (lane == 0) *reinterpret_cast<Scaled*>(q < D ? &s.rest[j * D + q] : &s.weights[j]) = its;
     }
-    __syncthreads();
+}
+
+/// Replaces the sums of a cluster by what they are divided by, as significands. Returns whether there is anything to
+/// divide by.
+template <int D>
+__device__ __noinline__ bool divide(int divisor, Scaled* sums, const Scaled* weight) {
+    const Quotient by(
+        divisor, *weight,
+        [&](int64_t shift) {
+            double terms[D];
+#pragma unroll
+            for (int q = 0; q < D; ++q) {
+                const double t = sums[q].value(shift);
+                terms[q] = __dmul_rn(t, t);
+            }
+            return striped_here(terms);
+        },
+        [&] {
+            int64_t most = INT32_MIN;
+#pragma unroll 1
+            for (int q = 0; q < D; ++q) {
+                if (sums[q].significand != 0) most = max(most, sums[q].exponent);
+            }
+            return most == INT32_MIN ? 0 : most;
+        });
+    if (!by.some()) return false;
+#pragma unroll 1
+    for (int q = 0; q < D; ++q) sums[q].significand = by.of(sums[q]);
+    return true;
 }
 
 /// Replaces the centroids `c` (k, d) but those of no weight, a thread each; returns the largest squared shift.
@@ -171,51 +201,30 @@ __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const 
     double most = 0;
 #pragma unroll 1
     for (uint32_t j = threadIdx.x; j < k; j += blockDim.x) {
-        double totals[D], terms[D], by = 1;
-        Scaled* const sums = reinterpret_cast<Scaled*>(s.rest + j * D);
-        bool odd = s.next[j] == ODD;
-        if (!odd) {
+        double totals[D], terms[D];
 #pragma unroll
-            for (int q = 0; q < D; ++q) {
-                __int128 sum = s.rest[j * D + q];
+        for (int q = 0; q < D; ++q) {
+            __int128 sum = s.rest[j * D + q];
 #pragma unroll
-                for (int l = 0; l < 2; ++l) {
-                    sum += __int128((long long)s.limbs[(l * k + j) * D + q]) << (units.unit(l) + units.scale);
-                }
-                totals[q] = fixed_value(sum, units.scale), terms[q] = __dmul_rn(totals[q], totals[q]);
+            for (int l = 0; l < 2; ++l) {
+                sum += __int128((long long)s.limbs[(l * k + j) * D + q]) << (units.unit(l) + units.scale);
             }
-            const double squares = striped_here(terms);
-            by = divisor == NORM ? __dsqrt_rn(squares)
-                 : weighted      ? fixed_value(s.weights[j], weight_scale)
-                                 : double(s.starts[j + 1] - s.starts[j]);
-            if (divisor == NORM && !(LEAST_SQUARES <= squares && squares <= MOST_SQUARES)) {
-                odd = true;
+            totals[q] = fixed_value(sum, units.scale), terms[q] = __dmul_rn(totals[q], totals[q]);
+        }
+        double by = divisor == NORM ? striped_here(terms)
+                    : weighted      ? fixed_value(s.weights[j], weight_scale)
+                                    : double(s.starts[j + 1] - s.starts[j]);
+        const bool odd = s.next[j] == ODD, far = divisor == NORM && !(LEAST_SQUARES <= by && by <= MOST_SQUARES);
+        if (divisor == NORM) by = __dsqrt_rn(by);
+        if (odd || far) {
+            Scaled* const sums = reinterpret_cast<Scaled*>(s.rest + j * D);
+            if (!odd) {
 #pragma unroll
                 for (int q = 0; q < D; ++q) sums[q] = scaled(totals[q]);
             }
-        }
-        if (odd) {
-            const Quotient quotient(
-                divisor, *reinterpret_cast<const Scaled*>(s.weights + j),
-                [&](int64_t shift) {
+            by = divide<D>(divisor, sums, reinterpret_cast<const Scaled*>(s.weights + j));
 #pragma unroll
-                    for (int q = 0; q < D; ++q) {
-                        const double t = sums[q].value(shift);
-                        terms[q] = __dmul_rn(t, t);
-                    }
-                    return striped_here(terms);
-                },
-                [&] {
-                    int64_t most = INT32_MIN;
-#pragma unroll 1
-                    for (int q = 0; q < D; ++q) {
-                        if (sums[q].significand != 0) most = max(most, sums[q].exponent);
-                    }
-                    return most == INT32_MIN ? 0 : most;
-                });
-            by = quotient.some();
-#pragma unroll
-            for (int q = 0; q < D; ++q) totals[q] = by > 0 ? quotient.of(sums[q]) : 0;
+            for (int q = 0; q < D; ++q) totals[q] = sums[q].significand;
         }
         if (!(by > 0)) continue;
 #pragma unroll
@@ -263,7 +272,10 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
             if (done || iteration == max_iters) break;
             sort(s, r.n, k);
             add(s, r.n, k, units, factor, weight_scale, divisor, odd);
-            if (odd) add_exactly(s, k, units.dirty, factor);
+            if (odd) {
+                add_exactly(s, k, units.dirty, factor);
+                __syncthreads();
+            }
             const double moved = replace(s, c, k, d, units, factor != nullptr, weight_scale, divisor);
             if (moved > 0) atomic_max(&shift, moved);
             __syncthreads();

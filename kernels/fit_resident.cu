@@ -128,6 +128,70 @@ __device__ __forceinline__ int place_of(int column) {
     return column / LINE_COLUMNS * LINE_COLUMNS + column % 2 * WARP + column % LINE_COLUMNS / 2;
 }
 
+// ---- Sums that no integer of the scale holds. Not inlined, so that they take no registers from where they are not needed.
+
+/// Adds up the marked ones of `owned` clusters, from `first` on every so many, once more: a column to a warp, from where all
+/// blocks read their rows. Significands go to `totals`, the weight where it was.
+template <class T, bool FACTOR>
+__device__ __noinline__ void add_exactly(const T* x, int64_t row_stride, int64_t n, int d, const double* factor,
+                                         bool dirty, const uint32_t* labels, int owned, int first, int step,
+                                         uint32_t* sizes, unsigned long long* weights, double* totals,
+                                         int16_t* exponents) {
+    const int lane = threadIdx.x % WARP;
+    for (int item = threadIdx.x / WARP; item < owned * (d + 1); item += WARPS) {
+        const int i = item / (d + 1), q = item % (d + 1), j = first + i * step;
+        if (!(__ldcg(sizes + j) & ODD)) continue;
+        Gathered sum;
+#pragma unroll 1
+        for (int64_t next = 0; next < n; next += WARP) {
+            const int64_t row = next + lane;
+            double term = 0;
+            if (row < n && __ldcg(labels + row) == uint32_t(j)) {
+                const T* const values = x + row * row_stride;
+                const double f = FACTOR ? factor[row] : 1;
+                if (!dirty || finite(values, d)) term = q < d ? __dmul_rn(wide(values[q]), f) : f;
+            }
+            sum.add(term);
+        }
+        const Scaled its = sum.all().rounded();
+        if (lane) continue;
+        if (q < d) totals[i * d + q] = its.significand, exponents[i * d + q] = its.exponent;
+        else if (FACTOR) *reinterpret_cast<Scaled*>(weights + 2 * j) = its;
+        else sizes[j] = ODD | uint32_t(its.value(0));
+    }
+}
+
+/// Replaces sums by what they are divided by, a warp's, where f64 alone does not do: those with exponents, or ones whose
+/// squares leave its range. Returns whether there is anything to divide by.
+__device__ __noinline__ bool divide(int divisor, Scaled weight, int d, double* totals, const int16_t* exponents) {
+    const int lane = threadIdx.x % WARP;
+    const auto total = [&](int q) { return exponents ? Scaled{totals[q], exponents[q]} : scaled(totals[q]); };
+    const Quotient by(
+        divisor, weight,
+        [&](int64_t shift) {
+            double squares = 0;
+            for (int q = lane; q < d; q += WARP) {
+                const double t = total(q).value(shift);
+                squares = __dadd_rn(squares, __dmul_rn(t, t));
+            }
+            return striped(squares);
+        },
+        [&] {
+            int most = INT32_MIN;
+            for (int q = lane; q < d; q += WARP) {
+                const Scaled its = total(q);
+                if (its.significand != 0) most = max(most, int(its.exponent));
+            }
+            most = __reduce_max_sync(~0u, most);
+            return int64_t(most == INT32_MIN ? 0 : most);
+        });
+    if (by.some()) {
+        for (int q = lane; q < d; q += WARP) totals[q] = by.of(total(q));
+    }
+    __syncwarp();
+    return by.some();
+}
+
 // ---- A fit.
 
 template <class T, bool FACTOR>
@@ -491,9 +555,6 @@ struct Fit {
         __syncthreads();
     }
 
-    /// Says that a cluster is to be added up once more.
-    __device__ __forceinline__ void mark(int j) const { atomicOr(to.sizes + j, ODD), to.sizes[k] = ODD; }
-
     /// Adds up the block's rows of each cluster, a warp's, two columns of a line to a lane.
     template <int LINES>
     __device__ void add(const Units<T>& units, int weight_scale) const {
@@ -511,6 +572,7 @@ struct Fit {
             if (begin == end) continue;
             double sums[LIMBS][LINES][2] = {};
             __int128 weight = 0;
+            bool odd = false;
 #pragma unroll 2
             for (int place = begin; place < end; ++place) {
                 const int row = s.order[place];
@@ -518,7 +580,7 @@ struct Fit {
                 const double f = FACTOR ? s.factor[row] : 1;
                 if (FACTOR && divisor == WEIGHT) {
                     __int128 q;
-                    if (!fixed_quantise(f, weight_scale, q)) mark(j);
+                    odd |= !fixed_quantise(f, weight_scale, q);
                     weight += q;
                 }
 #pragma unroll
@@ -530,7 +592,7 @@ struct Fit {
                     if (!FACTOR && units.dirty) {
 #pragma unroll
                         for (int q = 0; q < 2; ++q) {
-                            if (!isfinite(wide(pair.values[q]))) pair.values[q] = T(0.0f), mark(j);
+                            if (!isfinite(wide(pair.values[q]))) pair.values[q] = T(0.0f), odd = true;
                         }
                         two = reinterpret_cast<const uint32_t&>(pair);
                     }
@@ -538,7 +600,7 @@ struct Fit {
                         sums[0][line][0] += Small<T>::low(two), sums[0][line][1] += Small<T>::high(two);
                         continue;
                     }
-                    take(pair.values, f, units, j, line * LINE_COLUMNS + 2 * lane, sums, line);
+                    take(pair.values, f, units, j, line * LINE_COLUMNS + 2 * lane, sums, line, odd);
                 }
             }
 #pragma unroll
@@ -554,7 +616,9 @@ struct Fit {
                     }
                 }
             }
+            odd = __any_sync(~0u, odd);
             if (lane) continue;
+            if (odd) atomicOr(to.sizes + j, ODD), to.sizes[k] = ODD;
             if (FACTOR) atomic_add(to.weights + 2 * j, weight);
             else atomicAdd(to.sizes + j, end - begin);
         }
@@ -563,13 +627,13 @@ struct Fit {
     /// Adds two columns' terms that need to be cut; what limbs do not take goes to the common rest.
     template <int LINES>
     __device__ __forceinline__ void take(const T (&values)[2], double f, const Units<T>& units, int j, int column,
-                                         double (&sums)[LIMBS][LINES][2], int line) const {
+                                         double (&sums)[LIMBS][LINES][2], int line, bool& odd) const {
 #pragma unroll
         for (int q = 0; q < 2; ++q) {
             double v = __dmul_rn(wide(values[q]), f);
             if (!isfinite(v)) {
                 v = 0;
-                if (units.dirty && f != 0) mark(j);
+                odd |= units.dirty && f != 0;
             }
             // Rounded toward zero, so that what is left has the sign of the term.
 #pragma unroll
@@ -580,7 +644,7 @@ struct Fit {
             }
             if (v != 0) {
                 __int128 whole;
-                if (!fixed_quantise(v, units.scale, whole) || units.extreme) mark(j);
+                odd |= !fixed_quantise(v, units.scale, whole) || units.extreme;
                 atomic_add(to.rest + 2 * (j * d + column + q), whole);
             }
         }
@@ -597,72 +661,6 @@ struct Fit {
     /// Where exponents of the sums of marked clusters lie, as many as `totals`: what centroids are scored by is not
     /// needed before the next ones are there.
     __device__ __forceinline__ int16_t* exponents() const { return reinterpret_cast<int16_t*>(s.centroids); }
-
-    /// Adds up the marked clusters of the block's share once more, a column to a warp, from where all blocks read their
-    /// rows: significands to `totals`. The weight goes where it was.
-    __device__ void add_exactly(int owned, bool dirty, const uint32_t* labels) const {
-        const int lane = threadIdx.x % WARP;
-        const int64_t before = int64_t(live ? rank : 0) * shares.rows;
-        for (int item = threadIdx.x / WARP; item < owned * (d + 1); item += WARPS) {
-            const int i = item / (d + 1), q = item % (d + 1), j = rank + i * shares.blocks;
-            if (!(__ldcg(to.sizes + j) & ODD)) continue;
-            Gathered sum;
-#pragma unroll 1
-            for (int64_t next = 0; next < r.n; next += WARP) {
-                const int64_t row = next + lane;
-                double term = 0;
-                if (row < r.n && __ldcg(labels + row) == uint32_t(j)) {
-                    const T* const values = x + (row - before) * r.row_stride;
-                    const double f = FACTOR ? factor[row - int64_t(rank) * shares.rows] : 1;
-                    if (!dirty || finite(values, d)) term = q < d ? __dmul_rn(wide(values[q]), f) : f;
-                }
-                sum.add(term);
-            }
-            const Scaled its = sum.all().rounded();
-            if (lane) continue;
-            if (q < d) s.totals[i * d + q] = its.significand, exponents()[i * d + q] = its.exponent;
-            else if (FACTOR) *reinterpret_cast<Scaled*>(to.weights + 2 * j) = its;
-            else to.sizes[j] = ODD | uint32_t(its.value(0));
-        }
-    }
-
-    /// Replaces sums in `totals` by what they are divided by, a warp's, where f64 alone does not do: those of a marked
-    /// cluster, or ones whose squares leave its range. Returns whether there is anything to divide by.
-    __device__ bool divide(int j, double* totals, const int16_t* exponents) const {
-        const int lane = threadIdx.x % WARP;
-        const auto total = [&](int q) {
-            return exponents ? Scaled{totals[q], exponents[q]} : scaled(totals[q]);
-        };
-        const uint32_t size = __ldcg(to.sizes + j) & ~ODD;
-        Scaled weight = scaled(double(size));
-        if (FACTOR && exponents) {
-            const uint4 its = __ldcg(reinterpret_cast<const uint4*>(to.weights + 2 * j));
-            weight = reinterpret_cast<const Scaled&>(its);
-        }
-        const Quotient by(
-            divisor, weight,
-            [&](int64_t shift) {
-                double squares = 0;
-                for (int q = lane; q < d; q += WARP) {
-                    const double t = total(q).value(shift);
-                    squares = __dadd_rn(squares, __dmul_rn(t, t));
-                }
-                return striped(squares);
-            },
-            [&] {
-                int most = INT32_MIN;
-                for (int q = lane; q < d; q += WARP) {
-                    const Scaled its = total(q);
-                    if (its.significand != 0) most = max(most, int(its.exponent));
-                }
-                most = __reduce_max_sync(~0u, most);
-                return int64_t(most == INT32_MIN ? 0 : most);
-            });
-        if (!by.some()) return false;
-        for (int q = lane; q < d; q += WARP) totals[q] = by.of(total(q));
-        __syncwarp();
-        return true;
-    }
 
     /// Replaces the block's share of the centroids, every so many, but those of no weight. Leaves zeros where their
     /// terms were added up. `labels` (n) is where blocks tell each other theirs, if clusters are marked; `all` is how
@@ -691,7 +689,10 @@ struct Fit {
             for (int i = threadIdx.x; i < live; i += THREADS_HERE) labels[rank * shares.rows + i] = s.labels[i];
             sync_team(to.arrived, all += shares.blocks);
             if (rank == 0 && threadIdx.x == 0) to.sizes[k] = 0;
-            add_exactly(owned, units.dirty, labels);
+            const int64_t before = int64_t(rank) * shares.rows;
+            add_exactly<T, FACTOR>(x - (live ? before : 0) * r.row_stride, r.row_stride, r.n, d,
+                                   FACTOR ? factor - before : nullptr, units.dirty, labels, owned, rank, shares.blocks,
+                                   to.sizes, to.weights, s.totals, exponents());
         }
         __syncthreads();
         const int lane = threadIdx.x % WARP;
@@ -713,7 +714,16 @@ struct Fit {
                 squares = striped(squares);
                 by = __dsqrt_rn(squares), far = !(LEAST_SQUARES <= squares && squares <= MOST_SQUARES);
             }
-            if (odd || far) by = divide(j, totals, odd ? exponents() + i * d : nullptr);
+            if (odd || far) {
+                Scaled weight = {1, 0};
+                if (FACTOR && odd) {
+                    const uint4 its = __ldcg(reinterpret_cast<const uint4*>(to.weights + 2 * j));
+                    weight = reinterpret_cast<const Scaled&>(its);
+                } else if (!FACTOR) {
+                    weight = scaled(double(__ldcg(to.sizes + j) & ~ODD));
+                }
+                by = divide(divisor, weight, d, totals, odd ? exponents() + i * d : nullptr);
+            }
             __syncwarp();
             if (odd && lane == 0) to.sizes[j] = 0;
             if (lane == 0) {
