@@ -3,8 +3,8 @@
 // A block takes a problem and keeps its rows, labels and sums on chip for all iterations: centroids are prepared and
 // rows labelled as in assign_narrow.cu, rows are brought into cluster order by a counting sort, and each thread adds up
 // an equal share of them, cluster by cluster. Sums are integers (src/fixed.rs), so atomics may finish them in any
-// order. Clusters with a term that is no such integer, or with a row that is not finite, are added up once more, by warps.
-// A block that has converged goes on to the next problem. Traffic: X once, labels once, and the centroids, which
+// order. Clusters with a term that is no such integer, or with a row that is not finite, are added up once more, by
+// warps. A block that has converged goes on to the next problem. Traffic: X once, labels once, and the centroids, which
 // stay in the cache.
 #include "narrow.cuh"
 #include "scan.cuh"
@@ -140,10 +140,9 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
     __syncthreads();
 }
 
-/// Adds up marked clusters once more, a column to a warp: to `rest` and `weights`, as `Scaled`. Not inlined, as what follows,
-/// so that it takes no registers from where it is not needed.
+/// Adds up marked clusters once more, a column to a warp: to `rest` and `weights`, as `Scaled`.
 template <class T, int D>
-__device__ __noinline__ void add_exactly(OnChip<T, D> s, uint32_t k, bool dirty, const double* factor) {
+__device__ __forceinline__ void add_exactly(const OnChip<T, D>& s, uint32_t k, bool dirty, const double* factor) {
     const uint32_t lane = threadIdx.x % WARP;
     for (uint32_t item = threadIdx.x / WARP; item < k * (D + 1); item += blockDim.x / WARP) {
         const uint32_t j = item / (D + 1), q = item % (D + 1), end = s.starts[j + 1];
@@ -165,43 +164,61 @@ __device__ __noinline__ void add_exactly(OnChip<T, D> s, uint32_t k, bool dirty,
     }
 }
 
-/// Replaces the sums of a cluster by what they are divided by, as significands. Returns whether there is anything to
-/// divide by.
-template <int D>
-__device__ __noinline__ bool divide(int divisor, Scaled* sums, const Scaled* weight) {
-    const Quotient by(
-        divisor, *weight,
-        [&](int64_t shift) {
-            double terms[D];
+/// Replaces the centroids of marked clusters, as `replace` does those of others. Not inlined, so that it takes no
+/// registers from where it is not needed.
+template <class T, int D>
+__device__ __noinline__ void replace_exactly(OnChip<T, D> s, T* c, uint32_t k, int d, bool dirty, const double* factor,
+                                             int divisor, double* shift) {
+    add_exactly(s, k, dirty, factor);
+    __syncthreads();
+#pragma unroll 1
+    for (uint32_t j = threadIdx.x; j < k; j += blockDim.x) {
+        if (s.next[j] != ODD) continue;
+        const Scaled* const sums = reinterpret_cast<const Scaled*>(s.rest + j * D);
+        double terms[D];
+        const Quotient by(
+            divisor, *reinterpret_cast<const Scaled*>(s.weights + j),
+            [&](int64_t shift) {
 #pragma unroll
-            for (int q = 0; q < D; ++q) {
-                const double t = sums[q].value(shift);
-                terms[q] = __dmul_rn(t, t);
-            }
-            return striped_here(terms);
-        },
-        [&] {
-            int64_t most = INT32_MIN;
+                for (int q = 0; q < D; ++q) {
+                    const double t = sums[q].value(shift);
+                    terms[q] = __dmul_rn(t, t);
+                }
+                return striped_here(terms);
+            },
+            [&] {
+                int64_t most = INT32_MIN;
 #pragma unroll 1
-            for (int q = 0; q < D; ++q) {
-                if (sums[q].significand != 0) most = max(most, sums[q].exponent);
-            }
-            return most == INT32_MIN ? 0 : most;
-        });
-    if (!by.some()) return false;
-#pragma unroll 1
-    for (int q = 0; q < D; ++q) sums[q].significand = by.of(sums[q]);
-    return true;
+                for (int q = 0; q < D; ++q) {
+                    if (sums[q].significand != 0) most = max(most, sums[q].exponent);
+                }
+                return most == INT32_MIN ? 0 : most;
+            });
+        if (!by.some()) continue;
+#pragma unroll
+        for (int q = 0; q < D; ++q) {
+            terms[q] = 0;
+            if (q >= d) continue;
+            const T mean = rounded<T>(by.of(sums[q]));
+            terms[q] = squared(wide(mean), wide(c[j * d + q]));
+            c[j * d + q] = mean;
+        }
+        const double moved = striped_here(terms);
+        if (!(moved == 0)) atomic_max(shift, moved == moved ? moved : INFINITY);
+    }
 }
 
-/// Replaces the centroids `c` (k, d) but those of no weight, a thread each; returns the largest squared shift.
+/// Replaces the centroids `c` (k, d) but those of no weight and of marked clusters, a thread each; returns the largest
+/// squared shift. Marks what squares of f64 cannot measure.
 template <class T, int D>
 __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const Units<T>& units, bool weighted,
-                          int weight_scale, int divisor) {
+                          int weight_scale, int divisor, bool& odd) {
     double most = 0;
 #pragma unroll 1
     for (uint32_t j = threadIdx.x; j < k; j += blockDim.x) {
+        if (s.next[j] == ODD) continue;
         double totals[D], terms[D];
+        bool some = false;
 #pragma unroll
         for (int q = 0; q < D; ++q) {
             __int128 sum = s.rest[j * D + q];
@@ -210,21 +227,18 @@ __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const 
                 sum += __int128((long long)s.limbs[(l * k + j) * D + q]) << (units.unit(l) + units.scale);
             }
             totals[q] = fixed_value(sum, units.scale), terms[q] = __dmul_rn(totals[q], totals[q]);
+            some |= totals[q] != 0;
         }
-        double by = divisor == NORM ? striped_here(terms)
-                    : weighted      ? fixed_value(s.weights[j], weight_scale)
-                                    : double(s.starts[j + 1] - s.starts[j]);
-        const bool odd = s.next[j] == ODD, far = divisor == NORM && !(LEAST_SQUARES <= by && by <= MOST_SQUARES);
-        if (divisor == NORM) by = __dsqrt_rn(by);
-        if (odd || far) {
-            Scaled* const sums = reinterpret_cast<Scaled*>(s.rest + j * D);
-            if (!odd) {
-#pragma unroll
-                for (int q = 0; q < D; ++q) sums[q] = scaled(totals[q]);
+        double by = 0;
+        if (divisor == NORM) {
+            by = striped_here(terms);
+            if (some && !(LEAST_SQUARES <= by && by <= MOST_SQUARES)) {
+                s.next[j] = ODD, odd = true;
+                continue;
             }
-            by = divide<D>(divisor, sums, reinterpret_cast<const Scaled*>(s.weights + j));
-#pragma unroll
-            for (int q = 0; q < D; ++q) totals[q] = sums[q].significand;
+            by = __dsqrt_rn(by);
+        } else {
+            by = weighted ? fixed_value(s.weights[j], weight_scale) : double(s.starts[j + 1] - s.starts[j]);
         }
         if (!(by > 0)) continue;
 #pragma unroll
@@ -272,13 +286,13 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
             if (done || iteration == max_iters) break;
             sort(s, r.n, k);
             add(s, r.n, k, units, factor, weight_scale, divisor, odd);
-            if (odd) {
-                add_exactly(s, k, units.dirty, factor);
-                __syncthreads();
-            }
-            const double moved = replace(s, c, k, d, units, factor != nullptr, weight_scale, divisor);
+            const double moved = replace(s, c, k, d, units, factor != nullptr, weight_scale, divisor, odd);
             if (moved > 0) atomic_max(&shift, moved);
             __syncthreads();
+            if (odd) {
+                replace_exactly(s, c, k, d, units.dirty, factor, divisor, &shift);
+                __syncthreads();
+            }
             done = shift <= threshold[b];
         }
         for (int64_t i = threadIdx.x; i < r.n; i += blockDim.x) labels[b * r.n + i] = s.labels[i];

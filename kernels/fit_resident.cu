@@ -38,7 +38,8 @@ struct Common {
     unsigned long long* limbs;    // (LIMBS, k, whole lines), columns in the order of `place_of`
     unsigned long long* rest;     // (k, d, 2): what limbs could not take; null for f16 without factors
     unsigned long long* weights;  // (k, 2), of factors
-    uint32_t* sizes;              // (k + 1), without; ODD if a cluster is to be added up once more, and of any last
+    uint32_t* sizes;              // (k + 2), without; ODD if a cluster is to be added up once more; behind them, whether
+                                  // any is in an even and in an odd turn
     double* shifts;               // (2): the largest squared shift of an even and of an odd turn
     uint32_t* arrived;            // times that blocks have come to a barrier
     // And how the centroids are scored, which needs no zeros:
@@ -50,7 +51,7 @@ struct Common {
         return {limbs + team * limb_count * k * ((d + LINE_COLUMNS - 1) / LINE_COLUMNS * LINE_COLUMNS),
                 rest + team * k * d * 2,
                 weights + team * k * 2,
-                sizes + team * (k + 1),
+                sizes + team * (k + 2),
                 shifts + team * 2,
                 arrived + team,
                 reinterpret_cast<T*>(moved) + team * k * d,
@@ -128,10 +129,11 @@ __device__ __forceinline__ int place_of(int column) {
     return column / LINE_COLUMNS * LINE_COLUMNS + column % 2 * WARP + column % LINE_COLUMNS / 2;
 }
 
-// ---- Sums that no integer of the scale holds. Not inlined, so that they take no registers from where they are not needed.
+// ---- Sums that no integer of the scale holds. Not inlined, so that they take no registers from where they are not
+// needed.
 
-/// Adds up the marked ones of `owned` clusters, from `first` on every so many, once more: a column to a warp, from where all
-/// blocks read their rows. Significands go to `totals`, the weight where it was.
+/// Adds up the marked ones of `owned` clusters, from `first` on every so many, once more: a column to a warp, from
+/// where all blocks read their rows. Significands go to `totals`, the weight where it was.
 template <class T, bool FACTOR>
 __device__ __noinline__ void add_exactly(const T* x, int64_t row_stride, int64_t n, int d, const double* factor,
                                          bool dirty, const uint32_t* labels, int owned, int first, int step,
@@ -161,11 +163,11 @@ __device__ __noinline__ void add_exactly(const T* x, int64_t row_stride, int64_t
     }
 }
 
-/// Replaces sums by what they are divided by, a warp's, where f64 alone does not do: those with exponents, or ones whose
-/// squares leave its range. Returns whether there is anything to divide by.
+/// Replaces sums, significands and exponents, by what they are divided by, a warp's. Returns whether there is anything
+/// to divide by.
 __device__ __noinline__ bool divide(int divisor, Scaled weight, int d, double* totals, const int16_t* exponents) {
     const int lane = threadIdx.x % WARP;
-    const auto total = [&](int q) { return exponents ? Scaled{totals[q], exponents[q]} : scaled(totals[q]); };
+    const auto total = [&](int q) { return Scaled{totals[q], exponents[q]}; };
     const Quotient by(
         divisor, weight,
         [&](int64_t shift) {
@@ -179,8 +181,7 @@ __device__ __noinline__ bool divide(int divisor, Scaled weight, int d, double* t
         [&] {
             int most = INT32_MIN;
             for (int q = lane; q < d; q += WARP) {
-                const Scaled its = total(q);
-                if (its.significand != 0) most = max(most, int(its.exponent));
+                if (totals[q] != 0) most = max(most, int(exponents[q]));
             }
             most = __reduce_max_sync(~0u, most);
             return int64_t(most == INT32_MIN ? 0 : most);
@@ -555,9 +556,9 @@ struct Fit {
         __syncthreads();
     }
 
-    /// Adds up the block's rows of each cluster, a warp's, two columns of a line to a lane.
+    /// Adds up the block's rows of each cluster, a warp's, two columns of a line to a lane. Says whether it marks any.
     template <int LINES>
-    __device__ void add(const Units<T>& units, int weight_scale) const {
+    __device__ void add(const Units<T>& units, int weight_scale, uint32_t* marked) const {
         const int lane = threadIdx.x % WARP, line_bytes = shares.rows * LINE;
         const uint8_t* const rows = s.rows + lane % 4 * 4;
         double per_unit[LIMBS];
@@ -618,7 +619,7 @@ struct Fit {
             }
             odd = __any_sync(~0u, odd);
             if (lane) continue;
-            if (odd) atomicOr(to.sizes + j, ODD), to.sizes[k] = ODD;
+            if (odd) atomicOr(to.sizes + j, ODD), *marked = 1;
             if (FACTOR) atomic_add(to.weights + 2 * j, weight);
             else atomicAdd(to.sizes + j, end - begin);
         }
@@ -650,25 +651,20 @@ struct Fit {
         }
     }
 
-    __device__ void add(const Units<T>& units, int weight_scale) const {
+    __device__ void add(const Units<T>& units, int weight_scale, uint32_t* marked) const {
         static_assert(TEAM_COLUMNS == 4 * LINE_COLUMNS, "so many lines");
-        if (lines == 1) add<1>(units, weight_scale);
-        else if (lines == 2) add<2>(units, weight_scale);
-        else if (lines == 3) add<3>(units, weight_scale);
-        else add<4>(units, weight_scale);
+        if (lines == 1) add<1>(units, weight_scale, marked);
+        else if (lines == 2) add<2>(units, weight_scale, marked);
+        else if (lines == 3) add<3>(units, weight_scale, marked);
+        else add<4>(units, weight_scale, marked);
     }
 
     /// Where exponents of the sums of marked clusters lie, as many as `totals`: what centroids are scored by is not
     /// needed before the next ones are there.
     __device__ __forceinline__ int16_t* exponents() const { return reinterpret_cast<int16_t*>(s.centroids); }
 
-    /// Replaces the block's share of the centroids, every so many, but those of no weight. Leaves zeros where their
-    /// terms were added up. `labels` (n) is where blocks tell each other theirs, if clusters are marked; `all` is how
-    /// often they have come to a barrier.
-    __device__ void replace(const Units<T>& units, int weight_scale, double* shift, uint32_t* labels,
-                            uint32_t& all) const {
-        const int owned = (k - rank + shares.blocks - 1) / shares.blocks;
-        const bool marked = __ldcg(to.sizes + k);
+    /// What the block's share of the clusters have been added up to, to `totals`. Leaves zeros there.
+    __device__ __forceinline__ void collect(const Units<T>& units, int owned) const {
         for (int i = threadIdx.x; i < owned * d; i += THREADS_HERE) {
             const int j = rank + i / d * shares.blocks, column = i % d;
             __int128 total = 0;
@@ -685,61 +681,74 @@ struct Fit {
             }
             s.totals[i] = fixed_value(total, units.scale);
         }
-        if (marked) {
-            for (int i = threadIdx.x; i < live; i += THREADS_HERE) labels[rank * shares.rows + i] = s.labels[i];
-            sync_team(to.arrived, all += shares.blocks);
-            if (rank == 0 && threadIdx.x == 0) to.sizes[k] = 0;
-            const int64_t before = int64_t(rank) * shares.rows;
-            add_exactly<T, FACTOR>(x - (live ? before : 0) * r.row_stride, r.row_stride, r.n, d,
-                                   FACTOR ? factor - before : nullptr, units.dirty, labels, owned, rank, shares.blocks,
-                                   to.sizes, to.weights, s.totals, exponents());
-        }
-        __syncthreads();
-        const int lane = threadIdx.x % WARP;
-        for (int i = threadIdx.x / WARP; i < owned; i += WARPS) {
-            const int j = rank + i * shares.blocks;
-            double* const totals = s.totals + i * d;
-            double by = 0;
-            if (FACTOR) {
-                const unsigned long long low = __ldcg(to.weights + 2 * j), high = __ldcg(to.weights + 2 * j + 1);
-                by = fixed_value(__int128(high) << 64 | low, weight_scale);
+    }
+
+    /// Replaces the block's share of the centroids, every so many, but those of no weight: first those of clusters that
+    /// are not marked, and then, if there are any, of those that are. `labels` (n) is where blocks tell each other
+    /// theirs for that; `all` is how often they have come to a barrier, the last time when all centroids are replaced.
+    __device__ void replace(const Units<T>& units, int weight_scale, double* shift, uint32_t* marked, uint32_t* labels,
+                            uint32_t& all) const {
+        const int owned = (k - rank + shares.blocks - 1) / shares.blocks, lane = threadIdx.x % WARP;
+#pragma unroll 1
+        for (bool again = false;; again = true) {
+            if (!again) {
+                collect(units, owned);
             } else {
-                by = __ldcg(to.sizes + j);
+                for (int i = threadIdx.x; i < live; i += THREADS_HERE) labels[rank * shares.rows + i] = s.labels[i];
+                sync_team(to.arrived, all += shares.blocks);
+                const int64_t before = int64_t(rank) * shares.rows;
+                add_exactly<T, FACTOR>(x - (live ? before : 0) * r.row_stride, r.row_stride, r.n, d,
+                                       FACTOR ? factor - before : nullptr, units.dirty, labels, owned, rank,
+                                       shares.blocks, to.sizes, to.weights, s.totals, exponents());
             }
-            const bool odd = marked && __ldcg(to.sizes + j) & ODD;
-            bool far = false;
-            if (divisor == NORM && !odd) {
-                double squares = 0;
-                for (int q = lane; q < d; q += WARP) squares = __dadd_rn(squares, __dmul_rn(totals[q], totals[q]));
-                squares = striped(squares);
-                by = __dsqrt_rn(squares), far = !(LEAST_SQUARES <= squares && squares <= MOST_SQUARES);
-            }
-            if (odd || far) {
-                Scaled weight = {1, 0};
-                if (FACTOR && odd) {
-                    const uint4 its = __ldcg(reinterpret_cast<const uint4*>(to.weights + 2 * j));
-                    weight = reinterpret_cast<const Scaled&>(its);
-                } else if (!FACTOR) {
-                    weight = scaled(double(__ldcg(to.sizes + j) & ~ODD));
+            __syncthreads();
+#pragma unroll 1
+            for (int i = threadIdx.x / WARP; i < owned; i += WARPS) {
+                const int j = rank + i * shares.blocks;
+                const uint32_t size = __ldcg(to.sizes + j);
+                if (bool(size & ODD) != again) continue;
+                double* const totals = s.totals + i * d;
+                unsigned long long low = 0, high = 0;
+                if (FACTOR) low = __ldcg(to.weights + 2 * j), high = __ldcg(to.weights + 2 * j + 1);
+                double by = 0;
+                if (again) {
+                    const Scaled weight = FACTOR ? Scaled{__longlong_as_double(low), int64_t(high)}
+                                                 : scaled(double(size & ~ODD));
+                    by = divide(divisor, weight, d, totals, exponents() + i * d);
+                } else if (divisor == NORM) {
+                    double squares = 0;
+                    bool some = false;
+                    for (int q = lane; q < d; q += WARP) {
+                        squares = __dadd_rn(squares, __dmul_rn(totals[q], totals[q])), some |= totals[q] != 0;
+                    }
+                    squares = striped(squares);
+                    // What squares of f64 cannot measure is marked.
+                    if (!EXACT && !(LEAST_SQUARES <= squares && squares <= MOST_SQUARES) && __any_sync(~0u, some)) {
+                        if (lane == 0) to.sizes[j] = size | ODD, *marked = 1;
+                        continue;
+                    }
+                    by = __dsqrt_rn(squares);
+                } else {
+                    by = FACTOR ? fixed_value(__int128(high) << 64 | low, weight_scale) : size;
                 }
-                by = divide(divisor, weight, d, totals, odd ? exponents() + i * d : nullptr);
+                __syncwarp();
+                if (lane == 0) {
+                    if (FACTOR) to.weights[2 * j] = to.weights[2 * j + 1] = 0;
+                    if (!FACTOR || again) to.sizes[j] = 0;
+                }
+                if (!(by > 0)) continue;
+                double moved = 0;
+                publish(j, [&](int q) {
+                    const T mean = rounded<T>(__ddiv_rn(totals[q], by)), old = c[j * d + q];
+                    moved = __dadd_rn(moved, squared(wide(mean), wide(old)));
+                    c[j * d + q] = mean;
+                    return mean;
+                });
+                moved = striped(moved);
+                if (lane == 0 && !(moved == 0)) atomic_max(shift, moved == moved ? moved : INFINITY);
             }
-            __syncwarp();
-            if (odd && lane == 0) to.sizes[j] = 0;
-            if (lane == 0) {
-                if (FACTOR) to.weights[2 * j] = to.weights[2 * j + 1] = 0;
-                else to.sizes[j] = 0;
-            }
-            if (!(by > 0)) continue;
-            double moved = 0;
-            publish(j, [&](int q) {
-                const T mean = rounded<T>(__ddiv_rn(totals[q], by)), old = c[j * d + q];
-                moved = __dadd_rn(moved, squared(wide(mean), wide(old)));
-                c[j * d + q] = mean;
-                return mean;
-            });
-            moved = striped(moved);
-            if (lane == 0 && !(moved == 0)) atomic_max(shift, moved == moved ? moved : INFINITY);
+            sync_team(to.arrived, all += shares.blocks);
+            if (again || !__ldcg(marked)) return;
         }
     }
 };
@@ -791,12 +800,12 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
             if (done && rank == 0 && threadIdx.x == 0) stop[b] = iteration;
             if (done || iteration == max_iters) break;
             problem.sort();
-            problem.add(units, weight_scale);
+            uint32_t* const marked = to.sizes + k + turn % 2;
+            problem.add(units, weight_scale, marked);
             sync_team(to.arrived, all += shares.blocks);
             // All have seen the last turn's.
-            if (rank == 0 && threadIdx.x == 0) to.shifts[(turn + 1) % 2] = 0;
-            problem.replace(units, weight_scale, &to.shifts[turn % 2], labels + b * r.n, all);
-            sync_team(to.arrived, all += shares.blocks);
+            if (rank == 0 && threadIdx.x == 0) to.shifts[(turn + 1) % 2] = 0, to.sizes[k + (turn + 1) % 2] = 0;
+            problem.replace(units, weight_scale, &to.shifts[turn % 2], marked, labels + b * r.n, all);
             done = __ldcg(&to.shifts[turn % 2]) <= threshold[b];
         }
         for (int i = threadIdx.x; i < live; i += THREADS_HERE) labels[b * r.n + first_row + i] = s.labels[i];
@@ -805,7 +814,7 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
     }
     // The last one to leave clears what all have waited for.
     if (threadIdx.x == 0 && atomicAdd(to.arrived, 1) + 1 == all + shares.blocks) {
-        *to.arrived = 0, to.shifts[0] = to.shifts[1] = 0;
+        *to.arrived = 0, to.shifts[0] = to.shifts[1] = 0, to.sizes[k] = to.sizes[k + 1] = 0;
     }
 }
 

@@ -52,8 +52,8 @@ __device__ __forceinline__ Scaled scaled(double v) {
     return scaled(0, biased ? fraction | 1ull << 52 : fraction, biased ? biased - 1075 : -1074, bits >> 63);
 }
 
-/// A sum of up to 2^32 numbers of any exponent (`Exact` in src/fixed.rs), by a warp: word `lane + 32 i` of it is a lane's
-/// i-th.
+/// A sum of up to 2^32 numbers of any exponent (`Exact` in src/fixed.rs; Kulisch and Miranker 1986), by a warp: word
+/// `lane + 32 i` of it is a lane's i-th.
 struct Exact {
     static constexpr int WORD_BITS = 30, WORDS = 72, EACH = (WORDS + WARP - 1) / WARP;
     static constexpr uint32_t DIGIT = (1u << WORD_BITS) - 1;
@@ -64,7 +64,8 @@ struct Exact {
         const int place = e + 1074;
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
-            const int at = (int(threadIdx.x % WARP) + i * WARP) * WORD_BITS - place;  // the bit that the word begins with
+            // The bit that the word begins with.
+            const int at = (int(threadIdx.x % WARP) + i * WARP) * WORD_BITS - place;
             uint64_t digit = 0;
             if (at >= 0 && at < 64) digit = magnitude >> at & DIGIT;
             if (at < 0 && at > -WORD_BITS) digit = magnitude << -at & DIGIT;
@@ -82,8 +83,8 @@ struct Exact {
         add(uint64_t(magnitude >> 64), 64 - scale, q < 0);
     }
 
-    /// Hands `take(word, digit)` the words as digits, lowest first, to all lanes. Returns what is carried beyond the last
-    /// one: -1 of negative sums, otherwise 0.
+    /// Hands `take(word, digit)` the words as digits, lowest first, to all lanes. Returns what is carried beyond the
+    /// last one: -1 of negative sums, otherwise 0.
     template <class Take>
     __device__ __forceinline__ long long carry(bool negative, Take take) const {
         long long carried = 0;
@@ -118,8 +119,8 @@ struct Exact {
     }
 };
 
-/// Terms on their way to an `Exact` sum, each lane's own: as integers of a scale that its first one sets, as far as they
-/// are.
+/// Terms on their way to an `Exact` sum, each lane's own: as integers of a scale that its first one sets, as far as
+/// they are.
 struct Gathered {
     Exact exact;
     __int128 sum = 0;
@@ -142,7 +143,8 @@ struct Gathered {
     __device__ __forceinline__ const Exact& all() {
         for (uint32_t left = __ballot_sync(~0u, sum != 0); left; left &= left - 1) {
             const int lane = __ffs(left) - 1;
-            const uint64_t low = __shfl_sync(~0u, uint64_t(sum), lane), high = __shfl_sync(~0u, uint64_t(sum >> 64), lane);
+            const uint64_t low = __shfl_sync(~0u, uint64_t(sum), lane);
+            const uint64_t high = __shfl_sync(~0u, uint64_t(sum >> 64), lane);
             exact.add(__int128((unsigned __int128)high << 64 | low), __shfl_sync(~0u, scale, lane));
         }
         sum = 0;

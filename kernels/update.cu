@@ -8,8 +8,8 @@
 // pieces is added up in its slot in memory, and whoever adds last finishes it and leaves zeros behind. Traffic: X and
 // the order once, the centroids twice, and 16 bytes a column for each piece of a crossing cluster.
 //
-// A cluster with a term that is no such integer, or with a row that is not finite, is left to `update_exact`, which adds
-// up its rows once more, whatever they are.
+// A cluster with a term that is no such integer, or with a row that is not finite, is left to `update_exact`, which
+// adds up its rows once more, whatever they are.
 //
 // Medians (Manhattan) need no sums: a median is found bit by bit, by counting.
 #include <cuda_pipeline_primitives.h>
@@ -274,8 +274,8 @@ struct Warp {
         __syncwarp();
     }
 
-    /// Replaces the centroid of `cluster` by `total(column) / divisor`; one of no weight stays. What squares of f64 cannot
-    /// measure is left to `update_exact`.
+    /// Replaces the centroid of `cluster` by `total(column) / divisor`; one of no weight stays. What squares of f64
+    /// cannot measure is left to `update_exact`.
     template <class Total>
     __device__ __forceinline__ void finish(int64_t cluster, double weight, Total total) const {
         double divisor = to.divisor == ONE ? 1 : weight;
@@ -474,8 +474,8 @@ __device__ void update(const T* x, const Rows& r, const double* factor, const do
 
 // ---- Clusters that are left.
 
-/// Each block takes a cluster that `update` has left, and LEFT_COLUMNS columns of it at a time; behind the last column is
-/// the weight. Sums lie in the cluster's slot, and whoever adds the last ones finishes it and leaves zeros behind.
+/// Each block takes a cluster that `update` has left, and LEFT_COLUMNS columns of it at a time; behind the last column
+/// is the weight. Sums lie in the cluster's slot, and whoever adds the last ones finishes it and leaves zeros behind.
 template <class T>
 __device__ void update_exact(const T* x, const Rows& r, const double* factor, const uint32_t* first_bad,
                              const uint32_t* order, const uint32_t* offsets, const Clusters<T>& to,
@@ -611,8 +611,8 @@ __device__ __int128 column_sum(__int128 v) {
 /// Bits of a weight that a window below the first one has.
 constexpr int WINDOW = 94;
 
-/// The bits of `v`, which is not negative, that window `i` of weights has: those of units of 2^-(scale + i * WINDOW), but
-/// for the ones that the windows before have.
+/// The bits of `v`, which is not negative, that window `i` of weights has: those of units of 2^-(scale + i * WINDOW),
+/// but for the ones that the windows before have.
 __device__ __forceinline__ __int128 window_of(double v, int scale, int i) {
     const uint64_t bits = __double_as_longlong(v), fraction = bits & ((1ull << 52) - 1);
     const int biased = int(bits >> 52);

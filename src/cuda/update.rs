@@ -310,7 +310,7 @@ pub(crate) fn fit_on_chip(
         let limbs = zeros.zeroed(elements(&[teams, if weighted { 2 } else { 1 }, k, x.d.next_multiple_of(64)]));
         let rest = zeros.zeroed(if exact { 0 } else { elements(&[teams, k, x.d]) });
         let weights = zeros.zeroed(if weighted { elements(&[teams, k]) } else { 0 });
-        let (sizes, shifts, arrived) = (zeros.zeroed(elements(&[teams, k + 1])), zeros.zeroed(teams), zeros.zeroed(teams));
+        let (sizes, shifts, arrived) = (zeros.zeroed(elements(&[teams, k + 2])), zeros.zeroed(teams), zeros.zeroed(teams));
         let mut scratch = Layout::default();
         let (moved, prepared) = (scratch.unwritten(elements(&[teams, k, x.d])), scratch.unwritten(elements(&[teams, k])));
         let (zeros, scratch) = (zeros.zeros(dev, OP, memory)?, scratch.scratch(dev, OP, memory)?);
