@@ -724,9 +724,9 @@ __device__ void settle(int64_t b, double* shift, const Active& active, const Ver
 
 /// Blocks that a multiprocessor should hold.
 template <class T, int EACH, bool FACTOR>
-constexpr int BLOCKS = Warp<T, EACH, FACTOR>::EXACT ? SUM_BLOCKS
-                       : FACTOR                     ? SUM_BLOCKS_WEIGHTED
-                                                    : SUM_BLOCKS_LIMBS;
+constexpr int BLOCKS = FACTOR                                     ? SUM_BLOCKS_WEIGHTED
+                       : Warp<T, EACH, FACTOR>::EXACT && EACH > 1 ? SUM_BLOCKS
+                                                                  : SUM_BLOCKS_LIMBS;
 
 #define UPDATE(name, T, EACH, FACTOR)                                                                                  \
     extern "C" __global__ void __launch_bounds__(SUM_THREADS, (BLOCKS<T, EACH, FACTOR>))                               \

@@ -30,7 +30,7 @@ awk -v arch="sm_$arch" '
     # So are those of the f32 recheck, where two words wait for the end of a sweep, and of the update, where what a
     # cluster needs at its end does: more warps hide more latency than that costs (update-versions.md).
     most = name ~ /^assign_sm90_1[46]_/ ? 96 : name ~ /^assign_sm90_20_/ ? 4 : name ~ /^recheck_split_/ ? 8 : 0
-    if (name ~ /^update_/) most = name ~ /narrow/ ? 64 : 48
+    if (name ~ /^update_/) most = 48
     # What the phases around its search need waits in memory while that has all registers.
     if (name ~ /^fit_resident/) most = arch == "sm_80" ? 160 : 64
     # Its tile and counters take more shared memory than blocks of sm_80 have, so there it is not run.
