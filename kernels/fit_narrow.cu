@@ -3,8 +3,7 @@
 // A block takes a problem and keeps its rows, labels and sums on chip for all iterations: centroids are prepared and
 // rows labelled as in assign_narrow.cu, rows are brought into cluster order by a counting sort, and each thread adds up
 // an equal share of them, cluster by cluster. Sums are integers (src/fixed.rs), so atomics may finish them in any
-// order. Clusters with a term that is no such integer, or with a row that is not finite, are added up once more, by
-// warps. A block that has converged goes on to the next problem. Traffic: X once, labels once, and the centroids, which
+// order. With a term that is no such integer, or a row that is not finite, they are added up once more, by warps. A block that has converged goes on to the next problem. Traffic: X once, labels once, and the centroids, which
 // stay in the cache.
 #include "narrow.cuh"
 #include "scan.cuh"
@@ -16,7 +15,7 @@ struct OnChip {
     __int128* rest;             // (k, D): what limbs could not take
     __int128* weights;          // (k)
     unsigned long long* limbs;  // (2, k, D), two's complement
-    uint32_t *starts, *next;    // (k + 1) and (k): where clusters begin, and the place of the next row; then ODD
+    uint32_t *starts, *next;    // (k + 1) and (k): where clusters begin, and the place of the next row
     T* x;                       // (n, D), zeros beyond the columns
     uint16_t *labels, *order;   // (n)
 
@@ -31,9 +30,6 @@ struct OnChip {
         order = labels + n;
     }
 };
-
-/// What `next` is of clusters that have to be added up once more.
-constexpr uint32_t ODD = UINT32_MAX;
 
 /// The sum of D terms in the order of `striped` in src/fixed.rs.
 template <int D>
@@ -66,7 +62,7 @@ __device__ void sort(const OnChip<T, D>& s, uint32_t n, uint32_t k) {
     __syncthreads();
 }
 
-/// Adds up each thread's share of the sorted rows. Sets `odd` if there is a cluster to be added up once more.
+/// Adds up each thread's share of the sorted rows. Sets `odd` if they have to be added up once more.
 template <class T, int D>
 __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T>& units, const double* factor,
                     int weight_scale, int divisor, bool& odd) {
@@ -76,9 +72,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
     uint32_t cluster = UINT32_MAX;
     double sums[2][D];
     __int128 weight = 0;
-    bool marked = false;
     const auto leave = [&] {
-        if (marked) s.next[cluster] = ODD, odd = true;
 #pragma unroll
         for (int l = 0; l < 2; ++l) {
 #pragma unroll
@@ -94,7 +88,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
         const uint32_t row = s.order[place], its = s.labels[row];
         if (its != cluster) {
             if (cluster != UINT32_MAX) leave();
-            cluster = its, weight = 0, marked = false;
+            cluster = its, weight = 0;
 #pragma unroll
             for (int q = 0; q < D; ++q) sums[0][q] = sums[1][q] = 0;
         }
@@ -102,7 +96,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
         if (!factor && units.dirty) {
 #pragma unroll
             for (int q = 0; q < D; ++q) {
-                if (!isfinite(wide(part.values[q]))) part.values[q] = T(0.0f), marked = true;
+                if (!isfinite(wide(part.values[q]))) part.values[q] = T(0.0f), odd = true;
             }
         }
         if (!factor && (EXACT || units.fit(part.values))) {
@@ -113,7 +107,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
         const double f = factor ? factor[row] : 1;
         __int128 whole;
         if (factor && divisor == WEIGHT) {
-            marked |= !fixed_quantise(f, weight_scale, whole);
+            if (!fixed_quantise(f, weight_scale, whole)) odd = true;
             weight += whole;
         }
 #pragma unroll
@@ -121,7 +115,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
             double v = __dmul_rn(wide(part.values[q]), f);
             if (!isfinite(v)) {
                 v = 0;
-                marked |= units.dirty && f != 0;
+                if (units.dirty && f != 0) odd = true;
             }
             // Rounded toward zero, so that what is left has the sign of the term.
 #pragma unroll
@@ -131,7 +125,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
                 sums[l][q] += limb, v -= limb;
             }
             if (v != 0) {
-                marked |= !fixed_quantise(v, units.scale, whole) || units.extreme;
+                if (!fixed_quantise(v, units.scale, whole) || units.extreme) odd = true;
                 atomic_add(reinterpret_cast<unsigned long long*>(&s.rest[cluster * D + q]), whole);
             }
         }
@@ -140,13 +134,12 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
     __syncthreads();
 }
 
-/// Adds up marked clusters once more, a column to a warp: to `rest` and `weights`, as `Scaled`.
+/// Adds up clusters once more, a column to a warp: to `rest` and `weights`, as `Scaled`.
 template <class T, int D>
 __device__ __forceinline__ void add_exactly(const OnChip<T, D>& s, uint32_t k, bool dirty, const double* factor) {
     const uint32_t lane = threadIdx.x % WARP;
     for (uint32_t item = threadIdx.x / WARP; item < k * (D + 1); item += blockDim.x / WARP) {
         const uint32_t j = item / (D + 1), q = item % (D + 1), end = s.starts[j + 1];
-        if (s.next[j] != ODD) continue;
         Gathered sum;
 #pragma unroll 1
         for (uint32_t next = s.starts[j]; next < end; next += WARP) {
@@ -164,8 +157,8 @@ __device__ __forceinline__ void add_exactly(const OnChip<T, D>& s, uint32_t k, b
     }
 }
 
-/// Replaces the centroids of marked clusters, as `replace` does those of others. Not inlined, so that it takes no
-/// registers from where it is not needed.
+/// Replaces the centroids as `replace` does, from sums of any terms. Not inlined, so that it takes no registers from
+/// where it is not needed.
 template <class T, int D>
 __device__ __noinline__ void replace_exactly(OnChip<T, D> s, T* c, uint32_t k, int d, bool dirty, const double* factor,
                                              int divisor, double* shift) {
@@ -173,7 +166,6 @@ __device__ __noinline__ void replace_exactly(OnChip<T, D> s, T* c, uint32_t k, i
     __syncthreads();
 #pragma unroll 1
     for (uint32_t j = threadIdx.x; j < k; j += blockDim.x) {
-        if (s.next[j] != ODD) continue;
         const Scaled* const sums = reinterpret_cast<const Scaled*>(s.rest + j * D);
         double terms[D];
         const Quotient by(
@@ -208,15 +200,14 @@ __device__ __noinline__ void replace_exactly(OnChip<T, D> s, T* c, uint32_t k, i
     }
 }
 
-/// Replaces the centroids `c` (k, d) but those of no weight and of marked clusters, a thread each; returns the largest
-/// squared shift. Marks what squares of f64 cannot measure.
+/// Replaces the centroids `c` (k, d) but those of no weight, a thread each; returns the largest squared shift. Sets
+/// `odd` if there is one that squares of f64 cannot measure.
 template <class T, int D>
 __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const Units<T>& units, bool weighted,
                           int weight_scale, int divisor, bool& odd) {
     double most = 0;
 #pragma unroll 1
     for (uint32_t j = threadIdx.x; j < k; j += blockDim.x) {
-        if (s.next[j] == ODD) continue;
         double totals[D], terms[D];
         bool some = false;
 #pragma unroll
@@ -233,7 +224,7 @@ __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const 
         if (divisor == NORM) {
             by = striped_here(terms);
             if (some && !(LEAST_SQUARES <= by && by <= MOST_SQUARES)) {
-                s.next[j] = ODD, odd = true;
+                odd = true;
                 continue;
             }
             by = __dsqrt_rn(by);
@@ -286,7 +277,7 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
             if (done || iteration == max_iters) break;
             sort(s, r.n, k);
             add(s, r.n, k, units, factor, weight_scale, divisor, odd);
-            const double moved = replace(s, c, k, d, units, factor != nullptr, weight_scale, divisor, odd);
+            const double moved = odd ? 0 : replace(s, c, k, d, units, factor != nullptr, weight_scale, divisor, odd);
             if (moved > 0) atomic_max(&shift, moved);
             __syncthreads();
             if (odd) {
