@@ -3,8 +3,9 @@
 // A block takes a problem and keeps its rows, labels and sums on chip for all iterations: centroids are prepared and
 // rows labelled as in assign_narrow.cu, rows are brought into cluster order by a counting sort, and each thread adds up
 // an equal share of them, cluster by cluster. Sums are integers (src/fixed.rs), so atomics may finish them in any
-// order. With a term that is no such integer, or a row that is not finite, they are added up once more, by warps. A block that has converged goes on to the next problem. Traffic: X once, labels once, and the centroids, which
-// stay in the cache.
+// order. With a term that is no such integer, or a row that is not finite, they are added up once more, by warps. A
+// block that has converged goes on to the next problem. Traffic: X once, labels once, and the centroids, which stay in
+// the cache.
 #include "narrow.cuh"
 #include "scan.cuh"
 #include "sums.cuh"
