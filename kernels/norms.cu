@@ -116,6 +116,45 @@ __device__ void gather(const T* x, const Rows& r, const uint32_t* index, int64_t
     }
 }
 
+/// A tensor of any layout, its last dimension first. (`struct Strided` of src/cuda/assign.rs)
+struct Strided {
+    int64_t sizes[8], strides[8], rank;
+};
+
+/// Its elements in order, the last dimension widened to `pitch` by zeros, `cells` in all. Divisions of 32 bits are several
+/// times as fast, and do for what they count.
+template <class I, class T>
+__device__ __forceinline__ void copy_by(const T* x, const Strided& from, I cells, I pitch, T* out) {
+    for (I i = I(global_thread()); i < cells; i += I(all_threads())) {
+        I row = i / pitch;
+        const I column = i - row * pitch;
+        int64_t at = int64_t(column) * from.strides[0];
+        for (int k = 1; k < from.rank; ++k) {
+            const I outer = row / I(from.sizes[k]);
+            at += int64_t(row - outer * I(from.sizes[k])) * from.strides[k];
+            row = outer;
+        }
+        out[i] = int64_t(column) < from.sizes[0] ? x[at] : T(0);
+    }
+}
+
+template <class T>
+__device__ void copy(const T* x, const Strided& from, int64_t cells, int64_t pitch, T* out) {
+    // A step beyond the last cell still fits.
+    if (cells + all_threads() <= UINT32_MAX) copy_by<uint32_t>(x, from, uint32_t(cells), uint32_t(pitch), out);
+    else copy_by<int64_t>(x, from, cells, pitch, out);
+}
+
+#define COPY(bytes, T)                                                                                                 \
+    extern "C" __global__ void copy_##bytes(const T* x, Strided from, int64_t cells, int64_t pitch, T* out) {          \
+        copy(x, from, cells, pitch, out);                                                                              \
+    }
+COPY(1, uint8_t)
+COPY(2, uint16_t)
+COPY(4, uint32_t)
+COPY(8, uint64_t)
+#undef COPY
+
 // ---- Initialisation: the distance to the nearest seed, the race for the next one, and its winner.
 
 __device__ __forceinline__ double nothing_near() { return __longlong_as_double(0x7ff0000000000000); }

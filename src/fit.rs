@@ -100,7 +100,8 @@ impl Fit {
         let pick = |new: &Tensor, old: &Tensor| {
             let mut shape = mask.dims().to_vec();
             shape.resize(old.rank(), 1);
-            Ok::<_, Error>(mask.reshape(shape)?.broadcast_as(old.shape())?.where_cond(new, old)?)
+            let mask = mask.reshape(shape)?.broadcast_as(old.shape())?;
+            ops::elementwise([&mask, new, old], |[mask, new, old]| mask.where_cond(new, old))
         };
         Ok(Self {
             centroids: pick(&other.centroids, &self.centroids)?,

@@ -147,7 +147,8 @@ pub fn inverse_order(order: &Tensor) -> Result<Tensor> {
         return Ok(order.clone());
     }
     // The sort of a permutation as labels is its inverse. Labels out of range would be counted outside of its memory.
-    let labels = order.minimum(n as u32 - 1)?.contiguous()?.reshape((order.elem_count() / n, n))?;
+    let labels = ops::elementwise([order], |[order]| order.minimum(n as u32 - 1))?;
+    let labels = ops::contiguous(&labels)?.reshape((order.elem_count() / n, n))?;
     Ok(ops::order(&labels, n)?.0.reshape(order.shape())?)
 }
 
@@ -165,7 +166,8 @@ pub fn residuals(x: &Tensor, centroids: &Tensor, labels: &Tensor) -> Result<Tens
     check_labels_of(&p, labels, x.device())?;
     check_labels(&flat, p.k)?;
     let c = Rows::new(&centroids.detach())?.broadcast(p.b);
-    Ok((x - ops::gather(&c, &flat)?.reshape(x.shape())?)?)
+    let nearest = ops::gather(&c, &flat)?.reshape(x.shape())?;
+    straight_through(x, ops::elementwise([&x.detach(), &nearest], |[x, nearest]| x - nearest)?)
 }
 
 /// Each row's nearest centroid in its place: `(values, labels)`, `values` shaped and typed as `x`, `labels` as [`assign`]'s.
@@ -229,8 +231,8 @@ fn check_labels_of(p: &Problem, labels: &Tensor, device: &Device) -> Result<()> 
 }
 
 fn check_labels(labels: &Tensor, k: usize) -> Result<()> {
-    if labels.elem_count() > 0 {
-        let largest = labels.flatten_all()?.max(0)?.to_scalar::<u32>()? as usize;
+    for labels in ops::pieces(labels)? {
+        let largest = labels.max(0)?.to_scalar::<u32>()? as usize;
         if largest >= k {
             return Err(Error::Range { argument: "labels", got: largest, min: 0, max: k - 1 });
         }

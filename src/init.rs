@@ -15,14 +15,15 @@ use rayon::prelude::*;
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub enum Init {
-    /// `k` different rows, uniformly, or with probability proportional to the sample weights.
+    /// `k` different rows, uniformly, or with probability proportional to the sample weights, for which the host reads a number a
+    /// row.
     #[default]
     Random,
     /// k-means++ (Arthur and Vassilvitskii 2007): each next row with probability proportional to its weight times its
     /// distance to the nearest row already chosen. `k` passes over the data.
     KMeansPlusPlus,
     /// k-means|| (Bahmani et al. 2012): five rounds that each draw about `2k` rows, then weighted k-means++ among them.
-    /// Fewer passes than k-means++ for large `k`.
+    /// Fewer passes than k-means++ for large `k`. The host reads a sum and a count of each round of each problem.
     KMeansParallel,
     /// Evenly spaced rows: row `i * n / k` for cluster `i`, whatever the weights (`n` being those that count). Neighbours in a sequence are often alike,
     /// so that keys of a KV cache start well from these (RetroInfer, Chen et al. 2025), and nothing is read or drawn.
@@ -58,7 +59,7 @@ pub(crate) fn centroids(
         (_, Some(drawn)) => drawn.clone(),
         (Init::Given(c), _) => {
             let c = if c.rank() > 2 { c.reshape((x.b, k, x.d))? } else { c.broadcast_as((x.b, k, x.d))? };
-            return Ok(c.detach().contiguous()?);
+            return ops::contiguous(&c.detach());
         }
         // Even rows are known by now.
         (Init::Random | Init::Even, _) => weighted(x, k, weights, seed)?,
@@ -107,7 +108,9 @@ pub(crate) fn check(init: &Init, p: &Problem, device: &Device) -> Result<()> {
 
 /// Rows with probability proportional to their weights.
 fn weighted(x: &Rows, k: usize, weights: Option<&Tensor>, seed: u64) -> Result<Tensor> {
-    let ones = Tensor::ones((x.b, x.n), DType::F64, x.device())?;
+    let zeros = Tensor::zeros((x.b, x.n), DType::F64, x.device())?;
+    let ones = ops::elementwise([&zeros], |[zeros]| zeros.affine(0.0, 1.0))?;
+    drop(zeros);
     let keys = ops::race(&ones, weights, Draw { seed, round: 0 })?.to_vec2::<f64>()?;
     let mut chosen = Vec::with_capacity(x.b * k);
     for keys in keys {

@@ -93,7 +93,8 @@ impl KMeans {
         self
     }
 
-    /// Most centroid updates of a run; 0 only assigns to the initial centroids.
+    /// Most centroid updates of a run; 0 only assigns to the initial centroids, and `usize::MAX` is no limit. On a GPU the host
+    /// queues 128 of them, and as many again for as long as a problem has not converged, for which it then waits.
     pub fn max_iters(mut self, max_iters: usize) -> Self {
         self.max_iters = max_iters;
         self
@@ -113,7 +114,7 @@ impl KMeans {
     }
 
     /// Non-negative weights of the rows, float `(..batch, n)` or `(n)`: they count in the initialisation, the update and
-    /// the inertia.
+    /// the inertia. The host waits for their check, when a fit begins or is prepared.
     pub fn sample_weights(mut self, weights: &Tensor) -> Self {
         self.weights = Some(weights.clone());
         self

@@ -3,7 +3,7 @@
 use crate::{
     fit::refuse_non_finite,
     init,
-    ops::{self, Memory, Progress, Rule, Terms, Turn},
+    ops::{self, Fence, Memory, Progress, Rule, Terms, Turn},
     problem::{self, Problem, Rows},
     EmptyClusters, Error, Fit, Init, Iteration, KMeans, Metric, Result,
 };
@@ -18,8 +18,15 @@ use candle_core::{DType, Device, Tensor};
 /// # CUDA graphs
 /// A run can be captured and replayed on new values in the same input tensor if the settings ask the host for nothing:
 /// [`check_finite(false)`](KMeans::check_finite), no [`on_iteration`](KMeans::on_iteration), no
-/// [`EmptyClusters::Relocate`], and an [`Init`] other than k-means|| or weighted random rows. Run once before the capture,
-/// so that all memory is there, and keep the input and this value alive as long as the graph.
+/// [`EmptyClusters::Relocate`], and an [`Init`] other than k-means|| or weighted random rows. Run once before the capture, on
+/// the same thread if the device is of [`Device::new_cuda`], so that all memory is there, and keep the input and this value
+/// alive as long as the graph. A capture holds every iteration up to [`max_iters`](KMeans::max_iters), of which it takes at most
+/// 65,536.
+///
+/// # Threads
+/// A value may move between threads, be used by several through `&self`, and be dropped on any of them. Where threads have
+/// streams of their own, as on a device of [`Device::new_cuda`], the host waits each time that another thread takes over, and a
+/// capture refuses it; on a device of [`Device::new_cuda_with_stream`] there is nothing to wait for.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -36,6 +43,7 @@ use candle_core::{DType, Device, Tensor};
 /// # Ok::<_, candle_flash_kmeans::Error>(())
 /// ```
 pub struct Prepared {
+    fence: Fence,
     settings: KMeans,
     p: Problem,
     device: Device,
@@ -51,7 +59,11 @@ pub struct Prepared {
     /// The rows to start from, if they do not depend on the data.
     drawn: Option<Tensor>,
     memory: Memory,
+    /// Where rows are copied to that cannot be read where they lie.
+    copy: Option<Tensor>,
     data: Option<Data>,
+    /// Inputs that were taken in a capture, where nothing from outside may be freed.
+    captured: Vec<Rows>,
 }
 
 /// The input of a run, with what stays the same over its iterations.
@@ -62,6 +74,8 @@ struct Data {
 
 impl Prepared {
     pub(crate) fn new(settings: &KMeans, p: Problem, device: &Device) -> Result<Self> {
+        let fence = Fence::default();
+        fence.write(device)?;
         let ragged =
             settings.lengths.as_ref().map(|l| Ragged::new(p.lengths(l, device)?, settings, &p, device)).transpose()?;
         let weights = weights(settings, &p, ragged.as_ref(), device)?;
@@ -77,8 +91,9 @@ impl Prepared {
             going: zeros(&[2, p.b + 1], DType::U32)?,
         };
         let shown = [centroids.reshape(p.shape(&[p.k, p.d]))?, labels.reshape(p.shape(&[p.n]))?];
-        let (settings, device, memory) = (settings.clone(), device.clone(), Memory::default());
+        let (settings, device, memory) = (settings.clone(), device.clone(), Memory::kept());
         let mut fit = Self {
+            fence,
             settings,
             p,
             device,
@@ -90,7 +105,9 @@ impl Prepared {
             weights,
             drawn: None,
             memory,
+            copy: None,
             data: None,
+            captured: vec![],
         };
         fit.drawn = fit.draw(fit.settings.seed)?;
         Ok(fit)
@@ -98,11 +115,13 @@ impl Prepared {
 
     /// The centroids, `(..batch, k, d)`. The next run overwrites them.
     pub fn centroids(&self) -> &Tensor {
+        self.fence.show(&self.device);
         &self.shown[0]
     }
 
     /// The labels, u32 `(..batch, n)`. The next run overwrites them.
     pub fn labels(&self) -> &Tensor {
+        self.fence.show(&self.device);
         &self.shown[1]
     }
 
@@ -117,10 +136,16 @@ impl Prepared {
         }
         problem::check_dtype("x", x, self.p.dtype)?;
         problem::check_device("x", x, &self.device)?;
+        self.fence.write(&self.device)?;
+        let captured = ops::capturing(&self.device)?;
+        if captured && self.data.is_none() {
+            let with = "a first run, which allocates: run once before".into();
+            return Err(Error::Conflict { argument: "stream", got: "a capture".into(), with });
+        }
         let run = self.load(x).and_then(|()| self.lloyd(0));
-        if run.is_err() {
+        if run.is_err() && !captured {
             // What a failed op leaves there may not be what the next one expects.
-            self.memory = Memory::default();
+            self.memory = Memory::kept();
         }
         run
     }
@@ -128,7 +153,7 @@ impl Prepared {
     /// The last run's result, in tensors of its own.
     ///
     /// # Errors
-    /// [`Error::Conflict`] before the first run, and where the device fails.
+    /// [`Error::Conflict`] before the first run, and fails where the device does.
     pub fn fit(&self) -> Result<Fit> {
         let fit = self.result()?;
         Ok(Fit { centroids: fit.centroids.copy()?, labels: fit.labels.copy()?, ..fit })
@@ -150,6 +175,7 @@ impl Prepared {
             got: "a result".into(),
             with: with(),
         })?;
+        self.fence.read(&self.device)?;
         let (p, stop) = (&self.p, &self.progress.stop);
         let centroids = Rows::new(&self.centroids)?;
         Ok(Fit {
@@ -165,9 +191,8 @@ impl Prepared {
 
     /// Takes the rows of a run, and finds what stays the same over its iterations.
     pub(crate) fn load(&mut self, x: &Tensor) -> Result<()> {
-        let rows = Rows::new(&x.detach())?;
-        let counted = self.ragged.as_ref().map(|ragged| ragged.scan(&rows)).transpose()?;
-        let x = ops::readable(rows, self.p.k, self.p.metric)?;
+        let x = ops::readable(&x.detach(), self.p.k, self.p.metric, &mut self.copy)?;
+        let counted = self.ragged.as_ref().map(|ragged| ragged.scan(&x)).transpose()?;
         let mut terms = Terms::of(&x)?;
         let mut first_bad = terms.first_bad.clone();
         if let Some((largest, bad)) = counted {
@@ -189,15 +214,20 @@ impl Prepared {
             (terms.factor, terms.heaviest) = (Some(w.clone()), Some(heaviest.clone()));
         }
         if self.p.metric == Metric::Cosine {
-            let inverse = ops::norms(&x)?.recip()?;
+            let inverse = ops::elementwise([&ops::norms(&x)?], |[norms]| norms.recip())?;
             // Columns of a unit vector, with room for rounding, times the weight.
             (terms.factor, terms.largest) = match &self.weights {
-                Some((w, heaviest)) => (Some((w * inverse)?), (heaviest * 2.0)?),
+                Some((w, heaviest)) => (Some(ops::elementwise([w, &inverse], |[w, i]| w * i)?), (heaviest * 2.0)?),
                 None => (Some(inverse), Tensor::full(2f64, x.b, &self.device)?),
             };
         }
         match &mut self.data {
-            Some(data) => data.replace(x, terms)?,
+            Some(data) => {
+                let before = data.replace(x, terms)?;
+                if ops::capturing(&self.device)? {
+                    self.captured.push(before);
+                }
+            }
             None => self.data = Some(Data { x, terms }),
         }
         Ok(())
@@ -207,6 +237,12 @@ impl Prepared {
     pub(crate) fn lloyd(&mut self, run: usize) -> Result<()> {
         let Some(data) = &self.data else { return Ok(()) };
         let (KMeans { init, seed, max_iters, .. }, x) = (&self.settings, &data.x);
+        // Iterations beyond convergence do nothing, but may be without end: now and then the host asks where the fit is.
+        let max_iters = (*max_iters).min(RUNNING as usize - 1);
+        let asks = max_iters > QUEUED && !ops::capturing(&self.device)?;
+        if max_iters > CAPTURED && !asks {
+            return Err(Error::TooLarge { argument: "max_iters in a capture", got: max_iters, limit: CAPTURED });
+        }
         let (metric, weights, drawn) = (self.p.metric, self.weights.as_ref().map(|w| &w.0), self.drawn.as_ref());
         let seed = seed.wrapping_add(run as u64);
         let again = match run {
@@ -214,7 +250,7 @@ impl Prepared {
             _ => self.draw(seed)?,
         };
         let drawn = again.as_ref().or(drawn);
-        self.centroids.slice_set(&init::centroids(init, drawn, x, self.p.k, weights, metric, seed)?, 0, 0)?;
+        ops::overwrite(&self.centroids, &init::centroids(init, drawn, x, self.p.k, weights, metric, seed)?)?;
         self.progress.stop.const_set(RUNNING.into())?;
 
         let centroids = Rows::new(&self.centroids)?;
@@ -228,19 +264,20 @@ impl Prepared {
         let (progress, terms) = (&self.progress, &data.terms);
         if !watched {
             let (c, labels, memory) = (&self.centroids, &self.labels, &self.memory);
-            if ops::fit_on_chip(x, terms, metric, rule, progress, *max_iters, c, labels, memory)? {
+            if ops::fit_on_chip(x, terms, metric, rule, progress, max_iters, c, labels, memory)? {
                 return Ok(());
             }
         }
         ops::relabel(x, &centroids, metric, None, &self.labels, &self.memory)?;
-        for iteration in 1..=*max_iters {
+        for iteration in 1..=max_iters {
             let turn = Some(Turn { progress, iteration });
             if relocates {
                 self.relocate(x, &centroids)?;
             }
             ops::update(x, terms, Some(&self.labels), rule, turn, &self.centroids, &self.memory)?;
             ops::relabel(x, &centroids, metric, turn, &self.labels, &self.memory)?;
-            if watched || ops::reads_are_free(&self.device) {
+            let asked = asks && iteration % QUEUED == 0;
+            if watched || asked || ops::reads_are_free(&self.device) {
                 let stop = self.progress.stop.to_vec1::<u32>()?;
                 let converged = stop.iter().filter(|&&stop| stop != RUNNING).count();
                 if let Some(f) = &self.settings.on_iteration {
@@ -276,7 +313,7 @@ impl Prepared {
     fn cost(&self, x: &Rows, centroids: &Rows) -> Result<Tensor> {
         let cost = ops::distances(x, centroids, &self.labels, self.p.metric)?;
         Ok(match &self.weights {
-            Some((w, _)) => (cost * w)?,
+            Some((w, _)) => ops::elementwise([&cost, w], |[cost, w]| cost * w)?,
             None => cost,
         })
     }
@@ -305,24 +342,28 @@ impl Prepared {
                 labels[i] = cluster as u32;
             }
         }
-        Ok(self.labels.slice_set(&Tensor::from_vec(rows.concat(), (x.b, x.n), &self.device)?, 0, 0)?)
+        ops::overwrite(&self.labels, &Tensor::from_vec(rows.concat(), (x.b, x.n), &self.device)?)
     }
 }
 
 impl Data {
     /// Takes new values where the old ones are, so that a captured run finds them there.
-    fn replace(&mut self, x: Rows, terms: Terms) -> Result<()> {
-        self.x = x;
+    fn replace(&mut self, x: Rows, terms: Terms) -> Result<Rows> {
         self.terms.largest.slice_set(&terms.largest, 0, 0)?;
         self.terms.first_bad.slice_set(&terms.first_bad, 0, 0)?;
         if let (Some(old), Some(new)) = (&self.terms.factor, &terms.factor) {
             if old.id() != new.id() {
-                old.slice_set(new, 0, 0)?;
+                ops::overwrite(old, new)?;
             }
         }
-        Ok(())
+        Ok(std::mem::replace(&mut self.x, x))
     }
 }
+
+/// Iterations that are queued before the host asks whether the fit goes on, more than most fits have.
+const QUEUED: usize = 128;
+/// Iterations that a CUDA graph takes.
+const CAPTURED: usize = 65_536;
 
 /// [`Progress::stop`] of a problem that has not converged.
 const RUNNING: u32 = u32::MAX;
@@ -344,10 +385,12 @@ impl Ragged {
     fn new(lengths: Vec<usize>, settings: &KMeans, p: &Problem, device: &Device) -> Result<Self> {
         let (b, n) = (p.b, p.n);
         let ends = Tensor::from_vec(lengths.iter().map(|&l| l as u32).collect(), (b, 1), device)?;
-        let ones = Tensor::arange(0, n as u32, device)?.broadcast_as((b, n))?.lt(&ends.broadcast_as((b, n))?)?;
+        let at = ops::contiguous(&Tensor::arange(0, n as u32, device)?.broadcast_as((b, n))?)?;
+        let ends = ops::contiguous(&ends.broadcast_as((b, n))?)?;
+        let ones = ops::elementwise([&at, &ends], |[at, ends]| at.lt(ends)?.to_dtype(DType::F64))?;
         let tol = lengths.iter().map(|&l| settings.tol / (l as f64 * p.d as f64)).collect();
         let (one, tol) = (Tensor::ones(b, DType::F64, device)?, Tensor::from_vec(tol, b, device)?);
-        Ok(Self { lengths, ones: ones.to_dtype(DType::F64)?, one, tol })
+        Ok(Self { lengths, ones, one, tol })
     }
 
     /// [`ops::scan`] of the rows that count.
@@ -355,11 +398,14 @@ impl Ragged {
         // Each row as a problem of its own, and what is found of them as rows of one column.
         let (largest, bad) = ops::scan(&Rows::new(&x.tensor.unsqueeze(x.tensor.rank() - 1)?)?)?;
         let whole = |found: Tensor| ops::scan(&Rows::new(&found.reshape((x.b, x.n, 1))?)?);
-        let largest = (largest.reshape((x.b, x.n))? * &self.ones)?;
+        let largest = ops::elementwise([&largest.reshape((x.b, x.n))?, &self.ones], |[largest, ones]| largest * ones)?;
         // 0 is what `bad` says of such a row, and the largest u32 of others.
         let none = u32::MAX as f64;
-        let bad = (bad.reshape((x.b, x.n))?.to_dtype(DType::F64)?.affine(-1.0, none)? * &self.ones)?;
-        Ok((whole(largest)?.0, whole(bad.affine(-1.0, none)?.recip()?)?.1))
+        let bad = ops::elementwise([&bad.reshape((x.b, x.n))?, &self.ones], |[bad, ones]| {
+            bad.to_dtype(DType::F64)?.affine(-1.0, none)? * ones
+        })?;
+        let bad = ops::elementwise([&bad], |[bad]| bad.affine(-1.0, none)?.recip())?;
+        Ok((whole(largest)?.0, whole(bad)?.1))
     }
 
     /// The squared shift at which a problem has converged, f64 `(b,)`. Leaves `terms` as they were.
@@ -384,13 +430,14 @@ fn weights(
         (Some(w), None) => p.weights(&w.detach(), device)?,
         (Some(w), Some(Ragged { ones, .. })) => {
             let w = p.weights(&w.detach(), device)?;
-            ones.ne(&ones.zeros_like()?)?.where_cond(&w, &w.zeros_like()?)?
+            ops::elementwise([ones, &w], |[ones, w]| ones.ne(&ones.zeros_like()?)?.where_cond(w, &w.zeros_like()?))?
         }
     };
     let (heaviest, first_bad) = ops::scan(&Rows::new(&w.unsqueeze(2)?)?)?;
     if settings.check_finite {
         refuse_non_finite("sample_weights", &first_bad)?;
-        let least = w.min_all()?.to_scalar::<f64>()?;
+        let least = ops::pieces(&w)?.into_iter().map(|w| w.min_all()?.to_scalar::<f64>());
+        let least = least.collect::<candle_core::Result<Vec<_>>>()?.into_iter().fold(0.0, f64::min);
         if least < 0.0 {
             return Err(Error::Value { argument: "sample_weights", got: least, expected: "at least 0" });
         }
@@ -409,7 +456,7 @@ fn spread(x: &Rows, terms: &Terms, ones: Option<&Tensor>) -> Result<Tensor> {
     let distances = ops::distances(x, &Rows::new(&mean)?, &one, Metric::SquaredEuclidean)?;
     // What is not finite is not in a total.
     ops::total(&match ones {
-        Some(ones) => (distances * ones)?,
+        Some(ones) => ops::elementwise([&distances, ones], |[distances, ones]| distances * ones)?,
         None => distances,
     })
 }

@@ -83,16 +83,124 @@ pub(crate) enum Rule {
     Median,
 }
 
-/// Memory that the ops of a fit use one after another, so that only the first ones allocate. The CPU's need none.
+/// Memory that ops use one after another, so that only the first ones allocate. The CPU's need none.
 #[cfg(not(feature = "cuda"))]
 #[derive(Debug, Default)]
 pub(crate) struct Memory {}
+#[cfg(not(feature = "cuda"))]
+impl Memory {
+    pub fn kept() -> Self {
+        Self {}
+    }
+}
 #[cfg(feature = "cuda")]
-pub(crate) use crate::cuda::Memory;
+pub(crate) use crate::cuda::{Fence, Memory};
 
-/// The rows where the kernel that assigns them to `k` centroids can read them: a copy, if need be.
-pub(crate) fn readable(x: Rows, k: usize, metric: Metric) -> Result<Rows> {
-    on_device!(x.device(), assign::readable(x, k, metric))
+/// Which threads have used the tensors of a layer, whose first field it is. The CPU's work is done when an op returns.
+#[cfg(not(feature = "cuda"))]
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Fence {}
+#[cfg(not(feature = "cuda"))]
+impl Fence {
+    pub fn read(&self, _: &Device) -> Result<()> {
+        Ok(())
+    }
+    pub fn write(&self, _: &Device) -> Result<()> {
+        Ok(())
+    }
+    pub fn show(&self, _: &Device) {}
+}
+
+/// Whether work that is queued now becomes part of a CUDA graph.
+pub(crate) fn capturing(device: &Device) -> Result<bool> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(dev) => crate::cuda::capturing(&dev.cuda_stream()),
+        _ => Ok(false),
+    }
+}
+
+/// Elements that Candle's kernels on a GPU count in 32 bits: with as many steps as they take beyond the last one.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+const COUNTED: usize = 1 << 31;
+
+/// Whether Candle's kernels reach all elements of `t`. On the CPU they do.
+fn counted(t: &Tensor) -> bool {
+    let steps = t.dims().iter().zip(t.stride()).map(|(&size, &stride)| size.saturating_sub(1).saturating_mul(stride));
+    t.device().is_cpu() || t.elem_count().max(steps.fold(1, usize::saturating_add)) <= COUNTED
+}
+
+/// Refuses what only Candle's ops would work on, and would not reach the end of.
+pub(crate) fn check_counted(argument: &'static str, t: &Tensor) -> Result<()> {
+    match counted(t) {
+        true => Ok(()),
+        false => Err(Error::TooLarge { argument, got: t.elem_count(), limit: COUNTED }),
+    }
+}
+
+/// The same for a tensor of a shape that is to be made.
+pub(crate) fn check_count(argument: &'static str, shape: Vec<usize>, device: &Device) -> Result<()> {
+    let got = shape.into_iter().fold(1, usize::saturating_mul);
+    match device.is_cpu() || got <= COUNTED {
+        true => Ok(()),
+        false => Err(Error::TooLarge { argument, got, limit: COUNTED }),
+    }
+}
+
+/// The same elements side by side, however many they are.
+pub(crate) fn contiguous(t: &Tensor) -> Result<Tensor> {
+    match t.device() {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) if !t.is_contiguous() && !counted(t) => crate::cuda::assign::contiguous(t),
+        _ => Ok(t.contiguous()?),
+    }
+}
+
+/// The elements of `t` as tensors of one dimension that Candle's kernels reach the end of.
+pub(crate) fn pieces(t: &Tensor) -> Result<Vec<Tensor>> {
+    let (flat, count) = (contiguous(t)?.flatten_all()?, t.elem_count());
+    let each = if t.device().is_cpu() { count.max(1) } else { COUNTED };
+    Ok((0..count)
+        .step_by(each)
+        .map(|at| flat.narrow(0, at, each.min(count - at)))
+        .collect::<candle_core::Result<_>>()?)
+}
+
+/// What `f` makes of tensors of one shape, element by element: piece by piece if they are many, for which no gradient flows.
+pub(crate) fn elementwise<const N: usize>(
+    inputs: [&Tensor; N],
+    f: impl Fn([&Tensor; N]) -> candle_core::Result<Tensor>,
+) -> Result<Tensor> {
+    if inputs.iter().all(|t| counted(t)) {
+        return Ok(f(inputs)?);
+    }
+    let mut parts = inputs.iter().map(|t| Ok(pieces(t)?.into_iter())).collect::<Result<Vec<_>>>()?;
+    let (mut out, mut at) = (None, 0);
+    while parts[0].len() > 0 {
+        let of_inputs: [Tensor; N] = std::array::from_fn(|input| parts[input].next().expect("as many of each"));
+        let part = f(of_inputs.each_ref())?;
+        let out = match &mut out {
+            Some(out) => out,
+            none => none.insert(Tensor::zeros(inputs[0].elem_count(), part.dtype(), part.device())?),
+        };
+        out.slice_set(&part, 0, at)?;
+        at += part.elem_count();
+    }
+    Ok(out.expect("many elements").reshape(inputs[0].shape())?)
+}
+
+/// Puts the elements of `from` in the place of those of contiguous `to`, of the same shape.
+pub(crate) fn overwrite(to: &Tensor, from: &Tensor) -> Result<()> {
+    for (to, from) in pieces(to)?.iter().zip(pieces(from)?) {
+        to.slice_set(&from, 0, 0)?;
+    }
+    Ok(())
+}
+
+/// The rows `x`, `(..batch, n, d)`, where the kernel that assigns them to `k` centroids can read them: as they lie, or in
+/// `copy`, which the next rows of this shape go to as well.
+pub(crate) fn readable(x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Rows> {
+    on_device!(x.device(), assign::readable(x, k, metric, copy))
 }
 
 /// Exact labels, u32 `(b, n)`: the lowest index at the smallest [`Metric`] distance.
@@ -277,7 +385,7 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
 /// Rows in each cluster, u32 `(b, k)`.
 pub(crate) fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
     let (_, offsets) = order(labels, k)?;
-    Ok((offsets.narrow(1, 1, k)? - offsets.narrow(1, 0, k)?)?)
+    elementwise([&offsets.narrow(1, 1, k)?, &offsets.narrow(1, 0, k)?], |[ends, begins]| ends - begins)
 }
 
 /// The sum of `values` (f64 `(b, n)`) in each cluster, f64 `(b, k)`; in no particular order and to the same bits in any.

@@ -1,6 +1,6 @@
 //! The border: a tensor becomes a checked view of rows here, and every refusal is here.
 
-use crate::{Error, Metric, Result};
+use crate::{ops, Error, Metric, Result};
 use candle_core::{DType, Device, Tensor};
 
 /// Rows a single problem may hold: labels and positions are u32.
@@ -22,35 +22,36 @@ pub(crate) struct Rows {
 }
 
 impl Rows {
-    /// Views `t`, of shape `(..batch, n, d)`.
+    /// Views `t`, of shape `(..batch, n, d)`, or a copy of it.
     pub fn new(t: &Tensor) -> Result<Self> {
-        let (n, d) = (t.dims()[t.rank() - 2], t.dims()[t.rank() - 1]);
-        let b = t.dims()[..t.rank() - 2].iter().product();
-        let view = |t: &Tensor| {
-            let (dims, strides) = (t.dims(), t.stride());
-            let batch = dims.len() - 2;
-            if t.elem_count() == 0 {
-                return Some(Self { tensor: t.clone(), batch_stride: 0, row_stride: d, b, n, d });
-            }
-            if strides[batch + 1] != 1 && d != 1 {
-                return None;
-            }
-            // Fold the batch dimensions from the innermost one: each must step over the whole of the ones inside it.
-            let mut folded: Option<(usize, usize)> = None;
-            for (&size, &stride) in dims[..batch].iter().zip(&strides[..batch]).rev().filter(|(&size, _)| size != 1) {
-                folded = match folded {
-                    None => Some((size, stride)),
-                    Some((inner, step)) if stride == inner * step => Some((inner * size, step)),
-                    Some(_) => return None,
-                };
-            }
-            let batch_stride = folded.map_or(0, |(_, step)| step);
-            Some(Self { tensor: t.clone(), batch_stride, row_stride: strides[batch], b, n, d })
-        };
-        match view(t) {
+        match Self::view(t) {
             Some(rows) => Ok(rows),
-            None => Ok(view(&t.contiguous()?).expect("a contiguous tensor folds")),
+            None => Ok(Self::view(&ops::contiguous(t)?).expect("a contiguous tensor folds")),
         }
+    }
+
+    /// Views `t`, of shape `(..batch, n, d)`, if its layout is one of rows.
+    pub fn view(t: &Tensor) -> Option<Self> {
+        let (dims, strides) = (t.dims(), t.stride());
+        let batch = dims.len() - 2;
+        let (b, n, d) = (dims[..batch].iter().product(), dims[batch], dims[batch + 1]);
+        if t.elem_count() == 0 {
+            return Some(Self { tensor: t.clone(), batch_stride: 0, row_stride: d, b, n, d });
+        }
+        if strides[batch + 1] != 1 && d != 1 {
+            return None;
+        }
+        // Fold the batch dimensions from the innermost one: each must step over the whole of the ones inside it.
+        let mut folded: Option<(usize, usize)> = None;
+        for (&size, &stride) in dims[..batch].iter().zip(&strides[..batch]).rev().filter(|(&size, _)| size != 1) {
+            folded = match folded {
+                None => Some((size, stride)),
+                Some((inner, step)) if stride == inner * step => Some((inner * size, step)),
+                Some(_) => return None,
+            };
+        }
+        let batch_stride = folded.map_or(0, |(_, step)| step);
+        Some(Self { tensor: t.clone(), batch_stride, row_stride: strides[batch], b, n, d })
     }
 
     /// Problem `b` alone.
@@ -199,7 +200,8 @@ impl Problem {
         if w.dims() != expected && w.dims() != [self.n] {
             return Err(Error::Shape { argument: "sample_weights", got: w.dims().to_vec(), expected });
         }
-        Ok(w.to_dtype(DType::F64)?.broadcast_as(expected)?.contiguous()?.reshape((self.b, self.n))?)
+        let w = ops::elementwise([w], |[w]| w.to_dtype(DType::F64))?;
+        Ok(ops::contiguous(&w.broadcast_as(expected)?)?.reshape((self.b, self.n))?)
     }
 
     /// Checks the number of rows that count, of shape `(..batch)`, and reads them.
@@ -237,7 +239,7 @@ pub(crate) fn labels(labels: &Tensor, k: usize) -> Result<Tensor> {
         return Err(Error::TooLarge { argument: "labels", got: n, limit: MAX_ROWS });
     }
     let b = labels.dims()[..labels.rank() - 1].iter().product::<usize>();
-    Ok(labels.contiguous()?.reshape((b, n))?)
+    Ok(ops::contiguous(labels)?.reshape((b, n))?)
 }
 
 pub(crate) fn check_dtype(argument: &'static str, t: &Tensor, expected: DType) -> Result<()> {

@@ -93,6 +93,7 @@ pub fn select_clusters(scores: &Tensor, sizes: &Tensor, take: Take) -> Result<Se
             }
         }
     }
+    ops::check_counted("scores", scores)?;
     let sizes = per_query("sizes", sizes, rows, k, scores.device())?;
 
     let mut keys = scores.detach().to_dtype(DType::F64)?.contiguous()?.reshape((r, k))?;
@@ -166,6 +167,7 @@ pub fn top_rows_per_centroid(x: &Tensor, centroids: &Tensor, w: usize, metric: M
     if p.b == 0 {
         return Err(Error::Range { argument: "x batch", got: 0, min: 1, max: usize::MAX });
     }
+    ops::check_count("distances", p.shape(&[p.k, p.n]), x.device())?;
     let (x, c) = (Rows::new(&x.detach())?, Rows::new(&centroids.detach())?.broadcast(p.b));
     let near = ops::pairwise(&x, &c, metric)?.transpose(1, 2)?.contiguous()?.reshape((p.b * p.k, p.n))?.neg()?;
     let lowest = (near.ones_like()? * f64::NEG_INFINITY)?;

@@ -51,8 +51,8 @@ fn nearest<T: Element>(
 }
 
 /// The rows themselves: the CPU reads them anywhere.
-pub(crate) fn readable(x: Rows, _: usize, _: Metric) -> Result<Rows> {
-    Ok(x)
+pub(crate) fn readable(x: &Tensor, _: usize, _: Metric, _: &mut Option<Tensor>) -> Result<Rows> {
+    Rows::new(x)
 }
 
 pub(crate) fn labels(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {

@@ -1,8 +1,8 @@
 //! Sort-Inverse Update: `kernels/sort.cu` and `kernels/update.cu`; and all of a fit at once: `kernels/fit_*.cu`.
 
 use super::{
-    alloc, device, elements, going, launch, own, read, shape, tensor, typed, write, Active, Element, Layout, Memory,
-    Nullable, Part, Place, Workspace, WARP,
+    alloc, device, elements, going, launch, own, read, shape, tensor, typed, write, Active, Element, Image, Kernel,
+    Layout, Memory, Nullable, Part, Place, Workspace, WARP,
 };
 use crate::{
     ops::{Progress, Rule, Terms, Turn},
@@ -12,7 +12,7 @@ use crate::{
         MEDIAN_COLUMNS, SCAN_THREADS, SORT_ITEMS, SORT_ITEMS_MANY, SORT_THREADS, SUM_CLUSTER, SUM_ROWS, SUM_ROWS_LEAST,
         SUM_THREADS, SUM_WARPS, SUM_WARPS_LEAST, TEAM_THREADS, THREADS,
     },
-    Metric, Result,
+    Error, Metric, Result,
 };
 use candle_core::{
     cuda_backend::{
@@ -272,6 +272,14 @@ pub(crate) fn fit_on_chip(
     let sizes = [x.b, x.n, k, x.d];
     let narrow = FitNarrow::new(x.dtype(), metric, sizes, arch);
     let resident = FitResident::new(x.dtype(), metric, weighted, sizes, arch).filter(|_| in_pieces(&x.tensor, 8));
+    let team = if weighted { "fit_resident_weighted" } else { "fit_resident" };
+    let resident = match resident {
+        Some(plan) if narrow.is_none() => typed!(x.dtype(), T => {
+            let kernel = Kernel::get(dev, Image::FitResident, team, T::SUFFIX, plan.shared)?;
+            Ok(kernel.runs_at_once(plan.teams * plan.blocks, TEAM_THREADS, plan.shared)?.then_some(plan))
+        })?,
+        _ => None,
+    };
     if narrow.is_none() && resident.is_none() {
         return Ok(false);
     }
@@ -284,7 +292,7 @@ pub(crate) fn fit_on_chip(
     };
     let (threshold, stop) = (own::<f64>(&progress.threshold)?, own::<u32>(&progress.stop)?);
     let (metric, divisor, max_iters, k64) = (metric as i32, divisor(rule), max_iters as i64, k as i64);
-    typed!(x.dtype(), T => write::<T>(centroids, |centroids| write::<u32>(labels, |labels| {
+    let launched = typed!(x.dtype(), T => write::<T>(centroids, |centroids| write::<u32>(labels, |labels| {
         let xs = read(&x.tensor);
         let xs = xs.view::<T>()?;
         if let Some(plan) = &narrow {
@@ -319,13 +327,16 @@ pub(crate) fn fit_on_chip(
             moved: scratch.part(moved),
             prepared: scratch.part(prepared),
         };
-        let name = if weighted { "fit_resident_weighted" } else { "fit_resident" };
         let [blocks_i32, rows, padded] = [blocks, rows, padded].map(|v| v as i32);
-        launch!(dev, FitResident, name, T::SUFFIX, elements(&[teams, blocks]), TEAM_THREADS, shared;
+        launch!(dev, FitResident, team, T::SUFFIX, elements(&[teams, blocks]), TEAM_THREADS, shared;
             &xs, &shape(x), &of, &metric, &divisor, &max_iters, &threshold,
             &Shares { blocks: blocks_i32, rows, padded }, &common, &stop, &k64, &centroids, &labels)
-    })))?;
-    Ok(true)
+    })));
+    match launched {
+        // The driver knows better; nothing has been written.
+        Err(Error::Unsupported { op, .. }) if op == team => Ok(false),
+        launched => launched.map(|()| true),
+    }
 }
 
 /// `enum Divisor` of `sums.cuh`.
