@@ -2,7 +2,7 @@
 
 use crate::{
     functional,
-    ops::{self, Memory, Rule, Terms},
+    ops::{self, Fence, Memory, Rule, Terms},
     problem::{self, Problem, Rows},
     Error, Fit, Metric, Result,
 };
@@ -32,6 +32,7 @@ use candle_core::{DType, Tensor};
 /// ```
 #[derive(Clone, Debug)]
 pub struct MiniBatch {
+    fence: Fence,
     p: Problem,
     /// f64 `(b, k, d)`.
     means: Tensor,
@@ -58,9 +59,11 @@ impl MiniBatch {
             let with = "a mini-batch, which has no running median".into();
             return Err(Error::Conflict { argument: "metric", got: metric.name().into(), with });
         }
+        let fence = Fence::default();
+        fence.write(centroids.device())?;
         let means = centroids.detach().to_dtype(DType::F64)?.contiguous()?.reshape((p.b, k, p.d))?;
         let counts = Tensor::zeros(p.shape(&[k]), DType::F64, centroids.device())?;
-        Ok(Self { p, means, counts })
+        Ok(Self { fence, p, means, counts })
     }
 
     /// From the centroids and counts of a fit.
@@ -83,16 +86,17 @@ impl MiniBatch {
         }
         problem::check_dtype("x", x, self.p.dtype)?;
         problem::check_device("x", x, self.means.device())?;
+        self.fence.write(x.device())?;
         if p.n == 0 {
             return Err(Error::Range { argument: "x rows", got: 0, min: 1, max: problem::MAX_ROWS });
         }
         let labels = functional::assign(x, &self.centroids()?, p.metric)?;
         let flat = labels.reshape((p.b, p.n))?;
-        let rows = Rows::new(&x.detach().to_dtype(DType::F64)?)?;
+        let rows = Rows::new(&ops::elementwise([&x.detach()], |[x]| x.to_dtype(DType::F64))?)?;
         let mut terms = Terms::of(&rows)?;
         if p.metric == Metric::Cosine {
             // Columns of a unit vector, with room for rounding.
-            terms.factor = Some(ops::norms(&rows)?.recip()?);
+            terms.factor = Some(ops::elementwise([&ops::norms(&rows)?], |[norms]| norms.recip())?);
             terms.largest = Tensor::full(2f64, p.b, x.device())?;
         }
         let sums = self.means.zeros_like()?;
@@ -111,6 +115,7 @@ impl MiniBatch {
     /// # Errors
     /// Where the device fails.
     pub fn centroids(&self) -> Result<Tensor> {
+        self.fence.read(self.means.device())?;
         let (p, means) = (&self.p, &self.means);
         let shown = if p.metric == Metric::Cosine {
             let norms = ops::norms(&Rows::new(means)?)?;
@@ -125,6 +130,7 @@ impl MiniBatch {
 
     /// The rows that each centroid is the mean of, f64 `(..batch, k)`.
     pub fn counts(&self) -> &Tensor {
+        self.fence.show(self.counts.device());
         &self.counts
     }
 }

@@ -4,7 +4,7 @@
 //! speak of, so codes of larger codebooks stay u32.
 
 use crate::{
-    assign, functional,
+    assign, functional, ops,
     problem::{check_device, check_dtype},
     quantize,
     saved::{self, Saved},
@@ -417,7 +417,8 @@ impl ResidualQuantizer {
         for stage in 0..stages {
             let fit = kmeans.clone().seed(kmeans.seed.wrapping_add(stage as u64)).fit(&left)?;
             if stage + 1 < stages {
-                left = (&left - functional::rows_of(&fit.centroids, &fit.labels)?)?;
+                let values = functional::rows_of(&fit.centroids, &fit.labels)?;
+                left = ops::elementwise([&left, &values], |[left, values]| left - values)?;
             }
             codebooks.push(Codebook::of(&fit));
         }
@@ -504,6 +505,7 @@ impl ResidualQuantizer {
 
     /// What `x` becomes, and its codes.
     fn walk(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        ops::check_counted("x", x)?;
         let mut left = x.detach();
         let (mut sum, mut codes) = (None, Vec::new());
         for stage in &self.stages {
@@ -544,6 +546,7 @@ fn split(x: &Tensor, m: usize) -> Result<Tensor> {
 fn commitment(x: &Tensor, values: &Tensor) -> Result<Tensor> {
     // A sum of squares of halves would overflow their own type.
     let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    ops::check_counted("x", x)?;
     Ok((x.to_dtype(wide)? - values.detach().to_dtype(wide)?)?.sqr()?.mean_all()?)
 }
 

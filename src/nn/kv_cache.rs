@@ -3,7 +3,7 @@
 use super::parts::{check_like, chosen_tokens, four, unless, wide};
 use crate::{
     functional,
-    ops::{self, Memory},
+    ops::{self, Fence, Memory},
     problem, sort_by_cluster, Error, Init, KMeans, Result,
 };
 use candle_core::{DType, Device, Tensor};
@@ -12,6 +12,8 @@ use std::ops::Range;
 
 /// Positions are computed in f32, which counts no further.
 const MAX_TOKENS: usize = 1 << 24;
+/// Elements of all keys, with a block of threads to spare.
+const MAX_ELEMENTS: usize = u32::MAX as usize - 1024;
 /// Elements that a block of query rows may gather and score: 64 MB of f32.
 const BLOCK: usize = 1 << 24;
 
@@ -44,6 +46,7 @@ const BLOCK: usize = 1 << 24;
 /// ```
 #[derive(Debug)]
 pub struct ClusteredKvCache {
+    fence: Fence,
     settings: Settings,
     /// The room to start with, and to grow by.
     max_seq_len: usize,
@@ -120,7 +123,8 @@ impl ClusteredKvCache {
     /// a cluster on average, segments of at least 128 tokens, 4 passes of k-means.
     pub fn new(max_seq_len: usize) -> Self {
         let settings = Settings { sinks: 4, recent: 64, cluster_size: 16, segment: 128, passes: 4 };
-        Self { settings, max_seq_len, stored: None, clusters: None, memory: Memory::default() }
+        let (fence, memory) = (Fence::default(), Memory::kept());
+        Self { fence, settings, max_seq_len, stored: None, clusters: None, memory }
     }
 
     /// The first tokens, which every query reads: models park attention there.
@@ -166,10 +170,12 @@ impl ClusteredKvCache {
             check_like("k", k, &stored.keys, [b, h, n, d])?;
         }
         let (total, most) = (len + n, self.max_seq_len.max(1));
-        let (room, limit) = (total.div_ceil(most) * most, MAX_TOKENS.min(u32::MAX as usize / (batch * kv_heads)));
+        // Candle's copies count the elements of all heads in 32 bits.
+        let (room, limit) = (total.div_ceil(most) * most, MAX_TOKENS.min(MAX_ELEMENTS / (batch * kv_heads * d)));
         if total.max(room) > limit {
             return Err(Error::TooLarge { argument: "k", got: total.max(room), limit });
         }
+        self.fence.write(k.device())?;
         if self.stored.as_ref().is_none_or(|s| s.keys.dims()[2] < room) {
             let grown = |like: &Tensor, old: Option<Tensor>| {
                 let new = Tensor::zeros((batch, kv_heads, room, d), like.dtype(), like.device())?;
@@ -190,11 +196,13 @@ impl ClusteredKvCache {
 
     /// All keys, `(batch, kv_heads, n, d)`: a view, which shows what is written after a [`truncate`](Self::truncate).
     pub fn k(&self) -> Result<Option<Tensor>> {
+        self.shown()?;
         Ok(self.stored.as_ref().map(|s| s.keys.narrow(2, 0, s.len)).transpose()?)
     }
 
     /// All values, as [`k`](Self::k).
     pub fn v(&self) -> Result<Option<Tensor>> {
+        self.shown()?;
         Ok(self.stored.as_ref().map(|s| s.values.narrow(2, 0, s.len)).transpose()?)
     }
 
@@ -205,11 +213,16 @@ impl ClusteredKvCache {
 
     /// The clusters so far; `None` before there are any.
     pub fn clusters(&self) -> Option<&KvClusters> {
+        if let Some(clusters) = &self.clusters {
+            self.fence.show(clusters.labels.device());
+        }
         self.clusters.as_ref()
     }
 
     /// Forgets everything but the settings.
     pub fn reset(&mut self) {
+        // First, so that what other threads do to the tensors is over.
+        self.fence = Fence::default();
         (self.stored, self.clusters) = (None, None);
     }
 
@@ -229,7 +242,8 @@ impl ClusteredKvCache {
     }
 
     /// Clusters the tokens between the last segment and the recent ones as a new segment, if they are enough for one, and
-    /// says whether it did. The clusters are k-means' from evenly spaced keys, by squared Euclidean distance.
+    /// says whether it did. The clusters are k-means' from evenly spaced keys, by squared Euclidean distance. The host waits for
+    /// the check of the keys and of the labels.
     ///
     /// # Errors
     /// Refuses clusters of no tokens and non-finite keys, by their token and the batch element among all heads, and fails as
@@ -254,8 +268,11 @@ impl ClusteredKvCache {
         if waiting.is_empty() || waiting.len() < first.settings.segment {
             return Ok(false);
         }
-        let (m, passes) = (waiting.len(), first.settings.passes);
-        let k = m.div_ceil(first.settings.cluster_size);
+        for layer in &layers {
+            layer.stored.as_ref().map_or(Ok(()), |s| layer.fence.write(s.keys.device()))?;
+        }
+        let (m, passes) = (waiting.len(), layers[0].settings.passes);
+        let k = m.div_ceil(layers[0].settings.cluster_size);
         let keys = stacked(&layers, |s| &s.keys, &waiting)?;
         // Evenly spaced keys, and not random ones: they do not depend on which layers are clustered together.
         let settings = KMeans::new(k).init(Init::Even).max_iters(passes);
@@ -267,7 +284,7 @@ impl ClusteredKvCache {
     }
 
     /// Takes given clusters for the tokens between the last segment and the recent ones: u32 `labels`
-    /// `(batch, kv_heads, tokens)` below `k`, from another method, or pages of neighbouring tokens.
+    /// `(batch, kv_heads, tokens)` below `k`, from another method, or pages of neighbouring tokens. The host waits for their check.
     ///
     /// # Errors
     /// Refuses labels of another shape, dtype or device, or not below `k`, and fails where there is nothing to group.
@@ -281,6 +298,7 @@ impl ClusteredKvCache {
         if labels.dims() != expected {
             return Err(Error::Shape { argument: "labels", got: labels.dims().to_vec(), expected });
         }
+        self.fence.write(labels.device())?;
         let keys = stored.keys.narrow(2, waiting.start, waiting.len())?;
         Self::add_segment(&mut [self], &keys, labels, k)
     }
@@ -324,6 +342,7 @@ impl ClusteredKvCache {
         if rows > free {
             return Err(Error::Range { argument: "q rows", got: rows, min: 1, max: free });
         }
+        self.shown()?;
 
         if let (1, Some(c)) = (rows, clusters) {
             let attention = ops::Attention {
@@ -363,6 +382,11 @@ impl ClusteredKvCache {
         }
         let output = Tensor::cat(&outputs, 1)?.transpose(1, 2)?;
         Ok(output.reshape((batch, q_heads, rows, d))?)
+    }
+
+    /// Before this thread reads what is stored.
+    fn shown(&self) -> Result<()> {
+        self.stored.as_ref().map_or(Ok(()), |s| self.fence.read(s.keys.device()))
     }
 
     /// The tokens that are clustered.

@@ -3,7 +3,7 @@
 use super::parts::{check_like, chosen_tokens, four, running, unless, wide};
 use crate::{
     functional,
-    ops::{self, Memory, Routed, RoutedGroups},
+    ops::{self, Fence, Memory, Routed, RoutedGroups},
     Error, Init, KMeans, Result,
 };
 use candle_core::{DType, Tensor, D};
@@ -79,6 +79,7 @@ pub enum Read {
 /// ```
 #[derive(Debug)]
 pub struct RoutedAttention {
+    fence: Fence,
     read: Read,
     keys: Grouping,
     queries: Grouping,
@@ -115,6 +116,7 @@ impl RoutedAttention {
     /// the first 4 tokens and the 64 before them as they are.
     pub fn new(read: Read) -> Self {
         Self {
+            fence: Fence::default(),
             read,
             keys: Grouping::Clusters(16),
             queries: Grouping::Clusters(128),
@@ -123,7 +125,7 @@ impl RoutedAttention {
             passes: [10, 2],
             estimate: true,
             warm: [None, None],
-            memory: Memory::default(),
+            memory: Memory::kept(),
         }
     }
 
@@ -165,6 +167,8 @@ impl RoutedAttention {
 
     /// Forgets the centroids: the next call starts cold.
     pub fn reset(&mut self) {
+        // First, so that what other threads do to the tensors is over.
+        self.fence = Fence::default();
         self.warm = [None, None];
     }
 
@@ -205,6 +209,13 @@ impl RoutedAttention {
         let sinks = if causal { self.sinks } else { 0 };
         let grouped = if causal { n.saturating_sub(m + self.recent + sinks) } else { n };
         let [share, least, most] = self.reads(grouped)?;
+        for (argument, t) in [("q", q), ("k", k), ("v", v)] {
+            ops::check_counted(argument, t)?;
+        }
+        if self.warm.iter().flatten().any(|warm| !warm.centroids.device().same_device(q.device())) {
+            self.reset();
+        }
+        self.fence.write(q.device())?;
         let (q, k, v) = (&q.detach(), &k.detach(), &v.detach());
         let groups = if grouped == 0 {
             None

@@ -1,7 +1,11 @@
 //! Codebooks that learn while a model trains.
 
 use super::{commitment, load_codebook, open, save, Codebook};
-use crate::{functional, quantize, Error, KMeans, Metric, Result};
+use crate::{
+    functional,
+    ops::{self, Fence},
+    quantize, Error, KMeans, Metric, Result,
+};
 use candle_core::{DType, Device, Tensor};
 use rand::{seq::index, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -53,6 +57,7 @@ impl Ema {
 /// The averages are kept in f64. A step queues work and reads nothing back. The same rows and seed give the same codebook.
 #[derive(Clone, Debug)]
 pub struct EmaCodebook {
+    fence: Fence,
     codebook: Codebook,
     ema: Ema,
     /// f64 `(b, k)` and `(b, k, d)`.
@@ -128,11 +133,14 @@ impl EmaCodebook {
         let shape = [cluster_size.dims(), &[codebook.d()]].concat();
         let entries = codebook.centroids.reshape(shape)?.to_dtype(DType::F64)?;
         let embed_avg = entries.broadcast_mul(&cluster_size.unsqueeze(2)?)?;
-        Ok(Self { codebook, ema, cluster_size, embed_avg, steps: 0 })
+        let fence = Fence::default();
+        fence.write(embed_avg.device())?;
+        Ok(Self { fence, codebook, ema, cluster_size, embed_avg, steps: 0 })
     }
 
     /// The codebook as it is now.
     pub fn codebook(&self) -> &Codebook {
+        self.fence.show(self.embed_avg.device());
         &self.codebook
     }
 
@@ -143,6 +151,7 @@ impl EmaCodebook {
 
     /// Rows of each entry by the moving average, f64 `(..batch, k)`.
     pub fn cluster_size(&self) -> Result<Tensor> {
+        self.fence.read(self.cluster_size.device())?;
         let rank = self.codebook.centroids.rank();
         Ok(self.cluster_size.reshape(&self.codebook.centroids.dims()[..rank - 1])?)
     }
@@ -152,6 +161,8 @@ impl EmaCodebook {
     /// # Errors
     /// As [`assign`](crate::assign). Refuses `x` without rows.
     pub fn step(&mut self, x: &Tensor) -> Result<Quantized> {
+        ops::check_counted("x", x)?;
+        self.fence.write(self.embed_avg.device())?;
         let (values, codes) = quantize(x, &self.codebook.centroids, self.codebook.metric)?;
         let loss = (commitment(x, &values)? * self.ema.commitment_weight)?;
         let usage = self.update(x, &codes)?;
@@ -213,6 +224,7 @@ impl EmaCodebook {
     /// # Errors
     /// [`Error::Io`] if it cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.fence.read(self.embed_avg.device())?;
         let Ema { decay, eps, threshold_ema_dead_code, commitment_weight, seed } = self.ema;
         let state = [("cluster_size", &self.cluster_size), ("embed_avg", &self.embed_avg)];
         let settings = [
