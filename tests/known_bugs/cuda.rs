@@ -125,7 +125,9 @@ mod gpu {
         let Some(_turn) = asked_for() else { return };
         for own_stream in [false, true] {
             let device = if own_stream { Device::new_cuda_with_stream(0) } else { Device::new_cuda(0) }.unwrap();
-            for (dtype, d) in [(DType::F16, 128), (DType::F32, 64), (DType::F16, 48)] {
+            // Other columns go through Candle's products, whose handle of cuBLAS keeps memory for one stream.
+            let others = own_stream.then_some((DType::F16, 48));
+            for (dtype, d) in [(DType::F16, 128), (DType::F32, 64)].into_iter().chain(others) {
                 let [k, v] = [1, 2].map(|seed| random(&[2, 4, 6000, d], dtype, &device, seed));
                 let cache = cache(&k, &v);
                 let steps = 40;
