@@ -203,6 +203,12 @@ pub(crate) fn norms(x: &Tensor) -> Result<Tensor> {
     Ok(ops::norms(&Rows::new(&x.detach())?)?.reshape(p.shape(&[p.n]))?)
 }
 
+/// Whether all values of each problem of `x` `(..batch, n, d)` are finite, u8 `(..batch)`.
+pub(crate) fn finite(x: &Tensor) -> Result<Tensor> {
+    let (_, first_bad) = ops::scan(&Rows::new(&x.detach())?)?;
+    Ok(first_bad.eq(u32::MAX)?.reshape(&x.dims()[..x.rank() - 2])?)
+}
+
 /// The sum of each row of `values`, f64 `(b, k)`, the same bits on every device: f64 `(b,)`.
 pub(crate) fn totals(values: &Tensor) -> Result<Tensor> {
     ops::total(values)

@@ -254,19 +254,24 @@ pub(crate) struct Routed<'a> {
     pub estimate: bool,
 }
 
-/// The groups of queries and keys.
-pub(crate) struct RoutedGroups {
-    /// u32 `(b, kv_heads, grouped)`, counted from the first grouped token, and u32 `(b, kv_heads, k + 1)`.
+/// Rows in groups: u32 `(b, heads, n)` labels, the rows in the order of their groups, and `(b, heads, groups + 1)` where groups
+/// begin in that.
+pub(crate) struct Groups {
+    pub labels: Tensor,
     pub order: Tensor,
     pub offsets: Tensor,
+}
+
+/// The groups of queries and keys.
+pub(crate) struct RoutedGroups {
+    /// Counted from the first grouped token.
+    pub keys: Groups,
     /// `(b, kv_heads, k, d)`.
     pub mean_keys: Tensor,
     pub mean_values: Tensor,
-    /// u32 `(b, heads, m)`, and u32 `(b, heads, groups + 1)`.
-    pub query_labels: Tensor,
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub query_order: Tensor,
-    pub query_offsets: Tensor,
+    pub queries: Groups,
+    /// The queries that choose for each group, `(b, heads, any, d)`, and whose they are, if not those of the group.
+    pub choosers: Option<(Tensor, Groups)>,
 }
 
 /// What each query takes, `(b, heads, m, d)`; nothing where there is no kernel for it.
