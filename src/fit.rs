@@ -6,7 +6,7 @@ use crate::{
     saved::{self, Saved},
     Error, Metric, Result,
 };
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::path::Path;
 
 /// A finished fit. All tensors are on the input's device and start with its batch dimensions.
@@ -19,6 +19,8 @@ pub struct Fit {
     pub labels: Tensor,
     /// Rows in each cluster, u32 `(..batch, k)`.
     pub counts: Tensor,
+    /// The sum of the sample weights in each cluster, f64 `(..batch, k)`, if the fit had any.
+    pub weights: Option<Tensor>,
     /// Weighted sum of the distances to the assigned centroids in the metric's own unit, f64 `(..batch)`, computed from
     /// differences and summed in no particular order to the same bits in any.
     pub inertia: Tensor,
@@ -61,7 +63,8 @@ impl Fit {
     /// # Errors
     /// [`Error::Io`] if it cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let tensors = self.named().map(|(name, t)| (name.to_string(), t));
+        let weights = self.weights.iter().map(|t| ("weights", t));
+        let tensors = self.named().into_iter().chain(weights).map(|(name, t)| (name.to_string(), t));
         saved::write(path.as_ref(), tensors, [("metric".to_string(), self.metric.name().to_string())])
     }
 
@@ -73,6 +76,8 @@ impl Fit {
             centroids: take("centroids")?,
             labels: take("labels")?,
             counts: take("counts")?,
+            // Of fits that had any.
+            weights: take("weights").ok(),
             inertia: take("inertia")?,
             n_iter: take("n_iter")?,
             converged: take("converged")?,
@@ -80,6 +85,9 @@ impl Fit {
         };
         if fit.centroids.rank() < 2 || fit.centroids.elem_count() == 0 {
             return Err(file.bad(format!("tensor centroids has shape {:?}", fit.centroids.dims())));
+        }
+        if let Some(w) = fit.weights.as_ref().filter(|w| (w.dims(), w.dtype()) != (fit.counts.dims(), DType::F64)) {
+            return Err(file.bad(format!("tensor weights is {:?} {:?}", w.dtype(), w.dims())));
         }
         Ok(fit)
     }
@@ -106,6 +114,10 @@ impl Fit {
             centroids: pick(&other.centroids, &self.centroids)?,
             labels: pick(&other.labels, &self.labels)?,
             counts: pick(&other.counts, &self.counts)?,
+            weights: match (&other.weights, &self.weights) {
+                (Some(new), Some(old)) => Some(pick(new, old)?),
+                _ => None,
+            },
             inertia: pick(&other.inertia, &self.inertia)?,
             n_iter: pick(&other.n_iter, &self.n_iter)?,
             converged: pick(&other.converged, &self.converged)?,

@@ -191,12 +191,6 @@ pub(crate) fn rows_of(centroids: &Tensor, labels: &Tensor) -> Result<Tensor> {
     Ok(ops::gather(&c, &flat)?.reshape(shape)?)
 }
 
-/// The sum of the rows of each cluster, `(b, k, d)`, and their number, u32 `(b, k)`, for rows `(b, n, d)` and labels `(b, n)`
-/// that are known to be below `k`: nothing waits. No gradient flows.
-pub(crate) fn sums_and_sizes(x: &Tensor, labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
-    Ok((reduce_known(&Rows::new(&x.detach())?, labels, k, Rule::Sum)?, ops::cluster_sizes(labels, k)?))
-}
-
 /// The Euclidean norm of each row of `x` `(..batch, n, d)`, f64 `(..batch, n)`. No gradient flows.
 pub(crate) fn norms(x: &Tensor) -> Result<Tensor> {
     let p = Problem::rows(x, 1)?;

@@ -223,7 +223,7 @@ impl KMeans {
         Fit::load(path.as_ref(), device)
     }
 
-    fn check(&self, p: &Problem, device: &Device) -> Result<()> {
+    pub(crate) fn check(&self, p: &Problem, device: &Device) -> Result<()> {
         if self.n_init == 0 {
             return Err(Error::Range { argument: "n_init", got: 0, min: 1, max: usize::MAX });
         }

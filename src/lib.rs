@@ -36,6 +36,7 @@ mod ops;
 mod plan;
 mod problem;
 mod rng;
+mod row_weights;
 mod saved;
 mod select;
 #[allow(dead_code)] // `build.rs` reads the kernels' share.

@@ -151,11 +151,14 @@ impl Prepared {
             with: with(),
         })?;
         let (p, stop) = (&self.p, &self.progress.stop);
+        let weights = self.weights.as_ref().filter(|_| self.settings.weights.is_some());
+        let weights = weights.map(|(w, _)| ops::cluster_sums(w, Some(&self.labels), p.k)?.reshape(p.shape(&[p.k])));
         let centroids = Rows::new(&self.centroids)?;
         Ok(Fit {
             centroids: self.shown[0].clone(),
             labels: self.shown[1].clone(),
             counts: self.sizes()?.reshape(p.shape(&[p.k]))?,
+            weights: weights.transpose()?,
             inertia: ops::total(&self.cost(&data.x, &centroids)?)?.reshape(p.shape(&[]))?,
             n_iter: stop.minimum(self.settings.max_iters.min(RUNNING as usize) as u32)?.reshape(p.shape(&[]))?,
             converged: stop.ne(RUNNING)?.reshape(p.shape(&[]))?,
