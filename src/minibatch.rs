@@ -218,8 +218,9 @@ impl MiniBatch {
         }
         let given = sample_weights.map(|w| row_weights::sample_weights(&p, w, x.device())).transpose()?;
         let labels = functional::assign(x, &self.centroids()?, p.metric)?;
-        let rows = Rows::new(&x.detach().to_dtype(DType::F64)?)?;
-        let weights = RowWeights::new(&rows, given.as_ref(), p.metric)?;
+        let x = x.detach();
+        let weights = RowWeights::new(&Rows::new(&x)?, given.as_ref(), p.metric)?;
+        let rows = Rows::new(&x.to_dtype(DType::F64)?)?;
         self.running.add(&weights.clusters(&rows, &labels.reshape((p.b, p.n))?, p.k)?, 1.0, 1.0)?;
         self.counts = self.running.weights.reshape(self.p.shape(&[p.k]))?;
         Ok(labels)

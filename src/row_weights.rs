@@ -34,11 +34,12 @@ impl RowWeights {
     /// Of rows with sample weights f64 `(b, n)`, or one each. A weight that is not finite and positive is none. The host waits
     /// for nothing.
     pub fn new(x: &Rows, sample_weights: Option<&Tensor>, metric: Metric) -> Result<Self> {
-        let (magnitude, finite) = scan_rows(x)?;
+        let norms = ops::norms(x)?;
+        let (magnitude, finite) = scan_rows(x, &norms)?;
         let ones = Tensor::ones((x.b, x.n), DType::F64, x.device())?;
         let weights = sample_weights.unwrap_or(&ones);
         let mut weights = masked(&masked(weights, &positive(weights)?)?, &finite)?;
-        let norms = (metric == Metric::Cosine).then(|| ops::norms(x)).transpose()?;
+        let norms = (metric == Metric::Cosine).then_some(norms);
         if let Some(norms) = &norms {
             weights = masked(&weights, &positive(norms)?)?;
         }
@@ -90,14 +91,18 @@ impl RowWeights {
     }
 }
 
-/// The largest finite magnitude of each row, f64 `(b, n)`, and whether all of it is finite, u8 `(b, n)`.
-fn scan_rows(x: &Rows) -> Result<(Tensor, Tensor)> {
+/// A bound on the magnitudes of each row that is finite, f64 `(b, n)`, and whether it is, u8 `(b, n)`.
+fn scan_rows(x: &Rows, norms: &Tensor) -> Result<(Tensor, Tensor)> {
+    if x.dtype() != DType::F64 {
+        // The squares of shorter types do not overflow a norm.
+        return Ok((norms.clone(), norms.lt(f64::INFINITY)?));
+    }
     // Each row is a problem of its own.
     let (largest, first_bad) = ops::scan(&Rows::new(&x.tensor.unsqueeze(x.tensor.rank() - 1)?)?)?;
     Ok((largest.reshape((x.b, x.n))?, first_bad.ne(0u32)?.reshape((x.b, x.n))?))
 }
 
-/// The largest of each row of f64 `(b, n)`, none of them negative: `(b,)`.
+/// The largest finite number of each row of f64 `(b, n)`, none of them negative: `(b,)`.
 fn largest(values: &Tensor) -> Result<Tensor> {
     Ok(ops::scan(&Rows::new(&values.unsqueeze(2)?)?)?.0)
 }
@@ -211,9 +216,10 @@ fn counting(x: &Tensor, p: &Problem, kmeans: &KMeans) -> Result<Option<Vec<Vec<R
         return Ok(None);
     }
     let rows = Rows::new(x)?;
-    let finite = scan_rows(&rows)?.1.to_vec2::<u8>()?;
+    let norms = ops::norms(&rows)?;
+    let finite = scan_rows(&rows, &norms)?.1.to_vec2::<u8>()?;
     let directed = match p.metric {
-        Metric::Cosine => positive(&ops::norms(&rows)?)?.to_vec2::<u8>()?,
+        Metric::Cosine => positive(&norms)?.to_vec2::<u8>()?,
         _ => finite.clone(),
     };
     let lengths = match &kmeans.lengths {

@@ -81,8 +81,8 @@ impl Ema {
 /// By cosine rows count by their directions, and an entry is `m` as a unit vector; by inner product it is a mean, too.
 ///
 /// Rows that say nothing weigh nothing: those that hold a NaN or an infinity, and by cosine those of length 0. They have some
-/// code in range and its entry for a value, but no part in the codebook, the loss, its gradient, the usage, and no dead entry
-/// moves to them: all else is to the bit as without them. So it is with rows of weight 0, such as padding.
+/// code in range and its entry for a value, but no part in the codebook, the usage, the loss and its gradient, and no dead entry
+/// moves to them: the codebook is to the bit as without them. So it is with rows of weight 0, such as padding.
 ///
 /// The averages are kept in f64. A step queues work and reads nothing back. The same rows and seed give the same codebook. To
 /// encode and decode, ask the [`codebook`](Self::codebook).
