@@ -1,6 +1,9 @@
 //! Codebooks that learn while a model trains.
 
-use super::{commitment, load_codebook, open, save, wide, Codebook};
+use super::{
+    quantizer::{commitment, load_codebook, open, save, wide},
+    Codebook,
+};
 use crate::{
     functional,
     minibatch::{check_running, unit_vectors, RunningMeans},

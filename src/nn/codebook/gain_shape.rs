@@ -1,6 +1,10 @@
 //! Directions and lengths, coded apart.
 
-use super::{check_u8, checked_codes, empty, in_bytes, wide, Codebook, Quantizer};
+use super::{
+    codes::{check_u8, checked_codes, empty, in_bytes},
+    quantizer::{wide, Quantizer},
+    Codebook,
+};
 use crate::{
     functional,
     problem::{check_device, check_dtype},
