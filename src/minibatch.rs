@@ -146,7 +146,7 @@ impl MiniBatch {
         check_running(metric, "a mini-batch")?;
         let k = centroids.dims()[centroids.rank() - 2];
         let p = Problem::of(centroids.dims(), centroids.dtype(), k, metric)?;
-        let means = centroids.detach().to_dtype(DType::F64)?.contiguous()?.reshape((p.b, k, p.d))?;
+        let means = centroids.detach().to_dtype(DType::F64)?.force_contiguous()?.reshape((p.b, k, p.d))?;
         let weights = Tensor::zeros((p.b, k), DType::F64, centroids.device())?;
         Self { counts: weights.clone(), running: RunningMeans { metric, means, weights }, p }.with_weights(None)
     }
@@ -182,7 +182,7 @@ impl MiniBatch {
     fn with_weights(mut self, weights: Option<&Tensor>) -> Result<Self> {
         let p = &self.p;
         if let Some(weights) = weights {
-            self.running.weights = weights.detach().to_dtype(DType::F64)?.contiguous()?.reshape((p.b, p.k))?;
+            self.running.weights = weights.detach().to_dtype(DType::F64)?.force_contiguous()?.reshape((p.b, p.k))?;
         }
         self.counts = self.running.weights.reshape(p.shape(&[p.k]))?;
         Ok(self)

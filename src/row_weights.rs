@@ -4,10 +4,11 @@
 //! Such a row weighs nothing: in no sum, no size of a cluster, no draw.
 
 use crate::{
+    fit::refuse_non_finite,
     functional,
     ops::{self, Memory, Rule, Terms},
     problem::{Problem, Rows},
-    Error, Fit, KMeans, Metric, Result,
+    Error, Fit, Init, KMeans, Metric, Result,
 };
 use candle_core::{DType, Device, Tensor};
 
@@ -147,9 +148,12 @@ pub(crate) fn check_fit(kmeans: &KMeans, dims: &[usize], dtype: DType, device: &
 /// rows. Without [`KMeans::check_finite`] rows that are not finite are among the others, and by cosine rows of no length.
 ///
 /// A problem of fewer rows than clusters is one of these rows repeated, and one of no rows is of zeros. The host waits to know
-/// whether there are such rows, if there can be.
+/// whether there are such rows, if there can be. Given centroids are refused if they are not finite, whatever the settings.
 pub(crate) fn fit(x: &Tensor, kmeans: &KMeans) -> Result<Fit> {
     let p = check_fit(kmeans, x.dims(), x.dtype(), x.device())?;
+    if let Init::Given(centroids) = &kmeans.init {
+        refuse_non_finite("init", &ops::scan(&Rows::new(&centroids.detach())?)?.1)?;
+    }
     let x = x.detach();
     let Some(counting) = counting(&x, &p, kmeans)? else { return kmeans.fit(&x) };
     let (mut index, mut lengths) = (Vec::with_capacity(p.b * p.n), Vec::with_capacity(p.b));

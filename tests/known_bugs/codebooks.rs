@@ -408,6 +408,10 @@ fn entries_that_are_not_finite_are_refused() {
             let running = MiniBatch::new(&bad, Metric::Dot);
             assert!(matches!(running, Err(Error::NonFinite { argument: "centroids", row: 1, .. })), "{running:?}");
         }
+        let x = uniform(&[9, 3], 0.0, 1.0, DType::F32, &mut rng(309)).to_device(&device).unwrap();
+        let start = Init::Given(rows(&[[1.0; 3], [2.0, f64::NAN, 0.0]], DType::F32, &device));
+        let trained = Codebook::train(&x, &KMeans::new(2).init(start).check_finite(false));
+        assert!(matches!(trained, Err(Error::NonFinite { argument: "init", row: 1, .. })), "{trained:?}");
         // Finite in f32, but not as f16.
         let codebook = Codebook::new(&rows(&[[1e6; 3]], DType::F32, &device), Metric::Dot).unwrap();
         assert!(matches!(codebook.to_dtype(DType::F16), Err(Error::NonFinite { argument: "centroids", .. })));
@@ -518,6 +522,22 @@ fn replaced_fields_are_refused() {
             bad[4].offsets = t.clone();
             bad.iter_mut().for_each(|bad| assert!(bad.append(&fit).is_err()));
         }
+    }
+}
+
+/// What becomes of a tensor changes nothing that was made of it.
+#[test]
+fn codebooks_are_copies() {
+    for (device, dtype) in
+        devices().into_iter().flat_map(|device| [DType::F32, DType::F64].map(|t| (device.clone(), t)))
+    {
+        let start = rows(&[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], dtype, &device);
+        let var = Var::from_tensor(&start).unwrap();
+        let codebook = Codebook::new(&var, Metric::SquaredEuclidean).unwrap();
+        let running = MiniBatch::new(&var, Metric::SquaredEuclidean).unwrap();
+        var.set(&start.zeros_like().unwrap()).unwrap();
+        assert_same(codebook.centroids(), &start, "entries");
+        assert_same(&running.centroids().unwrap(), &start, "means");
     }
 }
 

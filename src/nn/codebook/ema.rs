@@ -1,7 +1,7 @@
 //! Codebooks that learn while a model trains.
 
 use super::{
-    quantizer::{commitment, load_codebook, open, save, wide},
+    quantizer::{commitment, load_codebook, open, save},
     Codebook,
 };
 use crate::{
@@ -217,9 +217,10 @@ impl EmaCodebook {
         let n = p.b * p.n / b;
         let given = sample_weights.map(|w| row_weights::sample_weights(&p, w, x.device())?.reshape((b, n)));
         let (values, codes) = quantize(x, &self.codebook.centroids, self.codebook.metric)?;
-        // Means are taken of what has more digits than halves.
-        let rows = Rows::new(&x.detach().reshape((b, n, d))?.to_dtype(wide(x.dtype()))?)?;
-        let weights = RowWeights::new(&rows, given.transpose()?.as_ref(), p.metric)?;
+        let flat = x.detach().reshape((b, n, d))?;
+        let weights = RowWeights::new(&Rows::new(&flat)?, given.transpose()?.as_ref(), p.metric)?;
+        // Means are rounded to the rows' type.
+        let rows = Rows::new(&flat.to_dtype(DType::F64)?)?;
         let loss = (commitment(x, &values, weights.weights())? * self.ema.commitment_weight)?;
         let batch = weights.clusters(&rows, &codes.reshape((b, n))?, k)?;
         let usage = Usage::of(&batch.weights, &self.codebook.centroids.dims()[..self.codebook.centroids.rank() - 2])?;
@@ -230,7 +231,7 @@ impl EmaCodebook {
         let mut entries = self.entries(&running, &learned)?;
         if threshold > 0.0 {
             let (index, any) = weights.at_shares(&self.draw(b, k, x.device())?)?;
-            let mut drawn = ops::gather(&rows, &index)?.to_dtype(DType::F64)?;
+            let mut drawn = ops::gather(&rows, &index)?;
             if p.metric == Metric::Cosine {
                 drawn = unit_vectors(&drawn)?;
             }

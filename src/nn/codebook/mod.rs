@@ -65,7 +65,8 @@ impl Codebook {
     /// that answer).
     pub fn new(centroids: &Tensor, metric: Metric) -> Result<Self> {
         check_centroids(centroids)?;
-        Ok(Self { centroids: centroids.detach().contiguous()?, metric })
+        // A copy, which does not change with what it was made from.
+        Ok(Self { centroids: centroids.detach().force_contiguous()?, metric })
     }
 
     /// The centroids of a fit of `x` `(..batch, n, d)`.
@@ -164,9 +165,8 @@ impl Codebook {
             return Err(Error::Rank { argument: "codes", expected: 1, shape: vec![] });
         };
         if batch.contains(&0) {
-            let (codes_used, perplexity) = (DType::U32, DType::F64);
-            let of = |dtype| empty(batch, dtype, codes.device());
-            return Ok(Usage { codes_used: of(codes_used)?, perplexity: of(perplexity)? });
+            let none = |dtype| empty(batch, dtype, codes.device());
+            return Ok(Usage { codes_used: none(DType::U32)?, perplexity: none(DType::F64)? });
         }
         let sizes = match n {
             0 => Tensor::zeros([batch, &[self.k()]].concat(), DType::U32, codes.device())?,

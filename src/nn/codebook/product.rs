@@ -106,6 +106,9 @@ impl ProductQuantizer {
             return Err(Error::Shape { argument: "pieces", got: dims.to_vec(), expected });
         }
         let shape = [&dims[..rank - 3], &[dims[rank - 2], self.d()]].concat();
+        if pieces.elem_count() == 0 {
+            return empty(shape, pieces.dtype(), pieces.device());
+        }
         Ok(pieces.transpose(rank - 3, rank - 2)?.reshape(shape)?)
     }
 
