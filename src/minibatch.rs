@@ -245,6 +245,24 @@ impl MiniBatch {
         self.p.metric
     }
 
+    /// The same for rows of another float dtype. Means stay as they are, in f64.
+    ///
+    /// # Errors
+    /// Refuses other dtypes, and centroids that are not finite in it (the host waits for that answer).
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        check_centroids(&self.running.centroids()?.to_dtype(dtype)?)?;
+        Ok(Self { p: Problem { dtype, ..self.p.clone() }, ..self.clone() })
+    }
+
+    /// The same on another device.
+    ///
+    /// # Errors
+    /// Where a device fails.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let (running, counts) = (self.running.to_device(device)?, self.counts.to_device(device)?);
+        Ok(Self { running, counts, p: self.p.clone() })
+    }
+
     /// Writes the means and their weights as a safetensors file, whole or not at all.
     ///
     /// # Errors

@@ -188,6 +188,11 @@ fn saved_means_go_on() {
                 assert_same(back.counts(), running.counts(), "counts");
                 assert_same(&back.step(&x).unwrap(), &running.step(&x).unwrap(), "labels");
             }
+            let moved = running.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+            assert_same(moved.counts(), &running.counts().to_device(&Device::Cpu).unwrap(), "moved counts");
+            let narrow = moved.to_dtype(dtype).unwrap().centroids().unwrap();
+            assert_same(&narrow, &running.centroids().unwrap().to_device(&Device::Cpu).unwrap(), "there and back");
+            assert!(moved.to_dtype(DType::U32).is_err());
         }
     }
     let x = blobs(&[60, 3], 5, DType::F32, &mut rng);
