@@ -817,36 +817,15 @@ fn quantisers_change_dtype_and_device() {
         let pq = ProductQuantizer::train(&x, 3, &kmeans).unwrap();
         let rq = ResidualQuantizer::train(&x, 3, &kmeans).unwrap();
         let gs = GainShapeQuantizer::train(&x, &kmeans, &kmeans).unwrap();
-        let layers: [(Box<dyn Module>, Box<dyn Module>, Tensor); 4] = [
-            (
-                Box::new(codebook.to_dtype(DType::F16).unwrap()),
-                Box::new(codebook.to_device(&Device::Cpu).unwrap()),
-                codebook.forward(&x).unwrap(),
-            ),
-            (
-                Box::new(pq.to_dtype(DType::F16).unwrap()),
-                Box::new(pq.to_device(&Device::Cpu).unwrap()),
-                pq.forward(&x).unwrap(),
-            ),
-            (
-                Box::new(rq.to_dtype(DType::F16).unwrap()),
-                Box::new(rq.to_device(&Device::Cpu).unwrap()),
-                rq.forward(&x).unwrap(),
-            ),
-            (
-                Box::new(gs.to_dtype(DType::F16).unwrap()),
-                Box::new(gs.to_device(&Device::Cpu).unwrap()),
-                gs.forward(&x).unwrap(),
-            ),
-        ];
-        for (narrow, on_host, values) in layers {
+        let moved = |narrow: &dyn Module, on_host: &dyn Module, here: &dyn Module| {
             assert_eq!(narrow.forward(&half).unwrap().dtype(), DType::F16);
-            assert_same(
-                &on_host.forward(&x.to_device(&Device::Cpu).unwrap()).unwrap(),
-                &values.to_device(&Device::Cpu).unwrap(),
-                "moved",
-            );
-        }
+            let values = here.forward(&x).unwrap().to_device(&Device::Cpu).unwrap();
+            assert_same(&on_host.forward(&x.to_device(&Device::Cpu).unwrap()).unwrap(), &values, "moved");
+        };
+        moved(&codebook.to_dtype(DType::F16).unwrap(), &codebook.to_device(&Device::Cpu).unwrap(), &codebook);
+        moved(&pq.to_dtype(DType::F16).unwrap(), &pq.to_device(&Device::Cpu).unwrap(), &pq);
+        moved(&rq.to_dtype(DType::F16).unwrap(), &rq.to_device(&Device::Cpu).unwrap(), &rq);
+        moved(&gs.to_dtype(DType::F16).unwrap(), &gs.to_device(&Device::Cpu).unwrap(), &gs);
         let mut ema = EmaCodebook::train(&x, &kmeans, Ema::default()).unwrap();
         let mut narrow = ema.to_dtype(DType::BF16).unwrap();
         let mut moved = ema.to_device(&Device::Cpu).unwrap();
