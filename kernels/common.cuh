@@ -312,5 +312,6 @@ __device__ inline double race_key(uint64_t seed, uint64_t round, uint64_t batch,
                                   double weight) {
     const double p = __dmul_rn(nearest, weight);
     if (nearest < 0) return __longlong_as_double(0x7ff0000000000000);
-    return p > 0 ? fmin(__ddiv_rn(exponential(seed, round, batch, row), p), 1e300) : 2e300;
+    if (p > 0) return fmin(__ddiv_rn(exponential(seed, round, batch, row), p), 1e300);
+    return weight > 0 ? 2e300 : weight < 0 ? 4e300 : 3e300;
 }

@@ -141,6 +141,55 @@ __device__ void nearer(const T* x, const Rows& r, const double* nearest, const u
     }
 }
 
+template <class T>
+__device__ bool can_be_seed(const T* row, int64_t d, double weight, int metric) {
+    double square = 0;
+    bool finite = true;
+    for (int64_t j = 0; j < d; ++j) {
+        const double v = wide(row[j]);
+        square = __dadd_rn(square, __dmul_rn(v, v));
+        finite &= isfinite(v);
+    }
+    return finite && weight > 0 && (metric != COSINE || (square > 0 && isfinite(square)));
+}
+
+/// Puts others in place of the `k` chosen rows that cannot be seeds, to `out`: each in turn gives way to the next row after it
+/// that can be and is not chosen. One block takes a problem: its threads look at all chosen rows at once, which is all there
+/// is to do as a rule, and then at `blockDim.x` rows at a time for one that gives way.
+template <class T>
+__device__ void usable_seeds(const T* x, const Rows& r, const double* weights, const uint32_t* chosen, int64_t k,
+                             int metric, uint32_t* out) {
+    __shared__ unsigned long long found;
+    for (int64_t b = blockIdx.x; b < r.b; b += gridDim.x) {
+        uint32_t* const rows = out + b * k;
+        const auto usable = [&](int64_t i) {
+            return can_be_seed(row_of(x, r, b, i), r.d, weights ? weights[b * r.n + i] : 1.0, metric);
+        };
+        bool all = true;
+        for (int64_t j = threadIdx.x; j < k; j += blockDim.x) {
+            rows[j] = chosen[b * k + j];
+            all &= usable(rows[j]);
+        }
+        if (__syncthreads_and(all)) continue;
+        for (int64_t j = 0; j < k; ++j) {
+            const int64_t from = rows[j];
+            if (usable(from)) continue;
+            if (threadIdx.x == 0) found = ~0ull;
+            __syncthreads();
+            for (int64_t step = 1; step < r.n; step += blockDim.x) {
+                const int64_t mine = step + threadIdx.x, at = (from + mine) % r.n;
+                bool free = mine < r.n && usable(at);
+                for (int64_t other = 0; free && other < k; ++other) free = rows[other] != at;
+                if (free) atomicMin(&found, (unsigned long long)(mine));
+                if (__syncthreads_or(free)) break;
+            }
+            __syncthreads();
+            if (threadIdx.x == 0 && found != ~0ull) rows[j] = uint32_t((from + int64_t(found)) % r.n);
+            __syncthreads();
+        }
+    }
+}
+
 __device__ void race(const double* nearest, const double* weights, int64_t b, int64_t n, uint64_t seed, uint64_t round,
                      double* out) {
     for (int64_t i = global_thread(); i < b * n; i += all_threads()) {
@@ -237,6 +286,10 @@ __device__ void pick(const T* x, const Rows& r, double* nearest, const double* w
     extern "C" __global__ void gather_##name(const T* x, Rows r, const uint32_t* index, int64_t m, int64_t rows,       \
                                              T* out) {                                                                 \
         gather(x, r, index, m, rows, out);                                                                             \
+    }                                                                                                                  \
+    extern "C" __global__ void usable_seeds_##name(const T* x, Rows r, const double* weights, const uint32_t* chosen,  \
+                                                   int64_t k, int metric, uint32_t* out) {                             \
+        usable_seeds(x, r, weights, chosen, k, metric, out);                                                           \
     }                                                                                                                  \
     extern "C" __global__ void nearer_##name(const T* x, Rows r, const double* nearest, const uint32_t* newest,        \
                                              int metric, double* out) {                                                \

@@ -144,7 +144,7 @@ pub fn inverse_order(order: &Tensor) -> Result<Tensor> {
         return Err(Error::TooLarge { argument: "order", got: n, limit: problem::MAX_ROWS });
     }
     if order.elem_count() == 0 {
-        return Ok(order.clone());
+        return problem::empty(order.dims(), DType::U32, order.device());
     }
     // The sort of a permutation as labels is its inverse. Labels out of range would be counted outside of its memory.
     let labels = order.minimum(n as u32 - 1)?.contiguous()?.reshape((order.elem_count() / n, n))?;
@@ -164,6 +164,9 @@ pub fn residuals(x: &Tensor, centroids: &Tensor, labels: &Tensor) -> Result<Tens
     let flat = problem::labels(labels, p.k)?;
     check_labels_of(&p, labels, x.device())?;
     check_labels(&flat, p.k)?;
+    if x.elem_count() == 0 {
+        return problem::empty(x.dims(), x.dtype(), x.device());
+    }
     let c = Rows::new(&centroids.detach())?.broadcast(p.b);
     Ok((x - ops::gather(&c, &flat)?.reshape(x.shape())?)?)
 }
@@ -228,7 +231,7 @@ fn check_labels_of(p: &Problem, labels: &Tensor, device: &Device) -> Result<()> 
     Ok(())
 }
 
-fn check_labels(labels: &Tensor, k: usize) -> Result<()> {
+pub(crate) fn check_labels(labels: &Tensor, k: usize) -> Result<()> {
     if labels.elem_count() > 0 {
         let largest = labels.flatten_all()?.max(0)?.to_scalar::<u32>()? as usize;
         if largest >= k {

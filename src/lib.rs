@@ -102,7 +102,7 @@ pub use functional::{
     sort_by_cluster,
 };
 pub use init::Init;
-pub use kmeans::{EmptyClusters, Iteration, KMeans};
+pub use kmeans::{EmptyClusters, IntoControlFlow, Iteration, KMeans};
 pub use lloyd::Prepared;
 pub use metric::Metric;
 pub use minibatch::{MiniBatch, Segments};

@@ -3,7 +3,12 @@
 //! `cpu` and `cuda` export the same functions in the same order. All of them take checked arguments and return new
 //! tensors on the same device, or write to the fit's own, on the tensor's own stream.
 
-use crate::{plan::Arch, problem::Rows, rng::Draw, Error, Metric, Result};
+use crate::{
+    plan::Arch,
+    problem::{self, Rows},
+    rng::Draw,
+    Error, Metric, Result,
+};
 use candle_core::{DType, Device, Tensor};
 
 macro_rules! on_device {
@@ -125,6 +130,13 @@ pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
 /// Rows `index` (u32 `(b, m)`) of each problem: `(b, m, d)`.
 pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
     on_device!(x.device(), assign::gather(x, index))
+}
+
+/// `chosen` (different rows, u32 `(b, k)`) with others in place of those that cannot be seeds, tensor of its own: a row that is not
+/// finite, without weight (f64 `(b, n)`), or by cosine without direction, gives way to the next one after it that can be and is
+/// not chosen, from the first row on again after the last. It stays where there is none.
+pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor> {
+    on_device!(x.device(), assign::usable_seeds(x, weights, chosen, metric))
 }
 
 /// The largest finite magnitude of each problem, f64 `(b,)`, and its first row with a NaN or an infinity, u32 `(b,)`
@@ -277,6 +289,10 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
 /// Rows in each cluster, u32 `(b, k)`.
 pub(crate) fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
     let (_, offsets) = order(labels, k)?;
+    if offsets.elem_count() == 0 {
+        // Candle's difference of two empty views is the first of them, wherever it begins.
+        return problem::empty(&[0, k], DType::U32, offsets.device());
+    }
     Ok((offsets.narrow(1, 1, k)? - offsets.narrow(1, 0, k)?)?)
 }
 

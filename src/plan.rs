@@ -403,7 +403,9 @@ impl Plan {
             }
             _ => (k, 0),
         };
-        let begins = begins + b * k * d * size + if p.metric == Metric::Cosine { 8 * bn } else { 0 };
+        // What rows weigh as seeds, and how that is found.
+        let seeds = if p.metric == Metric::Cosine || !settings.check_finite { 32 * bn } else { 0 };
+        let begins = begins + b * k * d * size + seeds;
         // The loop: what assigns.
         let (assigns, updates) = if cpu {
             let threads = rayon::current_num_threads() as u64 + 1;

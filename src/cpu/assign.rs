@@ -274,6 +274,33 @@ pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
     })
 }
 
+/// Whether a row can be a seed; see [`ops::usable_seeds`](crate::ops::usable_seeds).
+fn can_be_seed<T: Element>(row: &[T], weight: f64, metric: Metric) -> bool {
+    let square = row.iter().fold(0.0, |s, v| s + v.wide() * v.wide());
+    let directed = metric != Metric::Cosine || square > 0.0 && square < f64::INFINITY;
+    weight > 0.0 && directed && row.iter().all(|v| v.wide().is_finite())
+}
+
+pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor> {
+    let mut rows = chosen.to_vec2::<u32>()?;
+    let weights = weights.map(lock);
+    let weights = weights.as_ref().map(|w| w.flat::<f64>()).transpose()?;
+    typed!(x.dtype(), T => {
+        let xs = lock(&x.tensor);
+        let xs = xs.view::<T>(x)?;
+        rows.par_iter_mut().enumerate().for_each(|(b, rows)| {
+            let usable = |i: usize| can_be_seed(xs.row(b, i), weights.map_or(1.0, |w| w[b * x.n + i]), metric);
+            for seed in 0..rows.len() {
+                let from = rows[seed] as usize;
+                let mut others = (from..x.n).chain(0..from);
+                let usable = others.find(|&i| usable(i) && (i == from || !rows.contains(&(i as u32))));
+                rows[seed] = usable.unwrap_or(from) as u32;
+            }
+        });
+        tensor(rows.concat(), chosen.dims2()?)
+    })
+}
+
 pub(crate) fn scan(x: &Rows) -> Result<(Tensor, Tensor)> {
     typed!(x.dtype(), T => {
         let xs = lock(&x.tensor);

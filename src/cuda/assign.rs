@@ -470,6 +470,20 @@ fn rows_of_a_pass(d: usize) -> usize {
     (PASS / d).max(1)
 }
 
+pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let dev = device(&x.tensor)?;
+        let (b, k) = chosen.dims2()?;
+        let mut out = alloc::<u32>(dev, "usable_seeds", elements(&[b, k]))?;
+        let (xs, weights, chosen) = (read(&x.tensor), weights.map(read), read(chosen));
+        let weights = weights.as_ref().map(|w| w.view::<f64>()).transpose()?;
+        launch!(dev, Norms, "usable_seeds", T::SUFFIX, b, THREADS;
+            &xs.view::<T>()?, &shape(x), Nullable(&weights), &chosen.view::<u32>()?, &(k as i64), &(metric as i32),
+            &mut out)?;
+        Ok(tensor(dev, out, (b, k)))
+    })
+}
+
 pub(crate) fn scan(x: &Rows) -> Result<(Tensor, Tensor)> {
     typed!(x.dtype(), T => {
         let dev = device(&x.tensor)?;
