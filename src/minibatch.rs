@@ -68,6 +68,7 @@ impl MiniBatch {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn of(fit: &Fit) -> Result<Self> {
+        fit.check()?;
         Ok(Self { counts: fit.counts.to_dtype(DType::F64)?, ..Self::new(&fit.centroids, fit.metric)? })
     }
 
@@ -170,8 +171,9 @@ impl Segments {
     /// The first segment.
     ///
     /// # Errors
-    /// Where the device fails.
+    /// Refuses a fit whose fields do not belong together any more, and fails where the device does.
     pub fn of(fit: &Fit) -> Result<Self> {
+        fit.check()?;
         let (batch, [n, k]) = Self::sizes(fit);
         let (order, offsets) = ops::order(&problem::labels(&fit.labels, k)?, k)?;
         Ok(Self {
@@ -189,6 +191,7 @@ impl Segments {
     /// # Errors
     /// Refuses a fit of another metric, batch, dtype, device or number of columns, and more rows than a u32 counts.
     pub fn append(&mut self, fit: &Fit) -> Result<()> {
+        fit.check()?;
         let (old, new) = (self.centroids.dims(), fit.centroids.dims());
         let (rank, rows, k) = (old.len(), self.labels.dims()[old.len() - 2], old[old.len() - 2]);
         if fit.metric != self.metric {
