@@ -53,7 +53,8 @@ fn read(name: &str, bytes: &[u8]) -> Result<Tensor, String> {
 fn npy_files_of_either_order_hold_the_same_rows() {
     // Rows (1, 2, 3) and (4, 5, 6), as C and as Fortran store them.
     let (c, fortran) = ([1, 2, 3, 4, 5, 6], [1, 4, 2, 5, 3, 6]);
-    let bytes: [(&str, fn(i32) -> Vec<u8>, DType); 9] = [
+    type Bytes = fn(i32) -> Vec<u8>;
+    let bytes: [(&str, Bytes, DType); 9] = [
         ("<f2", |v| half::f16::from_f32(v as f32).to_le_bytes().to_vec(), DType::F16),
         (">f2", |v| half::f16::from_f32(v as f32).to_be_bytes().to_vec(), DType::F16),
         ("<f4", |v| (v as f32).to_le_bytes().to_vec(), DType::F32),
