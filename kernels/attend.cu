@@ -285,7 +285,8 @@ struct Unit {
     }
 
     /// Ranks of all clusters: the score, as an integer of the same order, or the sum of the softmaxes, which is not
-    /// negative, so that its bits are ordered as it is. Returns the least and the largest of this thread.
+    /// negative, so that its bits are ordered as it is; a sum of NaN is none. Returns the least and the largest of this
+    /// thread.
     __device__ __forceinline__ uint2 rank_clusters() const {
         const int pairs = c.width / 2;
         const float2* const scores = reinterpret_cast<const float2*>(this->scores);
@@ -297,7 +298,7 @@ struct Unit {
 #pragma unroll 1
             for (int i = threadIdx.x; i < pairs; i += BLOCK) {
                 const float2 s = __ldcg(scores + i);
-                rank(2 * i, ordered(__float_as_uint(s.x))), rank(2 * i + 1, ordered(__float_as_uint(s.y)));
+                rank(2 * i, rank_of(s.x)), rank(2 * i + 1, rank_of(s.y));
             }
             return bounds;
         }
@@ -361,7 +362,7 @@ struct Unit {
                         const int j = 2 * (i + p * BLOCK) + e;
                         if (j >= c.k) break;
                         if (from) share[p][e] += __uint_as_float(ranks[j]);
-                        rank(j, __float_as_uint(size(j) ? share[p][e] : 0));
+                        rank(j, __float_as_uint(size(j) && share[p][e] > 0 ? share[p][e] : 0));
                     }
                 }
             }

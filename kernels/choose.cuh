@@ -12,6 +12,11 @@ struct Choosing {
     uint2 few[FEW], bounds[WARP], sums[WARP];
 };
 
+/// A score as an integer of the same order. A NaN ranks as minus infinity, and the two zeros are one.
+__device__ __forceinline__ uint32_t rank_of(float score) {
+    return ordered(__float_as_uint(score == score ? score + 0.0f : -INFINITY));
+}
+
 /// The rank at which the clusters from the best on have `wanted` weight, or the least of all if they never do. A thread
 /// knows ranks between `least` and `most`, and together they know all. Ranks are told apart by their distance from the
 /// least, DIGIT bits at a time from the top: how much clusters have whose distance begins as found so far, by their

@@ -243,17 +243,18 @@ __device__ __forceinline__ int fixed_scale(double max_abs, int64_t n) {
     return 126 - exponent - (64 - __clzll(n));
 }
 
-/// `v * 2^scale`, rounded toward zero; 0 for a NaN or an infinity.
-__device__ __forceinline__ __int128 fixed_quantise(double v, int scale) {
+/// Sets `q` to `v * 2^scale`, if that is a whole number (0 for a NaN or an infinity): whether it is.
+__device__ __forceinline__ bool fixed_quantise(double v, int scale, __int128& q) {
     const uint64_t bits = __double_as_longlong(v), fraction = bits & ((1ull << 52) - 1);
     const int biased = int(bits >> 52) & 0x7ff;
-    if (biased == 0x7ff) return 0;
-    const uint64_t mantissa = biased ? fraction | 1ull << 52 : fraction;
+    const uint64_t mantissa = biased == 0x7ff ? 0 : biased ? fraction | 1ull << 52 : fraction;
     const int shift = (biased ? biased - 1075 : -1074) + scale;
     __int128 magnitude = 0;
-    if (shift >= 0 && shift <= 126) magnitude = __int128(mantissa) << shift;
-    if (shift < 0 && shift >= -63) magnitude = mantissa >> -shift;
-    return bits >> 63 ? -magnitude : magnitude;
+    bool whole = mantissa == 0;
+    if (shift >= 0 && shift <= 126) magnitude = __int128(mantissa) << shift, whole = true;
+    if (shift < 0 && shift >= -63) magnitude = mantissa >> -shift, whole = (mantissa >> -shift) << -shift == mantissa;
+    q = bits >> 63 ? -magnitude : magnitude;
+    return whole;
 }
 
 /// `2^e` for `-1022 <= e <= 1023`.
@@ -312,5 +313,6 @@ __device__ inline double race_key(uint64_t seed, uint64_t round, uint64_t batch,
                                   double weight) {
     const double p = __dmul_rn(nearest, weight);
     if (nearest < 0) return __longlong_as_double(0x7ff0000000000000);
-    return p > 0 ? fmin(__ddiv_rn(exponential(seed, round, batch, row), p), 1e300) : 2e300;
+    if (p > 0) return fmin(__ddiv_rn(exponential(seed, round, batch, row), p), 1e300);
+    return weight > 0 ? 2e300 : weight < 0 ? 4e300 : 3e300;
 }

@@ -3,8 +3,9 @@
 // A block takes a problem and keeps its rows, labels and sums on chip for all iterations: centroids are prepared and
 // rows labelled as in assign_narrow.cu, rows are brought into cluster order by a counting sort, and each thread adds up
 // an equal share of them, cluster by cluster. Sums are integers (src/fixed.rs), so atomics may finish them in any
-// order. A block that has converged goes on to the next problem. Traffic: X once, labels once, and the centroids, which
-// stay in the cache.
+// order. With a term that is no such integer, or a row that is not finite, they are added up once more, by warps. A
+// block that has converged goes on to the next problem. Traffic: X once, labels once, and the centroids, which stay in
+// the cache.
 #include "narrow.cuh"
 #include "scan.cuh"
 #include "sums.cuh"
@@ -62,10 +63,10 @@ __device__ void sort(const OnChip<T, D>& s, uint32_t n, uint32_t k) {
     __syncthreads();
 }
 
-/// Adds up each thread's share of the sorted rows.
+/// Adds up each thread's share of the sorted rows. Sets `odd` if they have to be added up once more.
 template <class T, int D>
 __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T>& units, const double* factor,
-                    int weight_scale, int divisor) {
+                    int weight_scale, int divisor, bool& odd) {
     constexpr bool EXACT = std::is_same<T, __half>::value;
     const uint32_t each = (n + blockDim.x - 1) / blockDim.x;
     const uint32_t end = min((threadIdx.x + 1) * each, n);
@@ -95,7 +96,9 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
         Several<T, D> part = reinterpret_cast<const Several<T, D>*>(s.x)[row];
         if (!factor && units.dirty) {
 #pragma unroll
-            for (int q = 0; q < D; ++q) part.values[q] = isfinite(wide(part.values[q])) ? part.values[q] : T(0.0f);
+            for (int q = 0; q < D; ++q) {
+                if (!isfinite(wide(part.values[q]))) part.values[q] = T(0.0f), odd = true;
+            }
         }
         if (!factor && (EXACT || units.fit(part.values))) {
 #pragma unroll
@@ -103,11 +106,18 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
             continue;
         }
         const double f = factor ? factor[row] : 1;
-        if (factor && divisor == WEIGHT) weight += fixed_quantise(f, weight_scale);
+        __int128 whole;
+        if (factor && divisor == WEIGHT) {
+            if (!fixed_quantise(f, weight_scale, whole)) odd = true;
+            weight += whole;
+        }
 #pragma unroll
         for (int q = 0; q < D; ++q) {
             double v = __dmul_rn(wide(part.values[q]), f);
-            if (!isfinite(v)) v = 0;
+            if (!isfinite(v)) {
+                v = 0;
+                if (units.dirty && f != 0) odd = true;
+            }
             // Rounded toward zero, so that what is left has the sign of the term.
 #pragma unroll
             for (int l = 0; l < 2; ++l) {
@@ -116,8 +126,8 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
                 sums[l][q] += limb, v -= limb;
             }
             if (v != 0) {
-                atomic_add(reinterpret_cast<unsigned long long*>(&s.rest[cluster * D + q]),
-                           fixed_quantise(v, units.scale));
+                if (!fixed_quantise(v, units.scale, whole) || units.extreme) odd = true;
+                atomic_add(reinterpret_cast<unsigned long long*>(&s.rest[cluster * D + q]), whole);
             }
         }
     }
@@ -125,14 +135,82 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
     __syncthreads();
 }
 
-/// Replaces the centroids `c` (k, d) but those of no weight, a thread each; returns the largest squared shift.
+/// Adds up clusters once more, a column to a warp: to `rest` and `weights`, as `Scaled`.
+template <class T, int D>
+__device__ __forceinline__ void add_exactly(const OnChip<T, D>& s, uint32_t k, bool dirty, const double* factor) {
+    const uint32_t lane = threadIdx.x % WARP;
+    for (uint32_t item = threadIdx.x / WARP; item < k * (D + 1); item += blockDim.x / WARP) {
+        const uint32_t j = item / (D + 1), q = item % (D + 1), end = s.starts[j + 1];
+        Gathered sum;
+#pragma unroll 1
+        for (uint32_t next = s.starts[j]; next < end; next += WARP) {
+            double term = 0;
+            if (next + lane < end) {
+                const uint32_t row = s.order[next + lane];
+                const double f = factor ? factor[row] : 1;
+                const T* const values = s.x + row * D;
+                if (!dirty || finite(values, D)) term = q < D ? __dmul_rn(wide(values[q]), f) : f;
+            }
+            sum.add(term);
+        }
+        const Scaled its = sum.all().rounded();
+        if (lane == 0) *reinterpret_cast<Scaled*>(q < D ? &s.rest[j * D + q] : &s.weights[j]) = its;
+    }
+}
+
+/// Replaces the centroids as `replace` does, from sums of any terms. Not inlined, so that it takes no registers from
+/// where it is not needed.
+template <class T, int D>
+__device__ __noinline__ void replace_exactly(OnChip<T, D> s, T* c, uint32_t k, int d, bool dirty, const double* factor,
+                                             int divisor, double* shift) {
+    add_exactly(s, k, dirty, factor);
+    __syncthreads();
+#pragma unroll 1
+    for (uint32_t j = threadIdx.x; j < k; j += blockDim.x) {
+        const Scaled* const sums = reinterpret_cast<const Scaled*>(s.rest + j * D);
+        double terms[D];
+        const Quotient by(
+            divisor, *reinterpret_cast<const Scaled*>(s.weights + j),
+            [&](int64_t shift) {
+#pragma unroll
+                for (int q = 0; q < D; ++q) {
+                    const double t = sums[q].value(shift);
+                    terms[q] = __dmul_rn(t, t);
+                }
+                return striped_here(terms);
+            },
+            [&] {
+                int64_t most = INT32_MIN;
+#pragma unroll 1
+                for (int q = 0; q < D; ++q) {
+                    if (sums[q].significand != 0) most = max(most, sums[q].exponent);
+                }
+                return most == INT32_MIN ? 0 : most;
+            });
+        if (!by.some()) continue;
+#pragma unroll
+        for (int q = 0; q < D; ++q) {
+            terms[q] = 0;
+            if (q >= d) continue;
+            const T mean = rounded<T>(by.of(sums[q]));
+            terms[q] = squared(wide(mean), wide(c[j * d + q]));
+            c[j * d + q] = mean;
+        }
+        const double moved = striped_here(terms);
+        if (!(moved == 0)) atomic_max(shift, moved == moved ? moved : INFINITY);
+    }
+}
+
+/// Replaces the centroids `c` (k, d) but those of no weight, a thread each; returns the largest squared shift. Sets
+/// `odd` if there is one that squares of f64 cannot measure.
 template <class T, int D>
 __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const Units<T>& units, bool weighted,
-                          int weight_scale, int divisor) {
+                          int weight_scale, int divisor, bool& odd) {
     double most = 0;
 #pragma unroll 1
     for (uint32_t j = threadIdx.x; j < k; j += blockDim.x) {
         double totals[D], terms[D];
+        bool some = false;
 #pragma unroll
         for (int q = 0; q < D; ++q) {
             __int128 sum = s.rest[j * D + q];
@@ -141,10 +219,19 @@ __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const 
                 sum += __int128((long long)s.limbs[(l * k + j) * D + q]) << (units.unit(l) + units.scale);
             }
             totals[q] = fixed_value(sum, units.scale), terms[q] = __dmul_rn(totals[q], totals[q]);
+            some |= totals[q] != 0;
         }
-        const double by = divisor == NORM ? __dsqrt_rn(striped_here(terms))
-                          : weighted      ? fixed_value(s.weights[j], weight_scale)
-                                          : double(s.starts[j + 1] - s.starts[j]);
+        double by = 0;
+        if (divisor == NORM) {
+            by = striped_here(terms);
+            if (some && !(LEAST_SQUARES <= by && by <= MOST_SQUARES)) {
+                odd = true;
+                continue;
+            }
+            by = __dsqrt_rn(by);
+        } else {
+            by = weighted ? fixed_value(s.weights[j], weight_scale) : double(s.starts[j + 1] - s.starts[j]);
+        }
         if (!(by > 0)) continue;
 #pragma unroll
         for (int q = 0; q < D; ++q) {
@@ -166,6 +253,7 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
                     uint32_t* labels) {
     extern __shared__ __align__(16) uint8_t raw[];
     __shared__ double shift;
+    __shared__ bool odd;
     const Narrow<Filter<T>, D> to(raw, k);
     const OnChip<T, D> s(raw + narrow_bytes, r.n, k);
     const Rows here = {0, D, 1, r.n, r.d};
@@ -173,7 +261,8 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
     for (int64_t b = blockIdx.x; b < r.b; b += gridDim.x) {
         T* const c = centroids + b * k * d;
         const double* const factor = terms.factor ? terms.factor + b * r.n : nullptr;
-        const Units<T> units(terms.largest[b], r.n, terms.first_bad[b] != UINT32_MAX);
+        const Units<T> units(terms.largest[b], terms.heaviest ? terms.heaviest[b] : 1, r.n,
+                             terms.first_bad[b] != UINT32_MAX);
         const int weight_scale = terms.heaviest ? fixed_scale(terms.heaviest[b], r.n) : 0;
         for (int64_t i = threadIdx.x; i < r.n * D; i += blockDim.x) {
             s.x[i] = i % D < d ? row_of(x, r, b, i / D)[i % D] : T(0.0f);
@@ -183,15 +272,19 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
             __syncthreads();
             to.prepare(c, d, d, metric);
             assign_rows<T, D, false>(s.x, here, 0, 0, r.n, c, d, to, metric, s.labels);
-            if (threadIdx.x == 0) shift = 0;
+            if (threadIdx.x == 0) shift = 0, odd = false;
             __syncthreads();
             if (done && threadIdx.x == 0) stop[b] = iteration;
             if (done || iteration == max_iters) break;
             sort(s, r.n, k);
-            add(s, r.n, k, units, factor, weight_scale, divisor);
-            const double moved = replace(s, c, k, d, units, factor != nullptr, weight_scale, divisor);
+            add(s, r.n, k, units, factor, weight_scale, divisor, odd);
+            const double moved = odd ? 0 : replace(s, c, k, d, units, factor != nullptr, weight_scale, divisor, odd);
             if (moved > 0) atomic_max(&shift, moved);
             __syncthreads();
+            if (odd) {
+                replace_exactly(s, c, k, d, units.dirty, factor, divisor, &shift);
+                __syncthreads();
+            }
             done = shift <= threshold[b];
         }
         for (int64_t i = threadIdx.x; i < r.n; i += blockDim.x) labels[b * r.n + i] = s.labels[i];

@@ -3,7 +3,8 @@
 // The blocks of a team share a problem and keep its rows on chip for all iterations. In each, every block labels its
 // rows with mma.sync, settles what that does not prove, brings its rows into cluster order and adds them up, cluster by
 // cluster, to what the other blocks have of a cluster. When all have, each block finishes a share of the means and
-// prepares them for the next scores. Sums are integers (src/fixed.rs), so it does not matter how rows are shared out. A
+// prepares them for the next scores. Sums are integers (src/fixed.rs), so it does not matter how rows are shared out.
+// Clusters with a term that is no such integer, or with a row that is not finite, are added up once more from memory. A
 // team waits for its own blocks alone, twice an iteration (the launch is cooperative, so all of them run), and once
 // converged it goes on to another problem. Traffic: X once, labels once; centroids and sums stay in the L2 cache.
 #include "duplicates.cuh"
@@ -37,7 +38,8 @@ struct Common {
     unsigned long long* limbs;    // (LIMBS, k, whole lines), columns in the order of `place_of`
     unsigned long long* rest;     // (k, d, 2): what limbs could not take; null for f16 without factors
     unsigned long long* weights;  // (k, 2), of factors
-    uint32_t* sizes;              // (k), without
+    uint32_t* sizes;              // (k + 2), without; ODD if a cluster is to be added up once more; and behind
+                                  // them, whether any is in an even and in an odd turn
     double* shifts;               // (2): the largest squared shift of an even and of an odd turn
     uint32_t* arrived;            // times that blocks have come to a barrier
     // And how the centroids are scored, which needs no zeros:
@@ -49,13 +51,20 @@ struct Common {
         return {limbs + team * limb_count * k * ((d + LINE_COLUMNS - 1) / LINE_COLUMNS * LINE_COLUMNS),
                 rest + team * k * d * 2,
                 weights + team * k * 2,
-                sizes + team * k,
+                sizes + team * (k + 2),
                 shifts + team * 2,
                 arrived + team,
                 reinterpret_cast<T*>(moved) + team * k * d,
                 prepared + team * k};
     }
 };
+
+/// Of a cluster's size, beside the number of its rows.
+constexpr uint32_t ODD = 1u << 31;
+
+/// The problems that a kernel takes. Sums of f16 without factors need no second look where all rows are finite, and what
+/// that takes costs the others registers: a kernel behind theirs takes the rest, which are few if any.
+enum Take { ALL, FINITE, REST };
 
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
     uint32_t v;
@@ -124,10 +133,76 @@ __device__ __forceinline__ int place_of(int column) {
     return column / LINE_COLUMNS * LINE_COLUMNS + column % 2 * WARP + column % LINE_COLUMNS / 2;
 }
 
+// ---- Sums that no integer of the scale holds. Not inlined, so that they take no registers from where they are not
+// needed.
+
+/// Adds up the marked ones of `owned` clusters, from `first` on every so many, once more: a column to a warp, from
+/// where all blocks read their rows. Significands go to `totals`, the weight where it was.
+template <class T, bool FACTOR>
+__device__ __noinline__ void add_exactly(const T* x, int64_t row_stride, int64_t n, int d, const double* factor,
+                                         bool dirty, const uint32_t* labels, int owned, int first, int step,
+                                         uint32_t* sizes, unsigned long long* weights, double* totals,
+                                         int16_t* exponents) {
+    const int lane = threadIdx.x % WARP;
+    for (int item = threadIdx.x / WARP; item < owned * (d + 1); item += WARPS) {
+        const int i = item / (d + 1), q = item % (d + 1), j = first + i * step;
+        if (!(__ldcg(sizes + j) & ODD)) continue;
+        Gathered sum;
+#pragma unroll 1
+        for (int64_t next = 0; next < n; next += WARP) {
+            const int64_t row = next + lane;
+            double term = 0;
+            if (row < n && __ldcg(labels + row) == uint32_t(j)) {
+                const T* const values = x + row * row_stride;
+                const double f = FACTOR ? factor[row] : 1;
+                if (!dirty || finite(values, d)) term = q < d ? __dmul_rn(wide(values[q]), f) : f;
+            }
+            sum.add(term);
+        }
+        const Scaled its = sum.all().rounded();
+        if (lane) continue;
+        if (q < d) totals[i * d + q] = its.significand, exponents[i * d + q] = its.exponent;
+        else if (FACTOR) *reinterpret_cast<Scaled*>(weights + 2 * j) = its;
+        else sizes[j] = ODD | uint32_t(its.value(0));
+    }
+}
+
+/// Replaces sums, significands and exponents, by what they are divided by, a warp's. Returns whether there is anything
+/// to divide by.
+__device__ __noinline__ bool divide(int divisor, Scaled weight, int d, double* totals, const int16_t* exponents) {
+    const int lane = threadIdx.x % WARP;
+    const auto total = [&](int q) { return Scaled{totals[q], exponents[q]}; };
+    const Quotient by(
+        divisor, weight,
+        [&](int64_t shift) {
+            double squares = 0;
+            for (int q = lane; q < d; q += WARP) {
+                const double t = total(q).value(shift);
+                squares = __dadd_rn(squares, __dmul_rn(t, t));
+            }
+            return striped(squares);
+        },
+        [&] {
+            int most = INT32_MIN;
+            for (int q = lane; q < d; q += WARP) {
+                if (totals[q] != 0) most = max(most, int(exponents[q]));
+            }
+            most = __reduce_max_sync(~0u, most);
+            return int64_t(most == INT32_MIN ? 0 : most);
+        });
+    if (by.some()) {
+        for (int q = lane; q < d; q += WARP) totals[q] = by.of(total(q));
+    }
+    __syncwarp();
+    return by.some();
+}
+
 // ---- A fit.
 
-template <class T, bool FACTOR>
+template <class T, bool FACTOR, Take TAKE>
 struct Fit {
+    /// Whether clusters may be marked.
+    static constexpr bool MARKS = TAKE != FINITE;
     static constexpr int LIMBS = FACTOR ? 2 : 1;
     /// Halves span 40 bits: their sums are exact as they are.
     static constexpr bool EXACT = std::is_same<T, __half>::value && !FACTOR;
@@ -566,14 +641,14 @@ struct Fit {
         __syncthreads();
     }
 
-    /// Adds up the block's rows of each cluster, a warp's, two columns of a line to a lane.
+    /// Adds up the block's rows of each cluster, a warp's, two columns of a line to a lane. Says whether it marks any.
     template <int LINES>
-    __device__ void add(const Units<T>& units, int weight_scale) const {
+    __device__ void add(const Units<T>& units, int weight_scale, uint32_t* marked) const {
         const int lane = threadIdx.x % WARP, line_bytes = shares.rows * LINE;
         const uint8_t* const rows = s.rows + lane % 4 * 4;
         double per_unit[LIMBS];
 #pragma unroll
-        for (int l = 0; l < LIMBS; ++l) per_unit[l] = power_of_two(-units.unit(l));
+        for (int l = 0; l < LIMBS; ++l) per_unit[l] = units.extreme ? 0 : power_of_two(-units.unit(l));
         // Blocks begin at different clusters, for they should not add to the same ones at the same time.
         const int ahead = rank * k / shares.blocks;
 #pragma unroll 1
@@ -583,22 +658,27 @@ struct Fit {
             if (begin == end) continue;
             double sums[LIMBS][LINES][2] = {};
             __int128 weight = 0;
+            bool odd = false;
 #pragma unroll 2
             for (int place = begin; place < end; ++place) {
                 const int row = s.order[place];
                 const uint8_t* const at = rows + row * LINE + ((lane / 4 ^ row & 7) << 4);
                 const double f = FACTOR ? s.factor[row] : 1;
-                if (FACTOR && divisor == WEIGHT) weight += fixed_quantise(f, weight_scale);
+                if (FACTOR && divisor == WEIGHT) {
+                    __int128 q;
+                    odd |= !fixed_quantise(f, weight_scale, q);
+                    weight += q;
+                }
 #pragma unroll
                 for (int line = 0; line < LINES; ++line) {
                     uint32_t two = *reinterpret_cast<const uint32_t*>(at + line * line_bytes);
                     struct alignas(4) Pair {
                         T values[2];
                     } pair = reinterpret_cast<const Pair&>(two);
-                    if (!FACTOR && units.dirty) {
+                    if (MARKS && !FACTOR && units.dirty) {
 #pragma unroll
                         for (int q = 0; q < 2; ++q) {
-                            if (!isfinite(wide(pair.values[q]))) pair.values[q] = T(0.0f);
+                            if (!isfinite(wide(pair.values[q]))) pair.values[q] = T(0.0f), odd = true;
                         }
                         two = reinterpret_cast<const uint32_t&>(pair);
                     }
@@ -606,7 +686,7 @@ struct Fit {
                         sums[0][line][0] += Small<T>::low(two), sums[0][line][1] += Small<T>::high(two);
                         continue;
                     }
-                    take(pair.values, f, units, j, line * LINE_COLUMNS + 2 * lane, sums, line);
+                    take(pair.values, f, units, j, line * LINE_COLUMNS + 2 * lane, sums, line, odd);
                 }
             }
 #pragma unroll
@@ -622,7 +702,9 @@ struct Fit {
                     }
                 }
             }
+            odd = __any_sync(~0u, odd);
             if (lane) continue;
+            if (MARKS && odd) atomicOr(to.sizes + j, ODD), *marked = 1;
             if (FACTOR) atomic_add(to.weights + 2 * j, weight);
             else atomicAdd(to.sizes + j, end - begin);
         }
@@ -631,34 +713,43 @@ struct Fit {
     /// Adds two columns' terms that need to be cut; what limbs do not take goes to the common rest.
     template <int LINES>
     __device__ __forceinline__ void take(const T (&values)[2], double f, const Units<T>& units, int j, int column,
-                                         double (&sums)[LIMBS][LINES][2], int line) const {
+                                         double (&sums)[LIMBS][LINES][2], int line, bool& odd) const {
 #pragma unroll
         for (int q = 0; q < 2; ++q) {
             double v = __dmul_rn(wide(values[q]), f);
-            if (!isfinite(v)) v = 0;
+            if (!isfinite(v)) {
+                v = 0;
+                odd |= units.dirty && f != 0;
+            }
             // Rounded toward zero, so that what is left has the sign of the term.
 #pragma unroll
             for (int l = 0; l < LIMBS; ++l) {
                 const double rounder = copysign(units.rounder(l), v);
-                const double limb = __dadd_rz(v, rounder) - rounder;
+                const double limb = units.extreme ? 0 : __dadd_rz(v, rounder) - rounder;
                 sums[l][line][q] += FACTOR ? limb : limb * power_of_two(-Small<T>::SCALE), v -= limb;
             }
-            if (v != 0) atomic_add(to.rest + 2 * (j * d + column + q), fixed_quantise(v, units.scale));
+            if (v != 0) {
+                __int128 whole;
+                odd |= !fixed_quantise(v, units.scale, whole) || units.extreme;
+                atomic_add(to.rest + 2 * (j * d + column + q), whole);
+            }
         }
     }
 
-    __device__ void add(const Units<T>& units, int weight_scale) const {
+    __device__ void add(const Units<T>& units, int weight_scale, uint32_t* marked) const {
         static_assert(TEAM_COLUMNS == 4 * LINE_COLUMNS, "so many lines");
-        if (lines == 1) add<1>(units, weight_scale);
-        else if (lines == 2) add<2>(units, weight_scale);
-        else if (lines == 3) add<3>(units, weight_scale);
-        else add<4>(units, weight_scale);
+        if (lines == 1) add<1>(units, weight_scale, marked);
+        else if (lines == 2) add<2>(units, weight_scale, marked);
+        else if (lines == 3) add<3>(units, weight_scale, marked);
+        else add<4>(units, weight_scale, marked);
     }
 
-    /// Replaces the block's share of the centroids, every so many, but those of no weight. Leaves zeros where their
-    /// terms were added up.
-    __device__ void replace(const Units<T>& units, int weight_scale, double* shift) const {
-        const int owned = (k - rank + shares.blocks - 1) / shares.blocks;
+    /// Where exponents of the sums of marked clusters lie, as many as `totals`: what centroids are scored by is not
+    /// needed before the next ones are there.
+    __device__ __forceinline__ int16_t* exponents() const { return reinterpret_cast<int16_t*>(s.centroids); }
+
+    /// What the block's share of the clusters have been added up to, to `totals`. Leaves zeros there.
+    __device__ __forceinline__ void collect(const Units<T>& units, int owned) const {
         for (int i = threadIdx.x; i < owned * d; i += THREADS_HERE) {
             const int j = rank + i / d * shares.blocks, column = i % d;
             __int128 total = 0;
@@ -675,50 +766,86 @@ struct Fit {
             }
             s.totals[i] = fixed_value(total, units.scale);
         }
-        __syncthreads();
-        const int lane = threadIdx.x % WARP;
-        for (int i = threadIdx.x / WARP; i < owned; i += WARPS) {
-            const int j = rank + i * shares.blocks;
-            const double* const totals = s.totals + i * d;
-            double by = 0;
-            if (FACTOR) {
-                const unsigned long long low = __ldcg(to.weights + 2 * j), high = __ldcg(to.weights + 2 * j + 1);
-                by = fixed_value(__int128(high) << 64 | low, weight_scale);
+    }
+
+    /// Replaces the block's share of the centroids, every so many, but those of no weight: first those of clusters that
+    /// are not marked, and then, if there are any, of those that are. `labels` (n) is where blocks tell each other
+    /// theirs for that; `all` is how often they have come to a barrier, the last time when all centroids are replaced.
+    __device__ void replace(const Units<T>& units, int weight_scale, double* shift, uint32_t* marked, uint32_t* labels,
+                            uint32_t& all) const {
+        const int owned = (k - rank + shares.blocks - 1) / shares.blocks, lane = threadIdx.x % WARP;
+#pragma unroll 1
+        for (bool again = false;; again = true) {
+            if (!MARKS || !again) {
+                collect(units, owned);
             } else {
-                by = __ldcg(to.sizes + j);
+                for (int i = threadIdx.x; i < live; i += THREADS_HERE) labels[rank * shares.rows + i] = s.labels[i];
+                sync_team(to.arrived, all += shares.blocks);
+                const int64_t before = int64_t(rank) * shares.rows;
+                add_exactly<T, FACTOR>(x - (live ? before : 0) * r.row_stride, r.row_stride, r.n, d,
+                                       FACTOR ? factor - before : nullptr, units.dirty, labels, owned, rank,
+                                       shares.blocks, to.sizes, to.weights, s.totals, exponents());
             }
-            if (divisor == NORM) {
-                double squares = 0;
-                for (int q = lane; q < d; q += WARP) squares = __dadd_rn(squares, __dmul_rn(totals[q], totals[q]));
-                by = __dsqrt_rn(striped(squares));
+            __syncthreads();
+#pragma unroll 1
+            for (int i = threadIdx.x / WARP; i < owned; i += WARPS) {
+                const int j = rank + i * shares.blocks;
+                const uint32_t size = __ldcg(to.sizes + j);
+                if (MARKS && bool(size & ODD) != again) continue;
+                double* const totals = s.totals + i * d;
+                unsigned long long low = 0, high = 0;
+                if (FACTOR) low = __ldcg(to.weights + 2 * j), high = __ldcg(to.weights + 2 * j + 1);
+                double by = 0;
+                if (MARKS && again) {
+                    const Scaled weight = FACTOR ? Scaled{__longlong_as_double(low), int64_t(high)}
+                                                 : scaled(double(size & ~ODD));
+                    by = divide(divisor, weight, d, totals, exponents() + i * d);
+                } else if (divisor == NORM) {
+                    double squares = 0;
+                    bool some = false;
+                    for (int q = lane; q < d; q += WARP) {
+                        squares = __dadd_rn(squares, __dmul_rn(totals[q], totals[q])), some |= totals[q] != 0;
+                    }
+                    squares = striped(squares);
+                    // What squares of f64 cannot measure is marked.
+                    if (!EXACT && !(LEAST_SQUARES <= squares && squares <= MOST_SQUARES) && __any_sync(~0u, some)) {
+                        if (lane == 0) to.sizes[j] = size | ODD, *marked = 1;
+                        continue;
+                    }
+                    by = __dsqrt_rn(squares);
+                } else {
+                    by = FACTOR ? fixed_value(__int128(high) << 64 | low, weight_scale) : size;
+                }
+                __syncwarp();
+                if (lane == 0) {
+                    if (FACTOR) to.weights[2 * j] = to.weights[2 * j + 1] = 0;
+                    if (!FACTOR || again) to.sizes[j] = 0;
+                }
+                if (!(by > 0)) continue;
+                double moved = 0;
+                publish(j, [&](int q) {
+                    const T mean = rounded<T>(__ddiv_rn(totals[q], by)), old = c[j * d + q];
+                    moved = __dadd_rn(moved, squared(wide(mean), wide(old)));
+                    c[j * d + q] = mean;
+                    return mean;
+                });
+                moved = striped(moved);
+                if (lane == 0 && !(moved == 0)) atomic_max(shift, moved == moved ? moved : INFINITY);
             }
-            __syncwarp();
-            if (lane == 0) {
-                if (FACTOR) to.weights[2 * j] = to.weights[2 * j + 1] = 0;
-                else to.sizes[j] = 0;
-            }
-            if (!(by > 0)) continue;
-            double moved = 0;
-            publish(j, [&](int q) {
-                const T mean = rounded<T>(__ddiv_rn(totals[q], by)), old = c[j * d + q];
-                moved = __dadd_rn(moved, squared(wide(mean), wide(old)));
-                c[j * d + q] = mean;
-                return mean;
-            });
-            moved = striped(moved);
-            if (lane == 0 && !(moved == 0)) atomic_max(shift, moved == moved ? moved : INFINITY);
+            sync_team(to.arrived, all += shares.blocks);
+            if (!MARKS || again || !__ldcg(marked)) return;
         }
     }
 };
 
-template <class T, bool FACTOR>
+template <class T, bool FACTOR, Take TAKE>
 __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, int divisor, int64_t max_iters,
                     const double* threshold, const Shares& shares, const Common& common, uint32_t* stop, int64_t k,
                     T* centroids, uint32_t* labels) {
     extern __shared__ __align__(128) uint8_t raw[];
     __shared__ float bounds[BOUNDS + 1];
     __shared__ uint32_t listed;
-    using Problem = Fit<T, FACTOR>;
+    using Problem = Fit<T, FACTOR, TAKE>;
     const int d = int(r.d), rank = blockIdx.x % shares.blocks;
     const int64_t team = blockIdx.x / shares.blocks, first_row = int64_t(rank) * shares.rows;
     const OnChip<T, FACTOR> s(raw, shares, k, d);
@@ -726,6 +853,8 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
     const int live = int(max(int64_t(0), min(int64_t(shares.rows), r.n - first_row)));
     uint32_t all = 0, turn = 0;
     for (int64_t b = team; b < r.b; b += gridDim.x / shares.blocks) {
+        const bool finite = terms.first_bad[b] == UINT32_MAX;
+        if (TAKE != ALL && finite != (TAKE == FINITE)) continue;
         const Problem problem{s,
                               to,
                               shares,
@@ -742,7 +871,8 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
                               metric,
                               divisor,
                               rank};
-        const Units<T> units(terms.largest[b], r.n, terms.first_bad[b] != UINT32_MAX);
+        const Units<T> units(terms.largest[b], FACTOR && terms.heaviest ? terms.heaviest[b] : 1, r.n,
+                             !finite);
         const int weight_scale = FACTOR && terms.heaviest ? fixed_scale(terms.heaviest[b], r.n) : 0;
         problem.load();
         problem.origin();
@@ -757,12 +887,12 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
             if (done && rank == 0 && threadIdx.x == 0) stop[b] = iteration;
             if (done || iteration == max_iters) break;
             problem.sort();
-            problem.add(units, weight_scale);
+            uint32_t* const marked = to.sizes + k + turn % 2;
+            problem.add(units, weight_scale, marked);
             sync_team(to.arrived, all += shares.blocks);
             // All have seen the last turn's.
-            if (rank == 0 && threadIdx.x == 0) to.shifts[(turn + 1) % 2] = 0;
-            problem.replace(units, weight_scale, &to.shifts[turn % 2]);
-            sync_team(to.arrived, all += shares.blocks);
+            if (rank == 0 && threadIdx.x == 0) to.shifts[(turn + 1) % 2] = 0, to.sizes[k + (turn + 1) % 2] = 0;
+            problem.replace(units, weight_scale, &to.shifts[turn % 2], marked, labels + b * r.n, all);
             done = __ldcg(&to.shifts[turn % 2]) <= threshold[b];
         }
         for (int i = threadIdx.x; i < live; i += THREADS_HERE) labels[b * r.n + first_row + i] = s.labels[i];
@@ -771,21 +901,20 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
     }
     // The last one to leave clears what all have waited for.
     if (threadIdx.x == 0 && atomicAdd(to.arrived, 1) + 1 == all + shares.blocks) {
-        *to.arrived = 0, to.shifts[0] = to.shifts[1] = 0;
+        *to.arrived = 0, to.shifts[0] = to.shifts[1] = 0, to.sizes[k] = to.sizes[k + 1] = 0;
     }
 }
 
-#define KERNEL(name, T, FACTOR)                                                                                        \
+#define KERNEL(name, T, FACTOR, TAKE)                                                                                        \
     extern "C" __global__ void __launch_bounds__(TEAM_THREADS, 1)                                                      \
         name(const T* x, Rows r, Terms terms, int metric, int divisor, int64_t max_iters, const double* threshold,     \
              Shares shares, Common common, uint32_t* stop, int64_t k, T* centroids, uint32_t* labels) {                \
-        fit<T, FACTOR>(x, r, terms, metric, divisor, max_iters, threshold, shares, common, stop, k, centroids,         \
+        fit<T, FACTOR, TAKE>(x, r, terms, metric, divisor, max_iters, threshold, shares, common, stop, k, centroids,         \
                        labels);                                                                                        \
     }
-#define INSTANCE(name, T)                                                                                              \
-    KERNEL(fit_resident_##name, T, false)                                                                              \
-    KERNEL(fit_resident_weighted_##name, T, true)
-INSTANCE(f16, __half)
-INSTANCE(bf16, __nv_bfloat16)
-#undef INSTANCE
+KERNEL(fit_resident_f16, __half, false, FINITE)
+KERNEL(fit_resident_rest_f16, __half, false, REST)
+KERNEL(fit_resident_bf16, __nv_bfloat16, false, ALL)
+KERNEL(fit_resident_weighted_f16, __half, true, ALL)
+KERNEL(fit_resident_weighted_bf16, __nv_bfloat16, true, ALL)
 #undef KERNEL

@@ -116,6 +116,45 @@ __device__ void gather(const T* x, const Rows& r, const uint32_t* index, int64_t
     }
 }
 
+/// A tensor of any layout, its last dimension first. (`struct Strided` of src/cuda/assign.rs)
+struct Strided {
+    int64_t sizes[8], strides[8], rank;
+};
+
+/// Its elements in order, the last dimension widened to `pitch` by zeros, `cells` in all. Divisions of 32 bits are several
+/// times as fast, and do for what they count.
+template <class I, class T>
+__device__ __forceinline__ void copy_by(const T* x, const Strided& from, I cells, I pitch, T* out) {
+    for (I i = I(global_thread()); i < cells; i += I(all_threads())) {
+        I row = i / pitch;
+        const I column = i - row * pitch;
+        int64_t at = int64_t(column) * from.strides[0];
+        for (int k = 1; k < from.rank; ++k) {
+            const I outer = row / I(from.sizes[k]);
+            at += int64_t(row - outer * I(from.sizes[k])) * from.strides[k];
+            row = outer;
+        }
+        out[i] = int64_t(column) < from.sizes[0] ? x[at] : T(0);
+    }
+}
+
+template <class T>
+__device__ void copy(const T* x, const Strided& from, int64_t cells, int64_t pitch, T* out) {
+    // A step beyond the last cell still fits.
+    if (cells + all_threads() <= UINT32_MAX) copy_by<uint32_t>(x, from, uint32_t(cells), uint32_t(pitch), out);
+    else copy_by<int64_t>(x, from, cells, pitch, out);
+}
+
+#define COPY(bytes, T)                                                                                                 \
+    extern "C" __global__ void copy_##bytes(const T* x, Strided from, int64_t cells, int64_t pitch, T* out) {          \
+        copy(x, from, cells, pitch, out);                                                                              \
+    }
+COPY(1, uint8_t)
+COPY(2, uint16_t)
+COPY(4, uint32_t)
+COPY(8, uint64_t)
+#undef COPY
+
 // ---- Initialisation: the distance to the nearest seed, the race for the next one, and its winner.
 
 __device__ __forceinline__ double nothing_near() { return __longlong_as_double(0x7ff0000000000000); }
@@ -138,6 +177,55 @@ __device__ void nearer(const T* x, const Rows& r, const double* nearest, const u
     for (int64_t i = global_thread(); i < r.b * r.n; i += all_threads()) {
         const int64_t b = i / r.n;
         out[i] = nearer_by(nearest[i], x, r, b, i % r.n, newest[b], metric);
+    }
+}
+
+template <class T>
+__device__ bool can_be_seed(const T* row, int64_t d, double weight, int metric) {
+    double square = 0;
+    bool finite = true;
+    for (int64_t j = 0; j < d; ++j) {
+        const double v = wide(row[j]);
+        square = __dadd_rn(square, __dmul_rn(v, v));
+        finite &= isfinite(v);
+    }
+    return finite && weight > 0 && (metric != COSINE || (square > 0 && isfinite(square)));
+}
+
+/// Puts others in place of the `k` chosen rows that cannot be seeds, to `out`: each in turn gives way to the next row after it
+/// that can be and is not chosen. One block takes a problem: its threads look at all chosen rows at once, which is all there
+/// is to do as a rule, and then at `blockDim.x` rows at a time for one that gives way.
+template <class T>
+__device__ void usable_seeds(const T* x, const Rows& r, const double* weights, const uint32_t* chosen, int64_t k,
+                             int metric, uint32_t* out) {
+    __shared__ unsigned long long found;
+    for (int64_t b = blockIdx.x; b < r.b; b += gridDim.x) {
+        uint32_t* const rows = out + b * k;
+        const auto usable = [&](int64_t i) {
+            return can_be_seed(row_of(x, r, b, i), r.d, weights ? weights[b * r.n + i] : 1.0, metric);
+        };
+        bool all = true;
+        for (int64_t j = threadIdx.x; j < k; j += blockDim.x) {
+            rows[j] = chosen[b * k + j];
+            all &= usable(rows[j]);
+        }
+        if (__syncthreads_and(all)) continue;
+        for (int64_t j = 0; j < k; ++j) {
+            const int64_t from = rows[j];
+            if (usable(from)) continue;
+            if (threadIdx.x == 0) found = ~0ull;
+            __syncthreads();
+            for (int64_t step = 1; step < r.n; step += blockDim.x) {
+                const int64_t mine = step + threadIdx.x, at = (from + mine) % r.n;
+                bool free = mine < r.n && usable(at);
+                for (int64_t other = 0; free && other < k; ++other) free = rows[other] != at;
+                if (free) atomicMin(&found, (unsigned long long)(mine));
+                if (__syncthreads_or(free)) break;
+            }
+            __syncthreads();
+            if (threadIdx.x == 0 && found != ~0ull) rows[j] = uint32_t((from + int64_t(found)) % r.n);
+            __syncthreads();
+        }
     }
 }
 
@@ -237,6 +325,10 @@ __device__ void pick(const T* x, const Rows& r, double* nearest, const double* w
     extern "C" __global__ void gather_##name(const T* x, Rows r, const uint32_t* index, int64_t m, int64_t rows,       \
                                              T* out) {                                                                 \
         gather(x, r, index, m, rows, out);                                                                             \
+    }                                                                                                                  \
+    extern "C" __global__ void usable_seeds_##name(const T* x, Rows r, const double* weights, const uint32_t* chosen,  \
+                                                   int64_t k, int metric, uint32_t* out) {                             \
+        usable_seeds(x, r, weights, chosen, k, metric, out);                                                           \
     }                                                                                                                  \
     extern "C" __global__ void nearer_##name(const T* x, Rows r, const double* nearest, const uint32_t* newest,        \
                                              int metric, double* out) {                                                \

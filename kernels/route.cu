@@ -109,6 +109,9 @@ __device__ __forceinline__ float power(float v) {
     return p;
 }
 
+/// The same, and zero for a NaN: a query that is not finite has no say in what its group reads.
+__device__ __forceinline__ float share(float v) { return power(fmaxf(v, -1024.0f)); }
+
 /// The largest score and the sum of weights of each row of a thread, as keys come by.
 template <int TALL>
 struct Softmax {
@@ -213,8 +216,8 @@ __device__ void score_clusters(const T* q, const T* means, const Route& r, const
                             float v = 0;
 #pragma unroll
                             for (int i = 0; i < TALL; ++i) {
-                                v += power(fmaf(s[i][j][e], r.scale, -least[i][0])) +
-                                     power(fmaf(s[i][j][2 + e], r.scale, -least[i][1]));
+                                v += share(fmaf(s[i][j][e], r.scale, -least[i][0])) +
+                                     share(fmaf(s[i][j][2 + e], r.scale, -least[i][1]));
                             }
                             for (int step = 4; step < WARP; step *= 2) v += __shfl_xor_sync(~0u, v, step);
                             column[j][e] = v;

@@ -11,7 +11,8 @@ struct Choice {
 
 /// A block to each unit: ranks its clusters by `scores` (units, k), the attention to a token of each, and lists the
 /// tokens of the best in `chosen` (units, most), counted from the first clustered one; `left` (units, k) says how many
-/// tokens of each cluster are not listed, and `listed` (units) how many are. Clusters of one rank go by their index.
+/// tokens of each cluster are not listed, and `listed` (units) how many are. Clusters of one rank go by their index. A score
+/// that is NaN or negative is none.
 extern "C" __global__ void __launch_bounds__(SELECT_THREADS, 1)
     select_tokens(Choice c, const float* scores, const uint32_t* order, const uint32_t* offsets, uint32_t* chosen,
                   float* left, uint32_t* listed) {
@@ -26,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS, 1)
     uint32_t least = UINT32_MAX, most = 0;
     for (int j = threadIdx.x; j <= k; j += blockDim.x) begins[j] = offsets[j];
     for (int j = threadIdx.x; j < k; j += blockDim.x) {
-        ranks[j] = ordered(__float_as_uint(scores[j]));
+        ranks[j] = rank_of(scores[j] > 0 ? scores[j] : 0);
         least = min(least, ranks[j]), most = max(most, ranks[j]);
     }
     __syncthreads();
@@ -42,9 +43,9 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS, 1)
         __syncthreads();
         const auto share = [&](int64_t j) { return shares[j]; };
         const uint32_t parts = block_scan(k, share, [](int64_t, uint32_t) {});
-        const uint32_t wanted = max(1u, uint32_t(ceil(double(c.share) * parts)));
+        const uint32_t wanted = uint32_t(ceil(double(c.share) * parts));  // none where there is no attention to any
         const uint32_t last = rank_reaching(ranks, k, least, most, wanted, share, choosing);
-        const auto needed = [&](int64_t j) { return ranks[j] >= last ? size(int(j)) : 0; };
+        const auto needed = [&](int64_t j) { return wanted > 0 && ranks[j] >= last ? size(int(j)) : 0; };
         const uint32_t tokens = block_scan(k, needed, [](int64_t, uint32_t) {});
         budget = uint32_t(min(max(int64_t(tokens), c.least), c.most));
     }

@@ -8,6 +8,9 @@
 // pieces is added up in its slot in memory, and whoever adds last finishes it and leaves zeros behind. Traffic: X and
 // the order once, the centroids twice, and 16 bytes a column for each piece of a crossing cluster.
 //
+// A cluster with a term that is no such integer, or with a row that is not finite, is left to `update_exact`, which
+// adds up its rows once more, whatever they are.
+//
 // Medians (Manhattan) need no sums: a median is found bit by bit, by counting.
 #include <cuda_pipeline_primitives.h>
 
@@ -23,6 +26,10 @@ struct Clusters {
     unsigned long long* slots;  // (b, k, d + 1, 2): sums, and the weight; zeros but for clusters under way
     uint32_t* added;            // (b, k): pieces in a slot, likewise
     uint32_t* finished;         // (b,): pieces that are done, likewise
+    uint32_t* odd;              // (b, k): whether a cluster is left to `update_exact`, likewise
+    uint32_t* odd_of;           // (b,): how many of a problem are, likewise
+    uint32_t* odd_count;        // (2): how many are in all, and how many of them are done, likewise
+    uint64_t* odd_list;         // (b k): which ones
     double* shift;              // (b,): the largest squared shift of the iteration, likewise; null if not wanted
     int64_t k, d;
     int divisor;
@@ -34,6 +41,14 @@ struct Clusters {
     __device__ __forceinline__ void moved(int64_t b, double squared) const {
         if (shift) atomic_max(&shift[b], squared == squared ? squared : INFINITY);
     }
+
+    /// Leaves a cluster to `update_exact`.
+    __device__ __forceinline__ void leave(int64_t b, int64_t cluster) const {
+        if (atomicExch(&odd[b * k + cluster], 1)) return;
+        atomicAdd(&odd_of[b], 1);
+        odd_list[atomicAdd(odd_count, 1)] = b * k + cluster;
+    }
+    __device__ __forceinline__ bool left(int64_t b, int64_t cluster) const { return __ldcg(&odd[b * k + cluster]); }
 };
 
 /// Which problems go on. There is no next iteration if there is no threshold.
@@ -84,6 +99,7 @@ struct Warp {
         Part ring[SUM_BATCHES][SUM_STEPS][WARP];
         double factors[FACTOR ? SUM_BATCHES : 1][SUM_STEPS][WARP];
         __int128 rest[EXACT ? 1 : COLUMNS];  // zeros but for what limbs could not take
+        uint32_t odd;                        // whether something could not be added; otherwise zero
         double limbs[LIMBS][COLUMNS];
     };
 
@@ -167,11 +183,17 @@ struct Warp {
             if (!all && (at < place || at >= stop)) part = Part();
             if (!FACTOR && units.dirty) {
 #pragma unroll
-                for (int e = 0; e < EACH; ++e)
-                    part.values[e] = isfinite(wide(part.values[e])) ? part.values[e] : T(0.0f);
+                for (int e = 0; e < EACH; ++e) {
+                    if (isfinite(wide(part.values[e]))) continue;
+                    part.values[e] = T(0.0f), shared.odd = 1;
+                }
             }
             const double f = FACTOR ? all || (at >= place && at < stop) ? shared.factors[here][u][lane] : 0 : 1;
-            if (FACTOR && to.divisor == WEIGHT && leads) weight += fixed_quantise(f, weight_scale);
+            if (FACTOR && to.divisor == WEIGHT && leads) {
+                __int128 q;
+                if (!fixed_quantise(f, weight_scale, q)) shared.odd = 1;
+                weight += q;
+            }
             if (EXACT || (!FACTOR && units.fit(part.values))) {
                 if constexpr (HALVES) {
 #pragma unroll
@@ -191,7 +213,10 @@ struct Warp {
             for (int e = 0; e < EACH; ++e) {
                 double v = wide(part.values[e]);
                 if (FACTOR) v = __dmul_rn(v, f);
-                if (FACTOR && !isfinite(v)) v = 0;
+                if (FACTOR && !isfinite(v)) {
+                    v = 0;
+                    if (units.dirty && f != 0) shared.odd = 1;
+                }
                 // Rounded toward zero, so that what is left has the sign of the term.
 #pragma unroll
                 for (int l = 0; l < LIMBS; ++l) {
@@ -207,7 +232,9 @@ struct Warp {
                 for (int e = 0; e < EACH; ++e) shared.limbs[0][lane * EACH + e] = left[e];
 #pragma unroll 1
                 for (uint32_t own = lane * EACH; own < (lane + 1) * EACH; ++own) {
-                    shared.rest[own] += fixed_quantise(shared.limbs[0][own], units.scale);
+                    __int128 q;
+                    if (!fixed_quantise(shared.limbs[0][own], units.scale, q) || units.extreme) shared.odd = 1;
+                    shared.rest[own] += q;
                 }
             }
         }
@@ -239,24 +266,33 @@ struct Warp {
     /// Leaves shared memory to the next rows.
     __device__ void leave(bool rest) {
         __syncwarp();
+        shared.odd = 0;
+        __syncwarp();
         if (EXACT || !rest) return;
 #pragma unroll 1
         for (uint32_t at = lane; at < COLUMNS; at += WARP) shared.rest[at] = 0;
         __syncwarp();
     }
 
-    /// Replaces the centroid of `cluster` by `total(column) / divisor`; one of no weight stays.
+    /// Replaces the centroid of `cluster` by `total(column) / divisor`; one of no weight stays. What squares of f64
+    /// cannot measure is left to `update_exact`.
     template <class Total>
     __device__ __forceinline__ void finish(int64_t cluster, double weight, Total total) const {
         double divisor = to.divisor == ONE ? 1 : weight;
         if (to.divisor == NORM) {
             double squares = 0;
+            bool some = false;
 #pragma unroll 1
             for (int64_t c = lane; c < r.d; c += WARP) {
                 const double t = total(c);
-                squares = __dadd_rn(squares, __dmul_rn(t, t));
+                squares = __dadd_rn(squares, __dmul_rn(t, t)), some |= t != 0;
             }
-            divisor = __dsqrt_rn(striped(squares));
+            squares = striped(squares);
+            if (!EXACT && !(LEAST_SQUARES <= squares && squares <= MOST_SQUARES)) {
+                if (__any_sync(~0u, some) && lane == 0) to.leave(b, cluster);
+                return;
+            }
+            divisor = __dsqrt_rn(squares);
         }
         if (!(divisor > 0)) return;
         T* const row = to.row(b, cluster);
@@ -327,10 +363,11 @@ struct Warp {
                 }
                 __syncwarp();
                 const bool rest = !EXACT && __any_sync(~0u, any_rest);
+                if (shared.odd && lane == 0) to.leave(b, cluster);
                 weight = total_weight(weight, stop - place);
                 const bool whole = begin <= top && bottom - begin <= count;
                 if (whole && r.d <= COLUMNS) {
-                    finish(cluster, as_weight(weight), [&](int64_t c) { return total(c, rest); });
+                    if (!shared.odd) finish(cluster, as_weight(weight), [&](int64_t c) { return total(c, rest); });
                 } else {
                     unsigned long long* const slot = to.slot(b, cluster);
                     bring(slot + 2 * first, min(r.d - first, int64_t(COLUMNS)), rest);
@@ -361,8 +398,9 @@ struct Warp {
         const auto at = [&](int64_t c) {
             return __int128((unsigned __int128)__ldcg(slot + 2 * c + 1) << 64 | __ldcg(slot + 2 * c));
         };
-        const double weight = as_weight(at(r.d));
-        finish(cluster, weight, [&](int64_t c) { return fixed_value(at(c), units.scale); });
+        if (!to.left(b, cluster)) {
+            finish(cluster, as_weight(at(r.d)), [&](int64_t c) { return fixed_value(at(c), units.scale); });
+        }
         __syncwarp();
 #pragma unroll 1
         for (int64_t c = lane; c < 2 * (r.d + 1); c += WARP) slot[c] = 0;
@@ -380,10 +418,11 @@ __device__ void update(const T* x, const Rows& r, const double* factor, const do
     __shared__ typename Mine::Shared of_warps[SUM_THREADS / WARP];
     typename Mine::Shared& shared = of_warps[threadIdx.x / WARP];
     const uint32_t lane = threadIdx.x % WARP;
+    if (lane == 0) shared.odd = 0;
     if (!Mine::EXACT) {
         for (uint32_t at = lane; at < Mine::COLUMNS; at += WARP) shared.rest[at] = 0;
-        __syncwarp();
     }
+    __syncwarp();
     uint32_t lanes = 1;
     while (lanes < WARP && lanes * EACH < r.d) lanes *= 2;
     const int64_t each = (r.n + pieces.rows - 1) / pieces.rows;
@@ -412,7 +451,7 @@ __device__ void update(const T* x, const Rows& r, const double* factor, const do
                          factor ? factor + b * r.n : nullptr,
                          order ? order + b * r.n + begin : nullptr,
                          begin,
-                         Units<T>(largest[b], r.n, first_bad[b] != UINT32_MAX),
+                         Units<T>(largest[b], heaviest ? heaviest[b] : 1, r.n, first_bad[b] != UINT32_MAX),
                          heaviest ? fixed_scale(heaviest[b], r.n) : 0,
                          lane,
                          lanes,
@@ -427,8 +466,122 @@ __device__ void update(const T* x, const Rows& r, const double* factor, const do
         __syncwarp();
         if (lane == 0 && atomicAdd(&to.finished[b], 1) + 1 == each) {
             __threadfence();
-            verdict.settle(b, to.shift);
+            if (!__ldcg(&to.odd_of[b])) verdict.settle(b, to.shift);
             to.finished[b] = 0;
+        }
+    }
+}
+
+// ---- Clusters that are left.
+
+/// Each block takes a cluster that `update` has left, and LEFT_COLUMNS columns of it at a time; behind the last column
+/// is the weight. Sums lie in the cluster's slot, and whoever adds the last ones finishes it and leaves zeros behind.
+template <class T>
+__device__ void update_exact(const T* x, const Rows& r, const double* factor, const uint32_t* first_bad,
+                             const uint32_t* order, const uint32_t* offsets, const Clusters<T>& to,
+                             const Verdict& verdict) {
+    __shared__ unsigned long long words[LEFT_COLUMNS][Exact::WORDS];
+    __shared__ bool last;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const uint32_t count = *to.odd_count;
+    const int64_t groups = (r.d + 1 + LEFT_COLUMNS - 1) / LEFT_COLUMNS;
+    for (int64_t item = blockIdx.x; item < count * groups; item += gridDim.x) {
+        const int64_t at = to.odd_list[item / groups], first = item % groups * LEFT_COLUMNS;
+        const int64_t b = at / to.k, cluster = at % to.k;
+        const int64_t begin = order ? offsets[b * (to.k + 1) + cluster] : 0;
+        const int64_t end = order ? offsets[b * (to.k + 1) + cluster + 1] : r.n;
+        const bool dirty = first_bad[b] != UINT32_MAX;
+        for (int i = threadIdx.x; i < LEFT_COLUMNS * Exact::WORDS; i += blockDim.x) words[0][i] = 0;
+        __syncthreads();
+        Gathered sums[LEFT_COLUMNS];
+#pragma unroll 1
+        for (int64_t next = begin + warp * WARP; next < end; next += blockDim.x) {
+            const int64_t place = next + lane;
+            double terms[LEFT_COLUMNS] = {};
+            if (place < end) {
+                const int64_t row = order ? order[b * r.n + place] : place;
+                const T* const values = row_of(x, r, b, row);
+                const double f = factor ? factor[b * r.n + row] : 1;
+                if (!dirty || finite(values, r.d)) {
+#pragma unroll
+                    for (int c = 0; c < LEFT_COLUMNS; ++c) {
+                        if (first + c < r.d) terms[c] = __dmul_rn(wide(values[first + c]), f);
+                        if (first + c == r.d) terms[c] = f;
+                    }
+                }
+            }
+#pragma unroll
+            for (int c = 0; c < LEFT_COLUMNS; ++c) sums[c].add(terms[c]);
+        }
+#pragma unroll
+        for (int c = 0; c < LEFT_COLUMNS; ++c) {
+            const Exact& sum = sums[c].all();
+#pragma unroll
+            for (int i = 0; i < Exact::EACH; ++i) {
+                if (sum.words[i]) atomicAdd(&words[c][lane + i * WARP], (unsigned long long)sum.words[i]);
+            }
+        }
+        __syncthreads();
+        Scaled* const slot = reinterpret_cast<Scaled*>(to.slot(b, cluster));
+        if (warp < LEFT_COLUMNS && first + warp <= r.d) {
+            Exact sum;
+#pragma unroll
+            for (int i = 0; i < Exact::EACH; ++i) {
+                if (lane + i * WARP < Exact::WORDS) sum.words[i] = words[warp][lane + i * WARP];
+            }
+            const Scaled its = sum.rounded();
+            if (lane == 0) slot[first + warp] = its;
+        }
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) last = atomicAdd(&to.added[at], 1) + 1 == groups;
+        __syncthreads();
+        if (!last || warp > 0) continue;
+        __threadfence();
+        const auto total = [&](int64_t c) {
+            const uint4 its = __ldcg(reinterpret_cast<const uint4*>(slot + c));
+            return reinterpret_cast<const Scaled&>(its);
+        };
+        const Quotient by(
+            to.divisor, total(r.d),
+            [&](int64_t shift) {
+                double squares = 0;
+                for (int64_t c = lane; c < r.d; c += WARP) {
+                    const double t = total(c).value(shift);
+                    squares = __dadd_rn(squares, __dmul_rn(t, t));
+                }
+                return striped(squares);
+            },
+            [&] {
+                int most = INT32_MIN;
+                for (int64_t c = lane; c < r.d; c += WARP) {
+                    const Scaled its = total(c);
+                    if (its.significand != 0) most = max(most, int(its.exponent));
+                }
+                most = __reduce_max_sync(~0u, most);
+                return int64_t(most == INT32_MIN ? 0 : most);
+            });
+        if (by.some()) {
+            double moved = 0;
+            for (int64_t c = lane; c < r.d; c += WARP) {
+                T& old = to.row(b, cluster)[c];
+                const T mean = rounded<T>(by.of(total(c)));
+                moved = __dadd_rn(moved, squared(wide(mean), wide(old)));
+                old = mean;
+            }
+            moved = striped(moved);
+            if (lane == 0 && !(moved == 0)) to.moved(b, moved);
+        }
+        __syncwarp();
+        for (int64_t c = lane; c <= r.d; c += WARP) slot[c] = {0, 0};
+        if (lane == 0) {
+            to.added[at] = to.odd[at] = 0;
+            __threadfence();
+            if (atomicSub(&to.odd_of[b], 1) == 1) {
+                __threadfence();
+                if (verdict.threshold) verdict.settle(b, to.shift);
+            }
+            if (atomicAdd(&to.odd_count[1], 1) + 1 == count) to.odd_count[0] = to.odd_count[1] = 0;
         }
     }
 }
@@ -444,11 +597,9 @@ __device__ __forceinline__ void from_key(uint16_t k, __nv_bfloat16& v) { v = __u
 __device__ __forceinline__ void from_key(uint32_t k, float& v) { v = __uint_as_float(unordered(k)); }
 __device__ __forceinline__ void from_key(uint64_t k, double& v) { v = __longlong_as_double(unordered(k)); }
 
-using Weight = unsigned __int128;
-
 /// The sum over the threads of a column, to all of them.
-__device__ Weight column_sum(Weight v) {
-    __shared__ Weight parts[THREADS];
+__device__ __int128 column_sum(__int128 v) {
+    __shared__ __int128 parts[THREADS];
     parts[threadIdx.x] = v;
     __syncthreads();
     v = 0;
@@ -457,11 +608,32 @@ __device__ Weight column_sum(Weight v) {
     return v;
 }
 
+/// Bits of a weight that a window below the first one has.
+constexpr int WINDOW = 94;
+
+/// The bits of `v`, which is not negative, that window `i` of weights has: those of units of 2^-(scale + i * WINDOW),
+/// but for the ones that the windows before have.
+__device__ __forceinline__ __int128 window_of(double v, int scale, int i) {
+    const uint64_t bits = __double_as_longlong(v), fraction = bits & ((1ull << 52) - 1);
+    const int biased = int(bits >> 52);
+    const uint64_t mantissa = biased ? fraction | 1ull << 52 : fraction;
+    const int shift = (biased ? biased - 1075 : -1074) + scale + i * WINDOW;
+    __int128 q = 0;
+    if (shift >= 0 && shift <= 126) q = (unsigned __int128)mantissa << shift;
+    if (shift < 0 && shift >= -63) q = mantissa >> -shift;
+    return i > 0 ? q & (__int128(1) << WINDOW) - 1 : q;
+}
+
 /// The median of one cluster's column is the largest key with less than half of the weight below it. A block takes one
-/// cluster and MEDIAN_COLUMNS columns and decides one bit of all its keys in each pass over the cluster's rows.
+/// cluster and MEDIAN_COLUMNS columns and decides one bit of all its keys in each pass over the cluster's rows. Rows
+/// without a positive weight, or that are not finite, are none of them.
+///
+/// What is below is compared with what is not by an exact sum of both, one window of the weights' bits after another:
+/// nearly always all bits are in the first.
 template <class T>
 __device__ void medians(const T* x, const Rows& r, const double* weights, const double* max_weight,
-                        const uint32_t* order, const uint32_t* offsets, int64_t k, const Active& active, T* out) {
+                        const uint32_t* first_bad, const uint32_t* order, const uint32_t* offsets, int64_t k,
+                        const Active& active, T* out) {
     using Key = decltype(key(T()));
     const int64_t groups = (r.d + MEDIAN_COLUMNS - 1) / MEDIAN_COLUMNS;
     const int part = threadIdx.x / MEDIAN_COLUMNS, parts = THREADS / MEDIAN_COLUMNS;
@@ -470,24 +642,61 @@ __device__ void medians(const T* x, const Rows& r, const double* weights, const 
         const int64_t b = active.problem(tile / (k * groups)), j = tile / groups % k;
         const int64_t column = tile % groups * MEDIAN_COLUMNS + threadIdx.x % MEDIAN_COLUMNS;
         const int64_t begin = offsets[b * (k + 1) + j] + part, end = offsets[b * (k + 1) + j + 1];
-        const bool live = column < r.d;
+        const bool live = column < r.d, dirty = first_bad[b] != UINT32_MAX;
         const int scale = weights ? fixed_scale(max_weight[b], r.n) : 0;
-        const auto weight_below = [&](bool all, Key bound) {
-            Weight sum = 0;
-            for (int64_t place = begin; place < end; place += parts) {
-                const int64_t row = order[b * r.n + place];
-                if (!all && !(live && key(row_of(x, r, b, row)[column]) < bound)) continue;
-                sum += weights ? Weight(fixed_quantise(weights[b * r.n + row], scale)) : 1;
-            }
-            return column_sum(sum);
+        const auto weight_of = [&](int64_t row) {
+            const double w = weights ? weights[b * r.n + row] : 1;
+            return w > 0 && isfinite(w) && (!dirty || finite(row_of(x, r, b, row), r.d)) ? w : 0;
         };
-        const Weight total = weight_below(true, 0);  // the same for the whole block
-        Key median = 0;
-        for (int bit = sizeof(Key) * 8 - 1; total != 0 && bit >= 0; --bit) {
-            const Key bound = median | Key(Key(1) << bit);
-            if (2 * weight_below(false, bound) < total) median = bound;
+        const auto bits_of = [&](int64_t row, int i) -> __int128 {
+            const double w = weight_of(row);
+            return weights ? window_of(w, scale, i) : w > 0;
+        };
+        bool some = false;
+        int windows = 1;
+        __int128 total = 0;  // of the first window's bits
+        for (int64_t place = begin; place < end; place += parts) {
+            const int64_t row = order[b * r.n + place];
+            const double w = weight_of(row);
+            some |= w > 0, total += bits_of(row, 0);
+            __int128 q;
+            if (!weights || fixed_quantise(w, scale, q)) continue;
+            while (!fixed_quantise(w, scale + (windows - 1) * WINDOW, q)) ++windows;
         }
-        if (live && part == 0 && total != 0) from_key(median, out[(b * k + j) * r.d + column]);
+        total = column_sum(total);           // the same for the whole block, as both that follow
+        some = __syncthreads_or(some);
+        const bool several = __syncthreads_or(windows > 1);
+        if (several) {
+            // As many as the whole block needs.
+            __shared__ int most;
+            if (threadIdx.x == 0) most = 1;
+            __syncthreads();
+            atomicMax(&most, windows);
+            __syncthreads();
+            windows = most;
+            __syncthreads();
+        }
+        Key median = 0;
+        for (int bit = sizeof(Key) * 8 - 1; some && bit >= 0; --bit) {
+            const Key bound = median | Key(Key(1) << bit);
+            __int128 more = 0;  // of the weight below than not below
+            for (int i = 0; i < windows; ++i) {
+                __int128 here = 0;
+                for (int64_t place = begin; place < end; place += parts) {
+                    const int64_t row = order[b * r.n + place];
+                    const bool below = live && key(row_of(x, r, b, row)[column]) < bound;
+                    if (i == 0 && !below) continue;
+                    const __int128 q = bits_of(row, i);
+                    here += below ? q : -q;
+                }
+                here = column_sum(here);
+                if (i == 0) here = 2 * here - total;
+                // All windows that follow have less than 2^32 units of this one.
+                if (more >> 32 == 0 || more >> 32 == -1) more = i ? (more << WINDOW) + here : here;
+            }
+            if (more < 0) median = bound;
+        }
+        if (live && part == 0 && some) from_key(median, out[(b * k + j) * r.d + column]);
     }
 }
 
@@ -515,9 +724,9 @@ __device__ void settle(int64_t b, double* shift, const Active& active, const Ver
 
 /// Blocks that a multiprocessor should hold.
 template <class T, int EACH, bool FACTOR>
-constexpr int BLOCKS = Warp<T, EACH, FACTOR>::EXACT ? SUM_BLOCKS
-                       : FACTOR                     ? SUM_BLOCKS_WEIGHTED
-                                                    : SUM_BLOCKS_LIMBS;
+constexpr int BLOCKS = FACTOR                                     ? SUM_BLOCKS_WEIGHTED
+                       : Warp<T, EACH, FACTOR>::EXACT && EACH > 1 ? SUM_BLOCKS
+                                                                  : SUM_BLOCKS_LIMBS;
 
 #define UPDATE(name, T, EACH, FACTOR)                                                                                  \
     extern "C" __global__ void __launch_bounds__(SUM_THREADS, (BLOCKS<T, EACH, FACTOR>))                               \
@@ -533,9 +742,15 @@ constexpr int BLOCKS = Warp<T, EACH, FACTOR>::EXACT ? SUM_BLOCKS
     UPDATE(update_narrow_##name, T, 1, false)                                                                          \
     UPDATE(update_narrow_weighted_##name, T, 1, true)                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                           \
-        medians_##name(const T* x, Rows r, const double* weights, const double* max_weight, const uint32_t* order,     \
-                       const uint32_t* offsets, int64_t k, Active active, T* out) {                                    \
-        medians(x, r, weights, max_weight, order, offsets, k, active, out);                                            \
+        medians_##name(const T* x, Rows r, const double* weights, const double* max_weight,                            \
+                       const uint32_t* first_bad, const uint32_t* order, const uint32_t* offsets, int64_t k,           \
+                       Active active, T* out) {                                                                        \
+        medians(x, r, weights, max_weight, first_bad, order, offsets, k, active, out);                                 \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(LEFT_THREADS)                                                         \
+        update_exact_##name(const T* x, Rows r, const double* factor, const uint32_t* first_bad,                       \
+                            const uint32_t* order, const uint32_t* offsets, Clusters<T> to, Verdict verdict) {         \
+        update_exact(x, r, factor, first_bad, order, offsets, to, verdict);                                            \
     }                                                                                                                  \
     extern "C" __global__ void shift_##name(const T* old, int64_t b, Clusters<T> to, Active active) {                  \
         shift(old, b, to, active);                                                                                     \

@@ -33,8 +33,11 @@ awk -v arch="sm_$arch" '
     most = name ~ /^assign_sm90_1[46]_/ ? 112 : name ~ /^assign_sm90_[23]/ ? 40 : name ~ /^recheck_split_/ ? 8 : 0
     if (name ~ /^assign_sm90_2_/ || name ~ /^assign_sm90_3_/) most = 0
     if (name ~ /^update_/) most = 48
-    # What the phases around its search need waits in memory while that has all registers.
-    if (name ~ /^fit_resident/) most = arch == "sm_80" ? 160 : 64
+    if (name ~ /^prepare_origin_/) most = arch == "sm_80" ? 12 : 0
+    # What the phases around its search need waits in memory while that has all registers, and so does, where clusters may be
+    # added up once more, what that needs.
+    if (name ~ /^fit_resident/) most = name != "fit_resident_f16" ? 448 : arch == "sm_80" ? 160 : 64
+    if (name ~ /^fit_narrow/) most = 96
     # Its tile and counters take more shared memory than blocks of sm_80 have, so there it is not run.
     if (name == "order_deal_many") most = arch == "sm_80" ? 96 : 8
     if (spill + 0 > most) failed = 1

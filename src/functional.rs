@@ -1,6 +1,7 @@
 //! The ops, each usable alone in a model's graph.
 
 use crate::{
+    host,
     ops::{self, Memory, Rule, Terms},
     problem::{self, Problem, Rows},
     Error, Metric, Result,
@@ -50,6 +51,9 @@ pub fn sort_by_cluster(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
 
 /// The mean of the rows of each cluster, `(..batch, k, d)` in `x`'s dtype; zeros for a cluster without rows.
 ///
+/// It is the exact sum of the stored values, rounded to 53 bits, by the number of rows, rounded to f64 and to the dtype. A row
+/// that is not finite weighs nothing.
+///
 /// `x` is `(..batch, n, d)` and `labels` u32 `(..batch, n)` below `k`. Differentiable in `x`: a row's gradient is its
 /// cluster's, divided by the number of rows.
 ///
@@ -62,9 +66,9 @@ pub fn cluster_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
 /// The sum of the rows of each cluster, `(..batch, k, d)` in `x`'s dtype; zeros for a cluster without rows.
 ///
 /// `x` is `(..batch, n, d)` and `labels` u32 `(..batch, n)` below `k`. The labels may come from other rows than `x`: the
-/// values of a KV cache by the clusters of its keys, whatever the columns of either. Sums are rounded to the dtype once,
-/// from f64, and become infinite beyond its range: cast f16 rows to f32 first where that can be. Differentiable in `x`: a
-/// row's gradient is its cluster's.
+/// values of a KV cache by the clusters of its keys, whatever the columns of either. Sums are exact, rounded to f64 and to the
+/// dtype, and infinite beyond its range: cast f16 rows to f32 first where that can be. A row that is not finite weighs
+/// nothing. Differentiable in `x`: a row's gradient is its cluster's.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -94,7 +98,7 @@ fn reduce(x: &Tensor, labels: &Tensor, k: usize, rule: Rule) -> Result<Tensor> {
 
 /// The sums or means of clusters, `(b, k, d)`, by labels `(b, n)` that are known to be below `k`: nothing waits.
 fn reduce_known(rows: &Rows, labels: &Tensor, k: usize, rule: Rule) -> Result<Tensor> {
-    let reduced = Tensor::zeros((rows.b, k, rows.d), rows.dtype(), rows.device())?;
+    let reduced = host::zeros("clusters", (rows.b, k, rows.d), rows.dtype(), rows.device())?;
     ops::update(rows, &Terms::of(rows)?, Some(labels), rule, None, &reduced, &Memory::default())?;
     Ok(reduced)
 }
@@ -144,10 +148,11 @@ pub fn inverse_order(order: &Tensor) -> Result<Tensor> {
         return Err(Error::TooLarge { argument: "order", got: n, limit: problem::MAX_ROWS });
     }
     if order.elem_count() == 0 {
-        return Ok(order.clone());
+        return problem::empty(order.dims(), DType::U32, order.device());
     }
     // The sort of a permutation as labels is its inverse. Labels out of range would be counted outside of its memory.
-    let labels = order.minimum(n as u32 - 1)?.contiguous()?.reshape((order.elem_count() / n, n))?;
+    let labels = ops::elementwise([order], |[order]| order.minimum(n as u32 - 1))?;
+    let labels = ops::contiguous(&labels)?.reshape((order.elem_count() / n, n))?;
     Ok(ops::order(&labels, n)?.0.reshape(order.shape())?)
 }
 
@@ -164,8 +169,12 @@ pub fn residuals(x: &Tensor, centroids: &Tensor, labels: &Tensor) -> Result<Tens
     let flat = problem::labels(labels, p.k)?;
     check_labels_of(&p, labels, x.device())?;
     check_labels(&flat, p.k)?;
+    if x.elem_count() == 0 {
+        return problem::empty(x.dims(), x.dtype(), x.device());
+    }
     let c = Rows::new(&centroids.detach())?.broadcast(p.b);
-    Ok((x - ops::gather(&c, &flat)?.reshape(x.shape())?)?)
+    let nearest = ops::gather(&c, &flat)?.reshape(x.shape())?;
+    straight_through(x, ops::elementwise([&x.detach(), &nearest], |[x, nearest]| x - nearest)?)
 }
 
 /// Each row's nearest centroid in its place: `(values, labels)`, `values` shaped and typed as `x`, `labels` as [`assign`]'s.
@@ -191,16 +200,16 @@ pub(crate) fn rows_of(centroids: &Tensor, labels: &Tensor) -> Result<Tensor> {
     Ok(ops::gather(&c, &flat)?.reshape(shape)?)
 }
 
-/// The sum of the rows of each cluster, `(b, k, d)`, and their number, u32 `(b, k)`, for rows `(b, n, d)` and labels `(b, n)`
-/// that are known to be below `k`: nothing waits. No gradient flows.
-pub(crate) fn sums_and_sizes(x: &Tensor, labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
-    Ok((reduce_known(&Rows::new(&x.detach())?, labels, k, Rule::Sum)?, ops::cluster_sizes(labels, k)?))
-}
-
 /// The Euclidean norm of each row of `x` `(..batch, n, d)`, f64 `(..batch, n)`. No gradient flows.
 pub(crate) fn norms(x: &Tensor) -> Result<Tensor> {
     let p = Problem::rows(x, 1)?;
     Ok(ops::norms(&Rows::new(&x.detach())?)?.reshape(p.shape(&[p.n]))?)
+}
+
+/// Whether all values of each problem of `x` `(..batch, n, d)` are finite, u8 `(..batch)`.
+pub(crate) fn finite(x: &Tensor) -> Result<Tensor> {
+    let (_, first_bad) = ops::scan(&Rows::new(&x.detach())?)?;
+    Ok(first_bad.eq(u32::MAX)?.reshape(&x.dims()[..x.rank() - 2])?)
 }
 
 /// The sum of each row of `values`, f64 `(b, k)`, the same bits on every device: f64 `(b,)`.
@@ -228,9 +237,9 @@ fn check_labels_of(p: &Problem, labels: &Tensor, device: &Device) -> Result<()> 
     Ok(())
 }
 
-fn check_labels(labels: &Tensor, k: usize) -> Result<()> {
-    if labels.elem_count() > 0 {
-        let largest = labels.flatten_all()?.max(0)?.to_scalar::<u32>()? as usize;
+pub(crate) fn check_labels(labels: &Tensor, k: usize) -> Result<()> {
+    for labels in ops::pieces(labels)? {
+        let largest = labels.max(0)?.to_scalar::<u32>()? as usize;
         if largest >= k {
             return Err(Error::Range { argument: "labels", got: largest, min: 0, max: k - 1 });
         }

@@ -1,6 +1,7 @@
 //! Where the centroids start.
 
 use crate::{
+    host,
     ops::{self, Memory},
     problem::{Problem, Rows},
     rng::Draw,
@@ -9,23 +10,27 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use rand::{seq::index, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use rayon::prelude::*;
 
 /// How a fit chooses its first centroids.
+///
+/// A row that weighs nothing is chosen only where nothing else is left: one of weight 0, one that is not finite where that is not
+/// [checked](crate::KMeans::check_finite), and for [`Metric::Cosine`] one without a direction.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub enum Init {
-    /// `k` different rows, uniformly, or with probability proportional to the sample weights.
+    /// `k` different rows, uniformly, or with probability proportional to the sample weights, for which the host reads a number a
+    /// row.
     #[default]
     Random,
     /// k-means++ (Arthur and Vassilvitskii 2007): each next row with probability proportional to its weight times its
     /// distance to the nearest row already chosen. `k` passes over the data.
     KMeansPlusPlus,
     /// k-means|| (Bahmani et al. 2012): five rounds that each draw about `2k` rows, then weighted k-means++ among them.
-    /// Fewer passes than k-means++ for large `k`.
+    /// Fewer passes than k-means++ for large `k`. The host reads a sum and a count of each round of each problem.
     KMeansParallel,
-    /// Evenly spaced rows: row `i * n / k` for cluster `i`, whatever the weights (`n` being those that count). Neighbours in a sequence are often alike,
-    /// so that keys of a KV cache start well from these (RetroInfer, Chen et al. 2025), and nothing is read or drawn.
+    /// Evenly spaced rows: row `i * n / k` for cluster `i`, whatever the weights (`n` being those that count). Neighbours in a
+    /// sequence are often alike, so that keys of a KV cache start well from these (RetroInfer, Chen et al. 2025), and nothing is
+    /// read or drawn.
     Even,
     /// These centroids, `(..batch, k, d)` or `(k, d)` for every problem: a warm start.
     Given(Tensor),
@@ -35,8 +40,8 @@ pub enum Init {
 const ROUNDS: u64 = 5;
 const OVERSAMPLING: f64 = 2.0;
 
-/// So many draws are shared among threads.
-const PARALLEL: usize = 16_384;
+/// Steps that a draw takes.
+const DRAW_STEPS: usize = 20;
 
 /// Rows that k-means|| draws, at most but for luck: the count of a round is about Poisson's.
 pub(crate) fn drawn(k: u64) -> u64 {
@@ -44,28 +49,28 @@ pub(crate) fn drawn(k: u64) -> u64 {
     (mean + 8.0 * mean.sqrt()) as u64 + 1
 }
 
-/// The first centroids, `(b, k, d)`: the rows `drawn`, where those are known. `weights` are f64 `(b, n)`.
+/// The first centroids, `(b, k, d)`, of an initialisation that looks at the data. `weights` are f64 `(b, n)`: what is not above 0
+/// weighs nothing, and below 0 it is chosen last.
 pub(crate) fn centroids(
     init: &Init,
-    drawn: Option<&Tensor>,
     x: &Rows,
     k: usize,
     weights: Option<&Tensor>,
     metric: Metric,
     seed: u64,
 ) -> Result<Tensor> {
-    let index = match (init, drawn) {
-        (_, Some(drawn)) => drawn.clone(),
-        (Init::Given(c), _) => {
-            let c = if c.rank() > 2 { c.reshape((x.b, k, x.d))? } else { c.broadcast_as((x.b, k, x.d))? };
-            return Ok(c.detach().contiguous()?);
-        }
-        // Even rows are known by now.
-        (Init::Random | Init::Even, _) => weighted(x, k, weights, seed)?,
-        (Init::KMeansPlusPlus, _) => plus_plus(x, k, weights, metric, seed)?,
-        (Init::KMeansParallel, _) => return parallel(x, k, weights, metric, seed),
+    let index = match init {
+        Init::KMeansPlusPlus => plus_plus(x, k, weights, metric, seed)?,
+        Init::KMeansParallel => return parallel(x, k, weights, metric, seed),
+        _ => weighted(x, k, weights, seed)?,
     };
     ops::gather(x, &index)
+}
+
+/// Given centroids as `(b, k, d)`.
+pub(crate) fn given(c: &Tensor, x: &Rows, k: usize) -> Result<Tensor> {
+    let c = if c.rank() > 2 { c.reshape((x.b, k, x.d))? } else { c.broadcast_as((x.b, k, x.d))? };
+    Ok(c.contiguous()?)
 }
 
 /// The rows to start from, u32 `(b, k)`, if they do not depend on the data: of the first `rows(b)` of problem `b`.
@@ -86,9 +91,18 @@ pub(crate) fn draw(
     };
     match init {
         Init::Even => chosen.iter_mut().enumerate().for_each(|(i, c)| *c = (i % p.k * rows(i / p.k) / p.k) as u32),
-        // Waking other threads costs more than a few draws.
-        Init::Random if !weighted && chosen.len() < PARALLEL => chosen.chunks_mut(p.k).enumerate().for_each(drawn),
-        Init::Random if !weighted => chosen.par_chunks_mut(p.k).enumerate().for_each(drawn),
+        Init::Random if !weighted => {
+            let problems = chosen.chunks_mut(p.k).enumerate().collect();
+            host::for_each(
+                problems,
+                DRAW_STEPS * p.k,
+                || (),
+                |_, problem| {
+                    drawn(problem);
+                    Ok(())
+                },
+            )?
+        }
         _ => return Ok(None),
     }
     Ok(Some(Tensor::from_vec(chosen, (p.b, p.k), device)?))
@@ -107,7 +121,9 @@ pub(crate) fn check(init: &Init, p: &Problem, device: &Device) -> Result<()> {
 
 /// Rows with probability proportional to their weights.
 fn weighted(x: &Rows, k: usize, weights: Option<&Tensor>, seed: u64) -> Result<Tensor> {
-    let ones = Tensor::ones((x.b, x.n), DType::F64, x.device())?;
+    let zeros = Tensor::zeros((x.b, x.n), DType::F64, x.device())?;
+    let ones = ops::elementwise([&zeros], |[zeros]| zeros.affine(0.0, 1.0))?;
+    drop(zeros);
     let keys = ops::race(&ones, weights, Draw { seed, round: 0 })?.to_vec2::<f64>()?;
     let mut chosen = Vec::with_capacity(x.b * k);
     for keys in keys {
@@ -158,38 +174,37 @@ fn mix_batch(seed: u64, b: usize) -> u64 {
 fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, seed: u64) -> Result<Tensor> {
     let spread = if metric == Metric::Dot { Metric::SquaredEuclidean } else { metric };
     let mut candidates = plus_plus(x, 1, weights, metric, seed)?;
-    let infinite = (Tensor::ones((1, x.n), DType::F64, x.device())? * f64::INFINITY)?;
-    let mut nearest = ops::nearer(x, &infinite, &candidates.reshape(1)?, metric)?.relu()?;
+    let everywhere = |v: f64| Tensor::new(v, x.device())?.broadcast_as((1, x.n));
+    let (zero, taken) = (everywhere(0.0)?, everywhere(-1.0)?);
+    let positive = |t: &Tensor| t.gt(0.0)?.where_cond(t, &zero);
+    // A row that was drawn is at -1 from then on, whatever its distance to itself is rounded to.
+    let mut nearest = ops::nearer(x, &everywhere(f64::INFINITY)?.contiguous()?, &candidates.reshape(1)?, metric)?;
     for round in 1..=ROUNDS {
-        let p = match weights {
-            Some(w) => (&nearest * w)?,
-            None => nearest.clone(),
-        };
-        let total = ops::total(&p)?.to_vec1::<f64>()?[0];
+        let total = ops::total(&match weights {
+            Some(w) => (positive(&nearest)? * positive(w)?)?,
+            None => positive(&nearest)?,
+        })?;
+        let total = total.to_vec1::<f64>()?[0];
         if total <= 0.0 {
             break;
         }
         // Key below t: probability 1 - exp(-t p), the Poisson form of the paper's min(1, l p / total).
-        let keys = ops::race(&nearest, weights, Draw { seed, round })?;
-        let skipped = keys.ge(OVERSAMPLING * k as f64 / total)?.to_dtype(DType::U32)?;
-        let (order, offsets) = ops::order(&skipped, 2)?;
+        let below = OVERSAMPLING * k as f64 / total;
+        let skipped = ops::race(&nearest, weights, Draw { seed, round })?.ge(below)?;
+        let (order, offsets) = ops::order(&skipped.to_dtype(DType::U32)?, 2)?;
         let count = offsets.to_vec2::<u32>()?[0][1] as usize;
         if count == 0 {
             continue;
         }
         let drawn = order.narrow(1, 0, count)?.contiguous()?;
         let rows = Rows::new(&ops::gather(x, &drawn)?)?;
-        let to_drawn = ops::distances(x, &rows, &ops::labels(x, &rows, spread)?, spread)?.relu()?;
-        nearest = nearest.minimum(&to_drawn)?;
+        let to_drawn = positive(&ops::distances(x, &rows, &ops::labels(x, &rows, spread)?, spread)?)?;
+        nearest = skipped.where_cond(&nearest.minimum(&to_drawn)?, &taken)?;
         candidates = Tensor::cat(&[&candidates, &drawn], 1)?;
     }
     let count = candidates.dim(1)?;
     if count <= k {
         // Too few distinct rows were drawn; go on as k-means++ does, never taking a row twice.
-        let taken = candidates.to_vec2::<u32>()?.remove(0);
-        for row in taken {
-            nearest = ops::nearer(x, &nearest, &Tensor::new(&[row], x.device())?, metric)?;
-        }
         if count < k {
             let draw = Draw { seed, round: ROUNDS + 1 };
             let more = pick(x, k - count, &nearest, weights, metric, draw)?;
@@ -200,7 +215,7 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
     let rows = Rows::new(&ops::gather(x, &candidates)?)?;
     let labels = ops::labels(x, &rows, spread)?;
     let share = match weights {
-        Some(w) => ops::cluster_sums(w, Some(&labels), count)?,
+        Some(w) => ops::cluster_sums(&positive(w)?, Some(&labels), count)?,
         None => ops::cluster_sizes(&labels, count)?.to_dtype(DType::F64)?,
     };
     let chosen = plus_plus(&rows, k, Some(&share), metric, seed)?;

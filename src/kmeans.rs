@@ -2,7 +2,7 @@
 
 use crate::{init, lloyd::Prepared, ops, plan::Plan, problem::Problem, Error, Fit, Init, Metric, Result};
 use candle_core::{DType, Device, Shape, Tensor};
-use std::{path::Path, sync::Arc};
+use std::{fmt, ops::ControlFlow, path::Path, sync::Arc};
 
 /// What becomes of a cluster that loses its last row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -11,8 +11,9 @@ pub enum EmptyClusters {
     /// It keeps its centroid, and may win rows again.
     #[default]
     Keep,
-    /// It moves to the row farthest from its own centroid (lowest index among equals), as scikit-learn does. Costs a read
-    /// of the cluster sizes by the host in every iteration.
+    /// It moves to the row farthest from its own centroid (lowest index among equals), as scikit-learn does: farthest by
+    /// distance, whatever the rows weigh, but for rows that weigh nothing. Costs a read of the cluster sizes by the host in
+    /// every iteration.
     Relocate,
 }
 
@@ -25,6 +26,41 @@ pub struct Iteration {
     pub iteration: usize,
     /// Problems of the batch that have converged.
     pub converged: usize,
+}
+
+/// What a callback of [`KMeans::on_iteration`] may return: nothing, or whether the fit goes on.
+pub trait IntoControlFlow {
+    /// [`ControlFlow::Break`] ends the fit.
+    fn into_control_flow(self) -> ControlFlow<()>;
+}
+
+impl IntoControlFlow for () {
+    fn into_control_flow(self) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+}
+
+impl IntoControlFlow for ControlFlow<()> {
+    fn into_control_flow(self) -> ControlFlow<()> {
+        self
+    }
+}
+
+/// A callback of [`KMeans::on_iteration`].
+#[derive(Clone)]
+pub(crate) struct OnIteration(Arc<dyn Fn(Iteration) -> ControlFlow<()> + Send + Sync>);
+
+impl OnIteration {
+    /// Whether the fit goes on.
+    pub fn call(&self, iteration: Iteration) -> ControlFlow<()> {
+        (self.0)(iteration)
+    }
+}
+
+impl fmt::Debug for OnIteration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Fn(Iteration)")
+    }
 }
 
 /// Lloyd's k-means, configured: exact labels, reproducible to the bit.
@@ -40,7 +76,7 @@ pub struct Iteration {
 /// assert_eq!(fit.inertia.to_scalar::<f64>()?, 1.0);
 /// # Ok::<_, candle_flash_kmeans::Error>(())
 /// ```
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct KMeans {
     pub(crate) k: usize,
     pub(crate) metric: Metric,
@@ -53,7 +89,7 @@ pub struct KMeans {
     pub(crate) lengths: Option<Tensor>,
     pub(crate) empty: EmptyClusters,
     pub(crate) check_finite: bool,
-    pub(crate) on_iteration: Option<Arc<dyn Fn(Iteration) + Send + Sync>>,
+    pub(crate) on_iteration: Option<OnIteration>,
 }
 
 impl KMeans {
@@ -87,20 +123,22 @@ impl KMeans {
         self
     }
 
-    /// Runs from this many starts (seeds `seed`, `seed + 1`, ..) and keeps the lowest inertia of each problem.
+    /// Runs from this many starts (seeds `seed`, `seed + 1`, .., wrapping) and keeps the lowest inertia of each problem.
     pub fn n_init(mut self, n_init: usize) -> Self {
         self.n_init = n_init;
         self
     }
 
-    /// Most centroid updates of a run; 0 only assigns to the initial centroids.
+    /// Most centroid updates of a run; 0 only assigns to the initial centroids, and `usize::MAX` is no limit. On a GPU the host
+    /// queues 128 of them, and as many again for as long as a problem has not converged, for which it then waits.
     pub fn max_iters(mut self, max_iters: usize) -> Self {
         self.max_iters = max_iters;
         self
     }
 
     /// Stops a problem when no centroid moved farther than `sqrt(tol * v)` in Euclidean distance, `v` being the mean
-    /// variance of the columns (for cosine `1 / d`). 0 stops when no centroid moves at all, which is when no label changes.
+    /// variance of the columns (for cosine `1 / d`). 0 stops when no centroid moves at all, which is when no label changes; so
+    /// does any `tol` where the variance is beyond f64.
     pub fn tol(mut self, tol: f64) -> Self {
         self.tol = tol;
         self
@@ -113,7 +151,10 @@ impl KMeans {
     }
 
     /// Non-negative weights of the rows, float `(..batch, n)` or `(n)`: they count in the initialisation, the update and
-    /// the inertia.
+    /// the inertia. Rows of weight 0 have labels, and are seeds only where nothing else is left.
+    ///
+    /// The host reads what it checks of them, and the largest, when a fit begins or is prepared, which keeps a copy. With
+    /// [`check_finite(false)`](Self::check_finite), weights that are negative or not finite count as 0.
     pub fn sample_weights(mut self, weights: &Tensor) -> Self {
         self.weights = Some(weights.clone());
         self
@@ -149,51 +190,84 @@ impl KMeans {
     }
 
     /// Whether inputs are searched for NaN and infinities, and refused with their first row (default: yes; the host waits
-    /// for the answer). Without it such a row gets some label in range and counts as zeros; other rows are unaffected.
+    /// for the answer). Without it such a row gets some label in range and weighs nothing: it is a seed only where nothing
+    /// else is left, and centroids and inertia are those of the other rows.
     pub fn check_finite(mut self, check: bool) -> Self {
         self.check_finite = check;
         self
     }
 
-    /// Calls `f` after every iteration: for progress bars. The host waits for each iteration then; on a GPU it does not
-    /// otherwise.
-    pub fn on_iteration(mut self, f: impl Fn(Iteration) + Send + Sync + 'static) -> Self {
-        self.on_iteration = Some(Arc::new(f));
+    /// Calls `f` after every iteration: for progress bars, and to stop early. The host waits for each iteration then; on a GPU
+    /// it does not otherwise.
+    ///
+    /// `f` returns nothing, or a [`ControlFlow`]: `Break` ends the fit, further runs of [`n_init`](Self::n_init) included. Labels
+    /// belong to the centroids then as they always do, and problems that were still moving are not
+    /// [`converged`](Fit::converged).
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_flash_kmeans::KMeans;
+    /// use std::{ops::ControlFlow, time::{Duration, Instant}};
+    ///
+    /// let x = Tensor::rand(0f32, 1f32, (500, 4), &Device::Cpu)?;
+    /// let deadline = Instant::now() + Duration::from_secs(1);
+    /// let late = move |_| if Instant::now() > deadline { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+    /// let fit = KMeans::new(8).max_iters(usize::MAX).on_iteration(late).fit(&x)?;
+    /// let quiet = KMeans::new(8).on_iteration(|i| assert!(i.iteration >= 1)).fit(&x)?;
+    /// assert_eq!(fit.labels.dims(), quiet.labels.dims());
+    /// # Ok::<_, candle_flash_kmeans::Error>(())
+    /// ```
+    pub fn on_iteration<R: IntoControlFlow>(mut self, f: impl Fn(Iteration) -> R + Send + Sync + 'static) -> Self {
+        self.on_iteration = Some(OnIteration(Arc::new(move |iteration| f(iteration).into_control_flow())));
         self
     }
 
     /// What a fit of `x` would run and how much memory it would take, without running it.
+    ///
+    /// # Errors
+    /// Refuses what [`fit`](Self::fit) refuses without looking at values.
     pub fn plan(&self, x: &Tensor) -> Result<Plan> {
+        self.planned(x).map(|(_, plan)| plan)
+    }
+
+    fn planned(&self, x: &Tensor) -> Result<(Problem, Plan)> {
         let p = Problem::fit(x, self.k, self.metric)?;
-        Ok(Plan::new(&p, x, self, ops::arch(x.device())?))
+        self.check(&p, x.device())?;
+        let plan = Plan::new(&p, x, self, ops::arch(x.device())?);
+        Ok((p, plan))
     }
 
     /// Clusters the rows of `x`, `(n, d)` or `(..batch, n, d)` in f16, bf16, f32 or f64, each problem of the batch on its own.
     ///
     /// # Errors
-    /// Refuses shapes, dtypes, devices and settings that do not fit together, non-finite values (see
-    /// [`check_finite`](Self::check_finite)), and fails where the device does; see [`Error`].
+    /// Refuses shapes, dtypes, devices and settings that do not fit together, before anything is allocated; non-finite values
+    /// (see [`check_finite`](Self::check_finite)), before the first iteration; and fails where the device does. See [`Error`].
     pub fn fit(&self, x: &Tensor) -> Result<Fit> {
-        let p = Problem::fit(x, self.k, self.metric)?;
-        self.check(&p, x.device())?;
-        self.plan(x)?.announce();
+        let (p, plan) = self.planned(x)?;
+        plan.announce();
         let mut prepared = Prepared::new(self, p, x.device())?;
         prepared.load(x)?;
-        prepared.lloyd(0)?;
+        let mut stopped = prepared.lloyd(0)?.is_break();
         if self.n_init == 1 {
             return prepared.into_fit();
         }
         let mut best = prepared.fit()?;
         for run in 1..self.n_init {
-            prepared.lloyd(run)?;
+            if stopped {
+                break;
+            }
+            stopped = prepared.lloyd(run)?.is_break();
             let other = prepared.fit()?;
-            best = best.replaced_where(&other.inertia.lt(&best.inertia)?, &other)?;
+            // Any run is better than one of no cost that a number tells.
+            let unknown = best.inertia.ne(&best.inertia)?;
+            best = best.replaced_where(&other.inertia.lt(&best.inertia)?.maximum(&unknown)?, &other)?;
         }
         Ok(best)
     }
 
-    /// A fit with its memory, for rows of one shape `(n, d)` or `(..batch, n, d)`: run it on new rows as often as you like. Only
-    /// the first run allocates, and a run can be captured in a CUDA graph; see [`Prepared`].
+    /// A fit with its memory, for rows of one shape `(n, d)` or `(..batch, n, d)`: run it on new rows as often as you like, or
+    /// capture a run in a CUDA graph; see [`Prepared`]. Weights, lengths and given centroids are copied: what becomes of
+    /// them afterwards changes no run.
     ///
     /// # Errors
     /// As [`fit`](Self::fit). Refuses `n_init` above 1, which keeps more than one result.
@@ -218,12 +292,14 @@ impl KMeans {
     /// Reads what [`Fit::save`] wrote, onto `device`.
     ///
     /// # Errors
-    /// [`Error::Io`] if the file cannot be read and [`Error::Format`] if it is not a saved fit.
+    /// [`Error::Io`] if the file cannot be read, and [`Error::Format`] if it is not a saved fit or what it holds does not belong
+    /// together: shapes, dtypes, labels, counts and numbers are checked.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Fit> {
         Fit::load(path.as_ref(), device)
     }
 
-    fn check(&self, p: &Problem, device: &Device) -> Result<()> {
+    /// Every refusal that takes no look at values.
+    pub(crate) fn check(&self, p: &Problem, device: &Device) -> Result<()> {
         if self.n_init == 0 {
             return Err(Error::Range { argument: "n_init", got: 0, min: 1, max: usize::MAX });
         }
@@ -238,6 +314,12 @@ impl KMeans {
         if let (2.., Some(seeds)) = (self.n_init, alike) {
             let with = format!("{seeds}, which start every run alike");
             return Err(Error::Conflict { argument: "n_init", got: self.n_init.to_string(), with });
+        }
+        if let Some(weights) = &self.weights {
+            p.weights(weights, device)?;
+        }
+        if let Some(lengths) = &self.lengths {
+            p.lengths(lengths, device)?;
         }
         init::check(&self.init, p, device)
     }

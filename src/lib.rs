@@ -13,6 +13,23 @@
 //! - **The same input and seed give the same bits**, whatever the number of threads. Sums are order-free integers.
 //! - Any layout gives the same bits as its contiguous copy, inputs are never written, and refusals are typed ([`Error`]).
 //!
+//! # GPUs, streams and threads
+//! Work is queued on the tensors' own stream, and the host goes on. It waits for the device where it has to know something: where
+//! values are searched ([`KMeans::check_finite`], [`Fit::predict`], [`Fit::transform`]), labels or codes that are given are
+//! checked ([`sort_by_cluster`], [`cluster_means`], [`cluster_sums`], [`cluster_sizes`], [`residuals`],
+//! [`nn::ClusteredKvCache::group`], [`nn::ClusteredKvCache::cluster`], [`nn::Codebook::usage`]), weights and lengths are
+//! ([`KMeans::sample_weights`], [`KMeans::lengths`]), rows are drawn by weight or by [`Init::KMeansParallel`], iterations are
+//! watched ([`KMeans::on_iteration`], [`EmptyClusters::Relocate`]), and after every 128 iterations of a fit that may have more.
+//!
+//! Tensors of another device are refused, and two handles of one GPU are two devices. A layer or a [`Prepared`] fit may move
+//! between threads, be shared by them and be dropped on any. Programs with several threads, such as servers, should give all of
+//! them clones of one `Device::new_cuda_with_stream`: its one stream orders their work, and nothing else has to. With
+//! `Device::new_cuda`, Candle gives each thread a stream of its own, between which it orders nothing. What a layer keeps is safe
+//! there, too, for which the host waits for all work of the GPU each time that another thread takes over. A capture of a CUDA graph
+//! can neither wait for other threads nor be waited for: what another thread used last is refused there, and no layer may
+//! change threads while one goes on. For tensors that threads hand to each other, inputs, results and codebooks among
+//! them, it is up to the program to wait, by `Device::synchronize` on the thread that has computed them.
+//!
 //! ```text
 //! x (..batch, n, d) -> problem (checks) -> init -> loop { ops: update -> relabel } -> Fit
 //!                                                         cpu | cuda
@@ -26,6 +43,7 @@ mod error;
 mod fit;
 mod fixed;
 mod functional;
+mod host;
 mod init;
 mod kmeans;
 mod lloyd;
@@ -36,6 +54,7 @@ mod ops;
 mod plan;
 mod problem;
 mod rng;
+mod row_weights;
 mod saved;
 mod select;
 #[allow(dead_code)] // `build.rs` reads the kernels' share.
@@ -45,7 +64,7 @@ mod tiles;
 #[doc(hidden)]
 pub mod testing {
     #[cfg(feature = "cuda")]
-    pub use crate::cuda::{assign::product_step, fail_allocation};
+    pub use crate::cuda::{assign::product_step, fail_allocation, limit_blocks_at_once};
     pub use crate::plan::force;
     use crate::{
         ops::{self, Memory, Rule, Terms},
@@ -94,6 +113,11 @@ pub mod testing {
         })
     }
 
+    /// How many centroids were compared with a row by the definition in f64, in all CPU assignments of this thread so far.
+    pub fn compared() -> u64 {
+        crate::cpu::assign::compared()
+    }
+
     /// The GPU kernels that this thread has launched since it last asked; the first call starts the record.
     pub fn launches() -> Vec<String> {
         #[cfg(feature = "cuda")]
@@ -110,7 +134,7 @@ pub use functional::{
     sort_by_cluster,
 };
 pub use init::Init;
-pub use kmeans::{EmptyClusters, Iteration, KMeans};
+pub use kmeans::{EmptyClusters, IntoControlFlow, Iteration, KMeans};
 pub use lloyd::Prepared;
 pub use metric::Metric;
 pub use minibatch::{MiniBatch, Segments};

@@ -1,27 +1,125 @@
 //! Centroids that follow rows as they come, and clusters that are appended segment by segment.
 
 use crate::{
+    fit::refuse_non_finite,
     functional,
-    ops::{self, Memory, Rule, Terms},
+    ops::{self, Fence},
     problem::{self, Problem, Rows},
-    Error, Fit, Metric, Result,
+    row_weights::{self, or_one, Clusters, RowWeights},
+    saved::{self, Saved},
+    Error, Fit, KMeans, Metric, Result,
 };
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
+use std::path::Path;
+
+/// Checks centroids that somebody gives, `(..batch, k, d)`. The host waits to know that they are finite.
+pub(crate) fn check_centroids(centroids: &Tensor) -> Result<()> {
+    let (argument, dims) = ("centroids", centroids.dims());
+    if dims.len() < 2 {
+        return Err(Error::Rank { argument, expected: 2, shape: dims.to_vec() });
+    }
+    if !matches!(centroids.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
+        let expected = "F16, BF16, F32 or F64".into();
+        return Err(Error::DType { argument, got: centroids.dtype(), expected });
+    }
+    if centroids.elem_count() == 0 {
+        return Err(Error::Range { argument: "centroids elements", got: 0, min: 1, max: usize::MAX });
+    }
+    // Sizes that cannot be computed with.
+    let k = dims[dims.len() - 2];
+    Problem::of(dims, centroids.dtype(), k, Metric::default())?;
+    refuse_non_finite(argument, &ops::scan(&Rows::new(&centroids.detach())?)?.1)
+}
+
+/// Checks that centroids by a metric can be means that run.
+pub(crate) fn check_running(metric: Metric, with: &str) -> Result<()> {
+    if metric == Metric::Manhattan {
+        let with = format!("{with}, which has no running median");
+        return Err(Error::Conflict { argument: "metric", got: metric.name().into(), with });
+    }
+    Ok(())
+}
+
+/// Means of all rows that came so far, each step with a share of its own.
+#[derive(Clone, Debug)]
+pub(crate) struct RunningMeans {
+    pub metric: Metric,
+    /// f64 `(b, k, d)`; by cosine the means of directions.
+    pub means: Tensor,
+    /// The weight of the rows that each is the mean of, f64 `(b, k)`.
+    pub weights: Tensor,
+}
+
+impl RunningMeans {
+    /// Counts `kept` of the weight so far and `taken` of a batch's, and returns which means the batch has a share in, u8
+    /// `(b, k)`. The others stay as they are, to the bit.
+    pub fn add(&mut self, batch: &Clusters, kept: f64, taken: f64) -> Result<Tensor> {
+        let new = (&batch.weights * taken)?;
+        let total = ((&self.weights * kept)? + &new)?;
+        let share = (new / or_one(&total)?)?;
+        let of = |means: &Tensor, share: Tensor| means.broadcast_mul(&share.unsqueeze(2)?);
+        // Not `means + share * (batch - means)`, which a mean far away would round to nothing.
+        self.means = (of(&self.means, share.affine(-1.0, 1.0)?)? + of(&batch.means, share.clone())?)?;
+        self.weights = total;
+        Ok(share.gt(0.0)?)
+    }
+
+    /// The means, f64 `(b, k, d)`, as unit vectors by cosine; a mean of directions that cancel has none and stays as it is.
+    pub fn centroids(&self) -> Result<Tensor> {
+        match self.metric {
+            Metric::Cosine => unit_vectors(&self.means),
+            _ => Ok(self.means.clone()),
+        }
+    }
+
+    /// The same on another device.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let (means, weights) = (self.means.to_device(device)?, self.weights.to_device(device)?);
+        Ok(Self { metric: self.metric, means, weights })
+    }
+
+    /// Checks what a file holds: tensors of the shape `(b, k, d)` and weights that can be.
+    pub fn checked(self, file: &Saved, shape: &[usize]) -> Result<Self> {
+        for (name, t, expected) in [("means", &self.means, shape), ("weights", &self.weights, &shape[..2])] {
+            if (t.dims(), t.dtype()) != (expected, DType::F64) {
+                return Err(file.bad(format!(
+                    "tensor {name} is {:?} {:?}, expected F64 {expected:?}",
+                    t.dtype(),
+                    t.dims()
+                )));
+            }
+            let values = t.flatten_all()?.to_vec1::<f64>()?;
+            if let Some(v) = values.into_iter().find(|v| !v.is_finite() || name == "weights" && *v < 0.0) {
+                return Err(file.bad(format!("tensor {name} holds {v}")));
+            }
+        }
+        Ok(self)
+    }
+}
+
+/// Rows f64 `(b, n, d)` by their norms; rows of none as they are.
+pub(crate) fn unit_vectors(rows: &Tensor) -> Result<Tensor> {
+    let norms = ops::norms(&Rows::new(rows)?)?;
+    Ok(rows.broadcast_div(&or_one(&norms)?.unsqueeze(2)?)?)
+}
 
 /// Mini-batch k-means (Sculley 2010): centroids as running means of all rows that they were given.
 ///
 /// A batch is assigned, and each centroid moves towards the mean of its rows by the share that they are of all rows it has
-/// had: `c += (mean - c) * n / (count + n)`. One pass over the new rows and none over old ones, as appending to a cache asks
-/// for. Means are kept in f64 and rounded to the rows' dtype where they are compared with rows. With
-/// [`Metric::Cosine`] they are the means of the rows' directions, shown as unit vectors; a fit's centroids count as such means
-/// of length 1.
+/// had: `c += (mean - c) * w / (weight + w)`, `w` being the number of rows or the sum of their weights. One pass over the new
+/// rows and none over old ones, as appending to a cache asks for. Means are kept in f64 and rounded to the rows' dtype where
+/// they are compared with rows. With [`Metric::Cosine`] they are the means of the rows' directions, shown as unit vectors; a
+/// fit's centroids count as such means of length 1.
+///
+/// Rows that say nothing weigh nothing: those that hold a NaN or an infinity, and by cosine those of length 0. They have some
+/// label in range, and all else is as without them.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
 /// use candle_flash_kmeans::{KMeans, MiniBatch};
 ///
 /// let x = Tensor::new(&[[0f32], [2.], [10.], [12.]], &Device::Cpu)?;
-/// let mut running = MiniBatch::of(&KMeans::new(2).fit(&x)?)?;
+/// let mut running = MiniBatch::train(&x, &KMeans::new(2))?;
 /// let labels = running.step(&Tensor::new(&[[4f32], [17.]], &Device::Cpu)?)?;
 /// let mut centroids = running.centroids()?.flatten_all()?.to_vec1::<f32>()?;
 /// centroids.sort_by(f32::total_cmp);
@@ -32,10 +130,10 @@ use candle_core::{DType, Tensor};
 /// ```
 #[derive(Clone, Debug)]
 pub struct MiniBatch {
+    fence: Fence,
     p: Problem,
-    /// f64 `(b, k, d)`.
-    means: Tensor,
-    /// f64 `(..batch, k)`.
+    running: RunningMeans,
+    /// The weights as they are shown, f64 `(..batch, k)`.
     counts: Tensor,
 }
 
@@ -43,66 +141,88 @@ impl MiniBatch {
     /// From centroids `(..batch, k, d)` of rows not yet seen: the first rows of each replace it.
     ///
     /// # Errors
-    /// Refuses centroids that are no float matrix, and [`Metric::Manhattan`], since medians do not run.
+    /// Refuses centroids that are no float matrix or not finite (the host waits for that answer), and [`Metric::Manhattan`],
+    /// since medians do not run.
     pub fn new(centroids: &Tensor, metric: Metric) -> Result<Self> {
-        if centroids.rank() < 2 {
-            return Err(Error::Rank { argument: "centroids", expected: 2, shape: centroids.dims().to_vec() });
-        }
+        check_centroids(centroids)?;
+        check_running(metric, "a mini-batch")?;
         let k = centroids.dims()[centroids.rank() - 2];
-        if !matches!(centroids.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
-            let (got, expected) = (centroids.dtype(), "F16, BF16, F32 or F64".into());
-            return Err(Error::DType { argument: "centroids", got, expected });
-        }
         let p = Problem::of(centroids.dims(), centroids.dtype(), k, metric)?.fitting()?;
-        if metric == Metric::Manhattan {
-            let with = "a mini-batch, which has no running median".into();
-            return Err(Error::Conflict { argument: "metric", got: metric.name().into(), with });
-        }
-        let means = centroids.detach().to_dtype(DType::F64)?.contiguous()?.reshape((p.b, k, p.d))?;
-        let counts = Tensor::zeros(p.shape(&[k]), DType::F64, centroids.device())?;
-        Ok(Self { p, means, counts })
+        let fence = Fence::default();
+        fence.write(centroids.device())?;
+        let means = centroids.detach().to_dtype(DType::F64)?.force_contiguous()?.reshape((p.b, k, p.d))?;
+        let weights = Tensor::zeros((p.b, k), DType::F64, centroids.device())?;
+        Self { fence, counts: weights.clone(), running: RunningMeans { metric, means, weights }, p }.with_weights(None)
     }
 
-    /// From the centroids and counts of a fit.
+    /// From the centroids of a fit and the weights of its clusters: the sample weights of their rows if the fit had any, and
+    /// their number otherwise.
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// As [`new`](Self::new). Refuses a fit whose counts are not those of its centroids.
     pub fn of(fit: &Fit) -> Result<Self> {
-        Ok(Self { counts: fit.counts.to_dtype(DType::F64)?, ..Self::new(&fit.centroids, fit.metric)? })
+        fit.check()?;
+        let weights = fit.weights.as_ref().unwrap_or(&fit.counts);
+        Self::new(&fit.centroids, fit.metric)?.with_weights(Some(weights))
+    }
+
+    /// From a fit of `x` `(..batch, n, d)`, in which rows that say nothing weigh nothing either, where
+    /// [`KMeans::check_finite`] lets them in.
+    ///
+    /// # Errors
+    /// As [`KMeans::fit`] and [`new`](Self::new), before any work.
+    pub fn train(x: &Tensor, kmeans: &KMeans) -> Result<Self> {
+        check_running(kmeans.metric, "a mini-batch")?;
+        let fit = row_weights::fit(x, kmeans)?;
+        let weights = row_weights::cluster_weights(x, kmeans, &fit)?;
+        Self::new(&fit.centroids, fit.metric)?.with_weights(Some(&weights))
+    }
+
+    fn with_weights(mut self, weights: Option<&Tensor>) -> Result<Self> {
+        let p = &self.p;
+        if let Some(weights) = weights {
+            self.running.weights = weights.detach().to_dtype(DType::F64)?.force_contiguous()?.reshape((p.b, p.k))?;
+        }
+        self.counts = self.running.weights.reshape(p.shape(&[p.k]))?;
+        Ok(self)
     }
 
     /// Takes new rows `(..batch, m, d)` and returns their labels, u32 `(..batch, m)`: of the centroids before they move.
     ///
     /// # Errors
-    /// Refuses shapes, dtypes and devices that do not fit together. Values are not searched: a NaN or an infinity counts as 0.
+    /// Refuses shapes, dtypes and devices that do not fit together, and `x` without rows. Values are not searched, and the host
+    /// waits for nothing.
     pub fn step(&mut self, x: &Tensor) -> Result<Tensor> {
+        self.learn(x, None)
+    }
+
+    /// The same with weights of the rows, float `(..batch, m)` or `(m)`. A weight that is not a finite number above 0 is none.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_weighted(&mut self, x: &Tensor, sample_weights: &Tensor) -> Result<Tensor> {
+        self.learn(x, Some(sample_weights))
+    }
+
+    fn learn(&mut self, x: &Tensor, sample_weights: Option<&Tensor>) -> Result<Tensor> {
         let p = Problem::of(x.dims(), x.dtype(), self.p.k, self.p.metric)?;
         let expected = self.p.shape(&[p.n, self.p.d]);
         if x.dims() != expected {
             return Err(Error::Shape { argument: "x", got: x.dims().to_vec(), expected });
         }
         problem::check_dtype("x", x, self.p.dtype)?;
-        problem::check_device("x", x, self.means.device())?;
+        problem::check_device("x", x, self.counts.device())?;
+        self.fence.write(x.device())?;
         if p.n == 0 {
             return Err(Error::Range { argument: "x rows", got: 0, min: 1, max: problem::MAX_ROWS });
         }
+        let given = sample_weights.map(|w| row_weights::sample_weights(&p, w, x.device())).transpose()?;
         let labels = functional::assign(x, &self.centroids()?, p.metric)?;
-        let flat = labels.reshape((p.b, p.n))?;
-        let rows = Rows::new(&x.detach().to_dtype(DType::F64)?)?;
-        let mut terms = Terms::of(&rows)?;
-        if p.metric == Metric::Cosine {
-            // Columns of a unit vector, with room for rounding.
-            terms.factor = Some(ops::norms(&rows)?.recip()?);
-            terms.largest = Tensor::full(2f64, p.b, x.device())?;
-        }
-        let sums = self.means.zeros_like()?;
-        ops::update(&rows, &terms, Some(&flat), Rule::Sum, None, &sums, &Memory::default())?;
-        let new = ops::cluster_sizes(&flat, p.k)?.to_dtype(DType::F64)?;
-        let counts = (self.counts.reshape((p.b, p.k))? + &new)?;
-        // c + (sum / n - c) n / count is c + (sum - n c) / count; a cluster without rows gets c + 0.
-        let step = (sums - self.means.broadcast_mul(&new.unsqueeze(2)?)?)?;
-        self.means = (&self.means + step.broadcast_div(&counts.maximum(1f64)?.unsqueeze(2)?)?)?;
-        self.counts = counts.reshape(p.shape(&[p.k]))?;
+        let x = x.detach();
+        let weights = RowWeights::new(&Rows::new(&x)?, given.as_ref(), p.metric)?;
+        let rows = Rows::new(&ops::elementwise([&x], |[x]| x.to_dtype(DType::F64))?)?;
+        self.running.add(&weights.clusters(&rows, &labels.reshape((p.b, p.n))?, p.k)?, 1.0, 1.0)?;
+        self.counts = self.running.weights.reshape(self.p.shape(&[p.k]))?;
         Ok(labels)
     }
 
@@ -111,23 +231,83 @@ impl MiniBatch {
     /// # Errors
     /// Where the device fails.
     pub fn centroids(&self) -> Result<Tensor> {
-        let (p, means) = (&self.p, &self.means);
-        let shown = if p.metric == Metric::Cosine {
-            let norms = ops::norms(&Rows::new(means)?)?;
-            // A mean of nothing, or of directions that cancel, has no direction.
-            let norms = norms.ne(0f64)?.where_cond(&norms, &norms.ones_like()?)?;
-            means.broadcast_div(&norms.unsqueeze(2)?)?
-        } else {
-            means.clone()
-        };
-        Ok(shown.to_dtype(p.dtype)?.reshape(p.shape(&[p.k, p.d]))?)
+        self.fence.read(self.counts.device())?;
+        let p = &self.p;
+        Ok(self.running.centroids()?.to_dtype(p.dtype)?.reshape(p.shape(&[p.k, p.d]))?)
     }
 
-    /// The rows that each centroid is the mean of, f64 `(..batch, k)`.
+    /// The rows that each centroid is the mean of, or their weight, f64 `(..batch, k)`.
     pub fn counts(&self) -> &Tensor {
+        self.fence.show(self.counts.device());
         &self.counts
     }
+
+    /// The distance by which centroids are nearest.
+    pub fn metric(&self) -> Metric {
+        self.p.metric
+    }
+
+    /// The same for rows of another float dtype. Means stay as they are, in f64.
+    ///
+    /// # Errors
+    /// Refuses other dtypes, and centroids that are not finite in it (the host waits for that answer).
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        check_centroids(&self.running.centroids()?.to_dtype(dtype)?)?;
+        Ok(Self { p: Problem { dtype, ..self.p.clone() }, ..self.clone() })
+    }
+
+    /// The same on another device.
+    ///
+    /// # Errors
+    /// Where a device fails.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        self.fence.read(self.counts.device())?;
+        let fence = Fence::default();
+        fence.write(device)?;
+        let (running, counts) = (self.running.to_device(device)?, self.counts.to_device(device)?);
+        Ok(Self { fence, running, counts, p: self.p.clone() })
+    }
+
+    /// Writes the means and their weights as a safetensors file, whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.fence.read(self.counts.device())?;
+        let p = &self.p;
+        let means = self.running.means.reshape(p.shape(&[p.k, p.d]))?;
+        let tensors = [("means", &means), ("weights", &self.counts)].map(|(name, t)| (name.to_string(), t));
+        let settings = [("kind", KIND), ("metric", p.metric.name()), ("dtype", p.dtype.as_str())];
+        saved::write(path.as_ref(), tensors, settings.map(|(key, value)| (key.to_string(), value.to_string())))
+    }
+
+    /// Reads what [`save`](Self::save) wrote, onto `device`: steps go on as if they had not stopped.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file cannot be read and [`Error::Format`] if it is not a saved mini-batch.
+    pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
+        let mut file = Saved::read(path.as_ref(), device)?;
+        file.expect("kind", KIND)?;
+        let (metric, dtype) = (file.metric("metric")?, file.setting("dtype")?);
+        let (means, weights) = (file.take("means")?, file.take("weights")?);
+        let bad = |e: Error| file.bad(e.to_string());
+        check_centroids(&means).map_err(bad)?;
+        check_running(metric, "a mini-batch").map_err(bad)?;
+        let k = means.dims()[means.rank() - 2];
+        let p = Problem::of(means.dims(), dtype, k, metric).map_err(bad)?;
+        if weights.dims() != p.shape(&[k]) {
+            return Err(file.bad(format!("tensor weights has shape {:?}", weights.dims())));
+        }
+        let (means, weights) = (means.reshape((p.b, k, p.d))?, weights.reshape((p.b, k))?);
+        let running = RunningMeans { metric, means, weights }.checked(&file, &[p.b, k, p.d])?;
+        let fence = Fence::default();
+        fence.write(device)?;
+        Self { fence, counts: running.weights.clone(), running, p }.with_weights(None)
+    }
 }
+
+/// What files of these are marked with.
+const KIND: &str = "mini_batch";
 
 /// Clusters of a sequence that was fitted segment by segment: each segment has its own, and all are numbered on.
 ///
@@ -170,44 +350,55 @@ impl Segments {
     /// The first segment.
     ///
     /// # Errors
-    /// Where the device fails.
+    /// Refuses a fit whose fields do not belong together any more (the host waits to know that labels are below `k`), and fails
+    /// where the device does.
     pub fn of(fit: &Fit) -> Result<Self> {
-        let (batch, [n, k]) = Self::sizes(fit);
-        let (order, offsets) = ops::order(&problem::labels(&fit.labels, k)?, k)?;
-        Ok(Self {
-            centroids: fit.centroids.clone(),
-            labels: fit.labels.clone(),
-            counts: fit.counts.clone(),
-            order: order.reshape([batch, &[n]].concat())?,
-            offsets: offsets.reshape([batch, &[k + 1]].concat())?,
-            metric: fit.metric,
-        })
+        fit.check()?;
+        let (order, offsets) = functional::sort_by_cluster(&fit.labels, fit.k())?;
+        let (centroids, labels, counts) = (fit.centroids.clone(), fit.labels.clone(), fit.counts.clone());
+        Ok(Self { centroids, labels, counts, order, offsets, metric: fit.metric })
     }
 
     /// Appends a segment's rows and clusters, with labels, order and offsets going on from those so far.
     ///
     /// # Errors
-    /// Refuses a fit of another metric, batch, dtype, device or number of columns, and more rows than a u32 counts.
+    /// Refuses a fit of another metric, batch, dtype, device or number of columns, more rows than a u32 counts, and fields that
+    /// do not belong together, here or in the fit (see [`of`](Self::of)).
     pub fn append(&mut self, fit: &Fit) -> Result<()> {
-        let (old, new) = (self.centroids.dims(), fit.centroids.dims());
-        let (rank, rows, k) = (old.len(), self.labels.dims()[old.len() - 2], old[old.len() - 2]);
+        let segment = Self::of(fit)?;
+        let (old, new) = (self.centroids.dims(), segment.centroids.dims());
+        let (batch, k) = match old {
+            [batch @ .., k, _] => (batch, *k),
+            dims => return Err(Error::Rank { argument: "centroids", expected: 2, shape: dims.to_vec() }),
+        };
+        let rank = old.len();
         if fit.metric != self.metric {
             let with = format!("segments by {}", self.metric.name());
             return Err(Error::Conflict { argument: "metric", got: fit.metric.name().into(), with });
         }
-        if new.len() != rank || new[..rank - 2] != old[..rank - 2] || new[rank - 1] != old[rank - 1] {
+        if new.len() != rank || new[..rank - 2] != *batch || new[rank - 1] != old[rank - 1] {
             let mut expected = old.to_vec();
-            expected[rank - 2] = new.len().checked_sub(2).map_or(0, |at| new[at]);
+            expected[rank - 2] = new[new.len() - 2];
             return Err(Error::Shape { argument: "fit", got: new.to_vec(), expected });
         }
-        problem::check_dtype("fit", &fit.centroids, self.centroids.dtype())?;
-        problem::check_device("fit", &fit.centroids, self.centroids.device())?;
-        let (_, [more, clusters]) = Self::sizes(fit);
-        // There are no more clusters than rows.
-        if rows + more > problem::MAX_ROWS {
-            return Err(Error::TooLarge { argument: "fit rows", got: rows + more, limit: problem::MAX_ROWS });
+        problem::check_dtype("fit", &segment.centroids, self.centroids.dtype())?;
+        problem::check_device("fit", &segment.centroids, self.centroids.device())?;
+        let rows = self.labels.dims().last().copied().unwrap_or(0);
+        let parts = [
+            ("labels", &self.labels, rows),
+            ("counts", &self.counts, k),
+            ("order", &self.order, rows),
+            ("offsets", &self.offsets, k.saturating_add(1)),
+        ];
+        for (argument, t, last) in parts {
+            check_part(argument, t, &[batch, &[last]].concat(), self.centroids.device())?;
         }
-        let segment = Self::of(fit)?;
+        let (more, clusters) = (segment.labels.dims()[rank - 2], new[rank - 2]);
+        // There are no more clusters than rows.
+        if rows.saturating_add(more) > problem::MAX_ROWS {
+            let got = rows.saturating_add(more);
+            return Err(Error::TooLarge { argument: "fit rows", got, limit: problem::MAX_ROWS });
+        }
         let along = |old: &Tensor, new: &Tensor, from: usize| -> Result<Tensor> {
             let from = Tensor::full(from as u32, new.shape(), new.device())?;
             Ok(Tensor::cat(&[old, &(new + from)?], rank - 2)?)
@@ -223,10 +414,14 @@ impl Segments {
         };
         Ok(())
     }
+}
 
-    /// The batch dimensions, the rows and the clusters of a fit.
-    fn sizes(fit: &Fit) -> (&[usize], [usize; 2]) {
-        let rank = fit.counts.rank();
-        (&fit.counts.dims()[..rank - 1], [fit.labels.dims()[rank - 1], fit.counts.dims()[rank - 1]])
+/// Checks a tensor of numbers of rows or clusters.
+fn check_part(argument: &'static str, t: &Tensor, expected: &[usize], device: &Device) -> Result<()> {
+    problem::check_dtype(argument, t, DType::U32)?;
+    problem::check_device(argument, t, device)?;
+    if t.dims() != expected {
+        return Err(Error::Shape { argument, got: t.dims().to_vec(), expected: expected.to_vec() });
     }
+    Ok(())
 }

@@ -3,7 +3,12 @@
 //! `cpu` and `cuda` export the same functions in the same order. All of them take checked arguments and return new
 //! tensors on the same device, or write to the fit's own, on the tensor's own stream.
 
-use crate::{plan::Arch, problem::Rows, rng::Draw, Error, Metric, Result};
+use crate::{
+    plan::Arch,
+    problem::{self, Rows},
+    rng::Draw,
+    Error, Metric, Result,
+};
 use candle_core::{DType, Device, Tensor};
 
 macro_rules! on_device {
@@ -60,13 +65,16 @@ pub(crate) struct Terms {
     pub first_bad: Tensor,
     /// The largest factor, f64 `(b,)`, where factors are weights.
     pub heaviest: Option<Tensor>,
+    /// Whether the host knows that there is no such row.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub finite: bool,
 }
 
 impl Terms {
     /// The rows themselves.
     pub fn of(x: &Rows) -> Result<Self> {
         let (largest, first_bad) = scan(x)?;
-        Ok(Self { factor: None, largest, first_bad, heaviest: None })
+        Ok(Self { factor: None, largest, first_bad, heaviest: None, finite: false })
     }
 }
 
@@ -83,16 +91,124 @@ pub(crate) enum Rule {
     Median,
 }
 
-/// Memory that the ops of a fit use one after another, so that only the first ones allocate. The CPU's need none.
+/// Memory that ops use one after another, so that only the first ones allocate. The CPU's need none.
 #[cfg(not(feature = "cuda"))]
 #[derive(Debug, Default)]
 pub(crate) struct Memory {}
+#[cfg(not(feature = "cuda"))]
+impl Memory {
+    pub fn kept() -> Self {
+        Self {}
+    }
+}
 #[cfg(feature = "cuda")]
-pub(crate) use crate::cuda::Memory;
+pub(crate) use crate::cuda::{Fence, Memory};
 
-/// The rows where the kernel that assigns them to `k` centroids can read them: a copy, if need be.
-pub(crate) fn readable(x: Rows, k: usize, metric: Metric) -> Result<Rows> {
-    on_device!(x.device(), assign::readable(x, k, metric))
+/// Which threads have used the tensors of a layer, whose first field it is. The CPU's work is done when an op returns.
+#[cfg(not(feature = "cuda"))]
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Fence {}
+#[cfg(not(feature = "cuda"))]
+impl Fence {
+    pub fn read(&self, _: &Device) -> Result<()> {
+        Ok(())
+    }
+    pub fn write(&self, _: &Device) -> Result<()> {
+        Ok(())
+    }
+    pub fn show(&self, _: &Device) {}
+}
+
+/// Whether work that is queued now becomes part of a CUDA graph.
+pub(crate) fn capturing(device: &Device) -> Result<bool> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(dev) => crate::cuda::capturing(&dev.cuda_stream()),
+        _ => Ok(false),
+    }
+}
+
+/// Elements that Candle's kernels on a GPU count in 32 bits: with as many steps as they take beyond the last one.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+const COUNTED: usize = 1 << 31;
+
+/// Whether Candle's kernels reach all elements of `t`. On the CPU they do.
+fn counted(t: &Tensor) -> bool {
+    let steps = t.dims().iter().zip(t.stride()).map(|(&size, &stride)| size.saturating_sub(1).saturating_mul(stride));
+    t.device().is_cpu() || t.elem_count().max(steps.fold(1, usize::saturating_add)) <= COUNTED
+}
+
+/// Refuses what only Candle's ops would work on, and would not reach the end of.
+pub(crate) fn check_counted(argument: &'static str, t: &Tensor) -> Result<()> {
+    match counted(t) {
+        true => Ok(()),
+        false => Err(Error::TooLarge { argument, got: t.elem_count(), limit: COUNTED }),
+    }
+}
+
+/// The same for a tensor of a shape that is to be made.
+pub(crate) fn check_count(argument: &'static str, shape: Vec<usize>, device: &Device) -> Result<()> {
+    let got = shape.into_iter().fold(1, usize::saturating_mul);
+    match device.is_cpu() || got <= COUNTED {
+        true => Ok(()),
+        false => Err(Error::TooLarge { argument, got, limit: COUNTED }),
+    }
+}
+
+/// The same elements side by side, however many they are.
+pub(crate) fn contiguous(t: &Tensor) -> Result<Tensor> {
+    match t.device() {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) if !t.is_contiguous() && !counted(t) => crate::cuda::assign::contiguous(t),
+        _ => Ok(t.contiguous()?),
+    }
+}
+
+/// The elements of `t` as tensors of one dimension that Candle's kernels reach the end of.
+pub(crate) fn pieces(t: &Tensor) -> Result<Vec<Tensor>> {
+    let (flat, count) = (contiguous(t)?.flatten_all()?, t.elem_count());
+    let each = if t.device().is_cpu() { count.max(1) } else { COUNTED };
+    Ok((0..count)
+        .step_by(each)
+        .map(|at| flat.narrow(0, at, each.min(count - at)))
+        .collect::<candle_core::Result<_>>()?)
+}
+
+/// What `f` makes of tensors of one shape, element by element: piece by piece if they are many, for which no gradient flows.
+pub(crate) fn elementwise<const N: usize>(
+    inputs: [&Tensor; N],
+    f: impl Fn([&Tensor; N]) -> candle_core::Result<Tensor>,
+) -> Result<Tensor> {
+    if inputs.iter().all(|t| counted(t)) {
+        return Ok(f(inputs)?);
+    }
+    let mut parts = inputs.iter().map(|t| Ok(pieces(t)?.into_iter())).collect::<Result<Vec<_>>>()?;
+    let (mut out, mut at) = (None, 0);
+    while parts[0].len() > 0 {
+        let of_inputs: [Tensor; N] = std::array::from_fn(|input| parts[input].next().expect("as many of each"));
+        let part = f(of_inputs.each_ref())?;
+        let out = match &mut out {
+            Some(out) => out,
+            none => none.insert(Tensor::zeros(inputs[0].elem_count(), part.dtype(), part.device())?),
+        };
+        out.slice_set(&part, 0, at)?;
+        at += part.elem_count();
+    }
+    Ok(out.expect("many elements").reshape(inputs[0].shape())?)
+}
+
+/// Puts the elements of `from` in the place of those of contiguous `to`, of the same shape.
+pub(crate) fn overwrite(to: &Tensor, from: &Tensor) -> Result<()> {
+    for (to, from) in pieces(to)?.iter().zip(pieces(from)?) {
+        to.slice_set(&from, 0, 0)?;
+    }
+    Ok(())
+}
+
+/// The rows `x`, `(..batch, n, d)`, where the kernel that assigns them to `k` centroids can read them: as they lie, or in
+/// `copy`, which the next rows of this shape go to as well.
+pub(crate) fn readable(x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Rows> {
+    on_device!(x.device(), assign::readable(x, k, metric, copy))
 }
 
 /// Exact labels, u32 `(b, n)`: the lowest index at the smallest [`Metric`] distance.
@@ -125,6 +241,13 @@ pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
 /// Rows `index` (u32 `(b, m)`) of each problem: `(b, m, d)`.
 pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
     on_device!(x.device(), assign::gather(x, index))
+}
+
+/// `chosen` (different rows, u32 `(b, k)`) with others in place of those that cannot be seeds, tensor of its own: a row that is not
+/// finite, without weight (f64 `(b, n)`), or by cosine without direction, gives way to the next one after it that can be and is
+/// not chosen, from the first row on again after the last. It stays where there is none.
+pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor> {
+    on_device!(x.device(), assign::usable_seeds(x, weights, chosen, metric))
 }
 
 /// The largest finite magnitude of each problem, f64 `(b,)`, and its first row with a NaN or an infinity, u32 `(b,)`
@@ -254,19 +377,24 @@ pub(crate) struct Routed<'a> {
     pub estimate: bool,
 }
 
-/// The groups of queries and keys.
-pub(crate) struct RoutedGroups {
-    /// u32 `(b, kv_heads, grouped)`, counted from the first grouped token, and u32 `(b, kv_heads, k + 1)`.
+/// Rows in groups: u32 `(b, heads, n)` labels, the rows in the order of their groups, and `(b, heads, groups + 1)` where groups
+/// begin in that.
+pub(crate) struct Groups {
+    pub labels: Tensor,
     pub order: Tensor,
     pub offsets: Tensor,
+}
+
+/// The groups of queries and keys.
+pub(crate) struct RoutedGroups {
+    /// Counted from the first grouped token.
+    pub keys: Groups,
     /// `(b, kv_heads, k, d)`.
     pub mean_keys: Tensor,
     pub mean_values: Tensor,
-    /// u32 `(b, heads, m)`, and u32 `(b, heads, groups + 1)`.
-    pub query_labels: Tensor,
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub query_order: Tensor,
-    pub query_offsets: Tensor,
+    pub queries: Groups,
+    /// The queries that choose for each group, `(b, heads, any, d)`, and whose they are, if not those of the group.
+    pub choosers: Option<(Tensor, Groups)>,
 }
 
 /// What each query takes, `(b, heads, m, d)`; nothing where there is no kernel for it.
@@ -277,10 +405,14 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
 /// Rows in each cluster, u32 `(b, k)`.
 pub(crate) fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
     let (_, offsets) = order(labels, k)?;
-    Ok((offsets.narrow(1, 1, k)? - offsets.narrow(1, 0, k)?)?)
+    if offsets.elem_count() == 0 {
+        // Candle's difference of two empty views is the first of them, wherever it begins.
+        return problem::empty(&[0, k], DType::U32, offsets.device());
+    }
+    elementwise([&offsets.narrow(1, 1, k)?, &offsets.narrow(1, 0, k)?], |[ends, begins]| ends - begins)
 }
 
-/// The sum of `values` (f64 `(b, n)`) in each cluster, f64 `(b, k)`; in no particular order and to the same bits in any.
+/// The sum of the finite of `values` (f64 `(b, n)`) in each cluster, f64 `(b, k)`: exact, and rounded once.
 pub(crate) fn cluster_sums(values: &Tensor, labels: Option<&Tensor>, k: usize) -> Result<Tensor> {
     let column = Rows::new(&values.unsqueeze(2)?)?;
     let sums = Tensor::zeros((column.b, k, 1), DType::F64, values.device())?;
@@ -288,7 +420,9 @@ pub(crate) fn cluster_sums(values: &Tensor, labels: Option<&Tensor>, k: usize) -
     Ok(sums.squeeze(2)?)
 }
 
-/// The sum of each row of `values` (f64 `(b, n)`), likewise: f64 `(b,)`.
+/// The sum of each row of `values` (f64 `(b, n)`), likewise, but infinite where one of them is positive infinity: f64 `(b,)`.
 pub(crate) fn total(values: &Tensor) -> Result<Tensor> {
-    Ok(cluster_sums(values, None, 1)?.squeeze(1)?)
+    let sums = cluster_sums(values, None, 1)?.squeeze(1)?;
+    let infinite = values.gt(f64::MAX)?.to_dtype(DType::U32)?.max(1)?;
+    Ok(infinite.where_cond(&(sums.ones_like()? * f64::INFINITY)?, &sums)?)
 }

@@ -343,6 +343,29 @@ pub(crate) fn sm90_shape(d: usize) -> (usize, usize) {
     }
 }
 
+/// What it takes on a GPU to assign the rows of `b` problems to `k` centroids each, in bytes.
+fn assign_scratch(p: &Problem, b: u64, k: u64, x: &Tensor, arch: Arch) -> u64 {
+    let (bn, d) = (b * p.n as u64, p.d as u64);
+    let (eights, halves) = (2 * p.d.next_multiple_of(8) as u64, 4 * p.d.next_multiple_of(32) as u64);
+    let filter = if p.dtype == DType::F64 { 8 } else { 4 };
+    let choose = |b: u64, k: u64| Assign::choose(p.dtype, p.metric, [b as usize, p.n, k as usize, p.d], arch);
+    let assign = choose(b, k);
+    // Moved centroids and the table of their hashes, halves of rows, and the list of rows left to recheck.
+    let tensor = b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights.max(halves) + 64);
+    let split = (halves + 16) * bn.min(split_rows(p.d) as u64);
+    let scratch = match (assign, assign.splits(p.dtype)) {
+        (Assign::Sm80 | Assign::Sm90, true) => tensor + split,
+        (Assign::Sm80 | Assign::Sm90, false) => tensor + 8 * bn,
+        (Assign::Small, _) => tensor,
+        (Assign::Narrow, _) => 0,
+        _ => b * (k + 1) * (d + 1) * filter + 4 * bn,
+    };
+    // Rows that the fit itself does not need to have packed.
+    let kept = choose(p.b as u64, p.k as u64).in_eights(p.dtype);
+    let packed = if assign.in_eights(p.dtype) && !kept && !in_eights(x) { bn * eights } else { 0 };
+    scratch + packed + b * (4 * d + 96)
+}
+
 /// The kernels, tiles and memory of a fit. Set `FLASH_KMEANS_PRINT_PLAN=1` to have each new plan printed once to stderr.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -381,74 +404,93 @@ impl Plan {
             (true, Metric::Manhattan) => "cpu_medians",
             (true, _) => "cpu_sums",
             (false, Metric::Manhattan) => "medians",
+            (false, _) if watched => "update",
             (false, _) if FitNarrow::new(p.dtype, p.metric, sizes, arch).is_some() => "fit_narrow",
             (false, _) if FitResident::new(p.dtype, p.metric, factors, sizes, arch).is_some() => "fit_resident",
             (false, _) => "update",
         };
         let (bn, size) = (b * n, p.dtype.size_in_bytes() as u64);
-        let (eights, halves) = (2 * p.d.next_multiple_of(8) as u64, 4 * p.d.next_multiple_of(32) as u64);
+        let eights = 2 * p.d.next_multiple_of(8) as u64;
         // What a fit has from beginning to end: labels, centroids, weights and factors, rows in eights.
-        let weighed = if weighted { 8 * bn } else { 0 } + if p.metric == Metric::Cosine { 8 * bn } else { 0 };
+        // (With what weights were before they are in units; on a GPU, where it stays in the pool, with what seeds weigh by cosine.)
+        let directed = if cpu { 8 * bn } else { 24 * bn };
+        let weighed = if weighted { 8 * bn } else { 0 }
+            + if p.metric == Metric::Cosine { directed } else { 0 }
+            + if settings.weights.is_some() { 16 * bn } else { 0 };
         let packed = if pack { bn * eights } else { 0 };
         // Which rows count, as bytes and as numbers; and, once, what is found of each row.
-        let ragged = if ragged { 48 * bn } else { 0 };
+        let ragged = if ragged { bn * if cpu { 112 } else { 48 } } else { 0 };
         let kept = 4 * bn + b * k * d * size + weighed + ragged + packed + 64 * b;
         // Then one after another. First the distances to what is chosen and their keys; the rows that k-means|| draws,
         // their prepared copy and its labels.
+        // On a GPU also what assigns rows to those, and all that is held of each row meanwhile.
         let (drawn, begins) = match settings.init {
             Init::KMeansPlusPlus => (k, 16 * bn),
             Init::KMeansParallel => {
                 let drawn = init::drawn(k).min(n);
-                (drawn, 56 * n + drawn * (d * (size + filter) + eights + 64))
+                let joined = b * k * d * size;
+                let rows = if cpu { 56 * n } else { 64 * n + joined + assign_scratch(p, 1, drawn, x, arch) };
+                (drawn, rows + drawn * (d * (size + filter) + eights + 64))
             }
+            Init::Random if settings.weights.is_some() && !cpu => (k, 16 * bn),
             _ => (k, 0),
         };
-        let begins = begins + b * k * d * size + if p.metric == Metric::Cosine { 8 * bn } else { 0 };
+        // What rows weigh as seeds, and how that is found.
+        let seeds = if p.metric == Metric::Cosine || !settings.check_finite { 32 * bn } else { 0 };
+        let begins = begins + b * k * d * size + seeds;
         // The loop: what assigns.
         let (assigns, updates) = if cpu {
             let threads = rayon::current_num_threads() as u64 + 1;
             let rows = rows.min(p.n) as u64;
-            let tile = rows * (filter * (2 * d + drawn.min(centroids as u64)) + 64 + 16 * drawn.min(64));
+            let tile = rows * (filter * (2 * d + drawn.min(centroids as u64)) + 96 + 16 * drawn.min(64));
             // Clusters of one problem share its rows, and each problem at work may have them all in one cluster.
             let medians = if p.metric == Metric::Manhattan { 64 * n * threads.min(b) } else { 0 };
             let moves = if settings.empty == EmptyClusters::Relocate { 24 * bn + 8 * n } else { 0 };
-            (threads * tile + b * k * (filter * d + 64) + 64 * bn.div_ceil(rows), moves + medians + threads * 128 * d)
+            // The sums of a part, and those that no integer of its scale holds.
+            let sums = threads * (128 + 1280) * d;
+            (
+                threads * tile + (b + threads.min(b)) * k * (filter * d + 64) + 64 * bn.div_ceil(rows),
+                moves + medians + sums,
+            )
         } else {
-            // Moved centroids and the table of their hashes, halves of rows, and the list of rows left to recheck.
-            let tensor = b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights.max(halves) + 64);
-            let split = (halves + 16) * bn.min(split_rows(p.d) as u64);
-            let assigns = match (assign, assign.splits(p.dtype)) {
-                (Assign::Sm80 | Assign::Sm90, true) => tensor + split,
-                (Assign::Sm80 | Assign::Sm90, false) => tensor + 8 * bn,
-                (Assign::Small, _) => tensor,
-                (Assign::Narrow, _) => 0,
-                _ => b * (k + 1) * (d + 1) * filter + 4 * bn,
-            };
-            (assigns + b * (4 * d + 96), 0)
+            (assign_scratch(p, b, k, x, arch), 0)
         };
         // And what updates: the order, its counts, and the sums of clusters that are under way.
-        let sort = Sort::new([p.b, p.n, p.k], false, usize::MAX);
-        let counts = if cpu { b * k } else { b * sort.bins as u64 * (sort.chunks as u64 + 3) };
-        let order = 4 * bn * sort.passes.min(2) as u64 + 8 * b * (k + 1) + 4 * counts;
+        let shared = shared_memory(arch).unwrap_or(usize::MAX);
+        let order = [false, true].map(|ascending| {
+            let sort = Sort::new([p.b, p.n, p.k], ascending, shared);
+            let counts = if cpu { b * k } else { b * sort.bins as u64 * (sort.chunks as u64 + 3) };
+            4 * bn * sort.passes.min(2) as u64 + 8 * b * (k + 1) + 4 * counts
+        });
+        let order = order[0].max(order[1]);
         let medians = if p.metric == Metric::Manhattan { b * k * d * size } else { 0 };
         let sums = match update {
             _ if cpu => b * k * (8 + 24 * d),
             "fit_resident" => b * k * (32 * p.d.next_multiple_of(64) as u64 + 24),
-            _ => b * k * (16 * (d + 1) + 4),
+            _ => b * k * (16 * (d + 1) + 16) + 4 * b,
         };
         // Rows in order and their prefix sums, of as many problems as there are threads, and all results. Values that are
         // not for this are fitted as others are.
         let lines = match update {
             "cpu_line" => {
                 let threads = b.min(rayon::current_num_threads() as u64);
-                4 * bn + b * (2 * k * size + 96) + threads * (if weighted { 48 } else { 32 } * n + 96 * k)
+                4 * bn + b * (2 * k * size + 96) + threads * (if weighted { 64 } else { 44 } * n + 96 * k)
             }
             _ => 0,
         };
         let loops = (assigns.max(updates + order + medians) + sums).max(lines);
-        // Last, the distances of the rows, and times their weights.
-        let ends = if weighted { 16 } else { 8 } * bn + order;
-        let bytes = kept + begins.max(ends).max(loops) + if cpu { begins.min(assigns) } else { 0 } + 65536;
+        // Last, the distances of the rows, and times their weights; which are infinite, and which are of rows that count.
+        let ends = if weighted { 21 } else { 13 } * bn + if settings.check_finite { 0 } else { 32 * bn } + order;
+        // Rows move by their distances while the loop's memory is held, and so do all later starts and results.
+        let relocates = if !cpu && settings.empty == EmptyClusters::Relocate { ends } else { 0 };
+        let result = 4 * bn + b * k * (d * size + 4) + 64 * b;
+        let (loops, held) = (loops + relocates, if cpu { 0 } else { loops });
+        let more = match settings.n_init {
+            0..=1 => begins.max(ends).max(loops),
+            // The best result and the last one, and of these the better of each problem.
+            _ => (loops + result).max(held + (begins + result).max(ends + 2 * result).max(3 * result)),
+        };
+        let bytes = kept + more + if cpu { begins.min(assigns) } else { 0 } + 65536;
         Self { assign: assign.name(), rows, centroids, pack, update, bytes }
     }
 

@@ -1,10 +1,13 @@
 //! The border: a tensor becomes a checked view of rows here, and every refusal is here.
 
-use crate::{Error, Metric, Result};
-use candle_core::{DType, Device, Tensor};
+use crate::{error::kept, host, ops, Error, Metric, Result};
+use candle_core::{DType, Device, Storage, Tensor};
 
 /// Rows a single problem may hold: labels and positions are u32.
 pub(crate) const MAX_ROWS: usize = u32::MAX as usize;
+
+/// Elements that leave room for every size that is computed from them, in bytes.
+const MAX_ELEMENTS: usize = isize::MAX as usize / 64;
 
 /// `b` matrices of `n` rows and `d` columns inside a tensor, columns next to each other.
 ///
@@ -22,35 +25,51 @@ pub(crate) struct Rows {
 }
 
 impl Rows {
-    /// Views `t`, of shape `(..batch, n, d)`.
+    /// Views `t`, of shape `(..batch, n, d)`, or a copy of it.
     pub fn new(t: &Tensor) -> Result<Self> {
-        let (n, d) = (t.dims()[t.rank() - 2], t.dims()[t.rank() - 1]);
-        let b = t.dims()[..t.rank() - 2].iter().product();
-        let view = |t: &Tensor| {
-            let (dims, strides) = (t.dims(), t.stride());
-            let batch = dims.len() - 2;
-            if t.elem_count() == 0 {
-                return Some(Self { tensor: t.clone(), batch_stride: 0, row_stride: d, b, n, d });
-            }
-            if strides[batch + 1] != 1 && d != 1 {
-                return None;
-            }
-            // Fold the batch dimensions from the innermost one: each must step over the whole of the ones inside it.
-            let mut folded: Option<(usize, usize)> = None;
-            for (&size, &stride) in dims[..batch].iter().zip(&strides[..batch]).rev().filter(|(&size, _)| size != 1) {
-                folded = match folded {
-                    None => Some((size, stride)),
-                    Some((inner, step)) if stride == inner * step => Some((inner * size, step)),
-                    Some(_) => return None,
-                };
-            }
-            let batch_stride = folded.map_or(0, |(_, step)| step);
-            Some(Self { tensor: t.clone(), batch_stride, row_stride: strides[batch], b, n, d })
-        };
-        match view(t) {
-            Some(rows) => Ok(rows),
-            None => Ok(view(&t.contiguous()?).expect("a contiguous tensor folds")),
+        if t.elem_count() == 0 {
+            let (batch, rows) = t.dims().split_at(t.rank() - 2);
+            let tensor = empty(t.dims(), t.dtype(), t.device())?;
+            return Ok(Self {
+                tensor,
+                batch_stride: 0,
+                row_stride: rows[1],
+                b: product(batch),
+                n: rows[0],
+                d: rows[1],
+            });
         }
+        match Self::view(t) {
+            Some(rows) => Ok(rows),
+            None => {
+                host::room("copy", t.elem_count(), t.dtype(), t.device())?;
+                Ok(Self::view(&ops::contiguous(t)?).expect("a contiguous tensor folds"))
+            }
+        }
+    }
+
+    /// Views `t`, of shape `(..batch, n, d)`, if its layout is one of rows.
+    pub fn view(t: &Tensor) -> Option<Self> {
+        let (dims, strides) = (t.dims(), t.stride());
+        let batch = dims.len() - 2;
+        let (b, n, d) = (dims[..batch].iter().product(), dims[batch], dims[batch + 1]);
+        if t.elem_count() == 0 {
+            return Some(Self { tensor: t.clone(), batch_stride: 0, row_stride: d, b, n, d });
+        }
+        if strides[batch + 1] != 1 && d != 1 {
+            return None;
+        }
+        // Fold the batch dimensions from the innermost one: each must step over the whole of the ones inside it.
+        let mut folded: Option<(usize, usize)> = None;
+        for (&size, &stride) in dims[..batch].iter().zip(&strides[..batch]).rev().filter(|(&size, _)| size != 1) {
+            folded = match folded {
+                None => Some((size, stride)),
+                Some((inner, step)) if stride == inner * step => Some((inner * size, step)),
+                Some(_) => return None,
+            };
+        }
+        let batch_stride = folded.map_or(0, |(_, step)| step);
+        Some(Self { tensor: t.clone(), batch_stride, row_stride: strides[batch], b, n, d })
     }
 
     /// Problem `b` alone.
@@ -117,22 +136,41 @@ impl Problem {
         Ok(self)
     }
 
-    /// Checks rows against centroids of shape `(..batch, k, d)` or `(k, d)`.
+    /// Checks rows against centroids of shape `(..batch, k, d)` or `(k, d)`. What does not fit is wrong of the centroids.
     pub(crate) fn assign(x: &Tensor, c: &Tensor, metric: Metric) -> Result<Self> {
-        if c.rank() < 2 {
-            return Err(Error::Rank { argument: "centroids", expected: 2, shape: c.dims().to_vec() });
-        }
+        check_rank("centroids", c, 2)?;
         let k = c.dims()[c.rank() - 2];
         let p = Self::of(x.dims(), x.dtype(), k, metric)?;
         p.centroids(c, x.device())?;
         Ok(p)
     }
 
+    /// The same where the centroids are those of a model: what does not fit is wrong of the rows.
+    pub(crate) fn predict(x: &Tensor, c: &Tensor, metric: Metric) -> Result<Self> {
+        check_rank("centroids", c, 2)?;
+        check_float("centroids", c)?;
+        let (batch, k, d) = (&c.dims()[..c.rank() - 2], c.dims()[c.rank() - 2], c.dims()[c.rank() - 1]);
+        let p = Self::of(x.dims(), x.dtype(), k, metric)?;
+        if x.dtype() != c.dtype() {
+            let expected = format!("{:?}, as the centroids", c.dtype());
+            return Err(Error::DType { argument: "x", got: x.dtype(), expected });
+        }
+        check_device("x", x, c.device())?;
+        if p.d != d {
+            let what = "number of columns for these centroids";
+            return Err(Error::Size { argument: "x", what, got: p.d, expected: d });
+        }
+        if !batch.is_empty() && batch != p.batch {
+            let expected = [batch, &[p.n, d]].concat();
+            return Err(Error::Shape { argument: "x", got: x.dims().to_vec(), expected });
+        }
+        p.centroids(c, x.device())?;
+        Ok(p)
+    }
+
     /// Checks centroids of shape `(..batch, k, d)` or `(k, d)`.
     pub(crate) fn centroids(&self, c: &Tensor, device: &Device) -> Result<()> {
-        if c.rank() < 2 {
-            return Err(Error::Rank { argument: "centroids", expected: 2, shape: c.dims().to_vec() });
-        }
+        check_rank("centroids", c, 2)?;
         check_dtype("centroids", c, self.dtype)?;
         check_device("centroids", c, device)?;
         let columns = c.dims()[c.rank() - 1];
@@ -173,14 +211,9 @@ impl Problem {
                 return Err(Error::TooLarge { argument, got, limit: MAX_ROWS });
             }
         }
-        // Room for every size that is computed later, in bytes.
-        let product = |sizes: &[usize]| sizes.iter().fold(1usize, |p, &s| p.saturating_mul(s));
-        let (b, limit) = (product(batch), isize::MAX as usize / 64);
-        for got in [b, product(&[b, n.max(k), d])] {
-            if got > limit {
-                return Err(Error::TooLarge { argument: "x elements", got, limit });
-            }
-        }
+        let b = product(batch);
+        check_elements("x elements", &[b])?;
+        check_elements("x elements", &[b, n.max(k), d])?;
         Ok(Self { batch: batch.to_vec(), b, n, d, k, dtype, metric })
     }
 
@@ -189,8 +222,8 @@ impl Problem {
         [&self.batch[..], tail].concat()
     }
 
-    /// Checks per-row weights of shape `(..batch, n)` or `(n)` and returns them as f64 `(b, n)`.
-    pub(crate) fn weights(&self, w: &Tensor, device: &Device) -> Result<Tensor> {
+    /// Checks per-row weights of shape `(..batch, n)` or `(n)`.
+    pub(crate) fn weights(&self, w: &Tensor, device: &Device) -> Result<()> {
         check_device("sample_weights", w, device)?;
         if !w.dtype().is_float() {
             return Err(Error::DType { argument: "sample_weights", got: w.dtype(), expected: "a float type".into() });
@@ -199,11 +232,11 @@ impl Problem {
         if w.dims() != expected && w.dims() != [self.n] {
             return Err(Error::Shape { argument: "sample_weights", got: w.dims().to_vec(), expected });
         }
-        Ok(w.to_dtype(DType::F64)?.broadcast_as(expected)?.contiguous()?.reshape((self.b, self.n))?)
+        Ok(())
     }
 
-    /// Checks the number of rows that count, of shape `(..batch)`, and reads them.
-    pub(crate) fn lengths(&self, lengths: &Tensor, device: &Device) -> Result<Vec<usize>> {
+    /// Checks that there is a number of rows that count for each problem, `(..batch)`.
+    pub(crate) fn lengths(&self, lengths: &Tensor, device: &Device) -> Result<()> {
         check_device("lengths", lengths, device)?;
         check_dtype("lengths", lengths, DType::U32)?;
         if lengths.dims() != self.batch {
@@ -213,9 +246,18 @@ impl Problem {
                 expected: self.batch.clone(),
             });
         }
+        Ok(())
+    }
+
+    /// Reads the numbers of rows that count, and checks that they are enough for all clusters and no more than there are.
+    pub(crate) fn read_lengths(&self, lengths: &Tensor) -> Result<Vec<usize>> {
         let lengths: Vec<_> = lengths.flatten_all()?.to_vec1::<u32>()?.into_iter().map(|l| l as usize).collect();
-        match lengths.iter().find(|&l| !(self.k..=self.n).contains(l)) {
-            Some(&got) => Err(Error::Range { argument: "lengths", got, min: self.k, max: self.n }),
+        match lengths.iter().enumerate().find(|(_, l)| !(self.k..=self.n).contains(l)) {
+            Some((batch, &got)) => {
+                let named = || kept(format!("batch element {batch}: lengths"));
+                let argument = if self.batch.is_empty() { "lengths" } else { named() };
+                Err(Error::Range { argument, got, min: self.k, max: self.n })
+            }
             None => Ok(lengths),
         }
     }
@@ -236,8 +278,53 @@ pub(crate) fn labels(labels: &Tensor, k: usize) -> Result<Tensor> {
     if n > MAX_ROWS {
         return Err(Error::TooLarge { argument: "labels", got: n, limit: MAX_ROWS });
     }
-    let b = labels.dims()[..labels.rank() - 1].iter().product::<usize>();
-    Ok(labels.contiguous()?.reshape((b, n))?)
+    let b = product(&labels.dims()[..labels.rank() - 1]);
+    check_elements("labels", &[b, n.max(k)])?;
+    if labels.elem_count() == 0 {
+        return empty(&[b, n], DType::U32, labels.device());
+    }
+    if !labels.is_contiguous() {
+        host::room("copy", labels.elem_count(), labels.dtype(), labels.device())?;
+    }
+    Ok(ops::contiguous(labels)?.reshape((b, n))?)
+}
+
+/// A tensor of no elements that lies at the beginning of its storage: a view of another may begin beyond the end of its own, and
+/// Candle cannot allocate none on a GPU.
+pub(crate) fn empty(dims: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+    let stored: Vec<_> = dims.iter().map(|&size| size.max(1)).collect();
+    let mut t = Tensor::zeros(1, dtype, device)?.broadcast_as(stored)?;
+    for (dim, _) in dims.iter().enumerate().filter(|(_, size)| **size == 0) {
+        t = t.narrow(dim, 0, 0)?;
+    }
+    Ok(t)
+}
+
+/// The product of sizes, `usize::MAX` if it is larger.
+pub(crate) fn product(sizes: &[usize]) -> usize {
+    sizes.iter().fold(1, |p: usize, &s| p.saturating_mul(s))
+}
+
+/// Checks that a tensor of so many elements can be computed with.
+pub(crate) fn check_elements(argument: &'static str, sizes: &[usize]) -> Result<()> {
+    match product(sizes) {
+        got if got > MAX_ELEMENTS => Err(Error::TooLarge { argument, got, limit: MAX_ELEMENTS }),
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn check_rank(argument: &'static str, t: &Tensor, expected: usize) -> Result<()> {
+    if t.rank() < expected {
+        return Err(Error::Rank { argument, expected, shape: t.dims().to_vec() });
+    }
+    Ok(())
+}
+
+pub(crate) fn check_float(argument: &'static str, t: &Tensor) -> Result<()> {
+    if !matches!(t.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
+        return Err(Error::DType { argument, got: t.dtype(), expected: "F16, BF16, F32 or F64".into() });
+    }
+    Ok(())
 }
 
 pub(crate) fn check_dtype(argument: &'static str, t: &Tensor, expected: DType) -> Result<()> {
@@ -253,6 +340,13 @@ pub(crate) fn check_device(argument: &'static str, t: &Tensor, expected: &Device
         return Err(Error::Device { argument, got, expected });
     }
     Ok(())
+}
+
+/// Whether what is written to one tensor may be seen in the other.
+pub(crate) fn share_storage(a: &Tensor, b: &Tensor) -> bool {
+    // One lock at a time: a second one on the same storage could wait for a writer that waits for the first.
+    let address = |t: &Tensor| std::ptr::from_ref::<Storage>(&t.storage_and_layout().0) as usize;
+    address(a) == address(b)
 }
 
 /// Whether rows of `t`, of shape `(..batch, n, d)`, are whole pieces of so many elements, each at a multiple of them, in steps

@@ -45,7 +45,8 @@ fn negative_ln(u: f64) -> f64 {
 
 /// The key of a row in an exponential race: the row with the smallest key is a sample with probability proportional to
 /// `weight * nearest`, and those with the smallest keys a sample without replacement (Efraimidis and Spirakis 2006).
-/// Rows already taken (`nearest < 0`) never win; rows of no probability win only when nothing else is left.
+/// Rows already taken (`nearest < 0`) never win; others of no probability win only when nothing else is left: first those that
+/// a row taken before is equal to, then those of no weight, then those of a negative one.
 #[inline]
 pub(crate) fn race_key(draw: Draw, batch: usize, row: usize, nearest: f64, weight: f64) -> f64 {
     let p = nearest * weight;
@@ -53,8 +54,12 @@ pub(crate) fn race_key(draw: Draw, batch: usize, row: usize, nearest: f64, weigh
         f64::INFINITY
     } else if p > 0.0 {
         (exponential(draw, batch, row) / p).min(1e300)
-    } else {
+    } else if weight > 0.0 {
         2e300
+    } else if weight < 0.0 {
+        4e300
+    } else {
+        3e300
     }
 }
 

@@ -1,13 +1,16 @@
-//! What the crate saves: safetensors files with a mark of ours, written whole or not at all.
+//! What the crate saves: safetensors files with a mark of ours, the same bytes for the same contents, written whole or not at all.
+//!
+//! Whatever a file holds, reading it ends in a value that was checked or in a typed error. No more memory is asked for than the
+//! file has bytes, and files without our mark are not read past their header.
 
 use crate::{Error, Metric, Result};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use safetensors::SafeTensors;
 use std::{
-    collections::HashMap,
-    fs,
-    io::Write,
-    path::Path,
+    collections::{BTreeMap, HashMap},
+    fs::{self, File},
+    io::{self, Read, Write},
+    path::{Path, PathBuf},
     str::FromStr,
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -15,46 +18,132 @@ use std::{
 /// Key and value that mark our files.
 const FORMAT: [&str; 2] = ["candle_flash_kmeans", "1"];
 
-/// Writes tensors and settings: a temporary file beside `path` is renamed to it.
+/// Bytes of a header, at most, as the library has it.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// Symbolic links that lead to a file, at most, as on Linux.
+const MAX_LINKS: usize = 40;
+
+/// Writes tensors and settings: a temporary file is renamed to `path`, or to the file that `path` links to.
 pub(crate) fn write<'a>(
     path: &Path,
     tensors: impl IntoIterator<Item = (String, &'a Tensor)>,
     settings: impl IntoIterator<Item = (String, String)>,
 ) -> Result<()> {
-    let metadata = settings.into_iter().chain([FORMAT.map(String::from).into()]).collect();
-    let tensors: Vec<_> = tensors.into_iter().collect();
-    let bytes = safetensors::serialize(tensors, Some(metadata)).map_err(candle_core::Error::from)?;
+    let settings: BTreeMap<_, _> = settings.into_iter().chain([FORMAT.map(String::from).into()]).collect();
+    // From the host, where reading a tensor cannot fail.
+    let on_host = |(name, t): (String, &Tensor)| Ok((name, t.to_device(&Device::Cpu)?));
+    let tensors = tensors.into_iter().map(on_host).collect::<Result<Vec<_>>>()?;
+    let bytes = safetensors::serialize(tensors, None).map_err(candle_core::Error::from)?;
+    let failed = |source| Error::Io { path: path.display().to_string(), source };
+    let (header, data) = with_settings(&bytes, &settings).map_err(failed)?;
+    replace(path, &[&header, data]).map_err(failed)
+}
+
+/// A serialised file's new beginning, and its tensors, which follow. The library would write settings in the order of a hash map,
+/// which differs from call to call.
+fn with_settings<'a>(bytes: &'a [u8], settings: &BTreeMap<String, String>) -> io::Result<(Vec<u8>, &'a [u8])> {
+    let (length, rest) = bytes.split_at(8);
+    let length = u64::from_le_bytes(length.try_into().expect("eight bytes"));
+    let (header, data) = rest.split_at(length as usize);
+    let (settings, header) = (json(settings), std::str::from_utf8(header).map_err(io::Error::other)?);
+    let tensors = header.trim_end().strip_prefix('{').ok_or(io::ErrorKind::InvalidData)?;
+    let mut header = format!("{{\"__metadata__\":{settings},{tensors}");
+    // Tensors start at a multiple of eight bytes.
+    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
+    Ok(([&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat(), data))
+}
+
+/// Settings as a JSON object.
+fn json(settings: &BTreeMap<String, String>) -> String {
+    let quoted = |text: &str| {
+        let escaped = text.chars().map(|c| match c {
+            '"' | '\\' => format!("\\{c}"),
+            c if c < ' ' => format!("\\u{:04x}", c as u32),
+            c => c.to_string(),
+        });
+        format!("\"{}\"", escaped.collect::<String>())
+    };
+    let pairs: Vec<_> = settings.iter().map(|(key, value)| format!("{}:{}", quoted(key), quoted(value))).collect();
+    format!("{{{}}}", pairs.join(","))
+}
+
+/// Puts a new file where `path` leads, whole or not at all.
+fn replace(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
+    let target = followed(path)?;
     // A name of its own for every call, so that writers of one path cannot take each other's file.
     static CALLS: AtomicU64 = AtomicU64::new(0);
-    let call = CALLS.fetch_add(1, Ordering::Relaxed);
-    let temporary = path.with_extension(format!("{}-{call}.tmp", std::process::id()));
-    let write = || {
-        let mut file = fs::File::create(&temporary)?;
-        file.write_all(&bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
+    let create = || {
+        let call = CALLS.fetch_add(1, Ordering::Relaxed);
+        let temporary = target.with_file_name(format!(".flash-kmeans-{}-{call}.tmp", std::process::id()));
+        File::create_new(&temporary).map(|file| (temporary, file))
     };
-    let write = write().inspect_err(|_| drop(fs::remove_file(&temporary)));
-    write.map_err(|source| Error::Io { path: path.display().to_string(), source })
+    let (temporary, mut file) = loop {
+        match create() {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
+            created => break created?,
+        }
+    };
+    let mut finish = || {
+        parts.iter().try_for_each(|part| file.write_all(part))?;
+        file.sync_all()?;
+        fs::rename(&temporary, &target)
+    };
+    finish().inspect_err(|_| drop(fs::remove_file(&temporary)))
+}
+
+/// Where a path leads through symbolic links, the last of which may lead to a file that is not there yet.
+fn followed(path: &Path) -> io::Result<PathBuf> {
+    let mut target = path.to_path_buf();
+    for _ in 0..MAX_LINKS {
+        match fs::read_link(&target) {
+            Ok(next) => target = target.parent().unwrap_or(Path::new("")).join(next),
+            // No link, or nothing there.
+            Err(_) => return Ok(target),
+        }
+    }
+    Err(io::Error::other("too many symbolic links"))
 }
 
 /// A file of ours, read.
 pub(crate) struct Saved {
     path: String,
     metadata: HashMap<String, String>,
+    /// On the CPU.
     tensors: HashMap<String, Tensor>,
+    device: Device,
 }
 
 impl Saved {
     pub fn read(path: &Path, device: &Device) -> Result<Self> {
         let name = path.display().to_string();
-        let bytes = fs::read(path).map_err(|source| Error::Io { path: name.clone(), source })?;
-        let mut saved = Self { path: name, metadata: HashMap::new(), tensors: HashMap::new() };
+        let failed = |source| Error::Io { path: name.clone(), source };
+        let mut file = File::open(path).map_err(failed)?;
+        let size = file.metadata().map_err(failed)?.len();
+        let (metadata, tensors) = (HashMap::new(), HashMap::new());
+        let mut saved = Self { path: name.clone(), metadata, tensors, device: device.clone() };
+
+        let mut bytes = vec![];
+        Read::by_ref(&mut file).take(8).read_to_end(&mut bytes).map_err(failed)?;
+        let header = <[u8; 8]>::try_from(&bytes[..]).map(u64::from_le_bytes);
+        let header = header.map_err(|_| saved.bad("it has no header".into()))?;
+        if header > size.saturating_sub(8).min(MAX_HEADER) {
+            return Err(saved.bad(format!("a header of {header} bytes in a file of {size}")));
+        }
+        Read::by_ref(&mut file).take(header).read_to_end(&mut bytes).map_err(failed)?;
+        if !bytes.windows(FORMAT[0].len()).any(|text| text == FORMAT[0].as_bytes()) {
+            return Err(saved.bad("it was not saved by this crate".into()));
+        }
+        let room = usize::try_from(size).ok().and_then(|size| bytes.try_reserve_exact(size - bytes.len()).ok());
+        room.ok_or_else(|| failed(io::ErrorKind::OutOfMemory.into()))?;
+        file.read_to_end(&mut bytes).map_err(failed)?;
+
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| saved.bad(e.to_string()))?;
         saved.metadata = header.metadata().clone().unwrap_or_default();
         let [key, version] = FORMAT;
         saved.expect(key, version)?;
-        saved.tensors = candle_core::safetensors::load_buffer(&bytes, device)?;
+        let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu);
+        saved.tensors = tensors.map_err(|e| saved.bad(e.to_string()))?;
         Ok(saved)
     }
 
@@ -84,7 +173,31 @@ impl Saved {
         got.and_then(|value| parse(value)).ok_or_else(|| self.bad(format!("metadata {key} is {got:?}")))
     }
 
-    pub fn take(&mut self, name: &str) -> Result<Tensor> {
-        self.tensors.remove(name).ok_or_else(|| self.bad(format!("tensor {name} is missing")))
+    pub fn holds(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
     }
+
+    /// A tensor of a dtype that this crate saves, all of whose floats are finite.
+    pub fn take(&mut self, name: &str) -> Result<Tensor> {
+        let t = self.on_host(name)?;
+        if t.dtype().is_float() && !all_finite(&t)? {
+            return Err(self.bad(format!("tensor {name} holds a NaN or an infinity")));
+        }
+        Ok(t.to_device(&self.device)?)
+    }
+
+    /// The same with whatever values it has, on the CPU.
+    pub fn on_host(&mut self, name: &str) -> Result<Tensor> {
+        let t = self.tensors.remove(name).ok_or_else(|| self.bad(format!("tensor {name} is missing")))?;
+        match t.dtype() {
+            DType::F16 | DType::BF16 | DType::F32 | DType::F64 | DType::U32 | DType::U8 => Ok(t),
+            other => Err(self.bad(format!("tensor {name} is {other:?}, which is not saved"))),
+        }
+    }
+}
+
+/// Whether a tensor of floats, on the CPU, holds neither a NaN nor an infinity.
+pub(crate) fn all_finite(t: &Tensor) -> Result<bool> {
+    let values = t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    Ok(values.into_iter().all(f64::is_finite))
 }

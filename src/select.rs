@@ -6,9 +6,10 @@ use crate::{
     Error, Metric, Result,
 };
 use candle_core::{DType, Device, Tensor};
+use std::fmt;
 
-/// Most values that are ranked: as many indices as Candle's sort keeps in 32 KiB of shared memory.
-const MOST_RANKED: usize = 8192;
+/// Keys that Candle's sort takes at once on a GPU, a power of two: it keeps their indices in 32 KiB of shared memory.
+const SORTED_AT_ONCE: usize = 8192;
 
 /// How many of the best clusters [`select_clusters`] takes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,7 +32,7 @@ pub enum Take {
 }
 
 /// What [`select_clusters`] took. All tensors are on the device of the scores.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 #[non_exhaustive]
 pub struct Selection {
     /// 1 for each cluster that was taken, u8 `(..rows, k)`.
@@ -48,11 +49,13 @@ pub struct Selection {
 ///
 /// `scores` are `(..batch, ..queries, k)` in a float dtype, such as the products of queries with centroids, and `sizes` u32
 /// `(..batch, k)`, such as [`Fit::counts`](crate::Fit::counts): any number of queries share the clusters of one problem.
-/// Empty clusters are never taken, nor those with a score of minus infinity (a mask) or NaN. The host waits for nothing.
+/// Empty clusters are never taken, nor those with a score of minus infinity (a mask) or NaN, which ranks as minus infinity: after
+/// all numbers, by its index. There may be any number of clusters. Without queries the result is empty. The host waits for
+/// nothing, and no gradient flows.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use candle_flash_kmeans::{select_clusters, sort_by_cluster, Take};
+/// use candle_flash_kmeans::{select_clusters, sort_by_cluster, Selection, Take};
 ///
 /// let (order, offsets) = sort_by_cluster(&Tensor::new(&[2u32, 0, 1, 2, 0, 0], &Device::Cpu)?, 3)?;
 /// let sizes = Tensor::new(&[3u32, 1, 2], &Device::Cpu)?;
@@ -60,14 +63,17 @@ pub struct Selection {
 /// let taken = select_clusters(&scores, &sizes, Take::Within(4))?;
 /// assert_eq!(taken.mask.to_vec2::<u8>()?, [[0, 0, 1], [0, 1, 1]]);
 /// let (tokens, count) = taken.indices(&order, &offsets, 4)?;
-/// assert_eq!(tokens.to_vec2::<u32>()?, [[0, 3, 0, 0], [2, 0, 3, 0]]);
+/// assert_eq!(tokens.to_vec2::<u32>()?, [[0, 3, Selection::PADDING, Selection::PADDING], [2, 0, 3, Selection::PADDING]]);
 /// assert_eq!(count.to_vec1::<u32>()?, [2, 3]);
+/// // Candle reads zeros where an index is padding.
+/// let values = Tensor::new(&[10f32, 20., 30., 40., 50., 60.], &Device::Cpu)?;
+/// let read = values.index_select(&tokens.flatten_all()?, 0)?.reshape((2, 4))?;
+/// assert_eq!(read.to_vec2::<f32>()?, [[10., 40., 0., 0.], [30., 10., 40., 0.]]);
 /// # Ok::<_, candle_flash_kmeans::Error>(())
 /// ```
 ///
 /// # Errors
-/// Refuses shapes, dtypes and devices that do not fit together, more than 8,192 clusters (Candle's sort on a GPU holds no
-/// more), and shares outside of 0..=1.
+/// Refuses shapes, dtypes and devices that do not fit together, scores of no clusters, and shares outside of 0..=1.
 pub fn select_clusters(scores: &Tensor, sizes: &Tensor, take: Take) -> Result<Selection> {
     if scores.rank() == 0 {
         return Err(Error::Rank { argument: "scores", expected: 1, shape: vec![] });
@@ -77,14 +83,10 @@ pub fn select_clusters(scores: &Tensor, sizes: &Tensor, take: Take) -> Result<Se
     }
     let (rows, k) = (&scores.dims()[..scores.rank() - 1], scores.dims()[scores.rank() - 1]);
     if k == 0 {
-        return Err(Error::Range { argument: "k", got: k, min: 1, max: MOST_RANKED });
+        return Err(Error::Range { argument: "k", got: k, min: 1, max: MAX_ROWS });
     }
-    if k > MOST_RANKED {
-        return Err(Error::TooLarge { argument: "k", got: k, limit: MOST_RANKED });
-    }
-    let r: usize = rows.iter().product();
-    if r == 0 {
-        return Err(Error::Range { argument: "scores rows", got: 0, min: 1, max: usize::MAX });
+    if k > MAX_ROWS {
+        return Err(Error::TooLarge { argument: "k", got: k, limit: MAX_ROWS });
     }
     if let Take::TopP { p, floor } = take {
         for (argument, got) in [("p", p), ("floor", floor)] {
@@ -93,30 +95,41 @@ pub fn select_clusters(scores: &Tensor, sizes: &Tensor, take: Take) -> Result<Se
             }
         }
     }
-    let sizes = per_query("sizes", sizes, rows, k, scores.device())?;
-
-    let mut keys = scores.detach().to_dtype(DType::F64)?.contiguous()?.reshape((r, k))?;
-    let lowest = (keys.ones_like()? * f64::NEG_INFINITY)?;
-    // A NaN is not equal to itself.
-    keys = keys.eq(&keys)?.where_cond(&keys, &lowest)?.minimum(f64::MAX)?;
-    if let Take::TopP { .. } = take {
-        keys = (keys + sizes.to_dtype(DType::F64)?.log()?)?;
+    ops::check_counted("scores", scores)?;
+    let r: usize = rows.iter().product();
+    if r == 0 {
+        problems_of("sizes", sizes, rows, k, scores.device())?;
+        let none = |shape: &[usize], dtype| empty(shape, dtype, scores.device());
+        return Ok(Selection {
+            mask: none(scores.dims(), DType::U8)?,
+            ranking: none(scores.dims(), DType::U32)?,
+            clusters: none(rows, DType::U32)?,
+            tokens: none(rows, DType::U32)?,
+        });
     }
-    keys = sizes.ne(0u32)?.where_cond(&keys, &lowest)?;
+    // In f64, which adds any sizes without a carry that is lost.
+    let sizes = per_query("sizes", sizes, rows, k, scores.device())?.to_dtype(DType::F64)?;
+
+    let keys = without_nan(&scores.detach().to_dtype(DType::F64)?.contiguous()?.reshape((r, k))?)?.minimum(f64::MAX)?;
+    let keys = match take {
+        Take::TopP { .. } => (keys + sizes.log()?)?,
+        _ => keys,
+    };
+    let lowest = (keys.ones_like()? * f64::NEG_INFINITY)?;
+    let keys = sizes.ne(0f64)?.where_cond(&keys, &lowest)?;
     let ranking = descending(&keys)?;
     let (keys, sizes) = (keys.gather(&ranking, 1)?, sizes.gather(&ranking, 1)?);
     let open = keys.ne(&lowest)?;
     let sizes = open.where_cond(&sizes, &sizes.zeros_like()?)?;
-    let limit = |tokens: usize| tokens.min(MAX_ROWS) as u32;
     let place = Tensor::arange(0, k as u32, scores.device())?.broadcast_as((r, k))?;
     let first = match take {
-        Take::Within(tokens) => running_sum(&sizes)?.le(limit(tokens))?,
-        Take::Reaching(tokens) => (running_sum(&sizes)? - &sizes)?.lt(limit(tokens))?,
+        Take::Within(tokens) => cumsum(&sizes)?.le(tokens as f64)?,
+        Take::Reaching(tokens) => (cumsum(&sizes)? - &sizes)?.lt(tokens as f64)?,
         Take::TopP { p: 1.0, .. } => open.clone(),
         Take::TopP { p, floor } => {
             let mass = keys.broadcast_sub(&keys.narrow(1, 0, 1)?)?.exp()?;
-            let mass = running_sum(&open.where_cond(&mass, &mass.zeros_like()?)?)?;
-            let before = later(&mass, 1)?;
+            let mass = cumsum(&open.where_cond(&mass, &mass.zeros_like()?)?)?;
+            let before = shift_right(&mass, 1)?;
             let short = before.broadcast_lt(&(mass.narrow(1, k - 1, 1)? * p)?)?;
             short.maximum(&place.lt((floor * k as f64).round() as u32)?)?
         }
@@ -130,7 +143,7 @@ pub fn select_clusters(scores: &Tensor, sizes: &Tensor, take: Take) -> Result<Se
         mask: mask.reshape(scores.shape())?,
         ranking: ranking.reshape(scores.shape())?,
         clusters: clusters.reshape(rows)?,
-        tokens: tokens.reshape(rows)?,
+        tokens: tokens.minimum(u32::MAX as f64)?.to_dtype(DType::U32)?.reshape(rows)?,
     })
 }
 
@@ -139,7 +152,8 @@ pub fn select_clusters(scores: &Tensor, sizes: &Tensor, take: Take) -> Result<Se
 /// Clusters of one size, as the Routing Transformer's (Roy et al. 2021): a row may be in several of them or in none. `x` is
 /// `(..batch, n, d)` and `centroids` `(..batch, k, d)`, or `(k, d)` for every problem. Distances are those of
 /// [`Fit::transform`](crate::Fit::transform), f32 but for f64 rows, and take several times `(..batch, k, n)` of memory. Values
-/// are not searched: a row whose distance is NaN comes last. The host waits for nothing.
+/// are not searched: a row whose distance is NaN or infinite comes last, by its index. There may be any number of rows; without
+/// problems in the batch the result is empty. The host waits for nothing, and no gradient flows.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -153,33 +167,33 @@ pub fn select_clusters(scores: &Tensor, sizes: &Tensor, take: Take) -> Result<Se
 /// ```
 ///
 /// # Errors
-/// As [`assign`](crate::assign), and refuses `w` outside of 1 to `n` and more than 8,192 rows (Candle's sort on a GPU holds
-/// no more).
+/// As [`assign`](crate::assign), and refuses `w` outside of 1 to `n`.
 pub fn top_rows_per_centroid(x: &Tensor, centroids: &Tensor, w: usize, metric: Metric) -> Result<Tensor> {
     let p = Problem::assign(x, centroids, metric)?;
-    if p.n > MOST_RANKED {
-        return Err(Error::TooLarge { argument: "x rows", got: p.n, limit: MOST_RANKED });
-    }
     if w == 0 || w > p.n {
         return Err(Error::Range { argument: "w", got: w, min: 1, max: p.n });
     }
     if p.b == 0 {
-        return Err(Error::Range { argument: "x batch", got: 0, min: 1, max: usize::MAX });
+        return empty(&p.shape(&[p.k, w]), DType::U32, x.device());
     }
+    ops::check_count("distances", p.shape(&[p.k, p.n]), x.device())?;
     let (x, c) = (Rows::new(&x.detach())?, Rows::new(&centroids.detach())?.broadcast(p.b));
     let near = ops::pairwise(&x, &c, metric)?.transpose(1, 2)?.contiguous()?.reshape((p.b * p.k, p.n))?.neg()?;
-    let lowest = (near.ones_like()? * f64::NEG_INFINITY)?;
-    let ranking = descending(&near.eq(&near)?.where_cond(&near, &lowest)?)?;
+    let ranking = descending(&without_nan(&near)?)?;
     Ok(ranking.narrow(1, 0, w)?.contiguous()?.reshape(p.shape(&[p.k, w]))?)
 }
 
 impl Selection {
+    /// What [`indices`](Self::indices) writes where there is no token: the largest u32, which Candle's `gather` and
+    /// `index_select` read as zeros and its `scatter` and `index_add` pass over. `indices.ne(Selection::PADDING)` is the mask.
+    pub const PADDING: u32 = u32::MAX;
+
     /// The tokens of the clusters taken: `(indices, count)`, u32 `(..rows, capacity)` and u32 `(..rows)`.
     ///
     /// `order`, u32 `(..batch, n)`, and `offsets`, u32 `(..batch, k + 1)`, are those of
     /// [`sort_by_cluster`](crate::sort_by_cluster). Clusters come best first, and their tokens in ascending order; what
-    /// does not fit in `capacity` is cut. After `count` indices come zeros. The host waits for nothing, so that values are
-    /// not searched: what is no order and no offsets gives some tokens in range.
+    /// does not fit in `capacity` is cut. After `count` indices comes [`PADDING`](Self::PADDING). The host waits for nothing, so
+    /// that values are not searched: what is no order and no offsets gives some of the order's values, or padding.
     ///
     /// # Errors
     /// Refuses shapes, dtypes and devices that do not fit together, and a capacity of 0 or above 2^32 - 2.
@@ -194,28 +208,45 @@ impl Selection {
         if n == 0 || n > MAX_ROWS {
             return Err(Error::Range { argument: "order", got: n, min: 1, max: MAX_ROWS });
         }
+        let shape = [rows, &[capacity]].concat();
         let b = problems_of("order", order, rows, n, device)?;
-        let offsets = per_query("offsets", offsets, rows, k + 1, device)?;
+        if r == 0 {
+            problems_of("offsets", offsets, rows, k + 1, device)?;
+            return Ok((empty(&shape, DType::U32, device)?, empty(rows, DType::U32, device)?));
+        }
+        // In f64, which adds any offsets without a carry that is lost.
+        let offsets = per_query("offsets", offsets, rows, k + 1, device)?.to_dtype(DType::F64)?;
 
         let ranking = self.ranking.reshape((r, k))?;
         let begin = offsets.narrow(1, 0, k)?.contiguous()?.gather(&ranking, 1)?;
         let end = offsets.narrow(1, 1, k)?.contiguous()?.gather(&ranking, 1)?;
         let place = Tensor::arange(0, k as u32, device)?.broadcast_as((r, k))?;
         let taken = place.broadcast_lt(&self.clusters.reshape((r, 1))?)?;
-        let sizes = taken.where_cond(&(end.maximum(&begin)? - &begin)?, &begin.zeros_like()?)?;
-        let ends = running_sum(&sizes)?;
+        let sizes = taken.where_cond(&(end - &begin)?.relu()?, &begin.zeros_like()?)?;
+        let ends = cumsum(&sizes)?;
         let before = (&ends - sizes)?;
-        let count = ends.narrow(1, k - 1, 1)?.minimum(capacity as u32)?;
+        let count = ends.narrow(1, k - 1, 1)?.minimum(capacity as f64)?;
         // The cluster of place t is the first that ends beyond it; before it come as many as end at t or earlier, which is
         // where a sort of the ends has the values above t begin.
-        let (_, earlier) = ops::order(&ends.minimum(capacity as u32)?, capacity + 1)?;
+        let (_, earlier) = ops::order(&ends.minimum(capacity as f64)?.to_dtype(DType::U32)?, capacity + 1)?;
         let rank = earlier.narrow(1, 1, capacity)?.minimum(k as u32 - 1)?.contiguous()?;
-        let place = Tensor::arange(0, capacity as u32, device)?.broadcast_as((r, capacity))?;
-        let at = ((begin.gather(&rank, 1)? + &place)? - before.gather(&rank, 1)?)?.minimum(n as u32 - 1)?;
-        let at = at.reshape((b, r / b * capacity))?;
+        let place = Tensor::arange(0, capacity as u32, device)?.to_dtype(DType::F64)?.broadcast_as((r, capacity))?;
+        let at = ((begin.gather(&rank, 1)? + &place)? - before.gather(&rank, 1)?)?;
+        let at = at.clamp(0f64, (n - 1) as f64)?.to_dtype(DType::U32)?.reshape((b, r / b * capacity))?;
         let tokens = order.contiguous()?.reshape((b, n))?.gather(&at, 1)?.reshape((r, capacity))?;
-        let tokens = place.broadcast_lt(&count)?.where_cond(&tokens, &tokens.zeros_like()?)?;
-        Ok((tokens.reshape([rows, &[capacity]].concat())?, count.reshape(rows)?))
+        let padding = Tensor::full(Self::PADDING, (r, capacity), device)?;
+        let tokens = place.broadcast_lt(&count)?.where_cond(&tokens, &padding)?;
+        Ok((tokens.reshape(shape)?, count.to_dtype(DType::U32)?.reshape(rows)?))
+    }
+}
+
+/// Shapes, and no values: those of a GPU would have to be waited for.
+impl fmt::Debug for Selection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Selection")
+            .field("mask", self.mask.shape())
+            .field("clusters", self.clusters.shape())
+            .finish_non_exhaustive()
     }
 }
 
@@ -240,35 +271,134 @@ fn per_query(argument: &'static str, t: &Tensor, rows: &[usize], columns: usize,
     Ok(each.contiguous()?.reshape((r, columns))?)
 }
 
-/// Where the values of each row (`(r, k)`, no NaN) are, the largest first and equal ones by index: u32 `(r, k)`.
-fn descending(keys: &Tensor) -> Result<Tensor> {
+/// A tensor without elements: a view, because Candle cannot allocate one of no bytes on a GPU.
+pub(crate) fn empty(shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+    let stored: Vec<usize> = shape.iter().map(|&size| size.max(1)).collect();
+    let none = (0..shape.len()).filter(|&dim| shape[dim] == 0);
+    Ok(none.into_iter().try_fold(Tensor::zeros(stored, dtype, device)?, |t, dim| t.narrow(dim, 0, 0))?)
+}
+
+/// `keys` with minus infinity for NaN.
+pub(crate) fn without_nan(keys: &Tensor) -> Result<Tensor> {
+    let lowest = (keys.ones_like()? * f64::NEG_INFINITY)?;
+    // A NaN is not equal to itself.
+    Ok(keys.eq(keys)?.where_cond(keys, &lowest)?)
+}
+
+/// Where the keys of each row (float `(r, k)`, no NaN, any `k`) are, the largest first and equal ones by index: u32 `(r, k)`.
+pub(crate) fn descending(keys: &Tensor) -> Result<Tensor> {
+    match keys.device() {
+        // Candle's sort is stable there, and takes any number.
+        Device::Cpu => Ok(keys.arg_sort_last_dim(false)?),
+        _ => descending_by(keys, SORTED_AT_ONCE),
+    }
+}
+
+/// The same by sorts of `chunk` keys, a power of two, that leave equal ones in any order.
+fn descending_by(keys: &Tensor, chunk: usize) -> Result<Tensor> {
     let (_, k) = keys.dims2()?;
-    // Candle's sort leaves equal keys in any order on a GPU: number the different ones, and sort by that.
-    let places = keys.arg_sort_last_dim(false)?;
-    let sorted = keys.gather(&places, 1)?;
-    let differs = sorted.ne(&later(&sorted, 1)?)?.to_dtype(DType::U32)?;
+    let (sorted, places) = sort_in_chunks(keys, chunk)?;
+    // Number the different keys, and sort by that: the counting sort is stable.
+    let differs = sorted.ne(&shift_right(&sorted, 1)?)?.to_dtype(DType::U32)?;
     let first = differs.narrow(1, 0, 1)?;
-    let numbers = running_sum(&differs)?.broadcast_sub(&first)?;
-    Ok(ops::order(&places.zeros_like()?.scatter(&places, &numbers, 1)?, k)?.0)
+    let numbers = cumsum(&differs)?.broadcast_sub(&first)?;
+    let numbers = places.zeros_like()?.scatter(&places, &numbers, 1)?.narrow(1, 0, k)?.contiguous()?;
+    Ok(ops::order(&numbers, k)?.0)
+}
+
+/// The keys of each row `(r, k)`, the largest first, and where they were: `(r, m)` both. There are more than `k` where padding of
+/// minus infinity fills the chunks; its places are `k` and above.
+///
+/// Chunks are sorted and merged by a bitonic network (Batcher 1968) of which a sort of each chunk does the last steps.
+fn sort_in_chunks(keys: &Tensor, chunk: usize) -> Result<(Tensor, Tensor)> {
+    let (r, k) = keys.dims2()?;
+    let sort = |keys: &Tensor, places: Option<&Tensor>, width: usize| {
+        let keys = keys.reshape((r * width / chunk.min(width), chunk.min(width)))?;
+        let order = keys.arg_sort_last_dim(false)?;
+        let places = match places {
+            Some(places) => places.reshape(keys.shape())?.gather(&order, 1)?,
+            None => order.clone(),
+        };
+        Ok::<_, Error>((keys.gather(&order, 1)?.reshape((r, width))?, places.reshape((r, width))?))
+    };
+    if k <= chunk {
+        return sort(keys, None, k);
+    }
+    let width = chunk * k.div_ceil(chunk).next_power_of_two();
+    let padding = (Tensor::ones((r, width - k), keys.dtype(), keys.device())? * f64::NEG_INFINITY)?;
+    let keys = Tensor::cat(&[keys, &padding], 1)?;
+    let places = Tensor::arange(0, width as u32, keys.device())?.broadcast_as((r, width))?.contiguous()?;
+    let (mut keys, mut places) = sort(&keys, Some(&places), width)?;
+    let mut run = chunk;
+    while run < width {
+        run *= 2;
+        let mut part = run;
+        while part > chunk {
+            // Two sorted runs are a bitonic one if the second is reversed; its halves are bitonic then.
+            (keys, places) = exchange(&keys, &places, part, part == run)?;
+            part /= 2;
+        }
+        (keys, places) = sort(&keys, Some(&places), width)?;
+    }
+    Ok((keys, places))
+}
+
+/// Compares the halves of every `run` keys, of which the second may be `reversed`: the larger ones become the first half.
+fn exchange(keys: &Tensor, places: &Tensor, run: usize, reversed: bool) -> Result<(Tensor, Tensor)> {
+    let (r, width) = keys.dims2()?;
+    let half = run / 2;
+    let backwards = Tensor::from_iter((0..half as u32).rev(), keys.device())?;
+    let halves = |t: &Tensor| {
+        let t = t.reshape((r * width / run, 2, half))?;
+        let (first, second) = (t.narrow(1, 0, 1)?.contiguous()?, t.narrow(1, 1, 1)?.contiguous()?);
+        Ok::<_, Error>((first, if reversed { second.index_select(&backwards, 2)? } else { second }))
+    };
+    let ((a, b), (at_a, at_b)) = (halves(keys)?, halves(places)?);
+    let swap = b.gt(&a)?;
+    let joined = |a: &Tensor, b: &Tensor| {
+        let both = [swap.where_cond(b, a)?, swap.where_cond(a, b)?];
+        Ok::<_, Error>(Tensor::cat(&both, 1)?.reshape((r, width))?)
+    };
+    Ok((joined(&a, &b)?, joined(&at_a, &at_b)?))
 }
 
 /// The sum of the values up to each, itself included, along the rows of `(r, k)`; always in the same order.
-fn running_sum(values: &Tensor) -> Result<Tensor> {
+pub(crate) fn cumsum(values: &Tensor) -> Result<Tensor> {
     let (_, k) = values.dims2()?;
     let (mut sum, mut step) = (values.contiguous()?, 1);
     while step < k {
-        sum = (&sum + later(&sum, step)?)?;
+        sum = (&sum + shift_right(&sum, step)?)?;
         step *= 2;
     }
     Ok(sum)
 }
 
 /// Each row of `(r, k)` moved by `by` places, after zeros.
-fn later(values: &Tensor, by: usize) -> Result<Tensor> {
+fn shift_right(values: &Tensor, by: usize) -> Result<Tensor> {
     let (_, k) = values.dims2()?;
     // Candle makes no empty tensor on a GPU.
     if by >= k {
         return Ok(values.zeros_like()?);
     }
     Ok(values.narrow(1, 0, k - by)?.contiguous()?.pad_with_zeros(1, by, 0)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a GPU does with more keys than it sorts at once, and what Candle's stable sort says.
+    #[test]
+    fn chunks_are_merged_into_one_stable_order() {
+        for (r, k, chunk) in [(1, 1, 4), (3, 4, 4), (2, 5, 4), (3, 100, 8), (2, 64, 8), (1, 1000, 2), (2, 129, 64)] {
+            for different in [2, 7, u32::MAX] {
+                let value = |i: usize| (i as u32).wrapping_mul(2_654_435_761).rotate_left(9) % different;
+                let keys: Vec<f64> = (0..r * k).map(value).map(f64::from).collect();
+                let keys: Vec<f64> = keys.iter().map(|&v| if v == 0.0 { f64::NEG_INFINITY } else { v }).collect();
+                let keys = Tensor::from_vec(keys, (r, k), &Device::Cpu).unwrap();
+                let got = descending_by(&keys, chunk).unwrap().to_vec2::<u32>().unwrap();
+                assert_eq!(got, descending(&keys).unwrap().to_vec2::<u32>().unwrap(), "{r} {k} {chunk} {different}");
+            }
+        }
+    }
 }

@@ -99,6 +99,12 @@ pub const SUM_BLOCKS: usize = 11;
 pub const SUM_BLOCKS_LIMBS: usize = 10;
 /// If they sum products.
 pub const SUM_BLOCKS_WEIGHTED: usize = 8;
+/// Threads of a block that adds up clusters with terms beyond the scale of their problem.
+pub const LEFT_THREADS: usize = 512;
+/// Columns of it, of which the last one is the weight.
+pub const LEFT_COLUMNS: usize = 4;
+/// Such blocks: enough to fill any device, and cheap when there are no such clusters.
+pub const LEFT_BLOCKS: usize = 264;
 /// Columns of a thread block in the median kernel.
 pub const MEDIAN_COLUMNS: usize = 32;
 /// Centroids that the common shift of `norms.cu` is the mean of: it only has to be near the data, and always the same.

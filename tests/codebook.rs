@@ -314,7 +314,10 @@ fn ema_step_is_the_hand_computed_one() {
                         for c in 0..d {
                             let sum: f64 = members(j).iter().map(|i| rows[(p * n + i) * d + c]).sum();
                             averages[p][j][c] = 0.75 * averages[p][j][c] + 0.25 * sum;
-                            entries[p][j][c] = averages[p][j][c] / smoothed;
+                            // An entry without rows stays where it is.
+                            if count[j] > 0.0 {
+                                entries[p][j][c] = averages[p][j][c] / smoothed;
+                            }
                         }
                     }
                 }
@@ -669,8 +672,8 @@ fn refusals_name_the_argument_and_both_values() {
         refused(ema(Ema { decay: f64::NAN, ..Ema::default() }), "Value", &["decay: NaN"]);
         refused(ema(Ema { eps: -1.0, ..Ema::default() }), "Value", &["eps: -1", "at least 0"]);
         refused(ema(Ema { commitment_weight: f64::INFINITY, ..Ema::default() }), "Value", &["commitment_weight: inf"]);
-        let cosine = Codebook::new(&f32s(&[4, 3]), Metric::Cosine).unwrap();
-        refused(EmaCodebook::new(cosine, Ema::default()), "Conflict", &["metric: cosine", "moving averages"]);
+        let medians = Codebook::new(&f32s(&[4, 3]), Metric::Manhattan).unwrap();
+        refused(EmaCodebook::new(medians, Ema::default()), "Conflict", &["metric: manhattan", "moving averages"]);
         let mut learner = ema(Ema::default()).unwrap();
         refused(learner.step(&f32s(&[0, 3])), "Range", &["x rows: 0"]);
         refused(learner.step(&f32s(&[5, 2])), "Size", &["columns is 3, expected 2"]);
@@ -715,10 +718,179 @@ fn gain_shape_quantiser_codes_directions_and_lengths_apart() {
         let loaded = GainShapeQuantizer::load(&path, &device).unwrap();
         std::fs::remove_file(&path).unwrap();
         assert_same(&loaded.forward(&x).unwrap(), &back, "loaded");
-        let weighted = fit(8).sample_weights(&Tensor::ones(1000, DType::F32, &device).unwrap());
-        let refused = GainShapeQuantizer::train(&x, &weighted, &fit(4)).unwrap_err().to_string();
-        assert!(refused.contains("sample_weights") && refused.contains("lengths"), "{refused}");
         let refused = GainShapeQuantizer::new(quantizer.gains().clone(), quantizer.gains().clone()).unwrap_err();
         assert!(refused.to_string().contains("squared_euclidean"), "{refused}");
+    }
+}
+
+/// Weights that are whole numbers are so many rows, wherever weights are taken.
+#[test]
+fn weights_are_repeated_rows() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| FLOATS.map(|t| (device.clone(), t))) {
+        let x = whole(&[2, 20, 4], 50, dtype, &device);
+        let weights = tensor(&[2, 20], DType::F32, |i| (i * 7 % 4) as f64).to_device(&device).unwrap();
+        let index: Vec<u32> = (0..40).flat_map(|i| vec![i as u32; i * 7 % 4]).collect();
+        let half = index.iter().filter(|&&i| i < 20).count();
+        assert_eq!(2 * half, index.len(), "problems of one size");
+        let index = Tensor::from_vec(index, 2 * half, &device).unwrap();
+        let repeated = x.flatten_to(1).unwrap().index_select(&index, 0).unwrap().reshape((2, half, 4)).unwrap();
+        for metric in [Metric::SquaredEuclidean, Metric::Cosine, Metric::Dot] {
+            let start = whole(&[2, 3, 4], 51, dtype, &device);
+            let start = Codebook::new(&(start + 0.5).unwrap(), metric).unwrap();
+            let mut weighted =
+                EmaCodebook::new(start.clone(), Ema { threshold_ema_dead_code: 1.5, ..Ema::default() }).unwrap();
+            let mut plain = weighted.clone();
+            let (a, b) = (weighted.step_weighted(&x, &weights).unwrap(), plain.step(&repeated).unwrap());
+            assert_same(&weighted.cluster_size().unwrap(), &plain.cluster_size().unwrap(), "sizes");
+            assert_same(&a.usage.codes_used, &b.usage.codes_used, "codes used");
+            approx::assert_relative_eq!(
+                f64s(&a.usage.perplexity)[0],
+                f64s(&b.usage.perplexity)[0],
+                max_relative = 1e-12
+            );
+            approx::assert_relative_eq!(f64s(&a.loss)[0], f64s(&b.loss)[0], max_relative = 1e-5);
+            if metric == Metric::Cosine {
+                // Thrice a rounded direction is not the direction times three.
+                continue;
+            }
+            let kmeans = KMeans::new(3).metric(metric).init(Init::Given(start.centroids().clone()));
+            let weighted =
+                EmaCodebook::train(&x, &kmeans.clone().sample_weights(&weights).tol(0.0), Ema::default()).unwrap();
+            let plain = EmaCodebook::train(&repeated, &kmeans.tol(0.0), Ema::default()).unwrap();
+            assert_same(weighted.codebook().centroids(), plain.codebook().centroids(), "entries");
+            assert_same(&weighted.cluster_size().unwrap(), &plain.cluster_size().unwrap(), "their weights");
+        }
+        let bad = Codebook::new(&ones(&[2, 3, 4], dtype, &device), Metric::SquaredEuclidean).unwrap();
+        let mut ema = EmaCodebook::new(bad, Ema::default()).unwrap();
+        for (weights, part) in [(ones(&[3], DType::F32, &device), "[3]"), (ones(&[20], DType::U32, &device), "U32")] {
+            let error = ema.step_weighted(&x, &weights).unwrap_err().to_string();
+            assert!(error.contains("sample_weights") && error.contains(part), "{error}");
+        }
+    }
+}
+
+#[test]
+fn gain_shape_quantisers_take_weights_and_lengths() {
+    for device in devices() {
+        let x = whole(&[2, 30, 4], 52, DType::F32, &device);
+        let noise = (ones(&[2, 10, 4], DType::F32, &device) * 1e3).unwrap();
+        let padded = Tensor::cat(&[&x, &noise], 1).unwrap();
+        let lengths = Tensor::new(&[30u32, 30], &device).unwrap();
+        let kmeans = KMeans::new(5);
+        let train = |x: &Tensor, shapes: &KMeans| GainShapeQuantizer::train(x, shapes, &kmeans).unwrap();
+        let (got, want) = (train(&padded, &kmeans.clone().lengths(&lengths)), train(&x, &kmeans));
+        assert_same(&got.forward(&x).unwrap(), &want.forward(&x).unwrap(), "by lengths");
+        let weights = tensor(&[40], DType::F32, |i| (i < 30) as u8 as f64).to_device(&device).unwrap();
+        let start = Init::Given(whole(&[5, 4], 53, DType::F32, &device));
+        let gains = Init::Given(tensor(&[5, 1], DType::F32, |i| i as f64).to_device(&device).unwrap());
+        let train = |x: &Tensor, shapes: KMeans| {
+            GainShapeQuantizer::train(
+                x,
+                &shapes.init(start.clone()).tol(0.0),
+                &kmeans.clone().init(gains.clone()).tol(0.0),
+            )
+            .unwrap()
+        };
+        let (got, want) = (train(&padded, kmeans.clone().sample_weights(&weights)), train(&x, kmeans.clone()));
+        assert_same(&got.forward(&x).unwrap(), &want.forward(&x).unwrap(), "by weights");
+        // Every other quantiser takes lengths, too.
+        let ragged = kmeans.clone().lengths(&lengths);
+        let (a, b) =
+            (ProductQuantizer::train(&padded, 2, &ragged).unwrap(), ProductQuantizer::train(&x, 2, &kmeans).unwrap());
+        assert_same(a.codebook().centroids(), b.codebook().centroids(), "product");
+        let (a, b) =
+            (ResidualQuantizer::train(&padded, 2, &ragged).unwrap(), ResidualQuantizer::train(&x, 2, &kmeans).unwrap());
+        assert_same(&a.forward(&x).unwrap(), &b.forward(&x).unwrap(), "residual");
+        let (a, b) =
+            (EmaCodebook::train(&padded, &ragged, Ema::default()), EmaCodebook::train(&x, &kmeans, Ema::default()));
+        assert_same(&a.unwrap().cluster_size().unwrap(), &b.unwrap().cluster_size().unwrap(), "sizes");
+    }
+}
+
+#[test]
+fn quantisers_change_dtype_and_device() {
+    for device in devices() {
+        let x = blobs(&[2, 40, 6], 5, DType::F32, &mut rng(54)).to_device(&device).unwrap();
+        let kmeans = KMeans::new(5);
+        let half = x.to_dtype(DType::F16).unwrap();
+        let codebook = Codebook::train(&x, &kmeans).unwrap();
+        let pq = ProductQuantizer::train(&x, 3, &kmeans).unwrap();
+        let rq = ResidualQuantizer::train(&x, 3, &kmeans).unwrap();
+        let gs = GainShapeQuantizer::train(&x, &kmeans, &kmeans).unwrap();
+        let moved = |narrow: &dyn Module, on_host: &dyn Module, here: &dyn Module| {
+            assert_eq!(narrow.forward(&half).unwrap().dtype(), DType::F16);
+            let values = here.forward(&x).unwrap().to_device(&Device::Cpu).unwrap();
+            assert_same(&on_host.forward(&x.to_device(&Device::Cpu).unwrap()).unwrap(), &values, "moved");
+        };
+        moved(&codebook.to_dtype(DType::F16).unwrap(), &codebook.to_device(&Device::Cpu).unwrap(), &codebook);
+        moved(&pq.to_dtype(DType::F16).unwrap(), &pq.to_device(&Device::Cpu).unwrap(), &pq);
+        moved(&rq.to_dtype(DType::F16).unwrap(), &rq.to_device(&Device::Cpu).unwrap(), &rq);
+        moved(&gs.to_dtype(DType::F16).unwrap(), &gs.to_device(&Device::Cpu).unwrap(), &gs);
+        let mut ema = EmaCodebook::train(&x, &kmeans, Ema::default()).unwrap();
+        let mut narrow = ema.to_dtype(DType::BF16).unwrap();
+        let mut moved = ema.to_device(&Device::Cpu).unwrap();
+        assert_eq!(narrow.step(&x.to_dtype(DType::BF16).unwrap()).unwrap().values.dtype(), DType::BF16);
+        ema.step(&x).unwrap();
+        moved.step(&x.to_device(&Device::Cpu).unwrap()).unwrap();
+        assert_same(
+            moved.codebook().centroids(),
+            &ema.codebook().centroids().to_device(&Device::Cpu).unwrap(),
+            "a step",
+        );
+    }
+}
+
+#[test]
+fn first_stages_are_a_quantiser() {
+    for device in devices() {
+        let x = uniform(&[50, 6], 0.0, 1.0, DType::F32, &mut rng(55)).to_device(&device).unwrap();
+        let rq = ResidualQuantizer::train(&x, 3, &KMeans::new(8)).unwrap();
+        let codes = rq.encode(&x).unwrap();
+        for stages in 1..=3 {
+            let first = rq.first(stages).unwrap();
+            assert_same(&first.encode(&x).unwrap(), &codes.narrow(1, 0, stages).unwrap(), "codes");
+            assert_same(
+                &first.forward(&x).unwrap(),
+                &rq.decode(&codes.narrow(1, 0, stages).unwrap()).unwrap(),
+                "values",
+            );
+        }
+        for stages in [0, 4, usize::MAX] {
+            let error = rq.first(stages).unwrap_err().to_string();
+            assert!(error.contains(&format!("stages: {stages} is outside 1..=3")), "{error}");
+        }
+    }
+}
+
+/// By cosine an entry is the direction of what its rows' directions add up to.
+#[test]
+fn ema_by_cosine_follows_directions() {
+    for device in devices() {
+        let start = Tensor::new(&[[2f32, 0.], [0., 3.]], &device).unwrap();
+        let codebook = Codebook::new(&start, Metric::Cosine).unwrap();
+        let mut ema = EmaCodebook::new(codebook, Ema { decay: 0.5, eps: 0.0, ..Ema::default() }).unwrap();
+        let x = Tensor::new(&[[10f32, 0.], [3., 4.], [0., 5.]], &device).unwrap();
+        let out = ema.step(&x).unwrap();
+        assert_eq!(u32s(&out.codes), [0, 1, 1]);
+        // Halves of (1, 0) and (1, 0), and of (0, 1) and (0.6, 1.8).
+        let norm = 0.6f64.hypot(2.8);
+        assert_near(ema.codebook().centroids(), &[1.0, 0.0, 0.6 / norm, 2.8 / norm], 1e-6, "directions");
+        assert_eq!(f64s(&ema.cluster_size().unwrap()), [1.0, 1.5]);
+    }
+}
+
+#[test]
+fn states_that_cannot_be_are_refused() {
+    let (file, device) = (File::new("state"), Device::Cpu);
+    let codebook = codebook(&[4, 2], 56, DType::F32, &device);
+    EmaCodebook::new(codebook, Ema::default()).unwrap().save(&file.0).unwrap();
+    let whole = fs::read(&file.0).unwrap();
+    let ones = [1f64; 4].map(f64::to_le_bytes).concat();
+    let at = whole.windows(ones.len()).position(|w| w == ones).expect("the weights");
+    for bad in [f64::NAN, f64::INFINITY, -1.0] {
+        let mut bytes = whole.clone();
+        bytes[at..at + 8].copy_from_slice(&bad.to_le_bytes());
+        fs::write(&file.0, bytes).unwrap();
+        assert!(matches!(EmaCodebook::load(&file.0, &device), Err(Error::Format { .. })), "{bad}");
     }
 }

@@ -14,6 +14,8 @@ mod cuda;
 mod files;
 #[path = "known_bugs/fits.rs"]
 mod fits;
+#[path = "known_bugs/locks.rs"]
+mod locks;
 #[path = "known_bugs/sums.rs"]
 mod sums;
 

@@ -419,13 +419,13 @@ fn refusals_are_typed() {
         none.append(&x, &x).unwrap();
         refused(none.cluster(), "Range", &["cluster_size: 0"]);
         cache.cluster().unwrap();
-        refused(cache.truncate(19), "Range", &["len: 19", "20..=30"]);
+        refused(cache.truncate(19), "Conflict", &["len: 19", "clustered tokens", "cannot be cut", "20..=30"]);
         let attend = |q: Tensor| cache.attend(&q, 1.0, KvBudget::new(3));
         refused(attend(f32s([1, 3, 1, 4])), "Conflict", &["q: 3 heads", "a cache of 2"]);
         refused(attend(f32s([1, 2, 1, 5])), "Shape", &["q", "5", "4"]);
         refused(attend(f32s([2, 2, 1, 4])), "Shape", &["q", "[2, 2, 1, 4]"]);
         refused(attend(halves([1, 2, 1, 4])), "DType", &["q", "F16", "F32"]);
-        refused(attend(f32s([1, 2, 11, 4])), "Range", &["q rows: 11", "1..=10"]);
+        refused(attend(f32s([1, 2, 11, 4])), "Range", &["q rows: 11", "0..=10"]);
 
         let filled = |cache: ClusteredKvCache, x: &Tensor| {
             let mut cache = cache;
@@ -444,6 +444,83 @@ fn refusals_are_typed() {
             let x = Tensor::cat(&[&at.unwrap(), &x.narrow(2, bad + 1, 29 - bad).unwrap()], 2).unwrap();
             refused(filled(empty(), &x).cluster(), "NonFinite", &["k: ", &format!("row {bad} ")]);
         }
+    }
+}
+
+/// What is written to one of two caches is not seen by the other, whichever writes first.
+#[test]
+fn clones_go_on_by_themselves() {
+    for (device, first) in devices().into_iter().flat_map(|device| [false, true].map(|first| (device.clone(), first))) {
+        let mut rng = rng(60);
+        // Room for all, so that nothing has to grow.
+        let mut cache = ClusteredKvCache::new(200).sinks(SINKS).recent(RECENT).cluster_size(5).segment(1);
+        append(&mut cache, 60, DType::F32, &device, &mut rng);
+        cache.cluster().unwrap();
+        let (keys, q) =
+            (cache.k().unwrap().unwrap().copy().unwrap(), random([2, 4, 1, 8], DType::F32, &device, &mut rng));
+        let before = cache.attend(&q, SCALE, KvBudget::new(9)).unwrap();
+        let mut other = cache.clone();
+        let (writes, waits) = if first { (&mut other, &mut cache) } else { (&mut cache, &mut other) };
+        append(writes, 30, DType::F32, &device, &mut rng);
+        writes.cluster().unwrap();
+        let written = writes.k().unwrap().unwrap().copy().unwrap();
+        assert_same(&waits.attend(&q, SCALE, KvBudget::new(9)).unwrap(), &before, "the one that waits");
+        append(waits, 25, DType::F32, &device, &mut rng);
+        assert_same(&waits.k().unwrap().unwrap().narrow(2, 0, 60).unwrap(), &keys, "its prefix");
+        assert_same(&writes.k().unwrap().unwrap(), &written, "the one that has written");
+        assert_eq!((writes.current_seq_len(), waits.current_seq_len()), (90, 85));
+        assert!(waits.cluster().unwrap() && writes.clusters().unwrap().labels.dims()[2] == 77);
+        // A draft that is taken back and written again.
+        let kept = writes.clone();
+        writes.truncate(88).unwrap();
+        append(writes, 2, DType::F32, &device, &mut rng);
+        assert_same(&kept.k().unwrap().unwrap(), &written, "a clone of what is taken back");
+    }
+}
+
+/// Beams: sequences of a batch move, repeat and end, with their clusters.
+#[test]
+fn sequences_are_reordered() {
+    for device in devices() {
+        let mut rng = rng(61);
+        let mut cache = empty();
+        append(&mut cache, 60, DType::F32, &device, &mut rng);
+        cache.cluster().unwrap();
+        let q = random([2, 4, 1, 8], DType::F32, &device, &mut rng);
+        let before = cache.clone();
+        for index in [vec![1u32, 0], vec![1, 1, 0], vec![0]] {
+            let at = Tensor::new(index.clone(), &device).unwrap();
+            let mut beams = cache.clone();
+            beams.reorder(&at).unwrap();
+            check(beams.clusters().unwrap(), &beams);
+            let out = beams.attend(&q.index_select(&at, 0).unwrap(), SCALE, KvBudget::new(9)).unwrap();
+            let want = before.attend(&q, SCALE, KvBudget::new(9)).unwrap().index_select(&at, 0).unwrap();
+            assert_same(&out, &want, &format!("{index:?}"));
+            let more = random([index.len(), 2, 3, 8], DType::F32, &device, &mut rng);
+            assert_eq!(beams.append(&more, &more).unwrap().0.dims(), [index.len(), 2, 63, 8]);
+        }
+        let at = |index: &[u32]| Tensor::new(index, &device).unwrap();
+        refused(cache.reorder(&at(&[0, 2])), "Range", &["index: 2", "0..=1"]);
+        refused(cache.reorder(&at(&[0]).unsqueeze(0).unwrap()), "Size", &["index", "2", "1"]);
+        refused(cache.reorder(&ones(&[1], DType::F32, &device)), "DType", &["index", "F32", "U32"]);
+        refused(empty().reorder(&at(&[0])), "Conflict", &["index"]);
+        assert_same(&cache.k().unwrap().unwrap(), &before.k().unwrap().unwrap(), "a refused call changes nothing");
+        cache.reorder(&at(&[0]).narrow(0, 0, 0).unwrap()).unwrap();
+        assert_eq!(
+            cache.attend(&ones(&[0, 4, 1, 8], DType::F32, &device), SCALE, KvBudget::new(9)).unwrap().dims(),
+            [0, 4, 1, 8]
+        );
+    }
+}
+
+/// Shapes are shown, and no values.
+#[test]
+fn debug_shows_shapes() {
+    let mut cache = empty();
+    append(&mut cache, 60, DType::F32, &Device::Cpu, &mut rng(62));
+    cache.cluster().unwrap();
+    for text in [format!("{cache:?}"), format!("{:?}", cache.clusters().unwrap()), format!("{:?}", KvBudget::new(3))] {
+        assert!(text.len() < 1500, "{text}");
     }
 }
 

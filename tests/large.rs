@@ -5,7 +5,7 @@ mod common;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::{assign, cluster_means, sort_by_cluster, Metric};
+use candle_flash_kmeans::{assign, cluster_means, residuals, sort_by_cluster, Error, Init, KMeans, Metric};
 use common::*;
 use rand::Rng;
 
@@ -65,6 +65,81 @@ fn elements_past_32_bits() -> Result<()> {
         assert!(of_ends[0] == 0 && of_ends[1] == k as u32 - 1, "{of_ends:?}");
         assert!(f64s(&cluster_means(&x, &labels, k)?).iter().all(|v| v.abs() <= 1.0));
     }
+    Ok(())
+}
+
+/// Layouts that have to be copied: Candle's own copy ends at 2^32 elements, and wraps the steps of a smaller view.
+#[test]
+#[ignore = "needs a GPU with 80 GB"]
+fn layouts_past_32_bits() -> Result<()> {
+    let device = gpu();
+    let (n, d, k) = ((1usize << 25) + 8, 128, 5);
+    let pattern = f64s(&uniform(&[65_521, 1], 0.0, 1.0, DType::F16, &mut rng(1)));
+    let x = rows(d * n, 1, DType::F16, &device)?.reshape((d, n))?.t()?;
+    let on_host = |at: &[usize]| {
+        let values = at.iter().flat_map(|&i| (0..d).map(move |j| j * n + i)).map(|at| pattern[at % 65_521]).collect();
+        Tensor::from_vec(values, (at.len(), d), &Device::Cpu)?.to_dtype(DType::F16)
+    };
+    let c = uniform(&[k, d], 0.0, 1.0, DType::F16, &mut rng(3));
+    let on_device = c.to_device(&device)?;
+    let labels = assign(&x, &on_device, Metric::SquaredEuclidean)?;
+    for piece in sample(n, d).chunks(64) {
+        let want = spec_labels(&on_host(piece)?, &c, Metric::SquaredEuclidean);
+        assert_eq!(u32s(&some(&labels, piece)?), want, "rows {piece:?}");
+    }
+    // Few rows, far apart in each column.
+    let (few, at) = (x.narrow(0, n - 9, 9)?, (n - 9..n).collect::<Vec<_>>());
+    assert_eq!(
+        u32s(&assign(&few, &on_device, Metric::SquaredEuclidean)?),
+        spec_labels(&on_host(&at)?, &c, Metric::SquaredEuclidean)
+    );
+    // A fit, whose rows go to memory of its own.
+    let settings = KMeans::new(k).init(Init::Given(on_device)).max_iters(2).check_finite(false);
+    let mut prepared = settings.prepare((n, d), DType::F16, &device)?;
+    prepared.run(&x)?;
+    let centroids = prepared.centroids().to_device(&Device::Cpu)?;
+    for piece in sample(n, d).chunks(64) {
+        let want = spec_labels(&on_host(piece)?, &centroids, Metric::SquaredEuclidean);
+        assert_eq!(u32s(&some(prepared.labels(), piece)?), want, "rows {piece:?}");
+    }
+    Ok(())
+}
+
+/// What is done to each element by Candle's ops ends, too, and reaches the last one.
+#[test]
+#[ignore = "needs a GPU with 80 GB"]
+fn elementwise_past_32_bits() -> Result<()> {
+    let device = gpu();
+    // A label out of range at the end of more than 2^32.
+    let (b, n) = (3, (1usize << 32) / 3 + 12_345);
+    let labels = Tensor::zeros((b, n), DType::U32, &device)?;
+    labels.flatten_all()?.slice_set(&Tensor::new(&[7u32], &device)?, 0, b * n - 1)?;
+    let refused = sort_by_cluster(&labels, 7);
+    assert!(matches!(refused, Err(Error::Range { argument: "labels", got: 7, .. })), "{refused:?}");
+    drop(labels);
+
+    let (n, d, k) = ((1 << 25) + 77, 128, 3);
+    let (x, c) = (rows(n, d, DType::F16, &device)?, uniform(&[k, d], 0.0, 1.0, DType::F16, &mut rng(3)));
+    let c = c.to_device(&device)?;
+    let labels = assign(&x, &c, Metric::SquaredEuclidean)?;
+    let left = residuals(&x, &c, &labels)?;
+    let at = sample(n, d);
+    let own = c.index_select(&some(&labels, &at)?, 0)?;
+    assert_same(&some(&left, &at)?, &(some(&x, &at)? - own)?, "residuals");
+    drop(left);
+
+    // Factors of the rows of a cosine fit, a column each.
+    let (b, n) = (70_000, 32_000);
+    let x = rows(b * n, 1, DType::F16, &device)?.reshape((b, n, 1))?;
+    let fit = KMeans::new(2).metric(Metric::Cosine).init(Init::Even).max_iters(1).fit(&x)?;
+    let last = x.narrow(0, b - 1, 1)?.force_contiguous()?;
+    let want = KMeans::new(2).metric(Metric::Cosine).init(Init::Even).max_iters(1).fit(&last)?;
+    assert_same(
+        &fit.centroids.narrow(0, b - 1, 1)?.force_contiguous()?,
+        &want.centroids,
+        "the last problem's centroids",
+    );
+    assert_same(&fit.labels.narrow(0, b - 1, 1)?.force_contiguous()?, &want.labels, "the last problem's labels");
     Ok(())
 }
 

@@ -61,7 +61,7 @@ fn peak_is_within_the_plan() {
         for (metric, dtype) in METRICS.into_iter().zip([DType::F32, DType::F16, DType::F64, DType::F32]) {
             let x = uniform(&[b, n, d], 0.0, 1.0, dtype, &mut rng);
             let weights = uniform(&[n], 1.0, 1.0, DType::F64, &mut rng);
-            let lengths = Tensor::full(n as u32 - 1, b, x.device()).unwrap();
+            let lengths = Tensor::full((n - 1).max(k) as u32, b, x.device()).unwrap();
             let given = Init::Given(x.narrow(1, 0, k).unwrap());
             let plain = KMeans::new(k).metric(metric).max_iters(2).init(given);
             // What the documentation of the plan adds for a copy.
@@ -90,6 +90,42 @@ fn peak_is_within_the_plan() {
                         wrong.push(what);
                     } else if of_use && took * 8 < plan.bytes {
                         wrong.push(format!("a bound of no use: {what}"));
+                    }
+                }
+            }
+        }
+    }
+    // Ties and outliers leave many candidates for a row, and the memory for them is as limited.
+    for (b, n, k, d) in [(1, 1_000, 1_000, 3), (2, 1_000, 200, 8), (1, 8_000, 40, 5)] {
+        for (metric, dtype) in METRICS.into_iter().zip([DType::F32, DType::F16, DType::F64, DType::BF16]) {
+            let values: Vec<f64> = f64s(&uniform(&[b * n, d], 0.0, 1.0, DType::F64, &mut rng));
+            let shape = [b, n, d];
+            let zeros = tensor(&shape, dtype, |i| if i % 5 < i % 3 { 0.0 } else { -0.0 });
+            let halves = tensor(&shape, dtype, |i| (values[i] * 2.0).round() / 2.0);
+            let outlier = tensor(&shape, dtype, |i| values[i] * if i / d % n == 5 { 6e4 } else { 1.0 });
+            // So near each other and so far out that most centroids are candidates for most rows.
+            let tight = tensor(&shape, dtype, |i| 1000.0 + values[i] / 64.0);
+            let lengths = Tensor::full((n - 1).max(k) as u32, b, zeros.device()).unwrap();
+            for (x, kind) in [(&zeros, "zeros"), (&halves, "ties"), (&outlier, "an outlier"), (&tight, "tight")] {
+                let plain = KMeans::new(k).metric(metric).max_iters(2);
+                let given = plain.clone().init(Init::Given(x.narrow(1, 0, k).unwrap()));
+                let all = [
+                    (given.clone(), "given"),
+                    (given.clone().lengths(&lengths), "ragged"),
+                    (plain.clone().n_init(3), "three starts"),
+                    (plain.clone().init(Init::KMeansPlusPlus).n_init(2), "k-means++ twice"),
+                    (plain.clone().init(Init::KMeansParallel), "k-means||"),
+                    (plain.empty_clusters(EmptyClusters::Relocate), "relocated"),
+                ];
+                let slow = |what: &str| ["k-means++ twice", "k-means||"].contains(&what);
+                for (settings, what) in all.into_iter().filter(|c| k <= 300 || !slow(c.1)) {
+                    for threads in [&two, &sixteen] {
+                        let (took, plan) = threads.install(|| (peak(&settings, x), settings.plan(x).unwrap()));
+                        if took > plan.bytes {
+                            wrong.push(format!(
+                                "{kind}, {what}: {took} bytes at {b} {n} {k} {d} {metric:?} {dtype:?}: {plan}"
+                            ));
+                        }
                     }
                 }
             }

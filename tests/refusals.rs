@@ -65,6 +65,13 @@ fn of_fit() {
             &["sample_weights total", "0", "positive"],
         );
         refused(KMeans::new(7).plan(&x), "Range", &["k: 7", "1..=6"]);
+        refused(KMeans::new(2).tol(-1.0).plan(&x), "Value", &["tol", "-1"]);
+        refused(weighted(f32s(&[5])).plan(&x), "Shape", &["sample_weights", "[5]", "[6]"]);
+        refused(given(f32s(&[2, 4])).plan(&x), "Size", &["centroids", "4", "3"]);
+        // Settings are refused before values are looked at, and values of settings before those of rows.
+        let nan = x.affine(f64::NAN, 0.0).unwrap();
+        refused(weighted(bad(-0.5)).tol(f64::NAN).fit(&nan), "Value", &["tol"]);
+        refused(weighted(bad(-0.5)).fit(&nan), "Value", &["sample_weights", "-0.5"]);
         KMeans::new(2).empty_clusters(EmptyClusters::Relocate).fit(&x).unwrap();
     }
 }
@@ -153,8 +160,9 @@ fn of_ops() {
         refused(residuals(&y, &f32s(&[4, 2]), &labels(&[0, 1])), "Shape", &["labels", "[2]", "[3]"]);
         refused(residuals(&y, &f32s(&[4, 2]), &labels(&[0, 4, 1])), "Range", &["labels: 4", "0..=3"]);
         let model = KMeans::new(2).fit(&f32s(&[6, 3])).unwrap();
-        refused(model.predict(&f32s(&[6, 4])), "Size", &["centroids", "3", "4"]);
-        refused(model.transform(&ones(&[6, 3], DType::BF16, &device)), "DType", &["centroids", "F32", "BF16"]);
+        refused(model.predict(&f32s(&[6, 4])), "Size", &["x: ", "centroids", "3", "4"]);
+        refused(model.transform(&ones(&[6, 3], DType::BF16, &device)), "DType", &["x: ", "centroids", "F32", "BF16"]);
+        refused(model.predict(&f32s(&[0, 3, 3, 4])), "Size", &["x: ", "4", "expected 3"]);
         if !device.is_cpu() {
             let (here, there) = (ones(&[6, 3], DType::F32, &Device::Cpu), f32s(&[6, 3]));
             refused(assign(&there, &here, m), "Device", &["centroids", "Cpu", "Cuda"]);
@@ -173,6 +181,15 @@ fn of_sizes() {
     let x = ones(&[1, 1], DType::F32, &Device::Cpu).broadcast_as((5_000_000_000, 1)).unwrap();
     refused(KMeans::new(2).fit(&x), "TooLarge", &["x rows", "5000000000", "4294967295"]);
     refused(assign(&x, &ones(&[2, 1], DType::F32, &Device::Cpu), Metric::Dot), "TooLarge", &["x rows", "5000000000"]);
-    let labels = Tensor::zeros(1, DType::U32, &Device::Cpu).unwrap().broadcast_as(5_000_000_000).unwrap();
+    let label = Tensor::zeros(1, DType::U32, &Device::Cpu).unwrap();
+    let labels = label.broadcast_as(5_000_000_000).unwrap();
     refused(sort_by_cluster(&labels, 2), "TooLarge", &["labels", "5000000000", "4294967295"]);
+    let labels = label.broadcast_as((1 << 40, 1 << 22, 1)).unwrap();
+    refused(cluster_sizes(&labels, 2), "TooLarge", &["labels"]);
+    // Rows and centroids that fit, and distances between them that do not.
+    let model = KMeans::new(2).fit(&ones(&[4, 1], DType::F32, &Device::Cpu)).unwrap();
+    let mut model = model.clone();
+    model.centroids = model.centroids.narrow(0, 0, 1).unwrap().broadcast_as((1 << 31, 1)).unwrap();
+    let x = ones(&[1, 1, 1], DType::F32, &Device::Cpu).broadcast_as((1 << 10, 1 << 31, 1)).unwrap();
+    refused(model.transform(&x), "TooLarge", &["x rows times centroids"]);
 }

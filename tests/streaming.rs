@@ -139,3 +139,64 @@ fn segments_that_do_not_fit_are_refused() {
     assert!(matches!(refused(&[2, 5, 3], DType::F64, Metric::Dot), Error::DType { argument: "fit", .. }));
     assert_eq!((cache.labels.dims(), cache.centroids.dims()), (&[2, 5][..], &[2, 2, 3][..]));
 }
+
+#[test]
+fn weights_count_in_running_means() {
+    for device in devices() {
+        let x = Tensor::new(&[[0f32], [2.], [10.], [14.]], &device).unwrap();
+        let weights = Tensor::new(&[1f32, 3., 3., 1.], &device).unwrap();
+        let start = Init::Given(Tensor::new(&[[0f32], [10.]], &device).unwrap());
+        let kmeans = KMeans::new(2).init(start).sample_weights(&weights);
+        let fit = kmeans.fit(&x).unwrap();
+        assert_eq!((f64s(&fit.centroids), u32s(&fit.counts)), (vec![1.5, 11.0], vec![2, 2]));
+        assert_eq!(f64s(fit.weights.as_ref().unwrap()), [4.0, 4.0]);
+        for mut running in [MiniBatch::of(&fit).unwrap(), MiniBatch::train(&x, &kmeans).unwrap()] {
+            assert_eq!(f64s(running.counts()), [4.0, 4.0]);
+            let next = Tensor::new(&[[3f32], [20.], [19.], [5.]], &device).unwrap();
+            running.step_weighted(&next, &Tensor::new(&[2f32, 0., 4., f32::NAN], &device).unwrap()).unwrap();
+            assert_eq!(f64s(running.counts()), [6.0, 8.0]);
+            assert_eq!(f64s(&running.centroids().unwrap()), [2.0, 15.0]);
+        }
+        let error = MiniBatch::of(&fit).unwrap().step_weighted(&x, &weights.narrow(0, 0, 3).unwrap()).unwrap_err();
+        assert!(matches!(error, Error::Shape { argument: "sample_weights", .. }), "{error}");
+        // Of several runs, those of the best.
+        let rows = uniform(&[200, 2], 0.0, 1.0, DType::F32, &mut rng(114)).to_device(&device).unwrap();
+        let weights = uniform(&[200], 2.0, 1.0, DType::F32, &mut rng(115)).to_device(&device).unwrap();
+        let fit = KMeans::new(6).n_init(4).sample_weights(&weights).fit(&rows).unwrap();
+        let (labels, w) = (u32s(&fit.labels), f64s(&weights));
+        for (j, got) in f64s(fit.weights.as_ref().unwrap()).into_iter().enumerate() {
+            let want = sum(labels.iter().zip(&w).filter(|(&label, _)| label as usize == j).map(|(_, w)| *w));
+            assert!((got - want).abs() < 1e-9, "cluster {j}: {got} for {want}");
+        }
+    }
+}
+
+#[test]
+fn saved_means_go_on() {
+    let path = std::env::temp_dir().join(format!("mini-batch-{}.safetensors", std::process::id()));
+    let mut rng = rng(116);
+    for (device, metric) in devices().into_iter().flat_map(|device| RUNNING.map(|m| (device.clone(), m))) {
+        for (dtype, batch) in DTYPES.into_iter().flat_map(|t| [vec![], vec![2, 2]].map(|b| (t, b))) {
+            let x = blobs(&[&batch[..], &[60, 3]].concat(), 5, dtype, &mut rng).to_device(&device).unwrap();
+            let mut running = MiniBatch::train(&x, &KMeans::new(4).metric(metric)).unwrap();
+            running.step(&x).unwrap();
+            running.save(&path).unwrap();
+            let mut back = MiniBatch::load(&path, &device).unwrap();
+            assert_eq!(back.metric(), metric);
+            for _ in 0..2 {
+                assert_same(&back.centroids().unwrap(), &running.centroids().unwrap(), "centroids");
+                assert_same(back.counts(), running.counts(), "counts");
+                assert_same(&back.step(&x).unwrap(), &running.step(&x).unwrap(), "labels");
+            }
+            let moved = running.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+            assert_same(moved.counts(), &running.counts().to_device(&Device::Cpu).unwrap(), "moved counts");
+            let narrow = moved.to_dtype(dtype).unwrap().centroids().unwrap();
+            assert_same(&narrow, &running.centroids().unwrap().to_device(&Device::Cpu).unwrap(), "there and back");
+            assert!(moved.to_dtype(DType::U32).is_err());
+        }
+    }
+    let x = blobs(&[60, 3], 5, DType::F32, &mut rng);
+    KMeans::new(4).fit(&x).unwrap().save(&path).unwrap();
+    assert!(matches!(MiniBatch::load(&path, &Device::Cpu), Err(Error::Format { .. })));
+    std::fs::remove_file(&path).unwrap();
+}

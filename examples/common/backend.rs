@@ -1,10 +1,10 @@
 //! The device that an example runs on.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::{DType, Device};
 use clap::ValueEnum;
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Backend {
     Cpu,
     Cuda,
@@ -15,7 +15,10 @@ impl Backend {
     pub fn open(self) -> Result<(Device, DType)> {
         Ok(match self {
             Self::Cpu => (Device::Cpu, DType::F32),
-            Self::Cuda => (Device::new_cuda(0)?, DType::F16),
+            Self::Cuda => {
+                let gpu = Device::new_cuda(0).context("--device cuda needs a GPU and a build with --features cuda");
+                (gpu?, DType::F16)
+            }
         })
     }
 }

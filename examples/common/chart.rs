@@ -13,7 +13,10 @@ const COLOURS: [RGBColor; 6] = [
     RGBColor(204, 121, 167),
     RGBColor(90, 90, 90),
 ];
-const SIZE: (u32, u32) = (860, 540);
+const SIZE: (u32, u32) = (1160, 540);
+/// Of the legend, which stands beside the lines: wherever it lay among them, it would cover some.
+const LEGEND_WIDTH: u32 = 300;
+const LEGEND_LINE: i32 = 24;
 const Y_TICKS: [f64; 19] = [
     0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0,
 ];
@@ -49,7 +52,8 @@ fn draw_lines(
     let x_ticks = x.ticks.into_iter().filter(|tick| x_range.contains(tick)).collect();
     let area = SVGBackend::new(path, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(&area)
+    let (plot, legend) = area.split_horizontally(SIZE.0 - LEGEND_WIDTH);
+    let mut chart = ChartBuilder::on(&plot)
         .caption(title, (FONT, 24))
         .margin(20)
         .x_label_area_size(60)
@@ -67,20 +71,14 @@ fn draw_lines(
         .axis_desc_style((FONT, 18))
         .bold_line_style(RGBColor(225, 225, 225))
         .draw()?;
+    let mut below = 72;
     for ((name, points), colour) in lines.iter().zip(COLOURS.into_iter().cycle()) {
-        chart
-            .draw_series(LineSeries::new(points.iter().copied(), colour.filled().stroke_width(3)).point_size(4))?
-            .label(*name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 24, y)], colour.stroke_width(3)));
+        let line = colour.filled().stroke_width(3);
+        chart.draw_series(LineSeries::new(points.iter().copied(), line).point_size(4))?;
+        legend.draw(&PathElement::new([(0, below), (LEGEND_LINE, below)], line))?;
+        legend.draw(&Text::new(*name, (LEGEND_LINE + 8, below - 6), (FONT, 16)))?;
+        below += LEGEND_LINE;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerLeft)
-        .legend_area_size(32)
-        .label_font((FONT, 16))
-        .background_style(WHITE.mix(0.9))
-        .border_style(RGBColor(190, 190, 190))
-        .draw()?;
     area.present()?;
     Ok(())
 }

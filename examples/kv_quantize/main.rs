@@ -41,10 +41,10 @@ struct Args {
     #[arg(long, default_value = "SmolLM2-135M-Instruct.Q4_1.gguf")]
     model: PathBuf,
     /// What to read; code depends on its context most
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/src/plan.rs"))]
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/code.txt"))]
     text: PathBuf,
     /// What the codebooks of another text are trained on
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/src/nn/codebook.rs"))]
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/prose.txt"))]
     other_text: PathBuf,
     /// Tokens of the prompt, and of the other text
     #[arg(long, default_value_t = 768)]

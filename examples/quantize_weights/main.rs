@@ -33,10 +33,10 @@ struct Args {
     #[arg(long, default_value = "SmolLM2-135M-Instruct.Q4_1.gguf")]
     model: PathBuf,
     /// What to score
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/src/plan.rs"))]
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/code.txt"))]
     text: PathBuf,
     /// What tells how much each weight matters
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md"))]
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/prose.txt"))]
     calibration: PathBuf,
     /// Tokens of each text
     #[arg(long, default_value_t = 256)]
@@ -51,7 +51,7 @@ struct Args {
     #[arg(long, value_name = "PATH")]
     minilm: Option<PathBuf>,
     /// The prose whose sentences it embeds
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md"))]
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/prose.txt"))]
     sentences: PathBuf,
     #[arg(long, default_value = "cpu")]
     device: Backend,

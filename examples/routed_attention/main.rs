@@ -39,7 +39,7 @@ struct Args {
     #[arg(long, default_value = "SmolLM2-135M-Instruct.Q4_1.gguf")]
     model: PathBuf,
     /// What to read; code depends on its context most
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/src/plan.rs"))]
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/code.txt"))]
     text: PathBuf,
     /// Tokens before the last chunk
     #[arg(long, default_value_t = 1024)]

@@ -1,12 +1,37 @@
 //! Fast scores with a proven error bound: the arithmetic half of exact assignment.
 //!
 //! For the inner-product metrics the score of a centroid is `bias - x.c`, from a GEMM in f32 (f64 for f64 rows) over
-//! centred values. Whatever the order of its sums, a score is within [`Slack::bound`] of its true value, so the centroid
-//! of the smallest true distance scores at most `best + 2 * bound`. Only centroids under that cut are compared by the
-//! definition in f64; on most rows there is exactly one.
+//! centred values. A score is within an error `E` of its true value, which grows with the norms of the row and of the
+//! centroid. The nearest centroid scores at most `min(score + E) + E`; only centroids under that cutoff are compared by
+//! the definition in f64, and on most rows there is exactly one.
+//!
+//! # The error bound
+//! Let `x` and `c` be a row and a centroid, less a common vector and times a power of two, which changes neither their
+//! order by distance nor, but for underflow, their digits. `T = |c|^2 / 2 - x.c` is half the squared distance but for a
+//! part that all centroids share; for the other two metrics `T = -x.c`. With `g = (d + 8) u / (1 - (d + 8) u)` (Higham,
+//! Accuracy and Stability, 3.1), `u` the unit of the arithmetic and `v` the same as `g` for the definition's:
+//!
+//! - A product of `d` terms, summed in any order, is off by `d u` of `|x| |c|`, centring both by two, the subtraction from
+//!   the bias by one, and the two roundings of what the score is compared with by two: less than `g |x| |c|`.
+//! - The bias is off by five such units of `|c|^2 / 2`: less than `g |c|^2 / 2`.
+//! - The definition is itself off by less than `2 v (|x|^2 + |c|^2)` (half of it, of a squared difference), or
+//!   `2 v |x| (1 + |c|)`. Products that underflow add less than `4 d` times the smallest number. What scaling loses of a
+//!   number is less than that, and so less than `g` of a norm to the square of which `d` times the smallest number was added.
+//!
+//! So `E(x, c) = |x| a(|c|) + b(|c|) + r(|x|)`, with `a = g |c|`, `b = (g / 2 + 2 v) |c|^2` and `r = 2 v |x|^2`, each of
+//! which grows with the norm. If `j` is the nearest and `i` any other, then `score_j - E_j <= T_j <= T_i <= score_i + E_i`
+//! (by the definition, whose error is in `E`): `j` is under the cutoff. This holds for every `i`, and so for the smallest.
+//!
+//! # Why one centroid does not spoil the others' bounds
+//! Centroids are scored in blocks of similar norm ([`Block`]), each of which bounds `E` by its own largest norm. One far
+//! away has a block for itself, and the common vector is a median, which it cannot move. Centroids that cannot win are
+//! not scored at all: one with a NaN is at distance NaN, which counts as infinite, as is one with an infinity but by
+//! inner products; and a repeated one loses to its first copy by its index. What is too far to be scored without overflow
+//! is set apart ([`Centroids::apart_may_win`]).
 
 use super::{Element, View};
-use crate::Metric;
+use crate::{host, tiles::CPU_CENTROIDS, Metric, Result};
+use std::ops::Range;
 
 /// f32 or f64, as scores are computed in.
 pub(crate) trait Scalar: Copy + PartialOrd + Send + Sync + 'static {
@@ -17,21 +42,26 @@ pub(crate) trait Scalar: Copy + PartialOrd + Send + Sync + 'static {
     /// Magnitudes whose sums stay finite.
     const HUGE: f64;
     const INFINITY: Self;
+    /// The largest number that a norm is known by: what overflows is at least that.
+    const FAR: f64;
     fn of(v: f64) -> Self;
     fn widen(self) -> f64;
     fn sub(self, other: Self) -> Self;
     fn add(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
     fn abs(self) -> Self;
+    /// The same for numbers that are equal, and mostly not for others.
+    fn hash(self) -> u32;
 }
 
 macro_rules! scalar {
-    ($t:ident, $tiny:expr, $huge:expr) => {
+    ($t:ident, $tiny:expr, $huge:expr, $far:expr, $hash:expr) => {
         impl Scalar for $t {
             const UNIT: f64 = $t::EPSILON as f64 / 2.0;
             const TINY: f64 = $tiny;
             const HUGE: f64 = $huge;
             const INFINITY: Self = $t::INFINITY;
+            const FAR: f64 = $far;
             #[inline(always)]
             fn of(v: f64) -> Self {
                 v as $t
@@ -56,11 +86,16 @@ macro_rules! scalar {
             fn abs(self) -> Self {
                 $t::abs(self)
             }
+            #[inline(always)]
+            fn hash(self) -> u32 {
+                // Both zeros become the positive one.
+                $hash((self + 0.0).to_bits())
+            }
         }
     };
 }
-scalar!(f32, 1e-44, 1e37);
-scalar!(f64, 1e-322, 1e307);
+scalar!(f32, 1e-44, 1e37, f32::MAX as f64, |bits| bits);
+scalar!(f64, 1e-322, 1e307, 1e150, |bits: u64| (bits ^ (bits >> 32)) as u32);
 
 /// SIMD lanes that a loop is written for; wide enough for one AVX-512 register of f32.
 const LANES: usize = 16;
@@ -102,54 +137,154 @@ pub(super) fn magnitude<S: Scalar>(row: &[S]) -> (S, bool) {
 pub(crate) struct Centroids<S> {
     /// Subtracted from rows and centroids: brings data far from the origin near it. Empty when the metric forbids it.
     centre: Vec<S>,
-    /// `(k, d)`, centred or normalised.
+    /// Then rows are multiplied by this power of two, so that squares neither overflow nor vanish.
+    scale: Option<S>,
+    /// `(scored, d)`: centred and scaled, or normalised.
     pub values: Vec<S>,
     /// Half the squared norms; zero for the other metrics.
     pub bias: Vec<S>,
-    /// Bound on the norms of `values`.
+    /// The index of each scored centroid.
+    index: Vec<u32>,
+    /// The lowest of those.
+    first: Option<u32>,
+    pub blocks: Vec<Block>,
+    /// Centroids that are not scored, although they may be the nearest.
+    apart: Vec<u32>,
+    /// The least norm of those.
+    reach: f64,
+    /// Bound on the norms of those that are scored.
     largest: f64,
     metric: Metric,
     d: usize,
 }
 
+/// Centroids that are scored together and share an error bound.
+pub(crate) struct Block {
+    pub scored: Range<usize>,
+    /// The error of a score: this times the norm of the row,
+    linear: f64,
+    /// and this, and the row's own part.
+    constant: f64,
+}
+
+/// Norms that a level holds, as a multiple of the least: few enough that a bound by the largest is not much worse.
+const LEVEL: f64 = 32.0;
+
+/// `(d + 8) u / (1 - (d + 8) u)`.
+fn gamma(d: usize, u: f64) -> f64 {
+    let units = (d as f64 + 8.0) * u;
+    if units < 1.0 {
+        units / (1.0 - units)
+    } else {
+        f64::INFINITY
+    }
+}
+
 impl<S: Scalar> Centroids<S> {
-    pub fn new<T: Element<Filter = S>>(c: &View<'_, T>, batch: usize, metric: Metric) -> Self {
-        let (k, d) = (c.rows.n, c.rows.d);
-        let mut centre = vec![];
-        if metric == Metric::SquaredEuclidean {
-            let mut mean = vec![0.0; d];
-            for j in 0..k {
-                mean.iter_mut().zip(c.row(batch, j)).for_each(|(m, v)| *m += v.wide() / k as f64);
-            }
-            centre = mean.into_iter().map(S::of).collect();
-        }
-        let (mut values, mut bias, mut largest) = (Vec::with_capacity(k * d), vec![S::of(0.0); k], 0f64);
-        for j in 0..k {
-            let row = c.row(batch, j);
-            values.resize((j + 1) * d, S::of(0.0));
-            let out = &mut values[j * d..];
+    pub fn new<T: Element<Filter = S>>(c: &View<'_, T>, batch: usize, metric: Metric) -> Result<Self> {
+        let d = c.rows.d;
+        let kept = distinct(c, batch, metric)?;
+        let centre = if metric == Metric::SquaredEuclidean { median(c, batch, &kept) } else { vec![] };
+        let mut values = host::filled("assign", kept.len() * d, S::of(0.0))?;
+        let square = |(&j, out): (&u32, &mut [S])| {
+            let row = c.row(batch, j as usize);
             T::filter_row(row, out);
-            match metric {
-                Metric::SquaredEuclidean => out.iter_mut().zip(&centre).for_each(|(o, &m)| *o = o.sub(m)),
-                Metric::Cosine => {
-                    let norm = row.iter().map(|v| v.wide() * v.wide()).sum::<f64>().sqrt();
-                    let inverse = if norm > 0.0 { 1.0 / norm } else { 0.0 };
-                    if norm > 0.0 && !(1e-140..=1e140).contains(&norm) {
-                        largest = f64::NAN;
-                    }
-                    out.iter_mut().zip(row).for_each(|(o, v)| *o = S::of(v.wide() * inverse));
+            out.iter_mut().zip(&centre).for_each(|(o, &m)| *o = o.sub(m));
+            if metric == Metric::Cosine {
+                let norm = row.iter().map(|v| v.wide() * v.wide()).sum::<f64>().sqrt();
+                if norm > 0.0 && !(1e-140..=1e140).contains(&norm) {
+                    return f64::INFINITY;
                 }
-                Metric::Dot | Metric::Manhattan => {}
+                let inverse = if norm > 0.0 { 1.0 / norm } else { 0.0 };
+                out.iter_mut().zip(row).for_each(|(o, v)| *o = S::of(v.wide() * inverse));
             }
-            let square = values[j * d..].iter().map(|v| v.widen() * v.widen()).sum::<f64>();
-            // `max` would drop a NaN, and with it the warning that nothing here can be trusted.
-            largest =
-                if square.is_nan() || largest.is_nan() { f64::NAN } else { largest.max(square.sqrt() * (1.0 + 1e-12)) };
-            if metric == Metric::SquaredEuclidean {
-                bias[j] = S::of(0.5 * square);
+            out.iter().map(|v| v.widen() * v.widen()).sum::<f64>()
+        };
+        let mut squares: Vec<f64> = kept.iter().zip(values.chunks_exact_mut(d)).map(square).collect();
+        let typical = typical(&squares).sqrt();
+        let scale = scale::<S>(typical, metric);
+        squares.iter_mut().for_each(|square| *square *= scale * scale);
+        // What underflow takes is put back, and stands for the digits that scaling loses.
+        let norm = |p: u32| (squares[p as usize] + d as f64 * S::TINY).sqrt() * (1.0 + 1e-12);
+        // By Manhattan, errors are relative, and by cosine all norms are 1.
+        let levels = matches!(metric, Metric::SquaredEuclidean | Metric::Dot);
+        let unit = if levels && typical > 0.0 { LEVEL * typical * scale } else { f64::INFINITY };
+        let level = |norm: f64| (norm / unit).log(LEVEL).ceil().max(0.0) as u32;
+
+        // Squares, and with them the products of rows that are not much longer, are far from overflow.
+        let (near, far): (Vec<u32>, Vec<u32>) =
+            (0..kept.len() as u32).partition(|&p| squares[p as usize] < S::HUGE / 16.0);
+        let mut order: Vec<(u32, u32)> = near.into_iter().map(|p| (level(norm(p)), p)).collect();
+        order.sort_unstable();
+        if scale != 1.0 || !order.iter().map(|&(_, p)| p).eq(0..kept.len() as u32) {
+            let mut sorted = host::buffer("assign", order.len() * d)?;
+            let by = S::of(scale);
+            order.iter().for_each(|&(_, p)| sorted.extend(values[p as usize * d..][..d].iter().map(|v| v.mul(by))));
+            values = sorted;
+        }
+        let norm_of = |&(_, p): &(u32, u32)| norm(p);
+        let bias = |&(_, p): &(u32, u32)| {
+            S::of(if metric == Metric::SquaredEuclidean { 0.5 * squares[p as usize] } else { 0.0 })
+        };
+        let mut blocks: Vec<Block> = vec![];
+        for level in order.chunk_by(|a, b| a.0 == b.0) {
+            for block in level.chunks(CPU_CENTROIDS) {
+                let from = blocks.last().map_or(0, |b| b.scored.end);
+                let largest = block.iter().map(norm_of).fold(0.0, f64::max);
+                blocks.push(Block::new::<S>(from..from + block.len(), largest, metric, d));
             }
         }
-        Self { centre, values, bias, largest, metric, d }
+        // Only the length of a difference says which are too far away.
+        let by_length = matches!(metric, Metric::SquaredEuclidean | Metric::Manhattan);
+        let known = |&p: &u32| if by_length { norm(p).min(S::FAR * scale.min(1.0)) } else { f64::NAN };
+        Ok(Self {
+            reach: far.iter().map(known).fold(f64::INFINITY, |a, b| if b < a || b.is_nan() { b } else { a }),
+            largest: order.iter().map(norm_of).fold(0.0, f64::max),
+            bias: order.iter().map(bias).collect(),
+            first: order.iter().map(|&(_, p)| kept[p as usize]).min(),
+            index: order.iter().map(|&(_, p)| kept[p as usize]).collect(),
+            apart: far.into_iter().map(|p| kept[p as usize]).collect(),
+            // A product's order does not change with the rows' scale.
+            scale: (scale != 1.0 && metric != Metric::Dot).then(|| S::of(scale)),
+            centre,
+            values,
+            blocks,
+            metric,
+            d,
+        })
+    }
+
+    /// The index of a scored centroid.
+    #[inline(always)]
+    pub fn index(&self, scored: u32) -> u32 {
+        self.index[scored as usize]
+    }
+
+    /// All centroids that may be the nearest to some row.
+    pub fn all(&self) -> impl Iterator<Item = u32> + '_ {
+        self.index.iter().chain(&self.apart).copied()
+    }
+
+    /// The lowest index of those that are scored.
+    pub fn first(&self) -> Option<u32> {
+        self.first
+    }
+
+    pub fn apart(&self) -> &[u32] {
+        &self.apart
+    }
+
+    /// Whether a centroid that was set apart may be the nearest to a row for which others have shown this `cutoff`.
+    ///
+    /// With `R` the least norm of those, one is at least `R - |x|` away. For `|x| <= R / 4` half the square of that, less
+    /// `|x|^2 / 2` as in scores, is at least `R^2 (9 - 1) / 32`; the roundings of all this are far below the rest of a fifth.
+    pub fn apart_may_win(&self, slack: Slack, cutoff: f64) -> bool {
+        let (r, x) = (self.reach, slack.norm);
+        let lost = match self.metric {
+            Metric::Manhattan => cutoff < 0.9 * (r - x),
+            _ => x <= r / 4.0 && cutoff < r * r / 5.0,
+        };
+        !self.apart.is_empty() && !lost
     }
 
     /// Writes a row as it is scored and returns what may be concluded from its scores.
@@ -157,33 +292,36 @@ impl<S: Scalar> Centroids<S> {
     pub fn pack<T: Element<Filter = S>>(&self, row: &[T], out: &mut [S]) -> Slack {
         T::filter_row(row, out);
         out.iter_mut().zip(&self.centre).for_each(|(o, &m)| *o = o.sub(m));
-        self.slack(lanes(out, out, |s, a, b| s.add(a.mul(b))).widen())
+        if let Some(scale) = self.scale {
+            out.iter_mut().for_each(|o| *o = o.mul(scale));
+        }
+        self.slack(lanes(out, out, |s, a, b| s.add(a.mul(b))).widen(), out)
     }
 
-    /// The bound. With `g = (d + 8) u / (1 - (d + 8) u)`, sums of `d` products in any order, the roundings of the centred
-    /// operands, of the bias, of the subtraction and of the cut add up to at most `g (|x| |c| + |c|^2 / 2)` (Higham,
-    /// Accuracy and Stability, 3.1); the f64 definition itself rounds by at most the second term.
-    fn slack(&self, square: f64) -> Slack {
+    /// The row's part of the error bound, if the arithmetic is far from overflow (by Cauchy-Schwarz).
+    #[inline(always)]
+    fn slack(&self, square: f64, row: &[S]) -> Slack {
         let (d, c) = (self.d as f64, self.largest);
-        let gamma = |u: f64| if (d + 8.0) * u < 1.0 { (d + 8.0) * u / (1.0 - (d + 8.0) * u) } else { f64::INFINITY };
-        let (g, definition) = (gamma(S::UNIT), gamma(f64::EPSILON));
+        let (g, definition) = (gamma(self.d, S::UNIT), gamma(self.d, f64::EPSILON));
+        let tiny = 4.0 * d * S::TINY;
         if self.metric == Metric::Manhattan {
             // All terms are positive, so errors are relative.
-            let usable = square.is_finite() && c.is_finite() && square.sqrt() + c < S::HUGE / d && 4.0 * g < 1.0;
-            return if usable { Slack { factor: 1.0 + 4.0 * g, bound: d * S::TINY } } else { Slack::NONE };
+            let norm = (square + d * S::TINY).sqrt() * (1.0 + g);
+            let usable = norm + c < S::HUGE / d && 4.0 * g < 1.0;
+            return if usable { Slack { norm, bound: tiny, factor: 1.0 + 4.0 * g } } else { Slack::NONE };
+        }
+        let by_products = self.metric != Metric::SquaredEuclidean;
+        if by_products && square == 0.0 && row.iter().all(|&v| v == S::of(0.0)) {
+            return Slack::NONE;
         }
         // Squares that underflowed are put back; the definition's own must neither vanish nor overflow.
         let x = (square + d * S::TINY).sqrt() * (1.0 + g);
         if self.metric == Metric::Cosine && !(1e-140..=1e140).contains(&x) {
             return Slack::NONE;
         }
-        let bound = match self.metric {
-            Metric::SquaredEuclidean => g * (x * c + 0.5 * c * c) + 2.0 * definition * (x * x + c * c),
-            _ => g * x * c + 2.0 * definition * x * (1.0 + c),
-        };
-        // Finite and far from overflow by Cauchy-Schwarz, or not usable at all.
-        if x * c + c * c + x < S::HUGE && bound.is_finite() {
-            Slack { factor: 1.0, bound: bound + d * S::TINY }
+        let bound = tiny + 2.0 * definition * if by_products { x } else { x * x };
+        if x * c + c * c + x < S::HUGE && (g + bound + 16.0 * x * x).is_finite() {
+            Slack { norm: x, bound, factor: 1.0 }
         } else {
             Slack::NONE
         }
@@ -199,49 +337,171 @@ impl<S: Scalar> Centroids<S> {
     }
 }
 
-/// How far a score may be from the truth.
+impl Block {
+    /// For centroids of which `c` is the largest norm.
+    fn new<S: Scalar>(scored: Range<usize>, c: f64, metric: Metric, d: usize) -> Self {
+        let (g, definition) = (gamma(d, S::UNIT), gamma(d, f64::EPSILON));
+        let (linear, constant) = match metric {
+            Metric::SquaredEuclidean => (g * c, (0.5 * g + 2.0 * definition) * c * c),
+            Metric::Manhattan => (0.0, 0.0),
+            _ => ((g + 2.0 * definition) * c, 0.0),
+        };
+        Self { scored, linear, constant }
+    }
+
+    #[inline(always)]
+    fn error(&self, slack: Slack) -> f64 {
+        slack.norm * self.linear + self.constant + slack.bound
+    }
+}
+
+/// The centroids that can be the nearest to any row: numbers that are finite (for inner products, no NaN), and of equal ones
+/// the first.
+fn distinct<T: Element>(c: &View<'_, T>, batch: usize, metric: Metric) -> Result<Vec<u32>> {
+    let k = c.rows.n;
+    let mut row = vec![T::Filter::of(0.0); c.rows.d];
+    let (mut kept, mut hashes) = (host::buffer("assign", k)?, host::buffer("assign", k)?);
+    // Open addressing, at most half full.
+    let mut table = host::filled("assign", (2 * k).next_power_of_two(), u32::MAX)?;
+    let equal = |i: u32, j: u32| {
+        let (a, b) = (c.row(batch, i as usize), c.row(batch, j as usize));
+        a.iter().zip(b).all(|(a, b)| a.wide() == b.wide())
+    };
+    for j in 0..k as u32 {
+        T::filter_row(c.row(batch, j as usize), &mut row);
+        let (_, finite) = magnitude(&row);
+        if !finite && (metric != Metric::Dot || row.iter().any(|v| v.widen().is_nan())) {
+            continue;
+        }
+        let hash = hash(&row);
+        let mut at = hash as usize & (table.len() - 1);
+        let copy = loop {
+            match table[at] {
+                u32::MAX => break false,
+                p if hashes[p as usize] == hash && equal(kept[p as usize], j) => break true,
+                _ => at = (at + 1) & (table.len() - 1),
+            }
+        };
+        if !copy {
+            table[at] = kept.len() as u32;
+            kept.push(j);
+            hashes.push(hash);
+        }
+    }
+    Ok(kept)
+}
+
+/// A number for a row, in independent chains as [`lanes`].
+fn hash<S: Scalar>(row: &[S]) -> u32 {
+    let mix = |h: u32, v: u32| (h.rotate_left(5) ^ v).wrapping_mul(0x9e37_79b1);
+    let mut all = [0u32; LANES];
+    for chunk in row.chunks(LANES) {
+        all.iter_mut().zip(chunk).for_each(|(h, v)| *h = mix(*h, v.hash()));
+    }
+    let hash = all.into_iter().fold(0, mix);
+    hash ^ (hash >> 15)
+}
+
+/// The median of each column over a few of the centroids `kept`, which single ones far away do not move.
+fn median<T: Element>(c: &View<'_, T>, batch: usize, kept: &[u32]) -> Vec<T::Filter> {
+    const FEW: usize = 31;
+    let (d, n) = (c.rows.d, kept.len());
+    let few = n.min(FEW);
+    let mut rows = vec![T::Filter::of(0.0); few.max(1) * d];
+    for (i, row) in rows.chunks_exact_mut(d).take(few).enumerate() {
+        // One of each part, at no regular distance.
+        let place = (i * n + i.wrapping_mul(0x9e37_79b1) % n) / few;
+        T::filter_row(c.row(batch, kept[place] as usize), row);
+    }
+    // Odd-even transposition sorts all columns at once.
+    for pass in 0..few {
+        for pair in rows[pass % 2 * d..few * d].chunks_exact_mut(2 * d) {
+            let (low, high) = pair.split_at_mut(d);
+            for (a, b) in low.iter_mut().zip(high) {
+                (*a, *b) = if *b < *a { (*b, *a) } else { (*a, *b) };
+            }
+        }
+    }
+    let half = T::Filter::of(0.5);
+    let (low, high) = (&rows[few.saturating_sub(1) / 2 * d..], &rows[few / 2 * d..]);
+    low.iter().zip(high).take(d).map(|(a, b)| a.mul(half).add(b.mul(half))).collect()
+}
+
+/// A square that an eighth of them are below: what is far above it may be data, and what is far below next to nothing.
+fn typical(squares: &[f64]) -> f64 {
+    let (mut squares, at) = (squares.to_vec(), (squares.len() / 8).max(1));
+    if squares.len() <= at {
+        return squares.into_iter().fold(0.0, f64::max);
+    }
+    *squares.select_nth_unstable_by(at, f64::total_cmp).1
+}
+
+/// The power of two that brings a `typical` norm to 1, where its square is not well inside the range of an f32.
+fn scale<S: Scalar>(typical: f64, metric: Metric) -> f64 {
+    let far = typical > 0.0 && typical.is_finite() && !(2f64.powi(-30)..=2f64.powi(30)).contains(&typical);
+    // What an f64 cannot square, the definition cannot either.
+    let narrow = S::HUGE < f64::MAX.sqrt();
+    if far && narrow && metric != Metric::Cosine {
+        2f64.powi((-typical.log2().round() as i32).clamp(-120, 120))
+    } else {
+        1.0
+    }
+}
+
+/// How far the scores of a row may be from the truth.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slack {
-    factor: f64,
+    /// Bound on the norm of the row.
+    norm: f64,
+    /// The row's own part of the error.
     bound: f64,
+    /// By Manhattan, what the errors that are relative make of a cutoff.
+    factor: f64,
 }
 
 impl Slack {
-    /// Nothing is known; every centroid must be compared by the definition.
-    pub const NONE: Self = Self { factor: f64::NAN, bound: f64::NAN };
+    /// Nothing is known; centroids must be compared by the definition.
+    pub const NONE: Self = Self { norm: f64::NAN, bound: f64::NAN, factor: f64::NAN };
 
     pub fn usable(self) -> bool {
         !self.bound.is_nan()
     }
-
-    /// A centroid that scores above this is not the nearest, if some centroid scores `best`.
-    #[inline(always)]
-    pub fn cut<S: Scalar>(self, best: S) -> S {
-        S::of(best.widen() * self.factor + 2.0 * self.bound)
-    }
 }
+
+/// A distance by the definition, and the centroid that is as far.
+pub(crate) type Found = (f64, u32);
+
+/// No centroid.
+pub(crate) const NONE: Found = (f64::INFINITY, u32::MAX);
+
+/// Candidates of one row that are kept before some are compared.
+const MOST: usize = 64;
 
 /// Centroids of one row that could still be the nearest.
 #[derive(Clone)]
 pub(crate) struct Candidates<S> {
-    best: S,
+    /// The smallest of the scores, each with its error added: no true value of the nearest one is above.
+    upper: f64,
+    /// Scores, each without its error, and which centroids have them.
     list: Vec<(S, u32)>,
+    /// The nearest by the definition of those that did not fit in the list.
+    pub compared: Found,
     pub slack: Slack,
 }
 
 impl<S: Scalar> Candidates<S> {
     pub fn new() -> Self {
-        Self { best: S::INFINITY, list: vec![], slack: Slack::NONE }
+        Self { upper: f64::INFINITY, list: vec![], compared: NONE, slack: Slack::NONE }
     }
 
     pub fn reset(&mut self, slack: Slack) {
         self.list.clear();
-        (self.best, self.slack) = (S::INFINITY, slack);
+        (self.upper, self.compared, self.slack) = (f64::INFINITY, NONE, slack);
     }
 
-    /// Takes the scores of centroids `from..`.
+    /// Takes the scores of a block. `compare` finds the nearest among centroids and what has been found before.
     #[inline(always)]
-    pub fn offer(&mut self, scores: &[S], from: usize) {
+    pub fn offer(&mut self, scores: &[S], block: &Block, compare: impl FnMut(Found, &[(S, u32)]) -> Found) {
         let smaller = |a: S, b: S| if a < b { a } else { b };
         let chunks = scores.chunks_exact(LANES);
         let mut lowest = S::INFINITY;
@@ -257,18 +517,30 @@ impl<S: Scalar> Candidates<S> {
         for s in low {
             lowest = smaller(s, lowest);
         }
-        self.best = smaller(lowest, self.best);
-        let cut = self.slack.cut(self.best);
+        let error = block.error(self.slack);
+        self.upper = self.upper.min(lowest.widen() + error);
+        let cut = S::of(self.upper * self.slack.factor + error);
         if lowest <= cut {
-            self.collect(scores, cut, from);
+            self.collect(scores, cut, error, block.scored.start, compare);
         }
     }
 
     #[inline(always)]
-    fn collect(&mut self, scores: &[S], cut: S, from: usize) {
+    fn collect(
+        &mut self,
+        scores: &[S],
+        cut: S,
+        error: f64,
+        from: usize,
+        mut compare: impl FnMut(Found, &[(S, u32)]) -> Found,
+    ) {
         let mut take = |scores: &[S], at: usize| {
-            let near = scores.iter().enumerate().filter(|(_, &s)| s <= cut);
-            near.for_each(|(l, &s)| self.list.push((s, (at + l) as u32)));
+            for (l, &s) in scores.iter().enumerate().filter(|(_, &s)| s <= cut) {
+                if self.list.len() == MOST {
+                    self.shorten(&mut compare);
+                }
+                self.list.push((S::of(s.widen() - error), (at + l) as u32));
+            }
         };
         let chunks = scores.chunks_exact(LANES);
         let tail = chunks.remainder();
@@ -282,10 +554,25 @@ impl<S: Scalar> Candidates<S> {
         take(tail, from + scores.len() - tail.len());
     }
 
-    /// The candidates left after the last score, in ascending order.
-    pub fn finish(&mut self) -> impl ExactSizeIterator<Item = u32> + '_ {
-        let cut = self.slack.cut(self.best);
+    /// Makes room in a full list.
+    #[cold]
+    fn shorten(&mut self, compare: &mut impl FnMut(Found, &[(S, u32)]) -> Found) {
+        self.finish();
+        if self.list.len() > MOST / 2 {
+            self.compared = compare(self.compared, &self.list);
+            self.list.clear();
+        }
+    }
+
+    /// The candidates that are left, and not compared.
+    pub fn finish(&mut self) -> &[(S, u32)] {
+        let cut = S::of(self.cutoff());
         self.list.retain(|&(s, _)| s <= cut);
-        self.list.iter().map(|&(_, j)| j)
+        &self.list
+    }
+
+    /// No true value of the nearest centroid is above.
+    pub fn cutoff(&self) -> f64 {
+        self.upper * self.slack.factor
     }
 }

@@ -1,17 +1,18 @@
 //! A whole fit of rows of one column: sorted once, a cluster is a range of them, and its sum the difference of two prefix
 //! sums. A pass costs `k log n` instead of `k n`, and the results have the bits of any other fit.
 
-use super::{lock, typed, write, Element, View};
+use super::{lock, read_and_write, typed, write, Element, View};
 use crate::{
-    fixed,
+    fixed::{self, Scaled},
+    host,
     ops::{Progress, Terms},
     problem::Rows,
-    Metric, Result,
+    Error, Metric, Result,
 };
 use candle_core::{DType, Tensor};
-use rayon::prelude::*;
 
-/// Fits `x` `(b, n, 1)` by squared Euclidean distance, unless its values are too far apart or not numbers: whether it did.
+/// Fits `x` `(b, n, 1)` by squared Euclidean distance, unless its values or their terms are too far apart or not numbers:
+/// whether it did.
 pub(super) fn fit(
     x: &Rows,
     terms: &Terms,
@@ -20,33 +21,43 @@ pub(super) fn fit(
     centroids: &Tensor,
     labels: &Tensor,
 ) -> Result<bool> {
-    let bad = lock(&terms.first_bad);
+    // Of these nobody else has any.
+    let [bad, largest, thresholds] = lock([&terms.first_bad, &terms.largest, &progress.threshold]);
+    let heaviest = terms.heaviest.as_ref().map(|h| lock([h]));
     // Squares of f64 can underflow to ties.
     if x.dtype() == DType::F64 || bad.flat::<u32>()?.iter().any(|&row| row != u32::MAX) {
         return Ok(false);
     }
     typed!(x.dtype(), T => {
-        let (xs, largest, thresholds) = (lock(&x.tensor), lock(&terms.largest), lock(&progress.threshold));
-        let (factor, heaviest) = (terms.factor.as_ref().map(lock), terms.heaviest.as_ref().map(lock));
         let (largest, thresholds) = (largest.flat::<f64>()?, thresholds.flat::<f64>()?);
-        let factor = factor.as_ref().map(|f| f.flat::<f64>()).transpose()?;
-        let heaviest = heaviest.as_ref().map(|h| h.flat::<f64>()).transpose()?;
-        let view: View<'_, T> = xs.view(x)?;
+        let heaviest = heaviest.as_ref().map(|[h]| h.flat::<f64>()).transpose()?;
         let k = centroids.dims()[1];
-        // A copy: the centroids are written below.
-        let starts = lock(centroids).flat::<T>()?.to_vec();
-        let fits = (0..x.b).into_par_iter().map(|b| {
-            let weights = factor.zip(heaviest).map(|(f, h)| (&f[b * x.n..][..x.n], h[b]));
-            let line = Line::new((0..x.n).map(|i| view.row(b, i)[0].wide()), largest[b], weights, x.b == 1);
-            line.lloyd(&starts[b * k..][..k], thresholds[b], max_iters)
-        });
-        let Some(fits) = fits.collect::<Option<Vec<_>>>() else { return Ok(false) };
-        write(centroids, |all: &mut [T]| {
-            all.chunks_mut(k).zip(&fits).for_each(|(row, fit)| row.copy_from_slice(&fit.centroids));
-        })?;
+        let shared = [&x.tensor, terms.factor.as_ref().unwrap_or(&x.tensor)];
+        let fits = read_and_write(shared, centroids, |[xs, factor], all: &mut [T]| {
+            let view: View<'_, T> = xs.view(x)?;
+            let factor = terms.factor.as_ref().map(|_| factor.flat::<f64>()).transpose()?;
+            let starts = &*all;
+            let fit = |b| {
+                let weights = factor.zip(heaviest).map(|(f, h)| (&f[b * x.n..][..x.n], h[b]));
+                let line = Line::new((0..x.n).map(|i| view.row(b, i)[0].wide()), largest[b], weights, x.b == 1)?;
+                Ok::<_, Error>(line.and_then(|line| line.lloyd(&starts[b * k..][..k], thresholds[b], max_iters)))
+            };
+            let fits = host::map("fit", x.b, 32 * x.n, fit)?;
+            let fits = fits.into_iter().collect::<Result<Option<Vec<_>>>>()?;
+            if let Some(fits) = &fits {
+                all.chunks_mut(k).zip(fits).for_each(|(row, fit)| row.copy_from_slice(&fit.centroids));
+            }
+            Ok::<_, Error>(fits)
+        })??;
+        let Some(fits) = fits else { return Ok(false) };
         write(labels, |all: &mut [u32]| {
-            all.par_chunks_mut(x.n).zip(&fits).for_each(|(row, fit)| row.copy_from_slice(&fit.labels));
-        })?;
+            let rows = all.chunks_mut(x.n).zip(&fits).collect();
+            let copy = |_: &mut (), (row, fit): (&mut [u32], &Fitted<T>)| {
+                row.copy_from_slice(&fit.labels);
+                Ok(())
+            };
+            host::for_each(rows, x.n / 8, || (), copy)
+        })??;
         write(&progress.stop, |all: &mut [u32]| {
             all.iter_mut().zip(&fits).for_each(|(stop, fit)| *stop = fit.stop.unwrap_or(*stop));
         })?;
@@ -73,13 +84,18 @@ struct Fitted<T> {
 }
 
 impl Line {
-    /// `largest` bounds the terms; weights come with their largest. A problem that is `alone` is sorted by all threads; one
-    /// that waited for others would meanwhile begin with a third.
-    fn new(values: impl Iterator<Item = f64>, largest: f64, weights: Option<(&[f64], f64)>, alone: bool) -> Self {
+    /// `largest` bounds the terms; weights come with their largest. None where a term is no integer of the scale. A problem
+    /// that is `alone` is sorted by all threads; one that waited for others would meanwhile begin with a third.
+    fn new(
+        values: impl Iterator<Item = f64>,
+        largest: f64,
+        weights: Option<(&[f64], f64)>,
+        alone: bool,
+    ) -> Result<Option<Self>> {
         let mut sorted: Vec<(f64, u32)> = values.zip(0..).collect();
         let by_value = |a: &(f64, u32), b: &(f64, u32)| a.0.total_cmp(&b.0);
         if alone {
-            sorted.par_sort_unstable_by(by_value);
+            host::sort(&mut sorted, by_value)?;
         } else {
             sorted.sort_unstable_by(by_value);
         }
@@ -88,15 +104,21 @@ impl Line {
             let scale = fixed::scale(bound, values.len());
             let mut sum = 0;
             let before = (0..values.len()).map(|i| {
-                sum += fixed::quantise(term(i), scale);
-                sum
+                sum += fixed::quantise(term(i), scale)?;
+                Some(sum)
             });
-            (std::iter::once(0).chain(before).collect(), scale)
+            Some((std::iter::once(Some(0)).chain(before).collect::<Option<_>>()?, scale))
         };
         let weight = |i: usize| weights.map_or(1.0, |(w, _)| w[rows[i] as usize]);
-        let sums = prefix(largest, &|i| values[i] * weight(i));
-        let of_weights = weights.map(|(_, heaviest)| prefix(heaviest, &weight));
-        Self { sums, weights: of_weights, values, rows }
+        let Some(sums) = prefix(largest, &|i| values[i] * weight(i)) else { return Ok(None) };
+        let of_weights = match weights {
+            Some((_, heaviest)) => match prefix(heaviest, &weight) {
+                None => return Ok(None),
+                some => some,
+            },
+            None => None,
+        };
+        Ok(Some(Self { sums, weights: of_weights, values, rows }))
     }
 
     fn lloyd<T: Element>(&self, start: &[T], threshold: f64, max_iters: usize) -> Option<Fitted<T>> {
@@ -126,9 +148,9 @@ impl Line {
 
     /// The weighted mean of a range; none of no weight.
     fn mean(&self, begin: usize, end: usize) -> Option<f64> {
-        let of = |(sums, scale): &(Vec<i128>, i32)| fixed::value(sums[end] - sums[begin], *scale);
-        let weight = self.weights.as_ref().map_or((end - begin) as f64, of);
-        (weight > 0.0).then(|| of(&self.sums) / weight)
+        let of = |(sums, scale): &(Vec<i128>, i32)| Scaled::of(sums[end] - sums[begin], *scale);
+        let weight = self.weights.as_ref().map_or_else(|| Scaled::of((end - begin) as i128, 0), of);
+        weight.is_positive().then(|| of(&self.sums).over(weight))
     }
 
     /// The range of each centroid that has rows. None where a centroid is no number, or neighbouring ones are so near each other that their distances

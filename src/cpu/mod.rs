@@ -1,4 +1,4 @@
-//! The CPU backend: rayon over fixed tiles, no N x K matrix, the same functions as `cuda`.
+//! The CPU backend: fixed tiles on the threads of `host`, no N x K matrix, the same functions as `cuda`.
 
 pub(crate) mod assign;
 pub(crate) mod attend;
@@ -7,11 +7,11 @@ mod line;
 pub(crate) mod route;
 pub(crate) mod update;
 
-use crate::{problem::Rows, Result};
-use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, Tensor, WithDType};
+use crate::{problem::Rows, Error, Result};
+use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, StorageRef, Tensor, WithDType};
 use filter::Scalar;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
-use std::{cell::RefCell, marker::PhantomData, ops::Deref};
+use std::{cell::RefCell, marker::PhantomData, rc::Rc};
 
 /// Runs `$body` with `$t` standing for the Rust type of a float dtype.
 macro_rules! typed {
@@ -95,22 +95,75 @@ fn copy_row<T: Copy>(row: &[T], out: &mut [T]) {
     out.copy_from_slice(row)
 }
 
-/// A read lock on a tensor's storage.
-pub(crate) struct Guard<G> {
-    storage: G,
+/// A read lock on a tensor's storage, shared by all tensors of that storage.
+pub(crate) struct Guard<'a> {
+    storage: Rc<StorageRef<'a>>,
     start: usize,
     len: usize,
 }
 
-pub(crate) fn lock(t: &Tensor) -> Guard<impl Deref<Target = Storage> + '_> {
-    let (storage, layout) = t.storage_and_layout();
-    Guard { storage, start: layout.start_offset(), len: layout.shape().elem_count() }
+/// Locks the storages of some tensors for reading: each once, since a second lock would wait for a writer that waits for the
+/// first, and in the order of their addresses, so that no two threads wait for each other. Who holds such locks asks for no
+/// others, but of tensors that nobody else has.
+pub(crate) fn lock<const N: usize>(tensors: [&Tensor; N]) -> [Guard<'_>; N] {
+    let addresses = tensors.map(address);
+    let mut locked = Locked(vec![]);
+    locked.add(tensors, addresses, |_| true);
+    locked.guards(tensors, addresses)
 }
 
-impl<G: Deref<Target = Storage>> Guard<G> {
+/// Lets `f` read some tensors and write the elements of `out`, which is contiguous: locked as by [`lock`], `out` in its turn.
+pub(crate) fn read_and_write<T: Stored, R, const N: usize>(
+    tensors: [&Tensor; N],
+    out: &Tensor,
+    f: impl FnOnce([Guard<'_>; N], &mut [T]) -> R,
+) -> Result<R> {
+    let (addresses, own) = (tensors.map(address), address(out));
+    if addresses.contains(&own) {
+        let (got, with) = ("a view of a result".into(), "a call that overwrites it".into());
+        return Err(Error::Conflict { argument: "x", got, with });
+    }
+    let mut locked = Locked(vec![]);
+    locked.add(tensors, addresses, |at| at < own);
+    write(out, |data| {
+        locked.add(tensors, addresses, |at| at > own);
+        f(locked.guards(tensors, addresses), data)
+    })
+}
+
+/// Where a tensor's storage is. (Locks it for a moment.)
+fn address(t: &Tensor) -> usize {
+    std::ptr::from_ref::<Storage>(&t.storage_and_layout().0).addr()
+}
+
+/// Storages that are locked, by their addresses.
+struct Locked<'a>(Vec<(usize, Rc<StorageRef<'a>>)>);
+
+impl<'a> Locked<'a> {
+    /// Locks those at addresses that are `wanted`, in order.
+    fn add<const N: usize>(&mut self, tensors: [&'a Tensor; N], addresses: [usize; N], wanted: impl Fn(usize) -> bool) {
+        let mut order: [usize; N] = std::array::from_fn(|i| i);
+        order.sort_unstable_by_key(|&i| addresses[i]);
+        for i in order.into_iter().filter(|&i| wanted(addresses[i])) {
+            if self.0.last().is_none_or(|&(last, _)| last != addresses[i]) {
+                self.0.push((addresses[i], Rc::new(tensors[i].storage_and_layout().0)));
+            }
+        }
+    }
+
+    fn guards<const N: usize>(&self, tensors: [&'a Tensor; N], addresses: [usize; N]) -> [Guard<'a>; N] {
+        std::array::from_fn(|i| {
+            let (_, storage) = self.0.iter().find(|&&(at, _)| at == addresses[i]).expect("it is locked");
+            let layout = tensors[i].layout();
+            Guard { storage: storage.clone(), start: layout.start_offset(), len: layout.shape().elem_count() }
+        })
+    }
+}
+
+impl Guard<'_> {
     /// The whole storage, for views that carry their own offset and strides.
     fn all<T: WithDType>(&self) -> Result<&[T]> {
-        match &*self.storage {
+        match &**self.storage {
             Storage::Cpu(s) => Ok(T::cpu_storage_as_slice(s)?),
             _ => unreachable!("ops.rs sends CPU tensors here"),
         }

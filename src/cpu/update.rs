@@ -3,10 +3,11 @@
 use super::{
     assign::{finished, tensor},
     filter::Scalar,
-    line, lock, typed, write, Element, View,
+    line, lock, read_and_write, typed, write, Element, View,
 };
 use crate::{
-    fixed,
+    fixed::{self, Exact, Scaled},
+    host,
     ops::{Memory, Progress, Rule, Terms, Turn},
     problem::Rows,
     tiles::CPU_SUM_ROWS,
@@ -14,26 +15,27 @@ use crate::{
 };
 use candle_core::Tensor;
 use pulp::NullaryFnOnce;
-use rayon::prelude::*;
 use std::ops::Range;
 
 pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
     let (b, n) = labels.dims2()?;
-    let labels = lock(labels);
+    let [labels] = lock([labels]);
     let labels = labels.flat::<u32>()?;
-    let (mut order, mut offsets) = (vec![0u32; b * n], vec![0u32; b * (k + 1)]);
+    let (mut order, mut offsets) = (host::filled("sort", b * n, 0u32)?, host::filled("sort", b * (k + 1), 0u32)?);
     if n > 0 {
-        order.par_chunks_mut(n).zip(offsets.par_chunks_mut(k + 1)).zip(labels.par_chunks(n)).for_each(
-            |((order, offsets), labels)| {
-                labels.iter().for_each(|&l| offsets[l as usize + 1] += 1);
-                (0..k).for_each(|j| offsets[j + 1] += offsets[j]);
-                let mut next = offsets[..k].to_vec();
-                for (i, &l) in labels.iter().enumerate() {
-                    order[next[l as usize] as usize] = i as u32;
-                    next[l as usize] += 1;
-                }
-            },
-        );
+        let problems = order.chunks_mut(n).zip(offsets.chunks_mut(k + 1)).zip(labels.chunks(n)).collect();
+        type Sorting<'a> = ((&'a mut [u32], &'a mut [u32]), &'a [u32]);
+        let sort = |_: &mut (), ((order, offsets), labels): Sorting<'_>| {
+            labels.iter().for_each(|&l| offsets[l as usize + 1] += 1);
+            (0..k).for_each(|j| offsets[j + 1] += offsets[j]);
+            let mut next = offsets[..k].to_vec();
+            for (i, &l) in labels.iter().enumerate() {
+                order[next[l as usize] as usize] = i as u32;
+                next[l as usize] += 1;
+            }
+            Ok(())
+        };
+        host::for_each(problems, 4 * n + k, || (), sort)?;
     }
     Ok((tensor(order, (b, n))?, tensor(offsets, (b, k + 1))?))
 }
@@ -50,29 +52,36 @@ pub(crate) fn update(
     let (b, k, d) = centroids.dims3()?;
     let sorted = labels.map(|labels| order(labels, k)).transpose()?;
     typed!(x.dtype(), T => {
-        let (xs, largest) = (lock(&x.tensor), lock(&terms.largest));
-        let (factor, heaviest) = (terms.factor.as_ref().map(lock), terms.heaviest.as_ref().map(lock));
-        let sorted = sorted.as_ref().map(|(order, offsets)| (lock(order), lock(offsets)));
-        let sorted = sorted.as_ref().map(|(order, offsets)| Ok::<_, Error>((order.flat()?, offsets.flat()?))).transpose()?;
-        let clusters = Sorted {
-            x: xs.view::<T>(x)?,
-            factor: factor.as_ref().map(|f| f.flat::<f64>()).transpose()?,
-            order: sorted.map(|(order, _)| order),
-            offsets: sorted.map(|(_, offsets)| offsets),
-            largest: largest.flat()?,
-            heaviest: heaviest.as_ref().map(|h| h.flat::<f64>()).transpose()?,
-            k,
-        };
+        // Of these nobody else has any.
+        let ([largest, first_bad], heaviest) =
+            (lock([&terms.largest, &terms.first_bad]), terms.heaviest.as_ref().map(|h| lock([h])));
+        let sorted = sorted.as_ref().map(|(order, offsets)| lock([order, offsets]));
+        let sorted = sorted.as_ref().map(|[order, offsets]| Ok::<_, Error>((order.flat()?, offsets.flat()?))).transpose()?;
         let over = finished(turn)?;
-        let shifts: Vec<f64> = write(centroids, |centroids: &mut [T]| {
-            let moved = |(i, row): (usize, &mut [T])| {
-                let (b, j) = (i / k, i % k);
-                if over.get(b).is_some_and(|&over| over) { 0.0 } else { clusters.replace(b, j, rule, row) }
+        let shared = [&x.tensor, terms.factor.as_ref().unwrap_or(&x.tensor)];
+        let shifts: Vec<f64> = read_and_write(shared, centroids, |[xs, factor], centroids: &mut [T]| {
+            let clusters = Sorted {
+                x: xs.view::<T>(x)?,
+                factor: terms.factor.as_ref().map(|_| factor.flat::<f64>()).transpose()?,
+                order: sorted.map(|(order, _)| order),
+                offsets: sorted.map(|(_, offsets)| offsets),
+                largest: largest.flat()?,
+                first_bad: first_bad.flat()?,
+                heaviest: heaviest.as_ref().map(|[h]| h.flat::<f64>()).transpose()?,
+                k,
             };
-            centroids.par_chunks_mut(d).enumerate().map(moved).collect()
-        })?;
+            let mut shifts = host::filled("update", b * k, 0.0)?;
+            let all = centroids.chunks_mut(d).zip(&mut shifts).enumerate();
+            let going = all.filter(|(i, _)| !over.get(i / k).is_some_and(|&over| over)).collect();
+            let replace = |_: &mut (), (i, (row, shift)): (usize, (&mut [T], &mut f64))| {
+                *shift = clusters.replace(i / k, i % k, rule, row)?;
+                Ok(())
+            };
+            host::for_each(going, d * (8 + 2 * (x.n / k)), || (), replace)?;
+            Ok::<_, Error>(shifts)
+        })??;
         let Some(Turn { progress, iteration }) = turn else { return Ok(()) };
-        let thresholds = lock(&progress.threshold);
+        let [thresholds] = lock([&progress.threshold]);
         let thresholds = thresholds.flat::<f64>()?;
         write(&progress.stop, |stop: &mut [u32]| {
             for b in (0..b).filter(|&b| !over[b]) {
@@ -110,6 +119,7 @@ struct Sorted<'a, T> {
     order: Option<&'a [u32]>,
     offsets: Option<&'a [u32]>,
     largest: &'a [f64],
+    first_bad: &'a [u32],
     heaviest: Option<&'a [f64]>,
     k: usize,
 }
@@ -123,46 +133,66 @@ impl<T: Element> Sorted<'_, T> {
     }
 
     /// Replaces the centroid `row` of cluster `j`, unless that has no weight, and returns the square of its shift.
-    fn replace(&self, b: usize, j: usize, rule: Rule, row: &mut [T]) -> f64 {
+    fn replace(&self, b: usize, j: usize, rule: Rule, row: &mut [T]) -> Result<f64> {
         let values = match rule {
             Rule::Median => self.medians(b, j),
-            _ => self.sums(b, j).and_then(|sums| self.divided(b, j, rule, sums)),
+            _ => self.sums(b, j)?.and_then(|sums| self.divided(b, j, rule, sums)),
         };
-        let Some(values) = values else { return 0.0 };
+        let Some(values) = values else { return Ok(0.0) };
         let shift = fixed::striped(row.iter_mut().zip(values).map(|(old, v)| {
             let new = T::narrow(v);
             let t = if new.wide() == old.wide() { 0.0 } else { new.wide() - old.wide() };
             *old = new;
             t * t
         }));
-        if shift.is_nan() {
-            f64::INFINITY
-        } else {
-            shift
+        Ok(if shift.is_nan() { f64::INFINITY } else { shift })
+    }
+
+    fn divided(&self, b: usize, j: usize, rule: Rule, sums: Vec<Scaled>) -> Option<Vec<f64>> {
+        match rule {
+            Rule::Sum => Some(sums.into_iter().map(Scaled::value).collect()),
+            Rule::Direction => {
+                let (values, norm) = Scaled::direction(&sums)?;
+                Some(values.into_iter().map(|v| v / norm).collect())
+            }
+            _ => {
+                let weight = self.weight(b, j);
+                weight.is_positive().then(|| sums.into_iter().map(|s| s.over(weight)).collect())
+            }
         }
     }
 
-    fn divided(&self, b: usize, j: usize, rule: Rule, sums: Vec<f64>) -> Option<Vec<f64>> {
-        let divisor = match rule {
-            Rule::Sum => 1.0,
-            Rule::Direction => fixed::striped(sums.iter().map(|s| s * s)).sqrt(),
-            _ => self.weight(b, j),
+    /// Whether a row counts: one that is not finite weighs nothing.
+    fn counts(&self, b: usize, row: usize) -> bool {
+        self.first_bad[b] == u32::MAX || self.x.row(b, row).iter().all(|v| v.wide().is_finite())
+    }
+
+    /// The rows of a cluster that count.
+    fn members(&self, b: usize, j: usize) -> impl Iterator<Item = usize> + '_ {
+        self.range(b, j).map(move |place| self.row(b, place)).filter(move |&row| self.counts(b, row))
+    }
+
+    /// The weight of a row that counts.
+    fn row_weight(&self, b: usize, row: usize) -> f64 {
+        self.factor.map_or(1.0, |factor| factor[b * self.x.rows.n + row])
+    }
+
+    fn weight(&self, b: usize, j: usize) -> Scaled {
+        let Some(heaviest) = self.heaviest else {
+            let all = self.first_bad[b] == u32::MAX;
+            let rows = if all { self.range(b, j).len() } else { self.members(b, j).count() };
+            return Scaled::of(rows as i128, 0);
         };
-        (divisor > 0.0).then(|| sums.into_iter().map(|s| s / divisor).collect())
-    }
-
-    /// The fixed-point weight of the row at a place, and the scale it has.
-    fn weights(&self, b: usize) -> Option<(impl Fn(usize) -> i128 + '_, i32)> {
-        let (factor, heaviest) = (self.factor?, self.heaviest?);
         let scale = fixed::scale(heaviest[b], self.x.rows.n);
-        Some((move |place| fixed::quantise(factor[b * self.x.rows.n + self.row(b, place)], scale), scale))
-    }
-
-    fn weight(&self, b: usize, j: usize) -> f64 {
-        match self.weights(b) {
-            Some((weight, scale)) => fixed::value(self.range(b, j).map(weight).sum(), scale),
-            None => self.range(b, j).len() as f64,
+        let (mut whole, mut exact) = (0, None);
+        for row in self.members(b, j) {
+            let weight = self.row_weight(b, row);
+            match fixed::quantise(weight, scale) {
+                Some(v) => whole += v,
+                None => exact.get_or_insert(Exact::ZERO).add(weight),
+            }
         }
+        rounded(whole, scale, exact)
     }
 
     fn row(&self, b: usize, place: usize) -> usize {
@@ -170,25 +200,24 @@ impl<T: Element> Sorted<'_, T> {
     }
 
     /// The sums of the columns; none of no rows.
-    fn sums(&self, b: usize, j: usize) -> Option<Vec<f64>> {
+    fn sums(&self, b: usize, j: usize) -> Result<Option<Vec<Scaled>>> {
         let Range { start, end } = self.range(b, j);
         let scale = fixed::scale(self.largest[b], self.x.rows.n);
         let part = |p: usize| self.sum(b, start + p * CPU_SUM_ROWS, end.min(start + (p + 1) * CPU_SUM_ROWS), scale);
-        let add = |mut a: Vec<i128>, b: Vec<i128>| {
-            a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
-            a
-        };
         let parts = (end - start).div_ceil(CPU_SUM_ROWS);
-        let sum = (0..parts).into_par_iter().map(part).reduce_with(add)?;
-        Some(sum.into_iter().map(|q| fixed::value(q, scale)).collect())
+        let sums = host::reduce(parts, CPU_SUM_ROWS * self.x.rows.d, part, Sums::join)?;
+        Ok(sums.map(|Sums { whole, exact }| {
+            let exact = exact.map_or_else(|| vec![None; whole.len()], |exact| exact.into_iter().map(Some).collect());
+            whole.into_iter().zip(exact).map(|(q, exact)| rounded(q, scale, exact)).collect()
+        }))
     }
 
-    /// Sums positions `start..end` of problem `b` as fixed-point integers.
+    /// Sums positions `start..end` of problem `b`.
     ///
     /// The integer of most terms is split over a few f64 "limbs", each a whole number of its own unit (2^26 apart) and
     /// small enough that f64 addition of thousands of them is exact: integer sums at the speed of f64 adds. A term with
-    /// bits below the last limb (a small one) adds what is missing as an integer of its own.
-    fn sum(&self, b: usize, start: usize, end: usize, scale: i32) -> Vec<i128> {
+    /// bits below the last limb (a small one) adds what is missing as an integer of its own, or to an exact sum.
+    fn sum(&self, b: usize, start: usize, end: usize, scale: i32) -> Sums {
         // Products with a factor carry 53 bits, plain f32 and shorter at most 24.
         if self.factor.is_some() || size_of::<T>() == 8 {
             self.sum_limbs::<3>(b, start, end, scale)
@@ -197,42 +226,71 @@ impl<T: Element> Sorted<'_, T> {
         }
     }
 
-    fn sum_limbs<const LIMBS: usize>(&self, b: usize, start: usize, end: usize, scale: i32) -> Vec<i128> {
+    fn sum_limbs<const LIMBS: usize>(&self, b: usize, start: usize, end: usize, scale: i32) -> Sums {
         // Every term is below 2^top; adding and taking away 1.5 * 2^(52 + e) rounds to a multiple of 2^e.
         let top = 126 - scale - (usize::BITS - self.x.rows.n.leading_zeros()) as i32;
         let units: [i32; LIMBS] = std::array::from_fn(|l| top - 26 * (l as i32 + 1));
         let rounders = units.map(|e| 1.5 * 2f64.powi(52 + e));
         let extreme = !(-900..900).contains(&top);
         let mut planes = vec![0f64; LIMBS * self.x.rows.d];
-        let mut sum = vec![0i128; self.x.rows.d];
+        let mut sums = Sums { whole: vec![0; self.x.rows.d], exact: None };
         let rounders = if extreme { &[][..] } else { &rounders };
         let add =
-            AddRows { terms: self, b, positions: start..end, scale, rounders, planes: &mut planes, sum: &mut sum };
+            AddRows { terms: self, b, positions: start..end, scale, rounders, planes: &mut planes, sums: &mut sums };
         pulp::Arch::new().dispatch(add);
         for (plane, unit) in planes.chunks_exact(self.x.rows.d).zip(units) {
             let whole = 2f64.powi(-unit);
-            sum.iter_mut().zip(plane).for_each(|(s, &v)| *s += ((v * whole) as i128) << (unit + scale));
+            sums.whole.iter_mut().zip(plane).for_each(|(s, &v)| *s += ((v * whole) as i128) << (unit + scale));
         }
-        sum
+        sums
     }
 
     /// The medians of the columns; none of no weight.
     fn medians(&self, b: usize, j: usize) -> Option<Vec<f64>> {
-        let weights = self.weights(b);
-        let weight = |place| weights.as_ref().map_or(1, |(weight, _)| weight(place));
-        let members: Vec<_> = self.range(b, j).map(|place| (self.row(b, place), weight(place))).collect();
-        let total: i128 = members.iter().map(|m| m.1).sum();
+        let members: Vec<_> = self.members(b, j).map(|row| (row, self.row_weight(b, row))).collect();
+        let members: Vec<_> = members.into_iter().filter(|&(_, weight)| weight > 0.0 && weight.is_finite()).collect();
         let mut column = Vec::with_capacity(members.len());
         let median = |c: usize| {
             column.clear();
             column.extend(members.iter().map(|&(i, weight)| (self.x.row(b, i)[c].wide(), weight)));
-            median(&mut column, total, weights.is_none())
+            median(&mut column, self.heaviest.map(|heaviest| fixed::scale(heaviest[b], self.x.rows.n)))
         };
-        (total > 0).then(|| (0..self.x.rows.d).map(median).collect())
+        (!members.is_empty()).then(|| (0..self.x.rows.d).map(median).collect())
     }
 }
 
-/// Adds the limbs of some terms to `planes`, and what they leave (without rounders: everything) to `sum`. A struct for the
+/// The sums of columns: of terms that are integers of the problem's scale, and of others, if there are any.
+struct Sums {
+    whole: Vec<i128>,
+    exact: Option<Vec<Exact>>,
+}
+
+impl Sums {
+    fn join(mut self, other: Self) -> Self {
+        self.whole.iter_mut().zip(other.whole).for_each(|(a, b)| *a += b);
+        self.exact = match (self.exact, other.exact) {
+            (Some(mut exact), Some(other)) => {
+                exact.iter_mut().zip(&other).for_each(|(a, b)| a.join(b));
+                Some(exact)
+            }
+            (exact, other) => exact.or(other),
+        };
+        self
+    }
+}
+
+/// The sum of both, rounded once.
+fn rounded(whole: i128, scale: i32, exact: Option<Exact>) -> Scaled {
+    match exact {
+        None => Scaled::of(whole, scale),
+        Some(mut exact) => {
+            exact.add_fixed(whole, scale);
+            exact.rounded()
+        }
+    }
+}
+
+/// Adds the limbs of some terms to `planes`, and what they leave (without rounders: everything) to `sums`. A struct for the
 /// reason that `Pack` in assign.rs is one.
 struct AddRows<'a, T> {
     terms: &'a Sorted<'a, T>,
@@ -241,7 +299,7 @@ struct AddRows<'a, T> {
     scale: i32,
     rounders: &'a [f64],
     planes: &'a mut [f64],
-    sum: &'a mut [i128],
+    sums: &'a mut Sums,
 }
 
 impl<T: Element> NullaryFnOnce for AddRows<'_, T> {
@@ -249,20 +307,22 @@ impl<T: Element> NullaryFnOnce for AddRows<'_, T> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { terms, b, positions, scale, rounders, planes, sum } = self;
-        let (n, d) = (terms.x.rows.n, terms.x.rows.d);
+        let Self { terms, b, positions, scale, rounders, planes, sums } = self;
+        let (n, d, dirty) = (terms.x.rows.n, terms.x.rows.d, terms.first_bad[b] != u32::MAX);
         let row = |p: usize| terms.row(b, p);
-        let (mut values, mut each, mut rest) = (vec![Scalar::of(0.0); d], vec![0f64; d], vec![0f64; d]);
+        let (mut values, mut rest) = (vec![Scalar::of(0.0); d], vec![0f64; d]);
         for p in positions.clone() {
             if terms.order.is_some() && p + AHEAD < positions.end {
                 prefetch(terms.x.row(b, row(p + AHEAD)));
             }
             T::filter_row(terms.x.row(b, row(p)), &mut values);
             let factor = terms.factor.map_or(1.0, |f| f[b * n + row(p)]);
-            for ((t, r), v) in each.iter_mut().zip(&mut rest).zip(&values) {
+            if dirty && !values.iter().all(|v| v.widen().is_finite()) {
+                continue;
+            }
+            for (r, v) in rest.iter_mut().zip(&values) {
                 let v = v.widen() * factor;
-                *t = if v.abs() < f64::INFINITY { v } else { 0.0 };
-                *r = *t;
+                *r = if v.abs() < f64::INFINITY { v } else { 0.0 };
             }
             for (plane, &rounder) in planes.chunks_exact_mut(d).zip(rounders) {
                 for (p, r) in plane.iter_mut().zip(&mut rest) {
@@ -272,8 +332,12 @@ impl<T: Element> NullaryFnOnce for AddRows<'_, T> {
                 }
             }
             if rest.iter().fold(0, |any, r| any | r.to_bits() << 1) != 0 {
-                for ((s, &t), &r) in sum.iter_mut().zip(&each).zip(&rest).filter(|(_, &r)| r != 0.0) {
-                    *s += fixed::quantise(t, scale) - fixed::quantise(t - r, scale);
+                let Sums { whole, exact } = &mut *sums;
+                for (c, (s, &r)) in whole.iter_mut().zip(&rest).enumerate().filter(|(_, (_, &r))| r != 0.0) {
+                    match fixed::quantise(r, scale) {
+                        Some(v) => *s += v,
+                        None => exact.get_or_insert_with(|| vec![Exact::ZERO; d])[c].add(r),
+                    }
                 }
             }
         }
@@ -295,21 +359,30 @@ fn prefetch<T>(row: &[T]) {
     let _ = row;
 }
 
-/// The smallest value that at least half of the weight does not exceed.
-fn median(column: &mut [(f64, i128)], total: i128, unweighted: bool) -> f64 {
-    let by_value = |a: &(f64, i128), b: &(f64, i128)| a.0.total_cmp(&b.0);
-    if column.is_empty() {
-        return 0.0;
-    }
-    if unweighted {
+/// The smallest value that at least half of the weight does not exceed, of at least one value. Weights, if there is a scale,
+/// are positive; without one they are equal.
+fn median(column: &mut [(f64, f64)], scale: Option<i32>) -> f64 {
+    let by_value = |a: &(f64, f64), b: &(f64, f64)| a.0.total_cmp(&b.0);
+    let Some(scale) = scale else {
         let middle = (column.len() - 1) / 2;
         return column.select_nth_unstable_by(middle, by_value).1 .0;
-    }
+    };
     column.sort_unstable_by(by_value);
-    let mut below = 0;
-    let reached = column.iter().find(|(_, w)| {
-        below += w;
-        2 * below >= total
-    });
-    reached.map_or(0.0, |&(v, _)| v)
+    let whole: Option<Vec<i128>> = column.iter().map(|&(_, weight)| fixed::quantise(weight, scale)).collect();
+    let reached = match whole {
+        Some(whole) => {
+            let total: i128 = whole.iter().sum();
+            whole.iter().scan(0, |below, w| Some((*below += w, 2 * *below >= total).1)).position(|reached| reached)
+        }
+        None => {
+            // Twice what is below, less the total.
+            let mut left = Exact::ZERO;
+            column.iter().for_each(|&(_, weight)| left.add(-weight));
+            column.iter().position(|&(_, weight)| {
+                (0..2).for_each(|_| left.add(weight));
+                !left.is_negative()
+            })
+        }
+    };
+    column[reached.expect("all of the weight is at least half")].0
 }

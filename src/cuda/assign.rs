@@ -14,16 +14,16 @@ use crate::{
         RECHECK_BLOCKS, RECHECK_QUEUE, SIMT_ROWS, SM80_CENTROIDS, SM80_COLUMNS, SM80_ROWS, SM80_STAGES, SM90_CENTROIDS,
         SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS,
     },
-    Metric, Result,
+    Error, Metric, Result,
 };
 use candle_core::cuda_backend::{
     cudarc::driver::{
         sys::{CUdevice_attribute, CUtensorMapDataType},
-        CudaView, DevicePtr, PushKernelArg,
+        CudaView, DevicePtr, DeviceRepr, PushKernelArg,
     },
-    CudaDevice, WrapErr,
+    CudaDType, CudaDevice, WrapErr,
 };
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 /// Who allocates, in errors.
 const OP: &str = "labels";
@@ -62,27 +62,120 @@ pub(crate) fn relabel(
     }))
 }
 
-/// The rows themselves, or a copy in multiples of eight columns if the kernel reads such and they lie otherwise.
-pub(crate) fn readable(x: Rows, k: usize, metric: Metric) -> Result<Rows> {
-    let dev = device(&x.tensor)?;
-    let kernel = Assign::choose(x.dtype(), metric, [x.b, x.n, k, x.d], super::arch(dev)?);
-    if kernel.in_eights(x.dtype()) {
-        typed!(x.dtype(), T => pack::<T>(dev, &x))
-    } else {
-        Ok(x)
+/// The rows as they lie, or where the kernel can read them, in `copy`: of eight columns each if it reads such.
+pub(crate) fn readable(x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Rows> {
+    let dev = device(x)?;
+    let (rank, view) = (x.rank(), Rows::view(x));
+    let (b, n, d) = (x.dims()[..rank - 2].iter().product(), x.dims()[rank - 2], x.dims()[rank - 1]);
+    let eights = Assign::choose(x.dtype(), metric, [b, n, k, d], super::arch(dev)?).in_eights(x.dtype());
+    let pitch = if eights { d.next_multiple_of(8) } else { d };
+    match view {
+        Some(rows) if !eights || in_eights(&rows.tensor) || x.elem_count() == 0 => Ok(rows),
+        view => typed!(x.dtype(), T => {
+            // The rows of the last run were in the same place, which a captured run looks for.
+            let to = match copy.take().filter(|kept| kept.dims() == [b, n, pitch]) {
+                Some(kept) => kept,
+                None => tensor(dev, alloc::<T>(dev, "pack", elements(&[b, n, pitch]))?, (b, n, pitch)),
+            };
+            match view {
+                Some(rows) => pack_into::<T>(dev, &rows, &to)?,
+                None => write::<T>(&to, |to| copy_strided(dev, x, pitch, to))?,
+            }
+            Rows::new(&copy.insert(to).narrow(2, 0, d)?)
+        }),
     }
 }
 
+/// The rows themselves, or a copy in multiples of eight columns.
 fn pack<T: Element>(dev: &CudaDevice, x: &Rows) -> Result<Rows> {
     if in_eights(&x.tensor) || x.b == 0 || x.n == 0 {
         return Ok(x.clone());
     }
-    let pitch = x.d.next_multiple_of(8);
-    let mut out = alloc::<T>(dev, "pack", elements(&[x.b, x.n, pitch]))?;
+    let shape = (x.b, x.n, x.d.next_multiple_of(8));
+    let to = tensor(dev, alloc::<T>(dev, "pack", elements(&[shape.0, shape.1, shape.2]))?, shape);
+    pack_into::<T>(dev, x, &to)?;
+    Rows::new(&to.narrow(2, 0, x.d)?)
+}
+
+/// Rows side by side in `(b, n, pitch)`.
+fn pack_into<T: Element>(dev: &CudaDevice, x: &Rows, to: &Tensor) -> Result<()> {
+    let pitch = to.dim(2)?;
     let (xs, rows) = (read(&x.tensor), rows_of_a_pass(pitch));
-    launch!(dev, Prepare, "pack", T::SUFFIX, elements(&[x.b, x.n.div_ceil(rows)]), THREADS;
-        &xs.view::<T>()?, &shape(x), &(pitch as i64), &(rows as i64), &mut out)?;
-    Rows::new(&tensor(dev, out, (x.b, x.n, pitch)).narrow(2, 0, x.d)?)
+    write::<T>(to, |to| {
+        launch!(dev, Prepare, "pack", T::SUFFIX, elements(&[x.b, x.n.div_ceil(rows)]), THREADS;
+            &xs.view::<T>()?, &shape(x), &(pitch as i64), &(rows as i64), &to)
+    })
+}
+
+/// `struct Strided` of `norms.cu`.
+#[repr(C)]
+struct Strided {
+    sizes: [i64; 8],
+    strides: [i64; 8],
+    rank: i64,
+}
+
+// SAFETY: integers, laid out as in C.
+unsafe impl DeviceRepr for Strided {}
+
+impl Strided {
+    /// The last dimension, then the others from the innermost one on, those that step over the whole of the one inside with it.
+    fn of(t: &Tensor) -> Result<Self> {
+        let dims = t.dims().iter().zip(t.stride()).map(|(&size, &stride)| (size as i64, stride as i64)).rev();
+        let mut folded: Vec<(i64, i64)> = vec![];
+        for (_, (size, stride)) in dims.enumerate().filter(|&(i, (size, _))| i == 0 || size != 1) {
+            // The last dimension stays alone: its rows are widened.
+            let outer = folded.len() > 1;
+            match folded.last_mut() {
+                Some((inner, step)) if outer && stride == *inner * *step => *inner *= size,
+                _ => folded.push((size, stride)),
+            }
+        }
+        let mut strided = Self { sizes: [1; 8], strides: [0; 8], rank: folded.len() as i64 };
+        if folded.len() > strided.sizes.len() {
+            let (got, limit) = (folded.len(), strided.sizes.len());
+            return Err(Error::TooLarge { argument: "dimensions of a copy", got, limit });
+        }
+        for (i, (size, stride)) in folded.into_iter().enumerate() {
+            (strided.sizes[i], strided.strides[i]) = (size, stride);
+        }
+        Ok(strided)
+    }
+}
+
+/// The elements of `t`, its last dimension widened to `pitch` by zeros.
+fn copy_strided<T: CudaDType + DeviceRepr>(dev: &CudaDevice, t: &Tensor, pitch: usize, to: Part<T>) -> Result<()> {
+    let (from, last) = (Strided::of(t)?, t.dims()[t.rank() - 1]);
+    let cells = elements(&[t.elem_count() / last.max(1), pitch]);
+    let name = match size_of::<T>() {
+        1 => "copy_1",
+        2 => "copy_2",
+        4 => "copy_4",
+        _ => "copy_8",
+    };
+    let input = read(t);
+    launch!(dev, Norms, name, "", cells.div_ceil(THREADS), THREADS;
+        &input.view::<T>()?, &from, &(cells as i64), &(pitch as i64), &to)
+}
+
+/// The same elements side by side.
+pub(crate) fn contiguous(t: &Tensor) -> Result<Tensor> {
+    fn copied<T: CudaDType + DeviceRepr>(t: &Tensor) -> Result<Tensor> {
+        let dev = device(t)?;
+        let out = tensor(dev, alloc::<T>(dev, "contiguous", t.elem_count())?, t.shape());
+        write::<T>(&out, |to| copy_strided(dev, t, t.dims()[t.rank() - 1], to))?;
+        Ok(out)
+    }
+    match t.dtype() {
+        DType::U8 => copied::<u8>(t),
+        DType::U32 => copied::<u32>(t),
+        DType::I64 => copied::<i64>(t),
+        DType::F16 => copied::<half::f16>(t),
+        DType::BF16 => copied::<half::bf16>(t),
+        DType::F32 => copied::<f32>(t),
+        DType::F64 => copied::<f64>(t),
+        _ => Ok(t.contiguous()?),
+    }
 }
 
 fn narrow_labels<T: Element>(
@@ -478,6 +571,20 @@ pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
 /// Rows that one block passes over.
 fn rows_of_a_pass(d: usize) -> usize {
     (PASS / d).max(1)
+}
+
+pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let dev = device(&x.tensor)?;
+        let (b, k) = chosen.dims2()?;
+        let mut out = alloc::<u32>(dev, "usable_seeds", elements(&[b, k]))?;
+        let (xs, weights, chosen) = (read(&x.tensor), weights.map(read), read(chosen));
+        let weights = weights.as_ref().map(|w| w.view::<f64>()).transpose()?;
+        launch!(dev, Norms, "usable_seeds", T::SUFFIX, b, THREADS;
+            &xs.view::<T>()?, &shape(x), Nullable(&weights), &chosen.view::<u32>()?, &(k as i64), &(metric as i32),
+            &mut out)?;
+        Ok(tensor(dev, out, (b, k)))
+    })
 }
 
 pub(crate) fn scan(x: &Rows) -> Result<(Tensor, Tensor)> {

@@ -1,12 +1,15 @@
 //! The CUDA backend: every kernel is compiled by `build.rs`, embedded, and launched on the tensor's own stream.
 //!
-//! Nothing here waits for the device or reads from it, and every launch goes through [`Kernel`].
+//! Nothing here waits for the device or reads from it while one thread works, and every launch goes through [`Kernel`]. Threads
+//! take over from each other by [`fence`].
 
 pub(crate) mod assign;
 pub(crate) mod attend;
+mod fence;
 pub(crate) mod route;
 mod select;
 pub(crate) mod update;
+pub(crate) use fence::{capturing, Fence};
 
 use crate::{
     ops::{Progress, Turn},
@@ -37,6 +40,7 @@ use std::{
     marker::PhantomData,
     mem::MaybeUninit,
     sync::{Arc, LazyLock, Mutex, MutexGuard},
+    thread::{self, ThreadId},
 };
 
 /// What chooses kernels.
@@ -182,6 +186,7 @@ impl Kernel {
             let source = Err::<(), _>(e).w().unwrap_err();
             Error::Launch { kernel: name, grid: 0, block: 0, shared: shared as u32, source }
         };
+        stream.context().bind_to_thread().map_err(failed)?;
         let module = match loaded.modules.get(&(context, image)) {
             Some(module) => module.clone(),
             None => {
@@ -221,11 +226,22 @@ impl Kernel {
     /// How many clusters of so many blocks run at once.
     fn clusters_at_once(&self, size: usize, block: usize) -> Result<usize> {
         let mut count = 0;
+        self.stream.context().bind_to_thread().w()?;
         let mut attributes = [cluster_size(size)];
         let config = self.in_clusters(size, block, 0, &mut attributes);
         // SAFETY: writes one integer, and reads a configuration whose attributes are alive.
         unsafe { sys::cuOccupancyMaxActiveClusters(&mut count, self.function.cu_function(), &config) }.result().w()?;
         Ok(count as usize)
+    }
+
+    /// Whether so many blocks run at once, as those of a cooperative launch have to. Fewer do on a part of a device.
+    fn runs_at_once(&self, grid: usize, block: usize, shared: usize) -> Result<bool> {
+        let context = self.stream.context();
+        context.bind_to_thread().w()?;
+        let each = self.function.occupancy_max_active_blocks_per_multiprocessor(block as u32, shared, None).w()?;
+        let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let most = each as usize * context.attribute(count).w()? as usize;
+        Ok(grid <= AT_ONCE.get().map_or(most, |limit| limit.min(most)))
     }
 
     /// A launch with attributes, which have to outlive it.
@@ -291,7 +307,7 @@ impl Kernel {
     }
 
     /// Launches; nothing if the grid is empty. Kernels loop over what a clamped grid does not cover. The blocks of a
-    /// cooperative launch all run at once, or it fails.
+    /// cooperative launch all run at once, or there is none and it is [`Error::Unsupported`].
     fn run(
         &self,
         args: &mut LaunchArgs<'_>,
@@ -309,15 +325,20 @@ impl Kernel {
         let config = LaunchConfig { grid_dim: (grid, 1, 1), block_dim: (block, 1, 1), shared_mem_bytes: shared };
         // SAFETY: `launch!` passes the parameters of the kernel in its order, as views into live allocations of this
         // device or plain values, and every kernel stays inside the sizes it is given.
-        unsafe {
+        let launched = unsafe {
             if cooperative {
                 args.launch_cooperative(config)
             } else {
                 args.launch(config)
             }
+        };
+        if let Err(DriverError(CUresult::CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE)) = launched {
+            return Err(Error::Unsupported {
+                op: self.name,
+                device: format!("that runs fewer than {grid} blocks at once"),
+            });
         }
-        .w()
-        .map_err(failed)?;
+        launched.w().map_err(failed)?;
         Ok(())
     }
 }
@@ -377,13 +398,59 @@ unsafe impl<'a, 'b: 'a, T> PushKernelArg<Nullable<'b, T>> for LaunchArgs<'a> {
     }
 }
 
-/// Device memory that the ops of a fit use one after another.
+/// Device memory that ops use one after another, whatever threads, streams and devices they are on.
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
+    /// Whether it outlives the call that makes it.
+    kept: bool,
     /// Used up when the next op begins.
-    scratch: Mutex<Option<CudaSlice<u8>>>,
+    scratch: Mutex<Option<Block>>,
     /// Zeros whenever no op is under way.
-    zeros: Mutex<Option<CudaSlice<u8>>>,
+    zeros: Mutex<Option<Block>>,
+}
+
+impl Memory {
+    /// For a value that outlives the call that makes it.
+    pub fn kept() -> Self {
+        Self { kept: true, ..Self::default() }
+    }
+}
+
+/// Memory of one stream.
+#[derive(Debug)]
+struct Block {
+    bytes: CudaSlice<u8>,
+    /// The thread that used it last, where each has a stream of its own.
+    thread: Option<ThreadId>,
+}
+
+impl Block {
+    fn new(dev: &CudaDevice, op: &'static str, bytes: usize, zeroed: bool) -> Result<Self> {
+        let bytes = if zeroed { zeros(dev, op, bytes)? } else { alloc(dev, op, bytes)? };
+        let thread = fence::thread_of(bytes.stream());
+        Ok(Self { bytes, thread })
+    }
+
+    /// Lets this thread go on where the last one was.
+    fn take_over(&mut self) -> Result<()> {
+        let thread = fence::thread_of(self.bytes.stream());
+        if self.thread != thread {
+            fence::wait_for_threads(self.bytes.stream())?;
+            self.thread = thread;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // It is freed on its stream, which is that of the thread that does so, in the context that is current.
+        let context = self.bytes.context();
+        context.record_err(context.bind_to_thread());
+        if self.thread.is_some_and(|last| last != thread::current().id()) {
+            context.record_err(context.synchronize());
+        }
+    }
 }
 
 /// Memory to be: what starts as zeros, then the rest, so that one allocation and one fill serve several kernels.
@@ -427,44 +494,62 @@ impl Layout {
     /// Scratch for one op, which the next one takes over.
     fn scratch<'a>(self, dev: &CudaDevice, op: &'static str, memory: &'a Memory) -> Result<Workspace<'a>> {
         let bytes = self.zeroed.saturating_add(self.rest);
-        let mut held = grown(&memory.scratch, dev, op, bytes, false)?;
-        let slice = held.as_mut().expect("grown");
+        let mut held = Held::of(memory, dev, op, bytes, false)?;
+        let block = held.block();
         if self.zeroed > 0 {
-            dev.cuda_stream().memset_zeros(&mut slice.slice_mut(..self.zeroed)).w()?;
+            dev.cuda_stream().memset_zeros(&mut block.bytes.slice_mut(..self.zeroed)).w()?;
         }
-        let address = slice.device_ptr(&dev.cuda_stream()).0;
+        let address = block.bytes.device_ptr(&dev.cuda_stream()).0;
         Ok(Workspace { _held: held, address, zeroed: self.zeroed })
     }
 
     /// Zeros, which the op has to leave as zeros.
     fn zeros<'a>(self, dev: &CudaDevice, op: &'static str, memory: &'a Memory) -> Result<Workspace<'a>> {
-        let held = grown(&memory.zeros, dev, op, self.zeroed, true)?;
-        let address = held.as_ref().expect("grown").device_ptr(&dev.cuda_stream()).0;
+        let mut held = Held::of(memory, dev, op, self.zeroed, true)?;
+        let address = held.block().bytes.device_ptr(&dev.cuda_stream()).0;
         Ok(Workspace { _held: held, address, zeroed: self.zeroed })
     }
 }
 
-/// The memory of a slot, which is at least so many bytes: new ones, unless it has been as large before.
-fn grown<'a>(
-    slot: &'a Mutex<Option<CudaSlice<u8>>>,
-    dev: &CudaDevice,
-    op: &'static str,
-    bytes: usize,
-    zeroed: bool,
-) -> Result<MutexGuard<'a, Option<CudaSlice<u8>>>> {
-    let mut held = slot.lock().unwrap_or_else(|e| e.into_inner());
-    if held.as_ref().is_none_or(|slice| slice.len() < bytes) {
-        // The old one first, so that there are never both.
-        *held = None;
-        *held = Some(if zeroed { self::zeros(dev, op, bytes)? } else { alloc(dev, op, bytes)? });
+/// Memory while an op queues its work, which nobody else does to this memory meanwhile.
+enum Held<'a> {
+    Kept(MutexGuard<'a, Option<Block>>),
+    /// What a capture allocates is its graph's, and is freed there.
+    Captured(Block),
+}
+
+impl<'a> Held<'a> {
+    /// At least so many bytes of the device's stream: those that are there, or new ones.
+    fn of(memory: &'a Memory, dev: &CudaDevice, op: &'static str, bytes: usize, zeroed: bool) -> Result<Self> {
+        let slot = if zeroed { &memory.zeros } else { &memory.scratch };
+        let mut held = slot.lock().unwrap_or_else(|e| e.into_inner());
+        let stream = dev.cuda_stream();
+        match &mut *held {
+            Some(block) if block.bytes.stream() == &stream && block.bytes.len() >= bytes => block.take_over()?,
+            _ if memory.kept && fence::capturing(&stream)? => {
+                return Ok(Self::Captured(Block::new(dev, op, bytes, zeroed)?))
+            }
+            _ => {
+                // The old one first, so that there are never both.
+                *held = None;
+                *held = Some(Block::new(dev, op, bytes, zeroed)?);
+            }
+        }
+        Ok(Self::Kept(held))
     }
-    Ok(held)
+
+    fn block(&mut self) -> &mut Block {
+        match self {
+            Self::Kept(held) => held.as_mut().expect("just made"),
+            Self::Captured(block) => block,
+        }
+    }
 }
 
 /// Memory of an op. Its parts go to launches on its device's stream, and so does its release: the order of the stream
 /// keeps them valid.
 struct Workspace<'a> {
-    _held: MutexGuard<'a, Option<CudaSlice<u8>>>,
+    _held: Held<'a>,
     address: u64,
     zeroed: usize,
 }
@@ -599,9 +684,13 @@ impl Input<'_> {
     }
 }
 
+/// The device of a tensor, with its context bound to this thread for what is asked of the driver.
 fn device(t: &Tensor) -> Result<&CudaDevice> {
     match t.device() {
-        Device::Cuda(dev) => Ok(dev),
+        Device::Cuda(dev) => {
+            dev.cuda_stream().context().bind_to_thread().w()?;
+            Ok(dev)
+        }
         other => Err(Error::Unsupported { op: "a CUDA kernel", device: format!("{:?}", other.location()) }),
     }
 }
@@ -685,6 +774,13 @@ fn going(progress: &Progress, iteration: usize) -> Result<Part<u32>> {
 /// The product of sizes, or `usize::MAX`, which no allocation satisfies.
 fn elements(sizes: &[usize]) -> usize {
     sizes.iter().fold(1, |product: usize, &size| product.saturating_mul(size))
+}
+
+thread_local!(static AT_ONCE: Cell<Option<usize>> = const { Cell::new(None) });
+
+/// Makes cooperative launches of this thread believe that at most so many blocks run at once, as on a part of a device.
+pub fn limit_blocks_at_once(limit: Option<usize>) {
+    AT_ONCE.set(limit);
 }
 
 thread_local!(static SPARED: Cell<Option<usize>> = const { Cell::new(None) });

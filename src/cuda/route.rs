@@ -46,13 +46,18 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     let (b, heads, m, d) = r.q.dims4()?;
     let Some(groups) = r.groups else { return Ok(None) };
     let (kv_heads, n) = (r.keys.dim(1)?, r.keys.dim(2)?);
-    let (k, units, clustered) = (groups.mean_keys.dim(2)?, groups.query_offsets.dim(2)? - 1, groups.order.dim(2)?);
+    let (k, units) = (groups.mean_keys.dim(2)?, groups.queries.offsets.dim(2)? - 1);
+    let clustered = groups.keys.order.dim(2)?;
     let half = matches!(r.q.dtype(), DType::F16 | DType::BF16);
     if forced() || !half || !matches!(d, 64 | 128) || r.scale <= 0.0 || !select::fits(k, super::arch(dev)?) {
         return Ok(None);
     }
     let aligned = |t: &Tensor| if in_eights(t) { Ok(t.clone()) } else { t.force_contiguous() };
     let q = aligned(&r.q.contiguous()?)?;
+    let (choosing, choosers) = match &groups.choosers {
+        Some((q, of)) => (aligned(&q.contiguous()?)?, of),
+        None => (q.clone(), &groups.queries),
+    };
     let (keys, values) = (Rows::new(&aligned(r.keys)?)?, Rows::new(&aligned(r.values)?)?);
 
     let all = elements(&[b, heads, units]);
@@ -83,6 +88,7 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
         causal: r.causal as i64,
         scale: (r.scale * std::f64::consts::LOG2_E) as f32,
     };
+    let of_choosers = Route { queries: choosing.dim(2)? as i64, ..of };
     let choice = Choice {
         units: (heads / kv_heads * units) as i64,
         clustered: clustered as i64,
@@ -99,18 +105,20 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     let scratch = scratch.scratch(dev, OP, memory)?;
     let (scores, left, chosen, listed) =
         (scratch.part(scores), scratch.part(left), scratch.part(chosen), scratch.part(listed));
-    let inputs = [&q, &keys.tensor, &values.tensor, &groups.mean_keys, &groups.mean_values].map(read);
-    let [q, keys, values, mean_keys, mean_values] = &inputs;
-    let lists = [&groups.order, &groups.offsets, &groups.query_order, &groups.query_offsets].map(read);
-    let [order, offsets, query_order, query_offsets] = &lists;
+    let inputs = [&q, &choosing, &keys.tensor, &values.tensor, &groups.mean_keys, &groups.mean_values].map(read);
+    let [q, choosing, keys, values, mean_keys, mean_values] = &inputs;
+    let lists = [&groups.keys, &groups.queries, choosers].map(|of| [read(&of.order), read(&of.offsets)]);
+    let [[order, offsets], [query_order, query_offsets], [chooser_order, chooser_offsets]] = &lists;
     let (order, offsets) = (order.view::<u32>()?, offsets.view::<u32>()?);
     let (query_order, query_offsets) = (query_order.view::<u32>()?, query_offsets.view::<u32>()?);
+    let (chooser_order, chooser_offsets) = (chooser_order.view::<u32>()?, chooser_offsets.view::<u32>()?);
     typed!(r.q.dtype(), T => {
-        let (q, keys, values) = (q.view::<T>()?, keys.view::<T>()?, values.view::<T>()?);
+        let (q, choosing) = (q.view::<T>()?, choosing.view::<T>()?);
+        let (keys, values) = (keys.view::<T>()?, values.view::<T>()?);
         let (mean_keys, mean_values) = (mean_keys.view::<T>()?, mean_values.view::<T>()?);
         let mut out = alloc::<T>(dev, OP, elements(&[b, heads, m, d]))?;
         launch!(dev, Route, kernels[0], T::SUFFIX, all, ROUTE_THREADS, shared;
-            &q, &mean_keys, &of, &query_order, &query_offsets, &offsets, &scores)?;
+            &choosing, &mean_keys, &of_choosers, &chooser_order, &chooser_offsets, &offsets, &scores)?;
         select::select(dev, &choice, all, scores, &order, &offsets, chosen, left, listed)?;
         launch!(dev, Route, kernels[1], T::SUFFIX, elements(&[b, heads, m / rows + units]), ROUTE_THREADS, shared;
             &q, &keys, &values, &mean_keys, &mean_values, &of, &query_order, &query_offsets, &chosen, &left, &listed,

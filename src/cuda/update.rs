@@ -1,18 +1,19 @@
 //! Sort-Inverse Update: `kernels/sort.cu` and `kernels/update.cu`; and all of a fit at once: `kernels/fit_*.cu`.
 
 use super::{
-    alloc, device, elements, going, launch, own, read, shape, tensor, typed, write, Active, Element, Layout, Memory,
-    Nullable, Part, Place, Workspace, WARP,
+    alloc, device, elements, going, launch, own, read, shape, tensor, typed, write, Active, Element, Image, Kernel,
+    Layout, Memory, Nullable, Part, Place, Workspace, WARP,
 };
 use crate::{
     ops::{Progress, Rule, Terms, Turn},
     plan::{narrow_columns, shared_memory, FitNarrow, FitResident, Sort, SortWay},
     problem::{in_pieces, Rows},
     tiles::{
-        MEDIAN_COLUMNS, SCAN_THREADS, SORT_ITEMS, SORT_ITEMS_MANY, SORT_THREADS, SUM_CLUSTER, SUM_ROWS, SUM_ROWS_LEAST,
-        SUM_THREADS, SUM_WARPS, SUM_WARPS_LEAST, TEAM_THREADS, THREADS,
+        LEFT_BLOCKS, LEFT_COLUMNS, LEFT_THREADS, MEDIAN_COLUMNS, SCAN_THREADS, SORT_ITEMS, SORT_ITEMS_MANY,
+        SORT_THREADS, SUM_CLUSTER, SUM_ROWS, SUM_ROWS_LEAST, SUM_THREADS, SUM_WARPS, SUM_WARPS_LEAST, TEAM_THREADS,
+        THREADS,
     },
-    Metric, Result,
+    Error, Metric, Result,
 };
 use candle_core::{
     cuda_backend::{
@@ -154,6 +155,10 @@ struct Clusters {
     slots: Part<[u64; 2]>,
     added: Part<u32>,
     finished: Part<u32>,
+    odd: Part<u32>,
+    odd_of: Part<u32>,
+    odd_count: Part<u32>,
+    odd_list: Part<u64>,
     shift: Part<f64>,
     k: i64,
     d: i64,
@@ -272,6 +277,25 @@ pub(crate) fn fit_on_chip(
     let sizes = [x.b, x.n, k, x.d];
     let narrow = FitNarrow::new(x.dtype(), metric, sizes, arch);
     let resident = FitResident::new(x.dtype(), metric, weighted, sizes, arch).filter(|_| in_pieces(&x.tensor, 8));
+    // The sums of halves are exact without a rest.
+    let exact = x.dtype() == DType::F16 && !weighted;
+    let teams: &[&'static str] = match (weighted, exact && !terms.finite) {
+        (true, _) => &["fit_resident_weighted"],
+        (false, false) => &["fit_resident"],
+        // Behind it what takes the problems with rows that are not finite, if there are any.
+        (false, true) => &["fit_resident", "fit_resident_rest"],
+    };
+    let resident = match resident {
+        Some(plan) if narrow.is_none() => typed!(x.dtype(), T => {
+            let mut fits = true;
+            for name in teams {
+                let kernel = Kernel::get(dev, Image::FitResident, name, T::SUFFIX, plan.shared)?;
+                fits &= kernel.runs_at_once(plan.teams * plan.blocks, TEAM_THREADS, plan.shared)?;
+            }
+            Ok(fits.then_some(plan))
+        })?,
+        _ => None,
+    };
     if narrow.is_none() && resident.is_none() {
         return Ok(false);
     }
@@ -284,7 +308,7 @@ pub(crate) fn fit_on_chip(
     };
     let (threshold, stop) = (own::<f64>(&progress.threshold)?, own::<u32>(&progress.stop)?);
     let (metric, divisor, max_iters, k64) = (metric as i32, divisor(rule), max_iters as i64, k as i64);
-    typed!(x.dtype(), T => write::<T>(centroids, |centroids| write::<u32>(labels, |labels| {
+    let launched = typed!(x.dtype(), T => write::<T>(centroids, |centroids| write::<u32>(labels, |labels| {
         let xs = read(&x.tensor);
         let xs = xs.view::<T>()?;
         if let Some(plan) = &narrow {
@@ -299,15 +323,13 @@ pub(crate) fn fit_on_chip(
                 &centroids, &labels);
         }
         let Some(plan) = &resident else { return Ok(()) };
-        // The sums of halves are exact without a rest.
-        let exact = x.dtype() == DType::F16 && !weighted;
-        let (&FitResident { teams, blocks, rows, padded, shared }, mut zeros) = (plan, Layout::default());
-        let limbs = zeros.zeroed(elements(&[teams, if weighted { 2 } else { 1 }, k, x.d.next_multiple_of(64)]));
-        let rest = zeros.zeroed(if exact { 0 } else { elements(&[teams, k, x.d]) });
-        let weights = zeros.zeroed(if weighted { elements(&[teams, k]) } else { 0 });
-        let (sizes, shifts, arrived) = (zeros.zeroed(elements(&[teams, k])), zeros.zeroed(teams), zeros.zeroed(teams));
+        let (&FitResident { teams: count, blocks, rows, padded, shared }, mut zeros) = (plan, Layout::default());
+        let limbs = zeros.zeroed(elements(&[count, if weighted { 2 } else { 1 }, k, x.d.next_multiple_of(64)]));
+        let rest = zeros.zeroed(if exact { 0 } else { elements(&[count, k, x.d]) });
+        let weights = zeros.zeroed(if weighted { elements(&[count, k]) } else { 0 });
+        let (sizes, shifts, arrived) = (zeros.zeroed(elements(&[count, k + 2])), zeros.zeroed(count), zeros.zeroed(count));
         let mut scratch = Layout::default();
-        let (moved, prepared) = (scratch.unwritten(elements(&[teams, k, x.d])), scratch.unwritten(elements(&[teams, k])));
+        let (moved, prepared) = (scratch.unwritten(elements(&[count, k, x.d])), scratch.unwritten(elements(&[count, k])));
         let (zeros, scratch) = (zeros.zeros(dev, OP, memory)?, scratch.scratch(dev, OP, memory)?);
         let common = Common {
             limbs: zeros.part(limbs),
@@ -319,13 +341,19 @@ pub(crate) fn fit_on_chip(
             moved: scratch.part(moved),
             prepared: scratch.part(prepared),
         };
-        let name = if weighted { "fit_resident_weighted" } else { "fit_resident" };
         let [blocks_i32, rows, padded] = [blocks, rows, padded].map(|v| v as i32);
-        launch!(dev, FitResident, name, T::SUFFIX, elements(&[teams, blocks]), TEAM_THREADS, shared;
-            &xs, &shape(x), &of, &metric, &divisor, &max_iters, &threshold,
-            &Shares { blocks: blocks_i32, rows, padded }, &common, &stop, &k64, &centroids, &labels)
-    })))?;
-    Ok(true)
+        for name in teams {
+            launch!(dev, FitResident, name, T::SUFFIX, elements(&[count, blocks]), TEAM_THREADS, shared;
+                &xs, &shape(x), &of, &metric, &divisor, &max_iters, &threshold,
+                &Shares { blocks: blocks_i32, rows, padded }, &common, &stop, &k64, &centroids, &labels)?;
+        }
+        Ok(())
+    })));
+    match launched {
+        // The driver knows better; nothing has been written.
+        Err(Error::Unsupported { op, .. }) if op == teams[0] => Ok(false),
+        launched => launched.map(|()| true),
+    }
 }
 
 /// `enum Divisor` of `sums.cuh`.
@@ -361,7 +389,9 @@ fn update_of<T: Element>(
     let old = scratch.unwritten::<T>(if medians { elements(&[b, k, d]) } else { 0 });
     let slots = zeros.zeroed::<[u64; 2]>(if medians { 0 } else { elements(&[b, k, d + 1]) });
     let added = zeros.zeroed::<u32>(elements(&[b, k]));
-    let [arrived, finished] = [(); 2].map(|_| zeros.zeroed::<u32>(b));
+    let [arrived, finished, odd_of] = [(); 3].map(|_| zeros.zeroed::<u32>(b));
+    let (odd, odd_count) = (zeros.zeroed::<u32>(elements(&[b, k])), zeros.zeroed::<u32>(2));
+    let odd_list = scratch.unwritten::<u64>(elements(&[b, k]));
     let shift = zeros.zeroed::<f64>(b);
     let (scratch, zeros) = (scratch.scratch(dev, OP, memory)?, zeros.zeros(dev, OP, memory)?);
     let (offsets, shift) = (scratch.part(offsets), zeros.part(shift));
@@ -384,6 +414,10 @@ fn update_of<T: Element>(
         slots: zeros.part(slots),
         added: zeros.part(added),
         finished: zeros.part(finished),
+        odd: zeros.part(odd),
+        odd_of: zeros.part(odd_of),
+        odd_count: zeros.part(odd_count),
+        odd_list: scratch.part(odd_list),
         shift: if turn.is_some() { shift } else { Part::NULL },
         k: k as i64,
         d: d as i64,
@@ -393,7 +427,8 @@ fn update_of<T: Element>(
         let (b64, old) = (b as i64, scratch.part(old));
         old.copy_from(dev, centroids, elements(&[b, k, d]))?;
         launch!(dev, Update, "medians", T::SUFFIX, elements(&[b, k, d.div_ceil(MEDIAN_COLUMNS)]), THREADS;
-            &xs, &shape(x), Nullable(&factor), Nullable(&heaviest), &order_at, &offsets, &to.k, &active, &centroids)?;
+            &xs, &shape(x), Nullable(&factor), Nullable(&heaviest), &first_bad, &order_at, &offsets, &to.k, &active,
+            &centroids)?;
         if turn.is_some() {
             launch!(dev, Update, "shift", T::SUFFIX, elements(&[b, k]).div_ceil(THREADS / WARP), THREADS;
                 &old, &b64, &to, &active)?;
@@ -415,5 +450,12 @@ fn update_of<T: Element>(
     let blocks = elements(&[b, n.div_ceil(each)]).div_ceil(SUM_THREADS / WARP);
     launch!(dev, Update, name, T::SUFFIX, blocks, SUM_THREADS;
         &xs, &shape(x), Nullable(&factor), &largest, Nullable(&heaviest), &first_bad, &labels_at, &order_at, &offsets,
-        &pieces, &to, &active, &verdict)
+        &pieces, &to, &active, &verdict)?;
+    if x.dtype() == DType::F16 && factor.is_none() && terms.finite {
+        // All halves are integers of the scale: nothing is left.
+        return Ok(());
+    }
+    let blocks = elements(&[b, k, (d + 1).div_ceil(LEFT_COLUMNS)]).min(LEFT_BLOCKS);
+    launch!(dev, Update, "update_exact", T::SUFFIX, blocks, LEFT_THREADS;
+        &xs, &shape(x), Nullable(&factor), &first_bad, &order_at, &offsets, &to, &verdict)
 }

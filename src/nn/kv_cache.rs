@@ -1,17 +1,21 @@
 //! A key/value cache that is read by clusters of its keys.
 
-use super::parts::{check_like, chosen_tokens, four, unless, wide};
+use super::parts::{check_like, check_scale, chosen_tokens, dims4_float, masked_fill, to_accumulate_dtype};
 use crate::{
     functional,
-    ops::{self, Memory},
-    problem, sort_by_cluster, Error, Init, KMeans, Result,
+    ops::{self, Fence, Memory},
+    problem,
+    select::empty,
+    sort_by_cluster, Error, Init, KMeans, Result,
 };
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::softmax_last_dim;
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 /// Positions are computed in f32, which counts no further.
 const MAX_TOKENS: usize = 1 << 24;
+/// Elements of all keys, with a block of threads to spare.
+const MAX_ELEMENTS: usize = u32::MAX as usize - 1024;
 /// Elements that a block of query rows may gather and score: 64 MB of f32.
 const BLOCK: usize = 1 << 24;
 
@@ -25,6 +29,12 @@ const BLOCK: usize = 1 << 24;
 /// [`append`](Self::append) only stores. [`cluster`](Self::cluster) groups what has grown old since it last did, as a new
 /// segment with clusters of its own, and [`cluster_layers`](Self::cluster_layers) does so for all layers of a model in one
 /// batched call: once after the prompt, then once a step. Keys are those that queries meet, after any rotation by position.
+///
+/// A clone goes on by itself: it shares what is stored until either writes, which copies first. [`reorder`](Self::reorder) moves
+/// the sequences of a batch, as the beams of a search do.
+///
+/// Values, keys and queries are not searched for NaN or infinities, but for the keys that [`cluster`](Self::cluster) groups. One
+/// that is not finite makes the outputs that read it so, of its own head and batch element alone.
 ///
 /// Sources: exact reads and estimates inside one softmax as in Chen et al. 2025 (RetroInfer) and Hooper et al. 2025
 /// (Multipole attention), selection by centroid under a token budget as in Liu et al. 2024 (ClusterKV).
@@ -44,12 +54,21 @@ const BLOCK: usize = 1 << 24;
 /// ```
 #[derive(Debug)]
 pub struct ClusteredKvCache {
+    fence: Fence,
     settings: Settings,
     /// The room to start with, and to grow by.
     max_seq_len: usize,
     stored: Option<Stored>,
     clusters: Option<KvClusters>,
     memory: Memory,
+}
+
+/// With scratch memory of its own.
+impl Clone for ClusteredKvCache {
+    fn clone(&self) -> Self {
+        let (stored, clusters) = (self.stored.clone(), self.clusters.clone());
+        Self { fence: self.fence.clone(), stored, clusters, memory: Memory::kept(), ..*self }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,11 +81,13 @@ struct Settings {
 }
 
 /// Keys and values `(batch, kv_heads, room, d)`, of which the first `len` tokens are there.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Stored {
     keys: Tensor,
     values: Tensor,
     len: usize,
+    /// One to each cache that has these tensors: who shares them does not write to them.
+    shared: Arc<()>,
 }
 
 /// The clusters of a cache, segment by segment. Labels and offsets of a segment continue those before it.
@@ -120,7 +141,8 @@ impl ClusteredKvCache {
     /// a cluster on average, segments of at least 128 tokens, 4 passes of k-means.
     pub fn new(max_seq_len: usize) -> Self {
         let settings = Settings { sinks: 4, recent: 64, cluster_size: 16, segment: 128, passes: 4 };
-        Self { settings, max_seq_len, stored: None, clusters: None, memory: Memory::default() }
+        let (fence, memory) = (Fence::default(), Memory::kept());
+        Self { fence, settings, max_seq_len, stored: None, clusters: None, memory }
     }
 
     /// The first tokens, which every query reads: models park attention there.
@@ -153,48 +175,59 @@ impl ClusteredKvCache {
         self
     }
 
-    /// Stores the keys and values of further tokens, both `(batch, kv_heads, n, d)`, and returns all there are, as views.
+    /// Stores the keys and values of further tokens, both `(batch, kv_heads, n, d)`, and returns all there are, as views. No
+    /// tokens (`n` = 0) and a batch of no sequences are stored like any others.
     ///
     /// # Errors
-    /// Refuses shapes, dtypes and devices that differ from each other or from what is stored, and more than 2^24 tokens.
+    /// Refuses shapes, dtypes and devices that differ from each other or from what is stored, no heads or columns, and more than
+    /// 2^24 tokens.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (dims, len) = (four("k", k)?, self.current_seq_len());
+        let (dims, len) = (dims4_float("k", k)?, self.current_seq_len());
         let [batch, kv_heads, n, d] = dims;
+        for (argument, got) in [("k heads", kv_heads), ("k columns", d)] {
+            if got == 0 {
+                return Err(Error::Range { argument, got, min: 1, max: u32::MAX as usize });
+            }
+        }
         check_like("v", v, k, dims)?;
         if let Some(stored) = &self.stored {
-            let [b, h, _, d] = four("k", &stored.keys)?;
+            let [b, h, _, d] = dims4_float("k", &stored.keys)?;
             check_like("k", k, &stored.keys, [b, h, n, d])?;
         }
         let (total, most) = (len + n, self.max_seq_len.max(1));
-        let (room, limit) = (total.div_ceil(most) * most, MAX_TOKENS.min(u32::MAX as usize / (batch * kv_heads)));
+        // Candle's copies count the elements of all heads in 32 bits.
+        let elements = (batch.max(1) * kv_heads).saturating_mul(d.max(1));
+        let (room, limit) = (total.div_ceil(most).saturating_mul(most), MAX_TOKENS.min(MAX_ELEMENTS / elements));
         if total.max(room) > limit {
             return Err(Error::TooLarge { argument: "k", got: total.max(room), limit });
         }
-        if self.stored.as_ref().is_none_or(|s| s.keys.dims()[2] < room) {
+        self.fence.write(k.device())?;
+        let writable = |s: &mut Stored| s.keys.dims()[2] >= room && Arc::get_mut(&mut s.shared).is_some();
+        if !self.stored.as_mut().is_some_and(writable) {
             let grown = |like: &Tensor, old: Option<Tensor>| {
-                let new = Tensor::zeros((batch, kv_heads, room, d), like.dtype(), like.device())?;
-                if let Some(old) = old.filter(|_| len > 0) {
-                    new.slice_set(&old.contiguous()?, 2, 0)?;
-                }
+                let new = room_for([batch, kv_heads, room, d], like)?;
+                write_tokens(&new, old.as_ref(), 0)?;
                 Ok::<_, Error>(new)
             };
             let (keys, values) = (grown(k, self.k()?)?, grown(v, self.v()?)?);
-            self.stored = Some(Stored { keys, values, len });
+            self.stored = Some(Stored { keys, values, len, shared: Arc::new(()) });
         }
         let stored = self.stored.as_mut().expect("just made");
-        stored.keys.slice_set(&k.contiguous()?, 2, len)?;
-        stored.values.slice_set(&v.contiguous()?, 2, len)?;
+        write_tokens(&stored.keys, Some(k), len)?;
+        write_tokens(&stored.values, Some(v), len)?;
         stored.len = total;
         Ok((stored.keys.narrow(2, 0, total)?, stored.values.narrow(2, 0, total)?))
     }
 
     /// All keys, `(batch, kv_heads, n, d)`: a view, which shows what is written after a [`truncate`](Self::truncate).
     pub fn k(&self) -> Result<Option<Tensor>> {
+        self.shown()?;
         Ok(self.stored.as_ref().map(|s| s.keys.narrow(2, 0, s.len)).transpose()?)
     }
 
     /// All values, as [`k`](Self::k).
     pub fn v(&self) -> Result<Option<Tensor>> {
+        self.shown()?;
         Ok(self.stored.as_ref().map(|s| s.values.narrow(2, 0, s.len)).transpose()?)
     }
 
@@ -205,22 +238,81 @@ impl ClusteredKvCache {
 
     /// The clusters so far; `None` before there are any.
     pub fn clusters(&self) -> Option<&KvClusters> {
+        if let Some(clusters) = &self.clusters {
+            self.fence.show(clusters.labels.device());
+        }
         self.clusters.as_ref()
     }
 
-    /// Forgets everything but the settings.
+    /// Forgets everything but the settings, memory for scratch included.
     pub fn reset(&mut self) {
-        (self.stored, self.clusters) = (None, None);
+        // First, so that what other threads do to the tensors is over.
+        self.fence = Fence::default();
+        (self.stored, self.clusters, self.memory) = (None, None, Memory::kept());
+    }
+
+    /// Takes the sequences `index` of the batch, u32 `(sequences)`, in the place of those there are: in another order, several
+    /// times or not at all, as the beams of a search go on. The host waits to check the index.
+    ///
+    /// # Errors
+    /// Refuses an index of another dtype, device or number of dimensions, one that names a sequence that is not there, and
+    /// sequences of no cache.
+    pub fn reorder(&mut self, index: &Tensor) -> Result<()> {
+        problem::check_dtype("index", index, DType::U32)?;
+        if index.rank() != 1 {
+            return Err(Error::Size {
+                argument: "index",
+                what: "number of dimensions",
+                got: index.rank(),
+                expected: 1,
+            });
+        }
+        let Some(stored) = &self.stored else {
+            let with = "a cache that holds no tokens yet".into();
+            return Err(Error::Conflict { argument: "index", got: format!("{} sequences", index.dims()[0]), with });
+        };
+        problem::check_device("index", index, stored.keys.device())?;
+        self.fence.write(stored.keys.device())?;
+        let batch = stored.keys.dims()[0];
+        let largest = match index.elem_count() {
+            0 => None,
+            _ => Some(index.max(0)?.to_scalar::<u32>()? as usize),
+        };
+        match largest {
+            Some(got) if batch == 0 => {
+                let with = "a batch of no sequences".into();
+                return Err(Error::Conflict { argument: "index", got: got.to_string(), with });
+            }
+            Some(got) if got >= batch => {
+                return Err(Error::Range { argument: "index", got, min: 0, max: batch - 1 });
+            }
+            _ => {}
+        }
+        let rows = index.contiguous()?;
+        let taken = |t: &Tensor| match largest {
+            Some(_) => Ok(t.index_select(&rows, 0)?),
+            None => empty(&[&[0], &t.dims()[1..]].concat(), t.dtype(), t.device()),
+        };
+        let (keys, values) = (taken(&stored.keys)?, taken(&stored.values)?);
+        let clusters = self.clusters.as_ref().map(|clusters| clusters.map(taken)).transpose()?;
+        self.stored = Some(Stored { keys, values, len: stored.len, shared: Arc::new(()) });
+        self.clusters = clusters;
+        Ok(())
     }
 
     /// Forgets all tokens but the first `len`: what a model guessed and then took back.
     ///
     /// # Errors
-    /// Refuses to forget tokens that are clustered, or to keep more than there are.
+    /// Refuses to keep more than there are, and to forget tokens that are clustered, whose means and lists would still have
+    /// them: [`reset`](Self::reset) forgets those with all others.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
         let (min, max) = (self.clusters.as_ref().map_or(0, |_| self.clustered().end), self.current_seq_len());
-        if !(min..=max).contains(&len) {
+        if len > max {
             return Err(Error::Range { argument: "len", got: len, min, max });
+        }
+        if len < min {
+            let with = format!("clustered tokens up to {min}, which cannot be cut: it has to be in {min}..={max}");
+            return Err(Error::Conflict { argument: "len", got: len.to_string(), with });
         }
         if let Some(stored) = &mut self.stored {
             stored.len = len;
@@ -229,11 +321,13 @@ impl ClusteredKvCache {
     }
 
     /// Clusters the tokens between the last segment and the recent ones as a new segment, if they are enough for one, and
-    /// says whether it did. The clusters are k-means' from evenly spaced keys, by squared Euclidean distance.
+    /// says whether it did. The clusters are k-means' from evenly spaced keys, by squared Euclidean distance. The host waits for
+    /// the search for non-finite keys and the check of the labels.
     ///
     /// # Errors
-    /// Refuses clusters of no tokens and non-finite keys, by their token and the batch element among all heads, and fails as
-    /// [`KMeans::fit`].
+    /// Refuses clusters of no tokens, and non-finite keys, by their token and the batch element among all heads: those have to
+    /// be taken back by [`truncate`](Self::truncate) or [`reset`](Self::reset). Fails as [`KMeans::fit`]. The cache is as
+    /// before then.
     pub fn cluster(&mut self) -> Result<bool> {
         Self::cluster_layers([self])
     }
@@ -251,11 +345,15 @@ impl ClusteredKvCache {
         }
         let waiting = first.waiting();
         layers[1..].iter().try_for_each(|layer| first.check_alike(layer))?;
-        if waiting.is_empty() || waiting.len() < first.settings.segment {
+        let none = first.stored.as_ref().is_none_or(|stored| stored.keys.elem_count() == 0);
+        if none || waiting.is_empty() || waiting.len() < first.settings.segment {
             return Ok(false);
         }
-        let (m, passes) = (waiting.len(), first.settings.passes);
-        let k = m.div_ceil(first.settings.cluster_size);
+        for layer in &layers {
+            layer.stored.as_ref().map_or(Ok(()), |s| layer.fence.write(s.keys.device()))?;
+        }
+        let (m, passes) = (waiting.len(), layers[0].settings.passes);
+        let k = m.div_ceil(layers[0].settings.cluster_size);
         let keys = stacked(&layers, |s| &s.keys, &waiting)?;
         // Evenly spaced keys, and not random ones: they do not depend on which layers are clustered together.
         let settings = KMeans::new(k).init(Init::Even).max_iters(passes);
@@ -267,20 +365,26 @@ impl ClusteredKvCache {
     }
 
     /// Takes given clusters for the tokens between the last segment and the recent ones: u32 `labels`
-    /// `(batch, kv_heads, tokens)` below `k`, from another method, or pages of neighbouring tokens.
+    /// `(batch, kv_heads, tokens)` below `k`, from another method, or pages of neighbouring tokens. The host waits for the check
+    /// of the labels. Keys are not searched: one that is not finite counts as zeros in its cluster's mean.
     ///
     /// # Errors
-    /// Refuses labels of another shape, dtype or device, or not below `k`, and fails where there is nothing to group.
+    /// Refuses labels of another shape, dtype or device, or not below `k`, more than 2^24 clusters, and fails where there is
+    /// nothing to group.
     pub fn group(&mut self, labels: &Tensor, k: usize) -> Result<()> {
         let waiting = self.waiting();
         let Some(stored) = self.stored.as_ref().filter(|_| !waiting.is_empty()) else {
             return Err(Error::Range { argument: "tokens to group", got: 0, min: 1, max: MAX_TOKENS });
         };
+        if k > MAX_TOKENS {
+            return Err(Error::TooLarge { argument: "k", got: k, limit: MAX_TOKENS });
+        }
         problem::check_device("labels", labels, stored.keys.device())?;
         let expected = [&stored.keys.dims()[..2], &[waiting.len()]].concat();
         if labels.dims() != expected {
             return Err(Error::Shape { argument: "labels", got: labels.dims().to_vec(), expected });
         }
+        self.fence.write(labels.device())?;
         let keys = stored.keys.narrow(2, waiting.start, waiting.len())?;
         Self::add_segment(&mut [self], &keys, labels, k)
     }
@@ -294,25 +398,40 @@ impl ClusteredKvCache {
     /// mean key, the mean value and the number of tokens left. Where the budget suffices for all tokens, as before the
     /// first segment, this is attention.
     ///
-    /// Scores are computed in the cache's dtype, and weighed in f32 (f64 for f64). Nothing is read by the host. One row of
-    /// f16, bf16 or f32 with 64 or 128 columns is one kernel on a GPU with thread block clusters (from Hopper on; three
-    /// launches elsewhere), which reads tokens where they lie and scores in f32. For others Candle sorts the clusters' scores in shared memory, which limits the clusters of a cache to 8,192 where that is
-    /// 48 KiB.
+    /// A score of NaN ranks as minus infinity: after all numbers, by the cluster's index. Where the heads choose together, a NaN
+    /// among a head's scores makes its softmax NaN, and then clusters go by their index.
+    ///
+    /// Scores are computed in the cache's dtype, and weighed in f32 (f64 for f64). Nothing is read by the host, and no gradient
+    /// flows. One row of f16, bf16 or f32 with 64 or 128 columns is one kernel on a GPU with thread block clusters (from Hopper
+    /// on; three launches elsewhere), which reads tokens where they lie and scores in f32. Others go through Candle's ops.
+    /// Without queries the result is empty.
     ///
     /// # Errors
-    /// Refuses queries whose shape, dtype or device does not fit the cache, and more rows than there are tokens after the
-    /// last segment.
+    /// Refuses queries whose shape, dtype or device does not fit the cache, more rows than there are tokens after the last
+    /// segment, and a scale that is not finite.
     pub fn attend(&self, q: &Tensor, softmax_scale: f64, budget: KvBudget) -> Result<Tensor> {
-        let [batch, q_heads, rows, d] = four("q", q)?;
+        let [batch, q_heads, rows, d] = dims4_float("q", q)?;
+        check_scale(softmax_scale)?;
         let Some(stored) = &self.stored else {
-            return Err(Error::Range { argument: "q rows", got: rows, min: 0, max: 0 });
+            return match q.elem_count() {
+                0 => Ok(q.detach()),
+                _ => Err(Error::Range { argument: "q rows", got: rows, min: 0, max: 0 }),
+            };
         };
-        let [b, kv_heads, _, width] = four("k", &stored.keys)?;
+        let [b, kv_heads, _, width] = dims4_float("k", &stored.keys)?;
         if !q_heads.is_multiple_of(kv_heads) {
             let with = format!("a cache of {kv_heads}, which must divide them");
             return Err(Error::Conflict { argument: "q", got: format!("{q_heads} heads"), with });
         }
         check_like("q", q, &stored.keys, [b, q_heads, rows, width])?;
+        let free = if self.clusters.is_some() { stored.len - self.clustered().end } else { stored.len };
+        if rows > free {
+            return Err(Error::Range { argument: "q rows", got: rows, min: 0, max: free });
+        }
+        let q = q.detach();
+        if q.elem_count() == 0 {
+            return Ok(q);
+        }
         let clusters = self.clusters.as_ref().filter(|_| budget.tokens < self.clustered().len());
         // What is not clustered, or is to be read anyway, is read where it is.
         let exact = match clusters {
@@ -320,10 +439,7 @@ impl ClusteredKvCache {
             None => [0..0, 0..stored.len],
         };
         let exact: Vec<_> = exact.into_iter().filter(|range| !range.is_empty()).collect();
-        let free = if self.clusters.is_some() { stored.len - self.clustered().end } else { stored.len };
-        if rows > free {
-            return Err(Error::Range { argument: "q rows", got: rows, min: 1, max: free });
-        }
+        self.shown()?;
 
         if let (1, Some(c)) = (rows, clusters) {
             let attention = ops::Attention {
@@ -365,6 +481,11 @@ impl ClusteredKvCache {
         Ok(output.reshape((batch, q_heads, rows, d))?)
     }
 
+    /// Before this thread reads what is stored.
+    fn shown(&self) -> Result<()> {
+        self.stored.as_ref().map_or(Ok(()), |s| self.fence.read(s.keys.device()))
+    }
+
     /// The tokens that are clustered.
     fn clustered(&self) -> Range<usize> {
         let start = self.settings.sinks;
@@ -390,7 +511,7 @@ impl ClusteredKvCache {
             }
         }
         if let (Some(a), Some(b)) = (&self.stored, &other.stored) {
-            let [batch, kv_heads, _, d] = four("layers", &a.keys)?;
+            let [batch, kv_heads, _, d] = dims4_float("layers", &a.keys)?;
             check_like("layers", &b.keys.narrow(2, 0, b.len)?, &a.keys, [batch, kv_heads, a.len, d])?;
         }
         Ok(())
@@ -468,17 +589,15 @@ impl Choice {
         let flat = queries.flatten(1, 2)?;
         let sizes = clusters.sizes.flatten(0, 1)?.contiguous()?;
         let k = sizes.dims()[1];
-        let scores = wide(&flat.matmul(&clusters.mean_keys.flatten(0, 1)?.transpose(1, 2)?)?)?;
+        let scores = to_accumulate_dtype(&flat.matmul(&clusters.mean_keys.flatten(0, 1)?.transpose(1, 2)?)?)?;
         let empty = sizes.eq(0f32)?.unsqueeze(1)?;
         let units = if budget.shared { rows } else { rows * group };
         let sizes = sizes.unsqueeze(1)?.broadcast_as((p, units, k))?.contiguous()?;
         let (mut read, mut left) = (None, sizes.clone());
         if budget.tokens > 0 {
-            // Clusters without tokens come last, also behind probabilities that underflow.
-            let mut rank = unless(&empty, &scores, f64::NEG_INFINITY)?;
+            let mut rank = masked_fill(&empty, &scores, f64::NEG_INFINITY)?;
             if budget.shared {
-                let together = softmax_last_dim(&rank)?.reshape((p, rows, group, k))?.sum(2)?;
-                rank = unless(&empty, &together, -1.0)?;
+                rank = softmax_last_dim(&rank)?.reshape((p, rows, group, k))?.sum(2)?;
             }
             let starts = clusters.offsets.narrow(2, 0, k)?.flatten(0, 1)?.to_dtype(DType::F32)?;
             let tokens = Tensor::full(budget.tokens as f32, (p, units, 1), rank.device())?;
@@ -515,7 +634,7 @@ fn read_chosen(
     let (keys, values) = (stored.keys.flatten(0, 1)?, stored.values.flatten(0, 1)?);
 
     let near = exact.iter().map(|r| Ok(flat.matmul(&keys.narrow(1, r.start, r.len())?.transpose(1, 2)?)?));
-    let near = wide(&Tensor::cat(&near.collect::<Result<Vec<_>>>()?, 2)?)?;
+    let near = to_accumulate_dtype(&Tensor::cat(&near.collect::<Result<Vec<_>>>()?, 2)?)?;
     let width = near.dims()[2];
     let mut scores = vec![match mask(exact, last, rows, group, near.device())? {
         Some(mask) => near.broadcast_add(&mask.to_dtype(near.dtype())?)?,
@@ -532,7 +651,7 @@ fn read_chosen(
         let rows = |t: &Tensor| t.flatten(0, 1)?.index_select(&index, 0)?.reshape((p * units, tokens, d));
         let of_unit = flat.reshape((p * units, n / units, d))?;
         let chosen = of_unit.matmul(&rows(&keys)?.transpose(1, 2)?)?;
-        scores.push(wide(&chosen.reshape((p, n, tokens))?)?);
+        scores.push(to_accumulate_dtype(&chosen.reshape((p, n, tokens))?)?);
         gathered = Some((rows(&values)?, units, tokens));
     }
     let estimate = choice.and_then(|c| c.estimate.as_ref());
@@ -572,6 +691,22 @@ fn mask(exact: &[Range<usize>], last: usize, rows: usize, group: usize, device: 
     let of_row = |i: usize| tokens.iter().map(move |&t| if t > last + i / group { f32::NEG_INFINITY } else { 0.0 });
     let mask: Vec<f32> = (0..rows * group).flat_map(of_row).collect();
     Ok(Some(Tensor::from_vec(mask, (rows * group, tokens.len()), device)?))
+}
+
+/// Zeros `(batch, kv_heads, room, d)`, alike in dtype and device.
+fn room_for(shape: [usize; 4], like: &Tensor) -> Result<Tensor> {
+    match shape.contains(&0) {
+        true => empty(&shape, like.dtype(), like.device()),
+        false => Ok(Tensor::zeros(&shape, like.dtype(), like.device())?),
+    }
+}
+
+/// Writes `tokens`, if there are any, from token `at` on.
+fn write_tokens(stored: &Tensor, tokens: Option<&Tensor>, at: usize) -> Result<()> {
+    match tokens.filter(|tokens| tokens.elem_count() > 0) {
+        Some(tokens) => Ok(stored.slice_set(&tokens.contiguous()?, 2, at)?),
+        None => Ok(()),
+    }
 }
 
 /// Says which token of the cache is not finite, where a fit says which row.

@@ -58,3 +58,64 @@ pub fn fit(x: &Rows, w: &[f64], c: Rows, how: (Metric, usize, f64), store: &dyn 
     }
     (at.1, at.0, max_iters, false)
 }
+
+/// An exact sum of f64, rounded to 53 bits once: `significand * 2^exponent`, as a long addition gives it. What is not
+/// finite is left out.
+pub fn exact_sum(terms: impl Iterator<Item = f64>) -> (f64, i32) {
+    // Bytes from 2^-1074 up, positive and negative ones on their own.
+    let mut sides = [[0i64; 280]; 2];
+    for t in terms.filter(|t| t.is_finite()) {
+        let (bits, biased) = (t.to_bits() & ((1 << 52) - 1), (t.to_bits() >> 52 & 0x7ff) as usize);
+        let mantissa = u128::from(if biased > 0 { bits | 1 << 52 } else { bits }) << ((biased.max(1) - 1) % 8);
+        let at = (biased.max(1) - 1) / 8;
+        (0..8).for_each(|i| sides[usize::from(t < 0.0)][at + i] += (mantissa >> (8 * i) & 255) as i64);
+    }
+    let [plus, minus] = sides;
+    let subtract = |a: &[i64], b: &[i64]| {
+        let mut carry = 0;
+        let mut digit = |(a, b): (&i64, &i64)| {
+            let v = a - b + carry;
+            carry = v >> 8;
+            v & 255
+        };
+        let digits: Vec<i64> = a.iter().zip(b).map(&mut digit).collect();
+        (carry == 0).then_some(digits)
+    };
+    let (sign, digits) = match subtract(&plus, &minus) {
+        Some(digits) => (1.0, digits),
+        None => (-1.0, subtract(&minus, &plus).unwrap()),
+    };
+    let Some(top) = digits.iter().rposition(|&d| d != 0) else { return (0.0, 0) };
+    let least = top.saturating_sub(8);
+    let value = digits[least..=top].iter().rev().fold(0u128, |v, &d| v << 8 | d as u128);
+    let below = digits[..least].iter().any(|&d| d != 0);
+    // Nine bytes are at least 65 bits; the last says whether there was more.
+    (sign * (value << 1 | u128::from(below)) as f64, 8 * least as i32 - 1075)
+}
+
+/// The quotient of two exact sums, rounded once.
+pub fn quotient((a, of_a): (f64, i32), (b, of_b): (f64, i32)) -> f64 {
+    // Both brought near 1, then the exponents, in steps that round nothing before the last one.
+    let (mut e, near) = (of_a - of_b, |v: f64| {
+        let e = (v.to_bits() >> 52 & 0x7ff) as i32 - 1023;
+        (v / 2f64.powi(e), e)
+    });
+    if a == 0.0 {
+        return 0.0;
+    }
+    let ((mut a, more), (mut b, less)) = (near(a), near(b));
+    e += more - less;
+    while e.abs() > 1000 && e.abs() < 3000 && (a.abs() < 2f64.powi(900) && b < 2f64.powi(900)) {
+        if e > 0 {
+            (a, e) = (a * 2f64.powi(500), e - 500);
+        } else {
+            (b, e) = (b * 2f64.powi(500), e + 500);
+        }
+    }
+    if e > 0 {
+        (a, b) = (a, b * 2f64.powi(-e.min(1000)));
+    } else {
+        (a, b) = (a * 2f64.powi(e.max(-1000)), b);
+    }
+    a / b
+}

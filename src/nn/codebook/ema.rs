@@ -1,9 +1,21 @@
 //! Codebooks that learn while a model trains.
 
-use super::{commitment, load_codebook, open, save, Codebook};
-use crate::{functional, quantize, Error, KMeans, Metric, Result};
+use super::{
+    quantizer::{commitment, load_codebook, open, save},
+    Codebook,
+};
+use crate::{
+    functional,
+    minibatch::{check_running, unit_vectors, RunningMeans},
+    ops::{self, Fence},
+    problem::{Problem, Rows, MAX_ROWS},
+    quantize,
+    row_weights::{self, RowWeights},
+    Error, KMeans, Metric, Result,
+};
 use candle_core::{DType, Device, Tensor};
-use rand::{seq::index, SeedableRng};
+use half::{bf16, f16};
+use rand::{seq::SliceRandom, Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::path::Path;
 
@@ -12,9 +24,10 @@ use std::path::Path;
 pub struct Ema {
     /// Share of the old that a step keeps (0.8).
     pub decay: f64,
-    /// Rows added to every entry's size when its mean is taken, the total staying as it is: Laplace's smoothing (1e-5).
+    /// Rows added to every entry's size before its sum is divided by that, the total staying as it is: Laplace's smoothing
+    /// (1e-5); see [`EmaCodebook`].
     pub eps: f64,
-    /// An entry of fewer rows, by the moving average, is dead: it moves to a row of the batch (0: never).
+    /// An entry of fewer rows, by the moving average, is dead: it moves to a row of the batch (0: never; at most 2^32).
     pub threshold_ema_dead_code: f64,
     /// Factor of the loss (1).
     pub commitment_weight: f64,
@@ -34,6 +47,13 @@ impl Ema {
         if !(0.0..=1.0).contains(&self.decay) {
             return refuse("decay", self.decay, "between 0 and 1");
         }
+        if self.threshold_ema_dead_code > MAX_ROWS as f64 {
+            return refuse(
+                "threshold_ema_dead_code",
+                self.threshold_ema_dead_code,
+                "at most the rows of a batch, 2^32",
+            );
+        }
         let rest = [
             ("eps", self.eps),
             ("threshold_ema_dead_code", self.threshold_ema_dead_code),
@@ -50,14 +70,32 @@ impl Ema {
 /// get too few start again from a row (van den Oord et al. 2017, appendix A; dead codes as in SoundStream, Zeghidour et al.
 /// 2021).
 ///
-/// The averages are kept in f64. A step queues work and reads nothing back. The same rows and seed give the same codebook.
+/// In a step whose rows of entry `i` have the weight `n` (their number, without sample weights) and the sum `s`, with `g` for
+/// [`Ema::decay`]:
+/// ```text
+/// N[i] <- g N[i] + (1 - g) n          how many rows it has had, and
+/// m[i] <- g m[i] + (1 - g) s          their sum, by moving averages
+/// e[i] <- m[i] / N'[i]   where n > 0  the entry, with N'[i] = (N[i] + eps) / (sum(N) + k eps) * sum(N)
+/// ```
+/// `N'` is Laplace's smoothing of the sizes, as in vector-quantize-pytorch: an entry of few rows is not divided by next to
+/// nothing. An entry that has no rows in a step stays where it is: by that formula it would move to the origin, because `N` goes
+/// to 0 and `eps` stays. The entry keeps its mean `m / N`, which does not change, however long `N` decays.
+///
+/// By cosine rows count by their directions, and an entry is `m` as a unit vector; by inner product it is a mean, too.
+///
+/// Rows that say nothing weigh nothing: those that hold a NaN or an infinity, and by cosine those of length 0. They have some
+/// code in range and its entry for a value, but no part in the codebook, the usage, the loss and its gradient, and no dead entry
+/// moves to them: the codebook is to the bit as without them. So it is with rows of weight 0, such as padding.
+///
+/// The averages are kept in f64. A step queues work and reads nothing back. The same rows and seed give the same codebook. To
+/// encode and decode, ask the [`codebook`](Self::codebook).
 #[derive(Clone, Debug)]
 pub struct EmaCodebook {
+    fence: Fence,
     codebook: Codebook,
     ema: Ema,
-    /// f64 `(b, k)` and `(b, k, d)`.
-    cluster_size: Tensor,
-    embed_avg: Tensor,
+    /// `N`, and `m / N`.
+    running: RunningMeans,
     steps: u64,
 }
 
@@ -67,11 +105,11 @@ pub struct EmaCodebook {
 pub struct Quantized {
     /// Each row's nearest entry before the step, shaped and typed as the rows, with a straight-through gradient.
     pub values: Tensor,
-    /// The entries' numbers, u32 `(..batch, n)`.
+    /// The entries' numbers, u32 `(..batch, n)`: always in range.
     pub codes: Tensor,
-    /// The commitment loss times its weight, a scalar.
+    /// The commitment loss times its weight, a scalar: over the rows that count, by their weights.
     pub loss: Tensor,
-    /// How much of the codebook the batch used.
+    /// How much of the codebook the rows that count used.
     pub usage: Usage,
 }
 
@@ -81,19 +119,20 @@ pub struct Quantized {
 pub struct Usage {
     /// Entries in use, u32 `(..batch)`.
     pub codes_used: Tensor,
-    /// The exponential of the entropy of the codes, f64 `(..batch)`: `k` if all are used alike, 1 if one is.
+    /// The exponential of the entropy of the codes, f64 `(..batch)`: `k` if all are used alike, 1 if one is, 0 if none is.
     pub perplexity: Tensor,
 }
 
 impl Usage {
-    /// From the sizes of the clusters, u32 `(b, k)`.
-    pub(super) fn of(sizes: &Tensor, batch: &[usize]) -> Result<Self> {
-        let sizes = sizes.to_dtype(DType::F64)?;
-        let share = sizes.broadcast_div(&functional::totals(&sizes)?.unsqueeze(1)?)?;
+    /// From the weights of the clusters, f64 `(b, k)`.
+    pub(super) fn of(weights: &Tensor, batch: &[usize]) -> Result<Self> {
+        let total = functional::totals(weights)?;
+        let share = weights.broadcast_div(&row_weights::or_one(&total)?.unsqueeze(1)?)?;
         // The logarithm of the smallest normal number stands in for that of 0, which its factor 0 drops.
         let entropy = functional::totals(&(&share * share.maximum(f64::MIN_POSITIVE)?.log()?)?)?.neg()?;
-        let used = functional::totals(&sizes.gt(0.0)?.to_dtype(DType::F64)?)?;
-        Ok(Self { codes_used: used.to_dtype(DType::U32)?.reshape(batch)?, perplexity: entropy.exp()?.reshape(batch)? })
+        let perplexity = (entropy.exp()? * total.gt(0.0)?.to_dtype(DType::F64)?)?;
+        let used = functional::totals(&weights.gt(0.0)?.to_dtype(DType::F64)?)?;
+        Ok(Self { codes_used: used.to_dtype(DType::U32)?.reshape(batch)?, perplexity: perplexity.reshape(batch)? })
     }
 }
 
@@ -101,7 +140,7 @@ impl EmaCodebook {
     /// Goes on from a codebook, as if each entry had seen one row.
     ///
     /// # Errors
-    /// Refuses settings out of range, and metrics other than squared Euclidean, whose centroids are not means.
+    /// Refuses settings out of range, and [`Metric::Manhattan`], whose centroids are not means.
     pub fn new(codebook: Codebook, ema: Ema) -> Result<Self> {
         let (k, d, device) = (codebook.k(), codebook.d(), codebook.centroids.device());
         let b = codebook.centroids.elem_count() / (k * d);
@@ -109,30 +148,39 @@ impl EmaCodebook {
         Self::with_sizes(codebook, sizes, ema)
     }
 
-    /// Starts from a fit of `x` `(..batch, n, d)` and the sizes of its clusters.
+    /// Starts from a fit of `x` `(..batch, n, d)` and the weights of its clusters, in which rows that say nothing weigh nothing
+    /// either, where [`KMeans::check_finite`] lets them in.
     ///
     /// # Errors
-    /// As [`KMeans::fit`] and [`new`](Self::new).
+    /// As [`KMeans::fit`] and [`new`](Self::new), before any work.
     pub fn train(x: &Tensor, kmeans: &KMeans, ema: Ema) -> Result<Self> {
-        let fit = kmeans.fit(x)?;
-        let sizes = fit.counts.to_dtype(DType::F64)?.reshape(((), kmeans.k))?;
+        Self::check(kmeans.metric, ema)?;
+        let fit = row_weights::fit(x, kmeans)?;
+        let sizes = row_weights::cluster_weights(x, kmeans, &fit)?;
         Self::with_sizes(Codebook::of(&fit), sizes, ema)
     }
 
-    fn with_sizes(codebook: Codebook, cluster_size: Tensor, ema: Ema) -> Result<Self> {
+    fn check(metric: Metric, ema: Ema) -> Result<()> {
         ema.check()?;
-        if codebook.metric != Metric::SquaredEuclidean {
-            let (got, with) = (codebook.metric.name().into(), "entries that are moving averages".into());
-            return Err(Error::Conflict { argument: "metric", got, with });
+        check_running(metric, "entries that are moving averages")
+    }
+
+    fn with_sizes(codebook: Codebook, weights: Tensor, ema: Ema) -> Result<Self> {
+        Self::check(codebook.metric, ema)?;
+        let shape = [weights.dims(), &[codebook.d()]].concat();
+        let mut means = codebook.centroids.to_dtype(DType::F64)?.reshape(shape)?;
+        if codebook.metric == Metric::Cosine {
+            means = unit_vectors(&means)?;
         }
-        let shape = [cluster_size.dims(), &[codebook.d()]].concat();
-        let entries = codebook.centroids.reshape(shape)?.to_dtype(DType::F64)?;
-        let embed_avg = entries.broadcast_mul(&cluster_size.unsqueeze(2)?)?;
-        Ok(Self { codebook, ema, cluster_size, embed_avg, steps: 0 })
+        let running = RunningMeans { metric: codebook.metric, means, weights };
+        let fence = Fence::default();
+        fence.write(running.means.device())?;
+        Ok(Self { fence, codebook, ema, running, steps: 0 })
     }
 
     /// The codebook as it is now.
     pub fn codebook(&self) -> &Codebook {
+        self.fence.show(self.running.means.device());
         &self.codebook
     }
 
@@ -141,10 +189,11 @@ impl EmaCodebook {
         self.ema
     }
 
-    /// Rows of each entry by the moving average, f64 `(..batch, k)`.
+    /// Rows of each entry by the moving average, or their weight, f64 `(..batch, k)`.
     pub fn cluster_size(&self) -> Result<Tensor> {
+        self.fence.read(self.running.means.device())?;
         let rank = self.codebook.centroids.rank();
-        Ok(self.cluster_size.reshape(&self.codebook.centroids.dims()[..rank - 1])?)
+        Ok(self.running.weights.reshape(&self.codebook.centroids.dims()[..rank - 1])?)
     }
 
     /// Quantises `x` `(..batch, n, d)` for a forward pass in training, then moves the codebook towards it.
@@ -152,60 +201,117 @@ impl EmaCodebook {
     /// # Errors
     /// As [`assign`](crate::assign). Refuses `x` without rows.
     pub fn step(&mut self, x: &Tensor) -> Result<Quantized> {
+        self.learn(x, None)
+    }
+
+    /// The same with weights of the rows, float `(..batch, n)` or `(n)`: in the averages, the loss and the usage. A weight that is
+    /// not a finite number above 0 is none, so that a mask of zeros and ones sets padding aside.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step). Refuses weights of other shapes, dtypes and devices.
+    pub fn step_weighted(&mut self, x: &Tensor, sample_weights: &Tensor) -> Result<Quantized> {
+        self.learn(x, Some(sample_weights))
+    }
+
+    fn learn(&mut self, x: &Tensor, sample_weights: Option<&Tensor>) -> Result<Quantized> {
+        let p = Problem::assign(x, &self.codebook.centroids, self.codebook.metric)?;
+        if x.elem_count() == 0 {
+            return Err(Error::Range { argument: "x rows", got: 0, min: 1, max: usize::MAX });
+        }
+        ops::check_counted("x", x)?;
+        self.fence.write(self.running.means.device())?;
+        let (b, k, d) = self.running.means.dims3()?;
+        let n = p.b * p.n / b;
+        let given = sample_weights.map(|w| row_weights::sample_weights(&p, w, x.device())?.reshape((b, n)));
         let (values, codes) = quantize(x, &self.codebook.centroids, self.codebook.metric)?;
-        let loss = (commitment(x, &values)? * self.ema.commitment_weight)?;
-        let usage = self.update(x, &codes)?;
+        let flat = x.detach().reshape((b, n, d))?;
+        let weights = RowWeights::new(&Rows::new(&flat)?, given.transpose()?.as_ref(), p.metric)?;
+        // Means are rounded to the rows' type.
+        let rows = Rows::new(&flat.to_dtype(DType::F64)?)?;
+        let loss = (commitment(x, &values, weights.weights())? * self.ema.commitment_weight)?;
+        let batch = weights.clusters(&rows, &codes.reshape((b, n))?, k)?;
+        let usage = Usage::of(&batch.weights, &self.codebook.centroids.dims()[..self.codebook.centroids.rank() - 2])?;
+
+        let Ema { decay, threshold_ema_dead_code: threshold, .. } = self.ema;
+        let mut running = self.running.clone();
+        let learned = running.add(&batch, decay, 1.0 - decay)?;
+        let mut entries = self.entries(&running, &learned)?;
+        if threshold > 0.0 {
+            let (index, any) = weights.at_shares(&self.draw(b, k, x.device())?)?;
+            let mut drawn = ops::gather(&rows, &index)?;
+            if p.metric == Metric::Cosine {
+                drawn = unit_vectors(&drawn)?;
+            }
+            // Where no row counts, there is nothing to start again from.
+            let dead = running.weights.lt(threshold)?;
+            let dead = any.broadcast_as((b, k))?.where_cond(&dead, &dead.zeros_like()?)?;
+            let all = dead.unsqueeze(2)?.broadcast_as((b, k, d))?;
+            entries = all.where_cond(&drawn, &entries)?;
+            running.means = all.where_cond(&drawn, &running.means)?;
+            let size = (running.weights.ones_like()? * threshold)?;
+            running.weights = dead.where_cond(&size, &running.weights)?;
+        }
+        self.codebook.centroids = entries.to_dtype(x.dtype())?.reshape(self.codebook.centroids.shape())?;
+        self.running = running;
+        self.steps = self.steps.wrapping_add(1);
         Ok(Quantized { values, codes, loss, usage })
     }
 
-    /// One step of the averages. `codes` are known to be in range.
-    fn update(&mut self, x: &Tensor, codes: &Tensor) -> Result<Usage> {
-        let (k, d, dtype) = (self.codebook.k(), self.codebook.d(), x.dtype());
-        let b = self.cluster_size.dim(0)?;
-        if codes.elem_count() == 0 {
-            return Err(Error::Range { argument: "x rows", got: 0, min: 1, max: usize::MAX });
-        }
-        let n = codes.elem_count() / b;
-        // Sums of halves would overflow their own type.
-        let wide = if dtype == DType::F64 { dtype } else { DType::F32 };
-        let (x, codes) = (x.detach().reshape((b, n, d))?.to_dtype(wide)?, codes.reshape((b, n))?);
-        let (sums, sizes) = functional::sums_and_sizes(&x, &codes, k)?;
-        let usage = Usage::of(&sizes, &self.codebook.centroids.dims()[..self.codebook.centroids.rank() - 2])?;
-
-        let Ema { decay, eps, threshold_ema_dead_code: threshold, .. } = self.ema;
-        let mix = |old: &Tensor, new: &Tensor| (old * decay)? + (new.to_dtype(DType::F64)? * (1.0 - decay))?;
-        let mut cluster_size = mix(&self.cluster_size, &sizes)?;
-        let mut embed_avg = mix(&self.embed_avg, &sums)?;
-        let total = functional::totals(&cluster_size)?.unsqueeze(1)?;
-        let smoothed = (&cluster_size + eps)?.broadcast_mul(&(&total / (&total + k as f64 * eps)?)?)?;
-        let mut entries = embed_avg.broadcast_div(&smoothed.unsqueeze(2)?)?;
-
-        if threshold > 0.0 {
-            let rows = self.draw(b, n, k, x.device())?;
-            let rows = functional::rows_of(&x, &rows)?.to_dtype(DType::F64)?;
-            let dead = cluster_size.lt(threshold)?;
-            let all = dead.unsqueeze(2)?.broadcast_as(entries.shape())?.contiguous()?;
-            entries = all.where_cond(&rows, &entries)?;
-            embed_avg = all.where_cond(&(&rows * threshold)?, &embed_avg)?;
-            cluster_size = dead.where_cond(&(cluster_size.ones_like()? * threshold)?, &cluster_size)?;
-        }
-        let shape = self.codebook.centroids.shape();
-        self.codebook.centroids = entries.to_dtype(dtype)?.reshape(shape)?;
-        (self.cluster_size, self.embed_avg) = (cluster_size, embed_avg);
-        self.steps += 1;
-        Ok(usage)
+    /// The entries of new averages where `learned` is set, and else as they are, f64 `(b, k, d)`.
+    fn entries(&self, running: &RunningMeans, learned: &Tensor) -> Result<Tensor> {
+        let (shape, eps) = (running.means.dims3()?, self.ema.eps);
+        let old = self.codebook.centroids.reshape(shape)?.to_dtype(DType::F64)?;
+        let (new, moved) = if running.metric == Metric::Cosine {
+            // Directions that cancel leave none to move to.
+            let norms = ops::norms(&Rows::new(&running.means)?)?;
+            (running.centroids()?, norms.gt(0.0)?.where_cond(learned, &learned.zeros_like()?)?)
+        } else {
+            let sizes = &running.weights;
+            let mean = (functional::totals(sizes)?.unsqueeze(1)? / shape.1 as f64)?;
+            // `N'`, divided first so that no eps overflows it.
+            let smoothed =
+                (sizes + eps)?.broadcast_div(&row_weights::or_one(&(&mean + eps)?)?)?.broadcast_mul(&mean)?;
+            let scale = (sizes / row_weights::or_one(&smoothed)?)?;
+            // Smoothing makes large entries larger, and the largest no infinity.
+            let most = largest(self.codebook.centroids.dtype());
+            (running.means.broadcast_mul(&scale.unsqueeze(2)?)?.clamp(-most, most)?, learned.clone())
+        };
+        Ok(moved.unsqueeze(2)?.broadcast_as(shape)?.where_cond(&new, &old)?)
     }
 
-    /// A row for each entry to start again from, u32 `(b, k)`: different ones while there are any.
-    fn draw(&self, b: usize, n: usize, k: usize, device: &Device) -> Result<Tensor> {
+    /// A place for each entry to start again from, f64 `(b, k)` in [0, 1): evenly spaced from a random start, in random order.
+    fn draw(&self, b: usize, k: usize, device: &Device) -> Result<Tensor> {
         let mut rng = ChaCha8Rng::seed_from_u64(self.ema.seed);
         rng.set_stream(self.steps);
-        let mut rows = Vec::with_capacity(b * k);
+        let mut places = Vec::with_capacity(b * k);
         for _ in 0..b {
-            let drawn = index::sample(&mut rng, n, k.min(n)).into_vec();
-            rows.extend(drawn.into_iter().cycle().take(k).map(|row| row as u32));
+            // Halfway between multiples of 2^-20, so that places that are whole numbers of rows apart stay so when rounded.
+            let start = (rng.random_range(0..1u32 << 20) as f64 + 0.5) * 2f64.powi(-20);
+            let mut entries: Vec<_> = (0..k).map(|i| (i as f64 + start) / k as f64).collect();
+            entries.shuffle(&mut rng);
+            places.append(&mut entries);
         }
-        Ok(Tensor::from_vec(rows, (b, k), device)?)
+        Ok(Tensor::from_vec(places, (b, k), device)?)
+    }
+
+    /// The same with entries of another float dtype, each rounded once, for rows of that dtype.
+    ///
+    /// # Errors
+    /// Refuses entries that are not finite in it (the host waits for that answer).
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        Ok(Self { codebook: self.codebook.to_dtype(dtype)?, ..self.clone() })
+    }
+
+    /// The same on another device.
+    ///
+    /// # Errors
+    /// Where a device fails.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        self.fence.read(self.running.means.device())?;
+        let (codebook, running, fence) =
+            (self.codebook.to_device(device)?, self.running.to_device(device)?, Fence::default());
+        fence.write(device)?;
+        Ok(Self { fence, codebook, running, ..self.clone() })
     }
 
     /// Writes the codebook with its averages and settings as a safetensors file, whole or not at all.
@@ -213,8 +319,9 @@ impl EmaCodebook {
     /// # Errors
     /// [`Error::Io`] if it cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.fence.read(self.running.means.device())?;
         let Ema { decay, eps, threshold_ema_dead_code, commitment_weight, seed } = self.ema;
-        let state = [("cluster_size", &self.cluster_size), ("embed_avg", &self.embed_avg)];
+        let state = [("means", &self.running.means), ("weights", &self.running.weights)];
         let settings = [
             ("decay", decay.to_string()),
             ("eps", eps.to_string()),
@@ -241,13 +348,19 @@ impl EmaCodebook {
         };
         let (steps, codebook) = (file.setting("steps")?, load_codebook(&mut file, 0)?);
         let mut loaded = Self::new(codebook, ema).map_err(|e| file.bad(e.to_string()))?;
-        for (name, state) in [("cluster_size", &mut loaded.cluster_size), ("embed_avg", &mut loaded.embed_avg)] {
-            let t = file.take(name)?;
-            if (t.dims(), t.dtype()) != (state.dims(), DType::F64) {
-                return Err(file.bad(format!("tensor {name} is {:?} {:?}", t.dtype(), t.dims())));
-            }
-            *state = t;
-        }
+        let shape = loaded.running.means.dims().to_vec();
+        let (means, weights) = (file.take("means")?, file.take("weights")?);
+        loaded.running = RunningMeans { means, weights, ..loaded.running }.checked(&file, &shape)?;
         Ok(Self { steps, ..loaded })
+    }
+}
+
+/// The largest finite number of a dtype.
+fn largest(dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => f16::MAX.to_f64(),
+        DType::BF16 => bf16::MAX.to_f64(),
+        DType::F32 => f32::MAX as f64,
+        _ => f64::MAX,
     }
 }

@@ -1,10 +1,16 @@
 //! Directions and lengths, coded apart.
 
-use super::{checked_codes, commitment, load_codebook, open, save, Codebook};
-use crate::{functional, Error, KMeans, Metric, Result};
-use candle_core::{DType, Device, Tensor, D};
-use candle_nn::Module;
-use std::path::Path;
+use super::{
+    codes::{check_u8, checked_codes, empty, in_bytes},
+    quantizer::{wide, Quantizer},
+    Codebook,
+};
+use crate::{
+    functional,
+    problem::{check_device, check_dtype},
+    row_weights, Error, KMeans, Metric, Result,
+};
+use candle_core::{Tensor, D};
 
 /// Rows as a direction times a length: a codebook of unit vectors, and one of numbers. Gain-shape vector quantisation (Sabin and
 /// Gray 1984).
@@ -35,12 +41,14 @@ impl GainShapeQuantizer {
     /// From unit vectors `(k, d)` or `(..batch, k, d)`, by cosine, and numbers `(k', 1)` or `(..batch, k', 1)`.
     ///
     /// # Errors
-    /// Refuses another metric of the shapes, and gains of other columns or another batch.
+    /// Refuses another metric of the shapes, and gains of other columns, another batch, dtype or device.
     pub fn new(shapes: Codebook, gains: Codebook) -> Result<Self> {
         if shapes.metric() != Metric::Cosine {
             let (got, with) = (shapes.metric().name().to_string(), "shapes, which are found by cosine".into());
             return Err(Error::Conflict { argument: "shapes metric", got, with });
         }
+        check_dtype("gains", gains.centroids(), shapes.centroids().dtype())?;
+        check_device("gains", gains.centroids(), shapes.centroids().device())?;
         let batch = &shapes.centroids().dims()[..shapes.centroids().rank() - 2];
         let expected = [batch, &[gains.k(), 1]].concat();
         if gains.centroids().dims() != expected {
@@ -50,19 +58,31 @@ impl GainShapeQuantizer {
     }
 
     /// Clusters the directions of the rows of `x` `(..batch, n, d)` by cosine, weighted by the rows' lengths, whatever the
-    /// metric of `shapes`; then the rows' lengths along their directions as `gains` says.
+    /// metric of `shapes`; then the rows' lengths along their directions as `gains` says. Sample weights and lengths of `shapes`
+    /// count in both, unless `gains` has its own.
+    ///
+    /// Which rows count is as in [`Codebook::train`]. A row of zeros is one of length 0 to `gains` and nothing to `shapes`, so
+    /// that a problem of such rows alone has zeros for shapes and gains.
     ///
     /// # Errors
-    /// As [`KMeans::fit`]. Refuses sample weights of `shapes`, whose place the lengths take.
+    /// As [`KMeans::fit`] for either, before any work.
     pub fn train(x: &Tensor, shapes: &KMeans, gains: &KMeans) -> Result<Self> {
-        if shapes.weights.is_some() {
-            let with = "shapes, which rows weigh in by their lengths".into();
-            return Err(Error::Conflict { argument: "sample_weights", got: "weights".into(), with });
+        let shapes = shapes.clone().metric(Metric::Cosine);
+        let mut gains = gains.clone();
+        gains.weights = gains.weights.or_else(|| shapes.weights.clone());
+        gains.lengths = gains.lengths.or_else(|| shapes.lengths.clone());
+        gains.check_finite &= shapes.check_finite;
+        let p = row_weights::check_fit(&shapes, x.dims(), x.dtype(), x.device())?;
+        row_weights::check_fit(&gains, &p.shape(&[p.n, 1]), x.dtype(), x.device())?;
+
+        let mut by_length = functional::norms(x)?;
+        if let Some(weights) = &shapes.weights {
+            let weights = row_weights::sample_weights(&p, weights, x.device())?;
+            by_length = (by_length * weights.reshape(p.shape(&[p.n]))?)?;
         }
-        let lengths = functional::norms(x)?;
-        let fit = shapes.clone().metric(Metric::Cosine).sample_weights(&lengths).fit(x)?;
+        let fit = row_weights::fit(x, &shapes.sample_weights(&by_length))?;
         let along = along(&x.detach(), &functional::rows_of(&fit.centroids, &fit.labels)?)?;
-        let gains = Codebook::of(&gains.fit(&along)?);
+        let gains = Codebook::train(&along, &gains)?;
         Self::new(Codebook::of(&fit), gains)
     }
 
@@ -76,6 +96,11 @@ impl GainShapeQuantizer {
         &self.gains
     }
 
+    /// Values of a row.
+    pub fn d(&self) -> usize {
+        self.shapes.d()
+    }
+
     /// The direction nearest to each row of `x` `(..batch, n, d)` by cosine, and the length nearest to what the row has along
     /// it: both u32 `(..batch, n)`.
     ///
@@ -83,8 +108,22 @@ impl GainShapeQuantizer {
     /// As [`assign`](crate::assign).
     pub fn encode(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let shapes = self.shapes.encode(x)?;
+        if shapes.elem_count() == 0 {
+            return Ok((shapes.clone(), shapes));
+        }
         let along = along(&x.detach(), &functional::rows_of(self.shapes.centroids(), &shapes)?)?;
         Ok((shapes, self.gains.encode(&along)?))
+    }
+
+    /// The same as u8.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode). Refuses more than 256 entries of either codebook.
+    pub fn encode_u8(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        check_u8("shapes k", &self.shapes)?;
+        check_u8("gains k", &self.gains)?;
+        let (shapes, gains) = self.encode(x)?;
+        Ok((in_bytes(&shapes)?, in_bytes(&gains)?))
     }
 
     /// The rows that codes, u32 or u8 `(..batch, n)`, stand for: `(..batch, n, d)`. A code of no entry becomes NaN.
@@ -100,16 +139,11 @@ impl GainShapeQuantizer {
                 expected: shapes.dims().to_vec(),
             });
         }
-        Ok(self.shapes.decode(shapes)?.broadcast_mul(&self.gains.decode(&gains)?)?)
-    }
-
-    /// The mean over all values of the squared difference between `x` `(..batch, n, d)` and what its codes stand for, with a
-    /// gradient to `x` alone. A scalar, f32 for half types.
-    ///
-    /// # Errors
-    /// As [`assign`](crate::assign).
-    pub fn commitment_loss(&self, x: &Tensor) -> Result<Tensor> {
-        commitment(x, &self.reconstruct(x)?)
+        let (shapes, gains) = (self.shapes.decode(shapes)?, self.gains.decode(&gains)?);
+        match shapes.elem_count() {
+            0 => empty(shapes.shape(), shapes.dtype(), shapes.device()),
+            _ => Ok(shapes.broadcast_mul(&gains)?),
+        }
     }
 
     /// Bits of a row's two codes by the values they stand for. The codebooks are not counted.
@@ -122,23 +156,19 @@ impl GainShapeQuantizer {
         let gains = self.gains.bits_per_value_with_codebook(rows) / self.shapes.d() as f64;
         self.shapes.bits_per_value_with_codebook(rows) + gains
     }
+}
 
-    /// Writes the codebooks as a safetensors file, whole or not at all.
-    ///
-    /// # Errors
-    /// [`Error::Io`] if it cannot be written.
-    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        save(path.as_ref(), "gain_shape_quantizer", &[&self.shapes, &self.gains], &[], &[])
+impl Quantizer for GainShapeQuantizer {
+    const KIND: &'static str = "gain_shape_quantizer";
+    const CODEBOOKS: Option<usize> = Some(2);
+
+    fn codebooks(&self) -> Vec<&Codebook> {
+        vec![&self.shapes, &self.gains]
     }
 
-    /// Reads what [`save`](Self::save) wrote, onto `device`.
-    ///
-    /// # Errors
-    /// [`Error::Io`] if the file cannot be read and [`Error::Format`] if it is not a saved gain-shape quantiser.
-    pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
-        let mut file = open(path.as_ref(), "gain_shape_quantizer", device)?;
-        let (shapes, gains) = (load_codebook(&mut file, 0)?, load_codebook(&mut file, 1)?);
-        Self::new(shapes, gains).map_err(|e| file.bad(e.to_string()))
+    fn from_codebooks(mut codebooks: Vec<Codebook>) -> Result<Self> {
+        let gains = codebooks.remove(1);
+        Self::new(codebooks.remove(0), gains)
     }
 
     fn reconstruct(&self, x: &Tensor) -> Result<Tensor> {
@@ -147,16 +177,9 @@ impl GainShapeQuantizer {
     }
 }
 
-impl Module for GainShapeQuantizer {
-    /// Each row of `x` `(..batch, n, d)` as its codes give it back; the gradient passes to `x` unchanged.
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        Ok(functional::straight_through(x, self.reconstruct(x)?)?)
-    }
-}
-
 /// The length of each row along its unit vector, `(..batch, n, 1)`, in the rows' dtype.
 fn along(x: &Tensor, shapes: &Tensor) -> Result<Tensor> {
-    let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let wide = wide(x.dtype());
     let products = (x.to_dtype(wide)? * shapes.to_dtype(wide)?)?;
     Ok(products.sum_keepdim(D::Minus1)?.to_dtype(x.dtype())?)
 }

@@ -1,0 +1,127 @@
+//! The order of what several host threads do to the same memory.
+//!
+//! The order of a stream keeps memory valid that only this stream uses, whichever threads queue work to it. Candle's
+//! `Device::new_cuda` has no such stream, but `CU_STREAM_PER_THREAD`: one handle that is another stream in each thread. Between
+//! those nothing is ordered, neither by Candle nor by cudarc, which records events only where a context has made streams of its
+//! own. A thread cannot name the stream of another one, so that it cannot record an event there when it takes over, and an event
+//! recorded after every op would cost what it may be wanted for once, a microsecond a launch. So memory remembers the thread that
+//! used it last, and where that changes the host waits for the context, which is the one thing that covers the streams of all
+//! threads, also of those that have ended. One thread, or any number of threads on a stream of their own
+//! (`Device::new_cuda_with_stream`), compare two numbers and never wait.
+//!
+//! A capture cannot wait for work before it, so that taking over is refused there. Contexts and streams of other devices never
+//! meet here: tensors of another device are refused, and scratch is replaced ([`super::Memory`]).
+
+use crate::{Error, Result};
+use candle_core::{
+    cuda_backend::{
+        cudarc::driver::{
+            sys::{CUresult, CUstreamCaptureStatus},
+            CudaStream, DriverError,
+        },
+        WrapErr,
+    },
+    Device,
+};
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, MutexGuard},
+    thread::{self, ThreadId},
+};
+
+/// The handle of `CU_STREAM_PER_THREAD`.
+const PER_THREAD: usize = 2;
+
+/// The thread that this thread's work on a stream has to be told apart by; none where the stream orders the work of all.
+pub(super) fn thread_of(stream: &CudaStream) -> Option<ThreadId> {
+    (stream.cu_stream() as usize == PER_THREAD).then(|| thread::current().id())
+}
+
+/// Whether what is queued becomes part of a graph and does not run.
+pub(crate) fn capturing(stream: &CudaStream) -> Result<bool> {
+    Ok(stream.capture_status().w()? != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+}
+
+/// Lets the host wait for what all threads have queued, the work of threads that have ended too.
+pub(super) fn wait_for_threads(stream: &CudaStream) -> Result<()> {
+    if capturing(stream)? {
+        let with = "work of another thread before it, which it cannot wait for: use this once on this thread first";
+        return Err(Error::Conflict { argument: "stream", got: "a capture".into(), with: with.into() });
+    }
+    Ok(stream.context().synchronize().w()?)
+}
+
+/// Which threads have used the tensors that a layer keeps.
+///
+/// It has to be the layer's first field: dropped before the tensors are, it waits for the work of other threads, after which the
+/// thread that drops them may free them on its stream.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Fence {
+    /// Clones of a layer share tensors, and what is known of their users.
+    users: Arc<Mutex<Users>>,
+}
+
+#[derive(Debug, Default)]
+struct Users {
+    stream: Option<Arc<CudaStream>>,
+    /// The one that wrote last, and those that have read since.
+    threads: HashSet<ThreadId>,
+}
+
+impl Fence {
+    /// Before this thread reads the tensors: that comes after what wrote them.
+    pub fn read(&self, device: &Device) -> Result<()> {
+        self.pass(device, false)
+    }
+
+    /// Before this thread writes or frees the tensors, which nobody else uses meanwhile: that comes after all there was.
+    pub fn write(&self, device: &Device) -> Result<()> {
+        self.pass(device, true)
+    }
+
+    /// [`read`](Self::read) before a tensor is shown by a function that cannot fail. An error is the next one of the context.
+    pub fn show(&self, device: &Device) {
+        if let (Err(_), Device::Cuda(dev)) = (self.read(device), device) {
+            let unordered = DriverError(CUresult::CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
+            dev.cuda_stream().context().record_err(Err::<(), _>(unordered));
+        }
+    }
+
+    fn pass(&self, device: &Device, alone: bool) -> Result<()> {
+        let Device::Cuda(dev) = device else { return Ok(()) };
+        let stream = dev.cuda_stream();
+        let mut users = self.users();
+        if let Some(me) = thread_of(&stream) {
+            let others = users.threads.len() > users.threads.contains(&me) as usize;
+            if others && (alone || !users.threads.contains(&me)) {
+                wait_for_threads(&stream)?;
+                if alone {
+                    users.threads.clear();
+                }
+            }
+            users.threads.insert(me);
+        }
+        if users.stream.is_none() {
+            users.stream = Some(stream);
+        }
+        Ok(())
+    }
+
+    fn users(&self) -> MutexGuard<'_, Users> {
+        self.users.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl Drop for Fence {
+    fn drop(&mut self) {
+        let users = self.users();
+        let Some(stream) = &users.stream else { return };
+        let context = stream.context();
+        // The tensors are freed in the context that is current.
+        context.record_err(context.bind_to_thread());
+        let me = thread::current().id();
+        if users.threads.iter().any(|&user| user != me) {
+            context.record_err(context.synchronize());
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! The host's threads and memory: every loop over rows, centroids or problems runs here, on threads that wait for nothing.
+//!
+//! A caller may hold read locks on tensors, and Candle holds some around custom ops. A rayon worker that waits for its own
+//! tasks runs other people's meanwhile, and one of those may ask for the same lock behind a writer that waits for the first
+//! (rayon#592: a deadlock). So the work goes to a pool of this crate's own, as large as the caller's, and the caller sleeps
+//! until it is done. What runs there takes no lock of a tensor and calls neither Candle's ops nor a user's functions.
+
+use crate::{Error, Result};
+use candle_core::{DType, Device, Shape, Tensor};
+use rayon::{prelude::*, ThreadPool, ThreadPoolBuilder};
+use std::{
+    cell::Cell,
+    cmp::Ordering,
+    mem::transmute,
+    panic::{catch_unwind, resume_unwind, AssertUnwindSafe},
+    sync::{mpsc, Arc, Mutex, PoisonError},
+};
+
+/// Work that is worth waking another thread for, in steps of about a nanosecond. Less runs on the caller's thread.
+const GRAIN: usize = 1 << 15;
+
+/// Room for `len` elements, or a typed refusal.
+pub(crate) fn buffer<T>(op: &'static str, len: usize) -> Result<Vec<T>> {
+    let mut buffer = Vec::new();
+    buffer.try_reserve_exact(len).map_err(|e| {
+        let bytes = len.saturating_mul(size_of::<T>());
+        Error::OutOfMemory { op, bytes, source: candle_core::Error::wrap(e) }
+    })?;
+    Ok(buffer)
+}
+
+/// `len` times `value`, or a typed refusal.
+pub(crate) fn filled<T: Clone>(op: &'static str, len: usize, value: T) -> Result<Vec<T>> {
+    let mut buffer = buffer(op, len)?;
+    buffer.resize(len, value);
+    Ok(buffer)
+}
+
+/// A tensor of zeros. What Candle allocates on the CPU is there, or the process ends: so it is asked for here first.
+pub(crate) fn zeros(op: &'static str, shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+    let shape = shape.into();
+    room(op, shape.elem_count(), dtype, device)?;
+    Ok(Tensor::zeros(shape, dtype, device)?)
+}
+
+/// Refuses, with a type, what Candle would have no room for on the CPU.
+pub(crate) fn room(op: &'static str, len: usize, dtype: DType, device: &Device) -> Result<()> {
+    if device.is_cpu() {
+        buffer::<u8>(op, len.saturating_mul(dtype.size_in_bytes()))?;
+    }
+    Ok(())
+}
+
+/// The items of one task, for items that take so many steps each.
+pub(crate) fn items_per_task(steps: usize) -> usize {
+    (GRAIN / steps.max(1)).max(1)
+}
+
+/// `f(i)` for each `i` below `count`, each about so many steps.
+pub(crate) fn map<R: Send>(
+    op: &'static str,
+    count: usize,
+    steps: usize,
+    f: impl Fn(usize) -> R + Send + Sync,
+) -> Result<Vec<R>> {
+    let (least, mut out) = (items_per_task(steps), buffer(op, count)?);
+    if count <= least {
+        out.extend((0..count).map(f));
+    } else {
+        run(|| (0..count).into_par_iter().with_min_len(least).map(f).collect_into_vec(&mut out))?;
+    }
+    Ok(out)
+}
+
+/// All `f(i)` for `i` below `count`, each about so many steps, in one by an `add` that is associative; none of nothing.
+pub(crate) fn reduce<R: Send>(
+    count: usize,
+    steps: usize,
+    f: impl Fn(usize) -> R + Send + Sync,
+    add: impl Fn(R, R) -> R + Send + Sync,
+) -> Result<Option<R>> {
+    let least = items_per_task(steps);
+    if count <= least {
+        return Ok((0..count).map(f).reduce(add));
+    }
+    run(|| (0..count).into_par_iter().with_min_len(least).map(f).reduce_with(add))
+}
+
+/// Calls `f` with each of the `items`, each about so many steps. A task makes its `scratch` first, and uses it again.
+pub(crate) fn for_each<T: Send, S>(
+    items: Vec<T>,
+    steps: usize,
+    scratch: impl Fn() -> S + Send + Sync,
+    f: impl Fn(&mut S, T) -> Result<()> + Send + Sync,
+) -> Result<()> {
+    let least = items_per_task(steps);
+    if items.len() <= least {
+        let mut scratch = scratch();
+        return items.into_iter().try_for_each(|item| f(&mut scratch, item));
+    }
+    run(|| items.into_par_iter().with_min_len(least).try_for_each_init(scratch, f))?
+}
+
+/// Sorts `items`, equal ones in any order.
+pub(crate) fn sort<T: Send>(items: &mut [T], by: impl Fn(&T, &T) -> Ordering + Send + Sync) -> Result<()> {
+    // A sort of this many takes some ten steps an item.
+    if items.len() <= items_per_task(10) {
+        items.sort_unstable_by(by);
+        return Ok(());
+    }
+    run(|| items.par_sort_unstable_by(by))
+}
+
+thread_local!(static OURS: Cell<bool> = const { Cell::new(false) });
+
+/// Runs `work` on the pool, while this thread sleeps. On a thread of the pool, at once.
+fn run<R: Send>(work: impl FnOnce() -> R + Send) -> Result<R> {
+    // Without threads there is nobody to wait for.
+    if OURS.get() || cfg!(target_family = "wasm") {
+        return Ok(work());
+    }
+    let pool = pool(rayon::current_num_threads())?;
+    let (done, wait) = mpsc::sync_channel(1);
+    let task: Box<dyn FnOnce() + Send + '_> = Box::new(move || {
+        let result = catch_unwind(AssertUnwindSafe(work));
+        // The receiver waits below.
+        let _ = done.send(result);
+    });
+    // SAFETY: only the lifetime of what the task borrows is made longer. This function does not return or unwind before
+    // `recv` does, which is when the task has sent its result, `work` being used up, or has been dropped.
+    let task: Box<dyn FnOnce() + Send + 'static> = unsafe { transmute(task) };
+    pool.spawn(task);
+    match wait.recv() {
+        Ok(result) => Ok(result.unwrap_or_else(|panic| resume_unwind(panic))),
+        Err(_) => unreachable!("the pool is never dropped, and a task always sends"),
+    }
+}
+
+/// The pool of so many threads, which is kept.
+fn pool(threads: usize) -> Result<Arc<ThreadPool>> {
+    static POOLS: Mutex<Vec<Arc<ThreadPool>>> = Mutex::new(vec![]);
+    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(pool) = pools.iter().find(|pool| pool.current_num_threads() == threads) {
+        return Ok(pool.clone());
+    }
+    let builder = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("flash-kmeans-{i}"));
+    let pool = builder.start_handler(|_| OURS.set(true)).build().map_err(candle_core::Error::wrap)?;
+    pools.push(Arc::new(pool));
+    Ok(pools[pools.len() - 1].clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    /// Enough for a task each.
+    const LONG: usize = GRAIN;
+
+    #[test]
+    fn work_runs_on_as_many_threads_as_the_caller_has_and_nested_work_too() {
+        for threads in [1, 2, 5] {
+            let caller = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let seen =
+                caller.install(|| map("test", 100, LONG, |_| (OURS.get(), rayon::current_num_threads())).unwrap());
+            assert_eq!(seen, vec![(true, threads); 100]);
+            let nested = |i| map("test", 10, LONG, |j| i * j).unwrap().into_iter().sum::<usize>();
+            let all = caller.install(|| reduce(100, LONG, nested, |a, b| a + b).unwrap());
+            assert_eq!(all, Some(45 * 4950));
+        }
+        // Small work stays where it is.
+        let here = thread::current().id();
+        assert_eq!(map("test", 10, 1, |_| thread::current().id()).unwrap(), [here; 10]);
+    }
+
+    #[test]
+    fn a_worker_that_waits_runs_nothing_else() {
+        // With one worker, anything it runs meanwhile is on its own stack.
+        let caller = ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        let waiting = std::sync::atomic::AtomicBool::new(false);
+        caller.scope(|s| {
+            for _ in 0..50 {
+                s.spawn(|_| {
+                    assert!(!waiting.swap(true, std::sync::atomic::Ordering::SeqCst));
+                    map("test", 10, LONG, |_| thread::yield_now()).unwrap();
+                    waiting.store(false, std::sync::atomic::Ordering::SeqCst);
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn panics_reach_the_caller() {
+        let work = |i| assert!(i != 7, "seven");
+        let panic = catch_unwind(|| map("test", 10, LONG, work)).unwrap_err();
+        assert_eq!(panic.downcast_ref::<&str>(), Some(&"seven"));
+        assert_eq!(map("test", 10, LONG, |i| i).unwrap().len(), 10);
+    }
+
+    #[test]
+    fn memory_that_is_not_there_is_refused() {
+        let refused = map("test", usize::MAX / 16, 1, |i| i);
+        assert!(matches!(refused, Err(Error::OutOfMemory { op: "test", bytes, .. }) if bytes > usize::MAX / 4));
+    }
+}

@@ -1,0 +1,245 @@
+//! Pieces of rows, coded apart.
+
+use super::{
+    codes::{check_places, check_u8, checked_codes, empty, in_bytes},
+    quantizer::Quantizer,
+    Codebook,
+};
+use crate::{
+    problem::{check_device, check_dtype, Problem},
+    row_weights, Error, KMeans, Result,
+};
+use candle_core::{DType, Tensor};
+
+/// Rows cut into `m` equal pieces, each with a codebook of its own: product quantisation (Jegou et al. 2011). `k^m` different
+/// rows at the price of `m` codes.
+#[derive(Clone, Debug)]
+pub struct ProductQuantizer {
+    /// `(..batch, m, k, d / m)`.
+    codebook: Codebook,
+}
+
+impl ProductQuantizer {
+    /// From codebooks `(m, k, d / m)` for rows of any batch, or `(..batch, m, k, d / m)`.
+    ///
+    /// # Errors
+    /// Refuses too few dimensions.
+    pub fn new(codebook: Codebook) -> Result<Self> {
+        if codebook.centroids.rank() < 3 {
+            let shape = codebook.centroids.dims().to_vec();
+            return Err(Error::Rank { argument: "centroids", expected: 3, shape });
+        }
+        Ok(Self { codebook })
+    }
+
+    /// Clusters the `m` pieces of the rows of `x` `(..batch, n, d)`, all of them and all problems in one call. Given centroids
+    /// are `(..batch, m, k, d / m)`, or `(k, d / m)` for every piece; weights and lengths count in every piece. Which rows
+    /// count is as in [`Codebook::train`]: a row that is not finite in none of its pieces, and by cosine a piece of length 0
+    /// does not.
+    ///
+    /// # Errors
+    /// As [`KMeans::fit`]. Refuses columns that `m` does not divide.
+    pub fn train(x: &Tensor, m: usize, kmeans: &KMeans) -> Result<Self> {
+        let pieces = split(x, m)?;
+        let p = Problem::of(x.dims(), x.dtype(), kmeans.k, kmeans.metric)?;
+        if let Some(weights) = &kmeans.weights {
+            p.weights(weights, x.device())?;
+        }
+        if let Some(lengths) = &kmeans.lengths {
+            p.lengths(lengths, x.device())?;
+        }
+        let mut kmeans = kmeans.clone();
+        // What each problem has, each of its pieces has; weights `(n)` serve every problem as they are.
+        let each_piece = |t: Tensor, at: usize| {
+            let (batch, tail) = t.dims().split_at(at);
+            let shape = [batch, &[m], tail].concat();
+            Ok::<_, Error>(t.unsqueeze(at)?.broadcast_as(shape)?.contiguous()?)
+        };
+        if let Some(weights) = kmeans.weights.take() {
+            let own = weights.rank() + 1 == x.rank() && weights.rank() > 1;
+            kmeans.weights = Some(if own { each_piece(weights, x.rank() - 2)? } else { weights });
+        }
+        if let Some(lengths) = kmeans.lengths.take() {
+            kmeans.lengths = Some(each_piece(lengths, x.rank() - 2)?);
+        }
+        row_weights::check_fit(&kmeans, pieces.dims(), x.dtype(), x.device())?;
+        if kmeans.check_finite {
+            return Ok(Self { codebook: Codebook::train(&pieces, &kmeans)? });
+        }
+        let (x, _) = row_weights::marked(x, &KMeans::new(kmeans.k).check_finite(false))?;
+        Ok(Self { codebook: Codebook::train(&split(&x, m)?, &kmeans)? })
+    }
+
+    /// The codebooks, `(..batch, m, k, d / m)`.
+    pub fn codebook(&self) -> &Codebook {
+        &self.codebook
+    }
+
+    /// Pieces of a row.
+    pub fn m(&self) -> usize {
+        self.codebook.centroids.dims()[self.codebook.centroids.rank() - 3]
+    }
+
+    /// Values of a row.
+    pub fn d(&self) -> usize {
+        self.m() * self.codebook.d()
+    }
+
+    /// The pieces of rows `(..batch, n, d)`, `(..batch, m, n, d / m)`: what the codebooks are codebooks of, as to an
+    /// [`EmaCodebook`](crate::nn::EmaCodebook).
+    ///
+    /// # Errors
+    /// Refuses other numbers of columns.
+    pub fn split(&self, x: &Tensor) -> Result<Tensor> {
+        self.check_columns(x)?;
+        split(x, self.m())
+    }
+
+    /// The reverse of [`split`](Self::split).
+    ///
+    /// # Errors
+    /// Refuses other shapes.
+    pub fn join(&self, pieces: &Tensor) -> Result<Tensor> {
+        let (rank, dims) = (pieces.rank(), pieces.dims());
+        if rank < 3 || [dims[rank - 3], dims[rank - 1]] != [self.m(), self.codebook.d()] {
+            let expected = vec![self.m(), dims.get(rank.max(2) - 2).copied().unwrap_or(1), self.codebook.d()];
+            return Err(Error::Shape { argument: "pieces", got: dims.to_vec(), expected });
+        }
+        let shape = [&dims[..rank - 3], &[dims[rank - 2], self.d()]].concat();
+        if pieces.elem_count() == 0 {
+            return empty(shape, pieces.dtype(), pieces.device());
+        }
+        Ok(pieces.transpose(rank - 3, rank - 2)?.reshape(shape)?)
+    }
+
+    /// The exact nearest entry of each piece of each row of `x` `(..batch, n, d)`: u32 `(..batch, n, m)`.
+    ///
+    /// # Errors
+    /// As [`assign`](crate::assign).
+    pub fn encode(&self, x: &Tensor) -> Result<Tensor> {
+        if self.has_no_rows(x)? {
+            return empty([&x.dims()[..x.rank() - 1], &[self.m()]].concat(), DType::U32, x.device());
+        }
+        let (rows, batch) = self.own_batch(x)?;
+        let codes = self.codebook.encode(&self.split(&rows)?)?;
+        let rank = codes.rank();
+        Ok(codes.transpose(rank - 2, rank - 1)?.contiguous()?.reshape([&batch[..], &[self.m()]].concat())?)
+    }
+
+    /// The same as u8.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode). Refuses more than 256 entries.
+    pub fn encode_u8(&self, x: &Tensor) -> Result<Tensor> {
+        check_u8("k", &self.codebook)?;
+        in_bytes(&self.encode(x)?)
+    }
+
+    /// The rows that `codes`, u32 or u8 `(..batch, n, m)`, stand for: `(..batch, n, d)`. A code of no entry becomes NaN.
+    ///
+    /// # Errors
+    /// Refuses shapes, dtypes and devices that do not fit together.
+    pub fn decode(&self, codes: &Tensor) -> Result<Tensor> {
+        check_places(codes, self.m())?;
+        let codes = checked_codes(codes, &self.codebook.centroids)?;
+        let (codes, batch) = self.own_batch(&codes)?;
+        if codes.elem_count() == 0 {
+            self.check_batch("codes", &batch)?;
+            return empty([&batch[..], &[self.d()]].concat(), self.codebook.centroids.dtype(), codes.device());
+        }
+        let rank = codes.rank();
+        let values = self.codebook.decode(&codes.transpose(rank - 2, rank - 1)?.contiguous()?)?;
+        Ok(self.join(&values)?.reshape([&batch[..], &[self.d()]].concat())?)
+    }
+
+    /// Bits of a row's codes by the values they stand for. The codebooks are not counted.
+    pub fn bits_per_value(&self) -> f64 {
+        self.codebook.bits_per_value()
+    }
+
+    /// The same with each problem's codebooks as stored spread over `rows` rows.
+    pub fn bits_per_value_with_codebook(&self, rows: usize) -> f64 {
+        self.codebook.bits_per_value_with_codebook(rows)
+    }
+
+    /// Whether there is nothing to do for `x`, which is checked if so.
+    fn has_no_rows(&self, x: &Tensor) -> Result<bool> {
+        if x.elem_count() > 0 {
+            return Ok(false);
+        }
+        Problem::of(x.dims(), x.dtype(), self.codebook.k(), self.codebook.metric)?;
+        self.check_columns(x)?;
+        check_dtype("x", x, self.codebook.centroids.dtype())?;
+        check_device("x", x, self.codebook.centroids.device())?;
+        self.check_batch("x", &x.dims()[..x.rank() - 1])?;
+        Ok(true)
+    }
+
+    /// Checks that codebooks with a batch have that of rows `(..batch, n)`.
+    fn check_batch(&self, argument: &'static str, rows: &[usize]) -> Result<()> {
+        let own = self.codebook.centroids.dims();
+        let (batch, n) = (&own[..own.len() - 3], rows[rows.len() - 1]);
+        if !batch.is_empty() && *batch != rows[..rows.len() - 1] {
+            return Err(Error::Shape { argument, got: rows.to_vec(), expected: [batch, &[n]].concat() });
+        }
+        Ok(())
+    }
+
+    fn check_columns(&self, x: &Tensor) -> Result<()> {
+        if x.rank() < 2 {
+            return Err(Error::Rank { argument: "x", expected: 2, shape: x.dims().to_vec() });
+        }
+        let got = x.dims()[x.rank() - 1];
+        if got != self.d() {
+            return Err(Error::Size { argument: "x", what: "columns", got, expected: self.d() });
+        }
+        Ok(())
+    }
+
+    /// `t` `(..batch, n, last)` with the batch that the codebooks have: all in one if they serve any. And `(..batch, n)`.
+    fn own_batch(&self, t: &Tensor) -> Result<(Tensor, Vec<usize>)> {
+        if t.rank() < 2 {
+            return Err(Error::Rank { argument: "x", expected: 2, shape: t.dims().to_vec() });
+        }
+        let batch = t.dims()[..t.rank() - 1].to_vec();
+        let shared = self.codebook.centroids.rank() == 3 && t.rank() > 2;
+        let t = if shared { t.flatten_to(t.rank() - 2)? } else { t.clone() };
+        Ok((t, batch))
+    }
+}
+
+impl Quantizer for ProductQuantizer {
+    const KIND: &'static str = "product_quantizer";
+    const CODEBOOKS: Option<usize> = Some(1);
+
+    fn codebooks(&self) -> Vec<&Codebook> {
+        vec![&self.codebook]
+    }
+
+    fn from_codebooks(mut codebooks: Vec<Codebook>) -> Result<Self> {
+        Self::new(codebooks.remove(0))
+    }
+
+    fn reconstruct(&self, x: &Tensor) -> Result<Tensor> {
+        if self.has_no_rows(x)? {
+            return empty(x.shape(), x.dtype(), x.device());
+        }
+        let (rows, _) = self.own_batch(&x.detach())?;
+        let values = self.codebook.quantize(&self.split(&rows)?)?.0;
+        Ok(self.join(&values)?.reshape(x.shape())?)
+    }
+}
+
+/// `(..batch, n, d)` to `(..batch, m, n, d / m)`.
+fn split(x: &Tensor, m: usize) -> Result<Tensor> {
+    if x.rank() < 2 {
+        return Err(Error::Rank { argument: "x", expected: 2, shape: x.dims().to_vec() });
+    }
+    let (rows, d) = x.dims().split_at(x.rank() - 1);
+    if m == 0 || m > d[0] || !d[0].is_multiple_of(m) {
+        let with = format!("rows of {} columns, which it does not divide", d[0]);
+        return Err(Error::Conflict { argument: "m", got: m.to_string(), with });
+    }
+    let pieces = x.reshape([rows, &[m, d[0] / m]].concat())?;
+    Ok(pieces.transpose(rows.len() - 1, rows.len())?)
+}
