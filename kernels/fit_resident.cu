@@ -355,7 +355,8 @@ struct Fit {
     __device__ __forceinline__ Bounds bounds_of(const Prepared& its, const Reach& reach, float& start,
                                                 float& own) const {
         start = its.start, own = 0;
-        if (start == -INFINITY) return {};
+        // A start may also be -inf because squares leave f32: such a centroid unproves rows, as all do whose squares do.
+        if (start == -INFINITY && its.stored == 0) return {};
         Bounds of = {its.moved, fabsf(start), its.residual, its.stored, its.scale, 0, 0};
         limit_to(of, reach, metric, its.stored, start, own);
         return of;
