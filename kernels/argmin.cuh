@@ -88,7 +88,7 @@ struct Arithmetic<double> {
     }  // the definition must fit too
 };
 
-/// g.
+/// The error g of a score, relative to |x^||c^| + |c^|^2 / 2.
 template <class F>
 __device__ __forceinline__ double rounding(int64_t d) {
     const double v = (d + 4) * Arithmetic<F>::u;
@@ -101,7 +101,7 @@ __device__ __forceinline__ double centroid_share(int64_t d) {
     return (rounding<F>(d) + (d + 16) * 0x1p-52) * (1 + 1e-9);
 }
 
-/// Whether a bound applies to rows of `d` columns.
+/// A bound applies to rows of `d` columns if their rounding errors stay small beside their scores.
 template <class F>
 __device__ __forceinline__ bool bounded(int metric, int64_t d) {
     return (d + 4) * Arithmetic<F>::u < (metric == SQUARED_EUCLIDEAN || metric == MANHATTAN ? 0.05 : 0.5);
@@ -112,7 +112,7 @@ __device__ __forceinline__ double norm_above(double squares, int64_t d) {
     return sqrt(squares + d * 0x1p-1074) * (1 + (d + 16) * 0x1p-52);
 }
 
-/// What is scored of a centroid, and what it asks of the bound.
+/// The bias of a centroid's scores, and the norm by which the error bound has to allow for it.
 template <class F>
 struct Scored {
     F bias = 0;
@@ -180,10 +180,11 @@ __device__ double threshold(int metric, int64_t d, double score, double x, doubl
     return t < A::limit ? t : inf;
 }
 
-/// Whether a row of which `squares` is the sum of squares has a NaN: all its distances are +inf, and its label is 0.
+/// A row with a NaN has a NaN as its sum of squares: all its distances are +inf, and its label is 0.
 __device__ __forceinline__ bool nowhere(double squares) { return squares != squares; }
 
-/// Whether a row is zero, and so at the same cosine distance from all centroids. (Squares of f64 may vanish.)
+/// A zero row has no direction: it is at the same cosine distance from all centroids. (Squares of f64 may vanish, so that
+/// theirs say nothing.)
 template <class F>
 __device__ __forceinline__ bool without_direction(int metric, double squares) {
     return metric == COSINE && sizeof(F) == 4 && squares == 0;

@@ -201,7 +201,7 @@ __device__ __noinline__ bool divide(int divisor, Scaled weight, int d, double* t
 
 template <class T, bool FACTOR, Take TAKE>
 struct Fit {
-    /// Whether clusters may be marked.
+    /// Clusters are marked to be added up once more, but for problems in which nothing can ask for it.
     static constexpr bool MARKS = TAKE != FINITE;
     static constexpr int LIMBS = FACTOR ? 2 : 1;
     /// Halves span 40 bits: their sums are exact as they are.
@@ -362,8 +362,8 @@ struct Fit {
         return of;
     }
 
-    /// How far the block's rows and the centroids that may be the nearest of one reach: a few of these are enough to
-    /// know how near a centroid there is.
+    /// The reach of the block's rows (reach.cuh). Four centroids are looked at: the nearest of them to the origin shows
+    /// how near a centroid there is.
     __device__ __forceinline__ Reach reach() const {
         if (metric != SQUARED_EUCLIDEAN) return {};
         float least = INFINITY;
@@ -540,7 +540,7 @@ struct Fit {
         return sum;
     }
 
-    /// Whether a row is zero, and so at the same cosine distance from all centroids, by a warp.
+    /// A zero row is at the same cosine distance from all centroids; a warp looks at its columns.
     __device__ __forceinline__ bool without_direction(int row) const {
         uint32_t any = 0;
         for (int piece = threadIdx.x % WARP; piece < lines * LINE_PIECES; piece += WARP) {
@@ -745,8 +745,8 @@ struct Fit {
         else add<4>(units, weight_scale, marked);
     }
 
-    /// Where exponents of the sums of marked clusters lie, as many as `totals`: what centroids are scored by is not
-    /// needed before the next ones are there.
+    /// The exponents of the sums of marked clusters, one for each of `totals`, lie over the moved centroids, which are
+    /// not read before the next ones are brought there.
     __device__ __forceinline__ int16_t* exponents() const { return reinterpret_cast<int16_t*>(s.centroids); }
 
     /// What the block's share of the clusters have been added up to, to `totals`. Leaves zeros there.

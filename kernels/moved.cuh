@@ -5,8 +5,8 @@
 
 constexpr int BOUNDS = sizeof(Bounds) / sizeof(float);
 
-/// What is left to the bounds of a problem by a centroid of norm `norm` with bounds `its`, if that could spoil them
-/// for rows within reach: its start, and by how much wider the margin is where it wins.
+/// Keeps a centroid of norm `norm` from spoiling the bounds for rows within reach. Changes `its` to what the bounds of
+/// the problem take from it, its start, and by how much wider the margin is where it wins.
 __device__ __forceinline__ void limit_to(Bounds& its, const Reach& reach, int metric, float norm, float& start,
                                          float& own) {
     if (metric != SQUARED_EUCLIDEAN) return;
@@ -68,7 +68,7 @@ struct Sums {
         }
     }
 
-    /// Whether every row is at distance +inf from it.
+    /// A centroid with a NaN, or but for dot products with an infinity, is at distance +inf from every row.
     __device__ __forceinline__ bool nowhere(int metric) const {
         return squares != squares || (squares == __longlong_as_double(0x7ff0000000000000) && metric != DOT);
     }

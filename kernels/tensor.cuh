@@ -176,7 +176,7 @@ __device__ __forceinline__ float margin(float squares, int64_t d, const Bounds& 
     return 2.001f * (ulps * 0x1p-23f * top + x * bounds.residual + definition + tiny);
 }
 
-/// Whether the bound does not hold for a row as it is, because it lies beyond R; then `off` becomes what holds for the
+/// A row beyond R is not covered by the bounds as they are; then `off` becomes what holds for the
 /// scores of centroids in reach. Where it holds, `off` becomes that of a row which the centroid with `own` wins.
 __device__ __forceinline__ bool beyond(float& off, float own, float squares, int64_t d, const Bounds& bounds) {
     const float x = row_norm_above(squares, d);
@@ -188,7 +188,7 @@ __device__ __forceinline__ bool beyond(float& off, const float* own, float squar
     return bounds.inverse > 0 && beyond(off, own ? __ldg(own) : 0, squares, d, bounds);
 }
 
-/// Whether the label of a row is 0 because all distances are +inf: those of a row with a NaN, whose squares have one
+/// The label of a row is 0 where all its distances are +inf: those of a row with a NaN, whose squares have one
 /// too, and those to centroids that are all at distance +inf.
 __device__ __forceinline__ bool nowhere(float top, float squares, const Bounds& bounds) {
     return squares != squares || (top == -INFINITY && bounds.scale == 0);
