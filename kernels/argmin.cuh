@@ -165,7 +165,8 @@ __device__ ErrorShares error_shares(int64_t d) {
 /// No centroid with a score above this can be the label of a row of norm `x`, given the `score` of any one of them,
 /// which has this `bias`; `c` is the largest norm of a centroid. +inf: all may be.
 template <class F>
-__device__ double threshold(int metric, int64_t d, double score, double x, double c, double bias, const ErrorShares& twice) {
+__device__ double threshold(int metric, int64_t d, double score, double x, double c, double bias,
+                            const ErrorShares& twice) {
     using A = Arithmetic<F>;
     const double inf = nothing().distance;
     double t = score;

@@ -5,8 +5,8 @@
 
 constexpr int BOUNDS = sizeof(Bounds) / sizeof(float);
 
-/// Keeps a centroid of norm `norm` from spoiling the bounds for rows within reach. Changes `its` to what the bounds of
-/// the problem take from it, its start, and by how much wider the margin is where it wins.
+/// Keeps a centroid of norm `norm` from spoiling the bounds for rows within reach. `its` becomes what the
+/// bounds of the problem take from it, `start` what its scores start from, and `own` what widens a margin where it wins.
 __device__ __forceinline__ void limit_to(Bounds& its, const Reach& reach, int metric, float norm, float& start,
                                          float& own) {
     if (metric != SQUARED_EUCLIDEAN) return;
