@@ -5,7 +5,7 @@
 
 Each group after `--` is one cargo command, for example
 
-    bundle.py out.tar.xz -- test --release --features cuda --no-run -- build --release --features cuda --examples
+    bundle.py out.tar.xz -- test --release --workspace --features cuda --no-run -- build --release --workspace --features cuda --examples
 
 and every executable that it reports goes in under the name of its target (unit tests as NAME-unit, an
 example that shares its name with a test as NAME-example).

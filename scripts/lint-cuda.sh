@@ -28,4 +28,4 @@ SHIM
 chmod +x "$shim/nvcc"
 export PATH="$shim:$PATH" NVCC="$shim/nvcc" CUDA_COMPUTE_CAP=90
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/lint-cuda"
-cargo clippy --all-targets --features cuda -- -D warnings
+cargo clippy --workspace --all-targets --features cuda -- -D warnings

@@ -23,7 +23,6 @@ impl Score {
     }
 
     /// A row of a table in Markdown.
-    #[allow(dead_code)] // Every example compiles this file and uses its own part of it.
     pub fn print(&self, read: &str, method: &str) {
         let Self { divergence, perplexity, agreement } = self;
         println!("| {read} | {method} | {divergence:.4} | {perplexity:.3} | {:.1} % |", 100.0 * agreement);

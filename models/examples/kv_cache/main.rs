@@ -1,36 +1,21 @@
 //! SmolLM2-135M reads a part of its KV cache in every block, and says what that costs.
 //!
 //! ```text
-//! cargo run --release --example kv_cache -- --model SmolLM2-135M-Instruct.Q4_1.gguf [--passkey CASES]
+//! cargo run --release -p models --example kv_cache -- --model SmolLM2-135M-Instruct.Q4_1.gguf [--passkey CASES]
 //! ```
 //! The prompt is read exactly. Then the model is scored on the tokens that follow, all at once, while every query reads of
 //! the prompt four sinks, 64 recent tokens and a budget of others, which each method spends in its own way. With `--passkey`
 //! it is asked for five digits hidden in the prompt instead.
 
 use anyhow::{ensure, Context, Result};
-use backend::Backend;
 use candle_core::DType;
 use clap::Parser;
 use methods::{Method, Prompt, RECENT, SINKS};
-use progress::progress;
-use score::Score;
-use smollm2::SmolLm2;
+use models::{backend::Backend, chart, progress::progress, score::Score, smollm2::SmolLm2, CODE};
 use std::{fs, path::PathBuf};
 
-#[path = "../common/backend.rs"]
-mod backend;
-#[path = "../common/chart.rs"]
-mod chart;
 mod methods;
 mod passkey;
-#[path = "../common/progress.rs"]
-mod progress;
-#[path = "../common/score.rs"]
-mod score;
-#[path = "../common/smollm2.rs"]
-mod smollm2;
-#[path = "../common/timing.rs"]
-mod timing;
 
 #[derive(Parser)]
 #[command(about = "Perplexity and passkey recall of SmolLM2-135M when it reads a part of its KV cache")]
@@ -39,7 +24,7 @@ struct Args {
     #[arg(long, default_value = "SmolLM2-135M-Instruct.Q4_1.gguf")]
     model: PathBuf,
     /// What to read; code depends on its context most
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/code.txt"))]
+    #[arg(long, default_value = CODE)]
     text: PathBuf,
     /// Tokens of the prompt
     #[arg(long, default_value_t = 1024)]

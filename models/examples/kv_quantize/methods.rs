@@ -1,9 +1,5 @@
 //! How a cached prompt is stored in fewer bits, and how many.
 
-use crate::{
-    smollm2::{attend, SmolLm2},
-    timing::seconds,
-};
 use anyhow::Result;
 use candle_core::{DType, Module, Tensor};
 use candle_flash_kmeans::{
@@ -11,6 +7,10 @@ use candle_flash_kmeans::{
     Init, KMeans,
 };
 use indicatif::ProgressBar;
+use models::{
+    smollm2::{attend, SmolLm2},
+    timing::seconds,
+};
 
 /// Tokens at the start that stay exact in every method: models park attention there, and their keys are unlike others.
 pub const SINKS: usize = 4;

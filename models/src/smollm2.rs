@@ -2,7 +2,6 @@
 //!
 //! candle-transformers has a quantized Llama too, but its keys are private and its positions end at 4096. Here every
 //! block asks the caller for its attention, and shows what its linear layers read.
-#![allow(dead_code)] // Every example compiles this file and uses its own part of it.
 
 use anyhow::{ensure, Context, Result};
 use candle_core::quantized::{gguf_file::Content, tokenizer::TokenizerFromGguf};

@@ -1,20 +1,16 @@
 //! Remakes `assets/smollm2_qkv.safetensors`: real queries, keys and values of SmolLM2-135M over two texts.
 //!
 //! ```text
-//! cargo run --release --example make_assets -- --gguf PATH --code FILE --prose FILE --out assets
+//! cargo run --release -p models --example make_assets -- --gguf PATH --code FILE --prose FILE --out assets
 //! ```
 //! `assets/README.md` says where the three files come from.
 
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
-use common::smollm2::{attend, Heads, SmolLm2};
 use indicatif::{ProgressBar, ProgressStyle};
+use models::smollm2::{attend, Heads, SmolLm2};
 use std::{collections::HashMap, fs, path::PathBuf};
-
-mod common {
-    pub mod smollm2;
-}
 
 /// (layer, key head): an early, a middle and a late one.
 const HEADS: [(usize, usize); 3] = [(4, 0), (14, 1), (24, 2)];

@@ -1,13 +1,11 @@
 //! What the sentence embeddings of all-MiniLM-L6-v2 lose.
 
-use crate::{
-    methods::{Matrix, Method},
-    progress::progress,
-};
+use crate::methods::{Matrix, Method};
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::bert::{BertModel, Config};
+use models::progress::progress;
 use std::{collections::HashMap, fs, path::Path};
 use tokenizers::{PaddingParams, Tokenizer};
 

@@ -1,9 +1,9 @@
 //! How the weights of linear layers are stored in a few bits, and how many.
 
-use crate::timing::seconds;
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Module, Tensor};
 use candle_flash_kmeans::{nn::Codebook, Init, KMeans, Metric};
+use models::timing::seconds;
 use std::collections::BTreeSet;
 
 /// Neighbouring weights of a row that share a scale, an f16.

@@ -1,35 +1,20 @@
 //! SmolLM2-135M keeps its KV cache in one to four bits a value, in every block, and says what that costs.
 //!
 //! ```text
-//! cargo run --release --example kv_quantize -- --model SmolLM2-135M-Instruct.Q4_1.gguf
+//! cargo run --release -p models --example kv_quantize -- --model SmolLM2-135M-Instruct.Q4_1.gguf
 //! ```
 //! The prompt is read exactly and then stored by each method. The model is scored on the tokens that follow, all at
 //! once, which see the stored prompt, four exact tokens at its start, and each other exactly. Codebooks are trained on
 //! the prompt's own keys, before their rotation by position, and values: all layers, heads and pieces in one call.
 
 use anyhow::{ensure, Result};
-use backend::Backend;
 use candle_flash_kmeans::Init;
 use clap::Parser;
 use methods::{Method, Prompt, Stored, PASSES, SINKS};
-use progress::progress;
-use score::Score;
-use smollm2::SmolLm2;
+use models::{backend::Backend, chart, progress::progress, score::Score, smollm2::SmolLm2, CODE, PROSE};
 use std::path::PathBuf;
 
-#[path = "../common/backend.rs"]
-mod backend;
-#[path = "../common/chart.rs"]
-mod chart;
 mod methods;
-#[path = "../common/progress.rs"]
-mod progress;
-#[path = "../common/score.rs"]
-mod score;
-#[path = "../common/smollm2.rs"]
-mod smollm2;
-#[path = "../common/timing.rs"]
-mod timing;
 
 /// A codebook has no more entries than there are rows.
 const FEWEST: usize = SINKS + 256;
@@ -41,10 +26,10 @@ struct Args {
     #[arg(long, default_value = "SmolLM2-135M-Instruct.Q4_1.gguf")]
     model: PathBuf,
     /// What to read; code depends on its context most
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/code.txt"))]
+    #[arg(long, default_value = CODE)]
     text: PathBuf,
     /// What the codebooks of another text are trained on
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/prose.txt"))]
+    #[arg(long, default_value = PROSE)]
     other_text: PathBuf,
     /// Tokens of the prompt, and of the other text
     #[arg(long, default_value_t = 768)]

@@ -1,32 +1,18 @@
 //! SmolLM2-135M reads its prompt in chunks whose queries attend to a part of the keys before them, and says what that costs.
 //!
 //! ```text
-//! cargo run --release --example routed_attention -- --model SmolLM2-135M-Instruct.Q4_1.gguf
+//! cargo run --release -p models --example routed_attention -- --model SmolLM2-135M-Instruct.Q4_1.gguf
 //! ```
 //! Every chunk sees itself, four sinks and the 64 tokens before it as they are. Of the others, each group of its queries reads
 //! a share, which each method chooses in its own way. The tokens of the last chunk are scored.
 
 use anyhow::{ensure, Result};
-use backend::Backend;
 use candle_core::{DType, Tensor};
 use candle_flash_kmeans::nn::{Grouping, Read, RoutedAttention};
 use candle_nn::kv_cache::KvCache;
 use clap::Parser;
-use progress::progress;
-use score::Score;
-use smollm2::SmolLm2;
+use models::{backend::Backend, chart, progress::progress, score::Score, smollm2::SmolLm2, CODE};
 use std::path::PathBuf;
-
-#[path = "../common/backend.rs"]
-mod backend;
-#[path = "../common/chart.rs"]
-mod chart;
-#[path = "../common/progress.rs"]
-mod progress;
-#[path = "../common/score.rs"]
-mod score;
-#[path = "../common/smollm2.rs"]
-mod smollm2;
 
 /// Keys in a group on average, and queries.
 const KEYS: usize = 16;
@@ -39,7 +25,7 @@ struct Args {
     #[arg(long, default_value = "SmolLM2-135M-Instruct.Q4_1.gguf")]
     model: PathBuf,
     /// What to read; code depends on its context most
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/code.txt"))]
+    #[arg(long, default_value = CODE)]
     text: PathBuf,
     /// Tokens before the last chunk
     #[arg(long, default_value_t = 1024)]

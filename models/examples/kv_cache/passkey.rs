@@ -2,12 +2,11 @@
 
 use crate::{
     methods::{Method, Prompt},
-    progress::progress,
-    smollm2::SmolLm2,
     Args,
 };
 use anyhow::{ensure, Result};
 use candle_core::DType;
+use models::{progress::progress, smollm2::SmolLm2};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

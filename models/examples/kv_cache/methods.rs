@@ -1,14 +1,14 @@
 //! What a query reads of a cached prompt, method by method.
 
-use crate::{
-    smollm2::{attend, Heads, SmolLm2},
-    timing::seconds,
-};
 use anyhow::Result;
 use candle_core::{DType, Tensor, D};
 use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget};
 use candle_nn::ops::softmax_last_dim;
 use indicatif::ProgressBar;
+use models::{
+    smollm2::{attend, Heads, SmolLm2},
+    timing::seconds,
+};
 
 pub const SINKS: usize = 4;
 pub const RECENT: usize = 64;

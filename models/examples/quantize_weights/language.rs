@@ -1,16 +1,18 @@
 //! What SmolLM2 loses.
 
 use crate::{
-    chart,
     methods::{Matrix, Method},
-    progress::progress,
-    smollm2::{attend, SmolLm2},
     Args,
 };
 use anyhow::{ensure, Result};
 use candle_core::Device;
 use candle_nn::Linear;
 use indicatif::ProgressBar;
+use models::{
+    chart,
+    progress::progress,
+    smollm2::{attend, SmolLm2},
+};
 use std::collections::HashMap;
 
 /// Rounding to them is left out: the file's weights are integers of so many bits, which it would reproduce.

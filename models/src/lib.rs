@@ -1,0 +1,16 @@
+//! What the examples on whole models share: SmolLM2-135M, scores, charts and bars.
+
+#[path = "../../examples/common/backend.rs"]
+pub mod backend;
+#[path = "../../examples/common/chart.rs"]
+pub mod chart;
+pub mod progress;
+pub mod score;
+pub mod smollm2;
+#[path = "../../examples/common/timing.rs"]
+pub mod timing;
+
+/// Source code, for examples that read a text: code depends on its context most.
+pub const CODE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/code.txt");
+/// Prose, for the same.
+pub const PROSE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/prose.txt");
