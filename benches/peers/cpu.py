@@ -2,9 +2,9 @@
 """Times a k-means iteration here, in FAISS and in scikit-learn on two threads of an idle machine, and writes a record.
 
   python3 -m venv target/peers
-  target/peers/bin/pip install faiss-cpu==1.15.1 scikit-learn==1.9.1 numpy==2.4.6
+  target/peers/bin/pip install -r benches/peers/requirements-cpu.txt
   cargo build --release --example bench
-  target/peers/bin/python benches/peers_cpu.py target/release/examples/bench     # benches/record/cpu-DATE.csv
+  target/peers/bin/python benches/peers/cpu.py target/release/examples/bench     # benches/record/cpu-DATE.csv
 
 The three have the same rows, the same start (row i * n / k for cluster i) and the same cores, and take turns in every round.
 A figure is (a long fit - a fit of one iteration) / the iterations between them, so that start-up, initial and final passes
@@ -23,7 +23,7 @@ from sklearn.cluster import KMeans
 
 warnings.filterwarnings("ignore")  # fits that stop at max_iter, on purpose
 PINNED = {"faiss": "1.15.1", "sklearn": "1.9.1", "numpy": "2.4.6"}
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 Shape = collections.namedtuple("Shape", "n d k iters")
 SHAPES = {
@@ -180,7 +180,7 @@ def measure(args, cores):
         out = csv.writer(file, lineterminator="\n")
         print(f"# {model}, {os.cpu_count()} cores, threads pinned to cores {cores}, Python {platform.python_version()}, FAISS {faiss.__version__},"
               f" scikit-learn {sklearn.__version__}, numpy {numpy.__version__}", file=file)
-        print(f"# benches/peers_cpu.py at commit {commit()}; ms of an iteration, minimum and median of {len(loads)} rounds;"
+        print(f"# benches/peers/cpu.py at commit {commit()}; ms of an iteration, minimum and median of {len(loads)} rounds;"
               f" load average before / cores of other processes during each: {' '.join(loads)}", file=file)
         out.writerow(["n", "d", "k", "dtype", "who", "ms_min", "ms_median", "cpu_ms_min", "cpu_ms_median"])
         for (shape, who), rounds in times.items():

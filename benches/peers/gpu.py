@@ -1,0 +1,220 @@
+#!/usr/bin/env python3
+"""Times what this crate is compared with on a GPU, and what the GPU can do: a line of JSON for each case.
+
+  gpu.py [ceiling] [assign] [update] [fit] [decode] [dense] [--case B,N,K,D,DTYPE]... [--iters 10]
+
+ceiling: PyTorch's 8192^3 f16 matmul and a device copy. assign, update, fit: flash-kmeans and FlashLib, on fresh normal rows.
+decode, dense: PyTorch's scaled_dot_product_attention of one token over a cache, and of all tokens to all. Without names, all.
+
+Times are CUDA events, the median of repeats after warm-up. Run it on the machine and in the quarter of an hour in which `bench` and the
+examples `attention` and `video_attention` time this crate, so that a ratio is of one card at one time. Versions: requirements.txt.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import sys
+import time
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+# B,N,K,D,DTYPE: the shapes of the records and of docs/results.md.
+CASES = {
+    "assign": ["1,1048576,8192,128,f16", "1,1048576,8192,64,f16", "1,1048576,8192,96,f16", "1,1048576,8192,256,f16",
+               "1,1048576,4096,512,f16", "1,1048576,65536,128,f16", "1,8388608,1024,128,f16", "1,4194304,256,128,f16",
+               "32,65536,1024,128,f16", "32,75600,1000,128,f16", "256,32768,400,128,f16", "256,8192,256,128,f16",
+               "1,1048576,8192,128,bf16", "1,1048576,8192,128,f32"],
+    "update": ["1,33554432,4096,128,f16", "1,8388608,1024,128,f16", "32,65536,1024,128,f16"],
+    "fit": ["1,8388608,1024,128,f16", "1,1048576,8192,128,f16", "32,65536,1024,128,f16", "32,75600,1000,128,f16",
+            "256,8192,256,128,f16", "8,8192,128,128,f16", "8,2048,64,128,f16", "1,1048576,8192,128,f32"],
+}
+KEY_HEADS, QUERY_HEADS, HEAD_DIM, ALL_HEADS = 8, 32, 128, 24
+DECODE, DENSE = itertools.product((32_768, 65_536, 131_072), (1, 4, 16)), (32_768, 75_600)
+
+
+def emit(**values):
+    print(json.dumps(values), flush=True)
+
+
+def events(call):
+    """Milliseconds of one call, the host's time to launch it included."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def median_ms(call, repeats=15, warm=3, seconds=3.0):
+    for _ in range(warm):
+        call()
+    torch.cuda.synchronize()
+    times, begun = [], time.monotonic()
+    while len(times) < repeats and (not times or time.monotonic() - begun < seconds):
+        times.append(events(call))
+    return statistics.median(times)
+
+
+def queued_ms(call, count):
+    """Milliseconds a call of so many one after another."""
+    return events(lambda: [call() for _ in range(count)]) / count
+
+
+def graph_ms(call, count):
+    """The same, replayed from a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return events(graph.replay) / count
+
+
+def attempt(measure, **what):
+    """Emits what `measure` returns, or why it could not."""
+    try:
+        emit(**what, **measure())
+    except Exception as error:  # a peer that refuses a shape, or is not there, must not end the others
+        emit(**what, error=repr(error)[:200])
+    torch.cuda.empty_cache()
+
+
+def ceiling():
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
+    emit(case="matmul_8192_f16", device=torch.cuda.get_device_name(), torch=torch.__version__,
+         tflops=2 * 8192**3 / median_ms(lambda: a @ b) / 1e9)
+    source = torch.empty(2 << 30, device="cuda", dtype=torch.uint8).random_()
+    target = torch.empty_like(source)
+    emit(case="copy", tbs=2 * source.numel() / median_ms(lambda: target.copy_(source)) / 1e9)
+
+
+def flash_kmeans():
+    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+    from flash_kmeans.centroid_update_triton import triton_centroid_update_sorted_euclid
+    from flash_kmeans.kmeans_triton_impl import batch_kmeans_Euclid
+
+    def assign(x, c, _):
+        squares = (x.float() ** 2).sum(-1)
+        return lambda: euclid_assign_triton(x, c, squares)
+
+    def update(x, c, _):
+        labels = torch.randint(0, c.shape[1], x.shape[:2], device="cuda", dtype=torch.int32)
+        return lambda: triton_centroid_update_sorted_euclid(x, labels, c)
+
+    def fit(x, c, iters):
+        return lambda: batch_kmeans_Euclid(x, c.shape[1], max_iters=iters, tol=-1.0, init_centroids=c.clone())
+
+    return {"assign": assign, "update": update, "fit": fit}
+
+
+def flashlib(backend):
+    from flashlib.primitives import kmeans
+
+    def refuse_others(x):
+        if backend == "cutedsl" and (x.shape[0] > 1 or x.dtype == torch.float32):
+            raise ValueError("one problem of halves")
+
+    def assign(x, c, _):
+        from flashlib.primitives.kmeans import cutedsl_assign_euclid
+
+        refuse_others(x)
+        return lambda: cutedsl_assign_euclid(x, c)
+
+    def fit(x, c, iters):
+        refuse_others(x)
+        return lambda: kmeans.flash_kmeans(x, c.shape[1], max_iters=iters, tol=0.0, init_centroids=c.clone(), backend=backend)
+
+    return {"assign": assign, "fit": fit}
+
+
+# What each has: a function that finds its ops where it is installed, and their names.
+PEERS = {
+    "flash-kmeans": (flash_kmeans, ("assign", "update", "fit")),
+    "flashlib-triton": (functools.partial(flashlib, "triton"), ("fit",)),
+    "flashlib-cutedsl": (functools.partial(flashlib, "cutedsl"), ("assign", "fit")),
+}
+
+
+def clustering(op, cases, iters):
+    peers = {peer: find for peer, (find, ops) in PEERS.items() if op in ops}
+    for case, (peer, find) in itertools.product(cases, peers.items()):
+        *sizes, dtype = case.split(",")
+        b, n, k, d = map(int, sizes)
+
+        def measure():
+            prepare = find()[op]
+            x = torch.randn(b, n, d, device="cuda", dtype=DTYPES[dtype])
+            c = x[:, torch.randperm(n, device="cuda")[:k]].contiguous()
+            call = prepare(x, c, iters)
+            if op == "fit":
+                ms = median_ms(call, repeats=5, warm=2)
+                return {"ms": ms, "iters": iters, "ms_per_iter": ms / iters}
+            ms = median_ms(call)
+            work = {"tflops": 2 * b * n * k * d / ms / 1e9} if op == "assign" else {}
+            return {"ms": ms, "tbs": x.numel() * x.element_size() / ms / 1e9} | work
+
+        attempt(measure, peer=peer, op=op, b=b, n=n, k=k, d=d, dtype=dtype)
+
+
+def half(*shape):
+    return torch.randn(*shape, device="cuda", dtype=torch.float16)
+
+
+def decode():
+    """The fastest of FlashAttention with grouped query heads, FlashAttention with them as rows, and cuDNN."""
+    group = QUERY_HEADS // KEY_HEADS
+    ways = {
+        "flash, grouped heads": (SDPBackend.FLASH_ATTENTION, (QUERY_HEADS, 1), {"enable_gqa": True}),
+        "flash, heads as rows": (SDPBackend.FLASH_ATTENTION, (KEY_HEADS, group), {}),
+        "cuDNN, grouped heads": (SDPBackend.CUDNN_ATTENTION, (QUERY_HEADS, 1), {"enable_gqa": True}),
+    }
+    for (tokens, batch), (way, (backend, rows, options)) in itertools.product(DECODE, ways.items()):
+
+        def measure():
+            keys, values = (half(batch, KEY_HEADS, tokens, HEAD_DIM) for _ in range(2))
+            query = half(batch, *rows, HEAD_DIM)
+            with sdpa_kernel(backend):
+                call = lambda: scaled_dot_product_attention(query, keys, values, **options)
+                one = median_ms(call, repeats=12)
+                return {"sdpa_events_ms": one, "sdpa_queued_ms": queued_ms(call, 50), "sdpa_graph_ms": graph_ms(call, 20)}
+
+        attempt(measure, op="decode", way=way, tokens=tokens, batch=batch)
+
+
+def dense():
+    ways = {"flash_ms": SDPBackend.FLASH_ATTENTION, "cudnn_ms": SDPBackend.CUDNN_ATTENTION}
+    for tokens, (column, backend) in itertools.product(DENSE, ways.items()):
+
+        def measure():
+            queries, keys, values = (half(1, ALL_HEADS, tokens, HEAD_DIM) for _ in range(3))
+            with sdpa_kernel(backend):
+                return {column: median_ms(lambda: scaled_dot_product_attention(queries, keys, values), repeats=5, warm=2)}
+
+        attempt(measure, op="dense", tokens=tokens)
+
+
+def main():
+    names = ["ceiling", *CASES, "decode", "dense"]
+    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args.add_argument("what", nargs="*", help=" ".join(names))
+    args.add_argument("--case", action="append", help="B,N,K,D,DTYPE, instead of the records' shapes")
+    args.add_argument("--iters", type=int, default=10, help="of a fit")
+    args = args.parse_args()
+    if unknown := set(args.what) - set(names):
+        sys.exit(f"{' '.join(unknown)}: not one of {' '.join(names)}")
+    for what in args.what or names:
+        if what in CASES:
+            clustering(what, args.case or CASES[what], args.iters)
+        else:
+            {"ceiling": ceiling, "decode": decode, "dense": dense}[what]()
+
+
+if __name__ == "__main__":
+    main()
