@@ -4,11 +4,11 @@
 # Needs nvcc on PATH (scripts/cuda-env.sh brings one).
 set -eu
 cd "$(dirname "$0")/.."
+. scripts/kernel-flags.sh
 if [ $# = 0 ]; then
   # A job to each file and architecture, as many at once as there are processors.
   for kernel in kernels/*.cu; do
-    case $kernel in *_sm90.cu) archs=90a ;; *) archs="80 90a" ;; esac
-    for arch in $archs; do echo "$kernel $arch"; done
+    for arch in $(kernel_archs "$kernel"); do echo "$kernel $arch"; done
   done | xargs -n 2 -P "$(nproc)" sh scripts/check-kernels.sh
   exit
 fi
@@ -16,10 +16,8 @@ fi
 kernel=$1 arch=$2
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-tiles=$(sed -nE 's/^pub const (\w+): usize = ([0-9_]+);.*/-D\1=\2/p' src/tiles.rs | sed -E ':a;s/(=[0-9]*)_/\1/;ta')
-# shellcheck disable=SC2086 # one flag per word
-nvcc -fatbin -O3 -std=c++17 $tiles "-gencode=arch=compute_$arch,code=sm_$arch" -Xptxas -v \
-  -o "$out/fatbin" "$kernel" 2> "$out/log" || { cat "$out/log" >&2; exit 1; }
+# shellcheck disable=SC2046 # one flag per word
+nvcc -fatbin $(kernel_flags "$arch") -Xptxas -v -o "$out/fatbin" "$kernel" 2> "$out/log" || { cat "$out/log" >&2; exit 1; }
 awk -v arch="sm_$arch" '
   /Compiling entry function/ { split($0, quoted, "\x27"); name = quoted[2] }
   /bytes spill stores/ { spill = $0; sub(/ bytes spill stores.*/, "", spill); sub(/.* /, "", spill) }
