@@ -14,3 +14,9 @@ pub mod timing;
 pub const CODE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/code.txt");
 /// Prose, for the same.
 pub const PROSE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/prose.txt");
+
+/// The code blocks of the documents, which a release should not be the first to compile.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+#[doc = include_str!("../../docs/guide.md")]
+pub struct Documents;
