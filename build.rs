@@ -1,6 +1,13 @@
 //! Compiles each `kernels/*.cu` to one fatbin in `OUT_DIR`: machine code for the architectures at hand and PTX for others.
 
-use std::{env, path::PathBuf, process::Command, thread};
+use std::{
+    collections::hash_map::DefaultHasher,
+    env, fs,
+    hash::{Hash, Hasher},
+    path::PathBuf,
+    process::Command,
+    thread,
+};
 
 #[allow(dead_code)] // the CPU's tiles
 #[path = "src/tiles.rs"]
@@ -25,21 +32,30 @@ fn main() {
     let nvcc = &nvcc();
     let archs = &archs(nvcc);
 
-    let mut kernels: Vec<PathBuf> = std::fs::read_dir("kernels")
+    let mut files: Vec<PathBuf> = fs::read_dir("kernels")
         .expect("kernels/ is part of the package")
         .map(|entry| entry.expect("kernels/ can be listed").path())
-        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
         .collect();
-    kernels.sort();
+    files.sort();
+    let (kernels, headers): (Vec<_>, Vec<_>) =
+        files.into_iter().partition(|path| path.extension().is_some_and(|e| e == "cu"));
+    let headers = headers.iter().map(read).collect::<Vec<_>>();
+    // A toolkit may be replaced where it is.
+    let shared = &(output(nvcc, "--version"), headers);
     thread::scope(|scope| {
         for kernel in kernels {
-            scope.spawn(move || compile(nvcc, archs, kernel));
+            scope.spawn(move || compile(nvcc, archs, kernel, shared));
         }
     });
 }
 
-/// A file named after an architecture with instructions of its own (`*_sm90.cu`) is compiled for that one alone.
-fn compile(nvcc: &PathBuf, archs: &Vec<String>, kernel: PathBuf) {
+fn read(path: &PathBuf) -> Vec<u8> {
+    fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// A file named after an architecture with instructions of its own (`*_sm90.cu`) is compiled for that one alone. Some take
+/// minutes, so what comes out of the last build stays where nothing that went into it has changed.
+fn compile(nvcc: &PathBuf, archs: &Vec<String>, kernel: PathBuf, shared: &(String, Vec<Vec<u8>>)) {
     let stem = kernel.file_stem().expect("a .cu file has a stem");
     let own = stem.to_string_lossy().ends_with("_sm90").then(|| vec!["90a".to_string()]);
     let mut flags: Vec<String> = vec!["-fatbin".into(), "-O3".into(), "-std=c++17".into()];
@@ -47,11 +63,19 @@ fn compile(nvcc: &PathBuf, archs: &Vec<String>, kernel: PathBuf) {
     flags.extend(own.as_ref().unwrap_or(archs).iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")));
     flags.extend(tile_macros().map(|(name, value)| format!("-D{name}={value}")));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join(stem).with_extension("fatbin");
-    let run = Command::new(nvcc).args(flags).arg("-o").arg(out).arg(&kernel).output();
+    let mut inputs = DefaultHasher::new();
+    (nvcc, &flags, shared, read(&kernel)).hash(&mut inputs);
+    let (inputs, known) = (format!("{:016x}", inputs.finish()), out.with_extension("inputs"));
+    if out.exists() && fs::read_to_string(&known).is_ok_and(|known| known == inputs) {
+        return;
+    }
+    let _ = fs::remove_file(&known);
+    let run = Command::new(nvcc).args(flags).arg("-o").arg(&out).arg(&kernel).output();
     let run = run.unwrap_or_else(|e| panic!("{}: cannot run {}: {e}", kernel.display(), nvcc.display()));
     if !run.status.success() {
         panic!("{}: nvcc failed\n{}", kernel.display(), String::from_utf8_lossy(&run.stderr));
     }
+    fs::write(known, inputs).expect("OUT_DIR can be written to");
 }
 
 /// `NVCC`, or that of `CUDA_HOME`, or that on `PATH`.
@@ -61,13 +85,17 @@ fn nvcc() -> PathBuf {
     set.or(home.filter(|nvcc| nvcc.exists())).unwrap_or_else(|| "nvcc".into())
 }
 
+fn output(nvcc: &PathBuf, question: &str) -> String {
+    let run = Command::new(nvcc).arg(question).output();
+    let run = run.unwrap_or_else(|e| panic!("the cuda feature needs the CUDA toolkit: {}: {e}", nvcc.display()));
+    String::from_utf8_lossy(&run.stdout).into_owned()
+}
+
 fn archs(nvcc: &PathBuf) -> Vec<String> {
     if let Ok(list) = env::var("FLASH_KMEANS_ARCHS") {
         return list.split([';', ',', ' ']).filter(|a| !a.is_empty()).map(String::from).collect();
     }
-    let run = Command::new(nvcc).arg("--list-gpu-code").output();
-    let run = run.unwrap_or_else(|e| panic!("the cuda feature needs the CUDA toolkit: {}: {e}", nvcc.display()));
-    let known = String::from_utf8_lossy(&run.stdout);
+    let known = output(nvcc, "--list-gpu-code");
     // The list has no "a" variants; a toolkit that knows sm_90 knows sm_90a.
     let has = |arch: &&str| known.lines().any(|line| line.trim() == format!("sm_{}", arch.trim_end_matches('a')));
     ARCHS.iter().copied().filter(has).map(String::from).collect()

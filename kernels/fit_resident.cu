@@ -62,10 +62,6 @@ struct Common {
 /// Of a cluster's size, beside the number of its rows.
 constexpr uint32_t ODD = 1u << 31;
 
-/// The problems that a kernel takes. Sums of f16 without factors need no second look where all rows are finite, and what
-/// that takes costs the others registers: a kernel behind theirs takes the rest, which are few if any.
-enum Take { ALL, FINITE, REST };
-
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
     uint32_t v;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
@@ -199,26 +195,26 @@ __device__ __noinline__ bool divide(int divisor, Scaled weight, int d, double* t
 
 // ---- A fit.
 
-template <class T, bool FACTOR, Take TAKE>
+/// A block's part in the fit of one problem.
+template <class T, bool FACTOR>
 struct Fit {
-    /// Clusters are marked to be added up once more, but for problems in which nothing can ask for it.
-    static constexpr bool MARKS = TAKE != FINITE;
     static constexpr int LIMBS = FACTOR ? 2 : 1;
-    /// Halves span 40 bits: their sums are exact as they are.
+    /// Halves span 40 bits: their sums are exact as they are, and no cluster is ever marked.
     static constexpr bool EXACT = std::is_same<T, __half>::value && !FACTOR;
 
-    const OnChip<T, FACTOR>& s;
-    const Common& to;
-    const Shares& shares;
+    const OnChip<T, FACTOR> s;
+    const Common to;
+    const Shares shares;
     float* const bounds;     // (BOUNDS), and how far most of the block's rows reach
     uint32_t* const listed;  // rows on the list
-    const Rows& r;
+    const Rows r;
     const T* const x;  // of the problem, from the block's first row on
     const double* const factor;
     T* const c;                   // (k, d)
     const int k, d, lines, live;  // live: rows of the block
     const int metric, divisor;
-    const int rank;  // of the block in its team
+    const int rank;    // of the block in its team
+    const bool dirty;  // whether there may be rows that are not finite
 
     /// Brings the rows on chip, with zeros beyond them and their columns.
     __device__ void load() const {
@@ -625,11 +621,17 @@ struct Fit {
     /// Columns that limbs have room for.
     __device__ __forceinline__ int width() const { return lines * LINE_COLUMNS; }
 
+    /// Whether a row counts: one that is not finite weighs nothing.
+    __device__ __forceinline__ bool counts(int row) const { return !dirty || finite(x + row * r.row_stride, d); }
+
+    /// Brings the rows that count into the order of their clusters.
     __device__ void sort() const {
         clear();
         for (int j = threadIdx.x; j <= k; j += THREADS_HERE) s.begins[j] = 0;
         __syncthreads();
-        for (int i = threadIdx.x; i < live; i += THREADS_HERE) atomicAdd(&s.begins[s.labels[i]], 1);
+        for (int i = threadIdx.x; i < live; i += THREADS_HERE) {
+            if (counts(i)) atomicAdd(&s.begins[s.labels[i]], 1);
+        }
         __syncthreads();
         block_scan(
             k + 1, [&](int64_t j) { return s.begins[j]; },
@@ -638,7 +640,9 @@ struct Fit {
                 if (j < k) s.next[j] = before;
             });
         __syncthreads();
-        for (int i = threadIdx.x; i < live; i += THREADS_HERE) s.order[atomicAdd(&s.next[s.labels[i]], 1)] = i;
+        for (int i = threadIdx.x; i < live; i += THREADS_HERE) {
+            if (counts(i)) s.order[atomicAdd(&s.next[s.labels[i]], 1)] = i;
+        }
         __syncthreads();
     }
 
@@ -672,17 +676,10 @@ struct Fit {
                 }
 #pragma unroll
                 for (int line = 0; line < LINES; ++line) {
-                    uint32_t two = *reinterpret_cast<const uint32_t*>(at + line * line_bytes);
+                    const uint32_t two = *reinterpret_cast<const uint32_t*>(at + line * line_bytes);
                     struct alignas(4) Pair {
                         T values[2];
-                    } pair = reinterpret_cast<const Pair&>(two);
-                    if (MARKS && !FACTOR && units.dirty) {
-#pragma unroll
-                        for (int q = 0; q < 2; ++q) {
-                            if (!isfinite(wide(pair.values[q]))) pair.values[q] = T(0.0f), odd = true;
-                        }
-                        two = reinterpret_cast<const uint32_t&>(pair);
-                    }
+                    } const pair = reinterpret_cast<const Pair&>(two);
                     if (!FACTOR && (EXACT || units.fit(pair.values))) {
                         sums[0][line][0] += Small<T>::low(two), sums[0][line][1] += Small<T>::high(two);
                         continue;
@@ -703,9 +700,9 @@ struct Fit {
                     }
                 }
             }
-            odd = __any_sync(~0u, odd);
+            if (!EXACT) odd = __any_sync(~0u, odd);
             if (lane) continue;
-            if (MARKS && odd) atomicOr(to.sizes + j, ODD), *marked = 1;
+            if (odd) atomicOr(to.sizes + j, ODD), *marked = 1;
             if (FACTOR) atomic_add(to.weights + 2 * j, weight);
             else atomicAdd(to.sizes + j, end - begin);
         }
@@ -720,7 +717,6 @@ struct Fit {
             double v = __dmul_rn(wide(values[q]), f);
             if (!isfinite(v)) {
                 v = 0;
-                odd |= units.dirty && f != 0;
             }
             // Rounded toward zero, so that what is left has the sign of the term.
 #pragma unroll
@@ -769,84 +765,109 @@ struct Fit {
         }
     }
 
-    /// Replaces the block's share of the centroids, every so many, but those of no weight: first those of clusters that
-    /// are not marked, and then, if there are any, of those that are. `labels` (n) is where blocks tell each other
-    /// theirs for that; `all` is how often they have come to a barrier, the last time when all centroids are replaced.
-    __device__ void replace(const Units<T>& units, int weight_scale, double* shift, uint32_t* marked, uint32_t* labels,
-                            uint32_t& all) const {
-        const int owned = (k - rank + shares.blocks - 1) / shares.blocks, lane = threadIdx.x % WARP;
+    __device__ __forceinline__ int owned() const { return (k - rank + shares.blocks - 1) / shares.blocks; }
+
+    /// Replaces centroid `j` by its sums over what they are divided by, a warp's.
+    __device__ __forceinline__ void replace(int j, const double* totals, double by, double* shift) const {
+        double moved = 0;
+        publish(j, [&](int q) {
+            const T mean = rounded<T>(__ddiv_rn(totals[q], by)), old = c[j * d + q];
+            moved = __dadd_rn(moved, squared(wide(mean), wide(old)));
+            c[j * d + q] = mean;
+            return mean;
+        });
+        moved = striped(moved);
+        if (threadIdx.x % WARP == 0 && !(moved == 0)) atomic_max(shift, moved == moved ? moved : INFINITY);
+    }
+
+    /// Replaces the block's share of the centroids, every so many, but those of no weight and those of marked clusters.
+    __device__ void replace(const Units<T>& units, int weight_scale, double* shift, uint32_t* marked) const {
+        const int lane = threadIdx.x % WARP, owned = this->owned();
+        collect(units, owned);
+        __syncthreads();
 #pragma unroll 1
-        for (bool again = false;; again = true) {
-            if (!MARKS || !again) {
-                collect(units, owned);
+        for (int i = threadIdx.x / WARP; i < owned; i += WARPS) {
+            const int j = rank + i * shares.blocks;
+            const uint32_t size = __ldcg(to.sizes + j);
+            if (size & ODD) continue;
+            const double* const totals = s.totals + i * d;
+            unsigned long long low = 0, high = 0;
+            if (FACTOR) low = __ldcg(to.weights + 2 * j), high = __ldcg(to.weights + 2 * j + 1);
+            double by = 0;
+            if (divisor == NORM) {
+                double squares = 0;
+                bool some = false;
+                for (int q = lane; q < d; q += WARP) {
+                    squares = __dadd_rn(squares, __dmul_rn(totals[q], totals[q])), some |= totals[q] != 0;
+                }
+                squares = striped(squares);
+                // What squares of f64 cannot measure is marked.
+                if (!EXACT && !(LEAST_SQUARES <= squares && squares <= MOST_SQUARES) && __any_sync(~0u, some)) {
+                    if (lane == 0) to.sizes[j] = size | ODD, *marked = 1;
+                    continue;
+                }
+                by = __dsqrt_rn(squares);
             } else {
-                for (int i = threadIdx.x; i < live; i += THREADS_HERE) labels[rank * shares.rows + i] = s.labels[i];
-                sync_team(to.arrived, all += shares.blocks);
-                const int64_t before = int64_t(rank) * shares.rows;
-                add_exactly<T, FACTOR>(x - (live ? before : 0) * r.row_stride, r.row_stride, r.n, d,
-                                       FACTOR ? factor - before : nullptr, units.dirty, labels, owned, rank,
-                                       shares.blocks, to.sizes, to.weights, s.totals, exponents());
+                by = FACTOR ? fixed_value(__int128(high) << 64 | low, weight_scale) : size;
             }
-            __syncthreads();
-#pragma unroll 1
-            for (int i = threadIdx.x / WARP; i < owned; i += WARPS) {
-                const int j = rank + i * shares.blocks;
-                const uint32_t size = __ldcg(to.sizes + j);
-                if (MARKS && bool(size & ODD) != again) continue;
-                double* const totals = s.totals + i * d;
-                unsigned long long low = 0, high = 0;
-                if (FACTOR) low = __ldcg(to.weights + 2 * j), high = __ldcg(to.weights + 2 * j + 1);
-                double by = 0;
-                if (MARKS && again) {
-                    const Scaled weight = FACTOR ? Scaled{__longlong_as_double(low), int64_t(high)}
-                                                 : scaled(double(size & ~ODD));
-                    by = divide(divisor, weight, d, totals, exponents() + i * d);
-                } else if (divisor == NORM) {
-                    double squares = 0;
-                    bool some = false;
-                    for (int q = lane; q < d; q += WARP) {
-                        squares = __dadd_rn(squares, __dmul_rn(totals[q], totals[q])), some |= totals[q] != 0;
-                    }
-                    squares = striped(squares);
-                    // What squares of f64 cannot measure is marked.
-                    if (!EXACT && !(LEAST_SQUARES <= squares && squares <= MOST_SQUARES) && __any_sync(~0u, some)) {
-                        if (lane == 0) to.sizes[j] = size | ODD, *marked = 1;
-                        continue;
-                    }
-                    by = __dsqrt_rn(squares);
-                } else {
-                    by = FACTOR ? fixed_value(__int128(high) << 64 | low, weight_scale) : size;
-                }
-                __syncwarp();
-                if (lane == 0) {
-                    if (FACTOR) to.weights[2 * j] = to.weights[2 * j + 1] = 0;
-                    if (!FACTOR || again) to.sizes[j] = 0;
-                }
-                if (!(by > 0)) continue;
-                double moved = 0;
-                publish(j, [&](int q) {
-                    const T mean = rounded<T>(__ddiv_rn(totals[q], by)), old = c[j * d + q];
-                    moved = __dadd_rn(moved, squared(wide(mean), wide(old)));
-                    c[j * d + q] = mean;
-                    return mean;
-                });
-                moved = striped(moved);
-                if (lane == 0 && !(moved == 0)) atomic_max(shift, moved == moved ? moved : INFINITY);
+            __syncwarp();
+            if (lane == 0) {
+                if (FACTOR) to.weights[2 * j] = to.weights[2 * j + 1] = 0;
+                else to.sizes[j] = 0;
             }
-            sync_team(to.arrived, all += shares.blocks);
-            if (!MARKS || again || !__ldcg(marked)) return;
+            if (by > 0) replace(j, totals, by, shift);
         }
+    }
+
+    /// Adds up marked clusters once more and replaces the block's share of their centroids, when all others have been.
+    /// `labels` (n) is where blocks tell each other theirs for that. Blocks meet here twice; `all` is how often they had
+    /// arrived before.
+    __device__ void replace_marked(double* shift, uint32_t* labels, uint32_t all) const {
+        const int lane = threadIdx.x % WARP, owned = this->owned();
+        for (int i = threadIdx.x; i < live; i += THREADS_HERE) labels[rank * shares.rows + i] = s.labels[i];
+        sync_team(to.arrived, all + shares.blocks);
+        const int64_t before = int64_t(rank) * shares.rows;
+        add_exactly<T, FACTOR>(x - (live ? before : 0) * r.row_stride, r.row_stride, r.n, d,
+                               FACTOR ? factor - before : nullptr, dirty, labels, owned, rank, shares.blocks, to.sizes,
+                               to.weights, s.totals, exponents());
+        __syncthreads();
+#pragma unroll 1
+        for (int i = threadIdx.x / WARP; i < owned; i += WARPS) {
+            const int j = rank + i * shares.blocks;
+            const uint32_t size = __ldcg(to.sizes + j);
+            if (!(size & ODD)) continue;
+            Scaled weight = scaled(double(size & ~ODD));
+            if (FACTOR) {
+                const unsigned long long low = __ldcg(to.weights + 2 * j), high = __ldcg(to.weights + 2 * j + 1);
+                weight = {__longlong_as_double(low), int64_t(high)};
+            }
+            double* const totals = s.totals + i * d;
+            const bool some = divide(divisor, weight, d, totals, exponents() + i * d);
+            __syncwarp();
+            if (lane == 0) {
+                if (FACTOR) to.weights[2 * j] = to.weights[2 * j + 1] = 0;
+                to.sizes[j] = 0;
+            }
+            if (some) replace(j, totals, 1, shift);
+        }
+        sync_team(to.arrived, all + 2 * shares.blocks);
     }
 };
 
-template <class T, bool FACTOR, Take TAKE>
+/// `Fit::replace_marked`, which few fits need. It is not inlined and takes a copy, so that the others keep their registers.
+template <class T, bool FACTOR>
+__device__ __noinline__ void replace_marked(Fit<T, FACTOR> fit, double* shift, uint32_t* labels, uint32_t all) {
+    fit.replace_marked(shift, labels, all);
+}
+
+template <class T, bool FACTOR>
 __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, int divisor, int64_t max_iters,
                     const double* threshold, const Shares& shares, const Common& common, uint32_t* stop, int64_t k,
                     T* centroids, uint32_t* labels) {
     extern __shared__ __align__(128) uint8_t raw[];
     __shared__ float bounds[BOUNDS + 1];
     __shared__ uint32_t listed;
-    using Problem = Fit<T, FACTOR, TAKE>;
+    using Problem = Fit<T, FACTOR>;
     const int d = int(r.d), rank = blockIdx.x % shares.blocks;
     const int64_t team = blockIdx.x / shares.blocks, first_row = int64_t(rank) * shares.rows;
     const OnChip<T, FACTOR> s(raw, shares, k, d);
@@ -854,8 +875,7 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
     const int live = int(max(int64_t(0), min(int64_t(shares.rows), r.n - first_row)));
     uint32_t all = 0, turn = 0;
     for (int64_t b = team; b < r.b; b += gridDim.x / shares.blocks) {
-        const bool finite = terms.first_bad[b] == UINT32_MAX;
-        if (TAKE != ALL && finite != (TAKE == FINITE)) continue;
+        const bool dirty = terms.first_bad[b] != UINT32_MAX;
         const Problem problem{s,
                               to,
                               shares,
@@ -871,9 +891,9 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
                               live,
                               metric,
                               divisor,
-                              rank};
-        const Units<T> units(terms.largest[b], FACTOR && terms.heaviest ? terms.heaviest[b] : 1, r.n,
-                             !finite);
+                              rank,
+                              dirty};
+        const Units<T> units(terms.largest[b], FACTOR && terms.heaviest ? terms.heaviest[b] : 1, r.n, dirty);
         const int weight_scale = FACTOR && terms.heaviest ? fixed_scale(terms.heaviest[b], r.n) : 0;
         problem.load();
         problem.origin();
@@ -889,12 +909,20 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
             if (done || iteration == max_iters) break;
             problem.sort();
             uint32_t* const marked = to.sizes + k + turn % 2;
+            double* const shift = to.shifts + turn % 2;
             problem.add(units, weight_scale, marked);
             sync_team(to.arrived, all += shares.blocks);
             // All have seen the last turn's.
             if (rank == 0 && threadIdx.x == 0) to.shifts[(turn + 1) % 2] = 0, to.sizes[k + (turn + 1) % 2] = 0;
-            problem.replace(units, weight_scale, &to.shifts[turn % 2], marked, labels + b * r.n, all);
-            done = __ldcg(&to.shifts[turn % 2]) <= threshold[b];
+            problem.replace(units, weight_scale, shift, marked);
+            sync_team(to.arrived, all += shares.blocks);
+            if constexpr (!Problem::EXACT) {
+                if (__ldcg(marked)) {
+                    replace_marked(problem, shift, labels + b * r.n, all);
+                    all += 2 * shares.blocks;
+                }
+            }
+            done = __ldcg(shift) <= threshold[b];
         }
         for (int i = threadIdx.x; i < live; i += THREADS_HERE) labels[b * r.n + first_row + i] = s.labels[i];
         // All have taken the last centroids before the next problem's are published.
@@ -906,16 +934,15 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
     }
 }
 
-#define KERNEL(name, T, FACTOR, TAKE)                                                                                        \
+#define KERNEL(name, T, FACTOR)                                                                                        \
     extern "C" __global__ void __launch_bounds__(TEAM_THREADS, 1)                                                      \
         name(const T* x, Rows r, Terms terms, int metric, int divisor, int64_t max_iters, const double* threshold,     \
              Shares shares, Common common, uint32_t* stop, int64_t k, T* centroids, uint32_t* labels) {                \
-        fit<T, FACTOR, TAKE>(x, r, terms, metric, divisor, max_iters, threshold, shares, common, stop, k, centroids,         \
+        fit<T, FACTOR>(x, r, terms, metric, divisor, max_iters, threshold, shares, common, stop, k, centroids,         \
                        labels);                                                                                        \
     }
-KERNEL(fit_resident_f16, __half, false, FINITE)
-KERNEL(fit_resident_rest_f16, __half, false, REST)
-KERNEL(fit_resident_bf16, __nv_bfloat16, false, ALL)
-KERNEL(fit_resident_weighted_f16, __half, true, ALL)
-KERNEL(fit_resident_weighted_bf16, __nv_bfloat16, true, ALL)
+KERNEL(fit_resident_f16, __half, false)
+KERNEL(fit_resident_bf16, __nv_bfloat16, false)
+KERNEL(fit_resident_weighted_f16, __half, true)
+KERNEL(fit_resident_weighted_bf16, __nv_bfloat16, true)
 #undef KERNEL

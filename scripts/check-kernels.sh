@@ -32,9 +32,8 @@ awk -v arch="sm_$arch" '
     if (name ~ /^assign_sm90_2_/ || name ~ /^assign_sm90_3_/) most = 0
     if (name ~ /^update_/) most = 48
     if (name ~ /^prepare_origin_/) most = arch == "sm_80" ? 12 : 0
-    # What the phases around its search need waits in memory while that has all registers, and so does, where clusters may be
-    # added up once more, what that needs.
-    if (name ~ /^fit_resident/) most = name != "fit_resident_f16" ? 448 : arch == "sm_80" ? 160 : 64
+    # What the phases of an iteration need waits in memory while another phase has all registers; no inner loop loads it.
+    if (name ~ /^fit_resident/) most = 400
     if (name ~ /^fit_narrow/) most = 96
     # Its tile and counters take more shared memory than blocks of sm_80 have, so there it is not run.
     if (name == "order_deal_many") most = arch == "sm_80" ? 96 : 8

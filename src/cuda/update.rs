@@ -279,20 +279,11 @@ pub(crate) fn fit_on_chip(
     let resident = FitResident::new(x.dtype(), metric, weighted, sizes, arch).filter(|_| in_pieces(&x.tensor, 8));
     // The sums of halves are exact without a rest.
     let exact = x.dtype() == DType::F16 && !weighted;
-    let teams: &[&'static str] = match (weighted, exact && !terms.finite) {
-        (true, _) => &["fit_resident_weighted"],
-        (false, false) => &["fit_resident"],
-        // Behind it what takes the problems with rows that are not finite, if there are any.
-        (false, true) => &["fit_resident", "fit_resident_rest"],
-    };
+    let name = if weighted { "fit_resident_weighted" } else { "fit_resident" };
     let resident = match resident {
         Some(plan) if narrow.is_none() => typed!(x.dtype(), T => {
-            let mut fits = true;
-            for name in teams {
-                let kernel = Kernel::get(dev, Image::FitResident, name, T::SUFFIX, plan.shared)?;
-                fits &= kernel.runs_at_once(plan.teams * plan.blocks, TEAM_THREADS, plan.shared)?;
-            }
-            Ok(fits.then_some(plan))
+            let kernel = Kernel::get(dev, Image::FitResident, name, T::SUFFIX, plan.shared)?;
+            Ok(kernel.runs_at_once(plan.teams * plan.blocks, TEAM_THREADS, plan.shared)?.then_some(plan))
         })?,
         _ => None,
     };
@@ -342,16 +333,13 @@ pub(crate) fn fit_on_chip(
             prepared: scratch.part(prepared),
         };
         let [blocks_i32, rows, padded] = [blocks, rows, padded].map(|v| v as i32);
-        for name in teams {
-            launch!(dev, FitResident, name, T::SUFFIX, elements(&[count, blocks]), TEAM_THREADS, shared;
-                &xs, &shape(x), &of, &metric, &divisor, &max_iters, &threshold,
-                &Shares { blocks: blocks_i32, rows, padded }, &common, &stop, &k64, &centroids, &labels)?;
-        }
-        Ok(())
+        launch!(dev, FitResident, name, T::SUFFIX, elements(&[count, blocks]), TEAM_THREADS, shared;
+            &xs, &shape(x), &of, &metric, &divisor, &max_iters, &threshold,
+            &Shares { blocks: blocks_i32, rows, padded }, &common, &stop, &k64, &centroids, &labels)
     })));
     match launched {
         // The driver knows better; nothing has been written.
-        Err(Error::Unsupported { op, .. }) if op == teams[0] => Ok(false),
+        Err(Error::Unsupported { op, .. }) if op == name => Ok(false),
         launched => launched.map(|()| true),
     }
 }
