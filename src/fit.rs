@@ -1,10 +1,13 @@
 //! The result of a fit.
 
 use crate::{
-    functional, ops,
-    problem::{self, Problem, Rows},
+    error::{Error, Result},
+    functional,
+    metric::Metric,
+    ops,
+    problem::{self, Problem},
+    rows::Rows,
     saved::{self, Saved},
-    Error, Metric, Result,
 };
 use candle_core::{DType, Device, Tensor};
 use std::{fmt, path::Path};

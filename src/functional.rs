@@ -1,10 +1,14 @@
 //! The ops, each usable alone in a model's graph.
 
 use crate::{
+    error::{Error, Result},
     host,
-    ops::{self, Memory, Rule, Terms},
-    problem::{self, Problem, Rows},
-    Error, Metric, Result,
+    memory::Memory,
+    metric::Metric,
+    ops,
+    problem::{self, Problem},
+    request::{Rule, Terms},
+    rows::Rows,
 };
 use candle_core::{
     backend::BackendStorage, CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, D,
@@ -42,7 +46,7 @@ pub fn assign_with_distances(x: &Tensor, centroids: &Tensor, metric: Metric) -> 
 /// # Errors
 /// Refuses labels that are not u32 or not below `k` (the host waits for that answer).
 pub fn sort_by_cluster(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
-    let flat = problem::labels(labels, k)?;
+    let flat = flat_labels(labels, k)?;
     check_labels(&flat, k)?;
     let batch = &labels.dims()[..labels.rank() - 1];
     let (order, offsets) = ops::order(&flat, k)?;
@@ -88,7 +92,7 @@ pub fn cluster_sums(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
 }
 
 fn reduce(x: &Tensor, labels: &Tensor, k: usize, rule: Rule) -> Result<Tensor> {
-    let flat = problem::labels(labels, k)?;
+    let flat = flat_labels(labels, k)?;
     let p = Problem::rows(x, k)?;
     check_labels_of(&p, labels, x.device())?;
     check_labels(&flat, k)?;
@@ -105,7 +109,7 @@ fn reduce_known(rows: &Rows, labels: &Tensor, k: usize, rule: Rule) -> Result<Te
 
 /// [`cluster_means`] by labels that are known to be below `k`: nothing waits. No gradient flows.
 pub(crate) fn known_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
-    let (flat, p) = (problem::labels(labels, k)?, Problem::rows(x, k)?);
+    let (flat, p) = (flat_labels(labels, k)?, Problem::rows(x, k)?);
     Ok(reduce_known(&Rows::new(&x.detach())?, &flat, k, Rule::Mean)?.reshape(p.shape(&[k, p.d]))?)
 }
 
@@ -114,7 +118,7 @@ pub(crate) fn known_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tenso
 /// # Errors
 /// As [`sort_by_cluster`].
 pub fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
-    let flat = problem::labels(labels, k)?;
+    let flat = flat_labels(labels, k)?;
     check_labels(&flat, k)?;
     let batch = &labels.dims()[..labels.rank() - 1];
     Ok(ops::cluster_sizes(&flat, k)?.reshape([batch, &[k]].concat())?)
@@ -166,7 +170,7 @@ pub fn inverse_order(order: &Tensor) -> Result<Tensor> {
 /// As [`assign`], and refuses labels that do not fit (the host waits for their check).
 pub fn residuals(x: &Tensor, centroids: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let p = Problem::assign(x, centroids, Metric::default())?;
-    let flat = problem::labels(labels, p.k)?;
+    let flat = flat_labels(labels, p.k)?;
     check_labels_of(&p, labels, x.device())?;
     check_labels(&flat, p.k)?;
     if x.elem_count() == 0 {
@@ -194,7 +198,7 @@ pub fn quantize(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Tenso
 /// The rows of `centroids` (`(..batch, k, d)`, or `(k, d)` for every problem) that `labels` (u32 `(..batch, n)`, known to be
 /// below `k`) name: `(..batch, n, d)`. No gradient flows.
 pub(crate) fn rows_of(centroids: &Tensor, labels: &Tensor) -> Result<Tensor> {
-    let flat = problem::labels(labels, centroids.dims()[centroids.rank() - 2])?;
+    let flat = flat_labels(labels, centroids.dims()[centroids.rank() - 2])?;
     let c = Rows::new(&centroids.detach())?.broadcast(flat.dim(0)?);
     let shape = [labels.dims(), &[c.d]].concat();
     Ok(ops::gather(&c, &flat)?.reshape(shape)?)
@@ -226,6 +230,18 @@ fn border(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Problem, Ro
     let p = Problem::assign(x, centroids, metric)?;
     let (x, c) = (Rows::new(&x.detach())?, Rows::new(&centroids.detach())?.broadcast(p.b));
     Ok((p, x, c))
+}
+
+/// Checks labels of shape `(..batch, n)` and returns them as `(b, n)`, contiguous.
+fn flat_labels(labels: &Tensor, k: usize) -> Result<Tensor> {
+    let (b, n) = problem::labels(labels, k)?;
+    if labels.elem_count() == 0 {
+        return problem::empty(&[b, n], DType::U32, labels.device());
+    }
+    if !labels.is_contiguous() {
+        host::room("copy", labels.elem_count(), labels.dtype(), labels.device())?;
+    }
+    Ok(ops::contiguous(labels)?.reshape((b, n))?)
 }
 
 /// Checks that there is a label for each row.

@@ -1,13 +1,17 @@
 //! Centroids that follow rows as they come, and clusters that are appended segment by segment.
 
 use crate::{
-    fit::refuse_non_finite,
+    error::{Error, Result},
+    fit::{refuse_non_finite, Fit},
     functional,
-    ops::{self, Fence},
-    problem::{self, Problem, Rows},
+    kmeans::KMeans,
+    memory::Fence,
+    metric::Metric,
+    ops,
+    problem::{self, Problem},
     row_weights::{self, or_one, Clusters, RowWeights},
+    rows::Rows,
     saved::{self, Saved},
-    Error, Fit, KMeans, Metric, Result,
 };
 use candle_core::{DType, Device, Tensor};
 use std::path::Path;

@@ -4,10 +4,15 @@
 //! tensors on the same device, or write to the fit's own, on the tensor's own stream.
 
 use crate::{
+    error::{Error, Result},
+    host,
+    memory::Memory,
+    metric::Metric,
     plan::Arch,
-    problem::{self, Rows},
+    problem,
+    request::{Attention, Progress, Routed, Rule, Terms, Turn},
     rng::Draw,
-    Error, Metric, Result,
+    rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
 
@@ -26,7 +31,7 @@ macro_rules! on_device {
 pub(crate) fn arch(device: &Device) -> Result<Arch> {
     match device {
         #[cfg(feature = "cuda")]
-        Device::Cuda(dev) => crate::cuda::arch(dev),
+        Device::Cuda(dev) => crate::cuda::device::arch(dev),
         _ => Ok(Arch::Cpu),
     }
 }
@@ -36,94 +41,11 @@ pub(crate) fn reads_are_free(device: &Device) -> bool {
     device.is_cpu()
 }
 
-/// How far the problems of a fit have come.
-pub(crate) struct Progress {
-    /// The iteration in which each problem converged, u32 `(b,)`; `u32::MAX` where it has not.
-    pub stop: Tensor,
-    /// The squared shift at which a problem has converged, f64 `(b,)`.
-    pub threshold: Tensor,
-    /// The problems that go on to the next even and to the next odd iteration, u32 `(2, b + 1)`: their number, then
-    /// themselves. CUDA's; on the CPU `stop` says enough.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub going: Tensor,
-}
-
-/// An iteration of a fit: what it does to problems that have converged before is nothing.
-#[derive(Clone, Copy)]
-pub(crate) struct Turn<'a> {
-    pub progress: &'a Progress,
-    pub iteration: usize,
-}
-
-/// What is added up over rows: their values, each times its factor.
-pub(crate) struct Terms {
-    /// f64 `(b, n)`.
-    pub factor: Option<Tensor>,
-    /// Bound on the magnitude of the terms, f64 `(b,)`.
-    pub largest: Tensor,
-    /// The first row that has a NaN or an infinity, u32 `(b,)`; `u32::MAX` for none.
-    pub first_bad: Tensor,
-    /// The largest factor, f64 `(b,)`, where factors are weights.
-    pub heaviest: Option<Tensor>,
-    /// Whether the host knows that there is no such row.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub finite: bool,
-}
-
-impl Terms {
-    /// The rows themselves.
-    pub fn of(x: &Rows) -> Result<Self> {
-        let (largest, first_bad) = scan(x)?;
-        Ok(Self { factor: None, largest, first_bad, heaviest: None, finite: false })
-    }
-}
-
-/// What becomes of the terms of a cluster.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Rule {
-    /// Their sum by the cluster's weight: by the sum of the factors, which have to be weights, or the number of rows.
-    Mean,
-    /// Their sum by its norm.
-    Direction,
-    /// Their sum.
-    Sum,
-    /// The smallest value of each column that at least half of the weight does not exceed. Factors are weights.
-    Median,
-}
-
-/// Memory that ops use one after another, so that only the first ones allocate. The CPU's need none.
-#[cfg(not(feature = "cuda"))]
-#[derive(Debug, Default)]
-pub(crate) struct Memory {}
-#[cfg(not(feature = "cuda"))]
-impl Memory {
-    pub fn kept() -> Self {
-        Self {}
-    }
-}
-#[cfg(feature = "cuda")]
-pub(crate) use crate::cuda::{Fence, Memory};
-
-/// Which threads have used the tensors of a layer, whose first field it is. The CPU's work is done when an op returns.
-#[cfg(not(feature = "cuda"))]
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Fence {}
-#[cfg(not(feature = "cuda"))]
-impl Fence {
-    pub fn read(&self, _: &Device) -> Result<()> {
-        Ok(())
-    }
-    pub fn write(&self, _: &Device) -> Result<()> {
-        Ok(())
-    }
-    pub fn show(&self, _: &Device) {}
-}
-
 /// Whether work that is queued now becomes part of a CUDA graph.
 pub(crate) fn capturing(device: &Device) -> Result<bool> {
     match device {
         #[cfg(feature = "cuda")]
-        Device::Cuda(dev) => crate::cuda::capturing(&dev.cuda_stream()),
+        Device::Cuda(dev) => crate::cuda::fence::capturing(&dev.cuda_stream()),
         _ => Ok(false),
     }
 }
@@ -203,6 +125,39 @@ pub(crate) fn overwrite(to: &Tensor, from: &Tensor) -> Result<()> {
         to.slice_set(&from, 0, 0)?;
     }
     Ok(())
+}
+
+impl Rows {
+    /// Views `t`, of shape `(..batch, n, d)`, or a copy of it.
+    pub fn new(t: &Tensor) -> Result<Self> {
+        if t.elem_count() == 0 {
+            let (batch, rows) = t.dims().split_at(t.rank() - 2);
+            let tensor = problem::empty(t.dims(), t.dtype(), t.device())?;
+            return Ok(Self {
+                tensor,
+                batch_stride: 0,
+                row_stride: rows[1],
+                b: problem::product(batch),
+                n: rows[0],
+                d: rows[1],
+            });
+        }
+        match Self::view(t) {
+            Some(rows) => Ok(rows),
+            None => {
+                host::room("copy", t.elem_count(), t.dtype(), t.device())?;
+                Ok(Self::view(&contiguous(t)?).expect("a contiguous tensor folds"))
+            }
+        }
+    }
+}
+
+impl Terms {
+    /// The rows themselves.
+    pub fn of(x: &Rows) -> Result<Self> {
+        let (largest, first_bad) = scan(x)?;
+        Ok(Self { factor: None, largest, first_bad, heaviest: None, finite: false })
+    }
 }
 
 /// The rows `x`, `(..batch, n, d)`, where the kernel that assigns them to `k` centroids can read them: as they lie, or in
@@ -326,75 +281,9 @@ pub(crate) fn fit_on_chip(
     on_device!(x.device(), update::fit_on_chip(x, terms, metric, rule, progress, max_iters, centroids, labels, memory))
 }
 
-/// A cache of keys and values, its clusters, and how the queries of one token read it.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-pub(crate) struct Attention<'a> {
-    /// `(b, q_heads, d)`, of the keys' dtype, as all floats but the outcome's inside.
-    pub q: &'a Tensor,
-    /// `(b, heads, room, d)`, of which the first `tokens` are there.
-    pub keys: &'a Tensor,
-    pub values: &'a Tensor,
-    pub tokens: usize,
-    /// Tokens before the clustered ones.
-    pub sinks: usize,
-    /// u32 `(b, heads, clustered)`, counted from the first clustered token, and u32 `(b, heads, k + 1)`.
-    pub order: &'a Tensor,
-    pub offsets: &'a Tensor,
-    /// `(b, heads, k, d)`.
-    pub mean_keys: &'a Tensor,
-    pub mean_values: &'a Tensor,
-    pub scale: f64,
-    /// Clustered tokens that are read, fewer than there are.
-    pub budget: usize,
-    /// Whether the query heads of a key head choose together.
-    pub shared: bool,
-    /// Whether clusters stand in for their tokens that are not read.
-    pub estimate: bool,
-}
-
 /// What each query head takes from the cache, `(b, q_heads, d)`; nothing where there is no kernel for it.
 pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     on_device!(a.q.device(), attend::attend(a, memory))
-}
-
-/// Queries, keys and values, and how the queries read them.
-pub(crate) struct Routed<'a> {
-    /// `(b, heads, m, d)`, of the keys' dtype.
-    pub q: &'a Tensor,
-    /// `(b, kv_heads, n, d)`: sinks, then the grouped tokens, then others, which are the last.
-    pub keys: &'a Tensor,
-    pub values: &'a Tensor,
-    pub sinks: usize,
-    pub groups: Option<&'a RoutedGroups>,
-    /// Whether the queries are those of the last `m` tokens, which see what comes up to themselves.
-    pub causal: bool,
-    pub scale: f64,
-    /// Of the grouped tokens those that have this share of the estimated attention, but at least and at most so many.
-    pub share: f64,
-    pub least: usize,
-    pub most: usize,
-    /// Whether the groups stand in for their tokens that are not read.
-    pub estimate: bool,
-}
-
-/// Rows in groups: u32 `(b, heads, n)` labels, the rows in the order of their groups, and `(b, heads, groups + 1)` where groups
-/// begin in that.
-pub(crate) struct Groups {
-    pub labels: Tensor,
-    pub order: Tensor,
-    pub offsets: Tensor,
-}
-
-/// The groups of queries and keys.
-pub(crate) struct RoutedGroups {
-    /// Counted from the first grouped token.
-    pub keys: Groups,
-    /// `(b, kv_heads, k, d)`.
-    pub mean_keys: Tensor,
-    pub mean_values: Tensor,
-    pub queries: Groups,
-    /// The queries that choose for each group, `(b, heads, any, d)`, and whose they are, if not those of the group.
-    pub choosers: Option<(Tensor, Groups)>,
 }
 
 /// What each query takes, `(b, heads, m, d)`; nothing where there is no kernel for it.

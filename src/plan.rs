@@ -1,10 +1,11 @@
 //! What a fit will run, decided from the problem alone, and printable.
 
 use crate::{
-    init::{self, Init},
-    kmeans::{EmptyClusters, KMeans},
-    problem::{in_eights, Problem},
-    tiles, Metric,
+    kmeans::{drawn, EmptyClusters, Init, KMeans},
+    metric::Metric,
+    problem::Problem,
+    rows::in_eights,
+    tiles,
 };
 use candle_core::{DType, Tensor};
 use std::{cell::Cell, collections::HashSet, fmt, sync::Mutex};
@@ -427,7 +428,7 @@ impl Plan {
         let (drawn, begins) = match settings.init {
             Init::KMeansPlusPlus => (k, 16 * bn),
             Init::KMeansParallel => {
-                let drawn = init::drawn(k).min(n);
+                let drawn = drawn(k).min(n);
                 let joined = b * k * d * size;
                 let rows = if cpu { 56 * n } else { 64 * n + joined + assign_scratch(p, 1, drawn, x, arch) };
                 (drawn, rows + drawn * (d * (size + filter) + eights + 64))

@@ -4,11 +4,16 @@
 //! Such a row weighs nothing: in no sum, no size of a cluster, no draw.
 
 use crate::{
-    fit::refuse_non_finite,
+    error::{Error, Result},
+    fit::{refuse_non_finite, Fit},
     functional,
-    ops::{self, Memory, Rule, Terms},
-    problem::{Problem, Rows},
-    Error, Fit, Init, KMeans, Metric, Result,
+    kmeans::{Init, KMeans},
+    memory::Memory,
+    metric::Metric,
+    ops,
+    problem::Problem,
+    request::{Rule, Terms},
+    rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
 

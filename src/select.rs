@@ -1,9 +1,11 @@
 //! Which clusters a query attends to, and the tokens in them: on the device, without a read.
 
 use crate::{
+    error::{Error, Result},
+    metric::Metric,
     ops,
-    problem::{self, Problem, Rows, MAX_ROWS},
-    Error, Metric, Result,
+    problem::{self, Problem, MAX_ROWS},
+    rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
 use std::fmt;

@@ -5,12 +5,14 @@ use super::{
     lock, read_and_write, typed, Element, View,
 };
 use crate::{
+    error::Result,
     host,
-    ops::{Memory, Turn},
-    problem::Rows,
+    memory::Memory,
+    metric::Metric,
+    request::Turn,
     rng::{race_key, Draw},
+    rows::Rows,
     tiles::{CPU_CENTROIDS, CPU_ROWS},
-    Metric, Result,
 };
 use candle_core::{Device, Tensor};
 use pulp::NullaryFnOnce;

@@ -30,7 +30,7 @@
 //! is set apart ([`Centroids::apart_may_win`]).
 
 use super::{Element, View};
-use crate::{host, tiles::CPU_CENTROIDS, Metric, Result};
+use crate::{error::Result, host, metric::Metric, tiles::CPU_CENTROIDS};
 use std::ops::Range;
 
 /// f32 or f64, as scores are computed in.

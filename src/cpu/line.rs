@@ -3,11 +3,12 @@
 
 use super::{lock, read_and_write, typed, write, Element, View};
 use crate::{
+    error::{Error, Result},
     fixed::{self, Scaled},
     host,
-    ops::{Progress, Terms},
-    problem::Rows,
-    Error, Metric, Result,
+    metric::Metric,
+    request::{Progress, Terms},
+    rows::Rows,
 };
 use candle_core::{DType, Tensor};
 

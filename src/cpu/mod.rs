@@ -7,7 +7,10 @@ mod line;
 pub(crate) mod route;
 pub(crate) mod update;
 
-use crate::{problem::Rows, Error, Result};
+use crate::{
+    error::{Error, Result},
+    rows::Rows,
+};
 use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, StorageRef, Tensor, WithDType};
 use filter::Scalar;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
@@ -33,7 +36,7 @@ macro_rules! typed {
                 type $t = f64;
                 $body
             }
-            got => Err($crate::Error::DType { argument: "x", got, expected: "F16, BF16, F32 or F64".into() }),
+            got => Err($crate::error::Error::DType { argument: "x", got, expected: "F16, BF16, F32 or F64".into() }),
         }
     };
 }

@@ -6,12 +6,14 @@ use super::{
     line, lock, read_and_write, typed, write, Element, View,
 };
 use crate::{
+    error::{Error, Result},
     fixed::{self, Exact, Scaled},
     host,
-    ops::{Memory, Progress, Rule, Terms, Turn},
-    problem::Rows,
+    memory::Memory,
+    metric::Metric,
+    request::{Progress, Rule, Terms, Turn},
+    rows::Rows,
     tiles::CPU_SUM_ROWS,
-    Error, Metric, Result,
 };
 use candle_core::Tensor;
 use pulp::NullaryFnOnce;

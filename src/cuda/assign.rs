@@ -1,27 +1,28 @@
 //! Labels, distances, and the per-row passes around them: `kernels/assign_*.cu` and `kernels/norms.cu`.
 
 use super::{
-    alloc, device, elements, launch, own, read, shape, tensor, typed, write, Active, Element, Layout, Memory, Nullable,
-    Part, Place, TensorMap, Workspace, WARP,
+    device::{arch, device, processors},
+    kernel::{launch, Nullable, WARP},
+    memory::{alloc, elements, Layout, Memory, Place, Workspace},
+    params::{shape, Active},
+    tensors::{own, read, tensor, typed, write, Element, Part, TensorMap},
 };
 use crate::{
-    ops::Turn,
+    error::{Error, Result},
+    metric::Metric,
     plan::{narrow_columns, narrow_shared, sm90_shape, split_rows, Assign},
-    problem::{in_eights, Rows},
+    request::Turn,
     rng::Draw,
+    rows::{in_eights, Rows},
     tiles::{
         NARROW_BLOCKS, NARROW_THREADS, NARROW_TILE, ORIGIN_THREADS, PASS, PICK_PARTS, PREPARE_CENTROIDS,
         RECHECK_BLOCKS, RECHECK_QUEUE, SIMT_ROWS, SM80_CENTROIDS, SM80_COLUMNS, SM80_ROWS, SM80_STAGES, SM90_CENTROIDS,
         SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS,
     },
-    Error, Metric, Result,
 };
 use candle_core::cuda_backend::{
-    cudarc::driver::{
-        sys::{CUdevice_attribute, CUtensorMapDataType},
-        CudaView, DevicePtr, DeviceRepr, PushKernelArg,
-    },
-    CudaDType, CudaDevice, WrapErr,
+    cudarc::driver::{sys::CUtensorMapDataType, CudaView, DevicePtr, DeviceRepr, PushKernelArg},
+    CudaDType, CudaDevice,
 };
 use candle_core::{DType, Tensor};
 
@@ -50,7 +51,7 @@ pub(crate) fn relabel(
     }
     let dev = device(&x.tensor)?;
     let active = Active::of(turn)?;
-    let kernel = Assign::choose(x.dtype(), metric, [x.b, x.n, c.n, x.d], super::arch(dev)?);
+    let kernel = Assign::choose(x.dtype(), metric, [x.b, x.n, c.n, x.d], arch(dev)?);
     typed!(x.dtype(), T => write(labels, |to| match (kernel, T::HALF) {
         (Assign::Sm80 | Assign::Small | Assign::Sm90, Some(half)) => {
             let x = pack::<T>(dev, x)?;
@@ -67,7 +68,7 @@ pub(crate) fn readable(x: &Tensor, k: usize, metric: Metric, copy: &mut Option<T
     let dev = device(x)?;
     let (rank, view) = (x.rank(), Rows::view(x));
     let (b, n, d) = (x.dims()[..rank - 2].iter().product(), x.dims()[rank - 2], x.dims()[rank - 1]);
-    let eights = Assign::choose(x.dtype(), metric, [b, n, k, d], super::arch(dev)?).in_eights(x.dtype());
+    let eights = Assign::choose(x.dtype(), metric, [b, n, k, d], arch(dev)?).in_eights(x.dtype());
     let pitch = if eights { d.next_multiple_of(8) } else { d };
     match view {
         Some(rows) if !eights || in_eights(&rows.tensor) || x.elem_count() == 0 => Ok(rows),
@@ -412,11 +413,6 @@ fn sweep_shared(d: usize) -> usize {
     let chunks = d.div_ceil(SM80_COLUMNS);
     let chunks = if chunks <= 8 { chunks.max(SM80_STAGES) } else { SM80_STAGES };
     2 * SM80_COLUMNS * (SM80_STAGES * SM80_CENTROIDS + chunks * SM80_ROWS) + 4 * SM80_STAGES * SM80_CENTROIDS
-}
-
-fn processors(dev: &CudaDevice) -> Result<usize> {
-    let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-    Ok(dev.cuda_stream().context().attribute(count).w()? as usize)
 }
 
 /// f32 rows by way of halves: `kernels/split.cu`. Rows are split a rectangle at a time, part of one problem or whole

@@ -1,12 +1,19 @@
 //! Attention over a clustered cache: `kernels/attend.cu`.
 
-use super::{alloc, device, elements, read, tensor, typed, Element, Image, Kernel, Layout, Part, WARP};
+use super::{
+    device::{arch, device},
+    kernel::{Kernel, WARP},
+    memory::{alloc, elements, Layout},
+    module::Image,
+    tensors::{read, tensor, typed, Element, Part},
+};
 use crate::{
-    ops::{Attention, Memory},
+    error::Result,
+    memory::Memory,
     plan::{forced, shared_memory, Arch},
-    problem::in_eights,
+    request::Attention,
+    rows::in_eights,
     tiles::{ATTEND_BLOCKS, ATTEND_HEADS, ATTEND_THREADS},
-    Result,
 };
 use candle_core::{
     cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr},
@@ -75,7 +82,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
     let all = elements(&[b, heads, units]);
 
     typed!(a.q.dtype(), T => {
-        let arch = super::arch(dev)?;
+        let arch = arch(dev)?;
         let (Arch::Cuda { processors, .. }, Some(most)) = (arch, shared_memory(arch)) else { return Ok(None) };
         let kernel = Kernel::get(dev, Image::Attend, name, T::SUFFIX, most)?;
         // As many blocks as run at once.

@@ -1,16 +1,19 @@
 //! Attention of groups of queries to lists of tokens: `kernels/route.cu`.
 
 use super::{
-    alloc, device, elements, launch, read,
+    device::{arch, device},
+    kernel::launch,
+    memory::{alloc, elements, Layout},
     select::{self, Choice},
-    tensor, typed, Element, Layout,
+    tensors::{read, tensor, typed, Element},
 };
 use crate::{
-    ops::{Memory, Routed},
+    error::Result,
+    memory::Memory,
     plan::forced,
-    problem::{in_eights, Rows},
+    request::Routed,
+    rows::{in_eights, Rows},
     tiles::{ROUTE_KEYS, ROUTE_THREADS},
-    Result,
 };
 use candle_core::{
     cuda_backend::cudarc::driver::{DeviceRepr, PushKernelArg},
@@ -49,7 +52,7 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     let (k, units) = (groups.mean_keys.dim(2)?, groups.queries.offsets.dim(2)? - 1);
     let clustered = groups.keys.order.dim(2)?;
     let half = matches!(r.q.dtype(), DType::F16 | DType::BF16);
-    if forced() || !half || !matches!(d, 64 | 128) || r.scale <= 0.0 || !select::fits(k, super::arch(dev)?) {
+    if forced() || !half || !matches!(d, 64 | 128) || r.scale <= 0.0 || !select::fits(k, arch(dev)?) {
         return Ok(None);
     }
     let aligned = |t: &Tensor| if in_eights(t) { Ok(t.clone()) } else { t.force_contiguous() };

@@ -1,10 +1,10 @@
 //! The tokens of the best clusters: `kernels/select.cu`.
 
-use super::{launch, Part};
+use super::{kernel::launch, tensors::Part};
 use crate::{
+    error::Result,
     plan::{shared_memory, Arch},
     tiles::{SELECT_MANY, SELECT_THREADS, SELECT_THREADS_MANY},
-    Result,
 };
 use candle_core::cuda_backend::{
     cudarc::driver::{CudaView, DeviceRepr, PushKernelArg},

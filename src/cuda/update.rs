@@ -1,19 +1,24 @@
 //! Sort-Inverse Update: `kernels/sort.cu` and `kernels/update.cu`; and all of a fit at once: `kernels/fit_*.cu`.
 
 use super::{
-    alloc, device, elements, going, launch, own, read, shape, tensor, typed, write, Active, Element, Image, Kernel,
-    Layout, Memory, Nullable, Part, Place, Workspace, WARP,
+    device::{arch, device},
+    kernel::{launch, Kernel, Nullable, WARP},
+    memory::{alloc, elements, Layout, Memory, Place, Workspace},
+    module::Image,
+    params::{going, shape, Active},
+    tensors::{own, read, tensor, typed, write, Element, Part},
 };
 use crate::{
-    ops::{Progress, Rule, Terms, Turn},
+    error::{Error, Result},
+    metric::Metric,
     plan::{narrow_columns, shared_memory, FitNarrow, FitResident, Sort, SortWay},
-    problem::{in_pieces, Rows},
+    request::{Progress, Rule, Terms, Turn},
+    rows::{in_pieces, Rows},
     tiles::{
         LEFT_BLOCKS, LEFT_COLUMNS, LEFT_THREADS, MEDIAN_COLUMNS, SCAN_THREADS, SORT_ITEMS, SORT_ITEMS_MANY,
         SORT_THREADS, SUM_CLUSTER, SUM_ROWS, SUM_ROWS_LEAST, SUM_THREADS, SUM_WARPS, SUM_WARPS_LEAST, TEAM_THREADS,
         THREADS,
     },
-    Error, Metric, Result,
 };
 use candle_core::{
     cuda_backend::{
@@ -22,7 +27,6 @@ use candle_core::{
     },
     DType, Tensor,
 };
-use std::marker::PhantomData;
 
 /// `struct Digit` of `sort.cu`.
 #[repr(C)]
@@ -54,7 +58,7 @@ struct Sorting {
 
 impl Sorting {
     fn new(dev: &CudaDevice, [b, n, k]: [usize; 3], ascending: bool, scratch: &mut Layout) -> Result<Self> {
-        let shared = shared_memory(super::arch(dev)?).unwrap_or_default();
+        let shared = shared_memory(arch(dev)?).unwrap_or_default();
         let plan = Sort::new([b, n, k], ascending, shared);
         let (whole, several) = (plan.way == SortWay::Whole, plan.passes > 1);
         Ok(Self {
@@ -138,7 +142,7 @@ pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
     let input = input.view::<u32>()?;
     // Held until the launches are queued: it orders them with what other streams do to the labels.
     let (address, _order) = input.device_ptr(&stream);
-    let labels = Part { address, of: PhantomData };
+    let labels = Part::at(address);
     write(&order, |order| {
         write(&offsets, |offsets| {
             let active = Active::of(None)?;
@@ -273,7 +277,7 @@ pub(crate) fn fit_on_chip(
 ) -> Result<bool> {
     const OP: &str = "fit_on_chip";
     let dev = device(&x.tensor)?;
-    let (arch, k, weighted) = (super::arch(dev)?, centroids.dim(1)?, terms.factor.is_some());
+    let (arch, k, weighted) = (arch(dev)?, centroids.dim(1)?, terms.factor.is_some());
     let sizes = [x.b, x.n, k, x.d];
     let narrow = FitNarrow::new(x.dtype(), metric, sizes, arch);
     let resident = FitResident::new(x.dtype(), metric, weighted, sizes, arch).filter(|_| in_pieces(&x.tensor, 8));

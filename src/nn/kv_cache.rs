@@ -2,11 +2,13 @@
 
 use super::parts::{check_like, check_scale, chosen_tokens, dims4_float, masked_fill, to_accumulate_dtype};
 use crate::{
-    functional,
-    ops::{self, Fence, Memory},
-    problem,
+    error::{Error, Result},
+    functional::{self, sort_by_cluster},
+    kmeans::{Init, KMeans},
+    memory::{Fence, Memory},
+    ops, problem,
+    request::Attention,
     select::empty,
-    sort_by_cluster, Error, Init, KMeans, Result,
 };
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::softmax_last_dim;
@@ -442,7 +444,7 @@ impl ClusteredKvCache {
         self.shown()?;
 
         if let (1, Some(c)) = (rows, clusters) {
-            let attention = ops::Attention {
+            let attention = Attention {
                 q: &q.reshape((b, q_heads, d))?.contiguous()?,
                 keys: &stored.keys,
                 values: &stored.values,

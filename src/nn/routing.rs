@@ -4,9 +4,13 @@ use super::parts::{
     check_like, check_scale, chosen_tokens, cumsum_last, dims4_float, masked_fill, ranking, to_accumulate_dtype,
 };
 use crate::{
+    error::{Error, Result},
     functional,
-    ops::{self, Fence, Groups, Memory, Routed, RoutedGroups},
-    Error, Init, KMeans, Metric, Result,
+    kmeans::{Init, KMeans},
+    memory::{Fence, Memory},
+    metric::Metric,
+    ops,
+    request::{Groups, Routed, RoutedGroups},
 };
 use candle_core::{DType, Tensor, D};
 use candle_nn::ops::softmax_last_dim;

@@ -5,13 +5,16 @@ use super::{
     Codebook,
 };
 use crate::{
-    functional,
+    error::{Error, Result},
+    functional::{self, quantize},
+    kmeans::KMeans,
+    memory::Fence,
+    metric::Metric,
     minibatch::{check_running, unit_vectors, RunningMeans},
-    ops::{self, Fence},
-    problem::{Problem, Rows, MAX_ROWS},
-    quantize,
+    ops,
+    problem::{Problem, MAX_ROWS},
     row_weights::{self, RowWeights},
-    Error, KMeans, Metric, Result,
+    rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};

@@ -1,53 +1,22 @@
 //! Where the centroids start.
 
 use crate::{
+    error::{Error, Result},
     host,
-    ops::{self, Memory},
-    problem::{Problem, Rows},
+    kmeans::{Init, OVERSAMPLING, ROUNDS},
+    memory::Memory,
+    metric::Metric,
+    ops,
+    problem::Problem,
     rng::Draw,
-    Error, Metric, Result,
+    rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
 use rand::{seq::index, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// How a fit chooses its first centroids.
-///
-/// A row that weighs nothing is chosen only where nothing else is left: one of weight 0, one that is not finite where that is not
-/// [checked](crate::KMeans::check_finite), and for [`Metric::Cosine`] one without a direction.
-#[derive(Clone, Debug, Default)]
-#[non_exhaustive]
-pub enum Init {
-    /// `k` different rows, uniformly, or with probability proportional to the sample weights, for which the host reads a number a
-    /// row.
-    #[default]
-    Random,
-    /// k-means++ (Arthur and Vassilvitskii 2007): each next row with probability proportional to its weight times its
-    /// distance to the nearest row already chosen. `k` passes over the data.
-    KMeansPlusPlus,
-    /// k-means|| (Bahmani et al. 2012): five rounds that each draw about `2k` rows, then weighted k-means++ among them.
-    /// Fewer passes than k-means++ for large `k`. The host reads a sum and a count of each round of each problem.
-    KMeansParallel,
-    /// Evenly spaced rows: row `i * n / k` for cluster `i`, whatever the weights (`n` being those that count). Neighbours in a
-    /// sequence are often alike, so that keys of a KV cache start well from these (RetroInfer, Chen et al. 2025), and nothing is
-    /// read or drawn.
-    Even,
-    /// These centroids, `(..batch, k, d)` or `(k, d)` for every problem: a warm start.
-    Given(Tensor),
-}
-
-/// Rounds of k-means||, and rows drawn in each as a multiple of `k`, as its authors recommend.
-const ROUNDS: u64 = 5;
-const OVERSAMPLING: f64 = 2.0;
-
 /// Steps that a draw takes.
 const DRAW_STEPS: usize = 20;
-
-/// Rows that k-means|| draws, at most but for luck: the count of a round is about Poisson's.
-pub(crate) fn drawn(k: u64) -> u64 {
-    let mean = ROUNDS as f64 * OVERSAMPLING * k as f64;
-    (mean + 8.0 * mean.sqrt()) as u64 + 1
-}
 
 /// The first centroids, `(b, k, d)`, of an initialisation that looks at the data. `weights` are f64 `(b, n)`: what is not above 0
 /// weighs nothing, and below 0 it is chosen last.

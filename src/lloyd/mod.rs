@@ -1,15 +1,125 @@
 //! The one Lloyd loop, and the memory that it runs in.
 
 use crate::{
-    error::kept,
-    fit::refuse_non_finite,
-    host, init,
-    ops::{self, Fence, Memory, Progress, Rule, Terms, Turn},
-    problem::{self, Problem, Rows},
-    EmptyClusters, Error, Fit, Init, Iteration, KMeans, Metric, Result,
+    error::{kept, Error, Result},
+    fit::{refuse_non_finite, Fit},
+    host,
+    kmeans::{EmptyClusters, Init, Iteration, KMeans},
+    memory::{Fence, Memory},
+    metric::Metric,
+    ops,
+    plan::Plan,
+    problem::{self, Problem},
+    request::{Progress, Rule, Terms, Turn},
+    rows::Rows,
+    seeding,
 };
-use candle_core::{DType, Device, Tensor};
-use std::{fmt, ops::ControlFlow};
+use candle_core::{DType, Device, Shape, Tensor};
+use std::{fmt, ops::ControlFlow, path::Path};
+
+impl KMeans {
+    /// What a fit of `x` would run and how much memory it would take, without running it.
+    ///
+    /// # Errors
+    /// Refuses what [`fit`](Self::fit) refuses without looking at values.
+    pub fn plan(&self, x: &Tensor) -> Result<Plan> {
+        self.planned(x).map(|(_, plan)| plan)
+    }
+
+    fn planned(&self, x: &Tensor) -> Result<(Problem, Plan)> {
+        let p = Problem::fit(x, self.k, self.metric)?;
+        self.check(&p, x.device())?;
+        let plan = Plan::new(&p, x, self, ops::arch(x.device())?);
+        Ok((p, plan))
+    }
+
+    /// Clusters the rows of `x`, `(n, d)` or `(..batch, n, d)` in f16, bf16, f32 or f64, each problem of the batch on its own.
+    ///
+    /// # Errors
+    /// Refuses shapes, dtypes, devices and settings that do not fit together, before anything is allocated; non-finite values
+    /// (see [`check_finite`](Self::check_finite)), before the first iteration; and fails where the device does. See [`Error`].
+    pub fn fit(&self, x: &Tensor) -> Result<Fit> {
+        let (p, plan) = self.planned(x)?;
+        plan.announce();
+        let mut prepared = Prepared::new(self, p, x.device())?;
+        prepared.load(x)?;
+        let mut stopped = prepared.lloyd(0)?.is_break();
+        if self.n_init == 1 {
+            return prepared.into_fit();
+        }
+        let mut best = prepared.fit()?;
+        for run in 1..self.n_init {
+            if stopped {
+                break;
+            }
+            stopped = prepared.lloyd(run)?.is_break();
+            let other = prepared.fit()?;
+            // Any run is better than one of no cost that a number tells.
+            let unknown = best.inertia.ne(&best.inertia)?;
+            best = best.replaced_where(&other.inertia.lt(&best.inertia)?.maximum(&unknown)?, &other)?;
+        }
+        Ok(best)
+    }
+
+    /// A fit with its memory, for rows of one shape `(n, d)` or `(..batch, n, d)`: run it on new rows as often as you like, or
+    /// capture a run in a CUDA graph; see [`Prepared`]. Weights, lengths and given centroids are copied: what becomes of
+    /// them afterwards changes no run.
+    ///
+    /// # Errors
+    /// As [`fit`](Self::fit). Refuses `n_init` above 1, which keeps more than one result.
+    pub fn prepare(&self, shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Prepared> {
+        let p = Problem::of(shape.into().dims(), dtype, self.k, self.metric)?.fitting()?;
+        self.check(&p, device)?;
+        if self.n_init > 1 {
+            let with = "a prepared fit, which keeps one result".into();
+            return Err(Error::Conflict { argument: "n_init", got: self.n_init.to_string(), with });
+        }
+        Prepared::new(self, p, device)
+    }
+
+    /// The labels of [`fit`](Self::fit), u32 `(..batch, n)`.
+    ///
+    /// # Errors
+    /// As [`fit`](Self::fit).
+    pub fn fit_predict(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(self.fit(x)?.labels)
+    }
+
+    /// Reads what [`Fit::save`] wrote, onto `device`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file cannot be read, and [`Error::Format`] if it is not a saved fit or what it holds does not belong
+    /// together: shapes, dtypes, labels, counts and numbers are checked.
+    pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Fit> {
+        Fit::load(path.as_ref(), device)
+    }
+
+    /// Every refusal that takes no look at values.
+    pub(crate) fn check(&self, p: &Problem, device: &Device) -> Result<()> {
+        if self.n_init == 0 {
+            return Err(Error::Range { argument: "n_init", got: 0, min: 1, max: usize::MAX });
+        }
+        if !(self.tol >= 0.0 && self.tol.is_finite()) {
+            return Err(Error::Value { argument: "tol", got: self.tol, expected: "a finite number of at least 0" });
+        }
+        let alike = match self.init {
+            Init::Given(_) => Some("given centroids"),
+            Init::Even => Some("evenly spaced rows"),
+            _ => None,
+        };
+        if let (2.., Some(seeds)) = (self.n_init, alike) {
+            let with = format!("{seeds}, which start every run alike");
+            return Err(Error::Conflict { argument: "n_init", got: self.n_init.to_string(), with });
+        }
+        if let Some(weights) = &self.weights {
+            p.weights(weights, device)?;
+        }
+        if let Some(lengths) = &self.lengths {
+            p.lengths(lengths, device)?;
+        }
+        seeding::check(&self.init, p, device)
+    }
+}
 
 /// A fit with its memory, from [`KMeans::prepare`]: [`run`](Self::run) it on as many inputs of its shape as you like.
 ///
@@ -343,7 +453,7 @@ impl Prepared {
         let drawn = again.as_ref().or(self.drawn.as_ref());
         let (init, k, metric) = (&self.settings.init, self.p.k, self.p.metric);
         let start = match (init, drawn) {
-            (Init::Given(c), _) => init::given(c, x, k)?,
+            (Init::Given(c), _) => seeding::given(c, x, k)?,
             (_, Some(drawn)) => {
                 let weights = self.weights.as_ref().map(|w| &w.values);
                 // Other rows are as good as each other, unless they have weights that nothing was drawn by.
@@ -351,7 +461,7 @@ impl Prepared {
                 let usable = if any { drawn.clone() } else { ops::usable_seeds(x, weights, drawn, metric)? };
                 ops::gather(x, &usable)?
             }
-            _ => init::centroids(init, x, k, self.seed_weights(x)?.as_ref(), metric, seed)?,
+            _ => seeding::centroids(init, x, k, self.seed_weights(x)?.as_ref(), metric, seed)?,
         };
         ops::overwrite(&self.centroids, &start)
     }
@@ -379,7 +489,7 @@ impl Prepared {
 
     fn draw(&self, seed: u64) -> Result<Option<Tensor>> {
         let weighted = self.settings.weights.is_some();
-        init::draw(&self.settings.init, &self.p, |b| self.rows(b), weighted, seed, &self.device)
+        seeding::draw(&self.settings.init, &self.p, |b| self.rows(b), weighted, seed, &self.device)
     }
 
     /// The rows of problem `b` that count.

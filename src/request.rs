@@ -1,0 +1,116 @@
+//! What an op is asked: plain values.
+
+use candle_core::Tensor;
+
+/// How far the problems of a fit have come.
+pub(crate) struct Progress {
+    /// The iteration in which each problem converged, u32 `(b,)`; `u32::MAX` where it has not.
+    pub stop: Tensor,
+    /// The squared shift at which a problem has converged, f64 `(b,)`.
+    pub threshold: Tensor,
+    /// The problems that go on to the next even and to the next odd iteration, u32 `(2, b + 1)`: their number, then
+    /// themselves. CUDA's; on the CPU `stop` says enough.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub going: Tensor,
+}
+
+/// An iteration of a fit: what it does to problems that have converged before is nothing.
+#[derive(Clone, Copy)]
+pub(crate) struct Turn<'a> {
+    pub progress: &'a Progress,
+    pub iteration: usize,
+}
+
+/// What is added up over rows: their values, each times its factor.
+pub(crate) struct Terms {
+    /// f64 `(b, n)`.
+    pub factor: Option<Tensor>,
+    /// Bound on the magnitude of the terms, f64 `(b,)`.
+    pub largest: Tensor,
+    /// The first row that has a NaN or an infinity, u32 `(b,)`; `u32::MAX` for none.
+    pub first_bad: Tensor,
+    /// The largest factor, f64 `(b,)`, where factors are weights.
+    pub heaviest: Option<Tensor>,
+    /// Whether the host knows that there is no such row.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub finite: bool,
+}
+
+/// What becomes of the terms of a cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rule {
+    /// Their sum by the cluster's weight: by the sum of the factors, which have to be weights, or the number of rows.
+    Mean,
+    /// Their sum by its norm.
+    Direction,
+    /// Their sum.
+    Sum,
+    /// The smallest value of each column that at least half of the weight does not exceed. Factors are weights.
+    Median,
+}
+
+/// A cache of keys and values, its clusters, and how the queries of one token read it.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) struct Attention<'a> {
+    /// `(b, q_heads, d)`, of the keys' dtype, as all floats but the outcome's inside.
+    pub q: &'a Tensor,
+    /// `(b, heads, room, d)`, of which the first `tokens` are there.
+    pub keys: &'a Tensor,
+    pub values: &'a Tensor,
+    pub tokens: usize,
+    /// Tokens before the clustered ones.
+    pub sinks: usize,
+    /// u32 `(b, heads, clustered)`, counted from the first clustered token, and u32 `(b, heads, k + 1)`.
+    pub order: &'a Tensor,
+    pub offsets: &'a Tensor,
+    /// `(b, heads, k, d)`.
+    pub mean_keys: &'a Tensor,
+    pub mean_values: &'a Tensor,
+    pub scale: f64,
+    /// Clustered tokens that are read, fewer than there are.
+    pub budget: usize,
+    /// Whether the query heads of a key head choose together.
+    pub shared: bool,
+    /// Whether clusters stand in for their tokens that are not read.
+    pub estimate: bool,
+}
+
+/// Queries, keys and values, and how the queries read them.
+pub(crate) struct Routed<'a> {
+    /// `(b, heads, m, d)`, of the keys' dtype.
+    pub q: &'a Tensor,
+    /// `(b, kv_heads, n, d)`: sinks, then the grouped tokens, then others, which are the last.
+    pub keys: &'a Tensor,
+    pub values: &'a Tensor,
+    pub sinks: usize,
+    pub groups: Option<&'a RoutedGroups>,
+    /// Whether the queries are those of the last `m` tokens, which see what comes up to themselves.
+    pub causal: bool,
+    pub scale: f64,
+    /// Of the grouped tokens those that have this share of the estimated attention, but at least and at most so many.
+    pub share: f64,
+    pub least: usize,
+    pub most: usize,
+    /// Whether the groups stand in for their tokens that are not read.
+    pub estimate: bool,
+}
+
+/// Rows in groups: u32 `(b, heads, n)` labels, the rows in the order of their groups, and `(b, heads, groups + 1)` where groups
+/// begin in that.
+pub(crate) struct Groups {
+    pub labels: Tensor,
+    pub order: Tensor,
+    pub offsets: Tensor,
+}
+
+/// The groups of queries and keys.
+pub(crate) struct RoutedGroups {
+    /// Counted from the first grouped token.
+    pub keys: Groups,
+    /// `(b, kv_heads, k, d)`.
+    pub mean_keys: Tensor,
+    pub mean_values: Tensor,
+    pub queries: Groups,
+    /// The queries that choose for each group, `(b, heads, any, d)`, and whose they are, if not those of the group.
+    pub choosers: Option<(Tensor, Groups)>,
+}
