@@ -7,7 +7,7 @@ use crate::{
     metric::Metric,
     ops,
     problem::{self, Problem},
-    request::{Rule, Terms},
+    request::{Rule, Terms, Update},
     rows::Rows,
 };
 use candle_core::{
@@ -103,7 +103,9 @@ fn reduce(x: &Tensor, labels: &Tensor, k: usize, rule: Rule) -> Result<Tensor> {
 /// The sums or means of clusters, `(b, k, d)`, by labels `(b, n)` that are known to be below `k`: nothing waits.
 fn reduce_known(rows: &Rows, labels: &Tensor, k: usize, rule: Rule) -> Result<Tensor> {
     let reduced = host::zeros("clusters", (rows.b, k, rows.d), rows.dtype(), rows.device())?;
-    ops::update(rows, &Terms::of(rows)?, Some(labels), rule, None, &reduced, &Memory::default())?;
+    let (terms, labels) = (Terms::of(rows)?, Some(labels));
+    let u = Update { x: rows, terms: &terms, labels, rule, turn: None, centroids: &reduced };
+    ops::update(&u, &Memory::default())?;
     Ok(reduced)
 }
 

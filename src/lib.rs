@@ -36,6 +36,7 @@
 //! ```
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod backend;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;

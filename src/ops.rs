@@ -1,39 +1,38 @@
-//! The primitives, one line each, and the only place that matches on the device.
+//! The primitives, and the only place that matches on the device.
 //!
-//! `cpu` and `cuda` export the same functions in the same order. All of them take checked arguments and return new
-//! tensors on the same device, or write to the fit's own, on the tensor's own stream.
+//! They take checked arguments and return new tensors on the same device, or write to the caller's own, on the tensor's own
+//! stream. `cpu` and `cuda` implement them ([`Backend`]).
 
+#[cfg(feature = "cuda")]
+use crate::cuda::Cuda;
 use crate::{
+    backend::Backend,
+    cpu::Cpu,
     error::{Error, Result},
     host,
     memory::Memory,
     metric::Metric,
     plan::Arch,
     problem,
-    request::{Attention, Progress, Routed, Rule, Terms, Turn},
+    request::{Assignment, Attention, OnChipFit, Pick, Routed, Rule, Terms, Update},
     rng::Draw,
     rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
 
-macro_rules! on_device {
-    ($device:expr, $stem:ident::$op:ident ( $($arg:expr),* )) => {
-        match $device {
-            Device::Cpu => crate::cpu::$stem::$op($($arg),*),
-            #[cfg(feature = "cuda")]
-            Device::Cuda(_) => crate::cuda::$stem::$op($($arg),*),
-            device => Err(Error::Unsupported { op: stringify!($op), device: format!("{:?}", device.location()) }),
-        }
-    };
+/// The back end of a device, which is asked for `op`.
+fn on(device: &Device, op: &'static str) -> Result<&'static dyn Backend> {
+    match device {
+        Device::Cpu => Ok(&Cpu),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => Ok(&Cuda),
+        device => Err(Error::Unsupported { op, device: format!("{:?}", device.location()) }),
+    }
 }
 
-/// What chooses kernels.
+/// What chooses kernels. (A device without a back end is refused by what would run there.)
 pub(crate) fn arch(device: &Device) -> Result<Arch> {
-    match device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(dev) => crate::cuda::device::arch(dev),
-        _ => Ok(Arch::Cpu),
-    }
+    on(device, "arch").map_or(Ok(Arch::Cpu), |backend| backend.arch(device))
 }
 
 /// Whether the host need not wait for what it reads from there.
@@ -43,15 +42,10 @@ pub(crate) fn reads_are_free(device: &Device) -> bool {
 
 /// Whether work that is queued now becomes part of a CUDA graph.
 pub(crate) fn capturing(device: &Device) -> Result<bool> {
-    match device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(dev) => crate::cuda::fence::capturing(&dev.cuda_stream()),
-        _ => Ok(false),
-    }
+    on(device, "capturing").map_or(Ok(false), |backend| backend.capturing(device))
 }
 
 /// Elements that Candle's kernels on a GPU count in 32 bits: with as many steps as they take beyond the last one.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 const COUNTED: usize = 1 << 31;
 
 /// Whether Candle's kernels reach all elements of `t`. On the CPU they do.
@@ -79,11 +73,11 @@ pub(crate) fn check_count(argument: &'static str, shape: Vec<usize>, device: &De
 
 /// The same elements side by side, however many they are.
 pub(crate) fn contiguous(t: &Tensor) -> Result<Tensor> {
-    match t.device() {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(_) if !t.is_contiguous() && !counted(t) => crate::cuda::assign::contiguous(t),
-        _ => Ok(t.contiguous()?),
-    }
+    let copy = match t.is_contiguous() || counted(t) {
+        true => None,
+        false => on(t.device(), "contiguous")?.contiguous(t)?,
+    };
+    Ok(copy.map_or_else(|| t.contiguous(), Ok)?)
 }
 
 /// The elements of `t` as tensors of one dimension that Candle's kernels reach the end of.
@@ -163,132 +157,97 @@ impl Terms {
 /// The rows `x`, `(..batch, n, d)`, where the kernel that assigns them to `k` centroids can read them: as they lie, or in
 /// `copy`, which the next rows of this shape go to as well.
 pub(crate) fn readable(x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Rows> {
-    on_device!(x.device(), assign::readable(x, k, metric, copy))
+    match on(x.device(), "readable")?.readable(x, k, metric, copy)? {
+        Some(rows) => Ok(rows),
+        None => Rows::new(x),
+    }
 }
 
 /// Exact labels, u32 `(b, n)`: the lowest index at the smallest [`Metric`] distance.
 pub(crate) fn labels(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    on_device!(x.device(), assign::labels(x, c, metric))
+    on(x.device(), "labels")?.labels(x, c, metric)
 }
 
-/// The same into `labels`.
-pub(crate) fn relabel(
-    x: &Rows,
-    c: &Rows,
-    metric: Metric,
-    turn: Option<Turn<'_>>,
-    labels: &Tensor,
-    memory: &Memory,
-) -> Result<()> {
-    on_device!(x.device(), assign::relabel(x, c, metric, turn, labels, memory))
+/// The same into `labels`; in a fit's turn, of the problems that have not converged before.
+pub(crate) fn relabel(a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()> {
+    on(a.x.device(), "relabel")?.relabel(a, labels, memory)
 }
 
 /// The distance of each row to the centroid of its label, f64 `(b, n)`.
 pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {
-    on_device!(x.device(), assign::distances(x, c, labels, metric))
+    on(x.device(), "distances")?.distances(x, c, labels, metric)
 }
 
 /// The distance of each row to every centroid, `(b, n, k)`, f64 for f64 rows and f32 otherwise.
 pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    on_device!(x.device(), assign::pairwise(x, c, metric))
+    on(x.device(), "pairwise")?.pairwise(x, c, metric)
 }
 
 /// Rows `index` (u32 `(b, m)`) of each problem: `(b, m, d)`.
 pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
-    on_device!(x.device(), assign::gather(x, index))
+    on(x.device(), "gather")?.gather(x, index)
 }
 
 /// `chosen` (different rows, u32 `(b, k)`) with others in place of those that cannot be seeds, tensor of its own: a row that is not
 /// finite, without weight (f64 `(b, n)`), or by cosine without direction, gives way to the next one after it that can be and is
 /// not chosen, from the first row on again after the last. It stays where there is none.
 pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor> {
-    on_device!(x.device(), assign::usable_seeds(x, weights, chosen, metric))
+    on(x.device(), "usable_seeds")?.usable_seeds(x, weights, chosen, metric)
 }
 
 /// The largest finite magnitude of each problem, f64 `(b,)`, and its first row with a NaN or an infinity, u32 `(b,)`
 /// (`u32::MAX`: none).
 pub(crate) fn scan(x: &Rows) -> Result<(Tensor, Tensor)> {
-    on_device!(x.device(), assign::scan(x))
+    on(x.device(), "scan")?.scan(x)
 }
 
 /// Euclidean norms, f64 `(b, n)`.
 pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
-    on_device!(x.device(), assign::norms(x))
+    on(x.device(), "norms")?.norms(x)
 }
 
 /// `min(nearest, distance to row newest[b])`, f64 `(b, n)`, never below 0; that row itself becomes -1 (taken), and rows
 /// that are -1 stay so.
 pub(crate) fn nearer(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
-    on_device!(x.device(), assign::nearer(x, nearest, newest, metric))
+    on(x.device(), "nearer")?.nearer(x, nearest, newest, metric)
 }
 
 /// The keys of an exponential race won with probability proportional to `weight * nearest`, f64 `(b, n)`.
 pub(crate) fn race(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
-    on_device!(nearest.device(), assign::race(nearest, weights, draw))
+    on(nearest.device(), "race")?.race(nearest, weights, draw)
 }
 
-/// Pick `i` of k-means++, to column `i` of `chosen` (u32 `(b, count)`): pick `i - 1` is folded into `nearest` (f64 `(b, n)`) as
-/// [`nearer`] does, and all rows race. At a `start` nothing is nearest yet, and the first pick is uniform.
-#[allow(clippy::too_many_arguments)]
-pub(crate) fn pick(
-    x: &Rows,
-    nearest: &Tensor,
-    weights: Option<&Tensor>,
-    chosen: &Tensor,
-    i: usize,
-    start: bool,
-    metric: Metric,
-    draw: Draw,
-    memory: &Memory,
-) -> Result<()> {
-    on_device!(x.device(), assign::pick(x, nearest, weights, chosen, i, start, metric, draw, memory))
+/// A pick of k-means++: the one before is folded into `nearest` as [`nearer`] does, and all rows race. At a `start` nothing is
+/// nearest yet, and the first pick is uniform.
+pub(crate) fn pick(p: &Pick<'_>, memory: &Memory) -> Result<()> {
+    on(p.x.device(), "pick")?.pick(p, memory)
 }
 
 /// The stable order of `labels` (u32 `(b, n)`, below `k`): positions u32 `(b, n)` and offsets u32 `(b, k + 1)`.
 pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
-    on_device!(labels.device(), update::order(labels, k))
+    on(labels.device(), "order")?.order(labels, k)
 }
 
-/// Replaces the rows of `centroids` `(b, k, d)` as `rule` says, but for clusters without weight. Without labels (u32
-/// `(b, n)`, below `k`) all rows are in one cluster. In a fit's turn it decides which problems have converged: no centroid has
-/// moved farther than the threshold, in squared Euclidean distance.
-pub(crate) fn update(
-    x: &Rows,
-    terms: &Terms,
-    labels: Option<&Tensor>,
-    rule: Rule,
-    turn: Option<Turn<'_>>,
-    centroids: &Tensor,
-    memory: &Memory,
-) -> Result<()> {
-    on_device!(x.device(), update::update(x, terms, labels, rule, turn, centroids, memory))
+/// Replaces the centroids as the rule says, but for clusters without weight. In a fit's turn it decides which problems have
+/// converged: no centroid has moved farther than the threshold, in squared Euclidean distance.
+pub(crate) fn update(u: &Update<'_>, memory: &Memory) -> Result<()> {
+    on(u.x.device(), "update")?.update(u, memory)
 }
 
 /// All iterations of a fit and its last labels at once (in one launch; on the CPU rows of one column, sorted), and whether this
 /// was a fit for that; if not, nothing has been done.
-#[allow(clippy::too_many_arguments)]
-pub(crate) fn fit_on_chip(
-    x: &Rows,
-    terms: &Terms,
-    metric: Metric,
-    rule: Rule,
-    progress: &Progress,
-    max_iters: usize,
-    centroids: &Tensor,
-    labels: &Tensor,
-    memory: &Memory,
-) -> Result<bool> {
-    on_device!(x.device(), update::fit_on_chip(x, terms, metric, rule, progress, max_iters, centroids, labels, memory))
+pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> {
+    on(fit.x.device(), "fit_on_chip")?.fit_on_chip(fit, memory)
 }
 
 /// What each query head takes from the cache, `(b, q_heads, d)`; nothing where there is no kernel for it.
 pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor>> {
-    on_device!(a.q.device(), attend::attend(a, memory))
+    on(a.q.device(), "attend")?.attend(a, memory)
 }
 
 /// What each query takes, `(b, heads, m, d)`; nothing where there is no kernel for it.
 pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
-    on_device!(r.q.device(), route::route(r, memory))
+    on(r.q.device(), "route")?.route(r, memory)
 }
 
 /// Rows in each cluster, u32 `(b, k)`.
@@ -305,7 +264,9 @@ pub(crate) fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
 pub(crate) fn cluster_sums(values: &Tensor, labels: Option<&Tensor>, k: usize) -> Result<Tensor> {
     let column = Rows::new(&values.unsqueeze(2)?)?;
     let sums = Tensor::zeros((column.b, k, 1), DType::F64, values.device())?;
-    update(&column, &Terms::of(&column)?, labels, Rule::Sum, None, &sums, &Memory::default())?;
+    let terms = Terms::of(&column)?;
+    let u = Update { x: &column, terms: &terms, labels, rule: Rule::Sum, turn: None, centroids: &sums };
+    update(&u, &Memory::default())?;
     Ok(sums.squeeze(2)?)
 }
 

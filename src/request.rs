@@ -1,5 +1,6 @@
 //! What an op is asked: plain values.
 
+use crate::{metric::Metric, rng::Draw, rows::Rows};
 use candle_core::Tensor;
 
 /// How far the problems of a fit have come.
@@ -47,6 +48,55 @@ pub(crate) enum Rule {
     Sum,
     /// The smallest value of each column that at least half of the weight does not exceed. Factors are weights.
     Median,
+}
+
+/// Rows `(b, n, d)`, and centroids that each is assigned to the nearest of.
+#[derive(Clone, Copy)]
+pub(crate) struct Assignment<'a> {
+    pub x: &'a Rows,
+    pub c: &'a Rows,
+    pub metric: Metric,
+    pub turn: Option<Turn<'a>>,
+}
+
+/// Rows of clusters, and the centroids `(b, k, d)` that they replace.
+pub(crate) struct Update<'a> {
+    pub x: &'a Rows,
+    pub terms: &'a Terms,
+    /// u32 `(b, n)`, below `k`; without labels all rows are in one cluster.
+    pub labels: Option<&'a Tensor>,
+    pub rule: Rule,
+    pub turn: Option<Turn<'a>>,
+    pub centroids: &'a Tensor,
+}
+
+/// All iterations of a fit, from the `centroids` `(b, k, d)` that are there, and its last `labels`, u32 `(b, n)`.
+pub(crate) struct OnChipFit<'a> {
+    pub x: &'a Rows,
+    pub terms: &'a Terms,
+    pub metric: Metric,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub rule: Rule,
+    pub progress: &'a Progress,
+    pub max_iters: usize,
+    pub centroids: &'a Tensor,
+    pub labels: &'a Tensor,
+}
+
+/// Pick `i` of k-means++, to column `i` of `chosen`.
+pub(crate) struct Pick<'a> {
+    pub x: &'a Rows,
+    /// The distance of each row to the nearest of those picked before, f64 `(b, n)`.
+    pub nearest: &'a Tensor,
+    /// f64 `(b, n)`.
+    pub weights: Option<&'a Tensor>,
+    /// u32 `(b, count)`.
+    pub chosen: &'a Tensor,
+    pub i: usize,
+    /// Whether nothing was picked before the first column.
+    pub start: bool,
+    pub metric: Metric,
+    pub draw: Draw,
 }
 
 /// A cache of keys and values, its clusters, and how the queries of one token read it.

@@ -12,7 +12,7 @@ use crate::{
     metric::Metric,
     ops,
     problem::Problem,
-    request::{Rule, Terms},
+    request::{Rule, Terms, Update},
     rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
@@ -78,7 +78,8 @@ impl RowWeights {
             }
         };
         let reduced = Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?;
-        ops::update(x, &terms, Some(labels), rule, None, &reduced, &Memory::default())?;
+        let u = Update { x, terms: &terms, labels: Some(labels), rule, turn: None, centroids: &reduced };
+        ops::update(&u, &Memory::default())?;
         let mut means = reduced.to_dtype(DType::F64)?;
         if rule == Rule::Sum {
             means = means.broadcast_div(&or_one(&weights)?.unsqueeze(2)?)?;

@@ -8,6 +8,7 @@ use crate::{
     metric::Metric,
     ops,
     problem::Problem,
+    request::Pick,
     rng::Draw,
     rows::Rows,
 };
@@ -123,7 +124,8 @@ fn pick(
     let memory = Memory::default();
     for i in 0..count {
         let draw = Draw { round: first.round + i as u64, ..first };
-        ops::pick(x, nearest, weights, &chosen, i, first.round == 0, metric, draw, &memory)?;
+        let start = first.round == 0;
+        ops::pick(&Pick { x, nearest, weights, chosen: &chosen, i, start, metric, draw }, &memory)?;
     }
     Ok(chosen)
 }

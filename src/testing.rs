@@ -1,7 +1,7 @@
 //! For the tests and the tuning of this crate; not part of its interface.
 
 #[cfg(feature = "cuda")]
-pub use crate::cuda::{assign::product_step, kernel::limit_blocks_at_once, memory::fail_allocation};
+pub use crate::cuda::{assign::tensor_core::product_step, kernel::limit_blocks_at_once, memory::fail_allocation};
 pub use crate::plan::force;
 use crate::{
     error::Result,
@@ -9,7 +9,7 @@ use crate::{
     metric::Metric,
     ops,
     plan::{Arch, Assign},
-    request::{Rule, Terms},
+    request::{self, Rule, Terms},
     rows::Rows,
 };
 use candle_core::{Device, Tensor};
@@ -33,7 +33,10 @@ impl Update {
     /// The means `(b, k, d)`, which the next call overwrites.
     pub fn run(&self, labels: &Tensor) -> Result<Tensor> {
         let Self { x, terms, centroids, memory } = self;
-        ops::update(x, terms, Some(labels), Rule::Mean, None, centroids, memory)?;
+        ops::update(
+            &request::Update { x, terms, labels: Some(labels), rule: Rule::Mean, turn: None, centroids },
+            memory,
+        )?;
         Ok(centroids.clone())
     }
 }

@@ -1,56 +1,23 @@
 //! Sort-Inverse Update: labels sorted, clusters summed without an order to depend on.
 
 use super::{
-    assign::{finished, tensor},
-    filter::Scalar,
-    line, lock, read_and_write, typed, write, Element, View,
+    median::median,
+    scalar::Scalar,
+    sort::order,
+    tensors::{finished, lock, read_and_write, typed, write, Element, View},
 };
 use crate::{
     error::{Error, Result},
     fixed::{self, Exact, Scaled},
     host,
-    memory::Memory,
-    metric::Metric,
-    request::{Progress, Rule, Terms, Turn},
-    rows::Rows,
+    request::{Rule, Turn, Update},
     tiles::CPU_SUM_ROWS,
 };
-use candle_core::Tensor;
 use pulp::NullaryFnOnce;
 use std::ops::Range;
 
-pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
-    let (b, n) = labels.dims2()?;
-    let [labels] = lock([labels]);
-    let labels = labels.flat::<u32>()?;
-    let (mut order, mut offsets) = (host::filled("sort", b * n, 0u32)?, host::filled("sort", b * (k + 1), 0u32)?);
-    if n > 0 {
-        let problems = order.chunks_mut(n).zip(offsets.chunks_mut(k + 1)).zip(labels.chunks(n)).collect();
-        type Sorting<'a> = ((&'a mut [u32], &'a mut [u32]), &'a [u32]);
-        let sort = |_: &mut (), ((order, offsets), labels): Sorting<'_>| {
-            labels.iter().for_each(|&l| offsets[l as usize + 1] += 1);
-            (0..k).for_each(|j| offsets[j + 1] += offsets[j]);
-            let mut next = offsets[..k].to_vec();
-            for (i, &l) in labels.iter().enumerate() {
-                order[next[l as usize] as usize] = i as u32;
-                next[l as usize] += 1;
-            }
-            Ok(())
-        };
-        host::for_each(problems, 4 * n + k, || (), sort)?;
-    }
-    Ok((tensor(order, (b, n))?, tensor(offsets, (b, k + 1))?))
-}
-
-pub(crate) fn update(
-    x: &Rows,
-    terms: &Terms,
-    labels: Option<&Tensor>,
-    rule: Rule,
-    turn: Option<Turn<'_>>,
-    centroids: &Tensor,
-    _: &Memory,
-) -> Result<()> {
+pub(crate) fn update(u: &Update<'_>) -> Result<()> {
+    let &Update { x, terms, labels, rule, turn, centroids } = u;
     let (b, k, d) = centroids.dims3()?;
     let sorted = labels.map(|labels| order(labels, k)).transpose()?;
     typed!(x.dtype(), T => {
@@ -93,25 +60,6 @@ pub(crate) fn update(
             }
         })
     })
-}
-
-/// Rows of one column are worth it.
-#[allow(clippy::too_many_arguments)]
-pub(crate) fn fit_on_chip(
-    x: &Rows,
-    terms: &Terms,
-    metric: Metric,
-    _: Rule,
-    progress: &Progress,
-    max_iters: usize,
-    centroids: &Tensor,
-    labels: &Tensor,
-    _: &Memory,
-) -> Result<bool> {
-    if x.d != 1 || metric != Metric::SquaredEuclidean {
-        return Ok(false);
-    }
-    line::fit(x, terms, progress, max_iters, centroids, labels)
 }
 
 /// Rows in label order (or, without one, all in one cluster as they lie), and what bounds their terms.
@@ -359,32 +307,4 @@ fn prefetch<T>(row: &[T]) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = row;
-}
-
-/// The smallest value that at least half of the weight does not exceed, of at least one value. Weights, if there is a scale,
-/// are positive; without one they are equal.
-fn median(column: &mut [(f64, f64)], scale: Option<i32>) -> f64 {
-    let by_value = |a: &(f64, f64), b: &(f64, f64)| a.0.total_cmp(&b.0);
-    let Some(scale) = scale else {
-        let middle = (column.len() - 1) / 2;
-        return column.select_nth_unstable_by(middle, by_value).1 .0;
-    };
-    column.sort_unstable_by(by_value);
-    let whole: Option<Vec<i128>> = column.iter().map(|&(_, weight)| fixed::quantise(weight, scale)).collect();
-    let reached = match whole {
-        Some(whole) => {
-            let total: i128 = whole.iter().sum();
-            whole.iter().scan(0, |below, w| Some((*below += w, 2 * *below >= total).1)).position(|reached| reached)
-        }
-        None => {
-            // Twice what is below, less the total.
-            let mut left = Exact::ZERO;
-            column.iter().for_each(|&(_, weight)| left.add(-weight));
-            column.iter().position(|&(_, weight)| {
-                (0..2).for_each(|_| left.add(weight));
-                !left.is_negative()
-            })
-        }
-    };
-    column[reached.expect("all of the weight is at least half")].0
 }

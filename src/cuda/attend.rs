@@ -5,7 +5,8 @@ use super::{
     kernel::{Kernel, WARP},
     memory::{alloc, elements, Layout},
     module::Image,
-    tensors::{read, tensor, typed, Element, Part},
+    params::Cache,
+    tensors::{read, tensor, typed, Element},
 };
 use crate::{
     error::Result,
@@ -16,44 +17,9 @@ use crate::{
     tiles::{ATTEND_BLOCKS, ATTEND_HEADS, ATTEND_THREADS},
 };
 use candle_core::{
-    cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr},
+    cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut},
     DType, Tensor,
 };
-
-/// `struct Cache` of `attend.cu`.
-#[repr(C)]
-struct Cache {
-    q: u64,
-    keys: u64,
-    values: u64,
-    mean_keys: u64,
-    mean_values: u64,
-    order: u64,
-    offsets: u64,
-    out: u64,
-    scores: Part<f32>,
-    of_means: Part<[f32; 2]>,
-    partial: Part<f32>,
-    head_stride: i64,
-    units: i32,
-    group: i32,
-    sinks: i32,
-    clustered: i32,
-    tokens: i32,
-    k: i32,
-    width: i32,
-    budget: i32,
-    blocks: i32,
-    clusters: i32,
-    rows: i32,
-    first: i32,
-    last: i32,
-    estimate: i32,
-    scale: f32,
-}
-
-// SAFETY: addresses, integers and a float, laid out as in C.
-unsafe impl DeviceRepr for Cache {}
 
 const WARPS: usize = ATTEND_THREADS / WARP;
 /// Stages of the kernel, before each of which the blocks of a unit wait for each other.

@@ -1,7 +1,10 @@
 //! A launch: plain, cooperative, or in clusters of thread blocks.
 
 use super::module::{loaded, Image, FREE_SHARED};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    tiles::THREADS,
+};
 use candle_core::cuda_backend::{
     cudarc::driver::{
         sys::{
@@ -20,6 +23,11 @@ use std::{
 
 /// Lanes of a warp.
 pub(super) const WARP: usize = 32;
+
+/// Blocks that have a warp for each of `count`.
+pub(super) fn warps(count: usize) -> usize {
+    count.div_ceil(THREADS / WARP)
+}
 
 /// A kernel, ready to launch on a device's stream.
 pub(super) struct Kernel {

@@ -4,14 +4,113 @@
 //! [`kernel::Kernel`]. Threads take over from each other by [`fence`].
 
 pub(crate) mod assign;
-pub(crate) mod attend;
-pub(crate) mod device;
+mod attend;
+mod device;
 pub(crate) mod fence;
 pub(crate) mod kernel;
 pub(crate) mod memory;
 mod module;
 mod params;
-pub(crate) mod route;
+mod route;
+mod rows;
+mod seed;
 mod select;
 mod tensors;
-pub(crate) mod update;
+mod update;
+
+use crate::{
+    backend::Backend,
+    error::Result,
+    memory::Memory,
+    metric::Metric,
+    plan::Arch,
+    request::{Assignment, Attention, OnChipFit, Pick, Routed, Update},
+    rng::Draw,
+    rows::Rows,
+};
+use candle_core::{Device, Tensor};
+
+/// An NVIDIA GPU.
+pub(crate) struct Cuda;
+
+impl Backend for Cuda {
+    fn arch(&self, device: &Device) -> Result<Arch> {
+        device::arch(device.as_cuda_device()?)
+    }
+
+    fn capturing(&self, device: &Device) -> Result<bool> {
+        fence::capturing(&device.as_cuda_device()?.cuda_stream())
+    }
+
+    fn contiguous(&self, t: &Tensor) -> Result<Option<Tensor>> {
+        rows::contiguous(t).map(Some)
+    }
+
+    fn readable(&self, x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Option<Rows>> {
+        assign::readable(x, k, metric, copy).map(Some)
+    }
+
+    fn labels(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+        assign::labels(x, c, metric)
+    }
+
+    fn relabel(&self, a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()> {
+        assign::relabel(a, labels, memory)
+    }
+
+    fn distances(&self, x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {
+        rows::distances(x, c, labels, metric)
+    }
+
+    fn pairwise(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+        rows::pairwise(x, c, metric)
+    }
+
+    fn gather(&self, x: &Rows, index: &Tensor) -> Result<Tensor> {
+        rows::gather(x, index)
+    }
+
+    fn scan(&self, x: &Rows) -> Result<(Tensor, Tensor)> {
+        rows::scan(x)
+    }
+
+    fn norms(&self, x: &Rows) -> Result<Tensor> {
+        rows::norms(x)
+    }
+
+    fn usable_seeds(&self, x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor> {
+        seed::usable_seeds(x, weights, chosen, metric)
+    }
+
+    fn nearer(&self, x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
+        seed::nearer(x, nearest, newest, metric)
+    }
+
+    fn race(&self, nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
+        seed::race(nearest, weights, draw)
+    }
+
+    fn pick(&self, p: &Pick<'_>, memory: &Memory) -> Result<()> {
+        seed::pick(p, memory)
+    }
+
+    fn order(&self, labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
+        update::order(labels, k)
+    }
+
+    fn update(&self, u: &Update<'_>, memory: &Memory) -> Result<()> {
+        update::update(u, memory)
+    }
+
+    fn fit_on_chip(&self, fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> {
+        update::fit_on_chip(fit, memory)
+    }
+
+    fn attend(&self, a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor>> {
+        attend::attend(a, memory)
+    }
+
+    fn route(&self, r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
+        route::route(r, memory)
+    }
+}

@@ -2,11 +2,11 @@
 
 use super::tensors::{own, Part};
 use crate::{
-    error::Result,
+    error::{Error, Result},
     request::{Progress, Turn},
     rows::Rows,
 };
-use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+use candle_core::{cuda_backend::cudarc::driver::DeviceRepr, Tensor};
 
 /// `struct Rows` of `kernels/common.cuh`.
 #[repr(C)]
@@ -20,6 +20,7 @@ pub(super) struct Shape5 {
 
 // SAFETY: plain integers, laid out as in C.
 unsafe impl DeviceRepr for Shape5 {}
+const _: () = assert!(size_of::<Shape5>() == 40);
 
 pub(super) fn shape(r: &Rows) -> Shape5 {
     let (batch_stride, row_stride) = (r.batch_stride as i64, r.row_stride as i64);
@@ -37,6 +38,7 @@ pub(super) struct Active {
 
 // SAFETY: two pointers and an integer, laid out as in C.
 unsafe impl DeviceRepr for Active {}
+const _: () = assert!(size_of::<Active>() == 24);
 
 impl Active {
     /// What a turn has to do, which is everything outside a fit and in its first iteration.
@@ -64,3 +66,120 @@ pub(super) fn going(progress: &Progress, iteration: usize) -> Result<Part<u32>> 
     let b = progress.stop.dims1()?;
     Ok(own::<u32>(&progress.going)?.from(iteration % 2 * (b + 1)))
 }
+
+/// Centroids that all problems share as those of one.
+pub(super) fn one_copy(c: &Rows) -> Rows {
+    Rows { b: if c.batch_stride == 0 { c.b.min(1) } else { c.b }, ..c.clone() }
+}
+
+/// `pub(super) struct Strided` of `norms.cu`.
+#[repr(C)]
+pub(super) struct Strided {
+    sizes: [i64; 8],
+    strides: [i64; 8],
+    rank: i64,
+}
+
+// SAFETY: integers, laid out as in C.
+unsafe impl DeviceRepr for Strided {}
+const _: () = assert!(size_of::<Strided>() == 136);
+
+impl Strided {
+    /// The last dimension, then the others from the innermost one on, those that step over the whole of the one inside with it.
+    pub(super) fn of(t: &Tensor) -> Result<Self> {
+        let dims = t.dims().iter().zip(t.stride()).map(|(&size, &stride)| (size as i64, stride as i64)).rev();
+        let mut folded: Vec<(i64, i64)> = vec![];
+        for (_, (size, stride)) in dims.enumerate().filter(|&(i, (size, _))| i == 0 || size != 1) {
+            // The last dimension stays alone: its rows are widened.
+            let outer = folded.len() > 1;
+            match folded.last_mut() {
+                Some((inner, step)) if outer && stride == *inner * *step => *inner *= size,
+                _ => folded.push((size, stride)),
+            }
+        }
+        let mut strided = Self { sizes: [1; 8], strides: [0; 8], rank: folded.len() as i64 };
+        if folded.len() > strided.sizes.len() {
+            let (got, limit) = (folded.len(), strided.sizes.len());
+            return Err(Error::TooLarge { argument: "dimensions of a copy", got, limit });
+        }
+        for (i, (size, stride)) in folded.into_iter().enumerate() {
+            (strided.sizes[i], strided.strides[i]) = (size, stride);
+        }
+        Ok(strided)
+    }
+}
+
+/// `struct Cache` of `attend.cu`.
+#[repr(C)]
+pub(super) struct Cache {
+    pub(super) q: u64,
+    pub(super) keys: u64,
+    pub(super) values: u64,
+    pub(super) mean_keys: u64,
+    pub(super) mean_values: u64,
+    pub(super) order: u64,
+    pub(super) offsets: u64,
+    pub(super) out: u64,
+    pub(super) scores: Part<f32>,
+    pub(super) of_means: Part<[f32; 2]>,
+    pub(super) partial: Part<f32>,
+    pub(super) head_stride: i64,
+    pub(super) units: i32,
+    pub(super) group: i32,
+    pub(super) sinks: i32,
+    pub(super) clustered: i32,
+    pub(super) tokens: i32,
+    pub(super) k: i32,
+    pub(super) width: i32,
+    pub(super) budget: i32,
+    pub(super) blocks: i32,
+    pub(super) clusters: i32,
+    pub(super) rows: i32,
+    pub(super) first: i32,
+    pub(super) last: i32,
+    pub(super) estimate: i32,
+    pub(super) scale: f32,
+}
+
+// SAFETY: addresses, integers and a float, laid out as in C.
+unsafe impl DeviceRepr for Cache {}
+const _: () = assert!(size_of::<Cache>() == 160);
+
+/// `struct Route` of `route.cu`.
+#[repr(C)]
+pub(super) struct Route {
+    pub(super) key_head: i64,
+    pub(super) key_row: i64,
+    pub(super) value_head: i64,
+    pub(super) value_row: i64,
+    pub(super) group: i64,
+    pub(super) queries: i64,
+    pub(super) units: i64,
+    pub(super) sinks: i64,
+    pub(super) clustered: i64,
+    pub(super) others: i64,
+    pub(super) k: i64,
+    pub(super) most: i64,
+    pub(super) means: i64,
+    pub(super) causal: i64,
+    pub(super) scale: f32,
+}
+
+// SAFETY: integers and a float, laid out as in C.
+unsafe impl DeviceRepr for Route {}
+const _: () = assert!(size_of::<Route>() == 120);
+
+/// `struct Choice` of `select.cu`.
+#[repr(C)]
+pub(super) struct Choice {
+    pub(super) units: i64,
+    pub(super) clustered: i64,
+    pub(super) k: i64,
+    pub(super) least: i64,
+    pub(super) most: i64,
+    pub(super) share: f32,
+}
+
+// SAFETY: integers and a float, laid out as in C.
+unsafe impl DeviceRepr for Choice {}
+const _: () = assert!(size_of::<Choice>() == 48);

@@ -10,10 +10,9 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    metric::Metric,
     plan::{narrow_columns, shared_memory, FitNarrow, FitResident, Sort, SortWay},
-    request::{Progress, Rule, Terms, Turn},
-    rows::{in_pieces, Rows},
+    request::{OnChipFit, Rule, Turn, Update},
+    rows::in_pieces,
     tiles::{
         LEFT_BLOCKS, LEFT_COLUMNS, LEFT_THREADS, MEDIAN_COLUMNS, SCAN_THREADS, SORT_ITEMS, SORT_ITEMS_MANY,
         SORT_THREADS, SUM_CLUSTER, SUM_ROWS, SUM_ROWS_LEAST, SUM_THREADS, SUM_WARPS, SUM_WARPS_LEAST, TEAM_THREADS,
@@ -207,21 +206,11 @@ impl Verdict {
     }
 }
 
-pub(crate) fn update(
-    x: &Rows,
-    terms: &Terms,
-    labels: Option<&Tensor>,
-    rule: Rule,
-    turn: Option<Turn<'_>>,
-    centroids: &Tensor,
-    memory: &Memory,
-) -> Result<()> {
-    if x.b == 0 || x.n == 0 {
+pub(crate) fn update(u: &Update<'_>, memory: &Memory) -> Result<()> {
+    if u.x.b == 0 || u.x.n == 0 {
         return Ok(());
     }
-    typed!(x.dtype(), T => write::<T>(centroids, |out| {
-        update_of::<T>(x, terms, labels, rule, turn, out, centroids.dim(1)?, memory)
-    }))
+    typed!(u.x.dtype(), T => write::<T>(u.centroids, |out| update_of::<T>(u, out, memory)))
 }
 
 /// `struct Terms` of `sums.cuh`.
@@ -263,19 +252,9 @@ struct Common {
 // SAFETY: pointers, laid out as in C.
 unsafe impl DeviceRepr for Common {}
 
-#[allow(clippy::too_many_arguments)]
-pub(crate) fn fit_on_chip(
-    x: &Rows,
-    terms: &Terms,
-    metric: Metric,
-    rule: Rule,
-    progress: &Progress,
-    max_iters: usize,
-    centroids: &Tensor,
-    labels: &Tensor,
-    memory: &Memory,
-) -> Result<bool> {
+pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> {
     const OP: &str = "fit_on_chip";
+    let &OnChipFit { x, terms, metric, rule, progress, max_iters, centroids, labels } = fit;
     let dev = device(&x.tensor)?;
     let (arch, k, weighted) = (arch(dev)?, centroids.dim(1)?, terms.factor.is_some());
     let sizes = [x.b, x.n, k, x.d];
@@ -369,18 +348,10 @@ fn divisor(rule: Rule) -> i32 {
     }
 }
 
-#[allow(clippy::too_many_arguments)]
-fn update_of<T: Element>(
-    x: &Rows,
-    terms: &Terms,
-    labels: Option<&Tensor>,
-    rule: Rule,
-    turn: Option<Turn<'_>>,
-    centroids: Part<T>,
-    k: usize,
-    memory: &Memory,
-) -> Result<()> {
+fn update_of<T: Element>(u: &Update<'_>, centroids: Part<T>, memory: &Memory) -> Result<()> {
     const OP: &str = "update";
+    let &Update { x, terms, labels, rule, turn, .. } = u;
+    let k = u.centroids.dim(1)?;
     let dev = device(&x.tensor)?;
     let (b, n, d) = (x.b, x.n, x.d);
     let (active, verdict) = (Active::of(turn)?, Verdict::of(turn)?);

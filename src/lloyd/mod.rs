@@ -10,7 +10,7 @@ use crate::{
     ops,
     plan::Plan,
     problem::{self, Problem},
-    request::{Progress, Rule, Terms, Turn},
+    request::{Assignment, OnChipFit, Progress, Rule, Terms, Turn, Update},
     rows::Rows,
     seeding,
 };
@@ -412,21 +412,24 @@ impl Prepared {
         let watched = relocates || self.settings.on_iteration.is_some();
         let (progress, terms) = (&self.progress, &data.terms);
         if !watched {
-            let (c, labels, memory) = (&self.centroids, &self.labels, &self.memory);
-            if ops::fit_on_chip(x, terms, metric, rule, progress, max_iters, c, labels, memory)? {
+            let (centroids, labels) = (&self.centroids, &self.labels);
+            let fit = OnChipFit { x, terms, metric, rule, progress, max_iters, centroids, labels };
+            if ops::fit_on_chip(&fit, &self.memory)? {
                 self.iterations = Some(max_iters);
                 return Ok(ControlFlow::Continue(()));
             }
         }
         let (mut flow, mut iterations) = (ControlFlow::Continue(()), max_iters);
-        ops::relabel(x, &centroids, metric, None, &self.labels, &self.memory)?;
+        let assign = |turn| ops::relabel(Assignment { x, c: &centroids, metric, turn }, &self.labels, &self.memory);
+        assign(None)?;
         for iteration in 1..=max_iters {
             let turn = Some(Turn { progress, iteration });
             if relocates {
                 self.relocate(x, &centroids)?;
             }
-            ops::update(x, terms, Some(&self.labels), rule, turn, &self.centroids, &self.memory)?;
-            ops::relabel(x, &centroids, metric, turn, &self.labels, &self.memory)?;
+            let (labels, centroids) = (Some(&self.labels), &self.centroids);
+            ops::update(&Update { x, terms, labels, rule, turn, centroids }, &self.memory)?;
+            assign(turn)?;
             let asked = asks && iteration % QUEUED == 0;
             if watched || asked || ops::reads_are_free(&self.device) {
                 let stop = self.progress.stop.to_vec1::<u32>()?;
@@ -533,7 +536,8 @@ impl Prepared {
             });
         }
         let mean = Tensor::zeros((x.b, 1, x.d), x.dtype(), x.device())?;
-        ops::update(x, terms, None, Rule::Mean, None, &mean, &Memory::default())?;
+        let u = Update { x, terms, labels: None, rule: Rule::Mean, turn: None, centroids: &mean };
+        ops::update(&u, &Memory::default())?;
         (terms.factor, terms.heaviest) = (None, None);
         let labels = Tensor::zeros((x.b, x.n), DType::U32, x.device())?;
         let distances = ops::distances(x, &Rows::new(&mean)?, &labels, Metric::SquaredEuclidean)?;

@@ -1,27 +1,23 @@
 //! A whole fit of rows of one column: sorted once, a cluster is a range of them, and its sum the difference of two prefix
 //! sums. A pass costs `k log n` instead of `k n`, and the results have the bits of any other fit.
 
-use super::{lock, read_and_write, typed, write, Element, View};
+use super::tensors::{lock, read_and_write, typed, write, Element, View};
 use crate::{
     error::{Error, Result},
     fixed::{self, Scaled},
     host,
     metric::Metric,
-    request::{Progress, Terms},
-    rows::Rows,
+    request::OnChipFit,
 };
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 
-/// Fits `x` `(b, n, 1)` by squared Euclidean distance, unless its values or their terms are too far apart or not numbers:
+/// Fits rows of one column by squared Euclidean distance, unless their values or their terms are too far apart or not numbers:
 /// whether it did.
-pub(super) fn fit(
-    x: &Rows,
-    terms: &Terms,
-    progress: &Progress,
-    max_iters: usize,
-    centroids: &Tensor,
-    labels: &Tensor,
-) -> Result<bool> {
+pub(super) fn fit(fit: &OnChipFit<'_>) -> Result<bool> {
+    let &OnChipFit { x, terms, metric, progress, max_iters, centroids, labels, .. } = fit;
+    if x.d != 1 || metric != Metric::SquaredEuclidean {
+        return Ok(false);
+    }
     // Of these nobody else has any.
     let [bad, largest, thresholds] = lock([&terms.first_bad, &terms.largest, &progress.threshold]);
     let heaviest = terms.heaviest.as_ref().map(|h| lock([h]));
