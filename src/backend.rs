@@ -7,7 +7,7 @@ use crate::{
     error::Result,
     memory::Memory,
     metric::Metric,
-    plan::Arch,
+    plan::arch::Arch,
     request::{Assignment, Attention, OnChipFit, Pick, Routed, Update},
     rng::Draw,
     rows::Rows,

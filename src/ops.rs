@@ -12,7 +12,7 @@ use crate::{
     host,
     memory::Memory,
     metric::Metric,
-    plan::Arch,
+    plan::arch::Arch,
     problem,
     request::{Assignment, Attention, OnChipFit, Pick, Routed, Rule, Terms, Update},
     rng::Draw,

@@ -2,13 +2,13 @@
 
 #[cfg(feature = "cuda")]
 pub use crate::cuda::{assign::tensor_core::product_step, kernel::limit_blocks_at_once, memory::fail_allocation};
-pub use crate::plan::force;
+pub use crate::plan::assign::force;
 use crate::{
     error::Result,
     memory::Memory,
     metric::Metric,
     ops,
-    plan::{Arch, Assign},
+    plan::{arch::Arch, assign::Assign},
     request::{self, Rule, Terms},
     rows::Rows,
 };

@@ -17,7 +17,7 @@ use crate::{
     error::Result,
     memory::Memory,
     metric::Metric,
-    plan::Arch,
+    plan::arch::Arch,
     request::{Assignment, OnChipFit, Pick, Update},
     rng::Draw,
     rows::Rows,

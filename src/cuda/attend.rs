@@ -11,7 +11,10 @@ use super::{
 use crate::{
     error::Result,
     memory::Memory,
-    plan::{forced, shared_memory, Arch},
+    plan::{
+        arch::{shared_memory, Arch},
+        assign::forced,
+    },
     request::Attention,
     rows::in_eights,
     tiles::{ATTEND_BLOCKS, ATTEND_HEADS, ATTEND_THREADS},

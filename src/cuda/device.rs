@@ -2,7 +2,7 @@
 
 use crate::{
     error::{Error, Result},
-    plan::Arch,
+    plan::arch::Arch,
 };
 use candle_core::{
     cuda_backend::{cudarc::driver::sys::CUdevice_attribute, CudaDevice, WrapErr},

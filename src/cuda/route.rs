@@ -12,7 +12,7 @@ use super::{
 use crate::{
     error::Result,
     memory::Memory,
-    plan::forced,
+    plan::assign::forced,
     problem::empty,
     request::Routed,
     rows::{in_eights, Rows},

@@ -3,7 +3,7 @@
 use super::{kernel::launch, params::Choice, tensors::Part};
 use crate::{
     error::Result,
-    plan::{shared_memory, Arch},
+    plan::arch::{shared_memory, Arch},
     tiles::{SELECT_MANY, SELECT_THREADS, SELECT_THREADS_MANY},
 };
 use candle_core::cuda_backend::{

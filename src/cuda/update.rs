@@ -10,7 +10,12 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    plan::{narrow_columns, shared_memory, FitNarrow, FitResident, Sort, SortWay},
+    plan::{
+        arch::shared_memory,
+        assign::narrow_columns,
+        on_chip::{FitNarrow, FitResident},
+        sort::{Sort, SortWay},
+    },
     request::{OnChipFit, Rule, Turn, Update},
     rows::in_pieces,
     tiles::{

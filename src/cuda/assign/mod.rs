@@ -15,7 +15,7 @@ use super::{
 use crate::{
     error::Result,
     metric::Metric,
-    plan::Assign,
+    plan::assign::Assign,
     request::Assignment,
     rows::{in_eights, Rows},
     tiles::THREADS,

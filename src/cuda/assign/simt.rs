@@ -1,16 +1,14 @@
 //! Labels on CUDA cores: `kernels/assign_simt.cu` and `kernels/assign_narrow.cu`.
 
 use crate::{
-    cuda::{
-        device::processors,
-        kernel::{launch, warps, WARP},
-        memory::{elements, Layout, Memory},
-        params::{one_copy, shape, Active},
-        tensors::{read, Element, Part},
-    },
+    cuda::device::processors,
+    cuda::kernel::{launch, warps, WARP},
+    cuda::memory::{elements, Layout, Memory},
+    cuda::params::{one_copy, shape, Active},
+    cuda::tensors::{read, Element, Part},
     error::Result,
     metric::Metric,
-    plan::{narrow_columns, narrow_shared},
+    plan::assign::{narrow_columns, narrow_shared},
     request::Assignment,
     tiles::{NARROW_BLOCKS, NARROW_THREADS, NARROW_TILE, RECHECK_BLOCKS, SIMT_ROWS, THREADS},
 };

@@ -2,16 +2,14 @@
 
 use super::tensor_core::{sweep_shared, Listed, Reach, Table, BOUNDS, HELD_SHARED, SM90_NAMES};
 use crate::{
-    cuda::{
-        device::processors,
-        kernel::{launch, warps, WARP},
-        memory::{elements, Layout, Memory},
-        params::{one_copy, shape, Active},
-        tensors::{read, Part, TensorMap},
-    },
+    cuda::device::processors,
+    cuda::kernel::{launch, warps, WARP},
+    cuda::memory::{elements, Layout, Memory},
+    cuda::params::{one_copy, shape, Active},
+    cuda::tensors::{read, Part, TensorMap},
     error::Result,
     metric::Metric,
-    plan::{sm90_shape, split_rows, Assign},
+    plan::assign::{sm90_shape, split_rows, Assign},
     request::Assignment,
     rows::Rows,
     tiles::{SM80_ROWS, SM90_CENTROIDS, SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS},

@@ -1,16 +1,14 @@
 //! Labels of halves on tensor cores: `kernels/assign_sm80.cu`, `kernels/assign_sm90.cu` and `kernels/recheck.cu`.
 
 use crate::{
-    cuda::{
-        device::{device, processors},
-        kernel::{launch, WARP},
-        memory::{alloc, elements, Layout, Memory, Place, Workspace},
-        params::{one_copy, shape, Active},
-        tensors::{read, tensor, typed, Element, Part, TensorMap},
-    },
+    cuda::device::{device, processors},
+    cuda::kernel::{launch, WARP},
+    cuda::memory::{alloc, elements, Layout, Memory, Place, Workspace},
+    cuda::params::{one_copy, shape, Active},
+    cuda::tensors::{read, tensor, typed, Element, Part, TensorMap},
     error::Result,
     metric::Metric,
-    plan::{sm90_shape, Assign},
+    plan::assign::{sm90_shape, Assign},
     request::Assignment,
     rows::Rows,
     tiles::{
