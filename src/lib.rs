@@ -73,7 +73,7 @@ pub use functional::{
     sort_by_cluster,
 };
 pub use kmeans::{EmptyClusters, Init, IntoControlFlow, Iteration, KMeans};
-pub use lloyd::Prepared;
+pub use lloyd::prepared::Prepared;
 pub use metric::Metric;
 pub use minibatch::{MiniBatch, Segments};
 pub use plan::Plan;
