@@ -54,12 +54,15 @@ pub mod nn;
 mod ops;
 mod plan;
 mod problem;
+mod ranking;
 mod request;
 mod rng;
 mod row_weights;
 mod rows;
+mod running_means;
 mod saved;
 mod seeding;
+mod segments;
 mod select;
 #[doc(hidden)]
 pub mod testing;
@@ -75,7 +78,8 @@ pub use functional::{
 pub use kmeans::{EmptyClusters, Init, IntoControlFlow, Iteration, KMeans};
 pub use lloyd::prepared::Prepared;
 pub use metric::Metric;
-pub use minibatch::{MiniBatch, Segments};
+pub use minibatch::MiniBatch;
 pub use plan::Plan;
 pub use problem::Problem;
+pub use segments::Segments;
 pub use select::{select_clusters, top_rows_per_centroid, Selection, Take};

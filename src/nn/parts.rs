@@ -3,7 +3,7 @@
 use crate::{
     error::{Error, Result},
     problem,
-    select::{cumsum, descending, without_nan},
+    ranking::{cumsum, descending, without_nan},
 };
 use candle_core::{DType, Tensor};
 

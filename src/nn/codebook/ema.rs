@@ -10,11 +10,11 @@ use crate::{
     kmeans::KMeans,
     memory::Fence,
     metric::Metric,
-    minibatch::{check_running, unit_vectors, RunningMeans},
     ops,
     problem::{Problem, MAX_ROWS},
     row_weights::{self, RowWeights},
     rows::Rows,
+    running_means::{check_running, unit_vectors, RunningMeans},
 };
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};

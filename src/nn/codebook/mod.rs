@@ -9,9 +9,9 @@ use crate::{
     functional::{self, assign, quantize},
     kmeans::KMeans,
     metric::Metric,
-    minibatch::check_centroids,
     problem::Problem,
     row_weights,
+    running_means::check_centroids,
 };
 use candle_core::{DType, Tensor};
 use codes::{check_u8, checked_codes, code_bits, empty, in_bytes, stored_bits};

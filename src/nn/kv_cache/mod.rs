@@ -1,17 +1,21 @@
 //! A key/value cache that is read by clusters of its keys.
 
-use super::parts::{check_like, check_scale, chosen_tokens, dims4_float, masked_fill, to_accumulate_dtype};
+mod budget;
+mod clusters;
+mod reference;
+
+use super::parts::{check_like, check_scale, dims4_float};
 use crate::{
     error::{Error, Result},
-    functional::{self, sort_by_cluster},
-    kmeans::{Init, KMeans},
     memory::{Fence, Memory},
     ops, problem,
     request::Attention,
     select::empty,
 };
-use candle_core::{DType, Device, Tensor};
-use candle_nn::ops::softmax_last_dim;
+pub use budget::KvBudget;
+use candle_core::{DType, Tensor};
+pub use clusters::KvClusters;
+use reference::{read_chosen, Choice};
 use std::{ops::Range, sync::Arc};
 
 /// Positions are computed in f32, which counts no further.
@@ -90,52 +94,6 @@ struct Stored {
     len: usize,
     /// One to each cache that has these tensors: who shares them does not write to them.
     shared: Arc<()>,
-}
-
-/// The clusters of a cache, segment by segment. Labels and offsets of a segment continue those before it.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct KvClusters {
-    /// u32 `(batch, kv_heads, m)`: the cluster of each of the `m` clustered tokens, the first of which follows the sinks.
-    pub labels: Tensor,
-    /// u32 `(batch, kv_heads, m)`: the clustered tokens, counted from the first of them, cluster by cluster.
-    pub order: Tensor,
-    /// u32 `(batch, kv_heads, k + 1)`: cluster `j` is `order[offsets[j]..offsets[j + 1]]`.
-    pub offsets: Tensor,
-    /// f32 `(batch, kv_heads, k)`: tokens in each cluster.
-    pub sizes: Tensor,
-    /// `(batch, kv_heads, k, d)` in the keys' dtype.
-    pub mean_keys: Tensor,
-    /// `(batch, kv_heads, k, d)`, by the same labels.
-    pub mean_values: Tensor,
-}
-
-/// What [`ClusteredKvCache::attend`] may read besides the sinks and the recent tokens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct KvBudget {
-    tokens: usize,
-    estimate: bool,
-    shared: bool,
-}
-
-impl KvBudget {
-    /// Each query head reads `tokens` clustered tokens of its own choice; all others are estimated.
-    pub fn new(tokens: usize) -> Self {
-        Self { tokens, estimate: true, shared: false }
-    }
-
-    /// Whether tokens that are not read are estimated by their clusters' means (default: yes), or left out.
-    pub fn estimate(mut self, estimate: bool) -> Self {
-        self.estimate = estimate;
-        self
-    }
-
-    /// Whether the query heads that share a key head choose together, by the sum of their softmaxes over the clusters
-    /// (default: no). It reads a group's share of the cache once.
-    pub fn shared(mut self, shared: bool) -> Self {
-        self.shared = shared;
-        self
-    }
 }
 
 impl ClusteredKvCache {
@@ -322,75 +280,6 @@ impl ClusteredKvCache {
         Ok(())
     }
 
-    /// Clusters the tokens between the last segment and the recent ones as a new segment, if they are enough for one, and
-    /// says whether it did. The clusters are k-means' from evenly spaced keys, by squared Euclidean distance. The host waits for
-    /// the search for non-finite keys and the check of the labels.
-    ///
-    /// # Errors
-    /// Refuses clusters of no tokens, and non-finite keys, by their token and the batch element among all heads: those have to
-    /// be taken back by [`truncate`](Self::truncate) or [`reset`](Self::reset). Fails as [`KMeans::fit`]. The cache is as
-    /// before then.
-    pub fn cluster(&mut self) -> Result<bool> {
-        Self::cluster_layers([self])
-    }
-
-    /// [`cluster`](Self::cluster) for many caches, the heads of all of them in one batched call. The result is that of one
-    /// call for each, to the bit.
-    ///
-    /// # Errors
-    /// As [`cluster`](Self::cluster). Refuses caches that differ in settings, shape, tokens, dtype or device.
-    pub fn cluster_layers<'a>(layers: impl IntoIterator<Item = &'a mut Self>) -> Result<bool> {
-        let mut layers: Vec<_> = layers.into_iter().collect();
-        let Some(first) = layers.first() else { return Ok(false) };
-        if first.settings.cluster_size == 0 {
-            return Err(Error::Range { argument: "cluster_size", got: 0, min: 1, max: MAX_TOKENS });
-        }
-        let waiting = first.waiting();
-        layers[1..].iter().try_for_each(|layer| first.check_alike(layer))?;
-        let none = first.stored.as_ref().is_none_or(|stored| stored.keys.elem_count() == 0);
-        if none || waiting.is_empty() || waiting.len() < first.settings.segment {
-            return Ok(false);
-        }
-        for layer in &layers {
-            layer.stored.as_ref().map_or(Ok(()), |s| layer.fence.write(s.keys.device()))?;
-        }
-        let (m, passes) = (waiting.len(), layers[0].settings.passes);
-        let k = m.div_ceil(layers[0].settings.cluster_size);
-        let keys = stacked(&layers, |s| &s.keys, &waiting)?;
-        // Evenly spaced keys, and not random ones: they do not depend on which layers are clustered together.
-        let settings = KMeans::new(k).init(Init::Even).max_iters(passes);
-        let mut fit = settings.prepare(keys.shape(), keys.dtype(), keys.device())?;
-        fit.run(&keys).map_err(|error| named_by_token(error, &waiting))?;
-        let labels = fit.labels();
-        Self::add_segment(&mut layers, &keys, labels, k)?;
-        Ok(true)
-    }
-
-    /// Takes given clusters for the tokens between the last segment and the recent ones: u32 `labels`
-    /// `(batch, kv_heads, tokens)` below `k`, from another method, or pages of neighbouring tokens. The host waits for the check
-    /// of the labels. Keys are not searched: one that is not finite counts as zeros in its cluster's mean.
-    ///
-    /// # Errors
-    /// Refuses labels of another shape, dtype or device, or not below `k`, more than 2^24 clusters, and fails where there is
-    /// nothing to group.
-    pub fn group(&mut self, labels: &Tensor, k: usize) -> Result<()> {
-        let waiting = self.waiting();
-        let Some(stored) = self.stored.as_ref().filter(|_| !waiting.is_empty()) else {
-            return Err(Error::Range { argument: "tokens to group", got: 0, min: 1, max: MAX_TOKENS });
-        };
-        if k > MAX_TOKENS {
-            return Err(Error::TooLarge { argument: "k", got: k, limit: MAX_TOKENS });
-        }
-        problem::check_device("labels", labels, stored.keys.device())?;
-        let expected = [&stored.keys.dims()[..2], &[waiting.len()]].concat();
-        if labels.dims() != expected {
-            return Err(Error::Shape { argument: "labels", got: labels.dims().to_vec(), expected });
-        }
-        self.fence.write(labels.device())?;
-        let keys = stored.keys.narrow(2, waiting.start, waiting.len())?;
-        Self::add_segment(&mut [self], &keys, labels, k)
-    }
-
     /// Attention of `q`, `(batch, heads, rows, d)`: the last `rows` tokens stored, each seeing those up to itself. Returns
     /// the same shape.
     ///
@@ -499,200 +388,6 @@ impl ClusteredKvCache {
         let start = self.clustered().end;
         start..self.current_seq_len().saturating_sub(self.settings.recent).max(start)
     }
-
-    fn check_alike(&self, other: &Self) -> Result<()> {
-        if self.settings != other.settings {
-            let (got, with) = (format!("{:?}", other.settings), format!("{:?}", self.settings));
-            return Err(Error::Conflict { argument: "layers", got, with });
-        }
-        for (what, size) in
-            [("tokens", Self::current_seq_len as fn(&Self) -> usize), ("clustered tokens", |c| c.clustered().len())]
-        {
-            if size(self) != size(other) {
-                return Err(Error::Size { argument: "layers", what, got: size(other), expected: size(self) });
-            }
-        }
-        if let (Some(a), Some(b)) = (&self.stored, &other.stored) {
-            let [batch, kv_heads, _, d] = dims4_float("layers", &a.keys)?;
-            check_like("layers", &b.keys.narrow(2, 0, b.len)?, &a.keys, [batch, kv_heads, a.len, d])?;
-        }
-        Ok(())
-    }
-
-    /// Adds a segment of the waiting tokens to each layer; `keys` and `labels` are stacked along the batch.
-    fn add_segment(layers: &mut [&mut Self], keys: &Tensor, labels: &Tensor, k: usize) -> Result<()> {
-        let values = stacked(layers, |s| &s.values, &layers[0].waiting())?;
-        // The one check of the labels, for which the host waits.
-        let (order, offsets) = sort_by_cluster(labels, k)?;
-        let [mean_keys, mean_values] =
-            [functional::known_means(keys, labels, k)?, functional::known_means(&values, labels, k)?];
-        let ends = offsets.to_dtype(DType::F32)?;
-        let sizes = (ends.narrow(2, 1, k)? - ends.narrow(2, 0, k)?)?;
-        let all = KvClusters { labels: labels.contiguous()?, order, offsets, sizes, mean_keys, mean_values };
-        let batch = labels.dims()[0] / layers.len();
-        let parts = (0..layers.len()).map(|i| {
-            let part = all.map(|t| Ok(t.narrow(0, i * batch, batch)?))?;
-            layers[i].clusters.as_ref().map_or(Ok(part.clone()), |before| before.followed_by(&part))
-        });
-        // All of them before any is kept, so that an error leaves the layers alike.
-        let parts = parts.collect::<Result<Vec<_>>>()?;
-        layers.iter_mut().zip(parts).for_each(|(layer, part)| layer.clusters = Some(part));
-        Ok(())
-    }
-}
-
-impl KvClusters {
-    fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
-        Ok(Self {
-            labels: f(&self.labels)?,
-            order: f(&self.order)?,
-            offsets: f(&self.offsets)?,
-            sizes: f(&self.sizes)?,
-            mean_keys: f(&self.mean_keys)?,
-            mean_values: f(&self.mean_values)?,
-        })
-    }
-
-    fn followed_by(&self, next: &Self) -> Result<Self> {
-        let (k, m) = (self.sizes.dims()[2], self.labels.dims()[2]);
-        let join = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 2);
-        let after = |t: &Tensor, by: usize| t.broadcast_add(&Tensor::new(by as u32, t.device())?);
-        let offsets = next.offsets.narrow(2, 1, next.sizes.dims()[2])?;
-        Ok(Self {
-            labels: join(&self.labels, &after(&next.labels, k)?)?,
-            order: join(&self.order, &after(&next.order, m)?)?,
-            offsets: join(&self.offsets, &after(&offsets, m)?)?,
-            sizes: join(&self.sizes, &next.sizes)?,
-            mean_keys: join(&self.mean_keys, &next.mean_keys)?,
-            mean_values: join(&self.mean_values, &next.mean_values)?,
-        })
-    }
-}
-
-/// What a block of queries reads of the clusters. `p` problems of `units` that choose alone, each for `n / units` queries.
-struct Choice {
-    /// u32 `(p, units, tokens)`: the clustered tokens that are read, counted from the first of them.
-    read: Option<Tensor>,
-    estimate: Option<Estimate>,
-}
-
-/// A token that stands for others.
-struct Estimate {
-    /// `(p, n, k)`, wide: the score of the mean key and the logarithm of the tokens it stands for.
-    scores: Tensor,
-    /// `(p, k, d)`
-    values: Tensor,
-}
-
-impl Choice {
-    /// For `queries` `(p, rows, group, d)`, scaled.
-    fn new(clusters: &KvClusters, queries: &Tensor, budget: &KvBudget) -> Result<Self> {
-        let (p, rows, group, _) = queries.dims4()?;
-        let flat = queries.flatten(1, 2)?;
-        let sizes = clusters.sizes.flatten(0, 1)?.contiguous()?;
-        let k = sizes.dims()[1];
-        let scores = to_accumulate_dtype(&flat.matmul(&clusters.mean_keys.flatten(0, 1)?.transpose(1, 2)?)?)?;
-        let empty = sizes.eq(0f32)?.unsqueeze(1)?;
-        let units = if budget.shared { rows } else { rows * group };
-        let sizes = sizes.unsqueeze(1)?.broadcast_as((p, units, k))?.contiguous()?;
-        let (mut read, mut left) = (None, sizes.clone());
-        if budget.tokens > 0 {
-            let mut rank = masked_fill(&empty, &scores, f64::NEG_INFINITY)?;
-            if budget.shared {
-                rank = softmax_last_dim(&rank)?.reshape((p, rows, group, k))?.sum(2)?;
-            }
-            let starts = clusters.offsets.narrow(2, 0, k)?.flatten(0, 1)?.to_dtype(DType::F32)?;
-            let tokens = Tensor::full(budget.tokens as f32, (p, units, 1), rank.device())?;
-            let (tokens, taken) = chosen_tokens(&rank, &sizes, &starts, &tokens, budget.tokens)?;
-            let order = clusters.order.flatten(0, 1)?.contiguous()?;
-            let tokens = tokens.reshape((p, units * budget.tokens))?;
-            read = Some(order.gather(&tokens, 1)?.reshape((p, units, budget.tokens))?);
-            left = (left - taken)?;
-        }
-        let estimate = if budget.estimate {
-            let left = left.to_dtype(scores.dtype())?.log()?.reshape((p, rows, units / rows, k))?;
-            let scores = scores.reshape((p, rows, group, k))?.broadcast_add(&left)?.flatten(1, 2)?;
-            Some(Estimate { scores, values: clusters.mean_values.flatten(0, 1)? })
-        } else {
-            None
-        };
-        Ok(Self { read, estimate })
-    }
-}
-
-/// Attention of `queries` `(p, rows, group, d)` to the `exact` tokens, of which row `i` sees those up to `last + i`, to the
-/// tokens of a choice, counted from `offset`, and to its estimates, in one softmax.
-fn read_chosen(
-    queries: &Tensor,
-    stored: &Stored,
-    exact: &[Range<usize>],
-    last: usize,
-    choice: Option<&Choice>,
-    offset: usize,
-) -> Result<Tensor> {
-    let (p, rows, group, d) = queries.dims4()?;
-    let (n, dtype) = (rows * group, queries.dtype());
-    let flat = queries.flatten(1, 2)?;
-    let (keys, values) = (stored.keys.flatten(0, 1)?, stored.values.flatten(0, 1)?);
-
-    let near = exact.iter().map(|r| Ok(flat.matmul(&keys.narrow(1, r.start, r.len())?.transpose(1, 2)?)?));
-    let near = to_accumulate_dtype(&Tensor::cat(&near.collect::<Result<Vec<_>>>()?, 2)?)?;
-    let width = near.dims()[2];
-    let mut scores = vec![match mask(exact, last, rows, group, near.device())? {
-        Some(mask) => near.broadcast_add(&mask.to_dtype(near.dtype())?)?,
-        None => near,
-    }];
-
-    let mut gathered = None;
-    if let Some(index) = choice.and_then(|c| c.read.as_ref()) {
-        let (_, units, tokens) = index.dims3()?;
-        let room = stored.keys.dims()[2];
-        let base: Vec<u32> = (0..p).map(|i| (i * room + offset) as u32).collect();
-        let base = Tensor::from_vec(base, (p, 1, 1), index.device())?;
-        let index = index.broadcast_add(&base)?.flatten_all()?;
-        let rows = |t: &Tensor| t.flatten(0, 1)?.index_select(&index, 0)?.reshape((p * units, tokens, d));
-        let of_unit = flat.reshape((p * units, n / units, d))?;
-        let chosen = of_unit.matmul(&rows(&keys)?.transpose(1, 2)?)?;
-        scores.push(to_accumulate_dtype(&chosen.reshape((p, n, tokens))?)?);
-        gathered = Some((rows(&values)?, units, tokens));
-    }
-    let estimate = choice.and_then(|c| c.estimate.as_ref());
-    scores.extend(estimate.map(|e| e.scores.clone()));
-
-    let weights = softmax_last_dim(&Tensor::cat(&scores, 2)?)?.to_dtype(dtype)?;
-    let mut at = 0;
-    let mut part = |width: usize| {
-        at += width;
-        weights.narrow(2, at - width, width)?.contiguous()
-    };
-    let near = part(width)?;
-    let mut start = 0;
-    let near = exact.iter().map(|r| {
-        start += r.len();
-        let weights = near.narrow(2, start - r.len(), r.len())?.contiguous()?;
-        Ok(weights.matmul(&values.narrow(1, r.start, r.len())?)?)
-    });
-    let mut output = near.collect::<Result<Vec<_>>>()?;
-    if let Some((values, units, tokens)) = gathered {
-        let weights = part(tokens)?.reshape((p * units, n / units, tokens))?;
-        output.push(weights.matmul(&values)?.reshape((p, n, d))?);
-    }
-    if let Some(estimate) = estimate {
-        output.push(part(estimate.scores.dims()[2])?.matmul(&estimate.values)?);
-    }
-    let output = output.into_iter().map(Ok).reduce(|a: candle_core::Result<_>, b| a? + b?);
-    Ok(output.expect("a query sees itself")?.reshape((p, rows, group, d))?)
-}
-
-/// f32 `(rows * group, tokens)`: minus infinity where an exact token comes after the row's own. `None` where none does.
-fn mask(exact: &[Range<usize>], last: usize, rows: usize, group: usize, device: &Device) -> Result<Option<Tensor>> {
-    if exact.iter().all(|r| r.end <= last + 1) {
-        return Ok(None);
-    }
-    let tokens: Vec<usize> = exact.iter().cloned().flatten().collect();
-    let of_row = |i: usize| tokens.iter().map(move |&t| if t > last + i / group { f32::NEG_INFINITY } else { 0.0 });
-    let mask: Vec<f32> = (0..rows * group).flat_map(of_row).collect();
-    Ok(Some(Tensor::from_vec(mask, (rows * group, tokens.len()), device)?))
 }
 
 /// Zeros `(batch, kv_heads, room, d)`, alike in dtype and device.
@@ -708,25 +403,5 @@ fn write_tokens(stored: &Tensor, tokens: Option<&Tensor>, at: usize) -> Result<(
     match tokens.filter(|tokens| tokens.elem_count() > 0) {
         Some(tokens) => Ok(stored.slice_set(&tokens.contiguous()?, 2, at)?),
         None => Ok(()),
-    }
-}
-
-/// Says which token of the cache is not finite, where a fit says which row.
-fn named_by_token(error: Error, waiting: &Range<usize>) -> Error {
-    match error {
-        Error::NonFinite { batch, row, .. } => Error::NonFinite { argument: "k", batch, row: waiting.start + row },
-        error => error,
-    }
-}
-
-/// The tokens `range` of all layers, stacked along the batch.
-fn stacked(layers: &[&mut ClusteredKvCache], pick: fn(&Stored) -> &Tensor, range: &Range<usize>) -> Result<Tensor> {
-    let of = |layer: &&mut ClusteredKvCache| {
-        let stored = layer.stored.as_ref().expect("tokens wait");
-        Ok(pick(stored).narrow(2, range.start, range.len())?)
-    };
-    match layers {
-        [layer] => Ok(of(layer)?.contiguous()?),
-        _ => Ok(Tensor::cat(&layers.iter().map(of).collect::<Result<Vec<_>>>()?, 0)?),
     }
 }
