@@ -10,11 +10,13 @@ pub(crate) mod fence;
 pub(crate) mod kernel;
 pub(crate) mod memory;
 mod module;
+mod on_chip;
 mod params;
 mod route;
 mod rows;
 mod seed;
 mod select;
+mod sort;
 mod tensors;
 mod update;
 
@@ -95,7 +97,7 @@ impl Backend for Cuda {
     }
 
     fn order(&self, labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
-        update::order(labels, k)
+        sort::order(labels, k)
     }
 
     fn update(&self, u: &Update<'_>, memory: &Memory) -> Result<()> {
@@ -103,7 +105,7 @@ impl Backend for Cuda {
     }
 
     fn fit_on_chip(&self, fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> {
-        update::fit_on_chip(fit, memory)
+        on_chip::fit_on_chip(fit, memory)
     }
 
     fn attend(&self, a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor>> {

@@ -3,7 +3,7 @@
 use super::tensors::{own, Part};
 use crate::{
     error::{Error, Result},
-    request::{Progress, Turn},
+    request::{Progress, Rule, Turn},
     rows::Rows,
 };
 use candle_core::{cuda_backend::cudarc::driver::DeviceRepr, Tensor};
@@ -183,3 +183,128 @@ pub(super) struct Choice {
 // SAFETY: integers and a float, laid out as in C.
 unsafe impl DeviceRepr for Choice {}
 const _: () = assert!(size_of::<Choice>() == 48);
+
+/// `struct Digit` of `sort.cu`.
+#[repr(C)]
+pub(super) struct Digit {
+    pub(super) labels: Part<u32>,
+    pub(super) before: Part<u32>,
+    pub(super) n: i64,
+    pub(super) k: i64,
+    pub(super) bins: i64,
+    pub(super) shift: u32,
+    pub(super) mask: u32,
+}
+
+// SAFETY: pointers and integers, laid out as in C.
+unsafe impl DeviceRepr for Digit {}
+const _: () = assert!(size_of::<Digit>() == 48);
+
+/// `struct Clusters` of `update.cu`.
+#[repr(C)]
+pub(super) struct Clusters {
+    pub(super) centroids: u64,
+    pub(super) slots: Part<[u64; 2]>,
+    pub(super) added: Part<u32>,
+    pub(super) finished: Part<u32>,
+    pub(super) odd: Part<u32>,
+    pub(super) odd_of: Part<u32>,
+    pub(super) odd_count: Part<u32>,
+    pub(super) odd_list: Part<u64>,
+    pub(super) shift: Part<f64>,
+    pub(super) k: i64,
+    pub(super) d: i64,
+    pub(super) divisor: i32,
+}
+
+// SAFETY: pointers and integers, laid out as in C.
+unsafe impl DeviceRepr for Clusters {}
+const _: () = assert!(size_of::<Clusters>() == 96);
+
+/// `struct Pieces` of `update.cu`.
+#[repr(C)]
+pub(super) struct Pieces {
+    pub(super) rows: u32,
+    pub(super) whole: u32,
+}
+
+// SAFETY: integers, laid out as in C.
+unsafe impl DeviceRepr for Pieces {}
+const _: () = assert!(size_of::<Pieces>() == 8);
+
+/// `struct Verdict` of `update.cu`.
+#[repr(C)]
+pub(super) struct Verdict {
+    pub(super) threshold: Part<f64>,
+    pub(super) stop: Part<u32>,
+    pub(super) list: Part<u32>,
+    pub(super) count: Part<u32>,
+    pub(super) iteration: i64,
+}
+
+// SAFETY: pointers and integers, laid out as in C.
+unsafe impl DeviceRepr for Verdict {}
+const _: () = assert!(size_of::<Verdict>() == 40);
+
+impl Verdict {
+    pub(super) fn of(turn: Option<Turn<'_>>) -> Result<Self> {
+        let Some(Turn { progress, iteration }) = turn else {
+            let (threshold, none) = (Part::NULL, Part::NULL);
+            return Ok(Self { threshold, stop: none, list: none, count: none, iteration: 0 });
+        };
+        let (threshold, stop) = (own(&progress.threshold)?, own(&progress.stop)?);
+        let count = going(progress, iteration + 1)?;
+        Ok(Self { threshold, stop, list: count.from(1), count, iteration: iteration as i64 })
+    }
+}
+
+/// `struct Terms` of `sums.cuh`.
+#[repr(C)]
+pub(super) struct TermsOnChip {
+    pub(super) factor: Part<f64>,
+    pub(super) largest: Part<f64>,
+    pub(super) heaviest: Part<f64>,
+    pub(super) first_bad: Part<u32>,
+}
+
+// SAFETY: pointers, laid out as in C.
+unsafe impl DeviceRepr for TermsOnChip {}
+const _: () = assert!(size_of::<TermsOnChip>() == 32);
+
+/// `struct Shares` of `fit_resident.cu`.
+#[repr(C)]
+pub(super) struct Shares {
+    pub(super) blocks: i32,
+    pub(super) rows: i32,
+    pub(super) padded: i32,
+}
+
+// SAFETY: integers, laid out as in C.
+unsafe impl DeviceRepr for Shares {}
+const _: () = assert!(size_of::<Shares>() == 12);
+
+/// `struct Common` of `fit_resident.cu`.
+#[repr(C)]
+pub(super) struct Common {
+    pub(super) limbs: Part<u64>,
+    pub(super) rest: Part<[u64; 2]>,
+    pub(super) weights: Part<[u64; 2]>,
+    pub(super) sizes: Part<u32>,
+    pub(super) shifts: Part<[f64; 2]>,
+    pub(super) arrived: Part<u32>,
+    pub(super) moved: Part<u16>,
+    pub(super) prepared: Part<[u64; 4]>,
+}
+
+// SAFETY: pointers, laid out as in C.
+unsafe impl DeviceRepr for Common {}
+const _: () = assert!(size_of::<Common>() == 64);
+
+/// `enum Divisor` of `sums.cuh`.
+pub(super) fn divisor(rule: Rule) -> i32 {
+    match rule {
+        Rule::Mean | Rule::Median => 0,
+        Rule::Direction => 1,
+        Rule::Sum => 2,
+    }
+}

@@ -3,6 +3,7 @@
 mod budget;
 mod clusters;
 mod reference;
+mod stored;
 
 use super::parts::{check_like, check_scale, dims4_float};
 use crate::{
@@ -17,6 +18,7 @@ use candle_core::{DType, Tensor};
 pub use clusters::KvClusters;
 use reference::{read_chosen, Choice};
 use std::{ops::Range, sync::Arc};
+use stored::{room_for, write_tokens, Stored};
 
 /// Positions are computed in f32, which counts no further.
 const MAX_TOKENS: usize = 1 << 24;
@@ -84,16 +86,6 @@ struct Settings {
     cluster_size: usize,
     segment: usize,
     passes: usize,
-}
-
-/// Keys and values `(batch, kv_heads, room, d)`, of which the first `len` tokens are there.
-#[derive(Clone, Debug)]
-struct Stored {
-    keys: Tensor,
-    values: Tensor,
-    len: usize,
-    /// One to each cache that has these tensors: who shares them does not write to them.
-    shared: Arc<()>,
 }
 
 impl ClusteredKvCache {
@@ -387,21 +379,5 @@ impl ClusteredKvCache {
     fn waiting(&self) -> Range<usize> {
         let start = self.clustered().end;
         start..self.current_seq_len().saturating_sub(self.settings.recent).max(start)
-    }
-}
-
-/// Zeros `(batch, kv_heads, room, d)`, alike in dtype and device.
-fn room_for(shape: [usize; 4], like: &Tensor) -> Result<Tensor> {
-    match shape.contains(&0) {
-        true => empty(&shape, like.dtype(), like.device()),
-        false => Ok(Tensor::zeros(&shape, like.dtype(), like.device())?),
-    }
-}
-
-/// Writes `tokens`, if there are any, from token `at` on.
-fn write_tokens(stored: &Tensor, tokens: Option<&Tensor>, at: usize) -> Result<()> {
-    match tokens.filter(|tokens| tokens.elem_count() > 0) {
-        Some(tokens) => Ok(stored.slice_set(&tokens.contiguous()?, 2, at)?),
-        None => Ok(()),
     }
 }
