@@ -8,7 +8,7 @@ use crate::{
     memory::Memory,
     metric::Metric,
     plan::arch::Arch,
-    request::{Assignment, Attention, OnChipFit, Pick, Routed, Update},
+    request::{Assignment, Attention, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
 };
@@ -30,21 +30,21 @@ pub(crate) trait Backend {
     }
 
     /// None where any rows can be read.
-    fn readable(&self, _: &Tensor, _k: usize, _: Metric, _copy: &mut Option<Tensor>) -> Result<Option<Rows>> {
+    fn pack_for_assign(&self, _: &Tensor, _k: usize, _: Metric, _copy: &mut Option<Tensor>) -> Result<Option<Rows>> {
         Ok(None)
     }
 
-    fn labels(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor>;
-    fn relabel(&self, a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()>;
+    fn assign(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor>;
+    fn assign_into(&self, a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()>;
     fn distances(&self, x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor>;
     fn pairwise(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor>;
     fn gather(&self, x: &Rows, index: &Tensor) -> Result<Tensor>;
-    fn scan(&self, x: &Rows) -> Result<(Tensor, Tensor)>;
+    fn max_abs_and_first_nonfinite(&self, x: &Rows) -> Result<(Tensor, Tensor)>;
     fn norms(&self, x: &Rows) -> Result<Tensor>;
     fn usable_seeds(&self, x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor>;
-    fn nearer(&self, x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor>;
-    fn race(&self, nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor>;
-    fn pick(&self, p: &Pick<'_>, memory: &Memory) -> Result<()>;
+    fn min_distance_with(&self, x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor>;
+    fn exponential_race_keys(&self, nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor>;
+    fn kmeanspp_step(&self, p: &KmeansppStep<'_>, memory: &Memory) -> Result<()>;
     fn order(&self, labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)>;
     fn update(&self, u: &Update<'_>, memory: &Memory) -> Result<()>;
 

@@ -24,7 +24,7 @@ use candle_core::{
 /// Refuses shapes, dtypes and devices that do not fit together.
 pub fn assign(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<Tensor> {
     let (p, x, c) = border(x, centroids, metric)?;
-    Ok(ops::labels(&x, &c, metric)?.reshape(p.shape(&[p.n]))?)
+    Ok(ops::assign(&x, &c, metric)?.reshape(p.shape(&[p.n]))?)
 }
 
 /// [`assign`], and the distance of each row to its centroid, f64 `(..batch, n)`, by the definition of [`Metric`].
@@ -33,7 +33,7 @@ pub fn assign(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<Tensor> 
 /// As [`assign`].
 pub fn assign_with_distances(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Tensor, Tensor)> {
     let (p, x, c) = border(x, centroids, metric)?;
-    let labels = ops::labels(&x, &c, metric)?;
+    let labels = ops::assign(&x, &c, metric)?;
     let distances = ops::distances(&x, &c, &labels, metric)?;
     Ok((labels.reshape(p.shape(&[p.n]))?, distances.reshape(p.shape(&[p.n]))?))
 }
@@ -192,7 +192,7 @@ pub fn residuals(x: &Tensor, centroids: &Tensor, labels: &Tensor) -> Result<Tens
 /// As [`assign`].
 pub fn quantize(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Tensor, Tensor)> {
     let (p, rows, c) = border(x, centroids, metric)?;
-    let labels = ops::labels(&rows, &c, metric)?;
+    let labels = ops::assign(&rows, &c, metric)?;
     let values = ops::gather(&c, &labels)?.reshape(x.shape())?;
     Ok((straight_through(x, values)?, labels.reshape(p.shape(&[p.n]))?))
 }
@@ -214,7 +214,7 @@ pub(crate) fn norms(x: &Tensor) -> Result<Tensor> {
 
 /// Whether all values of each problem of `x` `(..batch, n, d)` are finite, u8 `(..batch)`.
 pub(crate) fn finite(x: &Tensor) -> Result<Tensor> {
-    let (_, first_bad) = ops::scan(&Rows::new(&x.detach())?)?;
+    let (_, first_bad) = ops::max_abs_and_first_nonfinite(&Rows::new(&x.detach())?)?;
     Ok(first_bad.eq(u32::MAX)?.reshape(&x.dims()[..x.rank() - 2])?)
 }
 

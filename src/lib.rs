@@ -31,8 +31,8 @@
 //! them, it is up to the program to wait, by `Device::synchronize` on the thread that has computed them.
 //!
 //! ```text
-//! x (..batch, n, d) -> problem (checks) -> init -> loop { ops: update -> relabel } -> Fit
-//!                                                         cpu | cuda
+//! x (..batch, n, d) -> problem (checks) -> seeding -> loop { ops: update -> assign } -> Fit
+//!                                                            cpu | cuda
 //! ```
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

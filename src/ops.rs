@@ -14,7 +14,7 @@ use crate::{
     metric::Metric,
     plan::arch::Arch,
     problem,
-    request::{Assignment, Attention, OnChipFit, Pick, Routed, Rule, Terms, Update},
+    request::{Assignment, Attention, KmeansppStep, OnChipFit, Routed, Rule, Terms, Update},
     rng::Draw,
     rows::Rows,
 };
@@ -149,28 +149,28 @@ impl Rows {
 impl Terms {
     /// The rows themselves.
     pub fn of(x: &Rows) -> Result<Self> {
-        let (largest, first_bad) = scan(x)?;
+        let (largest, first_bad) = max_abs_and_first_nonfinite(x)?;
         Ok(Self { factor: None, largest, first_bad, heaviest: None, finite: false })
     }
 }
 
 /// The rows `x`, `(..batch, n, d)`, where the kernel that assigns them to `k` centroids can read them: as they lie, or in
 /// `copy`, which the next rows of this shape go to as well.
-pub(crate) fn readable(x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Rows> {
-    match on(x.device(), "readable")?.readable(x, k, metric, copy)? {
+pub(crate) fn pack_for_assign(x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Rows> {
+    match on(x.device(), "pack_for_assign")?.pack_for_assign(x, k, metric, copy)? {
         Some(rows) => Ok(rows),
         None => Rows::new(x),
     }
 }
 
 /// Exact labels, u32 `(b, n)`: the lowest index at the smallest [`Metric`] distance.
-pub(crate) fn labels(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    on(x.device(), "labels")?.labels(x, c, metric)
+pub(crate) fn assign(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+    on(x.device(), "assign")?.assign(x, c, metric)
 }
 
 /// The same into `labels`; in a fit's turn, of the problems that have not converged before.
-pub(crate) fn relabel(a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()> {
-    on(a.x.device(), "relabel")?.relabel(a, labels, memory)
+pub(crate) fn assign_into(a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()> {
+    on(a.x.device(), "assign_into")?.assign_into(a, labels, memory)
 }
 
 /// The distance of each row to the centroid of its label, f64 `(b, n)`.
@@ -197,8 +197,8 @@ pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, 
 
 /// The largest finite magnitude of each problem, f64 `(b,)`, and its first row with a NaN or an infinity, u32 `(b,)`
 /// (`u32::MAX`: none).
-pub(crate) fn scan(x: &Rows) -> Result<(Tensor, Tensor)> {
-    on(x.device(), "scan")?.scan(x)
+pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> {
+    on(x.device(), "max_abs_and_first_nonfinite")?.max_abs_and_first_nonfinite(x)
 }
 
 /// Euclidean norms, f64 `(b, n)`.
@@ -208,19 +208,19 @@ pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
 
 /// `min(nearest, distance to row newest[b])`, f64 `(b, n)`, never below 0; that row itself becomes -1 (taken), and rows
 /// that are -1 stay so.
-pub(crate) fn nearer(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
-    on(x.device(), "nearer")?.nearer(x, nearest, newest, metric)
+pub(crate) fn min_distance_with(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
+    on(x.device(), "min_distance_with")?.min_distance_with(x, nearest, newest, metric)
 }
 
 /// The keys of an exponential race won with probability proportional to `weight * nearest`, f64 `(b, n)`.
-pub(crate) fn race(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
-    on(nearest.device(), "race")?.race(nearest, weights, draw)
+pub(crate) fn exponential_race_keys(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
+    on(nearest.device(), "exponential_race_keys")?.exponential_race_keys(nearest, weights, draw)
 }
 
-/// A pick of k-means++: the one before is folded into `nearest` as [`nearer`] does, and all rows race. At a `start` nothing is
+/// A pick of k-means++: the one before is folded into `nearest` as [`min_distance_with`] does, and all rows race. At a `start` nothing is
 /// nearest yet, and the first pick is uniform.
-pub(crate) fn pick(p: &Pick<'_>, memory: &Memory) -> Result<()> {
-    on(p.x.device(), "pick")?.pick(p, memory)
+pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>, memory: &Memory) -> Result<()> {
+    on(p.x.device(), "kmeanspp_step")?.kmeanspp_step(p, memory)
 }
 
 /// The stable order of `labels` (u32 `(b, n)`, below `k`): positions u32 `(b, n)` and offsets u32 `(b, k + 1)`.

@@ -83,8 +83,8 @@ pub(crate) struct OnChipFit<'a> {
     pub labels: &'a Tensor,
 }
 
-/// Pick `i` of k-means++, to column `i` of `chosen`.
-pub(crate) struct Pick<'a> {
+/// KmeansppStep `i` of k-means++, to column `i` of `chosen`.
+pub(crate) struct KmeansppStep<'a> {
     pub x: &'a Rows,
     /// The distance of each row to the nearest of those picked before, f64 `(b, n)`.
     pub nearest: &'a Tensor,

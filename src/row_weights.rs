@@ -105,13 +105,14 @@ fn scan_rows(x: &Rows, norms: &Tensor) -> Result<(Tensor, Tensor)> {
         return Ok((norms.clone(), norms.lt(f64::INFINITY)?));
     }
     // Each row is a problem of its own.
-    let (largest, first_bad) = ops::scan(&Rows::new(&x.tensor.unsqueeze(x.tensor.rank() - 1)?)?)?;
+    let (largest, first_bad) =
+        ops::max_abs_and_first_nonfinite(&Rows::new(&x.tensor.unsqueeze(x.tensor.rank() - 1)?)?)?;
     Ok((largest.reshape((x.b, x.n))?, first_bad.ne(0u32)?.reshape((x.b, x.n))?))
 }
 
 /// The largest finite number of each row of f64 `(b, n)`, none of them negative: `(b,)`.
 fn largest(values: &Tensor) -> Result<Tensor> {
-    Ok(ops::scan(&Rows::new(&values.unsqueeze(2)?)?)?.0)
+    Ok(ops::max_abs_and_first_nonfinite(&Rows::new(&values.unsqueeze(2)?)?)?.0)
 }
 
 /// Where a number is positive and finite, u8.
@@ -158,7 +159,7 @@ pub(crate) fn check_fit(kmeans: &KMeans, dims: &[usize], dtype: DType, device: &
 pub(crate) fn fit(x: &Tensor, kmeans: &KMeans) -> Result<Fit> {
     let p = check_fit(kmeans, x.dims(), x.dtype(), x.device())?;
     if let Init::Given(centroids) = &kmeans.init {
-        refuse_non_finite("init", &ops::scan(&Rows::new(&centroids.detach())?)?.1)?;
+        refuse_non_finite("init", &ops::max_abs_and_first_nonfinite(&Rows::new(&centroids.detach())?)?.1)?;
     }
     let x = x.detach();
     let Some(counting) = counting(&x, &p, kmeans)? else { return kmeans.fit(&x) };

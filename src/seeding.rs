@@ -8,7 +8,7 @@ use crate::{
     metric::Metric,
     ops,
     problem::Problem,
-    request::Pick,
+    request::KmeansppStep,
     rng::Draw,
     rows::Rows,
 };
@@ -94,7 +94,7 @@ fn weighted(x: &Rows, k: usize, weights: Option<&Tensor>, seed: u64) -> Result<T
     let zeros = Tensor::zeros((x.b, x.n), DType::F64, x.device())?;
     let ones = ops::elementwise([&zeros], |[zeros]| zeros.affine(0.0, 1.0))?;
     drop(zeros);
-    let keys = ops::race(&ones, weights, Draw { seed, round: 0 })?.to_vec2::<f64>()?;
+    let keys = ops::exponential_race_keys(&ones, weights, Draw { seed, round: 0 })?.to_vec2::<f64>()?;
     let mut chosen = Vec::with_capacity(x.b * k);
     for keys in keys {
         let mut rows: Vec<u32> = (0..x.n as u32).collect();
@@ -125,7 +125,7 @@ fn pick(
     for i in 0..count {
         let draw = Draw { round: first.round + i as u64, ..first };
         let start = first.round == 0;
-        ops::pick(&Pick { x, nearest, weights, chosen: &chosen, i, start, metric, draw }, &memory)?;
+        ops::kmeanspp_step(&KmeansppStep { x, nearest, weights, chosen: &chosen, i, start, metric, draw }, &memory)?;
     }
     Ok(chosen)
 }
@@ -149,7 +149,8 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
     let (zero, taken) = (everywhere(0.0)?, everywhere(-1.0)?);
     let positive = |t: &Tensor| t.gt(0.0)?.where_cond(t, &zero);
     // A row that was drawn is at -1 from then on, whatever its distance to itself is rounded to.
-    let mut nearest = ops::nearer(x, &everywhere(f64::INFINITY)?.contiguous()?, &candidates.reshape(1)?, metric)?;
+    let mut nearest =
+        ops::min_distance_with(x, &everywhere(f64::INFINITY)?.contiguous()?, &candidates.reshape(1)?, metric)?;
     for round in 1..=ROUNDS {
         let total = ops::total(&match weights {
             Some(w) => (positive(&nearest)? * positive(w)?)?,
@@ -161,7 +162,7 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
         }
         // Key below t: probability 1 - exp(-t p), the Poisson form of the paper's min(1, l p / total).
         let below = OVERSAMPLING * k as f64 / total;
-        let skipped = ops::race(&nearest, weights, Draw { seed, round })?.ge(below)?;
+        let skipped = ops::exponential_race_keys(&nearest, weights, Draw { seed, round })?.ge(below)?;
         let (order, offsets) = ops::order(&skipped.to_dtype(DType::U32)?, 2)?;
         let count = offsets.to_vec2::<u32>()?[0][1] as usize;
         if count == 0 {
@@ -169,7 +170,7 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
         }
         let drawn = order.narrow(1, 0, count)?.contiguous()?;
         let rows = Rows::new(&ops::gather(x, &drawn)?)?;
-        let to_drawn = positive(&ops::distances(x, &rows, &ops::labels(x, &rows, spread)?, spread)?)?;
+        let to_drawn = positive(&ops::distances(x, &rows, &ops::assign(x, &rows, spread)?, spread)?)?;
         nearest = skipped.where_cond(&nearest.minimum(&to_drawn)?, &taken)?;
         candidates = Tensor::cat(&[&candidates, &drawn], 1)?;
     }
@@ -184,7 +185,7 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
         return ops::gather(x, &candidates);
     }
     let rows = Rows::new(&ops::gather(x, &candidates)?)?;
-    let labels = ops::labels(x, &rows, spread)?;
+    let labels = ops::assign(x, &rows, spread)?;
     let share = match weights {
         Some(w) => ops::cluster_sums(&positive(w)?, Some(&labels), count)?,
         None => ops::cluster_sizes(&labels, count)?.to_dtype(DType::F64)?,

@@ -44,13 +44,13 @@ fn nearest<T: Element>(
     })
 }
 
-pub(crate) fn labels(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+pub(crate) fn assign(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
     let labels = tensor(host::filled("assign", x.b * x.n, 0u32)?, (x.b, x.n))?;
-    relabel(Assignment { x, c, metric, turn: None }, &labels)?;
+    assign_into(Assignment { x, c, metric, turn: None }, &labels)?;
     Ok(labels)
 }
 
-pub(crate) fn relabel(Assignment { x, c, metric, turn }: Assignment<'_>, labels: &Tensor) -> Result<()> {
+pub(crate) fn assign_into(Assignment { x, c, metric, turn }: Assignment<'_>, labels: &Tensor) -> Result<()> {
     typed!(x.dtype(), T => {
         let over = finished(turn)?;
         if x.b == 0 || x.n == 0 {

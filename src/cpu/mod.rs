@@ -18,7 +18,7 @@ use crate::{
     memory::Memory,
     metric::Metric,
     plan::arch::Arch,
-    request::{Assignment, OnChipFit, Pick, Update},
+    request::{Assignment, KmeansppStep, OnChipFit, Update},
     rng::Draw,
     rows::Rows,
 };
@@ -32,12 +32,12 @@ impl Backend for Cpu {
         Ok(Arch::Cpu)
     }
 
-    fn labels(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-        assign::labels(x, c, metric)
+    fn assign(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+        assign::assign(x, c, metric)
     }
 
-    fn relabel(&self, a: Assignment<'_>, labels: &Tensor, _: &Memory) -> Result<()> {
-        assign::relabel(a, labels)
+    fn assign_into(&self, a: Assignment<'_>, labels: &Tensor, _: &Memory) -> Result<()> {
+        assign::assign_into(a, labels)
     }
 
     fn distances(&self, x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {
@@ -52,8 +52,8 @@ impl Backend for Cpu {
         rows::gather(x, index)
     }
 
-    fn scan(&self, x: &Rows) -> Result<(Tensor, Tensor)> {
-        rows::scan(x)
+    fn max_abs_and_first_nonfinite(&self, x: &Rows) -> Result<(Tensor, Tensor)> {
+        rows::max_abs_and_first_nonfinite(x)
     }
 
     fn norms(&self, x: &Rows) -> Result<Tensor> {
@@ -64,16 +64,16 @@ impl Backend for Cpu {
         seed::usable_seeds(x, weights, chosen, metric)
     }
 
-    fn nearer(&self, x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
-        seed::nearer(x, nearest, newest, metric)
+    fn min_distance_with(&self, x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
+        seed::min_distance_with(x, nearest, newest, metric)
     }
 
-    fn race(&self, nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
-        seed::race(nearest, weights, draw)
+    fn exponential_race_keys(&self, nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
+        seed::exponential_race_keys(nearest, weights, draw)
     }
 
-    fn pick(&self, p: &Pick<'_>, _: &Memory) -> Result<()> {
-        seed::pick(p)
+    fn kmeanspp_step(&self, p: &KmeansppStep<'_>, _: &Memory) -> Result<()> {
+        seed::kmeanspp_step(p)
     }
 
     fn order(&self, labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {

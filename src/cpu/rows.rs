@@ -64,7 +64,7 @@ pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
     })
 }
 
-pub(crate) fn scan(x: &Rows) -> Result<(Tensor, Tensor)> {
+pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> {
     typed!(x.dtype(), T => {
         let [xs] = lock([&x.tensor]);
         let xs = xs.view::<T>(x)?;

@@ -8,7 +8,7 @@ use crate::{
     error::Result,
     host,
     metric::Metric,
-    request::Pick,
+    request::KmeansppStep,
     rng::{race_key, Draw},
     rows::Rows,
 };
@@ -42,7 +42,7 @@ pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, 
     })
 }
 
-/// The distance of row `i` to the nearest seed, with one more seed: see [`ops::nearer`](crate::ops::nearer).
+/// The distance of row `i` to the nearest seed, with one more seed: see [`ops::min_distance_with`](crate::ops::min_distance_with).
 fn nearer_by<T: Element>(x: &View<'_, T>, b: usize, i: usize, nearest: f64, seed: u32, metric: Metric) -> f64 {
     let metric = if metric == Metric::Dot { Metric::SquaredEuclidean } else { metric };
     if seed as usize == i {
@@ -55,7 +55,7 @@ fn nearer_by<T: Element>(x: &View<'_, T>, b: usize, i: usize, nearest: f64, seed
     }
 }
 
-pub(crate) fn nearer(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
+pub(crate) fn min_distance_with(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
     typed!(x.dtype(), T => {
         let [xs, near, new] = lock([&x.tensor, nearest, newest]);
         let (xs, near, new) = (xs.view::<T>(x)?, near.flat::<f64>()?, new.flat::<u32>()?);
@@ -63,7 +63,7 @@ pub(crate) fn nearer(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric
     })
 }
 
-pub(crate) fn race(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
+pub(crate) fn exponential_race_keys(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
     let (b, n) = nearest.dims2()?;
     let [near, each] = lock([nearest, weights.unwrap_or(nearest)]);
     let (near, weights) = (near.flat::<f64>()?, weights.map(|_| each.flat::<f64>()).transpose()?);
@@ -75,8 +75,8 @@ pub(crate) fn race(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Re
 /// Steps that a race's key takes.
 const RACE_STEPS: usize = 32;
 
-pub(crate) fn pick(p: &Pick<'_>) -> Result<()> {
-    let &Pick { x, nearest, weights, chosen, i: pick, start, metric, draw } = p;
+pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>) -> Result<()> {
+    let &KmeansppStep { x, nearest, weights, chosen, i: pick, start, metric, draw } = p;
     let before = if pick > 0 { chosen.narrow(1, pick - 1, 1)?.flatten_all()?.to_vec1::<u32>()? } else { vec![] };
     let n = x.n;
     let picked = typed!(x.dtype(), T => {

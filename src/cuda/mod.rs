@@ -26,7 +26,7 @@ use crate::{
     memory::Memory,
     metric::Metric,
     plan::arch::Arch,
-    request::{Assignment, Attention, OnChipFit, Pick, Routed, Update},
+    request::{Assignment, Attention, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
 };
@@ -48,16 +48,16 @@ impl Backend for Cuda {
         rows::contiguous(t).map(Some)
     }
 
-    fn readable(&self, x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Option<Rows>> {
-        assign::readable(x, k, metric, copy).map(Some)
+    fn pack_for_assign(&self, x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Option<Rows>> {
+        assign::pack_for_assign(x, k, metric, copy).map(Some)
     }
 
-    fn labels(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-        assign::labels(x, c, metric)
+    fn assign(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+        assign::assign(x, c, metric)
     }
 
-    fn relabel(&self, a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()> {
-        assign::relabel(a, labels, memory)
+    fn assign_into(&self, a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()> {
+        assign::assign_into(a, labels, memory)
     }
 
     fn distances(&self, x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {
@@ -72,8 +72,8 @@ impl Backend for Cuda {
         rows::gather(x, index)
     }
 
-    fn scan(&self, x: &Rows) -> Result<(Tensor, Tensor)> {
-        rows::scan(x)
+    fn max_abs_and_first_nonfinite(&self, x: &Rows) -> Result<(Tensor, Tensor)> {
+        rows::max_abs_and_first_nonfinite(x)
     }
 
     fn norms(&self, x: &Rows) -> Result<Tensor> {
@@ -84,16 +84,16 @@ impl Backend for Cuda {
         seed::usable_seeds(x, weights, chosen, metric)
     }
 
-    fn nearer(&self, x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
-        seed::nearer(x, nearest, newest, metric)
+    fn min_distance_with(&self, x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
+        seed::min_distance_with(x, nearest, newest, metric)
     }
 
-    fn race(&self, nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
-        seed::race(nearest, weights, draw)
+    fn exponential_race_keys(&self, nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
+        seed::exponential_race_keys(nearest, weights, draw)
     }
 
-    fn pick(&self, p: &Pick<'_>, memory: &Memory) -> Result<()> {
-        seed::pick(p, memory)
+    fn kmeanspp_step(&self, p: &KmeansppStep<'_>, memory: &Memory) -> Result<()> {
+        seed::kmeanspp_step(p, memory)
     }
 
     fn order(&self, labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {

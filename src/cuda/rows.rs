@@ -104,7 +104,7 @@ pub(super) fn rows_of_a_pass(d: usize) -> usize {
     (PASS / d).max(1)
 }
 
-pub(crate) fn scan(x: &Rows) -> Result<(Tensor, Tensor)> {
+pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> {
     typed!(x.dtype(), T => {
         let dev = device(&x.tensor)?;
         let mut largest = alloc::<f64>(dev, "scan", x.b)?;

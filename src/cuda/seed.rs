@@ -10,7 +10,7 @@ use super::{
 use crate::{
     error::Result,
     metric::Metric,
-    request::Pick,
+    request::KmeansppStep,
     rng::Draw,
     rows::Rows,
     tiles::{PICK_PARTS, THREADS},
@@ -31,7 +31,7 @@ pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, 
     })
 }
 
-pub(crate) fn nearer(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
+pub(crate) fn min_distance_with(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
     typed!(x.dtype(), T => {
         let dev = device(&x.tensor)?;
         let rows = elements(&[x.b, x.n]);
@@ -44,7 +44,7 @@ pub(crate) fn nearer(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric
     })
 }
 
-pub(crate) fn race(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
+pub(crate) fn exponential_race_keys(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
     let dev = device(nearest)?;
     let (b, n) = nearest.dims2()?;
     let mut out = alloc::<f64>(dev, "race", elements(&[b, n]))?;
@@ -55,9 +55,9 @@ pub(crate) fn race(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Re
     Ok(tensor(dev, out, (b, n)))
 }
 
-pub(crate) fn pick(p: &Pick<'_>, memory: &Memory) -> Result<()> {
+pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>, memory: &Memory) -> Result<()> {
     const OP: &str = "pick";
-    let &Pick { x, nearest, weights, chosen, i, start, metric, draw } = p;
+    let &KmeansppStep { x, nearest, weights, chosen, i, start, metric, draw } = p;
     let dev = device(&x.tensor)?;
     let rows = THREADS.max(x.n / PICK_PARTS).next_multiple_of(THREADS);
     let parts = elements(&[x.b, x.n.div_ceil(rows)]);

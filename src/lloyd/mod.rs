@@ -192,7 +192,7 @@ impl Prepared {
             }
         }
         let (mut flow, mut iterations) = (ControlFlow::Continue(()), max_iters);
-        let assign = |turn| ops::relabel(Assignment { x, c: &centroids, metric, turn }, &self.labels, &self.memory);
+        let assign = |turn| ops::assign_into(Assignment { x, c: &centroids, metric, turn }, &self.labels, &self.memory);
         assign(None)?;
         for iteration in 1..=max_iters {
             let turn = Some(Turn { progress, iteration });

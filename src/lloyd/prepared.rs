@@ -104,7 +104,7 @@ impl Prepared {
         if let Init::Given(c) = &mut settings.init {
             *c = c.detach().force_contiguous()?;
             if settings.check_finite {
-                refuse_non_finite("init", &ops::scan(&Rows::new(c)?)?.1)?;
+                refuse_non_finite("init", &ops::max_abs_and_first_nonfinite(&Rows::new(c)?)?.1)?;
             }
         }
         let ragged = lengths.map(|lengths| Ragged::new(lengths, &settings, &p, device)).transpose()?;
@@ -216,7 +216,7 @@ impl Prepared {
         (self.inertia, self.iterations) = (None, None);
         let x = x.detach();
         let x = if problem::share_storage(&x, &self.centroids) { x.force_contiguous()? } else { x };
-        let x = ops::readable(&x, self.p.k, self.p.metric, &mut self.copy)?;
+        let x = ops::pack_for_assign(&x, self.p.k, self.p.metric, &mut self.copy)?;
         let counted = self.ragged.as_ref().map(|ragged| ragged.scan(&x)).transpose()?;
         let mut terms = Terms::of(&x)?;
         let mut first_bad = terms.first_bad.clone();

@@ -38,11 +38,11 @@ impl Ragged {
         Ok(Self { lengths, ones, one, tol })
     }
 
-    /// [`ops::scan`] of the rows that count.
+    /// [`ops::max_abs_and_first_nonfinite`] of the rows that count.
     pub(super) fn scan(&self, x: &Rows) -> Result<(Tensor, Tensor)> {
         // What is found of the rows, as rows of one column.
         let (largest, bad) = scan_rows(x)?;
-        let whole = |found: Tensor| ops::scan(&Rows::new(&found.reshape((x.b, x.n, 1))?)?);
+        let whole = |found: Tensor| ops::max_abs_and_first_nonfinite(&Rows::new(&found.reshape((x.b, x.n, 1))?)?);
         let largest = ops::elementwise([&largest, &self.ones], |[largest, ones]| largest * ones)?;
         // 0 is what `bad` says of such a row, and the largest u32 of others.
         let none = u32::MAX as f64;
@@ -88,7 +88,7 @@ impl Weights {
                 sound.where_cond(w, &w.zeros_like()?)
             })?;
         }
-        let (heaviest, first_bad) = ops::scan(&Rows::new(&w.unsqueeze(2)?)?)?;
+        let (heaviest, first_bad) = ops::max_abs_and_first_nonfinite(&Rows::new(&w.unsqueeze(2)?)?)?;
         let heaviest = heaviest.to_vec1::<f64>()?;
         if settings.check_finite {
             refuse_non_finite("sample_weights", &first_bad)?;
@@ -138,9 +138,9 @@ pub(super) fn weighed(values: &Tensor, weights: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// [`ops::scan`] of each row as a problem of its own, f64 and u32 `(b, n)`.
+/// [`ops::max_abs_and_first_nonfinite`] of each row as a problem of its own, f64 and u32 `(b, n)`.
 fn scan_rows(x: &Rows) -> Result<(Tensor, Tensor)> {
-    let (largest, bad) = ops::scan(&Rows::new(&x.tensor.unsqueeze(x.tensor.rank() - 1)?)?)?;
+    let (largest, bad) = ops::max_abs_and_first_nonfinite(&Rows::new(&x.tensor.unsqueeze(x.tensor.rank() - 1)?)?)?;
     Ok((largest.reshape((x.b, x.n))?, bad.reshape((x.b, x.n))?))
 }
 

@@ -25,16 +25,16 @@ use candle_core::{
     Tensor,
 };
 
-pub(crate) fn labels(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+pub(crate) fn assign(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
     let dev = device(&x.tensor)?;
     let labels = tensor(dev, alloc::<u32>(dev, "labels", elements(&[x.b, x.n]))?, (x.b, x.n));
-    relabel(Assignment { x, c, metric, turn: None }, &labels, &Memory::default())?;
+    assign_into(Assignment { x, c, metric, turn: None }, &labels, &Memory::default())?;
     Ok(labels)
 }
 
 /// FlashAssign: one pass that proves most labels, one that settles the rest. Scratch beyond the prepared centroids: 8
 /// bytes a row.
-pub(crate) fn relabel(a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()> {
+pub(crate) fn assign_into(a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()> {
     let Assignment { x, c, metric, .. } = a;
     if x.b == 0 || x.n == 0 {
         return Ok(());
@@ -44,16 +44,16 @@ pub(crate) fn relabel(a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Re
     typed!(x.dtype(), T => write(labels, |to| match (kernel, T::HALF) {
         (Assign::Sm80 | Assign::Small | Assign::Sm90, Some(half)) => {
             let x = pack::<T>(dev, x)?;
-            tensor_core::labels::<T>(dev, kernel, half, Assignment { x: &x, ..a }, to, memory)
+            tensor_core::assign::<T>(dev, kernel, half, Assignment { x: &x, ..a }, to, memory)
         }
-        (Assign::Sm80 | Assign::Sm90, None) => split::labels(dev, kernel, a, to, memory),
-        (Assign::Narrow, _) => simt::narrow_labels::<T>(dev, a, to),
-        _ => simt::labels::<T>(dev, a, to, memory),
+        (Assign::Sm80 | Assign::Sm90, None) => split::assign(dev, kernel, a, to, memory),
+        (Assign::Narrow, _) => simt::assign_narrow::<T>(dev, a, to),
+        _ => simt::assign::<T>(dev, a, to, memory),
     }))
 }
 
 /// The rows as they lie, or where the kernel can read them, in `copy`: of eight columns each if it reads such.
-pub(crate) fn readable(x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Rows> {
+pub(crate) fn pack_for_assign(x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Rows> {
     let dev = device(x)?;
     let (rank, view) = (x.rank(), Rows::view(x));
     let (b, n, d) = (x.dims()[..rank - 2].iter().product(), x.dims()[rank - 2], x.dims()[rank - 1]);

@@ -14,7 +14,7 @@ use crate::{
 };
 use candle_core::cuda_backend::{cudarc::driver::PushKernelArg, CudaDevice};
 
-pub(super) fn narrow_labels<T: Element>(dev: &CudaDevice, a: Assignment<'_>, labels: Part<u32>) -> Result<()> {
+pub(super) fn assign_narrow<T: Element>(dev: &CudaDevice, a: Assignment<'_>, labels: Part<u32>) -> Result<()> {
     let Assignment { x, c, metric, turn } = a;
     let active = Active::of(turn)?;
     let (xs, cs) = (read(&x.tensor), read(&c.tensor));
@@ -31,7 +31,7 @@ pub(super) fn narrow_labels<T: Element>(dev: &CudaDevice, a: Assignment<'_>, lab
         &xs.view::<T>()?, &shape(x), &active, &cs.view::<T>()?, &shape(c), &(metric as i32), &labels)
 }
 
-pub(super) fn labels<T: Element>(
+pub(super) fn assign<T: Element>(
     dev: &CudaDevice,
     a: Assignment<'_>,
     labels: Part<u32>,

@@ -21,7 +21,7 @@ use candle_core::cuda_backend::{
 
 /// f32 rows by way of halves: `kernels/split.cu`. Rows are split a rectangle at a time, part of one problem or whole
 /// problems, so that the halves take no more memory than [`SPLIT_BYTES`] and stay in L2 for the most part.
-pub(super) fn labels(
+pub(super) fn assign(
     dev: &CudaDevice,
     kernel: Assign,
     a: Assignment<'_>,

@@ -59,7 +59,7 @@ impl Table {
     }
 }
 
-pub(super) fn labels<T: Element>(
+pub(super) fn assign<T: Element>(
     dev: &CudaDevice,
     kernel: Assign,
     half: CUtensorMapDataType,
