@@ -7,7 +7,7 @@ use crate::{
     metric::Metric,
     ops,
     problem::{self, Problem},
-    request::{Rule, Terms, Update},
+    request::{Reduction, Summands, Update},
     rows::Rows,
 };
 use candle_core::{
@@ -64,7 +64,7 @@ pub fn sort_by_cluster(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
 /// # Errors
 /// Refuses shapes, dtypes, devices and labels that do not fit together (the host waits for the labels' check).
 pub fn cluster_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
-    reduce(x, labels, k, Rule::Mean)
+    reduce(x, labels, k, Reduction::Mean)
 }
 
 /// The sum of the rows of each cluster, `(..batch, k, d)` in `x`'s dtype; zeros for a cluster without rows.
@@ -88,23 +88,23 @@ pub fn cluster_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
 /// # Errors
 /// As [`cluster_means`].
 pub fn cluster_sums(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
-    reduce(x, labels, k, Rule::Sum)
+    reduce(x, labels, k, Reduction::Sum)
 }
 
-fn reduce(x: &Tensor, labels: &Tensor, k: usize, rule: Rule) -> Result<Tensor> {
+fn reduce(x: &Tensor, labels: &Tensor, k: usize, reduction: Reduction) -> Result<Tensor> {
     let flat = flat_labels(labels, k)?;
     let p = Problem::rows(x, k)?;
     check_labels_of(&p, labels, x.device())?;
     check_labels(&flat, k)?;
-    let reduced = reduce_known(&Rows::new(&x.detach())?, &flat, k, rule)?.reshape(p.shape(&[k, p.d]))?;
-    Attached::to(x, reduced, Gradient::Clusters { rule, labels: flat, k })
+    let reduced = reduce_known(&Rows::new(&x.detach())?, &flat, k, reduction)?.reshape(p.shape(&[k, p.d]))?;
+    Attached::to(x, reduced, Gradient::Clusters { reduction, labels: flat, k })
 }
 
 /// The sums or means of clusters, `(b, k, d)`, by labels `(b, n)` that are known to be below `k`: nothing waits.
-fn reduce_known(rows: &Rows, labels: &Tensor, k: usize, rule: Rule) -> Result<Tensor> {
+fn reduce_known(rows: &Rows, labels: &Tensor, k: usize, reduction: Reduction) -> Result<Tensor> {
     let reduced = host::zeros("clusters", (rows.b, k, rows.d), rows.dtype(), rows.device())?;
-    let (terms, labels) = (Terms::of(rows)?, Some(labels));
-    let u = Update { x: rows, terms: &terms, labels, rule, turn: None, centroids: &reduced };
+    let (terms, labels) = (Summands::from_rows(rows)?, Some(labels));
+    let u = Update { x: rows, terms: &terms, labels, reduction, turn: None, centroids: &reduced };
     ops::update(&u, &Memory::default())?;
     Ok(reduced)
 }
@@ -112,7 +112,7 @@ fn reduce_known(rows: &Rows, labels: &Tensor, k: usize, rule: Rule) -> Result<Te
 /// [`cluster_means`] by labels that are known to be below `k`: nothing waits. No gradient flows.
 pub(crate) fn known_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
     let (flat, p) = (flat_labels(labels, k)?, Problem::rows(x, k)?);
-    Ok(reduce_known(&Rows::new(&x.detach())?, &flat, k, Rule::Mean)?.reshape(p.shape(&[k, p.d]))?)
+    Ok(reduce_known(&Rows::new(&x.detach())?, &flat, k, Reduction::Mean)?.reshape(p.shape(&[k, p.d]))?)
 }
 
 /// The number of rows in each cluster, u32 `(..batch, k)`, for u32 `labels` `(..batch, n)` below `k`.
@@ -270,7 +270,7 @@ enum Gradient {
     Identity,
     /// Of means or sums, by `labels` u32 `(b, n)`.
     Clusters {
-        rule: Rule,
+        reduction: Reduction,
         labels: Tensor,
         k: usize,
     },
@@ -296,7 +296,7 @@ impl CustomOp1 for Attached {
     fn name(&self) -> &'static str {
         match self.gradient {
             Gradient::Identity => "quantize",
-            Gradient::Clusters { rule: Rule::Sum, .. } => "cluster-sums",
+            Gradient::Clusters { reduction: Reduction::Sum, .. } => "cluster-sums",
             Gradient::Clusters { .. } => "cluster-means",
         }
     }
@@ -317,10 +317,10 @@ impl CustomOp1 for Attached {
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let &Gradient::Clusters { rule, ref labels, k } = &self.gradient else { return Ok(Some(grad.clone())) };
+        let &Gradient::Clusters { reduction, ref labels, k } = &self.gradient else { return Ok(Some(grad.clone())) };
         let (b, d) = (labels.dim(0)?, x.dim(D::Minus1)?);
         let mut each = grad.reshape((b, k, d))?;
-        if rule == Rule::Mean {
+        if reduction == Reduction::Mean {
             // An empty cluster has no rows to pass a gradient to; its infinite share is never gathered.
             let share = ops::cluster_sizes(labels, k)?.to_dtype(DType::F64)?.recip()?.unsqueeze(2)?;
             each = each.to_dtype(DType::F64)?.broadcast_mul(&share)?.to_dtype(x.dtype())?;

@@ -14,7 +14,7 @@ use crate::{
     metric::Metric,
     plan::arch::Arch,
     problem,
-    request::{Assignment, Attention, KmeansppStep, OnChipFit, Routed, Rule, Terms, Update},
+    request::{Assignment, Attention, KmeansppStep, OnChipFit, Reduction, Routed, Summands, Update},
     rng::Draw,
     rows::Rows,
 };
@@ -146,11 +146,11 @@ impl Rows {
     }
 }
 
-impl Terms {
+impl Summands {
     /// The rows themselves.
-    pub fn of(x: &Rows) -> Result<Self> {
-        let (largest, first_bad) = max_abs_and_first_nonfinite(x)?;
-        Ok(Self { factor: None, largest, first_bad, heaviest: None, finite: false })
+    pub fn from_rows(x: &Rows) -> Result<Self> {
+        let (max_abs, first_nonfinite) = max_abs_and_first_nonfinite(x)?;
+        Ok(Self { row_scale: None, max_abs, first_nonfinite, max_weight: None, finite: false })
     }
 }
 
@@ -228,7 +228,7 @@ pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
     on(labels.device(), "order")?.order(labels, k)
 }
 
-/// Replaces the centroids as the rule says, but for clusters without weight. In a fit's turn it decides which problems have
+/// Replaces the centroids by the reduction, but for clusters without weight. In a fit's turn it decides which problems have
 /// converged: no centroid has moved farther than the threshold, in squared Euclidean distance.
 pub(crate) fn update(u: &Update<'_>, memory: &Memory) -> Result<()> {
     on(u.x.device(), "update")?.update(u, memory)
@@ -264,8 +264,8 @@ pub(crate) fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
 pub(crate) fn cluster_sums(values: &Tensor, labels: Option<&Tensor>, k: usize) -> Result<Tensor> {
     let column = Rows::new(&values.unsqueeze(2)?)?;
     let sums = Tensor::zeros((column.b, k, 1), DType::F64, values.device())?;
-    let terms = Terms::of(&column)?;
-    let u = Update { x: &column, terms: &terms, labels, rule: Rule::Sum, turn: None, centroids: &sums };
+    let terms = Summands::from_rows(&column)?;
+    let u = Update { x: &column, terms: &terms, labels, reduction: Reduction::Sum, turn: None, centroids: &sums };
     update(&u, &Memory::default())?;
     Ok(sums.squeeze(2)?)
 }

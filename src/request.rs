@@ -23,15 +23,15 @@ pub(crate) struct Turn<'a> {
 }
 
 /// What is added up over rows: their values, each times its factor.
-pub(crate) struct Terms {
+pub(crate) struct Summands {
     /// f64 `(b, n)`.
-    pub factor: Option<Tensor>,
+    pub row_scale: Option<Tensor>,
     /// Bound on the magnitude of the terms, f64 `(b,)`.
-    pub largest: Tensor,
+    pub max_abs: Tensor,
     /// The first row that has a NaN or an infinity, u32 `(b,)`; `u32::MAX` for none.
-    pub first_bad: Tensor,
+    pub first_nonfinite: Tensor,
     /// The largest factor, f64 `(b,)`, where factors are weights.
-    pub heaviest: Option<Tensor>,
+    pub max_weight: Option<Tensor>,
     /// Whether the host knows that there is no such row.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub finite: bool,
@@ -39,7 +39,7 @@ pub(crate) struct Terms {
 
 /// What becomes of the terms of a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Rule {
+pub(crate) enum Reduction {
     /// Their sum by the cluster's weight: by the sum of the factors, which have to be weights, or the number of rows.
     Mean,
     /// Their sum by its norm.
@@ -62,10 +62,10 @@ pub(crate) struct Assignment<'a> {
 /// Rows of clusters, and the centroids `(b, k, d)` that they replace.
 pub(crate) struct Update<'a> {
     pub x: &'a Rows,
-    pub terms: &'a Terms,
+    pub terms: &'a Summands,
     /// u32 `(b, n)`, below `k`; without labels all rows are in one cluster.
     pub labels: Option<&'a Tensor>,
-    pub rule: Rule,
+    pub reduction: Reduction,
     pub turn: Option<Turn<'a>>,
     pub centroids: &'a Tensor,
 }
@@ -73,10 +73,10 @@ pub(crate) struct Update<'a> {
 /// All iterations of a fit, from the `centroids` `(b, k, d)` that are there, and its last `labels`, u32 `(b, n)`.
 pub(crate) struct OnChipFit<'a> {
     pub x: &'a Rows,
-    pub terms: &'a Terms,
+    pub terms: &'a Summands,
     pub metric: Metric,
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub rule: Rule,
+    pub reduction: Reduction,
     pub progress: &'a Progress,
     pub max_iters: usize,
     pub centroids: &'a Tensor,

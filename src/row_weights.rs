@@ -12,7 +12,7 @@ use crate::{
     metric::Metric,
     ops,
     problem::Problem,
-    request::{Rule, Terms, Update},
+    request::{Reduction, Summands, Update},
     rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
@@ -64,24 +64,24 @@ impl RowWeights {
     /// once.
     pub fn clusters(&self, x: &Rows, labels: &Tensor, k: usize) -> Result<Clusters> {
         let weights = ops::cluster_sums(&self.weights, Some(labels), k)?;
-        let mut terms = Terms::of(x)?;
-        terms.largest = self.largest.clone();
-        let rule = match &self.norms {
+        let mut terms = Summands::from_rows(x)?;
+        terms.max_abs = self.largest.clone();
+        let reduction = match &self.norms {
             // A sum of unit vectors, since their factors are no weights.
             Some(norms) => {
-                terms.factor = Some(masked(&(&self.weights / norms)?, &positive(norms)?)?);
-                Rule::Sum
+                terms.row_scale = Some(masked(&(&self.weights / norms)?, &positive(norms)?)?);
+                Reduction::Sum
             }
             None => {
-                (terms.factor, terms.heaviest) = (Some(self.weights.clone()), Some(self.heaviest.clone()));
-                Rule::Mean
+                (terms.row_scale, terms.max_weight) = (Some(self.weights.clone()), Some(self.heaviest.clone()));
+                Reduction::Mean
             }
         };
         let reduced = Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?;
-        let u = Update { x, terms: &terms, labels: Some(labels), rule, turn: None, centroids: &reduced };
+        let u = Update { x, terms: &terms, labels: Some(labels), reduction, turn: None, centroids: &reduced };
         ops::update(&u, &Memory::default())?;
         let mut means = reduced.to_dtype(DType::F64)?;
-        if rule == Rule::Sum {
+        if reduction == Reduction::Sum {
             means = means.broadcast_div(&or_one(&weights)?.unsqueeze(2)?)?;
         }
         Ok(Clusters { means, weights })

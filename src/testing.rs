@@ -9,7 +9,7 @@ use crate::{
     metric::Metric,
     ops,
     plan::{arch::Arch, assign::Assign},
-    request::{self, Rule, Terms},
+    request::{self, Reduction, Summands},
     rows::Rows,
 };
 use candle_core::{Device, Tensor};
@@ -17,7 +17,7 @@ use candle_core::{Device, Tensor};
 /// The update of a fit's loop alone: new means in place, for labels `(b, n)` that are known to be in range.
 pub struct Update {
     x: Rows,
-    terms: Terms,
+    terms: Summands,
     centroids: Tensor,
     memory: Memory,
 }
@@ -26,7 +26,7 @@ impl Update {
     /// For rows `(b, n, d)` and `k` clusters.
     pub fn new(x: &Tensor, k: usize) -> Result<Self> {
         let x = Rows::new(x)?;
-        let (terms, centroids) = (Terms::of(&x)?, Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?);
+        let (terms, centroids) = (Summands::from_rows(&x)?, Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?);
         Ok(Self { x, terms, centroids, memory: Memory::default() })
     }
 
@@ -34,7 +34,7 @@ impl Update {
     pub fn run(&self, labels: &Tensor) -> Result<Tensor> {
         let Self { x, terms, centroids, memory } = self;
         ops::update(
-            &request::Update { x, terms, labels: Some(labels), rule: Rule::Mean, turn: None, centroids },
+            &request::Update { x, terms, labels: Some(labels), reduction: Reduction::Mean, turn: None, centroids },
             memory,
         )?;
         Ok(centroids.clone())

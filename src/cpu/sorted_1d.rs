@@ -19,8 +19,8 @@ pub(super) fn fit(fit: &OnChipFit<'_>) -> Result<bool> {
         return Ok(false);
     }
     // Of these nobody else has any.
-    let [bad, largest, thresholds] = lock([&terms.first_bad, &terms.largest, &progress.threshold]);
-    let heaviest = terms.heaviest.as_ref().map(|h| lock([h]));
+    let [bad, largest, thresholds] = lock([&terms.first_nonfinite, &terms.max_abs, &progress.threshold]);
+    let heaviest = terms.max_weight.as_ref().map(|h| lock([h]));
     // Squares of f64 can underflow to ties.
     if x.dtype() == DType::F64 || bad.flat::<u32>()?.iter().any(|&row| row != u32::MAX) {
         return Ok(false);
@@ -29,10 +29,10 @@ pub(super) fn fit(fit: &OnChipFit<'_>) -> Result<bool> {
         let (largest, thresholds) = (largest.flat::<f64>()?, thresholds.flat::<f64>()?);
         let heaviest = heaviest.as_ref().map(|[h]| h.flat::<f64>()).transpose()?;
         let k = centroids.dims()[1];
-        let shared = [&x.tensor, terms.factor.as_ref().unwrap_or(&x.tensor)];
+        let shared = [&x.tensor, terms.row_scale.as_ref().unwrap_or(&x.tensor)];
         let fits = read_and_write(shared, centroids, |[xs, factor], all: &mut [T]| {
             let view: View<'_, T> = xs.view(x)?;
-            let factor = terms.factor.as_ref().map(|_| factor.flat::<f64>()).transpose()?;
+            let factor = terms.row_scale.as_ref().map(|_| factor.flat::<f64>()).transpose()?;
             let starts = &*all;
             let fit = |b| {
                 let weights = factor.zip(heaviest).map(|(f, h)| (&f[b * x.n..][..x.n], h[b]));

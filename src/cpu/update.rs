@@ -10,28 +10,28 @@ use crate::{
     error::{Error, Result},
     fixed::{self, Exact, Scaled},
     host,
-    request::{Rule, Turn, Update},
+    request::{Reduction, Turn, Update},
     tiles::CPU_SUM_ROWS,
 };
 use pulp::NullaryFnOnce;
 use std::ops::Range;
 
 pub(crate) fn update(u: &Update<'_>) -> Result<()> {
-    let &Update { x, terms, labels, rule, turn, centroids } = u;
+    let &Update { x, terms, labels, reduction, turn, centroids } = u;
     let (b, k, d) = centroids.dims3()?;
     let sorted = labels.map(|labels| order(labels, k)).transpose()?;
     typed!(x.dtype(), T => {
         // Of these nobody else has any.
         let ([largest, first_bad], heaviest) =
-            (lock([&terms.largest, &terms.first_bad]), terms.heaviest.as_ref().map(|h| lock([h])));
+            (lock([&terms.max_abs, &terms.first_nonfinite]), terms.max_weight.as_ref().map(|h| lock([h])));
         let sorted = sorted.as_ref().map(|(order, offsets)| lock([order, offsets]));
         let sorted = sorted.as_ref().map(|[order, offsets]| Ok::<_, Error>((order.flat()?, offsets.flat()?))).transpose()?;
         let over = finished(turn)?;
-        let shared = [&x.tensor, terms.factor.as_ref().unwrap_or(&x.tensor)];
+        let shared = [&x.tensor, terms.row_scale.as_ref().unwrap_or(&x.tensor)];
         let shifts: Vec<f64> = read_and_write(shared, centroids, |[xs, factor], centroids: &mut [T]| {
             let clusters = Sorted {
                 x: xs.view::<T>(x)?,
-                factor: terms.factor.as_ref().map(|_| factor.flat::<f64>()).transpose()?,
+                factor: terms.row_scale.as_ref().map(|_| factor.flat::<f64>()).transpose()?,
                 order: sorted.map(|(order, _)| order),
                 offsets: sorted.map(|(_, offsets)| offsets),
                 largest: largest.flat()?,
@@ -43,7 +43,7 @@ pub(crate) fn update(u: &Update<'_>) -> Result<()> {
             let all = centroids.chunks_mut(d).zip(&mut shifts).enumerate();
             let going = all.filter(|(i, _)| !over.get(i / k).is_some_and(|&over| over)).collect();
             let replace = |_: &mut (), (i, (row, shift)): (usize, (&mut [T], &mut f64))| {
-                *shift = clusters.replace(i / k, i % k, rule, row)?;
+                *shift = clusters.replace(i / k, i % k, reduction, row)?;
                 Ok(())
             };
             host::for_each(going, d * (8 + 2 * (x.n / k)), || (), replace)?;
@@ -83,10 +83,10 @@ impl<T: Element> Sorted<'_, T> {
     }
 
     /// Replaces the centroid `row` of cluster `j`, unless that has no weight, and returns the square of its shift.
-    fn replace(&self, b: usize, j: usize, rule: Rule, row: &mut [T]) -> Result<f64> {
-        let values = match rule {
-            Rule::Median => self.medians(b, j),
-            _ => self.sums(b, j)?.and_then(|sums| self.divided(b, j, rule, sums)),
+    fn replace(&self, b: usize, j: usize, reduction: Reduction, row: &mut [T]) -> Result<f64> {
+        let values = match reduction {
+            Reduction::Median => self.medians(b, j),
+            _ => self.sums(b, j)?.and_then(|sums| self.divided(b, j, reduction, sums)),
         };
         let Some(values) = values else { return Ok(0.0) };
         let shift = fixed::striped(row.iter_mut().zip(values).map(|(old, v)| {
@@ -98,10 +98,10 @@ impl<T: Element> Sorted<'_, T> {
         Ok(if shift.is_nan() { f64::INFINITY } else { shift })
     }
 
-    fn divided(&self, b: usize, j: usize, rule: Rule, sums: Vec<Scaled>) -> Option<Vec<f64>> {
-        match rule {
-            Rule::Sum => Some(sums.into_iter().map(Scaled::value).collect()),
-            Rule::Direction => {
+    fn divided(&self, b: usize, j: usize, reduction: Reduction, sums: Vec<Scaled>) -> Option<Vec<f64>> {
+        match reduction {
+            Reduction::Sum => Some(sums.into_iter().map(Scaled::value).collect()),
+            Reduction::Direction => {
                 let (values, norm) = Scaled::direction(&sums)?;
                 Some(values.into_iter().map(|v| v / norm).collect())
             }

@@ -3,7 +3,7 @@
 use super::{
     device::{arch, device},
     kernel::{Kernel, WARP},
-    memory::{alloc, elements, Layout},
+    memory::{alloc, elements, ArenaLayout},
     module::Image,
     params::Cache,
     tensors::{read, tensor, typed, Element},
@@ -71,7 +71,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
             return Ok(None);
         }
 
-        let mut scratch = Layout::default();
+        let mut scratch = ArenaLayout::default();
         let width = k.next_multiple_of(2);
         let scores = scratch.unwritten::<f32>(elements(&[all, group, width]));
         let of_means = scratch.unwritten::<[f32; 2]>(elements(&[all, blocks, WARPS, group]));

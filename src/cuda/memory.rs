@@ -70,31 +70,31 @@ impl Drop for Block {
 
 /// Memory to be: what starts as zeros, then the rest, so that one allocation and one fill serve several kernels.
 #[derive(Default)]
-pub(super) struct Layout {
+pub(super) struct ArenaLayout {
     zeroed: usize,
     rest: usize,
 }
 
-/// Where something lies in a [`Workspace`].
+/// Where something lies in an [`Arena`].
 #[derive(Clone, Copy)]
-pub(super) struct Place<T> {
+pub(super) struct Slot<T> {
     zeroed: bool,
     offset: usize,
     of: PhantomData<T>,
 }
 
-impl Layout {
-    fn place<T>(end: &mut usize, zeroed: bool, len: usize) -> Place<T> {
+impl ArenaLayout {
+    fn place<T>(end: &mut usize, zeroed: bool, len: usize) -> Slot<T> {
         let offset = *end;
         *end = offset.saturating_add(len.saturating_mul(size_of::<T>())).saturating_add(255) / 256 * 256;
-        Place { zeroed, offset, of: PhantomData }
+        Slot { zeroed, offset, of: PhantomData }
     }
     /// `len` elements of zero bytes.
-    pub(super) fn zeroed<T>(&mut self, len: usize) -> Place<T> {
+    pub(super) fn zeroed<T>(&mut self, len: usize) -> Slot<T> {
         Self::place(&mut self.zeroed, true, len)
     }
     /// Either.
-    pub(super) fn place_for<T>(&mut self, zeroed: bool, len: usize) -> Place<T> {
+    pub(super) fn place_for<T>(&mut self, zeroed: bool, len: usize) -> Slot<T> {
         if zeroed {
             self.zeroed(len)
         } else {
@@ -102,12 +102,12 @@ impl Layout {
         }
     }
     /// `len` elements, not yet written.
-    pub(super) fn unwritten<T>(&mut self, len: usize) -> Place<T> {
+    pub(super) fn unwritten<T>(&mut self, len: usize) -> Slot<T> {
         Self::place(&mut self.rest, false, len)
     }
 
     /// Scratch for one op, which the next one takes over.
-    pub(super) fn scratch<'a>(self, dev: &CudaDevice, op: &'static str, memory: &'a Memory) -> Result<Workspace<'a>> {
+    pub(super) fn scratch<'a>(self, dev: &CudaDevice, op: &'static str, memory: &'a Memory) -> Result<Arena<'a>> {
         let bytes = self.zeroed.saturating_add(self.rest);
         let mut held = Held::of(memory, dev, op, bytes, false)?;
         let block = held.block();
@@ -115,14 +115,14 @@ impl Layout {
             dev.cuda_stream().memset_zeros(&mut block.bytes.slice_mut(..self.zeroed)).w()?;
         }
         let address = block.bytes.device_ptr(&dev.cuda_stream()).0;
-        Ok(Workspace { _held: held, address, zeroed: self.zeroed })
+        Ok(Arena { _held: held, address, zeroed: self.zeroed })
     }
 
     /// Zeros, which the op has to leave as zeros.
-    pub(super) fn zeros<'a>(self, dev: &CudaDevice, op: &'static str, memory: &'a Memory) -> Result<Workspace<'a>> {
+    pub(super) fn zeros<'a>(self, dev: &CudaDevice, op: &'static str, memory: &'a Memory) -> Result<Arena<'a>> {
         let mut held = Held::of(memory, dev, op, self.zeroed, true)?;
         let address = held.block().bytes.device_ptr(&dev.cuda_stream()).0;
-        Ok(Workspace { _held: held, address, zeroed: self.zeroed })
+        Ok(Arena { _held: held, address, zeroed: self.zeroed })
     }
 }
 
@@ -163,14 +163,14 @@ impl<'a> Held<'a> {
 
 /// Memory of an op. Its parts go to launches on its device's stream, and so does its release: the order of the stream
 /// keeps them valid.
-pub(super) struct Workspace<'a> {
+pub(super) struct Arena<'a> {
     _held: Held<'a>,
     address: u64,
     zeroed: usize,
 }
 
-impl Workspace<'_> {
-    pub(super) fn part<T>(&self, place: Place<T>) -> Part<T> {
+impl Arena<'_> {
+    pub(super) fn part<T>(&self, place: Slot<T>) -> Part<T> {
         let offset = place.offset + if place.zeroed { 0 } else { self.zeroed };
         Part::at(self.address + offset as u64)
     }

@@ -3,7 +3,7 @@
 use super::{
     device::{arch, device},
     kernel::{launch, Kernel},
-    memory::{elements, Layout, Memory},
+    memory::{elements, ArenaLayout, Memory},
     module::Image,
     params::{divisor, shape, Common, Shares, TermsOnChip},
     tensors::{own, read, typed, write, Element, Part},
@@ -22,9 +22,9 @@ use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, DType, Tensor};
 
 pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> {
     const OP: &str = "fit_on_chip";
-    let &OnChipFit { x, terms, metric, rule, progress, max_iters, centroids, labels } = fit;
+    let &OnChipFit { x, terms, metric, reduction, progress, max_iters, centroids, labels } = fit;
     let dev = device(&x.tensor)?;
-    let (arch, k, weighted) = (arch(dev)?, centroids.dim(1)?, terms.factor.is_some());
+    let (arch, k, weighted) = (arch(dev)?, centroids.dim(1)?, terms.row_scale.is_some());
     let sizes = [x.b, x.n, k, x.d];
     let narrow = FitNarrow::new(x.dtype(), metric, sizes, arch);
     let resident = FitResident::new(x.dtype(), metric, weighted, sizes, arch).filter(|_| in_pieces(&x.tensor, 8));
@@ -52,13 +52,13 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
     }
     let optional = |t: &Option<Tensor>| t.as_ref().map_or(Ok(Part::NULL), own);
     let of = TermsOnChip {
-        factor: optional(&terms.factor)?,
-        largest: own(&terms.largest)?,
-        heaviest: optional(&terms.heaviest)?,
-        first_bad: own(&terms.first_bad)?,
+        factor: optional(&terms.row_scale)?,
+        largest: own(&terms.max_abs)?,
+        heaviest: optional(&terms.max_weight)?,
+        first_bad: own(&terms.first_nonfinite)?,
     };
     let (threshold, stop) = (own::<f64>(&progress.threshold)?, own::<u32>(&progress.stop)?);
-    let (metric, divisor, max_iters, k64) = (metric as i32, divisor(rule), max_iters as i64, k as i64);
+    let (metric, divisor, max_iters, k64) = (metric as i32, divisor(reduction), max_iters as i64, k as i64);
     let launched = typed!(x.dtype(), T => write::<T>(centroids, |centroids| write::<u32>(labels, |labels| {
         let xs = read(&x.tensor);
         let xs = xs.view::<T>()?;
@@ -74,12 +74,12 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
                 &centroids, &labels);
         }
         let Some(plan) = &resident else { return Ok(()) };
-        let (&FitResident { teams: count, blocks, rows, padded, shared }, mut zeros) = (plan, Layout::default());
+        let (&FitResident { teams: count, blocks, rows, padded, shared }, mut zeros) = (plan, ArenaLayout::default());
         let limbs = zeros.zeroed(elements(&[count, if weighted { 2 } else { 1 }, k, x.d.next_multiple_of(64)]));
         let rest = zeros.zeroed(if exact { 0 } else { elements(&[count, k, x.d]) });
         let weights = zeros.zeroed(if weighted { elements(&[count, k]) } else { 0 });
         let (sizes, shifts, arrived) = (zeros.zeroed(elements(&[count, k + 2])), zeros.zeroed(count), zeros.zeroed(count));
-        let mut scratch = Layout::default();
+        let mut scratch = ArenaLayout::default();
         let (moved, prepared) = (scratch.unwritten(elements(&[count, k, x.d])), scratch.unwritten(elements(&[count, k])));
         let (zeros, scratch) = (zeros.zeros(dev, OP, memory)?, scratch.scratch(dev, OP, memory)?);
         let common = Common {

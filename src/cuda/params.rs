@@ -3,7 +3,7 @@
 use super::tensors::{own, Part};
 use crate::{
     error::{Error, Result},
-    request::{Progress, Rule, Turn},
+    request::{Progress, Reduction, Turn},
     rows::Rows,
 };
 use candle_core::{cuda_backend::cudarc::driver::DeviceRepr, Tensor};
@@ -301,10 +301,10 @@ unsafe impl DeviceRepr for Common {}
 const _: () = assert!(size_of::<Common>() == 64);
 
 /// `enum Divisor` of `sums.cuh`.
-pub(super) fn divisor(rule: Rule) -> i32 {
-    match rule {
-        Rule::Mean | Rule::Median => 0,
-        Rule::Direction => 1,
-        Rule::Sum => 2,
+pub(super) fn divisor(reduction: Reduction) -> i32 {
+    match reduction {
+        Reduction::Mean | Reduction::Median => 0,
+        Reduction::Direction => 1,
+        Reduction::Sum => 2,
     }
 }

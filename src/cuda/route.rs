@@ -3,7 +3,7 @@
 use super::{
     device::{arch, device},
     kernel::launch,
-    memory::{alloc, elements, Layout},
+    memory::{alloc, elements, ArenaLayout},
     params::{Choice, Route},
     rows::contiguous,
     select::{self, Lists},
@@ -77,7 +77,7 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
         most: r.most as i64,
         share: r.share as f32,
     };
-    let mut scratch = Layout::default();
+    let mut scratch = ArenaLayout::default();
     let scores = scratch.unwritten::<f32>(elements(&[all, k]));
     let left = scratch.unwritten::<f32>(elements(&[all, k]));
     let chosen = scratch.unwritten::<u32>(elements(&[all, r.most]));

@@ -3,7 +3,7 @@
 use super::{
     device::device,
     kernel::{launch, Nullable},
-    memory::{alloc, elements, Layout, Memory},
+    memory::{alloc, elements, ArenaLayout, Memory},
     params::shape,
     tensors::{own, read, tensor, typed, Element},
 };
@@ -61,7 +61,7 @@ pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>, memory: &Memory) -> Result<()>
     let dev = device(&x.tensor)?;
     let rows = THREADS.max(x.n / PICK_PARTS).next_multiple_of(THREADS);
     let parts = elements(&[x.b, x.n.div_ceil(rows)]);
-    let (mut scratch, mut zeros) = (Layout::default(), Layout::default());
+    let (mut scratch, mut zeros) = (ArenaLayout::default(), ArenaLayout::default());
     let (keys, winners) = (scratch.unwritten::<u64>(parts), scratch.unwritten::<u32>(parts));
     let arrived = zeros.zeroed::<u32>(x.b);
     let (scratch, zeros) = (scratch.scratch(dev, OP, memory)?, zeros.zeros(dev, OP, memory)?);

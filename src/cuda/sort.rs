@@ -3,7 +3,7 @@
 use super::{
     device::{arch, device},
     kernel::{launch, WARP},
-    memory::{alloc, elements, Layout, Memory, Place, Workspace},
+    memory::{alloc, elements, Arena, ArenaLayout, Memory, Slot},
     params::{Active, Digit},
     tensors::{read, tensor, write, Part},
 };
@@ -29,15 +29,20 @@ pub(super) struct Sorting {
     b: usize,
     n: usize,
     k: usize,
-    counts: Place<u32>,
-    totals: Place<u32>,
-    begins: Place<u32>,
+    counts: Slot<u32>,
+    totals: Slot<u32>,
+    begins: Slot<u32>,
     /// An order by some digits only.
-    other: Place<u32>,
+    other: Slot<u32>,
 }
 
 impl Sorting {
-    pub(super) fn new(dev: &CudaDevice, [b, n, k]: [usize; 3], ascending: bool, scratch: &mut Layout) -> Result<Self> {
+    pub(super) fn new(
+        dev: &CudaDevice,
+        [b, n, k]: [usize; 3],
+        ascending: bool,
+        scratch: &mut ArenaLayout,
+    ) -> Result<Self> {
         let shared = shared_memory(arch(dev)?).unwrap_or_default();
         let plan = Sort::new([b, n, k], ascending, shared);
         let (whole, several) = (plan.way == SortWay::Whole, plan.passes > 1);
@@ -57,7 +62,7 @@ impl Sorting {
     pub(super) fn run(
         &self,
         dev: &CudaDevice,
-        scratch: &Workspace<'_>,
+        scratch: &Arena<'_>,
         labels: Part<u32>,
         active: Active,
         [arrived, next, order, offsets]: [Part<u32>; 4],
@@ -112,7 +117,7 @@ pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
         return Ok((none((b, n))?, none((b, k + 1))?));
     }
     let memory = Memory::default();
-    let (mut scratch, mut zeros) = (Layout::default(), Layout::default());
+    let (mut scratch, mut zeros) = (ArenaLayout::default(), ArenaLayout::default());
     let sorting = Sorting::new(dev, [b, n, k], true, &mut scratch)?;
     let arrived = zeros.zeroed(b);
     let (scratch, zeros) = (scratch.scratch(dev, OP, &memory)?, zeros.zeros(dev, OP, &memory)?);

@@ -3,14 +3,14 @@
 use super::{
     device::device,
     kernel::{launch, Nullable, WARP},
-    memory::{elements, Layout, Memory},
+    memory::{elements, ArenaLayout, Memory},
     params::{divisor, shape, Active, Clusters, Pieces, Verdict},
     sort::Sorting,
     tensors::{own, read, typed, write, Element, Part},
 };
 use crate::{
     error::Result,
-    request::{Rule, Update},
+    request::{Reduction, Update},
     rows::in_pieces,
     tiles::{
         LEFT_BLOCKS, LEFT_COLUMNS, LEFT_THREADS, MEDIAN_COLUMNS, SUM_CLUSTER, SUM_ROWS, SUM_ROWS_LEAST, SUM_THREADS,
@@ -28,17 +28,17 @@ pub(crate) fn update(u: &Update<'_>, memory: &Memory) -> Result<()> {
 
 fn update_of<T: Element>(u: &Update<'_>, centroids: Part<T>, memory: &Memory) -> Result<()> {
     const OP: &str = "update";
-    let &Update { x, terms, labels, rule, turn, .. } = u;
+    let &Update { x, terms, labels, reduction, turn, .. } = u;
     let k = u.centroids.dim(1)?;
     let dev = device(&x.tensor)?;
     let (b, n, d) = (x.b, x.n, x.d);
     let (active, verdict) = (Active::of(turn)?, Verdict::of(turn)?);
 
-    let (mut scratch, mut zeros) = (Layout::default(), Layout::default());
+    let (mut scratch, mut zeros) = (ArenaLayout::default(), ArenaLayout::default());
     let sorting = labels.map(|_| Sorting::new(dev, [b, n, k], false, &mut scratch)).transpose()?;
     let order = scratch.unwritten::<u32>(if labels.is_some() { elements(&[b, n]) } else { 0 });
     let offsets = scratch.unwritten::<u32>(elements(&[b, k + 1]));
-    let medians = rule == Rule::Median;
+    let medians = reduction == Reduction::Median;
     let old = scratch.unwritten::<T>(if medians { elements(&[b, k, d]) } else { 0 });
     let slots = zeros.zeroed::<[u64; 2]>(if medians { 0 } else { elements(&[b, k, d + 1]) });
     let added = zeros.zeroed::<u32>(elements(&[b, k]));
@@ -56,8 +56,8 @@ fn update_of<T: Element>(u: &Update<'_>, centroids: Part<T>, memory: &Memory) ->
         sorting.run(dev, &scratch, labels_at, active, [zeros.part(arrived), next, order_at, offsets])?;
     }
 
-    let (xs, largest, first_bad) = (read(&x.tensor), read(&terms.largest), read(&terms.first_bad));
-    let (factor, heaviest) = (terms.factor.as_ref().map(read), terms.heaviest.as_ref().map(read));
+    let (xs, largest, first_bad) = (read(&x.tensor), read(&terms.max_abs), read(&terms.first_nonfinite));
+    let (factor, heaviest) = (terms.row_scale.as_ref().map(read), terms.max_weight.as_ref().map(read));
     let xs = xs.view::<T>()?;
     let (largest, first_bad) = (largest.view::<f64>()?, first_bad.view::<u32>()?);
     let factor = factor.as_ref().map(|f| f.view::<f64>()).transpose()?;
@@ -74,7 +74,7 @@ fn update_of<T: Element>(u: &Update<'_>, centroids: Part<T>, memory: &Memory) ->
         shift: if turn.is_some() { shift } else { Part::NULL },
         k: k as i64,
         d: d as i64,
-        divisor: divisor(rule),
+        divisor: divisor(reduction),
     };
     if medians {
         let (b64, old) = (b as i64, scratch.part(old));

@@ -13,7 +13,7 @@ use crate::{
     ops,
     plan::Plan,
     problem::{self, Problem},
-    request::{Assignment, OnChipFit, Rule, Turn, Update},
+    request::{Assignment, OnChipFit, Reduction, Turn, Update},
     rows::Rows,
     seeding,
 };
@@ -175,17 +175,17 @@ impl Prepared {
         self.progress.stop.const_set(RUNNING.into())?;
 
         let (metric, centroids) = (self.p.metric, Rows::new(&self.centroids)?);
-        let rule = match metric {
-            Metric::Cosine => Rule::Direction,
-            Metric::Manhattan => Rule::Median,
-            _ => Rule::Mean,
+        let reduction = match metric {
+            Metric::Cosine => Reduction::Direction,
+            Metric::Manhattan => Reduction::Median,
+            _ => Reduction::Mean,
         };
         let relocates = self.settings.empty == EmptyClusters::Relocate;
         let watched = relocates || self.settings.on_iteration.is_some();
         let (progress, terms) = (&self.progress, &data.terms);
         if !watched {
             let (centroids, labels) = (&self.centroids, &self.labels);
-            let fit = OnChipFit { x, terms, metric, rule, progress, max_iters, centroids, labels };
+            let fit = OnChipFit { x, terms, metric, reduction, progress, max_iters, centroids, labels };
             if ops::fit_on_chip(&fit, &self.memory)? {
                 self.iterations = Some(max_iters);
                 return Ok(ControlFlow::Continue(()));
@@ -200,7 +200,7 @@ impl Prepared {
                 self.relocate(x, &centroids)?;
             }
             let (labels, centroids) = (Some(&self.labels), &self.centroids);
-            ops::update(&Update { x, terms, labels, rule, turn, centroids }, &self.memory)?;
+            ops::update(&Update { x, terms, labels, reduction, turn, centroids }, &self.memory)?;
             assign(turn)?;
             let asked = asks && iteration % QUEUED == 0;
             if watched || asked || ops::reads_are_free(&self.device) {

@@ -10,7 +10,7 @@ use crate::{
     metric::Metric,
     ops,
     problem::{self, Problem},
-    request::{Progress, Terms},
+    request::{Progress, Summands},
     rows::Rows,
     seeding,
 };
@@ -84,7 +84,7 @@ pub struct Prepared {
 /// The input of a run, with what stays the same over its iterations.
 pub(super) struct Data {
     pub(super) x: Rows,
-    pub(super) terms: Terms,
+    pub(super) terms: Summands,
 }
 
 impl fmt::Debug for Prepared {
@@ -218,11 +218,11 @@ impl Prepared {
         let x = if problem::share_storage(&x, &self.centroids) { x.force_contiguous()? } else { x };
         let x = ops::pack_for_assign(&x, self.p.k, self.p.metric, &mut self.copy)?;
         let counted = self.ragged.as_ref().map(|ragged| ragged.scan(&x)).transpose()?;
-        let mut terms = Terms::of(&x)?;
-        let mut first_bad = terms.first_bad.clone();
+        let mut terms = Summands::from_rows(&x)?;
+        let mut first_bad = terms.first_nonfinite.clone();
         if let Some((largest, bad)) = counted {
             // Padding may still hold what is not finite, which sums have to know.
-            (terms.largest, first_bad) = (largest, bad);
+            (terms.max_abs, first_bad) = (largest, bad);
         }
         if self.settings.check_finite {
             refuse_non_finite("x", &first_bad)?;
@@ -237,13 +237,13 @@ impl Prepared {
             )?;
         }
         if let Some(Weights { values, heaviest, .. }) = &self.weights {
-            terms.largest = (terms.largest * heaviest)?;
-            (terms.factor, terms.heaviest) = (Some(values.clone()), Some(heaviest.clone()));
+            terms.max_abs = (terms.max_abs * heaviest)?;
+            (terms.row_scale, terms.max_weight) = (Some(values.clone()), Some(heaviest.clone()));
         }
         if self.p.metric == Metric::Cosine {
             let inverse = ops::elementwise([&ops::norms(&x)?], |[norms]| norms.recip())?;
             // Columns of a unit vector, with room for rounding, times the weight.
-            (terms.factor, terms.largest) = match &self.weights {
+            (terms.row_scale, terms.max_abs) = match &self.weights {
                 Some(Weights { values, heaviest, .. }) => {
                     (Some(ops::elementwise([values, &inverse], |[w, i]| w * i)?), (heaviest * 2.0)?)
                 }
@@ -295,11 +295,11 @@ impl Prepared {
 
 impl Data {
     /// Takes new values where the old ones are, so that a captured run finds them there.
-    fn replace(&mut self, x: Rows, terms: Terms) -> Result<Rows> {
-        self.terms.largest.slice_set(&terms.largest, 0, 0)?;
-        self.terms.first_bad.slice_set(&terms.first_bad, 0, 0)?;
+    fn replace(&mut self, x: Rows, terms: Summands) -> Result<Rows> {
+        self.terms.max_abs.slice_set(&terms.max_abs, 0, 0)?;
+        self.terms.first_nonfinite.slice_set(&terms.first_nonfinite, 0, 0)?;
         self.terms.finite = terms.finite;
-        if let (Some(old), Some(new)) = (&self.terms.factor, &terms.factor) {
+        if let (Some(old), Some(new)) = (&self.terms.row_scale, &terms.row_scale) {
             if old.id() != new.id() {
                 ops::overwrite(old, new)?;
             }

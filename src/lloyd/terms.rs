@@ -8,7 +8,7 @@ use crate::{
     metric::Metric,
     ops,
     problem::Problem,
-    request::{Rule, Terms, Update},
+    request::{Reduction, Summands, Update},
     rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
@@ -175,10 +175,10 @@ fn within(values: &Tensor, low: Option<f64>) -> Result<Tensor> {
 
 /// The squared shift at which a problem has converged, f64 `(b,)`: `tol` times the mean variance of its columns. Leaves `terms`
 /// as they were.
-pub(super) fn threshold(x: &Rows, terms: &mut Terms, ragged: Option<&Ragged>, settings: &KMeans) -> Result<Tensor> {
+pub(super) fn threshold(x: &Rows, terms: &mut Summands, ragged: Option<&Ragged>, settings: &KMeans) -> Result<Tensor> {
     let mut ones = None;
     if let Some(ragged) = ragged {
-        (terms.factor, terms.heaviest) = (Some(ragged.ones.clone()), Some(ragged.one.clone()));
+        (terms.row_scale, terms.max_weight) = (Some(ragged.ones.clone()), Some(ragged.one.clone()));
         ones = Some(ragged.ones.clone());
     }
     if !settings.check_finite {
@@ -189,9 +189,9 @@ pub(super) fn threshold(x: &Rows, terms: &mut Terms, ragged: Option<&Ragged>, se
         });
     }
     let mean = Tensor::zeros((x.b, 1, x.d), x.dtype(), x.device())?;
-    let u = Update { x, terms, labels: None, rule: Rule::Mean, turn: None, centroids: &mean };
+    let u = Update { x, terms, labels: None, reduction: Reduction::Mean, turn: None, centroids: &mean };
     ops::update(&u, &Memory::default())?;
-    (terms.factor, terms.heaviest) = (None, None);
+    (terms.row_scale, terms.max_weight) = (None, None);
     let labels = Tensor::zeros((x.b, x.n), DType::U32, x.device())?;
     let distances = ops::distances(x, &Rows::new(&mean)?, &labels, Metric::SquaredEuclidean)?;
     drop(labels);

@@ -3,7 +3,7 @@
 use crate::{
     cuda::device::processors,
     cuda::kernel::{launch, warps, WARP},
-    cuda::memory::{elements, Layout, Memory},
+    cuda::memory::{elements, ArenaLayout, Memory},
     cuda::params::{one_copy, shape, Active},
     cuda::tensors::{read, Element, Part},
     error::Result,
@@ -44,7 +44,7 @@ pub(super) fn assign<T: Element>(
     let one = one_copy(c);
     let (copies, k, d) = (one.b, c.n, c.d);
 
-    let mut layout = Layout::default();
+    let mut layout = ArenaLayout::default();
     let mu = layout.zeroed::<T::Filter>(elements(&[copies, d]));
     let largest = layout.zeroed::<f64>(copies);
     let listed = layout.zeroed::<u32>(x.b);

@@ -4,7 +4,7 @@ use super::tensor_core::{sweep_shared, Listed, Reach, Table, BOUNDS, HELD_SHARED
 use crate::{
     cuda::device::processors,
     cuda::kernel::{launch, warps, WARP},
-    cuda::memory::{elements, Layout, Memory},
+    cuda::memory::{elements, ArenaLayout, Memory},
     cuda::params::{one_copy, shape, Active},
     cuda::tensors::{read, Part, TensorMap},
     error::Result,
@@ -41,7 +41,7 @@ pub(super) fn assign(
     let whole = x.n <= most;
     let active = if whole { active } else { active.whole() };
 
-    let mut layout = Layout::default();
+    let mut layout = ArenaLayout::default();
     let mu = layout.zeroed::<f32>(elements(&[copies, d]));
     let largest = layout.zeroed::<f32>(copies);
     // For one half alone, then for both.

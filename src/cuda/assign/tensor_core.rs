@@ -3,7 +3,7 @@
 use crate::{
     cuda::device::{device, processors},
     cuda::kernel::{launch, WARP},
-    cuda::memory::{alloc, elements, Layout, Memory, Place, Workspace},
+    cuda::memory::{alloc, elements, Arena, ArenaLayout, Memory, Slot},
     cuda::params::{one_copy, shape, Active},
     cuda::tensors::{read, tensor, typed, Element, Part, TensorMap},
     error::Result,
@@ -26,9 +26,9 @@ use candle_core::{
 
 /// The table of hashes that finds repeated centroids (`kernels/duplicates.cuh`).
 pub(super) struct Table {
-    pub(super) keys: Place<u64>,
-    pub(super) first: Place<u32>,
-    pub(super) slot: Place<u32>,
+    pub(super) keys: Slot<u64>,
+    pub(super) first: Slot<u32>,
+    pub(super) slot: Slot<u32>,
     pub(super) slots: usize,
     /// Centroids of a problem with those that fill its last tile.
     padded: usize,
@@ -36,7 +36,7 @@ pub(super) struct Table {
 
 impl Table {
     /// Zeros, unless the kernel that fills it clears it first.
-    pub(super) fn new(layout: &mut Layout, copies: usize, k: usize, zeroed: bool) -> Self {
+    pub(super) fn new(layout: &mut ArenaLayout, copies: usize, k: usize, zeroed: bool) -> Self {
         let (slots, padded) = (2 * k.next_power_of_two(), k.next_multiple_of(TENSOR_CENTROIDS));
         let keys = layout.place_for(zeroed, elements(&[copies, slots]));
         let first = layout.place_for(zeroed, elements(&[copies, slots]));
@@ -47,7 +47,7 @@ impl Table {
     pub(super) fn drop_duplicates<T: Element>(
         &self,
         dev: &CudaDevice,
-        w: &Workspace<'_>,
+        w: &Arena<'_>,
         cs: &CudaView<'_, T>,
         c: &Rows,
         active: Active,
@@ -75,7 +75,7 @@ pub(super) fn assign<T: Element>(
     let (copies, k, d) = (one.b, c.n, c.d);
     let (pitch, padded) = (d.next_multiple_of(8), k.next_multiple_of(TENSOR_CENTROIDS));
 
-    let mut layout = Layout::default();
+    let mut layout = ArenaLayout::default();
     // Few centroids are prepared by one kernel, a block to a problem, which clears what it adds to.
     let few = k <= PREPARE_CENTROIDS && copies <= processors(dev)?;
     let bounds = layout.place_for::<[f32; BOUNDS]>(!few, copies);
