@@ -54,6 +54,8 @@ fn calls_go_down_only() {
     // The innermost of the names in the table that a path is in.
     let place = |path: &str| layers.iter().filter(|(_, name)| is_in(path, name)).max_by_key(|(_, name)| name.len());
 
+    let strangers = |a: &str, b: &str| is_in(a, "cpu") && is_in(b, "cuda") || is_in(a, "cuda") && is_in(b, "cpu");
+
     let mut files = vec![];
     modules(&root.join("src"), "", &mut files);
     let mut wrong = vec![];
@@ -74,6 +76,7 @@ fn calls_go_down_only() {
         }
         for call in calls {
             match place(&call) {
+                _ if strangers(module, &call) => wrong.push(format!("{module} calls {call} of the other back end")),
                 Some((to, name)) if to > layer || name == own => {}
                 Some(_) => wrong.push(format!("{module} calls {call}, which is not below it")),
                 None => wrong.push(format!("{module} imports {call}, but not from the module that defines it")),
