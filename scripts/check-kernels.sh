@@ -1,6 +1,6 @@
 #!/bin/sh
 # Compiles every kernel for sm_80 and sm_90a and prints the registers of each; fails if any spills to memory, or has
-# more shared memory of its own than src/plan.rs allows for.
+# more shared memory of its own than src/plan/arch.rs allows for.
 # Needs nvcc on PATH (scripts/cuda-env.sh brings one).
 set -eu
 cd "$(dirname "$0")/.."
@@ -38,7 +38,7 @@ awk -v arch="sm_$arch" '
     # Its tile and counters take more shared memory than blocks of sm_80 have, so there it is not run.
     if (name == "order_deal_many") most = arch == "sm_80" ? 96 : 8
     if (spill + 0 > most) failed = 1
-    # STATIC_SHARED in src/plan.rs: what kernels that ask for more at their launch may have of their own.
+    # STATIC_SHARED in src/plan/arch.rs: what kernels that ask for more at their launch may have of their own.
     shared = $0; if (!sub(/ bytes smem.*/, "", shared)) shared = 0; sub(/.* /, "", shared)
     asks = name ~ /^(attend_|order_|fit_|select_tokens|route_|assign_|recheck_)/ && name !~ /^(order_scan|assign_simt)/
     if (asks && shared + 0 > 4096) {

@@ -1,10 +1,13 @@
 //! The result of a fit.
 
 use crate::{
-    functional, ops,
-    problem::{self, Problem, Rows},
+    error::{Error, Result},
+    functional,
+    metric::Metric,
+    ops,
+    problem::{self, Problem},
+    rows::Rows,
     saved::{self, Saved},
-    Error, Metric, Result,
 };
 use candle_core::{DType, Device, Tensor};
 use std::{fmt, path::Path};
@@ -45,7 +48,7 @@ impl Fit {
     /// [`assign`](crate::assign) does not ask).
     pub fn predict(&self, x: &Tensor) -> Result<Tensor> {
         Problem::predict(x, &self.centroids, self.metric)?;
-        refuse_non_finite("x", &ops::scan(&Rows::new(&x.detach())?)?.1)?;
+        refuse_non_finite("x", &ops::max_abs_and_first_nonfinite(&Rows::new(&x.detach())?)?.1)?;
         functional::assign(x, &self.centroids, self.metric)
     }
 
@@ -58,7 +61,7 @@ impl Fit {
         let p = Problem::predict(x, &self.centroids, self.metric)?;
         problem::check_elements("x rows times centroids", &[p.b, p.n, p.k])?;
         let x = Rows::new(&x.detach())?;
-        refuse_non_finite("x", &ops::scan(&x)?.1)?;
+        refuse_non_finite("x", &ops::max_abs_and_first_nonfinite(&x)?.1)?;
         let c = Rows::new(&self.centroids.detach())?.broadcast(p.b);
         Ok(ops::pairwise(&x, &c, self.metric)?.reshape(p.shape(&[p.n, p.k]))?)
     }
@@ -261,7 +264,7 @@ impl fmt::Display for Fit {
     }
 }
 
-/// Reads [`ops::scan`]'s answer.
+/// Reads [`ops::max_abs_and_first_nonfinite`]'s answer.
 pub(crate) fn refuse_non_finite(argument: &'static str, first_bad: &Tensor) -> Result<()> {
     let rows = first_bad.to_vec1::<u32>()?;
     match rows.iter().position(|&r| r != u32::MAX) {

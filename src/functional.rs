@@ -1,10 +1,14 @@
 //! The ops, each usable alone in a model's graph.
 
 use crate::{
+    error::{Error, Result},
     host,
-    ops::{self, Memory, Rule, Terms},
-    problem::{self, Problem, Rows},
-    Error, Metric, Result,
+    memory::Memory,
+    metric::Metric,
+    ops,
+    problem::{self, Problem},
+    request::{Reduction, Summands, Update},
+    rows::Rows,
 };
 use candle_core::{
     backend::BackendStorage, CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, D,
@@ -20,7 +24,7 @@ use candle_core::{
 /// Refuses shapes, dtypes and devices that do not fit together.
 pub fn assign(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<Tensor> {
     let (p, x, c) = border(x, centroids, metric)?;
-    Ok(ops::labels(&x, &c, metric)?.reshape(p.shape(&[p.n]))?)
+    Ok(ops::assign(&x, &c, metric)?.reshape(p.shape(&[p.n]))?)
 }
 
 /// [`assign`], and the distance of each row to its centroid, f64 `(..batch, n)`, by the definition of [`Metric`].
@@ -29,7 +33,7 @@ pub fn assign(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<Tensor> 
 /// As [`assign`].
 pub fn assign_with_distances(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Tensor, Tensor)> {
     let (p, x, c) = border(x, centroids, metric)?;
-    let labels = ops::labels(&x, &c, metric)?;
+    let labels = ops::assign(&x, &c, metric)?;
     let distances = ops::distances(&x, &c, &labels, metric)?;
     Ok((labels.reshape(p.shape(&[p.n]))?, distances.reshape(p.shape(&[p.n]))?))
 }
@@ -42,7 +46,7 @@ pub fn assign_with_distances(x: &Tensor, centroids: &Tensor, metric: Metric) -> 
 /// # Errors
 /// Refuses labels that are not u32 or not below `k` (the host waits for that answer).
 pub fn sort_by_cluster(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
-    let flat = problem::labels(labels, k)?;
+    let flat = flat_labels(labels, k)?;
     check_labels(&flat, k)?;
     let batch = &labels.dims()[..labels.rank() - 1];
     let (order, offsets) = ops::order(&flat, k)?;
@@ -60,7 +64,7 @@ pub fn sort_by_cluster(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
 /// # Errors
 /// Refuses shapes, dtypes, devices and labels that do not fit together (the host waits for the labels' check).
 pub fn cluster_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
-    reduce(x, labels, k, Rule::Mean)
+    reduce(x, labels, k, Reduction::Mean)
 }
 
 /// The sum of the rows of each cluster, `(..batch, k, d)` in `x`'s dtype; zeros for a cluster without rows.
@@ -84,29 +88,31 @@ pub fn cluster_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
 /// # Errors
 /// As [`cluster_means`].
 pub fn cluster_sums(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
-    reduce(x, labels, k, Rule::Sum)
+    reduce(x, labels, k, Reduction::Sum)
 }
 
-fn reduce(x: &Tensor, labels: &Tensor, k: usize, rule: Rule) -> Result<Tensor> {
-    let flat = problem::labels(labels, k)?;
+fn reduce(x: &Tensor, labels: &Tensor, k: usize, reduction: Reduction) -> Result<Tensor> {
+    let flat = flat_labels(labels, k)?;
     let p = Problem::rows(x, k)?;
     check_labels_of(&p, labels, x.device())?;
     check_labels(&flat, k)?;
-    let reduced = reduce_known(&Rows::new(&x.detach())?, &flat, k, rule)?.reshape(p.shape(&[k, p.d]))?;
-    Attached::to(x, reduced, Gradient::Clusters { rule, labels: flat, k })
+    let reduced = reduce_known(&Rows::new(&x.detach())?, &flat, k, reduction)?.reshape(p.shape(&[k, p.d]))?;
+    Attached::to(x, reduced, Gradient::Clusters { reduction, labels: flat, k })
 }
 
 /// The sums or means of clusters, `(b, k, d)`, by labels `(b, n)` that are known to be below `k`: nothing waits.
-fn reduce_known(rows: &Rows, labels: &Tensor, k: usize, rule: Rule) -> Result<Tensor> {
+fn reduce_known(rows: &Rows, labels: &Tensor, k: usize, reduction: Reduction) -> Result<Tensor> {
     let reduced = host::zeros("clusters", (rows.b, k, rows.d), rows.dtype(), rows.device())?;
-    ops::update(rows, &Terms::of(rows)?, Some(labels), rule, None, &reduced, &Memory::default())?;
+    let (terms, labels) = (Summands::from_rows(rows)?, Some(labels));
+    let u = Update { x: rows, terms: &terms, labels, reduction, turn: None, centroids: &reduced };
+    ops::update(&u, &Memory::default())?;
     Ok(reduced)
 }
 
 /// [`cluster_means`] by labels that are known to be below `k`: nothing waits. No gradient flows.
 pub(crate) fn known_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
-    let (flat, p) = (problem::labels(labels, k)?, Problem::rows(x, k)?);
-    Ok(reduce_known(&Rows::new(&x.detach())?, &flat, k, Rule::Mean)?.reshape(p.shape(&[k, p.d]))?)
+    let (flat, p) = (flat_labels(labels, k)?, Problem::rows(x, k)?);
+    Ok(reduce_known(&Rows::new(&x.detach())?, &flat, k, Reduction::Mean)?.reshape(p.shape(&[k, p.d]))?)
 }
 
 /// The number of rows in each cluster, u32 `(..batch, k)`, for u32 `labels` `(..batch, n)` below `k`.
@@ -114,7 +120,7 @@ pub(crate) fn known_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tenso
 /// # Errors
 /// As [`sort_by_cluster`].
 pub fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
-    let flat = problem::labels(labels, k)?;
+    let flat = flat_labels(labels, k)?;
     check_labels(&flat, k)?;
     let batch = &labels.dims()[..labels.rank() - 1];
     Ok(ops::cluster_sizes(&flat, k)?.reshape([batch, &[k]].concat())?)
@@ -166,7 +172,7 @@ pub fn inverse_order(order: &Tensor) -> Result<Tensor> {
 /// As [`assign`], and refuses labels that do not fit (the host waits for their check).
 pub fn residuals(x: &Tensor, centroids: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let p = Problem::assign(x, centroids, Metric::default())?;
-    let flat = problem::labels(labels, p.k)?;
+    let flat = flat_labels(labels, p.k)?;
     check_labels_of(&p, labels, x.device())?;
     check_labels(&flat, p.k)?;
     if x.elem_count() == 0 {
@@ -186,7 +192,7 @@ pub fn residuals(x: &Tensor, centroids: &Tensor, labels: &Tensor) -> Result<Tens
 /// As [`assign`].
 pub fn quantize(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Tensor, Tensor)> {
     let (p, rows, c) = border(x, centroids, metric)?;
-    let labels = ops::labels(&rows, &c, metric)?;
+    let labels = ops::assign(&rows, &c, metric)?;
     let values = ops::gather(&c, &labels)?.reshape(x.shape())?;
     Ok((straight_through(x, values)?, labels.reshape(p.shape(&[p.n]))?))
 }
@@ -194,7 +200,7 @@ pub fn quantize(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Tenso
 /// The rows of `centroids` (`(..batch, k, d)`, or `(k, d)` for every problem) that `labels` (u32 `(..batch, n)`, known to be
 /// below `k`) name: `(..batch, n, d)`. No gradient flows.
 pub(crate) fn rows_of(centroids: &Tensor, labels: &Tensor) -> Result<Tensor> {
-    let flat = problem::labels(labels, centroids.dims()[centroids.rank() - 2])?;
+    let flat = flat_labels(labels, centroids.dims()[centroids.rank() - 2])?;
     let c = Rows::new(&centroids.detach())?.broadcast(flat.dim(0)?);
     let shape = [labels.dims(), &[c.d]].concat();
     Ok(ops::gather(&c, &flat)?.reshape(shape)?)
@@ -208,7 +214,7 @@ pub(crate) fn norms(x: &Tensor) -> Result<Tensor> {
 
 /// Whether all values of each problem of `x` `(..batch, n, d)` are finite, u8 `(..batch)`.
 pub(crate) fn finite(x: &Tensor) -> Result<Tensor> {
-    let (_, first_bad) = ops::scan(&Rows::new(&x.detach())?)?;
+    let (_, first_bad) = ops::max_abs_and_first_nonfinite(&Rows::new(&x.detach())?)?;
     Ok(first_bad.eq(u32::MAX)?.reshape(&x.dims()[..x.rank() - 2])?)
 }
 
@@ -226,6 +232,18 @@ fn border(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Problem, Ro
     let p = Problem::assign(x, centroids, metric)?;
     let (x, c) = (Rows::new(&x.detach())?, Rows::new(&centroids.detach())?.broadcast(p.b));
     Ok((p, x, c))
+}
+
+/// Checks labels of shape `(..batch, n)` and returns them as `(b, n)`, contiguous.
+fn flat_labels(labels: &Tensor, k: usize) -> Result<Tensor> {
+    let (b, n) = problem::labels(labels, k)?;
+    if labels.elem_count() == 0 {
+        return problem::empty(&[b, n], DType::U32, labels.device());
+    }
+    if !labels.is_contiguous() {
+        host::room("copy", labels.elem_count(), labels.dtype(), labels.device())?;
+    }
+    Ok(ops::contiguous(labels)?.reshape((b, n))?)
 }
 
 /// Checks that there is a label for each row.
@@ -252,7 +270,7 @@ enum Gradient {
     Identity,
     /// Of means or sums, by `labels` u32 `(b, n)`.
     Clusters {
-        rule: Rule,
+        reduction: Reduction,
         labels: Tensor,
         k: usize,
     },
@@ -278,7 +296,7 @@ impl CustomOp1 for Attached {
     fn name(&self) -> &'static str {
         match self.gradient {
             Gradient::Identity => "quantize",
-            Gradient::Clusters { rule: Rule::Sum, .. } => "cluster-sums",
+            Gradient::Clusters { reduction: Reduction::Sum, .. } => "cluster-sums",
             Gradient::Clusters { .. } => "cluster-means",
         }
     }
@@ -299,10 +317,10 @@ impl CustomOp1 for Attached {
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let &Gradient::Clusters { rule, ref labels, k } = &self.gradient else { return Ok(Some(grad.clone())) };
+        let &Gradient::Clusters { reduction, ref labels, k } = &self.gradient else { return Ok(Some(grad.clone())) };
         let (b, d) = (labels.dim(0)?, x.dim(D::Minus1)?);
         let mut each = grad.reshape((b, k, d))?;
-        if rule == Rule::Mean {
+        if reduction == Reduction::Mean {
             // An empty cluster has no rows to pass a gradient to; its infinite share is never gathered.
             let share = ops::cluster_sizes(labels, k)?.to_dtype(DType::F64)?.recip()?.unsqueeze(2)?;
             each = each.to_dtype(DType::F64)?.broadcast_mul(&share)?.to_dtype(x.dtype())?;

@@ -5,7 +5,7 @@
 //! (rayon#592: a deadlock). So the work goes to a pool of this crate's own, as large as the caller's, and the caller sleeps
 //! until it is done. What runs there takes no lock of a tensor and calls neither Candle's ops nor a user's functions.
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 use candle_core::{DType, Device, Shape, Tensor};
 use rayon::{prelude::*, ThreadPool, ThreadPoolBuilder};
 use std::{

@@ -1,8 +1,33 @@
-//! The builder.
+//! The settings of a fit. What they do is beside the loop, in `lloyd`.
 
-use crate::{init, lloyd::Prepared, ops, plan::Plan, problem::Problem, Error, Fit, Init, Metric, Result};
-use candle_core::{DType, Device, Shape, Tensor};
-use std::{fmt, ops::ControlFlow, path::Path, sync::Arc};
+use crate::metric::Metric;
+use candle_core::Tensor;
+use std::{fmt, ops::ControlFlow, sync::Arc};
+
+/// How a fit chooses its first centroids.
+///
+/// A row that weighs nothing is chosen only where nothing else is left: one of weight 0, one that is not finite where that is not
+/// [checked](KMeans::check_finite), and for [`Metric::Cosine`] one without a direction.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub enum Init {
+    /// `k` different rows, uniformly, or with probability proportional to the sample weights, for which the host reads a number a
+    /// row.
+    #[default]
+    Random,
+    /// k-means++ (Arthur and Vassilvitskii 2007): each next row with probability proportional to its weight times its
+    /// distance to the nearest row already chosen. `k` passes over the data.
+    KMeansPlusPlus,
+    /// k-means|| (Bahmani et al. 2012): five rounds that each draw about `2k` rows, then weighted k-means++ among them.
+    /// Fewer passes than k-means++ for large `k`. The host reads a sum and a count of each round of each problem.
+    KMeansParallel,
+    /// Evenly spaced rows: row `i * n / k` for cluster `i`, whatever the weights (`n` being those that count). Neighbours in a
+    /// sequence are often alike, so that keys of a KV cache start well from these (RetroInfer, Chen et al. 2025), and nothing is
+    /// read or drawn.
+    Even,
+    /// These centroids, `(..batch, k, d)` or `(k, d)` for every problem: a warm start.
+    Given(Tensor),
+}
 
 /// What becomes of a cluster that loses its last row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -15,6 +40,16 @@ pub enum EmptyClusters {
     /// distance, whatever the rows weigh, but for rows that weigh nothing. Costs a read of the cluster sizes by the host in
     /// every iteration.
     Relocate,
+}
+
+/// Rounds of k-means||, and rows drawn in each as a multiple of `k`, as its authors recommend.
+pub(crate) const ROUNDS: u64 = 5;
+pub(crate) const OVERSAMPLING: f64 = 2.0;
+
+/// Rows that k-means|| draws, at most but for luck: the count of a round is about Poisson's.
+pub(crate) fn drawn(k: u64) -> u64 {
+    let mean = ROUNDS as f64 * OVERSAMPLING * k as f64;
+    (mean + 8.0 * mean.sqrt()) as u64 + 1
 }
 
 /// One iteration of a running fit, as [`KMeans::on_iteration`] sees it.
@@ -162,8 +197,8 @@ impl KMeans {
 
     /// The number of rows of each problem that count, u32 `(..batch)` of `k` to `n`, for problems of different sizes in one
     /// tensor. The rows after those are padding, whatever they hold, NaN too: they are never a seed, weigh nothing in the
-    /// update, the inertia and [`Fit::counts`], and are not searched for non-finite values. Results are those of the rows
-    /// that count alone. The label of padding is what [`Fit::predict`] gives for what it holds, always in range, so that
+    /// update, the inertia and [`Fit::counts`](crate::Fit::counts), and are not searched for non-finite values. Results are those of the rows
+    /// that count alone. The label of padding is what [`Fit::predict`](crate::Fit::predict) gives for what it holds, always in range, so that
     /// whoever sorts labels into clusters has to set it aside first.
     ///
     /// ```
@@ -202,7 +237,7 @@ impl KMeans {
     ///
     /// `f` returns nothing, or a [`ControlFlow`]: `Break` ends the fit, further runs of [`n_init`](Self::n_init) included. Labels
     /// belong to the centroids then as they always do, and problems that were still moving are not
-    /// [`converged`](Fit::converged).
+    /// [`converged`](crate::Fit::converged).
     ///
     /// ```
     /// use candle_core::{Device, Tensor};
@@ -220,107 +255,5 @@ impl KMeans {
     pub fn on_iteration<R: IntoControlFlow>(mut self, f: impl Fn(Iteration) -> R + Send + Sync + 'static) -> Self {
         self.on_iteration = Some(OnIteration(Arc::new(move |iteration| f(iteration).into_control_flow())));
         self
-    }
-
-    /// What a fit of `x` would run and how much memory it would take, without running it.
-    ///
-    /// # Errors
-    /// Refuses what [`fit`](Self::fit) refuses without looking at values.
-    pub fn plan(&self, x: &Tensor) -> Result<Plan> {
-        self.planned(x).map(|(_, plan)| plan)
-    }
-
-    fn planned(&self, x: &Tensor) -> Result<(Problem, Plan)> {
-        let p = Problem::fit(x, self.k, self.metric)?;
-        self.check(&p, x.device())?;
-        let plan = Plan::new(&p, x, self, ops::arch(x.device())?);
-        Ok((p, plan))
-    }
-
-    /// Clusters the rows of `x`, `(n, d)` or `(..batch, n, d)` in f16, bf16, f32 or f64, each problem of the batch on its own.
-    ///
-    /// # Errors
-    /// Refuses shapes, dtypes, devices and settings that do not fit together, before anything is allocated; non-finite values
-    /// (see [`check_finite`](Self::check_finite)), before the first iteration; and fails where the device does. See [`Error`].
-    pub fn fit(&self, x: &Tensor) -> Result<Fit> {
-        let (p, plan) = self.planned(x)?;
-        plan.announce();
-        let mut prepared = Prepared::new(self, p, x.device())?;
-        prepared.load(x)?;
-        let mut stopped = prepared.lloyd(0)?.is_break();
-        if self.n_init == 1 {
-            return prepared.into_fit();
-        }
-        let mut best = prepared.fit()?;
-        for run in 1..self.n_init {
-            if stopped {
-                break;
-            }
-            stopped = prepared.lloyd(run)?.is_break();
-            let other = prepared.fit()?;
-            // Any run is better than one of no cost that a number tells.
-            let unknown = best.inertia.ne(&best.inertia)?;
-            best = best.replaced_where(&other.inertia.lt(&best.inertia)?.maximum(&unknown)?, &other)?;
-        }
-        Ok(best)
-    }
-
-    /// A fit with its memory, for rows of one shape `(n, d)` or `(..batch, n, d)`: run it on new rows as often as you like, or
-    /// capture a run in a CUDA graph; see [`Prepared`]. Weights, lengths and given centroids are copied: what becomes of
-    /// them afterwards changes no run.
-    ///
-    /// # Errors
-    /// As [`fit`](Self::fit). Refuses `n_init` above 1, which keeps more than one result.
-    pub fn prepare(&self, shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Prepared> {
-        let p = Problem::of(shape.into().dims(), dtype, self.k, self.metric)?.fitting()?;
-        self.check(&p, device)?;
-        if self.n_init > 1 {
-            let with = "a prepared fit, which keeps one result".into();
-            return Err(Error::Conflict { argument: "n_init", got: self.n_init.to_string(), with });
-        }
-        Prepared::new(self, p, device)
-    }
-
-    /// The labels of [`fit`](Self::fit), u32 `(..batch, n)`.
-    ///
-    /// # Errors
-    /// As [`fit`](Self::fit).
-    pub fn fit_predict(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(self.fit(x)?.labels)
-    }
-
-    /// Reads what [`Fit::save`] wrote, onto `device`.
-    ///
-    /// # Errors
-    /// [`Error::Io`] if the file cannot be read, and [`Error::Format`] if it is not a saved fit or what it holds does not belong
-    /// together: shapes, dtypes, labels, counts and numbers are checked.
-    pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Fit> {
-        Fit::load(path.as_ref(), device)
-    }
-
-    /// Every refusal that takes no look at values.
-    pub(crate) fn check(&self, p: &Problem, device: &Device) -> Result<()> {
-        if self.n_init == 0 {
-            return Err(Error::Range { argument: "n_init", got: 0, min: 1, max: usize::MAX });
-        }
-        if !(self.tol >= 0.0 && self.tol.is_finite()) {
-            return Err(Error::Value { argument: "tol", got: self.tol, expected: "a finite number of at least 0" });
-        }
-        let alike = match self.init {
-            Init::Given(_) => Some("given centroids"),
-            Init::Even => Some("evenly spaced rows"),
-            _ => None,
-        };
-        if let (2.., Some(seeds)) = (self.n_init, alike) {
-            let with = format!("{seeds}, which start every run alike");
-            return Err(Error::Conflict { argument: "n_init", got: self.n_init.to_string(), with });
-        }
-        if let Some(weights) = &self.weights {
-            p.weights(weights, device)?;
-        }
-        if let Some(lengths) = &self.lengths {
-            p.lengths(lengths, device)?;
-        }
-        init::check(&self.init, p, device)
     }
 }

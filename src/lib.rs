@@ -31,11 +31,12 @@
 //! them, it is up to the program to wait, by `Device::synchronize` on the thread that has computed them.
 //!
 //! ```text
-//! x (..batch, n, d) -> problem (checks) -> init -> loop { ops: update -> relabel } -> Fit
-//!                                                         cpu | cuda
+//! x (..batch, n, d) -> problem (checks) -> seeding -> loop { ops: update -> assign } -> Fit
+//!                                                            cpu | cuda
 //! ```
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod backend;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -44,88 +45,29 @@ mod fit;
 mod fixed;
 mod functional;
 mod host;
-mod init;
 mod kmeans;
 mod lloyd;
+mod memory;
 mod metric;
 mod minibatch;
 pub mod nn;
 mod ops;
 mod plan;
 mod problem;
+mod ranking;
+mod request;
 mod rng;
 mod row_weights;
+mod rows;
+mod running_means;
 mod saved;
+mod seeding;
+mod segments;
 mod select;
+#[doc(hidden)]
+pub mod testing;
 #[allow(dead_code)] // `build.rs` reads the kernels' share.
 mod tiles;
-
-/// For the tests and the tuning of this crate; not part of its interface.
-#[doc(hidden)]
-pub mod testing {
-    #[cfg(feature = "cuda")]
-    pub use crate::cuda::{assign::product_step, fail_allocation, limit_blocks_at_once};
-    pub use crate::plan::force;
-    use crate::{
-        ops::{self, Memory, Rule, Terms},
-        plan::{Arch, Assign},
-        problem::Rows,
-        Metric, Result,
-    };
-    use candle_core::{Device, Tensor};
-
-    /// The update of a fit's loop alone: new means in place, for labels `(b, n)` that are known to be in range.
-    pub struct Update {
-        x: Rows,
-        terms: Terms,
-        centroids: Tensor,
-        memory: Memory,
-    }
-
-    impl Update {
-        /// For rows `(b, n, d)` and `k` clusters.
-        pub fn new(x: &Tensor, k: usize) -> Result<Self> {
-            let x = Rows::new(x)?;
-            let (terms, centroids) = (Terms::of(&x)?, Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?);
-            Ok(Self { x, terms, centroids, memory: Memory::default() })
-        }
-
-        /// The means `(b, k, d)`, which the next call overwrites.
-        pub fn run(&self, labels: &Tensor) -> Result<Tensor> {
-            let Self { x, terms, centroids, memory } = self;
-            ops::update(x, terms, Some(labels), Rule::Mean, None, centroids, memory)?;
-            Ok(centroids.clone())
-        }
-    }
-
-    /// The names of the kernels that can assign `x` to `k` centroids, the one that is chosen first.
-    pub fn candidates(x: &Tensor, k: usize, metric: Metric) -> Result<Vec<&'static str>> {
-        let d = x.dims()[x.rank() - 1];
-        let all = Assign::candidates(x.dtype(), metric, [k, d], ops::arch(x.device())?);
-        Ok(all.into_iter().map(Assign::name).collect())
-    }
-
-    /// The compute capability of a GPU, 90 for 9.0; 0 of the CPU.
-    pub fn capability(device: &Device) -> Result<u32> {
-        Ok(match ops::arch(device)? {
-            Arch::Cpu => 0,
-            Arch::Cuda { capability, .. } => capability,
-        })
-    }
-
-    /// How many centroids were compared with a row by the definition in f64, in all CPU assignments of this thread so far.
-    pub fn compared() -> u64 {
-        crate::cpu::assign::compared()
-    }
-
-    /// The GPU kernels that this thread has launched since it last asked; the first call starts the record.
-    pub fn launches() -> Vec<String> {
-        #[cfg(feature = "cuda")]
-        return crate::cuda::launches();
-        #[cfg(not(feature = "cuda"))]
-        vec![]
-    }
-}
 
 pub use error::{Error, Result};
 pub use fit::Fit;
@@ -133,11 +75,11 @@ pub use functional::{
     assign, assign_with_distances, cluster_means, cluster_sizes, cluster_sums, inverse_order, quantize, residuals,
     sort_by_cluster,
 };
-pub use init::Init;
-pub use kmeans::{EmptyClusters, IntoControlFlow, Iteration, KMeans};
-pub use lloyd::Prepared;
+pub use kmeans::{EmptyClusters, Init, IntoControlFlow, Iteration, KMeans};
+pub use lloyd::prepared::Prepared;
 pub use metric::Metric;
-pub use minibatch::{MiniBatch, Segments};
+pub use minibatch::MiniBatch;
 pub use plan::Plan;
 pub use problem::Problem;
+pub use segments::Segments;
 pub use select::{select_clusters, top_rows_per_centroid, Selection, Take};

@@ -1,107 +1,21 @@
-//! Centroids that follow rows as they come, and clusters that are appended segment by segment.
+//! Centroids that follow rows as they come.
 
 use crate::{
-    fit::refuse_non_finite,
+    error::{Error, Result},
+    fit::Fit,
     functional,
-    ops::{self, Fence},
-    problem::{self, Problem, Rows},
-    row_weights::{self, or_one, Clusters, RowWeights},
+    kmeans::KMeans,
+    memory::Fence,
+    metric::Metric,
+    ops,
+    problem::{self, Problem},
+    row_weights::{self, RowWeights},
+    rows::Rows,
+    running_means::{check_centroids, check_running, RunningMeans},
     saved::{self, Saved},
-    Error, Fit, KMeans, Metric, Result,
 };
 use candle_core::{DType, Device, Tensor};
 use std::path::Path;
-
-/// Checks centroids that somebody gives, `(..batch, k, d)`. The host waits to know that they are finite.
-pub(crate) fn check_centroids(centroids: &Tensor) -> Result<()> {
-    let (argument, dims) = ("centroids", centroids.dims());
-    if dims.len() < 2 {
-        return Err(Error::Rank { argument, expected: 2, shape: dims.to_vec() });
-    }
-    if !matches!(centroids.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
-        let expected = "F16, BF16, F32 or F64".into();
-        return Err(Error::DType { argument, got: centroids.dtype(), expected });
-    }
-    if centroids.elem_count() == 0 {
-        return Err(Error::Range { argument: "centroids elements", got: 0, min: 1, max: usize::MAX });
-    }
-    // Sizes that cannot be computed with.
-    let k = dims[dims.len() - 2];
-    Problem::of(dims, centroids.dtype(), k, Metric::default())?;
-    refuse_non_finite(argument, &ops::scan(&Rows::new(&centroids.detach())?)?.1)
-}
-
-/// Checks that centroids by a metric can be means that run.
-pub(crate) fn check_running(metric: Metric, with: &str) -> Result<()> {
-    if metric == Metric::Manhattan {
-        let with = format!("{with}, which has no running median");
-        return Err(Error::Conflict { argument: "metric", got: metric.name().into(), with });
-    }
-    Ok(())
-}
-
-/// Means of all rows that came so far, each step with a share of its own.
-#[derive(Clone, Debug)]
-pub(crate) struct RunningMeans {
-    pub metric: Metric,
-    /// f64 `(b, k, d)`; by cosine the means of directions.
-    pub means: Tensor,
-    /// The weight of the rows that each is the mean of, f64 `(b, k)`.
-    pub weights: Tensor,
-}
-
-impl RunningMeans {
-    /// Counts `kept` of the weight so far and `taken` of a batch's, and returns which means the batch has a share in, u8
-    /// `(b, k)`. The others stay as they are, to the bit.
-    pub fn add(&mut self, batch: &Clusters, kept: f64, taken: f64) -> Result<Tensor> {
-        let new = (&batch.weights * taken)?;
-        let total = ((&self.weights * kept)? + &new)?;
-        let share = (new / or_one(&total)?)?;
-        let of = |means: &Tensor, share: Tensor| means.broadcast_mul(&share.unsqueeze(2)?);
-        // Not `means + share * (batch - means)`, which a mean far away would round to nothing.
-        self.means = (of(&self.means, share.affine(-1.0, 1.0)?)? + of(&batch.means, share.clone())?)?;
-        self.weights = total;
-        Ok(share.gt(0.0)?)
-    }
-
-    /// The means, f64 `(b, k, d)`, as unit vectors by cosine; a mean of directions that cancel has none and stays as it is.
-    pub fn centroids(&self) -> Result<Tensor> {
-        match self.metric {
-            Metric::Cosine => unit_vectors(&self.means),
-            _ => Ok(self.means.clone()),
-        }
-    }
-
-    /// The same on another device.
-    pub fn to_device(&self, device: &Device) -> Result<Self> {
-        let (means, weights) = (self.means.to_device(device)?, self.weights.to_device(device)?);
-        Ok(Self { metric: self.metric, means, weights })
-    }
-
-    /// Checks what a file holds: tensors of the shape `(b, k, d)` and weights that can be.
-    pub fn checked(self, file: &Saved, shape: &[usize]) -> Result<Self> {
-        for (name, t, expected) in [("means", &self.means, shape), ("weights", &self.weights, &shape[..2])] {
-            if (t.dims(), t.dtype()) != (expected, DType::F64) {
-                return Err(file.bad(format!(
-                    "tensor {name} is {:?} {:?}, expected F64 {expected:?}",
-                    t.dtype(),
-                    t.dims()
-                )));
-            }
-            let values = t.flatten_all()?.to_vec1::<f64>()?;
-            if let Some(v) = values.into_iter().find(|v| !v.is_finite() || name == "weights" && *v < 0.0) {
-                return Err(file.bad(format!("tensor {name} holds {v}")));
-            }
-        }
-        Ok(self)
-    }
-}
-
-/// Rows f64 `(b, n, d)` by their norms; rows of none as they are.
-pub(crate) fn unit_vectors(rows: &Tensor) -> Result<Tensor> {
-    let norms = ops::norms(&Rows::new(rows)?)?;
-    Ok(rows.broadcast_div(&or_one(&norms)?.unsqueeze(2)?)?)
-}
 
 /// Mini-batch k-means (Sculley 2010): centroids as running means of all rows that they were given.
 ///
@@ -308,120 +222,3 @@ impl MiniBatch {
 
 /// What files of these are marked with.
 const KIND: &str = "mini_batch";
-
-/// Clusters of a sequence that was fitted segment by segment: each segment has its own, and all are numbered on.
-///
-/// A cache that grows is clustered where it grows (RetroInfer, Chen et al. 2025): a row's label belongs to the centroids of
-/// its own segment, and [`assign`](crate::assign) to all centroids may find a nearer one. Rows that a fit did not count
-/// ([`KMeans::lengths`](crate::KMeans::lengths)) are in `labels` and `order` like any other.
-///
-/// ```
-/// use candle_core::{Device, Tensor};
-/// use candle_flash_kmeans::{KMeans, Segments};
-///
-/// let kmeans = KMeans::new(2);
-/// let x = Tensor::new(&[[0f32], [9.], [0.]], &Device::Cpu)?;
-/// let mut cache = Segments::of(&kmeans.fit(&x)?)?;
-/// cache.append(&kmeans.fit(&x)?)?;
-/// assert_eq!(cache.centroids.dims(), [4, 1]);
-/// let labels = cache.labels.to_vec1::<u32>()?;
-/// assert!(labels[3..].iter().zip(&labels).all(|(new, old)| *new == old + 2));
-/// assert_eq!(cache.offsets.to_vec1::<u32>()?[4], 6);
-/// # Ok::<_, candle_flash_kmeans::Error>(())
-/// ```
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct Segments {
-    /// `(..batch, k, d)`, `k` being those of all segments.
-    pub centroids: Tensor,
-    /// u32 `(..batch, n)`, `n` being the rows of all segments.
-    pub labels: Tensor,
-    /// Rows in each cluster, u32 `(..batch, k)`.
-    pub counts: Tensor,
-    /// The rows in the order of their clusters, u32 `(..batch, n)`, as [`sort_by_cluster`](crate::sort_by_cluster) gives it.
-    pub order: Tensor,
-    /// Where clusters begin and end in it, u32 `(..batch, k + 1)`.
-    pub offsets: Tensor,
-    /// The metric of the fits.
-    pub metric: Metric,
-}
-
-impl Segments {
-    /// The first segment.
-    ///
-    /// # Errors
-    /// Refuses a fit whose fields do not belong together any more (the host waits to know that labels are below `k`), and fails
-    /// where the device does.
-    pub fn of(fit: &Fit) -> Result<Self> {
-        fit.check()?;
-        let (order, offsets) = functional::sort_by_cluster(&fit.labels, fit.k())?;
-        let (centroids, labels, counts) = (fit.centroids.clone(), fit.labels.clone(), fit.counts.clone());
-        Ok(Self { centroids, labels, counts, order, offsets, metric: fit.metric })
-    }
-
-    /// Appends a segment's rows and clusters, with labels, order and offsets going on from those so far.
-    ///
-    /// # Errors
-    /// Refuses a fit of another metric, batch, dtype, device or number of columns, more rows than a u32 counts, and fields that
-    /// do not belong together, here or in the fit (see [`of`](Self::of)).
-    pub fn append(&mut self, fit: &Fit) -> Result<()> {
-        let segment = Self::of(fit)?;
-        let (old, new) = (self.centroids.dims(), segment.centroids.dims());
-        let (batch, k) = match old {
-            [batch @ .., k, _] => (batch, *k),
-            dims => return Err(Error::Rank { argument: "centroids", expected: 2, shape: dims.to_vec() }),
-        };
-        let rank = old.len();
-        if fit.metric != self.metric {
-            let with = format!("segments by {}", self.metric.name());
-            return Err(Error::Conflict { argument: "metric", got: fit.metric.name().into(), with });
-        }
-        if new.len() != rank || new[..rank - 2] != *batch || new[rank - 1] != old[rank - 1] {
-            let mut expected = old.to_vec();
-            expected[rank - 2] = new[new.len() - 2];
-            return Err(Error::Shape { argument: "fit", got: new.to_vec(), expected });
-        }
-        problem::check_dtype("fit", &segment.centroids, self.centroids.dtype())?;
-        problem::check_device("fit", &segment.centroids, self.centroids.device())?;
-        let rows = self.labels.dims().last().copied().unwrap_or(0);
-        let parts = [
-            ("labels", &self.labels, rows),
-            ("counts", &self.counts, k),
-            ("order", &self.order, rows),
-            ("offsets", &self.offsets, k.saturating_add(1)),
-        ];
-        for (argument, t, last) in parts {
-            check_part(argument, t, &[batch, &[last]].concat(), self.centroids.device())?;
-        }
-        let (more, clusters) = (segment.labels.dims()[rank - 2], new[rank - 2]);
-        // There are no more clusters than rows.
-        if rows.saturating_add(more) > problem::MAX_ROWS {
-            let got = rows.saturating_add(more);
-            return Err(Error::TooLarge { argument: "fit rows", got, limit: problem::MAX_ROWS });
-        }
-        let along = |old: &Tensor, new: &Tensor, from: usize| -> Result<Tensor> {
-            let from = Tensor::full(from as u32, new.shape(), new.device())?;
-            Ok(Tensor::cat(&[old, &(new + from)?], rank - 2)?)
-        };
-        *self = Self {
-            centroids: Tensor::cat(&[&self.centroids, &segment.centroids], rank - 2)?,
-            labels: along(&self.labels, &segment.labels, k)?,
-            counts: Tensor::cat(&[&self.counts, &segment.counts], rank - 2)?,
-            order: along(&self.order, &segment.order, rows)?,
-            // The last offset so far is the first of the segment.
-            offsets: along(&self.offsets, &segment.offsets.narrow(rank - 2, 1, clusters)?, rows)?,
-            metric: self.metric,
-        };
-        Ok(())
-    }
-}
-
-/// Checks a tensor of numbers of rows or clusters.
-fn check_part(argument: &'static str, t: &Tensor, expected: &[usize], device: &Device) -> Result<()> {
-    problem::check_dtype(argument, t, DType::U32)?;
-    problem::check_device(argument, t, device)?;
-    if t.dims() != expected {
-        return Err(Error::Shape { argument, got: t.dims().to_vec(), expected: expected.to_vec() });
-    }
-    Ok(())
-}

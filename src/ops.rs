@@ -1,34 +1,38 @@
-//! The primitives, one line each, and the only place that matches on the device.
+//! The primitives, and the only place that matches on the device.
 //!
-//! `cpu` and `cuda` export the same functions in the same order. All of them take checked arguments and return new
-//! tensors on the same device, or write to the fit's own, on the tensor's own stream.
+//! They take checked arguments and return new tensors on the same device, or write to the caller's own, on the tensor's own
+//! stream. `cpu` and `cuda` implement them ([`Backend`]).
 
+#[cfg(feature = "cuda")]
+use crate::cuda::Cuda;
 use crate::{
-    plan::Arch,
-    problem::{self, Rows},
+    backend::Backend,
+    cpu::Cpu,
+    error::{Error, Result},
+    host,
+    memory::Memory,
+    metric::Metric,
+    plan::arch::Arch,
+    problem,
+    request::{Assignment, Attention, KmeansppStep, OnChipFit, Reduction, Routed, Summands, Update},
     rng::Draw,
-    Error, Metric, Result,
+    rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
 
-macro_rules! on_device {
-    ($device:expr, $stem:ident::$op:ident ( $($arg:expr),* )) => {
-        match $device {
-            Device::Cpu => crate::cpu::$stem::$op($($arg),*),
-            #[cfg(feature = "cuda")]
-            Device::Cuda(_) => crate::cuda::$stem::$op($($arg),*),
-            device => Err(Error::Unsupported { op: stringify!($op), device: format!("{:?}", device.location()) }),
-        }
-    };
+/// The back end of a device, which is asked for `op`.
+fn on(device: &Device, op: &'static str) -> Result<&'static dyn Backend> {
+    match device {
+        Device::Cpu => Ok(&Cpu),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => Ok(&Cuda),
+        device => Err(Error::Unsupported { op, device: format!("{:?}", device.location()) }),
+    }
 }
 
-/// What chooses kernels.
+/// What chooses kernels. (A device without a back end is refused by what would run there.)
 pub(crate) fn arch(device: &Device) -> Result<Arch> {
-    match device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(dev) => crate::cuda::arch(dev),
-        _ => Ok(Arch::Cpu),
-    }
+    on(device, "arch").map_or(Ok(Arch::Cpu), |backend| backend.arch(device))
 }
 
 /// Whether the host need not wait for what it reads from there.
@@ -36,100 +40,12 @@ pub(crate) fn reads_are_free(device: &Device) -> bool {
     device.is_cpu()
 }
 
-/// How far the problems of a fit have come.
-pub(crate) struct Progress {
-    /// The iteration in which each problem converged, u32 `(b,)`; `u32::MAX` where it has not.
-    pub stop: Tensor,
-    /// The squared shift at which a problem has converged, f64 `(b,)`.
-    pub threshold: Tensor,
-    /// The problems that go on to the next even and to the next odd iteration, u32 `(2, b + 1)`: their number, then
-    /// themselves. CUDA's; on the CPU `stop` says enough.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub going: Tensor,
-}
-
-/// An iteration of a fit: what it does to problems that have converged before is nothing.
-#[derive(Clone, Copy)]
-pub(crate) struct Turn<'a> {
-    pub progress: &'a Progress,
-    pub iteration: usize,
-}
-
-/// What is added up over rows: their values, each times its factor.
-pub(crate) struct Terms {
-    /// f64 `(b, n)`.
-    pub factor: Option<Tensor>,
-    /// Bound on the magnitude of the terms, f64 `(b,)`.
-    pub largest: Tensor,
-    /// The first row that has a NaN or an infinity, u32 `(b,)`; `u32::MAX` for none.
-    pub first_bad: Tensor,
-    /// The largest factor, f64 `(b,)`, where factors are weights.
-    pub heaviest: Option<Tensor>,
-    /// Whether the host knows that there is no such row.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub finite: bool,
-}
-
-impl Terms {
-    /// The rows themselves.
-    pub fn of(x: &Rows) -> Result<Self> {
-        let (largest, first_bad) = scan(x)?;
-        Ok(Self { factor: None, largest, first_bad, heaviest: None, finite: false })
-    }
-}
-
-/// What becomes of the terms of a cluster.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Rule {
-    /// Their sum by the cluster's weight: by the sum of the factors, which have to be weights, or the number of rows.
-    Mean,
-    /// Their sum by its norm.
-    Direction,
-    /// Their sum.
-    Sum,
-    /// The smallest value of each column that at least half of the weight does not exceed. Factors are weights.
-    Median,
-}
-
-/// Memory that ops use one after another, so that only the first ones allocate. The CPU's need none.
-#[cfg(not(feature = "cuda"))]
-#[derive(Debug, Default)]
-pub(crate) struct Memory {}
-#[cfg(not(feature = "cuda"))]
-impl Memory {
-    pub fn kept() -> Self {
-        Self {}
-    }
-}
-#[cfg(feature = "cuda")]
-pub(crate) use crate::cuda::{Fence, Memory};
-
-/// Which threads have used the tensors of a layer, whose first field it is. The CPU's work is done when an op returns.
-#[cfg(not(feature = "cuda"))]
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Fence {}
-#[cfg(not(feature = "cuda"))]
-impl Fence {
-    pub fn read(&self, _: &Device) -> Result<()> {
-        Ok(())
-    }
-    pub fn write(&self, _: &Device) -> Result<()> {
-        Ok(())
-    }
-    pub fn show(&self, _: &Device) {}
-}
-
 /// Whether work that is queued now becomes part of a CUDA graph.
 pub(crate) fn capturing(device: &Device) -> Result<bool> {
-    match device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(dev) => crate::cuda::capturing(&dev.cuda_stream()),
-        _ => Ok(false),
-    }
+    on(device, "capturing").map_or(Ok(false), |backend| backend.capturing(device))
 }
 
 /// Elements that Candle's kernels on a GPU count in 32 bits: with as many steps as they take beyond the last one.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 const COUNTED: usize = 1 << 31;
 
 /// Whether Candle's kernels reach all elements of `t`. On the CPU they do.
@@ -157,11 +73,11 @@ pub(crate) fn check_count(argument: &'static str, shape: Vec<usize>, device: &De
 
 /// The same elements side by side, however many they are.
 pub(crate) fn contiguous(t: &Tensor) -> Result<Tensor> {
-    match t.device() {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(_) if !t.is_contiguous() && !counted(t) => crate::cuda::assign::contiguous(t),
-        _ => Ok(t.contiguous()?),
-    }
+    let copy = match t.is_contiguous() || counted(t) {
+        true => None,
+        false => on(t.device(), "contiguous")?.contiguous(t)?,
+    };
+    Ok(copy.map_or_else(|| t.contiguous(), Ok)?)
 }
 
 /// The elements of `t` as tensors of one dimension that Candle's kernels reach the end of.
@@ -205,201 +121,133 @@ pub(crate) fn overwrite(to: &Tensor, from: &Tensor) -> Result<()> {
     Ok(())
 }
 
+impl Rows {
+    /// Views `t`, of shape `(..batch, n, d)`, or a copy of it.
+    pub fn new(t: &Tensor) -> Result<Self> {
+        if t.elem_count() == 0 {
+            let (batch, rows) = t.dims().split_at(t.rank() - 2);
+            let tensor = problem::empty(t.dims(), t.dtype(), t.device())?;
+            return Ok(Self {
+                tensor,
+                batch_stride: 0,
+                row_stride: rows[1],
+                b: problem::product(batch),
+                n: rows[0],
+                d: rows[1],
+            });
+        }
+        match Self::view(t) {
+            Some(rows) => Ok(rows),
+            None => {
+                host::room("copy", t.elem_count(), t.dtype(), t.device())?;
+                Ok(Self::view(&contiguous(t)?).expect("a contiguous tensor folds"))
+            }
+        }
+    }
+}
+
+impl Summands {
+    /// The rows themselves.
+    pub fn from_rows(x: &Rows) -> Result<Self> {
+        let (max_abs, first_nonfinite) = max_abs_and_first_nonfinite(x)?;
+        Ok(Self { row_scale: None, max_abs, first_nonfinite, max_weight: None, finite: false })
+    }
+}
+
 /// The rows `x`, `(..batch, n, d)`, where the kernel that assigns them to `k` centroids can read them: as they lie, or in
 /// `copy`, which the next rows of this shape go to as well.
-pub(crate) fn readable(x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Rows> {
-    on_device!(x.device(), assign::readable(x, k, metric, copy))
+pub(crate) fn pack_for_assign(x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Rows> {
+    match on(x.device(), "pack_for_assign")?.pack_for_assign(x, k, metric, copy)? {
+        Some(rows) => Ok(rows),
+        None => Rows::new(x),
+    }
 }
 
 /// Exact labels, u32 `(b, n)`: the lowest index at the smallest [`Metric`] distance.
-pub(crate) fn labels(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    on_device!(x.device(), assign::labels(x, c, metric))
+pub(crate) fn assign(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+    on(x.device(), "assign")?.assign(x, c, metric)
 }
 
-/// The same into `labels`.
-pub(crate) fn relabel(
-    x: &Rows,
-    c: &Rows,
-    metric: Metric,
-    turn: Option<Turn<'_>>,
-    labels: &Tensor,
-    memory: &Memory,
-) -> Result<()> {
-    on_device!(x.device(), assign::relabel(x, c, metric, turn, labels, memory))
+/// The same into `labels`; in a fit's turn, of the problems that have not converged before.
+pub(crate) fn assign_into(a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()> {
+    on(a.x.device(), "assign_into")?.assign_into(a, labels, memory)
 }
 
 /// The distance of each row to the centroid of its label, f64 `(b, n)`.
 pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {
-    on_device!(x.device(), assign::distances(x, c, labels, metric))
+    on(x.device(), "distances")?.distances(x, c, labels, metric)
 }
 
 /// The distance of each row to every centroid, `(b, n, k)`, f64 for f64 rows and f32 otherwise.
 pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    on_device!(x.device(), assign::pairwise(x, c, metric))
+    on(x.device(), "pairwise")?.pairwise(x, c, metric)
 }
 
 /// Rows `index` (u32 `(b, m)`) of each problem: `(b, m, d)`.
 pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
-    on_device!(x.device(), assign::gather(x, index))
+    on(x.device(), "gather")?.gather(x, index)
 }
 
 /// `chosen` (different rows, u32 `(b, k)`) with others in place of those that cannot be seeds, tensor of its own: a row that is not
 /// finite, without weight (f64 `(b, n)`), or by cosine without direction, gives way to the next one after it that can be and is
 /// not chosen, from the first row on again after the last. It stays where there is none.
 pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor> {
-    on_device!(x.device(), assign::usable_seeds(x, weights, chosen, metric))
+    on(x.device(), "usable_seeds")?.usable_seeds(x, weights, chosen, metric)
 }
 
 /// The largest finite magnitude of each problem, f64 `(b,)`, and its first row with a NaN or an infinity, u32 `(b,)`
 /// (`u32::MAX`: none).
-pub(crate) fn scan(x: &Rows) -> Result<(Tensor, Tensor)> {
-    on_device!(x.device(), assign::scan(x))
+pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> {
+    on(x.device(), "max_abs_and_first_nonfinite")?.max_abs_and_first_nonfinite(x)
 }
 
 /// Euclidean norms, f64 `(b, n)`.
 pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
-    on_device!(x.device(), assign::norms(x))
+    on(x.device(), "norms")?.norms(x)
 }
 
 /// `min(nearest, distance to row newest[b])`, f64 `(b, n)`, never below 0; that row itself becomes -1 (taken), and rows
 /// that are -1 stay so.
-pub(crate) fn nearer(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
-    on_device!(x.device(), assign::nearer(x, nearest, newest, metric))
+pub(crate) fn min_distance_with(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
+    on(x.device(), "min_distance_with")?.min_distance_with(x, nearest, newest, metric)
 }
 
 /// The keys of an exponential race won with probability proportional to `weight * nearest`, f64 `(b, n)`.
-pub(crate) fn race(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
-    on_device!(nearest.device(), assign::race(nearest, weights, draw))
+pub(crate) fn exponential_race_keys(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
+    on(nearest.device(), "exponential_race_keys")?.exponential_race_keys(nearest, weights, draw)
 }
 
-/// Pick `i` of k-means++, to column `i` of `chosen` (u32 `(b, count)`): pick `i - 1` is folded into `nearest` (f64 `(b, n)`) as
-/// [`nearer`] does, and all rows race. At a `start` nothing is nearest yet, and the first pick is uniform.
-#[allow(clippy::too_many_arguments)]
-pub(crate) fn pick(
-    x: &Rows,
-    nearest: &Tensor,
-    weights: Option<&Tensor>,
-    chosen: &Tensor,
-    i: usize,
-    start: bool,
-    metric: Metric,
-    draw: Draw,
-    memory: &Memory,
-) -> Result<()> {
-    on_device!(x.device(), assign::pick(x, nearest, weights, chosen, i, start, metric, draw, memory))
+/// A pick of k-means++: the one before is folded into `nearest` as [`min_distance_with`] does, and all rows race. At a `start` nothing is
+/// nearest yet, and the first pick is uniform.
+pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>, memory: &Memory) -> Result<()> {
+    on(p.x.device(), "kmeanspp_step")?.kmeanspp_step(p, memory)
 }
 
 /// The stable order of `labels` (u32 `(b, n)`, below `k`): positions u32 `(b, n)` and offsets u32 `(b, k + 1)`.
 pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
-    on_device!(labels.device(), update::order(labels, k))
+    on(labels.device(), "order")?.order(labels, k)
 }
 
-/// Replaces the rows of `centroids` `(b, k, d)` as `rule` says, but for clusters without weight. Without labels (u32
-/// `(b, n)`, below `k`) all rows are in one cluster. In a fit's turn it decides which problems have converged: no centroid has
-/// moved farther than the threshold, in squared Euclidean distance.
-pub(crate) fn update(
-    x: &Rows,
-    terms: &Terms,
-    labels: Option<&Tensor>,
-    rule: Rule,
-    turn: Option<Turn<'_>>,
-    centroids: &Tensor,
-    memory: &Memory,
-) -> Result<()> {
-    on_device!(x.device(), update::update(x, terms, labels, rule, turn, centroids, memory))
+/// Replaces the centroids by the reduction, but for clusters without weight. In a fit's turn it decides which problems have
+/// converged: no centroid has moved farther than the threshold, in squared Euclidean distance.
+pub(crate) fn update(u: &Update<'_>, memory: &Memory) -> Result<()> {
+    on(u.x.device(), "update")?.update(u, memory)
 }
 
 /// All iterations of a fit and its last labels at once (in one launch; on the CPU rows of one column, sorted), and whether this
 /// was a fit for that; if not, nothing has been done.
-#[allow(clippy::too_many_arguments)]
-pub(crate) fn fit_on_chip(
-    x: &Rows,
-    terms: &Terms,
-    metric: Metric,
-    rule: Rule,
-    progress: &Progress,
-    max_iters: usize,
-    centroids: &Tensor,
-    labels: &Tensor,
-    memory: &Memory,
-) -> Result<bool> {
-    on_device!(x.device(), update::fit_on_chip(x, terms, metric, rule, progress, max_iters, centroids, labels, memory))
-}
-
-/// A cache of keys and values, its clusters, and how the queries of one token read it.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-pub(crate) struct Attention<'a> {
-    /// `(b, q_heads, d)`, of the keys' dtype, as all floats but the outcome's inside.
-    pub q: &'a Tensor,
-    /// `(b, heads, room, d)`, of which the first `tokens` are there.
-    pub keys: &'a Tensor,
-    pub values: &'a Tensor,
-    pub tokens: usize,
-    /// Tokens before the clustered ones.
-    pub sinks: usize,
-    /// u32 `(b, heads, clustered)`, counted from the first clustered token, and u32 `(b, heads, k + 1)`.
-    pub order: &'a Tensor,
-    pub offsets: &'a Tensor,
-    /// `(b, heads, k, d)`.
-    pub mean_keys: &'a Tensor,
-    pub mean_values: &'a Tensor,
-    pub scale: f64,
-    /// Clustered tokens that are read, fewer than there are.
-    pub budget: usize,
-    /// Whether the query heads of a key head choose together.
-    pub shared: bool,
-    /// Whether clusters stand in for their tokens that are not read.
-    pub estimate: bool,
+pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> {
+    on(fit.x.device(), "fit_on_chip")?.fit_on_chip(fit, memory)
 }
 
 /// What each query head takes from the cache, `(b, q_heads, d)`; nothing where there is no kernel for it.
 pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor>> {
-    on_device!(a.q.device(), attend::attend(a, memory))
-}
-
-/// Queries, keys and values, and how the queries read them.
-pub(crate) struct Routed<'a> {
-    /// `(b, heads, m, d)`, of the keys' dtype.
-    pub q: &'a Tensor,
-    /// `(b, kv_heads, n, d)`: sinks, then the grouped tokens, then others, which are the last.
-    pub keys: &'a Tensor,
-    pub values: &'a Tensor,
-    pub sinks: usize,
-    pub groups: Option<&'a RoutedGroups>,
-    /// Whether the queries are those of the last `m` tokens, which see what comes up to themselves.
-    pub causal: bool,
-    pub scale: f64,
-    /// Of the grouped tokens those that have this share of the estimated attention, but at least and at most so many.
-    pub share: f64,
-    pub least: usize,
-    pub most: usize,
-    /// Whether the groups stand in for their tokens that are not read.
-    pub estimate: bool,
-}
-
-/// Rows in groups: u32 `(b, heads, n)` labels, the rows in the order of their groups, and `(b, heads, groups + 1)` where groups
-/// begin in that.
-pub(crate) struct Groups {
-    pub labels: Tensor,
-    pub order: Tensor,
-    pub offsets: Tensor,
-}
-
-/// The groups of queries and keys.
-pub(crate) struct RoutedGroups {
-    /// Counted from the first grouped token.
-    pub keys: Groups,
-    /// `(b, kv_heads, k, d)`.
-    pub mean_keys: Tensor,
-    pub mean_values: Tensor,
-    pub queries: Groups,
-    /// The queries that choose for each group, `(b, heads, any, d)`, and whose they are, if not those of the group.
-    pub choosers: Option<(Tensor, Groups)>,
+    on(a.q.device(), "attend")?.attend(a, memory)
 }
 
 /// What each query takes, `(b, heads, m, d)`; nothing where there is no kernel for it.
 pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
-    on_device!(r.q.device(), route::route(r, memory))
+    on(r.q.device(), "route")?.route(r, memory)
 }
 
 /// Rows in each cluster, u32 `(b, k)`.
@@ -416,7 +264,9 @@ pub(crate) fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
 pub(crate) fn cluster_sums(values: &Tensor, labels: Option<&Tensor>, k: usize) -> Result<Tensor> {
     let column = Rows::new(&values.unsqueeze(2)?)?;
     let sums = Tensor::zeros((column.b, k, 1), DType::F64, values.device())?;
-    update(&column, &Terms::of(&column)?, labels, Rule::Sum, None, &sums, &Memory::default())?;
+    let terms = Summands::from_rows(&column)?;
+    let u = Update { x: &column, terms: &terms, labels, reduction: Reduction::Sum, turn: None, centroids: &sums };
+    update(&u, &Memory::default())?;
     Ok(sums.squeeze(2)?)
 }
 

@@ -1,6 +1,9 @@
-//! The border: a tensor becomes a checked view of rows here, and every refusal is here.
+//! The border: what the sizes, types and devices of a call have to be.
 
-use crate::{error::kept, host, ops, Error, Metric, Result};
+use crate::{
+    error::{kept, Error, Result},
+    metric::Metric,
+};
 use candle_core::{DType, Device, Storage, Tensor};
 
 /// Rows a single problem may hold: labels and positions are u32.
@@ -8,97 +11,6 @@ pub(crate) const MAX_ROWS: usize = u32::MAX as usize;
 
 /// Elements that leave room for every size that is computed from them, in bytes.
 const MAX_ELEMENTS: usize = isize::MAX as usize / 64;
-
-/// `b` matrices of `n` rows and `d` columns inside a tensor, columns next to each other.
-///
-/// Any tensor whose batch dimensions share one stride and whose columns are adjacent is viewed in place (a transposed
-/// `(b, s, h, d)` cache, a narrowed one, a broadcast one); any other layout is copied once.
-#[derive(Clone, Debug)]
-pub(crate) struct Rows {
-    pub tensor: Tensor,
-    /// Strides are in elements, from the tensor's first one.
-    pub batch_stride: usize,
-    pub row_stride: usize,
-    pub b: usize,
-    pub n: usize,
-    pub d: usize,
-}
-
-impl Rows {
-    /// Views `t`, of shape `(..batch, n, d)`, or a copy of it.
-    pub fn new(t: &Tensor) -> Result<Self> {
-        if t.elem_count() == 0 {
-            let (batch, rows) = t.dims().split_at(t.rank() - 2);
-            let tensor = empty(t.dims(), t.dtype(), t.device())?;
-            return Ok(Self {
-                tensor,
-                batch_stride: 0,
-                row_stride: rows[1],
-                b: product(batch),
-                n: rows[0],
-                d: rows[1],
-            });
-        }
-        match Self::view(t) {
-            Some(rows) => Ok(rows),
-            None => {
-                host::room("copy", t.elem_count(), t.dtype(), t.device())?;
-                Ok(Self::view(&ops::contiguous(t)?).expect("a contiguous tensor folds"))
-            }
-        }
-    }
-
-    /// Views `t`, of shape `(..batch, n, d)`, if its layout is one of rows.
-    pub fn view(t: &Tensor) -> Option<Self> {
-        let (dims, strides) = (t.dims(), t.stride());
-        let batch = dims.len() - 2;
-        let (b, n, d) = (dims[..batch].iter().product(), dims[batch], dims[batch + 1]);
-        if t.elem_count() == 0 {
-            return Some(Self { tensor: t.clone(), batch_stride: 0, row_stride: d, b, n, d });
-        }
-        if strides[batch + 1] != 1 && d != 1 {
-            return None;
-        }
-        // Fold the batch dimensions from the innermost one: each must step over the whole of the ones inside it.
-        let mut folded: Option<(usize, usize)> = None;
-        for (&size, &stride) in dims[..batch].iter().zip(&strides[..batch]).rev().filter(|(&size, _)| size != 1) {
-            folded = match folded {
-                None => Some((size, stride)),
-                Some((inner, step)) if stride == inner * step => Some((inner * size, step)),
-                Some(_) => return None,
-            };
-        }
-        let batch_stride = folded.map_or(0, |(_, step)| step);
-        Some(Self { tensor: t.clone(), batch_stride, row_stride: strides[batch], b, n, d })
-    }
-
-    /// Problem `b` alone.
-    pub fn one(&self, mut b: usize) -> Result<Self> {
-        let mut t = self.tensor.clone();
-        for dim in (0..t.rank() - 2).rev() {
-            let size = t.dims()[dim];
-            t = t.narrow(dim, b % size, 1)?;
-            b /= size;
-        }
-        Self::new(&t)
-    }
-
-    /// The same matrix for each of `b` problems, when this one has no batch of its own.
-    pub fn broadcast(mut self, b: usize) -> Self {
-        if self.b == 1 && b != 1 {
-            (self.b, self.batch_stride) = (b, 0);
-        }
-        self
-    }
-
-    pub fn device(&self) -> &Device {
-        self.tensor.device()
-    }
-
-    pub fn dtype(&self) -> DType {
-        self.tensor.dtype()
-    }
-}
 
 /// The sizes of a call, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -263,8 +175,8 @@ impl Problem {
     }
 }
 
-/// Checks labels of shape `(..batch, n)` and returns them as `(b, n)`, contiguous.
-pub(crate) fn labels(labels: &Tensor, k: usize) -> Result<Tensor> {
+/// Checks labels of shape `(..batch, n)`, and counts problems and rows: `(b, n)`.
+pub(crate) fn labels(labels: &Tensor, k: usize) -> Result<(usize, usize)> {
     if labels.rank() == 0 {
         return Err(Error::Rank { argument: "labels", expected: 1, shape: vec![] });
     }
@@ -280,13 +192,7 @@ pub(crate) fn labels(labels: &Tensor, k: usize) -> Result<Tensor> {
     }
     let b = product(&labels.dims()[..labels.rank() - 1]);
     check_elements("labels", &[b, n.max(k)])?;
-    if labels.elem_count() == 0 {
-        return empty(&[b, n], DType::U32, labels.device());
-    }
-    if !labels.is_contiguous() {
-        host::room("copy", labels.elem_count(), labels.dtype(), labels.device())?;
-    }
-    Ok(ops::contiguous(labels)?.reshape((b, n))?)
+    Ok((b, n))
 }
 
 /// A tensor of no elements that lies at the beginning of its storage: a view of another may begin beyond the end of its own, and
@@ -347,23 +253,4 @@ pub(crate) fn share_storage(a: &Tensor, b: &Tensor) -> bool {
     // One lock at a time: a second one on the same storage could wait for a writer that waits for the first.
     let address = |t: &Tensor| std::ptr::from_ref::<Storage>(&t.storage_and_layout().0) as usize;
     address(a) == address(b)
-}
-
-/// Whether rows of `t`, of shape `(..batch, n, d)`, are whole pieces of so many elements, each at a multiple of them, in steps
-/// that tell rows apart.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-pub(crate) fn in_pieces(t: &Tensor, of: usize) -> bool {
-    in_steps(t, of) && t.dims()[t.rank() - 1].is_multiple_of(of)
-}
-
-/// Whether rows of `t` start at multiples of eight elements, in steps that tell them apart.
-pub(crate) fn in_eights(t: &Tensor) -> bool {
-    in_steps(t, 8)
-}
-
-fn in_steps(t: &Tensor, of: usize) -> bool {
-    let (last, dims) = (t.rank() - 1, t.dims());
-    let whole = |step: usize| step > 0 && step.is_multiple_of(of);
-    let steps = t.stride()[..last].iter().zip(dims).all(|(&step, &size)| size == 1 || whole(step));
-    steps && (t.stride()[last] == 1 || dims[last] == 1) && t.layout().start_offset().is_multiple_of(of)
 }

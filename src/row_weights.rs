@@ -4,11 +4,16 @@
 //! Such a row weighs nothing: in no sum, no size of a cluster, no draw.
 
 use crate::{
-    fit::refuse_non_finite,
+    error::{Error, Result},
+    fit::{refuse_non_finite, Fit},
     functional,
-    ops::{self, Memory, Rule, Terms},
-    problem::{Problem, Rows},
-    Error, Fit, Init, KMeans, Metric, Result,
+    kmeans::{Init, KMeans},
+    memory::Memory,
+    metric::Metric,
+    ops,
+    problem::Problem,
+    request::{Reduction, Summands, Update},
+    rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
 
@@ -59,23 +64,24 @@ impl RowWeights {
     /// once.
     pub fn clusters(&self, x: &Rows, labels: &Tensor, k: usize) -> Result<Clusters> {
         let weights = ops::cluster_sums(&self.weights, Some(labels), k)?;
-        let mut terms = Terms::of(x)?;
-        terms.largest = self.largest.clone();
-        let rule = match &self.norms {
+        let mut terms = Summands::from_rows(x)?;
+        terms.max_abs = self.largest.clone();
+        let reduction = match &self.norms {
             // A sum of unit vectors, since their factors are no weights.
             Some(norms) => {
-                terms.factor = Some(masked(&(&self.weights / norms)?, &positive(norms)?)?);
-                Rule::Sum
+                terms.row_scale = Some(masked(&(&self.weights / norms)?, &positive(norms)?)?);
+                Reduction::Sum
             }
             None => {
-                (terms.factor, terms.heaviest) = (Some(self.weights.clone()), Some(self.heaviest.clone()));
-                Rule::Mean
+                (terms.row_scale, terms.max_weight) = (Some(self.weights.clone()), Some(self.heaviest.clone()));
+                Reduction::Mean
             }
         };
         let reduced = Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?;
-        ops::update(x, &terms, Some(labels), rule, None, &reduced, &Memory::default())?;
+        let u = Update { x, terms: &terms, labels: Some(labels), reduction, turn: None, centroids: &reduced };
+        ops::update(&u, &Memory::default())?;
         let mut means = reduced.to_dtype(DType::F64)?;
-        if rule == Rule::Sum {
+        if reduction == Reduction::Sum {
             means = means.broadcast_div(&or_one(&weights)?.unsqueeze(2)?)?;
         }
         Ok(Clusters { means, weights })
@@ -99,13 +105,14 @@ fn scan_rows(x: &Rows, norms: &Tensor) -> Result<(Tensor, Tensor)> {
         return Ok((norms.clone(), norms.lt(f64::INFINITY)?));
     }
     // Each row is a problem of its own.
-    let (largest, first_bad) = ops::scan(&Rows::new(&x.tensor.unsqueeze(x.tensor.rank() - 1)?)?)?;
+    let (largest, first_bad) =
+        ops::max_abs_and_first_nonfinite(&Rows::new(&x.tensor.unsqueeze(x.tensor.rank() - 1)?)?)?;
     Ok((largest.reshape((x.b, x.n))?, first_bad.ne(0u32)?.reshape((x.b, x.n))?))
 }
 
 /// The largest finite number of each row of f64 `(b, n)`, none of them negative: `(b,)`.
 fn largest(values: &Tensor) -> Result<Tensor> {
-    Ok(ops::scan(&Rows::new(&values.unsqueeze(2)?)?)?.0)
+    Ok(ops::max_abs_and_first_nonfinite(&Rows::new(&values.unsqueeze(2)?)?)?.0)
 }
 
 /// Where a number is positive and finite, u8.
@@ -152,7 +159,7 @@ pub(crate) fn check_fit(kmeans: &KMeans, dims: &[usize], dtype: DType, device: &
 pub(crate) fn fit(x: &Tensor, kmeans: &KMeans) -> Result<Fit> {
     let p = check_fit(kmeans, x.dims(), x.dtype(), x.device())?;
     if let Init::Given(centroids) = &kmeans.init {
-        refuse_non_finite("init", &ops::scan(&Rows::new(&centroids.detach())?)?.1)?;
+        refuse_non_finite("init", &ops::max_abs_and_first_nonfinite(&Rows::new(&centroids.detach())?)?.1)?;
     }
     let x = x.detach();
     let Some(counting) = counting(&x, &p, kmeans)? else { return kmeans.fit(&x) };

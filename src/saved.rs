@@ -3,7 +3,10 @@
 //! Whatever a file holds, reading it ends in a value that was checked or in a typed error. No more memory is asked for than the
 //! file has bytes, and files without our mark are not read past their header.
 
-use crate::{Error, Metric, Result};
+use crate::{
+    error::{Error, Result},
+    metric::Metric,
+};
 use candle_core::{DType, Device, Tensor};
 use safetensors::SafeTensors;
 use std::{

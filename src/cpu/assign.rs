@@ -1,45 +1,27 @@
-//! Labels, distances, and the per-row passes around them.
+//! Exact labels: fast scores, their bound, and a recheck by the definition.
 
 use super::{
-    filter::{magnitude, Block, Candidates, Centroids, Found, Scalar, NONE},
-    lock, read_and_write, typed, Element, View,
+    candidates::{Candidates, Found, NONE},
+    filter::{Block, Centroids},
+    rows::distance,
+    scalar::Scalar,
+    tensors::{finished, read_and_write, tensor, typed, Element, View},
 };
 use crate::{
+    error::Result,
     host,
-    ops::{Memory, Turn},
-    problem::Rows,
-    rng::{race_key, Draw},
+    metric::Metric,
+    request::Assignment,
+    rows::Rows,
     tiles::{CPU_CENTROIDS, CPU_ROWS},
-    Metric, Result,
 };
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use pulp::NullaryFnOnce;
 use std::{
     cell::Cell,
     ops::Range,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
-
-/// A contiguous result on the CPU.
-pub(super) fn tensor<T: candle_core::WithDType>(data: Vec<T>, shape: impl Into<candle_core::Shape>) -> Result<Tensor> {
-    Ok(Tensor::from_vec(data, shape.into(), &Device::Cpu)?)
-}
-
-/// `f(batch, row)` for every row, each about so many steps.
-fn per_row<R: candle_core::WithDType>(
-    op: &'static str,
-    [b, n]: [usize; 2],
-    steps: usize,
-    f: impl Fn(usize, usize) -> R + Send + Sync,
-) -> Result<Tensor> {
-    tensor(host::map(op, b * n, steps, |i| f(i / n, i % n))?, (b, n))
-}
-
-/// The definition, in f64.
-#[inline(always)]
-fn distance<T: Element>(x: &[T], c: &[T], metric: Metric) -> f64 {
-    metric.distance(x.iter().zip(c).map(|(x, c)| (x.wide(), c.wide())))
-}
 
 /// The smallest distance by the definition, of what was found before and of centroids, and the lowest index that has it. A
 /// NaN is as far as can be.
@@ -62,25 +44,13 @@ fn nearest<T: Element>(
     })
 }
 
-/// The rows themselves: the CPU reads them anywhere.
-pub(crate) fn readable(x: &Tensor, _: usize, _: Metric, _: &mut Option<Tensor>) -> Result<Rows> {
-    Rows::new(x)
-}
-
-pub(crate) fn labels(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+pub(crate) fn assign(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
     let labels = tensor(host::filled("assign", x.b * x.n, 0u32)?, (x.b, x.n))?;
-    relabel(x, c, metric, None, &labels, &Memory::default())?;
+    assign_into(Assignment { x, c, metric, turn: None }, &labels)?;
     Ok(labels)
 }
 
-pub(crate) fn relabel(
-    x: &Rows,
-    c: &Rows,
-    metric: Metric,
-    turn: Option<Turn<'_>>,
-    labels: &Tensor,
-    _: &Memory,
-) -> Result<()> {
+pub(crate) fn assign_into(Assignment { x, c, metric, turn }: Assignment<'_>, labels: &Tensor) -> Result<()> {
     typed!(x.dtype(), T => {
         let over = finished(turn)?;
         if x.b == 0 || x.n == 0 {
@@ -90,13 +60,6 @@ pub(crate) fn relabel(
             label_all(&xs.view::<T>(x)?, &cs.view::<T>(c)?, metric, &over, labels)
         })?
     })
-}
-
-/// Whether each problem has converged before this turn; empty outside a fit.
-pub(super) fn finished(turn: Option<Turn<'_>>) -> Result<Vec<bool>> {
-    let Some(Turn { progress, iteration }) = turn else { return Ok(vec![]) };
-    let [stop] = lock([&progress.stop]);
-    Ok(stop.flat::<u32>()?.iter().map(|&stop| (stop as usize) < iteration).collect())
 }
 
 thread_local!(static COMPARED: Cell<u64> = const { Cell::new(0) });
@@ -322,200 +285,4 @@ fn multiply<S: Scalar>(rows: &[S], values: &[S], d: usize, out: &mut [S]) {
             gemm::Parallelism::None,
         );
     }
-}
-
-pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {
-    typed!(x.dtype(), T => {
-        let [xs, cs, ls] = lock([&x.tensor, &c.tensor, labels]);
-        let (xs, cs, ls) = (xs.view::<T>(x)?, cs.view::<T>(c)?, ls.flat::<u32>()?);
-        per_row("distances", [x.b, x.n], x.d, |b, i| distance(xs.row(b, i), cs.row(b, ls[b * x.n + i] as usize), metric))
-    })
-}
-
-pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    typed!(x.dtype(), T => {
-        let [xs, cs] = lock([&x.tensor, &c.tensor]);
-        let (xs, cs) = (xs.view::<T>(x)?, cs.view::<T>(c)?);
-        let (n, k) = (x.n, c.n);
-        let pair = |i: usize| {
-            let (b, j) = (i / (n * k), i % k);
-            <T as Element>::Filter::of(distance(xs.row(b, i / k % n), cs.row(b, j), metric))
-        };
-        tensor(host::map("pairwise", x.b * n * k, x.d, pair)?, (x.b, n, k))
-    })
-}
-
-pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
-    typed!(x.dtype(), T => {
-        let (b, m) = index.dims2()?;
-        let [xs, at] = lock([&x.tensor, index]);
-        let (xs, at) = (xs.view::<T>(x)?, at.flat::<u32>()?);
-        let mut out = host::filled("gather", b * m * x.d, T::narrow(0.0))?;
-        let rows = host::items_per_task(x.d);
-        let parts = out.chunks_mut(rows * x.d).enumerate().collect();
-        host::for_each(parts, rows * x.d, || (), |_, (part, out): (usize, &mut [T])| {
-            for (i, row) in (part * rows..).zip(out.chunks_mut(x.d)) {
-                row.copy_from_slice(xs.row(i / m, at[i] as usize));
-            }
-            Ok(())
-        })?;
-        tensor(out, (b, m, x.d))
-    })
-}
-
-/// Whether a row can be a seed; see [`ops::usable_seeds`](crate::ops::usable_seeds).
-fn can_be_seed<T: Element>(row: &[T], weight: f64, metric: Metric) -> bool {
-    let square = row.iter().fold(0.0, |s, v| s + v.wide() * v.wide());
-    let directed = metric != Metric::Cosine || square > 0.0 && square < f64::INFINITY;
-    weight > 0.0 && directed && row.iter().all(|v| v.wide().is_finite())
-}
-
-pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor> {
-    let mut rows = chosen.to_vec2::<u32>()?;
-    typed!(x.dtype(), T => {
-        let [xs, ws] = lock([&x.tensor, weights.unwrap_or(&x.tensor)]);
-        let (xs, weights) = (xs.view::<T>(x)?, weights.map(|_| ws.flat::<f64>()).transpose()?);
-        let choose = |_: &mut (), (b, rows): (usize, &mut Vec<u32>)| {
-            let usable = |i: usize| can_be_seed(xs.row(b, i), weights.map_or(1.0, |w| w[b * x.n + i]), metric);
-            for seed in 0..rows.len() {
-                let from = rows[seed] as usize;
-                let mut others = (from..x.n).chain(0..from);
-                let usable = others.find(|&i| usable(i) && (i == from || !rows.contains(&(i as u32))));
-                rows[seed] = usable.unwrap_or(from) as u32;
-            }
-            Ok(())
-        };
-        let steps = chosen.dim(1)? * (x.d + chosen.dim(1)?);
-        host::for_each(rows.iter_mut().enumerate().collect(), steps, || (), choose)?;
-        tensor(rows.concat(), chosen.dims2()?)
-    })
-}
-
-pub(crate) fn scan(x: &Rows) -> Result<(Tensor, Tensor)> {
-    typed!(x.dtype(), T => {
-        let [xs] = lock([&x.tensor]);
-        let xs = xs.view::<T>(x)?;
-        let worse = |a: (f64, u32), b: (f64, u32)| (a.0.max(b.0), a.1.min(b.1));
-        let part = |b, part: usize| {
-            pulp::Arch::new().dispatch(Scan { x: &xs, b, rows: part * CPU_ROWS..x.n.min((part + 1) * CPU_ROWS) })
-        };
-        let parts = x.n.div_ceil(CPU_ROWS);
-        let problem = |b| host::reduce(parts, CPU_ROWS.min(x.n) * x.d / 4, |p| part(b, p), worse);
-        let found = host::map("scan", x.b, x.n * x.d / 4, problem)?;
-        let found = found.into_iter().map(|found| Ok(found?.unwrap_or((0.0, u32::MAX))));
-        let (largest, first) = found.collect::<Result<(Vec<_>, Vec<_>)>>()?;
-        Ok((tensor(largest, x.b)?, tensor(first, x.b)?))
-    })
-}
-
-/// The largest finite magnitude of some rows and the first that is not finite.
-struct Scan<'a, T> {
-    x: &'a View<'a, T>,
-    b: usize,
-    rows: Range<usize>,
-}
-
-impl<T: Element> NullaryFnOnce for Scan<'_, T> {
-    type Output = (f64, u32);
-
-    #[inline(always)]
-    fn call(self) -> (f64, u32) {
-        let mut row = vec![Scalar::of(0.0); self.x.rows.d];
-        let mut seen = (0.0, u32::MAX);
-        for i in self.rows {
-            T::filter_row(self.x.row(self.b, i), &mut row);
-            let (largest, finite) = magnitude(&row);
-            seen = (largest.widen().max(seen.0), if finite { seen.1 } else { seen.1.min(i as u32) });
-        }
-        seen
-    }
-}
-
-pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
-    typed!(x.dtype(), T => {
-        let [xs] = lock([&x.tensor]);
-        let xs = xs.view::<T>(x)?;
-        per_row("norms", [x.b, x.n], x.d, |b, i| xs.row(b, i).iter().fold(0.0, |s, v| s + v.wide() * v.wide()).sqrt())
-    })
-}
-
-/// The distance of row `i` to the nearest seed, with one more seed: see [`ops::nearer`](crate::ops::nearer).
-fn nearer_by<T: Element>(x: &View<'_, T>, b: usize, i: usize, nearest: f64, seed: u32, metric: Metric) -> f64 {
-    let metric = if metric == Metric::Dot { Metric::SquaredEuclidean } else { metric };
-    if seed as usize == i {
-        -1.0
-    } else if nearest < 0.0 || seed == u32::MAX {
-        nearest
-    } else {
-        let d = distance(x.row(b, i), x.row(b, seed as usize), metric);
-        nearest.min(if d > 0.0 { d } else { 0.0 })
-    }
-}
-
-pub(crate) fn nearer(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
-    typed!(x.dtype(), T => {
-        let [xs, near, new] = lock([&x.tensor, nearest, newest]);
-        let (xs, near, new) = (xs.view::<T>(x)?, near.flat::<f64>()?, new.flat::<u32>()?);
-        per_row("k-means||", [x.b, x.n], x.d, |b, i| nearer_by(&xs, b, i, near[b * x.n + i], new[b], metric))
-    })
-}
-
-pub(crate) fn race(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
-    let (b, n) = nearest.dims2()?;
-    let [near, each] = lock([nearest, weights.unwrap_or(nearest)]);
-    let (near, weights) = (near.flat::<f64>()?, weights.map(|_| each.flat::<f64>()).transpose()?);
-    per_row("race", [b, n], RACE_STEPS, |b, i| {
-        race_key(draw, b, i, near[b * n + i], weights.map_or(1.0, |w| w[b * n + i]))
-    })
-}
-
-/// Steps that a race's key takes.
-const RACE_STEPS: usize = 32;
-
-#[allow(clippy::too_many_arguments)]
-pub(crate) fn pick(
-    x: &Rows,
-    nearest: &Tensor,
-    weights: Option<&Tensor>,
-    chosen: &Tensor,
-    pick: usize,
-    start: bool,
-    metric: Metric,
-    draw: Draw,
-    _: &Memory,
-) -> Result<()> {
-    let before = if pick > 0 { chosen.narrow(1, pick - 1, 1)?.flatten_all()?.to_vec1::<u32>()? } else { vec![] };
-    let n = x.n;
-    let picked = typed!(x.dtype(), T => {
-        read_and_write([&x.tensor, weights.unwrap_or(&x.tensor)], nearest, |[xs, each], nearest: &mut [f64]| {
-            let (xs, weights) = (xs.view::<T>(x)?, weights.map(|_| each.flat::<f64>()).transpose()?);
-            let key = |b: usize, i: usize, nearest: &mut f64| {
-                let now = match (start, pick) {
-                    (true, 0) => 1.0,
-                    (false, 0) => *nearest,
-                    (_, pick) => {
-                        let old = if start && pick == 1 { f64::INFINITY } else { *nearest };
-                        *nearest = nearer_by(&xs, b, i, old, before[b], metric);
-                        *nearest
-                    }
-                };
-                (race_key(draw, b, i, now, weights.map_or(1.0, |w| w[b * n + i])), i as u32)
-            };
-            let earlier = |x: &(f64, u32), y: &(f64, u32)| x.0.total_cmp(&y.0).then(x.1.cmp(&y.1));
-            // Each task has its rows, and leaves the first of them to arrive.
-            let rows = host::items_per_task(x.d + RACE_STEPS).min(n);
-            let mut first = vec![(0.0, 0); x.b * n.div_ceil(rows)];
-            let parts = nearest.chunks_mut(n).flat_map(|nearest| nearest.chunks_mut(rows)).zip(&mut first);
-            let parts = parts.enumerate().map(|(p, (nearest, first))| (p / n.div_ceil(rows), p % n.div_ceil(rows), nearest, first));
-            host::for_each(parts.collect(), rows * (x.d + RACE_STEPS), || (), |_, (b, part, nearest, first)| {
-                let keys = nearest.iter_mut().zip(part * rows..).map(|(nearest, i)| key(b, i, nearest));
-                *first = keys.min_by(earlier).expect("no part is empty");
-                Ok(())
-            })?;
-            let parts = first.chunks(n.div_ceil(rows));
-            Ok(parts.map(|parts| parts.iter().copied().min_by(earlier).map_or(0, |(_, row)| row)).collect::<Vec<_>>())
-        })?
-    })?;
-    chosen.slice_set(&tensor(picked, (x.b, 1))?, 1, pick)?;
-    Ok(())
 }

@@ -29,109 +29,12 @@
 //! inner products; and a repeated one loses to its first copy by its index. What is too far to be scored without overflow
 //! is set apart ([`Centroids::apart_may_win`]).
 
-use super::{Element, View};
-use crate::{host, tiles::CPU_CENTROIDS, Metric, Result};
+use super::{
+    scalar::{hash, lanes, magnitude, Scalar},
+    tensors::{Element, View},
+};
+use crate::{error::Result, host, metric::Metric, tiles::CPU_CENTROIDS};
 use std::ops::Range;
-
-/// f32 or f64, as scores are computed in.
-pub(crate) trait Scalar: Copy + PartialOrd + Send + Sync + 'static {
-    /// Half the distance from 1 to the next number.
-    const UNIT: f64;
-    /// Above any absolute error that one product can suffer by underflow.
-    const TINY: f64;
-    /// Magnitudes whose sums stay finite.
-    const HUGE: f64;
-    const INFINITY: Self;
-    /// The largest number that a norm is known by: what overflows is at least that.
-    const FAR: f64;
-    fn of(v: f64) -> Self;
-    fn widen(self) -> f64;
-    fn sub(self, other: Self) -> Self;
-    fn add(self, other: Self) -> Self;
-    fn mul(self, other: Self) -> Self;
-    fn abs(self) -> Self;
-    /// The same for numbers that are equal, and mostly not for others.
-    fn hash(self) -> u32;
-}
-
-macro_rules! scalar {
-    ($t:ident, $tiny:expr, $huge:expr, $far:expr, $hash:expr) => {
-        impl Scalar for $t {
-            const UNIT: f64 = $t::EPSILON as f64 / 2.0;
-            const TINY: f64 = $tiny;
-            const HUGE: f64 = $huge;
-            const INFINITY: Self = $t::INFINITY;
-            const FAR: f64 = $far;
-            #[inline(always)]
-            fn of(v: f64) -> Self {
-                v as $t
-            }
-            #[inline(always)]
-            fn widen(self) -> f64 {
-                self as f64
-            }
-            #[inline(always)]
-            fn sub(self, other: Self) -> Self {
-                self - other
-            }
-            #[inline(always)]
-            fn add(self, other: Self) -> Self {
-                self + other
-            }
-            #[inline(always)]
-            fn mul(self, other: Self) -> Self {
-                self * other
-            }
-            #[inline(always)]
-            fn abs(self) -> Self {
-                $t::abs(self)
-            }
-            #[inline(always)]
-            fn hash(self) -> u32 {
-                // Both zeros become the positive one.
-                $hash((self + 0.0).to_bits())
-            }
-        }
-    };
-}
-scalar!(f32, 1e-44, 1e37, f32::MAX as f64, |bits| bits);
-scalar!(f64, 1e-322, 1e307, 1e150, |bits: u64| (bits ^ (bits >> 32)) as u32);
-
-/// SIMD lanes that a loop is written for; wide enough for one AVX-512 register of f32.
-const LANES: usize = 16;
-
-/// Folds `f` over pairs in [`LANES`] independent chains, so that the compiler may vectorise.
-#[inline(always)]
-fn lanes<S: Scalar>(a: &[S], b: &[S], f: impl Fn(S, S, S) -> S) -> S {
-    let zero = S::of(0.0);
-    let mut acc = [zero; LANES];
-    let (xs, ys) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail = xs.remainder().iter().zip(ys.remainder()).fold(zero, |s, (&x, &y)| f(s, x, y));
-    for (x, y) in xs.zip(ys) {
-        for l in 0..LANES {
-            acc[l] = f(acc[l], x[l], y[l]);
-        }
-    }
-    acc.into_iter().fold(tail, S::add)
-}
-
-/// The largest finite magnitude, and whether all are finite.
-#[inline(always)]
-pub(super) fn magnitude<S: Scalar>(row: &[S]) -> (S, bool) {
-    let zero = S::of(0.0);
-    let mut largest = [zero; LANES];
-    // `v - v` is 0 unless `v` is a NaN or an infinity.
-    let mut poison = [zero; LANES];
-    for chunk in row.chunks(LANES) {
-        for ((v, m), p) in chunk.iter().zip(&mut largest).zip(&mut poison) {
-            let a = v.abs();
-            *m = if a > *m && a < S::INFINITY { a } else { *m };
-            *p = p.add(v.sub(*v));
-        }
-    }
-    let largest = largest.into_iter().fold(zero, |a, b| if b > a { b } else { a });
-    (largest, poison.into_iter().fold(zero, S::add) == zero)
-}
 
 /// The centroids of one problem, ready to be scored.
 pub(crate) struct Centroids<S> {
@@ -350,7 +253,7 @@ impl Block {
     }
 
     #[inline(always)]
-    fn error(&self, slack: Slack) -> f64 {
+    pub(super) fn error(&self, slack: Slack) -> f64 {
         slack.norm * self.linear + self.constant + slack.bound
     }
 }
@@ -389,17 +292,6 @@ fn distinct<T: Element>(c: &View<'_, T>, batch: usize, metric: Metric) -> Result
         }
     }
     Ok(kept)
-}
-
-/// A number for a row, in independent chains as [`lanes`].
-fn hash<S: Scalar>(row: &[S]) -> u32 {
-    let mix = |h: u32, v: u32| (h.rotate_left(5) ^ v).wrapping_mul(0x9e37_79b1);
-    let mut all = [0u32; LANES];
-    for chunk in row.chunks(LANES) {
-        all.iter_mut().zip(chunk).for_each(|(h, v)| *h = mix(*h, v.hash()));
-    }
-    let hash = all.into_iter().fold(0, mix);
-    hash ^ (hash >> 15)
 }
 
 /// The median of each column over a few of the centroids `kept`, which single ones far away do not move.
@@ -456,7 +348,7 @@ pub(crate) struct Slack {
     /// The row's own part of the error.
     bound: f64,
     /// By Manhattan, what the errors that are relative make of a cutoff.
-    factor: f64,
+    pub(super) factor: f64,
 }
 
 impl Slack {
@@ -465,114 +357,5 @@ impl Slack {
 
     pub fn usable(self) -> bool {
         !self.bound.is_nan()
-    }
-}
-
-/// A distance by the definition, and the centroid that is as far.
-pub(crate) type Found = (f64, u32);
-
-/// No centroid.
-pub(crate) const NONE: Found = (f64::INFINITY, u32::MAX);
-
-/// Candidates of one row that are kept before some are compared.
-const MOST: usize = 64;
-
-/// Centroids of one row that could still be the nearest.
-#[derive(Clone)]
-pub(crate) struct Candidates<S> {
-    /// The smallest of the scores, each with its error added: no true value of the nearest one is above.
-    upper: f64,
-    /// Scores, each without its error, and which centroids have them.
-    list: Vec<(S, u32)>,
-    /// The nearest by the definition of those that did not fit in the list.
-    pub compared: Found,
-    pub slack: Slack,
-}
-
-impl<S: Scalar> Candidates<S> {
-    pub fn new() -> Self {
-        Self { upper: f64::INFINITY, list: vec![], compared: NONE, slack: Slack::NONE }
-    }
-
-    pub fn reset(&mut self, slack: Slack) {
-        self.list.clear();
-        (self.upper, self.compared, self.slack) = (f64::INFINITY, NONE, slack);
-    }
-
-    /// Takes the scores of a block. `compare` finds the nearest among centroids and what has been found before.
-    #[inline(always)]
-    pub fn offer(&mut self, scores: &[S], block: &Block, compare: impl FnMut(Found, &[(S, u32)]) -> Found) {
-        let smaller = |a: S, b: S| if a < b { a } else { b };
-        let chunks = scores.chunks_exact(LANES);
-        let mut lowest = S::INFINITY;
-        for &s in chunks.remainder() {
-            lowest = smaller(s, lowest);
-        }
-        let mut low = [S::INFINITY; LANES];
-        for chunk in chunks {
-            for l in 0..LANES {
-                low[l] = smaller(chunk[l], low[l]);
-            }
-        }
-        for s in low {
-            lowest = smaller(s, lowest);
-        }
-        let error = block.error(self.slack);
-        self.upper = self.upper.min(lowest.widen() + error);
-        let cut = S::of(self.upper * self.slack.factor + error);
-        if lowest <= cut {
-            self.collect(scores, cut, error, block.scored.start, compare);
-        }
-    }
-
-    #[inline(always)]
-    fn collect(
-        &mut self,
-        scores: &[S],
-        cut: S,
-        error: f64,
-        from: usize,
-        mut compare: impl FnMut(Found, &[(S, u32)]) -> Found,
-    ) {
-        let mut take = |scores: &[S], at: usize| {
-            for (l, &s) in scores.iter().enumerate().filter(|(_, &s)| s <= cut) {
-                if self.list.len() == MOST {
-                    self.shorten(&mut compare);
-                }
-                self.list.push((S::of(s.widen() - error), (at + l) as u32));
-            }
-        };
-        let chunks = scores.chunks_exact(LANES);
-        let tail = chunks.remainder();
-        for (c, chunk) in chunks.enumerate() {
-            // No early exit: one comparison of the whole chunk.
-            let near = chunk.iter().fold(false, |near, &s| near | (s <= cut));
-            if near {
-                take(chunk, from + c * LANES);
-            }
-        }
-        take(tail, from + scores.len() - tail.len());
-    }
-
-    /// Makes room in a full list.
-    #[cold]
-    fn shorten(&mut self, compare: &mut impl FnMut(Found, &[(S, u32)]) -> Found) {
-        self.finish();
-        if self.list.len() > MOST / 2 {
-            self.compared = compare(self.compared, &self.list);
-            self.list.clear();
-        }
-    }
-
-    /// The candidates that are left, and not compared.
-    pub fn finish(&mut self) -> &[(S, u32)] {
-        let cut = S::of(self.cutoff());
-        self.list.retain(|&(s, _)| s <= cut);
-        &self.list
-    }
-
-    /// No true value of the nearest centroid is above.
-    pub fn cutoff(&self) -> f64 {
-        self.upper * self.slack.factor
     }
 }

@@ -1,252 +1,90 @@
-//! The CPU backend: fixed tiles on the threads of `host`, no N x K matrix, the same functions as `cuda`.
+//! The CPU backend: fixed tiles on the threads of `host`, and no N x K matrix.
 
 pub(crate) mod assign;
-pub(crate) mod attend;
+mod candidates;
 mod filter;
-mod line;
-pub(crate) mod route;
-pub(crate) mod update;
+mod median;
+mod rows;
+mod scalar;
+mod seed;
+mod sort;
+mod sorted_1d;
+mod tensors;
+mod update;
 
-use crate::{problem::Rows, Error, Result};
-use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, StorageRef, Tensor, WithDType};
-use filter::Scalar;
-use half::{bf16, f16, slice::HalfFloatSliceExt};
-use std::{cell::RefCell, marker::PhantomData, rc::Rc};
+use crate::{
+    backend::Backend,
+    error::Result,
+    memory::Memory,
+    metric::Metric,
+    plan::arch::Arch,
+    request::{Assignment, KmeansppStep, OnChipFit, Update},
+    rng::Draw,
+    rows::Rows,
+};
+use candle_core::{Device, Tensor};
 
-/// Runs `$body` with `$t` standing for the Rust type of a float dtype.
-macro_rules! typed {
-    ($dtype:expr, $t:ident => $body:expr) => {
-        match $dtype {
-            candle_core::DType::F16 => {
-                type $t = half::f16;
-                $body
-            }
-            candle_core::DType::BF16 => {
-                type $t = half::bf16;
-                $body
-            }
-            candle_core::DType::F32 => {
-                type $t = f32;
-                $body
-            }
-            candle_core::DType::F64 => {
-                type $t = f64;
-                $body
-            }
-            got => Err($crate::Error::DType { argument: "x", got, expected: "F16, BF16, F32 or F64".into() }),
-        }
-    };
-}
-pub(crate) use typed;
+/// The host.
+pub(crate) struct Cpu;
 
-/// A stored number. Conversions up are exact; `narrow` rounds to nearest even, once.
-pub(crate) trait Element: Stored {
-    /// The type that scores are filtered in.
-    type Filter: Scalar;
-    fn wide(self) -> f64;
-    /// `out = row`, exactly.
-    fn filter_row(row: &[Self], out: &mut [Self::Filter]);
-    fn narrow(v: f64) -> Self;
-}
-
-/// Rounds to f32 toward zero and marks inexactness in the last bit ("to odd"), after which one more rounding, to a type
-/// at least two bits narrower, is as good as a single one (Boldo and Melquiond 2008).
-fn round_to_odd(v: f64) -> f32 {
-    let nearest = v as f32;
-    if nearest as f64 == v || v.is_nan() {
-        return nearest;
-    }
-    let toward_zero = if (nearest as f64).abs() > v.abs() { nearest.to_bits() - 1 } else { nearest.to_bits() };
-    f32::from_bits(toward_zero | 1)
-}
-
-macro_rules! element {
-    ($t:ty, $filter:ty, $wide:expr, $filter_row:expr, $narrow:expr) => {
-        impl Element for $t {
-            type Filter = $filter;
-            #[inline(always)]
-            fn wide(self) -> f64 {
-                $wide(self)
-            }
-            #[inline(always)]
-            fn filter_row(row: &[Self], out: &mut [$filter]) {
-                $filter_row(row, out)
-            }
-            #[inline(always)]
-            fn narrow(v: f64) -> Self {
-                $narrow(v)
-            }
-        }
-    };
-}
-element!(f16, f32, f16::to_f64, half_row, |v| f16::from_f32(round_to_odd(v)));
-element!(bf16, f32, bf16::to_f64, half_row, |v| bf16::from_f32(round_to_odd(v)));
-element!(f32, f32, |v| v as f64, copy_row, |v| v as f32);
-element!(f64, f64, |v| v, copy_row, |v| v);
-
-fn half_row<T>(row: &[T], out: &mut [f32])
-where
-    [T]: HalfFloatSliceExt,
-{
-    row.convert_to_f32_slice(out)
-}
-
-fn copy_row<T: Copy>(row: &[T], out: &mut [T]) {
-    out.copy_from_slice(row)
-}
-
-/// A read lock on a tensor's storage, shared by all tensors of that storage.
-pub(crate) struct Guard<'a> {
-    storage: Rc<StorageRef<'a>>,
-    start: usize,
-    len: usize,
-}
-
-/// Locks the storages of some tensors for reading: each once, since a second lock would wait for a writer that waits for the
-/// first, and in the order of their addresses, so that no two threads wait for each other. Who holds such locks asks for no
-/// others, but of tensors that nobody else has.
-pub(crate) fn lock<const N: usize>(tensors: [&Tensor; N]) -> [Guard<'_>; N] {
-    let addresses = tensors.map(address);
-    let mut locked = Locked(vec![]);
-    locked.add(tensors, addresses, |_| true);
-    locked.guards(tensors, addresses)
-}
-
-/// Lets `f` read some tensors and write the elements of `out`, which is contiguous: locked as by [`lock`], `out` in its turn.
-pub(crate) fn read_and_write<T: Stored, R, const N: usize>(
-    tensors: [&Tensor; N],
-    out: &Tensor,
-    f: impl FnOnce([Guard<'_>; N], &mut [T]) -> R,
-) -> Result<R> {
-    let (addresses, own) = (tensors.map(address), address(out));
-    if addresses.contains(&own) {
-        let (got, with) = ("a view of a result".into(), "a call that overwrites it".into());
-        return Err(Error::Conflict { argument: "x", got, with });
-    }
-    let mut locked = Locked(vec![]);
-    locked.add(tensors, addresses, |at| at < own);
-    write(out, |data| {
-        locked.add(tensors, addresses, |at| at > own);
-        f(locked.guards(tensors, addresses), data)
-    })
-}
-
-/// Where a tensor's storage is. (Locks it for a moment.)
-fn address(t: &Tensor) -> usize {
-    std::ptr::from_ref::<Storage>(&t.storage_and_layout().0).addr()
-}
-
-/// Storages that are locked, by their addresses.
-struct Locked<'a>(Vec<(usize, Rc<StorageRef<'a>>)>);
-
-impl<'a> Locked<'a> {
-    /// Locks those at addresses that are `wanted`, in order.
-    fn add<const N: usize>(&mut self, tensors: [&'a Tensor; N], addresses: [usize; N], wanted: impl Fn(usize) -> bool) {
-        let mut order: [usize; N] = std::array::from_fn(|i| i);
-        order.sort_unstable_by_key(|&i| addresses[i]);
-        for i in order.into_iter().filter(|&i| wanted(addresses[i])) {
-            if self.0.last().is_none_or(|&(last, _)| last != addresses[i]) {
-                self.0.push((addresses[i], Rc::new(tensors[i].storage_and_layout().0)));
-            }
-        }
+impl Backend for Cpu {
+    fn arch(&self, _: &Device) -> Result<Arch> {
+        Ok(Arch::Cpu)
     }
 
-    fn guards<const N: usize>(&self, tensors: [&'a Tensor; N], addresses: [usize; N]) -> [Guard<'a>; N] {
-        std::array::from_fn(|i| {
-            let (_, storage) = self.0.iter().find(|&&(at, _)| at == addresses[i]).expect("it is locked");
-            let layout = tensors[i].layout();
-            Guard { storage: storage.clone(), start: layout.start_offset(), len: layout.shape().elem_count() }
-        })
-    }
-}
-
-impl Guard<'_> {
-    /// The whole storage, for views that carry their own offset and strides.
-    fn all<T: WithDType>(&self) -> Result<&[T]> {
-        match &**self.storage {
-            Storage::Cpu(s) => Ok(T::cpu_storage_as_slice(s)?),
-            _ => unreachable!("ops.rs sends CPU tensors here"),
-        }
+    fn assign(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+        assign::assign(x, c, metric)
     }
 
-    /// The elements of a contiguous tensor.
-    pub fn flat<T: WithDType>(&self) -> Result<&[T]> {
-        Ok(&self.all::<T>()?[self.start..self.start + self.len])
+    fn assign_into(&self, a: Assignment<'_>, labels: &Tensor, _: &Memory) -> Result<()> {
+        assign::assign_into(a, labels)
     }
 
-    pub fn view<'a, T: Element>(&'a self, rows: &'a Rows) -> Result<View<'a, T>> {
-        Ok(View { data: &self.all()?[self.start..], rows })
+    fn distances(&self, x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {
+        rows::distances(x, c, labels, metric)
     }
-}
 
-/// An element whose storage can be written.
-pub(crate) trait Stored: WithDType {
-    fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
-}
-
-macro_rules! stored {
-    ($($t:ty, $variant:ident;)+) => {
-        $(impl Stored for $t {
-            fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
-                match storage {
-                    CpuStorage::$variant(data) => Some(data),
-                    _ => None,
-                }
-            }
-        })+
-    };
-}
-stored! { u32, U32; f16, F16; bf16, BF16; f32, F32; f64, F64; }
-
-/// Lets `f` write the elements of a contiguous tensor.
-pub(crate) fn write<T: Stored, R>(t: &Tensor, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
-    struct Write<T, F, R>(RefCell<(Option<F>, Option<R>)>, PhantomData<T>);
-    impl<T: Stored, R, F: FnOnce(&mut [T]) -> R> InplaceOp1 for Write<T, F, R> {
-        fn name(&self) -> &'static str {
-            "write"
-        }
-        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-            let (Some((start, end)), Some(data)) = (layout.contiguous_offsets(), T::slice_mut(storage)) else {
-                candle_core::bail!("a result is not a contiguous tensor of its type")
-            };
-            let (f, out) = &mut *self.0.borrow_mut();
-            *out = f.take().map(|f| f(&mut data[start..end]));
-            Ok(())
-        }
+    fn pairwise(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+        rows::pairwise(x, c, metric)
     }
-    let op = Write(RefCell::new((Some(f), None)), PhantomData);
-    t.inplace_op1(&op)?;
-    Ok(op.0.into_inner().1.expect("written, or there would have been an error"))
-}
 
-/// Typed access to the rows of [`Rows`].
-#[derive(Clone, Copy)]
-pub(crate) struct View<'a, T> {
-    data: &'a [T],
-    pub rows: &'a Rows,
-}
-
-impl<'a, T> View<'a, T> {
-    #[inline(always)]
-    pub fn row(&self, batch: usize, i: usize) -> &'a [T] {
-        let start = batch * self.rows.batch_stride + i * self.rows.row_stride;
-        &self.data[start..start + self.rows.d]
+    fn gather(&self, x: &Rows, index: &Tensor) -> Result<Tensor> {
+        rows::gather(x, index)
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+    fn max_abs_and_first_nonfinite(&self, x: &Rows) -> Result<(Tensor, Tensor)> {
+        rows::max_abs_and_first_nonfinite(x)
+    }
 
-    #[test]
-    fn halves_are_rounded_once() {
-        // Just above the midpoint of two f16 (and of two bf16), by less than f32 resolves: rounding twice goes down.
-        let above = 1.0 + 2f64.powi(-11) + 2f64.powi(-40);
-        assert_eq!(f16::narrow(above).to_f64(), 1.0 + 2f64.powi(-10));
-        assert_eq!(f16::narrow(-above).to_f64(), -1.0 - 2f64.powi(-10));
-        let above = 1.0 + 2f64.powi(-8) + 2f64.powi(-40);
-        assert_eq!(bf16::narrow(above).to_f64(), 1.0 + 2f64.powi(-7));
-        assert_eq!(f16::narrow(1e9), f16::INFINITY);
-        assert_eq!(bf16::narrow(1e39), bf16::INFINITY);
+    fn norms(&self, x: &Rows) -> Result<Tensor> {
+        rows::norms(x)
+    }
+
+    fn usable_seeds(&self, x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor> {
+        seed::usable_seeds(x, weights, chosen, metric)
+    }
+
+    fn min_distance_with(&self, x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
+        seed::min_distance_with(x, nearest, newest, metric)
+    }
+
+    fn exponential_race_keys(&self, nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
+        seed::exponential_race_keys(nearest, weights, draw)
+    }
+
+    fn kmeanspp_step(&self, p: &KmeansppStep<'_>, _: &Memory) -> Result<()> {
+        seed::kmeanspp_step(p)
+    }
+
+    fn order(&self, labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
+        sort::order(labels, k)
+    }
+
+    fn update(&self, u: &Update<'_>, _: &Memory) -> Result<()> {
+        update::update(u)
+    }
+
+    fn fit_on_chip(&self, fit: &OnChipFit<'_>, _: &Memory) -> Result<bool> {
+        sorted_1d::fit(fit)
     }
 }

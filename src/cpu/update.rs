@@ -1,68 +1,37 @@
 //! Sort-Inverse Update: labels sorted, clusters summed without an order to depend on.
 
 use super::{
-    assign::{finished, tensor},
-    filter::Scalar,
-    line, lock, read_and_write, typed, write, Element, View,
+    median::median,
+    scalar::Scalar,
+    sort::order,
+    tensors::{finished, lock, read_and_write, typed, write, Element, View},
 };
 use crate::{
+    error::{Error, Result},
     fixed::{self, Exact, Scaled},
     host,
-    ops::{Memory, Progress, Rule, Terms, Turn},
-    problem::Rows,
+    request::{Reduction, Turn, Update},
     tiles::CPU_SUM_ROWS,
-    Error, Metric, Result,
 };
-use candle_core::Tensor;
 use pulp::NullaryFnOnce;
 use std::ops::Range;
 
-pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
-    let (b, n) = labels.dims2()?;
-    let [labels] = lock([labels]);
-    let labels = labels.flat::<u32>()?;
-    let (mut order, mut offsets) = (host::filled("sort", b * n, 0u32)?, host::filled("sort", b * (k + 1), 0u32)?);
-    if n > 0 {
-        let problems = order.chunks_mut(n).zip(offsets.chunks_mut(k + 1)).zip(labels.chunks(n)).collect();
-        type Sorting<'a> = ((&'a mut [u32], &'a mut [u32]), &'a [u32]);
-        let sort = |_: &mut (), ((order, offsets), labels): Sorting<'_>| {
-            labels.iter().for_each(|&l| offsets[l as usize + 1] += 1);
-            (0..k).for_each(|j| offsets[j + 1] += offsets[j]);
-            let mut next = offsets[..k].to_vec();
-            for (i, &l) in labels.iter().enumerate() {
-                order[next[l as usize] as usize] = i as u32;
-                next[l as usize] += 1;
-            }
-            Ok(())
-        };
-        host::for_each(problems, 4 * n + k, || (), sort)?;
-    }
-    Ok((tensor(order, (b, n))?, tensor(offsets, (b, k + 1))?))
-}
-
-pub(crate) fn update(
-    x: &Rows,
-    terms: &Terms,
-    labels: Option<&Tensor>,
-    rule: Rule,
-    turn: Option<Turn<'_>>,
-    centroids: &Tensor,
-    _: &Memory,
-) -> Result<()> {
+pub(crate) fn update(u: &Update<'_>) -> Result<()> {
+    let &Update { x, terms, labels, reduction, turn, centroids } = u;
     let (b, k, d) = centroids.dims3()?;
     let sorted = labels.map(|labels| order(labels, k)).transpose()?;
     typed!(x.dtype(), T => {
         // Of these nobody else has any.
         let ([largest, first_bad], heaviest) =
-            (lock([&terms.largest, &terms.first_bad]), terms.heaviest.as_ref().map(|h| lock([h])));
+            (lock([&terms.max_abs, &terms.first_nonfinite]), terms.max_weight.as_ref().map(|h| lock([h])));
         let sorted = sorted.as_ref().map(|(order, offsets)| lock([order, offsets]));
         let sorted = sorted.as_ref().map(|[order, offsets]| Ok::<_, Error>((order.flat()?, offsets.flat()?))).transpose()?;
         let over = finished(turn)?;
-        let shared = [&x.tensor, terms.factor.as_ref().unwrap_or(&x.tensor)];
+        let shared = [&x.tensor, terms.row_scale.as_ref().unwrap_or(&x.tensor)];
         let shifts: Vec<f64> = read_and_write(shared, centroids, |[xs, factor], centroids: &mut [T]| {
             let clusters = Sorted {
                 x: xs.view::<T>(x)?,
-                factor: terms.factor.as_ref().map(|_| factor.flat::<f64>()).transpose()?,
+                factor: terms.row_scale.as_ref().map(|_| factor.flat::<f64>()).transpose()?,
                 order: sorted.map(|(order, _)| order),
                 offsets: sorted.map(|(_, offsets)| offsets),
                 largest: largest.flat()?,
@@ -74,7 +43,7 @@ pub(crate) fn update(
             let all = centroids.chunks_mut(d).zip(&mut shifts).enumerate();
             let going = all.filter(|(i, _)| !over.get(i / k).is_some_and(|&over| over)).collect();
             let replace = |_: &mut (), (i, (row, shift)): (usize, (&mut [T], &mut f64))| {
-                *shift = clusters.replace(i / k, i % k, rule, row)?;
+                *shift = clusters.replace(i / k, i % k, reduction, row)?;
                 Ok(())
             };
             host::for_each(going, d * (8 + 2 * (x.n / k)), || (), replace)?;
@@ -91,25 +60,6 @@ pub(crate) fn update(
             }
         })
     })
-}
-
-/// Rows of one column are worth it.
-#[allow(clippy::too_many_arguments)]
-pub(crate) fn fit_on_chip(
-    x: &Rows,
-    terms: &Terms,
-    metric: Metric,
-    _: Rule,
-    progress: &Progress,
-    max_iters: usize,
-    centroids: &Tensor,
-    labels: &Tensor,
-    _: &Memory,
-) -> Result<bool> {
-    if x.d != 1 || metric != Metric::SquaredEuclidean {
-        return Ok(false);
-    }
-    line::fit(x, terms, progress, max_iters, centroids, labels)
 }
 
 /// Rows in label order (or, without one, all in one cluster as they lie), and what bounds their terms.
@@ -133,10 +83,10 @@ impl<T: Element> Sorted<'_, T> {
     }
 
     /// Replaces the centroid `row` of cluster `j`, unless that has no weight, and returns the square of its shift.
-    fn replace(&self, b: usize, j: usize, rule: Rule, row: &mut [T]) -> Result<f64> {
-        let values = match rule {
-            Rule::Median => self.medians(b, j),
-            _ => self.sums(b, j)?.and_then(|sums| self.divided(b, j, rule, sums)),
+    fn replace(&self, b: usize, j: usize, reduction: Reduction, row: &mut [T]) -> Result<f64> {
+        let values = match reduction {
+            Reduction::Median => self.medians(b, j),
+            _ => self.sums(b, j)?.and_then(|sums| self.divided(b, j, reduction, sums)),
         };
         let Some(values) = values else { return Ok(0.0) };
         let shift = fixed::striped(row.iter_mut().zip(values).map(|(old, v)| {
@@ -148,10 +98,10 @@ impl<T: Element> Sorted<'_, T> {
         Ok(if shift.is_nan() { f64::INFINITY } else { shift })
     }
 
-    fn divided(&self, b: usize, j: usize, rule: Rule, sums: Vec<Scaled>) -> Option<Vec<f64>> {
-        match rule {
-            Rule::Sum => Some(sums.into_iter().map(Scaled::value).collect()),
-            Rule::Direction => {
+    fn divided(&self, b: usize, j: usize, reduction: Reduction, sums: Vec<Scaled>) -> Option<Vec<f64>> {
+        match reduction {
+            Reduction::Sum => Some(sums.into_iter().map(Scaled::value).collect()),
+            Reduction::Direction => {
                 let (values, norm) = Scaled::direction(&sums)?;
                 Some(values.into_iter().map(|v| v / norm).collect())
             }
@@ -357,32 +307,4 @@ fn prefetch<T>(row: &[T]) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = row;
-}
-
-/// The smallest value that at least half of the weight does not exceed, of at least one value. Weights, if there is a scale,
-/// are positive; without one they are equal.
-fn median(column: &mut [(f64, f64)], scale: Option<i32>) -> f64 {
-    let by_value = |a: &(f64, f64), b: &(f64, f64)| a.0.total_cmp(&b.0);
-    let Some(scale) = scale else {
-        let middle = (column.len() - 1) / 2;
-        return column.select_nth_unstable_by(middle, by_value).1 .0;
-    };
-    column.sort_unstable_by(by_value);
-    let whole: Option<Vec<i128>> = column.iter().map(|&(_, weight)| fixed::quantise(weight, scale)).collect();
-    let reached = match whole {
-        Some(whole) => {
-            let total: i128 = whole.iter().sum();
-            whole.iter().scan(0, |below, w| Some((*below += w, 2 * *below >= total).1)).position(|reached| reached)
-        }
-        None => {
-            // Twice what is below, less the total.
-            let mut left = Exact::ZERO;
-            column.iter().for_each(|&(_, weight)| left.add(-weight));
-            column.iter().position(|&(_, weight)| {
-                (0..2).for_each(|_| left.add(weight));
-                !left.is_negative()
-            })
-        }
-    };
-    column[reached.expect("all of the weight is at least half")].0
 }

@@ -1,52 +1,28 @@
 //! Attention over a clustered cache: `kernels/attend.cu`.
 
-use super::{alloc, device, elements, read, tensor, typed, Element, Image, Kernel, Layout, Part, WARP};
+use super::{
+    device::{arch, device},
+    kernel::{Kernel, WARP},
+    memory::{alloc, elements, ArenaLayout},
+    module::Image,
+    params::Cache,
+    tensors::{read, tensor, typed, Element},
+};
 use crate::{
-    ops::{Attention, Memory},
-    plan::{forced, shared_memory, Arch},
-    problem::in_eights,
+    error::Result,
+    memory::Memory,
+    plan::{
+        arch::{shared_memory, Arch},
+        assign::forced,
+    },
+    request::Attention,
+    rows::in_eights,
     tiles::{ATTEND_BLOCKS, ATTEND_HEADS, ATTEND_THREADS},
-    Result,
 };
 use candle_core::{
-    cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr},
+    cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut},
     DType, Tensor,
 };
-
-/// `struct Cache` of `attend.cu`.
-#[repr(C)]
-struct Cache {
-    q: u64,
-    keys: u64,
-    values: u64,
-    mean_keys: u64,
-    mean_values: u64,
-    order: u64,
-    offsets: u64,
-    out: u64,
-    scores: Part<f32>,
-    of_means: Part<[f32; 2]>,
-    partial: Part<f32>,
-    head_stride: i64,
-    units: i32,
-    group: i32,
-    sinks: i32,
-    clustered: i32,
-    tokens: i32,
-    k: i32,
-    width: i32,
-    budget: i32,
-    blocks: i32,
-    clusters: i32,
-    rows: i32,
-    first: i32,
-    last: i32,
-    estimate: i32,
-    scale: f32,
-}
-
-// SAFETY: addresses, integers and a float, laid out as in C.
-unsafe impl DeviceRepr for Cache {}
 
 const WARPS: usize = ATTEND_THREADS / WARP;
 /// Stages of the kernel, before each of which the blocks of a unit wait for each other.
@@ -75,7 +51,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
     let all = elements(&[b, heads, units]);
 
     typed!(a.q.dtype(), T => {
-        let arch = super::arch(dev)?;
+        let arch = arch(dev)?;
         let (Arch::Cuda { processors, .. }, Some(most)) = (arch, shared_memory(arch)) else { return Ok(None) };
         let kernel = Kernel::get(dev, Image::Attend, name, T::SUFFIX, most)?;
         // As many blocks as run at once.
@@ -95,7 +71,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
             return Ok(None);
         }
 
-        let mut scratch = Layout::default();
+        let mut scratch = ArenaLayout::default();
         let width = k.next_multiple_of(2);
         let scores = scratch.unwritten::<f32>(elements(&[all, group, width]));
         let of_means = scratch.unwritten::<[f32; 2]>(elements(&[all, blocks, WARPS, group]));

@@ -10,9 +10,9 @@
 //! (`Device::new_cuda_with_stream`), compare two numbers and never wait.
 //!
 //! A capture cannot wait for work before it, so that taking over is refused there. Contexts and streams of other devices never
-//! meet here: tensors of another device are refused, and scratch is replaced ([`super::Memory`]).
+//! meet here: tensors of another device are refused, and scratch is replaced ([`super::memory::Memory`]).
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 use candle_core::{
     cuda_backend::{
         cudarc::driver::{

@@ -1,44 +1,24 @@
 //! Attention of groups of queries to lists of tokens: `kernels/route.cu`.
 
 use super::{
-    alloc, device, elements, launch, read,
-    select::{self, Choice},
-    tensor, typed, Element, Layout,
+    device::{arch, device},
+    kernel::launch,
+    memory::{alloc, elements, ArenaLayout},
+    params::{Choice, Route},
+    rows::contiguous,
+    select::{self, Lists},
+    tensors::{read, tensor, typed, Element},
 };
 use crate::{
-    ops::{Memory, Routed},
-    plan::forced,
-    problem::{in_eights, Rows},
+    error::Result,
+    memory::Memory,
+    plan::assign::forced,
+    problem::empty,
+    request::Routed,
+    rows::{in_eights, Rows},
     tiles::{ROUTE_KEYS, ROUTE_THREADS},
-    Result,
 };
-use candle_core::{
-    cuda_backend::cudarc::driver::{DeviceRepr, PushKernelArg},
-    DType, Tensor,
-};
-
-/// `struct Route` of `route.cu`.
-#[repr(C)]
-struct Route {
-    key_head: i64,
-    key_row: i64,
-    value_head: i64,
-    value_row: i64,
-    group: i64,
-    queries: i64,
-    units: i64,
-    sinks: i64,
-    clustered: i64,
-    others: i64,
-    k: i64,
-    most: i64,
-    means: i64,
-    causal: i64,
-    scale: f32,
-}
-
-// SAFETY: integers and a float, laid out as in C.
-unsafe impl DeviceRepr for Route {}
+use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, DType, Tensor};
 
 pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     const OP: &str = "route";
@@ -49,7 +29,7 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     let (k, units) = (groups.mean_keys.dim(2)?, groups.queries.offsets.dim(2)? - 1);
     let clustered = groups.keys.order.dim(2)?;
     let half = matches!(r.q.dtype(), DType::F16 | DType::BF16);
-    if forced() || !half || !matches!(d, 64 | 128) || r.scale <= 0.0 || !select::fits(k, super::arch(dev)?) {
+    if forced() || !half || !matches!(d, 64 | 128) || r.scale <= 0.0 || !select::fits(k, arch(dev)?) {
         return Ok(None);
     }
     let aligned = |t: &Tensor| if in_eights(t) { Ok(t.clone()) } else { t.force_contiguous() };
@@ -58,7 +38,7 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
         Some((q, of)) => (aligned(&q.contiguous()?)?, of),
         None => (q.clone(), &groups.queries),
     };
-    let (keys, values) = (Rows::new(&aligned(r.keys)?)?, Rows::new(&aligned(r.values)?)?);
+    let (keys, values) = (rows_in_eights(r.keys)?, rows_in_eights(r.values)?);
 
     let all = elements(&[b, heads, units]);
     // Tiles of 32 queries a warp read keys half as often, and are worth it where groups fill them.
@@ -97,7 +77,7 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
         most: r.most as i64,
         share: r.share as f32,
     };
-    let mut scratch = Layout::default();
+    let mut scratch = ArenaLayout::default();
     let scores = scratch.unwritten::<f32>(elements(&[all, k]));
     let left = scratch.unwritten::<f32>(elements(&[all, k]));
     let chosen = scratch.unwritten::<u32>(elements(&[all, r.most]));
@@ -119,10 +99,21 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
         let mut out = alloc::<T>(dev, OP, elements(&[b, heads, m, d]))?;
         launch!(dev, Route, kernels[0], T::SUFFIX, all, ROUTE_THREADS, shared;
             &choosing, &mean_keys, &of_choosers, &chooser_order, &chooser_offsets, &offsets, &scores)?;
-        select::select(dev, &choice, all, scores, &order, &offsets, chosen, left, listed)?;
+        select::select(dev, &choice, all, scores, [&order, &offsets], &Lists { chosen, left, listed })?;
         launch!(dev, Route, kernels[1], T::SUFFIX, elements(&[b, heads, m / rows + units]), ROUTE_THREADS, shared;
             &q, &keys, &values, &mean_keys, &mean_values, &of, &query_order, &query_offsets, &chosen, &left, &listed,
             &mut out)?;
         Ok(Some(tensor(dev, out, (b, heads, m, d))))
     })
+}
+
+/// Views `t`, or a copy of it, as rows that start at multiples of eight elements.
+fn rows_in_eights(t: &Tensor) -> Result<Rows> {
+    let t = match Rows::view(t) {
+        _ if t.elem_count() == 0 => empty(t.dims(), t.dtype(), t.device())?,
+        Some(rows) if in_eights(t) => return Ok(rows),
+        Some(_) => t.force_contiguous()?,
+        None => contiguous(t)?,
+    };
+    Ok(Rows::view(&t).expect("a contiguous tensor folds"))
 }

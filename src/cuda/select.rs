@@ -1,29 +1,15 @@
 //! The tokens of the best clusters: `kernels/select.cu`.
 
-use super::{launch, Part};
+use super::{kernel::launch, params::Choice, tensors::Part};
 use crate::{
-    plan::{shared_memory, Arch},
+    error::Result,
+    plan::arch::{shared_memory, Arch},
     tiles::{SELECT_MANY, SELECT_THREADS, SELECT_THREADS_MANY},
-    Result,
 };
 use candle_core::cuda_backend::{
-    cudarc::driver::{CudaView, DeviceRepr, PushKernelArg},
+    cudarc::driver::{CudaView, PushKernelArg},
     CudaDevice,
 };
-
-/// `struct Choice` of `select.cu`.
-#[repr(C)]
-pub(super) struct Choice {
-    pub units: i64,
-    pub clustered: i64,
-    pub k: i64,
-    pub least: i64,
-    pub most: i64,
-    pub share: f32,
-}
-
-// SAFETY: integers and a float, laid out as in C.
-unsafe impl DeviceRepr for Choice {}
 
 /// Shared memory for the ranks, offsets and places of a unit's clusters, in bytes.
 fn shared(k: usize) -> usize {
@@ -35,21 +21,23 @@ pub(super) fn fits(k: usize, arch: Arch) -> bool {
     shared_memory(arch).is_some_and(|most| shared(k) <= most)
 }
 
-/// Lists for each of `all` units the tokens of its best clusters: `chosen` (all, most), `left` (all, k) and `listed` (all), by
-/// `scores` (all, k).
-#[allow(clippy::too_many_arguments)]
+/// Where the lists go: `chosen` (all, most), `left` (all, k) and `listed` (all).
+pub(super) struct Lists {
+    pub chosen: Part<u32>,
+    pub left: Part<f32>,
+    pub listed: Part<u32>,
+}
+
+/// Lists for each of `all` units the tokens of its best clusters, by `scores` (all, k).
 pub(super) fn select(
     dev: &CudaDevice,
     c: &Choice,
     all: usize,
     scores: Part<f32>,
-    order: &CudaView<'_, u32>,
-    offsets: &CudaView<'_, u32>,
-    chosen: Part<u32>,
-    left: Part<f32>,
-    listed: Part<u32>,
+    [order, offsets]: [&CudaView<'_, u32>; 2],
+    Lists { chosen, left, listed }: &Lists,
 ) -> Result<()> {
     let threads = if all < SELECT_MANY { SELECT_THREADS } else { SELECT_THREADS_MANY };
     launch!(dev, Select, "select_tokens", "", all, threads, shared(c.k as usize);
-        c, &scores, order, offsets, &chosen, &left, &listed)
+        c, &scores, order, offsets, chosen, left, listed)
 }

@@ -1,9 +1,9 @@
 //! What layers over keys and values share.
 
 use crate::{
+    error::{Error, Result},
     problem,
-    select::{cumsum, descending, without_nan},
-    Error, Result,
+    ranking::{cumsum, descending, without_nan},
 };
 use candle_core::{DType, Tensor};
 

@@ -1,7 +1,10 @@
 //! Codes: what fits a byte, what can be decoded, and none at all.
 
 use super::Codebook;
-use crate::{problem::check_device, Error, Result};
+use crate::{
+    error::{Error, Result},
+    problem::check_device,
+};
 use candle_core::{DType, Device, Shape, Tensor};
 
 /// A tensor of no elements: part of one that has some, because Candle allocates none of no bytes on a GPU.

@@ -5,13 +5,16 @@ use super::{
     Codebook,
 };
 use crate::{
-    functional,
-    minibatch::{check_running, unit_vectors, RunningMeans},
-    ops::{self, Fence},
-    problem::{Problem, Rows, MAX_ROWS},
-    quantize,
+    error::{Error, Result},
+    functional::{self, quantize},
+    kmeans::KMeans,
+    memory::Fence,
+    metric::Metric,
+    ops,
+    problem::{Problem, MAX_ROWS},
     row_weights::{self, RowWeights},
-    Error, KMeans, Metric, Result,
+    rows::Rows,
+    running_means::{check_running, unit_vectors, RunningMeans},
 };
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};

@@ -6,9 +6,12 @@ use super::{
     Codebook,
 };
 use crate::{
+    error::{Error, Result},
     functional,
+    kmeans::KMeans,
+    metric::Metric,
     problem::{check_device, check_dtype},
-    row_weights, Error, KMeans, Metric, Result,
+    row_weights,
 };
 use candle_core::{Tensor, D};
 

@@ -4,8 +4,14 @@
 //! speak of, so codes of larger codebooks stay u32.
 
 use crate::{
-    assign, functional, minibatch::check_centroids, problem::Problem, quantize, row_weights, Error, Fit, KMeans,
-    Metric, Result,
+    error::{Error, Result},
+    fit::Fit,
+    functional::{self, assign, quantize},
+    kmeans::KMeans,
+    metric::Metric,
+    problem::Problem,
+    row_weights,
+    running_means::check_centroids,
 };
 use candle_core::{DType, Tensor};
 use codes::{check_u8, checked_codes, code_bits, empty, in_bytes, stored_bits};
@@ -170,7 +176,7 @@ impl Codebook {
         }
         let sizes = match n {
             0 => Tensor::zeros([batch, &[self.k()]].concat(), DType::U32, codes.device())?,
-            _ => crate::cluster_sizes(&codes, self.k())?,
+            _ => functional::cluster_sizes(&codes, self.k())?,
         };
         Usage::of(&sizes.reshape(((), self.k()))?.to_dtype(DType::F64)?, batch)
     }

@@ -6,8 +6,10 @@ use super::{
     Codebook,
 };
 use crate::{
+    error::{Error, Result},
+    kmeans::KMeans,
     problem::{check_device, check_dtype, Problem},
-    row_weights, Error, KMeans, Result,
+    row_weights,
 };
 use candle_core::{DType, Tensor};
 

@@ -2,11 +2,12 @@
 
 use super::{Codebook, GainShapeQuantizer, ProductQuantizer, ResidualQuantizer};
 use crate::{
+    error::Result,
     functional,
-    problem::Rows,
+    metric::Metric,
     row_weights::{self, RowWeights},
+    rows::Rows,
     saved::{self, Saved},
-    Metric, Result,
 };
 use candle_core::{DType, Device, Tensor, D};
 use candle_nn::Module;

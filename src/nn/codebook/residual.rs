@@ -6,9 +6,12 @@ use super::{
     Codebook,
 };
 use crate::{
-    functional, ops,
+    error::{Error, Result},
+    functional,
+    kmeans::KMeans,
+    ops,
     problem::{check_device, check_dtype},
-    row_weights, Error, KMeans, Result,
+    row_weights,
 };
 use candle_core::{DType, Tensor};
 

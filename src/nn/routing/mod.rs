@@ -1,29 +1,25 @@
 //! Attention in which groups of queries read the keys that matter to them.
 
-use super::parts::{
-    check_like, check_scale, chosen_tokens, cumsum_last, dims4_float, masked_fill, ranking, to_accumulate_dtype,
-};
+mod groups;
+mod reference;
+
+use super::parts::{check_like, check_scale, dims4_float};
 use crate::{
+    error::{Error, Result},
     functional,
-    ops::{self, Fence, Groups, Memory, Routed, RoutedGroups},
-    Error, Init, KMeans, Metric, Result,
+    kmeans::{Init, KMeans},
+    memory::{Fence, Memory},
+    ops,
+    request::{Groups, Routed, RoutedGroups},
 };
-use candle_core::{DType, Tensor, D};
-use candle_nn::ops::softmax_last_dim;
+use candle_core::{DType, Tensor};
+use groups::{blocks, choosers, for_each_head, Warm};
 use rand::{seq::SliceRandom, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use reference::masked;
 
 /// Rows of a problem: tokens are listed in u32, whose last bit marks a cluster that stands for its tokens.
 const MAX_TOKENS: usize = 1 << 30;
-/// Elements that a block of query rows may score at once without a kernel for it: 64 MB of f32.
-const BLOCK: usize = 1 << 24;
-/// Rows by which a warm start is judged: one in so many, but at least so many of them.
-const SAMPLED: usize = 8;
-const LEAST_SAMPLED: usize = 2048;
-/// The inertia of a useful warm start, of that of evenly spaced rows: keys of a model come to 0.6, and what is worse than this
-/// has been seen to end worse than a cold start, too.
-const USEFUL: f64 = 0.75;
-
 /// How tokens are put into groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -113,17 +109,6 @@ pub struct RoutedAttention {
     causal_choice: bool,
     warm: [Option<Warm>; 2],
     memory: Memory,
-}
-
-/// Where the next call's clusters start.
-#[derive(Clone, Debug)]
-struct Warm {
-    /// `(b, heads, k, d)`
-    centroids: Tensor,
-    /// How many rows were nearest to each, u32 `(b, heads, k)`; none where some row was not finite.
-    sizes: Tensor,
-    /// The rows that they are centroids of.
-    rows: usize,
 }
 
 /// Places in [`RoutedAttention::warm`].
@@ -357,219 +342,4 @@ fn group_size(argument: &'static str, grouping: Grouping) -> Result<usize> {
         }
         Grouping::Clusters(size) | Grouping::Blocks(size) | Grouping::Random(size) => Ok(size),
     }
-}
-
-/// The same numbers for each head of `x` `(b, heads, n, d)`: u32 `(b, heads, numbers)`.
-fn for_each_head(numbers: Vec<u32>, x: &Tensor) -> Result<Tensor> {
-    let (b, heads, _, _) = x.dims4()?;
-    let shape = (b, heads, numbers.len());
-    Ok(Tensor::new(numbers, x.device())?.broadcast_as(shape)?.contiguous()?)
-}
-
-/// Groups of `size` neighbouring rows of `x` `(b, heads, n, d)`.
-fn blocks(x: &Tensor, size: usize) -> Result<Groups> {
-    let n = x.dims()[2];
-    let ends = (0..=n.div_ceil(size)).map(|i| i.saturating_mul(size).min(n) as u32);
-    Ok(Groups {
-        labels: for_each_head((0..n).map(|i| (i / size) as u32).collect(), x)?,
-        order: for_each_head((0..n as u32).collect(), x)?,
-        offsets: for_each_head(ends.collect(), x)?,
-    })
-}
-
-/// The queries that choose for each block of `size` queries of `q` `(b, heads, m, d)`, none of them later than the block's first:
-/// that one, and those of the block before, which a single query does without.
-fn choosers(q: &Tensor, size: usize) -> Result<(Tensor, Groups)> {
-    let m = q.dims()[2];
-    let before = if size == 1 { 0 } else { size };
-    let of_block = |i: usize| (i * size).saturating_sub(before)..i * size + 1;
-    let all = || (0..m.div_ceil(size)).map(of_block);
-    let rows: Vec<u32> = all().flatten().map(|row| row as u32).collect();
-    let ends = all().scan(0, |end, rows| {
-        *end += rows.len() as u32;
-        Some(*end)
-    });
-    let groups = Groups {
-        labels: for_each_head(all().enumerate().flat_map(|(i, rows)| rows.map(move |_| i as u32)).collect(), q)?,
-        order: for_each_head((0..rows.len() as u32).collect(), q)?,
-        offsets: for_each_head([0].into_iter().chain(ends).collect(), q)?,
-    };
-    Ok((functional::rows_of(q, &for_each_head(rows, q)?)?, groups))
-}
-
-impl Groups {
-    /// For u32 `labels` `(b, heads, n)` that are known to be below `k`.
-    fn new(labels: Tensor, k: usize) -> Result<Self> {
-        let (b, heads, n) = labels.dims3()?;
-        let (order, offsets) = ops::order(&labels.reshape((b * heads, n))?, k)?;
-        Ok(Self { labels, order: order.reshape((b, heads, n))?, offsets: offsets.reshape((b, heads, k + 1))? })
-    }
-
-    /// The number of groups.
-    fn len(&self) -> Result<usize> {
-        Ok(self.offsets.dim(2)? - 1)
-    }
-
-    /// Rows in each group, u32 `(b, heads, k)`.
-    fn sizes(&self) -> Result<Tensor> {
-        let k = self.len()?;
-        Ok((self.offsets.narrow(2, 1, k)? - self.offsets.narrow(2, 0, k)?)?)
-    }
-}
-
-impl Warm {
-    /// `k` centroids for `x` `(b, heads, n, d)`, which may have grown by some rows: these, mended, and as many evenly spaced new rows
-    /// as are missing, for each problem where they are better than evenly spaced rows alone, and else those. None where `x` is
-    /// something else.
-    fn start(&self, x: &Tensor, k: usize) -> Result<Option<Tensor>> {
-        let [b, heads, known, d] = dims4_float("centroids", &self.centroids)?;
-        let rows = x.dims()[2];
-        let same = x.dims()[..2] == [b, heads] && x.dims()[3] == d && x.dtype() == self.centroids.dtype();
-        let (new, missing) = (rows.saturating_sub(self.rows), k.saturating_sub(known));
-        if !same || !x.device().same_device(self.centroids.device()) || k < known || missing > new {
-            return Ok(None);
-        }
-        let at = |rows: Vec<u32>| functional::rows_of(x, &for_each_head(rows, x)?);
-        let even = at((0..k).map(|i| (i * rows / k) as u32).collect())?;
-        // A finite number times zero is zero, and nothing else is.
-        let finite = (&self.centroids * 0.0)?.sum_keepdim(3)?.eq(0f64)?;
-        let useful = self.sizes.unsqueeze(3)?.ne(0u32)?.minimum(&finite)?;
-        let mended = at((0..known).map(|i| (i * rows / known) as u32).collect())?;
-        let mended = useful.broadcast_as(mended.shape())?.where_cond(&self.centroids, &mended)?;
-        let warm = match missing {
-            0 => mended,
-            _ => {
-                let added = at((0..missing).map(|i| (self.rows + i * new / missing) as u32).collect())?;
-                Tensor::cat(&[&mended, &added], 2)?
-            }
-        };
-        let count = (rows / SAMPLED).max(LEAST_SAMPLED).min(rows);
-        let sample = at((0..count).map(|i| ((2 * i + 1) * rows / (2 * count)) as u32).collect())?;
-        let cost = |centroids: &Tensor| {
-            let (_, distances) = functional::assign_with_distances(&sample, centroids, Metric::SquaredEuclidean)?;
-            let distances = distances.reshape((b * heads, count))?;
-            // What is not finite tells nothing.
-            functional::totals(&masked_fill(&(&distances * 0.0)?.ne(0f64)?, &distances, 0.0)?)
-        };
-        let better = cost(&warm)?.le(&(cost(&even)? * USEFUL)?)?.reshape((b, heads, 1, 1))?;
-        Ok(Some(better.broadcast_as(warm.shape())?.where_cond(&warm, &even)?))
-    }
-}
-
-/// The same by Candle's ops: all scores, and a mask by group of queries.
-fn masked(r: &Routed<'_>) -> Result<Tensor> {
-    let (b, heads, m, d) = r.q.dims4()?;
-    let (kv_heads, n) = (r.keys.dims()[1], r.keys.dims()[2]);
-    let (p, group, device) = (b * kv_heads, heads / kv_heads, r.q.device());
-    let scaled = |q: &Tensor| Ok::<_, Error>((to_accumulate_dtype(q)? * r.scale)?.reshape((p, group, q.dim(2)?, d))?);
-    let queries = scaled(r.q)?;
-    let joined = |tokens: &Tensor, means: Option<&Tensor>| {
-        let all = [Some(tokens), means].into_iter().flatten().cloned().collect::<Vec<_>>();
-        to_accumulate_dtype(&Tensor::cat(&all, 2)?.flatten(0, 1)?)
-    };
-    let keys = joined(r.keys, r.groups.map(|g| &g.mean_keys))?.transpose(1, 2)?;
-    let values = joined(r.values, r.groups.map(|g| &g.mean_values))?;
-    let columns = values.dims()[1];
-    // With the group of each query, numbered over all heads.
-    let bias = |g: &RoutedGroups| {
-        let units = g.queries.len()?;
-        let before = Tensor::from_iter((0..p * group).map(|h| (h * units) as u32), device)?.reshape((p * group, 1))?;
-        let of = g.queries.labels.reshape((p * group, m))?.broadcast_add(&before)?;
-        let bias = match &g.choosers {
-            Some((q, groups)) => g.bias(r, &scaled(q)?, groups)?,
-            None => g.bias(r, &queries, &g.queries)?,
-        };
-        Ok::<_, Error>((bias, of))
-    };
-    let bias = r.groups.map(bias).transpose()?;
-    let step = (BLOCK / (b * heads * columns)).clamp(1, m);
-    let mut outputs = Vec::with_capacity(m.div_ceil(step));
-    for start in (0..m).step_by(step) {
-        let count = step.min(m - start);
-        let rows = queries.narrow(2, start, count)?.reshape((p, group * count, d))?;
-        let mut scores = rows.matmul(&keys)?.reshape((p * group, count, columns))?;
-        if let Some((bias, of)) = &bias {
-            let bias = bias.index_select(&of.narrow(1, start, count)?.flatten_all()?, 0)?;
-            scores = (scores + bias.reshape((p * group, count, columns))?)?;
-        }
-        if r.causal {
-            let last = n - m + start;
-            let sees =
-                |i: usize| (0..columns).map(move |j| if j < n && j > last + i { f32::NEG_INFINITY } else { 0.0 });
-            let mask = Tensor::from_iter((0..count).flat_map(sees), device)?.reshape((count, columns))?;
-            scores = scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?;
-        }
-        let weights = softmax_last_dim(&scores)?.reshape((p, group * count, columns))?;
-        outputs.push(weights.matmul(&values)?.reshape((b, heads, count, d))?.to_dtype(r.q.dtype())?);
-    }
-    Ok(Tensor::cat(&outputs, 2)?)
-}
-
-impl RoutedGroups {
-    /// What each group of queries adds to the scores, f32 or f64 `(b * heads * groups, n + k)`: minus infinity for tokens that
-    /// it does not read, and the logarithm of the tokens that a mean stands for. Those of `queries` `(p, group, m, d)`, scaled,
-    /// that are in a group of `of` choose for it.
-    fn bias(&self, r: &Routed<'_>, queries: &Tensor, of: &Groups) -> Result<Tensor> {
-        let (p, group, m, _) = queries.dims4()?;
-        let (k, units, n) = (self.keys.len()?, of.len()?, r.keys.dims()[2]);
-        let (grouped, device) = (self.keys.order.dims()[2], queries.device());
-        let means = to_accumulate_dtype(&self.mean_keys.flatten(0, 1)?.transpose(1, 2)?)?;
-        let scores = queries.flatten(1, 2)?.matmul(&means)?.reshape((p, group * m, k))?;
-        let dtype = scores.dtype();
-        // In f64, which counts any tokens.
-        let ends = self.keys.offsets.flatten(0, 1)?.to_dtype(DType::F64)?;
-        let starts = ends.narrow(1, 0, k)?.contiguous()?;
-        let sizes = (ends.narrow(1, 1, k)? - &starts)?.unsqueeze(1)?;
-
-        // Groups without tokens have no part in a softmax.
-        let scores = masked_fill(&sizes.eq(0f64)?, &scores, f64::NEG_INFINITY)?;
-        let counted = scores.broadcast_add(&sizes.log()?.to_dtype(dtype)?)?;
-        let share = scores.broadcast_sub(&counted.log_sum_exp(D::Minus1)?.unsqueeze(2)?)?.exp()?;
-        // A query whose shares are NaN has no say.
-        let share = masked_fill(&share.ne(&share)?, &share, 0.0)?;
-        let labels = of.labels.reshape((p * group, m))?;
-        let rank = functional::known_means(&share.reshape((p * group, m, k))?, &labels, units)?;
-        let rank = rank.to_dtype(DType::F64)?.reshape((p, group * units, k))?;
-
-        let sizes = sizes.broadcast_as((p, group * units, k))?.contiguous()?;
-        let budget = budgets(&rank, &sizes, r)?;
-        let (chosen, taken) = chosen_tokens(&rank, &sizes, &starts, &budget, r.most)?;
-        let order = self.keys.order.flatten(0, 1)?.contiguous()?;
-        let tokens = order.gather(&chosen.flatten(1, 2)?, 1)?.reshape(chosen.shape())?;
-        // What is beyond the budget marks a column that is cut off.
-        let slot = Tensor::arange(0u32, r.most as u32, device)?.to_dtype(DType::F64)?.broadcast_as(chosen.shape())?;
-        let nowhere = Tensor::full(grouped as u32, chosen.shape(), device)?;
-        let tokens = slot.broadcast_lt(&budget)?.where_cond(&tokens, &nowhere)?;
-        let unread = Tensor::full(f32::NEG_INFINITY, (p, group * units, grouped + 1), device)?;
-        let read = unread.scatter(&tokens, &tokens.zeros_like()?.to_dtype(DType::F32)?, 2)?.narrow(2, 0, grouped)?;
-        let near = |count: usize| Tensor::zeros((p, group * units, count), DType::F32, device);
-        let mut parts = vec![read];
-        if r.sinks > 0 {
-            parts.insert(0, near(r.sinks)?);
-        }
-        if n > r.sinks + grouped {
-            parts.push(near(n - r.sinks - grouped)?);
-        }
-        parts.push(match r.estimate {
-            true => (sizes - taken)?.log()?.to_dtype(DType::F32)?,
-            false => Tensor::full(f32::NEG_INFINITY, (p, group * units, k), device)?,
-        });
-        Ok(Tensor::cat(&parts, 2)?.flatten(0, 1)?.to_dtype(dtype)?)
-    }
-}
-
-/// The tokens that each group of queries reads, f64 `(p, units, 1)`, by the attention `rank` to a token of each cluster of
-/// `sizes`, both f64 `(p, units, k)`: the fewest where there is no attention to any.
-fn budgets(rank: &Tensor, sizes: &Tensor, r: &Routed<'_>) -> Result<Tensor> {
-    let (p, units, k) = rank.dims3()?;
-    if r.least == r.most {
-        return Ok(Tensor::full(r.most as f64, (p, units, 1), rank.device())?);
-    }
-    let ranked = ranking(rank, sizes)?;
-    let mass = (rank * sizes)?.gather(&ranked, 2)?;
-    let through = cumsum_last(&mass)?;
-    let enough = (through.narrow(2, k - 1, 1)? * r.share)?;
-    let needed = (through - mass)?.broadcast_lt(&enough)?.to_dtype(DType::F64)?;
-    let tokens = (needed * sizes.gather(&ranked, 2)?)?.sum_keepdim(2)?;
-    Ok(tokens.maximum(r.least as f64)?.minimum(r.most as f64)?)
 }

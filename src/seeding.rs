@@ -1,53 +1,23 @@
 //! Where the centroids start.
 
 use crate::{
+    error::{Error, Result},
     host,
-    ops::{self, Memory},
-    problem::{Problem, Rows},
+    kmeans::{Init, OVERSAMPLING, ROUNDS},
+    memory::Memory,
+    metric::Metric,
+    ops,
+    problem::Problem,
+    request::KmeansppStep,
     rng::Draw,
-    Error, Metric, Result,
+    rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
 use rand::{seq::index, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// How a fit chooses its first centroids.
-///
-/// A row that weighs nothing is chosen only where nothing else is left: one of weight 0, one that is not finite where that is not
-/// [checked](crate::KMeans::check_finite), and for [`Metric::Cosine`] one without a direction.
-#[derive(Clone, Debug, Default)]
-#[non_exhaustive]
-pub enum Init {
-    /// `k` different rows, uniformly, or with probability proportional to the sample weights, for which the host reads a number a
-    /// row.
-    #[default]
-    Random,
-    /// k-means++ (Arthur and Vassilvitskii 2007): each next row with probability proportional to its weight times its
-    /// distance to the nearest row already chosen. `k` passes over the data.
-    KMeansPlusPlus,
-    /// k-means|| (Bahmani et al. 2012): five rounds that each draw about `2k` rows, then weighted k-means++ among them.
-    /// Fewer passes than k-means++ for large `k`. The host reads a sum and a count of each round of each problem.
-    KMeansParallel,
-    /// Evenly spaced rows: row `i * n / k` for cluster `i`, whatever the weights (`n` being those that count). Neighbours in a
-    /// sequence are often alike, so that keys of a KV cache start well from these (RetroInfer, Chen et al. 2025), and nothing is
-    /// read or drawn.
-    Even,
-    /// These centroids, `(..batch, k, d)` or `(k, d)` for every problem: a warm start.
-    Given(Tensor),
-}
-
-/// Rounds of k-means||, and rows drawn in each as a multiple of `k`, as its authors recommend.
-const ROUNDS: u64 = 5;
-const OVERSAMPLING: f64 = 2.0;
-
 /// Steps that a draw takes.
 const DRAW_STEPS: usize = 20;
-
-/// Rows that k-means|| draws, at most but for luck: the count of a round is about Poisson's.
-pub(crate) fn drawn(k: u64) -> u64 {
-    let mean = ROUNDS as f64 * OVERSAMPLING * k as f64;
-    (mean + 8.0 * mean.sqrt()) as u64 + 1
-}
 
 /// The first centroids, `(b, k, d)`, of an initialisation that looks at the data. `weights` are f64 `(b, n)`: what is not above 0
 /// weighs nothing, and below 0 it is chosen last.
@@ -124,7 +94,7 @@ fn weighted(x: &Rows, k: usize, weights: Option<&Tensor>, seed: u64) -> Result<T
     let zeros = Tensor::zeros((x.b, x.n), DType::F64, x.device())?;
     let ones = ops::elementwise([&zeros], |[zeros]| zeros.affine(0.0, 1.0))?;
     drop(zeros);
-    let keys = ops::race(&ones, weights, Draw { seed, round: 0 })?.to_vec2::<f64>()?;
+    let keys = ops::exponential_race_keys(&ones, weights, Draw { seed, round: 0 })?.to_vec2::<f64>()?;
     let mut chosen = Vec::with_capacity(x.b * k);
     for keys in keys {
         let mut rows: Vec<u32> = (0..x.n as u32).collect();
@@ -154,7 +124,8 @@ fn pick(
     let memory = Memory::default();
     for i in 0..count {
         let draw = Draw { round: first.round + i as u64, ..first };
-        ops::pick(x, nearest, weights, &chosen, i, first.round == 0, metric, draw, &memory)?;
+        let start = first.round == 0;
+        ops::kmeanspp_step(&KmeansppStep { x, nearest, weights, chosen: &chosen, i, start, metric, draw }, &memory)?;
     }
     Ok(chosen)
 }
@@ -178,7 +149,8 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
     let (zero, taken) = (everywhere(0.0)?, everywhere(-1.0)?);
     let positive = |t: &Tensor| t.gt(0.0)?.where_cond(t, &zero);
     // A row that was drawn is at -1 from then on, whatever its distance to itself is rounded to.
-    let mut nearest = ops::nearer(x, &everywhere(f64::INFINITY)?.contiguous()?, &candidates.reshape(1)?, metric)?;
+    let mut nearest =
+        ops::min_distance_with(x, &everywhere(f64::INFINITY)?.contiguous()?, &candidates.reshape(1)?, metric)?;
     for round in 1..=ROUNDS {
         let total = ops::total(&match weights {
             Some(w) => (positive(&nearest)? * positive(w)?)?,
@@ -190,7 +162,7 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
         }
         // Key below t: probability 1 - exp(-t p), the Poisson form of the paper's min(1, l p / total).
         let below = OVERSAMPLING * k as f64 / total;
-        let skipped = ops::race(&nearest, weights, Draw { seed, round })?.ge(below)?;
+        let skipped = ops::exponential_race_keys(&nearest, weights, Draw { seed, round })?.ge(below)?;
         let (order, offsets) = ops::order(&skipped.to_dtype(DType::U32)?, 2)?;
         let count = offsets.to_vec2::<u32>()?[0][1] as usize;
         if count == 0 {
@@ -198,7 +170,7 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
         }
         let drawn = order.narrow(1, 0, count)?.contiguous()?;
         let rows = Rows::new(&ops::gather(x, &drawn)?)?;
-        let to_drawn = positive(&ops::distances(x, &rows, &ops::labels(x, &rows, spread)?, spread)?)?;
+        let to_drawn = positive(&ops::distances(x, &rows, &ops::assign(x, &rows, spread)?, spread)?)?;
         nearest = skipped.where_cond(&nearest.minimum(&to_drawn)?, &taken)?;
         candidates = Tensor::cat(&[&candidates, &drawn], 1)?;
     }
@@ -213,7 +185,7 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
         return ops::gather(x, &candidates);
     }
     let rows = Rows::new(&ops::gather(x, &candidates)?)?;
-    let labels = ops::labels(x, &rows, spread)?;
+    let labels = ops::assign(x, &rows, spread)?;
     let share = match weights {
         Some(w) => ops::cluster_sums(&positive(w)?, Some(&labels), count)?,
         None => ops::cluster_sizes(&labels, count)?.to_dtype(DType::F64)?,

@@ -1,29 +1,26 @@
 //! A whole fit of rows of one column: sorted once, a cluster is a range of them, and its sum the difference of two prefix
 //! sums. A pass costs `k log n` instead of `k n`, and the results have the bits of any other fit.
 
-use super::{lock, read_and_write, typed, write, Element, View};
+use super::tensors::{lock, read_and_write, typed, write, Element, View};
 use crate::{
+    error::{Error, Result},
     fixed::{self, Scaled},
     host,
-    ops::{Progress, Terms},
-    problem::Rows,
-    Error, Metric, Result,
+    metric::Metric,
+    request::OnChipFit,
 };
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 
-/// Fits `x` `(b, n, 1)` by squared Euclidean distance, unless its values or their terms are too far apart or not numbers:
+/// Fits rows of one column by squared Euclidean distance, unless their values or their terms are too far apart or not numbers:
 /// whether it did.
-pub(super) fn fit(
-    x: &Rows,
-    terms: &Terms,
-    progress: &Progress,
-    max_iters: usize,
-    centroids: &Tensor,
-    labels: &Tensor,
-) -> Result<bool> {
+pub(super) fn fit(fit: &OnChipFit<'_>) -> Result<bool> {
+    let &OnChipFit { x, terms, metric, progress, max_iters, centroids, labels, .. } = fit;
+    if x.d != 1 || metric != Metric::SquaredEuclidean {
+        return Ok(false);
+    }
     // Of these nobody else has any.
-    let [bad, largest, thresholds] = lock([&terms.first_bad, &terms.largest, &progress.threshold]);
-    let heaviest = terms.heaviest.as_ref().map(|h| lock([h]));
+    let [bad, largest, thresholds] = lock([&terms.first_nonfinite, &terms.max_abs, &progress.threshold]);
+    let heaviest = terms.max_weight.as_ref().map(|h| lock([h]));
     // Squares of f64 can underflow to ties.
     if x.dtype() == DType::F64 || bad.flat::<u32>()?.iter().any(|&row| row != u32::MAX) {
         return Ok(false);
@@ -32,10 +29,10 @@ pub(super) fn fit(
         let (largest, thresholds) = (largest.flat::<f64>()?, thresholds.flat::<f64>()?);
         let heaviest = heaviest.as_ref().map(|[h]| h.flat::<f64>()).transpose()?;
         let k = centroids.dims()[1];
-        let shared = [&x.tensor, terms.factor.as_ref().unwrap_or(&x.tensor)];
+        let shared = [&x.tensor, terms.row_scale.as_ref().unwrap_or(&x.tensor)];
         let fits = read_and_write(shared, centroids, |[xs, factor], all: &mut [T]| {
             let view: View<'_, T> = xs.view(x)?;
-            let factor = terms.factor.as_ref().map(|_| factor.flat::<f64>()).transpose()?;
+            let factor = terms.row_scale.as_ref().map(|_| factor.flat::<f64>()).transpose()?;
             let starts = &*all;
             let fit = |b| {
                 let weights = factor.zip(heaviest).map(|(f, h)| (&f[b * x.n..][..x.n], h[b]));

@@ -1,0 +1,65 @@
+//! What a device has to do, by primitives.
+//!
+//! They take checked arguments and return new tensors on the same device, or write to the caller's own, on the tensors' own
+//! stream. `ops` says of each what it is; what a back end has no kernel for keeps its default.
+
+use crate::{
+    error::Result,
+    memory::Memory,
+    metric::Metric,
+    plan::arch::Arch,
+    request::{Assignment, Attention, KmeansppStep, OnChipFit, Routed, Update},
+    rng::Draw,
+    rows::Rows,
+};
+use candle_core::{Device, Tensor};
+
+/// A kind of device. See [`ops`](crate::ops) for what each primitive is.
+pub(crate) trait Backend {
+    /// What chooses kernels.
+    fn arch(&self, device: &Device) -> Result<Arch>;
+
+    /// Whether work that is queued now becomes part of a graph.
+    fn capturing(&self, _: &Device) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// None where Candle's copy will do.
+    fn contiguous(&self, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// None where any rows can be read.
+    fn pack_for_assign(&self, _: &Tensor, _k: usize, _: Metric, _copy: &mut Option<Tensor>) -> Result<Option<Rows>> {
+        Ok(None)
+    }
+
+    fn assign(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor>;
+    fn assign_into(&self, a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()>;
+    fn distances(&self, x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor>;
+    fn pairwise(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor>;
+    fn gather(&self, x: &Rows, index: &Tensor) -> Result<Tensor>;
+    fn max_abs_and_first_nonfinite(&self, x: &Rows) -> Result<(Tensor, Tensor)>;
+    fn norms(&self, x: &Rows) -> Result<Tensor>;
+    fn usable_seeds(&self, x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor>;
+    fn min_distance_with(&self, x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor>;
+    fn exponential_race_keys(&self, nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor>;
+    fn kmeanspp_step(&self, p: &KmeansppStep<'_>, memory: &Memory) -> Result<()>;
+    fn order(&self, labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)>;
+    fn update(&self, u: &Update<'_>, memory: &Memory) -> Result<()>;
+
+    /// Whether this was a fit for that.
+    fn fit_on_chip(&self, _: &OnChipFit<'_>, _: &Memory) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// None where there is no kernel for it.
+    fn attend(&self, _: &Attention<'_>, _: &Memory) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// None where there is no kernel for it.
+    fn route(&self, _: &Routed<'_>, _: &Memory) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+}

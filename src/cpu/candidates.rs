@@ -1,0 +1,115 @@
+//! Which centroids could still be the nearest to a row.
+
+use super::{
+    filter::{Block, Slack},
+    scalar::{Scalar, LANES},
+};
+
+/// A distance by the definition, and the centroid that is as far.
+pub(crate) type Found = (f64, u32);
+
+/// No centroid.
+pub(crate) const NONE: Found = (f64::INFINITY, u32::MAX);
+
+/// Candidates of one row that are kept before some are compared.
+const MOST: usize = 64;
+
+/// Centroids of one row that could still be the nearest.
+#[derive(Clone)]
+pub(crate) struct Candidates<S> {
+    /// The smallest of the scores, each with its error added: no true value of the nearest one is above.
+    upper: f64,
+    /// Scores, each without its error, and which centroids have them.
+    list: Vec<(S, u32)>,
+    /// The nearest by the definition of those that did not fit in the list.
+    pub compared: Found,
+    pub slack: Slack,
+}
+
+impl<S: Scalar> Candidates<S> {
+    pub fn new() -> Self {
+        Self { upper: f64::INFINITY, list: vec![], compared: NONE, slack: Slack::NONE }
+    }
+
+    pub fn reset(&mut self, slack: Slack) {
+        self.list.clear();
+        (self.upper, self.compared, self.slack) = (f64::INFINITY, NONE, slack);
+    }
+
+    /// Takes the scores of a block. `compare` finds the nearest among centroids and what has been found before.
+    #[inline(always)]
+    pub fn offer(&mut self, scores: &[S], block: &Block, compare: impl FnMut(Found, &[(S, u32)]) -> Found) {
+        let smaller = |a: S, b: S| if a < b { a } else { b };
+        let chunks = scores.chunks_exact(LANES);
+        let mut lowest = S::INFINITY;
+        for &s in chunks.remainder() {
+            lowest = smaller(s, lowest);
+        }
+        let mut low = [S::INFINITY; LANES];
+        for chunk in chunks {
+            for l in 0..LANES {
+                low[l] = smaller(chunk[l], low[l]);
+            }
+        }
+        for s in low {
+            lowest = smaller(s, lowest);
+        }
+        let error = block.error(self.slack);
+        self.upper = self.upper.min(lowest.widen() + error);
+        let cut = S::of(self.upper * self.slack.factor + error);
+        if lowest <= cut {
+            self.collect(scores, cut, error, block.scored.start, compare);
+        }
+    }
+
+    #[inline(always)]
+    fn collect(
+        &mut self,
+        scores: &[S],
+        cut: S,
+        error: f64,
+        from: usize,
+        mut compare: impl FnMut(Found, &[(S, u32)]) -> Found,
+    ) {
+        let mut take = |scores: &[S], at: usize| {
+            for (l, &s) in scores.iter().enumerate().filter(|(_, &s)| s <= cut) {
+                if self.list.len() == MOST {
+                    self.shorten(&mut compare);
+                }
+                self.list.push((S::of(s.widen() - error), (at + l) as u32));
+            }
+        };
+        let chunks = scores.chunks_exact(LANES);
+        let tail = chunks.remainder();
+        for (c, chunk) in chunks.enumerate() {
+            // No early exit: one comparison of the whole chunk.
+            let near = chunk.iter().fold(false, |near, &s| near | (s <= cut));
+            if near {
+                take(chunk, from + c * LANES);
+            }
+        }
+        take(tail, from + scores.len() - tail.len());
+    }
+
+    /// Makes room in a full list.
+    #[cold]
+    fn shorten(&mut self, compare: &mut impl FnMut(Found, &[(S, u32)]) -> Found) {
+        self.finish();
+        if self.list.len() > MOST / 2 {
+            self.compared = compare(self.compared, &self.list);
+            self.list.clear();
+        }
+    }
+
+    /// The candidates that are left, and not compared.
+    pub fn finish(&mut self) -> &[(S, u32)] {
+        let cut = S::of(self.cutoff());
+        self.list.retain(|&(s, _)| s <= cut);
+        &self.list
+    }
+
+    /// No true value of the nearest centroid is above.
+    pub fn cutoff(&self) -> f64 {
+        self.upper * self.slack.factor
+    }
+}

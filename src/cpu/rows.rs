@@ -1,0 +1,113 @@
+//! Passes over rows: distances, norms, copies, and what is not finite.
+
+use super::{
+    scalar::{magnitude, Scalar},
+    tensors::{lock, tensor, typed, Element, View},
+};
+use crate::{error::Result, host, metric::Metric, rows::Rows, tiles::CPU_ROWS};
+use candle_core::{Tensor, WithDType};
+use pulp::NullaryFnOnce;
+use std::ops::Range;
+
+/// `f(batch, row)` for every row, each about so many steps.
+pub(super) fn per_row<R: WithDType>(
+    op: &'static str,
+    [b, n]: [usize; 2],
+    steps: usize,
+    f: impl Fn(usize, usize) -> R + Send + Sync,
+) -> Result<Tensor> {
+    tensor(host::map(op, b * n, steps, |i| f(i / n, i % n))?, (b, n))
+}
+
+/// The definition, in f64.
+#[inline(always)]
+pub(super) fn distance<T: Element>(x: &[T], c: &[T], metric: Metric) -> f64 {
+    metric.distance(x.iter().zip(c).map(|(x, c)| (x.wide(), c.wide())))
+}
+
+pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let [xs, cs, ls] = lock([&x.tensor, &c.tensor, labels]);
+        let (xs, cs, ls) = (xs.view::<T>(x)?, cs.view::<T>(c)?, ls.flat::<u32>()?);
+        per_row("distances", [x.b, x.n], x.d, |b, i| distance(xs.row(b, i), cs.row(b, ls[b * x.n + i] as usize), metric))
+    })
+}
+
+pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let [xs, cs] = lock([&x.tensor, &c.tensor]);
+        let (xs, cs) = (xs.view::<T>(x)?, cs.view::<T>(c)?);
+        let (n, k) = (x.n, c.n);
+        let pair = |i: usize| {
+            let (b, j) = (i / (n * k), i % k);
+            <T as Element>::Filter::of(distance(xs.row(b, i / k % n), cs.row(b, j), metric))
+        };
+        tensor(host::map("pairwise", x.b * n * k, x.d, pair)?, (x.b, n, k))
+    })
+}
+
+pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let (b, m) = index.dims2()?;
+        let [xs, at] = lock([&x.tensor, index]);
+        let (xs, at) = (xs.view::<T>(x)?, at.flat::<u32>()?);
+        let mut out = host::filled("gather", b * m * x.d, T::narrow(0.0))?;
+        let rows = host::items_per_task(x.d);
+        let parts = out.chunks_mut(rows * x.d).enumerate().collect();
+        host::for_each(parts, rows * x.d, || (), |_, (part, out): (usize, &mut [T])| {
+            for (i, row) in (part * rows..).zip(out.chunks_mut(x.d)) {
+                row.copy_from_slice(xs.row(i / m, at[i] as usize));
+            }
+            Ok(())
+        })?;
+        tensor(out, (b, m, x.d))
+    })
+}
+
+pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> {
+    typed!(x.dtype(), T => {
+        let [xs] = lock([&x.tensor]);
+        let xs = xs.view::<T>(x)?;
+        let worse = |a: (f64, u32), b: (f64, u32)| (a.0.max(b.0), a.1.min(b.1));
+        let part = |b, part: usize| {
+            pulp::Arch::new().dispatch(Scan { x: &xs, b, rows: part * CPU_ROWS..x.n.min((part + 1) * CPU_ROWS) })
+        };
+        let parts = x.n.div_ceil(CPU_ROWS);
+        let problem = |b| host::reduce(parts, CPU_ROWS.min(x.n) * x.d / 4, |p| part(b, p), worse);
+        let found = host::map("scan", x.b, x.n * x.d / 4, problem)?;
+        let found = found.into_iter().map(|found| Ok(found?.unwrap_or((0.0, u32::MAX))));
+        let (largest, first) = found.collect::<Result<(Vec<_>, Vec<_>)>>()?;
+        Ok((tensor(largest, x.b)?, tensor(first, x.b)?))
+    })
+}
+
+/// The largest finite magnitude of some rows and the first that is not finite.
+struct Scan<'a, T> {
+    x: &'a View<'a, T>,
+    b: usize,
+    rows: Range<usize>,
+}
+
+impl<T: Element> NullaryFnOnce for Scan<'_, T> {
+    type Output = (f64, u32);
+
+    #[inline(always)]
+    fn call(self) -> (f64, u32) {
+        let mut row = vec![Scalar::of(0.0); self.x.rows.d];
+        let mut seen = (0.0, u32::MAX);
+        for i in self.rows {
+            T::filter_row(self.x.row(self.b, i), &mut row);
+            let (largest, finite) = magnitude(&row);
+            seen = (largest.widen().max(seen.0), if finite { seen.1 } else { seen.1.min(i as u32) });
+        }
+        seen
+    }
+}
+
+pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let [xs] = lock([&x.tensor]);
+        let xs = xs.view::<T>(x)?;
+        per_row("norms", [x.b, x.n], x.d, |b, i| xs.row(b, i).iter().fold(0.0, |s, v| s + v.wide() * v.wide()).sqrt())
+    })
+}

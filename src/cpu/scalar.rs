@@ -1,0 +1,112 @@
+//! Numbers that scores are computed in, and loops over rows of them that vectorise.
+
+/// f32 or f64, as scores are computed in.
+pub(crate) trait Scalar: Copy + PartialOrd + Send + Sync + 'static {
+    /// Half the distance from 1 to the next number.
+    const UNIT: f64;
+    /// Above any absolute error that one product can suffer by underflow.
+    const TINY: f64;
+    /// Magnitudes whose sums stay finite.
+    const HUGE: f64;
+    const INFINITY: Self;
+    /// The largest number that a norm is known by: what overflows is at least that.
+    const FAR: f64;
+    fn of(v: f64) -> Self;
+    fn widen(self) -> f64;
+    fn sub(self, other: Self) -> Self;
+    fn add(self, other: Self) -> Self;
+    fn mul(self, other: Self) -> Self;
+    fn abs(self) -> Self;
+    /// The same for numbers that are equal, and mostly not for others.
+    fn hash(self) -> u32;
+}
+
+macro_rules! scalar {
+    ($t:ident, $tiny:expr, $huge:expr, $far:expr, $hash:expr) => {
+        impl Scalar for $t {
+            const UNIT: f64 = $t::EPSILON as f64 / 2.0;
+            const TINY: f64 = $tiny;
+            const HUGE: f64 = $huge;
+            const INFINITY: Self = $t::INFINITY;
+            const FAR: f64 = $far;
+            #[inline(always)]
+            fn of(v: f64) -> Self {
+                v as $t
+            }
+            #[inline(always)]
+            fn widen(self) -> f64 {
+                self as f64
+            }
+            #[inline(always)]
+            fn sub(self, other: Self) -> Self {
+                self - other
+            }
+            #[inline(always)]
+            fn add(self, other: Self) -> Self {
+                self + other
+            }
+            #[inline(always)]
+            fn mul(self, other: Self) -> Self {
+                self * other
+            }
+            #[inline(always)]
+            fn abs(self) -> Self {
+                $t::abs(self)
+            }
+            #[inline(always)]
+            fn hash(self) -> u32 {
+                // Both zeros become the positive one.
+                $hash((self + 0.0).to_bits())
+            }
+        }
+    };
+}
+scalar!(f32, 1e-44, 1e37, f32::MAX as f64, |bits| bits);
+scalar!(f64, 1e-322, 1e307, 1e150, |bits: u64| (bits ^ (bits >> 32)) as u32);
+
+/// SIMD lanes that a loop is written for; wide enough for one AVX-512 register of f32.
+pub(super) const LANES: usize = 16;
+
+/// Folds `f` over pairs in [`LANES`] independent chains, so that the compiler may vectorise.
+#[inline(always)]
+pub(super) fn lanes<S: Scalar>(a: &[S], b: &[S], f: impl Fn(S, S, S) -> S) -> S {
+    let zero = S::of(0.0);
+    let mut acc = [zero; LANES];
+    let (xs, ys) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let tail = xs.remainder().iter().zip(ys.remainder()).fold(zero, |s, (&x, &y)| f(s, x, y));
+    for (x, y) in xs.zip(ys) {
+        for l in 0..LANES {
+            acc[l] = f(acc[l], x[l], y[l]);
+        }
+    }
+    acc.into_iter().fold(tail, S::add)
+}
+
+/// The largest finite magnitude, and whether all are finite.
+#[inline(always)]
+pub(super) fn magnitude<S: Scalar>(row: &[S]) -> (S, bool) {
+    let zero = S::of(0.0);
+    let mut largest = [zero; LANES];
+    // `v - v` is 0 unless `v` is a NaN or an infinity.
+    let mut poison = [zero; LANES];
+    for chunk in row.chunks(LANES) {
+        for ((v, m), p) in chunk.iter().zip(&mut largest).zip(&mut poison) {
+            let a = v.abs();
+            *m = if a > *m && a < S::INFINITY { a } else { *m };
+            *p = p.add(v.sub(*v));
+        }
+    }
+    let largest = largest.into_iter().fold(zero, |a, b| if b > a { b } else { a });
+    (largest, poison.into_iter().fold(zero, S::add) == zero)
+}
+
+/// A number for a row, in independent chains as [`lanes`].
+pub(super) fn hash<S: Scalar>(row: &[S]) -> u32 {
+    let mix = |h: u32, v: u32| (h.rotate_left(5) ^ v).wrapping_mul(0x9e37_79b1);
+    let mut all = [0u32; LANES];
+    for chunk in row.chunks(LANES) {
+        all.iter_mut().zip(chunk).for_each(|(h, v)| *h = mix(*h, v.hash()));
+    }
+    let hash = all.into_iter().fold(0, mix);
+    hash ^ (hash >> 15)
+}

@@ -1,0 +1,114 @@
+//! How rows are chosen as seeds.
+
+use super::{
+    rows::{distance, per_row},
+    tensors::{lock, read_and_write, tensor, typed, Element, View},
+};
+use crate::{
+    error::Result,
+    host,
+    metric::Metric,
+    request::KmeansppStep,
+    rng::{race_key, Draw},
+    rows::Rows,
+};
+use candle_core::Tensor;
+
+/// Whether a row can be a seed; see [`ops::usable_seeds`](crate::ops::usable_seeds).
+fn can_be_seed<T: Element>(row: &[T], weight: f64, metric: Metric) -> bool {
+    let square = row.iter().fold(0.0, |s, v| s + v.wide() * v.wide());
+    let directed = metric != Metric::Cosine || square > 0.0 && square < f64::INFINITY;
+    weight > 0.0 && directed && row.iter().all(|v| v.wide().is_finite())
+}
+
+pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor> {
+    let mut rows = chosen.to_vec2::<u32>()?;
+    typed!(x.dtype(), T => {
+        let [xs, ws] = lock([&x.tensor, weights.unwrap_or(&x.tensor)]);
+        let (xs, weights) = (xs.view::<T>(x)?, weights.map(|_| ws.flat::<f64>()).transpose()?);
+        let choose = |_: &mut (), (b, rows): (usize, &mut Vec<u32>)| {
+            let usable = |i: usize| can_be_seed(xs.row(b, i), weights.map_or(1.0, |w| w[b * x.n + i]), metric);
+            for seed in 0..rows.len() {
+                let from = rows[seed] as usize;
+                let mut others = (from..x.n).chain(0..from);
+                let usable = others.find(|&i| usable(i) && (i == from || !rows.contains(&(i as u32))));
+                rows[seed] = usable.unwrap_or(from) as u32;
+            }
+            Ok(())
+        };
+        let steps = chosen.dim(1)? * (x.d + chosen.dim(1)?);
+        host::for_each(rows.iter_mut().enumerate().collect(), steps, || (), choose)?;
+        tensor(rows.concat(), chosen.dims2()?)
+    })
+}
+
+/// The distance of row `i` to the nearest seed, with one more seed: see [`ops::min_distance_with`](crate::ops::min_distance_with).
+fn nearer_by<T: Element>(x: &View<'_, T>, b: usize, i: usize, nearest: f64, seed: u32, metric: Metric) -> f64 {
+    let metric = if metric == Metric::Dot { Metric::SquaredEuclidean } else { metric };
+    if seed as usize == i {
+        -1.0
+    } else if nearest < 0.0 || seed == u32::MAX {
+        nearest
+    } else {
+        let d = distance(x.row(b, i), x.row(b, seed as usize), metric);
+        nearest.min(if d > 0.0 { d } else { 0.0 })
+    }
+}
+
+pub(crate) fn min_distance_with(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let [xs, near, new] = lock([&x.tensor, nearest, newest]);
+        let (xs, near, new) = (xs.view::<T>(x)?, near.flat::<f64>()?, new.flat::<u32>()?);
+        per_row("k-means||", [x.b, x.n], x.d, |b, i| nearer_by(&xs, b, i, near[b * x.n + i], new[b], metric))
+    })
+}
+
+pub(crate) fn exponential_race_keys(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
+    let (b, n) = nearest.dims2()?;
+    let [near, each] = lock([nearest, weights.unwrap_or(nearest)]);
+    let (near, weights) = (near.flat::<f64>()?, weights.map(|_| each.flat::<f64>()).transpose()?);
+    per_row("race", [b, n], RACE_STEPS, |b, i| {
+        race_key(draw, b, i, near[b * n + i], weights.map_or(1.0, |w| w[b * n + i]))
+    })
+}
+
+/// Steps that a race's key takes.
+const RACE_STEPS: usize = 32;
+
+pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>) -> Result<()> {
+    let &KmeansppStep { x, nearest, weights, chosen, i: pick, start, metric, draw } = p;
+    let before = if pick > 0 { chosen.narrow(1, pick - 1, 1)?.flatten_all()?.to_vec1::<u32>()? } else { vec![] };
+    let n = x.n;
+    let picked = typed!(x.dtype(), T => {
+        read_and_write([&x.tensor, weights.unwrap_or(&x.tensor)], nearest, |[xs, each], nearest: &mut [f64]| {
+            let (xs, weights) = (xs.view::<T>(x)?, weights.map(|_| each.flat::<f64>()).transpose()?);
+            let key = |b: usize, i: usize, nearest: &mut f64| {
+                let now = match (start, pick) {
+                    (true, 0) => 1.0,
+                    (false, 0) => *nearest,
+                    (_, pick) => {
+                        let old = if start && pick == 1 { f64::INFINITY } else { *nearest };
+                        *nearest = nearer_by(&xs, b, i, old, before[b], metric);
+                        *nearest
+                    }
+                };
+                (race_key(draw, b, i, now, weights.map_or(1.0, |w| w[b * n + i])), i as u32)
+            };
+            let earlier = |x: &(f64, u32), y: &(f64, u32)| x.0.total_cmp(&y.0).then(x.1.cmp(&y.1));
+            // Each task has its rows, and leaves the first of them to arrive.
+            let rows = host::items_per_task(x.d + RACE_STEPS).min(n);
+            let mut first = vec![(0.0, 0); x.b * n.div_ceil(rows)];
+            let parts = nearest.chunks_mut(n).flat_map(|nearest| nearest.chunks_mut(rows)).zip(&mut first);
+            let parts = parts.enumerate().map(|(p, (nearest, first))| (p / n.div_ceil(rows), p % n.div_ceil(rows), nearest, first));
+            host::for_each(parts.collect(), rows * (x.d + RACE_STEPS), || (), |_, (b, part, nearest, first)| {
+                let keys = nearest.iter_mut().zip(part * rows..).map(|(nearest, i)| key(b, i, nearest));
+                *first = keys.min_by(earlier).expect("no part is empty");
+                Ok(())
+            })?;
+            let parts = first.chunks(n.div_ceil(rows));
+            Ok(parts.map(|parts| parts.iter().copied().min_by(earlier).map_or(0, |(_, row)| row)).collect::<Vec<_>>())
+        })?
+    })?;
+    chosen.slice_set(&tensor(picked, (x.b, 1))?, 1, pick)?;
+    Ok(())
+}

@@ -1,0 +1,124 @@
+//! Labels of f32 rows on tensor cores, by way of halves: `kernels/split.cu`.
+
+use super::tensor_core::{sweep_shared, Listed, Reach, Table, BOUNDS, HELD_SHARED, SM90_NAMES};
+use crate::{
+    cuda::device::processors,
+    cuda::kernel::{launch, warps, WARP},
+    cuda::memory::{elements, ArenaLayout, Memory},
+    cuda::params::{one_copy, shape, Active},
+    cuda::tensors::{read, Part, TensorMap},
+    error::Result,
+    metric::Metric,
+    plan::assign::{sm90_shape, split_rows, Assign},
+    request::Assignment,
+    rows::Rows,
+    tiles::{SM80_ROWS, SM90_CENTROIDS, SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS},
+};
+use candle_core::cuda_backend::{
+    cudarc::driver::{sys::CUtensorMapDataType, PushKernelArg},
+    CudaDevice,
+};
+
+/// f32 rows by way of halves: `kernels/split.cu`. Rows are split a rectangle at a time, part of one problem or whole
+/// problems, so that the halves take no more memory than [`SPLIT_BYTES`] and stay in L2 for the most part.
+pub(super) fn assign(
+    dev: &CudaDevice,
+    kernel: Assign,
+    a: Assignment<'_>,
+    labels: Part<u32>,
+    memory: &Memory,
+) -> Result<()> {
+    let Assignment { x, c, metric, turn } = a;
+    let active = Active::of(turn)?;
+    let (xs, cs) = (read(&x.tensor), read(&c.tensor));
+    let (xs, cs) = (xs.view::<f32>()?, cs.view::<f32>()?);
+    let one = one_copy(c);
+    let (copies, k, d) = (one.b, c.n, c.d);
+    let (pitch, padded) = (d.next_multiple_of(32), k.next_multiple_of(TENSOR_CENTROIDS));
+    let both = 2 * pitch;
+    let most = split_rows(d).min(elements(&[x.b, x.n]));
+    // A part of a problem is a rectangle that is known here: which problem it is of cannot come from a list.
+    let whole = x.n <= most;
+    let active = if whole { active } else { active.whole() };
+
+    let mut layout = ArenaLayout::default();
+    let mu = layout.zeroed::<f32>(elements(&[copies, d]));
+    let largest = layout.zeroed::<f32>(copies);
+    // For one half alone, then for both.
+    let bounds = layout.zeroed::<[f32; BOUNDS]>(elements(&[2, copies]));
+    let listed = layout.zeroed::<u32>(elements(&[x.b, x.n.div_ceil(most)]));
+    let table = Table::new(&mut layout, copies, k, true);
+    let list = layout.unwritten::<Listed>(most);
+    let moved = layout.unwritten::<half::f16>(elements(&[copies, k, both]));
+    let start = layout.unwritten::<f32>(elements(&[copies, padded]));
+    let halves = layout.unwritten::<half::f16>(elements(&[most, both]));
+    let slacks = [(); 2].map(|_| layout.unwritten::<f32>(most));
+    let reaches = layout.unwritten::<Reach>(copies);
+    let w = layout.scratch(dev, "labels", memory)?;
+    let (mu, largest, moved, start, bounds) =
+        (w.part(mu), w.part(largest), w.part(moved), w.part(start), w.part(bounds));
+    let (mut listed, list, halves) = (w.part(listed), w.part(list), w.part(halves));
+    let [slack, slack_split] = slacks.map(|s| w.part(s));
+
+    let (of, none, reaches) = (metric as i32, Part::<f32>::NULL, w.part(reaches));
+    let (k64, pitch64, both64, padded64, copies64) =
+        (k as i64, pitch as i64, both as i64, padded as i64, copies as i64);
+    if metric == Metric::SquaredEuclidean {
+        launch!(dev, Prepare, "prepare_means", "f32", elements(&[copies, d.div_ceil(WARP)]), WARP * WARP;
+            &cs, &shape(&one), &active, &mu)?;
+        launch!(dev, Split, "split_reach", "f32", copies, 2 * THREADS;
+            &xs, &shape(x), &cs, &shape(&one), &active, &mu, &largest, &reaches)?;
+    } else {
+        launch!(dev, Split, "split_largest", "f32", warps(elements(&[copies, k])), THREADS;
+            &cs, &shape(&one), &active, &of, &mu, &largest)?;
+    }
+    launch!(dev, Split, "split_centroids", "f32", warps(elements(&[copies, padded])), THREADS;
+        &cs, &shape(&one), &active, &of, &mu, &largest, &reaches, &pitch64, &padded64, &moved, &start, &bounds,
+        &w.part(table.keys), &w.part(table.first), &(table.slots as i64), &w.part(table.slot))?;
+    table.drop_duplicates(dev, &w, &cs, &one, active, start)?;
+
+    let processors = processors(dev)?;
+    let mut first = 0;
+    while first < x.b * x.n {
+        let (b, row) = (first / x.n, first % x.n);
+        let (problems, rows) = if whole { ((most / x.n).min(x.b - b), x.n) } else { (1, most.min(x.n - row)) };
+        let copy = if copies > 1 { b } else { 0 };
+        let count = problems * rows;
+        let lanes = (pitch / 8).next_power_of_two().clamp(4, WARP);
+        launch!(dev, Split, "split_rows", "f32", warps(count.div_ceil(WARP / lanes)).min(16 * processors), THREADS;
+            &xs, &shape(x), &active, &(first as i64), &(count as i64), &of, &mu, &largest, &bounds, &copies64, &pitch64,
+            &halves, &slack, &slack_split)?;
+
+        let part = Rows { b: problems, n: rows, ..x.clone() };
+        let split = Rows { b: problems, n: rows, batch_stride: rows * both, row_stride: both, ..x.clone() };
+        let (start, moved) = (start.from(copy * padded), moved.from(copy * k * both));
+        let (high, low) = (bounds.from(copy), bounds.from(copies + copy));
+        // By a list, problems are found from the first one on.
+        let (from, skip) = if active.list.is_null() { (b, 0) } else { (0, b) };
+        let (active, labels) = (active.after(skip), labels.from(from * x.n + row));
+        if kernel == Assign::Sm90 {
+            let half = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+            let (steps, groups) = sm90_shape(d);
+            let row_map = TensorMap::new(half, halves.address, [problems, rows, d], [rows * both, both], SM90_ROWS)?;
+            let own = if copies > 1 { problems } else { 1 };
+            let map = TensorMap::new(half, moved.address, [own, k, d], [k * both, both], SM90_CENTROIDS)?;
+            let tiles = elements(&[problems, rows.div_ceil(SM90_ROWS * groups)]).min(processors);
+            launch!(dev, AssignSm90, SM90_NAMES[steps], "f16", tiles, 128 * (groups + 1), SM90_SHARED;
+                &row_map, &map, &shape(&split), &active, &start, &none, &none, &high, &k64, &padded64, &copies64, &slack,
+                &labels, &list, &listed)?;
+        } else {
+            let tiles = elements(&[problems, rows.div_ceil(SM80_ROWS)]);
+            launch!(dev, AssignSm80, "assign_sm80", "f16", tiles, SM80_ROWS, sweep_shared(d);
+                &halves, &shape(&split), &active, &moved, &start, &none, &none, &high, &k64, &both64, &padded64, &copies64,
+                &labels, &list, &listed, &slack)?;
+        }
+        let originals = xs.slice(from * x.batch_stride + row * x.row_stride..);
+        let centroids = cs.slice(from * c.batch_stride..);
+        let shared = sweep_shared(2 * d) + HELD_SHARED;
+        launch!(dev, Recheck, "recheck_split", "f32", 2 * processors, SM80_ROWS, shared;
+            &halves, &originals, &shape(&part), &active, &centroids, &shape(c), &moved, &start, &low, &k64, &both64, &padded64,
+            &copies64, &of, &labels, &list, &listed, &slack_split, &slack)?;
+        (first, listed) = (first + count, listed.from(problems));
+    }
+    Ok(())
+}

@@ -1,0 +1,191 @@
+//! Labels of halves on tensor cores: `kernels/assign_sm80.cu`, `kernels/assign_sm90.cu` and `kernels/recheck.cu`.
+
+use crate::{
+    cuda::device::{device, processors},
+    cuda::kernel::{launch, WARP},
+    cuda::memory::{alloc, elements, Arena, ArenaLayout, Memory, Slot},
+    cuda::params::{one_copy, shape, Active},
+    cuda::tensors::{read, tensor, typed, Element, Part, TensorMap},
+    error::Result,
+    metric::Metric,
+    plan::assign::{sm90_shape, Assign},
+    request::Assignment,
+    rows::Rows,
+    tiles::{
+        ORIGIN_THREADS, PREPARE_CENTROIDS, RECHECK_QUEUE, SM80_CENTROIDS, SM80_COLUMNS, SM80_ROWS, SM80_STAGES,
+        SM90_CENTROIDS, SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS,
+    },
+};
+use candle_core::{
+    cuda_backend::{
+        cudarc::driver::{sys::CUtensorMapDataType, CudaView, DevicePtr, PushKernelArg},
+        CudaDevice,
+    },
+    Tensor,
+};
+
+/// The table of hashes that finds repeated centroids (`kernels/duplicates.cuh`).
+pub(super) struct Table {
+    pub(super) keys: Slot<u64>,
+    pub(super) first: Slot<u32>,
+    pub(super) slot: Slot<u32>,
+    pub(super) slots: usize,
+    /// Centroids of a problem with those that fill its last tile.
+    padded: usize,
+}
+
+impl Table {
+    /// Zeros, unless the kernel that fills it clears it first.
+    pub(super) fn new(layout: &mut ArenaLayout, copies: usize, k: usize, zeroed: bool) -> Self {
+        let (slots, padded) = (2 * k.next_power_of_two(), k.next_multiple_of(TENSOR_CENTROIDS));
+        let keys = layout.place_for(zeroed, elements(&[copies, slots]));
+        let first = layout.place_for(zeroed, elements(&[copies, slots]));
+        Self { keys, first, slot: layout.unwritten(elements(&[copies, k])), slots, padded }
+    }
+
+    /// Lets no centroid win that repeats an earlier one, once all are in the table.
+    pub(super) fn drop_duplicates<T: Element>(
+        &self,
+        dev: &CudaDevice,
+        w: &Arena<'_>,
+        cs: &CudaView<'_, T>,
+        c: &Rows,
+        active: Active,
+        start: Part<f32>,
+    ) -> Result<()> {
+        launch!(dev, Prepare, "drop_duplicates", T::SUFFIX, elements(&[c.b, c.n]).div_ceil(THREADS), THREADS;
+            cs, &shape(c), &active, &(self.padded as i64), &w.part(self.keys), &w.part(self.first), &(self.slots as i64),
+            &w.part(self.slot), &start)
+    }
+}
+
+pub(super) fn assign<T: Element>(
+    dev: &CudaDevice,
+    kernel: Assign,
+    half: CUtensorMapDataType,
+    a: Assignment<'_>,
+    labels: Part<u32>,
+    memory: &Memory,
+) -> Result<()> {
+    let Assignment { x, c, metric, turn } = a;
+    let active = Active::of(turn)?;
+    let (xs, cs) = (read(&x.tensor), read(&c.tensor));
+    let (xs, cs) = (xs.view::<T>()?, cs.view::<T>()?);
+    let one = one_copy(c);
+    let (copies, k, d) = (one.b, c.n, c.d);
+    let (pitch, padded) = (d.next_multiple_of(8), k.next_multiple_of(TENSOR_CENTROIDS));
+
+    let mut layout = ArenaLayout::default();
+    // Few centroids are prepared by one kernel, a block to a problem, which clears what it adds to.
+    let few = k <= PREPARE_CENTROIDS && copies <= processors(dev)?;
+    let bounds = layout.place_for::<[f32; BOUNDS]>(!few, copies);
+    let listed = layout.place_for::<u32>(!few, x.b);
+    let table = Table::new(&mut layout, copies, k, !few);
+    let list = layout.unwritten::<Listed>(if kernel == Assign::Small { 0 } else { elements(&[x.b, x.n]) });
+    let mu = layout.unwritten::<T>(elements(&[copies, d]));
+    let moved = layout.unwritten::<T>(elements(&[copies, k, pitch]));
+    let start = layout.unwritten::<f32>(elements(&[copies, padded]));
+    let scaled = metric == Metric::Cosine;
+    let scale = scaled.then(|| layout.unwritten::<f32>(elements(&[copies, padded])));
+    let centred = metric == Metric::SquaredEuclidean;
+    let own = centred.then(|| layout.unwritten::<f32>(elements(&[copies, padded])));
+    let reaches = layout.unwritten::<Reach>(if few { 0 } else { copies });
+    let w = layout.scratch(dev, "labels", memory)?;
+    let (mu, moved, start, bounds) = (w.part(mu), w.part(moved), w.part(start), w.part(bounds));
+    let [scale, own] = [scale, own].map(|place| place.map_or(Part::NULL, |place| w.part(place)));
+    let (listed, list) = (w.part(listed), w.part(list));
+
+    let (of, k64, pitch64, padded64, copies64) = (metric as i32, k as i64, pitch as i64, padded as i64, copies as i64);
+    let (keys, first, slot, slots) = (w.part(table.keys), w.part(table.first), w.part(table.slot), table.slots as i64);
+    if few {
+        launch!(dev, Prepare, "prepare_all", T::SUFFIX, copies, ORIGIN_THREADS;
+            &xs, &shape(x), &cs, &shape(&one), &active, &of, &mu, &pitch64, &padded64, &moved, &start, &scale, &own,
+            &bounds, &keys, &first, &slots, &slot, &(x.b as i64), &listed)?;
+    } else {
+        let groups = elements(&[copies, d.div_ceil(2 * WARP) + 1]);
+        let reaches = w.part(reaches);
+        launch!(dev, Prepare, "prepare_origin", T::SUFFIX, groups, ORIGIN_THREADS;
+            &xs, &shape(x), &cs, &shape(&one), &active, &of, &mu, &reaches)?;
+        let blocks = elements(&[copies, padded]).div_ceil(THREADS / 8); // eight lanes to a centroid
+        launch!(dev, Prepare, "prepare_moved", T::SUFFIX, blocks, THREADS;
+            &cs, &shape(&one), &active, &of, &reaches, &mu, &pitch64, &padded64, &moved, &start, &scale, &own,
+            &bounds, &keys, &first, &slots, &slot)?;
+        table.drop_duplicates(dev, &w, &cs, &one, active, start)?;
+    }
+
+    let processors = processors(dev)?;
+    let shared = sweep_shared(d) + HELD_SHARED;
+    if kernel == Assign::Small {
+        let tiles = elements(&[x.b, x.n.div_ceil(SM80_ROWS)]);
+        return launch!(dev, AssignSm80, "assign_small", T::SUFFIX, tiles, SM80_ROWS, shared;
+            &xs, &shape(x), &active, &cs, &shape(c), &moved, &start, &scale, &own, &bounds, &k64, &pitch64, &padded64,
+            &copies64, &of, &labels);
+    }
+    let no_slack = Part::<f32>::NULL;
+    if kernel == Assign::Sm90 {
+        let (steps, groups) = sm90_shape(d);
+        let from = xs.device_ptr(&dev.cuda_stream()).0;
+        let row_map = TensorMap::new(half, from, [x.b, x.n, d], [x.batch_stride, x.row_stride], SM90_ROWS)?;
+        let map = TensorMap::new(half, moved.address, [copies, k, d], [k * pitch, pitch], SM90_CENTROIDS)?;
+        let tiles = elements(&[x.b, x.n.div_ceil(SM90_ROWS * groups)]).min(processors);
+        launch!(dev, AssignSm90, SM90_NAMES[steps], T::SUFFIX, tiles, 128 * (groups + 1), SM90_SHARED;
+            &row_map, &map, &shape(x), &active, &start, &scale, &own, &bounds, &k64, &padded64, &copies64, &no_slack,
+            &labels, &list, &listed)?;
+    } else {
+        let tiles = elements(&[x.b, x.n.div_ceil(SM80_ROWS)]);
+        launch!(dev, AssignSm80, "assign_sm80", T::SUFFIX, tiles, SM80_ROWS, sweep_shared(d);
+            &xs, &shape(x), &active, &moved, &start, &scale, &own, &bounds, &k64, &pitch64, &padded64, &copies64,
+            &labels, &list, &listed, &no_slack)?;
+    }
+    launch!(dev, Recheck, "recheck_tensor", T::SUFFIX, 2 * processors, SM80_ROWS, shared;
+        &xs, &shape(x), &active, &cs, &shape(c), &moved, &start, &scale, &own, &bounds, &k64, &pitch64, &padded64,
+        &copies64, &of, &labels, &list, &listed)
+}
+
+/// `start + a.b` of 16 columns as the tensor cores add it up: (n), (n, 16) and (n, 16) to (n), for tests.
+pub fn product_step(kernel: &str, start: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    typed!(a.dtype(), T => {
+        let dev = device(a)?;
+        let n = start.elem_count();
+        let mut out = alloc::<f32>(dev, "product_step", n)?;
+        let (starts, xs, ys) = (read(start), read(a), read(b));
+        let (starts, xs, ys) = (starts.view::<f32>()?, xs.view::<T>()?, ys.view::<T>()?);
+        if kernel == Assign::Sm90.name() {
+            launch!(dev, AssignSm90, "probe_sm90", T::SUFFIX, n, 128; &starts, &xs, &ys, &(n as i64), &mut out)?;
+        } else {
+            launch!(dev, AssignSm80, "probe_sm80", T::SUFFIX, n, 128; &starts, &xs, &ys, &(n as i64), &mut out)?;
+        }
+        Ok(tensor(dev, out, n))
+    })
+}
+
+/// Floats of `struct Bounds`.
+pub(super) const BOUNDS: usize = 7;
+
+/// `struct Reach`.
+pub(super) type Reach = [f32; 2];
+
+/// `struct Listed`.
+pub(super) type Listed = [u32; 2];
+
+/// The instances of `assign_sm90.cu` by their steps of 16 columns ([`sm90_shape`]).
+pub(super) const SM90_NAMES: [&str; 33] = {
+    macro_rules! names {
+        ($($steps:literal)+) => {{
+            let mut names = [""; 33];
+            $(names[$steps] = concat!("assign_sm90_", $steps);)+
+            names
+        }};
+    }
+    names!(1 2 3 4 5 6 7 8 10 12 14 16 20 24 28 32)
+};
+
+/// Shared memory that a block of `recheck.cu` adds for the rows of a tile and its queues.
+pub(super) const HELD_SHARED: usize = 12 * (SM80_ROWS + RECHECK_QUEUE);
+
+/// Shared memory of a block of `sweep.cuh`: its ring, and chunks of rows, all of a tile's if they are not too many.
+pub(super) fn sweep_shared(d: usize) -> usize {
+    let chunks = d.div_ceil(SM80_COLUMNS);
+    let chunks = if chunks <= 8 { chunks.max(SM80_STAGES) } else { SM80_STAGES };
+    2 * SM80_COLUMNS * (SM80_STAGES * SM80_CENTROIDS + chunks * SM80_ROWS) + 4 * SM80_STAGES * SM80_CENTROIDS
+}

@@ -1,0 +1,90 @@
+//! The compiled kernels, which are embedded, and what has been loaded of them in each context.
+
+use crate::plan::arch::STATIC_SHARED;
+use candle_core::cuda_backend::cudarc::{
+    driver::{CudaContext, CudaFunction, CudaModule, DriverError},
+    nvrtc::Ptx,
+};
+use std::{
+    collections::{hash_map::Entry, HashMap},
+    sync::{Arc, LazyLock, Mutex, MutexGuard},
+};
+
+/// A compiled file of `kernels/`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Image {
+    Norms,
+    Prepare,
+    Split,
+    AssignSimt,
+    AssignNarrow,
+    AssignSm80,
+    AssignSm90,
+    Attend,
+    FitNarrow,
+    FitResident,
+    Recheck,
+    Route,
+    Select,
+    Sort,
+    Update,
+}
+
+impl Image {
+    fn bytes(self) -> &'static [u8] {
+        match self {
+            Self::Norms => include_bytes!(concat!(env!("OUT_DIR"), "/norms.fatbin")),
+            Self::Prepare => include_bytes!(concat!(env!("OUT_DIR"), "/prepare.fatbin")),
+            Self::Split => include_bytes!(concat!(env!("OUT_DIR"), "/split.fatbin")),
+            Self::AssignSimt => include_bytes!(concat!(env!("OUT_DIR"), "/assign_simt.fatbin")),
+            Self::AssignNarrow => include_bytes!(concat!(env!("OUT_DIR"), "/assign_narrow.fatbin")),
+            Self::AssignSm80 => include_bytes!(concat!(env!("OUT_DIR"), "/assign_sm80.fatbin")),
+            Self::AssignSm90 => include_bytes!(concat!(env!("OUT_DIR"), "/assign_sm90.fatbin")),
+            Self::Attend => include_bytes!(concat!(env!("OUT_DIR"), "/attend.fatbin")),
+            Self::FitNarrow => include_bytes!(concat!(env!("OUT_DIR"), "/fit_narrow.fatbin")),
+            Self::FitResident => include_bytes!(concat!(env!("OUT_DIR"), "/fit_resident.fatbin")),
+            Self::Recheck => include_bytes!(concat!(env!("OUT_DIR"), "/recheck.fatbin")),
+            Self::Route => include_bytes!(concat!(env!("OUT_DIR"), "/route.fatbin")),
+            Self::Select => include_bytes!(concat!(env!("OUT_DIR"), "/select.fatbin")),
+            Self::Sort => include_bytes!(concat!(env!("OUT_DIR"), "/sort.fatbin")),
+            Self::Update => include_bytes!(concat!(env!("OUT_DIR"), "/update.fatbin")),
+        }
+    }
+}
+
+/// What has been loaded, by context. The handles keep their context alive, so an address is never reused.
+#[derive(Default)]
+pub(super) struct Loaded {
+    modules: HashMap<(usize, Image), Arc<CudaModule>>,
+    /// With the dynamic shared memory that each has been allowed.
+    pub(super) functions: HashMap<(usize, &'static str, &'static str), (CudaFunction, usize)>,
+    /// How many clusters of 1, 2, .. blocks run at once; empty where the code is for GPUs without clusters.
+    pub(super) clusters: HashMap<(usize, &'static str, &'static str), Vec<usize>>,
+    /// How many blocks run at once, by their threads and dynamic shared memory.
+    pub(super) blocks: HashMap<(usize, &'static str, &'static str, usize, usize), usize>,
+}
+
+impl Loaded {
+    /// The module of an image, loaded into the context if it is not there yet.
+    pub(super) fn module(
+        &mut self,
+        context: &Arc<CudaContext>,
+        image: Image,
+    ) -> std::result::Result<Arc<CudaModule>, DriverError> {
+        Ok(match self.modules.entry((context.cu_ctx() as usize, image)) {
+            Entry::Occupied(known) => known.get().clone(),
+            Entry::Vacant(unknown) => {
+                unknown.insert(context.load_module(Ptx::from_binary(image.bytes().to_vec()))?).clone()
+            }
+        })
+    }
+}
+
+/// Locks what has been loaded.
+pub(super) fn loaded() -> MutexGuard<'static, Loaded> {
+    static LOADED: LazyLock<Mutex<Loaded>> = LazyLock::new(Mutex::default);
+    LOADED.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Dynamic shared memory that a launch gets unasked, beside what its kernel has of its own.
+pub(super) const FREE_SHARED: usize = 48 * 1024 - STATIC_SHARED;

@@ -1,0 +1,131 @@
+//! Passes over rows, each its own kernel of `kernels/norms.cu`: distances, norms, copies, and what is not finite.
+
+use super::{
+    device::device,
+    kernel::launch,
+    memory::{alloc, elements},
+    params::{shape, Strided},
+    tensors::{read, tensor, typed, write, Element, Part},
+};
+use crate::{
+    error::Result,
+    metric::Metric,
+    rows::Rows,
+    tiles::{PASS, THREADS},
+};
+use candle_core::{
+    cuda_backend::{
+        cudarc::driver::{DeviceRepr, PushKernelArg},
+        CudaDType, CudaDevice,
+    },
+    DType, Tensor,
+};
+
+/// The elements of `t`, its last dimension widened to `pitch` by zeros.
+pub(super) fn copy_strided<T: CudaDType + DeviceRepr>(
+    dev: &CudaDevice,
+    t: &Tensor,
+    pitch: usize,
+    to: Part<T>,
+) -> Result<()> {
+    let (from, last) = (Strided::of(t)?, t.dims()[t.rank() - 1]);
+    let cells = elements(&[t.elem_count() / last.max(1), pitch]);
+    let name = match size_of::<T>() {
+        1 => "copy_1",
+        2 => "copy_2",
+        4 => "copy_4",
+        _ => "copy_8",
+    };
+    let input = read(t);
+    launch!(dev, Norms, name, "", cells.div_ceil(THREADS), THREADS;
+        &input.view::<T>()?, &from, &(cells as i64), &(pitch as i64), &to)
+}
+
+/// The same elements side by side.
+pub(crate) fn contiguous(t: &Tensor) -> Result<Tensor> {
+    fn copied<T: CudaDType + DeviceRepr>(t: &Tensor) -> Result<Tensor> {
+        let dev = device(t)?;
+        let out = tensor(dev, alloc::<T>(dev, "contiguous", t.elem_count())?, t.shape());
+        write::<T>(&out, |to| copy_strided(dev, t, t.dims()[t.rank() - 1], to))?;
+        Ok(out)
+    }
+    match t.dtype() {
+        DType::U8 => copied::<u8>(t),
+        DType::U32 => copied::<u32>(t),
+        DType::I64 => copied::<i64>(t),
+        DType::F16 => copied::<half::f16>(t),
+        DType::BF16 => copied::<half::bf16>(t),
+        DType::F32 => copied::<f32>(t),
+        DType::F64 => copied::<f64>(t),
+        _ => Ok(t.contiguous()?),
+    }
+}
+
+pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let dev = device(&x.tensor)?;
+        let rows = elements(&[x.b, x.n]);
+        let mut out = alloc::<f64>(dev, "distances", rows)?;
+        let (xs, cs, labels) = (read(&x.tensor), read(&c.tensor), read(labels));
+        launch!(dev, Norms, "distances", T::SUFFIX, rows.div_ceil(THREADS), THREADS;
+            &xs.view::<T>()?, &shape(x), &cs.view::<T>()?, &shape(c), &labels.view::<u32>()?, &(metric as i32),
+            &mut out)?;
+        Ok(tensor(dev, out, (x.b, x.n)))
+    })
+}
+
+pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let dev = device(&x.tensor)?;
+        let pairs = elements(&[x.b, x.n, c.n]);
+        let mut out = alloc::<<T as Element>::Filter>(dev, "pairwise", pairs)?;
+        let (xs, cs) = (read(&x.tensor), read(&c.tensor));
+        launch!(dev, Norms, "pairwise", T::SUFFIX, pairs.div_ceil(THREADS), THREADS;
+            &xs.view::<T>()?, &shape(x), &cs.view::<T>()?, &shape(c), &(metric as i32), &mut out)?;
+        Ok(tensor(dev, out, (x.b, x.n, c.n)))
+    })
+}
+
+pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let dev = device(&x.tensor)?;
+        let (b, m) = index.dims2()?;
+        let mut out = alloc::<T>(dev, "gather", elements(&[b, m, x.d]))?;
+        let (xs, index) = (read(&x.tensor), read(index));
+        let rows = rows_of_a_pass(x.d);
+        launch!(dev, Norms, "gather", T::SUFFIX, elements(&[b, m.div_ceil(rows)]), THREADS;
+            &xs.view::<T>()?, &shape(x), &index.view::<u32>()?, &(m as i64), &(rows as i64), &mut out)?;
+        Ok(tensor(dev, out, (b, m, x.d)))
+    })
+}
+
+/// Rows that one block passes over.
+pub(super) fn rows_of_a_pass(d: usize) -> usize {
+    (PASS / d).max(1)
+}
+
+pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> {
+    typed!(x.dtype(), T => {
+        let dev = device(&x.tensor)?;
+        let mut largest = alloc::<f64>(dev, "scan", x.b)?;
+        let mut first_bad = alloc::<u32>(dev, "scan", x.b)?;
+        launch!(dev, Norms, "scan_start", "", x.b.div_ceil(THREADS), THREADS;
+            &(x.b as i64), &mut largest, &mut first_bad)?;
+        let xs = read(&x.tensor);
+        let rows = rows_of_a_pass(x.d);
+        launch!(dev, Norms, "scan", T::SUFFIX, elements(&[x.b, x.n.div_ceil(rows)]), THREADS;
+            &xs.view::<T>()?, &shape(x), &(rows as i64), &mut largest, &mut first_bad)?;
+        Ok((tensor(dev, largest, x.b), tensor(dev, first_bad, x.b)))
+    })
+}
+
+pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let dev = device(&x.tensor)?;
+        let rows = elements(&[x.b, x.n]);
+        let mut out = alloc::<f64>(dev, "norms", rows)?;
+        let xs = read(&x.tensor);
+        launch!(dev, Norms, "norms", T::SUFFIX, rows.div_ceil(THREADS), THREADS; &xs.view::<T>()?, &shape(x), &mut out)?;
+        Ok(tensor(dev, out, (x.b, x.n)))
+    })
+}

@@ -1,0 +1,221 @@
+//! A fit, and the one Lloyd loop.
+
+pub(crate) mod prepared;
+mod seeds;
+mod terms;
+
+use crate::{
+    error::{Error, Result},
+    fit::Fit,
+    kmeans::{EmptyClusters, Init, Iteration, KMeans},
+    memory::Memory,
+    metric::Metric,
+    ops,
+    plan::Plan,
+    problem::{self, Problem},
+    request::{Assignment, OnChipFit, Reduction, Turn, Update},
+    rows::Rows,
+    seeding,
+};
+use candle_core::{DType, Device, Shape, Tensor};
+use prepared::{Prepared, RUNNING};
+use std::{ops::ControlFlow, path::Path};
+
+impl KMeans {
+    /// What a fit of `x` would run and how much memory it would take, without running it.
+    ///
+    /// # Errors
+    /// Refuses what [`fit`](Self::fit) refuses without looking at values.
+    pub fn plan(&self, x: &Tensor) -> Result<Plan> {
+        self.planned(x).map(|(_, plan)| plan)
+    }
+
+    fn planned(&self, x: &Tensor) -> Result<(Problem, Plan)> {
+        let p = Problem::fit(x, self.k, self.metric)?;
+        self.check(&p, x.device())?;
+        let plan = Plan::new(&p, x, self, ops::arch(x.device())?);
+        Ok((p, plan))
+    }
+
+    /// Clusters the rows of `x`, `(n, d)` or `(..batch, n, d)` in f16, bf16, f32 or f64, each problem of the batch on its own.
+    ///
+    /// # Errors
+    /// Refuses shapes, dtypes, devices and settings that do not fit together, before anything is allocated; non-finite values
+    /// (see [`check_finite`](Self::check_finite)), before the first iteration; and fails where the device does. See [`Error`].
+    pub fn fit(&self, x: &Tensor) -> Result<Fit> {
+        let (p, plan) = self.planned(x)?;
+        plan.announce();
+        let mut prepared = Prepared::new(self, p, x.device())?;
+        prepared.load(x)?;
+        let mut stopped = prepared.lloyd(0)?.is_break();
+        if self.n_init == 1 {
+            return prepared.into_fit();
+        }
+        let mut best = prepared.fit()?;
+        for run in 1..self.n_init {
+            if stopped {
+                break;
+            }
+            stopped = prepared.lloyd(run)?.is_break();
+            let other = prepared.fit()?;
+            // Any run is better than one of no cost that a number tells.
+            let unknown = best.inertia.ne(&best.inertia)?;
+            best = best.replaced_where(&other.inertia.lt(&best.inertia)?.maximum(&unknown)?, &other)?;
+        }
+        Ok(best)
+    }
+
+    /// A fit with its memory, for rows of one shape `(n, d)` or `(..batch, n, d)`: run it on new rows as often as you like, or
+    /// capture a run in a CUDA graph; see [`Prepared`]. Weights, lengths and given centroids are copied: what becomes of
+    /// them afterwards changes no run.
+    ///
+    /// # Errors
+    /// As [`fit`](Self::fit). Refuses `n_init` above 1, which keeps more than one result.
+    pub fn prepare(&self, shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Prepared> {
+        let p = Problem::of(shape.into().dims(), dtype, self.k, self.metric)?.fitting()?;
+        self.check(&p, device)?;
+        if self.n_init > 1 {
+            let with = "a prepared fit, which keeps one result".into();
+            return Err(Error::Conflict { argument: "n_init", got: self.n_init.to_string(), with });
+        }
+        Prepared::new(self, p, device)
+    }
+
+    /// The labels of [`fit`](Self::fit), u32 `(..batch, n)`.
+    ///
+    /// # Errors
+    /// As [`fit`](Self::fit).
+    pub fn fit_predict(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(self.fit(x)?.labels)
+    }
+
+    /// Reads what [`Fit::save`] wrote, onto `device`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file cannot be read, and [`Error::Format`] if it is not a saved fit or what it holds does not belong
+    /// together: shapes, dtypes, labels, counts and numbers are checked.
+    pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Fit> {
+        Fit::load(path.as_ref(), device)
+    }
+
+    /// Every refusal that takes no look at values.
+    pub(crate) fn check(&self, p: &Problem, device: &Device) -> Result<()> {
+        if self.n_init == 0 {
+            return Err(Error::Range { argument: "n_init", got: 0, min: 1, max: usize::MAX });
+        }
+        if !(self.tol >= 0.0 && self.tol.is_finite()) {
+            return Err(Error::Value { argument: "tol", got: self.tol, expected: "a finite number of at least 0" });
+        }
+        let alike = match self.init {
+            Init::Given(_) => Some("given centroids"),
+            Init::Even => Some("evenly spaced rows"),
+            _ => None,
+        };
+        if let (2.., Some(seeds)) = (self.n_init, alike) {
+            let with = format!("{seeds}, which start every run alike");
+            return Err(Error::Conflict { argument: "n_init", got: self.n_init.to_string(), with });
+        }
+        if let Some(weights) = &self.weights {
+            p.weights(weights, device)?;
+        }
+        if let Some(lengths) = &self.lengths {
+            p.lengths(lengths, device)?;
+        }
+        seeding::check(&self.init, p, device)
+    }
+}
+
+/// Iterations that are queued before the host asks whether the fit goes on, more than most fits have.
+const QUEUED: usize = 128;
+/// Iterations that a CUDA graph takes.
+const CAPTURED: usize = 65_536;
+
+impl Prepared {
+    /// Clusters the rows of `x`, of the shape, dtype and device of the preparation. An `x` that shares its memory with
+    /// [`centroids`](Self::centroids), which the run overwrites, is copied first.
+    ///
+    /// # Errors
+    /// As [`KMeans::fit`]. After an error the results are of no use; the next run starts afresh.
+    pub fn run(&mut self, x: &Tensor) -> Result<()> {
+        let expected = self.p.shape(&[self.p.n, self.p.d]);
+        if x.dims() != expected {
+            return Err(Error::Shape { argument: "x", got: x.dims().to_vec(), expected });
+        }
+        problem::check_dtype("x", x, self.p.dtype)?;
+        problem::check_device("x", x, &self.device)?;
+        self.fence.write(&self.device)?;
+        let captured = ops::capturing(&self.device)?;
+        if captured && self.data.is_none() {
+            let with = "a first run, which allocates: run once before".into();
+            return Err(Error::Conflict { argument: "stream", got: "a capture".into(), with });
+        }
+        let run = self.load(x).and_then(|()| self.lloyd(0)).and_then(|_| self.close());
+        if run.is_err() {
+            self.iterations = None;
+            if !captured {
+                // What a failed op leaves there may not be what the next one expects.
+                self.memory = Memory::kept();
+            }
+        }
+        run
+    }
+
+    /// The loop. When an iteration is over, labels belong to the centroids. `Break` says that the callback ended it.
+    fn lloyd(&mut self, run: usize) -> Result<ControlFlow<()>> {
+        let Some(data) = &self.data else { return Ok(ControlFlow::Continue(())) };
+        let (KMeans { seed, max_iters, .. }, x) = (&self.settings, &data.x);
+        self.iterations = None;
+        // Iterations beyond convergence do nothing, but may be without end: now and then the host asks where the fit is.
+        let max_iters = (*max_iters).min(RUNNING as usize - 1);
+        let asks = max_iters > QUEUED && !ops::capturing(&self.device)?;
+        if max_iters > CAPTURED && !asks {
+            return Err(Error::TooLarge { argument: "max_iters in a capture", got: max_iters, limit: CAPTURED });
+        }
+        self.seed(x, run, seed.wrapping_add(run as u64))?;
+        self.progress.stop.const_set(RUNNING.into())?;
+
+        let (metric, centroids) = (self.p.metric, Rows::new(&self.centroids)?);
+        let reduction = match metric {
+            Metric::Cosine => Reduction::Direction,
+            Metric::Manhattan => Reduction::Median,
+            _ => Reduction::Mean,
+        };
+        let relocates = self.settings.empty == EmptyClusters::Relocate;
+        let watched = relocates || self.settings.on_iteration.is_some();
+        let (progress, terms) = (&self.progress, &data.terms);
+        if !watched {
+            let (centroids, labels) = (&self.centroids, &self.labels);
+            let fit = OnChipFit { x, terms, metric, reduction, progress, max_iters, centroids, labels };
+            if ops::fit_on_chip(&fit, &self.memory)? {
+                self.iterations = Some(max_iters);
+                return Ok(ControlFlow::Continue(()));
+            }
+        }
+        let (mut flow, mut iterations) = (ControlFlow::Continue(()), max_iters);
+        let assign = |turn| ops::assign_into(Assignment { x, c: &centroids, metric, turn }, &self.labels, &self.memory);
+        assign(None)?;
+        for iteration in 1..=max_iters {
+            let turn = Some(Turn { progress, iteration });
+            if relocates {
+                self.relocate(x, &centroids)?;
+            }
+            let (labels, centroids) = (Some(&self.labels), &self.centroids);
+            ops::update(&Update { x, terms, labels, reduction, turn, centroids }, &self.memory)?;
+            assign(turn)?;
+            let asked = asks && iteration % QUEUED == 0;
+            if watched || asked || ops::reads_are_free(&self.device) {
+                let stop = self.progress.stop.to_vec1::<u32>()?;
+                let converged = stop.iter().filter(|&&stop| stop != RUNNING).count();
+                if let Some(f) = &self.settings.on_iteration {
+                    flow = f.call(Iteration { run, iteration, converged });
+                }
+                if converged == x.b || flow.is_break() {
+                    iterations = iteration;
+                    break;
+                }
+            }
+        }
+        self.iterations = Some(iterations);
+        Ok(flow)
+    }
+}

@@ -1,0 +1,189 @@
+//! How tokens are clustered, a segment at a time.
+
+use super::{ClusteredKvCache, Stored, MAX_TOKENS};
+use crate::{
+    error::{Error, Result},
+    functional::{self, sort_by_cluster},
+    kmeans::{Init, KMeans},
+    nn::parts::{check_like, dims4_float},
+    problem,
+};
+use candle_core::{DType, Tensor};
+use std::ops::Range;
+
+/// The clusters of a cache, segment by segment. Labels and offsets of a segment continue those before it.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct KvClusters {
+    /// u32 `(batch, kv_heads, m)`: the cluster of each of the `m` clustered tokens, the first of which follows the sinks.
+    pub labels: Tensor,
+    /// u32 `(batch, kv_heads, m)`: the clustered tokens, counted from the first of them, cluster by cluster.
+    pub order: Tensor,
+    /// u32 `(batch, kv_heads, k + 1)`: cluster `j` is `order[offsets[j]..offsets[j + 1]]`.
+    pub offsets: Tensor,
+    /// f32 `(batch, kv_heads, k)`: tokens in each cluster.
+    pub sizes: Tensor,
+    /// `(batch, kv_heads, k, d)` in the keys' dtype.
+    pub mean_keys: Tensor,
+    /// `(batch, kv_heads, k, d)`, by the same labels.
+    pub mean_values: Tensor,
+}
+
+impl KvClusters {
+    pub(super) fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self {
+            labels: f(&self.labels)?,
+            order: f(&self.order)?,
+            offsets: f(&self.offsets)?,
+            sizes: f(&self.sizes)?,
+            mean_keys: f(&self.mean_keys)?,
+            mean_values: f(&self.mean_values)?,
+        })
+    }
+
+    fn followed_by(&self, next: &Self) -> Result<Self> {
+        let (k, m) = (self.sizes.dims()[2], self.labels.dims()[2]);
+        let join = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 2);
+        let after = |t: &Tensor, by: usize| t.broadcast_add(&Tensor::new(by as u32, t.device())?);
+        let offsets = next.offsets.narrow(2, 1, next.sizes.dims()[2])?;
+        Ok(Self {
+            labels: join(&self.labels, &after(&next.labels, k)?)?,
+            order: join(&self.order, &after(&next.order, m)?)?,
+            offsets: join(&self.offsets, &after(&offsets, m)?)?,
+            sizes: join(&self.sizes, &next.sizes)?,
+            mean_keys: join(&self.mean_keys, &next.mean_keys)?,
+            mean_values: join(&self.mean_values, &next.mean_values)?,
+        })
+    }
+}
+
+impl ClusteredKvCache {
+    /// Clusters the tokens between the last segment and the recent ones as a new segment, if they are enough for one, and
+    /// says whether it did. The clusters are k-means' from evenly spaced keys, by squared Euclidean distance. The host waits for
+    /// the search for non-finite keys and the check of the labels.
+    ///
+    /// # Errors
+    /// Refuses clusters of no tokens, and non-finite keys, by their token and the batch element among all heads: those have to
+    /// be taken back by [`truncate`](Self::truncate) or [`reset`](Self::reset). Fails as [`KMeans::fit`]. The cache is as
+    /// before then.
+    pub fn cluster(&mut self) -> Result<bool> {
+        Self::cluster_layers([self])
+    }
+
+    /// [`cluster`](Self::cluster) for many caches, the heads of all of them in one batched call. The result is that of one
+    /// call for each, to the bit.
+    ///
+    /// # Errors
+    /// As [`cluster`](Self::cluster). Refuses caches that differ in settings, shape, tokens, dtype or device.
+    pub fn cluster_layers<'a>(layers: impl IntoIterator<Item = &'a mut Self>) -> Result<bool> {
+        let mut layers: Vec<_> = layers.into_iter().collect();
+        let Some(first) = layers.first() else { return Ok(false) };
+        if first.settings.cluster_size == 0 {
+            return Err(Error::Range { argument: "cluster_size", got: 0, min: 1, max: MAX_TOKENS });
+        }
+        let waiting = first.waiting();
+        layers[1..].iter().try_for_each(|layer| first.check_alike(layer))?;
+        let none = first.stored.as_ref().is_none_or(|stored| stored.keys.elem_count() == 0);
+        if none || waiting.is_empty() || waiting.len() < first.settings.segment {
+            return Ok(false);
+        }
+        for layer in &layers {
+            layer.stored.as_ref().map_or(Ok(()), |s| layer.fence.write(s.keys.device()))?;
+        }
+        let (m, passes) = (waiting.len(), layers[0].settings.passes);
+        let k = m.div_ceil(layers[0].settings.cluster_size);
+        let keys = stacked(&layers, |s| &s.keys, &waiting)?;
+        // Evenly spaced keys, and not random ones: they do not depend on which layers are clustered together.
+        let settings = KMeans::new(k).init(Init::Even).max_iters(passes);
+        let mut fit = settings.prepare(keys.shape(), keys.dtype(), keys.device())?;
+        fit.run(&keys).map_err(|error| named_by_token(error, &waiting))?;
+        let labels = fit.labels();
+        Self::add_segment(&mut layers, &keys, labels, k)?;
+        Ok(true)
+    }
+
+    /// Takes given clusters for the tokens between the last segment and the recent ones: u32 `labels`
+    /// `(batch, kv_heads, tokens)` below `k`, from another method, or pages of neighbouring tokens. The host waits for the check
+    /// of the labels. Keys are not searched: one that is not finite counts as zeros in its cluster's mean.
+    ///
+    /// # Errors
+    /// Refuses labels of another shape, dtype or device, or not below `k`, more than 2^24 clusters, and fails where there is
+    /// nothing to group.
+    pub fn group(&mut self, labels: &Tensor, k: usize) -> Result<()> {
+        let waiting = self.waiting();
+        let Some(stored) = self.stored.as_ref().filter(|_| !waiting.is_empty()) else {
+            return Err(Error::Range { argument: "tokens to group", got: 0, min: 1, max: MAX_TOKENS });
+        };
+        if k > MAX_TOKENS {
+            return Err(Error::TooLarge { argument: "k", got: k, limit: MAX_TOKENS });
+        }
+        problem::check_device("labels", labels, stored.keys.device())?;
+        let expected = [&stored.keys.dims()[..2], &[waiting.len()]].concat();
+        if labels.dims() != expected {
+            return Err(Error::Shape { argument: "labels", got: labels.dims().to_vec(), expected });
+        }
+        self.fence.write(labels.device())?;
+        let keys = stored.keys.narrow(2, waiting.start, waiting.len())?;
+        Self::add_segment(&mut [self], &keys, labels, k)
+    }
+
+    fn check_alike(&self, other: &Self) -> Result<()> {
+        if self.settings != other.settings {
+            let (got, with) = (format!("{:?}", other.settings), format!("{:?}", self.settings));
+            return Err(Error::Conflict { argument: "layers", got, with });
+        }
+        for (what, size) in
+            [("tokens", Self::current_seq_len as fn(&Self) -> usize), ("clustered tokens", |c| c.clustered().len())]
+        {
+            if size(self) != size(other) {
+                return Err(Error::Size { argument: "layers", what, got: size(other), expected: size(self) });
+            }
+        }
+        if let (Some(a), Some(b)) = (&self.stored, &other.stored) {
+            let [batch, kv_heads, _, d] = dims4_float("layers", &a.keys)?;
+            check_like("layers", &b.keys.narrow(2, 0, b.len)?, &a.keys, [batch, kv_heads, a.len, d])?;
+        }
+        Ok(())
+    }
+
+    /// Adds a segment of the waiting tokens to each layer; `keys` and `labels` are stacked along the batch.
+    fn add_segment(layers: &mut [&mut Self], keys: &Tensor, labels: &Tensor, k: usize) -> Result<()> {
+        let values = stacked(layers, |s| &s.values, &layers[0].waiting())?;
+        // The one check of the labels, for which the host waits.
+        let (order, offsets) = sort_by_cluster(labels, k)?;
+        let [mean_keys, mean_values] =
+            [functional::known_means(keys, labels, k)?, functional::known_means(&values, labels, k)?];
+        let ends = offsets.to_dtype(DType::F32)?;
+        let sizes = (ends.narrow(2, 1, k)? - ends.narrow(2, 0, k)?)?;
+        let all = KvClusters { labels: labels.contiguous()?, order, offsets, sizes, mean_keys, mean_values };
+        let batch = labels.dims()[0] / layers.len();
+        let parts = (0..layers.len()).map(|i| {
+            let part = all.map(|t| Ok(t.narrow(0, i * batch, batch)?))?;
+            layers[i].clusters.as_ref().map_or(Ok(part.clone()), |before| before.followed_by(&part))
+        });
+        // All of them before any is kept, so that an error leaves the layers alike.
+        let parts = parts.collect::<Result<Vec<_>>>()?;
+        layers.iter_mut().zip(parts).for_each(|(layer, part)| layer.clusters = Some(part));
+        Ok(())
+    }
+}
+
+/// Says which token of the cache is not finite, where a fit says which row.
+fn named_by_token(error: Error, waiting: &Range<usize>) -> Error {
+    match error {
+        Error::NonFinite { batch, row, .. } => Error::NonFinite { argument: "k", batch, row: waiting.start + row },
+        error => error,
+    }
+}
+
+/// The tokens `range` of all layers, stacked along the batch.
+fn stacked(layers: &[&mut ClusteredKvCache], pick: fn(&Stored) -> &Tensor, range: &Range<usize>) -> Result<Tensor> {
+    let of = |layer: &&mut ClusteredKvCache| {
+        let stored = layer.stored.as_ref().expect("tokens wait");
+        Ok(pick(stored).narrow(2, range.start, range.len())?)
+    };
+    match layers {
+        [layer] => Ok(of(layer)?.contiguous()?),
+        _ => Ok(Tensor::cat(&layers.iter().map(of).collect::<Result<Vec<_>>>()?, 0)?),
+    }
+}

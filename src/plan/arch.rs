@@ -1,0 +1,29 @@
+//! What a device is to a plan.
+
+/// Where a fit runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Arch {
+    Cpu,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    Cuda {
+        /// Compute capability, 90 for 9.0.
+        capability: u32,
+        /// Multiprocessors.
+        processors: usize,
+    },
+}
+
+/// The shared memory that a block can ask for at its launch, in bytes: what the device gives it, less what kernels with
+/// much of it have of their own.
+pub(crate) fn shared_memory(arch: Arch) -> Option<usize> {
+    let all = match arch {
+        Arch::Cpu => return None,
+        Arch::Cuda { capability: 80 | 87, .. } => 163 << 10,
+        Arch::Cuda { capability: 90 | 100 | 103, .. } => 227 << 10,
+        Arch::Cuda { .. } => 99 << 10,
+    };
+    Some(all - STATIC_SHARED)
+}
+
+/// Static shared memory of such kernels, at most, in bytes (`scripts/check-kernels.sh` holds them to it).
+pub(crate) const STATIC_SHARED: usize = 4096;

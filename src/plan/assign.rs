@@ -1,0 +1,187 @@
+//! Which kernel assigns rows, and what memory that takes.
+
+use super::arch::Arch;
+use crate::{metric::Metric, problem::Problem, rows::in_eights, tiles};
+use candle_core::{DType, Tensor};
+use std::cell::Cell;
+
+/// An assignment kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Assign {
+    CpuGemm,
+    CpuManhattan,
+    SimtDot,
+    SimtManhattan,
+    /// CUDA cores too, for few columns and as many centroids as fit on chip.
+    Narrow,
+    /// `mma.sync`, for f16, bf16 and split f32 from Ampere on.
+    Sm80,
+    /// The same for f16 and bf16, proof and recheck in one launch.
+    Small,
+    /// TMA and WGMMA, for f16, bf16 and split f32 on Hopper.
+    Sm90,
+}
+
+impl Assign {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::CpuGemm => "cpu_gemm",
+            Self::CpuManhattan => "cpu_manhattan",
+            Self::SimtDot => "assign_simt_dot",
+            Self::SimtManhattan => "assign_simt_manhattan",
+            Self::Narrow => "assign_narrow",
+            Self::Sm80 => "assign_sm80",
+            Self::Small => "assign_small",
+            Self::Sm90 => "assign_sm90",
+        }
+    }
+
+    /// Rows and centroids of a tile, for `d` columns.
+    pub(super) fn tile(self, d: usize) -> (usize, usize) {
+        match self {
+            Self::CpuGemm | Self::CpuManhattan => (tiles::CPU_ROWS, tiles::CPU_CENTROIDS),
+            Self::SimtDot | Self::SimtManhattan => (tiles::SIMT_ROWS, tiles::SIMT_CENTROIDS),
+            Self::Narrow => (tiles::NARROW_TILE, NARROW_GROUP),
+            Self::Sm80 | Self::Small => (tiles::SM80_ROWS, tiles::SM80_CENTROIDS),
+            Self::Sm90 => (tiles::SM90_ROWS * sm90_shape(d).1, tiles::SM90_CENTROIDS),
+        }
+    }
+
+    /// Whether it reads rows in pieces of eight columns, which have to be aligned. (f32 rows are split on the way.)
+    pub fn in_eights(self, dtype: DType) -> bool {
+        dtype != DType::F32 && matches!(self, Self::Sm80 | Self::Small | Self::Sm90)
+    }
+
+    /// Whether rows pass through it as halves.
+    fn splits(self, dtype: DType) -> bool {
+        dtype == DType::F32 && matches!(self, Self::Sm80 | Self::Sm90)
+    }
+
+    /// Every kernel that can do this, the one that is chosen first.
+    pub fn candidates(dtype: DType, metric: Metric, [k, d]: [usize; 2], arch: Arch) -> Vec<Self> {
+        let Arch::Cuda { capability: arch, .. } = arch else {
+            return vec![if metric == Metric::Manhattan { Self::CpuManhattan } else { Self::CpuGemm }];
+        };
+        let mut all = vec![];
+        all.extend(narrow_shared(dtype, k, d).is_some().then_some(Self::Narrow));
+        if metric == Metric::Manhattan {
+            all.push(Self::SimtManhattan);
+            return all;
+        }
+        if dtype != DType::F64 {
+            all.extend((arch == 90 && d <= SM90_COLUMNS).then_some(Self::Sm90));
+            all.extend((arch >= 80).then_some(Self::Sm80));
+            all.extend((arch >= 80 && dtype != DType::F32).then_some(Self::Small));
+        }
+        all.push(Self::SimtDot);
+        all
+    }
+
+    /// The kernel for `b` problems of `n` rows with `d` columns and `k` centroids: the first candidate, but for sizes
+    /// where `bench tune` has found another one faster (benches/record).
+    pub fn choose(dtype: DType, metric: Metric, [b, n, k, d]: [usize; 4], arch: Arch) -> Self {
+        let mut candidates = Self::candidates(dtype, metric, [k, d], arch);
+        // The copy engine's coordinates are 32-bit integers. (f32 rows come to it a piece at a time.)
+        if k.max(b) > SM90_MOST || (n > SM90_MOST && dtype != DType::F32) {
+            candidates.retain(|&c| c != Self::Sm90);
+        }
+        if let Some(name) = FORCED.get() {
+            return candidates.iter().copied().find(|c| c.name() == name).unwrap_or(candidates[0]);
+        }
+        let products = b.saturating_mul(n).saturating_mul(k).saturating_mul(d);
+        // Too little work to pay for the passes that prepare it: moving centroids, packing or splitting rows.
+        let little = match dtype {
+            DType::F32 if d < 128 => products <= 400_000_000,
+            DType::F32 if d <= SM90_COLUMNS => products <= 40_000_000 && d < 400,
+            DType::F32 => products > 1 << 30 && k <= 64,
+            _ => products <= 5_000_000 && d < 64,
+        };
+        // Too little for two launches to be worth their while.
+        let small = products <= 1 << 28 && k <= tiles::PREPARE_CENTROIDS;
+        if candidates[0] == Self::Narrow {
+            Self::Narrow
+        } else if little && candidates.contains(&Self::SimtDot) {
+            Self::SimtDot
+        } else if small && candidates.contains(&Self::Small) {
+            Self::Small
+        } else {
+            candidates[0]
+        }
+    }
+}
+
+thread_local!(static FORCED: Cell<Option<&'static str>> = const { Cell::new(None) });
+
+/// Makes this thread use the assignment kernel of that name wherever it can, and no kernel that does the work of several: for
+/// tests and tuning.
+pub fn force(kernel: Option<&'static str>) {
+    FORCED.set(kernel);
+}
+
+/// Whether there is such a name.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) fn forced() -> bool {
+    FORCED.get().is_some()
+}
+
+/// Centroids of a group of `assign_narrow.cu`.
+const NARROW_GROUP: usize = 8;
+
+/// The columns that an instance of `assign_narrow.cu` for `d` columns has.
+pub(crate) fn narrow_columns(d: usize) -> usize {
+    d.next_power_of_two()
+}
+
+/// The shared memory of a block of `assign_narrow.cu`; none if it is not for this problem.
+pub(crate) fn narrow_shared(dtype: DType, k: usize, d: usize) -> Option<usize> {
+    let size = if dtype == DType::F64 { 8 } else { 4 };
+    // The largest norm, centroids and their biases in groups, mu, and the table that finds equal ones.
+    let centroids = k.next_multiple_of(NARROW_GROUP).saturating_mul(narrow_columns(d).saturating_add(1));
+    let table = 4 * (2 * k.min(usize::MAX / 16)).next_power_of_two();
+    let bytes = centroids.saturating_add(narrow_columns(d)).saturating_mul(size).saturating_add(16 + table);
+    (d <= tiles::NARROW_COLUMNS && bytes <= tiles::NARROW_SHARED).then_some(bytes)
+}
+
+/// Rows of `d` columns that are split into halves at a time.
+pub(crate) fn split_rows(d: usize) -> usize {
+    let wave = tiles::SPLIT_WAVE * 4 * d.next_multiple_of(32);
+    (tiles::SPLIT_BYTES / wave).clamp(1, 8) * tiles::SPLIT_WAVE
+}
+
+/// Most rows, centroids or problems that `assign_sm90.cu` reaches: whole tiles below 2^31.
+const SM90_MOST: usize = i32::MAX as usize - 4096;
+/// Most columns that `assign_sm90.cu` is compiled for.
+const SM90_COLUMNS: usize = 512;
+
+/// The instance of `assign_sm90.cu` for `d` columns: steps of 16 columns, and warpgroups that search.
+pub(crate) fn sm90_shape(d: usize) -> (usize, usize) {
+    let steps = d.div_ceil(16);
+    match steps {
+        0..=8 => (steps.max(1), 3),
+        9..=16 => (steps.next_multiple_of(2), 3),
+        _ => (steps.next_multiple_of(4), 2),
+    }
+}
+
+/// What it takes on a GPU to assign the rows of `b` problems to `k` centroids each, in bytes.
+pub(super) fn assign_scratch(p: &Problem, b: u64, k: u64, x: &Tensor, arch: Arch) -> u64 {
+    let (bn, d) = (b * p.n as u64, p.d as u64);
+    let (eights, halves) = (2 * p.d.next_multiple_of(8) as u64, 4 * p.d.next_multiple_of(32) as u64);
+    let filter = if p.dtype == DType::F64 { 8 } else { 4 };
+    let choose = |b: u64, k: u64| Assign::choose(p.dtype, p.metric, [b as usize, p.n, k as usize, p.d], arch);
+    let assign = choose(b, k);
+    // Moved centroids and the table of their hashes, halves of rows, and the list of rows left to recheck.
+    let tensor = b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights.max(halves) + 64);
+    let split = (halves + 16) * bn.min(split_rows(p.d) as u64);
+    let scratch = match (assign, assign.splits(p.dtype)) {
+        (Assign::Sm80 | Assign::Sm90, true) => tensor + split,
+        (Assign::Sm80 | Assign::Sm90, false) => tensor + 8 * bn,
+        (Assign::Small, _) => tensor,
+        (Assign::Narrow, _) => 0,
+        _ => b * (k + 1) * (d + 1) * filter + 4 * bn,
+    };
+    // Rows that the fit itself does not need to have packed.
+    let kept = choose(p.b as u64, p.k as u64).in_eights(p.dtype);
+    let packed = if assign.in_eights(p.dtype) && !kept && !in_eights(x) { bn * eights } else { 0 };
+    scratch + packed + b * (4 * d + 96)
+}

@@ -1,0 +1,119 @@
+//! Whole fits in one launch.
+
+use super::{
+    arch::{shared_memory, Arch, STATIC_SHARED},
+    assign::{forced, narrow_columns, narrow_shared},
+};
+use crate::{metric::Metric, tiles};
+use candle_core::DType;
+
+/// The launch of `fit_narrow.cu`.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) struct FitNarrow {
+    pub threads: usize,
+    /// Shared memory of a block, and of that what its centroids take, which come first.
+    pub shared: usize,
+    pub centroids: usize,
+}
+
+impl FitNarrow {
+    /// For `b` problems of `n` rows that fit in a block's shared memory, and of which there are enough, or which are small
+    /// enough, not to be shared by several blocks.
+    pub fn new(dtype: DType, metric: Metric, [b, n, k, d]: [usize; 4], arch: Arch) -> Option<Self> {
+        let most = shared_memory(arch)?;
+        let centroids = narrow_shared(dtype, k, d)?.next_multiple_of(16);
+        let columns = narrow_columns(d);
+        // Sums and weights, two limbs of each sum; rows; where clusters begin; labels and their order.
+        let sums = 16 * k * (columns + 1) + 16 * k * columns;
+        let rows = n.checked_mul(columns)?.checked_next_multiple_of(8)?.checked_mul(dtype.size_in_bytes())?;
+        let shared = rows.checked_add(centroids + sums + 4 * (2 * k + 1))?.checked_add(4 * n)?;
+        let worth_it = b >= tiles::FIT_PROBLEMS || n * k <= tiles::FIT_SMALL;
+        let fits = metric != Metric::Manhattan && n <= 1 << 16 && shared <= most;
+        // As many threads to a multiprocessor as its registers are for, in as many blocks as its shared memory is for.
+        let threads = if columns == 4 { tiles::FIT_THREADS_4 } else { tiles::FIT_THREADS };
+        let resident = if columns > 2 { threads } else { 2 * threads };
+        let blocks = (most + STATIC_SHARED) / (shared + BLOCK_SHARED);
+        let many = (resident / blocks.max(1) / 32 * 32).clamp(32, threads);
+        let threads = if b < tiles::FIT_PROBLEMS { threads } else { many }.min(n.next_multiple_of(32));
+        (fits && worth_it && !forced()).then_some(Self { threads, shared, centroids })
+    }
+}
+
+/// The launch of `fit_resident.cu`.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) struct FitResident {
+    /// Teams, and blocks of each: no more of both than run at once.
+    pub teams: usize,
+    pub blocks: usize,
+    /// Rows of a block, and centroids in whole groups.
+    pub rows: usize,
+    pub padded: usize,
+    /// Shared memory of a block.
+    pub shared: usize,
+}
+
+impl FitResident {
+    /// For `b` problems of `n` rows that fit in the shared memory of blocks that run at once. `weighted`: whether terms have
+    /// factors.
+    pub fn new(dtype: DType, metric: Metric, weighted: bool, [b, n, k, d]: [usize; 4], arch: Arch) -> Option<Self> {
+        let Arch::Cuda { capability, processors } = arch else { return None };
+        let halves = capability >= 80 && matches!(dtype, DType::F16 | DType::BF16) && metric != Metric::Manhattan;
+        let columns = d.is_multiple_of(8) && (16..=tiles::TEAM_COLUMNS).contains(&d);
+        if !halves || !columns || k > tiles::TEAM_CENTROIDS || forced() {
+            return None;
+        }
+        let most = shared_memory(arch)?;
+        let (padded, line) = (k.next_multiple_of(32), d.div_ceil(64) * 128);
+        // Rows, their squares, labels, order, factors, and the list of those to settle. Centroids with what they start from,
+        // their scales, hashes and rows' places; mu; the sums of a share of the clusters.
+        let of_row = line + 16 + if weighted { 8 } else { 0 };
+        let fixed = |blocks: usize| padded * (line + 20) + 16 + line + k.div_ceil(blocks) * d * 8;
+        let of = |blocks: usize| {
+            let rows = n.div_ceil(blocks).next_multiple_of(32);
+            let shared = rows.checked_mul(of_row)?.checked_add(fixed(blocks))?;
+            let teams = b.min(processors / blocks);
+            // Problems that have to wait for others are better off in kernels that take all at once.
+            let soon = b.div_ceil(teams.max(1)) <= tiles::TEAM_TURNS;
+            (rows <= tiles::SUM_ROWS && shared <= most && soon).then_some(Self { teams, blocks, rows, padded, shared })
+        };
+        // As many blocks as there are, if all problems run at once; the fewest that do, if not.
+        let wide = (processors / b.max(1)).min(n.div_ceil(tiles::TEAM_ROWS)).max(1);
+        of(wide).or_else(|| (wide..=processors).find_map(of))
+    }
+}
+
+/// What a block of `fit_narrow.cu` takes beside that, with what the device keeps for itself, in bytes.
+const BLOCK_SHARED: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn teams_fit_their_device() {
+        let mut some = 0;
+        for (capability, processors) in [(80, 108), (86, 82), (90, 132), (90, 16), (100, 148)] {
+            let arch = Arch::Cuda { capability, processors };
+            let most = shared_memory(arch).unwrap();
+            for b in [1, 3, 8, 100, 132, 500, 100_000] {
+                for (n, k, d) in [(1, 1, 16), (2048, 64, 128), (8192, 128, 64), (16_384, 512, 128), (100_000, 33, 256)]
+                {
+                    for weighted in [false, true] {
+                        let sizes = [b, n, k, d];
+                        let plan = FitResident::new(DType::F16, Metric::SquaredEuclidean, weighted, sizes, arch);
+                        let Some(FitResident { teams, blocks, rows, padded, shared }) = plan else { continue };
+                        some += 1;
+                        assert!(
+                            teams >= 1 && teams * blocks <= processors && teams <= b,
+                            "{teams} x {blocks}: {sizes:?}"
+                        );
+                        assert!(rows * blocks >= n && rows <= tiles::SUM_ROWS && padded >= k, "{rows}: {sizes:?}");
+                        assert!(shared <= most && b <= teams * tiles::TEAM_TURNS, "{shared}: {sizes:?}");
+                    }
+                }
+            }
+        }
+        assert!(some > 50, "{some}");
+    }
+}

@@ -1,0 +1,166 @@
+//! What an op is asked: plain values.
+
+use crate::{metric::Metric, rng::Draw, rows::Rows};
+use candle_core::Tensor;
+
+/// How far the problems of a fit have come.
+pub(crate) struct Progress {
+    /// The iteration in which each problem converged, u32 `(b,)`; `u32::MAX` where it has not.
+    pub stop: Tensor,
+    /// The squared shift at which a problem has converged, f64 `(b,)`.
+    pub threshold: Tensor,
+    /// The problems that go on to the next even and to the next odd iteration, u32 `(2, b + 1)`: their number, then
+    /// themselves. CUDA's; on the CPU `stop` says enough.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub going: Tensor,
+}
+
+/// An iteration of a fit: what it does to problems that have converged before is nothing.
+#[derive(Clone, Copy)]
+pub(crate) struct Turn<'a> {
+    pub progress: &'a Progress,
+    pub iteration: usize,
+}
+
+/// What is added up over rows: their values, each times its factor.
+pub(crate) struct Summands {
+    /// f64 `(b, n)`.
+    pub row_scale: Option<Tensor>,
+    /// Bound on the magnitude of the terms, f64 `(b,)`.
+    pub max_abs: Tensor,
+    /// The first row that has a NaN or an infinity, u32 `(b,)`; `u32::MAX` for none.
+    pub first_nonfinite: Tensor,
+    /// The largest factor, f64 `(b,)`, where factors are weights.
+    pub max_weight: Option<Tensor>,
+    /// Whether the host knows that there is no such row.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub finite: bool,
+}
+
+/// What becomes of the terms of a cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reduction {
+    /// Their sum by the cluster's weight: by the sum of the factors, which have to be weights, or the number of rows.
+    Mean,
+    /// Their sum by its norm.
+    Direction,
+    /// Their sum.
+    Sum,
+    /// The smallest value of each column that at least half of the weight does not exceed. Factors are weights.
+    Median,
+}
+
+/// Rows `(b, n, d)`, and centroids that each is assigned to the nearest of.
+#[derive(Clone, Copy)]
+pub(crate) struct Assignment<'a> {
+    pub x: &'a Rows,
+    pub c: &'a Rows,
+    pub metric: Metric,
+    pub turn: Option<Turn<'a>>,
+}
+
+/// Rows of clusters, and the centroids `(b, k, d)` that they replace.
+pub(crate) struct Update<'a> {
+    pub x: &'a Rows,
+    pub terms: &'a Summands,
+    /// u32 `(b, n)`, below `k`; without labels all rows are in one cluster.
+    pub labels: Option<&'a Tensor>,
+    pub reduction: Reduction,
+    pub turn: Option<Turn<'a>>,
+    pub centroids: &'a Tensor,
+}
+
+/// All iterations of a fit, from the `centroids` `(b, k, d)` that are there, and its last `labels`, u32 `(b, n)`.
+pub(crate) struct OnChipFit<'a> {
+    pub x: &'a Rows,
+    pub terms: &'a Summands,
+    pub metric: Metric,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub reduction: Reduction,
+    pub progress: &'a Progress,
+    pub max_iters: usize,
+    pub centroids: &'a Tensor,
+    pub labels: &'a Tensor,
+}
+
+/// KmeansppStep `i` of k-means++, to column `i` of `chosen`.
+pub(crate) struct KmeansppStep<'a> {
+    pub x: &'a Rows,
+    /// The distance of each row to the nearest of those picked before, f64 `(b, n)`.
+    pub nearest: &'a Tensor,
+    /// f64 `(b, n)`.
+    pub weights: Option<&'a Tensor>,
+    /// u32 `(b, count)`.
+    pub chosen: &'a Tensor,
+    pub i: usize,
+    /// Whether nothing was picked before the first column.
+    pub start: bool,
+    pub metric: Metric,
+    pub draw: Draw,
+}
+
+/// A cache of keys and values, its clusters, and how the queries of one token read it.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) struct Attention<'a> {
+    /// `(b, q_heads, d)`, of the keys' dtype, as all floats but the outcome's inside.
+    pub q: &'a Tensor,
+    /// `(b, heads, room, d)`, of which the first `tokens` are there.
+    pub keys: &'a Tensor,
+    pub values: &'a Tensor,
+    pub tokens: usize,
+    /// Tokens before the clustered ones.
+    pub sinks: usize,
+    /// u32 `(b, heads, clustered)`, counted from the first clustered token, and u32 `(b, heads, k + 1)`.
+    pub order: &'a Tensor,
+    pub offsets: &'a Tensor,
+    /// `(b, heads, k, d)`.
+    pub mean_keys: &'a Tensor,
+    pub mean_values: &'a Tensor,
+    pub scale: f64,
+    /// Clustered tokens that are read, fewer than there are.
+    pub budget: usize,
+    /// Whether the query heads of a key head choose together.
+    pub shared: bool,
+    /// Whether clusters stand in for their tokens that are not read.
+    pub estimate: bool,
+}
+
+/// Queries, keys and values, and how the queries read them.
+pub(crate) struct Routed<'a> {
+    /// `(b, heads, m, d)`, of the keys' dtype.
+    pub q: &'a Tensor,
+    /// `(b, kv_heads, n, d)`: sinks, then the grouped tokens, then others, which are the last.
+    pub keys: &'a Tensor,
+    pub values: &'a Tensor,
+    pub sinks: usize,
+    pub groups: Option<&'a RoutedGroups>,
+    /// Whether the queries are those of the last `m` tokens, which see what comes up to themselves.
+    pub causal: bool,
+    pub scale: f64,
+    /// Of the grouped tokens those that have this share of the estimated attention, but at least and at most so many.
+    pub share: f64,
+    pub least: usize,
+    pub most: usize,
+    /// Whether the groups stand in for their tokens that are not read.
+    pub estimate: bool,
+}
+
+/// Rows in groups: u32 `(b, heads, n)` labels, the rows in the order of their groups, and `(b, heads, groups + 1)` where groups
+/// begin in that.
+pub(crate) struct Groups {
+    pub labels: Tensor,
+    pub order: Tensor,
+    pub offsets: Tensor,
+}
+
+/// The groups of queries and keys.
+pub(crate) struct RoutedGroups {
+    /// Counted from the first grouped token.
+    pub keys: Groups,
+    /// `(b, kv_heads, k, d)`.
+    pub mean_keys: Tensor,
+    pub mean_values: Tensor,
+    pub queries: Groups,
+    /// The queries that choose for each group, `(b, heads, any, d)`, and whose they are, if not those of the group.
+    pub choosers: Option<(Tensor, Groups)>,
+}

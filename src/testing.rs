@@ -1,0 +1,70 @@
+//! For the tests and the tuning of this crate; not part of its interface.
+
+#[cfg(feature = "cuda")]
+pub use crate::cuda::{assign::tensor_core::product_step, kernel::limit_blocks_at_once, memory::fail_allocation};
+pub use crate::plan::assign::force;
+use crate::{
+    error::Result,
+    memory::Memory,
+    metric::Metric,
+    ops,
+    plan::{arch::Arch, assign::Assign},
+    request::{self, Reduction, Summands},
+    rows::Rows,
+};
+use candle_core::{Device, Tensor};
+
+/// The update of a fit's loop alone: new means in place, for labels `(b, n)` that are known to be in range.
+pub struct Update {
+    x: Rows,
+    terms: Summands,
+    centroids: Tensor,
+    memory: Memory,
+}
+
+impl Update {
+    /// For rows `(b, n, d)` and `k` clusters.
+    pub fn new(x: &Tensor, k: usize) -> Result<Self> {
+        let x = Rows::new(x)?;
+        let (terms, centroids) = (Summands::from_rows(&x)?, Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?);
+        Ok(Self { x, terms, centroids, memory: Memory::default() })
+    }
+
+    /// The means `(b, k, d)`, which the next call overwrites.
+    pub fn run(&self, labels: &Tensor) -> Result<Tensor> {
+        let Self { x, terms, centroids, memory } = self;
+        ops::update(
+            &request::Update { x, terms, labels: Some(labels), reduction: Reduction::Mean, turn: None, centroids },
+            memory,
+        )?;
+        Ok(centroids.clone())
+    }
+}
+
+/// The names of the kernels that can assign `x` to `k` centroids, the one that is chosen first.
+pub fn candidates(x: &Tensor, k: usize, metric: Metric) -> Result<Vec<&'static str>> {
+    let d = x.dims()[x.rank() - 1];
+    let all = Assign::candidates(x.dtype(), metric, [k, d], ops::arch(x.device())?);
+    Ok(all.into_iter().map(Assign::name).collect())
+}
+
+/// The compute capability of a GPU, 90 for 9.0; 0 of the CPU.
+pub fn capability(device: &Device) -> Result<u32> {
+    Ok(match ops::arch(device)? {
+        Arch::Cpu => 0,
+        Arch::Cuda { capability, .. } => capability,
+    })
+}
+
+/// How many centroids were compared with a row by the definition in f64, in all CPU assignments of this thread so far.
+pub fn compared() -> u64 {
+    crate::cpu::assign::compared()
+}
+
+/// The GPU kernels that this thread has launched since it last asked; the first call starts the record.
+pub fn launches() -> Vec<String> {
+    #[cfg(feature = "cuda")]
+    return crate::cuda::kernel::launches();
+    #[cfg(not(feature = "cuda"))]
+    vec![]
+}
