@@ -197,9 +197,9 @@ impl KMeans {
 
     /// The number of rows of each problem that count, u32 `(..batch)` of `k` to `n`, for problems of different sizes in one
     /// tensor. The rows after those are padding, whatever they hold, NaN too: they are never a seed, weigh nothing in the
-    /// update, the inertia and [`Fit::counts`](crate::Fit::counts), and are not searched for non-finite values. Results are those of the rows
-    /// that count alone. The label of padding is what [`Fit::predict`](crate::Fit::predict) gives for what it holds, always in range, so that
-    /// whoever sorts labels into clusters has to set it aside first.
+    /// update, the inertia and [`Fit::counts`](crate::Fit::counts), and are not searched for non-finite values. Results are
+    /// those of the rows that count alone. The label of padding is what [`Fit::predict`](crate::Fit::predict) gives for what it
+    /// holds, always in range, so that whoever sorts labels into clusters has to set it aside first.
     ///
     /// ```
     /// use candle_core::{Device, Tensor};
