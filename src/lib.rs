@@ -25,7 +25,8 @@
 //! between threads, be shared by them and be dropped on any. Programs with several threads, such as servers, should give all of
 //! them clones of one `Device::new_cuda_with_stream`: its one stream orders their work, and nothing else has to. With
 //! `Device::new_cuda`, Candle gives each thread a stream of its own, between which it orders nothing. What a layer keeps is safe
-//! there, too, for which the host waits for all work of the GPU each time that another thread takes over. A capture of a CUDA graph
+//! there, too, for which the host waits for all work of the GPU each time that another thread takes over, and a thread that ends
+//! waits for what it has queued, since drivers do not get over the end of one that frees memory behind it. A capture of a CUDA graph
 //! can neither wait for other threads nor be waited for: what another thread used last is refused there, and no layer may
 //! change threads while one goes on. For tensors that threads hand to each other, inputs, results and codebooks among
 //! them, it is up to the program to wait, by `Device::synchronize` on the thread that has computed them.

@@ -9,6 +9,8 @@
 //! threads, also of those that have ended. One thread, or any number of threads on a stream of their own
 //! (`Device::new_cuda_with_stream`), compare two numbers and never wait.
 //!
+//! A thread that ends waits for its own stream first ([`finish_before_exit`]): drivers do not get over its end otherwise.
+//!
 //! A capture cannot wait for work before it, so that taking over is refused there. Contexts and streams of other devices never
 //! meet here: tensors of another device are refused, and scratch is replaced ([`super::memory::Memory`]).
 
@@ -24,6 +26,7 @@ use candle_core::{
     Device,
 };
 use std::{
+    cell::RefCell,
     collections::HashSet,
     sync::{Arc, Mutex, MutexGuard},
     thread::{self, ThreadId},
@@ -35,6 +38,41 @@ const PER_THREAD: usize = 2;
 /// The thread that this thread's work on a stream has to be told apart by; none where the stream orders the work of all.
 pub(super) fn thread_of(stream: &CudaStream) -> Option<ThreadId> {
     (stream.cu_stream() as usize == PER_THREAD).then(|| thread::current().id())
+}
+
+/// The streams of its own, one a context, that this thread has queued work to. It waits for them when it ends.
+struct OwnStreams(Vec<Arc<CudaStream>>);
+
+impl Drop for OwnStreams {
+    fn drop(&mut self) {
+        for stream in &self.0 {
+            // There is nobody left to tell of an error, which is the next one of the context.
+            let _ = stream.synchronize();
+        }
+    }
+}
+
+thread_local!(static OWN_STREAMS: RefCell<OwnStreams> = const { RefCell::new(OwnStreams(vec![])) });
+
+/// Lets this thread wait for its work on `stream` before it ends, if that is `CU_STREAM_PER_THREAD`.
+///
+/// A thread never ends, at least with driver 580.159, whose stream still has memory to free (`cuMemFreeAsync`) behind work that is
+/// under way: the driver's destructor of the thread waits for ever. Destructors of Rust's thread locals come before it.
+pub(super) fn finish_before_exit(stream: &Arc<CudaStream>) {
+    if stream.cu_stream() as usize != PER_THREAD {
+        return;
+    }
+    let context = stream.context().cu_ctx();
+    let registered = OWN_STREAMS.try_with(|own| {
+        let OwnStreams(streams) = &mut *own.borrow_mut();
+        if streams.iter().all(|known| known.context().cu_ctx() != context) {
+            streams.push(stream.clone());
+        }
+    });
+    if registered.is_err() {
+        // The thread is ending, and has waited for what it had queued before.
+        let _ = stream.synchronize();
+    }
 }
 
 /// Whether what is queued becomes part of a graph and does not run.
@@ -90,6 +128,7 @@ impl Fence {
     fn pass(&self, device: &Device, alone: bool) -> Result<()> {
         let Device::Cuda(dev) = device else { return Ok(()) };
         let stream = dev.cuda_stream();
+        finish_before_exit(&stream);
         let mut users = self.users();
         if let Some(me) = thread_of(&stream) {
             let others = users.threads.len() > users.threads.contains(&me) as usize;
@@ -116,6 +155,7 @@ impl Drop for Fence {
     fn drop(&mut self) {
         let users = self.users();
         let Some(stream) = &users.stream else { return };
+        finish_before_exit(stream);
         let context = stream.context();
         // The tensors are freed in the context that is current.
         context.record_err(context.bind_to_thread());

@@ -1,6 +1,9 @@
 //! A launch: plain, cooperative, or in clusters of thread blocks.
 
-use super::module::{loaded, Image, FREE_SHARED};
+use super::{
+    fence,
+    module::{loaded, Image, FREE_SHARED},
+};
 use crate::{
     error::{Error, Result},
     tiles::THREADS,
@@ -173,7 +176,9 @@ impl Kernel {
         status.result().w().map_err(failed)
     }
 
+    /// What every launch does first.
     fn record(&self) {
+        fence::finish_before_exit(&self.stream);
         LAUNCHES.with(|l| l.borrow_mut().iter_mut().for_each(|l| l.push(format!("{}_{}", self.name, self.suffix))));
     }
 
