@@ -14,7 +14,7 @@
 // (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"). With M = |x| max|e| + max|start| above every partial
 // sum, u = 2^-23 M and j bits kept below those of f32, a block of m products loses at most (m + 1) 2^-j u + u. Hopper's
 // products have m = 16 and j = 2, those of warpgroups and mma.sync alike, and so have later GPUs (probed by
-// tests/numbers.rs; benches/record/assign-versions.md): 5.25 u for 16 columns, taken as 6. Before Hopper we assume no
+// tests/all/numbers.rs; benches/record/assign-versions.md): 5.25 u for 16 columns, taken as 6. Before Hopper we assume no
 // more than m = 8 and j = 1, as on Ampere: 11 u, taken as 12. A chain of FMAs, which scores one column again, loses
 // less. The moved centroid, if it had to be rounded, adds |x| max|residual|, and `start` and `scale` half an ulp each.
 // The f64 definition is within the rounding of argmin.cuh.

@@ -1,10 +1,8 @@
 //! Every assignment kernel, by name, whatever the plan would choose: the same exact labels from all.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, Tensor};
 use candle_flash_kmeans::{assign, testing, KMeans, Metric};
-use common::*;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 

@@ -1,10 +1,8 @@
 //! Where fits start: different rows, by their weights, the same for the same seed.
 
-mod common;
-
+use crate::common::{self, *};
 use candle_core::{DType, Tensor};
 use candle_flash_kmeans::{Init, KMeans};
-use common::*;
 
 #[test]
 fn weights_work_on_every_device_and_init() {

@@ -1,17 +1,11 @@
 //! The clustered cache: what it reads and estimates against its definition, and how it grows.
 
-mod common;
-
+use crate::{cache, common::*};
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget, KvClusters};
 use candle_flash_kmeans::{testing, Error};
-use common::*;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
-
-#[allow(dead_code)] // The quickstart uses the rest.
-#[path = "../examples/common/cache.rs"]
-mod cache;
 
 const SINKS: usize = 3;
 const RECENT: usize = 10;

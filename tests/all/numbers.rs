@@ -1,11 +1,9 @@
 //! Labels of numbers that fast arithmetic gets wrong: far from the origin, tiny, huge, nearly equal, not finite.
 
-mod common;
-
+use crate::common::*;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{assign, assign_with_distances, KMeans, Metric};
-use common::*;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 

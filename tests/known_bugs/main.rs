@@ -1,22 +1,16 @@
 //! One test for each class of bug found in other k-means libraries, named after where it was reported; the modules hold
 //! the kinds of fault that audits found in this one.
 
-#[path = "known_bugs/assignment.rs"]
-mod assignment;
-#[path = "known_bugs/attention.rs"]
-mod attention;
-#[path = "known_bugs/codebooks.rs"]
-mod codebooks;
+#[path = "../common/mod.rs"]
 mod common;
-#[path = "known_bugs/cuda.rs"]
+
+mod assignment;
+mod attention;
+mod codebooks;
 mod cuda;
-#[path = "known_bugs/files.rs"]
 mod files;
-#[path = "known_bugs/fits.rs"]
 mod fits;
-#[path = "known_bugs/locks.rs"]
 mod locks;
-#[path = "known_bugs/sums.rs"]
 mod sums;
 
 use candle_core::{DType, Device, Tensor, D};

@@ -1,20 +1,19 @@
 //! The tool that times and checks: what it refuses, what it reads, and that it finds what is wrong.
 
-#[allow(dead_code)] // Its `main` is the example's.
-#[path = "../examples/bench/main.rs"]
-mod bench;
-mod common;
-
-use bench::{check::Verdict, npy, Args};
+use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{Init, KMeans, Metric};
 use clap::Parser;
-use common::*;
+use example::{check::Verdict, npy, Args};
 use std::{fs, path::PathBuf};
+
+#[allow(dead_code)] // Its `main`.
+#[path = "../../examples/bench/main.rs"]
+mod example;
 
 fn run(args: &str) -> Result<(), String> {
     let args = Args::try_parse_from(["bench"].into_iter().chain(args.split_whitespace())).map_err(|e| e.to_string())?;
-    bench::run(&args).map_err(|e| format!("{e:#}"))
+    example::run(&args).map_err(|e| format!("{e:#}"))
 }
 
 /// A file of the temporary directory, gone when it is dropped.
@@ -22,7 +21,7 @@ struct Written(PathBuf);
 
 impl Written {
     fn new(name: &str, bytes: &[u8]) -> Self {
-        let path = std::env::temp_dir().join(format!("flash-kmeans-{}-{name}", std::process::id()));
+        let path = std::env::temp_dir().join(format!("flash-kmeans-bench-{}-{name}", std::process::id()));
         fs::write(&path, bytes).unwrap();
         Self(path)
     }

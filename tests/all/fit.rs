@@ -1,10 +1,8 @@
 //! Whole fits: against the specification, and what every fit promises.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{EmptyClusters, Init, KMeans, Metric};
-use common::{naive, *};
 use rand::Rng;
 
 /// `tol` times the mean variance of the columns, about the mean as the dtype stores it.

@@ -1,11 +1,9 @@
 //! Layouts: a view gives the bits of its contiguous copy, and what lies around it is neither read nor written.
 
-mod common;
-
+use crate::common::*;
 use anyhow::Result;
 use candle_core::Tensor;
 use candle_flash_kmeans::{assign, assign_with_distances, cluster_means, quantize, Init, KMeans};
-use common::*;
 
 #[test]
 fn layouts_give_the_bits_of_their_copies() -> Result<()> {

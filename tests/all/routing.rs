@@ -1,16 +1,10 @@
 //! Routed attention: what each group of queries reads and estimates, against its definition.
 
-mod common;
-
+use crate::{cache, common::*};
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::nn::{Grouping, Read, RoutedAttention};
 use candle_flash_kmeans::{cluster_means, testing, Error, Init, KMeans};
-use common::*;
 use rand_chacha::ChaCha8Rng;
-
-#[allow(dead_code)] // The quickstart uses the rest.
-#[path = "../examples/common/cache.rs"]
-mod cache;
 
 const SCALE: f64 = 0.3;
 const SINKS: usize = 3;

@@ -1,10 +1,8 @@
 //! The same input, seed and version: the same bits, whatever runs them.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{testing, EmptyClusters, Fit, Init, KMeans, Metric};
-use common::*;
 use rayon::ThreadPoolBuilder;
 
 fn all_bits(fit: &Fit) -> Vec<u64> {

@@ -1,10 +1,8 @@
 //! Relations between calls that must hold whatever the data.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{assign, cluster_means, Init, KMeans, Metric};
-use common::*;
 use proptest::{prelude::*, test_runner::Config};
 
 /// `PROPTEST_CASES` asks for more than the 64 of every change.

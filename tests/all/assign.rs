@@ -1,11 +1,9 @@
 //! Labels and distances against the specification: no label may differ, on any shape, type, metric, layout or number.
 
-mod common;
-
+use crate::common::*;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{assign_with_distances, quantize, Metric};
-use common::*;
 use rand::Rng;
 use std::collections::BTreeSet;
 

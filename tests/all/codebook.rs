@@ -1,20 +1,14 @@
 //! Codebooks, product and residual quantisers and their training, against plain loops.
 
-mod common;
-
+use crate::{cache, common::*};
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_flash_kmeans::{
     nn::{Codebook, Ema, EmaCodebook, GainShapeQuantizer, ProductQuantizer, ResidualQuantizer},
     Error, Init, KMeans, Metric,
 };
 use candle_nn::ops::softmax_last_dim;
-use common::*;
 use rand::Rng;
 use std::{fs, path::PathBuf};
-
-#[allow(dead_code)] // The quickstart uses the rest.
-#[path = "../examples/common/cache.rs"]
-mod cache;
 
 const FLOATS: [DType; 3] = [DType::F16, DType::F32, DType::F64];
 

@@ -1,10 +1,8 @@
 //! Saved fits: they come back to the bit, and a damaged file is refused, never read as something else.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{Error, Fit, KMeans};
-use common::*;
 use rand::Rng;
 use std::{collections::HashMap, fs, path::PathBuf};
 
@@ -13,7 +11,7 @@ struct Folder(PathBuf);
 
 impl Folder {
     fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("flash-kmeans-{}-{name}", std::process::id()));
+        let path = std::env::temp_dir().join(format!("flash-kmeans-saved-{}-{name}", std::process::id()));
         fs::create_dir_all(&path).unwrap();
         Self(path)
     }

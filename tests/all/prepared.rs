@@ -1,10 +1,8 @@
 //! Prepared fits: the same bits as fits, run after run, on their own, on many threads and replayed from a CUDA graph.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{testing, Error, Fit, Init, KMeans, Metric};
-use common::*;
 use rand::Rng;
 
 fn all_bits(fit: &Fit) -> Vec<u64> {

@@ -1,13 +1,11 @@
 //! Every refusal is typed and names the argument and both values.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{
     assign, cluster_means, cluster_sizes, cluster_sums, inverse_order, quantize, residuals, sort_by_cluster,
     EmptyClusters, Error, Init, KMeans, Metric,
 };
-use common::*;
 use std::fmt::Debug;
 
 /// The call fails, and the message holds every part.

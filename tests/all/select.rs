@@ -1,10 +1,8 @@
 //! Clusters taken for queries, and their tokens, against plain loops.
 
-mod common;
-
+use crate::common::{self, *};
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{select_clusters, sort_by_cluster, top_rows_per_centroid, Error, Metric, Selection, Take};
-use common::*;
 use rand::Rng;
 
 /// The clusters of a query, best first, and how many of them are taken.

@@ -1,12 +1,10 @@
 //! The stable order and the means.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{
     cluster_means, cluster_sizes, cluster_sums, inverse_order, residuals, sort_by_cluster, Init, KMeans, Metric,
 };
-use common::*;
 use rand::{seq::SliceRandom, Rng};
 
 fn random_labels(b: usize, n: usize, k: usize, rng: &mut impl Rng) -> Tensor {

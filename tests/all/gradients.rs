@@ -1,10 +1,8 @@
 //! Gradients against finite differences, in f64.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, Tensor, Var};
 use candle_flash_kmeans::{cluster_means, cluster_sums, quantize, residuals, Metric};
-use common::*;
 
 #[test]
 fn cluster_means_match_finite_differences() {

@@ -1,10 +1,8 @@
 //! Problems of different sizes in one tensor: padding does not count, whatever it holds.
 
-mod common;
-
+use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{EmptyClusters, Error, Fit, Init, KMeans, Metric};
-use common::*;
 
 const LENGTHS: [u32; 3] = [130, 7, 200];
 
