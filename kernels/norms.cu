@@ -3,7 +3,7 @@
 // A number that is part of a definition (a norm, a distance) is one sequential f64 chain, so one thread walks a whole
 // row. Passes that only copy or take extrema read cells in memory order. Traffic: each reads X (or what it gathers)
 // once and writes one number a row; `pairwise` writes n k numbers, which is its purpose.
-#include "argmin.cuh"
+#include "exact/argmin.cuh"
 
 // ---- Passes over rows.
 

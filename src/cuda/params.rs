@@ -8,7 +8,7 @@ use crate::{
 };
 use candle_core::{cuda_backend::cudarc::driver::DeviceRepr, Tensor};
 
-/// `struct Rows` of `kernels/common.cuh`.
+/// `struct Rows` of `kernels/exact/common.cuh`.
 #[repr(C)]
 pub(super) struct Shape5 {
     pub(super) batch_stride: i64,
@@ -27,7 +27,7 @@ pub(super) fn shape(r: &Rows) -> Shape5 {
     Shape5 { batch_stride, row_stride, b: r.b as i64, n: r.n as i64, d: r.d as i64 }
 }
 
-/// `struct Active` of `kernels/common.cuh`.
+/// `struct Active` of `kernels/exact/common.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct Active {

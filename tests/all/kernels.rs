@@ -117,7 +117,7 @@ fn many_problems_and_many_centroids() {
     }
 }
 
-/// What the proof assumes of the tensor cores (kernels/tensor.cuh), measured: how far one product step is from the exact
+/// What the proof assumes of the tensor cores (kernels/assign/tensor.cuh), measured: how far one product step is from the exact
 /// sum, in units of the last place of what bounds it.
 #[cfg(feature = "cuda")]
 #[test]

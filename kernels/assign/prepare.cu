@@ -1,8 +1,8 @@
 // Preparation: centroids as the assignment kernels score them, and rows that those cannot read in place.
 //
 // Traffic: the centroids twice, and what is scored written once; `pack` reads X once and writes it once.
-#include "duplicates.cuh"
-#include "moved.cuh"
+#include "assign/duplicates.cuh"
+#include "assign/moved.cuh"
 
 // ---- For CUDA cores: mu, then c^ = c - mu (or c / |c|), |c^|^2 / 2 and the largest |c^|.
 

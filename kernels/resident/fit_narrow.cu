@@ -6,9 +6,9 @@
 // order. With a term that is no such integer, or a row that is not finite, they are added up once more, by warps. A
 // block that has converged goes on to the next problem. Traffic: X once, labels once, and the centroids, which stay in
 // the cache.
-#include "narrow.cuh"
+#include "assign/narrow.cuh"
+#include "exact/sums.cuh"
 #include "scan.cuh"
-#include "sums.cuh"
 
 /// A problem's part of shared memory, behind its centroids (`fit_narrow_shared` in src/plan.rs).
 template <class T, int D>

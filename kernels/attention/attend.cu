@@ -7,8 +7,8 @@
 // 2023, "Flash-Decoding"). Between these stages they wait for each other: as a thread block cluster in one launch where
 // there are such, else every stage is a launch. Traffic: the mean keys and mean values, the listed keys and values,
 // once for all query heads that share them.
-#include "choose.cuh"
-#include "mma.cuh"
+#include "arch/mma.cuh"
+#include "attention/choose.cuh"
 
 constexpr int BLOCK = ATTEND_THREADS, WARPS = BLOCK / WARP;
 constexpr int BLOCKS = ATTEND_BLOCKS;  // of a unit, at most

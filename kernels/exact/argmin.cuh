@@ -26,7 +26,7 @@
 // Cosine and dot product: twice the error with the largest |c^|. Where a bound does not apply (an overflow is possible,
 // or D u is not small) it is +inf: all centroids then count as candidates.
 #pragma once
-#include "common.cuh"
+#include "exact/common.cuh"
 
 struct Best {
     double distance;

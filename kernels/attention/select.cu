@@ -1,5 +1,5 @@
 // The tokens of the clusters that a group of queries reads.
-#include "choose.cuh"
+#include "attention/choose.cuh"
 
 /// Who chooses from what (`Choice` in src/cuda/select.rs).
 struct Choice {

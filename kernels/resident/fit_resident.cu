@@ -7,11 +7,11 @@
 // Clusters with a term that is no such integer, or with a row that is not finite, are added up once more from memory. A
 // team waits for its own blocks alone, twice an iteration (the launch is cooperative, so all of them run), and once
 // converged it goes on to another problem. Traffic: X once, labels once; centroids and sums stay in the L2 cache.
-#include "duplicates.cuh"
-#include "moved.cuh"
+#include "assign/duplicates.cuh"
+#include "assign/moved.cuh"
+#include "assign/sweep.cuh"
+#include "exact/sums.cuh"
 #include "scan.cuh"
-#include "sums.cuh"
-#include "sweep.cuh"
 
 constexpr int THREADS_HERE = TEAM_THREADS, WARPS = THREADS_HERE / WARP;
 constexpr int LINE = 128, LINE_COLUMNS = LINE / 2, LINE_PIECES = LINE / 16;  // bytes of 64 columns of a row

@@ -2,7 +2,7 @@
 // halves of its values (split.cu), with a slack for each row.
 //
 // Rows whose label `margin` (tensor.cuh) does not prove go on a list for recheck.cu.
-#include "recheck.cuh"
+#include "assign/recheck.cuh"
 
 constexpr int RESIDENT = 384 / BLOCK;  // blocks of an SM, so far as registers go
 

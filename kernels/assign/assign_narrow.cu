@@ -8,7 +8,7 @@
 // bound are compared by the f64 definition.
 //
 // Traffic: X once, the centroids once a block, the labels once. No scratch.
-#include "narrow.cuh"
+#include "assign/narrow.cuh"
 
 /// A block takes neighbouring tiles of NARROW_TILE rows, and prepares the centroids of each problem they are of.
 template <class T, int D, bool DIFFERENCES>

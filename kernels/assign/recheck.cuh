@@ -10,7 +10,7 @@
 // chunk of the ring is half a chunk of h and the same columns of l, so that rows that stay take twice the memory, and
 // h.h + h.l + l.h is added up. Margins are in the units of the halves; candidates are compared as f32.
 #pragma once
-#include "sweep.cuh"
+#include "assign/sweep.cuh"
 
 constexpr int WARPS = BLOCK / WARP, QUEUE = RECHECK_QUEUE / WARPS;
 constexpr int RECHECK_RESIDENT = 256 / BLOCK;  // blocks of an SM, so far as registers go

@@ -32,7 +32,7 @@
 // itself: with r the norm of what it lost, its start is R r higher, so that for rows within R its score is too high by
 // 2 R r at most and never too low by it. Where it wins, the margin is wider by 2 R r (`own`).
 #pragma once
-#include "argmin.cuh"
+#include "exact/argmin.cuh"
 
 /// Bounds over the centroids of a problem that are in reach, from `prepare_moved` in prepare.cu. +inf where nothing can
 /// be proven.

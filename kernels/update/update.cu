@@ -14,7 +14,7 @@
 // Medians (Manhattan) need no sums: a median is found bit by bit, by counting.
 #include <cuda_pipeline_primitives.h>
 
-#include "sums.cuh"
+#include "exact/sums.cuh"
 
 static_assert(THREADS % MEDIAN_COLUMNS == 0 && SUM_THREADS % WARP == 0, "whole columns, whole warps");
 static_assert(SUM_ROWS <= 1024, "limbs have room for 2^10 terms");

@@ -9,8 +9,8 @@
 // from L2 for 2 SM80_ROWS k d flops. Shared memory: 49 KB with STAGES chunks of rows, so that 3 blocks fit an A100 or
 // H100 and 2 an sm_86; 8 KB for each chunk more.
 #pragma once
-#include "mma.cuh"
-#include "tensor.cuh"
+#include "arch/mma.cuh"
+#include "assign/tensor.cuh"
 
 constexpr int WARP_ROWS = 32, CENTROIDS = SM80_CENTROIDS, COLUMNS = SM80_COLUMNS, STAGES = SM80_STAGES;
 constexpr int BLOCK = SM80_ROWS;  // threads; thread t also stands for row t of the tile

@@ -1,7 +1,7 @@
 // Sums that are exact and do not depend on their order (src/fixed.rs): how terms are cut into f64 "limbs", the sums of
 // terms that no integer of their problem's scale holds, and what sums are divided by.
 #pragma once
-#include "common.cuh"
+#include "exact/common.cuh"
 
 /// Bits of a limb's terms: with their sign and 10 more for their sum they fit the 53 of an f64.
 constexpr int LIMB_BITS = 42;

@@ -1,7 +1,7 @@
 // A table of the hashes of a problem's centroids. A centroid that repeats an earlier one bit for bit can never be a
 // label; without this, every row near a duplicate would be unproven.
 #pragma once
-#include "common.cuh"
+#include "exact/common.cuh"
 
 /// For each problem, `slots` hashes and the first centroid of each. All zero at first.
 struct Table {

@@ -8,7 +8,7 @@
 //
 // Traffic: X is read ceil(k / SIMT_CENTROIDS) times (from L2 after the first), the centroids once a block:
 // n d (k / 64) + (n / 64) k d elements against 2 n k d flops. Memory: 4 bytes a row for the list, 4 a problem.
-#include "argmin.cuh"
+#include "exact/argmin.cuh"
 
 constexpr int SIDE = 16;
 constexpr int ROWS = SIMT_ROWS / SIDE, CENTROIDS = SIMT_CENTROIDS / SIDE;  // of a thread

@@ -1,7 +1,7 @@
 // Nearest centroids of rows of at most 8 columns: what one problem's centroids are turned into, and how its rows are
 // labelled (see assign_narrow.cu).
 #pragma once
-#include "argmin.cuh"
+#include "exact/argmin.cuh"
 
 constexpr int GROUP = 8;
 

@@ -19,8 +19,8 @@
 // of a problem fit in the ring, none: they stay there, and a block's row tiles are neighbours.
 #include <type_traits>
 
-#include "ptx.cuh"
-#include "tensor.cuh"
+#include "arch/ptx.cuh"
+#include "assign/tensor.cuh"
 
 constexpr int SLOT = SM90_ROWS, CENTROIDS = SM90_CENTROIDS;
 constexpr int FEED_CENTROIDS = 0, FEED_ROWS = 1, FINISH = 2, FINISHERS = 2;  // warps of the first group

@@ -1,7 +1,7 @@
 // A centroid as tensor cores score it (tensor.cuh): what is added up on the way, and what its proof needs.
 #pragma once
-#include "reach.cuh"
-#include "tensor.cuh"
+#include "assign/reach.cuh"
+#include "assign/tensor.cuh"
 
 constexpr int BOUNDS = sizeof(Bounds) / sizeof(float);
 

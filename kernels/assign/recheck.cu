@@ -1,5 +1,5 @@
 // The kernels that settle what a first pass has listed: recheck.cuh.
-#include "recheck.cuh"
+#include "assign/recheck.cuh"
 
 #define INSTANCE(name, T)                                                                                              \
     extern "C" __global__ void __launch_bounds__(BLOCK, RECHECK_RESIDENT) recheck_tensor_##name(                       \

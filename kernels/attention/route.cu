@@ -8,9 +8,9 @@
 //
 // Traffic of a block: its queries, and 4 d bytes of each listed row from L2, for 4 ROWS d flops. Shared memory at d =
 // 128: 64 KB, so that two blocks fit a multiprocessor, as their registers do.
-#include "common.cuh"
-#include "listed.cuh"
-#include "mma.cuh"
+#include "arch/mma.cuh"
+#include "attention/listed.cuh"
+#include "exact/common.cuh"
 #include "scan.cuh"
 
 constexpr int BLOCK = ROUTE_THREADS, WARPS = BLOCK / WARP, KEYS = ROUTE_KEYS;

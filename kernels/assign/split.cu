@@ -32,9 +32,9 @@
 // in `margin`, because `stored` is max|C| here. `definition` sees |hx| in place of |X|: the square of the difference
 // is in the slack. No distance of f32 rows overflows or vanishes in f64, so no norm is out of range for being too
 // large or too small.
-#include "duplicates.cuh"
-#include "reach.cuh"
-#include "tensor.cuh"
+#include "assign/duplicates.cuh"
+#include "assign/reach.cuh"
+#include "assign/tensor.cuh"
 
 /// The power of two that brings the `largest` magnitude into [2^6, 2^7), as far as f32 has it; 1 for zero.
 __device__ __forceinline__ float power_for(float largest) {

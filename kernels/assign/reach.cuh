@@ -1,7 +1,7 @@
 // Which centroids can be the nearest of any ordinary row, so that no outlier spoils the error bound for all rows
 // (tensor.cuh says why labels stay exact).
 #pragma once
-#include "common.cuh"
+#include "exact/common.cuh"
 
 /// Rows and centroids of a problem that are looked at.
 constexpr int REACH_SAMPLES = 64;
