@@ -116,7 +116,7 @@ __device__ void gather(const T* x, const Rows& r, const uint32_t* index, int64_t
     }
 }
 
-/// A tensor of any layout, its last dimension first. (`struct Strided` of src/cuda/assign.rs)
+/// A tensor of any layout, its last dimension first (`Strided` in src/cuda/params.rs).
 struct Strided {
     int64_t sizes[8], strides[8], rank;
 };

@@ -2,9 +2,10 @@
 //
 // What is split is v = 2^s (x - mu) and 2^s (c - mu) (squared Euclidean; mu the columns' means), or 2^t x and 2^s c or
 // 2^s c / |c| (dot product, cosine). 2^s belongs to a copy of the centroids and brings their largest element into
-// [2^6, 2^7), or the norm of what is in reach (tensor.cuh; about mu here) to at most 2^15. Products decide nothing but an order, so where there is no mu each row has its own 2^t, which does the
-// same for its elements. A first pass scores h.h for all rows; the rows that it proves nothing about are scored once
-// more by h.h + h.l + l.h (`recheck_split` in assign_sm80.cu); what even that leaves open is settled by the definition.
+// [2^6, 2^7), or the norm of what is in reach (tensor.cuh; about mu here) to at most 2^15. Products decide nothing but
+// an order, so where there is no mu each row has its own 2^t, which does the same for its elements. A first pass scores
+// h.h for all rows; the rows that it proves nothing about are scored once more by h.h + h.l + l.h (`recheck_split` in
+// recheck.cu); what even that leaves open is settled by the definition.
 //
 // Why the bound holds. X and C are the exact scaled row and centroid, and start = -|C|^2 / 2 (or 0), so that the exact
 // score X.C + start orders the distances: squared Euclidean distances are 4^-s (|X|^2 - 2 score), whatever mu is.

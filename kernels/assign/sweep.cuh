@@ -23,7 +23,7 @@ static_assert(COLUMNS == 32 || COLUMNS == 64, "the swizzle is for rows of 64 or 
 static_assert(BLOCK % PIECES == 0 && CENTROIDS % (BLOCK / PIECES) == 0 && CENTROIDS / 4 <= BLOCK, "even copies");
 
 /// Dynamic shared memory, beside ROWS_BYTES for each chunk of rows that is to stay, at least STAGES of them, and what a
-/// kernel adds; src/cuda/assign.rs has the sum.
+/// kernel adds; `sweep_shared` in src/cuda/assign/tensor_core.rs has the sum.
 constexpr int RING_BYTES = STAGES * (TILE_BYTES + CENTROIDS * 4);
 
 // ---- The search of a first pass.

@@ -1,7 +1,7 @@
 // The tokens of the clusters that a group of queries reads.
 #include "attention/choose.cuh"
 
-/// Who chooses from what (`Choice` in src/cuda/select.rs).
+/// Who chooses from what (`Choice` in src/cuda/params.rs).
 struct Choice {
     int64_t units;         // groups of queries of a key head, which choose alone
     int64_t clustered, k;  // tokens and clusters of a key head

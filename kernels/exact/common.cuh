@@ -13,7 +13,7 @@
 
 constexpr int WARP = 32;
 
-/// `b` matrices of `n` rows of `d` adjacent columns; strides are in elements (`Rows` in src/problem.rs).
+/// `b` matrices of `n` rows of `d` adjacent columns; strides are in elements (`Shape5` in src/cuda/params.rs).
 struct Rows {
     int64_t batch_stride, row_stride, b, n, d;
 };

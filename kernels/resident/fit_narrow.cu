@@ -10,7 +10,7 @@
 #include "exact/sums.cuh"
 #include "scan.cuh"
 
-/// A problem's part of shared memory, behind its centroids (`fit_narrow_shared` in src/plan.rs).
+/// A problem's part of shared memory, behind its centroids (`FitNarrow` in src/plan/on_chip.rs).
 template <class T, int D>
 struct OnChip {
     __int128* rest;             // (k, D): what limbs could not take
