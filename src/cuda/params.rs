@@ -72,7 +72,7 @@ pub(super) fn one_copy(c: &Rows) -> Rows {
     Rows { b: if c.batch_stride == 0 { c.b.min(1) } else { c.b }, ..c.clone() }
 }
 
-/// `struct Strided` of `norms.cu`.
+/// `struct Strided` of `rows.cu`.
 #[repr(C)]
 pub(super) struct Strided {
     sizes: [i64; 8],
