@@ -12,8 +12,8 @@
 
 /// A block takes neighbouring tiles of NARROW_TILE rows, and prepares the centroids of each problem they are of.
 template <class T, int D, bool DIFFERENCES>
-__device__ void assign(const T* x, const Rows& r, const Active& active, const T* c, const Rows& cr, int metric,
-                       uint32_t* labels) {
+__device__ void assign_by(const T* x, const Rows& r, const Active& active, const T* c, const Rows& cr, int metric,
+                          uint32_t* labels) {
     extern __shared__ __align__(16) uint8_t raw[];
     const Narrow<Filter<T>, D> to(raw, cr.n);
     const int64_t tiles = (r.n + NARROW_TILE - 1) / NARROW_TILE, all = active.problems(r.b) * tiles;
@@ -32,11 +32,17 @@ __device__ void assign(const T* x, const Rows& r, const Active& active, const T*
     }
 }
 
+template <class T, int D>
+__device__ __forceinline__ void assign(const T* x, const Rows& r, const Active& active, const T* c, const Rows& cr,
+                                       int metric, uint32_t* labels) {
+    if (metric == MANHATTAN) assign_by<T, D, true>(x, r, active, c, cr, metric, labels);
+    else assign_by<T, D, false>(x, r, active, c, cr, metric, labels);
+}
+
 #define KERNEL(name, T, D)                                                                                             \
     extern "C" __global__ void __launch_bounds__(NARROW_THREADS, D > 4 ? 3 : 4) assign_narrow_##D##_##name(            \
         const T* x, Rows r, Active active, const T* c, Rows cr, int metric, uint32_t* labels) {                        \
-        if (metric == MANHATTAN) assign<T, D, true>(x, r, active, c, cr, metric, labels);                              \
-        else assign<T, D, false>(x, r, active, c, cr, metric, labels);                                                 \
+        assign<T, D>(x, r, active, c, cr, metric, labels);                                                             \
     }
 #define INSTANCE(name, T) KERNEL(name, T, 1) KERNEL(name, T, 2) KERNEL(name, T, 4) KERNEL(name, T, 8)
 FOR_EACH_TYPE(INSTANCE)

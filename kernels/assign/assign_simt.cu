@@ -169,6 +169,32 @@ __device__ void recheck_rows(const T* x, const Rows& r, const T* centroids, cons
     }
 }
 
+template <class T, bool DIFFERENCES>
+__device__ __forceinline__ void assign(const T* x, const Rows& r, const Active& active, int64_t k, const Filter<T>* mu,
+                                       const Filter<T>* moved, const Filter<T>* bias, const double* largest,
+                                       int64_t copies, int metric, uint32_t* labels, uint32_t* list, uint32_t* listed) {
+    const int64_t tiles = (r.n + SIMT_ROWS - 1) / SIMT_ROWS, all = active.problems(r.b) * tiles;
+    for (int64_t tile = blockIdx.x; tile < all; tile += gridDim.x) {
+        const int64_t at = tile / tiles, first = tile % tiles * SIMT_ROWS;
+        const Prepared<Filter<T>> c(mu, moved, bias, largest, k, r.d, copies, at);
+        assign_tile<T, DIFFERENCES>(x, r, at, active.problem(at), first, c, metric, labels, list, listed);
+    }
+}
+
+/// Problems are dealt to blocks; with fewer problems than blocks, each is shared by several.
+template <class T>
+__device__ __forceinline__ void recheck(const T* x, const Rows& r, const Active& active, const T* centroids,
+                                        const Rows& cr, const Filter<T>* mu, const Filter<T>* moved,
+                                        const Filter<T>* bias, const double* largest, int64_t copies, int metric,
+                                        uint32_t* labels, const uint32_t* list, const uint32_t* listed) {
+    const int64_t problems = active.problems(r.b), shares = blocks_each(problems);
+    for (int64_t at = blockIdx.x / shares; at < problems; at += gridDim.x / shares) {
+        const Prepared<Filter<T>> c(mu, moved, bias, largest, cr.n, r.d, copies, at);
+        recheck_rows(x, r, centroids, cr, active.problem(at), blockIdx.x % shares, shares, c, metric, labels,
+                     list + at * r.n, listed[at]);
+    }
+}
+
 #define PREPARED(T)                                                                                                    \
     const Filter<T>*mu, const Filter<T>*moved, const Filter<T>*bias, const double *largest, int64_t copies
 
@@ -176,27 +202,15 @@ __device__ void recheck_rows(const T* x, const Rows& r, const T* centroids, cons
     extern "C" __global__ void __launch_bounds__(THREADS, sizeof(Filter<T>) == 8 ? 1 : 3 - differences)                \
         kernel##_##name(const T* x, Rows r, Active active, int64_t k, PREPARED(T), int metric, uint32_t* labels,       \
                         uint32_t* list, uint32_t* listed) {                                                            \
-        const int64_t tiles = (r.n + SIMT_ROWS - 1) / SIMT_ROWS, all = active.problems(r.b) * tiles;                   \
-        for (int64_t tile = blockIdx.x; tile < all; tile += gridDim.x) {                                               \
-            const int64_t at = tile / tiles, first = tile % tiles * SIMT_ROWS;                                         \
-            const Prepared<Filter<T>> c(mu, moved, bias, largest, k, r.d, copies, at);                                 \
-            assign_tile<T, differences>(x, r, at, active.problem(at), first, c, metric, labels, list, listed);         \
-        }                                                                                                              \
+        assign<T, differences>(x, r, active, k, mu, moved, bias, largest, copies, metric, labels, list, listed);       \
     }
-
-// Problems are dealt to blocks; with fewer problems than blocks, each is shared by several.
 #define INSTANCE(name, T)                                                                                              \
     ASSIGN(assign_simt_dot, name, T, false)                                                                            \
     ASSIGN(assign_simt_manhattan, name, T, true)                                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
         recheck_##name(const T* x, Rows r, Active active, const T* centroids, Rows cr, PREPARED(T), int metric,        \
                        uint32_t* labels, const uint32_t* list, const uint32_t* listed) {                               \
-        const int64_t problems = active.problems(r.b), shares = blocks_each(problems);                                 \
-        for (int64_t at = blockIdx.x / shares; at < problems; at += gridDim.x / shares) {                              \
-            const Prepared<Filter<T>> c(mu, moved, bias, largest, cr.n, r.d, copies, at);                              \
-            recheck_rows(x, r, centroids, cr, active.problem(at), blockIdx.x % shares, shares, c, metric, labels,      \
-                         list + at * r.n, listed[at]);                                                                 \
-        }                                                                                                              \
+        recheck(x, r, active, centroids, cr, mu, moved, bias, largest, copies, metric, labels, list, listed);          \
     }
 FOR_EACH_TYPE(INSTANCE)
 #undef INSTANCE

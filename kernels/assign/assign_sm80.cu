@@ -118,22 +118,27 @@ INSTANCE(bf16, __nv_bfloat16)
 
 /// One product step, for a test of what `margin` assumes of the hardware: out[i] = start[i] + a[i].b[i] over 16
 /// columns.
-#define PROBE(name, T)                                                                                                 \
+template <class T>
+__device__ __forceinline__ void probe(const float* start, const T* a, const T* b, int64_t count, float* out) {
+    const int lane = threadIdx.x % WARP;
+    for (int64_t i = global_thread() / WARP; i < count; i += all_threads() / WARP) {
+        float acc[4] = {};
+        uint32_t row[4] = {}, column[2] = {};
+        if (lane == 0) acc[0] = start[i];
+        if (lane < 4) {
+            const uint32_t *as = reinterpret_cast<const uint32_t*>(a + i * 16),
+                           *bs = reinterpret_cast<const uint32_t*>(b + i * 16);
+            row[0] = as[lane], row[2] = as[4 + lane], column[0] = bs[lane], column[1] = bs[4 + lane];
+        }
+        multiply(acc, row, column[0], column[1], T());
+        if (lane == 0) out[i] = acc[0];
+    }
+}
+
+#define PROBE(name, T)                                                                                              \
     extern "C" __global__ void __launch_bounds__(128)                                                                  \
         probe_sm80_##name(const float* start, const T* a, const T* b, int64_t count, float* out) {                     \
-        const int lane = threadIdx.x % WARP;                                                                           \
-        for (int64_t i = global_thread() / WARP; i < count; i += all_threads() / WARP) {                               \
-            float acc[4] = {};                                                                                         \
-            uint32_t row[4] = {}, column[2] = {};                                                                      \
-            if (lane == 0) acc[0] = start[i];                                                                          \
-            if (lane < 4) {                                                                                            \
-                const uint32_t *as = reinterpret_cast<const uint32_t*>(a + i * 16),                                    \
-                               *bs = reinterpret_cast<const uint32_t*>(b + i * 16);                                    \
-                row[0] = as[lane], row[2] = as[4 + lane], column[0] = bs[lane], column[1] = bs[4 + lane];              \
-            }                                                                                                          \
-            multiply(acc, row, column[0], column[1], T());                                                             \
-            if (lane == 0) out[i] = acc[0];                                                                            \
-        }                                                                                                              \
+        probe(start, a, b, count, out);                                                                                \
     }
 PROBE(f16, __half)
 PROBE(bf16, __nv_bfloat16)

@@ -143,6 +143,34 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
     }
 }
 
+/// One product step, for a test of what `margin` assumes of the hardware: out[i] = start[i] + a[i].b[i] over 16
+/// columns.
+template <class T>
+__device__ __forceinline__ void probe(const float* start, const T* a, const T* b, int64_t count, float* out) {
+    __shared__ __align__(1024) T centroids[32 * BOX];
+    for (int i = threadIdx.x; i < 32 * BOX; i += 128) centroids[i] = T(0.0f);
+    for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
+        __syncthreads();
+        if (threadIdx.x < 16) centroids[threadIdx.x] = b[i * 16 + threadIdx.x];
+        fence_async();
+        __syncthreads();
+        float acc[16] = {};
+        uint32_t row[4] = {};
+        if (threadIdx.x == 0) acc[0] = start[i];
+        if (threadIdx.x < 4) {
+            const uint32_t* pairs = reinterpret_cast<const uint32_t*>(a + i * 16);
+            row[0] = pairs[threadIdx.x], row[2] = pairs[4 + threadIdx.x];
+        }
+        pin(acc);
+        products_fence();
+        multiply<T>(acc, row, operand(shared_address(centroids)));
+        products_commit();
+        products_wait<0>();
+        pin(acc);
+        if (threadIdx.x == 0) out[i] = acc[0];
+    }
+}
+
 #define KERNEL(name, T, steps, groups)                                                                                 \
     extern "C" __global__ void __launch_bounds__(128 * (groups + 1), 1) assign_sm90_##steps##_##name(                  \
         const __grid_constant__ CUtensorMap row_map, const __grid_constant__ CUtensorMap centroid_map, Rows r,         \
@@ -171,33 +199,10 @@ KERNELS(bf16, __nv_bfloat16)
 #undef KERNELS
 #undef KERNEL
 
-/// One product step, for a test of what `margin` assumes of the hardware: out[i] = start[i] + a[i].b[i] over 16
-/// columns.
 #define PROBE(name, T)                                                                                                 \
     extern "C" __global__ void __launch_bounds__(128)                                                                  \
         probe_sm90_##name(const float* start, const T* a, const T* b, int64_t count, float* out) {                     \
-        __shared__ __align__(1024) T centroids[32 * BOX];                                                              \
-        for (int i = threadIdx.x; i < 32 * BOX; i += 128) centroids[i] = T(0.0f);                                      \
-        for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {                                                      \
-            __syncthreads();                                                                                           \
-            if (threadIdx.x < 16) centroids[threadIdx.x] = b[i * 16 + threadIdx.x];                                    \
-            fence_async();                                                                                             \
-            __syncthreads();                                                                                           \
-            float acc[16] = {};                                                                                        \
-            uint32_t row[4] = {};                                                                                      \
-            if (threadIdx.x == 0) acc[0] = start[i];                                                                   \
-            if (threadIdx.x < 4) {                                                                                     \
-                const uint32_t* pairs = reinterpret_cast<const uint32_t*>(a + i * 16);                                 \
-                row[0] = pairs[threadIdx.x], row[2] = pairs[4 + threadIdx.x];                                          \
-            }                                                                                                          \
-            pin(acc);                                                                                                  \
-            products_fence();                                                                                          \
-            multiply<T>(acc, row, operand(shared_address(centroids)));                                                 \
-            products_commit();                                                                                         \
-            products_wait<0>();                                                                                        \
-            pin(acc);                                                                                                  \
-            if (threadIdx.x == 0) out[i] = acc[0];                                                                     \
-        }                                                                                                              \
+        probe(start, a, b, count, out);                                                                                \
     }
 PROBE(f16, __half)
 PROBE(bf16, __nv_bfloat16)

@@ -220,6 +220,41 @@ __device__ void move(const T* c, const Rows& r, int64_t p, int64_t b, int64_t fi
     __syncwarp();  // or what comes next is done twice: by the lane that was here, and by the others
 }
 
+/// A block to each group of columns, and one that looks how far rows reach.
+template <class T>
+__device__ __forceinline__ void origins(const T* x, const Rows& xr, const T* c, const Rows& cr, const Active& active,
+                                        int metric, T* mu, Reach* reaches) {
+    const int64_t groups = (cr.d + ORIGIN_COLUMNS - 1) / ORIGIN_COLUMNS + 1, all = active.problems(cr.b) * groups;
+    for (int64_t tile = blockIdx.x; tile < all; tile += gridDim.x) {
+        const int64_t b = tile / groups, group = tile % groups, p = active.problem(b);
+        if (group + 1 < groups) {
+            origin(c, cr, p, b, group * ORIGIN_COLUMNS, metric == SQUARED_EUCLIDEAN, mu);
+        } else {
+            const Reach found = reach(x, xr, c, cr, active, p, metric);
+            if (threadIdx.x == 0) reaches[b] = found;
+        }
+    }
+}
+
+/// A block to as many centroids as it has eight lanes for.
+template <class T>
+__device__ __forceinline__ void move_all(const T* c, const Rows& cr, const Active& active, int metric,
+                                         const Reach* reaches, const T* mu, int64_t pitch, int64_t padded, T* moved,
+                                         float* start, float* scale, float* own, Bounds* bounds, const Table& table,
+                                         uint32_t* slot) {
+    __shared__ float block_bounds[BOUNDS];
+    const int64_t shares = padded / (THREADS / 8), all = active.problems(cr.b) * shares;
+    for (int64_t share = blockIdx.x; share < all; share += gridDim.x) {
+        const int64_t b = share / shares, first = share % shares * (THREADS / 8);
+        if (threadIdx.x < BOUNDS) block_bounds[threadIdx.x] = 0;
+        __syncthreads();
+        move(c, cr, active.problem(b), b, first, metric, mu, reaches[b], pitch, padded, moved, start, scale, own,
+             block_bounds, table, slot);
+        __syncthreads();
+        if (threadIdx.x < BOUNDS) raise(&bounds[b].moved + threadIdx.x, block_bounds[threadIdx.x]);
+    }
+}
+
 /// All of it for one problem, by one block: its slots of the table and its bounds are cleared first.
 template <class T>
 __device__ void prepare(const T* x, const Rows& xr, const T* c, const Rows& r, const Active& active, int64_t p,
@@ -240,6 +275,20 @@ __device__ void prepare(const T* x, const Rows& xr, const T* c, const Rows& r, c
     __syncthreads();
     if (threadIdx.x < BOUNDS) (&bounds[b].moved)[threadIdx.x] = block_bounds[threadIdx.x];
     for (int64_t j = threadIdx.x; j < r.n; j += blockDim.x) drop_duplicate(c, r, p, b, j, padded, table, slot, start);
+}
+
+/// A block to each problem. `listed` (lists) becomes zeros.
+template <class T>
+__device__ __forceinline__ void prepare_all(const T* x, const Rows& xr, const T* c, const Rows& cr,
+                                            const Active& active, int metric, T* mu, int64_t pitch, int64_t padded,
+                                            T* moved, float* start, float* scale, float* own, Bounds* bounds,
+                                            const Table& table, uint32_t* slot, int64_t lists, uint32_t* listed) {
+    const int64_t problems = active.problems(cr.b);
+    for (int64_t i = global_thread(); i < lists; i += all_threads()) listed[i] = 0;
+    for (int64_t b = blockIdx.x; b < problems; b += gridDim.x) {
+        prepare(x, xr, c, cr, active, active.problem(b), b, metric, mu, pitch, padded, moved, start, scale, own, bounds,
+                table, slot);
+    }
 }
 
 // ---- Rows.
@@ -278,44 +327,20 @@ static_assert(TENSOR_CENTROIDS % (ORIGIN_THREADS / 8) == 0 && TENSOR_CENTROIDS %
         unsigned long long *keys, uint32_t *first_of, int64_t slots, uint32_t *slot
 
 #define HALF_INSTANCE(name, T)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(ORIGIN_THREADS)                                                       \
-        prepare_origin_##name(const T* x, Rows xr, const T* c, Rows cr, Active active, int metric, T* mu,              \
-                              Reach* reaches) {                                                                        \
-        /* A block to each group of columns, and one that looks how far rows reach. */                                 \
-        const int64_t groups = (cr.d + ORIGIN_COLUMNS - 1) / ORIGIN_COLUMNS + 1, all = active.problems(cr.b) * groups; \
-        for (int64_t tile = blockIdx.x; tile < all; tile += gridDim.x) {                                               \
-            const int64_t b = tile / groups, group = tile % groups, p = active.problem(b);                             \
-            if (group + 1 < groups) {                                                                                  \
-                origin(c, cr, p, b, group * ORIGIN_COLUMNS, metric == SQUARED_EUCLIDEAN, mu);                          \
-            } else {                                                                                                   \
-                const Reach its = reach(x, xr, c, cr, active, p, metric);                                              \
-                if (threadIdx.x == 0) reaches[b] = its;                                                                \
-            }                                                                                                          \
-        }                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(ORIGIN_THREADS) prepare_origin_##name(                                \
+        const T* x, Rows xr, const T* c, Rows cr, Active active, int metric, T* mu, Reach* reaches) {                  \
+        origins(x, xr, c, cr, active, metric, mu, reaches);                                                            \
     }                                                                                                                  \
     extern "C" __global__ void prepare_moved_##name(const T* c, Rows cr, Active active, int metric,                    \
                                                     const Reach* reaches, MOVED(T)) {                                  \
-        __shared__ float block_bounds[BOUNDS];                                                                         \
-        const int64_t shares = padded / (THREADS / 8), all = active.problems(cr.b) * shares;                           \
-        for (int64_t share = blockIdx.x; share < all; share += gridDim.x) {                                            \
-            const int64_t b = share / shares, first = share % shares * (THREADS / 8);                                  \
-            if (threadIdx.x < BOUNDS) block_bounds[threadIdx.x] = 0;                                                   \
-            __syncthreads();                                                                                           \
-            move(c, cr, active.problem(b), b, first, metric, mu, reaches[b], pitch, padded, moved, start, scale, own,  \
-                 block_bounds, {keys, first_of, slots}, slot);                                                         \
-            __syncthreads();                                                                                           \
-            if (threadIdx.x < BOUNDS) raise(&bounds[b].moved + threadIdx.x, block_bounds[threadIdx.x]);                \
-        }                                                                                                              \
+        move_all(c, cr, active, metric, reaches, mu, pitch, padded, moved, start, scale, own, bounds,                  \
+                 {keys, first_of, slots}, slot);                                                                       \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(ORIGIN_THREADS, 1) prepare_all_##name(                                \
-        const T* x, Rows xr, const T* c, Rows cr, Active active, int metric, MOVED(T), int64_t lists,                  \
-        uint32_t* listed) {                                                                                            \
-        const int64_t problems = active.problems(cr.b);                                                                \
-        for (int64_t i = global_thread(); i < lists; i += all_threads()) listed[i] = 0;                                \
-        for (int64_t b = blockIdx.x; b < problems; b += gridDim.x) {                                                   \
-            prepare(x, xr, c, cr, active, active.problem(b), b, metric, mu, pitch, padded, moved, start, scale, own,   \
-                    bounds, {keys, first_of, slots}, slot);                                                            \
-        }                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(ORIGIN_THREADS, 1)                                                    \
+        prepare_all_##name(const T* x, Rows xr, const T* c, Rows cr, Active active, int metric, MOVED(T),              \
+                           int64_t lists, uint32_t* listed) {                                                          \
+        prepare_all(x, xr, c, cr, active, metric, mu, pitch, padded, moved, start, scale, own, bounds,                 \
+                    {keys, first_of, slots}, slot, lists, listed);                                                     \
     }                                                                                                                  \
     extern "C" __global__ void pack_##name(const T* x, Rows r, int64_t pitch, int64_t rows, T* out) {                  \
         pack(x, r, pitch, rows, out);                                                                                  \

@@ -1,17 +1,27 @@
 // The kernels that settle what a first pass has listed: recheck.cuh.
 #include "assign/recheck.cuh"
 
+template <class T>
+__device__ __forceinline__ void recheck_halves(const T* x, const Rows& r, const Active& active, const T* centroids,
+                                               const Rows& cr, const T* moved, const float* start, const float* scale,
+                                               const float* own, const Bounds* bounds, int64_t k, int64_t pitch,
+                                               int64_t padded, int64_t copies, int metric, uint32_t* labels,
+                                               const Listed* list, const uint32_t* listed) {
+    extern __shared__ __align__(128) uint8_t raw[];
+    const auto prepared = [&](int64_t at) {
+        return Moved<T>(moved, start, scale, own, bounds, k, pitch, padded, copies, at);
+    };
+    recheck<false>(raw, x, r, active, Originals<T>{x, centroids, r, cr, 0}, prepared, nullptr, {}, metric, labels, list,
+                   listed);
+}
+
 #define INSTANCE(name, T)                                                                                              \
     extern "C" __global__ void __launch_bounds__(BLOCK, RECHECK_RESIDENT) recheck_tensor_##name(                       \
         const T* x, Rows r, Active active, const T* centroids, Rows cr, const T* moved, const float* start,            \
         const float* scale, const float* own, const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded,          \
-        int64_t copies, int metric, uint32_t* labels, const Listed* list, const uint32_t* listed) {                                    \
-        extern __shared__ __align__(128) uint8_t raw[];                                                                \
-        const auto prepared = [&](int64_t at) {                                                                        \
-            return Moved<T>(moved, start, scale, own, bounds, k, pitch, padded, copies, at);                           \
-        };                                                                                                             \
-        recheck<false>(raw, x, r, active, Originals<T>{x, centroids, r, cr, 0}, prepared, nullptr, {}, metric, labels, \
-                       list, listed);                                                                                  \
+        int64_t copies, int metric, uint32_t* labels, const Listed* list, const uint32_t* listed) {                    \
+        recheck_halves(x, r, active, centroids, cr, moved, start, scale, own, bounds, k, pitch, padded, copies,        \
+                       metric, labels, list, listed);                                                                  \
     }
 INSTANCE(f16, __half)
 INSTANCE(bf16, __nv_bfloat16)
