@@ -64,10 +64,10 @@ __device__ void usable_seeds(const T* x, const Rows& r, const double* weights, c
             if (threadIdx.x == 0) found = ~0ull;
             __syncthreads();
             for (int64_t step = 1; step < r.n; step += blockDim.x) {
-                const int64_t mine = step + threadIdx.x, at = (from + mine) % r.n;
-                bool free = mine < r.n && usable(at);
+                const int64_t away = step + threadIdx.x, at = (from + away) % r.n;
+                bool free = away < r.n && usable(at);
                 for (int64_t other = 0; free && other < k; ++other) free = rows[other] != at;
-                if (free) atomicMin(&found, (unsigned long long)(mine));
+                if (free) atomicMin(&found, (unsigned long long)(away));
                 if (__syncthreads_or(free)) break;
             }
             __syncthreads();

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compares the machine code of kernels as they are here with that of another revision, without a GPU: names of functions,
-# types and variables, comments and layout leave no trace in a cubin, so a rename is proven by equal bytes.
+# types and variables, comments and layout leave no trace in a cubin, so a rename is proven by equal bytes. (The name of a function
+# that is not inlined does, as a symbol.)
 #
 #   same-kernels.sh REV [FILE...]     (default: all of kernels/)
 #
@@ -9,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/kernel-flags.sh
-[ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 if [ "$1" = --one ]; then
   kernel=$2 arch=$3 before=$4

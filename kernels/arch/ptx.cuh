@@ -28,24 +28,24 @@ __device__ __forceinline__ void store_shared(uint32_t to, float x, float y, floa
 
 // ---- mbarriers: a phase completes when its arrivals and its announced bytes are in. Waiting is by the phase's parity.
 
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 /// Makes initialised barriers visible to the copy engine.
-__device__ __forceinline__ void barrier_init_done() {
+__device__ __forceinline__ void mbarrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;");
     asm volatile("fence.proxy.async.shared::cta;");
 }
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+__device__ __forceinline__ void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 /// Completes the thread's accesses to shared memory before it lets the copy engine or the products at it: an arrival
 /// alone overtakes loads under way, and what they read may be overwritten first.
-__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
         "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
@@ -54,28 +54,28 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
         : "memory");
 }
 
-// ---- Named barriers among `threads` threads: `give` arrives, `take` arrives and waits.
+// ---- Named barriers among `threads` threads: who arrives does not wait, who syncs does both.
 
-__device__ __forceinline__ void take_turn(int id, int threads) {
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void give_turn(int id, int threads) {
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 template <int N>
-__device__ __forceinline__ void more_registers() {
+__device__ __forceinline__ void setmaxnreg_inc() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 template <int N>
-__device__ __forceinline__ void fewer_registers() {
+__device__ __forceinline__ void setmaxnreg_dec() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
 // ---- Bulk copies to shared memory, counted in bytes by `barrier`.
 
 /// The box at (column, row, problem) of a three-dimensional tensor; what lies outside the tensor arrives as zeros.
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row,
+__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row,
                                          int problem) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
@@ -83,7 +83,7 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, ui
         "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(problem)
         : "memory");
 }
-__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+__device__ __forceinline__ void tma_load_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(barrier)
                  : "memory");
@@ -92,22 +92,22 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int by
 // ---- Warpgroup matrix products. Operands in shared memory are rows of 64 halves under the 128-byte swizzle: 16-byte
 // piece p of row r lies at 128 r + 16 (p ^ (r % 8)).
 
-__device__ __forceinline__ void load_fragment(uint32_t (&a)[4], uint32_t address) {
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&a)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
                  : "r"(address));
 }
 
 /// The descriptor of an operand: address, 1024 bytes between groups of eight rows, 128-byte swizzle.
-__device__ __forceinline__ uint64_t operand(uint32_t address) {
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
     return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(64) << 32 | uint64_t(1) << 62;
 }
 
-__device__ __forceinline__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 /// Waits until at most `N` committed groups are under way.
 template <int N>
-__device__ __forceinline__ void products_wait() {
+__device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
@@ -131,7 +131,7 @@ __device__ __forceinline__ void pin(float (&acc)[N]) {
 #define SCORES_64(acc) SCORES_48(acc), EIGHT(acc, 48), EIGHT(acc, 56)
 #define PRODUCT(T, type, width, scores, operands)                                                                      \
     template <>                                                                                                        \
-    __device__ __forceinline__ void multiply<T>(float (&acc)[scores], const uint32_t (&a)[4], uint64_t b) {            \
+    __device__ __forceinline__ void wgmma<T>(float(&acc)[scores], const uint32_t(&a)[4], uint64_t b) {                 \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" #width "k16.f32." type "." type " {" NUMBERS_##scores         \
                      "}, " operands ", 1, 1, 1, 0;"                                                                    \
                      : SCORES_##scores(acc)                                                                            \
@@ -145,7 +145,7 @@ __device__ __forceinline__ void pin(float (&acc)[N]) {
 
 /// acc += a b^T for 64 rows in registers and N / 64 * 128 rows in shared memory, 16 columns of each.
 template <class T, int N>
-__device__ __forceinline__ void multiply(float (&acc)[N], const uint32_t (&a)[4], uint64_t b);
+__device__ __forceinline__ void wgmma(float (&acc)[N], const uint32_t (&a)[4], uint64_t b);
 PRODUCTS(__half, "f16")
 PRODUCTS(__nv_bfloat16, "bf16")
 #undef PRODUCTS

@@ -4,7 +4,7 @@
 // and without those that repeat an earlier one. A thread keeps NARROW_ROWS rows in registers while centroids stream
 // past, and remembers the best of each group of eight, the group it was in, and the second best of all groups: D + 1
 // operations a score and 5 a group. The winning group is scored once more for the winner's place in it. Rows whose
-// label the bound of argmin.cuh does not prove are settled at once by their warp: centroids whose score is within the
+// label the bound of argmin.cuh does not prove are decided at once by their warp: centroids whose score is within the
 // bound are compared by the f64 definition.
 //
 // Traffic: X once, the centroids once a block, the labels once. No scratch.

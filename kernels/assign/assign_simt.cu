@@ -4,7 +4,7 @@
 // columns of both in shared memory at a time, in the type of the filter and moved by mu, and every thread keeps a
 // square micro tile of scores in registers. Of the finished scores only the best, its index and the second best of each
 // row stay. Rows whose label the error bound of argmin.cuh proves are done; the others go on a list and `recheck`
-// settles them, one warp a row, by the f64 definition.
+// decides them, one warp a row, by the f64 definition.
 //
 // Traffic: X is read ceil(k / SIMT_CENTROIDS) times (from L2 after the first), the centroids once a block:
 // n d (k / 64) + (n / 64) k d elements against 2 n k d flops. Memory: 4 bytes a row for the list, 4 a problem.
@@ -111,8 +111,8 @@ __device__ void assign_tile(const T* x, const Rows& r, int64_t at, int64_t b, in
         const double squares = squares_of[ty * ROWS + i], norm = norm_above(squares, r.d);
         const F bias = c.bias[top[i].index];
         labels[b * r.n + row] = top[i].index;
-        const double limit = threshold<F>(metric, r.d, top[i].best, norm, *c.largest, bias, error_shares<F>(r.d));
-        const bool proven = top[i].second > limit;
+        const double cutoff = score_cutoff<F>(metric, r.d, top[i].best, norm, *c.largest, bias, error_shares<F>(r.d));
+        const bool proven = top[i].second > cutoff;
         if (!proven && !nowhere(squares)) {
             list[at * r.n + atomicAdd(&listed[at], 1)] = row;
         }
@@ -131,7 +131,7 @@ __device__ Filter<T> score(int metric, const T* x, const Prepared<Filter<T>>& c,
     return c.bias[j] - s;
 }
 
-/// Settles the listed rows of problem `b`, one warp each. The label of the first pass, proven or not, gives the
+/// Decides the listed rows of problem `b`, one warp each. The label of the first pass, proven or not, gives the
 /// threshold.
 template <class T>
 __device__ void recheck_rows(const T* x, const Rows& r, const T* centroids, const Rows& cr, int64_t b, int64_t share,
@@ -157,10 +157,10 @@ __device__ void recheck_rows(const T* x, const Rows& r, const T* centroids, cons
         const Filter<T> any = score(metric, values, c, label);
         const double norm = norm_above(squares, r.d);
         const ErrorShares twice = error_shares<Filter<T>>(r.d);
-        const double limit = threshold<Filter<T>>(metric, r.d, any, norm, *c.largest, c.bias[label], twice);
+        const double cutoff = score_cutoff<Filter<T>>(metric, r.d, any, norm, *c.largest, c.bias[label], twice);
         Best best = nothing();
         for (int64_t j = lane; j < c.k; j += WARP) {
-            if (score(metric, values, c, j) > limit) continue;  // a NaN stays
+            if (score(metric, values, c, j) > cutoff) continue;  // a NaN stays
             best = better(best, candidate(distance(metric, values, row_of(centroids, cr, b, j), r.d), j));
         }
         best = warp_best(best);

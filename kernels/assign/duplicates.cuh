@@ -28,11 +28,11 @@ struct Table {
 template <class T>
 __device__ __forceinline__ bool same_row(const T* one, const T* two, int64_t d) {
     using Word = typename std::conditional<sizeof(T) == 2, uint16_t, uint32_t>::type;
-    const Word *mine = reinterpret_cast<const Word*>(one), *other = reinterpret_cast<const Word*>(two);
+    const Word *words = reinterpret_cast<const Word*>(one), *other_words = reinterpret_cast<const Word*>(two);
     int64_t q = 0;
 #pragma unroll 8
     for (; q < d; ++q) {
-        if (mine[q] != other[q]) break;
+        if (words[q] != other_words[q]) break;
     }
     return q == d;
 }

@@ -5,18 +5,19 @@
 
 constexpr int BOUNDS = sizeof(Bounds) / sizeof(float);
 
-/// Keeps a centroid of norm `norm` from spoiling the bounds for rows within reach. `its` becomes what the
-/// bounds of the problem take from it, `start` what its scores start from, and `own` what widens a margin where it wins.
-__device__ __forceinline__ void limit_to(Bounds& its, const Reach& reach, int metric, float norm, float& start,
-                                         float& own) {
+/// Keeps a centroid of norm `norm` from spoiling the bounds for rows within reach. `bounds` becomes what the
+/// bounds of the problem take from it, `start` what its scores start from, and `own` what widens an error bound where
+/// it wins.
+__device__ __forceinline__ void confine_to_reach(Bounds& bounds, const Reach& reach, int metric, float norm,
+                                                 float& start, float& own) {
     if (metric != SQUARED_EUCLIDEAN) return;
     if (norm > reach.centroids) {
-        start = NAN, its = {0, 0, 0, 0, 0, 1 / reach.rows, 0};
-    } else if (its.residual > 0x1p-20f * its.moved && reach.rows < INFINITY) {
-        const float loss = its.residual * reach.rows;
+        start = NAN, bounds = {0, 0, 0, 0, 0, 1 / reach.rows, 0};
+    } else if (bounds.residual > 0x1p-20f * bounds.moved && reach.rows < INFINITY) {
+        const float loss = bounds.residual * reach.rows;
         start = __fadd_ru(start, 1.0001f * loss), own = 2.002f * loss;
-        its.start = fmaxf(its.start, fabsf(start)), its.rounded = its.residual, its.residual = 0;
-        its.inverse = 1 / reach.rows;
+        bounds.start = fmaxf(bounds.start, fabsf(start)), bounds.rounded = bounds.residual, bounds.residual = 0;
+        bounds.inverse = 1 / reach.rows;
     }
 }
 
@@ -33,10 +34,10 @@ struct Sums {
         const T moved = T(t);
         const float e = filter(moved);
         // The difference itself may have been rounded.
-        const float off = fabsf(t - e) + (moves ? 0x1p-24f * fabsf(t) : 0);
+        const float error = fabsf(t - e) + (moves ? 0x1p-24f * fabsf(t) : 0);
         moved_squares = fmaf(e, e, moved_squares);
         // In f32 the square of a loss could vanish, and the loss with it.
-        lost = fma(double(off), double(off), lost);
+        lost = fma(double(error), double(error), lost);
         const double wide_v = v;
         squares = fma(wide_v, wide_v, squares);
         if (moves) mu_squares = fma(double(m), double(m), mu_squares);
@@ -86,9 +87,14 @@ struct Sums {
     /// What it asks of the bounds: added up in f32, with what that and underflow may take.
     __device__ __forceinline__ Bounds bounds(int metric, int64_t d, float start, float scale) const {
         const float norm = this->norm(), tiny = 1e-37f * d, rounding = 1 + (d + 16) * 0x1p-22f;
-        // A product with a row that `margin` lets pass must not overflow before it is scaled.
+        // A product with a row that `error_bound` lets pass must not overflow before it is scaled.
         const float safe = metric == COSINE && norm > 1e18f ? INFINITY : scale;
-        return {sqrtf(moved_squares + tiny) * rounding * safe, fabsf(start),
-                __double2float_ru(sqrt(lost)) * rounding * scale, norm * scale * rounding, scale, 0, 0};
+        return {sqrtf(moved_squares + tiny) * rounding * safe,
+                fabsf(start),
+                __double2float_ru(sqrt(lost)) * rounding * scale,
+                norm * scale * rounding,
+                scale,
+                0,
+                0};
     }
 };

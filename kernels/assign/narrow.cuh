@@ -28,15 +28,15 @@ struct Narrow {
     /// The median of the means of groups of values, a group to a lane: near the data, whatever a few of them are
     /// (Nemirovski and Yudin 1983). Zero if there is none that is finite.
     __device__ static double median(double mean) {
-        const double infinite = nothing().distance, mine = fabs(mean) < infinite ? mean : infinite;
-        const int lane = threadIdx.x % WARP, count = __popc(__ballot_sync(~0u, mine < infinite));
+        const double infinite = nothing().distance, value = fabs(mean) < infinite ? mean : infinite;
+        const int lane = threadIdx.x % WARP, count = __popc(__ballot_sync(~0u, value < infinite));
         int rank = 0;
         for (int i = 0; i < WARP; ++i) {
-            const double other = __shfl_sync(~0u, mine, i);
-            rank += other < mine || (other == mine && i < lane);
+            const double other = __shfl_sync(~0u, value, i);
+            rank += other < value || (other == value && i < lane);
         }
-        const uint32_t middle = __ballot_sync(~0u, mine < infinite && rank == (count - 1) / 2);
-        return middle ? __shfl_sync(~0u, mine, __ffs(middle) - 1) : 0;
+        const uint32_t middle = __ballot_sync(~0u, value < infinite && rank == (count - 1) / 2);
+        return middle ? __shfl_sync(~0u, value, __ffs(middle) - 1) : 0;
     }
 
     template <class T>
@@ -213,31 +213,31 @@ __device__ __forceinline__ void assign_rows(const T* x, const Rows& r, int64_t b
                 sizeof(F) == 4 ? __fsqrt_ru(__double2float_ru(squares)) * (1 + 0x1p-20) : norm_above(squares, r.d);
             const int64_t row = base + i * blockDim.x + threadIdx.x;
             const F bias = to.bias[min(index, to.k - 1)];
-            const double limit = threshold<F>(metric, r.d, best[i], norm, *to.largest, bias, *to.twice);
+            const double cutoff = score_cutoff<F>(metric, r.d, best[i], norm, *to.largest, bias, *to.twice);
             const bool live = row < end;
-            const bool proven = second[i] > limit;
+            const bool proven = second[i] > cutoff;
             if (live && proven) labels[row] = index;
-            // What is left is settled by the warp, row by row.
+            // What is left is decided by the warp, row by row.
             for (uint32_t left = __ballot_sync(~0u, live && !proven); left; left &= left - 1) {
-                const int of = __ffs(left) - 1;
-                F its[D];
+                const int owner = __ffs(left) - 1;
+                F row_values[D];
 #pragma unroll
-                for (int q = 0; q < D; ++q) its[q] = __shfl_sync(~0u, v[i][q], of);
-                const double its_limit = __shfl_sync(~0u, limit, of);
-                const int64_t its_row = __shfl_sync(~0u, row, of);
-                double its_squares = 0;
+                for (int q = 0; q < D; ++q) row_values[q] = __shfl_sync(~0u, v[i][q], owner);
+                const double row_cutoff = __shfl_sync(~0u, cutoff, owner);
+                const int64_t unproven = __shfl_sync(~0u, row, owner);
+                double row_squares = 0;
 #pragma unroll
-                for (int q = 0; q < D; ++q) its_squares += double(its[q]) * its[q];
-                if (nowhere(its_squares) || without_direction<F>(metric, its_squares)) {
+                for (int q = 0; q < D; ++q) row_squares += double(row_values[q]) * row_values[q];
+                if (nowhere(row_squares) || without_direction<F>(metric, row_squares)) {
                     int first = 0;
-                    while (!nowhere(its_squares) && first + 1 < to.k && to.bias[first] == INFINITY) ++first;
-                    if (lane == 0) labels[its_row] = first;
+                    while (!nowhere(row_squares) && first + 1 < to.k && to.bias[first] == INFINITY) ++first;
+                    if (lane == 0) labels[unproven] = first;
                     continue;
                 }
                 Best nearest = nothing();
                 for (int j = lane; j < to.k; j += WARP) {
-                    if (to.template score<DIFFERENCES>(its, j) > its_limit) continue;  // a NaN stays
-                    const T *one = row_of(x, r, b, its_row), *other = c + j * stride;
+                    if (to.template score<DIFFERENCES>(row_values, j) > row_cutoff) continue;  // a NaN stays
+                    const T *one = row_of(x, r, b, unproven), *other = c + j * stride;
                     double d[1];
                     distances_of(
                         metric,
@@ -249,7 +249,7 @@ __device__ __forceinline__ void assign_rows(const T* x, const Rows& r, int64_t b
                     nearest = better(nearest, candidate(d[0], j));
                 }
                 nearest = warp_best(nearest);
-                if (lane == 0) labels[its_row] = nearest.index;
+                if (lane == 0) labels[unproven] = nearest.index;
             }
         }
     }

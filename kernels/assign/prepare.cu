@@ -24,16 +24,16 @@ __device__ void column_means(const T* c, const Rows& r, const Active& active, Fi
             for (int64_t j = part * step; j < r.n; j += WARP * step, ++count) sum += wide(row_of(c, r, p, j)[column]);
         }
         // What is not finite is beyond all others.
-        const double mean = sum / count, mine = fabs(mean) < nothing().distance ? mean : nothing().distance;
-        partial[part][lane] = mine;
+        const double mean = sum / count, finite_mean = fabs(mean) < nothing().distance ? mean : nothing().distance;
+        partial[part][lane] = finite_mean;
         __syncthreads();
         if (part < groups_here && column < r.d) {
             int rank = 0;
             for (int i = 0; i < groups_here; ++i) {
                 const double other = partial[i][lane];
-                rank += other < mine || (other == mine && i < part);
+                rank += other < finite_mean || (other == finite_mean && i < part);
             }
-            const double middle = mine < nothing().distance ? mine : 0;
+            const double middle = finite_mean < nothing().distance ? finite_mean : 0;
             if (rank == (groups_here - 1) / 2) mu[b * r.d + column] = rounded<Filter<T>>(middle);
         }
         __syncthreads();
@@ -192,24 +192,24 @@ __device__ void move(const T* c, const Rows& r, int64_t p, int64_t b, int64_t fi
     float from_here = -INFINITY, factor = 0, wider = 0;
     if (live) {
         from_here = sums.start(metric), factor = sums.scale(metric);
-        Bounds its = sums.bounds(metric, r.d, from_here, factor);
+        Bounds own_bounds = sums.bounds(metric, r.d, from_here, factor);
         if (sums.nowhere(metric)) {
-            from_here = -INFINITY, factor = 1, its = {};
+            from_here = -INFINITY, factor = 1, own_bounds = {};
             uint4* const to = reinterpret_cast<uint4*>(moved + (b * r.n + j) * pitch);
             for (int64_t piece = part; piece < pitch / PIECE; piece += LANES) to[piece] = {0, 0, 0, 0};
         } else {
-            limit_to(its, reach, metric, sums.norm(), from_here, wider);
+            confine_to_reach(own_bounds, reach, metric, sums.norm(), from_here, wider);
         }
         // A lane to each.
         static_assert(BOUNDS == 7 && offsetof(Bounds, residual) == 8, "in order");
-        const float mine = part == 0   ? its.moved
-                           : part == 1 ? its.start
-                           : part == 2 ? its.residual
-                           : part == 3 ? its.stored
-                           : part == 4 ? its.scale
-                           : part == 5 ? its.inverse
-                                       : its.rounded;
-        if (part < BOUNDS) raise(&bounds[part], mine);
+        const float bound = part == 0   ? own_bounds.moved
+                            : part == 1 ? own_bounds.start
+                            : part == 2 ? own_bounds.residual
+                            : part == 3 ? own_bounds.stored
+                            : part == 4 ? own_bounds.scale
+                            : part == 5 ? own_bounds.inverse
+                                        : own_bounds.rounded;
+        if (part < BOUNDS) raise(&bounds[part], bound);
     }
     if (part == 0) {
         start[i] = from_here;
@@ -268,9 +268,9 @@ __device__ void prepare(const T* x, const Rows& xr, const T* c, const Rows& r, c
     for (int64_t first = 0; first < r.d; first += ORIGIN_COLUMNS) {
         origin(c, r, p, b, first, metric == SQUARED_EUCLIDEAN, mu);
     }
-    const Reach its = reach(x, xr, c, r, active, p, metric);
+    const Reach found = reach(x, xr, c, r, active, p, metric);
     for (int64_t first = 0; first < padded; first += ORIGIN_THREADS / 8) {
-        move(c, r, p, b, first, metric, mu, its, pitch, padded, moved, start, scale, own, block_bounds, table, slot);
+        move(c, r, p, b, first, metric, mu, found, pitch, padded, moved, start, scale, own, block_bounds, table, slot);
     }
     __syncthreads();
     if (threadIdx.x < BOUNDS) (&bounds[b].moved)[threadIdx.x] = block_bounds[threadIdx.x];

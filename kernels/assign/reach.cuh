@@ -21,14 +21,14 @@ __device__ __forceinline__ float most_norms(const float (&norms)[REACH_SAMPLES])
     if (threadIdx.x < REACH_SAMPLES) {
         const auto counts = [](float v) { return v > 0 && v < INFINITY; };
         const int at = threadIdx.x;
-        const float mine = norms[at];
+        const float norm = norms[at];
         int rank = 0, all = 0;
         for (int i = 0; i < REACH_SAMPLES; ++i) {
             const float other = norms[i];
             all += counts(other);
-            rank += counts(other) && (other < mine || (other == mine && i < at));
+            rank += counts(other) && (other < norm || (other == norm && i < at));
         }
-        if (counts(mine) && rank == (all - 1) * 7 / 8) found = mine;
+        if (counts(norm) && rank == (all - 1) * 7 / 8) found = norm;
     }
     __syncthreads();
     return found;

@@ -5,12 +5,12 @@
 #include "assign/tensor.cuh"
 
 constexpr int SLOT = SM90_ROWS, CENTROIDS = SM90_CENTROIDS;
-constexpr int FEED_CENTROIDS = 0, FEED_ROWS = 1, FINISH = 2, FINISHERS = 2;  // warps of the first group
-constexpr int BOX = 64;                                                      // columns of a 128-byte swizzled row
+constexpr int PRODUCE_CENTROIDS = 0, PRODUCE_ROWS = 1, EPILOGUE = 2, EPILOGUE_WARPS = 2;  // warps of the first group
+constexpr int BOX = 64;  // columns of a 128-byte swizzled row
 static_assert(SLOT == 64 && CENTROIDS == 128, "the shape of one product");
 
 /// What a search leaves to the finishing warps, with the maxima of the winner's places after it.
-struct Found {
+struct RowResult {
     float top, second;  // the best score; what no score of another row of places is above, nor that of another thread
     int column;         // of the first of the winner's row of places
     float squares;      // of the row, at least
@@ -26,10 +26,10 @@ struct Shape {
     static constexpr int STAGE_BOXES = BOXES <= 2 ? BOXES : 1, PARTS = BOXES / STAGE_BOXES;
     static constexpr int SLOT_BYTES = SLOT * BOX * 2 * BOXES, STAGE_BYTES = CENTROIDS * BOX * 2 * STAGE_BOXES;
     static constexpr int VECTOR_BYTES = CENTROIDS * 4;
-    static constexpr int FOUND_BYTES = sizeof(Found) + PLACES * sizeof(float);
+    static constexpr int RESULT_BYTES = sizeof(RowResult) + PLACES * sizeof(float);
     // What is not the ring: alignment, rows, at most eight tiles' `start` and `scale` and the zeros, what is found, and
     // barriers.
-    static constexpr int FIXED_BYTES = 1024 + GROUPS * SLOT_BYTES + 17 * VECTOR_BYTES + ROWS * FOUND_BYTES + 256;
+    static constexpr int FIXED_BYTES = 1024 + GROUPS * SLOT_BYTES + 17 * VECTOR_BYTES + ROWS * RESULT_BYTES + 256;
     static constexpr int FIT = (SM90_SHARED - FIXED_BYTES) / STAGE_BYTES, STAGES = FIT < 8 ? FIT : 8;
     static_assert(STAGES >= 2, "one to fill while another is read");
     // Of `start` and `scale`. A tile in parts lets go of them while its scores are not yet reduced, but by the time
@@ -39,8 +39,8 @@ struct Shape {
     static constexpr bool TURNS = STAGES > PARTS;
     // What a block is given at its start, split between the roles; `setmaxnreg` deals in eights.
     static constexpr int REGISTERS = 65536 / BLOCK / 8 * 8 * (GROUPS + 1);
-    static constexpr int FEW = GROUPS == 2 ? 40 : STEPS == 16 ? 32 : 56;  // what the others can spare
-    static constexpr int MANY = (REGISTERS - FEW) / GROUPS / 8 * 8;
+    static constexpr int PRODUCER_REGISTERS = GROUPS == 2 ? 40 : STEPS == 16 ? 32 : 56;  // what the others can spare
+    static constexpr int CONSUMER_REGISTERS = (REGISTERS - PRODUCER_REGISTERS) / GROUPS / 8 * 8;
 };
 
 /// The parts of shared memory, as addresses.
@@ -52,7 +52,7 @@ struct Shared {
         rows = (shared_address(raw) + 1023) / 1024 * 1024, ring = rows + S::GROUPS * S::SLOT_BYTES;
         start = ring + S::STAGES * S::STAGE_BYTES, scale = start + S::VECTORS * S::VECTOR_BYTES;
         zeros = scale + S::VECTORS * S::VECTOR_BYTES, found = zeros + S::VECTOR_BYTES;
-        barriers = found + S::ROWS * S::FOUND_BYTES;
+        barriers = found + S::ROWS * S::RESULT_BYTES;
     }
     /// A stage of the ring has its bytes; its readers are done.
     __device__ uint32_t full(int stage) const { return barriers + 8 * stage; }
@@ -65,19 +65,19 @@ struct Shared {
     __device__ uint32_t found_empty(int group) const { return found_full(S::GROUPS + group); }
 
     __device__ void init() const {
-        for (int i = 0; i < S::STAGES; ++i) barrier_init(full(i), 1), barrier_init(empty(i), 4 * S::GROUPS);
+        for (int i = 0; i < S::STAGES; ++i) mbarrier_init(full(i), 1), mbarrier_init(empty(i), 4 * S::GROUPS);
         for (int g = 0; g < S::GROUPS; ++g) {
-            barrier_init(rows_full(g), 1), barrier_init(rows_empty(g), 4);
-            barrier_init(found_full(g), 4), barrier_init(found_empty(g), FINISHERS);
+            mbarrier_init(rows_full(g), 1), mbarrier_init(rows_empty(g), 4);
+            mbarrier_init(found_full(g), 4), mbarrier_init(found_empty(g), EPILOGUE_WARPS);
         }
         for (int i = 0; i < S::VECTOR_BYTES; i += 16) store_shared(zeros + i, 0, 0, 0, 0);
-        barrier_init_done();
+        mbarrier_init_fence();
     }
 };
 
 /// A place in a ring of `SIZE`, and the parity of its barriers there.
 template <int SIZE>
-struct Place {
+struct PipelineState {
     int at = 0, parity = 0;
     __device__ __forceinline__ void next() {
         if (++at == SIZE) at = 0, parity ^= 1;
@@ -86,18 +86,18 @@ struct Place {
 
 /// Whether all centroids of a problem stay in the ring.
 template <class S>
-__device__ __forceinline__ bool stays(int tiles) {
+__device__ __forceinline__ bool centroids_resident(int tiles) {
     return S::PARTS == 1 && tiles <= S::STAGES;
 }
 
 /// Walks the block's share of the row tiles of all problems: neighbours if centroids stay, else far apart, so that all
 /// blocks want the same centroids at a time.
 template <class S>
-struct Tiles {
+struct TileScheduler {
     int left;  // to come, this one included
     int per_problem, at, tile, problems_step, tiles_step;
 
-    __device__ Tiles(const Rows& r, const Active& active, bool neighbours)
+    __device__ TileScheduler(const Rows& r, const Active& active, bool neighbours)
         : per_problem((r.n + S::ROWS - 1) / S::ROWS) {
         const int64_t all = active.problems(r.b) * per_problem, step = neighbours ? 1 : gridDim.x;
         const int64_t first = neighbours ? all * blockIdx.x / gridDim.x : blockIdx.x;

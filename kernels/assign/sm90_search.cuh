@@ -7,7 +7,7 @@
 
 /// Of the four threads that share a row, the first with the best score leaves what is known.
 template <int PLACES>
-__device__ __forceinline__ void leave(const Search<PLACES>& found, uint32_t to, float squares, int lane) {
+__device__ __forceinline__ void publish(const Search<PLACES>& found, uint32_t to, float squares, int lane) {
     const float best = fmaxf(found.top, __shfl_xor_sync(~0u, found.top, 1));
     const float most = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
     const uint32_t level = __ballot_sync(~0u, found.top == most) >> (lane & ~3) & 15;
@@ -20,7 +20,7 @@ __device__ __forceinline__ void leave(const Search<PLACES>& found, uint32_t to, 
 #pragma unroll
     for (int p = 0; p < PLACES; p += 4) {
         const float* best = found.best_of + p;
-        store_shared(to + sizeof(Found) + 4 * p, best[0], best[1], best[2], best[3]);
+        store_shared(to + sizeof(RowResult) + 4 * p, best[0], best[1], best[2], best[3]);
     }
 }
 
@@ -30,7 +30,7 @@ __device__ __forceinline__ void load_rows(uint32_t (&a)[S::STEPS][4], uint32_t s
     const uint32_t first = slot + row * 128 + ((lane >> 4 ^ (row & 7)) << 4);
 #pragma unroll
     for (int step = 0; step < S::STEPS; ++step) {
-        load_fragment(a[step], (first ^ step % 4 * 32) + (step / 4) * (SLOT * 128));
+        ldmatrix_x4(a[step], (first ^ step % 4 * 32) + (step / 4) * (SLOT * 128));
     }
 }
 
@@ -122,52 +122,52 @@ __device__ __forceinline__ void squares_of(const uint32_t (&a)[STEPS][4], float 
     }
 }
 
-/// One searching group.
+/// One warpgroup that searches.
 template <class T, class S>
-struct Group {
+struct Consumer {
     const Shared<S>& s;
     const bool scaled;
     const int index = int(threadIdx.x) / 128 - 1, warp = int(threadIdx.x) / 32 % 4, lane = int(threadIdx.x) % 32;
     uint32_t rows[S::STEPS][4];
-    Place<S::STAGES> stage;
-    Place<S::VECTORS> vector;
+    PipelineState<S::STAGES> stage;
+    PipelineState<S::VECTORS> vector;
 
     __device__ __forceinline__ void release(int at) const {
-        if (lane == 0) barrier_arrive(s.empty(at));
+        if (lane == 0) mbarrier_arrive(s.empty(at));
     }
 
     /// Searches the next tile, of which the first WIDTH centroids count, and lets go of it unless to `keep` it.
     template <int WIDTH>
     __device__ __forceinline__ void search(int column, bool keep, Search<S::PLACES> (&found)[2]) {
-        const int quad = lane % 4, mine = 1 + index, theirs = 1 + (index + 1) % S::GROUPS;
+        const int quad = lane % 4, own_turn = 1 + index, next_turn = 1 + (index + 1) % S::GROUPS;
         const uint32_t start = s.start + vector.at * S::VECTOR_BYTES + 8 * quad;
         float acc[WIDTH / 2];
-        Place<S::STAGES> done = stage;
-        barrier_wait(s.full(stage.at), stage.parity);
+        PipelineState<S::STAGES> done = stage;
+        mbarrier_wait(s.full(stage.at), stage.parity);
         begin(acc, scaled ? s.zeros + 8 * quad : start);
-        if (S::TURNS) take_turn(mine, 256);
+        if (S::TURNS) named_barrier_sync(own_turn, 256);
         pin(acc);
-        products_fence();
+        wgmma_fence();
 #pragma unroll
         for (int part = 0; part < S::PARTS; ++part, stage.next()) {
-            if (part) barrier_wait(s.full(stage.at), stage.parity);
+            if (part) mbarrier_wait(s.full(stage.at), stage.parity);
 #pragma unroll
             for (int step = 0; step < 4 * S::STAGE_BOXES && part * 4 * S::STAGE_BOXES + step < S::STEPS; ++step) {
                 const uint32_t at = s.ring + stage.at * S::STAGE_BYTES + step / 4 * (CENTROIDS * 128) + step % 4 * 32;
-                multiply<T>(acc, rows[part * 4 * S::STAGE_BOXES + step], operand(at));
+                wgmma<T>(acc, rows[part * 4 * S::STAGE_BOXES + step], matrix_descriptor(at));
             }
-            products_commit();
+            wgmma_commit();
             if (part == 0) continue;
-            products_wait<1>();
+            wgmma_wait<1>();
             release(done.at);
             done.next();
         }
-        if (S::TURNS) give_turn(theirs, 256);
-        products_wait<0>();
+        if (S::TURNS) named_barrier_arrive(next_turn, 256);
+        wgmma_wait<0>();
         pin(acc);
         if (scaled) {
             rescale(acc, start, s.scale + vector.at * S::VECTOR_BYTES + 8 * quad);
-            fence_async();
+            fence_proxy_async();
         }
         __syncwarp();
         if (!keep) release(done.at);
@@ -179,20 +179,20 @@ struct Group {
 template <class T, class S>
 __device__ void search(const Shared<S>& s, const Rows& r, const Active& active, bool scaled, int64_t k,
                        int64_t copies) {
-    Group<T, S> g{s, scaled};
+    Consumer<T, S> g{s, scaled};
     // A last tile of few centroids costs a product of its own width.
     const int tiles = (k + CENTROIDS - 1) / CENTROIDS, last = k - (tiles - 1) * CENTROIDS, whole = tiles - (last <= 96);
-    const bool stay = stays<S>(tiles);
+    const bool stay = centroids_resident<S>(tiles);
     int held = 0;
-    if (S::TURNS && g.index == S::GROUPS - 1) give_turn(1, 256);
-    for (Tiles<S> work(r, active, stay); work.more(); work.next(), held ^= 1) {
-        barrier_wait(s.rows_full(g.index), held);
+    if (S::TURNS && g.index == S::GROUPS - 1) named_barrier_arrive(1, 256);
+    for (TileScheduler<S> work(r, active, stay); work.more(); work.next(), held ^= 1) {
+        mbarrier_wait(s.rows_full(g.index), held);
         load_rows<S>(g.rows, s.rows + g.index * S::SLOT_BYTES, g.warp, g.lane);
         float squares[2];
         squares_of<T, S::STEPS>(g.rows, squares);
         // Not before the squares: an arrival does not wait for loads under way, and the copy engine is quick.
         __syncwarp();
-        if (g.lane == 0) barrier_arrive(s.rows_empty(g.index));
+        if (g.lane == 0) mbarrier_arrive(s.rows_empty(g.index));
 
         Search<S::PLACES> found[2];
         const bool keep = stay && !work.last_of_copy(copies);
@@ -207,14 +207,14 @@ __device__ void search(const Shared<S>& s, const Rows& r, const Active& active, 
         }
         if (keep) g.stage = stage, g.vector = vector;
 
-        barrier_wait(s.found_empty(g.index), held ^ 1);
+        mbarrier_wait(s.found_empty(g.index), held ^ 1);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int row = g.index * SLOT + g.warp * 16 + g.lane / 4 + i * 8;
-            leave(found[i], s.found + row * S::FOUND_BYTES, squares[i], g.lane);
+            publish(found[i], s.found + row * S::RESULT_BYTES, squares[i], g.lane);
         }
         __syncwarp();
-        if (g.lane == 0) barrier_arrive(s.found_full(g.index));
+        if (g.lane == 0) mbarrier_arrive(s.found_full(g.index));
     }
-    if (S::TURNS && g.index == 0) take_turn(1, 256);  // the last one given
+    if (S::TURNS && g.index == 0) named_barrier_sync(1, 256);  // the last one given
 }

@@ -5,7 +5,7 @@
 // [2^6, 2^7), or the norm of what is in reach (tensor.cuh; about mu here) to at most 2^15. Products decide nothing but
 // an order, so where there is no mu each row has its own 2^t, which does the same for its elements. A first pass scores
 // h.h for all rows; the rows that it proves nothing about are scored once more by h.h + h.l + l.h (`recheck_split` in
-// recheck.cu); what even that leaves open is settled by the definition.
+// recheck.cu); what even that leaves open is decided by the definition.
 //
 // Why the bound holds. X and C are the exact scaled row and centroid, and start = -|C|^2 / 2 (or 0), so that the exact
 // score X.C + start orders the distances: squared Euclidean distances are 4^-s (|X|^2 - 2 score), whatever mu is.
@@ -18,21 +18,21 @@
 // All by Cauchy-Schwarz. For |l| <= 2^-11 |h| in each element, with no exception: half an ulp of a normal h is at most
 // that, and is a power of two or below one, so rounding to f16 does not pass it; where h is subnormal or zero, or
 // 2^-14, v - h is at most 2^-25 in magnitude and l is zero. The first term of each line is the row's: twice that is
-// `slack` and `slack_split`, which are added to `margin` (tensor.cuh). The second is |hx| times `residual` of the
-// bounds for h alone and of those for both, which `margin` includes. The rest is what `margin` says, with rows hx and
-// centroids hc: partial sums stay below |hx| `moved` + `start`, where `moved` for two halves is (1 + 2^-10) max|hc|
-// for the small products (|hx||lc| + |lx||hc| <= 2^-10 |hx||hc|), and the three products of 16 columns count as 48
-// columns.
+// `row_error` and `row_error_split`, which are added to `error_bound` (tensor.cuh). The second is |hx| times `residual`
+// of the bounds for h alone and of those for both, which `error_bound` includes. The rest is what `error_bound` says,
+// with rows hx and centroids hc: partial sums stay below |hx| `moved` + `start`, where `moved` for two halves is (1 +
+// 2^-10) max|hc| for the small products (|hx||lc| + |lx||hc| <= 2^-10 |hx||hc|), and the three products of 16 columns
+// count as 48 columns.
 //
 // X itself is not known: v = fl(2^s fl(x - mu)) is off by 2^-24 of X for the difference (which never underflows) and
 // by 2^-150 where the power underflows; both are in |X - hx| and |X - X'|. v - h and v - h - l are exact in f32.
 // Subnormal halves are exact operands, and what they lose is in the residuals like any other loss. Where a half
-// overflows, or anything else is not finite, the residual is not either and the slack is +inf: the row is never
+// overflows, or anything else is not finite, the residual is not either and the row error is +inf: the row is never
 // proven. Centroids are scaled in f64, off by 2^-53 (cosine: (d + 4) 2^-53) of themselves, and so is the sum in
 // `start`: like the definition's own error, at most (d + 3) 2^-53 |X - C|^2, that is below a quarter of `definition`
-// in `margin`, because `stored` is max|C| here. `definition` sees |hx| in place of |X|: the square of the difference
-// is in the slack. No distance of f32 rows overflows or vanishes in f64, so no norm is out of range for being too
-// large or too small.
+// in `error_bound`, because `stored` is max|C| here. `definition` sees |hx| in place of |X|: the square of the
+// difference is in the row error. No distance of f32 rows overflows or vanishes in f64, so no norm is out of range for
+// being too large or too small.
 #include "assign/duplicates.cuh"
 #include "assign/reach.cuh"
 #include "assign/tensor.cuh"
@@ -85,13 +85,14 @@ extern "C" __global__ void split_reach_f32(const float* x, Rows r, const float* 
         const int64_t p = active.problem(b), rows = own ? r.n : active.problems(r.b) * r.n;
         const float* origin = mu + b * cr.d;
         float most;
-        const Reach its = reach_of(
+        const Reach found = reach_of(
             [&](int i) {
                 const int64_t at = sample_of(i, rows), problem = own ? p : active.problem(at / r.n);
                 return moved_norm(row_of(x, r, problem, at % r.n), origin, cr.d);
             },
             [&](int i) { return moved_norm(row_of(c, cr, p, sample_of(i, cr.n)), origin, cr.d); }, most);
-        if (threadIdx.x == 0) reaches[b] = its, largest[b] = its.centroids < INFINITY ? its.centroids * 0x1p-8f : most;
+        if (threadIdx.x == 0)
+            reaches[b] = found, largest[b] = found.centroids < INFINITY ? found.centroids * 0x1p-8f : most;
     }
 }
 
@@ -175,13 +176,13 @@ extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, Active a
         constexpr int PROVEN = 5;
         static_assert(offsetof(Bounds, inverse) == PROVEN * sizeof(float) && offsetof(Bounds, residual) == 8,
                       "as `values`");
-        double mine = 0;
+        double bound = 0;
 #pragma unroll
-        for (int v = 0; v < 2 * PROVEN; ++v) mine = lane == v ? values[v] : mine;
+        for (int v = 0; v < 2 * PROVEN; ++v) bound = lane == v ? values[v] : bound;
         if (far || nowhere) {
             if (far && lane < 2) raise(&bounds[lane * cr.b + b].inverse, 1 / (power * reach.rows));
         } else if (lane < 2 * PROVEN) {
-            raise(&bounds[lane / PROVEN * cr.b + b].moved + lane % PROVEN, mine);
+            raise(&bounds[lane / PROVEN * cr.b + b].moved + lane % PROVEN, bound);
         }
     }
 }
@@ -190,10 +191,10 @@ extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, Active a
 
 __device__ __forceinline__ uint32_t bits_of(__half2 v) { return *reinterpret_cast<const uint32_t*>(&v); }
 
-/// Twice what a score may lose, for rows that are off by `lost`, beyond what `margin` knows.
-__device__ __forceinline__ float slack_of(float lost, float largest_norm, int64_t d) {
-    const float slack = 2.002f * (lost * largest_norm + (d + 16) * 0x1p-50f * lost * lost);
-    return slack >= 0 ? slack : INFINITY;
+/// Twice what a score may lose, for rows that are off by `lost`, beyond what `error_bound` knows.
+__device__ __forceinline__ float row_error_of(float lost, float largest_norm, int64_t d) {
+    const float row_error = 2.002f * (lost * largest_norm + (d + 16) * 0x1p-50f * lost * lost);
+    return row_error >= 0 ? row_error : INFINITY;
 }
 
 /// Splits `count` rows from row `first` of all that are to do on: row first + i to halves + 2 i pitch, h before l,
@@ -202,7 +203,7 @@ __device__ __forceinline__ float slack_of(float lost, float largest_norm, int64_
 extern "C" __global__ void __launch_bounds__(256, 4)
     split_rows_f32(const float* x, Rows r, Active active, int64_t first, int64_t count, int metric, const float* mu,
                    const float* largest, const Bounds* bounds, int64_t copies, int64_t pitch, __half* halves,
-                   float* slack, float* slack_split) {
+                   float* row_error, float* row_error_split) {
     count = min(count, active.problems(r.b) * r.n - first);
     const int64_t pieces = pitch / PIECE;
     const int lanes = pieces <= 4 ? 4 : pieces <= 8 ? 8 : pieces <= 16 ? 16 : 32;
@@ -269,11 +270,11 @@ extern "C" __global__ void __launch_bounds__(256, 4)
             lost_split += __shfl_xor_sync(~0u, lost_split, offset);
         }
         if (live && part == 0) {
-            const Bounds of = bounds[copy];
-            const float largest_norm = 1.001f * (of.moved + of.residual);
+            const Bounds first_bounds = bounds[copy];
+            const float largest_norm = 1.001f * (first_bounds.moved + first_bounds.residual);
             const float moving = metric == SQUARED_EUCLIDEAN ? 0x1.01p-24f * row_norm_above(squares, r.d) : 0;
-            slack[i] = slack_of(row_norm_above(lost, r.d) + moving, largest_norm, r.d);
-            slack_split[i] = slack_of(row_norm_above(lost_split, r.d) + moving, largest_norm, r.d);
+            row_error[i] = row_error_of(row_norm_above(lost, r.d) + moving, largest_norm, r.d);
+            row_error_split[i] = row_error_of(row_norm_above(lost_split, r.d) + moving, largest_norm, r.d);
         }
     }
 }

@@ -33,7 +33,7 @@ constexpr int PLACES = 8;
 /// What a thread finds of a row: the best score and the best outside its group of eight columns, and the best of each
 /// of the eight places in a group. Every column but the winner is in another group or at another place, so that gives
 /// the winner's column and the exact second best for 2.5 operations a score instead of 5.
-struct Found : Search<PLACES> {
+struct RowResult : Search<PLACES> {
     /// Narrows the row of places to the winner. Equal scores leave `second` equal to `top`.
     __device__ __forceinline__ void finish() {
         int winner = 0;
@@ -99,15 +99,15 @@ __device__ __forceinline__ void multiply_chunk(Scores& acc, uint32_t rows, uint3
     for (int step = 0; step < COUNT; ++step) {
         uint32_t a[2][4];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) load_fragment(a[i], (rows + i * 16 * ROW_BYTES) ^ (step * 32));
+        for (int i = 0; i < 2; ++i) ldmatrix_x4(a[i], (rows + i * 16 * ROW_BYTES) ^ (step * 32));
 #pragma unroll
         for (int j = 0; j < EIGHTS; j += 2) {
             uint32_t b[4];
-            load_fragment(b, (centroids + j * 8 * ROW_BYTES) ^ (step * 32));
+            ldmatrix_x4(b, (centroids + j * 8 * ROW_BYTES) ^ (step * 32));
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                multiply(acc[i][j], a[i], b[0], b[1], T());
-                multiply(acc[i][j + 1], a[i], b[2], b[3], T());
+                mma(acc[i][j], a[i], b[0], b[1], T());
+                mma(acc[i][j + 1], a[i], b[2], b[3], T());
             }
         }
     }
@@ -122,26 +122,26 @@ __device__ __forceinline__ void multiply_split_chunk(Scores& acc, uint32_t rows,
         uint32_t a[2][4], a_low[2][4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            load_fragment(a[i], (rows + i * 16 * ROW_BYTES) ^ high);
-            load_fragment(a_low[i], (rows + i * 16 * ROW_BYTES) ^ low);
+            ldmatrix_x4(a[i], (rows + i * 16 * ROW_BYTES) ^ high);
+            ldmatrix_x4(a_low[i], (rows + i * 16 * ROW_BYTES) ^ low);
         }
 #pragma unroll
         for (int j = 0; j < EIGHTS; j += 2) {
             uint32_t b[4], b_low[4];
-            load_fragment(b, (centroids + j * 8 * ROW_BYTES) ^ high);
-            load_fragment(b_low, (centroids + j * 8 * ROW_BYTES) ^ low);
+            ldmatrix_x4(b, (centroids + j * 8 * ROW_BYTES) ^ high);
+            ldmatrix_x4(b_low, (centroids + j * 8 * ROW_BYTES) ^ low);
 #pragma unroll
-            for (int i = 0; i < 2; ++i) multiply(acc[i][j], a[i], b[0], b[1], T());
+            for (int i = 0; i < 2; ++i) mma(acc[i][j], a[i], b[0], b[1], T());
 #pragma unroll
-            for (int i = 0; i < 2; ++i) multiply(acc[i][j + 1], a[i], b[2], b[3], T());
+            for (int i = 0; i < 2; ++i) mma(acc[i][j + 1], a[i], b[2], b[3], T());
 #pragma unroll
-            for (int i = 0; i < 2; ++i) multiply(acc[i][j], a[i], b_low[0], b_low[1], T());
+            for (int i = 0; i < 2; ++i) mma(acc[i][j], a[i], b_low[0], b_low[1], T());
 #pragma unroll
-            for (int i = 0; i < 2; ++i) multiply(acc[i][j + 1], a[i], b_low[2], b_low[3], T());
+            for (int i = 0; i < 2; ++i) mma(acc[i][j + 1], a[i], b_low[2], b_low[3], T());
 #pragma unroll
-            for (int i = 0; i < 2; ++i) multiply(acc[i][j], a_low[i], b[0], b[1], T());
+            for (int i = 0; i < 2; ++i) mma(acc[i][j], a_low[i], b[0], b[1], T());
 #pragma unroll
-            for (int i = 0; i < 2; ++i) multiply(acc[i][j + 1], a_low[i], b[2], b[3], T());
+            for (int i = 0; i < 2; ++i) mma(acc[i][j + 1], a_low[i], b[2], b[3], T());
         }
     }
 }
@@ -150,8 +150,8 @@ __device__ __forceinline__ void multiply_split_chunk(Scores& acc, uint32_t rows,
 /// centroids and hands every tile of scores to `take(scores, column of the first)`. A warp that is not `live` takes
 /// nothing. Returns the squares of row threadIdx.x if wanted. SPLIT: l lies half a pitch after h in both.
 template <bool SQUARES, bool SPLIT, class T, class RowAt, class Take>
-__device__ __forceinline__ float sweep(const Shared& s, RowAt row_at, const Moved<T>& c, int d, int first, int last,
-                                       bool live, Take take) {
+__device__ __forceinline__ float sweep(const Shared& s, RowAt row_at, const ScoredCentroids<T>& c, int d, int first,
+                                       int last, bool live, Take take) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, quad = lane % 4;
     const int piece = threadIdx.x % PIECES, line = threadIdx.x / PIECES;
     constexpr int LINES = BLOCK / PIECES;
@@ -175,7 +175,7 @@ __device__ __forceinline__ float sweep(const Shared& s, RowAt row_at, const Move
                 for (int i = 0; i < SM80_ROWS / LINES; ++i) {
                     const T* row = row_at(line + i * LINES);
                     const bool some = row && bytes;
-                    copy_piece(rows + i * LINES * ROW_BYTES, some ? row + part + column : c.moved, some ? bytes : 0);
+                    cp_async_16(rows + i * LINES * ROW_BYTES, some ? row + part + column : c.moved, some ? bytes : 0);
                 }
             }
             const int64_t j = int64_t(fill.tile) * CENTROIDS + line;
@@ -185,14 +185,14 @@ __device__ __forceinline__ float sweep(const Shared& s, RowAt row_at, const Move
             for (int i = 0; i < CENTROIDS / LINES; ++i) {
                 const bool some = (SPLIT || column < c.pitch) && j + i * LINES < c.k;
                 const T* from = some ? centroid + i * LINES * c.pitch : c.moved;
-                copy_piece(ring + i * LINES * ROW_BYTES, from, some ? 16 : 0);
+                cp_async_16(ring + i * LINES * ROW_BYTES, from, some ? 16 : 0);
             }
             if (fill.chunk == 0 && threadIdx.x < CENTROIDS / 4) {
-                copy_piece(shared_address(s.start + fill.stage * CENTROIDS + 4 * threadIdx.x),
-                           c.start + int64_t(fill.tile) * CENTROIDS + 4 * threadIdx.x, 16);
+                cp_async_16(shared_address(s.start + fill.stage * CENTROIDS + 4 * threadIdx.x),
+                            c.start + int64_t(fill.tile) * CENTROIDS + 4 * threadIdx.x, 16);
             }
         }
-        copies_commit();
+        cp_async_commit();
         fill.next(chunks);
     };
 
@@ -203,7 +203,7 @@ __device__ __forceinline__ float sweep(const Shared& s, RowAt row_at, const Move
         Scores acc;
         const int tile = use.tile;
         for (int chunk = 0; chunk < chunks; ++chunk, use.next(chunks)) {
-            copies_wait<STAGES - 2>();
+            cp_async_wait<STAGES - 2>();
             __syncthreads();
             issue();
             const int slot = resident ? chunk : use.stage;

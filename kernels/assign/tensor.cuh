@@ -14,8 +14,8 @@
 // (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"). With M = |x| max|e| + max|start| above every partial
 // sum, u = 2^-23 M and j bits kept below those of f32, a block of m products loses at most (m + 1) 2^-j u + u. Hopper's
 // products have m = 16 and j = 2, those of warpgroups and mma.sync alike, and so have later GPUs (probed by
-// tests/all/numbers.rs; benches/record/assign-versions.md): 5.25 u for 16 columns, taken as 6. Before Hopper we assume no
-// more than m = 8 and j = 1, as on Ampere: 11 u, taken as 12. A chain of FMAs, which scores one column again, loses
+// tests/all/numbers.rs; benches/record/assign-versions.md): 5.25 u for 16 columns, taken as 6. Before Hopper we assume
+// no more than m = 8 and j = 1, as on Ampere: 11 u, taken as 12. A chain of FMAs, which scores one column again, loses
 // less. The moved centroid, if it had to be rounded, adds |x| max|residual|, and `start` and `scale` half an ulp each.
 // The f64 definition is within the rounding of argmin.cuh.
 //
@@ -30,7 +30,7 @@
 //
 // A centroid that loses more than rounding should when it is moved, because mu is right for the others, carries that
 // itself: with r the norm of what it lost, its start is R r higher, so that for rows within R its score is too high by
-// 2 R r at most and never too low by it. Where it wins, the margin is wider by 2 R r (`own`).
+// 2 R r at most and never too low by it. Where it wins, the error bound is wider by 2 R r (`own`).
 #pragma once
 #include "exact/argmin.cuh"
 
@@ -55,19 +55,19 @@ __device__ __forceinline__ void raise(float* bound, double v) {
 
 /// The centroids of one problem as tensor-core kernels score them.
 template <class T>
-struct Moved {
+struct ScoredCentroids {
     const T* moved;      // (k, pitch): e, zero in the columns past d; pitch is a multiple of 8
     const float* start;  // (padded): what an accumulator starts from; -inf past k, for duplicates and for what is at
                          // distance +inf; NaN out of reach
     const float* scale;  // (padded), or null for ones; then score = scale * (x.moved) + start
-    const float* own;    // (padded), or null for zeros: by how much more a row's margin is wider where this one wins
+    const float* own;    // (padded), or null for zeros: by how much a row's error bound is wider where this one wins
     const Bounds* bounds;
     int64_t k, pitch;
 
     /// Problem `b` of arrays that hold one copy for all problems or one for each.
-    __device__ __forceinline__ Moved(const T* moved, const float* start, const float* scale, const float* own,
-                                     const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded, int64_t copies,
-                                     int64_t b)
+    __device__ __forceinline__ ScoredCentroids(const T* moved, const float* start, const float* scale, const float* own,
+                                               const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded,
+                                               int64_t copies, int64_t b)
         : moved(moved),
           start(start),
           scale(scale),
@@ -167,7 +167,7 @@ __device__ __forceinline__ float row_norm_above(float squares, int64_t d) {
 
 /// How far two scores of a row must differ to order its distances: twice the error of one. `squares` is the row's sum
 /// of squares or more, added up in f32 in any order.
-__device__ __forceinline__ float margin(float squares, int64_t d, const Bounds& bounds) {
+__device__ __forceinline__ float error_bound(float squares, int64_t d, const Bounds& bounds) {
     const float ulps = LOSS * ((d + 15) / 16) + 4, tiny = 1e-37f * d * fmaxf(bounds.scale, 1.0f);
     const float x = row_norm_above(squares, d);
     const float top = x * bounds.moved + bounds.start;
@@ -176,16 +176,16 @@ __device__ __forceinline__ float margin(float squares, int64_t d, const Bounds& 
     return 2.001f * (ulps * 0x1p-23f * top + x * bounds.residual + definition + tiny);
 }
 
-/// A row beyond R is not covered by the bounds as they are; then `off` becomes what holds for the
-/// scores of centroids in reach. Where it holds, `off` becomes that of a row which the centroid with `own` wins.
-__device__ __forceinline__ bool beyond(float& off, float own, float squares, int64_t d, const Bounds& bounds) {
+/// A row beyond R is not covered by the bounds as they are; then `error` becomes what holds for the
+/// scores of centroids in reach. Where it holds, `error` becomes that of a row which the centroid with `own` wins.
+__device__ __forceinline__ bool beyond(float& error, float own, float squares, int64_t d, const Bounds& bounds) {
     const float x = row_norm_above(squares, d);
     const bool is = !(x * bounds.inverse <= 1);
-    off += own + (is ? 2.001f * x * bounds.rounded : 0);
+    error += own + (is ? 2.001f * x * bounds.rounded : 0);
     return is;
 }
-__device__ __forceinline__ bool beyond(float& off, const float* own, float squares, int64_t d, const Bounds& bounds) {
-    return bounds.inverse > 0 && beyond(off, own ? __ldg(own) : 0, squares, d, bounds);
+__device__ __forceinline__ bool beyond(float& error, const float* own, float squares, int64_t d, const Bounds& bounds) {
+    return bounds.inverse > 0 && beyond(error, own ? __ldg(own) : 0, squares, d, bounds);
 }
 
 /// The label of a row is 0 where all its distances are +inf: those of a row with a NaN, whose squares have one
@@ -195,17 +195,17 @@ __device__ __forceinline__ bool nowhere(float top, float squares, const Bounds& 
 }
 
 /// A row whose label is not proven, and the score below which a column cannot be it.
-struct Listed {
+struct UnprovenRow {
     uint32_t row;
-    float limit;
+    float cutoff;
 };
 
 // ---- The search of the first pass.
 
 template <int N>
-__device__ __forceinline__ float largest(const float* of) {
-    if constexpr (N == 1) return of[0];
-    else return fmaxf(largest<N / 2>(of), largest<N / 2>(of + N / 2));
+__device__ __forceinline__ float largest(const float* values) {
+    if constexpr (N == 1) return values[0];
+    else return fmaxf(largest<N / 2>(values), largest<N / 2>(values + N / 2));
 }
 
 /// What a thread knows of a row whose scores it sees as a matrix with PLACES columns: the best, the second best of the
@@ -234,13 +234,13 @@ struct Search {
     }
 };
 
-// ---- Settling.
+// ---- Labels by the definition.
 
 /// Makes `candidate` the label of a row if it is better, by the definition, than the one that stands there. All
 /// candidates may come at once and in any order: the best of them stays.
 template <class T>
-__device__ __noinline__ void settle(int metric, const T* x, const Rows& centroids, const T* c, int64_t b, int64_t d,
-                                    uint32_t candidate_index, uint32_t* label) {
+__device__ __noinline__ void improve_label(int metric, const T* x, const Rows& centroids, const T* c, int64_t b,
+                                           int64_t d, uint32_t candidate_index, uint32_t* label) {
     uint32_t seen = *(volatile uint32_t*)label;
     while (seen != candidate_index) {
         const T* const both[] = {row_of(c, centroids, b, candidate_index), row_of(c, centroids, b, seen)};

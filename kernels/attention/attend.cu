@@ -7,8 +7,8 @@
 // 2023, "Flash-Decoding"). Between these stages they wait for each other: as a thread block cluster in one launch where
 // there are such, else every stage is a launch. Traffic: the mean keys and mean values, the listed keys and values,
 // once for all query heads that share them.
-#include "attention/choose.cuh"
 #include "attention/fragments.cuh"
+#include "attention/radix_select.cuh"
 
 constexpr int BLOCK = ATTEND_THREADS, WARPS = BLOCK / WARP;
 constexpr int BLOCKS = ATTEND_BLOCKS;  // of a unit, at most
@@ -46,10 +46,6 @@ __device__ __forceinline__ void wait_for_inputs() {
 #endif
 }
 
-__device__ __forceinline__ void copy_word(uint32_t* to, const uint32_t* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-
 /// What a block works on.
 template <class T, int D>
 struct Unit {
@@ -73,10 +69,10 @@ struct Unit {
         if (warp < F::PIECES) {
             const int head = min(from + g, c.group - 1);
             const T* const q = static_cast<const T*>(c.q) + (int64_t(unit) * c.group + head) * D;
-            copy_piece(shared_address(queries + threadIdx.x), q + (warp * 4 + t) * F::EACH,
-                       from + g < c.group ? 16 : 0);
+            cp_async_16(shared_address(queries + threadIdx.x), q + (warp * 4 + t) * F::EACH,
+                        from + g < c.group ? 16 : 0);
         }
-        copies_commit();
+        cp_async_commit();
     }
     __device__ __forceinline__ uint32_t size(int j) const { return begins[j + 1] - begins[j]; }
 
@@ -85,9 +81,9 @@ struct Unit {
     __device__ __forceinline__ void load_keys(uint4 (&v)[F::TALL][F::PIECES], Row row) const {
 #pragma unroll
         for (int i = 0; i < F::TALL; ++i) {
-            const T* const its = row(8 * i + g) + t * F::EACH;
+            const T* const key_row = row(8 * i + g) + t * F::EACH;
 #pragma unroll
-            for (int p = 0; p < F::PIECES; ++p) v[i][p] = load_piece(its + p * 4 * F::EACH);
+            for (int p = 0; p < F::PIECES; ++p) v[i][p] = load_piece(key_row + p * 4 * F::EACH);
         }
     }
 
@@ -105,7 +101,7 @@ struct Unit {
             };
             int at = begin + warp * ROWS;
             load(at);
-            copies_wait<0>();
+            cp_async_wait<0>();
             __syncthreads();
             const bool live = from + g < c.group;
             float2 top = {-INFINITY, 0};
@@ -146,8 +142,8 @@ struct Unit {
         const int pairs = c.width / 2;
         const float2* const scores = reinterpret_cast<const float2*>(this->scores);
         uint2 bounds = {UINT32_MAX, 0};
-        const auto rank = [&](int j, uint32_t its) {
-            if (j < c.k) ranks[j] = its, bounds.x = min(bounds.x, its), bounds.y = max(bounds.y, its);
+        const auto rank = [&](int j, uint32_t key) {
+            if (j < c.k) ranks[j] = key, bounds.x = min(bounds.x, key), bounds.y = max(bounds.y, key);
         };
         if (c.group == 1) {
 #pragma unroll 1
@@ -168,8 +164,8 @@ struct Unit {
                 for (int p = 0; p < PAIRS; ++p) {
 #pragma unroll
                     for (int h = 0; h < HEADS; ++h) {
-                        const bool its = i + p * BLOCK < pairs && from + h < c.group;
-                        if (its) s[h][p] = __ldcg(scores + int64_t(from + h) * pairs + i + p * BLOCK);
+                        const bool inside = i + p * BLOCK < pairs && from + h < c.group;
+                        if (inside) s[h][p] = __ldcg(scores + int64_t(from + h) * pairs + i + p * BLOCK);
                     }
                 }
             };
@@ -181,10 +177,11 @@ struct Unit {
                 float2 own[EACH];
 #pragma unroll
                 for (int e = 0; e < EACH; ++e) {
-                    const int of = e * WARP + lane;
-                    const bool its = of < c.blocks * WARPS;
-                    const float2* const at = c.of_means + (int64_t(unit) * c.blocks * WARPS + of) * c.group + from + h;
-                    own[e] = its ? __ldcg(at) : make_float2(-INFINITY, 0);
+                    const int warp_of_unit = e * WARP + lane;
+                    const bool inside = warp_of_unit < c.blocks * WARPS;
+                    const float2* const at =
+                        c.of_means + (int64_t(unit) * c.blocks * WARPS + warp_of_unit) * c.group + from + h;
+                    own[e] = inside ? __ldcg(at) : make_float2(-INFINITY, 0);
                 }
                 float2 all = own[0];
 #pragma unroll
@@ -227,16 +224,16 @@ struct Unit {
 
     /// What this block reads, for all query heads, after the ranks of this thread.
     __device__ __forceinline__ void read(uint2 bounds) const {
-        __shared__ Choosing choosing;
+        __shared__ SelectState state;
         // Exact are the sinks, the listed tokens and those after the clustered ones.
         const int exact = c.tokens - c.clustered + c.budget;
         const int low = int(min(int64_t(block) * c.rows, int64_t(exact))), count = min(c.rows, exact - low);
         const int64_t head = unit / uint32_t(c.units);
         __syncthreads();
         const uint32_t rank =
-            rank_reaching(ranks, c.k, bounds.x, bounds.y, c.budget, [&](int j) { return size(j); }, choosing);
-        list_best(
-            ranks, c.k, rank, c.budget, begins, max(low - c.sinks, 0), min(low + count - c.sinks, c.budget), choosing,
+            radix_select_weighted(ranks, c.k, bounds.x, bounds.y, c.budget, [&](int j) { return size(j); }, state);
+        gather_best(
+            ranks, c.k, rank, c.budget, begins, max(low - c.sinks, 0), min(low + count - c.sinks, c.budget), state,
             [&](int j, uint32_t listed) { ranks[j] = listed; },
             [&](int i, int at) { rows[i + c.sinks - low] = uint32_t(at); });
         __syncthreads();
@@ -257,7 +254,7 @@ struct Unit {
             __syncthreads();
             if (c.group > HEADS) {
                 load_queries(from);
-                copies_wait<0>();
+                cp_async_wait<0>();
                 __syncthreads();
             }
             const int live = min(c.group - from, HEADS);
@@ -324,12 +321,12 @@ struct Unit {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const int h = 2 * t + e;
-            float* const its = sums + (warp * live + h) * STRIDE + 4 * g;
+            float* const head_sums = sums + (warp * live + h) * STRIDE + 4 * g;
             if (h >= live) continue;
 #pragma unroll
             for (int i = 0; i < F::TILES; i += 2) {
                 const auto(&a)[4] = running.acc[i], (&b)[4] = running.acc[i + 1];
-                *reinterpret_cast<float4*>(its + 16 * i) = make_float4(a[e], a[e + 2], b[e], b[e + 2]);
+                *reinterpret_cast<float4*>(head_sums + 16 * i) = make_float4(a[e], a[e + 2], b[e], b[e + 2]);
             }
         }
         __syncthreads();
@@ -360,14 +357,14 @@ struct Unit {
             const int h = i / D, slot = i % D;  // a head has whole warps
             float2 own = {-INFINITY, 0};
             if (lane < c.blocks) own = __ldcg(reinterpret_cast<const float2*>(sums_of(lane) + h * STRIDE + D));
-            float its[BLOCKS];
+            float parts[BLOCKS];
 #pragma unroll
-            for (int b = 0; b < BLOCKS; ++b) its[b] = b < c.blocks ? __ldcg(sums_of(b) + h * STRIDE + slot) : 0;
+            for (int b = 0; b < BLOCKS; ++b) parts[b] = b < c.blocks ? __ldcg(sums_of(b) + h * STRIDE + slot) : 0;
             const float2 all = over_lanes(own);
             const float shrink = own.y > 0 ? __expf(own.x - all.x) / all.y : 0;
             float value = 0;
 #pragma unroll
-            for (int b = 0; b < BLOCKS; ++b) value = fmaf(__shfl_sync(~0u, shrink, b), its[b], value);
+            for (int b = 0; b < BLOCKS; ++b) value = fmaf(__shfl_sync(~0u, shrink, b), parts[b], value);
             // The column of a lane's value: one of a pair in its piece of a part.
             const int g = slot % 32 / 4, at = slot / 32 * 4 + slot % 4, pair = at / 2, part = pair / (F::EACH / 2);
             const int column = part * 8 * F::EACH + g * F::EACH + pair % (F::EACH / 2) * 2 + at % 2;
@@ -411,7 +408,7 @@ __device__ __forceinline__ void attend(const Cache& c) {
     if (c.first <= 2) {
         const uint32_t* const offsets = c.offsets + head * (c.k + 1);
 #pragma unroll 4
-        for (int j = threadIdx.x; j <= c.k; j += BLOCK) copy_word(u.begins + j, offsets + j);
+        for (int j = threadIdx.x; j <= c.k; j += BLOCK) cp_async_4(u.begins + j, offsets + j);
         u.load_queries(0);
         // The mean values are read last; they can be on their way.
         const char* const values = reinterpret_cast<const char*>(u.mean_values + int64_t(begin) * D);
@@ -424,7 +421,7 @@ __device__ __forceinline__ void attend(const Cache& c) {
     if (c.first <= 1) u.score_means();
     if (c.first <= 1 && c.last > 1) wait_for_unit();
     if (c.first <= 2 && c.last >= 2) {
-        if (c.first == 2) copies_wait<0>();
+        if (c.first == 2) cp_async_wait<0>();
         __syncthreads();
         u.read(u.rank_clusters());
     }

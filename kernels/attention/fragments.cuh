@@ -30,12 +30,12 @@ __device__ __forceinline__ void add_scores(float (&s)[4], uint4 q, uint4 key) {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
             const uint32_t a[] = {high(qs[i]), low(qs[i]), high(qs[i + 1]), low(qs[i + 1])};
-            multiply(s, a, high(ks[i]), high(ks[i + 1]), T());
-            multiply(s, a, low(ks[i]), low(ks[i + 1]), T());
+            mma(s, a, high(ks[i]), high(ks[i + 1]), T());
+            mma(s, a, low(ks[i]), low(ks[i + 1]), T());
         }
     } else {
-        multiply(s, {q.x, 0, q.y, 0}, key.x, key.y, T());
-        multiply(s, {q.z, 0, q.w, 0}, key.z, key.w, T());
+        mma(s, {q.x, 0, q.y, 0}, key.x, key.y, T());
+        mma(s, {q.z, 0, q.w, 0}, key.z, key.w, T());
     }
 }
 
@@ -89,9 +89,9 @@ struct Running {
                     const uint32_t raw[] = {x[0][2 * i], x[0][2 * i + 1], x[1][2 * i], x[1][2 * i + 1]};
                     const uint32_t a[] = {high(raw[0]), high(raw[1]), high(raw[2]), high(raw[3])};
                     const uint32_t b[] = {low(raw[0]), low(raw[1]), low(raw[2]), low(raw[3])};
-                    multiply(acc[2 * part + i], a, high(w0), high(w1), T());
-                    multiply(acc[2 * part + i], a, low(w0), low(w1), T());
-                    multiply(acc[2 * part + i], b, high(w0), high(w1), T());
+                    mma(acc[2 * part + i], a, high(w0), high(w1), T());
+                    mma(acc[2 * part + i], a, low(w0), low(w1), T());
+                    mma(acc[2 * part + i], b, high(w0), high(w1), T());
                 }
             }
         } else {
@@ -109,8 +109,8 @@ struct Running {
                 for (int i = 0; i < 4; ++i) {
                     const uint32_t a[] = {__byte_perm(x[0][i], x[1][i], 0x5410), __byte_perm(x[0][i], x[1][i], 0x7632),
                                           __byte_perm(x[2][i], x[3][i], 0x5410), __byte_perm(x[2][i], x[3][i], 0x7632)};
-                    multiply(acc[4 * part + i], a, w[0], w[1], T());
-                    multiply(acc[4 * part + i], a, left[0], left[1], T());
+                    mma(acc[4 * part + i], a, w[0], w[1], T());
+                    mma(acc[4 * part + i], a, left[0], left[1], T());
                 }
             }
         }

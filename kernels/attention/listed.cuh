@@ -7,7 +7,7 @@ constexpr uint32_t CLUSTER = 1u << 31, NOTHING = UINT32_MAX;
 
 /// Tokens are sinks, then the clustered ones, then others. Read are the sinks, those listed, the clusters' means, and
 /// the others.
-struct Listed {
+struct ReadList {
     const uint32_t* chosen;  // (listed): counted from the first clustered token
     const float* left;       // (means): the tokens that are not listed, of each cluster
     int64_t sinks, listed, means, clustered, others;

@@ -34,7 +34,7 @@ __device__ void score_clusters(const T* q, const T* means, const Route& r, const
             sizes[tile & 1][threadIdx.x] =
                 threadIdx.x < here ? float(offsets[from + threadIdx.x + 1] - offsets[from + threadIdx.x]) : 0;
         }
-        copies_commit();
+        cp_async_commit();
     };
     for (int64_t j = threadIdx.x; begin == end && j < r.k; j += BLOCK) scores[j] = 0;
     for (int64_t first = begin; first < end; first += ROWS) {
@@ -49,9 +49,9 @@ __device__ void score_clusters(const T* q, const T* means, const Route& r, const
             for (int tile = 0; tile < count; ++tile) {
                 if (tile + 1 < count) {
                     load(tile + 1);
-                    copies_wait<1>();
+                    cp_async_wait<1>();
                 } else {
-                    copies_wait<0>();
+                    cp_async_wait<0>();
                 }
                 __syncthreads();
                 Scores<TALL> s;
@@ -168,7 +168,7 @@ struct Reading {
 
 /// The first ROWS of the queries.
 template <class T, int D, int TALL>
-__device__ __forceinline__ void attend_tile(const Reading<T>& at, const Listed& listed, const Route& r) {
+__device__ __forceinline__ void attend_tile(const Reading<T>& at, const ReadList& listed, const Route& r) {
     constexpr int ROWS = WARPS * 16 * TALL;
     const auto [q, keys, values, mean_keys, mean_values, out, order, left, first, end] = at;
     extern __shared__ __align__(128) uint8_t raw[];
@@ -197,7 +197,7 @@ __device__ __forceinline__ void attend_tile(const Reading<T>& at, const Listed& 
                    : row == NOTHING ? nullptr
                                     : means + int64_t(row & ~CLUSTER) * D;
         });
-        copies_commit();
+        cp_async_commit();
     };
     list(0);
     copy_rows<D, ROWS>(rows, q, [&](int i) { return first + i < end ? q + int64_t(order[first + i]) * D : nullptr; });
@@ -216,7 +216,7 @@ __device__ __forceinline__ void attend_tile(const Reading<T>& at, const Listed& 
     Softmax<TALL> softmax;
     float acc[TALL][D / 8][4] = {};
     for (int tile = 0; tile < tiles; ++tile) {
-        copies_wait<0>();
+        cp_async_wait<0>();
         __syncthreads();
         load(value_tile, tile, values, r.value_row, mean_values);
         if (tile + 1 < tiles) list(tile + 1);
@@ -259,7 +259,7 @@ __device__ __forceinline__ void attend_tile(const Reading<T>& at, const Listed& 
                 }
             }
         }
-        copies_wait<0>();
+        cp_async_wait<0>();
         __syncthreads();
         if (tile + 1 < tiles) load(key_tile, tile + 1, keys, r.key_row, mean_keys);
 #pragma unroll
@@ -267,11 +267,11 @@ __device__ __forceinline__ void attend_tile(const Reading<T>& at, const Listed& 
 #pragma unroll
             for (int t = 0; t < SIXTEENS; ++t) {
                 uint32_t b[4];
-                load_transposed(b, value_tile + place<D>(t * 16 + lane % 16, c + lane / 16));
+                ldmatrix_x4_trans(b, value_tile + place<D>(t * 16 + lane % 16, c + lane / 16));
 #pragma unroll
                 for (int i = 0; i < TALL; ++i) {
-                    multiply(acc[i][c], weights[i][t], b[0], b[1], T());
-                    multiply(acc[i][c + 1], weights[i][t], b[2], b[3], T());
+                    mma(acc[i][c], weights[i][t], b[0], b[1], T());
+                    mma(acc[i][c + 1], weights[i][t], b[2], b[3], T());
                 }
             }
         }
@@ -281,12 +281,12 @@ __device__ __forceinline__ void attend_tile(const Reading<T>& at, const Listed& 
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int64_t row = first + warp * 16 * TALL + i * 16 + h * 8 + lane / 4;
-            const float sum = over_quad(softmax.sum[i][h], Plus()), of = sum > 0 ? 1 / sum : 0;
+            const float sum = over_quad(softmax.sum[i][h], Plus()), inverse = sum > 0 ? 1 / sum : 0;
             if (row >= end) continue;
             uint32_t* const to = reinterpret_cast<uint32_t*>(out + int64_t(order[row]) * D);
 #pragma unroll
             for (int c = 0; c < D / 8; ++c) {
-                to[c * 4 + lane % 4] = pair(acc[i][c][2 * h] * of, acc[i][c][2 * h + 1] * of, T());
+                to[c * 4 + lane % 4] = pair(acc[i][c][2 * h] * inverse, acc[i][c][2 * h + 1] * inverse, T());
             }
         }
     }
@@ -314,7 +314,7 @@ __device__ void attend_listed(const T* q, const T* keys, const T* values, const 
                                 left + at * r.k,
                                 first,
                                 end};
-    const Listed listed = {chosen + at * r.most, reading.left, r.sinks, counts[at], r.means, r.clustered, r.others};
+    const ReadList listed = {chosen + at * r.most, reading.left, r.sinks, counts[at], r.means, r.clustered, r.others};
     if (TALL > 1 && end - first <= ROWS / 2) {
         attend_tile<T, D, 1>(reading, listed, r);
     } else {

@@ -33,7 +33,7 @@ __device__ __forceinline__ void copy_rows(uint32_t to, const void* any, RowAt ro
     for (int i = 0; i < COUNT / LINES; ++i) {
         const int row = threadIdx.x / PIECES + i * LINES;
         const auto* const from = row_at(row);
-        copy_piece(to + place<D>(row, piece), from ? from + piece * 8 : any, from ? 16 : 0);
+        cp_async_16(to + place<D>(row, piece), from ? from + piece * 8 : any, from ? 16 : 0);
     }
 }
 
@@ -55,26 +55,19 @@ __device__ __forceinline__ void score(Scores<TALL>& s, uint32_t rows, uint32_t k
         uint32_t a[TALL][4];
 #pragma unroll
         for (int i = 0; i < TALL; ++i) {
-            load_fragment(a[i], rows + place<D>(i * 16 + lane % 16, step * 2 + lane / 16));
+            ldmatrix_x4(a[i], rows + place<D>(i * 16 + lane % 16, step * 2 + lane / 16));
         }
 #pragma unroll
         for (int j = 0; j < EIGHTS; j += 2) {
             uint32_t b[4];
-            load_fragment(b, keys + place<D>(j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+            ldmatrix_x4(b, keys + place<D>(j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
 #pragma unroll
             for (int i = 0; i < TALL; ++i) {
-                multiply(s[i][j], a[i], b[0], b[1], T());
-                multiply(s[i][j + 1], a[i], b[2], b[3], T());
+                mma(s[i][j], a[i], b[0], b[1], T());
+                mma(s[i][j + 1], a[i], b[2], b[3], T());
             }
         }
     }
-}
-
-__device__ __forceinline__ void load_transposed(uint32_t (&a)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(address)
-                 : "memory");
 }
 
 __device__ __forceinline__ uint32_t pair(float x, float y, __half) {

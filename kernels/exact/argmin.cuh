@@ -3,9 +3,9 @@
 // A label is the lexicographic minimum of (distance, index), a NaN distance counting as +inf. The assign kernels do not
 // compute distances but scores: up to a constant and a positive factor of the row, score[j] is half the squared
 // distance, the cosine distance or the negated dot product, or it is the Manhattan distance, in the type of the filter
-// (f32, or f64 for f64 rows). A row whose second-best score is above `threshold` of its best has its label proven. Any
-// other row is rechecked: every centroid whose score, computed once more, does not exceed `threshold` is compared by
-// the definition.
+// (f32, or f64 for f64 rows). A row whose second-best score is above `score_cutoff` of its best has its label proven.
+// Any other row is rechecked: every centroid whose score, computed once more, does not exceed `score_cutoff` is
+// compared by the definition.
 //
 // Why the bound holds. Let u be the unit roundoff of the filter and g = (D + 4) u / (1 - (D + 4) u). Rows and centroids
 // are first moved by a common mu (squared Euclidean; else mu = 0): x^ = fl(x - mu), c^ = fl(c - mu), each off by u of
@@ -13,7 +13,7 @@
 // u, the last subtraction by u, and the bias |c^|^2 / 2 by 4 u of itself (Higham, Accuracy and Stability, ch. 3):
 // together at most g (|x^||c^| + |c^|^2 / 2). Products that underflow add less than D times the smallest subnormal. The
 // definition, itself rounded, is within (2 D + 8) 2^-53 of the true value relative to |x^|^2 + |c^|^2, |x^||c^|/|c^|,
-// or |x^||c^|. For f64 rows the definition's error and that of a norm are of the filter's own size: `slack` doubles g.
+// or |x^||c^|. For f64 rows the definition's error and that of a norm are of the filter's own size: `safety` doubles g.
 // Manhattan terms are positive, so its scores are within g relatively, and so is the definition.
 //
 // Squared Euclidean: as 2 |x^||c^| <= |x^|^2 + |c^|^2, a score is off by a share of the row, at most (g / 2 + e) |x^|^2
@@ -21,7 +21,7 @@
 // another. `Scored` takes a from the bias: a score is too low by at most 2 a, and too high by nothing but the row's
 // share. A label is proven if the second score is above the best, more 2 a of its centroid, more twice the row's share.
 // Centroids beyond `FAR` and those with a NaN are not scored (their bias is +inf). The nearest of a row within `NEAR`
-// whose best score is below `limit` is none of them: that score's centroid lies nearer than half of FAR.
+// whose best score is below `LARGEST` is none of them: that score's centroid lies nearer than half of FAR.
 //
 // Cosine and dot product: twice the error with the largest |c^|. Where a bound does not apply (an overflow is possible,
 // or D u is not small) it is +inf: all centroids then count as candidates.
@@ -77,14 +77,14 @@ template <class F>
 struct Arithmetic;
 template <>
 struct Arithmetic<float> {
-    static constexpr double u = 0x1p-24, smallest = 0x1p-149, slack = 1, limit = 1e37, NEAR = 1e17, FAR = 1e19;
-    __device__ static bool fits(double x, double c) { return (x + c) * c < limit; }
+    static constexpr double u = 0x1p-24, smallest = 0x1p-149, safety = 1, LARGEST = 1e37, NEAR = 1e17, FAR = 1e19;
+    __device__ static bool fits(double x, double c) { return (x + c) * c < LARGEST; }
 };
 template <>
 struct Arithmetic<double> {
-    static constexpr double u = 0x1p-53, smallest = 0x1p-1074, slack = 2, limit = 1e299, NEAR = 1e148, FAR = 1e150;
+    static constexpr double u = 0x1p-53, smallest = 0x1p-1074, safety = 2, LARGEST = 1e299, NEAR = 1e148, FAR = 1e150;
     __device__ static bool fits(double x, double c) {
-        return (x + c) * (x + c) < limit;
+        return (x + c) * (x + c) < LARGEST;
     }  // the definition must fit too
 };
 
@@ -92,7 +92,7 @@ struct Arithmetic<double> {
 template <class F>
 __device__ __forceinline__ double rounding(int64_t d) {
     const double v = (d + 4) * Arithmetic<F>::u;
-    return Arithmetic<F>::slack * v / (1 - v);
+    return Arithmetic<F>::safety * v / (1 - v);
 }
 
 /// Squared Euclidean: the centroid's share of the error of a score, by |c^|^2.
@@ -116,7 +116,7 @@ __device__ __forceinline__ double norm_above(double squares, int64_t d) {
 template <class F>
 struct Scored {
     F bias = 0;
-    double norm = 0;      // dot product and cosine: at least that of c^; +inf where nothing can be proven
+    double norm = 0;       // dot product and cosine: at least that of c^; +inf where nothing can be proven
     bool dropped = false;  // it is not scored: c^ has to be zeros then
 
     /// `squares` is |c^|^2; by cosine, `original` is |c|.
@@ -165,8 +165,8 @@ __device__ ErrorShares error_shares(int64_t d) {
 /// No centroid with a score above this can be the label of a row of norm `x`, given the `score` of any one of them,
 /// which has this `bias`; `c` is the largest norm of a centroid. +inf: all may be.
 template <class F>
-__device__ double threshold(int metric, int64_t d, double score, double x, double c, double bias,
-                            const ErrorShares& twice) {
+__device__ double score_cutoff(int metric, int64_t d, double score, double x, double c, double bias,
+                               const ErrorShares& twice) {
     using A = Arithmetic<F>;
     const double inf = nothing().distance;
     double t = score;
@@ -178,14 +178,14 @@ __device__ double threshold(int metric, int64_t d, double score, double x, doubl
     } else {
         t += 2 * score_error<F>(metric, d, x, c);
     }
-    return t < A::limit ? t : inf;
+    return t < A::LARGEST ? t : inf;
 }
 
 /// A row with a NaN has a NaN as its sum of squares: all its distances are +inf, and its label is 0.
 __device__ __forceinline__ bool nowhere(double squares) { return squares != squares; }
 
-/// A zero row has no direction: it is at the same cosine distance from all centroids. (Squares of f64 may vanish, so that
-/// theirs say nothing.)
+/// A zero row has no direction: it is at the same cosine distance from all centroids. (Squares of f64 may vanish, so
+/// that theirs say nothing.)
 template <class F>
 __device__ __forceinline__ bool without_direction(int metric, double squares) {
     return metric == COSINE && sizeof(F) == 4 && squares == 0;

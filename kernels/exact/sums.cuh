@@ -162,7 +162,10 @@ struct Quotient {
     /// `squares(shift)` is the sum of the squares of the sums times 2^-shift, `most()` their highest exponent.
     template <class Squares, class Most>
     __device__ __forceinline__ Quotient(int divisor, const Scaled& weight, Squares squares, Most most)
-        : divisor(divisor), weight(weight), norm(0), shift(0) {
+        : divisor(divisor),
+          weight(weight),
+          norm(0),
+          shift(0) {
         if (divisor != NORM) return;
         double sum = squares(0);
         if (!(LEAST_SQUARES <= sum && sum <= MOST_SQUARES)) {
@@ -176,7 +179,7 @@ struct Quotient {
     __device__ __forceinline__ bool some() const {
         return divisor == ONE || (divisor == NORM ? norm > 0 : weight.significand > 0);
     }
-    __device__ __forceinline__ double of(const Scaled& sum) const {
+    __device__ __forceinline__ double divide(const Scaled& sum) const {
         if (divisor == NORM) return __ddiv_rn(sum.value(shift), norm);
         return divisor == ONE ? sum.value(0) : sum.over(weight);
     }

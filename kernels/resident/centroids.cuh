@@ -11,11 +11,11 @@ __device__ void Fit<T, FACTOR>::load() const {
         const int piece = i % LINE_PIECES, line = i / LINE_PIECES, row = line % shares.rows;
         const int column = line / shares.rows * LINE_COLUMNS + piece * PIECE;
         const bool some = row < live && column < d;
-        copy_piece(shared_address(s.rows + (line - row) * LINE + piece_of(row, piece)),
-                   some ? x + row * r.row_stride + column : x, some ? 16 : 0);
+        cp_async_16(shared_address(s.rows + (line - row) * LINE + piece_of(row, piece)),
+                    some ? x + row * r.row_stride + column : x, some ? 16 : 0);
     }
-    copies_commit();
-    copies_wait<0>();
+    cp_async_commit();
+    cp_async_wait<0>();
     __syncthreads();
     for (int row = threadIdx.x; row < shares.rows; row += THREADS_HERE) {
         float squares = 0;
@@ -51,10 +51,10 @@ __device__ __forceinline__ void Fit<T, FACTOR>::fetch_lines(const T* from) const
         const int piece = i % LINE_PIECES, line = i / LINE_PIECES, j = line % shares.padded;
         const int column = line / shares.padded * LINE_COLUMNS + piece * PIECE;
         const bool some = j < k && column < d;
-        copy_piece(shared_address(s.centroids + (line - j) * LINE + piece_of(j, piece)),
-                   some ? from + j * d + column : from, some ? 16 : 0);
+        cp_async_16(shared_address(s.centroids + (line - j) * LINE + piece_of(j, piece)),
+                    some ? from + j * d + column : from, some ? 16 : 0);
     }
-    copies_commit();
+    cp_async_commit();
 }
 
 /// mu as `origin` in prepare.cu has it, of as many groups of one value as a warp has lanes, a pair of columns to a
@@ -63,7 +63,7 @@ __device__ __forceinline__ void Fit<T, FACTOR>::fetch_lines(const T* from) const
 template <class T, bool FACTOR>
 __device__ void Fit<T, FACTOR>::origin() const {
     fetch_lines(c);
-    copies_wait<0>();
+    cp_async_wait<0>();
     __syncthreads();
     const int lane = threadIdx.x % WARP, step = (k + WARP - 1) / WARP, samples = (k + step - 1) / step;
     for (int pair = threadIdx.x / WARP; pair < lines * LINE_COLUMNS / 2; pair += WARPS) {
@@ -75,15 +75,15 @@ __device__ void Fit<T, FACTOR>::origin() const {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const float value = i ? v.y : v.x;
-            const float mine = lane < samples && fabsf(value) < INFINITY ? value : INFINITY;
+            const float sample = lane < samples && fabsf(value) < INFINITY ? value : INFINITY;
             int rank = 0;
-            for (int of = 0; of < WARP; ++of) {
-                const float other = __shfl_sync(~0u, mine, of);
-                rank += other < mine || (other == mine && of < lane);
+            for (int peer = 0; peer < WARP; ++peer) {
+                const float other = __shfl_sync(~0u, sample, peer);
+                rank += other < sample || (other == sample && peer < lane);
             }
             const uint32_t middle = __ballot_sync(~0u, rank == (samples - 1) / 2);
-            const float m = __shfl_sync(~0u, mine, __ffs(middle) - 1);
-            const bool exact = m > 0 ? mine >= m / 2 && mine <= m * 2 : m < 0 && mine >= m * 2 && mine <= m / 2;
+            const float m = __shfl_sync(~0u, sample, __ffs(middle) - 1);
+            const bool exact = m > 0 ? sample >= m / 2 && sample <= m * 2 : m < 0 && sample >= m * 2 && sample <= m / 2;
             const int near = __popc(__ballot_sync(~0u, lane < samples && exact));
             const bool moves = metric == SQUARED_EUCLIDEAN && fabsf(m) < INFINITY && 8 * near >= 7 * samples;
             if (lane == 0) s.mu[2 * pair + i] = T(moves ? m : 0);
@@ -106,15 +106,19 @@ __device__ __forceinline__ void Fit<T, FACTOR>::publish(int j, Value value) cons
     }
     sums.join(WARP);
     float start = sums.start(metric), scale = sums.scale(metric);
-    Bounds its = sums.bounds(metric, d, start, scale);
+    Bounds own_bounds = sums.bounds(metric, d, start, scale);
     if (sums.nowhere(metric)) {
-        start = -INFINITY, scale = 1, its = {};
+        start = -INFINITY, scale = 1, own_bounds = {};
         for (int q = lane; q < d; q += WARP) reinterpret_cast<T*>(to.moved)[j * d + q] = T(0.0f);
     }
     if (lane == 0) {
         const auto above = [](float v) { return __fmul_ru(v, 1 + 0x1p-20f); };
-        to.prepared[j] = {
-            start, scale, above(its.moved), above(its.residual), above(its.stored), uint32_t(sums.hash >> 32)};
+        to.prepared[j] = {start,
+                          scale,
+                          above(own_bounds.moved),
+                          above(own_bounds.residual),
+                          above(own_bounds.stored),
+                          uint32_t(sums.hash >> 32)};
     }
 }
 
@@ -126,16 +130,16 @@ __device__ __forceinline__ Prepared Fit<T, FACTOR>::published(int j) const {
             __uint_as_float(low.w), __uint_as_float(high.x), high.y};
 }
 
-/// The bounds of a published centroid for this block's rows; `limit_to` says what becomes of the rest.
+/// The bounds of a published centroid for this block's rows; `confine_to_reach` says what becomes of the rest.
 template <class T, bool FACTOR>
-__device__ __forceinline__ Bounds Fit<T, FACTOR>::bounds_of(const Prepared& its, const Reach& reach, float& start,
+__device__ __forceinline__ Bounds Fit<T, FACTOR>::bounds_of(const Prepared& prepared, const Reach& reach, float& start,
                                                             float& own) const {
-    start = its.start, own = 0;
+    start = prepared.start, own = 0;
     // A start may also be -inf because squares leave f32: such a centroid unproves rows, as all do whose squares do.
-    if (start == -INFINITY && its.stored == 0) return {};
-    Bounds of = {its.moved, fabsf(start), its.residual, its.stored, its.scale, 0, 0};
-    limit_to(of, reach, metric, its.stored, start, own);
-    return of;
+    if (start == -INFINITY && prepared.stored == 0) return {};
+    Bounds own_bounds = {prepared.moved, fabsf(start), prepared.residual, prepared.stored, prepared.scale, 0, 0};
+    confine_to_reach(own_bounds, reach, metric, prepared.stored, start, own);
+    return own_bounds;
 }
 
 /// The reach of the block's rows (reach.cuh). Four centroids are looked at: the nearest of them to the origin shows
@@ -146,8 +150,8 @@ __device__ __forceinline__ Reach Fit<T, FACTOR>::reach() const {
     float least = INFINITY;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const Prepared its = published(i * (k - 1) / 3);
-        if (its.start > -INFINITY) least = fminf(least, its.stored);
+        const Prepared prepared = published(i * (k - 1) / 3);
+        if (prepared.start > -INFINITY) least = fminf(least, prepared.stored);
     }
     const float rows = bounds[BOUNDS], centroids = 1.02f * (2 * rows + least);
     return centroids < 1e37f ? Reach{rows, centroids} : Reach{};
@@ -159,35 +163,35 @@ __device__ void Fit<T, FACTOR>::prepare() const {
     fetch_lines(reinterpret_cast<const T*>(to.moved));
     const Reach reach = this->reach();
     for (int j = threadIdx.x; j < shares.padded; j += THREADS_HERE) {
-        Prepared its = {-INFINITY};
-        if (j < k) its = published(j);
+        Prepared prepared = {-INFINITY};
+        if (j < k) prepared = published(j);
         float start, own;
-        const Bounds bounds_here = bounds_of(its, reach, start, own);
-        s.start[j] = start, s.scale[j] = its.scale, s.hashes[j] = its.hash;
+        const Bounds bounds_here = bounds_of(prepared, reach, start, own);
+        s.start[j] = start, s.scale[j] = prepared.scale, s.hashes[j] = prepared.hash;
         // The bits of numbers that are not negative are ordered as they are, and those of a NaN above them.
-        const float of[BOUNDS] = {bounds_here.moved, bounds_here.start,   bounds_here.residual, bounds_here.stored,
-                                  bounds_here.scale, bounds_here.inverse, bounds_here.rounded};
+        const float values[BOUNDS] = {bounds_here.moved, bounds_here.start,   bounds_here.residual, bounds_here.stored,
+                                      bounds_here.scale, bounds_here.inverse, bounds_here.rounded};
         uint32_t most = 0;
 #pragma unroll
         for (int i = 0; i < BOUNDS; ++i) {
-            const uint32_t here = __reduce_max_sync(~0u, __float_as_uint(of[i]) & 0x7fffffff);
+            const uint32_t here = __reduce_max_sync(~0u, __float_as_uint(values[i]) & 0x7fffffff);
             if (threadIdx.x % WARP == i) most = here;
         }
         if (threadIdx.x % WARP < BOUNDS) {
             atomicMax(reinterpret_cast<uint32_t*>(bounds) + threadIdx.x % WARP, most);
         }
     }
-    copies_wait<0>();
+    cp_async_wait<0>();
     __syncthreads();
     for (int j = threadIdx.x; j < k; j += THREADS_HERE) {
-        const uint32_t mine = s.hashes[j];
+        const uint32_t hash = s.hashes[j];
 #pragma unroll 2
         for (int first = 0; first < j; first += 4) {
             const uint4 four = reinterpret_cast<const uint4*>(s.hashes)[first / 4];
-            if (four.x != mine && four.y != mine && four.z != mine && four.w != mine) continue;
+            if (four.x != hash && four.y != hash && four.z != hash && four.w != hash) continue;
 #pragma unroll 1
             for (int i = first; i < min(first + 4, j); ++i) {
-                if (s.hashes[i] == mine && same_row(c + i * d, c + j * d, d)) s.start[j] = -INFINITY;
+                if (s.hashes[i] == hash && same_row(c + i * d, c + j * d, d)) s.start[j] = -INFINITY;
             }
         }
     }

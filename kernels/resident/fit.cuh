@@ -44,7 +44,7 @@ struct Fit {
     template <class Value>
     __device__ __forceinline__ void publish(int j, Value value) const;
     __device__ __forceinline__ Prepared published(int j) const;
-    __device__ __forceinline__ Bounds bounds_of(const Prepared& its, const Reach& reach, float& start,
+    __device__ __forceinline__ Bounds bounds_of(const Prepared& prepared, const Reach& reach, float& start,
                                                 float& own) const;
     __device__ __forceinline__ Reach reach() const;
     __device__ void prepare() const;
@@ -56,7 +56,7 @@ struct Fit {
     __device__ __forceinline__ float score(int row, int j) const;
     __device__ __forceinline__ float apart(int row, int j) const;
     __device__ __forceinline__ bool without_direction(int row) const;
-    __device__ void settle_list() const;
+    __device__ void recheck_unproven() const;
     __device__ void label() const;
 
     // ---- Means.

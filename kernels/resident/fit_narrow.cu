@@ -73,7 +73,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
     uint32_t cluster = UINT32_MAX;
     double sums[2][D];
     __int128 weight = 0;
-    const auto leave = [&] {
+    const auto flush = [&] {
 #pragma unroll
         for (int l = 0; l < 2; ++l) {
 #pragma unroll
@@ -86,10 +86,10 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
     };
 #pragma unroll 1
     for (uint32_t place = threadIdx.x * each; place < end; ++place) {
-        const uint32_t row = s.order[place], its = s.labels[row];
-        if (its != cluster) {
-            if (cluster != UINT32_MAX) leave();
-            cluster = its, weight = 0;
+        const uint32_t row = s.order[place], label = s.labels[row];
+        if (label != cluster) {
+            if (cluster != UINT32_MAX) flush();
+            cluster = label, weight = 0;
 #pragma unroll
             for (int q = 0; q < D; ++q) sums[0][q] = sums[1][q] = 0;
         }
@@ -131,7 +131,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
             }
         }
     }
-    if (cluster != UINT32_MAX) leave();
+    if (cluster != UINT32_MAX) flush();
     __syncthreads();
 }
 
@@ -153,8 +153,8 @@ __device__ __forceinline__ void add_exactly(const OnChip<T, D>& s, uint32_t k, b
             }
             sum.add(term);
         }
-        const Scaled its = sum.all().rounded();
-        if (lane == 0) *reinterpret_cast<Scaled*>(q < D ? &s.rest[j * D + q] : &s.weights[j]) = its;
+        const Scaled rounded = sum.all().rounded();
+        if (lane == 0) *reinterpret_cast<Scaled*>(q < D ? &s.rest[j * D + q] : &s.weights[j]) = rounded;
     }
 }
 
@@ -192,7 +192,7 @@ __device__ __noinline__ void replace_exactly(OnChip<T, D> s, T* c, uint32_t k, i
         for (int q = 0; q < D; ++q) {
             terms[q] = 0;
             if (q >= d) continue;
-            const T mean = rounded<T>(by.of(sums[q]));
+            const T mean = rounded<T>(by.divide(sums[q]));
             terms[q] = squared(wide(mean), wide(c[j * d + q]));
             c[j * d + q] = mean;
         }

@@ -1,7 +1,7 @@
 // A whole fit in one launch, for problems whose rows fit in the shared memory of the blocks that share them.
 //
 // The blocks of a team share a problem and keep its rows on chip for all iterations. In each, every block labels its
-// rows with mma.sync, settles what that does not prove, brings its rows into cluster order and adds them up, cluster by
+// rows with mma.sync, decides what that does not prove, brings its rows into cluster order and adds them up, cluster by
 // cluster, to what the other blocks have of a cluster. When all have, each block finishes a share of the means and
 // prepares them for the next scores. Sums are integers (src/fixed.rs), so it does not matter how rows are shared out.
 // Clusters with a term that is no such integer, or with a row that is not finite, are added up once more from memory. A

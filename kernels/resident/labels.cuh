@@ -10,7 +10,7 @@ __device__ __forceinline__ void Fit<T, FACTOR>::search(int first) const {
     const int lane = threadIdx.x % WARP, quad = lane % 4;
     const uint32_t rows = shared_address(s.rows) + piece_of(first + lane % 16, lane / 16);
     const uint32_t centroids = shared_address(s.centroids) + piece_of(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    Found found[OWN];
+    RowResult found[OWN];
 #pragma unroll 1
     for (int group = 0; group < shares.padded; group += GROUP) {
         float acc[FRAGMENTS][GROUP / 8][4];
@@ -29,15 +29,15 @@ __device__ __forceinline__ void Fit<T, FACTOR>::search(int first) const {
             for (int step = 0; step < LINE_COLUMNS / 16; ++step) {
                 uint32_t a[FRAGMENTS][4];
 #pragma unroll
-                for (int i = 0; i < FRAGMENTS; ++i) load_fragment(a[i], (rows_here + i * 16 * LINE) ^ (step * 32));
+                for (int i = 0; i < FRAGMENTS; ++i) ldmatrix_x4(a[i], (rows_here + i * 16 * LINE) ^ (step * 32));
 #pragma unroll
                 for (int j = 0; j < GROUP / 8; j += 2) {
                     uint32_t b[4];
-                    load_fragment(b, (centroids_here + j * 8 * LINE) ^ (step * 32));
+                    ldmatrix_x4(b, (centroids_here + j * 8 * LINE) ^ (step * 32));
 #pragma unroll
                     for (int i = 0; i < FRAGMENTS; ++i) {
-                        multiply(acc[i][j], a[i], b[0], b[1], T());
-                        multiply(acc[i][j + 1], a[i], b[2], b[3], T());
+                        mma(acc[i][j], a[i], b[0], b[1], T());
+                        mma(acc[i][j + 1], a[i], b[2], b[3], T());
                     }
                 }
             }
@@ -62,7 +62,7 @@ __device__ __forceinline__ void Fit<T, FACTOR>::search(int first) const {
             found[i].add(v, group + 2 * quad);
         }
     }
-    // Of the four lanes that share rows, each settles one.
+    // Of the four lanes that share rows, each finishes one.
     float top = 0, second = 0;
     int column = 0;
 #pragma unroll
@@ -75,17 +75,17 @@ __device__ __forceinline__ void Fit<T, FACTOR>::search(int first) const {
     if (quad < OWN && row < live) {
         const int label = top > -INFINITY && column < k ? column : 0;
         s.labels[row] = label;
-        const Bounds& of = *reinterpret_cast<const Bounds*>(bounds);
+        const Bounds& row_bounds = *reinterpret_cast<const Bounds*>(bounds);
         const float squares = s.squares[row];
-        float off = margin(squares, d, of);
+        float error = error_bound(squares, d, row_bounds);
         bool far = false;
-        if (of.inverse > 0) {
+        if (row_bounds.inverse > 0) {
             float start, own;
             bounds_of(published(label), reach(), start, own);
-            far = beyond(off, own, squares, d, of);
+            far = beyond(error, own, squares, d, row_bounds);
         }
-        if (!(top - second > off && !far) && !nowhere(top, squares, of)) {
-            s.list[atomicAdd(listed, 1)] = {uint32_t(row), top - off};
+        if (!(top - second > error && !far) && !nowhere(top, squares, row_bounds)) {
+            s.list[atomicAdd(listed, 1)] = {uint32_t(row), top - error};
         }
     }
     __syncwarp();
@@ -138,15 +138,15 @@ __device__ __forceinline__ bool Fit<T, FACTOR>::without_direction(int row) const
     return !__any_sync(~0u, any);
 }
 
-/// Settles the listed rows, a warp each: of the centroids that may be the nearest, f32 distances leave few, and of
+/// Labels the unproven rows, a warp each: of the centroids that may be the nearest, f32 distances leave few, and of
 /// those the definition decides.
 template <class T, bool FACTOR>
-__device__ void Fit<T, FACTOR>::settle_list() const {
+__device__ void Fit<T, FACTOR>::recheck_unproven() const {
     __shared__ uint16_t queues[WARPS][WARP];
     const int lane = threadIdx.x % WARP;
     uint16_t* const queue = queues[threadIdx.x / WARP];
     for (uint32_t i = threadIdx.x / WARP; i < *listed; i += WARPS) {
-        const Listed one = s.list[i];
+        const UnprovenRow one = s.list[i];
         if (metric == COSINE && without_direction(one.row)) {
             int first = 0;
             while (first + 1 < k && s.start[first] == -INFINITY) ++first;
@@ -156,7 +156,7 @@ __device__ void Fit<T, FACTOR>::settle_list() const {
         int count = 0;
         for (int first = 0; first < k; first += WARP) {
             const int j = first + lane;
-            const bool may = j < k && !(score(one.row, j) < one.limit);
+            const bool may = j < k && !(score(one.row, j) < one.cutoff);
             const uint32_t some = __ballot_sync(~0u, may);
             const int at = count + __popc(some & ((1u << lane) - 1));
             if (may && at < WARP) queue[at] = j;
@@ -167,19 +167,19 @@ __device__ void Fit<T, FACTOR>::settle_list() const {
         const bool fit = count <= WARP;
         bool stays = lane < count;
         if (fit && metric == SQUARED_EUCLIDEAN) {
-            float mine = INFINITY;
+            float own_distance = INFINITY;
             for (int n = 0; n < count; n += WARP / PIECE) {
                 const float sum = apart(one.row, queue[min(n + lane / PIECE, count - 1)]);
-                const float its = __shfl_sync(~0u, sum, ((lane - n) * PIECE) & (WARP - 1));
-                if (lane / (WARP / PIECE) == n / (WARP / PIECE)) mine = its;
+                const float queued_distance = __shfl_sync(~0u, sum, ((lane - n) * PIECE) & (WARP - 1));
+                if (lane / (WARP / PIECE) == n / (WARP / PIECE)) own_distance = queued_distance;
             }
             // A difference is off by a rounding, its square by two, the sum of a lane by one for each term, and by
             // three where lanes join.
-            const float off = ((d + PIECE * PIECE - 1) / (PIECE * PIECE) * PIECE + 7) * 0x1.02p-24f;
+            const float error = ((d + PIECE * PIECE - 1) / (PIECE * PIECE) * PIECE + 7) * 0x1.02p-24f;
             const float tiny = d * 1e-37f;
-            float least = mine * (1 + 2 * off) + tiny;
+            float least = own_distance * (1 + 2 * error) + tiny;
             for (int lanes = 1; lanes < WARP; lanes *= 2) least = fminf(least, __shfl_xor_sync(~0u, least, lanes));
-            stays &= !(mine * (1 - 2 * off) - tiny > least);
+            stays &= !(own_distance * (1 - 2 * error) - tiny > least);
         }
         Best nearest = nothing();
         if (fit && __popc(__ballot_sync(~0u, stays)) == 1) {
@@ -205,6 +205,6 @@ __device__ void Fit<T, FACTOR>::label() const {
         search<1>(warp * 16);
     }
     __syncthreads();
-    settle_list();
+    recheck_unproven();
     __syncthreads();
 }

@@ -25,11 +25,11 @@ __device__ __noinline__ void add_exactly(const T* x, int64_t row_stride, int64_t
             }
             sum.add(term);
         }
-        const Scaled its = sum.all().rounded();
+        const Scaled rounded = sum.all().rounded();
         if (lane) continue;
-        if (q < d) totals[i * d + q] = its.significand, exponents[i * d + q] = its.exponent;
-        else if (FACTOR) *reinterpret_cast<Scaled*>(weights + 2 * j) = its;
-        else sizes[j] = ODD | uint32_t(its.value(0));
+        if (q < d) totals[i * d + q] = rounded.significand, exponents[i * d + q] = rounded.exponent;
+        else if (FACTOR) *reinterpret_cast<Scaled*>(weights + 2 * j) = rounded;
+        else sizes[j] = ODD | uint32_t(rounded.value(0));
     }
 }
 
@@ -57,7 +57,7 @@ __device__ __noinline__ bool divide(int divisor, Scaled weight, int d, double* t
             return int64_t(most == INT32_MIN ? 0 : most);
         });
     if (by.some()) {
-        for (int q = lane; q < d; q += WARP) totals[q] = by.of(total(q));
+        for (int q = lane; q < d; q += WARP) totals[q] = by.divide(total(q));
     }
     __syncwarp();
     return by.some();

@@ -139,9 +139,9 @@ __device__ __forceinline__ void Fit<T, FACTOR>::collect(const Units<T>& units, i
             *limb = 0;
         }
         if (!EXACT) {
-            unsigned long long* const its = to.rest + 2 * (j * d + column);
-            const unsigned long long low = __ldcg(its), high = __ldcg(its + 1);
-            if (low | high) total += __int128(high) << 64 | low, its[0] = its[1] = 0;
+            unsigned long long* const remainder = to.rest + 2 * (j * d + column);
+            const unsigned long long low = __ldcg(remainder), high = __ldcg(remainder + 1);
+            if (low | high) total += __int128(high) << 64 | low, remainder[0] = remainder[1] = 0;
         }
         s.totals[i] = fixed_value(total, units.scale);
     }

@@ -75,7 +75,7 @@ struct OnChip {
     uint8_t* centroids;        // lines of the moved centroids
     double* totals;            // (k / blocks, d)
     double* factor;            // (rows)
-    Listed* list;              // (rows): those to settle
+    UnprovenRow* list;         // (rows): those that are unproven
     float* squares;            // (rows)
     float *start, *scale;      // (padded)
     uint32_t* hashes;          // (padded)
@@ -94,7 +94,7 @@ struct OnChip {
         centroids = take(lines * shares.padded * LINE);
         totals = reinterpret_cast<double*>(take(most * d * 8));
         factor = reinterpret_cast<double*>(take(FACTOR ? shares.rows * 8 : 0));
-        list = reinterpret_cast<Listed*>(take(shares.rows * 8));
+        list = reinterpret_cast<UnprovenRow*>(take(shares.rows * 8));
         squares = reinterpret_cast<float*>(take(shares.rows * 4));
         start = reinterpret_cast<float*>(take(shares.padded * 4));
         scale = reinterpret_cast<float*>(take(shares.padded * 4));

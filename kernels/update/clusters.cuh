@@ -26,12 +26,12 @@ struct Clusters {
     }
 
     /// Leaves a cluster to `update_exact`.
-    __device__ __forceinline__ void leave(int64_t b, int64_t cluster) const {
+    __device__ __forceinline__ void mark_odd(int64_t b, int64_t cluster) const {
         if (atomicExch(&odd[b * k + cluster], 1)) return;
         atomicAdd(&odd_of[b], 1);
         odd_list[atomicAdd(odd_count, 1)] = b * k + cluster;
     }
-    __device__ __forceinline__ bool left(int64_t b, int64_t cluster) const { return __ldcg(&odd[b * k + cluster]); }
+    __device__ __forceinline__ bool is_odd(int64_t b, int64_t cluster) const { return __ldcg(&odd[b * k + cluster]); }
 };
 
 /// Which problems go on. There is no next iteration if there is no threshold.
@@ -42,7 +42,7 @@ struct Verdict {
     int64_t iteration;
 
     /// Decides once all clusters have moved, and clears their shift.
-    __device__ __forceinline__ void settle(int64_t b, double* shift) const {
+    __device__ __forceinline__ void decide_convergence(int64_t b, double* shift) const {
         if (threshold) {
             if (__ldcg(&shift[b]) <= threshold[b]) stop[b] = iteration;
             else list[atomicAdd(count, 1)] = b;
@@ -57,7 +57,7 @@ struct Pieces {
     uint32_t rows, whole;
 
     /// How many a cluster has a part of, if it is no such cluster.
-    __device__ __forceinline__ uint32_t of(uint32_t top, uint32_t bottom) const {
+    __device__ __forceinline__ uint32_t count(uint32_t top, uint32_t bottom) const {
         return (bottom - 1) / rows - top / rows + 1;
     }
 };

@@ -57,8 +57,8 @@ __device__ void update_exact(const T* x, const Rows& r, const double* factor, co
             for (int i = 0; i < Exact::EACH; ++i) {
                 if (lane + i * WARP < Exact::WORDS) sum.words[i] = words[warp][lane + i * WARP];
             }
-            const Scaled its = sum.rounded();
-            if (lane == 0) slot[first + warp] = its;
+            const Scaled rounded = sum.rounded();
+            if (lane == 0) slot[first + warp] = rounded;
         }
         __threadfence();
         __syncthreads();
@@ -67,8 +67,8 @@ __device__ void update_exact(const T* x, const Rows& r, const double* factor, co
         if (!last || warp > 0) continue;
         __threadfence();
         const auto total = [&](int64_t c) {
-            const uint4 its = __ldcg(reinterpret_cast<const uint4*>(slot + c));
-            return reinterpret_cast<const Scaled&>(its);
+            const uint4 bits = __ldcg(reinterpret_cast<const uint4*>(slot + c));
+            return reinterpret_cast<const Scaled&>(bits);
         };
         const Quotient by(
             to.divisor, total(r.d),
@@ -83,8 +83,8 @@ __device__ void update_exact(const T* x, const Rows& r, const double* factor, co
             [&] {
                 int most = INT32_MIN;
                 for (int64_t c = lane; c < r.d; c += WARP) {
-                    const Scaled its = total(c);
-                    if (its.significand != 0) most = max(most, int(its.exponent));
+                    const Scaled sum = total(c);
+                    if (sum.significand != 0) most = max(most, int(sum.exponent));
                 }
                 most = __reduce_max_sync(~0u, most);
                 return int64_t(most == INT32_MIN ? 0 : most);
@@ -93,7 +93,7 @@ __device__ void update_exact(const T* x, const Rows& r, const double* factor, co
             double moved = 0;
             for (int64_t c = lane; c < r.d; c += WARP) {
                 T& old = to.row(b, cluster)[c];
-                const T mean = rounded<T>(by.of(total(c)));
+                const T mean = rounded<T>(by.divide(total(c)));
                 moved = __dadd_rn(moved, squared(wide(mean), wide(old)));
                 old = mean;
             }
@@ -107,7 +107,7 @@ __device__ void update_exact(const T* x, const Rows& r, const double* factor, co
             __threadfence();
             if (atomicSub(&to.odd_of[b], 1) == 1) {
                 __threadfence();
-                if (verdict.threshold) verdict.settle(b, to.shift);
+                if (verdict.threshold) verdict.decide_convergence(b, to.shift);
             }
             if (atomicAdd(&to.odd_count[1], 1) + 1 == count) to.odd_count[0] = to.odd_count[1] = 0;
         }

@@ -22,13 +22,13 @@ __device__ void update(const T* x, const Rows& r, const double* factor, const do
                        const uint32_t* first_bad, const uint32_t* labels, const uint32_t* order,
                        const uint32_t* offsets, const Pieces& pieces, const Clusters<T>& to, const Active& active,
                        const Verdict& verdict) {
-    using Mine = Warp<T, EACH, FACTOR>;
-    __shared__ typename Mine::Shared of_warps[SUM_THREADS / WARP];
-    typename Mine::Shared& shared = of_warps[threadIdx.x / WARP];
+    using Worker = PieceWarp<T, EACH, FACTOR>;
+    __shared__ typename Worker::Shared of_warps[SUM_THREADS / WARP];
+    typename Worker::Shared& shared = of_warps[threadIdx.x / WARP];
     const uint32_t lane = threadIdx.x % WARP;
     if (lane == 0) shared.odd = 0;
-    if (!Mine::EXACT) {
-        for (uint32_t at = lane; at < Mine::COLUMNS; at += WARP) shared.rest[at] = 0;
+    if (!Worker::EXACT) {
+        for (uint32_t at = lane; at < Worker::COLUMNS; at += WARP) shared.remainder[at] = 0;
     }
     __syncwarp();
     uint32_t lanes = 1;
@@ -51,22 +51,22 @@ __device__ void update(const T* x, const Rows& r, const double* factor, const do
             if (last - bounds[other] <= pieces.whole) end = last;
         }
         if (begin < end) {
-            Mine warp = {shared,
-                         r,
-                         to,
-                         b,
-                         x + b * r.batch_stride,
-                         factor ? factor + b * r.n : nullptr,
-                         order ? order + b * r.n + begin : nullptr,
-                         begin,
-                         Units<T>(largest[b], heaviest ? heaviest[b] : 1, r.n, first_bad[b] != UINT32_MAX),
-                         heaviest ? fixed_scale(heaviest[b], r.n) : 0,
-                         lane,
-                         lanes,
-                         lane / lanes,
-                         WARP / lanes,
-                         end - begin,
-                         cluster};
+            Worker warp = {shared,
+                           r,
+                           to,
+                           b,
+                           x + b * r.batch_stride,
+                           factor ? factor + b * r.n : nullptr,
+                           order ? order + b * r.n + begin : nullptr,
+                           begin,
+                           Units<T>(largest[b], heaviest ? heaviest[b] : 1, r.n, first_bad[b] != UINT32_MAX),
+                           heaviest ? fixed_scale(heaviest[b], r.n) : 0,
+                           lane,
+                           lanes,
+                           lane / lanes,
+                           WARP / lanes,
+                           end - begin,
+                           cluster};
             warp.run(bounds, pieces);
         }
         if (!verdict.threshold) continue;
@@ -74,7 +74,7 @@ __device__ void update(const T* x, const Rows& r, const double* factor, const do
         __syncwarp();
         if (lane == 0 && atomicAdd(&to.finished[b], 1) + 1 == each) {
             __threadfence();
-            if (!__ldcg(&to.odd_of[b])) verdict.settle(b, to.shift);
+            if (!__ldcg(&to.odd_of[b])) verdict.decide_convergence(b, to.shift);
             to.finished[b] = 0;
         }
     }
@@ -97,16 +97,16 @@ __device__ void shift(const T* old, int64_t b, const Clusters<T>& to, const Acti
     }
 }
 
-__device__ void settle(int64_t b, double* shift, const Active& active, const Verdict& verdict) {
+__device__ void decide_convergence(int64_t b, double* shift, const Active& active, const Verdict& verdict) {
     const int64_t all = active.problems(b);
-    for (int64_t i = global_thread(); i < all; i += all_threads()) verdict.settle(active.problem(i), shift);
+    for (int64_t i = global_thread(); i < all; i += all_threads()) verdict.decide_convergence(active.problem(i), shift);
 }
 
 /// Blocks that a multiprocessor should hold.
 template <class T, int EACH, bool FACTOR>
-constexpr int BLOCKS = FACTOR                                     ? SUM_BLOCKS_WEIGHTED
-                       : Warp<T, EACH, FACTOR>::EXACT && EACH > 1 ? SUM_BLOCKS
-                                                                  : SUM_BLOCKS_LIMBS;
+constexpr int BLOCKS = FACTOR                                          ? SUM_BLOCKS_WEIGHTED
+                       : PieceWarp<T, EACH, FACTOR>::EXACT && EACH > 1 ? SUM_BLOCKS
+                                                                       : SUM_BLOCKS_LIMBS;
 
 #define UPDATE(name, T, EACH, FACTOR)                                                                                  \
     extern "C" __global__ void __launch_bounds__(SUM_THREADS, (BLOCKS<T, EACH, FACTOR>))                               \
@@ -139,5 +139,5 @@ FOR_EACH_TYPE(INSTANCE)
 #undef UPDATE
 
 extern "C" __global__ void settle_shifts(int64_t b, double* shift, Active active, Verdict verdict) {
-    settle(b, shift, active, verdict);
+    decide_convergence(b, shift, active, verdict);
 }

@@ -11,7 +11,7 @@ static_assert(SUM_ROWS <= 1024, "limbs have room for 2^10 terms");
 /// lanes are left for. So many rows are a step, SUM_STEPS steps a batch; while one batch is added up the next one is on
 /// its way. Each lane fills and empties the ring of batches for itself.
 template <class T, int EACH, bool FACTOR>
-struct Warp {
+struct PieceWarp {
     /// Halves span 40 bits: their sums are exact as they are.
     static constexpr bool EXACT = std::is_same<T, __half>::value && !FACTOR;
     static constexpr int LIMBS = sizeof(T) == 2 && !FACTOR ? 1 : 2, COLUMNS = WARP * EACH;
@@ -26,8 +26,8 @@ struct Warp {
     struct Shared {
         Part ring[SUM_BATCHES][SUM_STEPS][WARP];
         double factors[FACTOR ? SUM_BATCHES : 1][SUM_STEPS][WARP];
-        __int128 rest[EXACT ? 1 : COLUMNS];  // zeros but for what limbs could not take
-        uint32_t odd;                        // whether something could not be added; otherwise zero
+        __int128 remainder[EXACT ? 1 : COLUMNS];  // zeros but for what limbs could not take
+        uint32_t odd;                             // whether something could not be added; otherwise zero
         double limbs[LIMBS][COLUMNS];
     };
 
@@ -53,7 +53,7 @@ struct Warp {
     uint32_t here, there;      // where in the ring that is, and where the next one asked for will be
     uint32_t rows[SUM_STEPS];  // row numbers of the batch to ask for next
     double sums[LIMBS][EACH];
-    bool any_rest;
+    bool any_remainder;
 
     /// Looks up the rows at places from `base` on.
     __device__ __forceinline__ void look_up(uint32_t base) {
@@ -91,7 +91,7 @@ struct Warp {
     __device__ __forceinline__ uint32_t batch() const { return SUM_STEPS * groups; }
 
     __device__ __forceinline__ void clear() {
-        any_rest = false;
+        any_remainder = false;
 #pragma unroll
         for (int l = 0; l < LIMBS; ++l) {
 #pragma unroll
@@ -136,7 +136,7 @@ struct Warp {
                 continue;
             }
             double left[EACH];
-            bool rest = false;
+            bool remainder = false;
 #pragma unroll
             for (int e = 0; e < EACH; ++e) {
                 double v = wide(part.values[e]);
@@ -152,17 +152,17 @@ struct Warp {
                     const double limb = units.extreme ? 0 : __dadd_rz(v, rounder) - rounder;
                     sums[l][e] += limb * power_of_two(-SCALE), v -= limb;
                 }
-                left[e] = v, rest |= v != 0;
+                left[e] = v, remainder |= v != 0;
             }
-            if (rest) {
-                any_rest = true;
+            if (remainder) {
+                any_remainder = true;
 #pragma unroll
                 for (int e = 0; e < EACH; ++e) shared.limbs[0][lane * EACH + e] = left[e];
 #pragma unroll 1
                 for (uint32_t own = lane * EACH; own < (lane + 1) * EACH; ++own) {
                     __int128 q;
                     if (!fixed_quantise(shared.limbs[0][own], units.scale, q) || units.extreme) shared.odd = 1;
-                    shared.rest[own] += q;
+                    shared.remainder[own] += q;
                 }
             }
         }
@@ -176,29 +176,29 @@ struct Warp {
     }
 
     /// The sum of a column of what was added last, as an integer and rounded.
-    __device__ __forceinline__ __int128 sum(uint32_t own, bool rest) const {
+    __device__ __forceinline__ __int128 sum(uint32_t own, bool remainder) const {
         __int128 q = 0;
 #pragma unroll
         for (int l = 0; l < LIMBS; ++l) q += units.value(l, limb(l, own));
-        if (!EXACT && rest) {
+        if (!EXACT && remainder) {
 #pragma unroll 1
-            for (uint32_t at = own; at < COLUMNS; at += lanes * EACH) q += shared.rest[at];
+            for (uint32_t at = own; at < COLUMNS; at += lanes * EACH) q += shared.remainder[at];
         }
         return q;
     }
-    __device__ __forceinline__ double total(uint32_t own, bool rest) const {
-        if (!EXACT && rest) return fixed_value(sum(own, rest), units.scale);
+    __device__ __forceinline__ double total(uint32_t own, bool remainder) const {
+        if (!EXACT && remainder) return fixed_value(sum(own, remainder), units.scale);
         return LIMBS == 1 ? limb(0, own) : __dadd_rn(limb(0, own), limb(LIMBS - 1, own));
     }
 
     /// Leaves shared memory to the next rows.
-    __device__ void leave(bool rest) {
+    __device__ void clear_remainders(bool remainder) {
         __syncwarp();
         shared.odd = 0;
         __syncwarp();
-        if (EXACT || !rest) return;
+        if (EXACT || !remainder) return;
 #pragma unroll 1
-        for (uint32_t at = lane; at < COLUMNS; at += WARP) shared.rest[at] = 0;
+        for (uint32_t at = lane; at < COLUMNS; at += WARP) shared.remainder[at] = 0;
         __syncwarp();
     }
 
@@ -217,7 +217,7 @@ struct Warp {
             }
             squares = striped(squares);
             if (!EXACT && !(LEAST_SQUARES <= squares && squares <= MOST_SQUARES)) {
-                if (__any_sync(~0u, some) && lane == 0) to.leave(b, cluster);
+                if (__any_sync(~0u, some) && lane == 0) to.mark_odd(b, cluster);
                 return;
             }
             divisor = __dsqrt_rn(squares);
@@ -290,19 +290,19 @@ struct Warp {
                     for (int e = 0; e < EACH; ++e) shared.limbs[l][lane * EACH + e] = sums[l][e] * power_of_two(SCALE);
                 }
                 __syncwarp();
-                const bool rest = !EXACT && __any_sync(~0u, any_rest);
-                if (shared.odd && lane == 0) to.leave(b, cluster);
+                const bool remainder = !EXACT && __any_sync(~0u, any_remainder);
+                if (shared.odd && lane == 0) to.mark_odd(b, cluster);
                 weight = total_weight(weight, stop - place);
                 const bool whole = begin <= top && bottom - begin <= count;
                 if (whole && r.d <= COLUMNS) {
-                    if (!shared.odd) finish(cluster, as_weight(weight), [&](int64_t c) { return total(c, rest); });
+                    if (!shared.odd) finish(cluster, as_weight(weight), [&](int64_t c) { return total(c, remainder); });
                 } else {
                     unsigned long long* const slot = to.slot(b, cluster);
-                    bring(slot + 2 * first, min(r.d - first, int64_t(COLUMNS)), rest);
+                    flush_to_slot(slot + 2 * first, min(r.d - first, int64_t(COLUMNS)), remainder);
                     if (lane == 0 && first == 0) atomic_add(slot + 2 * r.d, weight);
-                    if (first + COLUMNS >= r.d) add_last(cluster, slot, whole ? 1 : pieces.of(top, bottom));
+                    if (first + COLUMNS >= r.d) finish_if_last(cluster, slot, whole ? 1 : pieces.count(top, bottom));
                 }
-                leave(rest);
+                clear_remainders(remainder);
                 place = stop;
             }
             __pipeline_wait_prior(0);
@@ -310,13 +310,13 @@ struct Warp {
     }
 
     /// Adds the sums of `columns` columns to a slot.
-    __device__ __forceinline__ void bring(unsigned long long* slot, uint32_t columns, bool rest) const {
+    __device__ __forceinline__ void flush_to_slot(unsigned long long* slot, uint32_t columns, bool remainder) const {
 #pragma unroll 1
-        for (uint32_t c = lane; c < columns; c += WARP) atomic_add(slot + 2 * c, sum(c, rest));
+        for (uint32_t c = lane; c < columns; c += WARP) atomic_add(slot + 2 * c, sum(c, remainder));
     }
 
     /// Finishes a cluster if its slot now holds all of its `pieces`.
-    __device__ void add_last(uint32_t cluster, unsigned long long* slot, uint32_t pieces) {
+    __device__ void finish_if_last(uint32_t cluster, unsigned long long* slot, uint32_t pieces) {
         uint32_t* const added = to.added + (b * to.k + cluster);
         __threadfence();
         __syncwarp();
@@ -326,7 +326,7 @@ struct Warp {
         const auto at = [&](int64_t c) {
             return __int128((unsigned __int128)__ldcg(slot + 2 * c + 1) << 64 | __ldcg(slot + 2 * c));
         };
-        if (!to.left(b, cluster)) {
+        if (!to.is_odd(b, cluster)) {
             finish(cluster, as_weight(at(r.d)), [&](int64_t c) { return fixed_value(at(c), units.scale); });
         }
         __syncwarp();

@@ -1,15 +1,16 @@
-// Which clusters are the best up to a budget of tokens, by one block.
+// Which clusters are the best up to a budget of tokens, by one block: a radix select (the digit by digit search of a
+// radix sort, of the bins that hold what is wanted alone) of ranks that have weights.
 #pragma once
 #include "scan.cuh"
 
 constexpr int BINS = 256, DIGIT = 8;
-constexpr int FEW = 64;  // candidates that are compared with each other
+constexpr int COMPARED = 64;  // candidates that are compared with each other
 
 /// What a block finds out together.
-struct Choosing {
+struct SelectState {
     alignas(16) uint32_t bins[BINS];
     uint32_t found, count;
-    uint2 few[FEW], bounds[WARP], sums[WARP];
+    uint2 compared[COMPARED], bounds[WARP], sums[WARP];
 };
 
 /// A score as an integer of the same order. A NaN ranks as minus infinity, and the two zeros are one.
@@ -22,8 +23,8 @@ __device__ __forceinline__ uint32_t rank_of(float score) {
 /// least, DIGIT bits at a time from the top: how much clusters have whose distance begins as found so far, by their
 /// next bits; the last few by comparing them.
 template <class Weight>
-__device__ uint32_t rank_reaching(const uint32_t* ranks, int k, uint32_t least, uint32_t most, uint32_t wanted,
-                                  Weight weight, Choosing& s) {
+__device__ uint32_t radix_select_weighted(const uint32_t* ranks, int k, uint32_t least, uint32_t most, uint32_t wanted,
+                                          Weight weight, SelectState& s) {
     constexpr int EACH = BINS / WARP;
     const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     least = __reduce_min_sync(~0u, least), most = __reduce_max_sync(~0u, most);
@@ -61,9 +62,9 @@ __device__ uint32_t rank_reaching(const uint32_t* ranks, int k, uint32_t least, 
             const bool past = before + own[i] < wanted && bin == BINS - 1 - EACH * lane - i;
             before += past ? own[i] : 0, bin -= past;
         }
-        const int of = __ffs(here) - 1;
-        distance |= here ? uint32_t(__shfl_sync(~0u, bin, max(of, 0))) << shift : 0;
-        wanted -= here ? __shfl_sync(~0u, before, max(of, 0)) : 0;
+        const int owner = __ffs(here) - 1;
+        distance |= here ? uint32_t(__shfl_sync(~0u, bin, max(owner, 0))) << shift : 0;
+        wanted -= here ? __shfl_sync(~0u, before, max(owner, 0)) : 0;
         above = shift;
         if (above == 0) break;
 #pragma unroll 2
@@ -71,21 +72,21 @@ __device__ uint32_t rank_reaching(const uint32_t* ranks, int k, uint32_t least, 
             const uint32_t away = ranks[j] - least;
             if (!candidate(away)) continue;
             const uint32_t at = atomicAdd(&s.count, 1);
-            if (at < FEW) s.few[at] = make_uint2(away, weight(j));
+            if (at < COMPARED) s.compared[at] = make_uint2(away, weight(j));
         }
         if (threadIdx.x == 0) s.found = distance;
         __syncthreads();
         const int count = int(s.count);
-        if (count <= FEW) {
+        if (count <= COMPARED) {
             if (int(threadIdx.x) < count) {
-                const uint32_t its = s.few[threadIdx.x].x;
+                const uint32_t own_key = s.compared[threadIdx.x].x;
                 uint32_t higher = 0, same = 0;
 #pragma unroll 4
                 for (int i = 0; i < count; ++i) {
-                    const uint2 other = s.few[i];
-                    higher += other.x > its ? other.y : 0, same += other.x == its ? other.y : 0;
+                    const uint2 other = s.compared[i];
+                    higher += other.x > own_key ? other.y : 0, same += other.x == own_key ? other.y : 0;
                 }
-                if (higher < wanted && higher + same >= wanted) s.found = its;
+                if (higher < wanted && higher + same >= wanted) s.found = own_key;
             }
             __syncthreads();
             distance = s.found;
@@ -102,15 +103,15 @@ __device__ uint32_t rank_reaching(const uint32_t* ranks, int k, uint32_t least, 
 /// listed, and `take(place, at)` for the places in [from, to) and the tokens' places in the order. A warp goes through
 /// a part of the clusters.
 template <class Taken, class Take>
-__device__ void list_best(const uint32_t* ranks, int k, uint32_t rank, uint32_t budget, const uint32_t* begins,
-                          int from, int to, Choosing& s, Taken taken, Take take) {
+__device__ void gather_best(const uint32_t* ranks, int k, uint32_t rank, uint32_t budget, const uint32_t* begins,
+                            int from, int to, SelectState& s, Taken taken, Take take) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const int each = (k + warps * WARP - 1) / (warps * WARP) * WARP;
     const int begin = min(warp * each, k), end = min(begin + each, k);
     uint32_t above = 0, same = 0;
     for (int j = begin + lane; j < end; j += WARP) {
-        const uint32_t its = ranks[j], size = begins[j + 1] - begins[j];
-        above += its > rank ? size : 0, same += its == rank ? size : 0;
+        const uint32_t key = ranks[j], size = begins[j + 1] - begins[j];
+        above += key > rank ? size : 0, same += key == rank ? size : 0;
     }
     above = __reduce_add_sync(~0u, above), same = __reduce_add_sync(~0u, same);
     if (lane == 0) s.sums[warp] = make_uint2(above, same);
@@ -122,9 +123,9 @@ __device__ void list_best(const uint32_t* ranks, int k, uint32_t rank, uint32_t 
 #pragma unroll 1
     for (int first = begin; first < end; first += WARP) {
         const int j = first + lane;
-        const uint32_t its = j < end ? ranks[j] : 0, start = j < end ? begins[j] : 0;
+        const uint32_t key = j < end ? ranks[j] : 0, start = j < end ? begins[j] : 0;
         const uint32_t size = j < end ? begins[j + 1] - start : 0;
-        const bool better = j < end && its > rank, equal = j < end && its == rank;
+        const bool better = j < end && key > rank, equal = j < end && key == rank;
         uint32_t place = 0, count = 0;
         if (__any_sync(~0u, better)) {
             const uint32_t sum = warp_scan(better ? size : 0);
@@ -141,8 +142,8 @@ __device__ void list_best(const uint32_t* ranks, int k, uint32_t rank, uint32_t 
         uint32_t some = __ballot_sync(~0u, count > 0 && stop > from && int(place) < to);
 #pragma unroll 1
         for (; some; some &= some - 1) {
-            const int of = __ffs(some) - 1, at = __shfl_sync(~0u, int(place), of);
-            const int last = min(to, __shfl_sync(~0u, stop, of)), offset = int(__shfl_sync(~0u, start, of)) - at;
+            const int owner = __ffs(some) - 1, at = __shfl_sync(~0u, int(place), owner);
+            const int last = min(to, __shfl_sync(~0u, stop, owner)), offset = int(__shfl_sync(~0u, start, owner)) - at;
 #pragma unroll 1
             for (int i = max(at, from) + lane; i < last; i += WARP) take(i, offset + i);
         }
