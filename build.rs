@@ -1,10 +1,10 @@
-//! Compiles each `kernels/*.cu` to one fatbin in `OUT_DIR`: machine code for the architectures at hand and PTX for others.
+//! Compiles each `.cu` file below `kernels/` to one fatbin in `OUT_DIR`: machine code for the architectures at hand and PTX for others.
 
 use std::{
     collections::hash_map::DefaultHasher,
     env, fs,
     hash::{Hash, Hasher},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
     thread,
 };
@@ -32,10 +32,8 @@ fn main() {
     let nvcc = &nvcc();
     let archs = &archs(nvcc);
 
-    let mut files: Vec<PathBuf> = fs::read_dir("kernels")
-        .expect("kernels/ is part of the package")
-        .map(|entry| entry.expect("kernels/ can be listed").path())
-        .collect();
+    let mut files = vec![];
+    walk("kernels".as_ref(), &mut files);
     files.sort();
     let (kernels, headers): (Vec<_>, Vec<_>) =
         files.into_iter().partition(|path| path.extension().is_some_and(|e| e == "cu"));
@@ -49,6 +47,18 @@ fn main() {
     });
 }
 
+/// All files below a folder.
+fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).expect("kernels/ is part of the package") {
+        let path = entry.expect("kernels/ can be listed").path();
+        if path.is_dir() {
+            walk(&path, files);
+        } else {
+            files.push(path);
+        }
+    }
+}
+
 fn read(path: &PathBuf) -> Vec<u8> {
     fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
@@ -58,7 +68,7 @@ fn read(path: &PathBuf) -> Vec<u8> {
 fn compile(nvcc: &PathBuf, archs: &Vec<String>, kernel: PathBuf, shared: &(String, Vec<Vec<u8>>)) {
     let stem = kernel.file_stem().expect("a .cu file has a stem");
     let own = stem.to_string_lossy().ends_with("_sm90").then(|| vec!["90a".to_string()]);
-    let mut flags: Vec<String> = vec!["-fatbin".into(), "-O3".into(), "-std=c++17".into()];
+    let mut flags: Vec<String> = ["-fatbin", "-O3", "-std=c++17", "-Ikernels"].map(String::from).into();
     flags.extend(own.is_none().then(|| PTX.into()));
     flags.extend(own.as_ref().unwrap_or(archs).iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")));
     flags.extend(tile_macros().map(|(name, value)| format!("-D{name}={value}")));

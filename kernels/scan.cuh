@@ -1,6 +1,6 @@
 // Exclusive scans, and reductions over a block.
 #pragma once
-#include "common.cuh"
+#include "exact/common.cuh"
 
 __device__ __forceinline__ uint32_t warp_scan(uint32_t v) {
     const int lane = threadIdx.x % WARP;

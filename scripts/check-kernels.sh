@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 . scripts/kernel-flags.sh
 if [ $# = 0 ]; then
   # A job to each file and architecture, as many at once as there are processors.
-  for kernel in kernels/*.cu; do
+  for kernel in $(kernel_files); do
     for arch in $(kernel_archs "$kernel"); do echo "$kernel $arch"; done
   done | xargs -n 2 -P "$(nproc)" sh scripts/check-kernels.sh
   exit

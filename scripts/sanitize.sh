@@ -4,8 +4,8 @@
 #   sanitize.sh FOLDER [TOOL...]     (default: memcheck racecheck synccheck initcheck)
 #
 # FOLDER holds what `scripts/bundle.py OUT.tar.xz -- test --release --workspace --features cuda --no-run` packed. Prints a line for
-# each binary and tool, keeps what a tool said in FOLDER/sanitize/, and fails if any found something. SANITIZE_SECONDS (default
-# 1800) limits each run; the first GPU is used.
+# each module of tests and tool, keeps what a tool said in FOLDER/sanitize/, and fails if any found something. SANITIZE_SECONDS
+# (default 1800) limits each run; the first GPU is used.
 #
 # racecheck follows only writers that arrive at an mbarrier themselves, and so reports what a search of assign_sm90.cu leaves to
 # the finishing warps, whose writers lane 0 arrives for behind __syncwarp (tests/record/h200-2026-11-22.txt).
@@ -27,30 +27,36 @@ SLOW=(
   # or measure memory, of which the tool takes some itself.
   peak_is_within_the_plan
 )
-skipped=()
-for name in "${SLOW[@]}"; do skipped+=(--skip "$name"); done
+slow=$(printf '%s\n' "${SLOW[@]}")
 
 export FLASH_KMEANS_TEST_DEVICE="${FLASH_KMEANS_TEST_DEVICE:-cuda}"
 mkdir -p "$folder/sanitize"
-failed=0 binaries=0
+failed=0 runs=0
 for binary in "$folder"/*; do
   # Of the executables only those of libtest list tests.
-  [ -f "$binary" ] && [ -x "$binary" ] && "$binary" --list 2> /dev/null < /dev/null | grep -q ': test$' || continue
-  binaries=$((binaries + 1)) name=$(basename "$binary")
-  for tool in "$@"; do
-    log="$folder/sanitize/$name-$tool.txt"
-    # Refusals and a full memory are tested on purpose: the driver's own errors are not findings.
-    timeout "${SANITIZE_SECONDS:-1800}" compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 99 \
-      "$binary" --test-threads 1 "${skipped[@]}" > "$log" 2>&1
-    case $? in
-      0) said=clean ;;
-      99) said="found something: $log" ;;
-      124) said="did not end in ${SANITIZE_SECONDS:-1800} s: $log" ;;
-      *) said="failed: $log" ;;
-    esac
-    [ "$said" = clean ] || failed=1
-    printf '%-10s %-28s %s\n' "$tool" "$name" "$said"
+  [ -f "$binary" ] && [ -x "$binary" ] || continue
+  tests=$("$binary" --list 2> /dev/null < /dev/null | sed -n 's/: test$//p' | grep -vF "$slow")
+  [ -n "$tests" ] || continue
+  # A module is a run of its own; tests beside the modules are one, too.
+  for module in $(sed -n 's/::.*//p' <<< "$tests" | sort -u) ''; do
+    mapfile -t names < <(if [ -n "$module" ]; then grep "^$module::" <<< "$tests"; else grep -v :: <<< "$tests"; fi)
+    [ "${#names[@]}" -gt 0 ] || continue
+    name=$(basename "$binary")${module:+-$module}
+    for tool in "$@"; do
+      runs=$((runs + 1)) log="$folder/sanitize/$name-$tool.txt"
+      # Refusals and a full memory are tested on purpose: the driver's own errors are not findings.
+      timeout "${SANITIZE_SECONDS:-1800}" compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 99 \
+        "$binary" --test-threads 1 --exact "${names[@]}" > "$log" 2>&1
+      case $? in
+        0) said=clean ;;
+        99) said="found something: $log" ;;
+        124) said="did not end in ${SANITIZE_SECONDS:-1800} s: $log" ;;
+        *) said="failed: $log" ;;
+      esac
+      [ "$said" = clean ] || failed=1
+      printf '%-10s %-28s %s\n' "$tool" "$name" "$said"
+    done
   done
 done
-[ "$binaries" -gt 0 ] || { echo "sanitize: no test binaries in $folder" >&2; exit 2; }
+[ "$runs" -gt 0 ] || { echo "sanitize: no test binaries in $folder" >&2; exit 2; }
 exit "$failed"

@@ -4,7 +4,7 @@
 //! overflow, and integer addition is associative, so threads, chunks and devices may add in any order and split and still
 //! produce the same bits. A term that is no whole number of units is added to an [`Exact`] sum, which holds all of an f64's
 //! exponents (Kulisch and Miranker 1986). Both are exact, so it does not matter which terms went where, and what becomes of
-//! a sum is rounded once. `kernels/common.cuh` and `kernels/sums.cuh` hold the same functions.
+//! a sum is rounded once. `kernels/exact/common.cuh` and `kernels/exact/sums.cuh` hold the same functions.
 
 /// The scale `s` for sums of at most `n` terms, none above `max_abs` in magnitude.
 pub(crate) fn scale(max_abs: f64, n: usize) -> i32 {

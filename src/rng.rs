@@ -1,5 +1,5 @@
 //! Random numbers that belong to a row, not to a position in a stream: a draw depends on the seed, the round, the batch
-//! element and the row alone, so any device, chunking or thread count draws the same. `kernels/common.cuh` holds the same
+//! element and the row alone, so any device, chunking or thread count draws the same. `kernels/exact/common.cuh` holds the same
 //! functions; only correctly rounded operations are used, so the bits agree.
 
 /// Which draw: the user's seed and the number of the round.

@@ -107,7 +107,7 @@ pub const LEFT_COLUMNS: usize = 4;
 pub const LEFT_BLOCKS: usize = 264;
 /// Columns of a thread block in the median kernel.
 pub const MEDIAN_COLUMNS: usize = 32;
-/// Centroids that the common shift of `norms.cu` is the mean of: it only has to be near the data, and always the same.
+/// Centroids that the common shift of `prepare.cu` is the mean of: it only has to be near the data, and always the same.
 pub const MEAN_SAMPLES: usize = 256;
 /// Threads of a block that finds the origin of the centroids, or prepares all of a problem's.
 pub const ORIGIN_THREADS: usize = 512;

@@ -1,4 +1,4 @@
-//! Attention over a clustered cache: `kernels/attend.cu`.
+//! Attention over a clustered cache: `kernels/attention/attend.cu`.
 
 use super::{
     device::{arch, device},

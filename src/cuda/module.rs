@@ -13,7 +13,8 @@ use std::{
 /// A compiled file of `kernels/`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Image {
-    Norms,
+    Rows,
+    Seed,
     Prepare,
     Split,
     AssignSimt,
@@ -33,7 +34,8 @@ pub(super) enum Image {
 impl Image {
     fn bytes(self) -> &'static [u8] {
         match self {
-            Self::Norms => include_bytes!(concat!(env!("OUT_DIR"), "/norms.fatbin")),
+            Self::Rows => include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")),
+            Self::Seed => include_bytes!(concat!(env!("OUT_DIR"), "/seed.fatbin")),
             Self::Prepare => include_bytes!(concat!(env!("OUT_DIR"), "/prepare.fatbin")),
             Self::Split => include_bytes!(concat!(env!("OUT_DIR"), "/split.fatbin")),
             Self::AssignSimt => include_bytes!(concat!(env!("OUT_DIR"), "/assign_simt.fatbin")),

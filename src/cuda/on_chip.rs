@@ -1,4 +1,4 @@
-//! All of a fit at once: `kernels/fit_narrow.cu` and `kernels/fit_resident.cu`.
+//! All of a fit at once: `kernels/resident/fit_narrow.cu` and `kernels/resident/fit_resident.cu`.
 
 use super::{
     device::{arch, device},

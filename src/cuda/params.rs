@@ -8,7 +8,7 @@ use crate::{
 };
 use candle_core::{cuda_backend::cudarc::driver::DeviceRepr, Tensor};
 
-/// `struct Rows` of `kernels/common.cuh`.
+/// `struct Rows` of `kernels/exact/common.cuh`.
 #[repr(C)]
 pub(super) struct Shape5 {
     pub(super) batch_stride: i64,
@@ -27,7 +27,7 @@ pub(super) fn shape(r: &Rows) -> Shape5 {
     Shape5 { batch_stride, row_stride, b: r.b as i64, n: r.n as i64, d: r.d as i64 }
 }
 
-/// `struct Active` of `kernels/common.cuh`.
+/// `struct Active` of `kernels/exact/common.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct Active {
@@ -72,7 +72,7 @@ pub(super) fn one_copy(c: &Rows) -> Rows {
     Rows { b: if c.batch_stride == 0 { c.b.min(1) } else { c.b }, ..c.clone() }
 }
 
-/// `pub(super) struct Strided` of `norms.cu`.
+/// `struct Strided` of `rows.cu`.
 #[repr(C)]
 pub(super) struct Strided {
     sizes: [i64; 8],
@@ -145,7 +145,7 @@ pub(super) struct Cache {
 unsafe impl DeviceRepr for Cache {}
 const _: () = assert!(size_of::<Cache>() == 160);
 
-/// `struct Route` of `route.cu`.
+/// `struct Route` of `route.cuh`.
 #[repr(C)]
 pub(super) struct Route {
     pub(super) key_head: i64,
@@ -200,7 +200,7 @@ pub(super) struct Digit {
 unsafe impl DeviceRepr for Digit {}
 const _: () = assert!(size_of::<Digit>() == 48);
 
-/// `struct Clusters` of `update.cu`.
+/// `struct Clusters` of `clusters.cuh`.
 #[repr(C)]
 pub(super) struct Clusters {
     pub(super) centroids: u64,
@@ -221,7 +221,7 @@ pub(super) struct Clusters {
 unsafe impl DeviceRepr for Clusters {}
 const _: () = assert!(size_of::<Clusters>() == 96);
 
-/// `struct Pieces` of `update.cu`.
+/// `struct Pieces` of `clusters.cuh`.
 #[repr(C)]
 pub(super) struct Pieces {
     pub(super) rows: u32,
@@ -232,7 +232,7 @@ pub(super) struct Pieces {
 unsafe impl DeviceRepr for Pieces {}
 const _: () = assert!(size_of::<Pieces>() == 8);
 
-/// `struct Verdict` of `update.cu`.
+/// `struct Verdict` of `clusters.cuh`.
 #[repr(C)]
 pub(super) struct Verdict {
     pub(super) threshold: Part<f64>,
@@ -271,7 +271,7 @@ pub(super) struct TermsOnChip {
 unsafe impl DeviceRepr for TermsOnChip {}
 const _: () = assert!(size_of::<TermsOnChip>() == 32);
 
-/// `struct Shares` of `fit_resident.cu`.
+/// `struct Shares` of `team.cuh`.
 #[repr(C)]
 pub(super) struct Shares {
     pub(super) blocks: i32,
@@ -283,7 +283,7 @@ pub(super) struct Shares {
 unsafe impl DeviceRepr for Shares {}
 const _: () = assert!(size_of::<Shares>() == 12);
 
-/// `struct Common` of `fit_resident.cu`.
+/// `struct Common` of `team.cuh`.
 #[repr(C)]
 pub(super) struct Common {
     pub(super) limbs: Part<u64>,

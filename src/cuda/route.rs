@@ -1,4 +1,4 @@
-//! Attention of groups of queries to lists of tokens: `kernels/route.cu`.
+//! Attention of groups of queries to lists of tokens: `kernels/attention/route.cu`.
 
 use super::{
     device::{arch, device},

@@ -1,4 +1,4 @@
-//! Passes over rows, each its own kernel of `kernels/norms.cu`: distances, norms, copies, and what is not finite.
+//! Passes over rows, each its own kernel of `kernels/rows.cu`: distances, norms, copies, and what is not finite.
 
 use super::{
     device::device,
@@ -37,7 +37,7 @@ pub(super) fn copy_strided<T: CudaDType + DeviceRepr>(
         _ => "copy_8",
     };
     let input = read(t);
-    launch!(dev, Norms, name, "", cells.div_ceil(THREADS), THREADS;
+    launch!(dev, Rows, name, "", cells.div_ceil(THREADS), THREADS;
         &input.view::<T>()?, &from, &(cells as i64), &(pitch as i64), &to)
 }
 
@@ -67,7 +67,7 @@ pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> 
         let rows = elements(&[x.b, x.n]);
         let mut out = alloc::<f64>(dev, "distances", rows)?;
         let (xs, cs, labels) = (read(&x.tensor), read(&c.tensor), read(labels));
-        launch!(dev, Norms, "distances", T::SUFFIX, rows.div_ceil(THREADS), THREADS;
+        launch!(dev, Rows, "distances", T::SUFFIX, rows.div_ceil(THREADS), THREADS;
             &xs.view::<T>()?, &shape(x), &cs.view::<T>()?, &shape(c), &labels.view::<u32>()?, &(metric as i32),
             &mut out)?;
         Ok(tensor(dev, out, (x.b, x.n)))
@@ -80,7 +80,7 @@ pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
         let pairs = elements(&[x.b, x.n, c.n]);
         let mut out = alloc::<<T as Element>::Filter>(dev, "pairwise", pairs)?;
         let (xs, cs) = (read(&x.tensor), read(&c.tensor));
-        launch!(dev, Norms, "pairwise", T::SUFFIX, pairs.div_ceil(THREADS), THREADS;
+        launch!(dev, Rows, "pairwise", T::SUFFIX, pairs.div_ceil(THREADS), THREADS;
             &xs.view::<T>()?, &shape(x), &cs.view::<T>()?, &shape(c), &(metric as i32), &mut out)?;
         Ok(tensor(dev, out, (x.b, x.n, c.n)))
     })
@@ -93,7 +93,7 @@ pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
         let mut out = alloc::<T>(dev, "gather", elements(&[b, m, x.d]))?;
         let (xs, index) = (read(&x.tensor), read(index));
         let rows = rows_of_a_pass(x.d);
-        launch!(dev, Norms, "gather", T::SUFFIX, elements(&[b, m.div_ceil(rows)]), THREADS;
+        launch!(dev, Rows, "gather", T::SUFFIX, elements(&[b, m.div_ceil(rows)]), THREADS;
             &xs.view::<T>()?, &shape(x), &index.view::<u32>()?, &(m as i64), &(rows as i64), &mut out)?;
         Ok(tensor(dev, out, (b, m, x.d)))
     })
@@ -109,11 +109,11 @@ pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> 
         let dev = device(&x.tensor)?;
         let mut largest = alloc::<f64>(dev, "scan", x.b)?;
         let mut first_bad = alloc::<u32>(dev, "scan", x.b)?;
-        launch!(dev, Norms, "scan_start", "", x.b.div_ceil(THREADS), THREADS;
+        launch!(dev, Rows, "scan_start", "", x.b.div_ceil(THREADS), THREADS;
             &(x.b as i64), &mut largest, &mut first_bad)?;
         let xs = read(&x.tensor);
         let rows = rows_of_a_pass(x.d);
-        launch!(dev, Norms, "scan", T::SUFFIX, elements(&[x.b, x.n.div_ceil(rows)]), THREADS;
+        launch!(dev, Rows, "scan", T::SUFFIX, elements(&[x.b, x.n.div_ceil(rows)]), THREADS;
             &xs.view::<T>()?, &shape(x), &(rows as i64), &mut largest, &mut first_bad)?;
         Ok((tensor(dev, largest, x.b), tensor(dev, first_bad, x.b)))
     })
@@ -125,7 +125,7 @@ pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
         let rows = elements(&[x.b, x.n]);
         let mut out = alloc::<f64>(dev, "norms", rows)?;
         let xs = read(&x.tensor);
-        launch!(dev, Norms, "norms", T::SUFFIX, rows.div_ceil(THREADS), THREADS; &xs.view::<T>()?, &shape(x), &mut out)?;
+        launch!(dev, Rows, "norms", T::SUFFIX, rows.div_ceil(THREADS), THREADS; &xs.view::<T>()?, &shape(x), &mut out)?;
         Ok(tensor(dev, out, (x.b, x.n)))
     })
 }

@@ -1,4 +1,4 @@
-//! How rows are chosen as seeds: `kernels/norms.cu`.
+//! How rows are chosen as seeds: `kernels/seed.cu`.
 
 use super::{
     device::device,
@@ -24,7 +24,7 @@ pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, 
         let mut out = alloc::<u32>(dev, "usable_seeds", elements(&[b, k]))?;
         let (xs, weights, chosen) = (read(&x.tensor), weights.map(read), read(chosen));
         let weights = weights.as_ref().map(|w| w.view::<f64>()).transpose()?;
-        launch!(dev, Norms, "usable_seeds", T::SUFFIX, b, THREADS;
+        launch!(dev, Seed, "usable_seeds", T::SUFFIX, b, THREADS;
             &xs.view::<T>()?, &shape(x), Nullable(&weights), &chosen.view::<u32>()?, &(k as i64), &(metric as i32),
             &mut out)?;
         Ok(tensor(dev, out, (b, k)))
@@ -37,7 +37,7 @@ pub(crate) fn min_distance_with(x: &Rows, nearest: &Tensor, newest: &Tensor, met
         let rows = elements(&[x.b, x.n]);
         let mut out = alloc::<f64>(dev, "nearer", rows)?;
         let (xs, nearest, newest) = (read(&x.tensor), read(nearest), read(newest));
-        launch!(dev, Norms, "nearer", T::SUFFIX, rows.div_ceil(THREADS), THREADS;
+        launch!(dev, Seed, "nearer", T::SUFFIX, rows.div_ceil(THREADS), THREADS;
             &xs.view::<T>()?, &shape(x), &nearest.view::<f64>()?, &newest.view::<u32>()?, &(metric as i32),
             &mut out)?;
         Ok(tensor(dev, out, (x.b, x.n)))
@@ -50,7 +50,7 @@ pub(crate) fn exponential_race_keys(nearest: &Tensor, weights: Option<&Tensor>, 
     let mut out = alloc::<f64>(dev, "race", elements(&[b, n]))?;
     let (nearest, weights) = (read(nearest), weights.map(read));
     let weights = weights.as_ref().map(|w| w.view::<f64>()).transpose()?;
-    launch!(dev, Norms, "race_keys", "", elements(&[b, n]).div_ceil(THREADS), THREADS;
+    launch!(dev, Seed, "race_keys", "", elements(&[b, n]).div_ceil(THREADS), THREADS;
         &nearest.view::<f64>()?, Nullable(&weights), &(b as i64), &(n as i64), &draw.seed, &draw.round, &mut out)?;
     Ok(tensor(dev, out, (b, n)))
 }
@@ -68,7 +68,7 @@ pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>, memory: &Memory) -> Result<()>
     let (xs, weights) = (read(&x.tensor), weights.map(read));
     let weights = weights.as_ref().map(|w| w.view::<f64>()).transpose()?;
     let (nearest, chosen_at, count) = (own::<f64>(nearest)?, own::<u32>(chosen)?, chosen.dim(1)? as i64);
-    typed!(x.dtype(), T => launch!(dev, Norms, "pick", T::SUFFIX, parts, THREADS;
+    typed!(x.dtype(), T => launch!(dev, Seed, "pick", T::SUFFIX, parts, THREADS;
         &xs.view::<T>()?, &shape(x), &nearest, Nullable(&weights), &chosen_at, &count, &(i as i64), &(start as i32),
         &(metric as i32), &draw.seed, &draw.round, &(rows as i64), &scratch.part(keys), &scratch.part(winners),
         &zeros.part(arrived)))

@@ -1,4 +1,4 @@
-//! The tokens of the best clusters: `kernels/select.cu`.
+//! The tokens of the best clusters: `kernels/attention/select.cu`.
 
 use super::{kernel::launch, params::Choice, tensors::Part};
 use crate::{

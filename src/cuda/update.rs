@@ -1,4 +1,4 @@
-//! Sort-Inverse Update: `kernels/update.cu`.
+//! Sort-Inverse Update: `kernels/update/update.cu`.
 
 use super::{
     device::device,

@@ -1,4 +1,4 @@
-//! Labels on CUDA cores: `kernels/assign_simt.cu` and `kernels/assign_narrow.cu`.
+//! Labels on CUDA cores: `kernels/assign/assign_simt.cu` and `kernels/assign/assign_narrow.cu`.
 
 use crate::{
     cuda::device::processors,

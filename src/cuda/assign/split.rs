@@ -1,4 +1,4 @@
-//! Labels of f32 rows on tensor cores, by way of halves: `kernels/split.cu`.
+//! Labels of f32 rows on tensor cores, by way of halves: `kernels/assign/split.cu`.
 
 use super::tensor_core::{sweep_shared, Listed, Reach, Table, BOUNDS, HELD_SHARED, SM90_NAMES};
 use crate::{
@@ -19,7 +19,7 @@ use candle_core::cuda_backend::{
     CudaDevice,
 };
 
-/// f32 rows by way of halves: `kernels/split.cu`. Rows are split a rectangle at a time, part of one problem or whole
+/// f32 rows by way of halves: `kernels/assign/split.cu`. Rows are split a rectangle at a time, part of one problem or whole
 /// problems, so that the halves take no more memory than [`SPLIT_BYTES`] and stay in L2 for the most part.
 pub(super) fn assign(
     dev: &CudaDevice,

@@ -1,4 +1,4 @@
-//! Labels of halves on tensor cores: `kernels/assign_sm80.cu`, `kernels/assign_sm90.cu` and `kernels/recheck.cu`.
+//! Labels of halves on tensor cores: `kernels/assign/assign_sm80.cu`, `kernels/assign/assign_sm90.cu` and `kernels/assign/recheck.cu`.
 
 use crate::{
     cuda::device::{device, processors},
@@ -24,7 +24,7 @@ use candle_core::{
     Tensor,
 };
 
-/// The table of hashes that finds repeated centroids (`kernels/duplicates.cuh`).
+/// The table of hashes that finds repeated centroids (`kernels/assign/duplicates.cuh`).
 pub(super) struct Table {
     pub(super) keys: Slot<u64>,
     pub(super) first: Slot<u32>,

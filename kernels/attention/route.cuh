@@ -1,0 +1,121 @@
+// Tiles of queries and keys of half precision in shared memory, their scores, and the online softmax over these.
+#pragma once
+#include "arch/mma.cuh"
+#include "exact/common.cuh"
+#include "scan.cuh"
+
+constexpr int BLOCK = ROUTE_THREADS, WARPS = BLOCK / WARP, KEYS = ROUTE_KEYS;
+constexpr int EIGHTS = KEYS / 8, SIXTEENS = KEYS / 16;
+static_assert(KEYS <= BLOCK && KEYS % 32 == 0, "a thread to each key of a tile");
+
+/// Queries, keys and values (`Route` in src/cuda/params.rs). Strides are in elements; queries and means are dense.
+struct Route {
+    int64_t key_head, key_row, value_head, value_row;  // strides
+    int64_t group, queries, units;                     // query heads of a key head, and a head's queries and groups
+    int64_t sinks, clustered, others, k, most;         // tokens by their place, clusters, and the room of a list
+    int64_t means;                                     // k if means stand for what is not read, and 0 if nothing does
+    int64_t causal;                                    // whether the queries are those of the last tokens
+    float scale;                                       // of a product, times log2(e)
+};
+
+/// Where a 16-byte piece of a row lies: swizzled, so that eight rows' same piece are in different banks.
+template <int D>
+__device__ __forceinline__ uint32_t place(int row, int piece) {
+    return row * D * 2 + ((piece ^ (row & 7)) << 4);
+}
+
+/// Copies COUNT rows, of which `row_at` gives the address (null: zeros).
+template <int D, int COUNT, class RowAt>
+__device__ __forceinline__ void copy_rows(uint32_t to, const void* any, RowAt row_at) {
+    constexpr int PIECES = D / 8, LINES = BLOCK / PIECES;
+    const int piece = threadIdx.x % PIECES;
+#pragma unroll
+    for (int i = 0; i < COUNT / LINES; ++i) {
+        const int row = threadIdx.x / PIECES + i * LINES;
+        const auto* const from = row_at(row);
+        cp_async_16(to + place<D>(row, piece), from ? from + piece * 8 : any, from ? 16 : 0);
+    }
+}
+
+/// 16 TALL rows of a warp against KEYS others: [i][j][e] is row 16 i + 8 (e / 2) + lane / 4, column 8 j + 2 (lane % 4)
+/// + e % 2.
+template <int TALL>
+using Scores = float[TALL][EIGHTS][4];
+
+template <class T, int D, int TALL>
+__device__ __forceinline__ void score(Scores<TALL>& s, uint32_t rows, uint32_t keys) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int i = 0; i < TALL; ++i) {
+#pragma unroll
+        for (int j = 0; j < EIGHTS; ++j) s[i][j][0] = s[i][j][1] = s[i][j][2] = s[i][j][3] = 0;
+    }
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+        uint32_t a[TALL][4];
+#pragma unroll
+        for (int i = 0; i < TALL; ++i) {
+            ldmatrix_x4(a[i], rows + place<D>(i * 16 + lane % 16, step * 2 + lane / 16));
+        }
+#pragma unroll
+        for (int j = 0; j < EIGHTS; j += 2) {
+            uint32_t b[4];
+            ldmatrix_x4(b, keys + place<D>(j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+#pragma unroll
+            for (int i = 0; i < TALL; ++i) {
+                mma(s[i][j], a[i], b[0], b[1], T());
+                mma(s[i][j + 1], a[i], b[2], b[3], T());
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ uint32_t pair(float x, float y, __half) {
+    const __half2 v = __floats2half2_rn(x, y);
+    return reinterpret_cast<const uint32_t&>(v);
+}
+__device__ __forceinline__ uint32_t pair(float x, float y, __nv_bfloat16) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(x, y);
+    return reinterpret_cast<const uint32_t&>(v);
+}
+
+/// The result over the four lanes that share a row.
+template <class Join>
+__device__ __forceinline__ float over_quad(float v, Join join) {
+    v = join(v, __shfl_xor_sync(~0u, v, 1));
+    return join(v, __shfl_xor_sync(~0u, v, 2));
+}
+
+/// `exp2(v)`; what is far below zero is zero.
+__device__ __forceinline__ float power(float v) {
+    float p;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(p) : "f"(v));
+    return p;
+}
+
+/// The same, and zero for a NaN: a query that is not finite has no say in what its group reads.
+__device__ __forceinline__ float share(float v) { return power(fmaxf(v, -1024.0f)); }
+
+/// The largest score and the sum of weights of each row of a thread, as keys come by.
+template <int TALL>
+struct Softmax {
+    float most[TALL][2], sum[TALL][2];
+
+    __device__ __forceinline__ Softmax() {
+#pragma unroll
+        for (int i = 0; i < TALL; ++i) most[i][0] = most[i][1] = -INFINITY, sum[i][0] = sum[i][1] = 0;
+    }
+
+    /// Takes the largest of row (i, h) of `s`, in units of 1 / scale, and returns what earlier weights are to be
+    /// multiplied by; `base` is what to take from scaled scores then.
+    __device__ __forceinline__ float raise(const float (&s)[EIGHTS][4], int i, int h, float scale, float& base) {
+        float top = most[i][h];
+#pragma unroll
+        for (int j = 0; j < EIGHTS; ++j) top = fmaxf(top, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
+        top = over_quad(top, Larger());
+        base = top == -INFINITY ? 0 : top * scale;
+        const float shrink = power(most[i][h] * scale - base);
+        most[i][h] = top, sum[i][h] *= shrink;
+        return shrink;
+    }
+};

@@ -1,0 +1,306 @@
+// A whole fit of rows of at most 8 columns in one launch, for problems that fit in shared memory.
+//
+// A block takes a problem and keeps its rows, labels and sums on chip for all iterations: centroids are prepared and
+// rows labelled as in assign_narrow.cu, rows are brought into cluster order by a counting sort, and each thread adds up
+// an equal share of them, cluster by cluster. Sums are integers (src/fixed.rs), so atomics may finish them in any
+// order. With a term that is no such integer, or a row that is not finite, they are added up once more, by warps. A
+// block that has converged goes on to the next problem. Traffic: X once, labels once, and the centroids, which stay in
+// the cache.
+#include "assign/narrow.cuh"
+#include "exact/sums.cuh"
+#include "scan.cuh"
+
+/// A problem's part of shared memory, behind its centroids (`FitNarrow` in src/plan/on_chip.rs).
+template <class T, int D>
+struct OnChip {
+    __int128* rest;             // (k, D): what limbs could not take
+    __int128* weights;          // (k)
+    unsigned long long* limbs;  // (2, k, D), two's complement
+    uint32_t *starts, *next;    // (k + 1) and (k): where clusters begin, and the place of the next row
+    T* x;                       // (n, D), zeros beyond the columns
+    uint16_t *labels, *order;   // (n)
+
+    __device__ OnChip(uint8_t* raw, int64_t n, int64_t k) {
+        rest = reinterpret_cast<__int128*>(raw);
+        weights = rest + k * D;
+        limbs = reinterpret_cast<unsigned long long*>(weights + k);
+        x = reinterpret_cast<T*>(limbs + 2 * k * D);
+        starts = reinterpret_cast<uint32_t*>(x + (n * D + 7) / 8 * 8);
+        next = starts + k + 1;
+        labels = reinterpret_cast<uint16_t*>(next + k);
+        order = labels + n;
+    }
+};
+
+/// The sum of D terms in the order of `striped` in src/fixed.rs.
+template <int D>
+__device__ __forceinline__ double striped_here(double (&terms)[D]) {
+#pragma unroll
+    for (int step = D / 2; step; step /= 2) {
+#pragma unroll
+        for (int i = 0; i < step; ++i) terms[i] = __dadd_rn(terms[i], terms[i + step]);
+    }
+    return terms[0];
+}
+
+/// Sorts the rows by label, and clears the sums.
+template <class T, int D>
+__device__ void sort(const OnChip<T, D>& s, uint32_t n, uint32_t k) {
+    for (uint32_t j = threadIdx.x; j <= k; j += blockDim.x) s.starts[j] = 0;
+    for (uint32_t i = threadIdx.x; i < k * (D + 1); i += blockDim.x) s.rest[i] = 0;  // and the weights
+    for (uint32_t i = threadIdx.x; i < 2 * k * D; i += blockDim.x) s.limbs[i] = 0;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) atomicAdd(&s.starts[s.labels[i]], 1);
+    __syncthreads();
+    block_scan(
+        k + 1, [&](int64_t j) { return s.starts[j]; },
+        [&](int64_t j, uint32_t before) {
+            s.starts[j] = before;
+            if (j < k) s.next[j] = before;
+        });
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) s.order[atomicAdd(&s.next[s.labels[i]], 1)] = i;
+    __syncthreads();
+}
+
+/// Adds up each thread's share of the sorted rows. Sets `odd` if they have to be added up once more.
+template <class T, int D>
+__device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T>& units, const double* factor,
+                    int weight_scale, int divisor, bool& odd) {
+    constexpr bool EXACT = std::is_same<T, __half>::value;
+    const uint32_t each = (n + blockDim.x - 1) / blockDim.x;
+    const uint32_t end = min((threadIdx.x + 1) * each, n);
+    uint32_t cluster = UINT32_MAX;
+    double sums[2][D];
+    __int128 weight = 0;
+    const auto flush = [&] {
+#pragma unroll
+        for (int l = 0; l < 2; ++l) {
+#pragma unroll
+            for (int q = 0; q < D; ++q) {
+                const long long whole = sums[l][q] == 0 ? 0 : __double2ll_rn(sums[l][q] * power_of_two(-units.unit(l)));
+                if (whole) atomicAdd(&s.limbs[(l * k + cluster) * D + q], (unsigned long long)whole);
+            }
+        }
+        if (weight) atomic_add(reinterpret_cast<unsigned long long*>(&s.weights[cluster]), weight);
+    };
+#pragma unroll 1
+    for (uint32_t place = threadIdx.x * each; place < end; ++place) {
+        const uint32_t row = s.order[place], label = s.labels[row];
+        if (label != cluster) {
+            if (cluster != UINT32_MAX) flush();
+            cluster = label, weight = 0;
+#pragma unroll
+            for (int q = 0; q < D; ++q) sums[0][q] = sums[1][q] = 0;
+        }
+        Several<T, D> part = reinterpret_cast<const Several<T, D>*>(s.x)[row];
+        if (!factor && units.dirty) {
+#pragma unroll
+            for (int q = 0; q < D; ++q) {
+                if (!isfinite(wide(part.values[q]))) part.values[q] = T(0.0f), odd = true;
+            }
+        }
+        if (!factor && (EXACT || units.fit(part.values))) {
+#pragma unroll
+            for (int q = 0; q < D; ++q) sums[0][q] += wide(part.values[q]);
+            continue;
+        }
+        const double f = factor ? factor[row] : 1;
+        __int128 whole;
+        if (factor && divisor == WEIGHT) {
+            if (!fixed_quantise(f, weight_scale, whole)) odd = true;
+            weight += whole;
+        }
+#pragma unroll
+        for (int q = 0; q < D; ++q) {
+            double v = __dmul_rn(wide(part.values[q]), f);
+            if (!isfinite(v)) {
+                v = 0;
+                if (units.dirty && f != 0) odd = true;
+            }
+            // Rounded toward zero, so that what is left has the sign of the term.
+#pragma unroll
+            for (int l = 0; l < 2; ++l) {
+                const double rounder = copysign(units.rounder(l), v);
+                const double limb = units.extreme ? 0 : __dadd_rz(v, rounder) - rounder;
+                sums[l][q] += limb, v -= limb;
+            }
+            if (v != 0) {
+                if (!fixed_quantise(v, units.scale, whole) || units.extreme) odd = true;
+                atomic_add(reinterpret_cast<unsigned long long*>(&s.rest[cluster * D + q]), whole);
+            }
+        }
+    }
+    if (cluster != UINT32_MAX) flush();
+    __syncthreads();
+}
+
+/// Adds up clusters once more, a column to a warp: to `rest` and `weights`, as `Scaled`.
+template <class T, int D>
+__device__ __forceinline__ void add_exactly(const OnChip<T, D>& s, uint32_t k, bool dirty, const double* factor) {
+    const uint32_t lane = threadIdx.x % WARP;
+    for (uint32_t item = threadIdx.x / WARP; item < k * (D + 1); item += blockDim.x / WARP) {
+        const uint32_t j = item / (D + 1), q = item % (D + 1), end = s.starts[j + 1];
+        Gathered sum;
+#pragma unroll 1
+        for (uint32_t next = s.starts[j]; next < end; next += WARP) {
+            double term = 0;
+            if (next + lane < end) {
+                const uint32_t row = s.order[next + lane];
+                const double f = factor ? factor[row] : 1;
+                const T* const values = s.x + row * D;
+                if (!dirty || finite(values, D)) term = q < D ? __dmul_rn(wide(values[q]), f) : f;
+            }
+            sum.add(term);
+        }
+        const Scaled rounded = sum.all().rounded();
+        if (lane == 0) *reinterpret_cast<Scaled*>(q < D ? &s.rest[j * D + q] : &s.weights[j]) = rounded;
+    }
+}
+
+/// Replaces the centroids as `replace` does, from sums of any terms. Not inlined, so that it takes no registers from
+/// where it is not needed.
+template <class T, int D>
+__device__ __noinline__ void replace_exactly(OnChip<T, D> s, T* c, uint32_t k, int d, bool dirty, const double* factor,
+                                             int divisor, double* shift) {
+    add_exactly(s, k, dirty, factor);
+    __syncthreads();
+#pragma unroll 1
+    for (uint32_t j = threadIdx.x; j < k; j += blockDim.x) {
+        const Scaled* const sums = reinterpret_cast<const Scaled*>(s.rest + j * D);
+        double terms[D];
+        const Quotient by(
+            divisor, *reinterpret_cast<const Scaled*>(s.weights + j),
+            [&](int64_t shift) {
+#pragma unroll
+                for (int q = 0; q < D; ++q) {
+                    const double t = sums[q].value(shift);
+                    terms[q] = __dmul_rn(t, t);
+                }
+                return striped_here(terms);
+            },
+            [&] {
+                int64_t most = INT32_MIN;
+#pragma unroll 1
+                for (int q = 0; q < D; ++q) {
+                    if (sums[q].significand != 0) most = max(most, sums[q].exponent);
+                }
+                return most == INT32_MIN ? 0 : most;
+            });
+        if (!by.some()) continue;
+#pragma unroll
+        for (int q = 0; q < D; ++q) {
+            terms[q] = 0;
+            if (q >= d) continue;
+            const T mean = rounded<T>(by.divide(sums[q]));
+            terms[q] = squared(wide(mean), wide(c[j * d + q]));
+            c[j * d + q] = mean;
+        }
+        const double moved = striped_here(terms);
+        if (!(moved == 0)) atomic_max(shift, moved == moved ? moved : INFINITY);
+    }
+}
+
+/// Replaces the centroids `c` (k, d) but those of no weight, a thread each; returns the largest squared shift. Sets
+/// `odd` if there is one that squares of f64 cannot measure.
+template <class T, int D>
+__device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const Units<T>& units, bool weighted,
+                          int weight_scale, int divisor, bool& odd) {
+    double most = 0;
+#pragma unroll 1
+    for (uint32_t j = threadIdx.x; j < k; j += blockDim.x) {
+        double totals[D], terms[D];
+        bool some = false;
+#pragma unroll
+        for (int q = 0; q < D; ++q) {
+            __int128 sum = s.rest[j * D + q];
+#pragma unroll
+            for (int l = 0; l < 2; ++l) {
+                sum += __int128((long long)s.limbs[(l * k + j) * D + q]) << (units.unit(l) + units.scale);
+            }
+            totals[q] = fixed_value(sum, units.scale), terms[q] = __dmul_rn(totals[q], totals[q]);
+            some |= totals[q] != 0;
+        }
+        double by = 0;
+        if (divisor == NORM) {
+            by = striped_here(terms);
+            if (some && !(LEAST_SQUARES <= by && by <= MOST_SQUARES)) {
+                odd = true;
+                continue;
+            }
+            by = __dsqrt_rn(by);
+        } else {
+            by = weighted ? fixed_value(s.weights[j], weight_scale) : double(s.starts[j + 1] - s.starts[j]);
+        }
+        if (!(by > 0)) continue;
+#pragma unroll
+        for (int q = 0; q < D; ++q) {
+            terms[q] = 0;
+            if (q >= d) continue;
+            const T mean = rounded<T>(__ddiv_rn(totals[q], by));
+            terms[q] = squared(wide(mean), wide(c[j * d + q]));
+            c[j * d + q] = mean;
+        }
+        const double moved = striped_here(terms);
+        most = moved == moved ? fmax(most, moved) : INFINITY;
+    }
+    return most;
+}
+
+template <class T, int D>
+__device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, int divisor, int64_t max_iters,
+                    const double* threshold, int64_t narrow_bytes, uint32_t* stop, int64_t k, T* centroids,
+                    uint32_t* labels) {
+    extern __shared__ __align__(16) uint8_t raw[];
+    __shared__ double shift;
+    __shared__ bool odd;
+    const Narrow<Filter<T>, D> to(raw, k);
+    const OnChip<T, D> s(raw + narrow_bytes, r.n, k);
+    const Rows here = {0, D, 1, r.n, r.d};
+    const int d = int(r.d);
+    for (int64_t b = blockIdx.x; b < r.b; b += gridDim.x) {
+        T* const c = centroids + b * k * d;
+        const double* const factor = terms.factor ? terms.factor + b * r.n : nullptr;
+        const Units<T> units(terms.largest[b], terms.heaviest ? terms.heaviest[b] : 1, r.n,
+                             terms.first_bad[b] != UINT32_MAX);
+        const int weight_scale = terms.heaviest ? fixed_scale(terms.heaviest[b], r.n) : 0;
+        for (int64_t i = threadIdx.x; i < r.n * D; i += blockDim.x) {
+            s.x[i] = i % D < d ? row_of(x, r, b, i / D)[i % D] : T(0.0f);
+        }
+        bool done = false;
+        for (int64_t iteration = 0;; ++iteration) {
+            __syncthreads();
+            to.prepare(c, d, d, metric);
+            assign_rows<T, D, false>(s.x, here, 0, 0, r.n, c, d, to, metric, s.labels);
+            if (threadIdx.x == 0) shift = 0, odd = false;
+            __syncthreads();
+            if (done && threadIdx.x == 0) stop[b] = iteration;
+            if (done || iteration == max_iters) break;
+            sort(s, r.n, k);
+            add(s, r.n, k, units, factor, weight_scale, divisor, odd);
+            const double moved = odd ? 0 : replace(s, c, k, d, units, factor != nullptr, weight_scale, divisor, odd);
+            if (moved > 0) atomic_max(&shift, moved);
+            __syncthreads();
+            if (odd) {
+                replace_exactly(s, c, k, d, units.dirty, factor, divisor, &shift);
+                __syncthreads();
+            }
+            done = shift <= threshold[b];
+        }
+        for (int64_t i = threadIdx.x; i < r.n; i += blockDim.x) labels[b * r.n + i] = s.labels[i];
+        __syncthreads();
+    }
+}
+
+#define KERNEL(name, T, D)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(D == 4 ? FIT_THREADS_4 : FIT_THREADS,                                 \
+                                                 D > 2 || sizeof(T) == 8 ? 1 : 2)                                      \
+        fit_narrow_##D##_##name(const T* x, Rows r, Terms terms, int metric, int divisor, int64_t max_iters,           \
+                                const double* threshold, int64_t narrow_bytes, uint32_t* stop, int64_t k,              \
+                                T* centroids, uint32_t* labels) {                                                      \
+        fit<T, D>(x, r, terms, metric, divisor, max_iters, threshold, narrow_bytes, stop, k, centroids, labels);       \
+    }
+#define INSTANCE(name, T) KERNEL(name, T, 1) KERNEL(name, T, 2) KERNEL(name, T, 4) KERNEL(name, T, 8)
+FOR_EACH_TYPE(INSTANCE)
+#undef INSTANCE
+#undef KERNEL

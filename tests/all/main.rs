@@ -1,0 +1,33 @@
+//! The tests that share a process; `cargo test --release kv_cache::` runs those of one module. Each test has a thread, and
+//! so what a test may set is its own: the kernel that is forced, the allocation that fails, the launches that are recorded
+//! (`testing`). What needs a process to itself is a binary beside this one: `memory` counts what the allocator gives,
+//! `peak` what a GPU's pool gives, `large` fills a GPU, and `known_bugs` ends the process where threads wait for each
+//! other, and captures graphs while no other test may wait for all that a GPU does.
+
+#[allow(dead_code)] // The quickstart uses the rest.
+#[path = "../../examples/common/cache.rs"]
+mod cache;
+#[path = "../common/mod.rs"]
+mod common;
+
+mod assign;
+mod bench;
+mod codebook;
+mod fit;
+mod gradients;
+mod kernels;
+mod kv_cache;
+mod layouts;
+mod minibatch;
+mod numbers;
+mod prepared;
+mod properties;
+mod ragged;
+mod refusals;
+mod reproducible;
+mod routing;
+mod saved;
+mod seeding;
+mod segments;
+mod select;
+mod update;

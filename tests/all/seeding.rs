@@ -1,0 +1,137 @@
+//! Where fits start: different rows, by their weights, the same for the same seed.
+
+use crate::common::{self, *};
+use candle_core::{DType, Tensor};
+use candle_flash_kmeans::{Init, KMeans};
+
+#[test]
+fn weights_work_on_every_device_and_init() {
+    let mut rng = rng(36);
+    let x = blobs(&[2, 300, 4], 5, DType::F32, &mut rng);
+    let weights = uniform(&[300], 1.0, 1.0, DType::F32, &mut rng);
+    for metric in METRICS {
+        for init in [Init::Random, Init::KMeansPlusPlus, Init::KMeansParallel, Init::Even] {
+            let mut costs = vec![];
+            for device in devices() {
+                let settings = KMeans::new(5)
+                    .metric(metric)
+                    .init(init.clone())
+                    .sample_weights(&weights.to_device(&device).unwrap());
+                let fit = settings.fit(&x.to_device(&device).unwrap()).unwrap();
+                costs.push((bits(&fit.inertia), u32s(&fit.labels)));
+            }
+            assert!(costs.windows(2).all(|c| c[0] == c[1]), "{metric:?} {init:?}");
+        }
+    }
+}
+
+#[test]
+fn initialisations() {
+    let mut rng = rng(37);
+    for dtype in [DType::F16, DType::F32] {
+        let x = blobs(&[2, 900, 3], 30, dtype, &mut rng);
+        let mut cost = vec![];
+        for init in [Init::Random, Init::KMeansPlusPlus, Init::KMeansParallel] {
+            let start = |seed: u64| fit(&KMeans::new(30).init(init.clone()).seed(seed).max_iters(0), &x);
+            assert_eq!(bits(&start(1).centroids), bits(&start(1).centroids), "{init:?}: same seed");
+            assert_ne!(bits(&start(1).centroids), bits(&start(2).centroids), "{init:?}: other seed");
+            // Different rows of x.
+            for (rows, chosen) in problems(&x).iter().zip(problems(&start(1).centroids)) {
+                assert!(chosen.iter().all(|c| rows.contains(c)), "{init:?}");
+                let distinct: std::collections::HashSet<Vec<u64>> =
+                    chosen.iter().map(|c| c.iter().map(|v| v.to_bits()).collect()).collect();
+                assert!(dtype == DType::F16 || distinct.len() == 30, "{init:?}");
+            }
+            cost.push((0..8).map(|s| f64s(&start(s).inertia).iter().sum::<f64>()).sum::<f64>());
+        }
+        assert!(cost[1] < 0.7 * cost[0] && cost[2] < 0.7 * cost[0], "seeding should beat random rows: {cost:?}");
+    }
+}
+
+#[test]
+fn n_init_keeps_the_best_of_each_problem() {
+    let mut rng = rng(38);
+    let x = blobs(&[4, 200, 3], 10, DType::F32, &mut rng);
+    let best = fit(&KMeans::new(10).n_init(6).seed(5), &x);
+    let runs: Vec<Vec<f64>> = (5..11).map(|s| f64s(&KMeans::new(10).seed(s).fit(&x).unwrap().inertia)).collect();
+    for (b, cost) in f64s(&best.inertia).into_iter().enumerate() {
+        assert_eq!(cost, runs.iter().map(|r| r[b]).fold(f64::INFINITY, f64::min));
+    }
+}
+
+/// Random starts are different rows, whatever the number of them: all of them are a permutation of the rows.
+#[test]
+fn as_many_clusters_as_rows() {
+    let x = tensor(&[2, 40, 1], DType::F32, |i| i as f64);
+    for init in [Init::Random, Init::KMeansPlusPlus, Init::KMeansParallel] {
+        for seed in 0..5 {
+            let got = fit(&KMeans::new(40).init(init.clone()).seed(seed), &x);
+            assert_eq!((f64s(&got.inertia), u32s(&got.counts)), (vec![0.0; 2], vec![1; 80]), "{init:?}");
+        }
+    }
+}
+
+#[test]
+fn rows_of_no_weight_are_labelled_and_ignored() {
+    let mut rng = rng(42);
+    let (x, far) = (blobs(&[100, 3], 4, DType::F32, &mut rng), uniform(&[30, 3], 1e6, 1.0, DType::F32, &mut rng));
+    let all = Tensor::cat(&[&x, &far], 0).unwrap();
+    let weights = tensor(&[130], DType::F32, |i| if i < 100 { 1.0 } else { 0.0 });
+    for metric in METRICS {
+        for init in [Init::Random, Init::KMeansPlusPlus, Init::KMeansParallel] {
+            let settings = KMeans::new(4).metric(metric).init(init).tol(0.0);
+            let got = settings.sample_weights(&weights).fit(&all).unwrap();
+            assert_same(&got.labels, &got.predict(&all).unwrap(), "pairing");
+            assert!(f64s(&got.centroids).iter().all(|v| v.abs() < 1e3), "{metric:?}: a weightless row counted");
+            let given = KMeans::new(4).metric(metric).init(Init::Given(x.narrow(0, 0, 4).unwrap())).tol(0.0);
+            let (with, without) = (given.clone().sample_weights(&weights).fit(&all).unwrap(), given.fit(&x).unwrap());
+            assert_same(&with.labels.narrow(0, 0, 100).unwrap(), &without.labels, "labels");
+            assert_same(&with.inertia, &without.inertia, "inertia");
+        }
+    }
+}
+
+/// A row is drawn as often as its weight says, and (k-means++) as its distance says.
+#[test]
+fn draws_follow_their_probabilities() {
+    let x = tensor(&[3, 1], DType::F64, |i| [0.0, 1.0, 3.0][i]);
+    let weights = tensor(&[3], DType::F64, |i| [1.0, 2.0, 5.0][i]);
+    let runs = 2000;
+    let share = |settings: KMeans, hit: fn(&[f64]) -> bool| {
+        let starts = (0..runs).map(|seed| f64s(&settings.clone().seed(seed).max_iters(0).fit(&x).unwrap().centroids));
+        starts.filter(|start| hit(start)).count() as f64 / runs as f64
+    };
+    // Six standard deviations of a share of 2000 draws are at most 0.067.
+    let near = |got: f64, want: f64| assert!((got - want).abs() < 0.067, "{got} for {want}");
+    near(share(KMeans::new(1), |start| start[0] == 3.0), 1.0 / 3.0);
+    near(share(KMeans::new(1).sample_weights(&weights), |start| start[0] == 3.0), 5.0 / 8.0);
+    let plus = KMeans::new(2).init(Init::KMeansPlusPlus);
+    // From 0: 1 or 3 by 1 to 9. From 1: 0 or 3 by 1 to 4. From 3: 0 or 1 by 9 to 4.
+    near(share(plus.clone(), |start| start == [0.0, 3.0]), 0.9 / 3.0);
+    near(share(plus.clone(), |start| start == [3.0, 0.0]), 9.0 / 13.0 / 3.0);
+    // The same with weights: from 1, 0 or 3 by 1 to 20.
+    near(share(plus.sample_weights(&weights), |start| start == [1.0, 3.0]), 2.0 / 8.0 * 20.0 / 21.0);
+}
+
+/// Row `i * n / k` for cluster `i` of every problem, with weights too and in a prepared fit.
+#[test]
+fn even_seeds_are_evenly_spaced() {
+    let mut rng = rng(43);
+    for (n, k) in [(1, 1), (7, 7), (100, 7), (1000, 16), (257, 256)] {
+        let x = uniform(&[3, n, 2], 0.0, 1.0, DType::F32, &mut rng);
+        let want: Vec<Rows> = problems(&x).iter().map(|x| (0..k).map(|i| x[i * n / k].clone()).collect()).collect();
+        let even = KMeans::new(k).init(Init::Even).max_iters(0);
+        assert_eq!(problems(&fit(&even, &x).centroids), want, "{n} {k}");
+        for device in devices() {
+            let x = x.to_device(&device).unwrap();
+            let weights = uniform(&[n], 1.0, 1.0, DType::F32, &mut common::rng(44)).to_device(&device).unwrap();
+            let weighted = even.clone().sample_weights(&weights).fit(&x).unwrap();
+            assert_eq!(problems(&weighted.centroids), want, "weighted");
+            let mut prepared = even.prepare((3, n, 2), DType::F32, &device).unwrap();
+            for _ in 0..2 {
+                prepared.run(&x).unwrap();
+                assert_eq!(problems(prepared.centroids()), want, "prepared");
+            }
+        }
+    }
+}
