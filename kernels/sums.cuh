@@ -9,7 +9,7 @@ constexpr int LIMB_BITS = 42;
 /// What a sum is divided by: the weight of its cluster, the norm of the sums, or nothing.
 enum Divisor : int { WEIGHT = 0, NORM = 1, ONE = 2 };
 
-/// Where the terms of a fit come from (`Terms` in src/ops.rs).
+/// Where the terms of a fit come from (`Summands` in src/request.rs).
 struct Terms {
     const double *factor, *largest, *heaviest;
     const uint32_t* first_bad;

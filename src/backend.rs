@@ -1,7 +1,7 @@
 //! What a device has to do, by primitives.
 //!
 //! They take checked arguments and return new tensors on the same device, or write to the caller's own, on the tensors' own
-//! stream. `ops` says of each what it is; what a back end has no kernel for keeps its default.
+//! stream. `primitives` says of each what it is; what a back end has no kernel for keeps its default.
 
 use crate::{
     error::Result,
@@ -14,7 +14,7 @@ use crate::{
 };
 use candle_core::{Device, Tensor};
 
-/// A kind of device. See [`ops`](crate::ops) for what each primitive is.
+/// A kind of device. See [`primitives`](crate::primitives) for what each primitive is.
 pub(crate) trait Backend {
     /// What chooses kernels.
     fn arch(&self, device: &Device) -> Result<Arch>;

@@ -5,7 +5,7 @@ use crate::{
     host,
     memory::Memory,
     metric::Metric,
-    ops,
+    primitives,
     problem::{self, Problem},
     request::{Reduction, Summands, Update},
     rows::Rows,
@@ -24,7 +24,7 @@ use candle_core::{
 /// Refuses shapes, dtypes and devices that do not fit together.
 pub fn assign(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<Tensor> {
     let (p, x, c) = border(x, centroids, metric)?;
-    Ok(ops::assign(&x, &c, metric)?.reshape(p.shape(&[p.n]))?)
+    Ok(primitives::assign(&x, &c, metric)?.reshape(p.shape(&[p.n]))?)
 }
 
 /// [`assign`], and the distance of each row to its centroid, f64 `(..batch, n)`, by the definition of [`Metric`].
@@ -33,8 +33,8 @@ pub fn assign(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<Tensor> 
 /// As [`assign`].
 pub fn assign_with_distances(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Tensor, Tensor)> {
     let (p, x, c) = border(x, centroids, metric)?;
-    let labels = ops::assign(&x, &c, metric)?;
-    let distances = ops::distances(&x, &c, &labels, metric)?;
+    let labels = primitives::assign(&x, &c, metric)?;
+    let distances = primitives::distances(&x, &c, &labels, metric)?;
     Ok((labels.reshape(p.shape(&[p.n]))?, distances.reshape(p.shape(&[p.n]))?))
 }
 
@@ -49,7 +49,7 @@ pub fn sort_by_cluster(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
     let flat = flat_labels(labels, k)?;
     check_labels(&flat, k)?;
     let batch = &labels.dims()[..labels.rank() - 1];
-    let (order, offsets) = ops::order(&flat, k)?;
+    let (order, offsets) = primitives::order(&flat, k)?;
     Ok((order.reshape(labels.shape())?, offsets.reshape([batch, &[k + 1]].concat())?))
 }
 
@@ -105,7 +105,7 @@ fn reduce_known(rows: &Rows, labels: &Tensor, k: usize, reduction: Reduction) ->
     let reduced = host::zeros("clusters", (rows.b, k, rows.d), rows.dtype(), rows.device())?;
     let (terms, labels) = (Summands::from_rows(rows)?, Some(labels));
     let u = Update { x: rows, terms: &terms, labels, reduction, turn: None, centroids: &reduced };
-    ops::update(&u, &Memory::default())?;
+    primitives::update(&u, &Memory::default())?;
     Ok(reduced)
 }
 
@@ -123,7 +123,7 @@ pub fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
     let flat = flat_labels(labels, k)?;
     check_labels(&flat, k)?;
     let batch = &labels.dims()[..labels.rank() - 1];
-    Ok(ops::cluster_sizes(&flat, k)?.reshape([batch, &[k]].concat())?)
+    Ok(primitives::cluster_sizes(&flat, k)?.reshape([batch, &[k]].concat())?)
 }
 
 /// The permutation that undoes another: `inverse[order[i]] = i`, both u32 `(..batch, n)`.
@@ -157,9 +157,9 @@ pub fn inverse_order(order: &Tensor) -> Result<Tensor> {
         return problem::empty(order.dims(), DType::U32, order.device());
     }
     // The sort of a permutation as labels is its inverse. Labels out of range would be counted outside of its memory.
-    let labels = ops::elementwise([order], |[order]| order.minimum(n as u32 - 1))?;
-    let labels = ops::contiguous(&labels)?.reshape((order.elem_count() / n, n))?;
-    Ok(ops::order(&labels, n)?.0.reshape(order.shape())?)
+    let labels = primitives::elementwise([order], |[order]| order.minimum(n as u32 - 1))?;
+    let labels = primitives::contiguous(&labels)?.reshape((order.elem_count() / n, n))?;
+    Ok(primitives::order(&labels, n)?.0.reshape(order.shape())?)
 }
 
 /// What each row's centroid leaves of it, `x - centroids[labels]`: `(..batch, n, d)` in `x`'s dtype.
@@ -179,8 +179,8 @@ pub fn residuals(x: &Tensor, centroids: &Tensor, labels: &Tensor) -> Result<Tens
         return problem::empty(x.dims(), x.dtype(), x.device());
     }
     let c = Rows::new(&centroids.detach())?.broadcast(p.b);
-    let nearest = ops::gather(&c, &flat)?.reshape(x.shape())?;
-    straight_through(x, ops::elementwise([&x.detach(), &nearest], |[x, nearest]| x - nearest)?)
+    let nearest = primitives::gather(&c, &flat)?.reshape(x.shape())?;
+    straight_through(x, primitives::elementwise([&x.detach(), &nearest], |[x, nearest]| x - nearest)?)
 }
 
 /// Each row's nearest centroid in its place: `(values, labels)`, `values` shaped and typed as `x`, `labels` as [`assign`]'s.
@@ -192,8 +192,8 @@ pub fn residuals(x: &Tensor, centroids: &Tensor, labels: &Tensor) -> Result<Tens
 /// As [`assign`].
 pub fn quantize(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Tensor, Tensor)> {
     let (p, rows, c) = border(x, centroids, metric)?;
-    let labels = ops::assign(&rows, &c, metric)?;
-    let values = ops::gather(&c, &labels)?.reshape(x.shape())?;
+    let labels = primitives::assign(&rows, &c, metric)?;
+    let values = primitives::gather(&c, &labels)?.reshape(x.shape())?;
     Ok((straight_through(x, values)?, labels.reshape(p.shape(&[p.n]))?))
 }
 
@@ -203,24 +203,24 @@ pub(crate) fn rows_of(centroids: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let flat = flat_labels(labels, centroids.dims()[centroids.rank() - 2])?;
     let c = Rows::new(&centroids.detach())?.broadcast(flat.dim(0)?);
     let shape = [labels.dims(), &[c.d]].concat();
-    Ok(ops::gather(&c, &flat)?.reshape(shape)?)
+    Ok(primitives::gather(&c, &flat)?.reshape(shape)?)
 }
 
 /// The Euclidean norm of each row of `x` `(..batch, n, d)`, f64 `(..batch, n)`. No gradient flows.
 pub(crate) fn norms(x: &Tensor) -> Result<Tensor> {
     let p = Problem::rows(x, 1)?;
-    Ok(ops::norms(&Rows::new(&x.detach())?)?.reshape(p.shape(&[p.n]))?)
+    Ok(primitives::norms(&Rows::new(&x.detach())?)?.reshape(p.shape(&[p.n]))?)
 }
 
 /// Whether all values of each problem of `x` `(..batch, n, d)` are finite, u8 `(..batch)`.
 pub(crate) fn finite(x: &Tensor) -> Result<Tensor> {
-    let (_, first_bad) = ops::max_abs_and_first_nonfinite(&Rows::new(&x.detach())?)?;
+    let (_, first_bad) = primitives::max_abs_and_first_nonfinite(&Rows::new(&x.detach())?)?;
     Ok(first_bad.eq(u32::MAX)?.reshape(&x.dims()[..x.rank() - 2])?)
 }
 
 /// The sum of each row of `values`, f64 `(b, k)`, the same bits on every device: f64 `(b,)`.
 pub(crate) fn totals(values: &Tensor) -> Result<Tensor> {
-    ops::total(values)
+    primitives::total(values)
 }
 
 /// `values`, computed from `x` outside the graph and shaped as it, with a gradient that passes to `x` unchanged.
@@ -243,7 +243,7 @@ fn flat_labels(labels: &Tensor, k: usize) -> Result<Tensor> {
     if !labels.is_contiguous() {
         host::room("copy", labels.elem_count(), labels.dtype(), labels.device())?;
     }
-    Ok(ops::contiguous(labels)?.reshape((b, n))?)
+    Ok(primitives::contiguous(labels)?.reshape((b, n))?)
 }
 
 /// Checks that there is a label for each row.
@@ -256,7 +256,7 @@ fn check_labels_of(p: &Problem, labels: &Tensor, device: &Device) -> Result<()> 
 }
 
 pub(crate) fn check_labels(labels: &Tensor, k: usize) -> Result<()> {
-    for labels in ops::pieces(labels)? {
+    for labels in primitives::pieces(labels)? {
         let largest = labels.max(0)?.to_scalar::<u32>()? as usize;
         if largest >= k {
             return Err(Error::Range { argument: "labels", got: largest, min: 0, max: k - 1 });
@@ -322,9 +322,9 @@ impl CustomOp1 for Attached {
         let mut each = grad.reshape((b, k, d))?;
         if reduction == Reduction::Mean {
             // An empty cluster has no rows to pass a gradient to; its infinite share is never gathered.
-            let share = ops::cluster_sizes(labels, k)?.to_dtype(DType::F64)?.recip()?.unsqueeze(2)?;
+            let share = primitives::cluster_sizes(labels, k)?.to_dtype(DType::F64)?.recip()?.unsqueeze(2)?;
             each = each.to_dtype(DType::F64)?.broadcast_mul(&share)?.to_dtype(x.dtype())?;
         }
-        Ok(Some(ops::gather(&Rows::new(&each)?, labels)?.reshape(x.shape())?))
+        Ok(Some(primitives::gather(&Rows::new(&each)?, labels)?.reshape(x.shape())?))
     }
 }

@@ -14,7 +14,7 @@ use crate::{
 };
 use candle_core::Tensor;
 
-/// Whether a row can be a seed; see [`ops::usable_seeds`](crate::ops::usable_seeds).
+/// Whether a row can be a seed; see [`primitives::usable_seeds`](crate::primitives::usable_seeds).
 fn can_be_seed<T: Element>(row: &[T], weight: f64, metric: Metric) -> bool {
     let square = row.iter().fold(0.0, |s, v| s + v.wide() * v.wide());
     let directed = metric != Metric::Cosine || square > 0.0 && square < f64::INFINITY;
@@ -42,7 +42,7 @@ pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, 
     })
 }
 
-/// The distance of row `i` to the nearest seed, with one more seed: see [`ops::min_distance_with`](crate::ops::min_distance_with).
+/// The distance of row `i` to the nearest seed, with one more seed: see [`primitives::min_distance_with`](crate::primitives::min_distance_with).
 fn nearer_by<T: Element>(x: &View<'_, T>, b: usize, i: usize, nearest: f64, seed: u32, metric: Metric) -> f64 {
     let metric = if metric == Metric::Dot { Metric::SquaredEuclidean } else { metric };
     if seed as usize == i {

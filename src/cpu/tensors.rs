@@ -162,7 +162,7 @@ impl Guard<'_> {
     fn all<T: WithDType>(&self) -> Result<&[T]> {
         match &**self.storage {
             Storage::Cpu(s) => Ok(T::cpu_storage_as_slice(s)?),
-            _ => unreachable!("ops.rs sends CPU tensors here"),
+            _ => unreachable!("primitives.rs sends CPU tensors here"),
         }
     }
 
