@@ -4,7 +4,7 @@ use crate::{
     error::{Error, Result},
     functional,
     metric::Metric,
-    primitives,
+    ops, primitives,
     problem::{self, Problem},
     rows::Rows,
     saved::{self, Saved},
@@ -48,7 +48,7 @@ impl Fit {
     /// [`assign`](crate::assign) does not ask).
     pub fn predict(&self, x: &Tensor) -> Result<Tensor> {
         Problem::predict(x, &self.centroids, self.metric)?;
-        refuse_non_finite("x", &primitives::max_abs_and_first_nonfinite(&Rows::new(&x.detach())?)?.1)?;
+        refuse_non_finite("x", &primitives::max_abs_and_first_nonfinite(&Rows::new(x)?)?.1)?;
         functional::assign(x, &self.centroids, self.metric)
     }
 
@@ -60,9 +60,9 @@ impl Fit {
     pub fn transform(&self, x: &Tensor) -> Result<Tensor> {
         let p = Problem::predict(x, &self.centroids, self.metric)?;
         problem::check_elements("x rows times centroids", &[p.b, p.n, p.k])?;
-        let x = Rows::new(&x.detach())?;
+        let x = Rows::new(x)?;
         refuse_non_finite("x", &primitives::max_abs_and_first_nonfinite(&x)?.1)?;
-        let c = Rows::new(&self.centroids.detach())?.broadcast(p.b);
+        let c = Rows::new(&self.centroids)?.broadcast(p.b);
         Ok(primitives::pairwise(&x, &c, self.metric)?.reshape(p.shape(&[p.n, p.k]))?)
     }
 
@@ -175,7 +175,7 @@ impl Fit {
             }
         }
         if primitives::reads_are_free(c.device()) {
-            functional::check_labels(&self.labels, k)?;
+            ops::check_labels(&ops::flat_labels(&(&self.labels).into(), k)?, k)?;
         }
         Ok(())
     }

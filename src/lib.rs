@@ -51,6 +51,8 @@ mod memory;
 mod metric;
 mod minibatch;
 pub mod nn;
+mod operand;
+pub mod ops;
 mod plan;
 mod primitives;
 mod problem;

@@ -1,7 +1,7 @@
 //! The primitives, and the only place that matches on the device.
 //!
-//! They take checked arguments and return new tensors on the same device, or write to the caller's own, on the tensor's own
-//! stream. `cpu` and `cuda` implement them ([`Backend`]).
+//! They take checked arguments and return new tensors on the same device, or write to a target, on the tensors' own stream.
+//! What they read is locked by them, or by Candle around a custom op ([`Operand`]). `cpu` and `cuda` implement them ([`Backend`]).
 
 #[cfg(feature = "cuda")]
 use crate::cuda::Cuda;
@@ -12,13 +12,14 @@ use crate::{
     host,
     memory::Memory,
     metric::Metric,
+    operand::{Operand, Readable, Target, COUNTED},
     plan::arch::Arch,
     problem,
     request::{Assignment, Attention, KmeansppStep, OnChipFit, Reduction, Routed, Summands, Update},
     rng::Draw,
     rows::Rows,
 };
-use candle_core::{DType, Device, Tensor};
+use candle_core::{backend::BackendDevice, backend::BackendStorage, DType, Device, Layout, Shape, Storage, Tensor};
 
 /// The back end of a device, which is asked for `op`.
 fn on(device: &Device, op: &'static str) -> Result<&'static dyn Backend> {
@@ -45,12 +46,10 @@ pub(crate) fn capturing(device: &Device) -> Result<bool> {
     on(device, "capturing").map_or(Ok(false), |backend| backend.capturing(device))
 }
 
-/// Elements that Candle's kernels on a GPU count in 32 bits: with as many steps as they take beyond the last one.
-const COUNTED: usize = 1 << 31;
-
 /// Whether Candle's kernels reach all elements of `t`. On the CPU they do.
-fn counted(t: &Tensor) -> bool {
-    let steps = t.dims().iter().zip(t.stride()).map(|(&size, &stride)| size.saturating_sub(1).saturating_mul(stride));
+fn counted(t: &impl Readable) -> bool {
+    let strides = t.layout().stride();
+    let steps = t.dims().iter().zip(strides).map(|(&size, &stride)| size.saturating_sub(1).saturating_mul(stride));
     t.device().is_cpu() || t.elem_count().max(steps.fold(1, usize::saturating_add)) <= COUNTED
 }
 
@@ -95,7 +94,7 @@ pub(crate) fn elementwise<const N: usize>(
     inputs: [&Tensor; N],
     f: impl Fn([&Tensor; N]) -> candle_core::Result<Tensor>,
 ) -> Result<Tensor> {
-    if inputs.iter().all(|t| counted(t)) {
+    if inputs.iter().all(|&t| counted(t)) {
         return Ok(f(inputs)?);
     }
     let mut parts = inputs.iter().map(|t| Ok(pieces(t)?.into_iter())).collect::<Result<Vec<_>>>()?;
@@ -121,29 +120,85 @@ pub(crate) fn overwrite(to: &Tensor, from: &Tensor) -> Result<()> {
     Ok(())
 }
 
-impl Rows {
-    /// Views `t`, of shape `(..batch, n, d)`, or a copy of it.
-    pub fn new(t: &Tensor) -> Result<Self> {
-        if t.elem_count() == 0 {
-            let (batch, rows) = t.dims().split_at(t.rank() - 2);
-            let tensor = problem::empty(t.dims(), t.dtype(), t.device())?;
-            return Ok(Self {
-                tensor,
-                batch_stride: 0,
-                row_stride: rows[1],
-                b: problem::product(batch),
-                n: rows[0],
-                d: rows[1],
-            });
-        }
-        match Self::view(t) {
-            Some(rows) => Ok(rows),
-            None => {
-                host::room("copy", t.elem_count(), t.dtype(), t.device())?;
-                Ok(Self::view(&contiguous(t)?).expect("a contiguous tensor folds"))
-            }
+/// [`contiguous`] for an operand: of what Candle has locked, the storage is copied.
+pub(crate) fn contiguous_operand<'a>(o: &Operand<'a>) -> Result<Operand<'a>> {
+    fn copied<S>(from: &S, layout: &Layout) -> Result<S>
+    where
+        S: BackendStorage<Device: BackendDevice<Storage = S>>,
+    {
+        // SAFETY: the copy writes every element before any is read.
+        let mut to = unsafe { from.device().alloc_uninit(layout.shape(), from.dtype()) }?;
+        from.copy_strided_src(&mut to, 0, layout)?;
+        Ok(to)
+    }
+    if o.elem_count() == 0 {
+        return Ok(Operand::Tensor(problem::empty(o.dims(), o.dtype(), &o.device())?));
+    }
+    if o.layout().is_contiguous() {
+        return Ok(o.clone());
+    }
+    host::room("copy", o.elem_count(), o.dtype(), &o.device())?;
+    if !counted(o) {
+        if let Some(copy) = on(&o.device(), "contiguous")?.contiguous(o)? {
+            return Ok(Operand::Tensor(copy));
         }
     }
+    Ok(Operand::Tensor(match o {
+        Operand::Tensor(t) => t.contiguous()?,
+        Operand::Cpu(s, layout) => Tensor::from((Storage::Cpu(copied(*s, layout)?), layout.shape())),
+        Operand::Cuda(s, layout) => Tensor::from((Storage::Cuda(copied(*s, layout)?), layout.shape())),
+    }))
+}
+
+/// The same elements in a storage that nobody else has.
+pub(crate) fn copy(t: &Tensor) -> Result<Tensor> {
+    if t.elem_count() == 0 {
+        return problem::empty(t.dims(), t.dtype(), t.device());
+    }
+    host::room("copy", t.elem_count(), t.dtype(), t.device())?;
+    Ok(if t.is_contiguous() { t.force_contiguous()? } else { contiguous(t)? })
+}
+
+impl Rows<'static> {
+    /// Views `t`, of shape `(..batch, n, d)`, or a copy of it. No gradient flows.
+    pub fn new(t: &Tensor) -> Result<Self> {
+        Self::from_operand(&t.into())
+    }
+}
+
+impl<'a> Rows<'a> {
+    /// Views an operand of shape `(..batch, n, d)`, or a copy of it.
+    pub fn from_operand(o: &Operand<'a>) -> Result<Self> {
+        let viewed = if o.elem_count() == 0 { None } else { Self::of(o.clone()) };
+        match viewed {
+            Some(rows) => Ok(rows),
+            None => Ok(Self::of(contiguous_operand(o)?).expect("a contiguous tensor folds")),
+        }
+    }
+}
+
+/// A new storage of so many elements, to which nothing has been written.
+pub(crate) fn allocate(op: &'static str, len: usize, dtype: DType, device: &Device) -> Result<Storage> {
+    on(device, op)?.allocate(op, len, dtype, device)
+}
+
+/// A new tensor that `f` writes.
+fn written(
+    op: &'static str,
+    shape: impl Into<Shape>,
+    dtype: DType,
+    device: &Device,
+    f: impl FnOnce(Target<'_>) -> Result<()>,
+) -> Result<Tensor> {
+    let shape = shape.into();
+    let mut storage = allocate(op, shape.elem_count(), dtype, device)?;
+    f(Target::whole(&mut storage, &shape))?;
+    Ok(Tensor::from((storage, shape)))
+}
+
+/// Puts zeros in the place of floats.
+pub(crate) fn zero(to: Target<'_>) -> Result<()> {
+    on(&to.device(), "zero")?.zero(to)
 }
 
 impl Summands {
@@ -156,7 +211,12 @@ impl Summands {
 
 /// The rows `x`, `(..batch, n, d)`, where the kernel that assigns them to `k` centroids can read them: as they lie, or in
 /// `copy`, which the next rows of this shape go to as well.
-pub(crate) fn pack_for_assign(x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Rows> {
+pub(crate) fn pack_for_assign(
+    x: &Tensor,
+    k: usize,
+    metric: Metric,
+    copy: &mut Option<Tensor>,
+) -> Result<Rows<'static>> {
     match on(x.device(), "pack_for_assign")?.pack_for_assign(x, k, metric, copy)? {
         Some(rows) => Ok(rows),
         None => Rows::new(x),
@@ -165,11 +225,12 @@ pub(crate) fn pack_for_assign(x: &Tensor, k: usize, metric: Metric, copy: &mut O
 
 /// Exact labels, u32 `(b, n)`: the lowest index at the smallest [`Metric`] distance.
 pub(crate) fn assign(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    on(x.device(), "assign")?.assign(x, c, metric)
+    let assign = |labels: Target<'_>| assign_into(Assignment { x, c, metric, turn: None }, labels, &Memory::default());
+    written("assign", (x.b, x.n), DType::U32, x.device(), assign)
 }
 
 /// The same into `labels`; in a fit's turn, of the problems that have not converged before.
-pub(crate) fn assign_into(a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()> {
+pub(crate) fn assign_into(a: Assignment<'_>, labels: Target<'_>, memory: &Memory) -> Result<()> {
     on(a.x.device(), "assign_into")?.assign_into(a, labels, memory)
 }
 
@@ -184,8 +245,14 @@ pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
 }
 
 /// Rows `index` (u32 `(b, m)`) of each problem: `(b, m, d)`.
-pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
-    on(x.device(), "gather")?.gather(x, index)
+pub(crate) fn gather(x: &Rows, index: &impl Readable) -> Result<Tensor> {
+    let (b, m) = (index.dims()[0], index.dims()[1]);
+    written("gather", (b, m, x.d), x.dtype(), x.device(), |rows| gather_into(x, index, rows))
+}
+
+/// The same into `to`.
+pub(crate) fn gather_into(x: &Rows, index: &impl Readable, to: Target<'_>) -> Result<()> {
+    on(x.device(), "gather")?.gather(x, index, to)
 }
 
 /// `chosen` (different rows, u32 `(b, k)`) with others in place of those that cannot be seeds, tensor of its own: a row that is not
@@ -224,14 +291,27 @@ pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>, memory: &Memory) -> Result<()>
 }
 
 /// The stable order of `labels` (u32 `(b, n)`, below `k`): positions u32 `(b, n)` and offsets u32 `(b, k + 1)`.
-pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
-    on(labels.device(), "order")?.order(labels, k)
+pub(crate) fn order(labels: &impl Readable, k: usize) -> Result<(Tensor, Tensor)> {
+    let (b, n) = (labels.dims()[0], labels.dims()[1]);
+    let sort = |sorted: Target<'_>| order_into(labels, k, sorted);
+    let sorted = written("order", b * n + b * (k + 1), DType::U32, &labels.device(), sort)?;
+    Ok((sorted.narrow(0, 0, b * n)?.reshape((b, n))?, sorted.narrow(0, b * n, b * (k + 1))?.reshape((b, k + 1))?))
 }
 
-/// Replaces the centroids by the reduction, but for clusters without weight. In a fit's turn it decides which problems have
+/// The same into one u32 target, all positions and then all offsets.
+pub(crate) fn order_into(labels: &impl Readable, k: usize, to: Target<'_>) -> Result<()> {
+    on(&labels.device(), "order")?.order(labels, k, to)
+}
+
+/// The largest of some labels, contiguous u32; 0 of none. The host waits for it.
+pub(crate) fn max_label(labels: &impl Readable) -> Result<u32> {
+    on(&labels.device(), "max_label")?.max_label(labels)
+}
+
+/// Replaces the centroids, `(..batch, k, d)`, by the reduction, but for clusters without weight. In a fit's turn it decides which problems have
 /// converged: no centroid has moved farther than the threshold, in squared Euclidean distance.
-pub(crate) fn update(u: &Update<'_>, memory: &Memory) -> Result<()> {
-    on(u.x.device(), "update")?.update(u, memory)
+pub(crate) fn update(u: &Update<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()> {
+    on(u.x.device(), "update")?.update(u, centroids, memory)
 }
 
 /// All iterations of a fit and its last labels at once (in one launch; on the CPU rows of one column, sorted), and whether this
@@ -251,7 +331,7 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
 }
 
 /// Rows in each cluster, u32 `(b, k)`.
-pub(crate) fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
+pub(crate) fn cluster_sizes(labels: &impl Readable, k: usize) -> Result<Tensor> {
     let (_, offsets) = order(labels, k)?;
     if offsets.elem_count() == 0 {
         // Candle's difference of two empty views is the first of them, wherever it begins.
@@ -264,9 +344,10 @@ pub(crate) fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
 pub(crate) fn cluster_sums(values: &Tensor, labels: Option<&Tensor>, k: usize) -> Result<Tensor> {
     let column = Rows::new(&values.unsqueeze(2)?)?;
     let sums = Tensor::zeros((column.b, k, 1), DType::F64, values.device())?;
-    let terms = Summands::from_rows(&column)?;
-    let u = Update { x: &column, terms: &terms, labels, reduction: Reduction::Sum, turn: None, centroids: &sums };
-    update(&u, &Memory::default())?;
+    let (terms, reduction) = (Summands::from_rows(&column)?, Reduction::Sum);
+    let labels = labels.map(|labels| labels as &dyn Readable);
+    let u = Update { x: &column, terms: &terms, labels, reduction, turn: None };
+    update(&u, (&sums).into(), &Memory::default())?;
     Ok(sums.squeeze(2)?)
 }
 

@@ -78,8 +78,8 @@ impl RowWeights {
             }
         };
         let reduced = Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?;
-        let u = Update { x, terms: &terms, labels: Some(labels), reduction, turn: None, centroids: &reduced };
-        primitives::update(&u, &Memory::default())?;
+        let u = Update { x, terms: &terms, labels: Some(labels), reduction, turn: None };
+        primitives::update(&u, (&reduced).into(), &Memory::default())?;
         let mut means = reduced.to_dtype(DType::F64)?;
         if reduction == Reduction::Sum {
             means = means.broadcast_div(&or_one(&weights)?.unsqueeze(2)?)?;
@@ -104,9 +104,7 @@ fn scan_rows(x: &Rows, norms: &Tensor) -> Result<(Tensor, Tensor)> {
         // The squares of shorter types do not overflow a norm.
         return Ok((norms.clone(), norms.lt(f64::INFINITY)?));
     }
-    // Each row is a problem of its own.
-    let (largest, first_bad) =
-        primitives::max_abs_and_first_nonfinite(&Rows::new(&x.tensor.unsqueeze(x.tensor.rank() - 1)?)?)?;
+    let (largest, first_bad) = primitives::max_abs_and_first_nonfinite(&Rows::from_operand(&x.each()?)?)?;
     Ok((largest.reshape((x.b, x.n))?, first_bad.ne(0u32)?.reshape((x.b, x.n))?))
 }
 
@@ -159,7 +157,7 @@ pub(crate) fn check_fit(kmeans: &KMeans, dims: &[usize], dtype: DType, device: &
 pub(crate) fn fit(x: &Tensor, kmeans: &KMeans) -> Result<Fit> {
     let p = check_fit(kmeans, x.dims(), x.dtype(), x.device())?;
     if let Init::Given(centroids) = &kmeans.init {
-        refuse_non_finite("init", &primitives::max_abs_and_first_nonfinite(&Rows::new(&centroids.detach())?)?.1)?;
+        refuse_non_finite("init", &primitives::max_abs_and_first_nonfinite(&Rows::new(centroids)?)?.1)?;
     }
     let x = x.detach();
     let Some(counting) = counting(&x, &p, kmeans)? else { return kmeans.fit(&x) };
@@ -201,7 +199,7 @@ pub(crate) fn marked(x: &Tensor, kmeans: &KMeans) -> Result<(Tensor, KMeans)> {
 pub(crate) fn cluster_weights(x: &Tensor, kmeans: &KMeans, fit: &Fit) -> Result<Tensor> {
     let p = Problem::fit(x, kmeans.k, kmeans.metric)?;
     let given = kmeans.weights.as_ref().map(|w| sample_weights(&p, w, x.device())).transpose()?;
-    let mut weights = RowWeights::new(&Rows::new(&x.detach())?, given.as_ref(), p.metric)?.weights;
+    let mut weights = RowWeights::new(&Rows::new(x)?, given.as_ref(), p.metric)?.weights;
     if let Some(lengths) = &kmeans.lengths {
         let (shape, ends) = ((p.b, p.n), lengths.reshape((p.b, 1))?);
         let places = Tensor::arange(0, p.n as u32, x.device())?.broadcast_as(shape)?;

@@ -28,7 +28,7 @@ pub(crate) fn check_centroids(centroids: &Tensor) -> Result<()> {
     // Sizes that cannot be computed with.
     let k = dims[dims.len() - 2];
     Problem::of(dims, centroids.dtype(), k, Metric::default())?;
-    refuse_non_finite(argument, &primitives::max_abs_and_first_nonfinite(&Rows::new(&centroids.detach())?)?.1)
+    refuse_non_finite(argument, &primitives::max_abs_and_first_nonfinite(&Rows::new(centroids)?)?.1)
 }
 
 /// Checks that centroids by a metric can be means that run.

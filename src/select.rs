@@ -177,7 +177,7 @@ pub fn top_rows_per_centroid(x: &Tensor, centroids: &Tensor, w: usize, metric: M
         return empty(&p.shape(&[p.k, w]), DType::U32, x.device());
     }
     primitives::check_count("distances", p.shape(&[p.k, p.n]), x.device())?;
-    let (x, c) = (Rows::new(&x.detach())?, Rows::new(&centroids.detach())?.broadcast(p.b));
+    let (x, c) = (Rows::new(x)?, Rows::new(centroids)?.broadcast(p.b));
     let near = primitives::pairwise(&x, &c, metric)?.transpose(1, 2)?.contiguous()?.reshape((p.b * p.k, p.n))?.neg()?;
     let ranking = descending(&without_nan(&near)?)?;
     Ok(ranking.narrow(1, 0, w)?.contiguous()?.reshape(p.shape(&[p.k, w]))?)

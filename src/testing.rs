@@ -16,7 +16,7 @@ use candle_core::{Device, Tensor};
 
 /// The update of a fit's loop alone: new means in place, for labels `(b, n)` that are known to be in range.
 pub struct Update {
-    x: Rows,
+    x: Rows<'static>,
     terms: Summands,
     centroids: Tensor,
     memory: Memory,
@@ -33,10 +33,8 @@ impl Update {
     /// The means `(b, k, d)`, which the next call overwrites.
     pub fn run(&self, labels: &Tensor) -> Result<Tensor> {
         let Self { x, terms, centroids, memory } = self;
-        primitives::update(
-            &request::Update { x, terms, labels: Some(labels), reduction: Reduction::Mean, turn: None, centroids },
-            memory,
-        )?;
+        let u = request::Update { x, terms, labels: Some(labels), reduction: Reduction::Mean, turn: None };
+        primitives::update(&u, centroids.into(), memory)?;
         Ok(centroids.clone())
     }
 }

@@ -192,16 +192,17 @@ impl Prepared {
             }
         }
         let (mut flow, mut iterations) = (ControlFlow::Continue(()), max_iters);
-        let assign =
-            |turn| primitives::assign_into(Assignment { x, c: &centroids, metric, turn }, &self.labels, &self.memory);
+        let assign = |turn| {
+            primitives::assign_into(Assignment { x, c: &centroids, metric, turn }, (&self.labels).into(), &self.memory)
+        };
         assign(None)?;
         for iteration in 1..=max_iters {
             let turn = Some(Turn { progress, iteration });
             if relocates {
                 self.relocate(x, &centroids)?;
             }
-            let (labels, centroids) = (Some(&self.labels), &self.centroids);
-            primitives::update(&Update { x, terms, labels, reduction, turn, centroids }, &self.memory)?;
+            let u = Update { x, terms, labels: Some(&self.labels), reduction, turn };
+            primitives::update(&u, (&self.centroids).into(), &self.memory)?;
             assign(turn)?;
             let asked = asks && iteration % QUEUED == 0;
             if watched || asked || primitives::reads_are_free(&self.device) {

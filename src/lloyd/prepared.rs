@@ -74,7 +74,7 @@ pub struct Prepared {
     pub(super) copy: Option<Tensor>,
     pub(super) data: Option<Data>,
     /// Inputs that were taken in a capture, where nothing from outside may be freed.
-    pub(super) captured: Vec<Rows>,
+    pub(super) captured: Vec<Rows<'static>>,
     /// The last run's inertia, f64 `(b,)`, where it was computed before the run was over.
     pub(super) inertia: Option<Tensor>,
     /// The updates of the last run, at most; none before it is over.
@@ -83,7 +83,7 @@ pub struct Prepared {
 
 /// The input of a run, with what stays the same over its iterations.
 pub(super) struct Data {
-    pub(super) x: Rows,
+    pub(super) x: Rows<'static>,
     pub(super) terms: Summands,
 }
 
@@ -295,7 +295,7 @@ impl Prepared {
 
 impl Data {
     /// Takes new values where the old ones are, so that a captured run finds them there.
-    fn replace(&mut self, x: Rows, terms: Summands) -> Result<Rows> {
+    fn replace(&mut self, x: Rows<'static>, terms: Summands) -> Result<Rows<'static>> {
         self.terms.max_abs.slice_set(&terms.max_abs, 0, 0)?;
         self.terms.first_nonfinite.slice_set(&terms.first_nonfinite, 0, 0)?;
         self.terms.finite = terms.finite;

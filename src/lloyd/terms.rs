@@ -144,8 +144,7 @@ pub(super) fn weighed(values: &Tensor, weights: &Tensor) -> Result<Tensor> {
 
 /// [`primitives::max_abs_and_first_nonfinite`] of each row as a problem of its own, f64 and u32 `(b, n)`.
 fn scan_rows(x: &Rows) -> Result<(Tensor, Tensor)> {
-    let (largest, bad) =
-        primitives::max_abs_and_first_nonfinite(&Rows::new(&x.tensor.unsqueeze(x.tensor.rank() - 1)?)?)?;
+    let (largest, bad) = primitives::max_abs_and_first_nonfinite(&Rows::from_operand(&x.each()?)?)?;
     Ok((largest.reshape((x.b, x.n))?, bad.reshape((x.b, x.n))?))
 }
 
@@ -194,8 +193,8 @@ pub(super) fn threshold(x: &Rows, terms: &mut Summands, ragged: Option<&Ragged>,
         });
     }
     let mean = Tensor::zeros((x.b, 1, x.d), x.dtype(), x.device())?;
-    let u = Update { x, terms, labels: None, reduction: Reduction::Mean, turn: None, centroids: &mean };
-    primitives::update(&u, &Memory::default())?;
+    let u = Update { x, terms, labels: None, reduction: Reduction::Mean, turn: None };
+    primitives::update(&u, (&mean).into(), &Memory::default())?;
     (terms.row_scale, terms.max_weight) = (None, None);
     let labels = Tensor::zeros((x.b, x.n), DType::U32, x.device())?;
     let distances = primitives::distances(x, &Rows::new(&mean)?, &labels, Metric::SquaredEuclidean)?;

@@ -1,0 +1,532 @@
+//! The ops as values: [`apply_op1`](Tensor::apply_op1) and [`apply_op2`](Tensor::apply_op2) put them into a graph, and
+//! [`inplace_op3`](Tensor::inplace_op3) lets them write into a tensor that is there.
+//!
+//! | op | takes | gives | gradient |
+//! |---|---|---|---|
+//! | [`FlashAssign`] | rows, centroids | labels | none |
+//! | [`SortInverse`] | labels | order and offsets, in one tensor | none |
+//! | [`ClusterMeans`], [`ClusterSums`] | rows, labels | means, sums | to the rows |
+//! | [`Quantize`] | rows, centroids | each row's nearest centroid | to the rows, straight through |
+//! | [`AssignInto`] | labels, rows, centroids | overwrites the labels | none |
+//! | [`MeansInto`], [`SumsInto`] | means or sums, rows, labels | overwrites the means or sums | none |
+//!
+//! They are what the functions of the same names are made of ([`assign`](crate::assign),
+//! [`sort_by_cluster`](crate::sort_by_cluster), [`cluster_means`](crate::cluster_means),
+//! [`cluster_sums`](crate::cluster_sums), [`quantize`](crate::quantize)), which say what each computes: the results have the
+//! same bits, and refusals are the same [`Error`], which [`Error::from_candle`] finds in Candle's. They read storages of any
+//! layout where they lie, on the stream of the tensors' device.
+//!
+//! ```
+//! use candle_core::{Device, Tensor, Var};
+//! use candle_flash_kmeans::ops::{ClusterMeans, FlashAssign, MeansInto};
+//!
+//! let x = Var::new(&[[0f32, 0.], [0., 2.], [9., 9.]], &Device::Cpu)?;
+//! let centroids = Tensor::new(&[[1f32, 1.], [8., 8.], [50., 50.]], &Device::Cpu)?;
+//! let labels = x.apply_op2(&centroids, FlashAssign::default())?;
+//! assert_eq!(labels.to_vec1::<u32>()?, [0, 0, 1]);
+//!
+//! // Gradients flow to the rows.
+//! let means = x.apply_op2(&labels, ClusterMeans { k: 3 })?;
+//! assert_eq!(means.to_vec2::<f32>()?, [[0., 1.], [9., 9.], [0., 0.]]);
+//! let gradients = means.sum_all()?.backward()?;
+//! assert_eq!(gradients.get(&x).unwrap().to_vec2::<f32>()?, [[0.5, 0.5], [0.5, 0.5], [1., 1.]]);
+//!
+//! // A step of Lloyd's loop, in place: a centroid without rows stays.
+//! centroids.inplace_op3(&x, &labels, &MeansInto)?;
+//! assert_eq!(centroids.to_vec2::<f32>()?, [[0., 1.], [9., 9.], [50., 50.]]);
+//! # Ok::<_, candle_core::Error>(())
+//! ```
+//!
+//! # Threads
+//! Candle locks the storages of an op's tensors one after another. Where some threads write tensors that others read, two that
+//! lock the same ones in different orders can wait for each other for ever, as with any of Candle's ops of several tensors. The
+//! functions lock in the order of addresses and cannot.
+
+use crate::{
+    error::{Error, Result},
+    memory::Memory,
+    metric::Metric,
+    operand::{Operand, Readable, Target},
+    primitives,
+    problem::{self, Problem},
+    request::{Assignment, Reduction, Summands, Update},
+    rows::Rows,
+};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, DType, InplaceOp3, Layout, MetalStorage, Shape, Storage, Tensor, D,
+};
+
+/// Rows `(..batch, n, d)` and centroids, `(..batch, k, d)` or `(k, d)` for every problem, to the labels of the nearest
+/// centroids, u32 `(..batch, n)`: [`assign`](crate::assign).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlashAssign {
+    /// What is nearest.
+    pub metric: Metric,
+}
+
+/// Labels, u32 `(..batch, n)` below `k`, to the order that brings clusters together, and where each begins in it:
+/// [`sort_by_cluster`](crate::sort_by_cluster).
+///
+/// An op of Candle's has one result. This one's is u32 of one dimension, all orders and then all offsets, which
+/// [`split`](Self::split) tells apart:
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_flash_kmeans::ops::SortInverse;
+///
+/// let labels = Tensor::new(&[1u32, 0, 1, 0], &Device::Cpu)?;
+/// let op = SortInverse { k: 2 };
+/// let (order, offsets) = op.split(&labels.apply_op1(op)?, &labels)?;
+/// assert_eq!(order.to_vec1::<u32>()?, [1, 3, 0, 2]);
+/// assert_eq!(offsets.to_vec1::<u32>()?, [0, 2, 4]);
+/// # Ok::<_, candle_flash_kmeans::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SortInverse {
+    /// The number of clusters.
+    pub k: usize,
+}
+
+/// Rows `(..batch, n, d)` and labels, u32 `(..batch, n)` below `k`, to the means of clusters, `(..batch, k, d)`:
+/// [`cluster_means`](crate::cluster_means).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClusterMeans {
+    /// The number of clusters.
+    pub k: usize,
+}
+
+/// Rows `(..batch, n, d)` and labels, u32 `(..batch, n)` below `k`, to the sums of clusters, `(..batch, k, d)`:
+/// [`cluster_sums`](crate::cluster_sums).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClusterSums {
+    /// The number of clusters.
+    pub k: usize,
+}
+
+/// Rows `(..batch, n, d)` and centroids, `(..batch, k, d)` or `(k, d)` for every problem, to the nearest centroid of each row,
+/// shaped as the rows: the values of [`quantize`](crate::quantize).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quantize {
+    /// What is nearest.
+    pub metric: Metric,
+}
+
+/// Overwrites labels, contiguous u32 `(..batch, n)`, by those that [`FlashAssign`] gives rows and centroids.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AssignInto {
+    /// What is nearest.
+    pub metric: Metric,
+}
+
+/// Overwrites centroids, contiguous `(..batch, k, d)`, by the [means](ClusterMeans) of rows by labels. Those of clusters
+/// without rows stay, as in Lloyd's loop.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MeansInto;
+
+/// Overwrites sums, contiguous `(..batch, k, d)`, by those of rows by labels that [`ClusterSums`] gives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SumsInto;
+
+/// What an op makes: a storage of its own, and the shape of what is in it.
+type Made = (Storage, Shape);
+
+/// An op of two operands, on every device.
+pub(crate) trait Binary: CustomOp2 + Send + Sync + 'static {
+    const NAME: &'static str;
+
+    fn forward(&self, x: &Operand<'_>, y: &Operand<'_>) -> Result<Made>;
+
+    /// What flows back to `x`; nothing flows to `y`.
+    fn backward(&self, x: &Tensor, y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>>;
+}
+
+/// An op that overwrites a target by what it makes of two operands, on every device.
+trait Overwriting {
+    const NAME: &'static str;
+
+    fn overwrite(&self, to: Target<'_>, x: &Operand<'_>, y: &Operand<'_>) -> Result<()>;
+}
+
+/// What `op` makes of tensors that it locks by itself. No gradient flows.
+pub(crate) fn evaluate(op: &impl Binary, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::from(op.forward(&x.into(), &y.into())?))
+}
+
+/// What `op` makes of rows and labels, in the graph of the rows if they have one.
+pub(crate) fn in_graph<O: Binary>(op: O, x: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    if !x.track_op() {
+        return evaluate(&op, x, labels);
+    }
+    problem::check_device("labels", labels, x.device())?;
+    // Candle locks the rows and then the labels; of these nobody else has any, so that it never waits with a lock in its hand.
+    Ok(x.apply_op2(&primitives::copy(labels)?, op)?)
+}
+
+fn assign_to(p: &Problem, labels: Target<'_>, x: &Operand<'_>, c: &Operand<'_>) -> Result<()> {
+    let (x, c) = (Rows::from_operand(x)?, Rows::from_operand(c)?.broadcast(p.b));
+    primitives::assign_into(Assignment { x: &x, c: &c, metric: p.metric, turn: None }, labels, &Memory::default())
+}
+
+impl Binary for FlashAssign {
+    const NAME: &'static str = "flash-assign";
+
+    fn forward(&self, x: &Operand<'_>, c: &Operand<'_>) -> Result<Made> {
+        let p = Problem::assign(x, c, self.metric)?;
+        let shape = Shape::from(p.shape(&[p.n]));
+        let mut labels = primitives::allocate("assign", shape.elem_count(), DType::U32, &x.device())?;
+        assign_to(&p, Target::whole(&mut labels, &shape), x, c)?;
+        Ok((labels, shape))
+    }
+
+    fn backward(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+}
+
+impl Overwriting for AssignInto {
+    const NAME: &'static str = "assign-into";
+
+    fn overwrite(&self, to: Target<'_>, x: &Operand<'_>, c: &Operand<'_>) -> Result<()> {
+        let p = Problem::assign(x, c, self.metric)?;
+        check_target("labels", &to, DType::U32, p.shape(&[p.n]))?;
+        assign_to(&p, to, x, c)
+    }
+}
+
+impl Binary for Quantize {
+    const NAME: &'static str = "quantize";
+
+    fn forward(&self, x: &Operand<'_>, c: &Operand<'_>) -> Result<Made> {
+        let p = Problem::assign(x, c, self.metric)?;
+        let (rows, c) = (Rows::from_operand(x)?, Rows::from_operand(c)?.broadcast(p.b));
+        let labels = primitives::assign(&rows, &c, self.metric)?;
+        let mut values = primitives::allocate("quantize", x.elem_count(), p.dtype, &x.device())?;
+        primitives::gather_into(&c, &labels, Target::whole(&mut values, x.dims()))?;
+        Ok((values, x.dims().into()))
+    }
+
+    /// The straight-through estimator (van den Oord et al. 2017).
+    fn backward(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(grad.clone()))
+    }
+}
+
+impl SortInverse {
+    const NAME: &'static str = "sort-inverse";
+
+    /// What the op has made of `labels`, as views: the order, `(..batch, n)`, and the offsets, `(..batch, k + 1)`.
+    ///
+    /// # Errors
+    /// Refuses what cannot be the op's result for these labels.
+    pub fn split(&self, sorted: &Tensor, labels: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (b, n) = problem::labels(labels, self.k)?;
+        let (order, offsets) = (b * n, b * (self.k + 1));
+        problem::check_dtype("sorted", sorted, DType::U32)?;
+        if sorted.dims() != [order + offsets] {
+            let expected = vec![order + offsets];
+            return Err(Error::Shape { argument: "sorted", got: sorted.dims().to_vec(), expected });
+        }
+        let batch = &labels.dims()[..labels.rank() - 1];
+        let offsets = sorted.narrow(0, order, offsets)?.reshape([batch, &[self.k + 1]].concat())?;
+        Ok((sorted.narrow(0, 0, order)?.reshape(labels.shape())?, offsets))
+    }
+
+    fn forward(&self, labels: &Operand<'_>) -> Result<Made> {
+        let flat = flat_labels(labels, self.k)?;
+        check_labels(&flat, self.k)?;
+        let len = flat.elem_count() + flat.dims()[0] * (self.k + 1);
+        let mut sorted = primitives::allocate("order", len, DType::U32, &labels.device())?;
+        primitives::order_into(&flat, self.k, Target::whole(&mut sorted, len))?;
+        Ok((sorted, len.into()))
+    }
+}
+
+impl CustomOp1 for SortInverse {
+    fn name(&self) -> &'static str {
+        Self::NAME
+    }
+
+    fn cpu_fwd(&self, labels: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        cpu(self.forward(&Operand::Cpu(labels, layout.clone()))?)
+    }
+
+    fn cuda_fwd(&self, labels: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        cuda(self.forward(&Operand::Cuda(labels, layout.clone()))?)
+    }
+
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
+        Err(no_metal(Self::NAME))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(None)
+    }
+}
+
+/// Rows and their labels, which are not known to be below `k`.
+pub(crate) struct Labelled<'a> {
+    p: Problem,
+    x: Operand<'a>,
+    /// `(b, n)`, contiguous.
+    labels: Operand<'a>,
+}
+
+impl<'a> Labelled<'a> {
+    pub fn new(x: &Operand<'a>, labels: &Operand<'a>, k: usize) -> Result<Self> {
+        problem::labels(labels, k)?;
+        let p = Problem::rows(x, k)?;
+        problem::check_device("labels", labels, &x.device())?;
+        check_labels_of(&p, labels)?;
+        Ok(Self { p, x: x.clone(), labels: flat_labels(labels, k)? })
+    }
+
+    fn check(&self) -> Result<()> {
+        check_labels(&self.labels, self.p.k)
+    }
+
+    /// The sums or means of clusters; zeros of those without rows.
+    pub fn reduce(&self, reduction: Reduction) -> Result<Made> {
+        let shape = Shape::from(self.p.shape(&[self.p.k, self.p.d]));
+        let mut reduced = primitives::allocate("clusters", shape.elem_count(), self.p.dtype, &self.x.device())?;
+        primitives::zero(Target::whole(&mut reduced, &shape))?;
+        self.reduce_to(Target::whole(&mut reduced, &shape), reduction)?;
+        Ok((reduced, shape))
+    }
+
+    /// The same in the place of what is there, which stays for clusters without rows.
+    fn reduce_to(&self, to: Target<'_>, reduction: Reduction) -> Result<()> {
+        let x = Rows::from_operand(&self.x)?;
+        let (terms, labels) = (Summands::from_rows(&x)?, Some(&self.labels as &dyn Readable));
+        primitives::update(&Update { x: &x, terms: &terms, labels, reduction, turn: None }, to, &Memory::default())
+    }
+
+    /// The rows of clusters' gradients, `(..batch, k, d)`, that the labels name, shaped as the rows.
+    fn spread(x: &Tensor, labels: &Tensor, grad: &Tensor, k: usize, reduction: Reduction) -> Result<Option<Tensor>> {
+        let labels = flat_labels(&labels.into(), k)?;
+        let (b, d) = (labels.dims()[0], x.dim(D::Minus1)?);
+        let mut each = grad.reshape((b, k, d))?;
+        if reduction == Reduction::Mean {
+            // An empty cluster has no rows to pass a gradient to; its infinite share is never gathered.
+            let share = primitives::cluster_sizes(&labels, k)?.to_dtype(DType::F64)?.recip()?.unsqueeze(2)?;
+            each = each.to_dtype(DType::F64)?.broadcast_mul(&share)?.to_dtype(x.dtype())?;
+        }
+        Ok(Some(primitives::gather(&Rows::new(&each)?, &labels)?.reshape(x.shape())?))
+    }
+}
+
+macro_rules! reducing {
+    ($($op:ident, $name:literal, $reduction:expr;)+) => {
+        $(impl Binary for $op {
+            const NAME: &'static str = $name;
+
+            fn forward(&self, x: &Operand<'_>, labels: &Operand<'_>) -> Result<Made> {
+                let labelled = Labelled::new(x, labels, self.k)?;
+                labelled.check()?;
+                labelled.reduce($reduction)
+            }
+
+            fn backward(&self, x: &Tensor, labels: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+                Labelled::spread(x, labels, grad, self.k, $reduction)
+            }
+        })+
+    };
+}
+reducing! {
+    ClusterMeans, "cluster-means", Reduction::Mean;
+    ClusterSums, "cluster-sums", Reduction::Sum;
+}
+
+impl Overwriting for MeansInto {
+    const NAME: &'static str = "means-into";
+
+    fn overwrite(&self, to: Target<'_>, x: &Operand<'_>, labels: &Operand<'_>) -> Result<()> {
+        labelled_for("centroids", &to, x, labels)?.reduce_to(to, Reduction::Mean)
+    }
+}
+
+impl Overwriting for SumsInto {
+    const NAME: &'static str = "sums-into";
+
+    fn overwrite(&self, mut to: Target<'_>, x: &Operand<'_>, labels: &Operand<'_>) -> Result<()> {
+        let labelled = labelled_for("sums", &to, x, labels)?;
+        primitives::zero(to.by_ref())?;
+        labelled.reduce_to(to, Reduction::Sum)
+    }
+}
+
+/// Checks rows and labels against a target of one row a cluster.
+fn labelled_for<'a>(
+    argument: &'static str,
+    to: &Target<'_>,
+    x: &Operand<'a>,
+    labels: &Operand<'a>,
+) -> Result<Labelled<'a>> {
+    let [.., k, _] = *to.dims() else {
+        return Err(Error::Rank { argument, expected: 2, shape: to.dims().to_vec() });
+    };
+    let labelled = Labelled::new(x, labels, k)?;
+    check_target(argument, to, labelled.p.dtype, labelled.p.shape(&[k, labelled.p.d]))?;
+    labelled.check()?;
+    Ok(labelled)
+}
+
+fn check_target(argument: &'static str, to: &Target<'_>, dtype: DType, expected: Vec<usize>) -> Result<()> {
+    if to.dtype() != dtype {
+        return Err(Error::DType { argument, got: to.dtype(), expected: format!("{dtype:?}") });
+    }
+    if to.dims() != expected {
+        return Err(Error::Shape { argument, got: to.dims().to_vec(), expected });
+    }
+    if !to.layout().is_contiguous() {
+        let (got, with) =
+            (format!("a tensor of strides {:?}", to.layout().stride()), "an op that overwrites it".into());
+        return Err(Error::Conflict { argument, got, with });
+    }
+    Ok(())
+}
+
+/// Checks labels of shape `(..batch, n)` and returns them as `(b, n)`, contiguous.
+pub(crate) fn flat_labels<'a>(labels: &Operand<'a>, k: usize) -> Result<Operand<'a>> {
+    let (b, n) = problem::labels(labels, k)?;
+    if labels.elem_count() == 0 {
+        return Ok(Operand::Tensor(problem::empty(&[b, n], DType::U32, &labels.device())?));
+    }
+    Ok(primitives::contiguous_operand(labels)?.reshape((b, n))?)
+}
+
+/// Checks that there is a label for each row.
+pub(crate) fn check_labels_of(p: &Problem, labels: &impl Readable) -> Result<()> {
+    if labels.dims() != p.shape(&[p.n]) {
+        return Err(Error::Shape { argument: "labels", got: labels.dims().to_vec(), expected: p.shape(&[p.n]) });
+    }
+    Ok(())
+}
+
+/// Checks that contiguous labels are below `k`.
+pub(crate) fn check_labels(labels: &impl Readable, k: usize) -> Result<()> {
+    if labels.elem_count() > 0 {
+        let largest = primitives::max_label(labels)? as usize;
+        if largest >= k {
+            return Err(Error::Range { argument: "labels", got: largest, min: 0, max: k - 1 });
+        }
+    }
+    Ok(())
+}
+
+fn cpu((storage, shape): Made) -> candle_core::Result<(CpuStorage, Shape)> {
+    match storage {
+        Storage::Cpu(storage) => Ok((storage, shape)),
+        _ => unreachable!("what is made of CPU storages is one"),
+    }
+}
+
+fn cuda((storage, shape): Made) -> candle_core::Result<(CudaStorage, Shape)> {
+    match storage {
+        Storage::Cuda(storage) => Ok((storage, shape)),
+        _ => unreachable!("what is made of CUDA storages is one"),
+    }
+}
+
+fn no_metal(op: &'static str) -> candle_core::Error {
+    Error::Unsupported { op, device: "Metal".into() }.into()
+}
+
+macro_rules! custom_op2 {
+    ($($op:ident)+) => {
+        $(impl CustomOp2 for $op {
+            fn name(&self) -> &'static str {
+                Self::NAME
+            }
+
+            fn cpu_fwd(
+                &self,
+                x: &CpuStorage,
+                x_layout: &Layout,
+                y: &CpuStorage,
+                y_layout: &Layout,
+            ) -> candle_core::Result<(CpuStorage, Shape)> {
+                cpu(self.forward(&Operand::Cpu(x, x_layout.clone()), &Operand::Cpu(y, y_layout.clone()))?)
+            }
+
+            fn cuda_fwd(
+                &self,
+                x: &CudaStorage,
+                x_layout: &Layout,
+                y: &CudaStorage,
+                y_layout: &Layout,
+            ) -> candle_core::Result<(CudaStorage, Shape)> {
+                cuda(self.forward(&Operand::Cuda(x, x_layout.clone()), &Operand::Cuda(y, y_layout.clone()))?)
+            }
+
+            fn metal_fwd(
+                &self,
+                _: &MetalStorage,
+                _: &Layout,
+                _: &MetalStorage,
+                _: &Layout,
+            ) -> candle_core::Result<(MetalStorage, Shape)> {
+                Err(no_metal(Self::NAME))
+            }
+
+            fn bwd(
+                &self,
+                x: &Tensor,
+                y: &Tensor,
+                _: &Tensor,
+                grad: &Tensor,
+            ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+                Ok((self.backward(x, y, grad)?, None))
+            }
+        })+
+    };
+}
+custom_op2!(FlashAssign ClusterMeans ClusterSums Quantize);
+
+macro_rules! inplace_op3 {
+    ($($op:ident)+) => {
+        $(impl InplaceOp3 for $op {
+            fn name(&self) -> &'static str {
+                Self::NAME
+            }
+
+            fn cpu_fwd(
+                &self,
+                to: &mut CpuStorage,
+                to_layout: &Layout,
+                x: &CpuStorage,
+                x_layout: &Layout,
+                y: &CpuStorage,
+                y_layout: &Layout,
+            ) -> candle_core::Result<()> {
+                let (x, y) = (Operand::Cpu(x, x_layout.clone()), Operand::Cpu(y, y_layout.clone()));
+                Ok(self.overwrite(Target::Cpu(to, to_layout.clone()), &x, &y)?)
+            }
+
+            fn cuda_fwd(
+                &self,
+                to: &mut CudaStorage,
+                to_layout: &Layout,
+                x: &CudaStorage,
+                x_layout: &Layout,
+                y: &CudaStorage,
+                y_layout: &Layout,
+            ) -> candle_core::Result<()> {
+                let (x, y) = (Operand::Cuda(x, x_layout.clone()), Operand::Cuda(y, y_layout.clone()));
+                Ok(self.overwrite(Target::Cuda(to, to_layout.clone()), &x, &y)?)
+            }
+
+            fn metal_fwd(
+                &self,
+                _: &mut MetalStorage,
+                _: &Layout,
+                _: &MetalStorage,
+                _: &Layout,
+                _: &MetalStorage,
+                _: &Layout,
+            ) -> candle_core::Result<()> {
+                Err(no_metal(Self::NAME))
+            }
+        })+
+    };
+}
+inplace_op3!(AssignInto MeansInto SumsInto);
