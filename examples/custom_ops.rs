@@ -1,16 +1,23 @@
 //! The ops inside a module's `forward`, trained through: a bottleneck that quantises tokens, and a pool that takes the mean of
 //! each cluster of tokens.
 //!
-//! `cargo run --release --example custom_ops`
+//! ```text
+//! cargo run --release --example custom_ops [--device cpu|cuda] [--steps 120] [--batch 32] [--tokens 96]
+//! ```
 
 use anyhow::{ensure, Result};
-use candle_core::{DType, Device, Module, Tensor, D};
+use candle_core::{DType, Module, Tensor, D};
 use candle_flash_kmeans::{
     ops::{ClusterMeans, FlashAssign, MeansInto, Quantize},
     KMeans, Metric,
 };
 use candle_nn::{linear, loss::cross_entropy, AdamW, Linear, Optimizer, VarBuilder, VarMap};
 use clap::Parser;
+use common::backend::Backend;
+
+mod common {
+    pub mod backend;
+}
 
 #[derive(Parser)]
 #[command(about = "Trains a classifier of token sequences through FlashAssign, ClusterMeans and Quantize")]
@@ -24,9 +31,8 @@ struct Args {
     /// Tokens of a sequence
     #[arg(long, default_value_t = 96)]
     tokens: usize,
-    /// Run on the first GPU (needs the feature `cuda`)
-    #[arg(long)]
-    cuda: bool,
+    #[arg(long, default_value = "cpu")]
+    device: Backend,
 }
 
 const FEATURES: usize = 16;
@@ -100,7 +106,7 @@ fn sequences(prototypes: &Tensor, moves: &Tensor, args: &Args) -> Result<(Tensor
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let device = if args.cuda { Device::new_cuda(0)? } else { Device::Cpu };
+    let device = args.device.open()?.0;
     let prototypes = Tensor::randn(0f32, 2.0, (CLUSTERS, FEATURES), &device)?;
     let moves = Tensor::randn(0f32, 0.6, (CLASSES, FEATURES), &device)?;
 

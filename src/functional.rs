@@ -169,9 +169,10 @@ pub fn residuals(x: &Tensor, centroids: &Tensor, labels: &Tensor) -> Result<Tens
 /// # Errors
 /// As [`assign`].
 pub fn quantize(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Tensor, Tensor)> {
-    let labels = assign(x, centroids, metric)?;
-    let values = rows_of(centroids, &labels)?;
-    Ok((straight_through(x, values)?, labels))
+    let (p, rows, c) = border(x, centroids, metric)?;
+    let labels = primitives::assign(&rows, &c, metric)?;
+    let values = primitives::gather(&c, &labels)?.reshape(x.shape())?;
+    Ok((straight_through(x, values)?, labels.reshape(p.shape(&[p.n]))?))
 }
 
 /// The rows of `centroids` (`(..batch, k, d)`, or `(k, d)` for every problem) that `labels` (u32 `(..batch, n)`, known to be
@@ -202,8 +203,8 @@ pub(crate) fn totals(values: &Tensor) -> Result<Tensor> {
 
 /// `values`, computed from `x` outside the graph and shaped as it, with a gradient that passes to `x` unchanged.
 ///
-/// [`Quantize`](ops::Quantize) has this gradient, but it makes the values by itself. These come with labels, or from several
-/// stages of a layer.
+/// [`Quantize`](ops::Quantize) has this gradient, but it finds the values by itself, and an op of Candle's has one result. Here
+/// they come with their labels, or from several stages of a layer.
 pub(crate) fn straight_through(x: &Tensor, values: Tensor) -> Result<Tensor> {
     if x.track_op() {
         Ok(x.apply_op1(StraightThrough { values })?)

@@ -3,6 +3,7 @@
 use candle_core::{
     backend::BackendStorage, CpuStorage, CudaStorage, DType, Device, Layout, Result, Shape, Storage, Tensor,
 };
+use std::ops::Range;
 
 /// Elements that Candle's kernels on a GPU count in 32 bits: with as many steps as they take beyond the last one.
 pub(crate) const COUNTED: usize = 1 << 31;
@@ -124,6 +125,12 @@ impl Operand<'_> {
             Self::Cuda(s, l) => Self::Cuda(s, layout(l)?),
         })
     }
+}
+
+/// Where in its storage the elements of a target lie; none if they are not contiguous. An empty view may begin beyond the end.
+pub(crate) fn written_range(layout: &Layout) -> Option<Range<usize>> {
+    let (start, end) = layout.contiguous_offsets()?;
+    Some(if start == end { 0..0 } else { start..end })
 }
 
 /// Contiguous elements that an op writes.

@@ -14,7 +14,7 @@
 //! [`sort_by_cluster`](crate::sort_by_cluster), [`cluster_means`](crate::cluster_means),
 //! [`cluster_sums`](crate::cluster_sums), [`quantize`](crate::quantize)), which say what each computes: the results have the
 //! same bits, and refusals are the same [`Error`], which [`Error::from_candle`] finds in Candle's. They read storages of any
-//! layout where they lie, on the stream of the tensors' device.
+//! layout where they lie, on the stream of the tensors' device. Those that take labels check them, for which the host waits.
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
@@ -158,7 +158,8 @@ pub(crate) fn in_graph<O: Binary>(op: O, x: &Tensor, labels: &Tensor) -> Result<
         return evaluate(&op, x, labels);
     }
     problem::check_device("labels", labels, x.device())?;
-    // Candle locks the rows and then the labels; of these nobody else has any, so that it never waits with a lock in its hand.
+    // Candle locks the rows and then the labels. Of a copy nobody else has the lock, so that it is not waited for while the rows
+    // are locked.
     Ok(x.apply_op2(&primitives::copy(labels)?, op)?)
 }
 

@@ -233,6 +233,12 @@ fn what_is_empty_shared_or_strided_is_taken() {
             let (order, offsets) = op.split(&labels.apply_op1(op).unwrap(), &labels).unwrap();
             assert_eq!((order.dims(), u32s(&offsets)), (&shape[..2], vec![0; shape[0] * 5]));
         }
+        // A view of nothing that begins beyond the end of its storage.
+        let labels =
+            Tensor::zeros((2, 5), DType::U32, &device).unwrap().narrow(0, 2, 0).unwrap().narrow(1, 3, 0).unwrap();
+        let none =
+            Tensor::zeros((1, 1, 3), DType::F32, &device).unwrap().narrow(0, 0, 0).unwrap().narrow(1, 0, 0).unwrap();
+        labels.inplace_op3(&none, &c, &AssignInto::default()).unwrap();
         let x = uniform(&[2, 5, 3], 0.0, 1.0, DType::F32, &mut rng).to_device(&device).unwrap();
         let each = c.broadcast_as((2, 4, 3)).unwrap().contiguous().unwrap();
         let labels = x.apply_op2(&each, FlashAssign::default()).unwrap();

@@ -4,7 +4,7 @@ use super::scalar::Scalar;
 use crate::{
     error::{Error, Result},
     host,
-    operand::{Readable, Source, Target},
+    operand::{written_range, Readable, Source, Target},
     request::Turn,
     rows::Rows,
 };
@@ -229,8 +229,8 @@ stored! { u32, U32; f16, F16; bf16, BF16; f32, F32; f64, F64; }
 
 /// The elements of a target.
 fn elements<'a, T: Stored>(storage: &'a mut CpuStorage, layout: &Layout) -> candle_core::Result<&'a mut [T]> {
-    match (layout.contiguous_offsets(), T::slice_mut(storage)) {
-        (Some((start, end)), Some(data)) => Ok(&mut data[start..end]),
+    match (written_range(layout), T::slice_mut(storage)) {
+        (Some(range), Some(data)) => Ok(&mut data[range]),
         _ => candle_core::bail!("a result is not a contiguous tensor of its type"),
     }
 }

@@ -3,7 +3,7 @@
 use super::device::device;
 use crate::{
     error::{Error, Result},
-    operand::{Readable, Source, Target},
+    operand::{written_range, Readable, Source, Target},
 };
 use candle_core::{
     cuda_backend::{
@@ -156,10 +156,10 @@ fn launch_on<T: CudaDType>(
     f: impl FnOnce(Part<T>) -> Result<()>,
 ) -> Result<()> {
     let stream = storage.device.cuda_stream();
-    let Some((start, end)) = layout.contiguous_offsets() else {
+    let Some(range) = written_range(layout) else {
         return Err(candle_core::Error::msg("a result is not a contiguous tensor").into());
     };
-    let mut slice = storage.as_cuda_slice_mut::<T>()?.slice_mut(start..end);
+    let mut slice = storage.as_cuda_slice_mut::<T>()?.slice_mut(range);
     // Held until the launches are queued: it orders them with what other streams do to the storage.
     let (address, _order) = slice.device_ptr_mut(&stream);
     f(Part::at(address))
