@@ -1,20 +1,21 @@
 //! What a device has to do, by primitives.
 //!
-//! They take checked arguments and return new tensors on the same device, or write to the caller's own, on the tensors' own
-//! stream. `ops` says of each what it is; what a back end has no kernel for keeps its default.
+//! They take checked arguments and return new tensors on the same device, or write to a target, on the tensors' own stream.
+//! `primitives` says of each what it is; what a back end has no kernel for keeps its default.
 
 use crate::{
     error::Result,
     memory::Memory,
     metric::Metric,
+    operand::{Readable, Target},
     plan::arch::Arch,
     request::{Assignment, Attention, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
 };
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Storage, Tensor};
 
-/// A kind of device. See [`ops`](crate::ops) for what each primitive is.
+/// A kind of device. See [`primitives`](crate::primitives) for what each primitive is.
 pub(crate) trait Backend {
     /// What chooses kernels.
     fn arch(&self, device: &Device) -> Result<Arch>;
@@ -25,28 +26,37 @@ pub(crate) trait Backend {
     }
 
     /// None where Candle's copy will do.
-    fn contiguous(&self, _: &Tensor) -> Result<Option<Tensor>> {
+    fn contiguous(&self, _: &dyn Readable) -> Result<Option<Tensor>> {
         Ok(None)
     }
 
     /// None where any rows can be read.
-    fn pack_for_assign(&self, _: &Tensor, _k: usize, _: Metric, _copy: &mut Option<Tensor>) -> Result<Option<Rows>> {
+    fn pack_for_assign(
+        &self,
+        _: &Tensor,
+        _k: usize,
+        _: Metric,
+        _copy: &mut Option<Tensor>,
+    ) -> Result<Option<Rows<'static>>> {
         Ok(None)
     }
 
-    fn assign(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor>;
-    fn assign_into(&self, a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()>;
+    /// So many elements that nothing has been written to.
+    fn allocate(&self, op: &'static str, len: usize, dtype: DType, device: &Device) -> Result<Storage>;
+    fn zero(&self, to: Target<'_>) -> Result<()>;
+    fn assign_into(&self, a: Assignment<'_>, labels: Target<'_>, memory: &Memory) -> Result<()>;
     fn distances(&self, x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor>;
     fn pairwise(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor>;
-    fn gather(&self, x: &Rows, index: &Tensor) -> Result<Tensor>;
+    fn gather(&self, x: &Rows, index: &dyn Readable, to: Target<'_>) -> Result<()>;
     fn max_abs_and_first_nonfinite(&self, x: &Rows) -> Result<(Tensor, Tensor)>;
     fn norms(&self, x: &Rows) -> Result<Tensor>;
     fn usable_seeds(&self, x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor>;
     fn min_distance_with(&self, x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor>;
     fn exponential_race_keys(&self, nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor>;
     fn kmeanspp_step(&self, p: &KmeansppStep<'_>, memory: &Memory) -> Result<()>;
-    fn order(&self, labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)>;
-    fn update(&self, u: &Update<'_>, memory: &Memory) -> Result<()>;
+    fn max_label(&self, labels: &dyn Readable) -> Result<u32>;
+    fn order(&self, labels: &dyn Readable, k: usize, to: Target<'_>) -> Result<()>;
+    fn update(&self, u: &Update<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()>;
 
     /// Whether this was a fit for that.
     fn fit_on_chip(&self, _: &OnChipFit<'_>, _: &Memory) -> Result<bool> {

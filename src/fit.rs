@@ -4,7 +4,7 @@ use crate::{
     error::{Error, Result},
     functional,
     metric::Metric,
-    ops,
+    ops, primitives,
     problem::{self, Problem},
     rows::Rows,
     saved::{self, Saved},
@@ -48,7 +48,7 @@ impl Fit {
     /// [`assign`](crate::assign) does not ask).
     pub fn predict(&self, x: &Tensor) -> Result<Tensor> {
         Problem::predict(x, &self.centroids, self.metric)?;
-        refuse_non_finite("x", &ops::max_abs_and_first_nonfinite(&Rows::new(&x.detach())?)?.1)?;
+        refuse_non_finite("x", &primitives::max_abs_and_first_nonfinite(&Rows::new(x)?)?.1)?;
         functional::assign(x, &self.centroids, self.metric)
     }
 
@@ -60,10 +60,10 @@ impl Fit {
     pub fn transform(&self, x: &Tensor) -> Result<Tensor> {
         let p = Problem::predict(x, &self.centroids, self.metric)?;
         problem::check_elements("x rows times centroids", &[p.b, p.n, p.k])?;
-        let x = Rows::new(&x.detach())?;
-        refuse_non_finite("x", &ops::max_abs_and_first_nonfinite(&x)?.1)?;
-        let c = Rows::new(&self.centroids.detach())?.broadcast(p.b);
-        Ok(ops::pairwise(&x, &c, self.metric)?.reshape(p.shape(&[p.n, p.k]))?)
+        let x = Rows::new(x)?;
+        refuse_non_finite("x", &primitives::max_abs_and_first_nonfinite(&x)?.1)?;
+        let c = Rows::new(&self.centroids)?.broadcast(p.b);
+        Ok(primitives::pairwise(&x, &c, self.metric)?.reshape(p.shape(&[p.n, p.k]))?)
     }
 
     /// Writes the fit as a safetensors file, whole or not at all: a temporary file is renamed to `path`, or to what `path` links
@@ -174,8 +174,8 @@ impl Fit {
                 return Err(Error::Shape { argument, got: t.dims().to_vec(), expected });
             }
         }
-        if ops::reads_are_free(c.device()) {
-            functional::check_labels(&self.labels, k)?;
+        if primitives::reads_are_free(c.device()) {
+            ops::check_labels(&ops::flat_labels(&(&self.labels).into(), k)?, k)?;
         }
         Ok(())
     }
@@ -264,7 +264,7 @@ impl fmt::Display for Fit {
     }
 }
 
-/// Reads [`ops::max_abs_and_first_nonfinite`]'s answer.
+/// Reads [`primitives::max_abs_and_first_nonfinite`]'s answer.
 pub(crate) fn refuse_non_finite(argument: &'static str, first_bad: &Tensor) -> Result<()> {
     let rows = first_bad.to_vec1::<u32>()?;
     match rows.iter().position(|&r| r != u32::MAX) {

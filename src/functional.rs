@@ -1,18 +1,17 @@
-//! The ops, each usable alone in a model's graph.
+//! The functions of the ops: the same by another spelling, with two results where there are two, and with locks that no order of
+//! calls makes wait for each other.
 
 use crate::{
     error::{Error, Result},
-    host,
-    memory::Memory,
     metric::Metric,
-    ops,
+    operand::Readable,
+    ops::{self, ClusterMeans, ClusterSums, FlashAssign, Labelled, SortInverse},
+    primitives,
     problem::{self, Problem},
-    request::{Reduction, Summands, Update},
+    request::Reduction,
     rows::Rows,
 };
-use candle_core::{
-    backend::BackendStorage, CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, D,
-};
+use candle_core::{backend::BackendStorage, CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
 
 /// The exact nearest centroid of each row: u32 `(..batch, n)`.
 ///
@@ -23,8 +22,7 @@ use candle_core::{
 /// # Errors
 /// Refuses shapes, dtypes and devices that do not fit together.
 pub fn assign(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<Tensor> {
-    let (p, x, c) = border(x, centroids, metric)?;
-    Ok(ops::assign(&x, &c, metric)?.reshape(p.shape(&[p.n]))?)
+    ops::evaluate(&FlashAssign { metric }, x, centroids)
 }
 
 /// [`assign`], and the distance of each row to its centroid, f64 `(..batch, n)`, by the definition of [`Metric`].
@@ -33,8 +31,8 @@ pub fn assign(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<Tensor> 
 /// As [`assign`].
 pub fn assign_with_distances(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Tensor, Tensor)> {
     let (p, x, c) = border(x, centroids, metric)?;
-    let labels = ops::assign(&x, &c, metric)?;
-    let distances = ops::distances(&x, &c, &labels, metric)?;
+    let labels = primitives::assign(&x, &c, metric)?;
+    let distances = primitives::distances(&x, &c, &labels, metric)?;
     Ok((labels.reshape(p.shape(&[p.n]))?, distances.reshape(p.shape(&[p.n]))?))
 }
 
@@ -46,11 +44,8 @@ pub fn assign_with_distances(x: &Tensor, centroids: &Tensor, metric: Metric) -> 
 /// # Errors
 /// Refuses labels that are not u32 or not below `k` (the host waits for that answer).
 pub fn sort_by_cluster(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
-    let flat = flat_labels(labels, k)?;
-    check_labels(&flat, k)?;
-    let batch = &labels.dims()[..labels.rank() - 1];
-    let (order, offsets) = ops::order(&flat, k)?;
-    Ok((order.reshape(labels.shape())?, offsets.reshape([batch, &[k + 1]].concat())?))
+    let op = SortInverse { k };
+    op.split(&labels.apply_op1_no_bwd(&op)?, labels)
 }
 
 /// The mean of the rows of each cluster, `(..batch, k, d)` in `x`'s dtype; zeros for a cluster without rows.
@@ -64,7 +59,7 @@ pub fn sort_by_cluster(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
 /// # Errors
 /// Refuses shapes, dtypes, devices and labels that do not fit together (the host waits for the labels' check).
 pub fn cluster_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
-    reduce(x, labels, k, Reduction::Mean)
+    ops::in_graph(ClusterMeans { k }, x, labels)
 }
 
 /// The sum of the rows of each cluster, `(..batch, k, d)` in `x`'s dtype; zeros for a cluster without rows.
@@ -88,31 +83,12 @@ pub fn cluster_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
 /// # Errors
 /// As [`cluster_means`].
 pub fn cluster_sums(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
-    reduce(x, labels, k, Reduction::Sum)
-}
-
-fn reduce(x: &Tensor, labels: &Tensor, k: usize, reduction: Reduction) -> Result<Tensor> {
-    let flat = flat_labels(labels, k)?;
-    let p = Problem::rows(x, k)?;
-    check_labels_of(&p, labels, x.device())?;
-    check_labels(&flat, k)?;
-    let reduced = reduce_known(&Rows::new(&x.detach())?, &flat, k, reduction)?.reshape(p.shape(&[k, p.d]))?;
-    Attached::to(x, reduced, Gradient::Clusters { reduction, labels: flat, k })
-}
-
-/// The sums or means of clusters, `(b, k, d)`, by labels `(b, n)` that are known to be below `k`: nothing waits.
-fn reduce_known(rows: &Rows, labels: &Tensor, k: usize, reduction: Reduction) -> Result<Tensor> {
-    let reduced = host::zeros("clusters", (rows.b, k, rows.d), rows.dtype(), rows.device())?;
-    let (terms, labels) = (Summands::from_rows(rows)?, Some(labels));
-    let u = Update { x: rows, terms: &terms, labels, reduction, turn: None, centroids: &reduced };
-    ops::update(&u, &Memory::default())?;
-    Ok(reduced)
+    ops::in_graph(ClusterSums { k }, x, labels)
 }
 
 /// [`cluster_means`] by labels that are known to be below `k`: nothing waits. No gradient flows.
 pub(crate) fn known_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
-    let (flat, p) = (flat_labels(labels, k)?, Problem::rows(x, k)?);
-    Ok(reduce_known(&Rows::new(&x.detach())?, &flat, k, Reduction::Mean)?.reshape(p.shape(&[k, p.d]))?)
+    Ok(Tensor::from(Labelled::new(&x.into(), &labels.into(), k)?.reduce(Reduction::Mean)?))
 }
 
 /// The number of rows in each cluster, u32 `(..batch, k)`, for u32 `labels` `(..batch, n)` below `k`.
@@ -120,10 +96,10 @@ pub(crate) fn known_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tenso
 /// # Errors
 /// As [`sort_by_cluster`].
 pub fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
-    let flat = flat_labels(labels, k)?;
-    check_labels(&flat, k)?;
+    let flat = ops::flat_labels(&labels.into(), k)?;
+    ops::check_labels(&flat, k)?;
     let batch = &labels.dims()[..labels.rank() - 1];
-    Ok(ops::cluster_sizes(&flat, k)?.reshape([batch, &[k]].concat())?)
+    Ok(primitives::cluster_sizes(&flat, k)?.reshape([batch, &[k]].concat())?)
 }
 
 /// The permutation that undoes another: `inverse[order[i]] = i`, both u32 `(..batch, n)`.
@@ -157,9 +133,10 @@ pub fn inverse_order(order: &Tensor) -> Result<Tensor> {
         return problem::empty(order.dims(), DType::U32, order.device());
     }
     // The sort of a permutation as labels is its inverse. Labels out of range would be counted outside of its memory.
-    let labels = ops::elementwise([order], |[order]| order.minimum(n as u32 - 1))?;
-    let labels = ops::contiguous(&labels)?.reshape((order.elem_count() / n, n))?;
-    Ok(ops::order(&labels, n)?.0.reshape(order.shape())?)
+    let labels = primitives::elementwise([order], |[order]| order.minimum(n as u32 - 1))?;
+    let labels = primitives::contiguous(&labels)?.reshape((order.elem_count() / n, n))?;
+    // Without the offsets, which are in the same storage.
+    Ok(primitives::order(&labels, n)?.0.force_contiguous()?.reshape(order.shape())?)
 }
 
 /// What each row's centroid leaves of it, `x - centroids[labels]`: `(..batch, n, d)` in `x`'s dtype.
@@ -172,15 +149,16 @@ pub fn inverse_order(order: &Tensor) -> Result<Tensor> {
 /// As [`assign`], and refuses labels that do not fit (the host waits for their check).
 pub fn residuals(x: &Tensor, centroids: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let p = Problem::assign(x, centroids, Metric::default())?;
-    let flat = flat_labels(labels, p.k)?;
-    check_labels_of(&p, labels, x.device())?;
-    check_labels(&flat, p.k)?;
+    let flat = ops::flat_labels(&labels.into(), p.k)?;
+    problem::check_device("labels", labels, x.device())?;
+    ops::check_labels_of(&p, labels)?;
+    ops::check_labels(&flat, p.k)?;
     if x.elem_count() == 0 {
         return problem::empty(x.dims(), x.dtype(), x.device());
     }
-    let c = Rows::new(&centroids.detach())?.broadcast(p.b);
-    let nearest = ops::gather(&c, &flat)?.reshape(x.shape())?;
-    straight_through(x, ops::elementwise([&x.detach(), &nearest], |[x, nearest]| x - nearest)?)
+    let c = Rows::new(centroids)?.broadcast(p.b);
+    let nearest = primitives::gather(&c, &flat)?.reshape(x.shape())?;
+    straight_through(x, primitives::elementwise([&x.detach(), &nearest], |[x, nearest]| x - nearest)?)
 }
 
 /// Each row's nearest centroid in its place: `(values, labels)`, `values` shaped and typed as `x`, `labels` as [`assign`]'s.
@@ -192,139 +170,81 @@ pub fn residuals(x: &Tensor, centroids: &Tensor, labels: &Tensor) -> Result<Tens
 /// As [`assign`].
 pub fn quantize(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Tensor, Tensor)> {
     let (p, rows, c) = border(x, centroids, metric)?;
-    let labels = ops::assign(&rows, &c, metric)?;
-    let values = ops::gather(&c, &labels)?.reshape(x.shape())?;
+    let labels = primitives::assign(&rows, &c, metric)?;
+    let values = primitives::gather(&c, &labels)?.reshape(x.shape())?;
     Ok((straight_through(x, values)?, labels.reshape(p.shape(&[p.n]))?))
 }
 
 /// The rows of `centroids` (`(..batch, k, d)`, or `(k, d)` for every problem) that `labels` (u32 `(..batch, n)`, known to be
 /// below `k`) name: `(..batch, n, d)`. No gradient flows.
 pub(crate) fn rows_of(centroids: &Tensor, labels: &Tensor) -> Result<Tensor> {
-    let flat = flat_labels(labels, centroids.dims()[centroids.rank() - 2])?;
-    let c = Rows::new(&centroids.detach())?.broadcast(flat.dim(0)?);
+    let flat = ops::flat_labels(&labels.into(), centroids.dims()[centroids.rank() - 2])?;
+    let c = Rows::new(centroids)?.broadcast(flat.dims()[0]);
     let shape = [labels.dims(), &[c.d]].concat();
-    Ok(ops::gather(&c, &flat)?.reshape(shape)?)
+    Ok(primitives::gather(&c, &flat)?.reshape(shape)?)
 }
 
 /// The Euclidean norm of each row of `x` `(..batch, n, d)`, f64 `(..batch, n)`. No gradient flows.
 pub(crate) fn norms(x: &Tensor) -> Result<Tensor> {
     let p = Problem::rows(x, 1)?;
-    Ok(ops::norms(&Rows::new(&x.detach())?)?.reshape(p.shape(&[p.n]))?)
+    Ok(primitives::norms(&Rows::new(x)?)?.reshape(p.shape(&[p.n]))?)
 }
 
 /// Whether all values of each problem of `x` `(..batch, n, d)` are finite, u8 `(..batch)`.
 pub(crate) fn finite(x: &Tensor) -> Result<Tensor> {
-    let (_, first_bad) = ops::max_abs_and_first_nonfinite(&Rows::new(&x.detach())?)?;
+    let (_, first_bad) = primitives::max_abs_and_first_nonfinite(&Rows::new(x)?)?;
     Ok(first_bad.eq(u32::MAX)?.reshape(&x.dims()[..x.rank() - 2])?)
 }
 
 /// The sum of each row of `values`, f64 `(b, k)`, the same bits on every device: f64 `(b,)`.
 pub(crate) fn totals(values: &Tensor) -> Result<Tensor> {
-    ops::total(values)
+    primitives::total(values)
 }
 
 /// `values`, computed from `x` outside the graph and shaped as it, with a gradient that passes to `x` unchanged.
+///
+/// [`Quantize`](ops::Quantize) has this gradient, but it finds the values by itself, and an op of Candle's has one result. Here
+/// they come with their labels, or from several stages of a layer.
 pub(crate) fn straight_through(x: &Tensor, values: Tensor) -> Result<Tensor> {
-    Attached::to(x, values, Gradient::Identity)
+    if x.track_op() {
+        Ok(x.apply_op1(StraightThrough { values })?)
+    } else {
+        Ok(values)
+    }
 }
 
-fn border(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Problem, Rows, Rows)> {
+fn border(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Problem, Rows<'static>, Rows<'static>)> {
     let p = Problem::assign(x, centroids, metric)?;
-    let (x, c) = (Rows::new(&x.detach())?, Rows::new(&centroids.detach())?.broadcast(p.b));
+    let (x, c) = (Rows::new(x)?, Rows::new(centroids)?.broadcast(p.b));
     Ok((p, x, c))
 }
 
-/// Checks labels of shape `(..batch, n)` and returns them as `(b, n)`, contiguous.
-fn flat_labels(labels: &Tensor, k: usize) -> Result<Tensor> {
-    let (b, n) = problem::labels(labels, k)?;
-    if labels.elem_count() == 0 {
-        return problem::empty(&[b, n], DType::U32, labels.device());
-    }
-    if !labels.is_contiguous() {
-        host::room("copy", labels.elem_count(), labels.dtype(), labels.device())?;
-    }
-    Ok(ops::contiguous(labels)?.reshape((b, n))?)
+/// Puts values that were computed outside the graph into it.
+struct StraightThrough {
+    values: Tensor,
 }
 
-/// Checks that there is a label for each row.
-fn check_labels_of(p: &Problem, labels: &Tensor, device: &Device) -> Result<()> {
-    problem::check_device("labels", labels, device)?;
-    if labels.dims() != p.shape(&[p.n]) {
-        return Err(Error::Shape { argument: "labels", got: labels.dims().to_vec(), expected: p.shape(&[p.n]) });
-    }
-    Ok(())
-}
-
-pub(crate) fn check_labels(labels: &Tensor, k: usize) -> Result<()> {
-    for labels in ops::pieces(labels)? {
-        let largest = labels.max(0)?.to_scalar::<u32>()? as usize;
-        if largest >= k {
-            return Err(Error::Range { argument: "labels", got: largest, min: 0, max: k - 1 });
-        }
-    }
-    Ok(())
-}
-
-/// What flows back from a computed value to the rows it came from.
-enum Gradient {
-    Identity,
-    /// Of means or sums, by `labels` u32 `(b, n)`.
-    Clusters {
-        reduction: Reduction,
-        labels: Tensor,
-        k: usize,
-    },
-}
-
-/// Puts a value that was computed outside the graph into it, as a function of `x` with the gradient given.
-struct Attached {
-    value: Tensor,
-    gradient: Gradient,
-}
-
-impl Attached {
-    fn to(x: &Tensor, value: Tensor, gradient: Gradient) -> Result<Tensor> {
-        if x.track_op() {
-            Ok(x.apply_op1(Self { value, gradient })?)
-        } else {
-            Ok(value)
-        }
-    }
-}
-
-impl CustomOp1 for Attached {
+impl CustomOp1 for StraightThrough {
     fn name(&self) -> &'static str {
-        match self.gradient {
-            Gradient::Identity => "quantize",
-            Gradient::Clusters { reduction: Reduction::Sum, .. } => "cluster-sums",
-            Gradient::Clusters { .. } => "cluster-means",
-        }
+        "straight-through"
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        match &*self.value.storage_and_layout().0 {
-            Storage::Cpu(s) => Ok((s.clone(), self.value.shape().clone())),
-            _ => candle_core::bail!("{}: the value left the CPU", self.name()),
+        match &*self.values.storage_and_layout().0 {
+            Storage::Cpu(s) => Ok((s.clone(), self.values.shape().clone())),
+            _ => candle_core::bail!("{}: the values left the CPU", self.name()),
         }
     }
 
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        let (storage, layout) = self.value.storage_and_layout();
+        let (storage, layout) = self.values.storage_and_layout();
         match &*storage {
-            Storage::Cuda(s) => Ok((s.try_clone(layout)?, self.value.shape().clone())),
-            _ => candle_core::bail!("{}: the value left the GPU", self.name()),
+            Storage::Cuda(s) => Ok((s.try_clone(layout)?, self.values.shape().clone())),
+            _ => candle_core::bail!("{}: the values left the GPU", self.name()),
         }
     }
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let &Gradient::Clusters { reduction, ref labels, k } = &self.gradient else { return Ok(Some(grad.clone())) };
-        let (b, d) = (labels.dim(0)?, x.dim(D::Minus1)?);
-        let mut each = grad.reshape((b, k, d))?;
-        if reduction == Reduction::Mean {
-            // An empty cluster has no rows to pass a gradient to; its infinite share is never gathered.
-            let share = ops::cluster_sizes(labels, k)?.to_dtype(DType::F64)?.recip()?.unsqueeze(2)?;
-            each = each.to_dtype(DType::F64)?.broadcast_mul(&share)?.to_dtype(x.dtype())?;
-        }
-        Ok(Some(ops::gather(&Rows::new(&each)?, labels)?.reshape(x.shape())?))
+    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(grad.clone()))
     }
 }

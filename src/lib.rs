@@ -4,7 +4,8 @@
 //! [`assign_with_distances`], [`sort_by_cluster`], [`cluster_means`] and [`quantize`] are its parts, each an op of its own.
 //! Layers are made of these and of [`cluster_sums`], [`cluster_sizes`], [`inverse_order`], [`residuals`],
 //! [`select_clusters`] and [`top_rows_per_centroid`]; sequences that grow are followed by [`MiniBatch`] and [`Segments`].
-//! [`nn`] has such layers.
+//! [`nn`] has such layers. The parts with one result are also values for [`Tensor::apply_op2`](candle_core::Tensor::apply_op2)
+//! and, to write in place, [`Tensor::inplace_op3`](candle_core::Tensor::inplace_op3): [`ops`].
 //!
 //! What can be relied on:
 //! - **Labels are exact.** A label is the lowest index among the centroids at the smallest distance, in f64, of the stored
@@ -32,8 +33,8 @@
 //! them, it is up to the program to wait, by `Device::synchronize` on the thread that has computed them.
 //!
 //! ```text
-//! x (..batch, n, d) -> problem (checks) -> seeding -> loop { ops: update -> assign } -> Fit
-//!                                                            cpu | cuda
+//! x (..batch, n, d) -> problem (checks) -> seeding -> loop { primitives: update -> assign } -> Fit
+//!                                                                   cpu | cuda
 //! ```
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -52,8 +53,10 @@ mod memory;
 mod metric;
 mod minibatch;
 pub mod nn;
-mod ops;
+mod operand;
+pub mod ops;
 mod plan;
+mod primitives;
 mod problem;
 mod ranking;
 mod request;

@@ -7,7 +7,7 @@ use crate::{
     kmeans::KMeans,
     memory::Fence,
     metric::Metric,
-    ops,
+    primitives,
     problem::{self, Problem},
     row_weights::{self, RowWeights},
     rows::Rows,
@@ -134,7 +134,7 @@ impl MiniBatch {
         let labels = functional::assign(x, &self.centroids()?, p.metric)?;
         let x = x.detach();
         let weights = RowWeights::new(&Rows::new(&x)?, given.as_ref(), p.metric)?;
-        let rows = Rows::new(&ops::elementwise([&x], |[x]| x.to_dtype(DType::F64))?)?;
+        let rows = Rows::new(&primitives::elementwise([&x], |[x]| x.to_dtype(DType::F64))?)?;
         self.running.add(&weights.clusters(&rows, &labels.reshape((p.b, p.n))?, p.k)?, 1.0, 1.0)?;
         self.counts = self.running.weights.reshape(self.p.shape(&[p.k]))?;
         Ok(labels)

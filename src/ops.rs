@@ -1,278 +1,533 @@
-//! The primitives, and the only place that matches on the device.
+//! The ops as values: [`apply_op1`](Tensor::apply_op1) and [`apply_op2`](Tensor::apply_op2) put them into a graph, and
+//! [`inplace_op3`](Tensor::inplace_op3) lets them write into a tensor that is there.
 //!
-//! They take checked arguments and return new tensors on the same device, or write to the caller's own, on the tensor's own
-//! stream. `cpu` and `cuda` implement them ([`Backend`]).
+//! | op | takes | gives | gradient |
+//! |---|---|---|---|
+//! | [`FlashAssign`] | rows, centroids | labels | none |
+//! | [`SortInverse`] | labels | order and offsets, in one tensor | none |
+//! | [`ClusterMeans`], [`ClusterSums`] | rows, labels | means, sums | to the rows |
+//! | [`Quantize`] | rows, centroids | each row's nearest centroid | to the rows, straight through |
+//! | [`AssignInto`] | labels, rows, centroids | overwrites the labels | none |
+//! | [`MeansInto`], [`SumsInto`] | means or sums, rows, labels | overwrites the means or sums | none |
+//!
+//! They are what the functions of the same names are made of ([`assign`](crate::assign),
+//! [`sort_by_cluster`](crate::sort_by_cluster), [`cluster_means`](crate::cluster_means),
+//! [`cluster_sums`](crate::cluster_sums), [`quantize`](crate::quantize)), which say what each computes: the results have the
+//! same bits, and refusals are the same [`Error`], which [`Error::from_candle`] finds in Candle's. They read storages of any
+//! layout where they lie, on the stream of the tensors' device. Those that take labels check them, for which the host waits.
+//!
+//! ```
+//! use candle_core::{Device, Tensor, Var};
+//! use candle_flash_kmeans::ops::{ClusterMeans, FlashAssign, MeansInto};
+//!
+//! let x = Var::new(&[[0f32, 0.], [0., 2.], [9., 9.]], &Device::Cpu)?;
+//! let centroids = Tensor::new(&[[1f32, 1.], [8., 8.], [50., 50.]], &Device::Cpu)?;
+//! let labels = x.apply_op2(&centroids, FlashAssign::default())?;
+//! assert_eq!(labels.to_vec1::<u32>()?, [0, 0, 1]);
+//!
+//! // Gradients flow to the rows.
+//! let means = x.apply_op2(&labels, ClusterMeans { k: 3 })?;
+//! assert_eq!(means.to_vec2::<f32>()?, [[0., 1.], [9., 9.], [0., 0.]]);
+//! let gradients = means.sum_all()?.backward()?;
+//! assert_eq!(gradients.get(&x).unwrap().to_vec2::<f32>()?, [[0.5, 0.5], [0.5, 0.5], [1., 1.]]);
+//!
+//! // A step of Lloyd's loop, in place: a centroid without rows stays.
+//! centroids.inplace_op3(&x, &labels, &MeansInto)?;
+//! assert_eq!(centroids.to_vec2::<f32>()?, [[0., 1.], [9., 9.], [50., 50.]]);
+//! # Ok::<_, candle_core::Error>(())
+//! ```
+//!
+//! # Threads
+//! Candle locks the storages of an op's tensors one after another. Where some threads write tensors that others read, two that
+//! lock the same ones in different orders can wait for each other for ever, as with any of Candle's ops of several tensors. The
+//! functions lock in the order of addresses and cannot.
 
-#[cfg(feature = "cuda")]
-use crate::cuda::Cuda;
 use crate::{
-    backend::Backend,
-    cpu::Cpu,
     error::{Error, Result},
-    host,
     memory::Memory,
     metric::Metric,
-    plan::arch::Arch,
-    problem,
-    request::{Assignment, Attention, KmeansppStep, OnChipFit, Reduction, Routed, Summands, Update},
-    rng::Draw,
+    operand::{Operand, Readable, Target},
+    primitives,
+    problem::{self, Problem},
+    request::{Assignment, Reduction, Summands, Update},
     rows::Rows,
 };
-use candle_core::{DType, Device, Tensor};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, DType, InplaceOp3, Layout, MetalStorage, Shape, Storage, Tensor, D,
+};
 
-/// The back end of a device, which is asked for `op`.
-fn on(device: &Device, op: &'static str) -> Result<&'static dyn Backend> {
-    match device {
-        Device::Cpu => Ok(&Cpu),
-        #[cfg(feature = "cuda")]
-        Device::Cuda(_) => Ok(&Cuda),
-        device => Err(Error::Unsupported { op, device: format!("{:?}", device.location()) }),
+/// Rows `(..batch, n, d)` and centroids, `(..batch, k, d)` or `(k, d)` for every problem, to the labels of the nearest
+/// centroids, u32 `(..batch, n)`: [`assign`](crate::assign).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlashAssign {
+    /// What is nearest.
+    pub metric: Metric,
+}
+
+/// Labels, u32 `(..batch, n)` below `k`, to the order that brings clusters together, and where each begins in it:
+/// [`sort_by_cluster`](crate::sort_by_cluster).
+///
+/// An op of Candle's has one result. This one's is u32 of one dimension, all orders and then all offsets, which
+/// [`split`](Self::split) tells apart:
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_flash_kmeans::ops::SortInverse;
+///
+/// let labels = Tensor::new(&[1u32, 0, 1, 0], &Device::Cpu)?;
+/// let op = SortInverse { k: 2 };
+/// let (order, offsets) = op.split(&labels.apply_op1(op)?, &labels)?;
+/// assert_eq!(order.to_vec1::<u32>()?, [1, 3, 0, 2]);
+/// assert_eq!(offsets.to_vec1::<u32>()?, [0, 2, 4]);
+/// # Ok::<_, candle_flash_kmeans::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SortInverse {
+    /// The number of clusters.
+    pub k: usize,
+}
+
+/// Rows `(..batch, n, d)` and labels, u32 `(..batch, n)` below `k`, to the means of clusters, `(..batch, k, d)`:
+/// [`cluster_means`](crate::cluster_means).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClusterMeans {
+    /// The number of clusters.
+    pub k: usize,
+}
+
+/// Rows `(..batch, n, d)` and labels, u32 `(..batch, n)` below `k`, to the sums of clusters, `(..batch, k, d)`:
+/// [`cluster_sums`](crate::cluster_sums).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClusterSums {
+    /// The number of clusters.
+    pub k: usize,
+}
+
+/// Rows `(..batch, n, d)` and centroids, `(..batch, k, d)` or `(k, d)` for every problem, to the nearest centroid of each row,
+/// shaped as the rows: the values of [`quantize`](crate::quantize).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quantize {
+    /// What is nearest.
+    pub metric: Metric,
+}
+
+/// Overwrites labels, contiguous u32 `(..batch, n)`, by those that [`FlashAssign`] gives rows and centroids.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AssignInto {
+    /// What is nearest.
+    pub metric: Metric,
+}
+
+/// Overwrites centroids, contiguous `(..batch, k, d)`, by the [means](ClusterMeans) of rows by labels. Those of clusters
+/// without rows stay, as in Lloyd's loop.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MeansInto;
+
+/// Overwrites sums, contiguous `(..batch, k, d)`, by those of rows by labels that [`ClusterSums`] gives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SumsInto;
+
+/// What an op makes: a storage of its own, and the shape of what is in it.
+type Made = (Storage, Shape);
+
+/// An op of two operands, on every device.
+pub(crate) trait Binary: CustomOp2 + Send + Sync + 'static {
+    const NAME: &'static str;
+
+    fn forward(&self, x: &Operand<'_>, y: &Operand<'_>) -> Result<Made>;
+
+    /// What flows back to `x`; nothing flows to `y`.
+    fn backward(&self, x: &Tensor, y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>>;
+}
+
+/// An op that overwrites a target by what it makes of two operands, on every device.
+trait Overwriting {
+    const NAME: &'static str;
+
+    fn overwrite(&self, to: Target<'_>, x: &Operand<'_>, y: &Operand<'_>) -> Result<()>;
+}
+
+/// What `op` makes of tensors that it locks by itself. No gradient flows.
+pub(crate) fn evaluate(op: &impl Binary, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::from(op.forward(&x.into(), &y.into())?))
+}
+
+/// What `op` makes of rows and labels, in the graph of the rows if they have one.
+pub(crate) fn in_graph<O: Binary>(op: O, x: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    if !x.track_op() {
+        return evaluate(&op, x, labels);
+    }
+    problem::check_device("labels", labels, x.device())?;
+    // Candle locks the rows and then the labels. Of a copy nobody else has the lock, so that it is not waited for while the rows
+    // are locked.
+    Ok(x.apply_op2(&primitives::copy(labels)?, op)?)
+}
+
+fn assign_to(p: &Problem, labels: Target<'_>, x: &Operand<'_>, c: &Operand<'_>) -> Result<()> {
+    let (x, c) = (Rows::from_operand(x)?, Rows::from_operand(c)?.broadcast(p.b));
+    primitives::assign_into(Assignment { x: &x, c: &c, metric: p.metric, turn: None }, labels, &Memory::default())
+}
+
+impl Binary for FlashAssign {
+    const NAME: &'static str = "flash-assign";
+
+    fn forward(&self, x: &Operand<'_>, c: &Operand<'_>) -> Result<Made> {
+        let p = Problem::assign(x, c, self.metric)?;
+        let shape = Shape::from(p.shape(&[p.n]));
+        let mut labels = primitives::allocate("assign", shape.elem_count(), DType::U32, &x.device())?;
+        assign_to(&p, Target::whole(&mut labels, &shape), x, c)?;
+        Ok((labels, shape))
+    }
+
+    fn backward(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
     }
 }
 
-/// What chooses kernels. (A device without a back end is refused by what would run there.)
-pub(crate) fn arch(device: &Device) -> Result<Arch> {
-    on(device, "arch").map_or(Ok(Arch::Cpu), |backend| backend.arch(device))
-}
+impl Overwriting for AssignInto {
+    const NAME: &'static str = "assign-into";
 
-/// Whether the host need not wait for what it reads from there.
-pub(crate) fn reads_are_free(device: &Device) -> bool {
-    device.is_cpu()
-}
-
-/// Whether work that is queued now becomes part of a CUDA graph.
-pub(crate) fn capturing(device: &Device) -> Result<bool> {
-    on(device, "capturing").map_or(Ok(false), |backend| backend.capturing(device))
-}
-
-/// Elements that Candle's kernels on a GPU count in 32 bits: with as many steps as they take beyond the last one.
-const COUNTED: usize = 1 << 31;
-
-/// Whether Candle's kernels reach all elements of `t`. On the CPU they do.
-fn counted(t: &Tensor) -> bool {
-    let steps = t.dims().iter().zip(t.stride()).map(|(&size, &stride)| size.saturating_sub(1).saturating_mul(stride));
-    t.device().is_cpu() || t.elem_count().max(steps.fold(1, usize::saturating_add)) <= COUNTED
-}
-
-/// Refuses what only Candle's ops would work on, and would not reach the end of.
-pub(crate) fn check_counted(argument: &'static str, t: &Tensor) -> Result<()> {
-    match counted(t) {
-        true => Ok(()),
-        false => Err(Error::TooLarge { argument, got: t.elem_count(), limit: COUNTED }),
+    fn overwrite(&self, to: Target<'_>, x: &Operand<'_>, c: &Operand<'_>) -> Result<()> {
+        let p = Problem::assign(x, c, self.metric)?;
+        check_target("labels", &to, DType::U32, p.shape(&[p.n]))?;
+        assign_to(&p, to, x, c)
     }
 }
 
-/// The same for a tensor of a shape that is to be made.
-pub(crate) fn check_count(argument: &'static str, shape: Vec<usize>, device: &Device) -> Result<()> {
-    let got = shape.into_iter().fold(1, usize::saturating_mul);
-    match device.is_cpu() || got <= COUNTED {
-        true => Ok(()),
-        false => Err(Error::TooLarge { argument, got, limit: COUNTED }),
+impl Binary for Quantize {
+    const NAME: &'static str = "quantize";
+
+    fn forward(&self, x: &Operand<'_>, c: &Operand<'_>) -> Result<Made> {
+        let p = Problem::assign(x, c, self.metric)?;
+        let (rows, c) = (Rows::from_operand(x)?, Rows::from_operand(c)?.broadcast(p.b));
+        let labels = primitives::assign(&rows, &c, self.metric)?;
+        let mut values = primitives::allocate("quantize", x.elem_count(), p.dtype, &x.device())?;
+        primitives::gather_into(&c, &labels, Target::whole(&mut values, x.dims()))?;
+        Ok((values, x.dims().into()))
+    }
+
+    /// The straight-through estimator (van den Oord et al. 2017).
+    fn backward(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(grad.clone()))
     }
 }
 
-/// The same elements side by side, however many they are.
-pub(crate) fn contiguous(t: &Tensor) -> Result<Tensor> {
-    let copy = match t.is_contiguous() || counted(t) {
-        true => None,
-        false => on(t.device(), "contiguous")?.contiguous(t)?,
+impl SortInverse {
+    const NAME: &'static str = "sort-inverse";
+
+    /// What the op has made of `labels`, as views: the order, `(..batch, n)`, and the offsets, `(..batch, k + 1)`.
+    ///
+    /// # Errors
+    /// Refuses what cannot be the op's result for these labels.
+    pub fn split(&self, sorted: &Tensor, labels: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (b, n) = problem::labels(labels, self.k)?;
+        let (order, offsets) = (b * n, b * (self.k + 1));
+        problem::check_dtype("sorted", sorted, DType::U32)?;
+        if sorted.dims() != [order + offsets] {
+            let expected = vec![order + offsets];
+            return Err(Error::Shape { argument: "sorted", got: sorted.dims().to_vec(), expected });
+        }
+        let batch = &labels.dims()[..labels.rank() - 1];
+        let offsets = sorted.narrow(0, order, offsets)?.reshape([batch, &[self.k + 1]].concat())?;
+        Ok((sorted.narrow(0, 0, order)?.reshape(labels.shape())?, offsets))
+    }
+
+    fn forward(&self, labels: &Operand<'_>) -> Result<Made> {
+        let flat = flat_labels(labels, self.k)?;
+        check_labels(&flat, self.k)?;
+        let len = flat.elem_count() + flat.dims()[0] * (self.k + 1);
+        let mut sorted = primitives::allocate("order", len, DType::U32, &labels.device())?;
+        primitives::order_into(&flat, self.k, Target::whole(&mut sorted, len))?;
+        Ok((sorted, len.into()))
+    }
+}
+
+impl CustomOp1 for SortInverse {
+    fn name(&self) -> &'static str {
+        Self::NAME
+    }
+
+    fn cpu_fwd(&self, labels: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        cpu(self.forward(&Operand::Cpu(labels, layout.clone()))?)
+    }
+
+    fn cuda_fwd(&self, labels: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        cuda(self.forward(&Operand::Cuda(labels, layout.clone()))?)
+    }
+
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
+        Err(no_metal(Self::NAME))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(None)
+    }
+}
+
+/// Rows and their labels, which are not known to be below `k`.
+pub(crate) struct Labelled<'a> {
+    p: Problem,
+    x: Operand<'a>,
+    /// `(b, n)`, contiguous.
+    labels: Operand<'a>,
+}
+
+impl<'a> Labelled<'a> {
+    pub fn new(x: &Operand<'a>, labels: &Operand<'a>, k: usize) -> Result<Self> {
+        problem::labels(labels, k)?;
+        let p = Problem::rows(x, k)?;
+        problem::check_device("labels", labels, &x.device())?;
+        check_labels_of(&p, labels)?;
+        Ok(Self { p, x: x.clone(), labels: flat_labels(labels, k)? })
+    }
+
+    fn check(&self) -> Result<()> {
+        check_labels(&self.labels, self.p.k)
+    }
+
+    /// The sums or means of clusters; zeros of those without rows.
+    pub fn reduce(&self, reduction: Reduction) -> Result<Made> {
+        let shape = Shape::from(self.p.shape(&[self.p.k, self.p.d]));
+        let mut reduced = primitives::allocate("clusters", shape.elem_count(), self.p.dtype, &self.x.device())?;
+        primitives::zero(Target::whole(&mut reduced, &shape))?;
+        self.reduce_to(Target::whole(&mut reduced, &shape), reduction)?;
+        Ok((reduced, shape))
+    }
+
+    /// The same in the place of what is there, which stays for clusters without rows.
+    fn reduce_to(&self, to: Target<'_>, reduction: Reduction) -> Result<()> {
+        let x = Rows::from_operand(&self.x)?;
+        let (terms, labels) = (Summands::from_rows(&x)?, Some(&self.labels as &dyn Readable));
+        primitives::update(&Update { x: &x, terms: &terms, labels, reduction, turn: None }, to, &Memory::default())
+    }
+
+    /// The rows of clusters' gradients, `(..batch, k, d)`, that the labels name, shaped as the rows.
+    fn spread(x: &Tensor, labels: &Tensor, grad: &Tensor, k: usize, reduction: Reduction) -> Result<Option<Tensor>> {
+        let labels = flat_labels(&labels.into(), k)?;
+        let (b, d) = (labels.dims()[0], x.dim(D::Minus1)?);
+        let mut each = grad.reshape((b, k, d))?;
+        if reduction == Reduction::Mean {
+            // An empty cluster has no rows to pass a gradient to; its infinite share is never gathered.
+            let share = primitives::cluster_sizes(&labels, k)?.to_dtype(DType::F64)?.recip()?.unsqueeze(2)?;
+            each = each.to_dtype(DType::F64)?.broadcast_mul(&share)?.to_dtype(x.dtype())?;
+        }
+        Ok(Some(primitives::gather(&Rows::new(&each)?, &labels)?.reshape(x.shape())?))
+    }
+}
+
+macro_rules! reducing {
+    ($($op:ident, $name:literal, $reduction:expr;)+) => {
+        $(impl Binary for $op {
+            const NAME: &'static str = $name;
+
+            fn forward(&self, x: &Operand<'_>, labels: &Operand<'_>) -> Result<Made> {
+                let labelled = Labelled::new(x, labels, self.k)?;
+                labelled.check()?;
+                labelled.reduce($reduction)
+            }
+
+            fn backward(&self, x: &Tensor, labels: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+                Labelled::spread(x, labels, grad, self.k, $reduction)
+            }
+        })+
     };
-    Ok(copy.map_or_else(|| t.contiguous(), Ok)?)
+}
+reducing! {
+    ClusterMeans, "cluster-means", Reduction::Mean;
+    ClusterSums, "cluster-sums", Reduction::Sum;
 }
 
-/// The elements of `t` as tensors of one dimension that Candle's kernels reach the end of.
-pub(crate) fn pieces(t: &Tensor) -> Result<Vec<Tensor>> {
-    let (flat, count) = (contiguous(t)?.flatten_all()?, t.elem_count());
-    let each = if t.device().is_cpu() { count.max(1) } else { COUNTED };
-    Ok((0..count)
-        .step_by(each)
-        .map(|at| flat.narrow(0, at, each.min(count - at)))
-        .collect::<candle_core::Result<_>>()?)
-}
+impl Overwriting for MeansInto {
+    const NAME: &'static str = "means-into";
 
-/// What `f` makes of tensors of one shape, element by element: piece by piece if they are many, for which no gradient flows.
-pub(crate) fn elementwise<const N: usize>(
-    inputs: [&Tensor; N],
-    f: impl Fn([&Tensor; N]) -> candle_core::Result<Tensor>,
-) -> Result<Tensor> {
-    if inputs.iter().all(|t| counted(t)) {
-        return Ok(f(inputs)?);
+    fn overwrite(&self, to: Target<'_>, x: &Operand<'_>, labels: &Operand<'_>) -> Result<()> {
+        labelled_for("centroids", &to, x, labels)?.reduce_to(to, Reduction::Mean)
     }
-    let mut parts = inputs.iter().map(|t| Ok(pieces(t)?.into_iter())).collect::<Result<Vec<_>>>()?;
-    let (mut out, mut at) = (None, 0);
-    while parts[0].len() > 0 {
-        let of_inputs: [Tensor; N] = std::array::from_fn(|input| parts[input].next().expect("as many of each"));
-        let part = f(of_inputs.each_ref())?;
-        let out = match &mut out {
-            Some(out) => out,
-            none => none.insert(Tensor::zeros(inputs[0].elem_count(), part.dtype(), part.device())?),
-        };
-        out.slice_set(&part, 0, at)?;
-        at += part.elem_count();
-    }
-    Ok(out.expect("many elements").reshape(inputs[0].shape())?)
 }
 
-/// Puts the elements of `from` in the place of those of contiguous `to`, of the same shape.
-pub(crate) fn overwrite(to: &Tensor, from: &Tensor) -> Result<()> {
-    for (to, from) in pieces(to)?.iter().zip(pieces(from)?) {
-        to.slice_set(&from, 0, 0)?;
+impl Overwriting for SumsInto {
+    const NAME: &'static str = "sums-into";
+
+    fn overwrite(&self, mut to: Target<'_>, x: &Operand<'_>, labels: &Operand<'_>) -> Result<()> {
+        let labelled = labelled_for("sums", &to, x, labels)?;
+        primitives::zero(to.by_ref())?;
+        labelled.reduce_to(to, Reduction::Sum)
+    }
+}
+
+/// Checks rows and labels against a target of one row a cluster.
+fn labelled_for<'a>(
+    argument: &'static str,
+    to: &Target<'_>,
+    x: &Operand<'a>,
+    labels: &Operand<'a>,
+) -> Result<Labelled<'a>> {
+    let [.., k, _] = *to.dims() else {
+        return Err(Error::Rank { argument, expected: 2, shape: to.dims().to_vec() });
+    };
+    let labelled = Labelled::new(x, labels, k)?;
+    check_target(argument, to, labelled.p.dtype, labelled.p.shape(&[k, labelled.p.d]))?;
+    labelled.check()?;
+    Ok(labelled)
+}
+
+fn check_target(argument: &'static str, to: &Target<'_>, dtype: DType, expected: Vec<usize>) -> Result<()> {
+    if to.dtype() != dtype {
+        return Err(Error::DType { argument, got: to.dtype(), expected: format!("{dtype:?}") });
+    }
+    if to.dims() != expected {
+        return Err(Error::Shape { argument, got: to.dims().to_vec(), expected });
+    }
+    if !to.layout().is_contiguous() {
+        let (got, with) =
+            (format!("a tensor of strides {:?}", to.layout().stride()), "an op that overwrites it".into());
+        return Err(Error::Conflict { argument, got, with });
     }
     Ok(())
 }
 
-impl Rows {
-    /// Views `t`, of shape `(..batch, n, d)`, or a copy of it.
-    pub fn new(t: &Tensor) -> Result<Self> {
-        if t.elem_count() == 0 {
-            let (batch, rows) = t.dims().split_at(t.rank() - 2);
-            let tensor = problem::empty(t.dims(), t.dtype(), t.device())?;
-            return Ok(Self {
-                tensor,
-                batch_stride: 0,
-                row_stride: rows[1],
-                b: problem::product(batch),
-                n: rows[0],
-                d: rows[1],
-            });
+/// Checks labels of shape `(..batch, n)` and returns them as `(b, n)`, contiguous.
+pub(crate) fn flat_labels<'a>(labels: &Operand<'a>, k: usize) -> Result<Operand<'a>> {
+    let (b, n) = problem::labels(labels, k)?;
+    if labels.elem_count() == 0 {
+        return Ok(Operand::Tensor(problem::empty(&[b, n], DType::U32, &labels.device())?));
+    }
+    Ok(primitives::contiguous_operand(labels)?.reshape((b, n))?)
+}
+
+/// Checks that there is a label for each row.
+pub(crate) fn check_labels_of(p: &Problem, labels: &impl Readable) -> Result<()> {
+    if labels.dims() != p.shape(&[p.n]) {
+        return Err(Error::Shape { argument: "labels", got: labels.dims().to_vec(), expected: p.shape(&[p.n]) });
+    }
+    Ok(())
+}
+
+/// Checks that contiguous labels are below `k`.
+pub(crate) fn check_labels(labels: &impl Readable, k: usize) -> Result<()> {
+    if labels.elem_count() > 0 {
+        let largest = primitives::max_label(labels)? as usize;
+        if largest >= k {
+            return Err(Error::Range { argument: "labels", got: largest, min: 0, max: k - 1 });
         }
-        match Self::view(t) {
-            Some(rows) => Ok(rows),
-            None => {
-                host::room("copy", t.elem_count(), t.dtype(), t.device())?;
-                Ok(Self::view(&contiguous(t)?).expect("a contiguous tensor folds"))
+    }
+    Ok(())
+}
+
+fn cpu((storage, shape): Made) -> candle_core::Result<(CpuStorage, Shape)> {
+    match storage {
+        Storage::Cpu(storage) => Ok((storage, shape)),
+        _ => unreachable!("what is made of CPU storages is one"),
+    }
+}
+
+fn cuda((storage, shape): Made) -> candle_core::Result<(CudaStorage, Shape)> {
+    match storage {
+        Storage::Cuda(storage) => Ok((storage, shape)),
+        _ => unreachable!("what is made of CUDA storages is one"),
+    }
+}
+
+fn no_metal(op: &'static str) -> candle_core::Error {
+    Error::Unsupported { op, device: "Metal".into() }.into()
+}
+
+macro_rules! custom_op2 {
+    ($($op:ident)+) => {
+        $(impl CustomOp2 for $op {
+            fn name(&self) -> &'static str {
+                Self::NAME
             }
-        }
-    }
-}
 
-impl Summands {
-    /// The rows themselves.
-    pub fn from_rows(x: &Rows) -> Result<Self> {
-        let (max_abs, first_nonfinite) = max_abs_and_first_nonfinite(x)?;
-        Ok(Self { row_scale: None, max_abs, first_nonfinite, max_weight: None, finite: false })
-    }
-}
+            fn cpu_fwd(
+                &self,
+                x: &CpuStorage,
+                x_layout: &Layout,
+                y: &CpuStorage,
+                y_layout: &Layout,
+            ) -> candle_core::Result<(CpuStorage, Shape)> {
+                cpu(self.forward(&Operand::Cpu(x, x_layout.clone()), &Operand::Cpu(y, y_layout.clone()))?)
+            }
 
-/// The rows `x`, `(..batch, n, d)`, where the kernel that assigns them to `k` centroids can read them: as they lie, or in
-/// `copy`, which the next rows of this shape go to as well.
-pub(crate) fn pack_for_assign(x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Rows> {
-    match on(x.device(), "pack_for_assign")?.pack_for_assign(x, k, metric, copy)? {
-        Some(rows) => Ok(rows),
-        None => Rows::new(x),
-    }
-}
+            fn cuda_fwd(
+                &self,
+                x: &CudaStorage,
+                x_layout: &Layout,
+                y: &CudaStorage,
+                y_layout: &Layout,
+            ) -> candle_core::Result<(CudaStorage, Shape)> {
+                cuda(self.forward(&Operand::Cuda(x, x_layout.clone()), &Operand::Cuda(y, y_layout.clone()))?)
+            }
 
-/// Exact labels, u32 `(b, n)`: the lowest index at the smallest [`Metric`] distance.
-pub(crate) fn assign(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    on(x.device(), "assign")?.assign(x, c, metric)
-}
+            fn metal_fwd(
+                &self,
+                _: &MetalStorage,
+                _: &Layout,
+                _: &MetalStorage,
+                _: &Layout,
+            ) -> candle_core::Result<(MetalStorage, Shape)> {
+                Err(no_metal(Self::NAME))
+            }
 
-/// The same into `labels`; in a fit's turn, of the problems that have not converged before.
-pub(crate) fn assign_into(a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()> {
-    on(a.x.device(), "assign_into")?.assign_into(a, labels, memory)
+            fn bwd(
+                &self,
+                x: &Tensor,
+                y: &Tensor,
+                _: &Tensor,
+                grad: &Tensor,
+            ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+                Ok((self.backward(x, y, grad)?, None))
+            }
+        })+
+    };
 }
+custom_op2!(FlashAssign ClusterMeans ClusterSums Quantize);
 
-/// The distance of each row to the centroid of its label, f64 `(b, n)`.
-pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {
-    on(x.device(), "distances")?.distances(x, c, labels, metric)
-}
+macro_rules! inplace_op3 {
+    ($($op:ident)+) => {
+        $(impl InplaceOp3 for $op {
+            fn name(&self) -> &'static str {
+                Self::NAME
+            }
 
-/// The distance of each row to every centroid, `(b, n, k)`, f64 for f64 rows and f32 otherwise.
-pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    on(x.device(), "pairwise")?.pairwise(x, c, metric)
-}
+            fn cpu_fwd(
+                &self,
+                to: &mut CpuStorage,
+                to_layout: &Layout,
+                x: &CpuStorage,
+                x_layout: &Layout,
+                y: &CpuStorage,
+                y_layout: &Layout,
+            ) -> candle_core::Result<()> {
+                let (x, y) = (Operand::Cpu(x, x_layout.clone()), Operand::Cpu(y, y_layout.clone()));
+                Ok(self.overwrite(Target::Cpu(to, to_layout.clone()), &x, &y)?)
+            }
 
-/// Rows `index` (u32 `(b, m)`) of each problem: `(b, m, d)`.
-pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
-    on(x.device(), "gather")?.gather(x, index)
-}
+            fn cuda_fwd(
+                &self,
+                to: &mut CudaStorage,
+                to_layout: &Layout,
+                x: &CudaStorage,
+                x_layout: &Layout,
+                y: &CudaStorage,
+                y_layout: &Layout,
+            ) -> candle_core::Result<()> {
+                let (x, y) = (Operand::Cuda(x, x_layout.clone()), Operand::Cuda(y, y_layout.clone()));
+                Ok(self.overwrite(Target::Cuda(to, to_layout.clone()), &x, &y)?)
+            }
 
-/// `chosen` (different rows, u32 `(b, k)`) with others in place of those that cannot be seeds, tensor of its own: a row that is not
-/// finite, without weight (f64 `(b, n)`), or by cosine without direction, gives way to the next one after it that can be and is
-/// not chosen, from the first row on again after the last. It stays where there is none.
-pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor> {
-    on(x.device(), "usable_seeds")?.usable_seeds(x, weights, chosen, metric)
+            fn metal_fwd(
+                &self,
+                _: &mut MetalStorage,
+                _: &Layout,
+                _: &MetalStorage,
+                _: &Layout,
+                _: &MetalStorage,
+                _: &Layout,
+            ) -> candle_core::Result<()> {
+                Err(no_metal(Self::NAME))
+            }
+        })+
+    };
 }
-
-/// The largest finite magnitude of each problem, f64 `(b,)`, and its first row with a NaN or an infinity, u32 `(b,)`
-/// (`u32::MAX`: none).
-pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> {
-    on(x.device(), "max_abs_and_first_nonfinite")?.max_abs_and_first_nonfinite(x)
-}
-
-/// Euclidean norms, f64 `(b, n)`.
-pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
-    on(x.device(), "norms")?.norms(x)
-}
-
-/// `min(nearest, distance to row newest[b])`, f64 `(b, n)`, never below 0; that row itself becomes -1 (taken), and rows
-/// that are -1 stay so.
-pub(crate) fn min_distance_with(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
-    on(x.device(), "min_distance_with")?.min_distance_with(x, nearest, newest, metric)
-}
-
-/// The keys of an exponential race won with probability proportional to `weight * nearest`, f64 `(b, n)`.
-pub(crate) fn exponential_race_keys(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
-    on(nearest.device(), "exponential_race_keys")?.exponential_race_keys(nearest, weights, draw)
-}
-
-/// A pick of k-means++: the one before is folded into `nearest` as [`min_distance_with`] does, and all rows race. At a `start` nothing is
-/// nearest yet, and the first pick is uniform.
-pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>, memory: &Memory) -> Result<()> {
-    on(p.x.device(), "kmeanspp_step")?.kmeanspp_step(p, memory)
-}
-
-/// The stable order of `labels` (u32 `(b, n)`, below `k`): positions u32 `(b, n)` and offsets u32 `(b, k + 1)`.
-pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
-    on(labels.device(), "order")?.order(labels, k)
-}
-
-/// Replaces the centroids by the reduction, but for clusters without weight. In a fit's turn it decides which problems have
-/// converged: no centroid has moved farther than the threshold, in squared Euclidean distance.
-pub(crate) fn update(u: &Update<'_>, memory: &Memory) -> Result<()> {
-    on(u.x.device(), "update")?.update(u, memory)
-}
-
-/// All iterations of a fit and its last labels at once (in one launch; on the CPU rows of one column, sorted), and whether this
-/// was a fit for that; if not, nothing has been done.
-pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> {
-    on(fit.x.device(), "fit_on_chip")?.fit_on_chip(fit, memory)
-}
-
-/// What each query head takes from the cache, `(b, q_heads, d)`; nothing where there is no kernel for it.
-pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor>> {
-    on(a.q.device(), "attend")?.attend(a, memory)
-}
-
-/// What each query takes, `(b, heads, m, d)`; nothing where there is no kernel for it.
-pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
-    on(r.q.device(), "route")?.route(r, memory)
-}
-
-/// Rows in each cluster, u32 `(b, k)`.
-pub(crate) fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
-    let (_, offsets) = order(labels, k)?;
-    if offsets.elem_count() == 0 {
-        // Candle's difference of two empty views is the first of them, wherever it begins.
-        return problem::empty(&[0, k], DType::U32, offsets.device());
-    }
-    elementwise([&offsets.narrow(1, 1, k)?, &offsets.narrow(1, 0, k)?], |[ends, begins]| ends - begins)
-}
-
-/// The sum of the finite of `values` (f64 `(b, n)`) in each cluster, f64 `(b, k)`: exact, and rounded once.
-pub(crate) fn cluster_sums(values: &Tensor, labels: Option<&Tensor>, k: usize) -> Result<Tensor> {
-    let column = Rows::new(&values.unsqueeze(2)?)?;
-    let sums = Tensor::zeros((column.b, k, 1), DType::F64, values.device())?;
-    let terms = Summands::from_rows(&column)?;
-    let u = Update { x: &column, terms: &terms, labels, reduction: Reduction::Sum, turn: None, centroids: &sums };
-    update(&u, &Memory::default())?;
-    Ok(sums.squeeze(2)?)
-}
-
-/// The sum of each row of `values` (f64 `(b, n)`), likewise, but infinite where one of them is positive infinity: f64 `(b,)`.
-pub(crate) fn total(values: &Tensor) -> Result<Tensor> {
-    let sums = cluster_sums(values, None, 1)?.squeeze(1)?;
-    let infinite = values.gt(f64::MAX)?.to_dtype(DType::U32)?.max(1)?;
-    Ok(infinite.where_cond(&(sums.ones_like()? * f64::INFINITY)?, &sums)?)
-}
+inplace_op3!(AssignInto MeansInto SumsInto);

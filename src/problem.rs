@@ -3,6 +3,7 @@
 use crate::{
     error::{kept, Error, Result},
     metric::Metric,
+    operand::Readable,
 };
 use candle_core::{DType, Device, Storage, Tensor};
 
@@ -49,11 +50,11 @@ impl Problem {
     }
 
     /// Checks rows against centroids of shape `(..batch, k, d)` or `(k, d)`. What does not fit is wrong of the centroids.
-    pub(crate) fn assign(x: &Tensor, c: &Tensor, metric: Metric) -> Result<Self> {
+    pub(crate) fn assign(x: &impl Readable, c: &impl Readable, metric: Metric) -> Result<Self> {
         check_rank("centroids", c, 2)?;
-        let k = c.dims()[c.rank() - 2];
+        let k = c.dims()[c.dims().len() - 2];
         let p = Self::of(x.dims(), x.dtype(), k, metric)?;
-        p.centroids(c, x.device())?;
+        p.centroids(c, &x.device())?;
         Ok(p)
     }
 
@@ -81,16 +82,16 @@ impl Problem {
     }
 
     /// Checks centroids of shape `(..batch, k, d)` or `(k, d)`.
-    pub(crate) fn centroids(&self, c: &Tensor, device: &Device) -> Result<()> {
+    pub(crate) fn centroids(&self, c: &impl Readable, device: &Device) -> Result<()> {
         check_rank("centroids", c, 2)?;
         check_dtype("centroids", c, self.dtype)?;
         check_device("centroids", c, device)?;
-        let columns = c.dims()[c.rank() - 1];
+        let columns = c.dims()[c.dims().len() - 1];
         if columns != self.d {
             return Err(Error::Size { argument: "centroids", what: "columns", got: columns, expected: self.d });
         }
-        let k = c.dims()[c.rank() - 2];
-        if c.rank() > 2 && c.dims()[..c.rank() - 2] != self.batch[..] {
+        let k = c.dims()[c.dims().len() - 2];
+        if c.dims().len() > 2 && c.dims()[..c.dims().len() - 2] != self.batch[..] {
             let expected = [&self.batch[..], &[k, self.d]].concat();
             return Err(Error::Shape { argument: "centroids", got: c.dims().to_vec(), expected });
         }
@@ -101,7 +102,7 @@ impl Problem {
     }
 
     /// Checks rows that are to be grouped by `k` labels.
-    pub(crate) fn rows(x: &Tensor, k: usize) -> Result<Self> {
+    pub(crate) fn rows(x: &impl Readable, k: usize) -> Result<Self> {
         Self::of(x.dims(), x.dtype(), k, Metric::default())
     }
 
@@ -176,8 +177,8 @@ impl Problem {
 }
 
 /// Checks labels of shape `(..batch, n)`, and counts problems and rows: `(b, n)`.
-pub(crate) fn labels(labels: &Tensor, k: usize) -> Result<(usize, usize)> {
-    if labels.rank() == 0 {
+pub(crate) fn labels(labels: &impl Readable, k: usize) -> Result<(usize, usize)> {
+    if labels.dims().is_empty() {
         return Err(Error::Rank { argument: "labels", expected: 1, shape: vec![] });
     }
     if labels.dtype() != DType::U32 {
@@ -186,11 +187,11 @@ pub(crate) fn labels(labels: &Tensor, k: usize) -> Result<(usize, usize)> {
     if k == 0 || k > MAX_ROWS {
         return Err(Error::Range { argument: "k", got: k, min: 1, max: MAX_ROWS });
     }
-    let n = labels.dims()[labels.rank() - 1];
+    let n = labels.dims()[labels.dims().len() - 1];
     if n > MAX_ROWS {
         return Err(Error::TooLarge { argument: "labels", got: n, limit: MAX_ROWS });
     }
-    let b = product(&labels.dims()[..labels.rank() - 1]);
+    let b = product(&labels.dims()[..labels.dims().len() - 1]);
     check_elements("labels", &[b, n.max(k)])?;
     Ok((b, n))
 }
@@ -219,28 +220,28 @@ pub(crate) fn check_elements(argument: &'static str, sizes: &[usize]) -> Result<
     }
 }
 
-pub(crate) fn check_rank(argument: &'static str, t: &Tensor, expected: usize) -> Result<()> {
-    if t.rank() < expected {
+pub(crate) fn check_rank(argument: &'static str, t: &impl Readable, expected: usize) -> Result<()> {
+    if t.dims().len() < expected {
         return Err(Error::Rank { argument, expected, shape: t.dims().to_vec() });
     }
     Ok(())
 }
 
-pub(crate) fn check_float(argument: &'static str, t: &Tensor) -> Result<()> {
+pub(crate) fn check_float(argument: &'static str, t: &impl Readable) -> Result<()> {
     if !matches!(t.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
         return Err(Error::DType { argument, got: t.dtype(), expected: "F16, BF16, F32 or F64".into() });
     }
     Ok(())
 }
 
-pub(crate) fn check_dtype(argument: &'static str, t: &Tensor, expected: DType) -> Result<()> {
+pub(crate) fn check_dtype(argument: &'static str, t: &impl Readable, expected: DType) -> Result<()> {
     if t.dtype() != expected {
         return Err(Error::DType { argument, got: t.dtype(), expected: format!("{expected:?}") });
     }
     Ok(())
 }
 
-pub(crate) fn check_device(argument: &'static str, t: &Tensor, expected: &Device) -> Result<()> {
+pub(crate) fn check_device(argument: &'static str, t: &impl Readable, expected: &Device) -> Result<()> {
     if !t.device().same_device(expected) {
         let (got, expected) = (format!("{:?}", t.device().location()), format!("{:?}", expected.location()));
         return Err(Error::Device { argument, got, expected });

@@ -1,6 +1,6 @@
 //! What an op is asked: plain values.
 
-use crate::{metric::Metric, rng::Draw, rows::Rows};
+use crate::{metric::Metric, operand::Readable, rng::Draw, rows::Rows};
 use candle_core::Tensor;
 
 /// How far the problems of a fit have come.
@@ -53,26 +53,25 @@ pub(crate) enum Reduction {
 /// Rows `(b, n, d)`, and centroids that each is assigned to the nearest of.
 #[derive(Clone, Copy)]
 pub(crate) struct Assignment<'a> {
-    pub x: &'a Rows,
-    pub c: &'a Rows,
+    pub x: &'a Rows<'a>,
+    pub c: &'a Rows<'a>,
     pub metric: Metric,
     pub turn: Option<Turn<'a>>,
 }
 
-/// Rows of clusters, and the centroids `(b, k, d)` that they replace.
+/// Rows of clusters.
 pub(crate) struct Update<'a> {
-    pub x: &'a Rows,
+    pub x: &'a Rows<'a>,
     pub terms: &'a Summands,
     /// u32 `(b, n)`, below `k`; without labels all rows are in one cluster.
-    pub labels: Option<&'a Tensor>,
+    pub labels: Option<&'a dyn Readable>,
     pub reduction: Reduction,
     pub turn: Option<Turn<'a>>,
-    pub centroids: &'a Tensor,
 }
 
 /// All iterations of a fit, from the `centroids` `(b, k, d)` that are there, and its last `labels`, u32 `(b, n)`.
 pub(crate) struct OnChipFit<'a> {
-    pub x: &'a Rows,
+    pub x: &'a Rows<'a>,
     pub terms: &'a Summands,
     pub metric: Metric,
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
@@ -85,7 +84,7 @@ pub(crate) struct OnChipFit<'a> {
 
 /// KmeansppStep `i` of k-means++, to column `i` of `chosen`.
 pub(crate) struct KmeansppStep<'a> {
-    pub x: &'a Rows,
+    pub x: &'a Rows<'a>,
     /// The distance of each row to the nearest of those picked before, f64 `(b, n)`.
     pub nearest: &'a Tensor,
     /// f64 `(b, n)`.

@@ -10,7 +10,7 @@ use crate::{
     kmeans::{Init, KMeans},
     memory::Memory,
     metric::Metric,
-    ops,
+    primitives,
     problem::Problem,
     request::{Reduction, Summands, Update},
     rows::Rows,
@@ -40,7 +40,7 @@ impl RowWeights {
     /// Of rows with sample weights f64 `(b, n)`, or one each. A weight that is not finite and positive is none. The host waits
     /// for nothing.
     pub fn new(x: &Rows, sample_weights: Option<&Tensor>, metric: Metric) -> Result<Self> {
-        let norms = ops::norms(x)?;
+        let norms = primitives::norms(x)?;
         let (magnitude, finite) = scan_rows(x, &norms)?;
         let ones = Tensor::ones((x.b, x.n), DType::F64, x.device())?;
         let weights = sample_weights.unwrap_or(&ones);
@@ -63,7 +63,7 @@ impl RowWeights {
     /// What these rows are in the clusters of `labels`, u32 `(b, n)`, known to be below `k`. Means are rounded to the rows' dtype
     /// once.
     pub fn clusters(&self, x: &Rows, labels: &Tensor, k: usize) -> Result<Clusters> {
-        let weights = ops::cluster_sums(&self.weights, Some(labels), k)?;
+        let weights = primitives::cluster_sums(&self.weights, Some(labels), k)?;
         let mut terms = Summands::from_rows(x)?;
         terms.max_abs = self.largest.clone();
         let reduction = match &self.norms {
@@ -78,8 +78,8 @@ impl RowWeights {
             }
         };
         let reduced = Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?;
-        let u = Update { x, terms: &terms, labels: Some(labels), reduction, turn: None, centroids: &reduced };
-        ops::update(&u, &Memory::default())?;
+        let u = Update { x, terms: &terms, labels: Some(labels), reduction, turn: None };
+        primitives::update(&u, (&reduced).into(), &Memory::default())?;
         let mut means = reduced.to_dtype(DType::F64)?;
         if reduction == Reduction::Sum {
             means = means.broadcast_div(&or_one(&weights)?.unsqueeze(2)?)?;
@@ -90,7 +90,7 @@ impl RowWeights {
     /// Rows that count, u32 `(b, k)`, evenly spaced among them: entry `i` is the one at the share `places[i]`, of `(b, k)` in
     /// [0, 1), of all that count. And whether there are any, u8 `(b, 1)`.
     pub fn at_shares(&self, places: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (order, offsets) = ops::order(&self.weights.eq(0.0)?.to_dtype(DType::U32)?, 2)?;
+        let (order, offsets) = primitives::order(&self.weights.eq(0.0)?.to_dtype(DType::U32)?, 2)?;
         let count = offsets.narrow(1, 1, 1)?.to_dtype(DType::F64)?;
         let last = (&count - 1.0)?.relu()?.broadcast_as(places.shape())?;
         let places = places.broadcast_mul(&count)?.minimum(&last)?.to_dtype(DType::U32)?;
@@ -104,15 +104,13 @@ fn scan_rows(x: &Rows, norms: &Tensor) -> Result<(Tensor, Tensor)> {
         // The squares of shorter types do not overflow a norm.
         return Ok((norms.clone(), norms.lt(f64::INFINITY)?));
     }
-    // Each row is a problem of its own.
-    let (largest, first_bad) =
-        ops::max_abs_and_first_nonfinite(&Rows::new(&x.tensor.unsqueeze(x.tensor.rank() - 1)?)?)?;
+    let (largest, first_bad) = primitives::max_abs_and_first_nonfinite(&Rows::from_operand(&x.each()?)?)?;
     Ok((largest.reshape((x.b, x.n))?, first_bad.ne(0u32)?.reshape((x.b, x.n))?))
 }
 
 /// The largest finite number of each row of f64 `(b, n)`, none of them negative: `(b,)`.
 fn largest(values: &Tensor) -> Result<Tensor> {
-    Ok(ops::max_abs_and_first_nonfinite(&Rows::new(&values.unsqueeze(2)?)?)?.0)
+    Ok(primitives::max_abs_and_first_nonfinite(&Rows::new(&values.unsqueeze(2)?)?)?.0)
 }
 
 /// Where a number is positive and finite, u8.
@@ -159,7 +157,7 @@ pub(crate) fn check_fit(kmeans: &KMeans, dims: &[usize], dtype: DType, device: &
 pub(crate) fn fit(x: &Tensor, kmeans: &KMeans) -> Result<Fit> {
     let p = check_fit(kmeans, x.dims(), x.dtype(), x.device())?;
     if let Init::Given(centroids) = &kmeans.init {
-        refuse_non_finite("init", &ops::max_abs_and_first_nonfinite(&Rows::new(&centroids.detach())?)?.1)?;
+        refuse_non_finite("init", &primitives::max_abs_and_first_nonfinite(&Rows::new(centroids)?)?.1)?;
     }
     let x = x.detach();
     let Some(counting) = counting(&x, &p, kmeans)? else { return kmeans.fit(&x) };
@@ -173,7 +171,7 @@ pub(crate) fn fit(x: &Tensor, kmeans: &KMeans) -> Result<Fit> {
     }
     let device = x.device();
     let (index, none) = (Tensor::from_vec(index, (p.b, p.n), device)?, Tensor::from_vec(none, (p.b, 1, 1), device)?);
-    let rows = ops::gather(&Rows::new(&x)?, &index)?;
+    let rows = primitives::gather(&Rows::new(&x)?, &index)?;
     let rows = none.broadcast_as(rows.shape())?.where_cond(&rows.zeros_like()?, &rows)?.reshape(x.shape())?;
     let mut kmeans = kmeans.clone().lengths(&Tensor::from_vec(lengths, p.batch.clone(), device)?);
     if let Some(weights) = &kmeans.weights {
@@ -201,13 +199,13 @@ pub(crate) fn marked(x: &Tensor, kmeans: &KMeans) -> Result<(Tensor, KMeans)> {
 pub(crate) fn cluster_weights(x: &Tensor, kmeans: &KMeans, fit: &Fit) -> Result<Tensor> {
     let p = Problem::fit(x, kmeans.k, kmeans.metric)?;
     let given = kmeans.weights.as_ref().map(|w| sample_weights(&p, w, x.device())).transpose()?;
-    let mut weights = RowWeights::new(&Rows::new(&x.detach())?, given.as_ref(), p.metric)?.weights;
+    let mut weights = RowWeights::new(&Rows::new(x)?, given.as_ref(), p.metric)?.weights;
     if let Some(lengths) = &kmeans.lengths {
         let (shape, ends) = ((p.b, p.n), lengths.reshape((p.b, 1))?);
         let places = Tensor::arange(0, p.n as u32, x.device())?.broadcast_as(shape)?;
         weights = masked(&weights, &places.lt(&ends.broadcast_as(shape)?)?)?;
     }
-    ops::cluster_sums(&weights, Some(&fit.labels.contiguous()?.reshape((p.b, p.n))?), p.k)
+    primitives::cluster_sums(&weights, Some(&fit.labels.contiguous()?.reshape((p.b, p.n))?), p.k)
 }
 
 /// What a row is to a fit.
@@ -227,7 +225,7 @@ fn counting(x: &Tensor, p: &Problem, kmeans: &KMeans) -> Result<Option<Vec<Vec<R
         return Ok(None);
     }
     let rows = Rows::new(x)?;
-    let norms = ops::norms(&rows)?;
+    let norms = primitives::norms(&rows)?;
     let finite = scan_rows(&rows, &norms)?.1.to_vec2::<u8>()?;
     let directed = match p.metric {
         Metric::Cosine => positive(&norms)?.to_vec2::<u8>()?,

@@ -1,16 +1,20 @@
-//! A view of a tensor as rows, which every op takes.
+//! A view of an operand as rows, which every op takes.
 
-use crate::error::Result;
-use candle_core::{DType, Device, Tensor};
+use crate::{
+    error::Result,
+    operand::{Operand, Readable},
+};
+use candle_core::{DType, Device};
 
 /// `b` matrices of `n` rows and `d` columns inside a tensor, columns next to each other.
 ///
 /// Any tensor whose batch dimensions share one stride and whose columns are adjacent is viewed in place (a transposed
 /// `(b, s, h, d)` cache, a narrowed one, a broadcast one); any other layout is copied once.
 #[derive(Clone, Debug)]
-pub(crate) struct Rows {
-    pub tensor: Tensor,
-    /// Strides are in elements, from the tensor's first one.
+pub(crate) struct Rows<'a> {
+    pub operand: Operand<'a>,
+    pub device: Device,
+    /// Strides are in elements, from the operand's first one.
     pub batch_stride: usize,
     pub row_stride: usize,
     pub b: usize,
@@ -18,14 +22,15 @@ pub(crate) struct Rows {
     pub d: usize,
 }
 
-impl Rows {
-    /// Views `t`, of shape `(..batch, n, d)`, if its layout is one of rows.
-    pub fn view(t: &Tensor) -> Option<Self> {
-        let (dims, strides) = (t.dims(), t.stride());
+impl<'a> Rows<'a> {
+    /// Views an operand of shape `(..batch, n, d)`, if its layout is one of rows.
+    pub fn of(operand: Operand<'a>) -> Option<Self> {
+        let (dims, strides, device) = (operand.dims(), operand.layout().stride(), operand.device());
         let batch = dims.len() - 2;
-        let (b, n, d) = (dims[..batch].iter().product(), dims[batch], dims[batch + 1]);
-        if t.elem_count() == 0 {
-            return Some(Self { tensor: t.clone(), batch_stride: 0, row_stride: d, b, n, d });
+        let b = dims[..batch].iter().fold(1, |b: usize, &size| b.saturating_mul(size));
+        let (n, d) = (dims[batch], dims[batch + 1]);
+        if operand.elem_count() == 0 {
+            return Some(Self { operand, device, batch_stride: 0, row_stride: d, b, n, d });
         }
         if strides[batch + 1] != 1 && d != 1 {
             return None;
@@ -39,19 +44,19 @@ impl Rows {
                 Some(_) => return None,
             };
         }
-        let batch_stride = folded.map_or(0, |(_, step)| step);
-        Some(Self { tensor: t.clone(), batch_stride, row_stride: strides[batch], b, n, d })
+        let (batch_stride, row_stride) = (folded.map_or(0, |(_, step)| step), strides[batch]);
+        Some(Self { operand, device, batch_stride, row_stride, b, n, d })
     }
 
     /// Problem `b` alone.
     pub fn one(&self, mut b: usize) -> Result<Self> {
-        let mut t = self.tensor.clone();
-        for dim in (0..t.rank() - 2).rev() {
-            let size = t.dims()[dim];
-            t = t.narrow(dim, b % size, 1)?;
+        let mut one = self.operand.clone();
+        for dim in (0..one.dims().len() - 2).rev() {
+            let size = one.dims()[dim];
+            one = one.narrow(dim, b % size, 1)?;
             b /= size;
         }
-        Ok(Self::view(&t).expect("a problem lies in rows as all of them do"))
+        Ok(Self::of(one).expect("a problem lies in rows as all of them do"))
     }
 
     /// The same matrix for each of `b` problems, when this one has no batch of its own.
@@ -62,30 +67,35 @@ impl Rows {
         self
     }
 
+    /// Each row as a problem of its own, `(..batch, n, 1, d)`.
+    pub fn each(&self) -> Result<Operand<'a>> {
+        Ok(self.operand.unsqueeze(self.operand.dims().len() - 1)?)
+    }
+
     pub fn device(&self) -> &Device {
-        self.tensor.device()
+        &self.device
     }
 
     pub fn dtype(&self) -> DType {
-        self.tensor.dtype()
+        self.operand.dtype()
     }
 }
 
 /// Whether rows of `t`, of shape `(..batch, n, d)`, are whole pieces of so many elements, each at a multiple of them, in steps
 /// that tell rows apart.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-pub(crate) fn in_pieces(t: &Tensor, of: usize) -> bool {
-    in_steps(t, of) && t.dims()[t.rank() - 1].is_multiple_of(of)
+pub(crate) fn in_pieces(t: &impl Readable, of: usize) -> bool {
+    in_steps(t, of) && t.dims()[t.dims().len() - 1].is_multiple_of(of)
 }
 
 /// Whether rows of `t` start at multiples of eight elements, in steps that tell them apart.
-pub(crate) fn in_eights(t: &Tensor) -> bool {
+pub(crate) fn in_eights(t: &impl Readable) -> bool {
     in_steps(t, 8)
 }
 
-fn in_steps(t: &Tensor, of: usize) -> bool {
-    let (last, dims) = (t.rank() - 1, t.dims());
+fn in_steps(t: &impl Readable, of: usize) -> bool {
+    let (last, dims, strides) = (t.dims().len() - 1, t.dims(), t.layout().stride());
     let whole = |step: usize| step > 0 && step.is_multiple_of(of);
-    let steps = t.stride()[..last].iter().zip(dims).all(|(&step, &size)| size == 1 || whole(step));
-    steps && (t.stride()[last] == 1 || dims[last] == 1) && t.layout().start_offset().is_multiple_of(of)
+    let steps = strides[..last].iter().zip(dims).all(|(&step, &size)| size == 1 || whole(step));
+    steps && (strides[last] == 1 || dims[last] == 1) && t.layout().start_offset().is_multiple_of(of)
 }

@@ -4,7 +4,7 @@ use crate::{
     error::{Error, Result},
     fit::refuse_non_finite,
     metric::Metric,
-    ops,
+    primitives,
     problem::Problem,
     row_weights::{or_one, Clusters},
     rows::Rows,
@@ -28,7 +28,7 @@ pub(crate) fn check_centroids(centroids: &Tensor) -> Result<()> {
     // Sizes that cannot be computed with.
     let k = dims[dims.len() - 2];
     Problem::of(dims, centroids.dtype(), k, Metric::default())?;
-    refuse_non_finite(argument, &ops::max_abs_and_first_nonfinite(&Rows::new(&centroids.detach())?)?.1)
+    refuse_non_finite(argument, &primitives::max_abs_and_first_nonfinite(&Rows::new(centroids)?)?.1)
 }
 
 /// Checks that centroids by a metric can be means that run.
@@ -99,6 +99,6 @@ impl RunningMeans {
 
 /// Rows f64 `(b, n, d)` by their norms; rows of none as they are.
 pub(crate) fn unit_vectors(rows: &Tensor) -> Result<Tensor> {
-    let norms = ops::norms(&Rows::new(rows)?)?;
+    let norms = primitives::norms(&Rows::new(rows)?)?;
     Ok(rows.broadcast_div(&or_one(&norms)?.unsqueeze(2)?)?)
 }

@@ -6,7 +6,7 @@ use crate::{
     kmeans::{Init, OVERSAMPLING, ROUNDS},
     memory::Memory,
     metric::Metric,
-    ops,
+    primitives,
     problem::Problem,
     request::KmeansppStep,
     rng::Draw,
@@ -34,7 +34,7 @@ pub(crate) fn centroids(
         Init::KMeansParallel => return parallel(x, k, weights, metric, seed),
         _ => weighted(x, k, weights, seed)?,
     };
-    ops::gather(x, &index)
+    primitives::gather(x, &index)
 }
 
 /// Given centroids as `(b, k, d)`.
@@ -92,9 +92,9 @@ pub(crate) fn check(init: &Init, p: &Problem, device: &Device) -> Result<()> {
 /// Rows with probability proportional to their weights.
 fn weighted(x: &Rows, k: usize, weights: Option<&Tensor>, seed: u64) -> Result<Tensor> {
     let zeros = Tensor::zeros((x.b, x.n), DType::F64, x.device())?;
-    let ones = ops::elementwise([&zeros], |[zeros]| zeros.affine(0.0, 1.0))?;
+    let ones = primitives::elementwise([&zeros], |[zeros]| zeros.affine(0.0, 1.0))?;
     drop(zeros);
-    let keys = ops::exponential_race_keys(&ones, weights, Draw { seed, round: 0 })?.to_vec2::<f64>()?;
+    let keys = primitives::exponential_race_keys(&ones, weights, Draw { seed, round: 0 })?.to_vec2::<f64>()?;
     let mut chosen = Vec::with_capacity(x.b * k);
     for keys in keys {
         let mut rows: Vec<u32> = (0..x.n as u32).collect();
@@ -125,7 +125,10 @@ fn pick(
     for i in 0..count {
         let draw = Draw { round: first.round + i as u64, ..first };
         let start = first.round == 0;
-        ops::kmeanspp_step(&KmeansppStep { x, nearest, weights, chosen: &chosen, i, start, metric, draw }, &memory)?;
+        primitives::kmeanspp_step(
+            &KmeansppStep { x, nearest, weights, chosen: &chosen, i, start, metric, draw },
+            &memory,
+        )?;
     }
     Ok(chosen)
 }
@@ -150,9 +153,9 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
     let positive = |t: &Tensor| t.gt(0.0)?.where_cond(t, &zero);
     // A row that was drawn is at -1 from then on, whatever its distance to itself is rounded to.
     let mut nearest =
-        ops::min_distance_with(x, &everywhere(f64::INFINITY)?.contiguous()?, &candidates.reshape(1)?, metric)?;
+        primitives::min_distance_with(x, &everywhere(f64::INFINITY)?.contiguous()?, &candidates.reshape(1)?, metric)?;
     for round in 1..=ROUNDS {
-        let total = ops::total(&match weights {
+        let total = primitives::total(&match weights {
             Some(w) => (positive(&nearest)? * positive(w)?)?,
             None => positive(&nearest)?,
         })?;
@@ -162,15 +165,15 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
         }
         // Key below t: probability 1 - exp(-t p), the Poisson form of the paper's min(1, l p / total).
         let below = OVERSAMPLING * k as f64 / total;
-        let skipped = ops::exponential_race_keys(&nearest, weights, Draw { seed, round })?.ge(below)?;
-        let (order, offsets) = ops::order(&skipped.to_dtype(DType::U32)?, 2)?;
+        let skipped = primitives::exponential_race_keys(&nearest, weights, Draw { seed, round })?.ge(below)?;
+        let (order, offsets) = primitives::order(&skipped.to_dtype(DType::U32)?, 2)?;
         let count = offsets.to_vec2::<u32>()?[0][1] as usize;
         if count == 0 {
             continue;
         }
         let drawn = order.narrow(1, 0, count)?.contiguous()?;
-        let rows = Rows::new(&ops::gather(x, &drawn)?)?;
-        let to_drawn = positive(&ops::distances(x, &rows, &ops::assign(x, &rows, spread)?, spread)?)?;
+        let rows = Rows::new(&primitives::gather(x, &drawn)?)?;
+        let to_drawn = positive(&primitives::distances(x, &rows, &primitives::assign(x, &rows, spread)?, spread)?)?;
         nearest = skipped.where_cond(&nearest.minimum(&to_drawn)?, &taken)?;
         candidates = Tensor::cat(&[&candidates, &drawn], 1)?;
     }
@@ -182,14 +185,14 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
             let more = pick(x, k - count, &nearest, weights, metric, draw)?;
             candidates = Tensor::cat(&[&candidates, &more], 1)?;
         }
-        return ops::gather(x, &candidates);
+        return primitives::gather(x, &candidates);
     }
-    let rows = Rows::new(&ops::gather(x, &candidates)?)?;
-    let labels = ops::assign(x, &rows, spread)?;
+    let rows = Rows::new(&primitives::gather(x, &candidates)?)?;
+    let labels = primitives::assign(x, &rows, spread)?;
     let share = match weights {
-        Some(w) => ops::cluster_sums(&positive(w)?, Some(&labels), count)?,
-        None => ops::cluster_sizes(&labels, count)?.to_dtype(DType::F64)?,
+        Some(w) => primitives::cluster_sums(&positive(w)?, Some(&labels), count)?,
+        None => primitives::cluster_sizes(&labels, count)?.to_dtype(DType::F64)?,
     };
     let chosen = plus_plus(&rows, k, Some(&share), metric, seed)?;
-    ops::gather(&rows, &chosen)
+    primitives::gather(&rows, &chosen)
 }

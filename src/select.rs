@@ -3,7 +3,7 @@
 use crate::{
     error::{Error, Result},
     metric::Metric,
-    ops,
+    primitives,
     problem::{self, Problem, MAX_ROWS},
     ranking::{cumsum, descending, shift_right, without_nan},
     rows::Rows,
@@ -95,7 +95,7 @@ pub fn select_clusters(scores: &Tensor, sizes: &Tensor, take: Take) -> Result<Se
             }
         }
     }
-    ops::check_counted("scores", scores)?;
+    primitives::check_counted("scores", scores)?;
     let r: usize = rows.iter().product();
     if r == 0 {
         problems_of("sizes", sizes, rows, k, scores.device())?;
@@ -176,9 +176,9 @@ pub fn top_rows_per_centroid(x: &Tensor, centroids: &Tensor, w: usize, metric: M
     if p.b == 0 {
         return empty(&p.shape(&[p.k, w]), DType::U32, x.device());
     }
-    ops::check_count("distances", p.shape(&[p.k, p.n]), x.device())?;
-    let (x, c) = (Rows::new(&x.detach())?, Rows::new(&centroids.detach())?.broadcast(p.b));
-    let near = ops::pairwise(&x, &c, metric)?.transpose(1, 2)?.contiguous()?.reshape((p.b * p.k, p.n))?.neg()?;
+    primitives::check_count("distances", p.shape(&[p.k, p.n]), x.device())?;
+    let (x, c) = (Rows::new(x)?, Rows::new(centroids)?.broadcast(p.b));
+    let near = primitives::pairwise(&x, &c, metric)?.transpose(1, 2)?.contiguous()?.reshape((p.b * p.k, p.n))?.neg()?;
     let ranking = descending(&without_nan(&near)?)?;
     Ok(ranking.narrow(1, 0, w)?.contiguous()?.reshape(p.shape(&[p.k, w]))?)
 }
@@ -228,7 +228,7 @@ impl Selection {
         let count = ends.narrow(1, k - 1, 1)?.minimum(capacity as f64)?;
         // The cluster of place t is the first that ends beyond it; before it come as many as end at t or earlier, which is
         // where a sort of the ends has the values above t begin.
-        let (_, earlier) = ops::order(&ends.minimum(capacity as f64)?.to_dtype(DType::U32)?, capacity + 1)?;
+        let (_, earlier) = primitives::order(&ends.minimum(capacity as f64)?.to_dtype(DType::U32)?, capacity + 1)?;
         let rank = earlier.narrow(1, 1, capacity)?.minimum(k as u32 - 1)?.contiguous()?;
         let place = Tensor::arange(0, capacity as u32, device)?.to_dtype(DType::F64)?.broadcast_as((r, capacity))?;
         let at = ((begin.gather(&rank, 1)? + &place)? - before.gather(&rank, 1)?)?;

@@ -7,8 +7,8 @@ use crate::{
     error::Result,
     memory::Memory,
     metric::Metric,
-    ops,
     plan::{arch::Arch, assign::Assign},
+    primitives,
     request::{self, Reduction, Summands},
     rows::Rows,
 };
@@ -16,7 +16,7 @@ use candle_core::{Device, Tensor};
 
 /// The update of a fit's loop alone: new means in place, for labels `(b, n)` that are known to be in range.
 pub struct Update {
-    x: Rows,
+    x: Rows<'static>,
     terms: Summands,
     centroids: Tensor,
     memory: Memory,
@@ -33,10 +33,8 @@ impl Update {
     /// The means `(b, k, d)`, which the next call overwrites.
     pub fn run(&self, labels: &Tensor) -> Result<Tensor> {
         let Self { x, terms, centroids, memory } = self;
-        ops::update(
-            &request::Update { x, terms, labels: Some(labels), reduction: Reduction::Mean, turn: None, centroids },
-            memory,
-        )?;
+        let u = request::Update { x, terms, labels: Some(labels), reduction: Reduction::Mean, turn: None };
+        primitives::update(&u, centroids.into(), memory)?;
         Ok(centroids.clone())
     }
 }
@@ -44,13 +42,13 @@ impl Update {
 /// The names of the kernels that can assign `x` to `k` centroids, the one that is chosen first.
 pub fn candidates(x: &Tensor, k: usize, metric: Metric) -> Result<Vec<&'static str>> {
     let d = x.dims()[x.rank() - 1];
-    let all = Assign::candidates(x.dtype(), metric, [k, d], ops::arch(x.device())?);
+    let all = Assign::candidates(x.dtype(), metric, [k, d], primitives::arch(x.device())?);
     Ok(all.into_iter().map(Assign::name).collect())
 }
 
 /// The compute capability of a GPU, 90 for 9.0; 0 of the CPU.
 pub fn capability(device: &Device) -> Result<u32> {
-    Ok(match ops::arch(device)? {
+    Ok(match primitives::arch(device)? {
         Arch::Cpu => 0,
         Arch::Cuda { capability, .. } => capability,
     })

@@ -23,7 +23,7 @@ enum Work {
     Assign,
     Update {
         labels: Tensor,
-        update: testing::Update,
+        update: Box<testing::Update>,
     },
     /// With its last result.
     Fit(Option<Fit>),
@@ -61,7 +61,7 @@ impl Case {
                 let mut label = |_| if hot && rng.random() { k / 2 } else { rng.random_range(0..k) };
                 let labels: Vec<u32> = (0..b * n).map(&mut label).collect();
                 let labels = Tensor::from_vec(labels, (b, n), &device)?;
-                Work::Update { labels, update: testing::Update::new(&x, args.k)? }
+                Work::Update { labels, update: Box::new(testing::Update::new(&x, args.k)?) }
             }
             Op::Fit => Work::Fit(None),
             Op::Run => {

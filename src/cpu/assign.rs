@@ -5,17 +5,16 @@ use super::{
     filter::{Block, Centroids},
     rows::distance,
     scalar::Scalar,
-    tensors::{finished, read_and_write, tensor, typed, Element, View},
+    tensors::{finished, read_and_write, typed, Element, View},
 };
 use crate::{
     error::Result,
     host,
     metric::Metric,
+    operand::Target,
     request::Assignment,
-    rows::Rows,
     tiles::{CPU_CENTROIDS, CPU_ROWS},
 };
-use candle_core::Tensor;
 use pulp::NullaryFnOnce;
 use std::{
     cell::Cell,
@@ -44,19 +43,13 @@ fn nearest<T: Element>(
     })
 }
 
-pub(crate) fn assign(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    let labels = tensor(host::filled("assign", x.b * x.n, 0u32)?, (x.b, x.n))?;
-    assign_into(Assignment { x, c, metric, turn: None }, &labels)?;
-    Ok(labels)
-}
-
-pub(crate) fn assign_into(Assignment { x, c, metric, turn }: Assignment<'_>, labels: &Tensor) -> Result<()> {
+pub(crate) fn assign_into(Assignment { x, c, metric, turn }: Assignment<'_>, labels: Target<'_>) -> Result<()> {
     typed!(x.dtype(), T => {
         let over = finished(turn)?;
         if x.b == 0 || x.n == 0 {
             return Ok(());
         }
-        read_and_write([&x.tensor, &c.tensor], labels, |[xs, cs], labels| {
+        read_and_write([&x.operand, &c.operand], labels, |[xs, cs], labels| {
             label_all(&xs.view::<T>(x)?, &cs.view::<T>(c)?, metric, &over, labels)
         })?
     })

@@ -17,12 +17,14 @@ use crate::{
     error::Result,
     memory::Memory,
     metric::Metric,
+    operand::{Readable, Target},
     plan::arch::Arch,
     request::{Assignment, KmeansppStep, OnChipFit, Update},
     rng::Draw,
     rows::Rows,
 };
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Storage, Tensor};
+use tensors::{typed, Element};
 
 /// The host.
 pub(crate) struct Cpu;
@@ -32,11 +34,15 @@ impl Backend for Cpu {
         Ok(Arch::Cpu)
     }
 
-    fn assign(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-        assign::assign(x, c, metric)
+    fn allocate(&self, op: &'static str, len: usize, dtype: DType, _: &Device) -> Result<Storage> {
+        tensors::allocate(op, len, dtype).map(Storage::Cpu)
     }
 
-    fn assign_into(&self, a: Assignment<'_>, labels: &Tensor, _: &Memory) -> Result<()> {
+    fn zero(&self, to: Target<'_>) -> Result<()> {
+        typed!(to.dtype(), T => tensors::write(to, |data: &mut [T]| data.fill(T::narrow(0.0))))
+    }
+
+    fn assign_into(&self, a: Assignment<'_>, labels: Target<'_>, _: &Memory) -> Result<()> {
         assign::assign_into(a, labels)
     }
 
@@ -48,8 +54,8 @@ impl Backend for Cpu {
         rows::pairwise(x, c, metric)
     }
 
-    fn gather(&self, x: &Rows, index: &Tensor) -> Result<Tensor> {
-        rows::gather(x, index)
+    fn gather(&self, x: &Rows, index: &dyn Readable, to: Target<'_>) -> Result<()> {
+        rows::gather(x, index, to)
     }
 
     fn max_abs_and_first_nonfinite(&self, x: &Rows) -> Result<(Tensor, Tensor)> {
@@ -76,12 +82,16 @@ impl Backend for Cpu {
         seed::kmeanspp_step(p)
     }
 
-    fn order(&self, labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
-        sort::order(labels, k)
+    fn max_label(&self, labels: &dyn Readable) -> Result<u32> {
+        sort::max_label(labels)
     }
 
-    fn update(&self, u: &Update<'_>, _: &Memory) -> Result<()> {
-        update::update(u)
+    fn order(&self, labels: &dyn Readable, k: usize, to: Target<'_>) -> Result<()> {
+        sort::order(labels, k, to)
+    }
+
+    fn update(&self, u: &Update<'_>, centroids: Target<'_>, _: &Memory) -> Result<()> {
+        update::update(u, centroids)
     }
 
     fn fit_on_chip(&self, fit: &OnChipFit<'_>, _: &Memory) -> Result<bool> {

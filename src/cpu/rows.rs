@@ -2,9 +2,16 @@
 
 use super::{
     scalar::{magnitude, Scalar},
-    tensors::{lock, tensor, typed, Element, View},
+    tensors::{lock, read_and_write, tensor, typed, Element, View},
 };
-use crate::{error::Result, host, metric::Metric, rows::Rows, tiles::CPU_ROWS};
+use crate::{
+    error::Result,
+    host,
+    metric::Metric,
+    operand::{Readable, Target},
+    rows::Rows,
+    tiles::CPU_ROWS,
+};
 use candle_core::{Tensor, WithDType};
 use pulp::NullaryFnOnce;
 use std::ops::Range;
@@ -27,7 +34,7 @@ pub(super) fn distance<T: Element>(x: &[T], c: &[T], metric: Metric) -> f64 {
 
 pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {
     typed!(x.dtype(), T => {
-        let [xs, cs, ls] = lock([&x.tensor, &c.tensor, labels]);
+        let [xs, cs, ls] = lock([&x.operand, &c.operand, labels]);
         let (xs, cs, ls) = (xs.view::<T>(x)?, cs.view::<T>(c)?, ls.flat::<u32>()?);
         per_row("distances", [x.b, x.n], x.d, |b, i| distance(xs.row(b, i), cs.row(b, ls[b * x.n + i] as usize), metric))
     })
@@ -35,7 +42,7 @@ pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> 
 
 pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
     typed!(x.dtype(), T => {
-        let [xs, cs] = lock([&x.tensor, &c.tensor]);
+        let [xs, cs] = lock([&x.operand, &c.operand]);
         let (xs, cs) = (xs.view::<T>(x)?, cs.view::<T>(c)?);
         let (n, k) = (x.n, c.n);
         let pair = |i: usize| {
@@ -46,12 +53,10 @@ pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
     })
 }
 
-pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
-    typed!(x.dtype(), T => {
-        let (b, m) = index.dims2()?;
-        let [xs, at] = lock([&x.tensor, index]);
+pub(crate) fn gather(x: &Rows, index: &dyn Readable, to: Target<'_>) -> Result<()> {
+    let m = index.dims()[1];
+    typed!(x.dtype(), T => read_and_write([&x.operand, index], to, |[xs, at], out: &mut [T]| {
         let (xs, at) = (xs.view::<T>(x)?, at.flat::<u32>()?);
-        let mut out = host::filled("gather", b * m * x.d, T::narrow(0.0))?;
         let rows = host::items_per_task(x.d);
         let parts = out.chunks_mut(rows * x.d).enumerate().collect();
         host::for_each(parts, rows * x.d, || (), |_, (part, out): (usize, &mut [T])| {
@@ -59,14 +64,13 @@ pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
                 row.copy_from_slice(xs.row(i / m, at[i] as usize));
             }
             Ok(())
-        })?;
-        tensor(out, (b, m, x.d))
-    })
+        })
+    })?)
 }
 
 pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> {
     typed!(x.dtype(), T => {
-        let [xs] = lock([&x.tensor]);
+        let [xs] = lock([&x.operand]);
         let xs = xs.view::<T>(x)?;
         let worse = |a: (f64, u32), b: (f64, u32)| (a.0.max(b.0), a.1.min(b.1));
         let part = |b, part: usize| {
@@ -106,7 +110,7 @@ impl<T: Element> NullaryFnOnce for Scan<'_, T> {
 
 pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
     typed!(x.dtype(), T => {
-        let [xs] = lock([&x.tensor]);
+        let [xs] = lock([&x.operand]);
         let xs = xs.view::<T>(x)?;
         per_row("norms", [x.b, x.n], x.d, |b, i| xs.row(b, i).iter().fold(0.0, |s, v| s + v.wide() * v.wide()).sqrt())
     })

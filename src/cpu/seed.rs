@@ -2,7 +2,7 @@
 
 use super::{
     rows::{distance, per_row},
-    tensors::{lock, read_and_write, tensor, typed, Element, View},
+    tensors::{lock, or, read_and_write, tensor, typed, Element, View},
 };
 use crate::{
     error::Result,
@@ -14,7 +14,7 @@ use crate::{
 };
 use candle_core::Tensor;
 
-/// Whether a row can be a seed; see [`ops::usable_seeds`](crate::ops::usable_seeds).
+/// Whether a row can be a seed; see [`primitives::usable_seeds`](crate::primitives::usable_seeds).
 fn can_be_seed<T: Element>(row: &[T], weight: f64, metric: Metric) -> bool {
     let square = row.iter().fold(0.0, |s, v| s + v.wide() * v.wide());
     let directed = metric != Metric::Cosine || square > 0.0 && square < f64::INFINITY;
@@ -24,7 +24,7 @@ fn can_be_seed<T: Element>(row: &[T], weight: f64, metric: Metric) -> bool {
 pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor> {
     let mut rows = chosen.to_vec2::<u32>()?;
     typed!(x.dtype(), T => {
-        let [xs, ws] = lock([&x.tensor, weights.unwrap_or(&x.tensor)]);
+        let [xs, ws] = lock([&x.operand, or(weights, &x.operand)]);
         let (xs, weights) = (xs.view::<T>(x)?, weights.map(|_| ws.flat::<f64>()).transpose()?);
         let choose = |_: &mut (), (b, rows): (usize, &mut Vec<u32>)| {
             let usable = |i: usize| can_be_seed(xs.row(b, i), weights.map_or(1.0, |w| w[b * x.n + i]), metric);
@@ -42,7 +42,7 @@ pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, 
     })
 }
 
-/// The distance of row `i` to the nearest seed, with one more seed: see [`ops::min_distance_with`](crate::ops::min_distance_with).
+/// The distance of row `i` to the nearest seed, with one more seed: see [`primitives::min_distance_with`](crate::primitives::min_distance_with).
 fn nearer_by<T: Element>(x: &View<'_, T>, b: usize, i: usize, nearest: f64, seed: u32, metric: Metric) -> f64 {
     let metric = if metric == Metric::Dot { Metric::SquaredEuclidean } else { metric };
     if seed as usize == i {
@@ -57,7 +57,7 @@ fn nearer_by<T: Element>(x: &View<'_, T>, b: usize, i: usize, nearest: f64, seed
 
 pub(crate) fn min_distance_with(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
     typed!(x.dtype(), T => {
-        let [xs, near, new] = lock([&x.tensor, nearest, newest]);
+        let [xs, near, new] = lock([&x.operand, nearest, newest]);
         let (xs, near, new) = (xs.view::<T>(x)?, near.flat::<f64>()?, new.flat::<u32>()?);
         per_row("k-means||", [x.b, x.n], x.d, |b, i| nearer_by(&xs, b, i, near[b * x.n + i], new[b], metric))
     })
@@ -80,7 +80,7 @@ pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>) -> Result<()> {
     let before = if pick > 0 { chosen.narrow(1, pick - 1, 1)?.flatten_all()?.to_vec1::<u32>()? } else { vec![] };
     let n = x.n;
     let picked = typed!(x.dtype(), T => {
-        read_and_write([&x.tensor, weights.unwrap_or(&x.tensor)], nearest, |[xs, each], nearest: &mut [f64]| {
+        read_and_write([&x.operand, or(weights, &x.operand)], nearest.into(), |[xs, each], nearest: &mut [f64]| {
             let (xs, weights) = (xs.view::<T>(x)?, weights.map(|_| each.flat::<f64>()).transpose()?);
             let key = |b: usize, i: usize, nearest: &mut f64| {
                 let now = match (start, pick) {

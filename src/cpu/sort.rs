@@ -1,15 +1,27 @@
 //! A counting sort of labels.
 
-use super::tensors::{lock, tensor};
-use crate::{error::Result, host};
-use candle_core::Tensor;
+use super::tensors::{lock, read_and_write};
+use crate::{
+    error::Result,
+    host,
+    operand::{Readable, Target},
+};
 
-pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
-    let (b, n) = labels.dims2()?;
+/// The largest label; 0 where there are none.
+pub(crate) fn max_label(labels: &dyn Readable) -> Result<u32> {
     let [labels] = lock([labels]);
-    let labels = labels.flat::<u32>()?;
-    let (mut order, mut offsets) = (host::filled("sort", b * n, 0u32)?, host::filled("sort", b * (k + 1), 0u32)?);
-    if n > 0 {
+    Ok(labels.flat::<u32>()?.iter().copied().max().unwrap_or(0))
+}
+
+pub(crate) fn order(labels: &dyn Readable, k: usize, to: Target<'_>) -> Result<()> {
+    let (b, n) = (labels.dims()[0], labels.dims()[1]);
+    read_and_write([labels], to, |[labels], all: &mut [u32]| {
+        let labels = labels.flat::<u32>()?;
+        let (order, offsets) = all.split_at_mut(b * n);
+        offsets.fill(0);
+        if n == 0 {
+            return Ok(());
+        }
         let problems = order.chunks_mut(n).zip(offsets.chunks_mut(k + 1)).zip(labels.chunks(n)).collect();
         type Sorting<'a> = ((&'a mut [u32], &'a mut [u32]), &'a [u32]);
         let sort = |_: &mut (), ((order, offsets), labels): Sorting<'_>| {
@@ -22,7 +34,6 @@ pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
             }
             Ok(())
         };
-        host::for_each(problems, 4 * n + k, || (), sort)?;
-    }
-    Ok((tensor(order, (b, n))?, tensor(offsets, (b, k + 1))?))
+        host::for_each(problems, 4 * n + k, || (), sort)
+    })?
 }

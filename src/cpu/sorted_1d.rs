@@ -1,7 +1,7 @@
 //! A whole fit of rows of one column: sorted once, a cluster is a range of them, and its sum the difference of two prefix
 //! sums. A pass costs `k log n` instead of `k n`, and the results have the bits of any other fit.
 
-use super::tensors::{lock, read_and_write, typed, write, Element, View};
+use super::tensors::{lock, or, read_and_write, typed, write, Element, View};
 use crate::{
     error::{Error, Result},
     fixed::{self, Scaled},
@@ -29,8 +29,8 @@ pub(super) fn fit(fit: &OnChipFit<'_>) -> Result<bool> {
         let (largest, thresholds) = (largest.flat::<f64>()?, thresholds.flat::<f64>()?);
         let heaviest = heaviest.as_ref().map(|[h]| h.flat::<f64>()).transpose()?;
         let k = centroids.dims()[1];
-        let shared = [&x.tensor, terms.row_scale.as_ref().unwrap_or(&x.tensor)];
-        let fits = read_and_write(shared, centroids, |[xs, factor], all: &mut [T]| {
+        let shared = [&x.operand, or(terms.row_scale.as_ref(), &x.operand)];
+        let fits = read_and_write(shared, centroids.into(), |[xs, factor], all: &mut [T]| {
             let view: View<'_, T> = xs.view(x)?;
             let factor = terms.row_scale.as_ref().map(|_| factor.flat::<f64>()).transpose()?;
             let starts = &*all;

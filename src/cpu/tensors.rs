@@ -3,10 +3,12 @@
 use super::scalar::Scalar;
 use crate::{
     error::{Error, Result},
+    host,
+    operand::{written_range, Readable, Source, Target},
     request::Turn,
     rows::Rows,
 };
-use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor, WithDType};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor, WithDType};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use std::{cell::RefCell, marker::PhantomData, rc::Rc};
 
@@ -92,67 +94,93 @@ fn copy_row<T: Copy>(row: &[T], out: &mut [T]) {
     out.copy_from_slice(row)
 }
 
-/// A read lock on a tensor's storage, shared by all tensors of that storage.
+/// An input that is locked for reading.
 pub(crate) struct Guard<'a> {
-    storage: Rc<StorageRef<'a>>,
+    storage: Held<'a>,
     start: usize,
     len: usize,
 }
 
-/// Locks the storages of some tensors for reading: each once, since a second lock would wait for a writer that waits for the
-/// first, and in the order of their addresses, so that no two threads wait for each other. Who holds such locks asks for no
-/// others, but of tensors that nobody else has.
-pub(crate) fn lock<const N: usize>(tensors: [&Tensor; N]) -> [Guard<'_>; N] {
-    let addresses = tensors.map(address);
-    let mut locked = Locked(vec![]);
-    locked.add(tensors, addresses, |_| true);
-    locked.guards(tensors, addresses)
+/// Who holds the lock on a storage.
+enum Held<'a> {
+    /// This op, for all tensors of the storage.
+    Here(Rc<StorageRef<'a>>),
+    /// Candle, while the op runs.
+    ByCandle(&'a CpuStorage),
 }
 
-/// Lets `f` read some tensors and write the elements of `out`, which is contiguous: locked as by [`lock`], `out` in its turn.
+/// Locks the storages of those inputs that Candle has not locked, for reading: each once, since a second lock would wait for a writer that waits for the
+/// first, and in the order of their addresses, so that no two threads wait for each other. Who holds such locks asks for no
+/// others, but of tensors that nobody else has.
+pub(crate) fn lock<const N: usize>(inputs: [&dyn Readable; N]) -> [Guard<'_>; N] {
+    let addresses = inputs.map(address);
+    let mut locked = Locked(vec![]);
+    locked.add(inputs, addresses, |_| true);
+    locked.guards(inputs, addresses)
+}
+
+/// Lets `f` read some inputs and write the elements of `out`: locked as by [`lock`], `out` in its turn.
 pub(crate) fn read_and_write<T: Stored, R, const N: usize>(
-    tensors: [&Tensor; N],
-    out: &Tensor,
+    inputs: [&dyn Readable; N],
+    out: Target<'_>,
     f: impl FnOnce([Guard<'_>; N], &mut [T]) -> R,
 ) -> Result<R> {
-    let (addresses, own) = (tensors.map(address), address(out));
-    if addresses.contains(&own) {
+    let Target::Tensor(tensor) = out else { return write(out, |data| f(lock(inputs), data)) };
+    let (addresses, own) = (inputs.map(address), address(tensor));
+    if own.is_some() && addresses.contains(&own) {
         let (got, with) = ("a view of a result".into(), "a call that overwrites it".into());
         return Err(Error::Conflict { argument: "x", got, with });
     }
     let mut locked = Locked(vec![]);
-    locked.add(tensors, addresses, |at| at < own);
+    locked.add(inputs, addresses, |at| at < own);
     write(out, |data| {
-        locked.add(tensors, addresses, |at| at > own);
-        f(locked.guards(tensors, addresses), data)
+        locked.add(inputs, addresses, |at| at > own);
+        f(locked.guards(inputs, addresses), data)
     })
 }
 
-/// Where a tensor's storage is. (Locks it for a moment.)
-fn address(t: &Tensor) -> usize {
-    std::ptr::from_ref::<Storage>(&t.storage_and_layout().0).addr()
+/// A tensor, or where there is none what is locked anyway: as many inputs in either case.
+pub(super) fn or<'a>(t: Option<&'a Tensor>, other: &'a dyn Readable) -> &'a dyn Readable {
+    t.map_or(other, |t| t)
+}
+
+/// Where the storage of a tensor is (locks it for a moment); none of what Candle has locked.
+fn address(input: &dyn Readable) -> Option<usize> {
+    match input.source() {
+        Source::Tensor(t) => Some(std::ptr::from_ref::<Storage>(&t.storage_and_layout().0).addr()),
+        _ => None,
+    }
 }
 
 /// Storages that are locked, by their addresses.
-struct Locked<'a>(Vec<(usize, Rc<StorageRef<'a>>)>);
+struct Locked<'a>(Vec<(Option<usize>, Rc<StorageRef<'a>>)>);
 
 impl<'a> Locked<'a> {
     /// Locks those at addresses that are `wanted`, in order.
-    fn add<const N: usize>(&mut self, tensors: [&'a Tensor; N], addresses: [usize; N], wanted: impl Fn(usize) -> bool) {
+    fn add<const N: usize>(
+        &mut self,
+        inputs: [&'a dyn Readable; N],
+        addresses: [Option<usize>; N],
+        wanted: impl Fn(Option<usize>) -> bool,
+    ) {
         let mut order: [usize; N] = std::array::from_fn(|i| i);
         order.sort_unstable_by_key(|&i| addresses[i]);
         for i in order.into_iter().filter(|&i| wanted(addresses[i])) {
-            if self.0.last().is_none_or(|&(last, _)| last != addresses[i]) {
-                self.0.push((addresses[i], Rc::new(tensors[i].storage_and_layout().0)));
+            if let Source::Tensor(t) = inputs[i].source() {
+                if self.0.last().is_none_or(|&(last, _)| last != addresses[i]) {
+                    self.0.push((addresses[i], Rc::new(t.storage_and_layout().0)));
+                }
             }
         }
     }
 
-    fn guards<const N: usize>(&self, tensors: [&'a Tensor; N], addresses: [usize; N]) -> [Guard<'a>; N] {
+    fn guards<const N: usize>(&self, inputs: [&'a dyn Readable; N], addresses: [Option<usize>; N]) -> [Guard<'a>; N] {
         std::array::from_fn(|i| {
-            let (_, storage) = self.0.iter().find(|&&(at, _)| at == addresses[i]).expect("it is locked");
-            let layout = tensors[i].layout();
-            Guard { storage: storage.clone(), start: layout.start_offset(), len: layout.shape().elem_count() }
+            let storage = match inputs[i].source() {
+                Source::Cpu(storage) => Held::ByCandle(storage),
+                _ => Held::Here(self.0.iter().find(|&&(at, _)| at == addresses[i]).expect("it is locked").1.clone()),
+            };
+            Guard { storage, start: inputs[i].layout().start_offset(), len: inputs[i].elem_count() }
         })
     }
 }
@@ -160,18 +188,22 @@ impl<'a> Locked<'a> {
 impl Guard<'_> {
     /// The whole storage, for views that carry their own offset and strides.
     fn all<T: WithDType>(&self) -> Result<&[T]> {
-        match &**self.storage {
-            Storage::Cpu(s) => Ok(T::cpu_storage_as_slice(s)?),
-            _ => unreachable!("ops.rs sends CPU tensors here"),
-        }
+        let storage = match &self.storage {
+            Held::ByCandle(storage) => storage,
+            Held::Here(locked) => match &***locked {
+                Storage::Cpu(storage) => storage,
+                _ => unreachable!("primitives.rs sends CPU tensors here"),
+            },
+        };
+        Ok(T::cpu_storage_as_slice(storage)?)
     }
 
-    /// The elements of a contiguous tensor.
+    /// The elements of a contiguous input.
     pub fn flat<T: WithDType>(&self) -> Result<&[T]> {
         Ok(&self.all::<T>()?[self.start..self.start + self.len])
     }
 
-    pub fn view<'a, T: Element>(&'a self, rows: &'a Rows) -> Result<View<'a, T>> {
+    pub fn view<'a, T: Element>(&'a self, rows: &'a Rows<'a>) -> Result<View<'a, T>> {
         Ok(View { data: &self.all()?[self.start..], rows })
     }
 }
@@ -195,22 +227,33 @@ macro_rules! stored {
 }
 stored! { u32, U32; f16, F16; bf16, BF16; f32, F32; f64, F64; }
 
-/// Lets `f` write the elements of a contiguous tensor.
-pub(crate) fn write<T: Stored, R>(t: &Tensor, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
+/// The elements of a target.
+fn elements<'a, T: Stored>(storage: &'a mut CpuStorage, layout: &Layout) -> candle_core::Result<&'a mut [T]> {
+    match (written_range(layout), T::slice_mut(storage)) {
+        (Some(range), Some(data)) => Ok(&mut data[range]),
+        _ => candle_core::bail!("a result is not a contiguous tensor of its type"),
+    }
+}
+
+/// Lets `f` write the elements of a target.
+pub(crate) fn write<'a, T: Stored, R>(to: impl Into<Target<'a>>, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
     struct Write<T, F, R>(RefCell<(Option<F>, Option<R>)>, PhantomData<T>);
     impl<T: Stored, R, F: FnOnce(&mut [T]) -> R> InplaceOp1 for Write<T, F, R> {
         fn name(&self) -> &'static str {
             "write"
         }
         fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-            let (Some((start, end)), Some(data)) = (layout.contiguous_offsets(), T::slice_mut(storage)) else {
-                candle_core::bail!("a result is not a contiguous tensor of its type")
-            };
+            let data = elements(storage, layout)?;
             let (f, out) = &mut *self.0.borrow_mut();
-            *out = f.take().map(|f| f(&mut data[start..end]));
+            *out = f.take().map(|f| f(data));
             Ok(())
         }
     }
+    let t = match to.into() {
+        Target::Tensor(t) => t,
+        Target::Cpu(storage, layout) => return Ok(f(elements(storage, &layout)?)),
+        Target::Cuda(..) => unreachable!("primitives.rs sends CPU storages here"),
+    };
     let op = Write(RefCell::new((Some(f), None)), PhantomData);
     t.inplace_op1(&op)?;
     Ok(op.0.into_inner().1.expect("written, or there would have been an error"))
@@ -220,7 +263,7 @@ pub(crate) fn write<T: Stored, R>(t: &Tensor, f: impl FnOnce(&mut [T]) -> R) -> 
 #[derive(Clone, Copy)]
 pub(crate) struct View<'a, T> {
     data: &'a [T],
-    pub rows: &'a Rows,
+    pub rows: &'a Rows<'a>,
 }
 
 impl<'a, T> View<'a, T> {
@@ -229,6 +272,14 @@ impl<'a, T> View<'a, T> {
         let start = batch * self.rows.batch_stride + i * self.rows.row_stride;
         &self.data[start..start + self.rows.d]
     }
+}
+
+/// So many zeros.
+pub(super) fn allocate(op: &'static str, len: usize, dtype: DType) -> Result<CpuStorage> {
+    if dtype == DType::U32 {
+        return Ok(CpuStorage::U32(host::filled(op, len, 0)?));
+    }
+    typed!(dtype, T => Ok(T::to_cpu_storage_owned(host::filled(op, len, T::narrow(0.0))?)))
 }
 
 /// A contiguous result on the CPU.

@@ -4,30 +4,31 @@ use super::{
     median::median,
     scalar::Scalar,
     sort::order,
-    tensors::{finished, lock, read_and_write, typed, write, Element, View},
+    tensors::{finished, lock, or, read_and_write, typed, write, Element, View},
 };
 use crate::{
     error::{Error, Result},
     fixed::{self, Exact, Scaled},
     host,
+    operand::{Readable, Target},
     request::{Reduction, Turn, Update},
     tiles::CPU_SUM_ROWS,
 };
+use candle_core::{CpuStorage, Layout, WithDType};
 use pulp::NullaryFnOnce;
 use std::ops::Range;
 
-pub(crate) fn update(u: &Update<'_>) -> Result<()> {
-    let &Update { x, terms, labels, reduction, turn, centroids } = u;
-    let (b, k, d) = centroids.dims3()?;
-    let sorted = labels.map(|labels| order(labels, k)).transpose()?;
+pub(crate) fn update(u: &Update<'_>, centroids: Target<'_>) -> Result<()> {
+    let &Update { x, terms, labels, reduction, turn } = u;
+    let (b, k, d) = (x.b, centroids.dims()[centroids.dims().len() - 2], x.d);
+    let sorted = labels.map(|labels| sorted(labels, k)).transpose()?;
     typed!(x.dtype(), T => {
         // Of these nobody else has any.
         let ([largest, first_bad], heaviest) =
             (lock([&terms.max_abs, &terms.first_nonfinite]), terms.max_weight.as_ref().map(|h| lock([h])));
-        let sorted = sorted.as_ref().map(|(order, offsets)| lock([order, offsets]));
-        let sorted = sorted.as_ref().map(|[order, offsets]| Ok::<_, Error>((order.flat()?, offsets.flat()?))).transpose()?;
+        let sorted = sorted.as_ref().map(|sorted| sorted.split_at(b * x.n));
         let over = finished(turn)?;
-        let shared = [&x.tensor, terms.row_scale.as_ref().unwrap_or(&x.tensor)];
+        let shared = [&x.operand, or(terms.row_scale.as_ref(), &x.operand)];
         let shifts: Vec<f64> = read_and_write(shared, centroids, |[xs, factor], centroids: &mut [T]| {
             let clusters = Sorted {
                 x: xs.view::<T>(x)?,
@@ -60,6 +61,15 @@ pub(crate) fn update(u: &Update<'_>) -> Result<()> {
             }
         })
     })
+}
+
+/// The orders of all problems' labels, then their offsets.
+fn sorted(labels: &dyn Readable, k: usize) -> Result<Vec<u32>> {
+    let (b, n) = (labels.dims()[0], labels.dims()[1]);
+    let mut sorted = CpuStorage::U32(host::filled("update", b * (n + k + 1), 0)?);
+    let layout = Layout::contiguous(b * (n + k + 1));
+    order(labels, k, Target::Cpu(&mut sorted, layout))?;
+    Ok(u32::cpu_storage_data(sorted)?)
 }
 
 /// Rows in label order (or, without one, all in one cluster as they lie), and what bounds their terms.

@@ -35,7 +35,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
     let (q_heads, k, clustered) = (a.q.dim(1)?, a.mean_keys.dim(2)?, a.order.dim(2)?);
     // Rows are read 16 bytes at a time.
     let floats = [a.keys, a.values, a.mean_keys, a.mean_values];
-    let here = floats.iter().all(|t| t.is_contiguous() && in_eights(t))
+    let here = floats.iter().all(|&t| t.is_contiguous() && in_eights(t))
         && [a.q, a.order, a.offsets].into_iter().all(Tensor::is_contiguous);
     let counted = a.tokens.max(clustered).saturating_add(k) < 1 << 31;
     let name = match d {

@@ -2,12 +2,10 @@
 
 use crate::{
     error::{Error, Result},
+    operand::{Readable, Source},
     plan::arch::Arch,
 };
-use candle_core::{
-    cuda_backend::{cudarc::driver::sys::CUdevice_attribute, CudaDevice, WrapErr},
-    Device, Tensor,
-};
+use candle_core::cuda_backend::{cudarc::driver::sys::CUdevice_attribute, CudaDevice, WrapErr};
 
 /// What chooses kernels.
 pub(crate) fn arch(dev: &CudaDevice) -> Result<Arch> {
@@ -21,13 +19,13 @@ pub(super) fn processors(dev: &CudaDevice) -> Result<usize> {
     Ok(dev.cuda_stream().context().attribute(count).w()? as usize)
 }
 
-/// The device of a tensor, with its context bound to this thread for what is asked of the driver.
-pub(super) fn device(t: &Tensor) -> Result<&CudaDevice> {
-    match t.device() {
-        Device::Cuda(dev) => {
-            dev.cuda_stream().context().bind_to_thread().w()?;
-            Ok(dev)
-        }
-        other => Err(Error::Unsupported { op: "a CUDA kernel", device: format!("{:?}", other.location()) }),
-    }
+/// The device of an input, with its context bound to this thread for what is asked of the driver.
+pub(super) fn device<R: Readable + ?Sized>(t: &R) -> Result<&CudaDevice> {
+    let dev = match t.source() {
+        Source::Cuda(storage) => &storage.device,
+        Source::Tensor(t) if t.device().is_cuda() => t.device().as_cuda_device()?,
+        _ => return Err(Error::Unsupported { op: "a CUDA kernel", device: format!("{:?}", t.device().location()) }),
+    };
+    dev.cuda_stream().context().bind_to_thread().w()?;
+    Ok(dev)
 }

@@ -1,10 +1,16 @@
 //! Device memory that ops use one after another, and how it is asked for.
 
-use super::{fence, tensors::Part};
+use super::{
+    fence,
+    tensors::{typed, Part},
+};
 use crate::error::{Error, Result};
-use candle_core::cuda_backend::{
-    cudarc::driver::{sys::CUresult, CudaSlice, DevicePtr, DeviceRepr, ValidAsZeroBits},
-    CudaDevice, WrapErr,
+use candle_core::{
+    cuda_backend::{
+        cudarc::driver::{sys::CUresult, CudaSlice, DevicePtr, DeviceRepr, ValidAsZeroBits},
+        CudaDevice, CudaStorage, WrapErr,
+    },
+    DType,
 };
 use std::{
     cell::Cell,
@@ -218,6 +224,14 @@ pub(super) fn alloc<T: DeviceRepr>(dev: &CudaDevice, op: &'static str, len: usiz
             Error::Candle(source)
         }
     })
+}
+
+/// A new storage of so many elements, to which nothing has been written.
+pub(super) fn allocate(dev: &CudaDevice, op: &'static str, len: usize, dtype: DType) -> Result<CudaStorage> {
+    if dtype == DType::U32 {
+        return Ok(CudaStorage::wrap_cuda_slice(alloc::<u32>(dev, op, len)?, dev.clone()));
+    }
+    typed!(dtype, T => Ok(CudaStorage::wrap_cuda_slice(alloc::<T>(dev, op, len)?, dev.clone())))
 }
 
 fn zeros<T: DeviceRepr + ValidAsZeroBits>(dev: &CudaDevice, op: &'static str, len: usize) -> Result<CudaSlice<T>> {

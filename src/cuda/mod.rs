@@ -25,12 +25,14 @@ use crate::{
     error::Result,
     memory::Memory,
     metric::Metric,
+    operand::{Readable, Target},
     plan::arch::Arch,
     request::{Assignment, Attention, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
 };
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Storage, Tensor};
+use tensors::typed;
 
 /// An NVIDIA GPU.
 pub(crate) struct Cuda;
@@ -44,19 +46,29 @@ impl Backend for Cuda {
         fence::capturing(&device.as_cuda_device()?.cuda_stream())
     }
 
-    fn contiguous(&self, t: &Tensor) -> Result<Option<Tensor>> {
-        rows::contiguous(t).map(Some)
+    fn contiguous(&self, t: &dyn Readable) -> Result<Option<Tensor>> {
+        rows::contiguous(t)
     }
 
-    fn pack_for_assign(&self, x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Option<Rows>> {
+    fn pack_for_assign(
+        &self,
+        x: &Tensor,
+        k: usize,
+        metric: Metric,
+        copy: &mut Option<Tensor>,
+    ) -> Result<Option<Rows<'static>>> {
         assign::pack_for_assign(x, k, metric, copy).map(Some)
     }
 
-    fn assign(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-        assign::assign(x, c, metric)
+    fn allocate(&self, op: &'static str, len: usize, dtype: DType, device: &Device) -> Result<Storage> {
+        memory::allocate(device.as_cuda_device()?, op, len, dtype).map(Storage::Cuda)
     }
 
-    fn assign_into(&self, a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()> {
+    fn zero(&self, to: Target<'_>) -> Result<()> {
+        typed!(to.dtype(), T => tensors::zero::<T>(to.device().as_cuda_device()?, to))
+    }
+
+    fn assign_into(&self, a: Assignment<'_>, labels: Target<'_>, memory: &Memory) -> Result<()> {
         assign::assign_into(a, labels, memory)
     }
 
@@ -68,8 +80,8 @@ impl Backend for Cuda {
         rows::pairwise(x, c, metric)
     }
 
-    fn gather(&self, x: &Rows, index: &Tensor) -> Result<Tensor> {
-        rows::gather(x, index)
+    fn gather(&self, x: &Rows, index: &dyn Readable, to: Target<'_>) -> Result<()> {
+        rows::gather(x, index, to)
     }
 
     fn max_abs_and_first_nonfinite(&self, x: &Rows) -> Result<(Tensor, Tensor)> {
@@ -96,12 +108,16 @@ impl Backend for Cuda {
         seed::kmeanspp_step(p, memory)
     }
 
-    fn order(&self, labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
-        sort::order(labels, k)
+    fn max_label(&self, labels: &dyn Readable) -> Result<u32> {
+        sort::max_label(labels)
     }
 
-    fn update(&self, u: &Update<'_>, memory: &Memory) -> Result<()> {
-        update::update(u, memory)
+    fn order(&self, labels: &dyn Readable, k: usize, to: Target<'_>) -> Result<()> {
+        sort::order(labels, k, to)
+    }
+
+    fn update(&self, u: &Update<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()> {
+        update::update(u, centroids, memory)
     }
 
     fn fit_on_chip(&self, fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> {

@@ -23,11 +23,11 @@ use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, DType, Tensor};
 pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> {
     const OP: &str = "fit_on_chip";
     let &OnChipFit { x, terms, metric, reduction, progress, max_iters, centroids, labels } = fit;
-    let dev = device(&x.tensor)?;
+    let dev = device(&x.operand)?;
     let (arch, k, weighted) = (arch(dev)?, centroids.dim(1)?, terms.row_scale.is_some());
     let sizes = [x.b, x.n, k, x.d];
     let narrow = FitNarrow::new(x.dtype(), metric, sizes, arch);
-    let resident = FitResident::new(x.dtype(), metric, weighted, sizes, arch).filter(|_| in_pieces(&x.tensor, 8));
+    let resident = FitResident::new(x.dtype(), metric, weighted, sizes, arch).filter(|_| in_pieces(&x.operand, 8));
     // The sums of halves are exact without a rest.
     let exact = x.dtype() == DType::F16 && !weighted;
     let name = if weighted { "fit_resident_weighted" } else { "fit_resident" };
@@ -51,7 +51,7 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
     let (threshold, stop) = (own::<f64>(&progress.threshold)?, own::<u32>(&progress.stop)?);
     let (metric, divisor, max_iters, k64) = (metric as i32, divisor(reduction), max_iters as i64, k as i64);
     let launched = typed!(x.dtype(), T => write::<T>(centroids, |centroids| write::<u32>(labels, |labels| {
-        let xs = read(&x.tensor);
+        let xs = read(&x.operand);
         let xs = xs.view::<T>()?;
         if let Some(plan) = &narrow {
             let name = match narrow_columns(x.d) {

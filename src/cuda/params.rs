@@ -6,7 +6,7 @@ use crate::{
     request::{Progress, Reduction, Turn},
     rows::Rows,
 };
-use candle_core::{cuda_backend::cudarc::driver::DeviceRepr, Tensor};
+use candle_core::{cuda_backend::cudarc::driver::DeviceRepr, Layout};
 
 /// `struct Rows` of `kernels/exact/common.cuh`.
 #[repr(C)]
@@ -68,7 +68,7 @@ pub(super) fn going(progress: &Progress, iteration: usize) -> Result<Part<u32>> 
 }
 
 /// Centroids that all problems share as those of one.
-pub(super) fn one_copy(c: &Rows) -> Rows {
+pub(super) fn one_copy<'a>(c: &Rows<'a>) -> Rows<'a> {
     Rows { b: if c.batch_stride == 0 { c.b.min(1) } else { c.b }, ..c.clone() }
 }
 
@@ -86,8 +86,8 @@ const _: () = assert!(size_of::<Strided>() == 136);
 
 impl Strided {
     /// The last dimension, then the others from the innermost one on, those that step over the whole of the one inside with it.
-    pub(super) fn of(t: &Tensor) -> Result<Self> {
-        let dims = t.dims().iter().zip(t.stride()).map(|(&size, &stride)| (size as i64, stride as i64)).rev();
+    pub(super) fn of(layout: &Layout) -> Result<Self> {
+        let dims = layout.dims().iter().zip(layout.stride()).map(|(&size, &stride)| (size as i64, stride as i64)).rev();
         let mut folded: Vec<(i64, i64)> = vec![];
         for (_, (size, stride)) in dims.enumerate().filter(|&(i, (size, _))| i == 0 || size != 1) {
             // The last dimension stays alone: its rows are widened.

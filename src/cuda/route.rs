@@ -12,6 +12,7 @@ use super::{
 use crate::{
     error::Result,
     memory::Memory,
+    operand::Readable,
     plan::assign::forced,
     problem::empty,
     request::Routed,
@@ -85,7 +86,9 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     let scratch = scratch.scratch(dev, OP, memory)?;
     let (scores, left, chosen, listed) =
         (scratch.part(scores), scratch.part(left), scratch.part(chosen), scratch.part(listed));
-    let inputs = [&q, &choosing, &keys.tensor, &values.tensor, &groups.mean_keys, &groups.mean_values].map(read);
+    let (mean_keys, mean_values) = (&groups.mean_keys, &groups.mean_values);
+    let inputs: [&dyn Readable; 6] = [&q, &choosing, &keys.operand, &values.operand, mean_keys, mean_values];
+    let inputs = inputs.map(read);
     let [q, choosing, keys, values, mean_keys, mean_values] = &inputs;
     let lists = [&groups.keys, &groups.queries, choosers].map(|of| [read(&of.order), read(&of.offsets)]);
     let [[order, offsets], [query_order, query_offsets], [chooser_order, chooser_offsets]] = &lists;
@@ -108,12 +111,15 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
 }
 
 /// Views `t`, or a copy of it, as rows that start at multiples of eight elements.
-fn rows_in_eights(t: &Tensor) -> Result<Rows> {
-    let t = match Rows::view(t) {
+fn rows_in_eights(t: &Tensor) -> Result<Rows<'static>> {
+    let t = match Rows::of(t.into()) {
         _ if t.elem_count() == 0 => empty(t.dims(), t.dtype(), t.device())?,
         Some(rows) if in_eights(t) => return Ok(rows),
         Some(_) => t.force_contiguous()?,
-        None => contiguous(t)?,
+        None => match contiguous(t)? {
+            Some(copy) => copy,
+            None => t.contiguous()?,
+        },
     };
-    Ok(Rows::view(&t).expect("a contiguous tensor folds"))
+    Ok(Rows::of((&t).into()).expect("a contiguous tensor folds"))
 }

@@ -10,6 +10,7 @@ use super::{
 use crate::{
     error::Result,
     metric::Metric,
+    operand::{Readable, Target},
     rows::Rows,
     tiles::{PASS, THREADS},
 };
@@ -24,11 +25,11 @@ use candle_core::{
 /// The elements of `t`, its last dimension widened to `pitch` by zeros.
 pub(super) fn copy_strided<T: CudaDType + DeviceRepr>(
     dev: &CudaDevice,
-    t: &Tensor,
+    t: &(impl Readable + ?Sized),
     pitch: usize,
     to: Part<T>,
 ) -> Result<()> {
-    let (from, last) = (Strided::of(t)?, t.dims()[t.rank() - 1]);
+    let (from, last) = (Strided::of(t.layout())?, t.dims()[t.dims().len() - 1]);
     let cells = elements(&[t.elem_count() / last.max(1), pitch]);
     let name = match size_of::<T>() {
         1 => "copy_1",
@@ -42,12 +43,12 @@ pub(super) fn copy_strided<T: CudaDType + DeviceRepr>(
 }
 
 /// The same elements side by side.
-pub(crate) fn contiguous(t: &Tensor) -> Result<Tensor> {
-    fn copied<T: CudaDType + DeviceRepr>(t: &Tensor) -> Result<Tensor> {
+pub(crate) fn contiguous(t: &dyn Readable) -> Result<Option<Tensor>> {
+    fn copied<T: CudaDType + DeviceRepr>(t: &dyn Readable) -> Result<Option<Tensor>> {
         let dev = device(t)?;
-        let out = tensor(dev, alloc::<T>(dev, "contiguous", t.elem_count())?, t.shape());
-        write::<T>(&out, |to| copy_strided(dev, t, t.dims()[t.rank() - 1], to))?;
-        Ok(out)
+        let out = tensor(dev, alloc::<T>(dev, "contiguous", t.elem_count())?, t.dims());
+        write::<T>(&out, |to| copy_strided(dev, t, t.dims()[t.dims().len() - 1], to))?;
+        Ok(Some(out))
     }
     match t.dtype() {
         DType::U8 => copied::<u8>(t),
@@ -57,16 +58,16 @@ pub(crate) fn contiguous(t: &Tensor) -> Result<Tensor> {
         DType::BF16 => copied::<half::bf16>(t),
         DType::F32 => copied::<f32>(t),
         DType::F64 => copied::<f64>(t),
-        _ => Ok(t.contiguous()?),
+        _ => Ok(None),
     }
 }
 
 pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {
     typed!(x.dtype(), T => {
-        let dev = device(&x.tensor)?;
+        let dev = device(&x.operand)?;
         let rows = elements(&[x.b, x.n]);
         let mut out = alloc::<f64>(dev, "distances", rows)?;
-        let (xs, cs, labels) = (read(&x.tensor), read(&c.tensor), read(labels));
+        let (xs, cs, labels) = (read(&x.operand), read(&c.operand), read(labels));
         launch!(dev, Rows, "distances", T::SUFFIX, rows.div_ceil(THREADS), THREADS;
             &xs.view::<T>()?, &shape(x), &cs.view::<T>()?, &shape(c), &labels.view::<u32>()?, &(metric as i32),
             &mut out)?;
@@ -76,27 +77,25 @@ pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> 
 
 pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
     typed!(x.dtype(), T => {
-        let dev = device(&x.tensor)?;
+        let dev = device(&x.operand)?;
         let pairs = elements(&[x.b, x.n, c.n]);
         let mut out = alloc::<<T as Element>::Filter>(dev, "pairwise", pairs)?;
-        let (xs, cs) = (read(&x.tensor), read(&c.tensor));
+        let (xs, cs) = (read(&x.operand), read(&c.operand));
         launch!(dev, Rows, "pairwise", T::SUFFIX, pairs.div_ceil(THREADS), THREADS;
             &xs.view::<T>()?, &shape(x), &cs.view::<T>()?, &shape(c), &(metric as i32), &mut out)?;
         Ok(tensor(dev, out, (x.b, x.n, c.n)))
     })
 }
 
-pub(crate) fn gather(x: &Rows, index: &Tensor) -> Result<Tensor> {
-    typed!(x.dtype(), T => {
-        let dev = device(&x.tensor)?;
-        let (b, m) = index.dims2()?;
-        let mut out = alloc::<T>(dev, "gather", elements(&[b, m, x.d]))?;
-        let (xs, index) = (read(&x.tensor), read(index));
+pub(crate) fn gather(x: &Rows, index: &dyn Readable, to: Target<'_>) -> Result<()> {
+    typed!(x.dtype(), T => write::<T>(to, |to| {
+        let dev = device(&x.operand)?;
+        let (b, m) = (index.dims()[0], index.dims()[1]);
+        let (xs, index) = (read(&x.operand), read(index));
         let rows = rows_of_a_pass(x.d);
         launch!(dev, Rows, "gather", T::SUFFIX, elements(&[b, m.div_ceil(rows)]), THREADS;
-            &xs.view::<T>()?, &shape(x), &index.view::<u32>()?, &(m as i64), &(rows as i64), &mut out)?;
-        Ok(tensor(dev, out, (b, m, x.d)))
-    })
+            &xs.view::<T>()?, &shape(x), &index.view::<u32>()?, &(m as i64), &(rows as i64), &to)
+    }))
 }
 
 /// Rows that one block passes over.
@@ -106,12 +105,12 @@ pub(super) fn rows_of_a_pass(d: usize) -> usize {
 
 pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> {
     typed!(x.dtype(), T => {
-        let dev = device(&x.tensor)?;
+        let dev = device(&x.operand)?;
         let mut largest = alloc::<f64>(dev, "scan", x.b)?;
         let mut first_bad = alloc::<u32>(dev, "scan", x.b)?;
         launch!(dev, Rows, "scan_start", "", x.b.div_ceil(THREADS), THREADS;
             &(x.b as i64), &mut largest, &mut first_bad)?;
-        let xs = read(&x.tensor);
+        let xs = read(&x.operand);
         let rows = rows_of_a_pass(x.d);
         launch!(dev, Rows, "scan", T::SUFFIX, elements(&[x.b, x.n.div_ceil(rows)]), THREADS;
             &xs.view::<T>()?, &shape(x), &(rows as i64), &mut largest, &mut first_bad)?;
@@ -121,10 +120,10 @@ pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> 
 
 pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
     typed!(x.dtype(), T => {
-        let dev = device(&x.tensor)?;
+        let dev = device(&x.operand)?;
         let rows = elements(&[x.b, x.n]);
         let mut out = alloc::<f64>(dev, "norms", rows)?;
-        let xs = read(&x.tensor);
+        let xs = read(&x.operand);
         launch!(dev, Rows, "norms", T::SUFFIX, rows.div_ceil(THREADS), THREADS; &xs.view::<T>()?, &shape(x), &mut out)?;
         Ok(tensor(dev, out, (x.b, x.n)))
     })

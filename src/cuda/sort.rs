@@ -3,12 +3,13 @@
 use super::{
     device::{arch, device},
     kernel::{launch, WARP},
-    memory::{alloc, elements, Arena, ArenaLayout, Memory, Slot},
+    memory::{elements, Arena, ArenaLayout, Memory, Slot},
     params::{Active, Digit},
-    tensors::{read, tensor, write, Part},
+    tensors::{read, write, zero, Part},
 };
 use crate::{
     error::Result,
+    operand::{Readable, Target, COUNTED},
     plan::{
         arch::shared_memory,
         sort::{Sort, SortWay},
@@ -16,11 +17,13 @@ use crate::{
     tiles::{SCAN_THREADS, SORT_ITEMS, SORT_ITEMS_MANY, SORT_THREADS, THREADS},
 };
 use candle_core::{
+    backend::BackendStorage,
     cuda_backend::{
         cudarc::driver::{DevicePtr, PushKernelArg},
         CudaDevice,
     },
-    Tensor,
+    op::ReduceOp,
+    Layout, WithDType,
 };
 
 /// A sort of `b` problems of `n` labels below `k`: its plan, and where its scratch lies.
@@ -108,31 +111,42 @@ impl Sorting {
     }
 }
 
-pub(crate) fn order(labels: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
+/// The largest label, by Candle's reduction; 0 where there are none. The host waits for it.
+pub(crate) fn max_label(labels: &dyn Readable) -> Result<u32> {
+    let (start, count) = (labels.layout().start_offset(), labels.elem_count());
+    let found = {
+        let input = read(labels);
+        let storage = input.storage()?;
+        let piece = |at| Layout::contiguous_with_offset(COUNTED.min(count - at), start + at);
+        let pieces = (0..count).step_by(COUNTED).map(|at| storage.reduce_op(ReduceOp::Max, &piece(at), &[0]));
+        pieces.collect::<candle_core::Result<Vec<_>>>()?
+    };
+    let mut largest = 0;
+    for found in found {
+        largest = largest.max(u32::cpu_storage_data(found.to_cpu_storage()?)?[0]);
+    }
+    Ok(largest)
+}
+
+pub(crate) fn order(labels: &dyn Readable, k: usize, to: Target<'_>) -> Result<()> {
     const OP: &str = "order";
     let dev = device(labels)?;
-    let (b, n) = labels.dims2()?;
+    let (b, n) = (labels.dims()[0], labels.dims()[1]);
     if b == 0 || n == 0 {
-        let none = |shape| Tensor::zeros(shape, labels.dtype(), labels.device());
-        return Ok((none((b, n))?, none((b, k + 1))?));
+        return zero::<u32>(dev, to);
     }
     let memory = Memory::default();
     let (mut scratch, mut zeros) = (ArenaLayout::default(), ArenaLayout::default());
     let sorting = Sorting::new(dev, [b, n, k], true, &mut scratch)?;
     let arrived = zeros.zeroed(b);
     let (scratch, zeros) = (scratch.scratch(dev, OP, &memory)?, zeros.zeros(dev, OP, &memory)?);
-    let order = tensor(dev, alloc::<u32>(dev, OP, elements(&[b, n]))?, (b, n));
-    let offsets = tensor(dev, alloc::<u32>(dev, OP, elements(&[b, k + 1]))?, (b, k + 1));
     let (stream, input) = (dev.cuda_stream(), read(labels));
     let input = input.view::<u32>()?;
     // Held until the launches are queued: it orders them with what other streams do to the labels.
     let (address, _order) = input.device_ptr(&stream);
     let labels = Part::at(address);
-    write(&order, |order| {
-        write(&offsets, |offsets| {
-            let active = Active::of(None)?;
-            sorting.run(dev, &scratch, labels, active, [zeros.part(arrived), Part::NULL, order, offsets])
-        })
-    })?;
-    Ok((order, offsets))
+    write(to, |order: Part<u32>| {
+        let (active, offsets) = (Active::of(None)?, order.from(elements(&[b, n])));
+        sorting.run(dev, &scratch, labels, active, [zeros.part(arrived), Part::NULL, order, offsets])
+    })
 }

@@ -1,7 +1,10 @@
 //! Tensors as kernels take them: their element types, locks and addresses.
 
 use super::device::device;
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    operand::{written_range, Readable, Source, Target},
+};
 use candle_core::{
     cuda_backend::{
         cudarc::driver::{
@@ -11,7 +14,7 @@ use candle_core::{
         },
         CudaDType, CudaDevice, CudaStorage, WrapErr,
     },
-    CpuStorage, InplaceOp1, Shape, Storage, StorageRef, Tensor,
+    CpuStorage, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor,
 };
 use std::{cell::RefCell, marker::PhantomData, mem::MaybeUninit};
 
@@ -102,60 +105,110 @@ impl<T> Part<T> {
     }
 }
 
-/// A read lock on a tensor's storage, held while a launch is queued.
+/// An input that is locked for reading while a launch is queued.
 pub(super) struct Input<'a> {
-    storage: StorageRef<'a>,
+    storage: Held<'a>,
     offset: usize,
 }
 
-/// Locks the storage of a contiguous tensor or of [`Rows`](crate::rows::Rows).
-pub(super) fn read(t: &Tensor) -> Input<'_> {
-    let (storage, layout) = t.storage_and_layout();
-    Input { storage, offset: layout.start_offset() }
+/// Who holds the lock on a storage.
+enum Held<'a> {
+    Here(StorageRef<'a>),
+    /// While the op runs.
+    ByCandle(&'a CudaStorage),
+    Elsewhere,
+}
+
+/// Locks the storage of contiguous elements or of [`Rows`](crate::rows::Rows), if Candle has not.
+pub(super) fn read<R: Readable + ?Sized>(t: &R) -> Input<'_> {
+    let storage = match t.source() {
+        Source::Tensor(t) => Held::Here(t.storage_and_layout().0),
+        Source::Cuda(storage) => Held::ByCandle(storage),
+        Source::Cpu(_) => Held::Elsewhere,
+    };
+    Input { storage, offset: t.layout().start_offset() }
 }
 
 impl Input<'_> {
-    /// Everything from the tensor's first element on.
-    pub(super) fn view<T: CudaDType>(&self) -> Result<CudaView<'_, T>> {
-        match &*self.storage {
-            Storage::Cuda(s) => Ok(s.as_cuda_slice::<T>()?.slice(self.offset..)),
-            _ => Err(Error::Unsupported { op: "a CUDA kernel", device: "of an argument elsewhere".into() }),
+    pub(super) fn storage(&self) -> Result<&CudaStorage> {
+        match &self.storage {
+            Held::ByCandle(storage) => return Ok(storage),
+            Held::Here(locked) => {
+                if let Storage::Cuda(storage) = &**locked {
+                    return Ok(storage);
+                }
+            }
+            Held::Elsewhere => {}
         }
+        Err(Error::Unsupported { op: "a CUDA kernel", device: "of an argument elsewhere".into() })
+    }
+
+    /// Everything from the first element on.
+    pub(super) fn view<T: CudaDType>(&self) -> Result<CudaView<'_, T>> {
+        Ok(self.storage()?.as_cuda_slice::<T>()?.slice(self.offset..))
     }
 }
 
-/// Lets `f` launch what writes the elements of a contiguous tensor.
-pub(super) fn write<T: CudaDType>(t: &Tensor, f: impl FnOnce(Part<T>) -> Result<()>) -> Result<()> {
+/// Lets `f` launch what writes the elements of a target.
+fn launch_on<T: CudaDType>(
+    storage: &mut CudaStorage,
+    layout: &Layout,
+    f: impl FnOnce(Part<T>) -> Result<()>,
+) -> Result<()> {
+    let stream = storage.device.cuda_stream();
+    let Some(range) = written_range(layout) else {
+        return Err(candle_core::Error::msg("a result is not a contiguous tensor").into());
+    };
+    let mut slice = storage.as_cuda_slice_mut::<T>()?.slice_mut(range);
+    // Held until the launches are queued: it orders them with what other streams do to the storage.
+    let (address, _order) = slice.device_ptr_mut(&stream);
+    f(Part::at(address))
+}
+
+/// Lets `f` launch what writes the elements of a target, which is locked meanwhile.
+pub(super) fn write<'a, T: CudaDType>(to: impl Into<Target<'a>>, f: impl FnOnce(Part<T>) -> Result<()>) -> Result<()> {
     struct Write<T, F>(RefCell<(Option<F>, Result<()>)>, PhantomData<T>);
     impl<T: CudaDType, F: FnOnce(Part<T>) -> Result<()>> InplaceOp1 for Write<T, F> {
         fn name(&self) -> &'static str {
             "write"
         }
-        fn cpu_fwd(&self, _: &mut CpuStorage, _: &candle_core::Layout) -> candle_core::Result<()> {
+        fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
             candle_core::bail!("a CUDA kernel cannot write to the CPU")
         }
-        fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &candle_core::Layout) -> candle_core::Result<()> {
-            let stream = storage.device.cuda_stream();
-            let Some((start, end)) = layout.contiguous_offsets() else {
-                candle_core::bail!("a result is not a contiguous tensor")
-            };
-            let mut slice = storage.as_cuda_slice_mut::<T>()?.slice_mut(start..end);
-            // Held until the launches are queued: it orders them with what other streams do to the tensor.
-            let (address, _order) = slice.device_ptr_mut(&stream);
+        fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> candle_core::Result<()> {
             let (f, out) = &mut *self.0.borrow_mut();
             if let Some(f) = f.take() {
-                *out = f(Part::at(address));
+                *out = launch_on(storage, layout, f);
             }
             Ok(())
         }
     }
+    let t = match to.into() {
+        Target::Tensor(t) => t,
+        Target::Cuda(storage, layout) => return launch_on(storage, &layout, f),
+        Target::Cpu(..) => {
+            return Err(Error::Unsupported { op: "a CUDA kernel", device: "of a result elsewhere".into() })
+        }
+    };
     let op = Write(RefCell::new((Some(f), Ok(()))), PhantomData);
     t.inplace_op1(&op)?;
     op.0.into_inner().1
 }
 
+/// Puts zeros in the place of what is there.
+pub(super) fn zero<T: CudaDType>(dev: &CudaDevice, to: Target<'_>) -> Result<()> {
+    let bytes = to.layout().shape().elem_count() * size_of::<T>();
+    let stream = dev.cuda_stream();
+    stream.context().bind_to_thread().w()?;
+    write::<T>(to, |to| match bytes {
+        0 => Ok(()),
+        // SAFETY: as many bytes as the target has, used on this stream.
+        bytes => Ok(unsafe { result::memset_d8_async(to.address, 0, bytes, stream.cu_stream()) }.w()?),
+    })
+}
+
 /// The elements of a tensor that only this fit has.
-pub(super) fn own<T: CudaDType>(t: &Tensor) -> Result<Part<T>> {
+pub(super) fn own<T: CudaDType>(t: &(impl Readable + ?Sized)) -> Result<Part<T>> {
     let input = read(t);
     let address = input.view::<T>()?.device_ptr(&device(t)?.cuda_stream()).0;
     Ok(Part::at(address))

@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     error::Result,
+    operand::Target,
     request::{Reduction, Update},
     rows::in_pieces,
     tiles::{
@@ -19,18 +20,18 @@ use crate::{
 };
 use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, DType};
 
-pub(crate) fn update(u: &Update<'_>, memory: &Memory) -> Result<()> {
+pub(crate) fn update(u: &Update<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()> {
     if u.x.b == 0 || u.x.n == 0 {
         return Ok(());
     }
-    typed!(u.x.dtype(), T => write::<T>(u.centroids, |out| update_of::<T>(u, out, memory)))
+    let k = centroids.dims()[centroids.dims().len() - 2];
+    typed!(u.x.dtype(), T => write::<T>(centroids, |out| update_of::<T>(u, k, out, memory)))
 }
 
-fn update_of<T: Element>(u: &Update<'_>, centroids: Part<T>, memory: &Memory) -> Result<()> {
+fn update_of<T: Element>(u: &Update<'_>, k: usize, centroids: Part<T>, memory: &Memory) -> Result<()> {
     const OP: &str = "update";
-    let &Update { x, terms, labels, reduction, turn, .. } = u;
-    let k = u.centroids.dim(1)?;
-    let dev = device(&x.tensor)?;
+    let &Update { x, terms, labels, reduction, turn } = u;
+    let dev = device(&x.operand)?;
     let (b, n, d) = (x.b, x.n, x.d);
     let (active, verdict) = (Active::of(turn)?, Verdict::of(turn)?);
 
@@ -56,7 +57,7 @@ fn update_of<T: Element>(u: &Update<'_>, centroids: Part<T>, memory: &Memory) ->
         sorting.run(dev, &scratch, labels_at, active, [zeros.part(arrived), next, order_at, offsets])?;
     }
 
-    let (xs, largest, first_bad) = (read(&x.tensor), read(&terms.max_abs), read(&terms.first_nonfinite));
+    let (xs, largest, first_bad) = (read(&x.operand), read(&terms.max_abs), read(&terms.first_nonfinite));
     let (factor, heaviest) = (terms.row_scale.as_ref().map(read), terms.max_weight.as_ref().map(read));
     let xs = xs.view::<T>()?;
     let (largest, first_bad) = (largest.view::<f64>()?, first_bad.view::<u32>()?);
@@ -93,7 +94,7 @@ fn update_of<T: Element>(u: &Update<'_>, centroids: Part<T>, memory: &Memory) ->
     let each = (elements(&[b, n]) / SUM_WARPS).max((n / k).min(SUM_CLUSTER).min(elements(&[b, n]) / SUM_WARPS_LEAST));
     let each = each.next_power_of_two().clamp(SUM_ROWS_LEAST, SUM_ROWS);
     let pieces = Pieces { rows: each as u32, whole: (2 * each).min(SUM_ROWS) as u32 };
-    let whole = in_pieces(&x.tensor, 16 / size_of::<T>()) && x.row_stride <= u32::MAX as usize;
+    let whole = in_pieces(&x.operand, 16 / size_of::<T>()) && x.row_stride <= u32::MAX as usize;
     let name = match (whole, factor.is_some()) {
         (true, false) => "update",
         (true, true) => "update_weighted",

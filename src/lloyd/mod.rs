@@ -10,8 +10,8 @@ use crate::{
     kmeans::{EmptyClusters, Init, Iteration, KMeans},
     memory::Memory,
     metric::Metric,
-    ops,
     plan::Plan,
+    primitives,
     problem::{self, Problem},
     request::{Assignment, OnChipFit, Reduction, Turn, Update},
     rows::Rows,
@@ -33,7 +33,7 @@ impl KMeans {
     fn planned(&self, x: &Tensor) -> Result<(Problem, Plan)> {
         let p = Problem::fit(x, self.k, self.metric)?;
         self.check(&p, x.device())?;
-        let plan = Plan::new(&p, x, self, ops::arch(x.device())?);
+        let plan = Plan::new(&p, x, self, primitives::arch(x.device())?);
         Ok((p, plan))
     }
 
@@ -144,7 +144,7 @@ impl Prepared {
         problem::check_dtype("x", x, self.p.dtype)?;
         problem::check_device("x", x, &self.device)?;
         self.fence.write(&self.device)?;
-        let captured = ops::capturing(&self.device)?;
+        let captured = primitives::capturing(&self.device)?;
         if captured && self.data.is_none() {
             let with = "a first run, which allocates: run once before".into();
             return Err(Error::Conflict { argument: "stream", got: "a capture".into(), with });
@@ -167,7 +167,7 @@ impl Prepared {
         self.iterations = None;
         // Iterations beyond convergence do nothing, but may be without end: now and then the host asks where the fit is.
         let max_iters = (*max_iters).min(RUNNING as usize - 1);
-        let asks = max_iters > QUEUED && !ops::capturing(&self.device)?;
+        let asks = max_iters > QUEUED && !primitives::capturing(&self.device)?;
         if max_iters > CAPTURED && !asks {
             return Err(Error::TooLarge { argument: "max_iters in a capture", got: max_iters, limit: CAPTURED });
         }
@@ -186,24 +186,26 @@ impl Prepared {
         if !watched {
             let (centroids, labels) = (&self.centroids, &self.labels);
             let fit = OnChipFit { x, terms, metric, reduction, progress, max_iters, centroids, labels };
-            if ops::fit_on_chip(&fit, &self.memory)? {
+            if primitives::fit_on_chip(&fit, &self.memory)? {
                 self.iterations = Some(max_iters);
                 return Ok(ControlFlow::Continue(()));
             }
         }
         let (mut flow, mut iterations) = (ControlFlow::Continue(()), max_iters);
-        let assign = |turn| ops::assign_into(Assignment { x, c: &centroids, metric, turn }, &self.labels, &self.memory);
+        let assign = |turn| {
+            primitives::assign_into(Assignment { x, c: &centroids, metric, turn }, (&self.labels).into(), &self.memory)
+        };
         assign(None)?;
         for iteration in 1..=max_iters {
             let turn = Some(Turn { progress, iteration });
             if relocates {
                 self.relocate(x, &centroids)?;
             }
-            let (labels, centroids) = (Some(&self.labels), &self.centroids);
-            ops::update(&Update { x, terms, labels, reduction, turn, centroids }, &self.memory)?;
+            let u = Update { x, terms, labels: Some(&self.labels), reduction, turn };
+            primitives::update(&u, (&self.centroids).into(), &self.memory)?;
             assign(turn)?;
             let asked = asks && iteration % QUEUED == 0;
-            if watched || asked || ops::reads_are_free(&self.device) {
+            if watched || asked || primitives::reads_are_free(&self.device) {
                 let stop = self.progress.stop.to_vec1::<u32>()?;
                 let converged = stop.iter().filter(|&&stop| stop != RUNNING).count();
                 if let Some(f) = &self.settings.on_iteration {

@@ -8,7 +8,7 @@ use crate::{
     kmeans::{Init, KMeans},
     memory::{Fence, Memory},
     metric::Metric,
-    ops,
+    primitives,
     problem::{self, Problem},
     request::{Progress, Summands},
     rows::Rows,
@@ -74,7 +74,7 @@ pub struct Prepared {
     pub(super) copy: Option<Tensor>,
     pub(super) data: Option<Data>,
     /// Inputs that were taken in a capture, where nothing from outside may be freed.
-    pub(super) captured: Vec<Rows>,
+    pub(super) captured: Vec<Rows<'static>>,
     /// The last run's inertia, f64 `(b,)`, where it was computed before the run was over.
     pub(super) inertia: Option<Tensor>,
     /// The updates of the last run, at most; none before it is over.
@@ -83,7 +83,7 @@ pub struct Prepared {
 
 /// The input of a run, with what stays the same over its iterations.
 pub(super) struct Data {
-    pub(super) x: Rows,
+    pub(super) x: Rows<'static>,
     pub(super) terms: Summands,
 }
 
@@ -104,7 +104,7 @@ impl Prepared {
         if let Init::Given(c) = &mut settings.init {
             *c = c.detach().force_contiguous()?;
             if settings.check_finite {
-                refuse_non_finite("init", &ops::max_abs_and_first_nonfinite(&Rows::new(c)?)?.1)?;
+                refuse_non_finite("init", &primitives::max_abs_and_first_nonfinite(&Rows::new(c)?)?.1)?;
             }
         }
         let ragged = lengths.map(|lengths| Ragged::new(lengths, &settings, &p, device)).transpose()?;
@@ -156,7 +156,7 @@ impl Prepared {
 
     /// What a run's result says of its rows, where that costs no wait; the rows are let go then.
     pub(super) fn close(&mut self) -> Result<()> {
-        if ops::reads_are_free(&self.device) {
+        if primitives::reads_are_free(&self.device) {
             self.inertia = self.data.take().map(|data| self.total_cost(&data.x)).transpose()?;
         }
         Ok(())
@@ -196,7 +196,7 @@ impl Prepared {
         };
         let weights = self.weights.as_ref().filter(|_| self.settings.weights.is_some());
         let weights = weights.map(|Weights { values, unit, .. }| {
-            let sums = ops::cluster_sums(values, Some(&self.labels), p.k)?;
+            let sums = primitives::cluster_sums(values, Some(&self.labels), p.k)?;
             Ok::<_, Error>(sums.broadcast_mul(&unit.unsqueeze(1)?)?.reshape(p.shape(&[p.k]))?)
         });
         Ok(Fit {
@@ -216,7 +216,7 @@ impl Prepared {
         (self.inertia, self.iterations) = (None, None);
         let x = x.detach();
         let x = if problem::share_storage(&x, &self.centroids) { x.force_contiguous()? } else { x };
-        let x = ops::pack_for_assign(&x, self.p.k, self.p.metric, &mut self.copy)?;
+        let x = primitives::pack_for_assign(&x, self.p.k, self.p.metric, &mut self.copy)?;
         let counted = self.ragged.as_ref().map(|ragged| ragged.scan(&x)).transpose()?;
         let mut terms = Summands::from_rows(&x)?;
         let mut first_bad = terms.first_nonfinite.clone();
@@ -241,11 +241,11 @@ impl Prepared {
             (terms.row_scale, terms.max_weight) = (Some(values.clone()), Some(heaviest.clone()));
         }
         if self.p.metric == Metric::Cosine {
-            let inverse = ops::elementwise([&ops::norms(&x)?], |[norms]| norms.recip())?;
+            let inverse = primitives::elementwise([&primitives::norms(&x)?], |[norms]| norms.recip())?;
             // Columns of a unit vector, with room for rounding, times the weight.
             (terms.row_scale, terms.max_abs) = match &self.weights {
                 Some(Weights { values, heaviest, .. }) => {
-                    (Some(ops::elementwise([values, &inverse], |[w, i]| w * i)?), (heaviest * 2.0)?)
+                    (Some(primitives::elementwise([values, &inverse], |[w, i]| w * i)?), (heaviest * 2.0)?)
                 }
                 None => (Some(inverse), Tensor::full(2f64, x.b, &self.device)?),
             };
@@ -253,7 +253,7 @@ impl Prepared {
         match &mut self.data {
             Some(data) => {
                 let before = data.replace(x, terms)?;
-                if ops::capturing(&self.device)? {
+                if primitives::capturing(&self.device)? {
                     self.captured.push(before);
                 }
             }
@@ -275,33 +275,33 @@ impl Prepared {
     /// The rows that count in each cluster, u32 `(b, k)`.
     pub(super) fn sizes(&self) -> Result<Tensor> {
         match &self.ragged {
-            Some(r) => Ok(ops::cluster_sums(&r.ones, Some(&self.labels), self.p.k)?.to_dtype(DType::U32)?),
-            None => ops::cluster_sizes(&self.labels, self.p.k),
+            Some(r) => Ok(primitives::cluster_sums(&r.ones, Some(&self.labels), self.p.k)?.to_dtype(DType::U32)?),
+            None => primitives::cluster_sizes(&self.labels, self.p.k),
         }
     }
 
     /// The weighted distances of the rows to their centroids in total, f64 `(b,)`.
     fn total_cost(&self, x: &Rows) -> Result<Tensor> {
-        let mut cost = ops::distances(x, &Rows::new(&self.centroids)?, &self.labels, self.p.metric)?;
+        let mut cost = primitives::distances(x, &Rows::new(&self.centroids)?, &self.labels, self.p.metric)?;
         if !self.settings.check_finite {
             cost = weighed(&cost, &finite_rows(x)?)?;
         }
         Ok(match &self.weights {
-            Some(Weights { values, unit, .. }) => (ops::total(&weighed(&cost, values)?)? * unit)?,
-            None => ops::total(&cost)?,
+            Some(Weights { values, unit, .. }) => (primitives::total(&weighed(&cost, values)?)? * unit)?,
+            None => primitives::total(&cost)?,
         })
     }
 }
 
 impl Data {
     /// Takes new values where the old ones are, so that a captured run finds them there.
-    fn replace(&mut self, x: Rows, terms: Summands) -> Result<Rows> {
+    fn replace(&mut self, x: Rows<'static>, terms: Summands) -> Result<Rows<'static>> {
         self.terms.max_abs.slice_set(&terms.max_abs, 0, 0)?;
         self.terms.first_nonfinite.slice_set(&terms.first_nonfinite, 0, 0)?;
         self.terms.finite = terms.finite;
         if let (Some(old), Some(new)) = (&self.terms.row_scale, &terms.row_scale) {
             if old.id() != new.id() {
-                ops::overwrite(old, new)?;
+                primitives::overwrite(old, new)?;
             }
         }
         Ok(std::mem::replace(&mut self.x, x))

@@ -4,7 +4,7 @@ use super::{
     prepared::{Prepared, RUNNING},
     terms::{directed_rows, finite_rows},
 };
-use crate::{error::Result, kmeans::Init, metric::Metric, ops, rows::Rows, seeding};
+use crate::{error::Result, kmeans::Init, metric::Metric, primitives, rows::Rows, seeding};
 use candle_core::Tensor;
 
 impl Prepared {
@@ -22,12 +22,12 @@ impl Prepared {
                 let weights = self.weights.as_ref().map(|w| &w.values);
                 // Other rows are as good as each other, unless they have weights that nothing was drawn by.
                 let any = self.settings.check_finite && metric != Metric::Cosine && self.settings.weights.is_none();
-                let usable = if any { drawn.clone() } else { ops::usable_seeds(x, weights, drawn, metric)? };
-                ops::gather(x, &usable)?
+                let usable = if any { drawn.clone() } else { primitives::usable_seeds(x, weights, drawn, metric)? };
+                primitives::gather(x, &usable)?
             }
             _ => seeding::centroids(init, x, k, self.seed_weights(x)?.as_ref(), metric, seed)?,
         };
-        ops::overwrite(&self.centroids, &start)
+        primitives::overwrite(&self.centroids, &start)
     }
 
     /// What each row weighs as a seed, f64 `(b, n)`: -1 where it is not finite or, by cosine, has no direction. None where all
@@ -45,9 +45,9 @@ impl Prepared {
         // would look for it.
         Ok(Some(match weights {
             Some(weights) => {
-                ops::elementwise([&weights, &usable], |[w, usable]| (w * usable)? - usable.affine(-1.0, 1.0)?)?
+                primitives::elementwise([&weights, &usable], |[w, usable]| (w * usable)? - usable.affine(-1.0, 1.0)?)?
             }
-            None => ops::elementwise([&usable], |[usable]| usable.affine(2.0, -1.0))?,
+            None => primitives::elementwise([&usable], |[usable]| usable.affine(2.0, -1.0))?,
         }))
     }
 
@@ -59,7 +59,7 @@ impl Prepared {
         if !(0..x.b).any(lacking) {
             return Ok(());
         }
-        let distances = ops::distances(x, centroids, &self.labels, self.p.metric)?.to_vec2::<f64>()?;
+        let distances = primitives::distances(x, centroids, &self.labels, self.p.metric)?.to_vec2::<f64>()?;
         let weights = self.seed_weights(x)?.map(|w| w.to_vec2::<f64>()).transpose()?;
         let mut rows = self.labels.to_vec2::<u32>()?;
         for b in (0..x.b).filter(|&b| lacking(b)) {
@@ -80,6 +80,6 @@ impl Prepared {
                 labels[i] = cluster as u32;
             }
         }
-        ops::overwrite(&self.labels, &Tensor::from_vec(rows.concat(), (x.b, x.n), &self.device)?)
+        primitives::overwrite(&self.labels, &Tensor::from_vec(rows.concat(), (x.b, x.n), &self.device)?)
     }
 }

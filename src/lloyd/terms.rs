@@ -6,7 +6,7 @@ use crate::{
     kmeans::KMeans,
     memory::Memory,
     metric::Metric,
-    ops,
+    primitives,
     problem::Problem,
     request::{Reduction, Summands, Update},
     rows::Rows,
@@ -30,25 +30,27 @@ impl Ragged {
     pub(super) fn new(lengths: Vec<usize>, settings: &KMeans, p: &Problem, device: &Device) -> Result<Self> {
         let (b, n) = (p.b, p.n);
         let ends = Tensor::from_vec(lengths.iter().map(|&l| l as u32).collect(), (b, 1), device)?;
-        let at = ops::contiguous(&Tensor::arange(0, n as u32, device)?.broadcast_as((b, n))?)?;
-        let ends = ops::contiguous(&ends.broadcast_as((b, n))?)?;
-        let ones = ops::elementwise([&at, &ends], |[at, ends]| at.lt(ends)?.to_dtype(DType::F64))?;
+        let at = primitives::contiguous(&Tensor::arange(0, n as u32, device)?.broadcast_as((b, n))?)?;
+        let ends = primitives::contiguous(&ends.broadcast_as((b, n))?)?;
+        let ones = primitives::elementwise([&at, &ends], |[at, ends]| at.lt(ends)?.to_dtype(DType::F64))?;
         let tol = lengths.iter().map(|&l| settings.tol / (l as f64 * p.d as f64)).collect();
         let (one, tol) = (Tensor::ones(b, DType::F64, device)?, Tensor::from_vec(tol, b, device)?);
         Ok(Self { lengths, ones, one, tol })
     }
 
-    /// [`ops::max_abs_and_first_nonfinite`] of the rows that count.
+    /// [`primitives::max_abs_and_first_nonfinite`] of the rows that count.
     pub(super) fn scan(&self, x: &Rows) -> Result<(Tensor, Tensor)> {
         // What is found of the rows, as rows of one column.
         let (largest, bad) = scan_rows(x)?;
-        let whole = |found: Tensor| ops::max_abs_and_first_nonfinite(&Rows::new(&found.reshape((x.b, x.n, 1))?)?);
-        let largest = ops::elementwise([&largest, &self.ones], |[largest, ones]| largest * ones)?;
+        let whole =
+            |found: Tensor| primitives::max_abs_and_first_nonfinite(&Rows::new(&found.reshape((x.b, x.n, 1))?)?);
+        let largest = primitives::elementwise([&largest, &self.ones], |[largest, ones]| largest * ones)?;
         // 0 is what `bad` says of such a row, and the largest u32 of others.
         let none = u32::MAX as f64;
-        let bad =
-            ops::elementwise([&bad, &self.ones], |[bad, ones]| bad.to_dtype(DType::F64)?.affine(-1.0, none)? * ones)?;
-        let bad = ops::elementwise([&bad], |[bad]| bad.affine(-1.0, none)?.recip())?;
+        let bad = primitives::elementwise([&bad, &self.ones], |[bad, ones]| {
+            bad.to_dtype(DType::F64)?.affine(-1.0, none)? * ones
+        })?;
+        let bad = primitives::elementwise([&bad], |[bad]| bad.affine(-1.0, none)?.recip())?;
         Ok((whole(largest)?.0, whole(bad)?.1))
     }
 }
@@ -77,18 +79,20 @@ impl Weights {
             return Ok(Some(Self { values: ones.clone(), unit: one.clone(), heaviest: one.clone() }));
         };
         // A copy, which the caller cannot change.
-        let all = ops::elementwise([&given.detach()], |[w]| w.to_dtype(DType::F64))?.broadcast_as(p.shape(&[p.n]))?;
-        let mut w = if all.is_contiguous() { all.copy()? } else { ops::contiguous(&all)? }.reshape((p.b, p.n))?;
+        let all =
+            primitives::elementwise([&given.detach()], |[w]| w.to_dtype(DType::F64))?.broadcast_as(p.shape(&[p.n]))?;
+        let mut w =
+            if all.is_contiguous() { all.copy()? } else { primitives::contiguous(&all)? }.reshape((p.b, p.n))?;
         if let Some(Ragged { ones, .. }) = ragged {
-            w = ops::elementwise([ones, &w], |[ones, w]| ones.gt(0.0)?.where_cond(w, &w.zeros_like()?))?;
+            w = primitives::elementwise([ones, &w], |[ones, w]| ones.gt(0.0)?.where_cond(w, &w.zeros_like()?))?;
         }
         if !settings.check_finite {
-            w = ops::elementwise([&w], |[w]| {
+            w = primitives::elementwise([&w], |[w]| {
                 let sound = (w.gt(0.0)? * w.lt(f64::INFINITY)?)?;
                 sound.where_cond(w, &w.zeros_like()?)
             })?;
         }
-        let (heaviest, first_bad) = ops::max_abs_and_first_nonfinite(&Rows::new(&w.unsqueeze(2)?)?)?;
+        let (heaviest, first_bad) = primitives::max_abs_and_first_nonfinite(&Rows::new(&w.unsqueeze(2)?)?)?;
         let heaviest = heaviest.to_vec1::<f64>()?;
         if settings.check_finite {
             refuse_non_finite("sample_weights", &first_bad)?;
@@ -97,7 +101,7 @@ impl Weights {
                     if p.batch.is_empty() { expected } else { kept(format!("{expected} in batch element {batch}")) };
                 Err(Error::Value { argument, got, expected })
             };
-            let least = match ops::check_counted("sample_weights", &w) {
+            let least = match primitives::check_counted("sample_weights", &w) {
                 Ok(()) => w.min(1)?.to_vec1::<f64>()?,
                 Err(_) => (0..p.b).map(|b| least_of(&w.narrow(0, b, 1)?)).collect::<Result<_>>()?,
             };
@@ -127,20 +131,20 @@ fn power_of_two_above(v: f64) -> f64 {
 
 /// The smallest of any number of values.
 fn least_of(values: &Tensor) -> Result<f64> {
-    let least = ops::pieces(values)?.into_iter().map(|piece| piece.min_all()?.to_scalar::<f64>());
+    let least = primitives::pieces(values)?.into_iter().map(|piece| piece.min_all()?.to_scalar::<f64>());
     Ok(least.collect::<candle_core::Result<Vec<_>>>()?.into_iter().fold(f64::INFINITY, f64::min))
 }
 
 /// `values` times their weights, both f64 `(b, n)`: 0 where a weight is 0, whatever the value.
 pub(super) fn weighed(values: &Tensor, weights: &Tensor) -> Result<Tensor> {
-    ops::elementwise([values, weights], |[values, weights]| {
+    primitives::elementwise([values, weights], |[values, weights]| {
         weights.gt(0.0)?.where_cond(values, &values.zeros_like()?)? * weights
     })
 }
 
-/// [`ops::max_abs_and_first_nonfinite`] of each row as a problem of its own, f64 and u32 `(b, n)`.
+/// [`primitives::max_abs_and_first_nonfinite`] of each row as a problem of its own, f64 and u32 `(b, n)`.
 fn scan_rows(x: &Rows) -> Result<(Tensor, Tensor)> {
-    let (largest, bad) = ops::max_abs_and_first_nonfinite(&Rows::new(&x.tensor.unsqueeze(x.tensor.rank() - 1)?)?)?;
+    let (largest, bad) = primitives::max_abs_and_first_nonfinite(&Rows::from_operand(&x.each()?)?)?;
     Ok((largest.reshape((x.b, x.n))?, bad.reshape((x.b, x.n))?))
 }
 
@@ -150,20 +154,20 @@ pub(super) fn finite_rows(x: &Rows) -> Result<Tensor> {
         // A norm may be infinite where the row is not.
         let (_, first_bad) = scan_rows(x)?;
         // 0 is what it says of a row that is not, and the largest u32 of others.
-        return within(&ops::elementwise([&first_bad], |[bad]| bad.to_dtype(DType::F64))?, Some(0.0));
+        return within(&primitives::elementwise([&first_bad], |[bad]| bad.to_dtype(DType::F64))?, Some(0.0));
     }
-    within(&ops::norms(x)?, None)
+    within(&primitives::norms(x)?, None)
 }
 
 /// 1 where a row has a direction, a norm that is neither 0 nor infinite, and 0 elsewhere, f64 `(b, n)`.
 pub(super) fn directed_rows(x: &Rows) -> Result<Tensor> {
-    within(&ops::norms(x)?, Some(0.0))
+    within(&primitives::norms(x)?, Some(0.0))
 }
 
 /// 1 where a value is above `low`, if there is one, and finite, and 0 elsewhere. The bounds are tensors: what a comparison with a
 /// number takes to the device would not be there when a captured graph looks for it.
 fn within(values: &Tensor, low: Option<f64>) -> Result<Tensor> {
-    ops::elementwise([values], |[values]| {
+    primitives::elementwise([values], |[values]| {
         let bound = |v: f64| Tensor::full(v, values.shape(), values.device());
         let mut mask = values.lt(&bound(f64::INFINITY)?)?;
         if let Some(low) = low {
@@ -184,21 +188,21 @@ pub(super) fn threshold(x: &Rows, terms: &mut Summands, ragged: Option<&Ragged>,
     if !settings.check_finite {
         let finite = finite_rows(x)?;
         ones = Some(match ones {
-            Some(ones) => ops::elementwise([&ones, &finite], |[ones, finite]| ones * finite)?,
+            Some(ones) => primitives::elementwise([&ones, &finite], |[ones, finite]| ones * finite)?,
             None => finite,
         });
     }
     let mean = Tensor::zeros((x.b, 1, x.d), x.dtype(), x.device())?;
-    let u = Update { x, terms, labels: None, reduction: Reduction::Mean, turn: None, centroids: &mean };
-    ops::update(&u, &Memory::default())?;
+    let u = Update { x, terms, labels: None, reduction: Reduction::Mean, turn: None };
+    primitives::update(&u, (&mean).into(), &Memory::default())?;
     (terms.row_scale, terms.max_weight) = (None, None);
     let labels = Tensor::zeros((x.b, x.n), DType::U32, x.device())?;
-    let distances = ops::distances(x, &Rows::new(&mean)?, &labels, Metric::SquaredEuclidean)?;
+    let distances = primitives::distances(x, &Rows::new(&mean)?, &labels, Metric::SquaredEuclidean)?;
     drop(labels);
-    let sum = |values: &Tensor| Ok::<_, Error>(ops::cluster_sums(values, None, 1)?.squeeze(1)?);
+    let sum = |values: &Tensor| Ok::<_, Error>(primitives::cluster_sums(values, None, 1)?.squeeze(1)?);
     // Squares that are not finite are in no sum, and a sum that is not is no measure.
     let spread = match &ones {
-        Some(ones) => sum(&ops::elementwise([&distances, ones], |[distances, ones]| distances * ones)?)?,
+        Some(ones) => sum(&primitives::elementwise([&distances, ones], |[distances, ones]| distances * ones)?)?,
         None => sum(&distances)?,
     };
     let most = Tensor::full(f64::MAX, x.b, x.device())?;

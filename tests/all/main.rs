@@ -20,6 +20,7 @@ mod kv_cache;
 mod layouts;
 mod minibatch;
 mod numbers;
+mod ops;
 mod prepared;
 mod properties;
 mod ragged;

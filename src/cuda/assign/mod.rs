@@ -15,6 +15,7 @@ use super::{
 use crate::{
     error::Result,
     metric::Metric,
+    operand::Target,
     plan::assign::Assign,
     request::Assignment,
     rows::{in_eights, Rows},
@@ -25,21 +26,14 @@ use candle_core::{
     Tensor,
 };
 
-pub(crate) fn assign(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    let dev = device(&x.tensor)?;
-    let labels = tensor(dev, alloc::<u32>(dev, "labels", elements(&[x.b, x.n]))?, (x.b, x.n));
-    assign_into(Assignment { x, c, metric, turn: None }, &labels, &Memory::default())?;
-    Ok(labels)
-}
-
 /// FlashAssign: one pass that proves most labels, one that settles the rest. Scratch beyond the prepared centroids: 8
 /// bytes a row.
-pub(crate) fn assign_into(a: Assignment<'_>, labels: &Tensor, memory: &Memory) -> Result<()> {
+pub(crate) fn assign_into(a: Assignment<'_>, labels: Target<'_>, memory: &Memory) -> Result<()> {
     let Assignment { x, c, metric, .. } = a;
     if x.b == 0 || x.n == 0 {
         return Ok(());
     }
-    let dev = device(&x.tensor)?;
+    let dev = device(&x.operand)?;
     let kernel = Assign::choose(x.dtype(), metric, [x.b, x.n, c.n, x.d], arch(dev)?);
     typed!(x.dtype(), T => write(labels, |to| match (kernel, T::HALF) {
         (Assign::Sm80 | Assign::Small | Assign::Sm90, Some(half)) => {
@@ -53,14 +47,19 @@ pub(crate) fn assign_into(a: Assignment<'_>, labels: &Tensor, memory: &Memory) -
 }
 
 /// The rows as they lie, or where the kernel can read them, in `copy`: of eight columns each if it reads such.
-pub(crate) fn pack_for_assign(x: &Tensor, k: usize, metric: Metric, copy: &mut Option<Tensor>) -> Result<Rows> {
+pub(crate) fn pack_for_assign(
+    x: &Tensor,
+    k: usize,
+    metric: Metric,
+    copy: &mut Option<Tensor>,
+) -> Result<Rows<'static>> {
     let dev = device(x)?;
-    let (rank, view) = (x.rank(), Rows::view(x));
+    let (rank, view) = (x.rank(), Rows::of(x.into()));
     let (b, n, d) = (x.dims()[..rank - 2].iter().product(), x.dims()[rank - 2], x.dims()[rank - 1]);
     let eights = Assign::choose(x.dtype(), metric, [b, n, k, d], arch(dev)?).in_eights(x.dtype());
     let pitch = if eights { d.next_multiple_of(8) } else { d };
     match view {
-        Some(rows) if !eights || in_eights(&rows.tensor) || x.elem_count() == 0 => Ok(rows),
+        Some(rows) if !eights || in_eights(&rows.operand) || x.elem_count() == 0 => Ok(rows),
         view => typed!(x.dtype(), T => {
             // The rows of the last run were in the same place, which a captured run looks for.
             let to = match copy.take().filter(|kept| kept.dims() == [b, n, pitch]) {
@@ -77,8 +76,8 @@ pub(crate) fn pack_for_assign(x: &Tensor, k: usize, metric: Metric, copy: &mut O
 }
 
 /// The rows themselves, or a copy in multiples of eight columns.
-fn pack<T: Element>(dev: &CudaDevice, x: &Rows) -> Result<Rows> {
-    if in_eights(&x.tensor) || x.b == 0 || x.n == 0 {
+fn pack<'a, T: Element>(dev: &CudaDevice, x: &Rows<'a>) -> Result<Rows<'a>> {
+    if in_eights(&x.operand) || x.b == 0 || x.n == 0 {
         return Ok(x.clone());
     }
     let shape = (x.b, x.n, x.d.next_multiple_of(8));
@@ -90,7 +89,7 @@ fn pack<T: Element>(dev: &CudaDevice, x: &Rows) -> Result<Rows> {
 /// Rows side by side in `(b, n, pitch)`.
 fn pack_into<T: Element>(dev: &CudaDevice, x: &Rows, to: &Tensor) -> Result<()> {
     let pitch = to.dim(2)?;
-    let (xs, rows) = (read(&x.tensor), rows_of_a_pass(pitch));
+    let (xs, rows) = (read(&x.operand), rows_of_a_pass(pitch));
     write::<T>(to, |to| {
         launch!(dev, Prepare, "pack", T::SUFFIX, elements(&[x.b, x.n.div_ceil(rows)]), THREADS;
             &xs.view::<T>()?, &shape(x), &(pitch as i64), &(rows as i64), &to)
@@ -98,6 +97,6 @@ fn pack_into<T: Element>(dev: &CudaDevice, x: &Rows, to: &Tensor) -> Result<()> 
 }
 
 /// The first `d` columns of packed rows.
-fn first_columns(packed: &Tensor, d: usize) -> Result<Rows> {
-    Ok(Rows::view(&packed.narrow(2, 0, d)?).expect("columns of packed rows are rows"))
+fn first_columns(packed: &Tensor, d: usize) -> Result<Rows<'static>> {
+    Ok(Rows::of((&packed.narrow(2, 0, d)?).into()).expect("columns of packed rows are rows"))
 }

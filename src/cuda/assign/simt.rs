@@ -17,7 +17,7 @@ use candle_core::cuda_backend::{cudarc::driver::PushKernelArg, CudaDevice};
 pub(super) fn assign_narrow<T: Element>(dev: &CudaDevice, a: Assignment<'_>, labels: Part<u32>) -> Result<()> {
     let Assignment { x, c, metric, turn } = a;
     let active = Active::of(turn)?;
-    let (xs, cs) = (read(&x.tensor), read(&c.tensor));
+    let (xs, cs) = (read(&x.operand), read(&c.operand));
     let name = match narrow_columns(x.d) {
         1 => "assign_narrow_1",
         2 => "assign_narrow_2",
@@ -39,7 +39,7 @@ pub(super) fn assign<T: Element>(
 ) -> Result<()> {
     let Assignment { x, c, metric, turn } = a;
     let active = Active::of(turn)?;
-    let (xs, cs) = (read(&x.tensor), read(&c.tensor));
+    let (xs, cs) = (read(&x.operand), read(&c.operand));
     let (xs, cs) = (xs.view::<T>()?, cs.view::<T>()?);
     let one = one_copy(c);
     let (copies, k, d) = (one.b, c.n, c.d);

@@ -69,7 +69,7 @@ pub(super) fn assign<T: Element>(
 ) -> Result<()> {
     let Assignment { x, c, metric, turn } = a;
     let active = Active::of(turn)?;
-    let (xs, cs) = (read(&x.tensor), read(&c.tensor));
+    let (xs, cs) = (read(&x.operand), read(&c.operand));
     let (xs, cs) = (xs.view::<T>()?, cs.view::<T>()?);
     let one = one_copy(c);
     let (copies, k, d) = (one.b, c.n, c.d);

@@ -10,7 +10,7 @@ use crate::{
     kmeans::KMeans,
     memory::Fence,
     metric::Metric,
-    ops,
+    primitives,
     problem::{Problem, MAX_ROWS},
     row_weights::{self, RowWeights},
     rows::Rows,
@@ -221,7 +221,7 @@ impl EmaCodebook {
         if x.elem_count() == 0 {
             return Err(Error::Range { argument: "x rows", got: 0, min: 1, max: usize::MAX });
         }
-        ops::check_counted("x", x)?;
+        primitives::check_counted("x", x)?;
         self.fence.write(self.running.means.device())?;
         let (b, k, d) = self.running.means.dims3()?;
         let n = p.b * p.n / b;
@@ -241,7 +241,7 @@ impl EmaCodebook {
         let mut entries = self.entries(&running, &learned)?;
         if threshold > 0.0 {
             let (index, any) = weights.at_shares(&self.draw(b, k, x.device())?)?;
-            let mut drawn = ops::gather(&rows, &index)?;
+            let mut drawn = primitives::gather(&rows, &index)?;
             if p.metric == Metric::Cosine {
                 drawn = unit_vectors(&drawn)?;
             }
@@ -266,7 +266,7 @@ impl EmaCodebook {
         let old = self.codebook.centroids.reshape(shape)?.to_dtype(DType::F64)?;
         let (new, moved) = if running.metric == Metric::Cosine {
             // Directions that cancel leave none to move to.
-            let norms = ops::norms(&Rows::new(&running.means)?)?;
+            let norms = primitives::norms(&Rows::new(&running.means)?)?;
             (running.centroids()?, norms.gt(0.0)?.where_cond(learned, &learned.zeros_like()?)?)
         } else {
             let sizes = &running.weights;

@@ -49,7 +49,7 @@ macro_rules! quantizer {
                 if values.elem_count() == 0 {
                     return Ok(Tensor::zeros((), wide(x.dtype()), x.device())?);
                 }
-                let weights = RowWeights::new(&Rows::new(&x.detach())?, None, Metric::default())?;
+                let weights = RowWeights::new(&Rows::new(x)?, None, Metric::default())?;
                 commitment(x, &values, weights.weights())
             }
 

@@ -9,7 +9,7 @@ use crate::{
     error::{Error, Result},
     functional,
     kmeans::KMeans,
-    ops,
+    primitives,
     problem::{check_device, check_dtype},
     row_weights,
 };
@@ -58,7 +58,7 @@ impl ResidualQuantizer {
             let fit = row_weights::fit(&left, &kmeans.clone().seed(seed))?;
             if stage + 1 < stages {
                 let values = functional::rows_of(&fit.centroids, &fit.labels)?;
-                left = ops::elementwise([&left, &values], |[left, values]| left - values)?;
+                left = primitives::elementwise([&left, &values], |[left, values]| left - values)?;
             }
             codebooks.push(Codebook::of(&fit));
         }
@@ -133,7 +133,7 @@ impl ResidualQuantizer {
 
     /// What `x` becomes, and its codes.
     fn walk(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
-        ops::check_counted("x", x)?;
+        primitives::check_counted("x", x)?;
         let mut left = x.detach();
         if x.elem_count() == 0 {
             let (value, code) = self.stages[0].quantize(&left)?;

@@ -9,7 +9,7 @@ use super::parts::{check_like, check_scale, dims4_float};
 use crate::{
     error::{Error, Result},
     memory::{Fence, Memory},
-    ops, problem,
+    primitives, problem,
     request::Attention,
     select::empty,
 };
@@ -340,7 +340,7 @@ impl ClusteredKvCache {
                 shared: budget.shared,
                 estimate: budget.estimate,
             };
-            if let Some(output) = ops::attend(&attention, &self.memory)? {
+            if let Some(output) = primitives::attend(&attention, &self.memory)? {
                 return Ok(output.reshape((batch, q_heads, 1, d))?);
             }
         }

@@ -5,7 +5,7 @@ use crate::{
     functional,
     metric::Metric,
     nn::parts::{dims4_float, masked_fill},
-    ops,
+    primitives,
     request::Groups,
 };
 use candle_core::Tensor;
@@ -59,7 +59,7 @@ impl Groups {
     /// For u32 `labels` `(b, heads, n)` that are known to be below `k`.
     pub(super) fn new(labels: Tensor, k: usize) -> Result<Self> {
         let (b, heads, n) = labels.dims3()?;
-        let (order, offsets) = ops::order(&labels.reshape((b * heads, n))?, k)?;
+        let (order, offsets) = primitives::order(&labels.reshape((b * heads, n))?, k)?;
         Ok(Self { labels, order: order.reshape((b, heads, n))?, offsets: offsets.reshape((b, heads, k + 1))? })
     }
 

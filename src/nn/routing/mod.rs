@@ -9,7 +9,7 @@ use crate::{
     functional,
     kmeans::{Init, KMeans},
     memory::{Fence, Memory},
-    ops,
+    primitives,
     request::{Groups, Routed, RoutedGroups},
 };
 use candle_core::{DType, Tensor};
@@ -249,7 +249,7 @@ impl RoutedAttention {
             return Err(Error::Range { argument: "k rows", got: 0, min: 1, max: MAX_TOKENS });
         }
         for (argument, t) in [("q", q), ("k", k), ("v", v)] {
-            ops::check_counted(argument, t)?;
+            primitives::check_counted(argument, t)?;
         }
         if self.warm.iter().flatten().any(|warm| !warm.centroids.device().same_device(q.device())) {
             self.reset();
@@ -283,7 +283,7 @@ impl RoutedAttention {
             most: most as usize,
             estimate: self.estimate,
         };
-        match ops::route(&routed, &self.memory)? {
+        match primitives::route(&routed, &self.memory)? {
             Some(output) => Ok(output),
             None => masked(&routed),
         }

@@ -11,7 +11,7 @@ use candle_nn::ops::softmax_last_dim;
 
 /// Elements that a block of query rows may score at once without a kernel for it: 64 MB of f32.
 const BLOCK: usize = 1 << 24;
-/// What [`ops::route`](crate::ops::route) is by Candle's ops: all scores, and a mask by group of queries.
+/// What [`primitives::route`](crate::primitives::route) is by Candle's ops: all scores, and a mask by group of queries.
 pub(super) fn masked(r: &Routed<'_>) -> Result<Tensor> {
     let (b, heads, m, d) = r.q.dims4()?;
     let (kv_heads, n) = (r.keys.dims()[1], r.keys.dims()[2]);

@@ -1,0 +1,359 @@
+//! The primitives, and the only place that matches on the device.
+//!
+//! They take checked arguments and return new tensors on the same device, or write to a target, on the tensors' own stream.
+//! What they read is locked by them, or by Candle around a custom op ([`Operand`]). `cpu` and `cuda` implement them ([`Backend`]).
+
+#[cfg(feature = "cuda")]
+use crate::cuda::Cuda;
+use crate::{
+    backend::Backend,
+    cpu::Cpu,
+    error::{Error, Result},
+    host,
+    memory::Memory,
+    metric::Metric,
+    operand::{Operand, Readable, Target, COUNTED},
+    plan::arch::Arch,
+    problem,
+    request::{Assignment, Attention, KmeansppStep, OnChipFit, Reduction, Routed, Summands, Update},
+    rng::Draw,
+    rows::Rows,
+};
+use candle_core::{backend::BackendDevice, backend::BackendStorage, DType, Device, Layout, Shape, Storage, Tensor};
+
+/// The back end of a device, which is asked for `op`.
+fn on(device: &Device, op: &'static str) -> Result<&'static dyn Backend> {
+    match device {
+        Device::Cpu => Ok(&Cpu),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => Ok(&Cuda),
+        device => Err(Error::Unsupported { op, device: format!("{:?}", device.location()) }),
+    }
+}
+
+/// What chooses kernels. (A device without a back end is refused by what would run there.)
+pub(crate) fn arch(device: &Device) -> Result<Arch> {
+    on(device, "arch").map_or(Ok(Arch::Cpu), |backend| backend.arch(device))
+}
+
+/// Whether the host need not wait for what it reads from there.
+pub(crate) fn reads_are_free(device: &Device) -> bool {
+    device.is_cpu()
+}
+
+/// Whether work that is queued now becomes part of a CUDA graph.
+pub(crate) fn capturing(device: &Device) -> Result<bool> {
+    on(device, "capturing").map_or(Ok(false), |backend| backend.capturing(device))
+}
+
+/// Whether Candle's kernels reach all elements of `t`. On the CPU they do.
+fn counted(t: &impl Readable) -> bool {
+    let strides = t.layout().stride();
+    let steps = t.dims().iter().zip(strides).map(|(&size, &stride)| size.saturating_sub(1).saturating_mul(stride));
+    t.device().is_cpu() || t.elem_count().max(steps.fold(1, usize::saturating_add)) <= COUNTED
+}
+
+/// Refuses what only Candle's ops would work on, and would not reach the end of.
+pub(crate) fn check_counted(argument: &'static str, t: &Tensor) -> Result<()> {
+    match counted(t) {
+        true => Ok(()),
+        false => Err(Error::TooLarge { argument, got: t.elem_count(), limit: COUNTED }),
+    }
+}
+
+/// The same for a tensor of a shape that is to be made.
+pub(crate) fn check_count(argument: &'static str, shape: Vec<usize>, device: &Device) -> Result<()> {
+    let got = shape.into_iter().fold(1, usize::saturating_mul);
+    match device.is_cpu() || got <= COUNTED {
+        true => Ok(()),
+        false => Err(Error::TooLarge { argument, got, limit: COUNTED }),
+    }
+}
+
+/// The same elements side by side, however many they are.
+pub(crate) fn contiguous(t: &Tensor) -> Result<Tensor> {
+    let copy = match t.is_contiguous() || counted(t) {
+        true => None,
+        false => on(t.device(), "contiguous")?.contiguous(t)?,
+    };
+    Ok(copy.map_or_else(|| t.contiguous(), Ok)?)
+}
+
+/// The elements of `t` as tensors of one dimension that Candle's kernels reach the end of.
+pub(crate) fn pieces(t: &Tensor) -> Result<Vec<Tensor>> {
+    let (flat, count) = (contiguous(t)?.flatten_all()?, t.elem_count());
+    let each = if t.device().is_cpu() { count.max(1) } else { COUNTED };
+    Ok((0..count)
+        .step_by(each)
+        .map(|at| flat.narrow(0, at, each.min(count - at)))
+        .collect::<candle_core::Result<_>>()?)
+}
+
+/// What `f` makes of tensors of one shape, element by element: piece by piece if they are many, for which no gradient flows.
+pub(crate) fn elementwise<const N: usize>(
+    inputs: [&Tensor; N],
+    f: impl Fn([&Tensor; N]) -> candle_core::Result<Tensor>,
+) -> Result<Tensor> {
+    if inputs.iter().all(|&t| counted(t)) {
+        return Ok(f(inputs)?);
+    }
+    let mut parts = inputs.iter().map(|t| Ok(pieces(t)?.into_iter())).collect::<Result<Vec<_>>>()?;
+    let (mut out, mut at) = (None, 0);
+    while parts[0].len() > 0 {
+        let of_inputs: [Tensor; N] = std::array::from_fn(|input| parts[input].next().expect("as many of each"));
+        let part = f(of_inputs.each_ref())?;
+        let out = match &mut out {
+            Some(out) => out,
+            none => none.insert(Tensor::zeros(inputs[0].elem_count(), part.dtype(), part.device())?),
+        };
+        out.slice_set(&part, 0, at)?;
+        at += part.elem_count();
+    }
+    Ok(out.expect("many elements").reshape(inputs[0].shape())?)
+}
+
+/// Puts the elements of `from` in the place of those of contiguous `to`, of the same shape.
+pub(crate) fn overwrite(to: &Tensor, from: &Tensor) -> Result<()> {
+    for (to, from) in pieces(to)?.iter().zip(pieces(from)?) {
+        to.slice_set(&from, 0, 0)?;
+    }
+    Ok(())
+}
+
+/// [`contiguous`] for an operand: of what Candle has locked, the storage is copied.
+pub(crate) fn contiguous_operand<'a>(o: &Operand<'a>) -> Result<Operand<'a>> {
+    fn copied<S>(from: &S, layout: &Layout) -> Result<S>
+    where
+        S: BackendStorage<Device: BackendDevice<Storage = S>>,
+    {
+        // SAFETY: the copy writes every element before any is read.
+        let mut to = unsafe { from.device().alloc_uninit(layout.shape(), from.dtype()) }?;
+        from.copy_strided_src(&mut to, 0, layout)?;
+        Ok(to)
+    }
+    if o.elem_count() == 0 {
+        return Ok(Operand::Tensor(problem::empty(o.dims(), o.dtype(), &o.device())?));
+    }
+    if o.layout().is_contiguous() {
+        return Ok(o.clone());
+    }
+    host::room("copy", o.elem_count(), o.dtype(), &o.device())?;
+    if !counted(o) {
+        if let Some(copy) = on(&o.device(), "contiguous")?.contiguous(o)? {
+            return Ok(Operand::Tensor(copy));
+        }
+    }
+    Ok(Operand::Tensor(match o {
+        Operand::Tensor(t) => t.contiguous()?,
+        Operand::Cpu(s, layout) => Tensor::from((Storage::Cpu(copied(*s, layout)?), layout.shape())),
+        Operand::Cuda(s, layout) => Tensor::from((Storage::Cuda(copied(*s, layout)?), layout.shape())),
+    }))
+}
+
+/// The same elements in a storage that nobody else has.
+pub(crate) fn copy(t: &Tensor) -> Result<Tensor> {
+    if t.elem_count() == 0 {
+        return problem::empty(t.dims(), t.dtype(), t.device());
+    }
+    host::room("copy", t.elem_count(), t.dtype(), t.device())?;
+    Ok(if t.is_contiguous() { t.force_contiguous()? } else { contiguous(t)? })
+}
+
+impl Rows<'static> {
+    /// Views `t`, of shape `(..batch, n, d)`, or a copy of it. No gradient flows.
+    pub fn new(t: &Tensor) -> Result<Self> {
+        Self::from_operand(&t.into())
+    }
+}
+
+impl<'a> Rows<'a> {
+    /// Views an operand of shape `(..batch, n, d)`, or a copy of it.
+    pub fn from_operand(o: &Operand<'a>) -> Result<Self> {
+        let viewed = if o.elem_count() == 0 { None } else { Self::of(o.clone()) };
+        match viewed {
+            Some(rows) => Ok(rows),
+            None => Ok(Self::of(contiguous_operand(o)?).expect("a contiguous tensor folds")),
+        }
+    }
+}
+
+/// A new storage of so many elements, to which nothing has been written.
+pub(crate) fn allocate(op: &'static str, len: usize, dtype: DType, device: &Device) -> Result<Storage> {
+    on(device, op)?.allocate(op, len, dtype, device)
+}
+
+/// A new tensor that `f` writes.
+fn written(
+    op: &'static str,
+    shape: impl Into<Shape>,
+    dtype: DType,
+    device: &Device,
+    f: impl FnOnce(Target<'_>) -> Result<()>,
+) -> Result<Tensor> {
+    let shape = shape.into();
+    let mut storage = allocate(op, shape.elem_count(), dtype, device)?;
+    f(Target::whole(&mut storage, &shape))?;
+    Ok(Tensor::from((storage, shape)))
+}
+
+/// Puts zeros in the place of floats.
+pub(crate) fn zero(to: Target<'_>) -> Result<()> {
+    on(&to.device(), "zero")?.zero(to)
+}
+
+impl Summands {
+    /// The rows themselves.
+    pub fn from_rows(x: &Rows) -> Result<Self> {
+        let (max_abs, first_nonfinite) = max_abs_and_first_nonfinite(x)?;
+        Ok(Self { row_scale: None, max_abs, first_nonfinite, max_weight: None, finite: false })
+    }
+}
+
+/// The rows `x`, `(..batch, n, d)`, where the kernel that assigns them to `k` centroids can read them: as they lie, or in
+/// `copy`, which the next rows of this shape go to as well.
+pub(crate) fn pack_for_assign(
+    x: &Tensor,
+    k: usize,
+    metric: Metric,
+    copy: &mut Option<Tensor>,
+) -> Result<Rows<'static>> {
+    match on(x.device(), "pack_for_assign")?.pack_for_assign(x, k, metric, copy)? {
+        Some(rows) => Ok(rows),
+        None => Rows::new(x),
+    }
+}
+
+/// Exact labels, u32 `(b, n)`: the lowest index at the smallest [`Metric`] distance.
+pub(crate) fn assign(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+    let assign = |labels: Target<'_>| assign_into(Assignment { x, c, metric, turn: None }, labels, &Memory::default());
+    written("assign", (x.b, x.n), DType::U32, x.device(), assign)
+}
+
+/// The same into `labels`; in a fit's turn, of the problems that have not converged before.
+pub(crate) fn assign_into(a: Assignment<'_>, labels: Target<'_>, memory: &Memory) -> Result<()> {
+    on(a.x.device(), "assign_into")?.assign_into(a, labels, memory)
+}
+
+/// The distance of each row to the centroid of its label, f64 `(b, n)`.
+pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {
+    on(x.device(), "distances")?.distances(x, c, labels, metric)
+}
+
+/// The distance of each row to every centroid, `(b, n, k)`, f64 for f64 rows and f32 otherwise.
+pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
+    on(x.device(), "pairwise")?.pairwise(x, c, metric)
+}
+
+/// Rows `index` (u32 `(b, m)`) of each problem: `(b, m, d)`.
+pub(crate) fn gather(x: &Rows, index: &impl Readable) -> Result<Tensor> {
+    let (b, m) = (index.dims()[0], index.dims()[1]);
+    written("gather", (b, m, x.d), x.dtype(), x.device(), |rows| gather_into(x, index, rows))
+}
+
+/// The same into `to`.
+pub(crate) fn gather_into(x: &Rows, index: &impl Readable, to: Target<'_>) -> Result<()> {
+    on(x.device(), "gather")?.gather(x, index, to)
+}
+
+/// `chosen` (different rows, u32 `(b, k)`) with others in place of those that cannot be seeds, tensor of its own: a row that is not
+/// finite, without weight (f64 `(b, n)`), or by cosine without direction, gives way to the next one after it that can be and is
+/// not chosen, from the first row on again after the last. It stays where there is none.
+pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor> {
+    on(x.device(), "usable_seeds")?.usable_seeds(x, weights, chosen, metric)
+}
+
+/// The largest finite magnitude of each problem, f64 `(b,)`, and its first row with a NaN or an infinity, u32 `(b,)`
+/// (`u32::MAX`: none).
+pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> {
+    on(x.device(), "max_abs_and_first_nonfinite")?.max_abs_and_first_nonfinite(x)
+}
+
+/// Euclidean norms, f64 `(b, n)`.
+pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
+    on(x.device(), "norms")?.norms(x)
+}
+
+/// `min(nearest, distance to row newest[b])`, f64 `(b, n)`, never below 0; that row itself becomes -1 (taken), and rows
+/// that are -1 stay so.
+pub(crate) fn min_distance_with(x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor> {
+    on(x.device(), "min_distance_with")?.min_distance_with(x, nearest, newest, metric)
+}
+
+/// The keys of an exponential race won with probability proportional to `weight * nearest`, f64 `(b, n)`.
+pub(crate) fn exponential_race_keys(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
+    on(nearest.device(), "exponential_race_keys")?.exponential_race_keys(nearest, weights, draw)
+}
+
+/// A pick of k-means++: the one before is folded into `nearest` as [`min_distance_with`] does, and all rows race. At a `start` nothing is
+/// nearest yet, and the first pick is uniform.
+pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>, memory: &Memory) -> Result<()> {
+    on(p.x.device(), "kmeanspp_step")?.kmeanspp_step(p, memory)
+}
+
+/// The stable order of `labels` (u32 `(b, n)`, below `k`): positions u32 `(b, n)` and offsets u32 `(b, k + 1)`.
+pub(crate) fn order(labels: &impl Readable, k: usize) -> Result<(Tensor, Tensor)> {
+    let (b, n) = (labels.dims()[0], labels.dims()[1]);
+    let sort = |sorted: Target<'_>| order_into(labels, k, sorted);
+    let sorted = written("order", b * n + b * (k + 1), DType::U32, &labels.device(), sort)?;
+    Ok((sorted.narrow(0, 0, b * n)?.reshape((b, n))?, sorted.narrow(0, b * n, b * (k + 1))?.reshape((b, k + 1))?))
+}
+
+/// The same into one u32 target, all positions and then all offsets.
+pub(crate) fn order_into(labels: &impl Readable, k: usize, to: Target<'_>) -> Result<()> {
+    on(&labels.device(), "order")?.order(labels, k, to)
+}
+
+/// The largest of some labels, contiguous u32; 0 of none. The host waits for it.
+pub(crate) fn max_label(labels: &impl Readable) -> Result<u32> {
+    on(&labels.device(), "max_label")?.max_label(labels)
+}
+
+/// Replaces the centroids, `(..batch, k, d)`, by the reduction, but for clusters without weight. In a fit's turn it decides which problems have
+/// converged: no centroid has moved farther than the threshold, in squared Euclidean distance.
+pub(crate) fn update(u: &Update<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()> {
+    on(u.x.device(), "update")?.update(u, centroids, memory)
+}
+
+/// All iterations of a fit and its last labels at once (in one launch; on the CPU rows of one column, sorted), and whether this
+/// was a fit for that; if not, nothing has been done.
+pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> {
+    on(fit.x.device(), "fit_on_chip")?.fit_on_chip(fit, memory)
+}
+
+/// What each query head takes from the cache, `(b, q_heads, d)`; nothing where there is no kernel for it.
+pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor>> {
+    on(a.q.device(), "attend")?.attend(a, memory)
+}
+
+/// What each query takes, `(b, heads, m, d)`; nothing where there is no kernel for it.
+pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
+    on(r.q.device(), "route")?.route(r, memory)
+}
+
+/// Rows in each cluster, u32 `(b, k)`.
+pub(crate) fn cluster_sizes(labels: &impl Readable, k: usize) -> Result<Tensor> {
+    let (_, offsets) = order(labels, k)?;
+    if offsets.elem_count() == 0 {
+        // Candle's difference of two empty views is the first of them, wherever it begins.
+        return problem::empty(&[0, k], DType::U32, offsets.device());
+    }
+    elementwise([&offsets.narrow(1, 1, k)?, &offsets.narrow(1, 0, k)?], |[ends, begins]| ends - begins)
+}
+
+/// The sum of the finite of `values` (f64 `(b, n)`) in each cluster, f64 `(b, k)`: exact, and rounded once.
+pub(crate) fn cluster_sums(values: &Tensor, labels: Option<&Tensor>, k: usize) -> Result<Tensor> {
+    let column = Rows::new(&values.unsqueeze(2)?)?;
+    let sums = Tensor::zeros((column.b, k, 1), DType::F64, values.device())?;
+    let (terms, reduction) = (Summands::from_rows(&column)?, Reduction::Sum);
+    let labels = labels.map(|labels| labels as &dyn Readable);
+    let u = Update { x: &column, terms: &terms, labels, reduction, turn: None };
+    update(&u, (&sums).into(), &Memory::default())?;
+    Ok(sums.squeeze(2)?)
+}
+
+/// The sum of each row of `values` (f64 `(b, n)`), likewise, but infinite where one of them is positive infinity: f64 `(b,)`.
+pub(crate) fn total(values: &Tensor) -> Result<Tensor> {
+    let sums = cluster_sums(values, None, 1)?.squeeze(1)?;
+    let infinite = values.gt(f64::MAX)?.to_dtype(DType::U32)?.max(1)?;
+    Ok(infinite.where_cond(&(sums.ones_like()? * f64::INFINITY)?, &sums)?)
+}
