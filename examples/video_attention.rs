@@ -10,7 +10,7 @@
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{
-    nn::{Grouping, Read, RoutedAttention},
+    nn::{Grouping, KeyBudget, RoutedAttention},
     Init, KMeans,
 };
 use candle_nn::ops::softmax_last_dim;
@@ -85,7 +85,7 @@ fn main() -> Result<()> {
         let mut video = Video::new(n, dtype, &device)?;
         for (share, keys, queries) in cases.iter().copied() {
             let new = || {
-                let attention = RoutedAttention::new(Read::Share(share));
+                let attention = RoutedAttention::new(KeyBudget::Share(share));
                 attention.keys(Grouping::Clusters(keys)).queries(Grouping::Clusters(queries))
             };
             let (mut with, mut without) = (new(), new().estimate(false));

@@ -22,7 +22,7 @@
 //! ([`KMeans::sample_weights`], [`KMeans::lengths`]), rows are drawn by weight or by [`Init::KMeansParallel`], iterations are
 //! watched ([`KMeans::on_iteration`], [`EmptyClusters::Relocate`]), and after every 128 iterations of a fit that may have more.
 //!
-//! Tensors of another device are refused, and two handles of one GPU are two devices. A layer or a [`Prepared`] fit may move
+//! Tensors of another device are refused, and two handles of one GPU are two devices. A layer or a [`PreparedFit`] may move
 //! between threads, be shared by them and be dropped on any. Programs with several threads, such as servers, should give all of
 //! them clones of one `Device::new_cuda_with_stream`: its one stream orders their work, and nothing else has to. With
 //! `Device::new_cuda`, Candle gives each thread a stream of its own, between which it orders nothing. What a layer keeps is safe
@@ -80,10 +80,10 @@ pub use functional::{
     sort_by_cluster,
 };
 pub use kmeans::{EmptyClusters, Init, IntoControlFlow, Iteration, KMeans};
-pub use lloyd::prepared::Prepared;
+pub use lloyd::prepared::PreparedFit;
 pub use metric::Metric;
 pub use minibatch::MiniBatch;
 pub use plan::Plan;
 pub use problem::Problem;
 pub use segments::Segments;
-pub use select::{select_clusters, top_rows_per_centroid, Selection, Take};
+pub use select::{select_clusters, top_rows_per_centroid, ClusterBudget, Selection};

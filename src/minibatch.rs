@@ -74,7 +74,7 @@ impl MiniBatch {
     ///
     /// # Errors
     /// As [`new`](Self::new). Refuses a fit whose counts are not those of its centroids.
-    pub fn of(fit: &Fit) -> Result<Self> {
+    pub fn from_fit(fit: &Fit) -> Result<Self> {
         fit.check()?;
         let weights = fit.weights.as_ref().unwrap_or(&fit.counts);
         Self::new(&fit.centroids, fit.metric)?.with_weights(Some(weights))

@@ -21,7 +21,7 @@ use candle_core::{DType, Device, Tensor};
 ///
 /// let kmeans = KMeans::new(2);
 /// let x = Tensor::new(&[[0f32], [9.], [0.]], &Device::Cpu)?;
-/// let mut cache = Segments::of(&kmeans.fit(&x)?)?;
+/// let mut cache = Segments::from_fit(&kmeans.fit(&x)?)?;
 /// cache.append(&kmeans.fit(&x)?)?;
 /// assert_eq!(cache.centroids.dims(), [4, 1]);
 /// let labels = cache.labels.to_vec1::<u32>()?;
@@ -52,7 +52,7 @@ impl Segments {
     /// # Errors
     /// Refuses a fit whose fields do not belong together any more (the host waits to know that labels are below `k`), and fails
     /// where the device does.
-    pub fn of(fit: &Fit) -> Result<Self> {
+    pub fn from_fit(fit: &Fit) -> Result<Self> {
         fit.check()?;
         let (order, offsets) = functional::sort_by_cluster(&fit.labels, fit.k())?;
         let (centroids, labels, counts) = (fit.centroids.clone(), fit.labels.clone(), fit.counts.clone());
@@ -63,9 +63,9 @@ impl Segments {
     ///
     /// # Errors
     /// Refuses a fit of another metric, batch, dtype, device or number of columns, more rows than a u32 counts, and fields that
-    /// do not belong together, here or in the fit (see [`of`](Self::of)).
+    /// do not belong together, here or in the fit (see [`from_fit`](Self::from_fit)).
     pub fn append(&mut self, fit: &Fit) -> Result<()> {
-        let segment = Self::of(fit)?;
+        let segment = Self::from_fit(fit)?;
         let (old, new) = (self.centroids.dims(), segment.centroids.dims());
         let (batch, k) = match old {
             [batch @ .., k, _] => (batch, *k),

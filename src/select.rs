@@ -14,7 +14,7 @@ use std::fmt;
 /// How many of the best clusters [`select_clusters`] takes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
-pub enum Take {
+pub enum ClusterBudget {
     /// By descending score, as many whole clusters as fit in so many tokens, up to the first that does not fit.
     Within(usize),
     /// By descending score, as few clusters as hold so many tokens. The last one may hold more, and is what
@@ -55,12 +55,12 @@ pub struct Selection {
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use candle_flash_kmeans::{select_clusters, sort_by_cluster, Selection, Take};
+/// use candle_flash_kmeans::{select_clusters, sort_by_cluster, ClusterBudget, Selection};
 ///
 /// let (order, offsets) = sort_by_cluster(&Tensor::new(&[2u32, 0, 1, 2, 0, 0], &Device::Cpu)?, 3)?;
 /// let sizes = Tensor::new(&[3u32, 1, 2], &Device::Cpu)?;
 /// let scores = Tensor::new(&[[0.5f32, 0.1, 0.9], [0.1, 0.9, 0.2]], &Device::Cpu)?;
-/// let taken = select_clusters(&scores, &sizes, Take::Within(4))?;
+/// let taken = select_clusters(&scores, &sizes, ClusterBudget::Within(4))?;
 /// assert_eq!(taken.mask.to_vec2::<u8>()?, [[0, 0, 1], [0, 1, 1]]);
 /// let (tokens, count) = taken.indices(&order, &offsets, 4)?;
 /// assert_eq!(tokens.to_vec2::<u32>()?, [[0, 3, Selection::PADDING, Selection::PADDING], [2, 0, 3, Selection::PADDING]]);
@@ -74,7 +74,7 @@ pub struct Selection {
 ///
 /// # Errors
 /// Refuses shapes, dtypes and devices that do not fit together, scores of no clusters, and shares outside of 0..=1.
-pub fn select_clusters(scores: &Tensor, sizes: &Tensor, take: Take) -> Result<Selection> {
+pub fn select_clusters(scores: &Tensor, sizes: &Tensor, take: ClusterBudget) -> Result<Selection> {
     if scores.rank() == 0 {
         return Err(Error::Rank { argument: "scores", expected: 1, shape: vec![] });
     }
@@ -88,7 +88,7 @@ pub fn select_clusters(scores: &Tensor, sizes: &Tensor, take: Take) -> Result<Se
     if k > MAX_ROWS {
         return Err(Error::TooLarge { argument: "k", got: k, limit: MAX_ROWS });
     }
-    if let Take::TopP { p, floor } = take {
+    if let ClusterBudget::TopP { p, floor } = take {
         for (argument, got) in [("p", p), ("floor", floor)] {
             if !(0.0..=1.0).contains(&got) {
                 return Err(Error::Value { argument, got, expected: "in 0..=1" });
@@ -112,7 +112,7 @@ pub fn select_clusters(scores: &Tensor, sizes: &Tensor, take: Take) -> Result<Se
 
     let keys = without_nan(&scores.detach().to_dtype(DType::F64)?.contiguous()?.reshape((r, k))?)?.minimum(f64::MAX)?;
     let keys = match take {
-        Take::TopP { .. } => (keys + sizes.log()?)?,
+        ClusterBudget::TopP { .. } => (keys + sizes.log()?)?,
         _ => keys,
     };
     let lowest = (keys.ones_like()? * f64::NEG_INFINITY)?;
@@ -123,10 +123,10 @@ pub fn select_clusters(scores: &Tensor, sizes: &Tensor, take: Take) -> Result<Se
     let sizes = open.where_cond(&sizes, &sizes.zeros_like()?)?;
     let place = Tensor::arange(0, k as u32, scores.device())?.broadcast_as((r, k))?;
     let first = match take {
-        Take::Within(tokens) => cumsum(&sizes)?.le(tokens as f64)?,
-        Take::Reaching(tokens) => (cumsum(&sizes)? - &sizes)?.lt(tokens as f64)?,
-        Take::TopP { p: 1.0, .. } => open.clone(),
-        Take::TopP { p, floor } => {
+        ClusterBudget::Within(tokens) => cumsum(&sizes)?.le(tokens as f64)?,
+        ClusterBudget::Reaching(tokens) => (cumsum(&sizes)? - &sizes)?.lt(tokens as f64)?,
+        ClusterBudget::TopP { p: 1.0, .. } => open.clone(),
+        ClusterBudget::TopP { p, floor } => {
             let mass = keys.broadcast_sub(&keys.narrow(1, 0, 1)?)?.exp()?;
             let mass = cumsum(&open.where_cond(&mass, &mass.zeros_like()?)?)?;
             let before = shift_right(&mass, 1)?;

@@ -3,7 +3,7 @@
 use super::{check, Args, Op, Source, Verdict};
 use anyhow::{ensure, Result};
 use candle_core::{Device, Tensor};
-use candle_flash_kmeans::{assign, testing, Fit, Init, KMeans, Metric, Prepared};
+use candle_flash_kmeans::{assign, testing, Fit, Init, KMeans, Metric, PreparedFit};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::time::{Duration, Instant};
@@ -27,7 +27,7 @@ enum Work {
     },
     /// With its last result.
     Fit(Option<Fit>),
-    Run(Box<Prepared>),
+    Run(Box<PreparedFit>),
 }
 
 impl Case {

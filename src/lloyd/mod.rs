@@ -18,7 +18,7 @@ use crate::{
     seeding,
 };
 use candle_core::{DType, Device, Shape, Tensor};
-use prepared::{Prepared, RUNNING};
+use prepared::{PreparedFit, RUNNING};
 use std::{ops::ControlFlow, path::Path};
 
 impl KMeans {
@@ -45,7 +45,7 @@ impl KMeans {
     pub fn fit(&self, x: &Tensor) -> Result<Fit> {
         let (p, plan) = self.planned(x)?;
         plan.announce();
-        let mut prepared = Prepared::new(self, p, x.device())?;
+        let mut prepared = PreparedFit::new(self, p, x.device())?;
         prepared.load(x)?;
         let mut stopped = prepared.lloyd(0)?.is_break();
         if self.n_init == 1 {
@@ -66,19 +66,19 @@ impl KMeans {
     }
 
     /// A fit with its memory, for rows of one shape `(n, d)` or `(..batch, n, d)`: run it on new rows as often as you like, or
-    /// capture a run in a CUDA graph; see [`Prepared`]. Weights, lengths and given centroids are copied: what becomes of
+    /// capture a run in a CUDA graph; see [`PreparedFit`]. Weights, lengths and given centroids are copied: what becomes of
     /// them afterwards changes no run.
     ///
     /// # Errors
     /// As [`fit`](Self::fit). Refuses `n_init` above 1, which keeps more than one result.
-    pub fn prepare(&self, shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Prepared> {
+    pub fn prepare(&self, shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<PreparedFit> {
         let p = Problem::of(shape.into().dims(), dtype, self.k, self.metric)?.fitting()?;
         self.check(&p, device)?;
         if self.n_init > 1 {
             let with = "a prepared fit, which keeps one result".into();
             return Err(Error::Conflict { argument: "n_init", got: self.n_init.to_string(), with });
         }
-        Prepared::new(self, p, device)
+        PreparedFit::new(self, p, device)
     }
 
     /// The labels of [`fit`](Self::fit), u32 `(..batch, n)`.
@@ -130,7 +130,7 @@ const QUEUED: usize = 128;
 /// Iterations that a CUDA graph takes.
 const CAPTURED: usize = 65_536;
 
-impl Prepared {
+impl PreparedFit {
     /// Clusters the rows of `x`, of the shape, dtype and device of the preparation. An `x` that shares its memory with
     /// [`centroids`](Self::centroids), which the run overwrites, is copied first.
     ///

@@ -54,7 +54,7 @@ pub(super) const RUNNING: u32 = u32::MAX;
 /// assert_eq!(fit.counts.to_vec1::<u32>()?.iter().sum::<u32>(), 4);
 /// # Ok::<_, candle_flash_kmeans::Error>(())
 /// ```
-pub struct Prepared {
+pub struct PreparedFit {
     pub(super) fence: Fence,
     pub(super) settings: KMeans,
     pub(super) p: Problem,
@@ -87,15 +87,15 @@ pub(super) struct Data {
     pub(super) terms: Summands,
 }
 
-impl fmt::Debug for Prepared {
+impl fmt::Debug for PreparedFit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut shown = f.debug_struct("Prepared");
+        let mut shown = f.debug_struct("PreparedFit");
         shown.field("settings", &self.settings).field("problem", &self.p).field("device", &self.device.location());
         shown.finish_non_exhaustive()
     }
 }
 
-impl Prepared {
+impl PreparedFit {
     pub(super) fn new(settings: &KMeans, p: Problem, device: &Device) -> Result<Self> {
         let fence = Fence::default();
         fence.write(device)?;

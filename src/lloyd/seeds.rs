@@ -1,13 +1,13 @@
 //! Rows that become centroids: at the start of a run, and where a cluster is empty.
 
 use super::{
-    prepared::{Prepared, RUNNING},
+    prepared::{PreparedFit, RUNNING},
     terms::{directed_rows, finite_rows},
 };
 use crate::{error::Result, kmeans::Init, metric::Metric, primitives, rows::Rows, seeding};
 use candle_core::Tensor;
 
-impl Prepared {
+impl PreparedFit {
     /// Sets the centroids to those that a run starts from.
     pub(super) fn seed(&self, x: &Rows, run: usize, seed: u64) -> Result<()> {
         let again = match run {

@@ -10,4 +10,4 @@ pub use codebook::{
     Usage,
 };
 pub use kv_cache::{ClusteredKvCache, KvBudget, KvClusters};
-pub use routing::{Grouping, Read, RoutedAttention};
+pub use routing::{Grouping, KeyBudget, RoutedAttention};

@@ -61,7 +61,7 @@ fn a_fit_goes_on() {
         let x = tensor(&[400, 2], DType::F64, |i| (i / 2 % 4) as f64 * 1000.0).to_device(&device).unwrap();
         let x = (x + uniform(&[400, 2], 0.0, 1.0, DType::F64, &mut rng).to_device(&device).unwrap()).unwrap();
         let kmeans = KMeans::new(4).init(Init::Given(x.narrow(0, 0, 4).unwrap()));
-        let mut running = MiniBatch::of(&kmeans.fit(&x.narrow(0, 0, 200).unwrap()).unwrap()).unwrap();
+        let mut running = MiniBatch::from_fit(&kmeans.fit(&x.narrow(0, 0, 200).unwrap()).unwrap()).unwrap();
         for part in 4..8 {
             running.step(&x.narrow(0, part * 50, 50).unwrap()).unwrap();
         }
@@ -104,14 +104,15 @@ fn weights_count_in_running_means() {
         let fit = kmeans.fit(&x).unwrap();
         assert_eq!((f64s(&fit.centroids), u32s(&fit.counts)), (vec![1.5, 11.0], vec![2, 2]));
         assert_eq!(f64s(fit.weights.as_ref().unwrap()), [4.0, 4.0]);
-        for mut running in [MiniBatch::of(&fit).unwrap(), MiniBatch::train(&x, &kmeans).unwrap()] {
+        for mut running in [MiniBatch::from_fit(&fit).unwrap(), MiniBatch::train(&x, &kmeans).unwrap()] {
             assert_eq!(f64s(running.counts()), [4.0, 4.0]);
             let next = Tensor::new(&[[3f32], [20.], [19.], [5.]], &device).unwrap();
             running.step_weighted(&next, &Tensor::new(&[2f32, 0., 4., f32::NAN], &device).unwrap()).unwrap();
             assert_eq!(f64s(running.counts()), [6.0, 8.0]);
             assert_eq!(f64s(&running.centroids().unwrap()), [2.0, 15.0]);
         }
-        let error = MiniBatch::of(&fit).unwrap().step_weighted(&x, &weights.narrow(0, 0, 3).unwrap()).unwrap_err();
+        let error =
+            MiniBatch::from_fit(&fit).unwrap().step_weighted(&x, &weights.narrow(0, 0, 3).unwrap()).unwrap_err();
         assert!(matches!(error, Error::Shape { argument: "sample_weights", .. }), "{error}");
         // Of several runs, those of the best.
         let rows = uniform(&[200, 2], 0.0, 1.0, DType::F32, &mut rng(114)).to_device(&device).unwrap();

@@ -2,7 +2,7 @@
 
 use crate::{cache, common::*};
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::nn::{Grouping, Read, RoutedAttention};
+use candle_flash_kmeans::nn::{Grouping, KeyBudget, RoutedAttention};
 use candle_flash_kmeans::{cluster_means, testing, Error, Init, KMeans};
 use rand_chacha::ChaCha8Rng;
 
@@ -20,7 +20,7 @@ struct Case {
     k: Tensor,
     v: Tensor,
     causal: bool,
-    read: Read,
+    read: KeyBudget,
     estimate: bool,
     keys: Grouping,
     queries: Grouping,
@@ -122,9 +122,9 @@ impl Case {
     fn budget(&self, grouped: usize, ranked: impl Iterator<Item = (f64, usize)> + Clone) -> usize {
         let of = |share: f64| (share * grouped as f64).ceil() as usize;
         let tokens = match self.read {
-            Read::Tokens(count) => count,
-            Read::Share(share) => of(share),
-            Read::TopP { p, least, most } => {
+            KeyBudget::Tokens(count) => count,
+            KeyBudget::Share(share) => of(share),
+            KeyBudget::TopP { p, least, most } => {
                 let all = sum(ranked.clone().map(|(rank, size)| rank * size as f64));
                 let (mut mass, mut tokens) = (0.0, 0);
                 for (rank, size) in ranked {
@@ -141,12 +141,12 @@ impl Case {
     }
 }
 
-const READS: [Read; 5] = [
-    Read::Tokens(1),
-    Read::Tokens(23),
-    Read::Share(0.5),
-    Read::TopP { p: 0.6, least: 0.1, most: 0.9 },
-    Read::TopP { p: 0.9, least: 0.3, most: 0.4 },
+const READS: [KeyBudget; 5] = [
+    KeyBudget::Tokens(1),
+    KeyBudget::Tokens(23),
+    KeyBudget::Share(0.5),
+    KeyBudget::TopP { p: 0.6, least: 0.1, most: 0.9 },
+    KeyBudget::TopP { p: 0.9, least: 0.3, most: 0.4 },
 ];
 
 #[test]
@@ -207,7 +207,7 @@ fn reading_everything_is_attention() {
         let mut rng = rng(72);
         for causal in [false, true] {
             let [q, k, v] = [(4, 90), (2, 140), (2, 140)].map(|(h, n)| random([1, h, n, 64], dtype, &device, &mut rng));
-            let read = Read::Share(1.0);
+            let read = KeyBudget::Share(1.0);
             let (keys, queries) = (Grouping::Clusters(16), Grouping::Clusters(32));
             let case = Case { q, k, v, causal, read, estimate: true, keys, queries };
             let (queries, keys, values) = (problems(&case.q), problems(&case.k), problems(&case.v));
@@ -245,14 +245,14 @@ fn chunks_start_warm_and_repeat() {
             });
             Tensor::cat(&outputs.collect::<Vec<_>>(), 2).unwrap()
         };
-        let new = || RoutedAttention::new(Read::Share(0.3)).queries(Grouping::Clusters(16)).passes(10, 0);
+        let new = || RoutedAttention::new(KeyBudget::Share(0.3)).queries(Grouping::Clusters(16)).passes(10, 0);
         let mut attention = new();
         let first = run(&mut attention);
         assert_same(&first, &run(&mut new()), "another layer");
         attention.reset();
         assert_same(&first, &run(&mut attention), "the same, reset");
         // Everything may be read in the first two chunks, so that those agree with attention.
-        let all = run(&mut RoutedAttention::new(Read::Share(1.0)));
+        let all = run(&mut RoutedAttention::new(KeyBudget::Share(1.0)));
         let near = |t: &Tensor| t.narrow(2, 0, chunk).unwrap();
         assert_near(&near(&first), &f64s(&near(&all)), 2e-3, "the first chunk");
     }
@@ -287,9 +287,9 @@ fn clusters_route_better_than_positions_and_chance() {
         let mut attention = RoutedAttention::new(read).keys(grouping(16)).queries(grouping(16)).estimate(false);
         attention.forward(&q, &four(&keys), &four(&values), 1.0).unwrap()
     };
-    let all = run(Read::Share(1.0), Grouping::Blocks);
+    let all = run(KeyBudget::Share(1.0), Grouping::Blocks);
     let error = |grouping| {
-        let apart = (run(Read::Share(0.1), grouping) - &all).unwrap().sqr().unwrap().sum_all().unwrap();
+        let apart = (run(KeyBudget::Share(0.1), grouping) - &all).unwrap().sqr().unwrap().sum_all().unwrap();
         f64s(&apart)[0] / f64s(&all.sqr().unwrap().sum_all().unwrap())[0]
     };
     let [clusters, blocks, random] = [error(Grouping::Clusters), error(Grouping::Blocks), error(Grouping::Random)];
@@ -303,7 +303,7 @@ fn refusals_name_the_argument_and_both_values() {
         let error = result.unwrap_err().to_string();
         assert!(parts.iter().all(|part| error.contains(part)), "{error}");
     };
-    let new = || RoutedAttention::new(Read::Share(0.5));
+    let new = || RoutedAttention::new(KeyBudget::Share(0.5));
     let (q, k) = (x(4, 20, 8), x(2, 30, 8));
     refused(new().forward(&q, &x(3, 30, 8), &x(3, 30, 8), 1.0), &["q", "4 heads", "3"]);
     refused(new().forward(&q, &k, &x(2, 31, 8), 1.0), &["v", "31", "30"]);
@@ -312,8 +312,8 @@ fn refusals_name_the_argument_and_both_values() {
     refused(new().forward_causal(&x(4, 31, 8), &k, &k, 1.0), &["q rows", "31", "30"]);
     refused(new().keys(Grouping::Clusters(0)).forward(&q, &k, &k, 1.0), &["keys", "0"]);
     refused(new().queries(Grouping::Blocks(0)).forward(&q, &k, &k, 1.0), &["queries", "0"]);
-    refused(RoutedAttention::new(Read::Share(1.5)).forward(&q, &k, &k, 1.0), &["share", "1.5"]);
-    let top_p = Read::TopP { p: -0.1, least: 0.0, most: 1.0 };
+    refused(RoutedAttention::new(KeyBudget::Share(1.5)).forward(&q, &k, &k, 1.0), &["share", "1.5"]);
+    let top_p = KeyBudget::TopP { p: -0.1, least: 0.0, most: 1.0 };
     refused(RoutedAttention::new(top_p).forward(&q, &k, &k, 1.0), &["p", "-0.1"]);
     refused(new().forward(&q.squeeze(0).unwrap(), &k, &k, 1.0), &["q", "3", "4"]);
 }

@@ -14,7 +14,7 @@ fn segments_are_numbered_on() {
                 KMeans::new(k).init(Init::Even).max_iters(3).fit(&x).unwrap()
             };
             let fits = [fit(100, 7, &mut rng), fit(3, 3, &mut rng), fit(64, 5, &mut rng)];
-            let mut cache = Segments::of(&fits[0]).unwrap();
+            let mut cache = Segments::from_fit(&fits[0]).unwrap();
             fits[1..].iter().for_each(|fit| cache.append(fit).unwrap());
             let last = batch.len();
             let joined = |of: fn(&candle_flash_kmeans::Fit) -> &Tensor| {
@@ -37,7 +37,7 @@ fn segments_are_numbered_on() {
 fn segments_that_do_not_fit_are_refused() {
     let device = Device::Cpu;
     let fit = |shape: &[usize], dtype, metric| KMeans::new(2).metric(metric).fit(&ones(shape, dtype, &device)).unwrap();
-    let mut cache = Segments::of(&fit(&[2, 5, 3], DType::F32, Metric::Dot)).unwrap();
+    let mut cache = Segments::from_fit(&fit(&[2, 5, 3], DType::F32, Metric::Dot)).unwrap();
     let mut refused = |shape: &[usize], dtype, metric| cache.append(&fit(shape, dtype, metric)).unwrap_err();
     let error = refused(&[2, 5, 3], DType::F32, Metric::Cosine);
     assert!(error.to_string().contains("metric: cosine cannot be combined with segments by dot"), "{error}");

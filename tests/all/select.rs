@@ -2,15 +2,17 @@
 
 use crate::common::{self, *};
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::{select_clusters, sort_by_cluster, top_rows_per_centroid, Error, Metric, Selection, Take};
+use candle_flash_kmeans::{
+    select_clusters, sort_by_cluster, top_rows_per_centroid, ClusterBudget, Error, Metric, Selection,
+};
 use rand::Rng;
 
 /// The clusters of a query, best first, and how many of them are taken.
-fn chosen(scores: &[f64], sizes: &[u32], take: Take) -> (Vec<usize>, usize) {
+fn chosen(scores: &[f64], sizes: &[u32], take: ClusterBudget) -> (Vec<usize>, usize) {
     let k = scores.len();
     let key = |j: usize| match take {
         _ if sizes[j] == 0 || scores[j].is_nan() => f64::NEG_INFINITY,
-        Take::TopP { .. } => scores[j] + (sizes[j] as f64).ln(),
+        ClusterBudget::TopP { .. } => scores[j] + (sizes[j] as f64).ln(),
         _ => scores[j],
     };
     let mut ranking: Vec<usize> = (0..k).collect();
@@ -20,9 +22,11 @@ fn chosen(scores: &[f64], sizes: &[u32], take: Take) -> (Vec<usize>, usize) {
     let (mut taken, mut tokens, mut share) = (0, 0, 0.0);
     for (i, &j) in ranking[..open].iter().enumerate() {
         let more = match take {
-            Take::Within(budget) => tokens + sizes[j] as usize <= budget,
-            Take::Reaching(budget) => tokens < budget,
-            Take::TopP { p, floor } => share < p * mass.iter().sum::<f64>() || i < (floor * k as f64).round() as usize,
+            ClusterBudget::Within(budget) => tokens + sizes[j] as usize <= budget,
+            ClusterBudget::Reaching(budget) => tokens < budget,
+            ClusterBudget::TopP { p, floor } => {
+                share < p * mass.iter().sum::<f64>() || i < (floor * k as f64).round() as usize
+            }
             _ => unreachable!(),
         };
         if !more {
@@ -51,14 +55,14 @@ fn clusters_and_tokens_are_those_of_plain_loops() {
             values.iter_mut().step_by(17).skip(1).for_each(|v| *v = f64::NAN);
             let scores = tensor(&[b, g, k], DType::F32, |i| values[i]);
             for take in [
-                Take::Within(n / 3),
-                Take::Within(usize::MAX),
-                Take::Reaching(0),
-                Take::Reaching(n / 4 + 1),
-                Take::TopP { p: 0.7, floor: 0.0 },
-                Take::TopP { p: 0.0, floor: 0.3 },
-                Take::TopP { p: 1.0, floor: 0.0 },
-                Take::TopP { p: 0.3, floor: 1.0 },
+                ClusterBudget::Within(n / 3),
+                ClusterBudget::Within(usize::MAX),
+                ClusterBudget::Reaching(0),
+                ClusterBudget::Reaching(n / 4 + 1),
+                ClusterBudget::TopP { p: 0.7, floor: 0.0 },
+                ClusterBudget::TopP { p: 0.0, floor: 0.3 },
+                ClusterBudget::TopP { p: 1.0, floor: 0.0 },
+                ClusterBudget::TopP { p: 0.3, floor: 1.0 },
             ] {
                 for device in devices() {
                     let what = format!("{b} {g} {n} {k} {take:?} on {:?}", device.location());
@@ -104,7 +108,7 @@ fn scores_of_any_type_and_layout() {
         let sizes = Tensor::new(&[3u32, 0, 9, 4, 1, 7], &device).unwrap();
         for dtype in DTYPES {
             let scores = uniform(&[2, 5, 6], 0.0, 2.0, dtype, &mut rng).to_device(&device).unwrap();
-            for take in [Take::Within(12), Take::TopP { p: 0.6, floor: 0.2 }] {
+            for take in [ClusterBudget::Within(12), ClusterBudget::TopP { p: 0.6, floor: 0.2 }] {
                 let want = select_clusters(&scores, &sizes, take).unwrap();
                 for Laid { name, view, .. } in layouts(&scores) {
                     let got = select_clusters(&view, &sizes, take).unwrap();
@@ -123,7 +127,7 @@ fn scores_of_any_type_and_layout() {
 fn equal_scores_go_by_index() {
     for (device, k) in devices().into_iter().flat_map(|device| [8192, 8193, 20_000].map(|k| (device.clone(), k))) {
         let (scores, sizes) = (ones(&[2, k], DType::F32, &device), ones(&[k], DType::U32, &device));
-        let got = select_clusters(&scores, &sizes, Take::Within(100)).unwrap();
+        let got = select_clusters(&scores, &sizes, ClusterBudget::Within(100)).unwrap();
         assert!(u32s(&got.ranking).into_iter().enumerate().all(|(i, j)| j as usize == i % k));
         assert_eq!((u32s(&got.clusters), u32s(&got.tokens)), (vec![100; 2], vec![100; 2]));
     }
@@ -146,7 +150,11 @@ fn any_number_of_clusters_and_rows() {
         for device in devices() {
             let scores = tensor(&[rows, k], DType::F32, |i| values[i]).to_device(&device).unwrap();
             let counts = Tensor::new(sizes.clone(), &device).unwrap();
-            for take in [Take::Within(500), Take::Reaching(tokens as usize / 2), Take::TopP { p: 0.5, floor: 0.001 }] {
+            for take in [
+                ClusterBudget::Within(500),
+                ClusterBudget::Reaching(tokens as usize / 2),
+                ClusterBudget::TopP { p: 0.5, floor: 0.001 },
+            ] {
                 let got = select_clusters(&scores, &counts, take).unwrap();
                 let order = Tensor::arange(0, tokens, &device).unwrap();
                 let (indices, count) =
@@ -205,7 +213,7 @@ fn the_ends_of_every_setting() {
             (ones(&[2, 0, 3], DType::F16, &device), &ones(&[2, 3], DType::U32, &device)),
         ] {
             let rows = &scores.dims()[..scores.rank() - 1];
-            let got = select_clusters(&scores, sizes, Take::Within(2)).unwrap();
+            let got = select_clusters(&scores, sizes, ClusterBudget::Within(2)).unwrap();
             let dims = [&got.mask, &got.ranking, &got.clusters, &got.tokens].map(|t| t.dims().to_vec());
             assert_eq!(dims, [scores.dims().to_vec(), scores.dims().to_vec(), rows.to_vec(), rows.to_vec()]);
             let batch = &sizes.dims()[..sizes.rank() - 1];
@@ -218,23 +226,23 @@ fn the_ends_of_every_setting() {
         assert_eq!((top.dims(), top.dtype()), (&[0, 2, 4][..], DType::U32));
 
         let one = Tensor::new(&[[f32::NAN], [f32::NEG_INFINITY], [f32::INFINITY], [-1e30]], &device).unwrap();
-        for take in [Take::Within(9), Take::Reaching(1), Take::TopP { p: 1.0, floor: 1.0 }] {
+        for take in [ClusterBudget::Within(9), ClusterBudget::Reaching(1), ClusterBudget::TopP { p: 1.0, floor: 1.0 }] {
             let got = select_clusters(&one, &Tensor::new(&[7u32], &device).unwrap(), take).unwrap();
             assert_eq!((u32s(&got.clusters), u32s(&got.tokens)), (vec![0, 0, 1, 1], vec![0, 0, 7, 7]), "{take:?}");
         }
         let huge = Tensor::new(&[u32::MAX, u32::MAX, 1], &device).unwrap();
         let scores = Tensor::new(&[1f32, 2., 3.], &device).unwrap();
         for (take, clusters, tokens) in [
-            (Take::Within(0), 0, 0),
-            (Take::Reaching(0), 0, 0),
-            (Take::Within(usize::MAX), 3, u32::MAX),
-            (Take::Reaching(u32::MAX as usize + 1), 2, u32::MAX),
+            (ClusterBudget::Within(0), 0, 0),
+            (ClusterBudget::Reaching(0), 0, 0),
+            (ClusterBudget::Within(usize::MAX), 3, u32::MAX),
+            (ClusterBudget::Reaching(u32::MAX as usize + 1), 2, u32::MAX),
         ] {
             let got = select_clusters(&scores, &huge, take).unwrap();
             assert_eq!((u32s(&got.clusters), u32s(&got.tokens)), (vec![clusters], vec![tokens]), "{take:?}");
         }
         // What is no order is some of its values all the same.
-        let got = select_clusters(&scores, &ones(&[3], DType::U32, &device), Take::Within(3)).unwrap();
+        let got = select_clusters(&scores, &ones(&[3], DType::U32, &device), ClusterBudget::Within(3)).unwrap();
         let nonsense = Tensor::new(&[u32::MAX, 0, u32::MAX, 5], &device).unwrap();
         let (indices, _) = got.indices(&Tensor::new(&[8u32, 9], &device).unwrap(), &nonsense, 4).unwrap();
         assert!(u32s(&indices).iter().all(|i| [8, 9, Selection::PADDING].contains(i)));
@@ -246,7 +254,7 @@ fn the_ends_of_every_setting() {
 fn what_does_not_fit_is_refused() {
     for device in devices() {
         let (scores, sizes) = (ones(&[2, 3], DType::F32, &device), ones(&[2, 3], DType::U32, &device));
-        let select = |scores: &Tensor, sizes: &Tensor| select_clusters(scores, sizes, Take::Within(5));
+        let select = |scores: &Tensor, sizes: &Tensor| select_clusters(scores, sizes, ClusterBudget::Within(5));
         let says = |result: candle_flash_kmeans::Result<_>, variant: &str, part: &str| {
             let error: Error = result.map(|_: ()| ()).unwrap_err();
             let (name, text) = (format!("{error:?}"), error.to_string());
@@ -263,7 +271,7 @@ fn what_does_not_fit_is_refused() {
         refused(&scores, &ones(&[3, 3], DType::U32, &device), "Shape", "sizes: shape [3, 3], expected [2, 3]");
         refused(&Tensor::new(1f32, &device).unwrap(), &sizes, "Rank", "scores");
         for (p, floor, part) in [(1.5, 0.0, "p: 1.5"), (f64::NAN, 0.0, "p: NaN"), (0.5, -0.1, "floor: -0.1")] {
-            says(select_clusters(&scores, &sizes, Take::TopP { p, floor }).map(|_| ()), "Value", part);
+            says(select_clusters(&scores, &sizes, ClusterBudget::TopP { p, floor }).map(|_| ()), "Value", part);
         }
         let got = select(&scores, &sizes).unwrap();
         let (order, offsets) = (ones(&[2, 9], DType::U32, &device), ones(&[2, 4], DType::U32, &device));

@@ -2,7 +2,7 @@
 
 use super::common::*;
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::nn::{ClusteredKvCache, Grouping, KvBudget, Read, RoutedAttention};
+use candle_flash_kmeans::nn::{ClusteredKvCache, Grouping, KeyBudget, KvBudget, RoutedAttention};
 use candle_flash_kmeans::Error;
 use candle_nn::ops::softmax_last_dim;
 use rand::Rng;
@@ -52,7 +52,7 @@ fn worst(out: &Tensor, want: &Tensor) -> f64 {
 }
 
 fn layer() -> RoutedAttention {
-    RoutedAttention::new(Read::Share(0.1)).keys(Grouping::Clusters(16)).queries(Grouping::Clusters(32))
+    RoutedAttention::new(KeyBudget::Share(0.1)).keys(Grouping::Clusters(16)).queries(Grouping::Clusters(32))
 }
 
 fn step(layer: &mut RoutedAttention, [q, k, v]: &[Tensor; 3]) -> Tensor {
@@ -126,10 +126,12 @@ fn a_causal_choice_knows_no_later_query() {
             let later = (q.narrow(2, from, chunk - from).unwrap() * by).unwrap();
             Tensor::cat(&[&q.narrow(2, 0, from).unwrap(), &later], 2).unwrap()
         };
-        let top_p = Read::TopP { p: 0.6, least: 0.02, most: 0.5 };
-        for (grouping, read) in
-            [(Grouping::Clusters(16), Read::Share(0.1)), (Grouping::Blocks(1), top_p), (Grouping::Random(200), top_p)]
-        {
+        let top_p = KeyBudget::TopP { p: 0.6, least: 0.02, most: 0.5 };
+        for (grouping, read) in [
+            (Grouping::Clusters(16), KeyBudget::Share(0.1)),
+            (Grouping::Blocks(1), top_p),
+            (Grouping::Random(200), top_p),
+        ] {
             let whole = run(&q, true, grouping, read);
             for from in [1, 15, 16, 17, 99] {
                 for by in [-3.0, f64::NAN] {
@@ -140,7 +142,7 @@ fn a_causal_choice_knows_no_later_query() {
             }
         }
         // That this is worth a setting: without it they change.
-        let [a, b] = [&q, &replaced(50, -3.0)].map(|q| run(q, false, Grouping::Clusters(16), Read::Share(0.02)));
+        let [a, b] = [&q, &replaced(50, -3.0)].map(|q| run(q, false, Grouping::Clusters(16), KeyBudget::Share(0.02)));
         let earlier = |t: &Tensor| bits(&t.narrow(2, 0, 50).unwrap());
         assert!(earlier(&a) != earlier(&b), "{dtype:?}");
     }
@@ -156,11 +158,11 @@ fn shares_that_underflow_rank_before_empty_groups() {
         let v = tensor(&[1, 1, n, 64], dtype, |i| (i / 64 % 4 + 1) as f64).to_device(&device).unwrap();
         let q = tensor(&[1, 2, 8, 64], dtype, |_| 30.0).to_device(&device).unwrap();
         for read in [
-            Read::Tokens(1),
-            Read::Tokens(30),
-            Read::Tokens(95),
-            Read::Tokens(usize::MAX),
-            Read::TopP { p: 0.9, least: 0.5, most: 1.0 },
+            KeyBudget::Tokens(1),
+            KeyBudget::Tokens(30),
+            KeyBudget::Tokens(95),
+            KeyBudget::Tokens(usize::MAX),
+            KeyBudget::TopP { p: 0.9, least: 0.5, most: 1.0 },
         ] {
             for estimate in [false, true] {
                 let layer = RoutedAttention::new(read).keys(Grouping::Clusters(4)).estimate(estimate);
@@ -211,7 +213,9 @@ fn scores_that_are_no_numbers_are_ranked() {
                     assert!(f64s(&rest(&fine)).iter().all(|v| v.is_finite()));
                     assert_same(&rest(&fine), &rest(&bad), "the other key head");
                 }
-                for read in [Read::Tokens(1), Read::Share(0.3), Read::TopP { p: 0.5, least: 0.0, most: 1.0 }] {
+                for read in
+                    [KeyBudget::Tokens(1), KeyBudget::Share(0.3), KeyBudget::TopP { p: 0.5, least: 0.0, most: 1.0 }]
+                {
                     let [fine, bad] = [false, true].map(|bad| {
                         let layer =
                             RoutedAttention::new(read).keys(Grouping::Clusters(2)).queries(Grouping::Clusters(3));
@@ -234,7 +238,7 @@ fn the_ends_of_settings_and_rows() {
         let q = Tensor::ones((1, 2, 3, 64), DType::F32, &device).unwrap();
         for size in [1, 7, usize::MAX] {
             for grouping in [Grouping::Clusters(size), Grouping::Blocks(size), Grouping::Random(size)] {
-                let mut layer = RoutedAttention::new(Read::Share(0.0)).keys(grouping).queries(grouping);
+                let mut layer = RoutedAttention::new(KeyBudget::Share(0.0)).keys(grouping).queries(grouping);
                 for _ in 0..2 {
                     assert_near(&layer.forward(&q, &zeros, &v, SCALE).unwrap(), &mean.repeat(6), 0.05, "keys of zeros");
                 }
@@ -282,7 +286,7 @@ fn nothing_gives_nothing() {
             ([1, 0, 5, 8], [1, 2, 9, 8]),
         ] {
             for causal in [false, true] {
-                let mut layer = RoutedAttention::new(Read::Share(0.5)).recent(0).sinks(0).causal_choice(causal);
+                let mut layer = RoutedAttention::new(KeyBudget::Share(0.5)).recent(0).sinks(0).causal_choice(causal);
                 let out = match causal {
                     true => layer.forward_causal(&x(q), &x(k), &x(k), 1.0),
                     false => layer.forward(&x(q), &x(k), &x(k), 1.0),
@@ -302,8 +306,12 @@ fn nothing_gives_nothing() {
         cache.append(&x([1, 2, 5, 8]), &x([1, 2, 5, 8])).unwrap();
         cache.append(&x([1, 2, 0, 8]), &x([1, 2, 0, 8])).unwrap();
         assert_eq!((cache.current_seq_len(), cache.k().unwrap().unwrap().dims()), (5, &[1, 2, 5, 8][..]));
-        let error =
-            RoutedAttention::new(Read::Share(0.5)).forward(&x([1, 2, 3, 8]), &x([1, 2, 0, 8]), &x([1, 2, 0, 8]), 1.0);
+        let error = RoutedAttention::new(KeyBudget::Share(0.5)).forward(
+            &x([1, 2, 3, 8]),
+            &x([1, 2, 0, 8]),
+            &x([1, 2, 0, 8]),
+            1.0,
+        );
         assert!(matches!(error, Err(Error::Range { argument: "k rows", got: 0, .. })));
     }
 }
@@ -313,7 +321,7 @@ fn nothing_gives_nothing() {
 fn refusals_come_before_any_work() {
     for device in devices() {
         let x = ones(&[1, 2, 30, 8], DType::F32, &device);
-        let new = || RoutedAttention::new(Read::Share(0.5));
+        let new = || RoutedAttention::new(KeyBudget::Share(0.5));
         let says = |error: Error| error.to_string();
         let mut wrong = new().queries(Grouping::Clusters(0));
         let kept = format!("{wrong:?}");

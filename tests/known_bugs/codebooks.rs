@@ -502,17 +502,17 @@ fn replaced_fields_are_refused() {
         for t in &wrong {
             let mut bad = fit.clone();
             bad.counts = t.clone();
-            assert!(Segments::of(&bad).is_err() && MiniBatch::of(&bad).is_err());
+            assert!(Segments::from_fit(&bad).is_err() && MiniBatch::from_fit(&bad).is_err());
             let mut bad = fit.clone();
             bad.centroids = t.clone();
-            assert!(Segments::of(&bad).is_err() && MiniBatch::of(&bad).is_err());
+            assert!(Segments::from_fit(&bad).is_err() && MiniBatch::from_fit(&bad).is_err());
         }
         let mut bad = fit.clone();
         bad.labels = scalar.clone();
-        assert!(Segments::of(&bad).is_err());
+        assert!(Segments::from_fit(&bad).is_err());
         bad.labels = (ones(&[2, 30], DType::U32, &device) * 3.0).unwrap();
-        assert!(matches!(Segments::of(&bad), Err(Error::Range { got: 3, .. })));
-        let whole = Segments::of(&fit).unwrap();
+        assert!(matches!(Segments::from_fit(&bad), Err(Error::Range { got: 3, .. })));
+        let whole = Segments::from_fit(&fit).unwrap();
         for t in &wrong {
             let mut bad = [whole.clone(), whole.clone(), whole.clone(), whole.clone(), whole.clone()];
             bad[0].centroids = t.clone();

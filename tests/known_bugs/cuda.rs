@@ -69,9 +69,9 @@ mod gpu {
     };
     use candle_flash_kmeans::{
         assign, assign_with_distances, cluster_means, cluster_sums,
-        nn::{ClusteredKvCache, Codebook, Ema, EmaCodebook, KvBudget, ProductQuantizer, Read, RoutedAttention},
-        quantize, residuals, select_clusters, sort_by_cluster, testing, top_rows_per_centroid, Error, Fit, Init,
-        KMeans, Metric, MiniBatch, Segments, Take,
+        nn::{ClusteredKvCache, Codebook, Ema, EmaCodebook, KeyBudget, KvBudget, ProductQuantizer, RoutedAttention},
+        quantize, residuals, select_clusters, sort_by_cluster, testing, top_rows_per_centroid, ClusterBudget, Error,
+        Fit, Init, KMeans, Metric, MiniBatch, Segments,
     };
     use std::{
         sync::{Mutex, MutexGuard},
@@ -207,7 +207,7 @@ mod gpu {
             prepared.run(x).unwrap();
             device.synchronize().unwrap();
             let (prepared, routed) = elsewhere(|| {
-                let mut routed = RoutedAttention::new(Read::Share(0.1));
+                let mut routed = RoutedAttention::new(KeyBudget::Share(0.1));
                 let q = x.narrow(0, 0, 4 * 2048 * 4).unwrap().reshape((1, 4, 2048, 64)).unwrap();
                 let q = q.to_dtype(DType::F16).unwrap();
                 routed.forward(&q, &q, &q, 0.1).unwrap();
@@ -252,9 +252,9 @@ mod gpu {
             let layers = || {
                 (
                     ClusteredKvCache::new(2000),
-                    MiniBatch::of(&first).unwrap(),
+                    MiniBatch::from_fit(&first).unwrap(),
                     EmaCodebook::new(codebook(), Ema { threshold_ema_dead_code: 1.0, ..Ema::default() }).unwrap(),
-                    RoutedAttention::new(Read::Share(0.2)),
+                    RoutedAttention::new(KeyBudget::Share(0.2)),
                 )
             };
             // All results of a sequence of steps, each done and read by way of `run` and `read`.
@@ -338,7 +338,7 @@ mod gpu {
     /// The same layers on one device after another give what new ones give.
     fn take_turns(devices: &[Device]) {
         let heads = |device: &Device, seed: u64| random(&[1, 4, 2048, 64], DType::F16, device, seed);
-        let mut routed = RoutedAttention::new(Read::Share(0.1));
+        let mut routed = RoutedAttention::new(KeyBudget::Share(0.1));
         let mut kept = ClusteredKvCache::new(4096);
         for turn in 0..6 {
             let device = &devices[turn % devices.len()];
@@ -346,7 +346,7 @@ mod gpu {
             // The last device is still at work with the memory when this one gets it.
             keep_busy(device);
             let got = routed.forward(&q, &k, &v, 0.2).unwrap();
-            let want = RoutedAttention::new(Read::Share(0.1)).forward(&q, &k, &v, 0.2).unwrap();
+            let want = RoutedAttention::new(KeyBudget::Share(0.1)).forward(&q, &k, &v, 0.2).unwrap();
             assert_same(&got, &want, &format!("routed attention, turn {turn}"));
 
             kept.reset();
@@ -414,8 +414,8 @@ mod gpu {
         refused("centroids", residuals(&x, &e, &l));
         let scores = Tensor::zeros((5, 8), DType::F32, here).unwrap();
         let sizes = |device: &Device| Tensor::ones(8, DType::U32, device).unwrap();
-        refused("sizes", select_clusters(&scores, &sizes(there), Take::Within(3)));
-        let taken = select_clusters(&scores, &sizes(here), Take::Within(3)).unwrap();
+        refused("sizes", select_clusters(&scores, &sizes(there), ClusterBudget::Within(3)));
+        let taken = select_clusters(&scores, &sizes(here), ClusterBudget::Within(3)).unwrap();
         let (order, offsets) = sort_by_cluster(&l, 8).unwrap();
         let [far_order, far_offsets] =
             [&order, &offsets].map(|t| t.to_device(&Device::Cpu).unwrap().to_device(there).unwrap());
@@ -433,8 +433,8 @@ mod gpu {
         refused("x", KMeans::new(8).prepare((200, 16), DType::F32, here).unwrap().run(&y));
         refused("x", fit.predict(&y));
         refused("x", fit.transform(&y));
-        refused("x", MiniBatch::of(&fit).unwrap().step(&y));
-        refused("fit", Segments::of(&fit).unwrap().append(&other));
+        refused("x", MiniBatch::from_fit(&fit).unwrap().step(&y));
+        refused("fit", Segments::from_fit(&fit).unwrap().append(&other));
 
         let codebook = Codebook::new(&c, metric).unwrap();
         refused("centroids", codebook.encode(&y));
@@ -457,7 +457,7 @@ mod gpu {
         let mut far = ClusteredKvCache::new(300);
         far.append(&k, &k).unwrap();
         refused("layers", ClusteredKvCache::cluster_layers([&mut fresh, &mut far]));
-        let mut routed = RoutedAttention::new(Read::Tokens(20));
+        let mut routed = RoutedAttention::new(KeyBudget::Tokens(20));
         refused("k", routed.forward(&q, &k, &q, 0.1));
         refused("v", routed.forward(&q, &q, &k, 0.1));
         // And all of it goes on as before.

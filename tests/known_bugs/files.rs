@@ -38,9 +38,9 @@ fn small() -> Fit {
 fn use_whole(fit: &Fit, x: &Tensor, folder: &Folder) {
     let _ = (fit.predict(x), fit.transform(x), format!("{fit} {fit:?}"));
     let _ = fit.save(folder.0.join("again"));
-    let _ = MiniBatch::of(fit).and_then(|mut running| running.step(x));
-    let _ = Segments::of(&small()).unwrap().append(fit);
-    if let Ok(mut segments) = Segments::of(fit) {
+    let _ = MiniBatch::from_fit(fit).and_then(|mut running| running.step(x));
+    let _ = Segments::from_fit(&small()).unwrap().append(fit);
+    if let Ok(mut segments) = Segments::from_fit(fit) {
         segments.append(fit).unwrap();
     }
 }
@@ -231,7 +231,7 @@ fn changed_fields_are_refused() {
         other.save(folder.file()).unwrap();
         other.labels = full(&[2, 9], 3.0);
         if device.is_cpu() {
-            assert!(matches!(Segments::of(&other), Err(Error::Range { argument: "labels", got: 3, .. })));
+            assert!(matches!(Segments::from_fit(&other), Err(Error::Range { argument: "labels", got: 3, .. })));
             assert!(other.to_string().contains("labels: 3 is outside 0..=2"), "{other}");
         }
         // The one that is saved is the last that could be.

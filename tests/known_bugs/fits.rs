@@ -4,7 +4,7 @@ use super::common::*;
 use candle_core::{Context, DType, Device, Tensor};
 use candle_flash_kmeans::{
     assign, assign_with_distances, cluster_means, cluster_sizes, cluster_sums, inverse_order, quantize, residuals,
-    sort_by_cluster, EmptyClusters, Error, Fit, Init, KMeans, Metric, Prepared,
+    sort_by_cluster, EmptyClusters, Error, Fit, Init, KMeans, Metric, PreparedFit,
 };
 use rand::Rng;
 use std::{
@@ -585,9 +585,9 @@ fn values_show_themselves() {
             ["k: 2", "KMeansPlusPlus", "max_iters: 25", "Fn(Iteration)"].iter().all(|t| text.contains(t)),
             "{text}"
         );
-        let prepared: Prepared = settings.prepare((4, 2), DType::F32, &device).unwrap();
+        let prepared: PreparedFit = settings.prepare((4, 2), DType::F32, &device).unwrap();
         let text = shown(&prepared);
-        assert!(["Prepared", "k: 2", "n: 4"].iter().all(|t| text.contains(t)), "{text}");
+        assert!(["PreparedFit", "k: 2", "n: 4"].iter().all(|t| text.contains(t)), "{text}");
         let fit = KMeans::new(2).init(Init::KMeansPlusPlus).fit(&x).unwrap();
         let text = fit.to_string();
         let says =

@@ -8,7 +8,7 @@
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Tensor};
-use candle_flash_kmeans::nn::{Grouping, Read, RoutedAttention};
+use candle_flash_kmeans::nn::{Grouping, KeyBudget, RoutedAttention};
 use candle_nn::kv_cache::KvCache;
 use clap::Parser;
 use models::{backend::Backend, chart, progress::progress, score::Score, smollm2::SmolLm2, CODE};
@@ -69,7 +69,7 @@ impl Method {
         Self::new("random groups", Grouping::Blocks(QUERIES), Grouping::Random(KEYS), false),
     ];
 
-    fn attention(&self, read: Read) -> RoutedAttention {
+    fn attention(&self, read: KeyBudget) -> RoutedAttention {
         RoutedAttention::new(read).queries(self.queries).keys(self.keys).estimate(self.estimate)
     }
 }
@@ -86,7 +86,7 @@ fn main() -> Result<()> {
 
     let bar = progress(1 + Method::ALL.len() * args.shares.len(), "scored")?;
     // Nothing is routed where all tokens are recent.
-    let everything = || RoutedAttention::new(Read::Share(1.0)).recent(total);
+    let everything = || RoutedAttention::new(KeyBudget::Share(1.0)).recent(total);
     let mut exact = Chunks::new(&model, total, dtype, everything);
     exact.read(prompt, args.chunk)?;
     let full = exact.then(everything).predict(last, args.chunk)?;
@@ -98,7 +98,7 @@ fn main() -> Result<()> {
     for method in Method::ALL {
         let mut points = vec![];
         for &share in &args.shares {
-            let attention = || method.attention(Read::Share(share));
+            let attention = || method.attention(KeyBudget::Share(share));
             let mut routed = exact.then(attention);
             if args.all_chunks {
                 routed = Chunks::new(&model, total, dtype, attention);

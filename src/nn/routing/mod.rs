@@ -35,7 +35,7 @@ pub enum Grouping {
 /// How many of the grouped keys a group of queries reads: one at least.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
-pub enum Read {
+pub enum KeyBudget {
     /// So many.
     Tokens(usize),
     /// Such a share of them, in 0..=1, rounded up.
@@ -58,7 +58,7 @@ pub enum Read {
 ///
 /// Keys and queries are clustered head by head. A query's estimate of the attention to a token of key group `j`, with mean
 /// key `c_j` and `n_j` tokens, is `exp(q.c_j) / sum_i n_i exp(q.c_i)`; the mean of these over a group of queries ranks the
-/// key groups, and the group reads their tokens in that order, exactly as many as [`Read`] says, the last group in part. What
+/// key groups, and the group reads their tokens in that order, exactly as many as [`KeyBudget`] says, the last group in part. What
 /// remains of the other groups enters the same softmax with the mean key, the mean value and the number of tokens left.
 /// [`forward`](Self::forward) is for encoders and diffusion models, [`forward_causal`](Self::forward_causal) for the chunks
 /// of a prompt.
@@ -88,10 +88,10 @@ pub enum Read {
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
-/// use candle_flash_kmeans::nn::{Read, RoutedAttention};
+/// use candle_flash_kmeans::nn::{KeyBudget, RoutedAttention};
 ///
 /// let random = |heads, n| Tensor::randn(0f32, 1f32, (1, heads, n, 64), &Device::Cpu);
-/// let mut attention = RoutedAttention::new(Read::Share(0.1));
+/// let mut attention = RoutedAttention::new(KeyBudget::Share(0.1));
 /// let out = attention.forward(&random(6, 512)?, &random(2, 512)?, &random(2, 512)?, 0.125)?;
 /// assert_eq!(out.dims(), [1, 6, 512, 64]); // three query heads share a key head
 /// # Ok::<_, candle_flash_kmeans::Error>(())
@@ -99,7 +99,7 @@ pub enum Read {
 #[derive(Debug)]
 pub struct RoutedAttention {
     fence: Fence,
-    read: Read,
+    read: KeyBudget,
     keys: Grouping,
     queries: Grouping,
     sinks: usize,
@@ -125,7 +125,7 @@ impl Clone for RoutedAttention {
 impl RoutedAttention {
     /// Groups of 16 keys and of 128 queries by k-means of at most 10 passes, 2 when warm; with estimates; causal chunks read
     /// the first 4 tokens and the 64 before them as they are.
-    pub fn new(read: Read) -> Self {
+    pub fn new(read: KeyBudget) -> Self {
         Self {
             fence: Fence::default(),
             read,
@@ -297,9 +297,9 @@ impl RoutedAttention {
         };
         let of = |share: f64| (share * tokens as f64).ceil();
         let (p, least, most) = match self.read {
-            Read::Tokens(count) => (0.0, count as f64, count as f64),
-            Read::Share(share) => (0.0, of(check("share", share)?), of(share)),
-            Read::TopP { p, least, most } => {
+            KeyBudget::Tokens(count) => (0.0, count as f64, count as f64),
+            KeyBudget::Share(share) => (0.0, of(check("share", share)?), of(share)),
+            KeyBudget::TopP { p, least, most } => {
                 (check("p", p)?, of(check("least", least)?), of(check("most", most)?.max(least)))
             }
         };
