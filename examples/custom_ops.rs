@@ -2,7 +2,7 @@
 //! each cluster of tokens.
 //!
 //! ```text
-//! cargo run --release --example custom_ops [--device cpu|cuda] [--steps 120] [--batch 32] [--tokens 96]
+//! cargo run --release --example custom_ops [--device cpu|cuda] [--steps 200] [--batch 32] [--tokens 96]
 //! ```
 
 use anyhow::{ensure, Result};
@@ -23,7 +23,7 @@ mod common {
 #[command(about = "Trains a classifier of token sequences through FlashAssign, ClusterMeans and Quantize")]
 struct Args {
     /// Training steps
-    #[arg(long, default_value_t = 120)]
+    #[arg(long, default_value_t = 200)]
     steps: usize,
     /// Sequences of a batch
     #[arg(long, default_value_t = 32)]
