@@ -47,11 +47,11 @@ __device__ void produce_centroids(const Shared<S>& s, const CUtensorMap* map, co
     const bool stay = centroids_resident<S>(tiles);
     PipelineState<S::STAGES> stage;
     PipelineState<S::VECTORS> vector;
-    int there = -1;
+    int resident_copy = -1;
     for (TileScheduler<S> work(r, active, stay); work.more(); work.next()) {
         const int copy = work.copy(copies);
-        if (stay && copy == there) continue;
-        there = copy;
+        if (stay && copy == resident_copy) continue;
+        resident_copy = copy;
         for (int t = 0; t < tiles; ++t, vector.next()) {
             for (int part = 0; part < S::PARTS; ++part, stage.next()) {
                 const uint32_t full = s.full(stage.at), to = s.ring + stage.at * S::STAGE_BYTES;

@@ -217,7 +217,7 @@ __device__ __forceinline__ void assign_rows(const T* x, const Rows& r, int64_t b
             const bool live = row < end;
             const bool proven = second[i] > cutoff;
             if (live && proven) labels[row] = index;
-            // What is left is decided by the warp, row by row.
+            // The warp decides the unproven rows, one at a time.
             for (uint32_t left = __ballot_sync(~0u, live && !proven); left; left &= left - 1) {
                 const int owner = __ffs(left) - 1;
                 F row_values[D];

@@ -23,7 +23,7 @@ __device__ void column_means(const T* c, const Rows& r, const Active& active, Fi
         if (column < r.d) {
             for (int64_t j = part * step; j < r.n; j += WARP * step, ++count) sum += wide(row_of(c, r, p, j)[column]);
         }
-        // What is not finite is beyond all others.
+        // A mean that is not finite ranks beyond all others.
         const double mean = sum / count, finite_mean = fabs(mean) < nothing().distance ? mean : nothing().distance;
         partial[part][lane] = finite_mean;
         __syncthreads();

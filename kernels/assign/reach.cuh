@@ -1,5 +1,5 @@
-// Which centroids can be the nearest of any ordinary row, so that no outlier spoils the error bound for all rows
-// (tensor.cuh says why labels stay exact).
+// The reach tells centroids that an ordinary row can be nearest to from outliers, which would spoil the error bound of all
+// rows (tensor.cuh says why labels stay exact).
 #pragma once
 #include "exact/common.cuh"
 

@@ -1,5 +1,4 @@
-// What the roles of assign_sm90.cu share: the shape of a block, its shared memory and barriers, and its walk over row
-// tiles.
+// The roles of assign_sm90.cu share the shape of a block, its shared memory and barriers, and its walk over row tiles.
 #pragma once
 #include "arch/ptx.cuh"
 #include "assign/tensor.cuh"
@@ -9,7 +8,7 @@ constexpr int PRODUCE_CENTROIDS = 0, PRODUCE_ROWS = 1, EPILOGUE = 2, EPILOGUE_WA
 constexpr int BOX = 64;  // columns of a 128-byte swizzled row
 static_assert(SLOT == 64 && CENTROIDS == 128, "the shape of one product");
 
-/// What a search leaves to the finishing warps, with the maxima of the winner's places after it.
+/// A consumer leaves the result of a row to the epilogue, with the maxima of the winner's places after it.
 struct RowResult {
     float top, second;  // the best score; what no score of another row of places is above, nor that of another thread
     int column;         // of the first of the winner's row of places
@@ -27,8 +26,8 @@ struct Shape {
     static constexpr int SLOT_BYTES = SLOT * BOX * 2 * BOXES, STAGE_BYTES = CENTROIDS * BOX * 2 * STAGE_BOXES;
     static constexpr int VECTOR_BYTES = CENTROIDS * 4;
     static constexpr int RESULT_BYTES = sizeof(RowResult) + PLACES * sizeof(float);
-    // What is not the ring: alignment, rows, at most eight tiles' `start` and `scale` and the zeros, what is found, and
-    // barriers.
+    // These bytes are not the ring's: alignment, rows, at most eight tiles' `start` and `scale` and the zeros, results,
+    // and barriers.
     static constexpr int FIXED_BYTES = 1024 + GROUPS * SLOT_BYTES + 17 * VECTOR_BYTES + ROWS * RESULT_BYTES + 256;
     static constexpr int FIT = (SM90_SHARED - FIXED_BYTES) / STAGE_BYTES, STAGES = FIT < 8 ? FIT : 8;
     static_assert(STAGES >= 2, "one to fill while another is read");
@@ -37,7 +36,7 @@ struct Shape {
     static constexpr int VECTORS = PARTS == 1 ? STAGES : 4;
     // With a tile in the ring, one group multiplies it while others reduce. Else all go through its parts together.
     static constexpr bool TURNS = STAGES > PARTS;
-    // What a block is given at its start, split between the roles; `setmaxnreg` deals in eights.
+    // A block starts with these registers, which `setmaxnreg` splits between the roles in eights.
     static constexpr int REGISTERS = 65536 / BLOCK / 8 * 8 * (GROUPS + 1);
     static constexpr int PRODUCER_REGISTERS = GROUPS == 2 ? 40 : STEPS == 16 ? 32 : 56;  // what the others can spare
     static constexpr int CONSUMER_REGISTERS = (REGISTERS - PRODUCER_REGISTERS) / GROUPS / 8 * 8;

@@ -10,9 +10,9 @@ __device__ void Fit<T, FACTOR>::load() const {
     for (int i = threadIdx.x; i < lines * shares.rows * LINE_PIECES; i += THREADS_HERE) {
         const int piece = i % LINE_PIECES, line = i / LINE_PIECES, row = line % shares.rows;
         const int column = line / shares.rows * LINE_COLUMNS + piece * PIECE;
-        const bool some = row < live && column < d;
+        const bool stored = row < live && column < d;
         cp_async_16(shared_address(s.rows + (line - row) * LINE + piece_of(row, piece)),
-                    some ? x + row * r.row_stride + column : x, some ? 16 : 0);
+                    stored ? x + row * r.row_stride + column : x, stored ? 16 : 0);
     }
     cp_async_commit();
     cp_async_wait<0>();
@@ -50,16 +50,15 @@ __device__ __forceinline__ void Fit<T, FACTOR>::fetch_lines(const T* from) const
     for (int i = threadIdx.x; i < lines * shares.padded * LINE_PIECES; i += THREADS_HERE) {
         const int piece = i % LINE_PIECES, line = i / LINE_PIECES, j = line % shares.padded;
         const int column = line / shares.padded * LINE_COLUMNS + piece * PIECE;
-        const bool some = j < k && column < d;
+        const bool stored = j < k && column < d;
         cp_async_16(shared_address(s.centroids + (line - j) * LINE + piece_of(j, piece)),
-                    some ? from + j * d + column : from, some ? 16 : 0);
+                    stored ? from + j * d + column : from, stored ? 16 : 0);
     }
     cp_async_commit();
 }
 
 /// mu as `origin` in prepare.cu has it, of as many groups of one value as a warp has lanes, a pair of columns to a
-/// warp. It
-/// only has to be near the data, so it stays that of the centroids which a fit begins with.
+/// warp. It only has to be near the data, so it stays that of the centroids which a fit begins with.
 template <class T, bool FACTOR>
 __device__ void Fit<T, FACTOR>::origin() const {
     fetch_lines(c);
@@ -174,8 +173,8 @@ __device__ void Fit<T, FACTOR>::prepare() const {
         uint32_t most = 0;
 #pragma unroll
         for (int i = 0; i < BOUNDS; ++i) {
-            const uint32_t here = __reduce_max_sync(~0u, __float_as_uint(values[i]) & 0x7fffffff);
-            if (threadIdx.x % WARP == i) most = here;
+            const uint32_t warp_bound = __reduce_max_sync(~0u, __float_as_uint(values[i]) & 0x7fffffff);
+            if (threadIdx.x % WARP == i) most = warp_bound;
         }
         if (threadIdx.x % WARP < BOUNDS) {
             atomicMax(reinterpret_cast<uint32_t*>(bounds) + threadIdx.x % WARP, most);

@@ -157,10 +157,10 @@ __device__ void Fit<T, FACTOR>::recheck_unproven() const {
         for (int first = 0; first < k; first += WARP) {
             const int j = first + lane;
             const bool may = j < k && !(score(one.row, j) < one.cutoff);
-            const uint32_t some = __ballot_sync(~0u, may);
-            const int at = count + __popc(some & ((1u << lane) - 1));
+            const uint32_t candidates = __ballot_sync(~0u, may);
+            const int at = count + __popc(candidates & ((1u << lane) - 1));
             if (may && at < WARP) queue[at] = j;
-            count += __popc(some);
+            count += __popc(candidates);
         }
         __syncwarp();
         // A lane to a candidate; if they are too many, to every so many centroids.
