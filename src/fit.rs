@@ -4,7 +4,8 @@ use crate::{
     error::{Error, Result},
     functional,
     metric::Metric,
-    ops, primitives,
+    ops::labels::{check_labels, flat_labels},
+    primitives,
     problem::{self, Problem},
     rows::Rows,
     saved::{self, Saved},
@@ -175,7 +176,7 @@ impl Fit {
             }
         }
         if primitives::reads_are_free(c.device()) {
-            ops::check_labels(&ops::flat_labels(&(&self.labels).into(), k)?, k)?;
+            check_labels(&flat_labels(&(&self.labels).into(), k)?, k)?;
         }
         Ok(())
     }

@@ -5,7 +5,11 @@ use crate::{
     error::{Error, Result},
     metric::Metric,
     operand::Readable,
-    ops::{self, ClusterMeans, ClusterSums, FlashAssign, Labelled, SortInverse},
+    ops::{
+        self,
+        labels::{check_labels, check_labels_of, flat_labels, Labelled},
+        ClusterMeans, ClusterSums, FlashAssign, SortInverse,
+    },
     primitives,
     problem::{self, Problem},
     request::Reduction,
@@ -96,8 +100,8 @@ pub(crate) fn known_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tenso
 /// # Errors
 /// As [`sort_by_cluster`].
 pub fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
-    let flat = ops::flat_labels(&labels.into(), k)?;
-    ops::check_labels(&flat, k)?;
+    let flat = flat_labels(&labels.into(), k)?;
+    check_labels(&flat, k)?;
     let batch = &labels.dims()[..labels.rank() - 1];
     Ok(primitives::cluster_sizes(&flat, k)?.reshape([batch, &[k]].concat())?)
 }
@@ -149,10 +153,10 @@ pub fn inverse_order(order: &Tensor) -> Result<Tensor> {
 /// As [`assign`], and refuses labels that do not fit (the host waits for their check).
 pub fn residuals(x: &Tensor, centroids: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let p = Problem::assign(x, centroids, Metric::default())?;
-    let flat = ops::flat_labels(&labels.into(), p.k)?;
+    let flat = flat_labels(&labels.into(), p.k)?;
     problem::check_device("labels", labels, x.device())?;
-    ops::check_labels_of(&p, labels)?;
-    ops::check_labels(&flat, p.k)?;
+    check_labels_of(&p, labels)?;
+    check_labels(&flat, p.k)?;
     if x.elem_count() == 0 {
         return problem::empty(x.dims(), x.dtype(), x.device());
     }
@@ -178,7 +182,7 @@ pub fn quantize(x: &Tensor, centroids: &Tensor, metric: Metric) -> Result<(Tenso
 /// The rows of `centroids` (`(..batch, k, d)`, or `(k, d)` for every problem) that `labels` (u32 `(..batch, n)`, known to be
 /// below `k`) name: `(..batch, n, d)`. No gradient flows.
 pub(crate) fn rows_of(centroids: &Tensor, labels: &Tensor) -> Result<Tensor> {
-    let flat = ops::flat_labels(&labels.into(), centroids.dims()[centroids.rank() - 2])?;
+    let flat = flat_labels(&labels.into(), centroids.dims()[centroids.rank() - 2])?;
     let c = Rows::new(centroids)?.broadcast(flat.dims()[0]);
     let shape = [labels.dims(), &[c.d]].concat();
     Ok(primitives::gather(&c, &flat)?.reshape(shape)?)

@@ -42,6 +42,9 @@
 //! lock the same ones in different orders can wait for each other for ever, as with any of Candle's ops of several tensors. The
 //! functions lock in the order of addresses and cannot.
 
+mod bind;
+pub(crate) mod labels;
+
 use crate::{
     error::{Error, Result},
     memory::Memory,
@@ -49,12 +52,12 @@ use crate::{
     operand::{Operand, Readable, Target},
     primitives,
     problem::{self, Problem},
-    request::{Assignment, Reduction, Summands, Update},
+    request::{Assignment, Reduction},
     rows::Rows,
 };
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, DType, InplaceOp3, Layout, MetalStorage, Shape, Storage, Tensor, D,
-};
+use bind::{cpu, cuda, custom_op2, inplace_op3, no_metal, Made};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, DType, Layout, MetalStorage, Shape, Tensor};
+use labels::{check_labels, flat_labels, Labelled};
 
 /// Rows `(..batch, n, d)` and centroids, `(..batch, k, d)` or `(k, d)` for every problem, to the labels of the nearest
 /// centroids, u32 `(..batch, n)`: [`assign`](crate::assign).
@@ -126,9 +129,6 @@ pub struct MeansInto;
 /// Overwrites sums, contiguous `(..batch, k, d)`, by those of rows by labels that [`ClusterSums`] gives.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SumsInto;
-
-/// What an op makes: a storage of its own, and the shape of what is in it.
-type Made = (Storage, Shape);
 
 /// An op of two operands, on every device.
 pub(crate) trait Binary: CustomOp2 + Send + Sync + 'static {
@@ -264,57 +264,6 @@ impl CustomOp1 for SortInverse {
     }
 }
 
-/// Rows and their labels, which are not known to be below `k`.
-pub(crate) struct Labelled<'a> {
-    p: Problem,
-    x: Operand<'a>,
-    /// `(b, n)`, contiguous.
-    labels: Operand<'a>,
-}
-
-impl<'a> Labelled<'a> {
-    pub fn new(x: &Operand<'a>, labels: &Operand<'a>, k: usize) -> Result<Self> {
-        problem::labels(labels, k)?;
-        let p = Problem::rows(x, k)?;
-        problem::check_device("labels", labels, &x.device())?;
-        check_labels_of(&p, labels)?;
-        Ok(Self { p, x: x.clone(), labels: flat_labels(labels, k)? })
-    }
-
-    fn check(&self) -> Result<()> {
-        check_labels(&self.labels, self.p.k)
-    }
-
-    /// The sums or means of clusters; zeros of those without rows.
-    pub fn reduce(&self, reduction: Reduction) -> Result<Made> {
-        let shape = Shape::from(self.p.shape(&[self.p.k, self.p.d]));
-        let mut reduced = primitives::allocate("clusters", shape.elem_count(), self.p.dtype, &self.x.device())?;
-        primitives::zero(Target::whole(&mut reduced, &shape))?;
-        self.reduce_to(Target::whole(&mut reduced, &shape), reduction)?;
-        Ok((reduced, shape))
-    }
-
-    /// The same in the place of what is there, which stays for clusters without rows.
-    fn reduce_to(&self, to: Target<'_>, reduction: Reduction) -> Result<()> {
-        let x = Rows::from_operand(&self.x)?;
-        let (terms, labels) = (Summands::from_rows(&x)?, Some(&self.labels as &dyn Readable));
-        primitives::update(&Update { x: &x, terms: &terms, labels, reduction, turn: None }, to, &Memory::default())
-    }
-
-    /// The rows of clusters' gradients, `(..batch, k, d)`, that the labels name, shaped as the rows.
-    fn spread(x: &Tensor, labels: &Tensor, grad: &Tensor, k: usize, reduction: Reduction) -> Result<Option<Tensor>> {
-        let labels = flat_labels(&labels.into(), k)?;
-        let (b, d) = (labels.dims()[0], x.dim(D::Minus1)?);
-        let mut each = grad.reshape((b, k, d))?;
-        if reduction == Reduction::Mean {
-            // An empty cluster has no rows to pass a gradient to; its infinite share is never gathered.
-            let share = primitives::cluster_sizes(&labels, k)?.to_dtype(DType::F64)?.recip()?.unsqueeze(2)?;
-            each = each.to_dtype(DType::F64)?.broadcast_mul(&share)?.to_dtype(x.dtype())?;
-        }
-        Ok(Some(primitives::gather(&Rows::new(&each)?, &labels)?.reshape(x.shape())?))
-    }
-}
-
 macro_rules! reducing {
     ($($op:ident, $name:literal, $reduction:expr;)+) => {
         $(impl Binary for $op {
@@ -386,148 +335,5 @@ fn check_target(argument: &'static str, to: &Target<'_>, dtype: DType, expected:
     Ok(())
 }
 
-/// Checks labels of shape `(..batch, n)` and returns them as `(b, n)`, contiguous.
-pub(crate) fn flat_labels<'a>(labels: &Operand<'a>, k: usize) -> Result<Operand<'a>> {
-    let (b, n) = problem::labels(labels, k)?;
-    if labels.elem_count() == 0 {
-        return Ok(Operand::Tensor(problem::empty(&[b, n], DType::U32, &labels.device())?));
-    }
-    Ok(primitives::contiguous_operand(labels)?.reshape((b, n))?)
-}
-
-/// Checks that there is a label for each row.
-pub(crate) fn check_labels_of(p: &Problem, labels: &impl Readable) -> Result<()> {
-    if labels.dims() != p.shape(&[p.n]) {
-        return Err(Error::Shape { argument: "labels", got: labels.dims().to_vec(), expected: p.shape(&[p.n]) });
-    }
-    Ok(())
-}
-
-/// Checks that contiguous labels are below `k`.
-pub(crate) fn check_labels(labels: &impl Readable, k: usize) -> Result<()> {
-    if labels.elem_count() > 0 {
-        let largest = primitives::max_label(labels)? as usize;
-        if largest >= k {
-            return Err(Error::Range { argument: "labels", got: largest, min: 0, max: k - 1 });
-        }
-    }
-    Ok(())
-}
-
-fn cpu((storage, shape): Made) -> candle_core::Result<(CpuStorage, Shape)> {
-    match storage {
-        Storage::Cpu(storage) => Ok((storage, shape)),
-        _ => unreachable!("what is made of CPU storages is one"),
-    }
-}
-
-fn cuda((storage, shape): Made) -> candle_core::Result<(CudaStorage, Shape)> {
-    match storage {
-        Storage::Cuda(storage) => Ok((storage, shape)),
-        _ => unreachable!("what is made of CUDA storages is one"),
-    }
-}
-
-fn no_metal(op: &'static str) -> candle_core::Error {
-    Error::Unsupported { op, device: "Metal".into() }.into()
-}
-
-macro_rules! custom_op2 {
-    ($($op:ident)+) => {
-        $(impl CustomOp2 for $op {
-            fn name(&self) -> &'static str {
-                Self::NAME
-            }
-
-            fn cpu_fwd(
-                &self,
-                x: &CpuStorage,
-                x_layout: &Layout,
-                y: &CpuStorage,
-                y_layout: &Layout,
-            ) -> candle_core::Result<(CpuStorage, Shape)> {
-                cpu(self.forward(&Operand::Cpu(x, x_layout.clone()), &Operand::Cpu(y, y_layout.clone()))?)
-            }
-
-            fn cuda_fwd(
-                &self,
-                x: &CudaStorage,
-                x_layout: &Layout,
-                y: &CudaStorage,
-                y_layout: &Layout,
-            ) -> candle_core::Result<(CudaStorage, Shape)> {
-                cuda(self.forward(&Operand::Cuda(x, x_layout.clone()), &Operand::Cuda(y, y_layout.clone()))?)
-            }
-
-            fn metal_fwd(
-                &self,
-                _: &MetalStorage,
-                _: &Layout,
-                _: &MetalStorage,
-                _: &Layout,
-            ) -> candle_core::Result<(MetalStorage, Shape)> {
-                Err(no_metal(Self::NAME))
-            }
-
-            fn bwd(
-                &self,
-                x: &Tensor,
-                y: &Tensor,
-                _: &Tensor,
-                grad: &Tensor,
-            ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-                Ok((self.backward(x, y, grad)?, None))
-            }
-        })+
-    };
-}
 custom_op2!(FlashAssign ClusterMeans ClusterSums Quantize);
-
-macro_rules! inplace_op3 {
-    ($($op:ident)+) => {
-        $(impl InplaceOp3 for $op {
-            fn name(&self) -> &'static str {
-                Self::NAME
-            }
-
-            fn cpu_fwd(
-                &self,
-                to: &mut CpuStorage,
-                to_layout: &Layout,
-                x: &CpuStorage,
-                x_layout: &Layout,
-                y: &CpuStorage,
-                y_layout: &Layout,
-            ) -> candle_core::Result<()> {
-                let (x, y) = (Operand::Cpu(x, x_layout.clone()), Operand::Cpu(y, y_layout.clone()));
-                Ok(self.overwrite(Target::Cpu(to, to_layout.clone()), &x, &y)?)
-            }
-
-            fn cuda_fwd(
-                &self,
-                to: &mut CudaStorage,
-                to_layout: &Layout,
-                x: &CudaStorage,
-                x_layout: &Layout,
-                y: &CudaStorage,
-                y_layout: &Layout,
-            ) -> candle_core::Result<()> {
-                let (x, y) = (Operand::Cuda(x, x_layout.clone()), Operand::Cuda(y, y_layout.clone()));
-                Ok(self.overwrite(Target::Cuda(to, to_layout.clone()), &x, &y)?)
-            }
-
-            fn metal_fwd(
-                &self,
-                _: &mut MetalStorage,
-                _: &Layout,
-                _: &MetalStorage,
-                _: &Layout,
-                _: &MetalStorage,
-                _: &Layout,
-            ) -> candle_core::Result<()> {
-                Err(no_metal(Self::NAME))
-            }
-        })+
-    };
-}
 inplace_op3!(AssignInto MeansInto SumsInto);
