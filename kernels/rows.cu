@@ -74,6 +74,25 @@ __device__ void scan(const T* x, const Rows& r, int64_t rows, double* largest, u
     }
 }
 
+/// The smallest magnitude but 0 of finite values: each block takes `rows` rows.
+template <class T>
+__device__ void min_magnitude(const T* x, const Rows& r, int64_t rows, double* smallest) {
+    const int64_t chunks = (r.n + rows - 1) / rows;
+    for (int64_t tile = blockIdx.x; tile < r.b * chunks; tile += gridDim.x) {
+        const int64_t b = tile / chunks, begin = tile % chunks * rows, end = min(begin + rows, r.n);
+        double least = INFINITY;
+        for (Cells at(r.d); begin + at.row < end; at.next()) {
+            const double v = fabs(wide(row_of(x, r, b, begin + at.row)[at.column]));
+            if (v > 0) least = fmin(least, v);
+        }
+        for (int lane = WARP / 2; lane; lane /= 2) least = fmin(least, __shfl_xor_sync(~0u, least, lane));
+        // The bits of numbers that are not negative are in their order.
+        if (threadIdx.x % WARP == 0) {
+            atomicMin(reinterpret_cast<unsigned long long*>(&smallest[b]), __double_as_longlong(least));
+        }
+    }
+}
+
 template <class T>
 __device__ void norms(const T* x, const Rows& r, double* out) {
     for (int64_t i = global_thread(); i < r.b * r.n; i += all_threads()) {
@@ -146,6 +165,9 @@ __device__ void copy(const T* x, const Strided& from, int64_t cells, int64_t pit
 #define INSTANCE(name, T)                                                                                              \
     extern "C" __global__ void scan_##name(const T* x, Rows r, int64_t rows, double* largest, uint32_t* first_bad) {   \
         scan(x, r, rows, largest, first_bad);                                                                          \
+    }                                                                                                                  \
+    extern "C" __global__ void min_magnitude_##name(const T* x, Rows r, int64_t rows, double* smallest) {              \
+        min_magnitude(x, r, rows, smallest);                                                                           \
     }                                                                                                                  \
     extern "C" __global__ void norms_##name(const T* x, Rows r, double* out) { norms(x, r, out); }                     \
     extern "C" __global__ void distances_##name(const T* x, Rows r, const T* c, Rows cr, const uint32_t* labels,       \

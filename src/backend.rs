@@ -9,7 +9,7 @@ use crate::{
     metric::Metric,
     operand::{Readable, Target},
     plan::arch::Arch,
-    request::{Assignment, Attention, KmeansppStep, OnChipFit, Routed, Update},
+    request::{Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
 };
@@ -49,6 +49,7 @@ pub(crate) trait Backend {
     fn pairwise(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor>;
     fn gather(&self, x: &Rows, index: &dyn Readable, to: Target<'_>) -> Result<()>;
     fn max_abs_and_first_nonfinite(&self, x: &Rows) -> Result<(Tensor, Tensor)>;
+    fn min_magnitude(&self, x: &Rows) -> Result<Tensor>;
     fn norms(&self, x: &Rows) -> Result<Tensor>;
     fn usable_seeds(&self, x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor>;
     fn min_distance_with(&self, x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor>;
@@ -57,6 +58,9 @@ pub(crate) trait Backend {
     fn max_label(&self, labels: &dyn Readable) -> Result<u32>;
     fn order(&self, labels: &dyn Readable, k: usize, to: Target<'_>) -> Result<()>;
     fn update(&self, u: &Update<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()>;
+    fn accumulate(&self, u: &Update<'_>, to: &Accumulator, memory: &Memory) -> Result<()>;
+    fn finish(&self, f: &Finish<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()>;
+    fn merge(&self, sums: &Tensor, others: &Tensor) -> Result<()>;
 
     /// Whether this was a fit for that.
     fn fit_on_chip(&self, _: &OnChipFit<'_>, _: &Memory) -> Result<bool> {

@@ -133,6 +133,11 @@ impl Fit {
         })
     }
 
+    /// With these batch dimensions in place of one.
+    pub(crate) fn with_batch(&self, batch: &[usize]) -> Result<Self> {
+        self.map(|t| Ok(t.reshape([batch, &t.dims()[1..]].concat())?))
+    }
+
     fn on(&self, device: &Device) -> Result<Self> {
         self.map(|t| Ok(t.to_device(device)?))
     }

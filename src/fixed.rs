@@ -2,8 +2,8 @@
 //!
 //! A sum of `n` numbers below `2^e` is kept as a 128-bit integer of units of `2^-s`, `s = 126 - e - bits(n)`: it cannot
 //! overflow, and integer addition is associative, so threads, chunks and devices may add in any order and split and still
-//! produce the same bits. A term that is no whole number of units is added to an [`Exact`] sum, which holds all of an f64's
-//! exponents (Kulisch and Miranker 1986). Both are exact, so it does not matter which terms went where, and what becomes of
+//! produce the same bits. A term that is no whole number of units is cut: what it has below them goes to more integers, 64 bits
+//! apart, down to where an f64's exponents end (a [`Grid`]; Kulisch and Miranker 1986). All of it is exact, and what becomes of
 //! a sum is rounded once. `kernels/exact/common.cuh` and `kernels/exact/sums.cuh` hold the same functions.
 
 /// The scale `s` for sums of at most `n` terms, none above `max_abs` in magnitude.
@@ -13,7 +13,7 @@ pub(crate) fn scale(max_abs: f64, n: usize) -> i32 {
 }
 
 /// The smallest `e` with `v < 2^e`, for finite non-negative `v` (0 for 0).
-fn exponent(v: f64) -> i32 {
+pub(crate) fn exponent(v: f64) -> i32 {
     let bits = v.to_bits();
     match (bits >> 52) as i32 & 0x7ff {
         0 if bits == 0 => 0,
@@ -114,73 +114,90 @@ impl Scaled {
 /// Between these a sum of squares has lost nothing to the range of f64 that matters.
 const SQUARES: (f64, f64) = (power_of_two(-900), power_of_two(1000));
 
-/// Bits of a word of an [`Exact`] sum, and how many words hold every sum of 2^32 f64.
-const WORD_BITS: i32 = 30;
-const WORDS: usize = 72;
+/// How far the units of two planes of a [`Grid`] are apart.
+const PLANE_BITS: i32 = 64;
 
-/// A sum of up to 2^32 numbers of any exponent: of words of 2^-1074 times powers of 2^30, to each of which a term adds less
-/// than that.
-#[derive(Clone)]
-pub(crate) struct Exact([i64; WORDS]);
+/// Where the integers of a sum lie: those of plane `l` count units of `2^-(scale + 64 l)`, and a term is cut where one plane's
+/// unit ends and the next one's bits begin. The planes are digits of a Kulisch accumulator, of which only those are kept that
+/// terms reach. Terms fewer than 2^62 overflow none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Grid {
+    pub scale: i32,
+    pub planes: usize,
+}
 
-impl Exact {
-    pub const ZERO: Self = Self([0; WORDS]);
-
-    /// Adds `v`; nothing for a NaN or an infinity.
-    pub fn add(&mut self, v: f64) {
-        if let Some((mantissa, e)) = parts(v) {
-            self.add_magnitude(mantissa.into(), e, v.is_sign_negative());
-        }
+impl Grid {
+    /// Of `planes` planes for at most `n` terms, none above `max_abs` in magnitude.
+    pub fn new(max_abs: f64, n: usize, planes: usize) -> Self {
+        Self { scale: scale(max_abs, n), planes }
     }
 
-    /// Adds `q * 2^-s`, a sum of f64.
-    pub fn add_fixed(&mut self, q: i128, s: i32) {
-        self.add_magnitude(q.unsigned_abs(), -s, q < 0);
+    /// With as many planes as hold terms that are whole numbers of `2^lowest`.
+    pub fn down_to(lowest: i32, max_abs: f64, n: usize) -> Self {
+        let scale = scale(max_abs, n);
+        Self { scale, planes: 1 + ((-lowest - scale).max(0) as usize).div_ceil(PLANE_BITS as usize) }
     }
 
-    fn add_magnitude(&mut self, magnitude: u128, e: i32, negative: bool) {
-        // No sum of f64 has bits below 2^-1074.
-        let place = e + 1074;
-        let (mut left, place) = if place < 0 { (magnitude >> -place, 0) } else { (magnitude, place) };
-        let (mut word, shift) = ((place / WORD_BITS) as usize, place % WORD_BITS);
-        let mut bits = WORD_BITS - shift;
-        while left != 0 {
-            let digit = ((left & ((1 << bits) - 1)) << (WORD_BITS - bits)) as i64;
-            self.0[word] += if negative { -digit } else { digit };
-            (left, bits, word) = (left >> bits, WORD_BITS, word + 1);
-        }
+    /// With planes for every f64.
+    pub fn of_f64(max_abs: f64, n: usize) -> Self {
+        Self::down_to(-1074, max_abs, n)
     }
 
-    pub fn join(&mut self, other: &Self) {
-        self.0.iter_mut().zip(&other.0).for_each(|(a, b)| *a += b);
-    }
-
-    /// The words as digits, lowest first, and what is carried beyond the last one: -1 of negative sums, otherwise 0.
-    fn carry(&self, negative: bool, mut take: impl FnMut(i32, u64)) -> i64 {
-        self.0.iter().zip(0..).fold(0, |carry, (&word, at)| {
-            let v = carry + if negative { -word } else { word };
-            take(at, (v & ((1 << WORD_BITS) - 1)) as u64);
-            v >> WORD_BITS
-        })
-    }
-
-    pub fn is_negative(&self) -> bool {
-        self.carry(false, |_, _| ()) < 0
-    }
-
-    /// The sum, rounded once.
-    pub fn rounded(&self) -> Scaled {
-        let negative = self.is_negative();
-        let (mut below, mut lower, mut low, mut top) = (0, 0, 0, (0, 0));
-        self.carry(negative, |at, high| {
-            // The highest digit and two more are at least 61 bits; whether there are any below is one more.
-            if high != 0 {
-                let three = (high as u128) << (2 * WORD_BITS) | (low as u128) << WORD_BITS | lower as u128;
-                top = (three | u128::from(below != 0), (at - 2) * WORD_BITS - 1074);
+    /// Calls `add(plane, integer)` with the parts of `v`, rounded down to the unit of the last plane; a NaN or an infinity has
+    /// none.
+    pub fn split(self, v: f64, mut add: impl FnMut(usize, i128)) {
+        let Some((mut mantissa, e)) = parts(v) else { return };
+        let sign = if v.is_sign_negative() { -1 } else { 1 };
+        for plane in 0..self.planes {
+            if mantissa == 0 {
+                return;
             }
-            (below, lower, low) = (below | lower, low, high);
-        });
-        Scaled::new(top.0, top.1, negative)
+            let shift = e + self.scale + PLANE_BITS * plane as i32;
+            let mut units = 0;
+            if shift >= 0 {
+                (units, mantissa) = ((mantissa as i128) << shift, 0);
+            } else if shift > -PLANE_BITS {
+                (units, mantissa) = ((mantissa >> -shift).into(), mantissa & ((1 << -shift) - 1));
+            }
+            if plane + 1 == self.planes && sign < 0 && mantissa != 0 {
+                units += 1;
+            }
+            if units != 0 {
+                add(plane, sign * units);
+            }
+        }
+    }
+
+    /// The sum of which `planes` are the first ones, rounded once.
+    pub fn rounded(self, planes: &[i128]) -> Scaled {
+        self.magnitude(planes, false).or_else(|| self.magnitude(planes, true)).expect("a number or its negative")
+    }
+
+    /// Whether a sum is below zero.
+    pub fn is_negative(self, planes: &[i128]) -> bool {
+        self.magnitude(planes, false).is_none()
+    }
+
+    /// The sum or its negative, if it is not below zero, with the sign of the former.
+    fn magnitude(self, planes: &[i128], negative: bool) -> Option<Scaled> {
+        let (mut carried, mut below, mut low, mut top) = (0i128, false, 0u64, (0, 0));
+        let mut take = |digit: u64, unit: i32| {
+            // The highest digit and the one below are at least 65 bits; whether there are any below them is one more.
+            if digit != 0 {
+                top = (u128::from(digit) << 64 | u128::from(low) | u128::from(below), unit - 64);
+            }
+            (below, low) = (below || low != 0, digit);
+        };
+        for (plane, &units) in planes.iter().enumerate().rev() {
+            let v = carried + if negative { -units } else { units };
+            take(v as u64, -(self.scale + PLANE_BITS * plane as i32));
+            carried = v >> 64;
+        }
+        if carried < 0 {
+            return None;
+        }
+        take(carried as u64, 64 - self.scale);
+        Some(Scaled::new(top.0, top.1, negative))
     }
 }
 
@@ -248,18 +265,15 @@ mod tests {
         Scaled { significand: if negative { -significand } else { significand }, exponent: top as i32 - 1074 }
     }
 
-    /// As sums are made: what fits an integer of the scale goes there, and the rest to words.
-    fn both(terms: &[f64], most: f64, n: usize) -> Scaled {
-        let s = scale(most, n);
-        let (mut q, mut exact) = (0, Exact::ZERO);
-        for &t in terms {
-            match if t.abs() <= most { quantise(t, s) } else { None } {
-                Some(v) => q += v,
-                None => exact.add(t),
-            }
-        }
-        exact.add_fixed(q, s);
-        exact.rounded()
+    /// The planes of a sum.
+    fn sum(grid: Grid, terms: &[f64]) -> Vec<i128> {
+        let mut planes = vec![0; grid.planes];
+        terms.iter().for_each(|&t| grid.split(t, |plane, units| planes[plane] += units));
+        planes
+    }
+
+    fn largest(terms: &[f64]) -> f64 {
+        terms.iter().fold(0.0, |most: f64, t| most.max(t.abs()))
     }
 
     fn anything() -> impl Strategy<Value = f64> {
@@ -281,27 +295,51 @@ mod tests {
         fn sums_are_rounded_once(
             mut terms in prop::collection::vec(hostile(), 0..40),
             cancelled in 0usize..40,
-            most in prop_oneof![anything().prop_map(f64::abs), Just(1.0), Just(f64::MAX)],
-            n in prop_oneof![Just(40usize), Just(1 << 20), Just(u32::MAX as usize)],
+            n in prop_oneof![Just(80usize), Just(1 << 20), Just(u32::MAX as usize), Just((1 << 62) - 1)],
         ) {
             let gone: Vec<_> = terms.iter().take(cancelled).map(|t| -t).collect();
             terms.extend(gone);
-            let mut exact = Exact::ZERO;
-            terms.iter().for_each(|&t| exact.add(t));
-            let want = rounded(&terms);
-            prop_assert_eq!(exact.rounded(), want);
-            prop_assert_eq!(exact.is_negative(), want.significand < 0.0);
-            prop_assert_eq!(both(&terms, most, n.max(terms.len())), want);
-            let (mut left, mut right) = (Exact::ZERO, Exact::ZERO);
-            terms.iter().enumerate().for_each(|(i, &t)| if i % 3 == 0 { left.add(t) } else { right.add(t) });
-            left.join(&right);
-            prop_assert_eq!(left.rounded(), want);
+            let (grid, want) = (Grid::of_f64(largest(&terms), n), rounded(&terms));
+            let planes = sum(grid, &terms);
+            prop_assert_eq!(grid.rounded(&planes), want);
+            // In parts, of which one needs fewer planes.
+            let (left, right) = terms.split_at(terms.len() / 3);
+            let mut joined = sum(grid, left);
+            let lowest = right.iter().filter_map(|&t| parts(t)).map(|(m, e)| if m == 0 { 1100 } else { e }).min();
+            let few = Grid::down_to(lowest.unwrap_or(0), largest(&terms), n);
+            joined.iter_mut().zip(sum(few, right)).for_each(|(a, b)| *a += b);
+            prop_assert_eq!(joined, planes);
+            // What an integer of the scale takes is a whole number of it.
+            for &t in &terms {
+                let mut parts = vec![0; grid.planes];
+                grid.split(t, |plane, units| parts[plane] += units);
+                prop_assert_eq!(quantise(t, grid.scale), parts[1..].iter().all(|&p| p == 0).then_some(parts[0]));
+            }
+        }
+
+        #[test]
+        fn terms_below_the_last_plane_are_rounded_down(
+            terms in prop::collection::vec(hostile(), 1..20),
+            planes in 1usize..4,
+        ) {
+            let grid = Grid::new(largest(&terms), terms.len(), planes);
+            let lowest = -grid.scale - 64 * (planes as i32 - 1);
+            prop_assume!(lowest > -1000);
+            let times = |v: f64, e: i32| v * 2f64.powi(e / 2) * 2f64.powi(e - e / 2);
+            let unit = times(1.0, lowest);
+            let floor = |&t: &f64| match t {
+                t if t.abs() >= unit => times(times(t, -lowest).floor(), lowest),
+                t if t < 0.0 => -unit,
+                _ => 0.0,
+            };
+            let floors: Vec<_> = terms.iter().map(floor).collect();
+            prop_assert_eq!(grid.rounded(&sum(grid, &terms)), rounded(&floors));
         }
 
         #[test]
         fn quotients_are_rounded_once(a in anything(), b in anything(), shift in -1200i32..1200) {
             prop_assume!(a != 0.0 && b != 0.0);
-            let of = |v: f64| { let mut e = Exact::ZERO; e.add(v); e.rounded() };
+            let of = |v: f64| { let grid = Grid::of_f64(v.abs(), 1); grid.rounded(&sum(grid, &[v])) };
             prop_assert_eq!(of(a).value().to_bits(), a.to_bits());
             prop_assert_eq!(of(a).over(of(b)).to_bits(), (a / b).to_bits());
             // A common power of two changes nothing, wherever it takes both.
@@ -312,14 +350,9 @@ mod tests {
 
     #[test]
     fn as_many_of_the_largest_terms_as_there_may_be_rows() {
-        let mut exact = Exact::ZERO;
-        exact.add(f64::MAX);
-        // Doubled 32 times: 2^32 terms.
-        for _ in 0..32 {
-            let other = exact.clone();
-            exact.join(&other);
-        }
-        let sum = exact.rounded();
+        let grid = Grid::of_f64(f64::MAX, 1 << 32);
+        let planes: Vec<_> = sum(grid, &[f64::MAX]).into_iter().map(|units| units << 32).collect();
+        let sum = grid.rounded(&planes);
         assert_eq!(sum.value(), f64::INFINITY);
         assert_eq!(sum.over(Scaled::of(1 << 32, 0)), f64::MAX);
         let n = (1usize << 40) - 1;

@@ -15,7 +15,9 @@ use crate::{
     operand::{Operand, Readable, Target, COUNTED},
     plan::arch::Arch,
     problem,
-    request::{Assignment, Attention, KmeansppStep, OnChipFit, Reduction, Routed, Summands, Update},
+    request::{
+        Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Reduction, Routed, Summands, Update,
+    },
     rng::Draw,
     rows::Rows,
 };
@@ -268,6 +270,11 @@ pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> 
     on(x.device(), "max_abs_and_first_nonfinite")?.max_abs_and_first_nonfinite(x)
 }
 
+/// The smallest magnitude but 0 of the finite values of each problem, f64 `(b,)`; infinite where there is none.
+pub(crate) fn min_magnitude(x: &Rows) -> Result<Tensor> {
+    on(x.device(), "min_magnitude")?.min_magnitude(x)
+}
+
 /// Euclidean norms, f64 `(b, n)`.
 pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
     on(x.device(), "norms")?.norms(x)
@@ -312,6 +319,23 @@ pub(crate) fn max_label(labels: &impl Readable) -> Result<u32> {
 /// converged: no centroid has moved farther than the threshold, in squared Euclidean distance.
 pub(crate) fn update(u: &Update<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()> {
     on(u.x.device(), "update")?.update(u, centroids, memory)
+}
+
+/// Adds rows to the sums of their clusters. In a fit's turn, those of problems that have not converged. Every row and its factor
+/// are finite, or its factor is 0.
+pub(crate) fn accumulate(u: &Update<'_>, to: &Accumulator, memory: &Memory) -> Result<()> {
+    on(u.x.device(), "accumulate")?.accumulate(u, to, memory)
+}
+
+/// What [`update`] does, of all rows that have been added, and leaves zeros. Medians have no such sums. The centroids may be of
+/// any float dtype.
+pub(crate) fn finish(f: &Finish<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()> {
+    on(f.sums.sums.device(), "finish")?.finish(f, centroids, memory)
+}
+
+/// Adds the sums of another accumulator of the same grid.
+pub(crate) fn merge(sums: &Tensor, others: &Tensor) -> Result<()> {
+    on(sums.device(), "merge")?.merge(sums, others)
 }
 
 /// All iterations of a fit and its last labels at once (in one launch; on the CPU rows of one column, sorted), and whether this

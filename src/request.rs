@@ -69,6 +69,26 @@ pub(crate) struct Update<'a> {
     pub turn: Option<Turn<'a>>,
 }
 
+/// Sums by cluster that blocks of rows and ranks add to, kept as integers so that all of them merge by addition.
+pub(crate) struct Accumulator {
+    /// i64 `(planes, b, k, d + 1, 2)`: of each column and, last, of the weight, the low and the high half of an integer of each
+    /// plane of the grid ([`Grid`](crate::fixed::Grid)). Zeros whenever nothing has been added since the last finish.
+    pub sums: Tensor,
+    /// Bound on the magnitude of all terms, f64 `(b,)`.
+    pub max_abs: Tensor,
+    /// The largest factor, f64 `(b,)`, where factors are weights.
+    pub max_weight: Option<Tensor>,
+    /// At most so many rows are added to a problem.
+    pub rows: usize,
+}
+
+/// What becomes of an accumulator.
+pub(crate) struct Finish<'a> {
+    pub sums: &'a Accumulator,
+    pub reduction: Reduction,
+    pub turn: Option<Turn<'a>>,
+}
+
 /// All iterations of a fit, from the `centroids` `(b, k, d)` that are there, and its last `labels`, u32 `(b, n)`.
 pub(crate) struct OnChipFit<'a> {
     pub x: &'a Rows<'a>,

@@ -5,6 +5,9 @@ pub use crate::cuda::{assign::tensor_core::product_step, kernel::limit_blocks_at
 pub use crate::plan::assign::force;
 use crate::{
     error::Result,
+    fit::Fit,
+    kmeans::KMeans,
+    lloyd::prepared::PreparedFit,
     memory::Memory,
     metric::Metric,
     plan::{arch::Arch, assign::Assign},
@@ -37,6 +40,12 @@ impl Update {
         primitives::update(&u, centroids.into(), memory)?;
         Ok(centroids.clone())
     }
+}
+
+/// The fit of rows that are cut into so many blocks for each of so many ranks, which share the device on threads of their own, and
+/// start from where the fit of all rows starts.
+pub fn fit_in_blocks(settings: &KMeans, x: &Tensor, blocks: usize, ranks: usize) -> Result<Fit> {
+    PreparedFit::fit_in_blocks(settings, x, blocks, ranks)
 }
 
 /// The names of the kernels that can assign `x` to `k` centroids, the one that is chosen first.

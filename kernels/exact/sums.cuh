@@ -52,7 +52,33 @@ __device__ __forceinline__ Scaled scaled(double v) {
     return scaled(0, biased ? fraction | 1ull << 52 : fraction, biased ? biased - 1075 : -1074, bits >> 63);
 }
 
-/// A sum of up to 2^32 numbers of any exponent (`Exact` in src/fixed.rs; Kulisch and Miranker 1986), by a warp: word
+/// How far the units of the planes of a sum are apart (`Grid` in src/fixed.rs).
+constexpr int PLANE_BITS = 64;
+
+/// A sum of which `at(plane)` are the integers, the first in units of 2^-scale, rounded once.
+template <class At>
+__device__ __forceinline__ Scaled scaled(int planes, int scale, At at) {
+    for (bool negative = false;; negative = true) {
+        __int128 carried = 0;
+        uint64_t below = 0, low = 0, high = 0, lower = 0;
+        int e = 0;
+        const auto take = [&](uint64_t digit, int unit) {
+            // The highest digit and the one below are at least 65 bits; whether there are any below them is one more.
+            if (digit) high = digit, lower = low | (below != 0), e = unit - PLANE_BITS;
+            below |= low, low = digit;
+        };
+        for (int plane = planes - 1; plane >= 0; --plane) {
+            const __int128 v = carried + (negative ? -at(plane) : at(plane));
+            take(uint64_t(v), -scale - PLANE_BITS * plane);
+            carried = v >> 64;
+        }
+        if (carried < 0) continue;
+        take(uint64_t(carried), 64 - scale);
+        return scaled(high, lower, e, negative);
+    }
+}
+
+/// A sum of up to 2^32 numbers of any exponent (Kulisch and Miranker 1986; rounded as a `Grid` of src/fixed.rs is), by a warp: word
 /// `lane + 32 i` of it is a lane's i-th.
 struct Exact {
     static constexpr int WORD_BITS = 30, WORDS = 72, EACH = (WORDS + WARP - 1) / WARP;

@@ -15,11 +15,37 @@ struct Clusters {
     uint64_t* odd_list;         // (b k): which ones
     double* shift;              // (b,): the largest squared shift of the iteration, likewise; null if not wanted
     int64_t k, d;
+    int64_t rows;  // that sums have room for
     int divisor;
+    int planes;  // that slots are kept on if rows are only added to them (`Grid` in src/fixed.rs); otherwise 0
+    int64_t b;
 
     __device__ __forceinline__ T* row(int64_t b, int64_t cluster) const { return centroids + (b * k + cluster) * d; }
     __device__ __forceinline__ unsigned long long* slot(int64_t b, int64_t cluster) const {
         return slots + (b * k + cluster) * (d + 1) * 2;
+    }
+    /// Adds what `v`, of a column or (column `d`) of a weight, has below the scale to the other planes of its slot, rounded
+    /// down to the unit of the last one. Returns the rest as an integer of the scale.
+    __device__ __forceinline__ __int128 split(int64_t b, int64_t cluster, int64_t column, double v, int scale) const {
+        const uint64_t bits = __double_as_longlong(v), fraction = bits & ((1ull << 52) - 1);
+        const int biased = int(bits >> 52) & 0x7ff;
+        const bool negative = bits >> 63;
+        uint64_t mantissa = biased == 0x7ff ? 0 : biased ? fraction | 1ull << 52 : fraction;
+        int shift = (biased ? biased - 1075 : -1074) + scale;
+        __int128 first = 0;
+        unsigned long long* at = slot(b, cluster) + 2 * column;
+#pragma unroll 1
+        for (int plane = 0; plane < planes && mantissa; ++plane, shift += PLANE_BITS) {
+            __int128 units = 0;
+            if (shift >= 0) units = __int128(mantissa) << shift, mantissa = 0;
+            else if (shift > -PLANE_BITS) units = mantissa >> -shift, mantissa &= (1ull << -shift) - 1;
+            if (plane + 1 == planes && negative && mantissa) ++units;
+            if (negative) units = -units;
+            if (plane == 0) first = units;
+            else if (units) atomic_add(at, units);
+            at += this->b * k * (d + 1) * 2;
+        }
+        return first;
     }
     __device__ __forceinline__ void moved(int64_t b, double squared) const {
         if (shift) atomic_max(&shift[b], squared == squared ? squared : INFINITY);

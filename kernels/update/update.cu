@@ -11,8 +11,12 @@
 // A cluster with a term that is no such integer, or with a row that is not finite, is left to `update_exact`, which
 // adds up its rows once more, whatever they are.
 //
+// Where rows come in blocks, or ranks share them, they are only added to slots, which then have more planes for what
+// terms have below the scale, and `finish` does the rest (finish.cuh).
+//
 // Medians (Manhattan) need no sums: a median is found bit by bit, by counting.
 #include "update/exact.cuh"
+#include "update/finish.cuh"
 #include "update/medians.cuh"
 #include "update/warp.cuh"
 
@@ -59,8 +63,9 @@ __device__ void update(const T* x, const Rows& r, const double* factor, const do
                            factor ? factor + b * r.n : nullptr,
                            order ? order + b * r.n + begin : nullptr,
                            begin,
-                           Units<T>(largest[b], heaviest ? heaviest[b] : 1, r.n, first_bad[b] != UINT32_MAX),
-                           heaviest ? fixed_scale(heaviest[b], r.n) : 0,
+                           Units<T>(largest[b], heaviest ? heaviest[b] : 1, to.rows,
+                                    first_bad && first_bad[b] != UINT32_MAX),
+                           heaviest ? fixed_scale(heaviest[b], to.rows) : 0,
                            lane,
                            lanes,
                            lane / lanes,
@@ -131,6 +136,10 @@ constexpr int BLOCKS = FACTOR                                          ? SUM_BLO
                             const uint32_t* order, const uint32_t* offsets, Clusters<T> to, Verdict verdict) {         \
         update_exact(x, r, factor, first_bad, order, offsets, to, verdict);                                            \
     }                                                                                                                  \
+    extern "C" __global__ void finish_##name(Clusters<T> to, const double* largest, const double* heaviest, Active active, \
+                                             Verdict verdict) {                                                        \
+        finish(to, largest, heaviest, active, verdict);                                                                \
+    }                                                                                                                  \
     extern "C" __global__ void shift_##name(const T* old, int64_t b, Clusters<T> to, Active active) {                  \
         shift(old, b, to, active);                                                                                     \
     }
@@ -140,4 +149,7 @@ FOR_EACH_TYPE(INSTANCE)
 
 extern "C" __global__ void settle_shifts(int64_t b, double* shift, Active active, Verdict verdict) {
     decide_convergence(b, shift, active, verdict);
+}
+extern "C" __global__ void merge_sums(int64_t count, unsigned long long* sums, const unsigned long long* others) {
+    merge_sums_of(count, sums, others);
 }

@@ -101,7 +101,7 @@ struct PieceWarp {
 
     /// Adds up those rows of the batch that are at places `[place, stop)`, and adds their factors to `weight` in one
     /// lane of each row.
-    __device__ __forceinline__ void add(uint32_t place, uint32_t stop, __int128& weight) {
+    __device__ __forceinline__ void add(uint32_t cluster, uint32_t place, uint32_t stop, __int128& weight) {
         const bool all = place <= base && base + batch() <= stop;
         if (!live) return;
 #pragma unroll(UNROLLED)
@@ -119,7 +119,10 @@ struct PieceWarp {
             const double f = FACTOR ? all || (at >= place && at < stop) ? shared.factors[here][u][lane] : 0 : 1;
             if (FACTOR && to.divisor == WEIGHT && leads) {
                 __int128 q;
-                if (!fixed_quantise(f, weight_scale, q)) shared.odd = 1;
+                if (!fixed_quantise(f, weight_scale, q)) {
+                    if (to.planes) q = to.split(b, cluster, r.d, f, weight_scale);
+                    else shared.odd = 1;
+                }
                 weight += q;
             }
             if (EXACT || (!FACTOR && units.fit(part.values))) {
@@ -160,8 +163,11 @@ struct PieceWarp {
                 for (int e = 0; e < EACH; ++e) shared.limbs[0][lane * EACH + e] = left[e];
 #pragma unroll 1
                 for (uint32_t own = lane * EACH; own < (lane + 1) * EACH; ++own) {
+                    const double v = shared.limbs[0][own];
                     __int128 q;
-                    if (!fixed_quantise(shared.limbs[0][own], units.scale, q) || units.extreme) shared.odd = 1;
+                    const bool whole = fixed_quantise(v, units.scale, q);
+                    if (!to.planes && (!whole || units.extreme)) shared.odd = 1;
+                    if (to.planes && !whole) q = to.split(b, cluster, from - x + own % EACH, v, units.scale);
                     shared.remainder[own] += q;
                 }
             }
@@ -277,7 +283,7 @@ struct PieceWarp {
                 __int128 weight = 0;
                 clear();
                 for (;;) {
-                    add(place, stop, weight);
+                    add(cluster, place, stop, weight);
                     if (stop < base + batch()) break;
                     base += batch();
                     here = here + 1 < SUM_BATCHES ? here + 1 : 0;
@@ -294,13 +300,15 @@ struct PieceWarp {
                 if (shared.odd && lane == 0) to.mark_odd(b, cluster);
                 weight = total_weight(weight, stop - place);
                 const bool whole = begin <= top && bottom - begin <= count;
-                if (whole && r.d <= COLUMNS) {
+                if (whole && r.d <= COLUMNS && !to.planes) {
                     if (!shared.odd) finish(cluster, as_weight(weight), [&](int64_t c) { return total(c, remainder); });
                 } else {
                     unsigned long long* const slot = to.slot(b, cluster);
                     flush_to_slot(slot + 2 * first, min(r.d - first, int64_t(COLUMNS)), remainder);
                     if (lane == 0 && first == 0) atomic_add(slot + 2 * r.d, weight);
-                    if (first + COLUMNS >= r.d) finish_if_last(cluster, slot, whole ? 1 : pieces.count(top, bottom));
+                    if (first + COLUMNS >= r.d && !to.planes) {
+                        finish_if_last(cluster, slot, whole ? 1 : pieces.count(top, bottom));
+                    }
                 }
                 clear_remainders(remainder);
                 place = stop;

@@ -9,6 +9,7 @@ mod scalar;
 mod seed;
 mod sort;
 mod sorted_1d;
+mod sums;
 mod tensors;
 mod update;
 
@@ -19,7 +20,7 @@ use crate::{
     metric::Metric,
     operand::{Readable, Target},
     plan::arch::Arch,
-    request::{Assignment, KmeansppStep, OnChipFit, Update},
+    request::{Accumulator, Assignment, Finish, KmeansppStep, OnChipFit, Update},
     rng::Draw,
     rows::Rows,
 };
@@ -62,6 +63,10 @@ impl Backend for Cpu {
         rows::max_abs_and_first_nonfinite(x)
     }
 
+    fn min_magnitude(&self, x: &Rows) -> Result<Tensor> {
+        rows::min_magnitude(x)
+    }
+
     fn norms(&self, x: &Rows) -> Result<Tensor> {
         rows::norms(x)
     }
@@ -92,6 +97,18 @@ impl Backend for Cpu {
 
     fn update(&self, u: &Update<'_>, centroids: Target<'_>, _: &Memory) -> Result<()> {
         update::update(u, centroids)
+    }
+
+    fn accumulate(&self, u: &Update<'_>, to: &Accumulator, _: &Memory) -> Result<()> {
+        update::accumulate(u, to)
+    }
+
+    fn finish(&self, f: &Finish<'_>, centroids: Target<'_>, _: &Memory) -> Result<()> {
+        update::finish(f, centroids)
+    }
+
+    fn merge(&self, sums: &Tensor, others: &Tensor) -> Result<()> {
+        update::merge(sums, others)
     }
 
     fn fit_on_chip(&self, fit: &OnChipFit<'_>, _: &Memory) -> Result<bool> {

@@ -108,6 +108,21 @@ impl<T: Element> NullaryFnOnce for Scan<'_, T> {
     }
 }
 
+pub(crate) fn min_magnitude(x: &Rows) -> Result<Tensor> {
+    typed!(x.dtype(), T => {
+        let [xs] = lock([&x.operand]);
+        let xs = xs.view::<T>(x)?;
+        let least = |b: usize, i: usize| {
+            let magnitudes = xs.row(b, i).iter().map(|v| v.wide().abs());
+            magnitudes.filter(|&v| v > 0.0).fold(f64::INFINITY, f64::min)
+        };
+        let problem = |b| host::reduce(x.n, x.d, |i| least(b, i), f64::min);
+        let found = host::map("min_magnitude", x.b, x.n * x.d, problem)?;
+        let found = found.into_iter().map(|found| Ok(found?.unwrap_or(f64::INFINITY)));
+        tensor(found.collect::<Result<Vec<_>>>()?, x.b)
+    })
+}
+
 pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
     typed!(x.dtype(), T => {
         let [xs] = lock([&x.operand]);

@@ -27,7 +27,7 @@ use crate::{
     metric::Metric,
     operand::{Readable, Target},
     plan::arch::Arch,
-    request::{Assignment, Attention, KmeansppStep, OnChipFit, Routed, Update},
+    request::{Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
 };
@@ -88,6 +88,10 @@ impl Backend for Cuda {
         rows::max_abs_and_first_nonfinite(x)
     }
 
+    fn min_magnitude(&self, x: &Rows) -> Result<Tensor> {
+        rows::min_magnitude(x)
+    }
+
     fn norms(&self, x: &Rows) -> Result<Tensor> {
         rows::norms(x)
     }
@@ -118,6 +122,18 @@ impl Backend for Cuda {
 
     fn update(&self, u: &Update<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()> {
         update::update(u, centroids, memory)
+    }
+
+    fn accumulate(&self, u: &Update<'_>, to: &Accumulator, memory: &Memory) -> Result<()> {
+        update::accumulate(u, to, memory)
+    }
+
+    fn finish(&self, f: &Finish<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()> {
+        update::finish(f, centroids, memory)
+    }
+
+    fn merge(&self, sums: &Tensor, others: &Tensor) -> Result<()> {
+        update::merge(sums, others)
     }
 
     fn fit_on_chip(&self, fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> {

@@ -214,12 +214,38 @@ pub(super) struct Clusters {
     pub(super) shift: Part<f64>,
     pub(super) k: i64,
     pub(super) d: i64,
+    pub(super) rows: i64,
     pub(super) divisor: i32,
+    pub(super) planes: i32,
+    pub(super) b: i64,
 }
 
 // SAFETY: pointers and integers, laid out as in C.
 unsafe impl DeviceRepr for Clusters {}
-const _: () = assert!(size_of::<Clusters>() == 96);
+const _: () = assert!(size_of::<Clusters>() == 112);
+
+impl Clusters {
+    /// Of `b` problems, `k` clusters each, whose sums have room for `rows` rows; with none of what is added up or written.
+    pub(super) fn new([b, k, d]: [usize; 3], rows: usize) -> Self {
+        Self {
+            centroids: 0,
+            slots: Part::NULL,
+            added: Part::NULL,
+            finished: Part::NULL,
+            odd: Part::NULL,
+            odd_of: Part::NULL,
+            odd_count: Part::NULL,
+            odd_list: Part::NULL,
+            shift: Part::NULL,
+            k: k as i64,
+            d: d as i64,
+            rows: rows as i64,
+            divisor: 0,
+            planes: 0,
+            b: b as i64,
+        }
+    }
+}
 
 /// `struct Pieces` of `clusters.cuh`.
 #[repr(C)]

@@ -118,6 +118,16 @@ pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> 
     })
 }
 
+pub(crate) fn min_magnitude(x: &Rows) -> Result<Tensor> {
+    let least = Tensor::full(f64::INFINITY, x.b, x.device())?;
+    typed!(x.dtype(), T => write::<f64>(&least, |least| {
+        let (dev, xs, rows) = (device(&x.operand)?, read(&x.operand), rows_of_a_pass(x.d));
+        launch!(dev, Rows, "min_magnitude", T::SUFFIX, elements(&[x.b, x.n.div_ceil(rows)]), THREADS;
+            &xs.view::<T>()?, &shape(x), &(rows as i64), &least)
+    }))?;
+    Ok(least)
+}
+
 pub(crate) fn norms(x: &Rows) -> Result<Tensor> {
     typed!(x.dtype(), T => {
         let dev = device(&x.operand)?;

@@ -99,6 +99,17 @@ impl<T> Part<T> {
             .w()?;
         Ok(())
     }
+    /// Puts zero bytes in the place of `len` elements.
+    pub(super) fn clear(self, dev: &CudaDevice, len: usize) -> Result<()> {
+        let stream = dev.cuda_stream();
+        // SAFETY: the part of a live allocation of at least this many elements, used on this stream.
+        unsafe { result::memset_d8_async(self.address, 0, len * size_of::<T>(), stream.cu_stream()) }.w()?;
+        Ok(())
+    }
+    /// The same bytes as elements of another type.
+    pub(super) fn cast<U>(self) -> Part<U> {
+        Part::at(self.address)
+    }
     /// From element `at` on.
     pub(super) fn from(self, at: usize) -> Self {
         Self::at(self.address + (at * size_of::<T>()) as u64)

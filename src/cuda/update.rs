@@ -2,7 +2,7 @@
 
 use super::{
     device::device,
-    kernel::{launch, Nullable, WARP},
+    kernel::{launch, warps, Nullable, WARP},
     memory::{elements, ArenaLayout, Memory},
     params::{divisor, shape, Active, Clusters, Pieces, Verdict},
     sort::Sorting,
@@ -11,29 +11,91 @@ use super::{
 use crate::{
     error::Result,
     operand::Target,
-    request::{Reduction, Update},
+    request::{Accumulator, Finish, Reduction, Update},
     rows::in_pieces,
     tiles::{
         LEFT_BLOCKS, LEFT_COLUMNS, LEFT_THREADS, MEDIAN_COLUMNS, SUM_CLUSTER, SUM_ROWS, SUM_ROWS_LEAST, SUM_THREADS,
         SUM_WARPS, SUM_WARPS_LEAST, THREADS,
     },
 };
-use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, DType};
+use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, DType, Tensor};
 
 pub(crate) fn update(u: &Update<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()> {
     if u.x.b == 0 || u.x.n == 0 {
         return Ok(());
     }
     let k = centroids.dims()[centroids.dims().len() - 2];
-    typed!(u.x.dtype(), T => write::<T>(centroids, |out| update_of::<T>(u, k, out, memory)))
+    typed!(u.x.dtype(), T => write::<T>(centroids, |out| update_of::<T>(u, k, To::Centroids(out), memory)))
 }
 
-fn update_of<T: Element>(u: &Update<'_>, k: usize, centroids: Part<T>, memory: &Memory) -> Result<()> {
+/// Adds rows to the sums of their clusters, of problems that have not converged.
+pub(crate) fn accumulate(u: &Update<'_>, to: &Accumulator, memory: &Memory) -> Result<()> {
+    if u.x.b == 0 || u.x.n == 0 {
+        return Ok(());
+    }
+    typed!(u.x.dtype(), T => update_of::<T>(u, to.sums.dim(2)?, To::Sums(to), memory))
+}
+
+/// Replaces the centroids by what [`update`] would, of all rows that have been added, and leaves zeros.
+pub(crate) fn finish(f: &Finish<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()> {
+    let &Finish { sums: Accumulator { sums, max_abs, max_weight, rows }, reduction, turn } = f;
+    let (planes, b, k, d) = (sums.dim(0)?, sums.dim(1)?, sums.dim(2)?, sums.dim(3)? - 1);
+    let dev = device(sums)?;
+    let (active, verdict) = (Active::of(turn)?, Verdict::of(turn)?);
+    let mut zeros = ArenaLayout::default();
+    let (finished, shift) = (zeros.zeroed(b), zeros.zeroed(b));
+    let zeros = zeros.zeros(dev, "finish", memory)?;
+    if turn.is_some() {
+        verdict.count.clear(dev, 1)?;
+    }
+    let (largest, heaviest) = (read(max_abs), max_weight.as_ref().map(read));
+    let heaviest = heaviest.as_ref().map(|h| h.view::<f64>()).transpose()?;
+    typed!(centroids.dtype(), T => write::<T>(centroids, |centroids| {
+        let to = Clusters {
+            centroids: centroids.address,
+            slots: own::<i64>(sums)?.cast(),
+            finished: zeros.part(finished),
+            shift: if turn.is_some() { zeros.part(shift) } else { Part::NULL },
+            divisor: divisor(reduction),
+            planes: planes as i32,
+            ..Clusters::new([b, k, d], *rows)
+        };
+        launch!(dev, Update, "finish", T::SUFFIX, warps(elements(&[b, k])), THREADS;
+            &to, &largest.view::<f64>()?, Nullable(&heaviest), &active, &verdict)
+    }))
+}
+
+/// Adds the sums of another accumulator of the same grid.
+pub(crate) fn merge(sums: &Tensor, others: &Tensor) -> Result<()> {
+    let (dev, count) = (device(sums)?, sums.elem_count() / 2);
+    write::<i64>(sums, |sums| {
+        let others = read(others);
+        launch!(dev, Update, "merge_sums", "", count.div_ceil(THREADS), THREADS;
+            &(count as i64), &sums, &others.view::<i64>()?)
+    })
+}
+
+/// What rows are added up for.
+#[derive(Clone, Copy)]
+enum To<'a, T> {
+    /// New centroids.
+    Centroids(Part<T>),
+    /// Sums that others add to as well.
+    Sums(&'a Accumulator),
+}
+
+fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memory) -> Result<()> {
     const OP: &str = "update";
     let &Update { x, terms, labels, reduction, turn } = u;
     let dev = device(&x.operand)?;
     let (b, n, d) = (x.b, x.n, x.d);
-    let (active, verdict) = (Active::of(turn)?, Verdict::of(turn)?);
+    let active = Active::of(turn)?;
+    let (centroids, accumulator, turn) = match out {
+        To::Centroids(centroids) => (centroids, None, turn),
+        // What has moved how far is known when sums are finished.
+        To::Sums(sums) => (Part::NULL, Some(sums), None),
+    };
+    let verdict = Verdict::of(turn)?;
 
     let (mut scratch, mut zeros) = (ArenaLayout::default(), ArenaLayout::default());
     let sorting = labels.map(|_| Sorting::new(dev, [b, n, k], false, &mut scratch)).transpose()?;
@@ -41,7 +103,7 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, centroids: Part<T>, memory: &
     let offsets = scratch.unwritten::<u32>(elements(&[b, k + 1]));
     let medians = reduction == Reduction::Median;
     let old = scratch.unwritten::<T>(if medians { elements(&[b, k, d]) } else { 0 });
-    let slots = zeros.zeroed::<[u64; 2]>(if medians { 0 } else { elements(&[b, k, d + 1]) });
+    let slots = zeros.zeroed::<[u64; 2]>(if medians || accumulator.is_some() { 0 } else { elements(&[b, k, d + 1]) });
     let added = zeros.zeroed::<u32>(elements(&[b, k]));
     let [arrived, finished, odd_of] = [(); 3].map(|_| zeros.zeroed::<u32>(b));
     let (odd, odd_count) = (zeros.zeroed::<u32>(elements(&[b, k])), zeros.zeroed::<u32>(2));
@@ -57,15 +119,22 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, centroids: Part<T>, memory: &
         sorting.run(dev, &scratch, labels_at, active, [zeros.part(arrived), next, order_at, offsets])?;
     }
 
-    let (xs, largest, first_bad) = (read(&x.operand), read(&terms.max_abs), read(&terms.first_nonfinite));
-    let (factor, heaviest) = (terms.row_scale.as_ref().map(read), terms.max_weight.as_ref().map(read));
-    let xs = xs.view::<T>()?;
-    let (largest, first_bad) = (largest.view::<f64>()?, first_bad.view::<u32>()?);
+    let (max_abs, max_weight) = accumulator
+        .map_or((&terms.max_abs, &terms.max_weight), |Accumulator { max_abs, max_weight, .. }| (max_abs, max_weight));
+    // Rows that are not finite and weigh nothing need not be looked for.
+    let first_bad = accumulator.is_none().then(|| read(&terms.first_nonfinite));
+    let (xs, largest) = (read(&x.operand), read(max_abs));
+    let (factor, heaviest) = (terms.row_scale.as_ref().map(read), max_weight.as_ref().map(read));
+    let (xs, largest) = (xs.view::<T>()?, largest.view::<f64>()?);
+    let first_bad = first_bad.as_ref().map(|f| f.view::<u32>()).transpose()?;
     let factor = factor.as_ref().map(|f| f.view::<f64>()).transpose()?;
     let heaviest = heaviest.as_ref().map(|h| h.view::<f64>()).transpose()?;
     let to = Clusters {
         centroids: centroids.address,
-        slots: zeros.part(slots),
+        slots: match accumulator {
+            Some(to) => own::<i64>(&to.sums)?.cast(),
+            None => zeros.part(slots),
+        },
         added: zeros.part(added),
         finished: zeros.part(finished),
         odd: zeros.part(odd),
@@ -73,15 +142,15 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, centroids: Part<T>, memory: &
         odd_count: zeros.part(odd_count),
         odd_list: scratch.part(odd_list),
         shift: if turn.is_some() { shift } else { Part::NULL },
-        k: k as i64,
-        d: d as i64,
         divisor: divisor(reduction),
+        planes: accumulator.map_or(Ok(0), |to| to.sums.dim(0))? as i32,
+        ..Clusters::new([b, k, d], accumulator.map_or(n, |to| to.rows))
     };
     if medians {
         let (b64, old) = (b as i64, scratch.part(old));
         old.copy_from(dev, centroids, elements(&[b, k, d]))?;
         launch!(dev, Update, "medians", T::SUFFIX, elements(&[b, k, d.div_ceil(MEDIAN_COLUMNS)]), THREADS;
-            &xs, &shape(x), Nullable(&factor), Nullable(&heaviest), &first_bad, &order_at, &offsets, &to.k, &active,
+            &xs, &shape(x), Nullable(&factor), Nullable(&heaviest), Nullable(&first_bad), &order_at, &offsets, &to.k, &active,
             &centroids)?;
         if turn.is_some() {
             launch!(dev, Update, "shift", T::SUFFIX, elements(&[b, k]).div_ceil(THREADS / WARP), THREADS;
@@ -103,13 +172,13 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, centroids: Part<T>, memory: &
     };
     let blocks = elements(&[b, n.div_ceil(each)]).div_ceil(SUM_THREADS / WARP);
     launch!(dev, Update, name, T::SUFFIX, blocks, SUM_THREADS;
-        &xs, &shape(x), Nullable(&factor), &largest, Nullable(&heaviest), &first_bad, &labels_at, &order_at, &offsets,
+        &xs, &shape(x), Nullable(&factor), &largest, Nullable(&heaviest), Nullable(&first_bad), &labels_at, &order_at, &offsets,
         &pieces, &to, &active, &verdict)?;
-    if x.dtype() == DType::F16 && factor.is_none() && terms.finite {
-        // All halves are integers of the scale: nothing is left.
+    if accumulator.is_some() || (x.dtype() == DType::F16 && factor.is_none() && terms.finite) {
+        // Sums have planes for all terms, and all halves are integers of the scale: nothing is left.
         return Ok(());
     }
     let blocks = elements(&[b, k, (d + 1).div_ceil(LEFT_COLUMNS)]).min(LEFT_BLOCKS);
     launch!(dev, Update, "update_exact", T::SUFFIX, blocks, LEFT_THREADS;
-        &xs, &shape(x), Nullable(&factor), &first_bad, &order_at, &offsets, &to, &verdict)
+        &xs, &shape(x), Nullable(&factor), Nullable(&first_bad), &order_at, &offsets, &to, &verdict)
 }

@@ -1,8 +1,13 @@
 //! A fit, and the one Lloyd loop.
 
+mod accumulate;
+pub(crate) mod blocks;
+mod feed;
 pub(crate) mod prepared;
+mod relocate;
 mod seeds;
 mod terms;
+mod threshold;
 
 use crate::{
     error::{Error, Result},
@@ -13,12 +18,14 @@ use crate::{
     plan::Plan,
     primitives,
     problem::{self, Problem},
-    request::{Assignment, OnChipFit, Reduction, Turn, Update},
+    request::{Accumulator, Assignment, Finish, OnChipFit, Progress, Reduction, Turn, Update},
     rows::Rows,
     seeding,
 };
 use candle_core::{DType, Device, Shape, Tensor};
-use prepared::{PreparedFit, RUNNING};
+use feed::{Block, Feed, Resident};
+use prepared::{Data, PreparedFit, RUNNING};
+use relocate::{add_sizes, relocate};
 use std::{ops::ControlFlow, path::Path};
 
 impl KMeans {
@@ -160,10 +167,10 @@ impl PreparedFit {
         run
     }
 
-    /// The loop. When an iteration is over, labels belong to the centroids. `Break` says that the callback ended it.
+    /// A run of the loop from where it starts. `Break` says that the callback ended it.
     fn lloyd(&mut self, run: usize) -> Result<ControlFlow<()>> {
         let Some(data) = &self.data else { return Ok(ControlFlow::Continue(())) };
-        let (KMeans { seed, max_iters, .. }, x) = (&self.settings, &data.x);
+        let (KMeans { seed, max_iters, .. }, Data { x, summands }) = (&self.settings, data);
         self.iterations = None;
         // Iterations beyond convergence do nothing, but may be without end: now and then the host asks where the fit is.
         let max_iters = (*max_iters).min(RUNNING as usize - 1);
@@ -174,50 +181,120 @@ impl PreparedFit {
         self.seed(x, run, seed.wrapping_add(run as u64))?;
         self.progress.stop.const_set(RUNNING.into())?;
 
-        let (metric, centroids) = (self.p.metric, Rows::new(&self.centroids)?);
-        let reduction = match metric {
-            Metric::Cosine => Reduction::Direction,
-            Metric::Manhattan => Reduction::Median,
-            _ => Reduction::Mean,
-        };
-        let relocates = self.settings.empty == EmptyClusters::Relocate;
-        let watched = relocates || self.settings.on_iteration.is_some();
-        let (progress, terms) = (&self.progress, &data.terms);
-        if !watched {
-            let (centroids, labels) = (&self.centroids, &self.labels);
-            let fit = OnChipFit { x, terms, metric, reduction, progress, max_iters, centroids, labels };
-            if primitives::fit_on_chip(&fit, &self.memory)? {
+        let (settings, memory) = (&self.settings, &self.memory);
+        let (centroids, labels, progress) = (&self.centroids, &self.labels, &self.progress);
+        let lloyd = Lloyd { settings, run, max_iters, asks, centroids, progress, memory, sums: None };
+        if !lloyd.watched() {
+            let (metric, reduction) = (settings.metric, Reduction::of(settings.metric));
+            let fit = OnChipFit { x, terms: summands, metric, reduction, progress, max_iters, centroids, labels };
+            if primitives::fit_on_chip(&fit, memory)? {
                 self.iterations = Some(max_iters);
                 return Ok(ControlFlow::Continue(()));
             }
         }
-        let (mut flow, mut iterations) = (ControlFlow::Continue(()), max_iters);
-        let assign = |turn| {
-            primitives::assign_into(Assignment { x, c: &centroids, metric, turn }, (&self.labels).into(), &self.memory)
-        };
-        assign(None)?;
-        for iteration in 1..=max_iters {
-            let turn = Some(Turn { progress, iteration });
-            if relocates {
-                self.relocate(x, &centroids)?;
-            }
-            let u = Update { x, terms, labels: Some(&self.labels), reduction, turn };
-            primitives::update(&u, (&self.centroids).into(), &self.memory)?;
-            assign(turn)?;
-            let asked = asks && iteration % QUEUED == 0;
-            if watched || asked || primitives::reads_are_free(&self.device) {
-                let stop = self.progress.stop.to_vec1::<u32>()?;
-                let converged = stop.iter().filter(|&&stop| stop != RUNNING).count();
-                if let Some(f) = &self.settings.on_iteration {
-                    flow = f.call(Iteration { run, iteration, converged });
-                }
-                if converged == x.b || flow.is_break() {
-                    iterations = iteration;
-                    break;
-                }
-            }
-        }
+        let (flow, iterations) = lloyd.run(&mut Resident(self.block(x, summands)))?;
         self.iterations = Some(iterations);
         Ok(flow)
+    }
+}
+
+/// A run of the loop: what it works on, whoever feeds it with rows.
+struct Lloyd<'a> {
+    settings: &'a KMeans,
+    run: usize,
+    max_iters: usize,
+    /// Whether the host asks now and then.
+    asks: bool,
+    centroids: &'a Tensor,
+    progress: &'a Progress,
+    memory: &'a Memory,
+    /// What blocks and ranks add to. Where there is none, all rows are in one block, whose update is one op.
+    sums: Option<&'a Accumulator>,
+}
+
+impl Lloyd<'_> {
+    /// The loop. Each pass over the rows finds their labels by the centroids of the iteration before and adds them up for those of
+    /// the next, but for the last one: when it is over, labels belong to the centroids. Returns how many updates there were, at
+    /// most, and `Break` if the callback ended it.
+    fn run(&self, feed: &mut dyn Feed) -> Result<(ControlFlow<()>, usize)> {
+        let &Self { progress, max_iters, .. } = self;
+        let (k, relocates) = (self.settings.k, self.settings.empty == EmptyClusters::Relocate);
+        let reads_are_free = primitives::reads_are_free(self.centroids.device());
+        let (mut flow, mut turn, mut last) = (ControlFlow::Continue(()), None, max_iters == 0);
+        let mut iteration = 0;
+        loop {
+            iteration += 1;
+            let (next, mut sizes) = (Turn { progress, iteration }, vec![]);
+            feed.for_each_block(&mut |block| {
+                self.assign(block, turn)?;
+                match (last, relocates) {
+                    (true, _) => Ok(()),
+                    (false, true) => add_sizes(&mut sizes, &relocate::sizes(block.labels, block.counted, k)?),
+                    (false, false) => self.add(block, next),
+                }
+            })?;
+            if last {
+                return Ok((flow, iteration - 1));
+            }
+            if relocates {
+                let relocations = self.relocations(feed, sizes)?;
+                feed.for_each_block(&mut |block| {
+                    relocate(block, &relocations)?;
+                    self.add(block, next)
+                })?;
+            }
+            self.finish(feed, next)?;
+            turn = Some(next);
+            last = iteration == max_iters;
+            let asked = self.asks && iteration % QUEUED == 0;
+            if self.watched() || asked || reads_are_free {
+                let stop = progress.stop.to_vec1::<u32>()?;
+                let converged = stop.iter().filter(|&&stop| stop != RUNNING).count();
+                if let Some(f) = &self.settings.on_iteration {
+                    flow = f.call(Iteration { run: self.run, iteration, converged });
+                }
+                last |= converged == stop.len() || flow.is_break();
+            }
+        }
+    }
+
+    /// Whether the host looks at every iteration.
+    fn watched(&self) -> bool {
+        self.settings.empty == EmptyClusters::Relocate || self.settings.on_iteration.is_some()
+    }
+
+    /// Labels by the centroids that are there.
+    fn assign(&self, block: Block<'_>, turn: Option<Turn<'_>>) -> Result<()> {
+        let (c, metric) = (&Rows::new(self.centroids)?, self.settings.metric);
+        primitives::assign_into(Assignment { x: block.x, c, metric, turn }, block.labels.into(), self.memory)
+    }
+
+    /// Adds rows up by their labels; where all are in the block, for new centroids at once.
+    fn add(&self, block: Block<'_>, turn: Turn<'_>) -> Result<()> {
+        let (reduction, turn) = (Reduction::of(self.settings.metric), Some(turn));
+        let u = Update { x: block.x, terms: block.summands, labels: Some(block.labels), reduction, turn };
+        match self.sums {
+            Some(sums) => primitives::accumulate(&u, sums, self.memory),
+            None => primitives::update(&u, self.centroids.into(), self.memory),
+        }
+    }
+
+    /// Makes new centroids of what all blocks and ranks have added, and decides which problems have converged.
+    fn finish(&self, feed: &mut dyn Feed, turn: Turn<'_>) -> Result<()> {
+        let Some(sums) = self.sums else { return Ok(()) };
+        feed.reduce(sums)?;
+        let finish = Finish { sums, reduction: Reduction::of(self.settings.metric), turn: Some(turn) };
+        primitives::finish(&finish, self.centroids.into(), self.memory)
+    }
+}
+
+impl Reduction {
+    /// What a metric's centroids are.
+    fn of(metric: Metric) -> Self {
+        match metric {
+            Metric::Cosine => Self::Direction,
+            Metric::Manhattan => Self::Median,
+            _ => Self::Mean,
+        }
     }
 }

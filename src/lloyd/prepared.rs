@@ -1,6 +1,13 @@
 //! The memory of a fit, what it starts from and what comes out of it.
 
-use super::terms::{finite_rows, threshold, weighed, Ragged, Weights};
+use super::{
+    accumulate::Bounds,
+    blocks::Whole,
+    feed::{Block, Resident},
+    relocate::sizes,
+    terms::{finite_rows, scan_counted, weighed, Ragged, Weights},
+    threshold::{threshold, Usable},
+};
 use crate::{
     error::{Error, Result},
     fit::{refuse_non_finite, Fit},
@@ -84,7 +91,7 @@ pub struct PreparedFit {
 /// The input of a run, with what stays the same over its iterations.
 pub(super) struct Data {
     pub(super) x: Rows<'static>,
-    pub(super) terms: Summands,
+    pub(super) summands: Summands,
 }
 
 impl fmt::Debug for PreparedFit {
@@ -107,7 +114,7 @@ impl PreparedFit {
                 refuse_non_finite("init", &primitives::max_abs_and_first_nonfinite(&Rows::new(c)?)?.1)?;
             }
         }
-        let ragged = lengths.map(|lengths| Ragged::new(lengths, &settings, &p, device)).transpose()?;
+        let ragged = lengths.map(|lengths| Ragged::new(lengths, &p, device)).transpose()?;
         let weights = Weights::new(&settings, &p, ragged.as_ref(), device)?;
         let zeros = |shape: &[usize], dtype| host::zeros("fit", shape, dtype, device);
         let centroids = zeros(&[p.b, p.k, p.d], p.dtype)?;
@@ -202,7 +209,8 @@ impl PreparedFit {
         Ok(Fit {
             centroids: self.shown[0].clone(),
             labels: self.shown[1].clone(),
-            counts: self.sizes()?.reshape(p.shape(&[p.k]))?,
+            counts: sizes(&self.labels, self.ragged.as_ref().map(|ragged| &ragged.ones), p.k)?
+                .reshape(p.shape(&[p.k]))?,
             weights: weights.transpose()?,
             inertia: inertia.reshape(p.shape(&[]))?,
             n_iter: stop.minimum(iterations.min(RUNNING as usize) as u32)?.reshape(p.shape(&[]))?,
@@ -217,33 +225,33 @@ impl PreparedFit {
         let x = x.detach();
         let x = if problem::share_storage(&x, &self.centroids) { x.force_contiguous()? } else { x };
         let x = primitives::pack_for_assign(&x, self.p.k, self.p.metric, &mut self.copy)?;
-        let counted = self.ragged.as_ref().map(|ragged| ragged.scan(&x)).transpose()?;
-        let mut terms = Summands::from_rows(&x)?;
-        let mut first_bad = terms.first_nonfinite.clone();
+        let counted = self.ragged.as_ref().map(|ragged| scan_counted(&x, &ragged.ones)).transpose()?;
+        let mut summands = Summands::from_rows(&x)?;
+        let mut first_bad = summands.first_nonfinite.clone();
         if let Some((largest, bad)) = counted {
             // Padding may still hold what is not finite, which sums have to know.
-            (terms.max_abs, first_bad) = (largest, bad);
+            (summands.max_abs, first_bad) = (largest, bad);
         }
         if self.settings.check_finite {
             refuse_non_finite("x", &first_bad)?;
             // Padding has not been looked at.
-            terms.finite = self.ragged.is_none();
+            summands.finite = self.ragged.is_none();
         }
         if self.settings.tol > 0.0 && self.p.metric != Metric::Cosine {
-            self.progress.threshold.slice_set(
-                &threshold(&x, &mut terms, self.ragged.as_ref(), &self.settings)?,
-                0,
-                0,
-            )?;
+            let mut feed = Resident(self.block(&x, &summands));
+            let bounds = Bounds { max_abs: summands.max_abs.clone(), max_weight: None, rows: self.p.n };
+            let usable = Usable { all_finite: self.settings.check_finite, all_counted: self.ragged.is_none() };
+            let threshold = threshold(&mut feed, &self.p, &bounds, usable, self.settings.tol)?;
+            self.progress.threshold.slice_set(&threshold, 0, 0)?;
         }
         if let Some(Weights { values, heaviest, .. }) = &self.weights {
-            terms.max_abs = (terms.max_abs * heaviest)?;
-            (terms.row_scale, terms.max_weight) = (Some(values.clone()), Some(heaviest.clone()));
+            summands.max_abs = (summands.max_abs * heaviest)?;
+            (summands.row_scale, summands.max_weight) = (Some(values.clone()), Some(heaviest.clone()));
         }
         if self.p.metric == Metric::Cosine {
             let inverse = primitives::elementwise([&primitives::norms(&x)?], |[norms]| norms.recip())?;
             // Columns of a unit vector, with room for rounding, times the weight.
-            (terms.row_scale, terms.max_abs) = match &self.weights {
+            (summands.row_scale, summands.max_abs) = match &self.weights {
                 Some(Weights { values, heaviest, .. }) => {
                     (Some(primitives::elementwise([values, &inverse], |[w, i]| w * i)?), (heaviest * 2.0)?)
                 }
@@ -252,14 +260,37 @@ impl PreparedFit {
         }
         match &mut self.data {
             Some(data) => {
-                let before = data.replace(x, terms)?;
+                let before = data.replace(x, summands)?;
                 if primitives::capturing(&self.device)? {
                     self.captured.push(before);
                 }
             }
-            None => self.data = Some(Data { x, terms }),
+            None => self.data = Some(Data { x, summands }),
         }
         Ok(())
+    }
+
+    /// All rows as a block.
+    pub(super) fn block<'a>(&'a self, x: &'a Rows<'a>, summands: &'a Summands) -> Block<'a> {
+        Block {
+            x,
+            summands,
+            labels: &self.labels,
+            weights: self.weights.as_ref().map(|weights| &weights.values),
+            counted: self.ragged.as_ref().map(|ragged| &ragged.ones),
+            first: 0,
+        }
+    }
+
+    /// The fit of rows that come in blocks, from where a run on all of them starts.
+    pub(crate) fn fit_in_blocks(settings: &KMeans, x: &Tensor, blocks: usize, ranks: usize) -> Result<Fit> {
+        let p = Problem::fit(x, settings.k, settings.metric)?;
+        settings.check(&p, x.device())?;
+        let prepared = Self::new(settings, p, x.device())?;
+        prepared.seed(&Rows::new(x)?, 0, settings.seed)?;
+        let Self { p, weights, ragged, centroids: start, settings, .. } = &prepared;
+        let (weights, ragged, x) = (weights.as_ref(), ragged.as_ref(), &x.reshape((p.b, p.n, p.d))?);
+        Whole { settings, p, x, start, weights, ragged, blocks, ranks }.fit()
     }
 
     pub(super) fn draw(&self, seed: u64) -> Result<Option<Tensor>> {
@@ -270,14 +301,6 @@ impl PreparedFit {
     /// The rows of problem `b` that count.
     pub(super) fn rows(&self, b: usize) -> usize {
         self.ragged.as_ref().map_or(self.p.n, |ragged| ragged.lengths[b])
-    }
-
-    /// The rows that count in each cluster, u32 `(b, k)`.
-    pub(super) fn sizes(&self) -> Result<Tensor> {
-        match &self.ragged {
-            Some(r) => Ok(primitives::cluster_sums(&r.ones, Some(&self.labels), self.p.k)?.to_dtype(DType::U32)?),
-            None => primitives::cluster_sizes(&self.labels, self.p.k),
-        }
     }
 
     /// The weighted distances of the rows to their centroids in total, f64 `(b,)`.
@@ -295,11 +318,11 @@ impl PreparedFit {
 
 impl Data {
     /// Takes new values where the old ones are, so that a captured run finds them there.
-    fn replace(&mut self, x: Rows<'static>, terms: Summands) -> Result<Rows<'static>> {
-        self.terms.max_abs.slice_set(&terms.max_abs, 0, 0)?;
-        self.terms.first_nonfinite.slice_set(&terms.first_nonfinite, 0, 0)?;
-        self.terms.finite = terms.finite;
-        if let (Some(old), Some(new)) = (&self.terms.row_scale, &terms.row_scale) {
+    fn replace(&mut self, x: Rows<'static>, summands: Summands) -> Result<Rows<'static>> {
+        self.summands.max_abs.slice_set(&summands.max_abs, 0, 0)?;
+        self.summands.first_nonfinite.slice_set(&summands.first_nonfinite, 0, 0)?;
+        self.summands.finite = summands.finite;
+        if let (Some(old), Some(new)) = (&self.summands.row_scale, &summands.row_scale) {
             if old.id() != new.id() {
                 primitives::overwrite(old, new)?;
             }

@@ -1,14 +1,11 @@
-//! Which rows count and by how much, and how far centroids may move in a fit that has converged.
+//! Which rows count and by how much.
 
 use crate::{
     error::{kept, Error, Result},
     fit::refuse_non_finite,
     kmeans::KMeans,
-    memory::Memory,
-    metric::Metric,
     primitives,
     problem::Problem,
-    request::{Reduction, Summands, Update},
     rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
@@ -22,37 +19,31 @@ pub(super) struct Ragged {
     pub(super) ones: Tensor,
     /// 1 for each problem, f64 `(b,)`.
     pub(super) one: Tensor,
-    /// The tolerance by the numbers that count, f64 `(b,)`.
-    pub(super) tol: Tensor,
 }
 
 impl Ragged {
-    pub(super) fn new(lengths: Vec<usize>, settings: &KMeans, p: &Problem, device: &Device) -> Result<Self> {
+    pub(super) fn new(lengths: Vec<usize>, p: &Problem, device: &Device) -> Result<Self> {
         let (b, n) = (p.b, p.n);
         let ends = Tensor::from_vec(lengths.iter().map(|&l| l as u32).collect(), (b, 1), device)?;
         let at = primitives::contiguous(&Tensor::arange(0, n as u32, device)?.broadcast_as((b, n))?)?;
         let ends = primitives::contiguous(&ends.broadcast_as((b, n))?)?;
         let ones = primitives::elementwise([&at, &ends], |[at, ends]| at.lt(ends)?.to_dtype(DType::F64))?;
-        let tol = lengths.iter().map(|&l| settings.tol / (l as f64 * p.d as f64)).collect();
-        let (one, tol) = (Tensor::ones(b, DType::F64, device)?, Tensor::from_vec(tol, b, device)?);
-        Ok(Self { lengths, ones, one, tol })
+        Ok(Self { lengths, ones, one: Tensor::ones(b, DType::F64, device)? })
     }
+}
 
-    /// [`primitives::max_abs_and_first_nonfinite`] of the rows that count.
-    pub(super) fn scan(&self, x: &Rows) -> Result<(Tensor, Tensor)> {
-        // What is found of the rows, as rows of one column.
-        let (largest, bad) = scan_rows(x)?;
-        let whole =
-            |found: Tensor| primitives::max_abs_and_first_nonfinite(&Rows::new(&found.reshape((x.b, x.n, 1))?)?);
-        let largest = primitives::elementwise([&largest, &self.ones], |[largest, ones]| largest * ones)?;
-        // 0 is what `bad` says of such a row, and the largest u32 of others.
-        let none = u32::MAX as f64;
-        let bad = primitives::elementwise([&bad, &self.ones], |[bad, ones]| {
-            bad.to_dtype(DType::F64)?.affine(-1.0, none)? * ones
-        })?;
-        let bad = primitives::elementwise([&bad], |[bad]| bad.affine(-1.0, none)?.recip())?;
-        Ok((whole(largest)?.0, whole(bad)?.1))
-    }
+/// [`primitives::max_abs_and_first_nonfinite`] of the rows that count: of which `ones` is 1, and 0 elsewhere.
+pub(super) fn scan_counted(x: &Rows, ones: &Tensor) -> Result<(Tensor, Tensor)> {
+    // What is found of the rows, as rows of one column.
+    let (largest, bad) = scan_rows(x)?;
+    let whole = |found: Tensor| primitives::max_abs_and_first_nonfinite(&Rows::new(&found.reshape((x.b, x.n, 1))?)?);
+    let largest = primitives::elementwise([&largest, ones], |[largest, ones]| largest * ones)?;
+    // 0 is what `bad` says of such a row, and the largest u32 of others.
+    let none = u32::MAX as f64;
+    let bad =
+        primitives::elementwise([&bad, ones], |[bad, ones]| bad.to_dtype(DType::F64)?.affine(-1.0, none)? * ones)?;
+    let bad = primitives::elementwise([&bad], |[bad]| bad.affine(-1.0, none)?.recip())?;
+    Ok((whole(largest)?.0, whole(bad)?.1))
 }
 
 /// The weights of a fit's rows.
@@ -175,45 +166,4 @@ fn within(values: &Tensor, low: Option<f64>) -> Result<Tensor> {
         }
         mask.to_dtype(DType::F64)
     })
-}
-
-/// The squared shift at which a problem has converged, f64 `(b,)`: `tol` times the mean variance of its columns. Leaves `terms`
-/// as they were.
-pub(super) fn threshold(x: &Rows, terms: &mut Summands, ragged: Option<&Ragged>, settings: &KMeans) -> Result<Tensor> {
-    let mut ones = None;
-    if let Some(ragged) = ragged {
-        (terms.row_scale, terms.max_weight) = (Some(ragged.ones.clone()), Some(ragged.one.clone()));
-        ones = Some(ragged.ones.clone());
-    }
-    if !settings.check_finite {
-        let finite = finite_rows(x)?;
-        ones = Some(match ones {
-            Some(ones) => primitives::elementwise([&ones, &finite], |[ones, finite]| ones * finite)?,
-            None => finite,
-        });
-    }
-    let mean = Tensor::zeros((x.b, 1, x.d), x.dtype(), x.device())?;
-    let u = Update { x, terms, labels: None, reduction: Reduction::Mean, turn: None };
-    primitives::update(&u, (&mean).into(), &Memory::default())?;
-    (terms.row_scale, terms.max_weight) = (None, None);
-    let labels = Tensor::zeros((x.b, x.n), DType::U32, x.device())?;
-    let distances = primitives::distances(x, &Rows::new(&mean)?, &labels, Metric::SquaredEuclidean)?;
-    drop(labels);
-    let sum = |values: &Tensor| Ok::<_, Error>(primitives::cluster_sums(values, None, 1)?.squeeze(1)?);
-    // Squares that are not finite are in no sum, and a sum that is not is no measure.
-    let spread = match &ones {
-        Some(ones) => sum(&primitives::elementwise([&distances, ones], |[distances, ones]| distances * ones)?)?,
-        None => sum(&distances)?,
-    };
-    let most = Tensor::full(f64::MAX, x.b, x.device())?;
-    let spread = (spread.minimum(&most)? * spread.le(&most)?.to_dtype(DType::F64)?)?;
-    let tol = match (ragged, &ones) {
-        (Some(ragged), _) if settings.check_finite => ragged.tol.clone(),
-        (_, Some(ones)) => {
-            let counted = sum(ones)?.maximum(&Tensor::ones(x.b, DType::F64, x.device())?)?;
-            (Tensor::full(settings.tol, x.b, x.device())? / (counted * x.d as f64)?)?
-        }
-        _ => Tensor::full(settings.tol / (x.n as f64 * x.d as f64), x.b, x.device())?,
-    };
-    Ok((spread * tol)?)
 }

@@ -12,6 +12,7 @@ mod common;
 
 mod assign;
 mod bench;
+mod blocks;
 mod codebook;
 mod fit;
 mod gradients;

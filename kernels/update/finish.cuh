@@ -1,0 +1,73 @@
+// What becomes of sums that blocks of rows and ranks have added to: the means of their clusters.
+//
+// Traffic: the slots twice (read, then cleared), 16 bytes a column and plane, and the centroids twice.
+#pragma once
+#include "update/clusters.cuh"
+
+/// Each warp takes a cluster, and leaves zeros in its slot.
+template <class T>
+__device__ void finish(const Clusters<T>& to, const double* largest, const double* heaviest, const Active& active,
+                       const Verdict& verdict) {
+    const int lane = threadIdx.x % WARP;
+    const int64_t all = active.problems(to.b) * to.k, plane = to.b * to.k * (to.d + 1);
+    for (int64_t item = global_thread() / WARP; item < all; item += all_threads() / WARP) {
+        const int64_t b = active.problem(item / to.k), cluster = item % to.k;
+        __int128* const slot = reinterpret_cast<__int128*>(to.slot(b, cluster));
+        const int scale = fixed_scale(largest[b], to.rows);
+        const auto total = [&](int64_t c) {
+            return scaled(to.planes, scale, [&](int p) { return slot[p * plane + c]; });
+        };
+        // Numbers of rows are whole.
+        const Scaled weight = scaled(heaviest ? to.planes : 1, heaviest ? fixed_scale(heaviest[b], to.rows) : 0,
+                                     [&](int p) { return slot[p * plane + to.d]; });
+        const Quotient by(
+            to.divisor, weight,
+            [&](int64_t shift) {
+                double squares = 0;
+                for (int64_t c = lane; c < to.d; c += WARP) {
+                    const double t = total(c).value(shift);
+                    squares = __dadd_rn(squares, __dmul_rn(t, t));
+                }
+                return striped(squares);
+            },
+            [&] {
+                int most = INT32_MIN;
+                for (int64_t c = lane; c < to.d; c += WARP) {
+                    const Scaled sum = total(c);
+                    if (sum.significand != 0) most = max(most, int(sum.exponent));
+                }
+                most = __reduce_max_sync(~0u, most);
+                return int64_t(most == INT32_MIN ? 0 : most);
+            });
+        if (by.some()) {
+            double moved = 0;
+            for (int64_t c = lane; c < to.d; c += WARP) {
+                T& old = to.row(b, cluster)[c];
+                const T mean = rounded<T>(by.divide(total(c)));
+                moved = __dadd_rn(moved, squared(wide(mean), wide(old)));
+                old = mean;
+            }
+            moved = striped(moved);
+            if (lane == 0 && !(moved == 0)) to.moved(b, moved);
+        }
+        __syncwarp();
+        for (int p = 0; p < to.planes; ++p) {
+            for (int64_t c = lane; c <= to.d; c += WARP) slot[p * plane + c] = 0;
+        }
+        if (!verdict.threshold) continue;
+        __threadfence();
+        __syncwarp();
+        if (lane == 0 && atomicAdd(&to.finished[b], 1) + 1 == to.k) {
+            __threadfence();
+            verdict.decide_convergence(b, to.shift);
+            to.finished[b] = 0;
+        }
+    }
+}
+
+/// Adds the sums of another accumulator of the same grid.
+__device__ void merge_sums_of(int64_t count, unsigned long long* sums, const unsigned long long* others) {
+    for (int64_t i = global_thread(); i < count; i += all_threads()) {
+        reinterpret_cast<__int128*>(sums)[i] += reinterpret_cast<const __int128*>(others)[i];
+    }
+}

@@ -1,0 +1,251 @@
+//! Exact sums of rows by cluster, and medians.
+
+use super::{
+    median::median,
+    scalar::Scalar,
+    tensors::{Element, View},
+};
+use crate::{
+    error::Result,
+    fixed::{self, Grid, Scaled},
+    host,
+    tiles::CPU_SUM_ROWS,
+};
+use pulp::NullaryFnOnce;
+use std::ops::Range;
+
+/// Rows in label order (or, without one, all in one cluster as they lie), and what bounds their terms.
+pub(super) struct Sorted<'a, T> {
+    pub(super) x: View<'a, T>,
+    pub(super) factor: Option<&'a [f64]>,
+    pub(super) order: Option<&'a [u32]>,
+    pub(super) offsets: Option<&'a [u32]>,
+    pub(super) largest: &'a [f64],
+    pub(super) first_bad: &'a [u32],
+    pub(super) heaviest: Option<&'a [f64]>,
+    pub(super) k: usize,
+    /// The rows that sums have room for, and the planes that they are kept on; none for as many as terms need.
+    pub(super) grid_rows: usize,
+    pub(super) planes: Option<usize>,
+}
+
+impl<T: Element> Sorted<'_, T> {
+    fn range(&self, b: usize, j: usize) -> Range<usize> {
+        match self.offsets {
+            Some(offsets) => offsets[b * (self.k + 1) + j] as usize..offsets[b * (self.k + 1) + j + 1] as usize,
+            None => 0..self.x.rows.n,
+        }
+    }
+
+    /// Whether a row counts: one that is not finite weighs nothing.
+    fn counts(&self, b: usize, row: usize) -> bool {
+        self.first_bad[b] == u32::MAX || self.x.row(b, row).iter().all(|v| v.wide().is_finite())
+    }
+
+    /// The rows of a cluster that count.
+    fn members(&self, b: usize, j: usize) -> impl Iterator<Item = usize> + '_ {
+        self.range(b, j).map(move |place| self.row(b, place)).filter(move |&row| self.counts(b, row))
+    }
+
+    /// The weight of a row that counts.
+    fn row_weight(&self, b: usize, row: usize) -> f64 {
+        self.factor.map_or(1.0, |factor| factor[b * self.x.rows.n + row])
+    }
+
+    /// What the weights of a cluster add up to, and on which grid.
+    pub(super) fn weight(&self, b: usize, j: usize) -> (Sums, Grid) {
+        let mut sum = Sums::new(1);
+        let Some(heaviest) = self.heaviest else {
+            let all = self.first_bad[b] == u32::MAX;
+            let rows = if all { self.range(b, j).len() } else { self.members(b, j).count() };
+            sum.first()[0] = rows as i128;
+            return (sum, UNITS);
+        };
+        let grid = self.grid(heaviest[b]);
+        for row in self.members(b, j) {
+            sum.add(0, self.row_weight(b, row), grid);
+        }
+        (sum, grid)
+    }
+
+    /// The grid of sums of terms up to `max_abs`.
+    fn grid(&self, max_abs: f64) -> Grid {
+        grid(max_abs, self.grid_rows, self.planes)
+    }
+
+    fn row(&self, b: usize, place: usize) -> usize {
+        self.order.map_or(place, |order| order[b * self.x.rows.n + place] as usize)
+    }
+
+    /// The sums of the columns; none of no rows.
+    pub(super) fn sums(&self, b: usize, j: usize) -> Result<Option<(Sums, Grid)>> {
+        let Range { start, end } = self.range(b, j);
+        let grid = self.grid(self.largest[b]);
+        let part = |p: usize| self.sum(b, start + p * CPU_SUM_ROWS, end.min(start + (p + 1) * CPU_SUM_ROWS), grid);
+        let parts = (end - start).div_ceil(CPU_SUM_ROWS);
+        Ok(host::reduce(parts, CPU_SUM_ROWS * self.x.rows.d, part, Sums::join)?.map(|sums| (sums, grid)))
+    }
+
+    /// Sums positions `start..end` of problem `b`.
+    ///
+    /// The integer of most terms is split over a few f64 "limbs", each a whole number of its own unit (2^26 apart) and
+    /// small enough that f64 addition of thousands of them is exact: integer sums at the speed of f64 adds. A term with
+    /// bits below the last limb (a small one) adds what is missing as integers of its own.
+    fn sum(&self, b: usize, start: usize, end: usize, grid: Grid) -> Sums {
+        // Products with a factor carry 53 bits, plain f32 and shorter at most 24.
+        if self.factor.is_some() || size_of::<T>() == 8 {
+            self.sum_limbs::<3>(b, start, end, grid)
+        } else {
+            self.sum_limbs::<2>(b, start, end, grid)
+        }
+    }
+
+    fn sum_limbs<const LIMBS: usize>(&self, b: usize, start: usize, end: usize, grid: Grid) -> Sums {
+        // Every term is below 2^top; adding and taking away 1.5 * 2^(52 + e) rounds to a multiple of 2^e.
+        let top = 126 - grid.scale - (usize::BITS - self.grid_rows.leading_zeros()) as i32;
+        let units: [i32; LIMBS] = std::array::from_fn(|l| top - 26 * (l as i32 + 1));
+        let rounders = units.map(|e| 1.5 * 2f64.powi(52 + e));
+        let extreme = !(-900..900).contains(&top);
+        let mut limbs = vec![0f64; LIMBS * self.x.rows.d];
+        let mut sums = Sums::new(self.x.rows.d);
+        let rounders = if extreme { &[][..] } else { &rounders };
+        let add = AddRows { terms: self, b, positions: start..end, grid, rounders, limbs: &mut limbs, sums: &mut sums };
+        pulp::Arch::new().dispatch(add);
+        for (limb, unit) in limbs.chunks_exact(self.x.rows.d).zip(units) {
+            let whole = 2f64.powi(-unit);
+            let sums = sums.first().iter_mut();
+            sums.zip(limb).for_each(|(s, &v)| *s += ((v * whole) as i128) << (unit + grid.scale));
+        }
+        sums
+    }
+
+    /// The medians of the columns; none of no weight.
+    pub(super) fn medians(&self, b: usize, j: usize) -> Option<Vec<f64>> {
+        let members: Vec<_> = self.members(b, j).map(|row| (row, self.row_weight(b, row))).collect();
+        let members: Vec<_> = members.into_iter().filter(|&(_, weight)| weight > 0.0 && weight.is_finite()).collect();
+        let mut column = Vec::with_capacity(members.len());
+        let median = |c: usize| {
+            column.clear();
+            column.extend(members.iter().map(|&(i, weight)| (self.x.row(b, i)[c].wide(), weight)));
+            median(&mut column, self.heaviest.map(|heaviest| self.grid(heaviest[b])))
+        };
+        (!members.is_empty()).then(|| (0..self.x.rows.d).map(median).collect())
+    }
+}
+
+/// The grid of numbers of rows.
+pub(super) const UNITS: Grid = Grid { scale: 0, planes: 1 };
+
+/// The grid of sums of at most `rows` terms up to `max_abs`, of so many planes or as many as terms need.
+pub(super) fn grid(max_abs: f64, rows: usize, planes: Option<usize>) -> Grid {
+    planes.map_or_else(|| Grid::of_f64(max_abs, rows), |planes| Grid::new(max_abs, rows, planes))
+}
+
+/// The sums of columns: planes of a grid, a number a column, of which those after the first are there once a term needs them.
+pub(super) struct Sums(pub(super) Vec<Vec<i128>>);
+
+impl Sums {
+    fn new(d: usize) -> Self {
+        Self(vec![vec![0; d]])
+    }
+
+    /// The first plane, which takes most terms as they are.
+    pub(super) fn first(&mut self) -> &mut [i128] {
+        &mut self.0[0]
+    }
+
+    fn add(&mut self, column: usize, v: f64, grid: Grid) {
+        grid.split(v, |plane, units| {
+            let d = self.0[0].len();
+            self.0.resize_with(self.0.len().max(plane + 1), || vec![0; d]);
+            self.0[plane][column] += units;
+        });
+    }
+
+    fn join(mut self, mut other: Self) -> Self {
+        if self.0.len() < other.0.len() {
+            std::mem::swap(&mut self, &mut other);
+        }
+        for (a, b) in self.0.iter_mut().zip(other.0) {
+            a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+        }
+        self
+    }
+
+    /// Each sum, rounded once.
+    pub(super) fn rounded(&self, grid: Grid) -> Vec<Scaled> {
+        let column = |c: usize| self.0.iter().map(|plane| plane[c]).collect::<Vec<_>>();
+        match &self.0[..] {
+            [first] => first.iter().map(|&q| Scaled::of(q, grid.scale)).collect(),
+            planes => (0..planes[0].len()).map(|c| grid.rounded(&column(c))).collect(),
+        }
+    }
+}
+
+/// Adds the limbs of some terms to `limbs`, and what they leave (without rounders: everything) to `sums`. A struct for the
+/// reason that `Pack` in assign.rs is one.
+struct AddRows<'a, T> {
+    terms: &'a Sorted<'a, T>,
+    b: usize,
+    positions: Range<usize>,
+    grid: Grid,
+    rounders: &'a [f64],
+    limbs: &'a mut [f64],
+    sums: &'a mut Sums,
+}
+
+impl<T: Element> NullaryFnOnce for AddRows<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { terms, b, positions, grid, rounders, limbs, sums } = self;
+        let (n, d, dirty) = (terms.x.rows.n, terms.x.rows.d, terms.first_bad[b] != u32::MAX);
+        let row = |p: usize| terms.row(b, p);
+        let (mut values, mut rest) = (vec![Scalar::of(0.0); d], vec![0f64; d]);
+        for p in positions.clone() {
+            if terms.order.is_some() && p + AHEAD < positions.end {
+                prefetch(terms.x.row(b, row(p + AHEAD)));
+            }
+            T::filter_row(terms.x.row(b, row(p)), &mut values);
+            let factor = terms.factor.map_or(1.0, |f| f[b * n + row(p)]);
+            if dirty && !values.iter().all(|v| v.widen().is_finite()) {
+                continue;
+            }
+            for (r, v) in rest.iter_mut().zip(&values) {
+                let v = v.widen() * factor;
+                *r = if v.abs() < f64::INFINITY { v } else { 0.0 };
+            }
+            for (sums, &rounder) in limbs.chunks_exact_mut(d).zip(rounders) {
+                for (sum, r) in sums.iter_mut().zip(&mut rest) {
+                    let limb = (*r + rounder) - rounder;
+                    *sum += limb;
+                    *r -= limb;
+                }
+            }
+            if rest.iter().fold(0, |any, r| any | r.to_bits() << 1) != 0 {
+                for (c, &r) in rest.iter().enumerate().filter(|(_, &r)| r != 0.0) {
+                    match fixed::quantise(r, grid.scale) {
+                        Some(v) => sums.first()[c] += v,
+                        None => sums.add(c, r, grid),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Rows in label order lie anywhere: this many are asked for ahead of their turn.
+const AHEAD: usize = 4;
+
+#[inline(always)]
+fn prefetch<T>(row: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of_val(row)).step_by(64) {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        // SAFETY: a prefetch is a hint that cannot fault, and the address lies inside `row`.
+        unsafe { _mm_prefetch(row.as_ptr().cast::<i8>().add(line), _MM_HINT_T0) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = row;
+}

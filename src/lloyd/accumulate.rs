@@ -1,0 +1,88 @@
+//! Sums that blocks of rows and ranks add to.
+
+use super::feed::Feed;
+use crate::{
+    error::{Error, Result},
+    host,
+    memory::Memory,
+    primitives,
+    request::{Accumulator, Finish, Reduction, Summands, Update},
+    rows::Rows,
+};
+use candle_core::{DType, Device, Tensor};
+
+impl Accumulator {
+    /// Zeros for `k` clusters of each problem.
+    pub(super) fn new([k, d]: [usize; 2], terms: Bounds, planes: usize, device: &Device) -> Result<Self> {
+        let Bounds { max_abs, max_weight, rows } = terms;
+        if rows > MAX_ROWS {
+            return Err(Error::TooLarge { argument: "x rows", got: rows, limit: MAX_ROWS });
+        }
+        let sums = host::zeros("fit", (planes, max_abs.elem_count(), k, d + 1, 2), DType::I64, device)?;
+        Ok(Self { sums, max_abs, max_weight, rows })
+    }
+}
+
+/// Rows that sums have room for at most: a term is cut into two limbs of 42 bits, which have to be whole numbers of the first
+/// plane's unit.
+const MAX_ROWS: usize = 1 << 41;
+
+/// What bounds the terms of sums.
+#[derive(Clone)]
+pub(super) struct Bounds {
+    /// Of their magnitude, f64 `(b,)`.
+    pub max_abs: Tensor,
+    /// The largest factor, f64 `(b,)`, where factors are weights.
+    pub max_weight: Option<Tensor>,
+    /// Of their number.
+    pub rows: usize,
+}
+
+/// The sum of a number a row, of all rows of a problem.
+pub(super) struct Total(Accumulator);
+
+impl Total {
+    /// Of numbers up to `max_abs`, f64 `(b,)`, in so many planes.
+    pub(super) fn new(max_abs: Tensor, rows: usize, planes: usize) -> Result<Self> {
+        let device = max_abs.device().clone();
+        Ok(Self(Accumulator::new([1, 1], Bounds { max_abs, max_weight: None, rows }, planes, &device)?))
+    }
+
+    /// Adds the finite of `values`, each times its factor, both f64 `(b, n)`.
+    pub(super) fn add(&self, values: &Tensor, factors: Tensor) -> Result<()> {
+        let x = Rows::new(&values.unsqueeze(2)?)?;
+        accumulate_all(&x, Some(factors), &self.0)
+    }
+
+    /// The sums of all ranks, f64 `(b,)`.
+    pub(super) fn finish(&self, feed: &mut dyn Feed) -> Result<Tensor> {
+        feed.reduce(&self.0)?;
+        let sums = Tensor::zeros((self.0.max_abs.elem_count(), 1, 1), DType::F64, self.0.sums.device())?;
+        primitives::finish(
+            &Finish { sums: &self.0, reduction: Reduction::Sum, turn: None },
+            (&sums).into(),
+            &Memory::default(),
+        )?;
+        Ok(sums.flatten_all()?)
+    }
+}
+
+/// Adds all rows, each times its factor, to the one cluster of an accumulator.
+pub(super) fn accumulate_all(x: &Rows, row_scale: Option<Tensor>, to: &Accumulator) -> Result<()> {
+    let first_nonfinite = Tensor::full(u32::MAX, x.b, x.device())?;
+    let (max_abs, max_weight) = (to.max_abs.clone(), to.max_weight.clone());
+    let reduction = if max_weight.is_some() || row_scale.is_none() { Reduction::Mean } else { Reduction::Sum };
+    let terms = Summands { row_scale, max_abs, first_nonfinite, max_weight, finite: true };
+    let u = Update { x, terms: &terms, labels: None, reduction, turn: None };
+    primitives::accumulate(&u, to, &Memory::default())
+}
+
+/// How far the last bit of a value of this type is below its first one, at most.
+pub(super) fn mantissa_bits(dtype: DType) -> i32 {
+    match dtype {
+        DType::F16 => 10,
+        DType::BF16 => 7,
+        DType::F32 => 23,
+        _ => 52,
+    }
+}

@@ -1,0 +1,62 @@
+//! Who feeds the loop with rows.
+
+use crate::{
+    error::Result,
+    request::{Accumulator, Summands},
+    rows::Rows,
+};
+use candle_core::Tensor;
+
+/// Some rows of each problem.
+#[derive(Clone, Copy)]
+pub(super) struct Block<'a> {
+    pub x: &'a Rows<'a>,
+    pub summands: &'a Summands,
+    /// u32 `(b, n)`.
+    pub labels: &'a Tensor,
+    /// What each row weighs, f64 `(b, n)`: 0 for rows that do not count. None where all weigh the same.
+    pub weights: Option<&'a Tensor>,
+    /// 1 where a row counts and 0 where it is padding, f64 `(b, n)`. None where all count.
+    pub counted: Option<&'a Tensor>,
+    /// The number of the first row among all of its problem.
+    pub first: usize,
+}
+
+/// Who has the rows of a fit: a tensor, a stream of blocks, or, of several ranks that share them, this one. Every rank calls
+/// the same methods in the same order.
+pub(super) trait Feed {
+    /// Visits all blocks of this rank, in any order.
+    fn for_each_block(&mut self, visit: &mut dyn FnMut(Block<'_>) -> Result<()>) -> Result<()>;
+
+    /// Adds up what all ranks have added to their accumulators.
+    fn reduce(&mut self, _: &Accumulator) -> Result<()> {
+        Ok(())
+    }
+
+    /// What each rank says, in the order of their rows.
+    fn gather(&mut self, mine: Vec<f64>) -> Result<Vec<Vec<f64>>> {
+        Ok(vec![mine])
+    }
+
+    /// The first row of each problem, `(b, 1, d)`.
+    fn first_row(&mut self) -> Result<Tensor>;
+}
+
+/// All rows, in one block.
+pub(super) struct Resident<'a>(pub Block<'a>);
+
+impl Feed for Resident<'_> {
+    fn for_each_block(&mut self, visit: &mut dyn FnMut(Block<'_>) -> Result<()>) -> Result<()> {
+        visit(self.0)
+    }
+
+    fn first_row(&mut self) -> Result<Tensor> {
+        first_row(self.0.x)
+    }
+}
+
+/// The first row of each problem of a block, `(b, 1, d)`.
+pub(super) fn first_row(x: &Rows) -> Result<Tensor> {
+    let index = Tensor::zeros((x.b, 1), candle_core::DType::U32, x.device())?;
+    crate::primitives::gather(x, &index)
+}

@@ -1,0 +1,152 @@
+//! Rows for clusters that have none.
+
+use super::{
+    feed::{Block, Feed},
+    prepared::RUNNING,
+    seeds::seed_weights,
+    Lloyd,
+};
+use crate::{error::Result, metric::Metric, primitives, rows::Rows};
+use candle_core::{DType, Tensor};
+
+/// The rows in each cluster of each problem.
+pub(super) type Sizes = Vec<Vec<u64>>;
+
+/// A row that may go to an empty cluster.
+#[derive(Clone, Copy)]
+struct Candidate {
+    distance: f64,
+    /// Its number among all rows of its problem.
+    row: usize,
+    label: u32,
+}
+
+/// What rows and clusters a relocation brings together, of each problem.
+pub(super) type Relocations = Vec<Vec<(usize, u32)>>;
+
+/// The rows that count in each cluster, u32 `(b, k)`.
+pub(super) fn sizes(labels: &Tensor, counted: Option<&Tensor>, k: usize) -> Result<Tensor> {
+    match counted {
+        Some(ones) => Ok(primitives::cluster_sums(ones, Some(labels), k)?.to_dtype(DType::U32)?),
+        None => primitives::cluster_sizes(labels, k),
+    }
+}
+
+/// Adds the sizes of a block's clusters.
+pub(super) fn add_sizes(sizes: &mut Sizes, of_block: &Tensor) -> Result<()> {
+    let of_block = of_block.to_vec2::<u32>()?;
+    sizes.resize_with(of_block.len(), || vec![0; of_block[0].len()]);
+    for (sizes, of_block) in sizes.iter_mut().zip(of_block) {
+        sizes.iter_mut().zip(of_block).for_each(|(size, more)| *size += u64::from(more));
+    }
+    Ok(())
+}
+
+/// The sizes of all ranks' clusters.
+pub(super) fn gather_sizes(sizes: Sizes, feed: &mut dyn Feed) -> Result<Sizes> {
+    let mut all: Sizes = sizes.iter().map(|sizes| vec![0; sizes.len()]).collect();
+    for rank in feed.gather(sizes.concat().into_iter().map(|size| size as f64).collect())? {
+        all.iter_mut().flatten().zip(rank).for_each(|(size, more)| *size += more as u64);
+    }
+    Ok(all)
+}
+
+impl Lloyd<'_> {
+    /// Which rows go to clusters that are empty: the farthest from their centroids, if they have a weight and leave no other
+    /// cluster empty. Each block and rank names as many as all clusters could take.
+    pub(super) fn relocations(&self, feed: &mut dyn Feed, sizes: Sizes) -> Result<Relocations> {
+        let (mut sizes, stop) = (gather_sizes(sizes, feed)?, self.progress.stop.to_vec1::<u32>()?);
+        let lacking: Vec<_> = sizes.iter().zip(stop).map(|(s, stop)| stop == RUNNING && s.contains(&0)).collect();
+        let mut relocations: Relocations = vec![vec![]; sizes.len()];
+        if !lacking.contains(&true) {
+            return Ok(relocations);
+        }
+        let mut farthest: Vec<Vec<Candidate>> = vec![vec![]; sizes.len()];
+        feed.for_each_block(&mut |block| {
+            for (b, candidates) in self.candidates(block, &lacking)?.into_iter().enumerate() {
+                farthest[b].extend(candidates);
+                keep_farthest(&mut farthest[b], self.settings.k);
+            }
+            Ok(())
+        })?;
+        let mut all: Vec<Vec<Candidate>> = vec![vec![]; sizes.len()];
+        for rank in feed.gather(encode(&farthest))? {
+            decode(&rank, &mut all);
+        }
+        for (b, mut farthest) in all.into_iter().enumerate() {
+            keep_farthest(&mut farthest, usize::MAX);
+            let (size, mut farthest) = (&mut sizes[b], farthest.into_iter());
+            let empty: Vec<_> = (0..size.len()).filter(|&j| lacking[b] && size[j] == 0).collect();
+            for cluster in empty {
+                // A cluster's last row would leave it empty.
+                let Some(found) = farthest.find(|found| size[found.label as usize] > 1) else { break };
+                size[found.label as usize] -= 1;
+                size[cluster] += 1;
+                relocations[b].push((found.row, cluster as u32));
+            }
+        }
+        Ok(relocations)
+    }
+
+    /// The rows of a block that may move, of problems that lack some.
+    fn candidates(&self, block: Block<'_>, lacking: &[bool]) -> Result<Vec<Vec<Candidate>>> {
+        let (x, metric) = (block.x, self.settings.metric);
+        let distances =
+            primitives::distances(x, &Rows::new(self.centroids)?, block.labels, metric)?.to_vec2::<f64>()?;
+        let weights = seed_weights(x, block.weights, self.settings)?.map(|w| w.to_vec2::<f64>()).transpose()?;
+        let labels = block.labels.to_vec2::<u32>()?;
+        let of_problem = |b: usize| {
+            // A row on its centroid has nowhere better to be, and one of no weight moves no centroid.
+            let movable = |&i: &usize| {
+                let away = distances[b][i] > 0.0 || metric == Metric::Dot && !distances[b][i].is_nan();
+                away && weights.as_ref().is_none_or(|weights| weights[b][i] > 0.0)
+            };
+            let rows = if lacking[b] { x.n } else { 0 };
+            let candidate = |i| Candidate { distance: distances[b][i], row: block.first + i, label: labels[b][i] };
+            (0..rows).filter(movable).map(candidate).collect()
+        };
+        Ok((0..x.b).map(of_problem).collect())
+    }
+}
+
+/// Gives the rows of a block to the clusters that they go to.
+pub(super) fn relocate(block: Block<'_>, relocations: &Relocations) -> Result<()> {
+    let rows = block.first..block.first + block.x.n;
+    if !relocations.iter().flatten().any(|(row, _)| rows.contains(row)) {
+        return Ok(());
+    }
+    let mut labels = block.labels.to_vec2::<u32>()?;
+    for (labels, relocations) in labels.iter_mut().zip(relocations) {
+        for &(row, cluster) in relocations.iter().filter(|(row, _)| rows.contains(row)) {
+            labels[row - rows.start] = cluster;
+        }
+    }
+    let labels = Tensor::from_vec(labels.concat(), block.labels.shape(), block.labels.device())?;
+    primitives::overwrite(block.labels, &labels)
+}
+
+/// Keeps the farthest `count` candidates, in order, the first rows of equals.
+fn keep_farthest(candidates: &mut Vec<Candidate>, count: usize) {
+    let farther = |a: &Candidate, b: &Candidate| b.distance.total_cmp(&a.distance).then(a.row.cmp(&b.row));
+    candidates.sort_unstable_by(farther);
+    candidates.truncate(count);
+}
+
+/// The candidates of each problem as numbers that ranks exchange: how many there are, and three for each.
+fn encode(farthest: &[Vec<Candidate>]) -> Vec<f64> {
+    let of_problem = |candidates: &Vec<Candidate>| {
+        let each = candidates.iter().flat_map(|c| [c.distance, c.row as f64, f64::from(c.label)]);
+        std::iter::once(candidates.len() as f64).chain(each).collect::<Vec<_>>()
+    };
+    farthest.iter().flat_map(of_problem).collect()
+}
+
+fn decode(mut numbers: &[f64], all: &mut [Vec<Candidate>]) {
+    for candidates in all {
+        let (count, rest) = numbers.split_at(1);
+        let (mine, rest) = rest.split_at(3 * count[0] as usize);
+        let each = mine.chunks_exact(3);
+        candidates.extend(each.map(|c| Candidate { distance: c[0], row: c[1] as usize, label: c[2] as u32 }));
+        numbers = rest;
+    }
+}
