@@ -59,6 +59,12 @@ pub fn compared() -> u64 {
     crate::cpu::assign::compared()
 }
 
+/// How many times this thread has had labels sorted so far, on any device; fits on chip, which sort in their launch, count for
+/// nothing.
+pub fn sorts() -> u64 {
+    crate::backend::sorts()
+}
+
 /// The GPU kernels that this thread has launched since it last asked; the first call starts the record.
 pub fn launches() -> Vec<String> {
     #[cfg(feature = "cuda")]
