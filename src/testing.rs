@@ -9,7 +9,7 @@ use crate::{
     metric::Metric,
     plan::{arch::Arch, assign::Assign},
     primitives,
-    request::{self, Reduction, Summands},
+    request::{self, Labels, Reduction, Summands},
     rows::Rows,
 };
 use candle_core::{Device, Tensor};
@@ -32,6 +32,16 @@ impl Update {
 
     /// The means `(b, k, d)`, which the next call overwrites.
     pub fn run(&self, labels: &Tensor) -> Result<Tensor> {
+        self.run_by(Labels::Unsorted(labels))
+    }
+
+    /// The same by an order that was made before.
+    pub fn run_sorted(&self, labels: &Tensor) -> Result<Tensor> {
+        let order = primitives::order(labels, self.centroids.dim(1)?)?;
+        self.run_by(Labels::Sorted(&order))
+    }
+
+    fn run_by(&self, labels: Labels<'_>) -> Result<Tensor> {
         let Self { x, terms, centroids, memory } = self;
         let u = request::Update { x, terms, labels: Some(labels), reduction: Reduction::Mean, turn: None };
         primitives::update(&u, centroids.into(), memory)?;

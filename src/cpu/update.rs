@@ -11,7 +11,7 @@ use crate::{
     fixed::{self, Exact, Scaled},
     host,
     operand::{Readable, Target},
-    request::{Reduction, Turn, Update},
+    request::{Labels, Reduction, Turn, Update},
     tiles::CPU_SUM_ROWS,
 };
 use candle_core::{CpuStorage, Layout, WithDType};
@@ -21,12 +21,18 @@ use std::ops::Range;
 pub(crate) fn update(u: &Update<'_>, centroids: Target<'_>) -> Result<()> {
     let &Update { x, terms, labels, reduction, turn } = u;
     let (b, k, d) = (x.b, centroids.dims()[centroids.dims().len() - 2], x.d);
-    let sorted = labels.map(|labels| sorted(labels, k)).transpose()?;
+    let (own, given) = match labels {
+        None => (None, None),
+        Some(Labels::Unsorted(labels)) => (Some(sorted(labels, k)?), None),
+        // Nobody else has these, nor the bounds of terms below: they are locked beside others, in any order.
+        Some(Labels::Sorted(order)) => (None, Some(lock([&order.order, &order.offsets]))),
+    };
+    let own = own.as_ref().map(|sorted| sorted.split_at(b * x.n));
+    let given = given.as_ref().map(|[order, offsets]| Ok::<_, Error>((order.flat()?, offsets.flat()?))).transpose()?;
+    let sorted = own.or(given);
     typed!(x.dtype(), T => {
-        // Of these nobody else has any.
         let ([largest, first_bad], heaviest) =
             (lock([&terms.max_abs, &terms.first_nonfinite]), terms.max_weight.as_ref().map(|h| lock([h])));
-        let sorted = sorted.as_ref().map(|sorted| sorted.split_at(b * x.n));
         let over = finished(turn)?;
         let shared = [&x.operand, or(terms.row_scale.as_ref(), &x.operand)];
         let shifts: Vec<f64> = read_and_write(shared, centroids, |[xs, factor], centroids: &mut [T]| {

@@ -13,7 +13,7 @@ use crate::{
     plan::Plan,
     primitives,
     problem::{self, Problem},
-    request::{Assignment, OnChipFit, Reduction, Turn, Update},
+    request::{Assignment, Labels, OnChipFit, Reduction, Turn, Update},
     rows::Rows,
     seeding,
 };
@@ -198,10 +198,9 @@ impl PreparedFit {
         assign(None)?;
         for iteration in 1..=max_iters {
             let turn = Some(Turn { progress, iteration });
-            if relocates {
-                self.relocate(x, &centroids)?;
-            }
-            let u = Update { x, terms, labels: Some(&self.labels), reduction, turn };
+            let order = if relocates { self.relocate(x, &centroids)? } else { None };
+            let labels = Some(order.as_ref().map_or(Labels::Unsorted(&self.labels), Labels::Sorted));
+            let u = Update { x, terms, labels, reduction, turn };
             primitives::update(&u, (&self.centroids).into(), &self.memory)?;
             assign(turn)?;
             let asked = asks && iteration % QUEUED == 0;

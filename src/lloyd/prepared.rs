@@ -10,7 +10,7 @@ use crate::{
     metric::Metric,
     primitives,
     problem::{self, Problem},
-    request::{Progress, Summands},
+    request::{Order, Progress, Summands},
     rows::Rows,
     seeding,
 };
@@ -194,15 +194,16 @@ impl PreparedFit {
             let (got, with) = ("a result".into(), "a fit that has not been run".into());
             return Err(Error::Conflict { argument: "fit", got, with });
         };
+        let order = primitives::order(&self.labels, p.k)?;
         let weights = self.weights.as_ref().filter(|_| self.settings.weights.is_some());
         let weights = weights.map(|Weights { values, unit, .. }| {
-            let sums = primitives::cluster_sums(values, Some(&self.labels), p.k)?;
+            let sums = primitives::cluster_sums(values, Some(&order))?;
             Ok::<_, Error>(sums.broadcast_mul(&unit.unsqueeze(1)?)?.reshape(p.shape(&[p.k]))?)
         });
         Ok(Fit {
             centroids: self.shown[0].clone(),
             labels: self.shown[1].clone(),
-            counts: self.sizes()?.reshape(p.shape(&[p.k]))?,
+            counts: self.sizes(&order)?.reshape(p.shape(&[p.k]))?,
             weights: weights.transpose()?,
             inertia: inertia.reshape(p.shape(&[]))?,
             n_iter: stop.minimum(iterations.min(RUNNING as usize) as u32)?.reshape(p.shape(&[]))?,
@@ -272,11 +273,11 @@ impl PreparedFit {
         self.ragged.as_ref().map_or(self.p.n, |ragged| ragged.lengths[b])
     }
 
-    /// The rows that count in each cluster, u32 `(b, k)`.
-    pub(super) fn sizes(&self) -> Result<Tensor> {
+    /// The rows that count in each cluster of the labels' order, u32 `(b, k)`.
+    pub(super) fn sizes(&self, order: &Order) -> Result<Tensor> {
         match &self.ragged {
-            Some(r) => Ok(primitives::cluster_sums(&r.ones, Some(&self.labels), self.p.k)?.to_dtype(DType::U32)?),
-            None => primitives::cluster_sizes(&self.labels, self.p.k),
+            Some(r) => Ok(primitives::cluster_sums(&r.ones, Some(order))?.to_dtype(DType::U32)?),
+            None => primitives::cluster_sizes(&order.offsets),
         }
     }
 

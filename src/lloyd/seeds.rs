@@ -4,7 +4,7 @@ use super::{
     prepared::{PreparedFit, RUNNING},
     terms::{directed_rows, finite_rows},
 };
-use crate::{error::Result, kmeans::Init, metric::Metric, primitives, rows::Rows, seeding};
+use crate::{error::Result, kmeans::Init, metric::Metric, primitives, request::Order, rows::Rows, seeding};
 use candle_core::Tensor;
 
 impl PreparedFit {
@@ -51,14 +51,17 @@ impl PreparedFit {
         }))
     }
 
-    /// Gives every empty cluster one of the rows farthest from their centroids.
-    pub(super) fn relocate(&self, x: &Rows, centroids: &Rows) -> Result<()> {
-        let sizes = self.sizes()?.to_vec2::<u32>()?;
+    /// Gives every empty cluster one of the rows farthest from their centroids. The order of the labels where none is empty, so
+    /// that they stay.
+    pub(super) fn relocate(&self, x: &Rows, centroids: &Rows) -> Result<Option<Order>> {
+        let order = primitives::order(&self.labels, self.p.k)?;
+        let sizes = self.sizes(&order)?.to_vec2::<u32>()?;
         let stop = self.progress.stop.to_vec1::<u32>()?;
         let lacking = |b: usize| stop[b] == RUNNING && sizes[b].contains(&0);
         if !(0..x.b).any(lacking) {
-            return Ok(());
+            return Ok(Some(order));
         }
+        drop(order);
         let distances = primitives::distances(x, centroids, &self.labels, self.p.metric)?.to_vec2::<f64>()?;
         let weights = self.seed_weights(x)?.map(|w| w.to_vec2::<f64>()).transpose()?;
         let mut rows = self.labels.to_vec2::<u32>()?;
@@ -80,6 +83,7 @@ impl PreparedFit {
                 labels[i] = cluster as u32;
             }
         }
-        primitives::overwrite(&self.labels, &Tensor::from_vec(rows.concat(), (x.b, x.n), &self.device)?)
+        primitives::overwrite(&self.labels, &Tensor::from_vec(rows.concat(), (x.b, x.n), &self.device)?)?;
+        Ok(None)
     }
 }

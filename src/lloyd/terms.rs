@@ -199,7 +199,7 @@ pub(super) fn threshold(x: &Rows, terms: &mut Summands, ragged: Option<&Ragged>,
     let labels = Tensor::zeros((x.b, x.n), DType::U32, x.device())?;
     let distances = primitives::distances(x, &Rows::new(&mean)?, &labels, Metric::SquaredEuclidean)?;
     drop(labels);
-    let sum = |values: &Tensor| Ok::<_, Error>(primitives::cluster_sums(values, None, 1)?.squeeze(1)?);
+    let sum = |values: &Tensor| Ok::<_, Error>(primitives::cluster_sums(values, None)?.squeeze(1)?);
     // Squares that are not finite are in no sum, and a sum that is not is no measure.
     let spread = match &ones {
         Some(ones) => sum(&primitives::elementwise([&distances, ones], |[distances, ones]| distances * ones)?)?,
