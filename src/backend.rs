@@ -14,6 +14,19 @@ use crate::{
     rows::Rows,
 };
 use candle_core::{DType, Device, Storage, Tensor};
+use std::cell::Cell;
+
+thread_local!(static SORTS: Cell<u64> = const { Cell::new(0) });
+
+/// How many times this thread has had labels sorted, on any device, but for what a fit on chip sorts in its launch.
+pub(crate) fn sorts() -> u64 {
+    SORTS.get()
+}
+
+/// Counts a sort.
+pub(crate) fn count_sort() {
+    SORTS.set(SORTS.get() + 1);
+}
 
 /// A kind of device. See [`primitives`](crate::primitives) for what each primitive is.
 pub(crate) trait Backend {

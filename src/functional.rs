@@ -7,12 +7,12 @@ use crate::{
     operand::Readable,
     ops::{
         self,
-        labels::{check_labels, check_labels_of, flat_labels, Labelled},
+        labels::{check_labels, check_labels_of, flat_labels},
         ClusterMeans, ClusterSums, FlashAssign, SortInverse,
     },
     primitives,
     problem::{self, Problem},
-    request::Reduction,
+    request::{Order, Reduction},
     rows::Rows,
 };
 use candle_core::{backend::BackendStorage, CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
@@ -90,9 +90,11 @@ pub fn cluster_sums(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
     ops::in_graph(ClusterSums { k }, x, labels)
 }
 
-/// [`cluster_means`] by labels that are known to be below `k`: nothing waits. No gradient flows.
-pub(crate) fn known_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tensor> {
-    Ok(Tensor::from(Labelled::new(&x.into(), &labels.into(), k)?.reduce(Reduction::Mean)?))
+/// [`cluster_means`] by an order of all problems' labels, which are known to be below `k`: nothing waits. No gradient flows.
+pub(crate) fn means_by_order(x: &Tensor, order: &Order) -> Result<Tensor> {
+    let (rows, batch) = (Rows::new(x)?, &x.dims()[..x.rank() - 2]);
+    let shape = [batch, &[order.k(), rows.d]].concat();
+    Ok(primitives::reduce(&rows, Some(order), Reduction::Mean)?.reshape(shape)?)
 }
 
 /// The number of rows in each cluster, u32 `(..batch, k)`, for u32 `labels` `(..batch, n)` below `k`.
@@ -100,10 +102,7 @@ pub(crate) fn known_means(x: &Tensor, labels: &Tensor, k: usize) -> Result<Tenso
 /// # Errors
 /// As [`sort_by_cluster`].
 pub fn cluster_sizes(labels: &Tensor, k: usize) -> Result<Tensor> {
-    let flat = flat_labels(&labels.into(), k)?;
-    check_labels(&flat, k)?;
-    let batch = &labels.dims()[..labels.rank() - 1];
-    Ok(primitives::cluster_sizes(&flat, k)?.reshape([batch, &[k]].concat())?)
+    primitives::cluster_sizes(&sort_by_cluster(labels, k)?.1)
 }
 
 /// The permutation that undoes another: `inverse[order[i]] = i`, both u32 `(..batch, n)`.
@@ -140,7 +139,7 @@ pub fn inverse_order(order: &Tensor) -> Result<Tensor> {
     let labels = primitives::elementwise([order], |[order]| order.minimum(n as u32 - 1))?;
     let labels = primitives::contiguous(&labels)?.reshape((order.elem_count() / n, n))?;
     // Without the offsets, which are in the same storage.
-    Ok(primitives::order(&labels, n)?.0.force_contiguous()?.reshape(order.shape())?)
+    Ok(primitives::sorted(&labels, n)?.0.force_contiguous()?.reshape(order.shape())?)
 }
 
 /// What each row's centroid leaves of it, `x - centroids[labels]`: `(..batch, n, d)` in `x`'s dtype.

@@ -16,7 +16,8 @@ use crate::{
     plan::arch::Arch,
     problem,
     request::{
-        Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Reduction, Routed, Summands, Update,
+        Accumulator, Assignment, Attention, Finish, KmeansppStep, Labels, OnChipFit, Order, Reduction, Routed,
+        Summands, Update,
     },
     rng::Draw,
     rows::Rows,
@@ -297,8 +298,14 @@ pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>, memory: &Memory) -> Result<()>
     on(p.x.device(), "kmeanspp_step")?.kmeanspp_step(p, memory)
 }
 
-/// The stable order of `labels` (u32 `(b, n)`, below `k`): positions u32 `(b, n)` and offsets u32 `(b, k + 1)`.
-pub(crate) fn order(labels: &impl Readable, k: usize) -> Result<(Tensor, Tensor)> {
+/// The stable order of contiguous `labels`, u32 `(b, n)`, below `k`.
+pub(crate) fn order(labels: &Tensor, k: usize) -> Result<Order> {
+    let (order, offsets) = sorted(labels, k)?;
+    Ok(Order { labels: labels.clone(), order, offsets })
+}
+
+/// Its positions, u32 `(b, n)`, and offsets, u32 `(b, k + 1)`.
+pub(crate) fn sorted(labels: &impl Readable, k: usize) -> Result<(Tensor, Tensor)> {
     let (b, n) = (labels.dims()[0], labels.dims()[1]);
     let sort = |sorted: Target<'_>| order_into(labels, k, sorted);
     let sorted = written("order", b * n + b * (k + 1), DType::U32, &labels.device(), sort)?;
@@ -354,30 +361,33 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     on(r.q.device(), "route")?.route(r, memory)
 }
 
-/// Rows in each cluster, u32 `(b, k)`.
-pub(crate) fn cluster_sizes(labels: &impl Readable, k: usize) -> Result<Tensor> {
-    let (_, offsets) = order(labels, k)?;
+/// Rows in each cluster, u32 `(..batch, k)`, by where clusters begin and end in their order, u32 `(..batch, k + 1)`.
+pub(crate) fn cluster_sizes(offsets: &Tensor) -> Result<Tensor> {
+    let (last, k) = (offsets.rank() - 1, offsets.dims()[offsets.rank() - 1] - 1);
     if offsets.elem_count() == 0 {
         // Candle's difference of two empty views is the first of them, wherever it begins.
-        return problem::empty(&[0, k], DType::U32, offsets.device());
+        return problem::empty(&[&offsets.dims()[..last], &[k]].concat(), DType::U32, offsets.device());
     }
-    elementwise([&offsets.narrow(1, 1, k)?, &offsets.narrow(1, 0, k)?], |[ends, begins]| ends - begins)
+    elementwise([&offsets.narrow(last, 1, k)?, &offsets.narrow(last, 0, k)?], |[ends, begins]| ends - begins)
+}
+
+/// The sums or means of clusters, `(b, k, d)`, or of all rows as one cluster; zeros of those without rows.
+pub(crate) fn reduce(x: &Rows, order: Option<&Order>, reduction: Reduction) -> Result<Tensor> {
+    let k = order.map_or(1, Order::k);
+    let reduced = host::zeros("clusters", (x.b, k, x.d), x.dtype(), x.device())?;
+    let (terms, labels) = (Summands::from_rows(x)?, order.map(Labels::Sorted));
+    update(&Update { x, terms: &terms, labels, reduction, turn: None }, (&reduced).into(), &Memory::default())?;
+    Ok(reduced)
 }
 
 /// The sum of the finite of `values` (f64 `(b, n)`) in each cluster, f64 `(b, k)`: exact, and rounded once.
-pub(crate) fn cluster_sums(values: &Tensor, labels: Option<&Tensor>, k: usize) -> Result<Tensor> {
-    let column = Rows::new(&values.unsqueeze(2)?)?;
-    let sums = Tensor::zeros((column.b, k, 1), DType::F64, values.device())?;
-    let (terms, reduction) = (Summands::from_rows(&column)?, Reduction::Sum);
-    let labels = labels.map(|labels| labels as &dyn Readable);
-    let u = Update { x: &column, terms: &terms, labels, reduction, turn: None };
-    update(&u, (&sums).into(), &Memory::default())?;
-    Ok(sums.squeeze(2)?)
+pub(crate) fn cluster_sums(values: &Tensor, order: Option<&Order>) -> Result<Tensor> {
+    Ok(reduce(&Rows::new(&values.unsqueeze(2)?)?, order, Reduction::Sum)?.squeeze(2)?)
 }
 
 /// The sum of each row of `values` (f64 `(b, n)`), likewise, but infinite where one of them is positive infinity: f64 `(b,)`.
 pub(crate) fn total(values: &Tensor) -> Result<Tensor> {
-    let sums = cluster_sums(values, None, 1)?.squeeze(1)?;
+    let sums = cluster_sums(values, None)?.squeeze(1)?;
     let infinite = values.gt(f64::MAX)?.to_dtype(DType::U32)?.max(1)?;
     Ok(infinite.where_cond(&(sums.ones_like()? * f64::INFINITY)?, &sums)?)
 }

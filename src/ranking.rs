@@ -34,7 +34,7 @@ fn descending_by(keys: &Tensor, chunk: usize) -> Result<Tensor> {
     let first = differs.narrow(1, 0, 1)?;
     let numbers = cumsum(&differs)?.broadcast_sub(&first)?;
     let numbers = places.zeros_like()?.scatter(&places, &numbers, 1)?.narrow(1, 0, k)?.contiguous()?;
-    Ok(primitives::order(&numbers, k)?.0)
+    Ok(primitives::sorted(&numbers, k)?.0)
 }
 
 /// The keys of each row `(r, k)`, the largest first, and where they were: `(r, m)` both. There are more than `k` where padding of

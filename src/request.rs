@@ -1,7 +1,7 @@
 //! What an op is asked: plain values.
 
 use crate::{metric::Metric, operand::Readable, rng::Draw, rows::Rows};
-use candle_core::Tensor;
+use candle_core::{Result, Tensor};
 
 /// How far the problems of a fit have come.
 pub(crate) struct Progress {
@@ -59,12 +59,45 @@ pub(crate) struct Assignment<'a> {
     pub turn: Option<Turn<'a>>,
 }
 
+/// Labels, and the order that brings clusters together. Cluster `j` is `order[offsets[j]..offsets[j + 1]]`.
+#[derive(Clone, Debug)]
+pub(crate) struct Order {
+    /// u32 `(b, n)`, below `k`.
+    pub labels: Tensor,
+    /// Rows by their labels, those of a cluster ascending, u32 `(b, n)`.
+    pub order: Tensor,
+    /// u32 `(b, k + 1)`.
+    pub offsets: Tensor,
+}
+
+impl Order {
+    /// From what has two dimensions of batch and heads, each head a problem.
+    pub fn of_heads(labels: &Tensor, order: &Tensor, offsets: &Tensor) -> Result<Self> {
+        Ok(Self { labels: labels.flatten(0, 1)?, order: order.flatten(0, 1)?, offsets: offsets.flatten(0, 1)? })
+    }
+
+    /// The number of clusters.
+    pub fn k(&self) -> usize {
+        self.offsets.dims()[1] - 1
+    }
+}
+
+/// Which rows an update finds in which cluster.
+#[derive(Clone, Copy)]
+pub(crate) enum Labels<'a> {
+    /// By labels, u32 `(b, n)`, below `k`, that it sorts itself: only those of problems that have not converged, and the rows of a
+    /// cluster in any order.
+    Unsorted(&'a dyn Readable),
+    /// By an order that is there already. The result has the same bits.
+    Sorted(&'a Order),
+}
+
 /// Rows of clusters.
 pub(crate) struct Update<'a> {
     pub x: &'a Rows<'a>,
     pub terms: &'a Summands,
-    /// u32 `(b, n)`, below `k`; without labels all rows are in one cluster.
-    pub labels: Option<&'a dyn Readable>,
+    /// Without labels all rows are in one cluster.
+    pub labels: Option<Labels<'a>>,
     pub reduction: Reduction,
     pub turn: Option<Turn<'a>>,
 }
@@ -129,9 +162,8 @@ pub(crate) struct Attention<'a> {
     pub tokens: usize,
     /// Tokens before the clustered ones.
     pub sinks: usize,
-    /// u32 `(b, heads, clustered)`, counted from the first clustered token, and u32 `(b, heads, k + 1)`.
-    pub order: &'a Tensor,
-    pub offsets: &'a Tensor,
+    /// The clustered tokens of each head, counted from the first of them.
+    pub clusters: &'a Order,
     /// `(b, heads, k, d)`.
     pub mean_keys: &'a Tensor,
     pub mean_values: &'a Tensor,
@@ -164,22 +196,14 @@ pub(crate) struct Routed<'a> {
     pub estimate: bool,
 }
 
-/// Rows in groups: u32 `(b, heads, n)` labels, the rows in the order of their groups, and `(b, heads, groups + 1)` where groups
-/// begin in that.
-pub(crate) struct Groups {
-    pub labels: Tensor,
-    pub order: Tensor,
-    pub offsets: Tensor,
-}
-
-/// The groups of queries and keys.
+/// The groups of queries and keys, a problem a head.
 pub(crate) struct RoutedGroups {
     /// Counted from the first grouped token.
-    pub keys: Groups,
+    pub keys: Order,
     /// `(b, kv_heads, k, d)`.
     pub mean_keys: Tensor,
     pub mean_values: Tensor,
-    pub queries: Groups,
+    pub queries: Order,
     /// The queries that choose for each group, `(b, heads, any, d)`, and whose they are, if not those of the group.
-    pub choosers: Option<(Tensor, Groups)>,
+    pub choosers: Option<(Tensor, Order)>,
 }

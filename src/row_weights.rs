@@ -12,7 +12,7 @@ use crate::{
     metric::Metric,
     primitives,
     problem::Problem,
-    request::{Reduction, Summands, Update},
+    request::{Labels, Reduction, Summands, Update},
     rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
@@ -63,7 +63,8 @@ impl RowWeights {
     /// What these rows are in the clusters of `labels`, u32 `(b, n)`, known to be below `k`. Means are rounded to the rows' dtype
     /// once.
     pub fn clusters(&self, x: &Rows, labels: &Tensor, k: usize) -> Result<Clusters> {
-        let weights = primitives::cluster_sums(&self.weights, Some(labels), k)?;
+        let order = primitives::order(labels, k)?;
+        let weights = primitives::cluster_sums(&self.weights, Some(&order))?;
         let mut terms = Summands::from_rows(x)?;
         terms.max_abs = self.largest.clone();
         let reduction = match &self.norms {
@@ -78,7 +79,7 @@ impl RowWeights {
             }
         };
         let reduced = Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?;
-        let u = Update { x, terms: &terms, labels: Some(labels), reduction, turn: None };
+        let u = Update { x, terms: &terms, labels: Some(Labels::Sorted(&order)), reduction, turn: None };
         primitives::update(&u, (&reduced).into(), &Memory::default())?;
         let mut means = reduced.to_dtype(DType::F64)?;
         if reduction == Reduction::Sum {
@@ -90,7 +91,7 @@ impl RowWeights {
     /// Rows that count, u32 `(b, k)`, evenly spaced among them: entry `i` is the one at the share `places[i]`, of `(b, k)` in
     /// [0, 1), of all that count. And whether there are any, u8 `(b, 1)`.
     pub fn at_shares(&self, places: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (order, offsets) = primitives::order(&self.weights.eq(0.0)?.to_dtype(DType::U32)?, 2)?;
+        let (order, offsets) = primitives::sorted(&self.weights.eq(0.0)?.to_dtype(DType::U32)?, 2)?;
         let count = offsets.narrow(1, 1, 1)?.to_dtype(DType::F64)?;
         let last = (&count - 1.0)?.relu()?.broadcast_as(places.shape())?;
         let places = places.broadcast_mul(&count)?.minimum(&last)?.to_dtype(DType::U32)?;
@@ -205,7 +206,8 @@ pub(crate) fn cluster_weights(x: &Tensor, kmeans: &KMeans, fit: &Fit) -> Result<
         let places = Tensor::arange(0, p.n as u32, x.device())?.broadcast_as(shape)?;
         weights = masked(&weights, &places.lt(&ends.broadcast_as(shape)?)?)?;
     }
-    primitives::cluster_sums(&weights, Some(&fit.labels.contiguous()?.reshape((p.b, p.n))?), p.k)
+    let order = primitives::order(&fit.labels.contiguous()?.reshape((p.b, p.n))?, p.k)?;
+    primitives::cluster_sums(&weights, Some(&order))
 }
 
 /// What a row is to a fit.

@@ -166,7 +166,7 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
         // Key below t: probability 1 - exp(-t p), the Poisson form of the paper's min(1, l p / total).
         let below = OVERSAMPLING * k as f64 / total;
         let skipped = primitives::exponential_race_keys(&nearest, weights, Draw { seed, round })?.ge(below)?;
-        let (order, offsets) = primitives::order(&skipped.to_dtype(DType::U32)?, 2)?;
+        let (order, offsets) = primitives::sorted(&skipped.to_dtype(DType::U32)?, 2)?;
         let count = offsets.to_vec2::<u32>()?[0][1] as usize;
         if count == 0 {
             continue;
@@ -188,10 +188,10 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
         return primitives::gather(x, &candidates);
     }
     let rows = Rows::new(&primitives::gather(x, &candidates)?)?;
-    let labels = primitives::assign(x, &rows, spread)?;
+    let order = primitives::order(&primitives::assign(x, &rows, spread)?, count)?;
     let share = match weights {
-        Some(w) => primitives::cluster_sums(&positive(w)?, Some(&labels), count)?,
-        None => primitives::cluster_sizes(&labels, count)?.to_dtype(DType::F64)?,
+        Some(w) => primitives::cluster_sums(&positive(w)?, Some(&order))?,
+        None => primitives::cluster_sizes(&order.offsets)?.to_dtype(DType::F64)?,
     };
     let chosen = plus_plus(&rows, k, Some(&share), metric, seed)?;
     primitives::gather(&rows, &chosen)

@@ -228,7 +228,7 @@ impl Selection {
         let count = ends.narrow(1, k - 1, 1)?.minimum(capacity as f64)?;
         // The cluster of place t is the first that ends beyond it; before it come as many as end at t or earlier, which is
         // where a sort of the ends has the values above t begin.
-        let (_, earlier) = primitives::order(&ends.minimum(capacity as f64)?.to_dtype(DType::U32)?, capacity + 1)?;
+        let (_, earlier) = primitives::sorted(&ends.minimum(capacity as f64)?.to_dtype(DType::U32)?, capacity + 1)?;
         let rank = earlier.narrow(1, 1, capacity)?.minimum(k as u32 - 1)?.contiguous()?;
         let place = Tensor::arange(0, capacity as u32, device)?.to_dtype(DType::F64)?.broadcast_as((r, capacity))?;
         let at = ((begin.gather(&rank, 1)? + &place)? - before.gather(&rank, 1)?)?;

@@ -12,7 +12,7 @@ use crate::{
     metric::Metric,
     plan::{arch::Arch, assign::Assign},
     primitives,
-    request::{self, Reduction, Summands},
+    request::{self, Labels, Reduction, Summands},
     rows::Rows,
 };
 use candle_core::{Device, Tensor};
@@ -35,6 +35,16 @@ impl Update {
 
     /// The means `(b, k, d)`, which the next call overwrites.
     pub fn run(&self, labels: &Tensor) -> Result<Tensor> {
+        self.run_by(Labels::Unsorted(labels))
+    }
+
+    /// The same by an order that was made before.
+    pub fn run_sorted(&self, labels: &Tensor) -> Result<Tensor> {
+        let order = primitives::order(labels, self.centroids.dim(1)?)?;
+        self.run_by(Labels::Sorted(&order))
+    }
+
+    fn run_by(&self, labels: Labels<'_>) -> Result<Tensor> {
         let Self { x, terms, centroids, memory } = self;
         let u = request::Update { x, terms, labels: Some(labels), reduction: Reduction::Mean, turn: None };
         primitives::update(&u, centroids.into(), memory)?;
@@ -66,6 +76,12 @@ pub fn capability(device: &Device) -> Result<u32> {
 /// How many centroids were compared with a row by the definition in f64, in all CPU assignments of this thread so far.
 pub fn compared() -> u64 {
     crate::cpu::assign::compared()
+}
+
+/// How many times this thread has had labels sorted so far, on any device; fits on chip, which sort in their launch, count for
+/// nothing.
+pub fn sorts() -> u64 {
+    crate::backend::sorts()
 }
 
 /// The GPU kernels that this thread has launched since it last asked; the first call starts the record.

@@ -2,6 +2,7 @@
 
 use super::tensors::{lock, read_and_write};
 use crate::{
+    backend::count_sort,
     error::Result,
     host,
     operand::{Readable, Target},
@@ -14,6 +15,7 @@ pub(crate) fn max_label(labels: &dyn Readable) -> Result<u32> {
 }
 
 pub(crate) fn order(labels: &dyn Readable, k: usize, to: Target<'_>) -> Result<()> {
+    count_sort();
     let (b, n) = (labels.dims()[0], labels.dims()[1]);
     read_and_write([labels], to, |[labels], all: &mut [u32]| {
         let labels = labels.flat::<u32>()?;

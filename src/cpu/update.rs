@@ -10,7 +10,7 @@ use crate::{
     fixed::{self, Grid, Scaled},
     host,
     operand::{Readable, Target},
-    request::{Accumulator, Finish, Reduction, Turn, Update},
+    request::{Accumulator, Finish, Labels, Reduction, Turn, Update},
 };
 use candle_core::{CpuStorage, Layout, Tensor, WithDType};
 
@@ -136,10 +136,16 @@ fn with_sorted<T: Element, O: Stored, R>(
     f: impl FnOnce(&Sorted<'_, T>, &mut [O]) -> Result<R>,
 ) -> Result<R> {
     let &Update { x, terms, labels, .. } = u;
-    let sorted = labels.map(|labels| sorted(labels, k)).transpose()?;
-    let sorted = sorted.as_ref().map(|sorted| sorted.split_at(x.b * x.n));
+    let (own, given) = match labels {
+        None => (None, None),
+        Some(Labels::Unsorted(labels)) => (Some(sorted(labels, k)?), None),
+        // Nobody else has these, nor the bounds of terms below: they are locked beside others, in any order.
+        Some(Labels::Sorted(order)) => (None, Some(lock([&order.order, &order.offsets]))),
+    };
+    let own = own.as_ref().map(|sorted| sorted.split_at(x.b * x.n));
+    let given = given.as_ref().map(|[order, offsets]| Ok::<_, Error>((order.flat()?, offsets.flat()?))).transpose()?;
+    let sorted = own.or(given);
     let (max_abs, max_weight) = to.map_or((&terms.max_abs, &terms.max_weight), |to| (&to.max_abs, &to.max_weight));
-    // Of these nobody else has any.
     let ([largest, first_bad], heaviest) =
         (lock([max_abs, &terms.first_nonfinite]), max_weight.as_ref().map(|h| lock([h])));
     let shared = [&x.operand, or(terms.row_scale.as_ref(), &x.operand)];

@@ -32,11 +32,11 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
     const OP: &str = "attend";
     let dev = device(a.q)?;
     let (b, heads, room, d) = a.keys.dims4()?;
-    let (q_heads, k, clustered) = (a.q.dim(1)?, a.mean_keys.dim(2)?, a.order.dim(2)?);
+    let (q_heads, k, clustered) = (a.q.dim(1)?, a.mean_keys.dim(2)?, a.clusters.order.dim(1)?);
     // Rows are read 16 bytes at a time.
     let floats = [a.keys, a.values, a.mean_keys, a.mean_values];
     let here = floats.iter().all(|&t| t.is_contiguous() && in_eights(t))
-        && [a.q, a.order, a.offsets].into_iter().all(Tensor::is_contiguous);
+        && [a.q, &a.clusters.order, &a.clusters.offsets].into_iter().all(Tensor::is_contiguous);
     let counted = a.tokens.max(clustered).saturating_add(k) < 1 << 31;
     let name = match d {
         64 => "attend_64",
@@ -82,7 +82,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
         // The addresses, and what orders the launches with other streams while they are queued.
         let stream = &kernel.stream;
         let floats = [&q, a.keys, a.values, a.mean_keys, a.mean_values].map(read);
-        let lists = [a.order, a.offsets].map(read);
+        let lists = [&a.clusters.order, &a.clusters.offsets].map(read);
         let floats = floats.iter().map(|input| input.view::<T>()).collect::<Result<Vec<_>>>()?;
         let lists = lists.iter().map(|input| input.view::<u32>()).collect::<Result<Vec<_>>>()?;
         let floats: Vec<_> = floats.iter().map(|view| view.device_ptr(stream)).collect();

@@ -27,8 +27,8 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     let (b, heads, m, d) = r.q.dims4()?;
     let Some(groups) = r.groups else { return Ok(None) };
     let (kv_heads, n) = (r.keys.dim(1)?, r.keys.dim(2)?);
-    let (k, units) = (groups.mean_keys.dim(2)?, groups.queries.offsets.dim(2)? - 1);
-    let clustered = groups.keys.order.dim(2)?;
+    let (k, units) = (groups.mean_keys.dim(2)?, groups.queries.k());
+    let clustered = groups.keys.order.dim(1)?;
     let half = matches!(r.q.dtype(), DType::F16 | DType::BF16);
     if forced() || !half || !matches!(d, 64 | 128) || r.scale <= 0.0 || !select::fits(k, arch(dev)?) {
         return Ok(None);

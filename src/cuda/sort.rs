@@ -8,6 +8,7 @@ use super::{
     tensors::{read, write, zero, Part},
 };
 use crate::{
+    backend::count_sort,
     error::Result,
     operand::{Readable, Target, COUNTED},
     plan::{
@@ -70,6 +71,7 @@ impl Sorting {
         active: Active,
         [arrived, next, order, offsets]: [Part<u32>; 4],
     ) -> Result<()> {
+        count_sort();
         let &Self { plan: Sort { way, passes, bits, bins, threads, rows, chunks }, b, n, k, .. } = self;
         let (counts, totals) = (scratch.part(self.counts), scratch.part(self.totals));
         let (b64, rows64, chunks64) = (b as i64, rows as i64, chunks as i64);

@@ -99,17 +99,20 @@ impl<T> Part<T> {
             .w()?;
         Ok(())
     }
-    /// Puts zero bytes in the place of `len` elements.
+
+    /// Puts zeros in the place of `len` elements.
     pub(super) fn clear(self, dev: &CudaDevice, len: usize) -> Result<()> {
         let stream = dev.cuda_stream();
-        // SAFETY: the part of a live allocation of at least this many elements, used on this stream.
-        unsafe { result::memset_d8_async(self.address, 0, len * size_of::<T>(), stream.cu_stream()) }.w()?;
-        Ok(())
+        stream.context().bind_to_thread().w()?;
+        // SAFETY: a part of a live allocation of at least this many elements, used on this stream.
+        Ok(unsafe { result::memset_d8_async(self.address, 0, len * size_of::<T>(), stream.cu_stream()) }.w()?)
     }
+
     /// The same bytes as elements of another type.
     pub(super) fn cast<U>(self) -> Part<U> {
         Part::at(self.address)
     }
+
     /// From element `at` on.
     pub(super) fn from(self, at: usize) -> Self {
         Self::at(self.address + (at * size_of::<T>()) as u64)
@@ -208,14 +211,8 @@ pub(super) fn write<'a, T: CudaDType>(to: impl Into<Target<'a>>, f: impl FnOnce(
 
 /// Puts zeros in the place of what is there.
 pub(super) fn zero<T: CudaDType>(dev: &CudaDevice, to: Target<'_>) -> Result<()> {
-    let bytes = to.layout().shape().elem_count() * size_of::<T>();
-    let stream = dev.cuda_stream();
-    stream.context().bind_to_thread().w()?;
-    write::<T>(to, |to| match bytes {
-        0 => Ok(()),
-        // SAFETY: as many bytes as the target has, used on this stream.
-        bytes => Ok(unsafe { result::memset_d8_async(to.address, 0, bytes, stream.cu_stream()) }.w()?),
-    })
+    let len = to.layout().shape().elem_count();
+    write::<T>(to, |to| if len == 0 { Ok(()) } else { to.clear(dev, len) })
 }
 
 /// The elements of a tensor that only this fit has.

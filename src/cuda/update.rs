@@ -11,7 +11,7 @@ use super::{
 use crate::{
     error::Result,
     operand::Target,
-    request::{Accumulator, Finish, Reduction, Update},
+    request::{Accumulator, Finish, Labels, Reduction, Update},
     rows::in_pieces,
     tiles::{
         LEFT_BLOCKS, LEFT_COLUMNS, LEFT_THREADS, MEDIAN_COLUMNS, SUM_CLUSTER, SUM_ROWS, SUM_ROWS_LEAST, SUM_THREADS,
@@ -98,8 +98,11 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
     let verdict = Verdict::of(turn)?;
 
     let (mut scratch, mut zeros) = (ArenaLayout::default(), ArenaLayout::default());
-    let sorting = labels.map(|_| Sorting::new(dev, [b, n, k], false, &mut scratch)).transpose()?;
-    let order = scratch.unwritten::<u32>(if labels.is_some() { elements(&[b, n]) } else { 0 });
+    let sorting = match labels {
+        Some(Labels::Unsorted(_)) => Some(Sorting::new(dev, [b, n, k], false, &mut scratch)?),
+        _ => None,
+    };
+    let order = scratch.unwritten::<u32>(if sorting.is_some() { elements(&[b, n]) } else { 0 });
     let offsets = scratch.unwritten::<u32>(elements(&[b, k + 1]));
     let medians = reduction == Reduction::Median;
     let old = scratch.unwritten::<T>(if medians { elements(&[b, k, d]) } else { 0 });
@@ -110,13 +113,23 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
     let odd_list = scratch.unwritten::<u64>(elements(&[b, k]));
     let shift = zeros.zeroed::<f64>(b);
     let (scratch, zeros) = (scratch.scratch(dev, OP, memory)?, zeros.zeros(dev, OP, memory)?);
-    let (offsets, shift) = (scratch.part(offsets), zeros.part(shift));
+    let (mut offsets, shift) = (scratch.part(offsets), zeros.part(shift));
 
     let (mut order_at, mut labels_at) = (Part::NULL, Part::NULL);
-    if let (Some(sorting), Some(labels)) = (&sorting, labels) {
-        (order_at, labels_at) = (scratch.part(order), own(labels)?);
-        let next = if turn.is_some() { verdict.count } else { Part::NULL };
-        sorting.run(dev, &scratch, labels_at, active, [zeros.part(arrived), next, order_at, offsets])?;
+    match (&sorting, labels) {
+        (Some(sorting), Some(Labels::Unsorted(labels))) => {
+            (order_at, labels_at) = (scratch.part(order), own(labels)?);
+            let next = if turn.is_some() { verdict.count } else { Part::NULL };
+            sorting.run(dev, &scratch, labels_at, active, [zeros.part(arrived), next, order_at, offsets])?;
+        }
+        (_, Some(Labels::Sorted(order))) => {
+            (labels_at, order_at, offsets) = (own(&order.labels)?, own(&order.order)?, own(&order.offsets)?);
+            if turn.is_some() {
+                // A sort would have cleared it on the way.
+                verdict.count.clear(dev, 1)?;
+            }
+        }
+        _ => {}
     }
 
     let (max_abs, max_weight) = accumulator

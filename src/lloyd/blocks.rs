@@ -19,7 +19,7 @@ use crate::{
     metric::Metric,
     primitives,
     problem::Problem,
-    request::{Accumulator, Finish, Progress, Reduction, Summands, Update},
+    request::{Accumulator, Finish, Labels, Progress, Reduction, Summands, Update},
     rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
@@ -348,7 +348,9 @@ impl Whole<'_> {
 
     fn counts(&self, feed: &mut Blocks) -> Result<Tensor> {
         let (mut all, k): (Sizes, _) = (vec![], self.p.k);
-        feed.for_each_block(&mut |block| add_sizes(&mut all, &sizes(block.labels, block.counted, k)?))?;
+        feed.for_each_block(&mut |block| {
+            add_sizes(&mut all, &sizes(&primitives::order(block.labels, k)?, block.counted)?)
+        })?;
         let all = gather_sizes(all, feed)?.concat().into_iter().map(|size| size as u32).collect();
         Ok(Tensor::from_vec(all, (self.p.b, k), self.x.device())?)
     }
@@ -360,7 +362,7 @@ impl Whole<'_> {
         let sums = Accumulator::new([p.k, 1], bounds, planes, device)?;
         feed.for_each_block(&mut |block| {
             let Some(weights) = block.weights else { return Ok(()) };
-            let (x, labels) = (Rows::new(&weights.unsqueeze(2)?)?, Some(block.labels as _));
+            let (x, labels) = (Rows::new(&weights.unsqueeze(2)?)?, Some(Labels::Unsorted(block.labels)));
             let summands = Summands::from_rows(&x)?;
             let u = Update { x: &x, terms: &summands, labels, reduction: Reduction::Sum, turn: None };
             primitives::accumulate(&u, &sums, &Memory::default())

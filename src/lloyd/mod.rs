@@ -18,7 +18,7 @@ use crate::{
     plan::Plan,
     primitives,
     problem::{self, Problem},
-    request::{Accumulator, Assignment, Finish, OnChipFit, Progress, Reduction, Turn, Update},
+    request::{Accumulator, Assignment, Finish, Labels, OnChipFit, Progress, Reduction, Turn, Update},
     rows::Rows,
     seeding,
 };
@@ -224,13 +224,18 @@ impl Lloyd<'_> {
         let mut iteration = 0;
         loop {
             iteration += 1;
-            let (next, mut sizes) = (Turn { progress, iteration }, vec![]);
+            let (next, mut sizes, mut orders) = (Turn { progress, iteration }, vec![], vec![]);
             feed.for_each_block(&mut |block| {
                 self.assign(block, turn)?;
                 match (last, relocates) {
                     (true, _) => Ok(()),
-                    (false, true) => add_sizes(&mut sizes, &relocate::sizes(block.labels, block.counted, k)?),
-                    (false, false) => self.add(block, next),
+                    (false, true) => {
+                        let order = primitives::order(block.labels, k)?;
+                        add_sizes(&mut sizes, &relocate::sizes(&order, block.counted)?)?;
+                        orders.push(order);
+                        Ok(())
+                    }
+                    (false, false) => self.add(block, Labels::Unsorted(block.labels), next),
                 }
             })?;
             if last {
@@ -238,9 +243,11 @@ impl Lloyd<'_> {
             }
             if relocates {
                 let relocations = self.relocations(feed, sizes)?;
+                let mut orders = orders.iter();
                 feed.for_each_block(&mut |block| {
-                    relocate(block, &relocations)?;
-                    self.add(block, next)
+                    let moved = relocate(block, &relocations)?;
+                    let order = orders.next().filter(|_| !moved);
+                    self.add(block, order.map_or(Labels::Unsorted(block.labels), Labels::Sorted), next)
                 })?;
             }
             self.finish(feed, next)?;
@@ -270,9 +277,9 @@ impl Lloyd<'_> {
     }
 
     /// Adds rows up by their labels; where all are in the block, for new centroids at once.
-    fn add(&self, block: Block<'_>, turn: Turn<'_>) -> Result<()> {
+    fn add(&self, block: Block<'_>, labels: Labels<'_>, turn: Turn<'_>) -> Result<()> {
         let (reduction, turn) = (Reduction::of(self.settings.metric), Some(turn));
-        let u = Update { x: block.x, terms: block.summands, labels: Some(block.labels), reduction, turn };
+        let u = Update { x: block.x, terms: block.summands, labels: Some(labels), reduction, turn };
         match self.sums {
             Some(sums) => primitives::accumulate(&u, sums, self.memory),
             None => primitives::update(&u, self.centroids.into(), self.memory),

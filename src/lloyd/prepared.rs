@@ -201,16 +201,16 @@ impl PreparedFit {
             let (got, with) = ("a result".into(), "a fit that has not been run".into());
             return Err(Error::Conflict { argument: "fit", got, with });
         };
+        let order = primitives::order(&self.labels, p.k)?;
         let weights = self.weights.as_ref().filter(|_| self.settings.weights.is_some());
         let weights = weights.map(|Weights { values, unit, .. }| {
-            let sums = primitives::cluster_sums(values, Some(&self.labels), p.k)?;
+            let sums = primitives::cluster_sums(values, Some(&order))?;
             Ok::<_, Error>(sums.broadcast_mul(&unit.unsqueeze(1)?)?.reshape(p.shape(&[p.k]))?)
         });
         Ok(Fit {
             centroids: self.shown[0].clone(),
             labels: self.shown[1].clone(),
-            counts: sizes(&self.labels, self.ragged.as_ref().map(|ragged| &ragged.ones), p.k)?
-                .reshape(p.shape(&[p.k]))?,
+            counts: sizes(&order, self.ragged.as_ref().map(|ragged| &ragged.ones))?.reshape(p.shape(&[p.k]))?,
             weights: weights.transpose()?,
             inertia: inertia.reshape(p.shape(&[]))?,
             n_iter: stop.minimum(iterations.min(RUNNING as usize) as u32)?.reshape(p.shape(&[]))?,

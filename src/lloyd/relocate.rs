@@ -6,7 +6,7 @@ use super::{
     seeds::seed_weights,
     Lloyd,
 };
-use crate::{error::Result, metric::Metric, primitives, rows::Rows};
+use crate::{error::Result, metric::Metric, primitives, request::Order, rows::Rows};
 use candle_core::{DType, Tensor};
 
 /// The rows in each cluster of each problem.
@@ -25,10 +25,10 @@ struct Candidate {
 pub(super) type Relocations = Vec<Vec<(usize, u32)>>;
 
 /// The rows that count in each cluster, u32 `(b, k)`.
-pub(super) fn sizes(labels: &Tensor, counted: Option<&Tensor>, k: usize) -> Result<Tensor> {
+pub(super) fn sizes(order: &Order, counted: Option<&Tensor>) -> Result<Tensor> {
     match counted {
-        Some(ones) => Ok(primitives::cluster_sums(ones, Some(labels), k)?.to_dtype(DType::U32)?),
-        None => primitives::cluster_sizes(labels, k),
+        Some(ones) => Ok(primitives::cluster_sums(ones, Some(order))?.to_dtype(DType::U32)?),
+        None => primitives::cluster_sizes(&order.offsets),
     }
 }
 
@@ -109,11 +109,11 @@ impl Lloyd<'_> {
     }
 }
 
-/// Gives the rows of a block to the clusters that they go to.
-pub(super) fn relocate(block: Block<'_>, relocations: &Relocations) -> Result<()> {
+/// Gives the rows of a block to the clusters that they go to, and says whether there are any.
+pub(super) fn relocate(block: Block<'_>, relocations: &Relocations) -> Result<bool> {
     let rows = block.first..block.first + block.x.n;
     if !relocations.iter().flatten().any(|(row, _)| rows.contains(row)) {
-        return Ok(());
+        return Ok(false);
     }
     let mut labels = block.labels.to_vec2::<u32>()?;
     for (labels, relocations) in labels.iter_mut().zip(relocations) {
@@ -122,7 +122,8 @@ pub(super) fn relocate(block: Block<'_>, relocations: &Relocations) -> Result<()
         }
     }
     let labels = Tensor::from_vec(labels.concat(), block.labels.shape(), block.labels.device())?;
-    primitives::overwrite(block.labels, &labels)
+    primitives::overwrite(block.labels, &labels)?;
+    Ok(true)
 }
 
 /// Keeps the farthest `count` candidates, in order, the first rows of equals.

@@ -7,7 +7,7 @@ use crate::{
     operand::{Operand, Readable, Target},
     primitives,
     problem::{self, Problem},
-    request::{Reduction, Summands, Update},
+    request::{Labels, Reduction, Summands, Update},
     rows::Rows,
 };
 use candle_core::{DType, Shape, Tensor, D};
@@ -45,7 +45,7 @@ impl<'a> Labelled<'a> {
     /// The same in the place of what is there, which stays for clusters without rows.
     pub fn reduce_to(&self, to: Target<'_>, reduction: Reduction) -> Result<()> {
         let x = Rows::from_operand(&self.x)?;
-        let (terms, labels) = (Summands::from_rows(&x)?, Some(&self.labels as &dyn Readable));
+        let (terms, labels) = (Summands::from_rows(&x)?, Some(Labels::Unsorted(&self.labels)));
         primitives::update(&Update { x: &x, terms: &terms, labels, reduction, turn: None }, to, &Memory::default())
     }
 
@@ -62,7 +62,8 @@ impl<'a> Labelled<'a> {
         let mut each = grad.reshape((b, k, d))?;
         if reduction == Reduction::Mean {
             // An empty cluster has no rows to pass a gradient to; its infinite share is never gathered.
-            let share = primitives::cluster_sizes(&labels, k)?.to_dtype(DType::F64)?.recip()?.unsqueeze(2)?;
+            let (_, offsets) = primitives::sorted(&labels, k)?;
+            let share = primitives::cluster_sizes(&offsets)?.to_dtype(DType::F64)?.recip()?.unsqueeze(2)?;
             each = each.to_dtype(DType::F64)?.broadcast_mul(&share)?.to_dtype(x.dtype())?;
         }
         Ok(Some(primitives::gather(&Rows::new(&each)?, &labels)?.reshape(x.shape())?))

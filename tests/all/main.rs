@@ -22,6 +22,7 @@ mod layouts;
 mod minibatch;
 mod numbers;
 mod ops;
+mod order;
 mod prepared;
 mod properties;
 mod ragged;

@@ -3,7 +3,8 @@
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{
-    cluster_means, cluster_sizes, cluster_sums, inverse_order, residuals, sort_by_cluster, Init, KMeans, Metric,
+    cluster_means, cluster_sizes, cluster_sums, inverse_order, residuals, sort_by_cluster, testing, Init, KMeans,
+    Metric,
 };
 use rand::{seq::SliceRandom, Rng};
 
@@ -43,6 +44,21 @@ fn order_is_stable_and_offsets_bound_the_clusters() {
         let none = ones(&[2, 0], DType::U32, &device);
         let (order, offsets) = sort_by_cluster(&none, 3).unwrap();
         assert_eq!((order.dims(), u32s(&offsets)), (&[2, 0][..], vec![0; 8]));
+    }
+}
+
+/// An order that is there already gives the bits of the sort that an update makes by itself.
+#[test]
+fn an_order_gives_the_bits_of_its_labels() {
+    let mut rng = rng(14);
+    for (device, dtype) in devices().into_iter().flat_map(|device| DTYPES.map(|dtype| (device.clone(), dtype))) {
+        for (b, n, k, d) in [(1, 5000, 1, 3), (3, 257, 20, 8), (2, 20_000, 300, 33), (1, 10_000, 9000, 2)] {
+            let x = uniform(&[b, n, d], 0.0, 1.0, dtype, &mut rng).to_device(&device).unwrap();
+            let labels = random_labels(b, n, k, &mut rng).to_device(&device).unwrap();
+            let means = testing::Update::new(&x, k).unwrap().run(&labels).unwrap();
+            let sorted = testing::Update::new(&x, k).unwrap().run_sorted(&labels).unwrap();
+            assert_same(&sorted, &means, &format!("{b} {n} {k} {d} {dtype:?} on {:?}", device.location()));
+        }
     }
 }
 

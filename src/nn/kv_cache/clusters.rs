@@ -6,7 +6,8 @@ use crate::{
     functional::{self, sort_by_cluster},
     kmeans::{Init, KMeans},
     nn::parts::{check_like, dims4_float},
-    problem,
+    primitives, problem,
+    request::Order,
 };
 use candle_core::{DType, Tensor};
 use std::ops::Range;
@@ -151,12 +152,13 @@ impl ClusteredKvCache {
         let values = stacked(layers, |s| &s.values, &layers[0].waiting())?;
         // The one check of the labels, for which the host waits.
         let (order, offsets) = sort_by_cluster(labels, k)?;
+        let sizes = primitives::cluster_sizes(&offsets)?.to_dtype(DType::F32)?;
+        let labels = labels.contiguous()?;
+        let sorted = Order::of_heads(&labels, &order, &offsets)?;
         let [mean_keys, mean_values] =
-            [functional::known_means(keys, labels, k)?, functional::known_means(&values, labels, k)?];
-        let ends = offsets.to_dtype(DType::F32)?;
-        let sizes = (ends.narrow(2, 1, k)? - ends.narrow(2, 0, k)?)?;
-        let all = KvClusters { labels: labels.contiguous()?, order, offsets, sizes, mean_keys, mean_values };
+            [functional::means_by_order(keys, &sorted)?, functional::means_by_order(&values, &sorted)?];
         let batch = labels.dims()[0] / layers.len();
+        let all = KvClusters { labels, order, offsets, sizes, mean_keys, mean_values };
         let parts = (0..layers.len()).map(|i| {
             let part = all.map(|t| Ok(t.narrow(0, i * batch, batch)?))?;
             layers[i].clusters.as_ref().map_or(Ok(part.clone()), |before| before.followed_by(&part))

@@ -10,7 +10,7 @@ use crate::{
     error::{Error, Result},
     memory::{Fence, Memory},
     primitives, problem,
-    request::Attention,
+    request::{Attention, Order},
     select::empty,
 };
 pub use budget::KvBudget;
@@ -331,8 +331,7 @@ impl ClusteredKvCache {
                 values: &stored.values,
                 tokens: stored.len,
                 sinks: self.settings.sinks,
-                order: &c.order,
-                offsets: &c.offsets,
+                clusters: &Order::of_heads(&c.labels, &c.order, &c.offsets)?,
                 mean_keys: &c.mean_keys,
                 mean_values: &c.mean_values,
                 scale: softmax_scale,

@@ -5,8 +5,7 @@ use crate::{
     functional,
     metric::Metric,
     nn::parts::{dims4_float, masked_fill},
-    primitives,
-    request::Groups,
+    request::Order,
 };
 use candle_core::Tensor;
 
@@ -24,20 +23,22 @@ pub(super) fn for_each_head(numbers: Vec<u32>, x: &Tensor) -> Result<Tensor> {
     Ok(Tensor::new(numbers, x.device())?.broadcast_as(shape)?.contiguous()?)
 }
 
+/// The same groups for each head of `x`, of rows that are in order as they are: their labels, and where groups begin and end.
+fn in_place(labels: Vec<u32>, offsets: Vec<u32>, x: &Tensor) -> Result<Order> {
+    let order = for_each_head((0..labels.len() as u32).collect(), x)?;
+    Ok(Order::of_heads(&for_each_head(labels, x)?, &order, &for_each_head(offsets, x)?)?)
+}
+
 /// Groups of `size` neighbouring rows of `x` `(b, heads, n, d)`.
-pub(super) fn blocks(x: &Tensor, size: usize) -> Result<Groups> {
+pub(super) fn blocks(x: &Tensor, size: usize) -> Result<Order> {
     let n = x.dims()[2];
     let ends = (0..=n.div_ceil(size)).map(|i| i.saturating_mul(size).min(n) as u32);
-    Ok(Groups {
-        labels: for_each_head((0..n).map(|i| (i / size) as u32).collect(), x)?,
-        order: for_each_head((0..n as u32).collect(), x)?,
-        offsets: for_each_head(ends.collect(), x)?,
-    })
+    in_place((0..n).map(|i| (i / size) as u32).collect(), ends.collect(), x)
 }
 
 /// The queries that choose for each block of `size` queries of `q` `(b, heads, m, d)`, none of them later than the block's first:
 /// that one, and those of the block before, which a single query does without.
-pub(super) fn choosers(q: &Tensor, size: usize) -> Result<(Tensor, Groups)> {
+pub(super) fn choosers(q: &Tensor, size: usize) -> Result<(Tensor, Order)> {
     let m = q.dims()[2];
     let before = if size == 1 { 0 } else { size };
     let of_block = |i: usize| (i * size).saturating_sub(before)..i * size + 1;
@@ -47,32 +48,9 @@ pub(super) fn choosers(q: &Tensor, size: usize) -> Result<(Tensor, Groups)> {
         *end += rows.len() as u32;
         Some(*end)
     });
-    let groups = Groups {
-        labels: for_each_head(all().enumerate().flat_map(|(i, rows)| rows.map(move |_| i as u32)).collect(), q)?,
-        order: for_each_head((0..rows.len() as u32).collect(), q)?,
-        offsets: for_each_head([0].into_iter().chain(ends).collect(), q)?,
-    };
+    let labels = all().enumerate().flat_map(|(i, rows)| rows.map(move |_| i as u32)).collect();
+    let groups = in_place(labels, [0].into_iter().chain(ends).collect(), q)?;
     Ok((functional::rows_of(q, &for_each_head(rows, q)?)?, groups))
-}
-
-impl Groups {
-    /// For u32 `labels` `(b, heads, n)` that are known to be below `k`.
-    pub(super) fn new(labels: Tensor, k: usize) -> Result<Self> {
-        let (b, heads, n) = labels.dims3()?;
-        let (order, offsets) = primitives::order(&labels.reshape((b * heads, n))?, k)?;
-        Ok(Self { labels, order: order.reshape((b, heads, n))?, offsets: offsets.reshape((b, heads, k + 1))? })
-    }
-
-    /// The number of groups.
-    pub(super) fn len(&self) -> Result<usize> {
-        Ok(self.offsets.dim(2)? - 1)
-    }
-
-    /// Rows in each group, u32 `(b, heads, k)`.
-    pub(super) fn sizes(&self) -> Result<Tensor> {
-        let k = self.len()?;
-        Ok((self.offsets.narrow(2, 1, k)? - self.offsets.narrow(2, 0, k)?)?)
-    }
 }
 
 /// Where the next call's clusters start.

@@ -10,7 +10,7 @@ use crate::{
     kmeans::{Init, KMeans},
     memory::{Fence, Memory},
     primitives,
-    request::{Groups, Routed, RoutedGroups},
+    request::{Order, Routed, RoutedGroups},
 };
 use candle_core::{DType, Tensor};
 use groups::{blocks, choosers, for_each_head, Warm};
@@ -266,8 +266,7 @@ impl RoutedAttention {
                 true => (blocks(q, query_group)?, Some(choosers(q, query_group)?)),
                 false => (self.group(QUERIES, q, query_group)?, None),
             };
-            let k = groups.len()?;
-            let [mean_keys, mean_values] = [&keys, &values].map(|t| functional::known_means(t, &groups.labels, k));
+            let [mean_keys, mean_values] = [&keys, &values].map(|t| functional::means_by_order(t, &groups));
             Some(RoutedGroups { mean_keys: mean_keys?, mean_values: mean_values?, keys: groups, queries, choosers })
         };
         let routed = Routed {
@@ -308,7 +307,7 @@ impl RoutedAttention {
     }
 
     /// Groups the rows of `x` `(b, heads, n, d)`, `size` to a group on average.
-    fn group(&mut self, which: usize, x: &Tensor, size: usize) -> Result<Groups> {
+    fn group(&mut self, which: usize, x: &Tensor, size: usize) -> Result<Order> {
         let n = x.dims()[2];
         let k = n.div_ceil(size);
         match [self.keys, self.queries][which] {
@@ -316,7 +315,7 @@ impl RoutedAttention {
             Grouping::Random(_) => {
                 let mut groups: Vec<u32> = (0..n).map(|i| (i / size) as u32).collect();
                 groups.shuffle(&mut ChaCha8Rng::seed_from_u64(0));
-                Groups::new(for_each_head(groups, x)?, k)
+                primitives::order(&for_each_head(groups, x)?.flatten(0, 1)?, k)
             }
             Grouping::Clusters(_) => {
                 let start = self.warm[which].as_ref().map(|warm| warm.start(x, k)).transpose()?.flatten();
@@ -324,8 +323,9 @@ impl RoutedAttention {
                 let settings = KMeans::new(k).init(start.map_or(Init::Even, Init::Given)).max_iters(passes).tol(0.0);
                 let mut fit = settings.check_finite(false).prepare(x.shape(), x.dtype(), x.device())?;
                 fit.run(x)?;
-                let groups = Groups::new(fit.labels().clone(), k)?;
-                let (centroids, sizes) = (fit.centroids().clone(), groups.sizes()?);
+                let groups = primitives::order(&fit.labels().flatten(0, 1)?, k)?;
+                let centroids = fit.centroids().clone();
+                let sizes = primitives::cluster_sizes(&groups.offsets)?.reshape(&centroids.dims()[..3])?;
                 let sizes = sizes.broadcast_mul(&functional::finite(x)?.to_dtype(DType::U32)?.unsqueeze(2)?)?;
                 self.warm[which] = Some(Warm { centroids, sizes, rows: n });
                 Ok(groups)

@@ -4,7 +4,7 @@ use crate::{
     error::{Error, Result},
     functional,
     nn::parts::{chosen_tokens, cumsum_last, masked_fill, ranking, to_accumulate_dtype},
-    request::{Groups, Routed, RoutedGroups},
+    request::{Order, Routed, RoutedGroups},
 };
 use candle_core::{DType, Tensor, D};
 use candle_nn::ops::softmax_last_dim;
@@ -27,9 +27,9 @@ pub(super) fn masked(r: &Routed<'_>) -> Result<Tensor> {
     let columns = values.dims()[1];
     // With the group of each query, numbered over all heads.
     let bias = |g: &RoutedGroups| {
-        let units = g.queries.len()?;
+        let units = g.queries.k();
         let before = Tensor::from_iter((0..p * group).map(|h| (h * units) as u32), device)?.reshape((p * group, 1))?;
-        let of = g.queries.labels.reshape((p * group, m))?.broadcast_add(&before)?;
+        let of = g.queries.labels.broadcast_add(&before)?;
         let bias = match &g.choosers {
             Some((q, groups)) => g.bias(r, &scaled(q)?, groups)?,
             None => g.bias(r, &queries, &g.queries)?,
@@ -64,15 +64,15 @@ impl RoutedGroups {
     /// What each group of queries adds to the scores, f32 or f64 `(b * heads * groups, n + k)`: minus infinity for tokens that
     /// it does not read, and the logarithm of the tokens that a mean stands for. Those of `queries` `(p, group, m, d)`, scaled,
     /// that are in a group of `of` choose for it.
-    fn bias(&self, r: &Routed<'_>, queries: &Tensor, of: &Groups) -> Result<Tensor> {
+    fn bias(&self, r: &Routed<'_>, queries: &Tensor, of: &Order) -> Result<Tensor> {
         let (p, group, m, _) = queries.dims4()?;
-        let (k, units, n) = (self.keys.len()?, of.len()?, r.keys.dims()[2]);
-        let (grouped, device) = (self.keys.order.dims()[2], queries.device());
+        let (k, units, n) = (self.keys.k(), of.k(), r.keys.dims()[2]);
+        let (grouped, device) = (self.keys.order.dims()[1], queries.device());
         let means = to_accumulate_dtype(&self.mean_keys.flatten(0, 1)?.transpose(1, 2)?)?;
         let scores = queries.flatten(1, 2)?.matmul(&means)?.reshape((p, group * m, k))?;
         let dtype = scores.dtype();
         // In f64, which counts any tokens.
-        let ends = self.keys.offsets.flatten(0, 1)?.to_dtype(DType::F64)?;
+        let ends = self.keys.offsets.to_dtype(DType::F64)?;
         let starts = ends.narrow(1, 0, k)?.contiguous()?;
         let sizes = (ends.narrow(1, 1, k)? - &starts)?.unsqueeze(1)?;
 
@@ -82,14 +82,13 @@ impl RoutedGroups {
         let share = scores.broadcast_sub(&counted.log_sum_exp(D::Minus1)?.unsqueeze(2)?)?.exp()?;
         // A query whose shares are NaN has no say.
         let share = masked_fill(&share.ne(&share)?, &share, 0.0)?;
-        let labels = of.labels.reshape((p * group, m))?;
-        let rank = functional::known_means(&share.reshape((p * group, m, k))?, &labels, units)?;
+        let rank = functional::means_by_order(&share.reshape((p * group, m, k))?, of)?;
         let rank = rank.to_dtype(DType::F64)?.reshape((p, group * units, k))?;
 
         let sizes = sizes.broadcast_as((p, group * units, k))?.contiguous()?;
         let budget = budgets(&rank, &sizes, r)?;
         let (chosen, taken) = chosen_tokens(&rank, &sizes, &starts, &budget, r.most)?;
-        let order = self.keys.order.flatten(0, 1)?.contiguous()?;
+        let order = self.keys.order.contiguous()?;
         let tokens = order.gather(&chosen.flatten(1, 2)?, 1)?.reshape(chosen.shape())?;
         // What is beyond the budget marks a column that is cut off.
         let slot = Tensor::arange(0u32, r.most as u32, device)?.to_dtype(DType::F64)?.broadcast_as(chosen.shape())?;
