@@ -2,22 +2,24 @@
 
 #[cfg(feature = "cuda")]
 pub use crate::cuda::{assign::tensor_core::product_step, kernel::limit_blocks_at_once, memory::fail_allocation};
-pub use crate::plan::assign::force;
 use crate::{
     error::Result,
     memory::Memory,
     metric::Metric,
-    plan::{arch::Arch, assign::Assign},
+    operand::Readable,
+    plan::{arch::Arch, assign::Assign, update::UpdatePlan},
     primitives,
     request::{self, Reduction, Summands},
     rows::Rows,
 };
+pub use crate::{launches::launches, plan::assign::force};
 use candle_core::{Device, Tensor};
 
 /// The update of a fit's loop alone: new means in place, for labels `(b, n)` that are known to be in range.
 pub struct Update {
     x: Rows<'static>,
     terms: Summands,
+    plan: UpdatePlan,
     centroids: Tensor,
     memory: Memory,
 }
@@ -27,13 +29,20 @@ impl Update {
     pub fn new(x: &Tensor, k: usize) -> Result<Self> {
         let x = Rows::new(x)?;
         let (terms, centroids) = (Summands::from_rows(&x)?, Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?);
-        Ok(Self { x, terms, centroids, memory: Memory::default() })
+        let plan = request::Update::new(&x, &terms, None, Reduction::Mean, k)?.plan;
+        Ok(Self { x, terms, plan, centroids, memory: Memory::default() })
+    }
+
+    /// The name of the kernel.
+    pub fn kernel(&self) -> &'static str {
+        self.plan.kernel.name()
     }
 
     /// The means `(b, k, d)`, which the next call overwrites.
     pub fn run(&self, labels: &Tensor) -> Result<Tensor> {
-        let Self { x, terms, centroids, memory } = self;
-        let u = request::Update { x, terms, labels: Some(labels), reduction: Reduction::Mean, turn: None };
+        let Self { x, terms, plan, centroids, memory } = self;
+        let (labels, reduction) = (Some(labels as &dyn Readable), Reduction::Mean);
+        let u = request::Update { plan: *plan, x, terms, labels, reduction, turn: None };
         primitives::update(&u, centroids.into(), memory)?;
         Ok(centroids.clone())
     }
@@ -44,6 +53,12 @@ pub fn candidates(x: &Tensor, k: usize, metric: Metric) -> Result<Vec<&'static s
     let d = x.dims()[x.rank() - 1];
     let all = Assign::candidates(x.dtype(), metric, [k, d], primitives::arch(x.device())?);
     Ok(all.into_iter().map(Assign::name).collect())
+}
+
+/// The name of the kernel that assigns `x` to `k` centroids outside a fit.
+pub fn chosen(x: &Tensor, k: usize, metric: Metric) -> Result<&'static str> {
+    let (x, centroids) = (Rows::new(x)?, Rows::new(&x.narrow(x.rank() - 2, 0, k)?)?);
+    Ok(request::Assignment::new(&x, &centroids, metric)?.plan.kernel.name())
 }
 
 /// The compute capability of a GPU, 90 for 9.0; 0 of the CPU.
@@ -57,12 +72,4 @@ pub fn capability(device: &Device) -> Result<u32> {
 /// How many centroids were compared with a row by the definition in f64, in all CPU assignments of this thread so far.
 pub fn compared() -> u64 {
     crate::cpu::assign::compared()
-}
-
-/// The GPU kernels that this thread has launched since it last asked; the first call starts the record.
-pub fn launches() -> Vec<String> {
-    #[cfg(feature = "cuda")]
-    return crate::cuda::kernel::launches();
-    #[cfg(not(feature = "cuda"))]
-    vec![]
 }

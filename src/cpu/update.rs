@@ -9,8 +9,9 @@ use super::{
 use crate::{
     error::{Error, Result},
     fixed::{self, Exact, Scaled},
-    host,
+    host, launches,
     operand::{Readable, Target},
+    plan::update::UpdateKernel,
     request::{Reduction, Turn, Update},
     tiles::CPU_SUM_ROWS,
 };
@@ -19,7 +20,8 @@ use pulp::NullaryFnOnce;
 use std::ops::Range;
 
 pub(crate) fn update(u: &Update<'_>, centroids: Target<'_>) -> Result<()> {
-    let &Update { x, terms, labels, reduction, turn } = u;
+    let &Update { plan, x, terms, labels, reduction, turn } = u;
+    launches::record(plan.kernel.name(), x.dtype().as_str());
     let (b, k, d) = (x.b, centroids.dims()[centroids.dims().len() - 2], x.d);
     let sorted = labels.map(|labels| sorted(labels, k)).transpose()?;
     typed!(x.dtype(), T => {
@@ -31,6 +33,7 @@ pub(crate) fn update(u: &Update<'_>, centroids: Target<'_>) -> Result<()> {
         let shared = [&x.operand, or(terms.row_scale.as_ref(), &x.operand)];
         let shifts: Vec<f64> = read_and_write(shared, centroids, |[xs, factor], centroids: &mut [T]| {
             let clusters = Sorted {
+                kernel: plan.kernel,
                 x: xs.view::<T>(x)?,
                 factor: terms.row_scale.as_ref().map(|_| factor.flat::<f64>()).transpose()?,
                 order: sorted.map(|(order, _)| order),
@@ -74,6 +77,7 @@ fn sorted(labels: &dyn Readable, k: usize) -> Result<Vec<u32>> {
 
 /// Rows in label order (or, without one, all in one cluster as they lie), and what bounds their terms.
 struct Sorted<'a, T> {
+    kernel: UpdateKernel,
     x: View<'a, T>,
     factor: Option<&'a [f64]>,
     order: Option<&'a [u32]>,
@@ -94,8 +98,8 @@ impl<T: Element> Sorted<'_, T> {
 
     /// Replaces the centroid `row` of cluster `j`, unless that has no weight, and returns the square of its shift.
     fn replace(&self, b: usize, j: usize, reduction: Reduction, row: &mut [T]) -> Result<f64> {
-        let values = match reduction {
-            Reduction::Median => self.medians(b, j),
+        let values = match self.kernel {
+            UpdateKernel::CpuMedians => self.medians(b, j),
             _ => self.sums(b, j)?.and_then(|sums| self.divided(b, j, reduction, sums)),
         };
         let Some(values) = values else { return Ok(0.0) };

@@ -10,11 +10,14 @@ use crate::{
     kmeans::{EmptyClusters, Init, Iteration, KMeans},
     memory::Memory,
     metric::Metric,
-    plan::Plan,
+    plan::{
+        on_chip::{FitResident, OnChip},
+        Plan,
+    },
     primitives,
     problem::{self, Problem},
     request::{Assignment, OnChipFit, Reduction, Turn, Update},
-    rows::Rows,
+    rows::{RowLayout, Rows},
     seeding,
 };
 use candle_core::{DType, Device, Shape, Tensor};
@@ -33,8 +36,14 @@ impl KMeans {
     fn planned(&self, x: &Tensor) -> Result<(Problem, Plan)> {
         let p = Problem::fit(x, self.k, self.metric)?;
         self.check(&p, x.device())?;
-        let plan = Plan::new(&p, x, self, primitives::arch(x.device())?);
+        let plan = self.plan_of(&p, Rows::of(x.into()).map(|rows| rows.layout()), x.device())?;
         Ok((p, plan))
+    }
+
+    /// The plan of a fit of rows that lie so; none if they do not lie in rows.
+    pub(crate) fn plan_of(&self, p: &Problem, layout: Option<RowLayout>, device: &Device) -> Result<Plan> {
+        let at_once = |fit: &FitResident| primitives::runs_at_once(fit, p.dtype, device);
+        Plan::new(p, layout, self, primitives::arch(device)?, at_once)
     }
 
     /// Clusters the rows of `x`, `(n, d)` or `(..batch, n, d)` in f16, bf16, f32 or f64, each problem of the batch on its own.
@@ -44,8 +53,7 @@ impl KMeans {
     /// (see [`check_finite`](Self::check_finite)), before the first iteration; and fails where the device does. See [`Error`].
     pub fn fit(&self, x: &Tensor) -> Result<Fit> {
         let (p, plan) = self.planned(x)?;
-        plan.announce();
-        let mut prepared = PreparedFit::new(self, p, x.device())?;
+        let mut prepared = PreparedFit::new(self, p, plan, x.device())?;
         prepared.load(x)?;
         let mut stopped = prepared.lloyd(0)?.is_break();
         if self.n_init == 1 {
@@ -78,7 +86,8 @@ impl KMeans {
             let with = "a prepared fit, which keeps one result".into();
             return Err(Error::Conflict { argument: "n_init", got: self.n_init.to_string(), with });
         }
-        PreparedFit::new(self, p, device)
+        let plan = self.plan_of(&p, Some(RowLayout::packed(p.d)), device)?;
+        PreparedFit::new(self, p, plan, device)
     }
 
     /// The labels of [`fit`](Self::fit), u32 `(..batch, n)`.
@@ -163,7 +172,7 @@ impl PreparedFit {
     /// The loop. When an iteration is over, labels belong to the centroids. `Break` says that the callback ended it.
     fn lloyd(&mut self, run: usize) -> Result<ControlFlow<()>> {
         let Some(data) = &self.data else { return Ok(ControlFlow::Continue(())) };
-        let (KMeans { seed, max_iters, .. }, x) = (&self.settings, &data.x);
+        let (KMeans { seed, max_iters, .. }, x, steps) = (&self.settings, &data.x, self.plan.steps);
         self.iterations = None;
         // Iterations beyond convergence do nothing, but may be without end: now and then the host asks where the fit is.
         let max_iters = (*max_iters).min(RUNNING as usize - 1);
@@ -183,17 +192,22 @@ impl PreparedFit {
         let relocates = self.settings.empty == EmptyClusters::Relocate;
         let watched = relocates || self.settings.on_iteration.is_some();
         let (progress, terms) = (&self.progress, &data.terms);
-        if !watched {
+        if let Some(plan) = &steps.on_chip {
             let (centroids, labels) = (&self.centroids, &self.labels);
-            let fit = OnChipFit { x, terms, metric, reduction, progress, max_iters, centroids, labels };
+            let fit = OnChipFit { plan, x, terms, metric, reduction, progress, max_iters, centroids, labels };
             if primitives::fit_on_chip(&fit, &self.memory)? {
                 self.iterations = Some(max_iters);
                 return Ok(ControlFlow::Continue(()));
             }
+            if *plan != OnChip::CpuLine {
+                // The device has refused what it said that it runs; of the CPU's, other values may be for it.
+                self.plan = self.plan.without_on_chip(&self.p);
+            }
         }
         let (mut flow, mut iterations) = (ControlFlow::Continue(()), max_iters);
         let assign = |turn| {
-            primitives::assign_into(Assignment { x, c: &centroids, metric, turn }, (&self.labels).into(), &self.memory)
+            let a = Assignment { plan: steps.assign, x, c: &centroids, metric, turn };
+            primitives::assign_into(a, (&self.labels).into(), &self.memory)
         };
         assign(None)?;
         for iteration in 1..=max_iters {
@@ -201,7 +215,7 @@ impl PreparedFit {
             if relocates {
                 self.relocate(x, &centroids)?;
             }
-            let u = Update { x, terms, labels: Some(&self.labels), reduction, turn };
+            let u = Update { plan: steps.update, x, terms, labels: Some(&self.labels), reduction, turn };
             primitives::update(&u, (&self.centroids).into(), &self.memory)?;
             assign(turn)?;
             let asked = asks && iteration % QUEUED == 0;

@@ -8,6 +8,7 @@ use crate::{
     kmeans::{Init, KMeans},
     memory::{Fence, Memory},
     metric::Metric,
+    plan::Plan,
     primitives,
     problem::{self, Problem},
     request::{Progress, Summands},
@@ -58,6 +59,7 @@ pub struct PreparedFit {
     pub(super) fence: Fence,
     pub(super) settings: KMeans,
     pub(super) p: Problem,
+    pub(super) plan: Plan,
     pub(super) device: Device,
     /// `(b, k, d)` and u32 `(b, n)`.
     pub(super) centroids: Tensor,
@@ -96,7 +98,8 @@ impl fmt::Debug for PreparedFit {
 }
 
 impl PreparedFit {
-    pub(super) fn new(settings: &KMeans, p: Problem, device: &Device) -> Result<Self> {
+    pub(super) fn new(settings: &KMeans, p: Problem, plan: Plan, device: &Device) -> Result<Self> {
+        plan.announce();
         let fence = Fence::default();
         fence.write(device)?;
         let lengths = settings.lengths.as_ref().map(|lengths| p.read_lengths(lengths)).transpose()?;
@@ -123,6 +126,7 @@ impl PreparedFit {
             fence,
             settings,
             p,
+            plan,
             device,
             centroids,
             labels,
@@ -140,6 +144,11 @@ impl PreparedFit {
         };
         fit.drawn = fit.draw(fit.settings.seed)?;
         Ok(fit)
+    }
+
+    /// What the last run has run, and the next one will if its rows lie alike; before the first, what rows side by side will.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
     }
 
     /// The centroids, `(..batch, k, d)`. The next run overwrites them.
@@ -216,7 +225,12 @@ impl PreparedFit {
         (self.inertia, self.iterations) = (None, None);
         let x = x.detach();
         let x = if problem::share_storage(&x, &self.centroids) { x.force_contiguous()? } else { x };
-        let x = primitives::pack_for_assign(&x, self.p.k, self.p.metric, &mut self.copy)?;
+        let layout = Rows::of((&x).into()).map(|rows| rows.layout());
+        if layout != self.plan.steps.given {
+            self.plan = self.settings.plan_of(&self.p, layout, &self.device)?;
+            self.plan.announce();
+        }
+        let x = primitives::pack(&x, self.plan.pack, &mut self.copy)?;
         let counted = self.ragged.as_ref().map(|ragged| ragged.scan(&x)).transpose()?;
         let mut terms = Summands::from_rows(&x)?;
         let mut first_bad = terms.first_nonfinite.clone();

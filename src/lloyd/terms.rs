@@ -193,7 +193,7 @@ pub(super) fn threshold(x: &Rows, terms: &mut Summands, ragged: Option<&Ragged>,
         });
     }
     let mean = Tensor::zeros((x.b, 1, x.d), x.dtype(), x.device())?;
-    let u = Update { x, terms, labels: None, reduction: Reduction::Mean, turn: None };
+    let u = Update::new(x, terms, None, Reduction::Mean, 1)?;
     primitives::update(&u, (&mean).into(), &Memory::default())?;
     (terms.row_scale, terms.max_weight) = (None, None);
     let labels = Tensor::zeros((x.b, x.n), DType::U32, x.device())?;

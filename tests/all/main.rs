@@ -21,6 +21,7 @@ mod layouts;
 mod minibatch;
 mod numbers;
 mod ops;
+mod plan;
 mod prepared;
 mod properties;
 mod ragged;
