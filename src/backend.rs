@@ -8,7 +8,7 @@ use crate::{
     memory::Memory,
     metric::Metric,
     operand::{Readable, Target},
-    plan::arch::Arch,
+    plan::{arch::Arch, on_chip::FitResident, sort::Sort},
     request::{Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
@@ -43,14 +43,13 @@ pub(crate) trait Backend {
         Ok(None)
     }
 
-    /// None where any rows can be read.
-    fn pack_for_assign(
-        &self,
-        _: &Tensor,
-        _k: usize,
-        _: Metric,
-        _copy: &mut Option<Tensor>,
-    ) -> Result<Option<Rows<'static>>> {
+    /// Whether the blocks of this launch, for rows of this type, all run at once.
+    fn runs_at_once(&self, _: &FitResident, _: DType, _: &Device) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// None where a copy in memory of its own will do.
+    fn pack(&self, _: &Tensor, _pitch: usize, _copy: &mut Option<Tensor>) -> Result<Option<Rows<'static>>> {
         Ok(None)
     }
 
@@ -69,7 +68,7 @@ pub(crate) trait Backend {
     fn exponential_race_keys(&self, nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor>;
     fn kmeanspp_step(&self, p: &KmeansppStep<'_>, memory: &Memory) -> Result<()>;
     fn max_label(&self, labels: &dyn Readable) -> Result<u32>;
-    fn order(&self, labels: &dyn Readable, k: usize, to: Target<'_>) -> Result<()>;
+    fn order(&self, labels: &dyn Readable, k: usize, plan: &Sort, to: Target<'_>) -> Result<()>;
     fn update(&self, u: &Update<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()>;
     fn accumulate(&self, u: &Update<'_>, to: &Accumulator, memory: &Memory) -> Result<()>;
     fn finish(&self, f: &Finish<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()>;

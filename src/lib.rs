@@ -48,6 +48,7 @@ mod fixed;
 mod functional;
 mod host;
 mod kmeans;
+mod launches;
 mod lloyd;
 mod memory;
 mod metric;

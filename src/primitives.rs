@@ -13,7 +13,13 @@ use crate::{
     memory::Memory,
     metric::Metric,
     operand::{Operand, Readable, Target, COUNTED},
-    plan::arch::Arch,
+    plan::{
+        arch::Arch,
+        assign::{forced, AssignPlan},
+        on_chip::FitResident,
+        sort::Sort,
+        update::UpdatePlan,
+    },
     problem,
     request::{
         Accumulator, Assignment, Attention, Finish, KmeansppStep, Labels, OnChipFit, Order, Reduction, Routed,
@@ -37,6 +43,11 @@ fn on(device: &Device, op: &'static str) -> Result<&'static dyn Backend> {
 /// What chooses kernels. (A device without a back end is refused by what would run there.)
 pub(crate) fn arch(device: &Device) -> Result<Arch> {
     on(device, "arch").map_or(Ok(Arch::Cpu), |backend| backend.arch(device))
+}
+
+/// Whether the blocks of this launch, for rows of this type, all run at once.
+pub(crate) fn runs_at_once(fit: &FitResident, dtype: DType, device: &Device) -> Result<bool> {
+    on(device, "runs_at_once")?.runs_at_once(fit, dtype, device)
 }
 
 /// Whether the host need not wait for what it reads from there.
@@ -212,23 +223,47 @@ impl Summands {
     }
 }
 
-/// The rows `x`, `(..batch, n, d)`, where the kernel that assigns them to `k` centroids can read them: as they lie, or in
-/// `copy`, which the next rows of this shape go to as well.
-pub(crate) fn pack_for_assign(
-    x: &Tensor,
-    k: usize,
-    metric: Metric,
-    copy: &mut Option<Tensor>,
-) -> Result<Rows<'static>> {
-    match on(x.device(), "pack_for_assign")?.pack_for_assign(x, k, metric, copy)? {
-        Some(rows) => Ok(rows),
-        None => Rows::new(x),
+impl<'a> Assignment<'a> {
+    /// Of rows to the nearest of the centroids.
+    pub fn new(x: &'a Rows<'a>, c: &'a Rows<'a>, metric: Metric) -> Result<Self> {
+        let (sizes, copies) = ([x.b, x.n, c.n, x.d], if c.batch_stride == 0 { 1 } else { c.b });
+        let plan = AssignPlan::new(x.dtype(), metric, sizes, copies, x.layout(), arch(x.device())?);
+        Ok(Self { plan, x, c, metric, turn: None })
+    }
+}
+
+impl<'a> Update<'a> {
+    /// Of rows in `k` clusters.
+    pub fn new(
+        x: &'a Rows<'a>,
+        terms: &'a Summands,
+        labels: Option<Labels<'a>>,
+        reduction: Reduction,
+        k: usize,
+    ) -> Result<Self> {
+        let (medians, weighted) = (reduction == Reduction::Median, terms.row_scale.is_some());
+        let sizes = [x.b, x.n, k, x.d];
+        let plan = UpdatePlan::new(x.dtype(), sizes, x.layout(), medians, weighted, arch(x.device())?);
+        Ok(Self { plan, x, terms, labels, reduction, turn: None })
+    }
+}
+
+/// The rows of `x`, `(..batch, n, d)`: as they lie, unless they have to be packed or do not lie in rows; then in `copy`, which the
+/// next rows of this shape go to as well.
+pub(crate) fn pack(x: &Tensor, pack: bool, copy: &mut Option<Tensor>) -> Result<Rows<'static>> {
+    match Rows::of(x.into()) {
+        Some(rows) if !pack => Ok(rows),
+        _ => {
+            let d = x.dims()[x.rank() - 1];
+            let pitch = if pack { d.next_multiple_of(8) } else { d };
+            on(x.device(), "pack")?.pack(x, pitch, copy)?.map_or_else(|| Rows::new(x), Ok)
+        }
     }
 }
 
 /// Exact labels, u32 `(b, n)`: the lowest index at the smallest [`Metric`] distance.
 pub(crate) fn assign(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    let assign = |labels: Target<'_>| assign_into(Assignment { x, c, metric, turn: None }, labels, &Memory::default());
+    let assign = |labels: Target<'_>| assign_into(Assignment::new(x, c, metric)?, labels, &Memory::default());
     written("assign", (x.b, x.n), DType::U32, x.device(), assign)
 }
 
@@ -314,7 +349,8 @@ pub(crate) fn sorted(labels: &impl Readable, k: usize) -> Result<(Tensor, Tensor
 
 /// The same into one u32 target, all positions and then all offsets.
 pub(crate) fn order_into(labels: &impl Readable, k: usize, to: Target<'_>) -> Result<()> {
-    on(&labels.device(), "order")?.order(labels, k, to)
+    let (device, sizes) = (labels.device(), [labels.dims()[0], labels.dims()[1], k]);
+    on(&device, "order")?.order(labels, k, &Sort::new(sizes, true, arch(&device)?), to)
 }
 
 /// The largest of some labels, contiguous u32; 0 of none. The host waits for it.
@@ -353,11 +389,17 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
 
 /// What each query head takes from the cache, `(b, q_heads, d)`; nothing where there is no kernel for it.
 pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor>> {
+    if forced() {
+        return Ok(None);
+    }
     on(a.q.device(), "attend")?.attend(a, memory)
 }
 
 /// What each query takes, `(b, heads, m, d)`; nothing where there is no kernel for it.
 pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
+    if forced() {
+        return Ok(None);
+    }
     on(r.q.device(), "route")?.route(r, memory)
 }
 
@@ -376,7 +418,7 @@ pub(crate) fn reduce(x: &Rows, order: Option<&Order>, reduction: Reduction) -> R
     let k = order.map_or(1, Order::k);
     let reduced = host::zeros("clusters", (x.b, k, x.d), x.dtype(), x.device())?;
     let (terms, labels) = (Summands::from_rows(x)?, order.map(Labels::Sorted));
-    update(&Update { x, terms: &terms, labels, reduction, turn: None }, (&reduced).into(), &Memory::default())?;
+    update(&Update::new(x, &terms, labels, reduction, k)?, (&reduced).into(), &Memory::default())?;
     Ok(reduced)
 }
 

@@ -1,6 +1,12 @@
 //! What an op is asked: plain values.
 
-use crate::{metric::Metric, operand::Readable, rng::Draw, rows::Rows};
+use crate::{
+    metric::Metric,
+    operand::Readable,
+    plan::{assign::AssignPlan, on_chip::OnChip, update::UpdatePlan},
+    rng::Draw,
+    rows::Rows,
+};
 use candle_core::{Result, Tensor};
 
 /// How far the problems of a fit have come.
@@ -53,6 +59,7 @@ pub(crate) enum Reduction {
 /// Rows `(b, n, d)`, and centroids that each is assigned to the nearest of.
 #[derive(Clone, Copy)]
 pub(crate) struct Assignment<'a> {
+    pub plan: AssignPlan,
     pub x: &'a Rows<'a>,
     pub c: &'a Rows<'a>,
     pub metric: Metric,
@@ -94,6 +101,7 @@ pub(crate) enum Labels<'a> {
 
 /// Rows of clusters.
 pub(crate) struct Update<'a> {
+    pub plan: UpdatePlan,
     pub x: &'a Rows<'a>,
     pub terms: &'a Summands,
     /// Without labels all rows are in one cluster.
@@ -124,8 +132,10 @@ pub(crate) struct Finish<'a> {
 
 /// All iterations of a fit, from the `centroids` `(b, k, d)` that are there, and its last `labels`, u32 `(b, n)`.
 pub(crate) struct OnChipFit<'a> {
+    pub plan: &'a OnChip,
     pub x: &'a Rows<'a>,
     pub terms: &'a Summands,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub metric: Metric,
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub reduction: Reduction,

@@ -79,7 +79,7 @@ impl RowWeights {
             }
         };
         let reduced = Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?;
-        let u = Update { x, terms: &terms, labels: Some(Labels::Sorted(&order)), reduction, turn: None };
+        let u = Update::new(x, &terms, Some(Labels::Sorted(&order)), reduction, k)?;
         primitives::update(&u, (&reduced).into(), &Memory::default())?;
         let mut means = reduced.to_dtype(DType::F64)?;
         if reduction == Reduction::Sum {

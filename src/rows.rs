@@ -81,14 +81,8 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Whether rows of `t`, of shape `(..batch, n, d)`, are whole pieces of so many elements, each at a multiple of them, in steps
-/// that tell rows apart.
+/// Whether rows of `t`, of shape `(..batch, n, d)`, start at multiples of eight elements, in steps that tell them apart.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-pub(crate) fn in_pieces(t: &impl Readable, of: usize) -> bool {
-    in_steps(t, of) && t.dims()[t.dims().len() - 1].is_multiple_of(of)
-}
-
-/// Whether rows of `t` start at multiples of eight elements, in steps that tell them apart.
 pub(crate) fn in_eights(t: &impl Readable) -> bool {
     in_steps(t, 8)
 }
@@ -98,4 +92,37 @@ fn in_steps(t: &impl Readable, of: usize) -> bool {
     let whole = |step: usize| step > 0 && step.is_multiple_of(of);
     let steps = strides[..last].iter().zip(dims).all(|(&step, &size)| size == 1 || whole(step));
     steps && (strides[last] == 1 || dims[last] == 1) && t.layout().start_offset().is_multiple_of(of)
+}
+
+/// Where rows begin, by which kernels can or cannot read them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct RowLayout {
+    /// All begin at multiples of so many elements: 1, 2, 4 or 8; 0 where steps do not tell them apart.
+    pub alignment: usize,
+    /// Elements from one to the next.
+    pub stride: usize,
+}
+
+impl RowLayout {
+    /// Rows side by side in memory of their own, `stride` apart.
+    pub fn packed(stride: usize) -> Self {
+        let alignment = ALIGNMENTS.into_iter().find(|&of| stride.is_multiple_of(of)).unwrap_or(1);
+        Self { alignment, stride }
+    }
+
+    /// Whether all begin at multiples of so many elements, a power of two up to eight.
+    pub fn is_aligned(self, to: usize) -> bool {
+        self.alignment >= to
+    }
+}
+
+/// The alignments that kernels ask for, and fewer, in elements.
+const ALIGNMENTS: [usize; 4] = [8, 4, 2, 1];
+
+impl Rows<'_> {
+    /// Where the rows begin.
+    pub fn layout(&self) -> RowLayout {
+        let alignment = ALIGNMENTS.into_iter().find(|&of| in_steps(&self.operand, of)).unwrap_or(0);
+        RowLayout { alignment, stride: self.row_stride }
+    }
 }

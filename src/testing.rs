@@ -2,7 +2,6 @@
 
 #[cfg(feature = "cuda")]
 pub use crate::cuda::{assign::tensor_core::product_step, kernel::limit_blocks_at_once, memory::fail_allocation};
-pub use crate::plan::assign::force;
 use crate::{
     error::Result,
     fit::Fit,
@@ -10,17 +9,19 @@ use crate::{
     lloyd::prepared::PreparedFit,
     memory::Memory,
     metric::Metric,
-    plan::{arch::Arch, assign::Assign},
+    plan::{arch::Arch, assign::Assign, update::UpdatePlan},
     primitives,
     request::{self, Labels, Reduction, Summands},
     rows::Rows,
 };
+pub use crate::{launches::launches, plan::assign::force};
 use candle_core::{Device, Tensor};
 
 /// The update of a fit's loop alone: new means in place, for labels `(b, n)` that are known to be in range.
 pub struct Update {
     x: Rows<'static>,
     terms: Summands,
+    plan: UpdatePlan,
     centroids: Tensor,
     memory: Memory,
 }
@@ -30,7 +31,13 @@ impl Update {
     pub fn new(x: &Tensor, k: usize) -> Result<Self> {
         let x = Rows::new(x)?;
         let (terms, centroids) = (Summands::from_rows(&x)?, Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?);
-        Ok(Self { x, terms, centroids, memory: Memory::default() })
+        let plan = request::Update::new(&x, &terms, None, Reduction::Mean, k)?.plan;
+        Ok(Self { x, terms, plan, centroids, memory: Memory::default() })
+    }
+
+    /// The name of the kernel.
+    pub fn kernel(&self) -> &'static str {
+        self.plan.kernel.name()
     }
 
     /// The means `(b, k, d)`, which the next call overwrites.
@@ -45,8 +52,9 @@ impl Update {
     }
 
     fn run_by(&self, labels: Labels<'_>) -> Result<Tensor> {
-        let Self { x, terms, centroids, memory } = self;
-        let u = request::Update { x, terms, labels: Some(labels), reduction: Reduction::Mean, turn: None };
+        let Self { x, terms, plan, centroids, memory } = self;
+        let (labels, reduction) = (Some(labels), Reduction::Mean);
+        let u = request::Update { plan: *plan, x, terms, labels, reduction, turn: None };
         primitives::update(&u, centroids.into(), memory)?;
         Ok(centroids.clone())
     }
@@ -63,6 +71,12 @@ pub fn candidates(x: &Tensor, k: usize, metric: Metric) -> Result<Vec<&'static s
     let d = x.dims()[x.rank() - 1];
     let all = Assign::candidates(x.dtype(), metric, [k, d], primitives::arch(x.device())?);
     Ok(all.into_iter().map(Assign::name).collect())
+}
+
+/// The name of the kernel that assigns `x` to `k` centroids outside a fit.
+pub fn chosen(x: &Tensor, k: usize, metric: Metric) -> Result<&'static str> {
+    let (x, centroids) = (Rows::new(x)?, Rows::new(&x.narrow(x.rank() - 2, 0, k)?)?);
+    Ok(request::Assignment::new(&x, &centroids, metric)?.plan.kernel.name())
 }
 
 /// The compute capability of a GPU, 90 for 9.0; 0 of the CPU.
@@ -82,12 +96,4 @@ pub fn compared() -> u64 {
 /// nothing.
 pub fn sorts() -> u64 {
     crate::backend::sorts()
-}
-
-/// The GPU kernels that this thread has launched since it last asked; the first call starts the record.
-pub fn launches() -> Vec<String> {
-    #[cfg(feature = "cuda")]
-    return crate::cuda::kernel::launches();
-    #[cfg(not(feature = "cuda"))]
-    vec![]
 }

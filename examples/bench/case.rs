@@ -76,8 +76,13 @@ impl Case {
         self.x.device()
     }
 
+    /// What runs.
     pub fn plan(&self) -> Result<String> {
-        Ok(self.settings.plan(&self.x)?.to_string())
+        Ok(match &self.work {
+            Work::Assign => format!("assign {}", testing::chosen(&self.x, self.centroids.dim(1)?, self.metric)?),
+            Work::Update { update, .. } => format!("update {}", update.kernel()),
+            Work::Fit(_) | Work::Run(_) => self.settings.plan(&self.x)?.to_string(),
+        })
     }
 
     /// Labels of an assignment or means of an update; a fit keeps its result.

@@ -9,9 +9,10 @@ use super::{
 };
 use crate::{
     error::Result,
-    host,
+    host, launches,
     metric::Metric,
     operand::Target,
+    plan::assign::Assign,
     request::Assignment,
     tiles::{CPU_CENTROIDS, CPU_ROWS},
 };
@@ -43,14 +44,16 @@ fn nearest<T: Element>(
     })
 }
 
-pub(crate) fn assign_into(Assignment { x, c, metric, turn }: Assignment<'_>, labels: Target<'_>) -> Result<()> {
+pub(crate) fn assign_into(a: Assignment<'_>, labels: Target<'_>) -> Result<()> {
+    let Assignment { plan, x, c, metric, turn } = a;
     typed!(x.dtype(), T => {
         let over = finished(turn)?;
         if x.b == 0 || x.n == 0 {
             return Ok(());
         }
         read_and_write([&x.operand, &c.operand], labels, |[xs, cs], labels| {
-            label_all(&xs.view::<T>(x)?, &cs.view::<T>(c)?, metric, &over, labels)
+            launches::record(plan.kernel.name(), x.dtype().as_str());
+            label_all(&xs.view::<T>(x)?, &cs.view::<T>(c)?, plan.kernel, metric, &over, labels)
         })?
     })
 }
@@ -72,6 +75,7 @@ struct Scratch<S> {
 fn label_all<T: Element>(
     x: &View<'_, T>,
     c: &View<'_, T>,
+    kernel: Assign,
     metric: Metric,
     over: &[bool],
     labels: &mut [u32],
@@ -85,7 +89,7 @@ fn label_all<T: Element>(
     let compared = AtomicU64::new(0);
     let tile = |s: &mut Scratch<T::Filter>, (b, part, labels): (usize, usize, &mut [u32])| {
         if let Some(centroids) = &centroids[b.min(problems - 1)] {
-            let tile = Tile { x, c, b, first: part * CPU_ROWS, centroids, metric };
+            let tile = Tile { x, c, b, first: part * CPU_ROWS, centroids, kernel, metric };
             compared.fetch_add(tile.label(s, labels), Relaxed);
         }
         Ok(())
@@ -110,6 +114,7 @@ struct Tile<'a, T: Element> {
     b: usize,
     first: usize,
     centroids: &'a Centroids<T::Filter>,
+    kernel: Assign,
     metric: Metric,
 }
 
@@ -124,7 +129,7 @@ impl<T: Element> Tile<'_, T> {
         for block in &centroids.blocks {
             let Range { start, end } = block.scored;
             let scores = &mut s.scores[..m * (end - start)];
-            if self.metric != Metric::Manhattan {
+            if self.kernel == Assign::CpuGemm {
                 multiply(rows, &centroids.values[start * d..end * d], d, scores);
             }
             let (candidates, compared) = (&mut *candidates, &mut compared);
@@ -235,7 +240,7 @@ impl<T: Element> NullaryFnOnce for Offer<'_, T> {
             if !candidates.slack.usable() {
                 continue;
             }
-            if tile.metric == Metric::Manhattan {
+            if tile.kernel == Assign::CpuManhattan {
                 centroids.manhattan(&rows[i * d..][..d], scored.start, scores);
             } else {
                 let bias = &centroids.bias[scored.clone()];

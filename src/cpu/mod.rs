@@ -19,7 +19,7 @@ use crate::{
     memory::Memory,
     metric::Metric,
     operand::{Readable, Target},
-    plan::arch::Arch,
+    plan::{arch::Arch, sort::Sort},
     request::{Accumulator, Assignment, Finish, KmeansppStep, OnChipFit, Update},
     rng::Draw,
     rows::Rows,
@@ -91,7 +91,7 @@ impl Backend for Cpu {
         sort::max_label(labels)
     }
 
-    fn order(&self, labels: &dyn Readable, k: usize, to: Target<'_>) -> Result<()> {
+    fn order(&self, labels: &dyn Readable, k: usize, _: &Sort, to: Target<'_>) -> Result<()> {
         sort::order(labels, k, to)
     }
 

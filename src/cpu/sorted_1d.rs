@@ -5,24 +5,19 @@ use super::tensors::{lock, or, read_and_write, typed, write, Element, View};
 use crate::{
     error::{Error, Result},
     fixed::{self, Scaled},
-    host,
+    host, launches,
     metric::Metric,
     request::OnChipFit,
 };
-use candle_core::DType;
 
-/// Fits rows of one column by squared Euclidean distance, unless their values or their terms are too far apart or not numbers:
-/// whether it did.
+/// Fits rows of one column by squared Euclidean distance, in f32 or less, unless their values or their terms are too far apart or
+/// not numbers: whether it did.
 pub(super) fn fit(fit: &OnChipFit<'_>) -> Result<bool> {
-    let &OnChipFit { x, terms, metric, progress, max_iters, centroids, labels, .. } = fit;
-    if x.d != 1 || metric != Metric::SquaredEuclidean {
-        return Ok(false);
-    }
+    let &OnChipFit { plan, x, terms, progress, max_iters, centroids, labels, .. } = fit;
     // Of these nobody else has any.
     let [bad, largest, thresholds] = lock([&terms.first_nonfinite, &terms.max_abs, &progress.threshold]);
     let heaviest = terms.max_weight.as_ref().map(|h| lock([h]));
-    // Squares of f64 can underflow to ties.
-    if x.dtype() == DType::F64 || bad.flat::<u32>()?.iter().any(|&row| row != u32::MAX) {
+    if bad.flat::<u32>()?.iter().any(|&row| row != u32::MAX) {
         return Ok(false);
     }
     typed!(x.dtype(), T => {
@@ -47,6 +42,7 @@ pub(super) fn fit(fit: &OnChipFit<'_>) -> Result<bool> {
             Ok::<_, Error>(fits)
         })??;
         let Some(fits) = fits else { return Ok(false) };
+        launches::record(plan.name(), x.dtype().as_str());
         write(labels, |all: &mut [u32]| {
             let rows = all.chunks_mut(x.n).zip(&fits).collect();
             let copy = |_: &mut (), (row, fit): (&mut [u32], &Fitted<T>)| {

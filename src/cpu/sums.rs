@@ -9,6 +9,7 @@ use crate::{
     error::Result,
     fixed::{self, Grid, Scaled},
     host,
+    plan::update::UpdateKernel,
     tiles::CPU_SUM_ROWS,
 };
 use pulp::NullaryFnOnce;
@@ -16,6 +17,7 @@ use std::ops::Range;
 
 /// Rows in label order (or, without one, all in one cluster as they lie), and what bounds their terms.
 pub(super) struct Sorted<'a, T> {
+    pub(super) kernel: UpdateKernel,
     pub(super) x: View<'a, T>,
     pub(super) factor: Option<&'a [f64]>,
     pub(super) order: Option<&'a [u32]>,

@@ -8,14 +8,16 @@ use super::{
 use crate::{
     error::{Error, Result},
     fixed::{self, Grid, Scaled},
-    host,
+    host, launches,
     operand::{Readable, Target},
+    plan::update::UpdateKernel,
     request::{Accumulator, Finish, Labels, Reduction, Turn, Update},
 };
 use candle_core::{CpuStorage, Layout, Tensor, WithDType};
 
 pub(crate) fn update(u: &Update<'_>, centroids: Target<'_>) -> Result<()> {
-    let &Update { x, reduction, turn, .. } = u;
+    let &Update { plan, x, reduction, turn, .. } = u;
+    launches::record(plan.kernel.name(), x.dtype().as_str());
     let (b, k, d) = (x.b, centroids.dims()[centroids.dims().len() - 2], x.d);
     typed!(x.dtype(), T => {
         let over = finished(turn)?;
@@ -151,6 +153,7 @@ fn with_sorted<T: Element, O: Stored, R>(
     let shared = [&x.operand, or(terms.row_scale.as_ref(), &x.operand)];
     read_and_write(shared, target, |[xs, factor], out| {
         let clusters = Sorted {
+            kernel: u.plan.kernel,
             x: xs.view::<T>(x)?,
             factor: terms.row_scale.as_ref().map(|_| factor.flat::<f64>()).transpose()?,
             order: sorted.map(|(order, _)| order),
@@ -191,8 +194,8 @@ fn sorted(labels: &dyn Readable, k: usize) -> Result<Vec<u32>> {
 
 /// Replaces the centroid `row` of cluster `j`, unless that has no weight, and returns the square of its shift.
 fn replace<T: Element>(clusters: &Sorted<T>, [b, j]: [usize; 2], reduction: Reduction, row: &mut [T]) -> Result<f64> {
-    let values = match reduction {
-        Reduction::Median => clusters.medians(b, j),
+    let values = match clusters.kernel {
+        UpdateKernel::CpuMedians => clusters.medians(b, j),
         _ => clusters.sums(b, j)?.and_then(|(sums, grid)| {
             divided(reduction, sums.rounded(grid), || {
                 let (weight, grid) = clusters.weight(b, j);

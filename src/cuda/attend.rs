@@ -11,10 +11,7 @@ use super::{
 use crate::{
     error::Result,
     memory::Memory,
-    plan::{
-        arch::{shared_memory, Arch},
-        assign::forced,
-    },
+    plan::arch::{shared_memory, Arch},
     request::Attention,
     rows::in_eights,
     tiles::{ATTEND_BLOCKS, ATTEND_HEADS, ATTEND_THREADS},
@@ -43,7 +40,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
         128 => "attend_128",
         _ => return Ok(None),
     };
-    if forced() || a.q.dtype() == DType::F64 || a.budget == 0 || !here || !counted {
+    if a.q.dtype() == DType::F64 || a.budget == 0 || !here || !counted {
         return Ok(None);
     }
     let q = if in_eights(a.q) { a.q.clone() } else { a.q.force_contiguous()? };

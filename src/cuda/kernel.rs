@@ -6,6 +6,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    launches,
     tiles::THREADS,
 };
 use candle_core::cuda_backend::{
@@ -19,7 +20,7 @@ use candle_core::cuda_backend::{
     CudaDevice, WrapErr,
 };
 use std::{
-    cell::{Cell, RefCell},
+    cell::Cell,
     collections::hash_map::Entry,
     sync::{Arc, LazyLock},
 };
@@ -179,7 +180,7 @@ impl Kernel {
     /// What every launch does first.
     fn record(&self) {
         fence::finish_before_exit(&self.stream);
-        LAUNCHES.with(|l| l.borrow_mut().iter_mut().for_each(|l| l.push(format!("{}_{}", self.name, self.suffix))));
+        launches::record(self.name, self.suffix);
     }
 
     /// Launches; nothing if the grid is empty. Kernels loop over what a clamped grid does not cover. The blocks of a
@@ -279,11 +280,4 @@ thread_local!(static AT_ONCE: Cell<Option<usize>> = const { Cell::new(None) });
 /// Makes cooperative launches of this thread believe that at most so many blocks run at once, as on a part of a device.
 pub fn limit_blocks_at_once(limit: Option<usize>) {
     AT_ONCE.set(limit);
-}
-
-thread_local!(static LAUNCHES: RefCell<Option<Vec<String>>> = const { RefCell::new(None) });
-
-/// The kernels that this thread has launched since it last asked; the first call starts the record.
-pub fn launches() -> Vec<String> {
-    LAUNCHES.with(|l| l.borrow_mut().replace(vec![]).unwrap_or_default())
 }

@@ -26,7 +26,7 @@ use crate::{
     memory::Memory,
     metric::Metric,
     operand::{Readable, Target},
-    plan::arch::Arch,
+    plan::{arch::Arch, on_chip::FitResident, sort::Sort},
     request::{Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
@@ -50,14 +50,12 @@ impl Backend for Cuda {
         rows::contiguous(t)
     }
 
-    fn pack_for_assign(
-        &self,
-        x: &Tensor,
-        k: usize,
-        metric: Metric,
-        copy: &mut Option<Tensor>,
-    ) -> Result<Option<Rows<'static>>> {
-        assign::pack_for_assign(x, k, metric, copy).map(Some)
+    fn runs_at_once(&self, fit: &FitResident, dtype: DType, device: &Device) -> Result<bool> {
+        on_chip::runs_at_once(fit, dtype, device.as_cuda_device()?)
+    }
+
+    fn pack(&self, x: &Tensor, pitch: usize, copy: &mut Option<Tensor>) -> Result<Option<Rows<'static>>> {
+        assign::pack(x, pitch, copy).map(Some)
     }
 
     fn allocate(&self, op: &'static str, len: usize, dtype: DType, device: &Device) -> Result<Storage> {
@@ -116,8 +114,8 @@ impl Backend for Cuda {
         sort::max_label(labels)
     }
 
-    fn order(&self, labels: &dyn Readable, k: usize, to: Target<'_>) -> Result<()> {
-        sort::order(labels, k, to)
+    fn order(&self, labels: &dyn Readable, k: usize, plan: &Sort, to: Target<'_>) -> Result<()> {
+        sort::order(labels, k, plan, to)
     }
 
     fn update(&self, u: &Update<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()> {

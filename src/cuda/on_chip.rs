@@ -1,7 +1,7 @@
 //! All of a fit at once: `kernels/resident/fit_narrow.cu` and `kernels/resident/fit_resident.cu`.
 
 use super::{
-    device::{arch, device},
+    device::device,
     kernel::{launch, Kernel},
     memory::{elements, ArenaLayout, Memory},
     module::Image,
@@ -12,35 +12,28 @@ use crate::{
     error::{Error, Result},
     plan::{
         assign::narrow_columns,
-        on_chip::{FitNarrow, FitResident},
+        on_chip::{FitResident, OnChip},
     },
     request::OnChipFit,
-    rows::in_pieces,
     tiles::TEAM_THREADS,
 };
-use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, DType, Tensor};
+use candle_core::{
+    cuda_backend::{cudarc::driver::PushKernelArg, CudaDevice},
+    DType, Tensor,
+};
+
+/// Whether the blocks of this launch all run at once, as those of a cooperative one have to.
+pub(crate) fn runs_at_once(fit: &FitResident, dtype: DType, dev: &CudaDevice) -> Result<bool> {
+    typed!(dtype, T => {
+        let kernel = Kernel::get(dev, Image::FitResident, fit.name(), T::SUFFIX, fit.shared)?;
+        kernel.runs_at_once(fit.teams * fit.blocks, TEAM_THREADS, fit.shared)
+    })
+}
 
 pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> {
     const OP: &str = "fit_on_chip";
-    let &OnChipFit { x, terms, metric, reduction, progress, max_iters, centroids, labels } = fit;
-    let dev = device(&x.operand)?;
-    let (arch, k, weighted) = (arch(dev)?, centroids.dim(1)?, terms.row_scale.is_some());
-    let sizes = [x.b, x.n, k, x.d];
-    let narrow = FitNarrow::new(x.dtype(), metric, sizes, arch);
-    let resident = FitResident::new(x.dtype(), metric, weighted, sizes, arch).filter(|_| in_pieces(&x.operand, 8));
-    // The sums of halves are exact without a rest.
-    let exact = x.dtype() == DType::F16 && !weighted;
-    let name = if weighted { "fit_resident_weighted" } else { "fit_resident" };
-    let resident = match resident {
-        Some(plan) if narrow.is_none() => typed!(x.dtype(), T => {
-            let kernel = Kernel::get(dev, Image::FitResident, name, T::SUFFIX, plan.shared)?;
-            Ok(kernel.runs_at_once(plan.teams * plan.blocks, TEAM_THREADS, plan.shared)?.then_some(plan))
-        })?,
-        _ => None,
-    };
-    if narrow.is_none() && resident.is_none() {
-        return Ok(false);
-    }
+    let &OnChipFit { plan, x, terms, metric, reduction, progress, max_iters, centroids, labels } = fit;
+    let (dev, k) = (device(&x.operand)?, centroids.dim(1)?);
     let optional = |t: &Option<Tensor>| t.as_ref().map_or(Ok(Part::NULL), own);
     let of = TermsOnChip {
         factor: optional(&terms.row_scale)?,
@@ -53,19 +46,24 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
     let launched = typed!(x.dtype(), T => write::<T>(centroids, |centroids| write::<u32>(labels, |labels| {
         let xs = read(&x.operand);
         let xs = xs.view::<T>()?;
-        if let Some(plan) = &narrow {
-            let name = match narrow_columns(x.d) {
-                1 => "fit_narrow_1",
-                2 => "fit_narrow_2",
-                4 => "fit_narrow_4",
-                _ => "fit_narrow_8",
-            };
-            return launch!(dev, FitNarrow, name, T::SUFFIX, x.b, plan.threads, plan.shared;
-                &xs, &shape(x), &of, &metric, &divisor, &max_iters, &threshold, &(plan.centroids as i64), &stop, &k64,
-                &centroids, &labels);
-        }
-        let Some(plan) = &resident else { return Ok(()) };
-        let (&FitResident { teams: count, blocks, rows, padded, shared }, mut zeros) = (plan, ArenaLayout::default());
+        let plan = match plan {
+            OnChip::Resident(plan) => plan,
+            OnChip::Narrow(plan) => {
+                let name = match narrow_columns(x.d) {
+                    1 => "fit_narrow_1",
+                    2 => "fit_narrow_2",
+                    4 => "fit_narrow_4",
+                    _ => "fit_narrow_8",
+                };
+                return launch!(dev, FitNarrow, name, T::SUFFIX, x.b, plan.threads, plan.shared;
+                    &xs, &shape(x), &of, &metric, &divisor, &max_iters, &threshold, &(plan.centroids as i64), &stop, &k64,
+                    &centroids, &labels);
+            }
+            OnChip::CpuLine => return Err(Error::Unsupported { op: plan.name(), device: "CUDA".into() }),
+        };
+        let (&FitResident { weighted, teams: count, blocks, rows, padded, shared }, mut zeros) = (plan, ArenaLayout::default());
+        // The sums of halves are exact without a rest.
+        let exact = x.dtype() == DType::F16 && !weighted;
         let limbs = zeros.zeroed(elements(&[count, if weighted { 2 } else { 1 }, k, x.d.next_multiple_of(64)]));
         let rest = zeros.zeroed(if exact { 0 } else { elements(&[count, k, x.d]) });
         let weights = zeros.zeroed(if weighted { elements(&[count, k]) } else { 0 });
@@ -84,13 +82,13 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
             prepared: scratch.part(prepared),
         };
         let [blocks_i32, rows, padded] = [blocks, rows, padded].map(|v| v as i32);
-        launch!(dev, FitResident, name, T::SUFFIX, elements(&[count, blocks]), TEAM_THREADS, shared;
+        launch!(dev, FitResident, plan.name(), T::SUFFIX, elements(&[count, blocks]), TEAM_THREADS, shared;
             &xs, &shape(x), &of, &metric, &divisor, &max_iters, &threshold,
             &Shares { blocks: blocks_i32, rows, padded }, &common, &stop, &k64, &centroids, &labels)
     })));
     match launched {
         // The driver knows better; nothing has been written.
-        Err(Error::Unsupported { op, .. }) if op == name => Ok(false),
+        Err(Error::Unsupported { op, .. }) if op == plan.name() => Ok(false),
         launched => launched.map(|()| true),
     }
 }

@@ -13,7 +13,6 @@ use crate::{
     error::Result,
     memory::Memory,
     operand::Readable,
-    plan::assign::forced,
     problem::empty,
     request::Routed,
     rows::{in_eights, Rows},
@@ -30,7 +29,7 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     let (k, units) = (groups.mean_keys.dim(2)?, groups.queries.k());
     let clustered = groups.keys.order.dim(1)?;
     let half = matches!(r.q.dtype(), DType::F16 | DType::BF16);
-    if forced() || !half || !matches!(d, 64 | 128) || r.scale <= 0.0 || !select::fits(k, arch(dev)?) {
+    if !half || !matches!(d, 64 | 128) || r.scale <= 0.0 || !select::fits(k, arch(dev)?) {
         return Ok(None);
     }
     let aligned = |t: &Tensor| if in_eights(t) { Ok(t.clone()) } else { t.force_contiguous() };

@@ -1,7 +1,7 @@
 //! A counting sort of labels: `kernels/sort.cu`.
 
 use super::{
-    device::{arch, device},
+    device::device,
     kernel::{launch, WARP},
     memory::{elements, Arena, ArenaLayout, Memory, Slot},
     params::{Active, Digit},
@@ -11,10 +11,7 @@ use crate::{
     backend::count_sort,
     error::Result,
     operand::{Readable, Target, COUNTED},
-    plan::{
-        arch::shared_memory,
-        sort::{Sort, SortWay},
-    },
+    plan::sort::{Sort, SortWay},
     tiles::{SCAN_THREADS, SORT_ITEMS, SORT_ITEMS_MANY, SORT_THREADS, THREADS},
 };
 use candle_core::{
@@ -41,17 +38,10 @@ pub(super) struct Sorting {
 }
 
 impl Sorting {
-    pub(super) fn new(
-        dev: &CudaDevice,
-        [b, n, k]: [usize; 3],
-        ascending: bool,
-        scratch: &mut ArenaLayout,
-    ) -> Result<Self> {
-        let shared = shared_memory(arch(dev)?).unwrap_or_default();
-        let plan = Sort::new([b, n, k], ascending, shared);
+    pub(super) fn new(plan: &Sort, [b, n, k]: [usize; 3], scratch: &mut ArenaLayout) -> Self {
         let (whole, several) = (plan.way == SortWay::Whole, plan.passes > 1);
-        Ok(Self {
-            plan,
+        Self {
+            plan: *plan,
             b,
             n,
             k,
@@ -59,7 +49,7 @@ impl Sorting {
             totals: scratch.unwritten(if whole { 0 } else { elements(&[b, plan.bins]) }),
             begins: scratch.unwritten(if several { elements(&[b, plan.bins + 1]) } else { 0 }),
             other: scratch.unwritten(if several { elements(&[b, n]) } else { 0 }),
-        })
+        }
     }
 
     /// Writes `order` (b, n) and `offsets` (b, k + 1). `arrived` (b) is zeros, `next` a count to clear on the way.
@@ -130,7 +120,7 @@ pub(crate) fn max_label(labels: &dyn Readable) -> Result<u32> {
     Ok(largest)
 }
 
-pub(crate) fn order(labels: &dyn Readable, k: usize, to: Target<'_>) -> Result<()> {
+pub(crate) fn order(labels: &dyn Readable, k: usize, plan: &Sort, to: Target<'_>) -> Result<()> {
     const OP: &str = "order";
     let dev = device(labels)?;
     let (b, n) = (labels.dims()[0], labels.dims()[1]);
@@ -139,7 +129,7 @@ pub(crate) fn order(labels: &dyn Readable, k: usize, to: Target<'_>) -> Result<(
     }
     let memory = Memory::default();
     let (mut scratch, mut zeros) = (ArenaLayout::default(), ArenaLayout::default());
-    let sorting = Sorting::new(dev, [b, n, k], true, &mut scratch)?;
+    let sorting = Sorting::new(plan, [b, n, k], &mut scratch);
     let arrived = zeros.zeroed(b);
     let (scratch, zeros) = (scratch.scratch(dev, OP, &memory)?, zeros.zeros(dev, OP, &memory)?);
     let (stream, input) = (dev.cuda_stream(), read(labels));

@@ -11,12 +11,9 @@ use super::{
 use crate::{
     error::Result,
     operand::Target,
-    request::{Accumulator, Finish, Labels, Reduction, Update},
-    rows::in_pieces,
-    tiles::{
-        LEFT_BLOCKS, LEFT_COLUMNS, LEFT_THREADS, MEDIAN_COLUMNS, SUM_CLUSTER, SUM_ROWS, SUM_ROWS_LEAST, SUM_THREADS,
-        SUM_WARPS, SUM_WARPS_LEAST, THREADS,
-    },
+    plan::update::UpdateKernel,
+    request::{Accumulator, Finish, Labels, Update},
+    tiles::{LEFT_BLOCKS, LEFT_COLUMNS, LEFT_THREADS, MEDIAN_COLUMNS, SUM_ROWS, SUM_THREADS, THREADS},
 };
 use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, DType, Tensor};
 
@@ -86,7 +83,7 @@ enum To<'a, T> {
 
 fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memory) -> Result<()> {
     const OP: &str = "update";
-    let &Update { x, terms, labels, reduction, turn } = u;
+    let &Update { plan, x, terms, labels, reduction, turn } = u;
     let dev = device(&x.operand)?;
     let (b, n, d) = (x.b, x.n, x.d);
     let active = Active::of(turn)?;
@@ -99,12 +96,12 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
 
     let (mut scratch, mut zeros) = (ArenaLayout::default(), ArenaLayout::default());
     let sorting = match labels {
-        Some(Labels::Unsorted(_)) => Some(Sorting::new(dev, [b, n, k], false, &mut scratch)?),
+        Some(Labels::Unsorted(_)) => Some(Sorting::new(&plan.sort, [b, n, k], &mut scratch)),
         _ => None,
     };
     let order = scratch.unwritten::<u32>(if sorting.is_some() { elements(&[b, n]) } else { 0 });
     let offsets = scratch.unwritten::<u32>(elements(&[b, k + 1]));
-    let medians = reduction == Reduction::Median;
+    let medians = plan.kernel == UpdateKernel::Medians;
     let old = scratch.unwritten::<T>(if medians { elements(&[b, k, d]) } else { 0 });
     let slots = zeros.zeroed::<[u64; 2]>(if medians || accumulator.is_some() { 0 } else { elements(&[b, k, d + 1]) });
     let added = zeros.zeroed::<u32>(elements(&[b, k]));
@@ -162,7 +159,7 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
     if medians {
         let (b64, old) = (b as i64, scratch.part(old));
         old.copy_from(dev, centroids, elements(&[b, k, d]))?;
-        launch!(dev, Update, "medians", T::SUFFIX, elements(&[b, k, d.div_ceil(MEDIAN_COLUMNS)]), THREADS;
+        launch!(dev, Update, plan.kernel.name(), T::SUFFIX, elements(&[b, k, d.div_ceil(MEDIAN_COLUMNS)]), THREADS;
             &xs, &shape(x), Nullable(&factor), Nullable(&heaviest), Nullable(&first_bad), &order_at, &offsets, &to.k, &active,
             &centroids)?;
         if turn.is_some() {
@@ -172,19 +169,9 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
         }
         return Ok(());
     }
-    // Pieces about as long as a cluster, but enough of them, and not more than that takes.
-    let each = (elements(&[b, n]) / SUM_WARPS).max((n / k).min(SUM_CLUSTER).min(elements(&[b, n]) / SUM_WARPS_LEAST));
-    let each = each.next_power_of_two().clamp(SUM_ROWS_LEAST, SUM_ROWS);
-    let pieces = Pieces { rows: each as u32, whole: (2 * each).min(SUM_ROWS) as u32 };
-    let whole = in_pieces(&x.operand, 16 / size_of::<T>()) && x.row_stride <= u32::MAX as usize;
-    let name = match (whole, factor.is_some()) {
-        (true, false) => "update",
-        (true, true) => "update_weighted",
-        (false, false) => "update_narrow",
-        (false, true) => "update_narrow_weighted",
-    };
-    let blocks = elements(&[b, n.div_ceil(each)]).div_ceil(SUM_THREADS / WARP);
-    launch!(dev, Update, name, T::SUFFIX, blocks, SUM_THREADS;
+    let pieces = Pieces { rows: plan.piece as u32, whole: (2 * plan.piece).min(SUM_ROWS) as u32 };
+    let blocks = elements(&[b, n.div_ceil(plan.piece)]).div_ceil(SUM_THREADS / WARP);
+    launch!(dev, Update, plan.kernel.name(), T::SUFFIX, blocks, SUM_THREADS;
         &xs, &shape(x), Nullable(&factor), &largest, Nullable(&heaviest), Nullable(&first_bad), &labels_at, &order_at, &offsets,
         &pieces, &to, &active, &verdict)?;
     if accumulator.is_some() || (x.dtype() == DType::F16 && factor.is_none() && terms.finite) {

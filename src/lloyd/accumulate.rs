@@ -73,8 +73,7 @@ pub(super) fn accumulate_all(x: &Rows, row_scale: Option<Tensor>, to: &Accumulat
     let (max_abs, max_weight) = (to.max_abs.clone(), to.max_weight.clone());
     let reduction = if max_weight.is_some() || row_scale.is_none() { Reduction::Mean } else { Reduction::Sum };
     let terms = Summands { row_scale, max_abs, first_nonfinite, max_weight, finite: true };
-    let u = Update { x, terms: &terms, labels: None, reduction, turn: None };
-    primitives::accumulate(&u, to, &Memory::default())
+    primitives::accumulate(&Update::new(x, &terms, None, reduction, 1)?, to, &Memory::default())
 }
 
 /// How far the last bit of a value of this type is below its first one, at most.

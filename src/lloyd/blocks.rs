@@ -17,6 +17,7 @@ use crate::{
     kmeans::KMeans,
     memory::Memory,
     metric::Metric,
+    plan::{assign::AssignPlan, update::UpdatePlan, Plan, Steps},
     primitives,
     problem::Problem,
     request::{Accumulator, Finish, Labels, Progress, Reduction, Summands, Update},
@@ -66,6 +67,8 @@ pub(super) struct Blocks<'a> {
 struct Held {
     x: Rows<'static>,
     summands: Summands,
+    assign: AssignPlan,
+    update: UpdatePlan,
     labels: Tensor,
     weights: Option<Tensor>,
     counted: Option<Tensor>,
@@ -74,8 +77,8 @@ struct Held {
 
 impl Held {
     fn block(&self) -> Block<'_> {
-        let Self { x, summands, labels, weights, counted, first } = self;
-        Block { x, summands, labels, weights: weights.as_ref(), counted: counted.as_ref(), first: *first }
+        let &Self { ref x, ref summands, assign, update, ref labels, ref weights, ref counted, first } = self;
+        Block { x, summands, assign, update, labels, weights: weights.as_ref(), counted: counted.as_ref(), first }
     }
 }
 
@@ -178,9 +181,14 @@ impl Whole<'_> {
             let (first, n) = (rows[0], rows[1] - rows[0]);
             let part = |t: &Tensor| Ok::<_, Error>(t.narrow(1, first, n)?.force_contiguous()?);
             let x = self.x.narrow(1, first, n)?;
-            let x = primitives::pack_for_assign(&x, p.k, p.metric, &mut None)?;
+            let given = Problem { n, ..self.p.clone() };
+            let layout = Rows::of((&x).into()).map(|rows| rows.layout());
+            let Plan { pack, steps: Steps { assign, update, .. }, .. } = settings.plan_of(&given, layout, device)?;
+            let x = primitives::pack(&x, pack, &mut None)?;
             feed.blocks.push(Held {
                 summands: Summands::from_rows(&x)?,
+                assign,
+                update,
                 x,
                 labels: host::zeros("fit", (p.b, n), DType::U32, device)?,
                 weights: self.weights.map(|weights| part(&weights.values)).transpose()?,
@@ -290,6 +298,14 @@ impl Whole<'_> {
             let weighs = factors.is_some() && !cosine;
             let heaviest = self.weights.map_or(&one, |weights| &weights.heaviest);
             held.summands.max_weight = weighs.then(|| heaviest.clone());
+            held.update = UpdatePlan::new(
+                p.dtype,
+                [p.b, held.x.n, p.k, p.d],
+                held.x.layout(),
+                false,
+                factors.is_some(),
+                primitives::arch(device)?,
+            );
             held.summands.row_scale = factors;
             held.summands.max_abs = max_abs.clone();
         }
@@ -364,8 +380,7 @@ impl Whole<'_> {
             let Some(weights) = block.weights else { return Ok(()) };
             let (x, labels) = (Rows::new(&weights.unsqueeze(2)?)?, Some(Labels::Unsorted(block.labels)));
             let summands = Summands::from_rows(&x)?;
-            let u = Update { x: &x, terms: &summands, labels, reduction: Reduction::Sum, turn: None };
-            primitives::accumulate(&u, &sums, &Memory::default())
+            primitives::accumulate(&Update::new(&x, &summands, labels, Reduction::Sum, p.k)?, &sums, &Memory::default())
         })?;
         feed.reduce(&sums)?;
         let of_clusters = Tensor::zeros((p.b, p.k, 1), DType::F64, device)?;

@@ -2,16 +2,20 @@
 
 use crate::{
     error::Result,
+    plan::{assign::AssignPlan, update::UpdatePlan},
+    primitives,
     request::{Accumulator, Summands},
     rows::Rows,
 };
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 /// Some rows of each problem.
 #[derive(Clone, Copy)]
 pub(super) struct Block<'a> {
     pub x: &'a Rows<'a>,
     pub summands: &'a Summands,
+    pub assign: AssignPlan,
+    pub update: UpdatePlan,
     /// u32 `(b, n)`.
     pub labels: &'a Tensor,
     /// What each row weighs, f64 `(b, n)`: 0 for rows that do not count. None where all weigh the same.
@@ -57,6 +61,6 @@ impl Feed for Resident<'_> {
 
 /// The first row of each problem of a block, `(b, 1, d)`.
 pub(super) fn first_row(x: &Rows) -> Result<Tensor> {
-    let index = Tensor::zeros((x.b, 1), candle_core::DType::U32, x.device())?;
-    crate::primitives::gather(x, &index)
+    let index = Tensor::zeros((x.b, 1), DType::U32, x.device())?;
+    primitives::gather(x, &index)
 }

@@ -15,11 +15,14 @@ use crate::{
     kmeans::{EmptyClusters, Init, Iteration, KMeans},
     memory::Memory,
     metric::Metric,
-    plan::Plan,
+    plan::{
+        on_chip::{FitResident, OnChip},
+        Plan,
+    },
     primitives,
     problem::{self, Problem},
     request::{Accumulator, Assignment, Finish, Labels, OnChipFit, Progress, Reduction, Turn, Update},
-    rows::Rows,
+    rows::{RowLayout, Rows},
     seeding,
 };
 use candle_core::{DType, Device, Shape, Tensor};
@@ -40,8 +43,14 @@ impl KMeans {
     fn planned(&self, x: &Tensor) -> Result<(Problem, Plan)> {
         let p = Problem::fit(x, self.k, self.metric)?;
         self.check(&p, x.device())?;
-        let plan = Plan::new(&p, x, self, primitives::arch(x.device())?);
+        let plan = self.plan_of(&p, Rows::of(x.into()).map(|rows| rows.layout()), x.device())?;
         Ok((p, plan))
+    }
+
+    /// The plan of a fit of rows that lie so; none if they do not lie in rows.
+    pub(crate) fn plan_of(&self, p: &Problem, layout: Option<RowLayout>, device: &Device) -> Result<Plan> {
+        let at_once = |fit: &FitResident| primitives::runs_at_once(fit, p.dtype, device);
+        Plan::new(p, layout, self, primitives::arch(device)?, at_once)
     }
 
     /// Clusters the rows of `x`, `(n, d)` or `(..batch, n, d)` in f16, bf16, f32 or f64, each problem of the batch on its own.
@@ -51,8 +60,7 @@ impl KMeans {
     /// (see [`check_finite`](Self::check_finite)), before the first iteration; and fails where the device does. See [`Error`].
     pub fn fit(&self, x: &Tensor) -> Result<Fit> {
         let (p, plan) = self.planned(x)?;
-        plan.announce();
-        let mut prepared = PreparedFit::new(self, p, x.device())?;
+        let mut prepared = PreparedFit::new(self, p, plan, x.device())?;
         prepared.load(x)?;
         let mut stopped = prepared.lloyd(0)?.is_break();
         if self.n_init == 1 {
@@ -85,7 +93,8 @@ impl KMeans {
             let with = "a prepared fit, which keeps one result".into();
             return Err(Error::Conflict { argument: "n_init", got: self.n_init.to_string(), with });
         }
-        PreparedFit::new(self, p, device)
+        let plan = self.plan_of(&p, Some(RowLayout::packed(p.d)), device)?;
+        PreparedFit::new(self, p, plan, device)
     }
 
     /// The labels of [`fit`](Self::fit), u32 `(..batch, n)`.
@@ -183,16 +192,20 @@ impl PreparedFit {
 
         let (settings, memory) = (&self.settings, &self.memory);
         let (centroids, labels, progress) = (&self.centroids, &self.labels, &self.progress);
-        let lloyd = Lloyd { settings, run, max_iters, asks, centroids, progress, memory, sums: None };
-        if !lloyd.watched() {
+        if let Some(plan) = &self.plan.steps.on_chip {
             let (metric, reduction) = (settings.metric, Reduction::of(settings.metric));
-            let fit = OnChipFit { x, terms: summands, metric, reduction, progress, max_iters, centroids, labels };
+            let fit = OnChipFit { plan, x, terms: summands, metric, reduction, progress, max_iters, centroids, labels };
             if primitives::fit_on_chip(&fit, memory)? {
                 self.iterations = Some(max_iters);
                 return Ok(ControlFlow::Continue(()));
             }
         }
+        let lloyd = Lloyd { settings, run, max_iters, asks, centroids, progress, memory, sums: None };
         let (flow, iterations) = lloyd.run(&mut Resident(self.block(x, summands)))?;
+        if self.plan.steps.on_chip.is_some_and(|plan| plan != OnChip::CpuLine) {
+            // The device has refused what it said that it runs; of the CPU's, other values may be for it.
+            self.plan = self.plan.without_on_chip(&self.p);
+        }
         self.iterations = Some(iterations);
         Ok(flow)
     }
@@ -273,13 +286,15 @@ impl Lloyd<'_> {
     /// Labels by the centroids that are there.
     fn assign(&self, block: Block<'_>, turn: Option<Turn<'_>>) -> Result<()> {
         let (c, metric) = (&Rows::new(self.centroids)?, self.settings.metric);
-        primitives::assign_into(Assignment { x: block.x, c, metric, turn }, block.labels.into(), self.memory)
+        let a = Assignment { plan: block.assign, x: block.x, c, metric, turn };
+        primitives::assign_into(a, block.labels.into(), self.memory)
     }
 
     /// Adds rows up by their labels; where all are in the block, for new centroids at once.
     fn add(&self, block: Block<'_>, labels: Labels<'_>, turn: Turn<'_>) -> Result<()> {
         let (reduction, turn) = (Reduction::of(self.settings.metric), Some(turn));
-        let u = Update { x: block.x, terms: block.summands, labels: Some(labels), reduction, turn };
+        let Block { x, summands: terms, update: plan, .. } = block;
+        let u = Update { plan, x, terms, labels: Some(labels), reduction, turn };
         match self.sums {
             Some(sums) => primitives::accumulate(&u, sums, self.memory),
             None => primitives::update(&u, self.centroids.into(), self.memory),

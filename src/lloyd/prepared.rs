@@ -15,6 +15,7 @@ use crate::{
     kmeans::{Init, KMeans},
     memory::{Fence, Memory},
     metric::Metric,
+    plan::Plan,
     primitives,
     problem::{self, Problem},
     request::{Progress, Summands},
@@ -65,6 +66,7 @@ pub struct PreparedFit {
     pub(super) fence: Fence,
     pub(super) settings: KMeans,
     pub(super) p: Problem,
+    pub(super) plan: Plan,
     pub(super) device: Device,
     /// `(b, k, d)` and u32 `(b, n)`.
     pub(super) centroids: Tensor,
@@ -103,7 +105,8 @@ impl fmt::Debug for PreparedFit {
 }
 
 impl PreparedFit {
-    pub(super) fn new(settings: &KMeans, p: Problem, device: &Device) -> Result<Self> {
+    pub(super) fn new(settings: &KMeans, p: Problem, plan: Plan, device: &Device) -> Result<Self> {
+        plan.announce();
         let fence = Fence::default();
         fence.write(device)?;
         let lengths = settings.lengths.as_ref().map(|lengths| p.read_lengths(lengths)).transpose()?;
@@ -130,6 +133,7 @@ impl PreparedFit {
             fence,
             settings,
             p,
+            plan,
             device,
             centroids,
             labels,
@@ -147,6 +151,11 @@ impl PreparedFit {
         };
         fit.drawn = fit.draw(fit.settings.seed)?;
         Ok(fit)
+    }
+
+    /// What the last run has run, and the next one will if its rows lie alike; before the first, what rows side by side will.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
     }
 
     /// The centroids, `(..batch, k, d)`. The next run overwrites them.
@@ -224,7 +233,12 @@ impl PreparedFit {
         (self.inertia, self.iterations) = (None, None);
         let x = x.detach();
         let x = if problem::share_storage(&x, &self.centroids) { x.force_contiguous()? } else { x };
-        let x = primitives::pack_for_assign(&x, self.p.k, self.p.metric, &mut self.copy)?;
+        let layout = Rows::of((&x).into()).map(|rows| rows.layout());
+        if layout != self.plan.steps.given {
+            self.plan = self.settings.plan_of(&self.p, layout, &self.device)?;
+            self.plan.announce();
+        }
+        let x = primitives::pack(&x, self.plan.pack, &mut self.copy)?;
         let counted = self.ragged.as_ref().map(|ragged| scan_counted(&x, &ragged.ones)).transpose()?;
         let mut summands = Summands::from_rows(&x)?;
         let mut first_bad = summands.first_nonfinite.clone();
@@ -275,6 +289,8 @@ impl PreparedFit {
         Block {
             x,
             summands,
+            assign: self.plan.steps.assign,
+            update: self.plan.steps.update,
             labels: &self.labels,
             weights: self.weights.as_ref().map(|weights| &weights.values),
             counted: self.ragged.as_ref().map(|ragged| &ragged.ones),
@@ -286,7 +302,8 @@ impl PreparedFit {
     pub(crate) fn fit_in_blocks(settings: &KMeans, x: &Tensor, blocks: usize, ranks: usize) -> Result<Fit> {
         let p = Problem::fit(x, settings.k, settings.metric)?;
         settings.check(&p, x.device())?;
-        let prepared = Self::new(settings, p, x.device())?;
+        let plan = settings.plan_of(&p, Rows::of(x.into()).map(|rows| rows.layout()), x.device())?;
+        let prepared = Self::new(settings, p, plan, x.device())?;
         prepared.seed(&Rows::new(x)?, 0, settings.seed)?;
         let Self { p, weights, ragged, centroids: start, settings, .. } = &prepared;
         let (weights, ragged, x) = (weights.as_ref(), ragged.as_ref(), &x.reshape((p.b, p.n, p.d))?);

@@ -46,7 +46,7 @@ impl<'a> Labelled<'a> {
     pub fn reduce_to(&self, to: Target<'_>, reduction: Reduction) -> Result<()> {
         let x = Rows::from_operand(&self.x)?;
         let (terms, labels) = (Summands::from_rows(&x)?, Some(Labels::Unsorted(&self.labels)));
-        primitives::update(&Update { x: &x, terms: &terms, labels, reduction, turn: None }, to, &Memory::default())
+        primitives::update(&Update::new(&x, &terms, labels, reduction, self.p.k)?, to, &Memory::default())
     }
 
     /// The rows of clusters' gradients, `(..batch, k, d)`, that the labels name, shaped as the rows.

@@ -165,7 +165,7 @@ pub(crate) fn in_graph<O: Binary>(op: O, x: &Tensor, labels: &Tensor) -> Result<
 
 fn assign_to(p: &Problem, labels: Target<'_>, x: &Operand<'_>, c: &Operand<'_>) -> Result<()> {
     let (x, c) = (Rows::from_operand(x)?, Rows::from_operand(c)?.broadcast(p.b));
-    primitives::assign_into(Assignment { x: &x, c: &c, metric: p.metric, turn: None }, labels, &Memory::default())
+    primitives::assign_into(Assignment::new(&x, &c, p.metric)?, labels, &Memory::default())
 }
 
 impl Binary for FlashAssign {

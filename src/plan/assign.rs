@@ -1,12 +1,36 @@
 //! Which kernel assigns rows, and what memory that takes.
 
 use super::arch::Arch;
-use crate::{metric::Metric, problem::Problem, rows::in_eights, tiles};
-use candle_core::{DType, Tensor};
+use crate::{metric::Metric, problem::Problem, rows::RowLayout, tiles};
+use candle_core::DType;
 use std::cell::Cell;
 
+/// How rows are assigned to the nearest of their centroids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) struct AssignPlan {
+    pub kernel: Assign,
+    /// Whether the rows are first copied to where this kernel can read them.
+    pub pack: bool,
+    /// Whether one launch prepares the centroids, a block to a problem, for kernels on tensor cores that do not split rows.
+    pub prepare_all: bool,
+}
+
+impl AssignPlan {
+    /// For `b` problems of `n` rows that lie so, with `d` columns, and `k` centroids each, of which there are so many `copies`:
+    /// one that all problems share, or one a problem.
+    pub fn new(dtype: DType, metric: Metric, sizes: [usize; 4], copies: usize, layout: RowLayout, arch: Arch) -> Self {
+        let kernel = Assign::choose(dtype, metric, sizes, arch);
+        let prepare_all = match arch {
+            Arch::Cpu => false,
+            Arch::Cuda { processors, .. } => sizes[2] <= tiles::PREPARE_CENTROIDS && copies <= processors,
+        };
+        Self { kernel, pack: kernel.in_eights(dtype) && !layout.is_aligned(8), prepare_all }
+    }
+}
+
 /// An assignment kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Assign {
     CpuGemm,
     CpuManhattan,
@@ -79,7 +103,7 @@ impl Assign {
 
     /// The kernel for `b` problems of `n` rows with `d` columns and `k` centroids: the first candidate, but for sizes
     /// where `bench tune` has found another one faster (benches/record).
-    pub fn choose(dtype: DType, metric: Metric, [b, n, k, d]: [usize; 4], arch: Arch) -> Self {
+    fn choose(dtype: DType, metric: Metric, [b, n, k, d]: [usize; 4], arch: Arch) -> Self {
         let mut candidates = Self::candidates(dtype, metric, [k, d], arch);
         // The copy engine's coordinates are 32-bit integers. (f32 rows come to it a piece at a time.)
         if k.max(b) > SM90_MOST || (n > SM90_MOST && dtype != DType::F32) {
@@ -112,14 +136,13 @@ impl Assign {
 
 thread_local!(static FORCED: Cell<Option<&'static str>> = const { Cell::new(None) });
 
-/// Makes this thread use the assignment kernel of that name wherever it can, and no kernel that does the work of several: for
-/// tests and tuning.
+/// Makes this thread plan with the assignment kernel of that name wherever it can, and with no kernel that does the work of several:
+/// for tests and tuning. A prepared fit keeps the plan that it was made with.
 pub fn force(kernel: Option<&'static str>) {
     FORCED.set(kernel);
 }
 
-/// Whether there is such a name.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+/// Whether an assignment kernel is forced.
 pub(crate) fn forced() -> bool {
     FORCED.get().is_some()
 }
@@ -163,13 +186,13 @@ pub(crate) fn sm90_shape(d: usize) -> (usize, usize) {
     }
 }
 
-/// What it takes on a GPU to assign the rows of `b` problems to `k` centroids each, in bytes.
-pub(super) fn assign_scratch(p: &Problem, b: u64, k: u64, x: &Tensor, arch: Arch) -> u64 {
+/// What it takes on a GPU to assign the rows of `b` problems, which lie so, to `k` centroids each, in bytes.
+pub(super) fn assign_scratch(p: &Problem, b: u64, k: u64, layout: RowLayout, arch: Arch) -> u64 {
     let (bn, d) = (b * p.n as u64, p.d as u64);
     let (eights, halves) = (2 * p.d.next_multiple_of(8) as u64, 4 * p.d.next_multiple_of(32) as u64);
     let filter = if p.dtype == DType::F64 { 8 } else { 4 };
-    let choose = |b: u64, k: u64| Assign::choose(p.dtype, p.metric, [b as usize, p.n, k as usize, p.d], arch);
-    let assign = choose(b, k);
+    let sizes = [b as usize, p.n, k as usize, p.d];
+    let AssignPlan { kernel: assign, pack, .. } = AssignPlan::new(p.dtype, p.metric, sizes, p.b, layout, arch);
     // Moved centroids and the table of their hashes, halves of rows, and the list of rows left to recheck.
     let tensor = b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights.max(halves) + 64);
     let split = (halves + 16) * bn.min(split_rows(p.d) as u64);
@@ -180,8 +203,6 @@ pub(super) fn assign_scratch(p: &Problem, b: u64, k: u64, x: &Tensor, arch: Arch
         (Assign::Narrow, _) => 0,
         _ => b * (k + 1) * (d + 1) * filter + 4 * bn,
     };
-    // Rows that the fit itself does not need to have packed.
-    let kept = choose(p.b as u64, p.k as u64).in_eights(p.dtype);
-    let packed = if assign.in_eights(p.dtype) && !kept && !in_eights(x) { bn * eights } else { 0 };
+    let packed = if pack { bn * eights } else { 0 };
     scratch + packed + b * (4 * d + 96)
 }

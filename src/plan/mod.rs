@@ -1,158 +1,111 @@
-//! What a fit will run, decided from the problem alone, and printable.
+//! What a fit runs, decided once from its sizes, its rows' layout and the device. Ops take their part of it and choose nothing.
 
 pub(crate) mod arch;
 pub(crate) mod assign;
+mod bytes;
 pub(crate) mod on_chip;
 pub(crate) mod sort;
+pub(crate) mod update;
 
 use crate::{
-    kmeans::{drawn, EmptyClusters, Init, KMeans},
+    error::Result,
+    kmeans::{EmptyClusters, KMeans},
     metric::Metric,
     problem::Problem,
-    rows::in_eights,
+    rows::RowLayout,
 };
-use arch::{shared_memory, Arch};
-use assign::{assign_scratch, Assign};
-use candle_core::{DType, Tensor};
-use on_chip::{FitNarrow, FitResident};
-use sort::Sort;
+use arch::Arch;
+use assign::AssignPlan;
+use bytes::bytes;
+use on_chip::{FitResident, OnChip};
 use std::{collections::HashSet, fmt, sync::Mutex};
+use update::UpdatePlan;
 
 /// The kernels, tiles and memory of a fit. Set `FLASH_KMEANS_PRINT_PLAN=1` to have each new plan printed once to stderr.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Plan {
-    /// The assignment kernel.
+    /// The assignment kernel. Where one kernel does all iterations at once, it is here and in [`update`](Self::update).
     pub assign: &'static str,
-    /// Rows of its tile.
+    /// Rows of its tile: what a block works on at a time, or keeps for a whole fit.
     pub rows: usize,
     /// Centroids of its tile.
     pub centroids: usize,
     /// Whether the rows are first copied to where this kernel can read them.
     pub pack: bool,
-    /// The update kernel.
+    /// The update kernel. On the CPU, `cpu_line` leaves problems to the others whose values are not for it: not finite, or too far
+    /// apart.
     pub update: &'static str,
     /// Upper bound on the memory of a fit beyond its input, in bytes, on the input's device: results, accumulators, and the
     /// scratch of the kernels and of the initialisation. A layout that must be copied adds one copy of the input.
     pub bytes: u64,
+    /// What the ops of the fit take.
+    pub(crate) steps: Steps,
+}
+
+/// The parts of a plan that ops execute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Steps {
+    /// The layout that the plan was made for; none if what is given is not laid out in rows.
+    pub given: Option<RowLayout>,
+    /// That of the rows as ops read them, which have been packed by then if they have to be.
+    pub layout: RowLayout,
+    /// What does all iterations, before the others are asked.
+    pub on_chip: Option<OnChip>,
+    pub assign: AssignPlan,
+    pub update: UpdatePlan,
 }
 
 impl Plan {
-    pub(crate) fn new(p: &Problem, x: &Tensor, settings: &KMeans, arch: Arch) -> Self {
-        let ragged = settings.lengths.is_some();
-        let weighted = ragged || settings.weights.is_some();
-        let cpu = arch == Arch::Cpu;
-        let filter = if p.dtype == DType::F64 { 8 } else { 4 };
-        let (b, n, k, d) = (p.b as u64, p.n as u64, p.k as u64, p.d as u64);
+    /// For rows that lie as `given`. `runs_at_once`: whether the device runs all blocks of this launch at once.
+    pub(crate) fn new(
+        p: &Problem,
+        given: Option<RowLayout>,
+        settings: &KMeans,
+        arch: Arch,
+        runs_at_once: impl FnOnce(&FitResident) -> Result<bool>,
+    ) -> Result<Self> {
         let sizes = [p.b, p.n, p.k, p.d];
-        let assign = Assign::choose(p.dtype, p.metric, sizes, arch);
-        let (rows, centroids) = assign.tile(p.d);
-        let factors = weighted || p.metric == Metric::Cosine;
-        let pack = assign.in_eights(p.dtype) && !in_eights(x);
+        let assign = |layout| AssignPlan::new(p.dtype, p.metric, sizes, p.b, layout, arch);
+        // Of rows that are copied anyway nothing is known yet.
+        let unknown = RowLayout { alignment: 0, stride: p.d };
+        let pack = assign(given.unwrap_or(unknown)).pack;
+        let layout = match given {
+            Some(given) if !pack => given,
+            _ => RowLayout::packed(if pack { p.d.next_multiple_of(8) } else { p.d }),
+        };
+        let factors = settings.weights.is_some() || settings.lengths.is_some() || p.metric == Metric::Cosine;
         let watched = settings.on_iteration.is_some() || settings.empty == EmptyClusters::Relocate;
-        let line = p.d == 1 && p.metric == Metric::SquaredEuclidean && p.dtype != DType::F64 && !watched;
-        let update = match (cpu, p.metric) {
-            (true, _) if line => "cpu_line",
-            (true, Metric::Manhattan) => "cpu_medians",
-            (true, _) => "cpu_sums",
-            (false, Metric::Manhattan) => "medians",
-            (false, _) if watched => "update",
-            (false, _) if FitNarrow::new(p.dtype, p.metric, sizes, arch).is_some() => "fit_narrow",
-            (false, _) if FitResident::new(p.dtype, p.metric, factors, sizes, arch).is_some() => "fit_resident",
-            (false, _) => "update",
+        let on_chip = match watched {
+            true => None,
+            false => OnChip::new(p.dtype, p.metric, sizes, layout, factors, arch, runs_at_once)?,
         };
-        let (bn, size) = (b * n, p.dtype.size_in_bytes() as u64);
-        let eights = 2 * p.d.next_multiple_of(8) as u64;
-        // What a fit has from beginning to end: labels, centroids, weights and factors, rows in eights.
-        // (With what weights were before they are in units; on a GPU, where it stays in the pool, with what seeds weigh by cosine.)
-        let directed = if cpu { 8 * bn } else { 24 * bn };
-        let weighed = if weighted { 8 * bn } else { 0 }
-            + if p.metric == Metric::Cosine { directed } else { 0 }
-            + if settings.weights.is_some() { 16 * bn } else { 0 };
-        let packed = if pack { bn * eights } else { 0 };
-        // Which rows count, as bytes and as numbers; and, once, what is found of each row.
-        let ragged = if ragged { bn * if cpu { 112 } else { 48 } } else { 0 };
-        let kept = 4 * bn + b * k * d * size + weighed + ragged + packed + 64 * b;
-        // Then one after another. First the distances to what is chosen and their keys; the rows that k-means|| draws,
-        // their prepared copy and its labels.
-        // On a GPU also what assigns rows to those, and all that is held of each row meanwhile.
-        let (drawn, begins) = match settings.init {
-            Init::KMeansPlusPlus => (k, 16 * bn),
-            Init::KMeansParallel => {
-                let drawn = drawn(k).min(n);
-                let joined = b * k * d * size;
-                let rows = if cpu { 56 * n } else { 64 * n + joined + assign_scratch(p, 1, drawn, x, arch) };
-                (drawn, rows + drawn * (d * (size + filter) + eights + 64))
-            }
-            Init::Random if settings.weights.is_some() && !cpu => (k, 16 * bn),
-            _ => (k, 0),
+        let update = UpdatePlan::new(p.dtype, sizes, layout, p.metric == Metric::Manhattan, factors, arch);
+        let steps = Steps { given, layout, on_chip, assign: assign(layout), update };
+        Ok(Self::from_steps(p, steps, pack, bytes(p, &steps, pack, settings, arch)))
+    }
+
+    /// The same fit without a kernel that does all iterations.
+    pub(crate) fn without_on_chip(&self, p: &Problem) -> Self {
+        Self::from_steps(p, Steps { on_chip: None, ..self.steps }, self.pack, self.bytes)
+    }
+
+    fn from_steps(p: &Problem, steps: Steps, pack: bool, bytes: u64) -> Self {
+        let (kernel, reduces) = (steps.assign.kernel, steps.update.kernel);
+        let (assign, update, (rows, centroids)) = match steps.on_chip {
+            Some(fit) => (fit.name(), fit.name(), fit.tile(p.n, p.k)),
+            None => (kernel.name(), reduces.name(), kernel.tile(p.d)),
         };
-        // What rows weigh as seeds, and how that is found.
-        let seeds = if p.metric == Metric::Cosine || !settings.check_finite { 32 * bn } else { 0 };
-        let begins = begins + b * k * d * size + seeds;
-        // The loop: what assigns.
-        let (assigns, updates) = if cpu {
-            let threads = rayon::current_num_threads() as u64 + 1;
-            let rows = rows.min(p.n) as u64;
-            let tile = rows * (filter * (2 * d + drawn.min(centroids as u64)) + 96 + 16 * drawn.min(64));
-            // Clusters of one problem share its rows, and each problem at work may have them all in one cluster.
-            let medians = if p.metric == Metric::Manhattan { 64 * n * threads.min(b) } else { 0 };
-            let moves = if settings.empty == EmptyClusters::Relocate { 24 * bn + 8 * n } else { 0 };
-            // The sums of a part, and those that no integer of its scale holds.
-            let sums = threads * (128 + 1280) * d;
-            (
-                threads * tile + (b + threads.min(b)) * k * (filter * d + 64) + 64 * bn.div_ceil(rows),
-                moves + medians + sums,
-            )
-        } else {
-            (assign_scratch(p, b, k, x, arch), 0)
-        };
-        // And what updates: the order, its counts, and the sums of clusters that are under way.
-        let shared = shared_memory(arch).unwrap_or(usize::MAX);
-        let order = [false, true].map(|ascending| {
-            let sort = Sort::new([p.b, p.n, p.k], ascending, shared);
-            let counts = if cpu { b * k } else { b * sort.bins as u64 * (sort.chunks as u64 + 3) };
-            4 * bn * sort.passes.min(2) as u64 + 8 * b * (k + 1) + 4 * counts
-        });
-        let order = order[0].max(order[1]);
-        let medians = if p.metric == Metric::Manhattan { b * k * d * size } else { 0 };
-        let sums = match update {
-            _ if cpu => b * k * (8 + 24 * d),
-            "fit_resident" => b * k * (32 * p.d.next_multiple_of(64) as u64 + 24),
-            _ => b * k * (16 * (d + 1) + 16) + 4 * b,
-        };
-        // Rows in order and their prefix sums, of as many problems as there are threads, and all results. Values that are
-        // not for this are fitted as others are.
-        let lines = match update {
-            "cpu_line" => {
-                let threads = b.min(rayon::current_num_threads() as u64);
-                4 * bn + b * (2 * k * size + 96) + threads * (if weighted { 64 } else { 44 } * n + 96 * k)
-            }
-            _ => 0,
-        };
-        let loops = (assigns.max(updates + order + medians) + sums).max(lines);
-        // Last, the distances of the rows, and times their weights; which are infinite, and which are of rows that count.
-        let ends = if weighted { 21 } else { 13 } * bn + if settings.check_finite { 0 } else { 32 * bn } + order;
-        // Rows move by their distances while the loop's memory is held, and so do all later starts and results.
-        let relocates = if !cpu && settings.empty == EmptyClusters::Relocate { ends } else { 0 };
-        let result = 4 * bn + b * k * (d * size + 4) + 64 * b;
-        let (loops, held) = (loops + relocates, if cpu { 0 } else { loops });
-        let more = match settings.n_init {
-            0..=1 => begins.max(ends).max(loops),
-            // The best result and the last one, and of these the better of each problem.
-            _ => (loops + result).max(held + (begins + result).max(ends + 2 * result).max(3 * result)),
-        };
-        let bytes = kept + more + if cpu { begins.min(assigns) } else { 0 } + 65536;
-        Self { assign: assign.name(), rows, centroids, pack, update, bytes }
+        Self { assign, rows, centroids, pack, update, bytes, steps }
     }
 
     /// Prints the plan if asked for and not yet printed.
     pub(crate) fn announce(&self) {
-        static SEEN: Mutex<Option<HashSet<Plan>>> = Mutex::new(None);
+        static SEEN: Mutex<Option<HashSet<String>>> = Mutex::new(None);
         if std::env::var_os("FLASH_KMEANS_PRINT_PLAN").is_some_and(|v| v == "1") {
-            let mut seen = SEEN.lock().unwrap_or_else(|e| e.into_inner());
-            if seen.get_or_insert_with(HashSet::new).insert(self.clone()) {
-                eprintln!("flash-kmeans: {self}");
+            let (mut seen, plan) = (SEEN.lock().unwrap_or_else(|e| e.into_inner()), self.to_string());
+            if seen.get_or_insert_with(HashSet::new).insert(plan.clone()) {
+                eprintln!("flash-kmeans: {plan}");
             }
         }
     }
@@ -160,12 +113,44 @@ impl Plan {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { assign, rows, centroids, pack, update, bytes } = self;
+        let Self { assign, rows, centroids, pack, update, bytes, steps } = self;
         let packed = if *pack { " on packed rows" } else { "" };
-        write!(
-            f,
-            "assign {assign}{packed} in tiles of {rows} x {centroids}, update {update}, at most {:.1} MiB",
-            *bytes as f64 / 1048576.0
-        )
+        match steps.on_chip {
+            Some(_) => write!(f, "whole fit by {update}{packed} in tiles of {rows} x {centroids}")?,
+            None => write!(f, "assign {assign}{packed} in tiles of {rows} x {centroids}, update {update}")?,
+        }
+        write!(f, ", at most {:.1} MiB", *bytes as f64 / 1048576.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::DType;
+
+    /// The plan of f16 rows on an H100 whose blocks run at once, or do not.
+    fn plan([n, k, d]: [usize; 3], given: RowLayout, at_once: bool) -> Plan {
+        let arch = Arch::Cuda { capability: 90, processors: 132 };
+        let p = Problem::of(&[n, d], DType::F16, k, Metric::default()).unwrap();
+        Plan::new(&p, Some(given), &KMeans::new(k), arch, |_| Ok(at_once)).unwrap()
+    }
+
+    #[test]
+    fn whole_fits_are_planned_where_they_run() {
+        let names = |plan: Plan| (plan.assign, plan.update, plan.pack);
+        let [aligned, odd] = [RowLayout::packed(32), RowLayout::packed(33)];
+        // Rows of little work are read where they are, and these kernels cannot.
+        assert_eq!(names(plan([1000, 16, 32], aligned, true)), ("fit_resident", "fit_resident", false));
+        assert_eq!(names(plan([1000, 16, 32], aligned, false)), ("assign_simt_dot", "update", false));
+        assert_eq!(names(plan([1000, 16, 32], odd, true)), ("assign_simt_dot", "update_narrow", false));
+        // Packed rows are like aligned ones to what comes after.
+        let [aligned, odd] = [RowLayout::packed(128), RowLayout::packed(129)];
+        for (layout, pack) in [(aligned, false), (odd, true)] {
+            assert_eq!(names(plan([2048, 64, 128], layout, true)), ("fit_resident", "fit_resident", pack));
+            assert_eq!(names(plan([2048, 64, 128], layout, false)), ("assign_small", "update", pack));
+        }
+        let without = plan([2048, 64, 128], odd, true);
+        let p = Problem::of(&[2048, 128], DType::F16, 64, Metric::default()).unwrap();
+        assert_eq!(names(without.without_on_chip(&p)), ("assign_small", "update", true));
     }
 }

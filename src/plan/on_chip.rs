@@ -1,13 +1,71 @@
-//! Whole fits in one launch.
+//! Whole fits at once.
 
 use super::{
     arch::{shared_memory, Arch, STATIC_SHARED},
     assign::{forced, narrow_columns, narrow_shared},
 };
-use crate::{metric::Metric, tiles};
+use crate::{error::Result, metric::Metric, rows::RowLayout, tiles};
 use candle_core::DType;
 
+/// What does all iterations of a fit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum OnChip {
+    /// `cpu::sorted_1d`
+    CpuLine,
+    /// `fit_narrow.cu`
+    Narrow(FitNarrow),
+    /// `fit_resident.cu`
+    Resident(FitResident),
+}
+
+impl OnChip {
+    /// For `b` problems of `n` rows that lie so, with `d` columns, and `k` centroids each; none where the loop is for them.
+    /// `weighted`: whether terms have factors. `runs_at_once`: whether the device runs all blocks of this launch at once.
+    pub fn new(
+        dtype: DType,
+        metric: Metric,
+        sizes: [usize; 4],
+        layout: RowLayout,
+        weighted: bool,
+        arch: Arch,
+        runs_at_once: impl FnOnce(&FitResident) -> Result<bool>,
+    ) -> Result<Option<Self>> {
+        if forced() {
+            return Ok(None);
+        }
+        if arch == Arch::Cpu {
+            // Squares of f64 can underflow to ties.
+            let line = sizes[3] == 1 && metric == Metric::SquaredEuclidean && dtype != DType::F64;
+            return Ok(line.then_some(Self::CpuLine));
+        }
+        if let Some(narrow) = FitNarrow::new(dtype, metric, sizes, arch) {
+            return Ok(Some(Self::Narrow(narrow)));
+        }
+        match FitResident::new(dtype, metric, weighted, sizes, arch) {
+            Some(fit) if layout.is_aligned(8) && runs_at_once(&fit)? => Ok(Some(Self::Resident(fit))),
+            _ => Ok(None),
+        }
+    }
+
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::CpuLine => "cpu_line",
+            Self::Narrow(_) => "fit_narrow",
+            Self::Resident(fit) => fit.name(),
+        }
+    }
+
+    /// Rows and centroids that a block, or a thread of the CPU, works on, of problems of `n` rows and `k` centroids.
+    pub(super) fn tile(&self, n: usize, k: usize) -> (usize, usize) {
+        match self {
+            Self::CpuLine | Self::Narrow(_) => (n, k),
+            Self::Resident(fit) => (fit.rows, fit.padded),
+        }
+    }
+}
+
 /// The launch of `fit_narrow.cu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) struct FitNarrow {
     pub threads: usize,
@@ -19,7 +77,7 @@ pub(crate) struct FitNarrow {
 impl FitNarrow {
     /// For `b` problems of `n` rows that fit in a block's shared memory, and of which there are enough, or which are small
     /// enough, not to be shared by several blocks.
-    pub fn new(dtype: DType, metric: Metric, [b, n, k, d]: [usize; 4], arch: Arch) -> Option<Self> {
+    fn new(dtype: DType, metric: Metric, [b, n, k, d]: [usize; 4], arch: Arch) -> Option<Self> {
         let most = shared_memory(arch)?;
         let centroids = narrow_shared(dtype, k, d)?.next_multiple_of(16);
         let columns = narrow_columns(d);
@@ -35,14 +93,16 @@ impl FitNarrow {
         let blocks = (most + STATIC_SHARED) / (shared + BLOCK_SHARED);
         let many = (resident / blocks.max(1) / 32 * 32).clamp(32, threads);
         let threads = if b < tiles::FIT_PROBLEMS { threads } else { many }.min(n.next_multiple_of(32));
-        (fits && worth_it && !forced()).then_some(Self { threads, shared, centroids })
+        (fits && worth_it).then_some(Self { threads, shared, centroids })
     }
 }
 
 /// The launch of `fit_resident.cu`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) struct FitResident {
+    /// Whether terms have factors.
+    pub weighted: bool,
     /// Teams, and blocks of each: no more of both than run at once.
     pub teams: usize,
     pub blocks: usize,
@@ -54,13 +114,20 @@ pub(crate) struct FitResident {
 }
 
 impl FitResident {
-    /// For `b` problems of `n` rows that fit in the shared memory of blocks that run at once. `weighted`: whether terms have
-    /// factors.
-    pub fn new(dtype: DType, metric: Metric, weighted: bool, [b, n, k, d]: [usize; 4], arch: Arch) -> Option<Self> {
+    pub fn name(&self) -> &'static str {
+        if self.weighted {
+            "fit_resident_weighted"
+        } else {
+            "fit_resident"
+        }
+    }
+
+    /// For `b` problems of `n` rows that fit in the shared memory of blocks that run at once.
+    fn new(dtype: DType, metric: Metric, weighted: bool, [b, n, k, d]: [usize; 4], arch: Arch) -> Option<Self> {
         let Arch::Cuda { capability, processors } = arch else { return None };
         let halves = capability >= 80 && matches!(dtype, DType::F16 | DType::BF16) && metric != Metric::Manhattan;
         let columns = d.is_multiple_of(8) && (16..=tiles::TEAM_COLUMNS).contains(&d);
-        if !halves || !columns || k > tiles::TEAM_CENTROIDS || forced() {
+        if !halves || !columns || k > tiles::TEAM_CENTROIDS {
             return None;
         }
         let most = shared_memory(arch)?;
@@ -75,7 +142,14 @@ impl FitResident {
             let teams = b.min(processors / blocks);
             // Problems that have to wait for others are better off in kernels that take all at once.
             let soon = b.div_ceil(teams.max(1)) <= tiles::TEAM_TURNS;
-            (rows <= tiles::SUM_ROWS && shared <= most && soon).then_some(Self { teams, blocks, rows, padded, shared })
+            (rows <= tiles::SUM_ROWS && shared <= most && soon).then_some(Self {
+                weighted,
+                teams,
+                blocks,
+                rows,
+                padded,
+                shared,
+            })
         };
         // As many blocks as there are, if all problems run at once; the fewest that do, if not.
         let wide = (processors / b.max(1)).min(n.div_ceil(tiles::TEAM_ROWS)).max(1);
@@ -102,7 +176,7 @@ mod tests {
                     for weighted in [false, true] {
                         let sizes = [b, n, k, d];
                         let plan = FitResident::new(DType::F16, Metric::SquaredEuclidean, weighted, sizes, arch);
-                        let Some(FitResident { teams, blocks, rows, padded, shared }) = plan else { continue };
+                        let Some(FitResident { teams, blocks, rows, padded, shared, .. }) = plan else { continue };
                         some += 1;
                         assert!(
                             teams >= 1 && teams * blocks <= processors && teams <= b,

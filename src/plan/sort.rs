@@ -1,9 +1,10 @@
 //! How labels are sorted.
 
+use super::arch::{shared_memory, Arch};
 use crate::tiles;
 
-/// How labels are sorted.
-#[derive(Clone, Copy, Debug)]
+/// How labels are sorted on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) struct Sort {
     pub way: SortWay,
@@ -19,7 +20,7 @@ pub(crate) struct Sort {
 }
 
 /// The kernel of `sort.cu` that places rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum SortWay {
     /// `order_whole`
     Whole,
@@ -32,9 +33,13 @@ pub(crate) enum SortWay {
 }
 
 impl Sort {
-    /// For `b` problems of `n` labels below `k`, in blocks of `shared` bytes of shared memory. `ascending`:
-    /// whether it matters in what order the rows of a cluster are.
-    pub fn new([b, n, k]: [usize; 3], ascending: bool, shared: usize) -> Self {
+    /// For `b` problems of `n` labels below `k`. `ascending`: whether it matters in what order the rows of a cluster are.
+    pub fn new(sizes: [usize; 3], ascending: bool, arch: Arch) -> Self {
+        Self::within(sizes, ascending, shared_memory(arch).unwrap_or(usize::MAX))
+    }
+
+    /// The same in blocks of `shared` bytes of shared memory.
+    fn within([b, n, k]: [usize; 3], ascending: bool, shared: usize) -> Self {
         let bits = usize::BITS - (k - 1).leading_zeros();
         let passes = if k <= tiles::SORT_BINS { 1 } else { bits.div_ceil(tiles::SORT_BINS.ilog2()) };
         let bits = bits.div_ceil(passes);
@@ -81,7 +86,7 @@ mod tests {
             for k in [1, 2, 100, 4096, 8192, 8193, 1 << 20] {
                 for (b, n) in [(1, 1), (1, 16_384), (1, 1 << 25), (70, 16_385), (2880, 8192)] {
                     for ascending in [false, true] {
-                        let Sort { way, bins, threads, rows, chunks, .. } = Sort::new([b, n, k], ascending, shared);
+                        let Sort { way, bins, threads, rows, chunks, .. } = Sort::within([b, n, k], ascending, shared);
                         let words = |rows| 4 * (2 * bins + 1 + rows);
                         let (bytes, tile) = match way {
                             SortWay::Whole => (words(n), threads * tiles::SORT_ITEMS),

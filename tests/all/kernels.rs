@@ -2,7 +2,7 @@
 
 use crate::common::*;
 use candle_core::{DType, Tensor};
-use candle_flash_kmeans::{assign, testing, KMeans, Metric};
+use candle_flash_kmeans::{assign, testing, Metric};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
@@ -21,7 +21,7 @@ fn check(x: &Tensor, c: &Tensor, metric: Metric, what: &str) {
             let what = format!("{what}: {:?} {:?} {:?} {metric:?} by {kernel}", x.dims(), c.dims(), x.dtype());
             let wrong = u32s(&labels).iter().zip(&want).filter(|(a, b)| a != b).count();
             assert_eq!(wrong, 0, "{what}: of {} labels", want.len());
-            assert_eq!(launched.iter().any(|l| l.starts_with(kernel)), device.is_cuda(), "{what}: {launched:?}");
+            assert!(launched.iter().any(|l| l.starts_with(kernel)), "{what}: {launched:?}");
         }
     }
 }
@@ -275,32 +275,5 @@ fn extremes() {
         let x = tensor(&[65, 24], dtype, |i| x[i]);
         let c = uniform(&[200, 24], 0.0, 1.0, dtype, &mut rng);
         check(&x, &c, Metric::SquaredEuclidean, "not finite");
-    }
-}
-
-/// A plan names the kernel that runs, and says when rows have to be copied for it.
-#[test]
-fn plans_name_what_runs() {
-    for device in devices() {
-        for (dtype, d, strange) in [(DType::F16, 64, false), (DType::BF16, 65, true), (DType::F32, 64, false)] {
-            let x = uniform(&[300, d], 0.0, 1.0, dtype, &mut rng(36)).to_device(&device).unwrap();
-            for kernel in testing::candidates(&x, 5, Metric::SquaredEuclidean).unwrap() {
-                testing::force(Some(kernel));
-                let settings = KMeans::new(5).max_iters(2);
-                let plan = settings.plan(&x).unwrap();
-                testing::launches();
-                settings.fit(&x).unwrap();
-                let launched = testing::launches();
-                testing::force(None);
-                assert_eq!(plan.assign, kernel);
-                assert_eq!(plan.pack, strange && kernel.contains("_sm"));
-                let packs = launched.iter().filter(|l| l.starts_with("pack")).count();
-                assert_eq!(packs, plan.pack as usize, "once for all iterations: {launched:?}");
-                if device.is_cuda() {
-                    let ran = |l: &&String| l.starts_with("assign_");
-                    assert!(launched.iter().filter(ran).all(|l| l.starts_with(kernel)), "{launched:?}");
-                }
-            }
-        }
     }
 }

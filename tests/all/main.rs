@@ -23,6 +23,7 @@ mod minibatch;
 mod numbers;
 mod ops;
 mod order;
+mod plan;
 mod prepared;
 mod properties;
 mod ragged;

@@ -1,26 +1,18 @@
-//! Exact labels: which kernel of `kernels/assign_*.cu` finds them, and rows where it can read them.
+//! Exact labels: the kernels of `kernels/assign/`, and rows where they can read them.
 
 mod simt;
 mod split;
 pub(crate) mod tensor_core;
 
 use super::{
-    device::{arch, device},
+    device::device,
     kernel::launch,
     memory::{alloc, elements, Memory},
     params::shape,
     rows::{copy_strided, rows_of_a_pass},
     tensors::{read, tensor, typed, write, Element},
 };
-use crate::{
-    error::Result,
-    metric::Metric,
-    operand::Target,
-    plan::assign::Assign,
-    request::Assignment,
-    rows::{in_eights, Rows},
-    tiles::THREADS,
-};
+use crate::{error::Result, operand::Target, plan::assign::Assign, request::Assignment, rows::Rows, tiles::THREADS};
 use candle_core::{
     cuda_backend::{cudarc::driver::PushKernelArg, CudaDevice},
     Tensor,
@@ -29,57 +21,43 @@ use candle_core::{
 /// FlashAssign: one pass that proves most labels, one that settles the rest. Scratch beyond the prepared centroids: 8
 /// bytes a row.
 pub(crate) fn assign_into(a: Assignment<'_>, labels: Target<'_>, memory: &Memory) -> Result<()> {
-    let Assignment { x, c, metric, .. } = a;
+    let Assignment { plan, x, .. } = a;
     if x.b == 0 || x.n == 0 {
         return Ok(());
     }
     let dev = device(&x.operand)?;
-    let kernel = Assign::choose(x.dtype(), metric, [x.b, x.n, c.n, x.d], arch(dev)?);
-    typed!(x.dtype(), T => write(labels, |to| match (kernel, T::HALF) {
+    typed!(x.dtype(), T => write(labels, |to| match (plan.kernel, T::HALF) {
         (Assign::Sm80 | Assign::Small | Assign::Sm90, Some(half)) => {
-            let x = pack::<T>(dev, x)?;
-            tensor_core::assign::<T>(dev, kernel, half, Assignment { x: &x, ..a }, to, memory)
+            let packed = if plan.pack { Some(packed::<T>(dev, x)?) } else { None };
+            let a = Assignment { x: packed.as_ref().unwrap_or(x), ..a };
+            tensor_core::assign::<T>(dev, half, a, to, memory)
         }
-        (Assign::Sm80 | Assign::Sm90, None) => split::assign(dev, kernel, a, to, memory),
+        (Assign::Sm80 | Assign::Sm90, None) => split::assign(dev, a, to, memory),
         (Assign::Narrow, _) => simt::assign_narrow::<T>(dev, a, to),
         _ => simt::assign::<T>(dev, a, to, memory),
     }))
 }
 
-/// The rows as they lie, or where the kernel can read them, in `copy`: of eight columns each if it reads such.
-pub(crate) fn pack_for_assign(
-    x: &Tensor,
-    k: usize,
-    metric: Metric,
-    copy: &mut Option<Tensor>,
-) -> Result<Rows<'static>> {
-    let dev = device(x)?;
-    let (rank, view) = (x.rank(), Rows::of(x.into()));
+/// The rows of `x` in `copy`, `(b, n, pitch)`.
+pub(crate) fn pack(x: &Tensor, pitch: usize, copy: &mut Option<Tensor>) -> Result<Rows<'static>> {
+    let (dev, rank) = (device(x)?, x.rank());
     let (b, n, d) = (x.dims()[..rank - 2].iter().product(), x.dims()[rank - 2], x.dims()[rank - 1]);
-    let eights = Assign::choose(x.dtype(), metric, [b, n, k, d], arch(dev)?).in_eights(x.dtype());
-    let pitch = if eights { d.next_multiple_of(8) } else { d };
-    match view {
-        Some(rows) if !eights || in_eights(&rows.operand) || x.elem_count() == 0 => Ok(rows),
-        view => typed!(x.dtype(), T => {
-            // The rows of the last run were in the same place, which a captured run looks for.
-            let to = match copy.take().filter(|kept| kept.dims() == [b, n, pitch]) {
-                Some(kept) => kept,
-                None => tensor(dev, alloc::<T>(dev, "pack", elements(&[b, n, pitch]))?, (b, n, pitch)),
-            };
-            match view {
-                Some(rows) => pack_into::<T>(dev, &rows, &to)?,
-                None => write::<T>(&to, |to| copy_strided(dev, x, pitch, to))?,
-            }
-            Ok(first_columns(copy.insert(to), d)?)
-        }),
-    }
+    typed!(x.dtype(), T => {
+        // The rows of the last run were in the same place, which a captured run looks for.
+        let to = match copy.take().filter(|kept| kept.dims() == [b, n, pitch]) {
+            Some(kept) => kept,
+            None => tensor(dev, alloc::<T>(dev, "pack", elements(&[b, n, pitch]))?, (b, n, pitch)),
+        };
+        match Rows::of(x.into()) {
+            Some(rows) => pack_into::<T>(dev, &rows, &to)?,
+            None => write::<T>(&to, |to| copy_strided(dev, x, pitch, to))?,
+        }
+        Ok(first_columns(copy.insert(to), d)?)
+    })
 }
 
-/// The rows themselves, or a copy in multiples of eight columns.
-fn pack<'a, T: Element>(dev: &CudaDevice, x: &Rows<'a>) -> Result<Rows<'a>> {
-    if in_eights(&x.operand) || x.b == 0 || x.n == 0 {
-        return Ok(x.clone());
-    }
+/// A copy of the rows in multiples of eight columns.
+fn packed<T: Element>(dev: &CudaDevice, x: &Rows) -> Result<Rows<'static>> {
     let shape = (x.b, x.n, x.d.next_multiple_of(8));
     let to = tensor(dev, alloc::<T>(dev, "pack", elements(&[shape.0, shape.1, shape.2]))?, shape);
     pack_into::<T>(dev, x, &to)?;

@@ -15,7 +15,7 @@ use crate::{
 use candle_core::cuda_backend::{cudarc::driver::PushKernelArg, CudaDevice};
 
 pub(super) fn assign_narrow<T: Element>(dev: &CudaDevice, a: Assignment<'_>, labels: Part<u32>) -> Result<()> {
-    let Assignment { x, c, metric, turn } = a;
+    let Assignment { x, c, metric, turn, .. } = a;
     let active = Active::of(turn)?;
     let (xs, cs) = (read(&x.operand), read(&c.operand));
     let name = match narrow_columns(x.d) {
@@ -37,7 +37,7 @@ pub(super) fn assign<T: Element>(
     labels: Part<u32>,
     memory: &Memory,
 ) -> Result<()> {
-    let Assignment { x, c, metric, turn } = a;
+    let Assignment { plan, x, c, metric, turn } = a;
     let active = Active::of(turn)?;
     let (xs, cs) = (read(&x.operand), read(&c.operand));
     let (xs, cs) = (xs.view::<T>()?, cs.view::<T>()?);
@@ -63,8 +63,7 @@ pub(super) fn assign<T: Element>(
     launch!(dev, Prepare, "prepare_centroids", T::SUFFIX, warps(elements(&[copies, k])), THREADS;
         &cs, &shape(&one), &active, &of, &mu, &moved, &bias, &largest)?;
     let (tiles, k, copies) = (elements(&[x.b, x.n.div_ceil(SIMT_ROWS)]), k as i64, copies as i64);
-    let name = if metric == Metric::Manhattan { "assign_simt_manhattan" } else { "assign_simt_dot" };
-    launch!(dev, AssignSimt, name, T::SUFFIX, tiles, THREADS;
+    launch!(dev, AssignSimt, plan.kernel.name(), T::SUFFIX, tiles, THREADS;
         &xs, &shape(x), &active, &k, &mu, &moved, &bias, &largest, &copies, &of, &labels, &list, &listed)?;
     let blocks = elements(&[x.b, warps(x.n)]).min(RECHECK_BLOCKS);
     launch!(dev, AssignSimt, "recheck", T::SUFFIX, blocks, THREADS;

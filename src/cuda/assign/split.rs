@@ -21,14 +21,8 @@ use candle_core::cuda_backend::{
 
 /// f32 rows by way of halves: `kernels/assign/split.cu`. Rows are split a rectangle at a time, part of one problem or whole
 /// problems, so that the halves take no more memory than [`SPLIT_BYTES`] and stay in L2 for the most part.
-pub(super) fn assign(
-    dev: &CudaDevice,
-    kernel: Assign,
-    a: Assignment<'_>,
-    labels: Part<u32>,
-    memory: &Memory,
-) -> Result<()> {
-    let Assignment { x, c, metric, turn } = a;
+pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: Part<u32>, memory: &Memory) -> Result<()> {
+    let Assignment { plan, x, c, metric, turn } = a;
     let active = Active::of(turn)?;
     let (xs, cs) = (read(&x.operand), read(&c.operand));
     let (xs, cs) = (xs.view::<f32>()?, cs.view::<f32>()?);
@@ -96,7 +90,7 @@ pub(super) fn assign(
         // By a list, problems are found from the first one on.
         let (from, skip) = if active.list.is_null() { (b, 0) } else { (0, b) };
         let (active, labels) = (active.after(skip), labels.from(from * x.n + row));
-        if kernel == Assign::Sm90 {
+        if plan.kernel == Assign::Sm90 {
             let half = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
             let (steps, groups) = sm90_shape(d);
             let row_map = TensorMap::new(half, halves.address, [problems, rows, d], [rows * both, both], SM90_ROWS)?;

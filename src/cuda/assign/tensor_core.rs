@@ -8,12 +8,12 @@ use crate::{
     cuda::tensors::{read, tensor, typed, Element, Part, TensorMap},
     error::Result,
     metric::Metric,
-    plan::assign::{sm90_shape, Assign},
+    plan::assign::{sm90_shape, Assign, AssignPlan},
     request::Assignment,
     rows::Rows,
     tiles::{
-        ORIGIN_THREADS, PREPARE_CENTROIDS, RECHECK_QUEUE, SM80_CENTROIDS, SM80_COLUMNS, SM80_ROWS, SM80_STAGES,
-        SM90_CENTROIDS, SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS,
+        ORIGIN_THREADS, RECHECK_QUEUE, SM80_CENTROIDS, SM80_COLUMNS, SM80_ROWS, SM80_STAGES, SM90_CENTROIDS, SM90_ROWS,
+        SM90_SHARED, TENSOR_CENTROIDS, THREADS,
     },
 };
 use candle_core::{
@@ -61,13 +61,12 @@ impl Table {
 
 pub(super) fn assign<T: Element>(
     dev: &CudaDevice,
-    kernel: Assign,
     half: CUtensorMapDataType,
     a: Assignment<'_>,
     labels: Part<u32>,
     memory: &Memory,
 ) -> Result<()> {
-    let Assignment { x, c, metric, turn } = a;
+    let Assignment { plan: AssignPlan { kernel, prepare_all, .. }, x, c, metric, turn } = a;
     let active = Active::of(turn)?;
     let (xs, cs) = (read(&x.operand), read(&c.operand));
     let (xs, cs) = (xs.view::<T>()?, cs.view::<T>()?);
@@ -77,10 +76,9 @@ pub(super) fn assign<T: Element>(
 
     let mut layout = ArenaLayout::default();
     // Few centroids are prepared by one kernel, a block to a problem, which clears what it adds to.
-    let few = k <= PREPARE_CENTROIDS && copies <= processors(dev)?;
-    let bounds = layout.place_for::<[f32; BOUNDS]>(!few, copies);
-    let listed = layout.place_for::<u32>(!few, x.b);
-    let table = Table::new(&mut layout, copies, k, !few);
+    let bounds = layout.place_for::<[f32; BOUNDS]>(!prepare_all, copies);
+    let listed = layout.place_for::<u32>(!prepare_all, x.b);
+    let table = Table::new(&mut layout, copies, k, !prepare_all);
     let list = layout.unwritten::<Listed>(if kernel == Assign::Small { 0 } else { elements(&[x.b, x.n]) });
     let mu = layout.unwritten::<T>(elements(&[copies, d]));
     let moved = layout.unwritten::<T>(elements(&[copies, k, pitch]));
@@ -89,7 +87,7 @@ pub(super) fn assign<T: Element>(
     let scale = scaled.then(|| layout.unwritten::<f32>(elements(&[copies, padded])));
     let centred = metric == Metric::SquaredEuclidean;
     let own = centred.then(|| layout.unwritten::<f32>(elements(&[copies, padded])));
-    let reaches = layout.unwritten::<Reach>(if few { 0 } else { copies });
+    let reaches = layout.unwritten::<Reach>(if prepare_all { 0 } else { copies });
     let w = layout.scratch(dev, "labels", memory)?;
     let (mu, moved, start, bounds) = (w.part(mu), w.part(moved), w.part(start), w.part(bounds));
     let [scale, own] = [scale, own].map(|place| place.map_or(Part::NULL, |place| w.part(place)));
@@ -97,7 +95,7 @@ pub(super) fn assign<T: Element>(
 
     let (of, k64, pitch64, padded64, copies64) = (metric as i32, k as i64, pitch as i64, padded as i64, copies as i64);
     let (keys, first, slot, slots) = (w.part(table.keys), w.part(table.first), w.part(table.slot), table.slots as i64);
-    if few {
+    if prepare_all {
         launch!(dev, Prepare, "prepare_all", T::SUFFIX, copies, ORIGIN_THREADS;
             &xs, &shape(x), &cs, &shape(&one), &active, &of, &mu, &pitch64, &padded64, &moved, &start, &scale, &own,
             &bounds, &keys, &first, &slots, &slot, &(x.b as i64), &listed)?;

@@ -1,0 +1,96 @@
+//! How much memory a fit takes.
+
+use super::{arch::Arch, assign::assign_scratch, on_chip::OnChip, sort::Sort, Steps};
+use crate::{
+    kmeans::{drawn, EmptyClusters, Init, KMeans},
+    metric::Metric,
+    problem::Problem,
+};
+use candle_core::DType;
+
+/// An upper bound on the memory of a fit beyond its input, in bytes.
+pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, arch: Arch) -> u64 {
+    let ragged = settings.lengths.is_some();
+    let weighted = ragged || settings.weights.is_some();
+    let cpu = arch == Arch::Cpu;
+    let filter = if p.dtype == DType::F64 { 8 } else { 4 };
+    let (b, n, k, d) = (p.b as u64, p.n as u64, p.k as u64, p.d as u64);
+    let (rows, centroids) = steps.assign.kernel.tile(p.d);
+    let (bn, size) = (b * n, p.dtype.size_in_bytes() as u64);
+    let eights = 2 * p.d.next_multiple_of(8) as u64;
+    // What a fit has from beginning to end: labels, centroids, weights and factors, rows in eights.
+    // (With what weights were before they are in units; on a GPU, where it stays in the pool, with what seeds weigh by cosine.)
+    let directed = if cpu { 8 * bn } else { 24 * bn };
+    let weighed = if weighted { 8 * bn } else { 0 }
+        + if p.metric == Metric::Cosine { directed } else { 0 }
+        + if settings.weights.is_some() { 16 * bn } else { 0 };
+    let packed = if pack { bn * eights } else { 0 };
+    // Which rows count, as bytes and as numbers; and, once, what is found of each row.
+    let ragged = if ragged { bn * if cpu { 112 } else { 48 } } else { 0 };
+    let kept = 4 * bn + b * k * d * size + weighed + ragged + packed + 64 * b;
+    // Then one after another. First the distances to what is chosen and their keys; the rows that k-means|| draws,
+    // their prepared copy and its labels.
+    // On a GPU also what assigns rows to those, and all that is held of each row meanwhile.
+    let (drawn, begins) = match settings.init {
+        Init::KMeansPlusPlus => (k, 16 * bn),
+        Init::KMeansParallel => {
+            let drawn = drawn(k).min(n);
+            let joined = b * k * d * size;
+            let rows = if cpu { 56 * n } else { 64 * n + joined + assign_scratch(p, 1, drawn, steps.layout, arch) };
+            (drawn, rows + drawn * (d * (size + filter) + eights + 64))
+        }
+        Init::Random if settings.weights.is_some() && !cpu => (k, 16 * bn),
+        _ => (k, 0),
+    };
+    // What rows weigh as seeds, and how that is found.
+    let seeds = if p.metric == Metric::Cosine || !settings.check_finite { 32 * bn } else { 0 };
+    let begins = begins + b * k * d * size + seeds;
+    // The loop: what assigns.
+    let (assigns, updates) = if cpu {
+        let threads = rayon::current_num_threads() as u64 + 1;
+        let rows = rows.min(p.n) as u64;
+        let tile = rows * (filter * (2 * d + drawn.min(centroids as u64)) + 96 + 16 * drawn.min(64));
+        // Clusters of one problem share its rows, and each problem at work may have them all in one cluster.
+        let medians = if p.metric == Metric::Manhattan { 64 * n * threads.min(b) } else { 0 };
+        let moves = if settings.empty == EmptyClusters::Relocate { 24 * bn + 8 * n } else { 0 };
+        // The sums of a part, and those that no integer of its scale holds.
+        let sums = threads * (128 + 1280) * d;
+        (threads * tile + (b + threads.min(b)) * k * (filter * d + 64) + 64 * bn.div_ceil(rows), moves + medians + sums)
+    } else {
+        (assign_scratch(p, b, k, steps.layout, arch), 0)
+    };
+    // And what updates: the order, its counts, and the sums of clusters that are under way.
+    let order = [steps.update.sort, Sort::new([p.b, p.n, p.k], true, arch)].map(|sort| {
+        let counts = if cpu { b * k } else { b * sort.bins as u64 * (sort.chunks as u64 + 3) };
+        4 * bn * sort.passes.min(2) as u64 + 8 * b * (k + 1) + 4 * counts
+    });
+    let order = order[0].max(order[1]);
+    let medians = if p.metric == Metric::Manhattan { b * k * d * size } else { 0 };
+    let sums = match steps.on_chip {
+        _ if cpu => b * k * (8 + 24 * d),
+        Some(OnChip::Resident(_)) => b * k * (32 * p.d.next_multiple_of(64) as u64 + 24),
+        _ => b * k * (16 * (d + 1) + 16) + 4 * b,
+    };
+    // Rows in order and their prefix sums, of as many problems as there are threads, and all results. Values that are
+    // not for this are fitted as others are.
+    let lines = match steps.on_chip {
+        Some(OnChip::CpuLine) => {
+            let threads = b.min(rayon::current_num_threads() as u64);
+            4 * bn + b * (2 * k * size + 96) + threads * (if weighted { 64 } else { 44 } * n + 96 * k)
+        }
+        _ => 0,
+    };
+    let loops = (assigns.max(updates + order + medians) + sums).max(lines);
+    // Last, the distances of the rows, and times their weights; which are infinite, and which are of rows that count.
+    let ends = if weighted { 21 } else { 13 } * bn + if settings.check_finite { 0 } else { 32 * bn } + order;
+    // Rows move by their distances while the loop's memory is held, and so do all later starts and results.
+    let relocates = if !cpu && settings.empty == EmptyClusters::Relocate { ends } else { 0 };
+    let result = 4 * bn + b * k * (d * size + 4) + 64 * b;
+    let (loops, held) = (loops + relocates, if cpu { 0 } else { loops });
+    let more = match settings.n_init {
+        0..=1 => begins.max(ends).max(loops),
+        // The best result and the last one, and of these the better of each problem.
+        _ => (loops + result).max(held + (begins + result).max(ends + 2 * result).max(3 * result)),
+    };
+    kept + more + if cpu { begins.min(assigns) } else { 0 } + 65536
+}

@@ -1,0 +1,71 @@
+//! How rows are reduced by their labels.
+
+use super::{arch::Arch, sort::Sort};
+use crate::{rows::RowLayout, tiles};
+use candle_core::DType;
+
+/// How the rows of each cluster become its mean, its sum or its median.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) struct UpdatePlan {
+    pub kernel: UpdateKernel,
+    /// How labels are sorted, if they are not in order yet. A GPU's.
+    pub sort: Sort,
+    /// Rows of the order that a warp adds up. A GPU's.
+    pub piece: usize,
+}
+
+/// A kernel that reduces rows in the order of their labels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum UpdateKernel {
+    CpuSums,
+    CpuMedians,
+    /// Terms have factors where it is `weighted`, and rows are read in pieces of 16 bytes, unless it is `narrow`.
+    Sums {
+        narrow: bool,
+        weighted: bool,
+    },
+    Medians,
+}
+
+impl UpdateKernel {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::CpuSums => "cpu_sums",
+            Self::CpuMedians => "cpu_medians",
+            Self::Sums { narrow: false, weighted: false } => "update",
+            Self::Sums { narrow: false, weighted: true } => "update_weighted",
+            Self::Sums { narrow: true, weighted: false } => "update_narrow",
+            Self::Sums { narrow: true, weighted: true } => "update_narrow_weighted",
+            Self::Medians => "medians",
+        }
+    }
+}
+
+impl UpdatePlan {
+    /// For `b` problems of `n` rows that lie so, with `d` columns, in `k` clusters each, whose `medians` are asked for or whose
+    /// sums, with factors where they are `weighted`.
+    pub fn new(
+        dtype: DType,
+        [b, n, k, d]: [usize; 4],
+        layout: RowLayout,
+        medians: bool,
+        weighted: bool,
+        arch: Arch,
+    ) -> Self {
+        // In steps that a kernel counts in 32 bits.
+        let of = 16 / dtype.size_in_bytes();
+        let narrow = !layout.is_aligned(of) || !d.is_multiple_of(of) || layout.stride > u32::MAX as usize;
+        let kernel = match (arch, medians) {
+            (Arch::Cpu, false) => UpdateKernel::CpuSums,
+            (Arch::Cpu, true) => UpdateKernel::CpuMedians,
+            (_, false) => UpdateKernel::Sums { narrow, weighted },
+            (_, true) => UpdateKernel::Medians,
+        };
+        // About as long as a cluster, but enough of them, and not more than that takes.
+        let all = b.saturating_mul(n);
+        let piece = (all / tiles::SUM_WARPS).max((n / k).min(tiles::SUM_CLUSTER).min(all / tiles::SUM_WARPS_LEAST));
+        let piece = piece.clamp(tiles::SUM_ROWS_LEAST, tiles::SUM_ROWS).next_power_of_two();
+        Self { kernel, sort: Sort::new([b, n, k], false, arch), piece }
+    }
+}
