@@ -45,8 +45,8 @@ __device__ __forceinline__ void add_products(float& dot, uint4 u, uint4 v) {
     }
 }
 
-/// The first pass over split rows left the errors of its rows, and its own bounds, which lie so many copies before those
-/// of both halves.
+/// The first pass over split rows left the errors of its rows, and its own bounds, which lie so many copies before
+/// those of both halves.
 struct FirstPass {
     const float* row_error;
     int64_t copies;

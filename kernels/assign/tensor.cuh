@@ -34,18 +34,6 @@
 #pragma once
 #include "exact/argmin.cuh"
 
-/// Bounds over the centroids of a problem that are in reach, from `prepare_moved` in prepare.cu. +inf where nothing can
-/// be proven.
-struct Bounds {
-    float moved;     // of |e| (cosine: of |c| / |c|)
-    float start;     // of |start|
-    float residual;  // of the norm of what rounding took from e
-    float stored;    // of |c| (cosine: 1)
-    float scale;     // of `scale`: 0 if no centroid can be the nearest of any row
-    float inverse;   // of R: 0 if all centroids are in reach and none carries its own loss
-    float rounded;   // as `residual`, of the centroids that carry it themselves
-};
-
 /// A bound is at least the value, and +inf if that is not a number.
 __device__ __forceinline__ void raise(float* bound, double v) {
     const float above = v >= 0 ? __double2float_ru(v * (1 + 0x1p-20)) : INFINITY;
@@ -193,12 +181,6 @@ __device__ __forceinline__ bool beyond(float& error, const float* own, float squ
 __device__ __forceinline__ bool nowhere(float top, float squares, const Bounds& bounds) {
     return squares != squares || (top == -INFINITY && bounds.scale == 0);
 }
-
-/// A row whose label is not proven, and the score below which a column cannot be it.
-struct UnprovenRow {
-    uint32_t row;
-    float cutoff;
-};
 
 // ---- The search of the first pass.
 

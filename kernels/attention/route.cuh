@@ -8,16 +8,6 @@ constexpr int BLOCK = ROUTE_THREADS, WARPS = BLOCK / WARP, KEYS = ROUTE_KEYS;
 constexpr int EIGHTS = KEYS / 8, SIXTEENS = KEYS / 16;
 static_assert(KEYS <= BLOCK && KEYS % 32 == 0, "a thread to each key of a tile");
 
-/// Queries, keys and values (`Route` in src/cuda/params.rs). Strides are in elements; queries and means are dense.
-struct Route {
-    int64_t key_head, key_row, value_head, value_row;  // strides
-    int64_t group, queries, units;                     // query heads of a key head, and a head's queries and groups
-    int64_t sinks, clustered, others, k, most;         // tokens by their place, clusters, and the room of a list
-    int64_t means;                                     // k if means stand for what is not read, and 0 if nothing does
-    int64_t causal;                                    // whether the queries are those of the last tokens
-    float scale;                                       // of a product, times log2(e)
-};
-
 /// Where a 16-byte piece of a row lies: swizzled, so that eight rows' same piece are in different banks.
 template <int D>
 __device__ __forceinline__ uint32_t place(int row, int piece) {

@@ -11,33 +11,14 @@
 
 #include <type_traits>
 
-constexpr int WARP = 32;
+#include "params.cuh"
 
-/// `b` matrices of `n` rows of `d` adjacent columns; strides are in elements (`Shape5` in src/cuda/params.rs).
-struct Rows {
-    int64_t batch_stride, row_stride, b, n, d;
-};
+constexpr int WARP = 32;
 
 template <class T>
 __device__ __forceinline__ const T* row_of(const T* x, const Rows& r, int64_t b, int64_t i) {
     return x + b * r.batch_stride + i * r.row_stride;
 }
-
-/// The problems of a batch that an iteration still has to do: those at `list[first..*count]`. Without a list all, or
-/// none if `*count` is zero; without a count, all. Kernels go by the place in the list (`at`), and so does their
-/// scratch; rows, labels and the centroids themselves are those of `problem(at)`.
-struct Active {
-    const uint32_t *list, *count;
-    int64_t first;
-
-    /// How many there are, at most `b`.
-    __device__ __forceinline__ int64_t problems(int64_t b) const {
-        if (!count) return b;
-        const int64_t left = int64_t(*count) - first;
-        return list ? max(int64_t(0), min(b, left)) : *count ? b : 0;
-    }
-    __device__ __forceinline__ int64_t problem(int64_t at) const { return list ? list[first + at] : at; }
-};
 
 /// One `extern "C"` kernel per element type: `INSTANCE(suffix, type)`.
 #define FOR_EACH_TYPE(INSTANCE)                                                                                        \

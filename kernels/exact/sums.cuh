@@ -9,12 +9,6 @@ constexpr int LIMB_BITS = 42;
 /// What a sum is divided by: the weight of its cluster, the norm of the sums, or nothing.
 enum Divisor : int { WEIGHT = 0, NORM = 1, ONE = 2 };
 
-/// Where the terms of a fit come from (`TermsOnChip` in src/cuda/params.rs).
-struct Terms {
-    const double *factor, *largest, *heaviest;
-    const uint32_t* first_bad;
-};
-
 /// Between these a sum of squares has lost nothing to the range of f64 that matters.
 constexpr double LEAST_SQUARES = 0x1p-900, MOST_SQUARES = 0x1p+1000;
 

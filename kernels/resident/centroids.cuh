@@ -122,7 +122,7 @@ __device__ __forceinline__ void Fit<T, FACTOR>::publish(int j, Value value) cons
 }
 
 template <class T, bool FACTOR>
-__device__ __forceinline__ Prepared Fit<T, FACTOR>::published(int j) const {
+__device__ __forceinline__ PreparedCentroid Fit<T, FACTOR>::published(int j) const {
     const uint4* const from = reinterpret_cast<const uint4*>(to.prepared + j);
     const uint4 low = __ldcg(from), high = __ldcg(from + 1);
     return {__uint_as_float(low.x), __uint_as_float(low.y),  __uint_as_float(low.z),
@@ -131,8 +131,8 @@ __device__ __forceinline__ Prepared Fit<T, FACTOR>::published(int j) const {
 
 /// The bounds of a published centroid for this block's rows; `confine_to_reach` says what becomes of the rest.
 template <class T, bool FACTOR>
-__device__ __forceinline__ Bounds Fit<T, FACTOR>::bounds_of(const Prepared& prepared, const Reach& reach, float& start,
-                                                            float& own) const {
+__device__ __forceinline__ Bounds Fit<T, FACTOR>::bounds_of(const PreparedCentroid& prepared, const Reach& reach,
+                                                            float& start, float& own) const {
     start = prepared.start, own = 0;
     // A start may also be -inf because squares leave f32: such a centroid unproves rows, as all do whose squares do.
     if (start == -INFINITY && prepared.stored == 0) return {};
@@ -149,7 +149,7 @@ __device__ __forceinline__ Reach Fit<T, FACTOR>::reach() const {
     float least = INFINITY;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const Prepared prepared = published(i * (k - 1) / 3);
+        const PreparedCentroid prepared = published(i * (k - 1) / 3);
         if (prepared.start > -INFINITY) least = fminf(least, prepared.stored);
     }
     const float rows = bounds[BOUNDS], centroids = 1.02f * (2 * rows + least);
@@ -162,7 +162,7 @@ __device__ void Fit<T, FACTOR>::prepare() const {
     fetch_lines(reinterpret_cast<const T*>(to.moved));
     const Reach reach = this->reach();
     for (int j = threadIdx.x; j < shares.padded; j += THREADS_HERE) {
-        Prepared prepared = {-INFINITY};
+        PreparedCentroid prepared = {-INFINITY};
         if (j < k) prepared = published(j);
         float start, own;
         const Bounds bounds_here = bounds_of(prepared, reach, start, own);

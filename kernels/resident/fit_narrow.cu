@@ -248,7 +248,7 @@ __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const 
 }
 
 template <class T, int D>
-__device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, int divisor, int64_t max_iters,
+__device__ void fit(const T* x, const Rows& r, const Summands& summands, int metric, int divisor, int64_t max_iters,
                     const double* threshold, int64_t narrow_bytes, uint32_t* stop, int64_t k, T* centroids,
                     uint32_t* labels) {
     extern __shared__ __align__(16) uint8_t raw[];
@@ -260,10 +260,10 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
     const int d = int(r.d);
     for (int64_t b = blockIdx.x; b < r.b; b += gridDim.x) {
         T* const c = centroids + b * k * d;
-        const double* const factor = terms.factor ? terms.factor + b * r.n : nullptr;
-        const Units<T> units(terms.largest[b], terms.heaviest ? terms.heaviest[b] : 1, r.n,
-                             terms.first_bad[b] != UINT32_MAX);
-        const int weight_scale = terms.heaviest ? fixed_scale(terms.heaviest[b], r.n) : 0;
+        const double* const factor = summands.row_scale ? summands.row_scale + b * r.n : nullptr;
+        const Units<T> units(summands.max_abs[b], summands.max_weight ? summands.max_weight[b] : 1, r.n,
+                             summands.first_nonfinite[b] != UINT32_MAX);
+        const int weight_scale = summands.max_weight ? fixed_scale(summands.max_weight[b], r.n) : 0;
         for (int64_t i = threadIdx.x; i < r.n * D; i += blockDim.x) {
             s.x[i] = i % D < d ? row_of(x, r, b, i / D)[i % D] : T(0.0f);
         }
@@ -295,10 +295,10 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
 #define KERNEL(name, T, D)                                                                                             \
     extern "C" __global__ void __launch_bounds__(D == 4 ? FIT_THREADS_4 : FIT_THREADS,                                 \
                                                  D > 2 || sizeof(T) == 8 ? 1 : 2)                                      \
-        fit_narrow_##D##_##name(const T* x, Rows r, Terms terms, int metric, int divisor, int64_t max_iters,           \
+        fit_narrow_##D##_##name(const T* x, Rows r, Summands summands, int metric, int divisor, int64_t max_iters,     \
                                 const double* threshold, int64_t narrow_bytes, uint32_t* stop, int64_t k,              \
                                 T* centroids, uint32_t* labels) {                                                      \
-        fit<T, D>(x, r, terms, metric, divisor, max_iters, threshold, narrow_bytes, stop, k, centroids, labels);       \
+        fit<T, D>(x, r, summands, metric, divisor, max_iters, threshold, narrow_bytes, stop, k, centroids, labels);    \
     }
 #define INSTANCE(name, T) KERNEL(name, T, 1) KERNEL(name, T, 2) KERNEL(name, T, 4) KERNEL(name, T, 8)
 FOR_EACH_TYPE(INSTANCE)

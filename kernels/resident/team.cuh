@@ -7,45 +7,18 @@ constexpr int THREADS_HERE = TEAM_THREADS, WARPS = THREADS_HERE / WARP;
 constexpr int LINE = 128, LINE_COLUMNS = LINE / 2, LINE_PIECES = LINE / 16;  // bytes of 64 columns of a row
 constexpr int GROUP = 32;                                                    // centroids scored at a time
 
-/// How problems are shared out (`FitResident` in src/plan/on_chip.rs).
-struct Shares {
-    int blocks;  // of a team
-    int rows;    // of a block, whole pairs of fragments
-    int padded;  // centroids, whole groups
-};
-
-/// What goes with a moved centroid (tensor.cuh); the bounds are its own.
-struct alignas(16) Prepared {
-    float start, scale, moved, residual, stored;
-    uint32_t hash;  // of the centroid itself
-};
-
-/// Where the blocks of a team add up what each of them has: zeros but for an iteration under way. One of each to a
-/// team.
-struct Common {
-    unsigned long long* limbs;    // (LIMBS, k, whole lines), columns in the order of `place_of`
-    unsigned long long* rest;     // (k, d, 2): what limbs could not take; null for f16 without factors
-    unsigned long long* weights;  // (k, 2), of factors
-    uint32_t* sizes;              // (k + 2), without; ODD if a cluster is to be added up once more; and behind
-                                  // them, whether any is in an even and in an odd turn
-    double* shifts;               // (2): the largest squared shift of an even and of an odd turn
-    uint32_t* arrived;            // times that blocks have come to a barrier
-    // And how the centroids are scored, which needs no zeros:
-    void* moved;         // (k, d), in the type of the rows
-    Prepared* prepared;  // (k)
-
-    template <class T>
-    __device__ Common of_team(int64_t team, int64_t limb_count, int64_t k, int64_t d) const {
-        return {limbs + team * limb_count * k * ((d + LINE_COLUMNS - 1) / LINE_COLUMNS * LINE_COLUMNS),
-                rest + team * k * d * 2,
-                weights + team * k * 2,
-                sizes + team * (k + 2),
-                shifts + team * 2,
-                arrived + team,
-                reinterpret_cast<T*>(moved) + team * k * d,
-                prepared + team * k};
-    }
-};
+/// What one team of all has.
+template <class T>
+__device__ Common Common::of_team(int64_t team, int64_t limb_count, int64_t k, int64_t d) const {
+    return {limbs + team * limb_count * k * ((d + LINE_COLUMNS - 1) / LINE_COLUMNS * LINE_COLUMNS),
+            rest + team * k * d * 2,
+            weights + team * k * 2,
+            sizes + team * (k + 2),
+            shifts + team * 2,
+            arrived + team,
+            reinterpret_cast<T*>(moved) + team * k * d,
+            prepared + team * k};
+}
 
 /// Of a cluster's size, beside the number of its rows.
 constexpr uint32_t ODD = 1u << 31;

@@ -5,7 +5,7 @@ use super::{
     kernel::{launch, Kernel},
     memory::{elements, ArenaLayout, Memory},
     module::Image,
-    params::{divisor, shape, Common, Shares, TermsOnChip},
+    params::{divisor, shape, Common, Shares, Summands},
     tensors::{own, read, typed, write, Element, Part},
 };
 use crate::{
@@ -42,11 +42,11 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
         return Ok(false);
     }
     let optional = |t: &Option<Tensor>| t.as_ref().map_or(Ok(Part::NULL), own);
-    let of = TermsOnChip {
-        factor: optional(&terms.row_scale)?,
-        largest: own(&terms.max_abs)?,
-        heaviest: optional(&terms.max_weight)?,
-        first_bad: own(&terms.first_nonfinite)?,
+    let summands = Summands {
+        row_scale: optional(&terms.row_scale)?,
+        max_abs: own(&terms.max_abs)?,
+        max_weight: optional(&terms.max_weight)?,
+        first_nonfinite: own(&terms.first_nonfinite)?,
     };
     let (threshold, stop) = (own::<f64>(&progress.threshold)?, own::<u32>(&progress.stop)?);
     let (metric, divisor, max_iters, k64) = (metric as i32, divisor(reduction), max_iters as i64, k as i64);
@@ -61,7 +61,7 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
                 _ => "fit_narrow_8",
             };
             return launch!(dev, FitNarrow, name, T::SUFFIX, x.b, plan.threads, plan.shared;
-                &xs, &shape(x), &of, &metric, &divisor, &max_iters, &threshold, &(plan.centroids as i64), &stop, &k64,
+                &xs, &shape(x), &summands, &metric, &divisor, &max_iters, &threshold, &(plan.centroids as i64), &stop, &k64,
                 &centroids, &labels);
         }
         let Some(plan) = &resident else { return Ok(()) };
@@ -85,7 +85,7 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
         };
         let [blocks_i32, rows, padded] = [blocks, rows, padded].map(|v| v as i32);
         launch!(dev, FitResident, name, T::SUFFIX, elements(&[count, blocks]), TEAM_THREADS, shared;
-            &xs, &shape(x), &of, &metric, &divisor, &max_iters, &threshold,
+            &xs, &shape(x), &summands, &metric, &divisor, &max_iters, &threshold,
             &Shares { blocks: blocks_i32, rows, padded }, &common, &stop, &k64, &centroids, &labels)
     })));
     match launched {

@@ -1,11 +1,11 @@
 //! Labels of f32 rows on tensor cores, by way of halves: `kernels/assign/split.cu`.
 
-use super::tensor_core::{sweep_shared, Listed, Reach, Table, BOUNDS, HELD_SHARED, SM90_NAMES};
+use super::tensor_core::{sweep_shared, Table, HELD_SHARED, SM90_NAMES};
 use crate::{
     cuda::device::processors,
     cuda::kernel::{launch, warps, WARP},
     cuda::memory::{elements, ArenaLayout, Memory},
-    cuda::params::{one_copy, shape, Active},
+    cuda::params::{one_copy, shape, Active, Bounds, Reach, UnprovenRow},
     cuda::tensors::{read, Part, TensorMap},
     error::Result,
     metric::Metric,
@@ -45,10 +45,10 @@ pub(super) fn assign(
     let mu = layout.zeroed::<f32>(elements(&[copies, d]));
     let largest = layout.zeroed::<f32>(copies);
     // For one half alone, then for both.
-    let bounds = layout.zeroed::<[f32; BOUNDS]>(elements(&[2, copies]));
+    let bounds = layout.zeroed::<Bounds>(elements(&[2, copies]));
     let listed = layout.zeroed::<u32>(elements(&[x.b, x.n.div_ceil(most)]));
     let table = Table::new(&mut layout, copies, k, true);
-    let list = layout.unwritten::<Listed>(most);
+    let list = layout.unwritten::<UnprovenRow>(most);
     let moved = layout.unwritten::<half::f16>(elements(&[copies, k, both]));
     let start = layout.unwritten::<f32>(elements(&[copies, padded]));
     let halves = layout.unwritten::<half::f16>(elements(&[most, both]));

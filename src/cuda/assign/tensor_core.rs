@@ -4,7 +4,7 @@ use crate::{
     cuda::device::{device, processors},
     cuda::kernel::{launch, WARP},
     cuda::memory::{alloc, elements, Arena, ArenaLayout, Memory, Slot},
-    cuda::params::{one_copy, shape, Active},
+    cuda::params::{one_copy, shape, Active, Bounds, Reach, UnprovenRow},
     cuda::tensors::{read, tensor, typed, Element, Part, TensorMap},
     error::Result,
     metric::Metric,
@@ -78,10 +78,10 @@ pub(super) fn assign<T: Element>(
     let mut layout = ArenaLayout::default();
     // Few centroids are prepared by one kernel, a block to a problem, which clears what it adds to.
     let few = k <= PREPARE_CENTROIDS && copies <= processors(dev)?;
-    let bounds = layout.place_for::<[f32; BOUNDS]>(!few, copies);
+    let bounds = layout.place_for::<Bounds>(!few, copies);
     let listed = layout.place_for::<u32>(!few, x.b);
     let table = Table::new(&mut layout, copies, k, !few);
-    let list = layout.unwritten::<Listed>(if kernel == Assign::Small { 0 } else { elements(&[x.b, x.n]) });
+    let list = layout.unwritten::<UnprovenRow>(if kernel == Assign::Small { 0 } else { elements(&[x.b, x.n]) });
     let mu = layout.unwritten::<T>(elements(&[copies, d]));
     let moved = layout.unwritten::<T>(elements(&[copies, k, pitch]));
     let start = layout.unwritten::<f32>(elements(&[copies, padded]));
@@ -158,15 +158,6 @@ pub fn product_step(kernel: &str, start: &Tensor, a: &Tensor, b: &Tensor) -> Res
         Ok(tensor(dev, out, n))
     })
 }
-
-/// Floats of `struct Bounds`.
-pub(super) const BOUNDS: usize = 7;
-
-/// `struct Reach`.
-pub(super) type Reach = [f32; 2];
-
-/// `struct Listed`.
-pub(super) type Listed = [u32; 2];
 
 /// The instances of `assign_sm90.cu` by their steps of 16 columns ([`sm90_shape`]).
 pub(super) const SM90_NAMES: [&str; 33] = {
