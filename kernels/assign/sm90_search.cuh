@@ -27,7 +27,7 @@ __device__ __forceinline__ void publish(const Search<PLACES>& found, uint32_t to
 template <class S>
 __device__ __forceinline__ void load_rows(uint32_t (&a)[S::STEPS][4], uint32_t slot, int warp, int lane) {
     const int row = warp * 16 + (lane & 15);
-    const uint32_t first = slot + row * 128 + ((lane >> 4 ^ (row & 7)) << 4);
+    const uint32_t first = slot + row * 128 + swizzled_piece<128>(row, lane >> 4);
 #pragma unroll
     for (int step = 0; step < S::STEPS; ++step) {
         ldmatrix_x4(a[step], (first ^ step % 4 * 32) + (step / 4) * (SLOT * 128));

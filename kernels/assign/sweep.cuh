@@ -19,7 +19,6 @@ constexpr int ROW_BYTES = COLUMNS * 2, ROWS_BYTES = SM80_ROWS * ROW_BYTES, TILE_
 constexpr int EIGHTS = CENTROIDS / 8, STEPS = COLUMNS / 16;
 constexpr int SLOTS = 4;  // rows of a thread: lane / 4 of each eight of its warp's
 static_assert(SM80_ROWS % WARP_ROWS == 0 && CENTROIDS % 32 == 0, "whole warps, whole groups");
-static_assert(COLUMNS == 32 || COLUMNS == 64, "the swizzle is for rows of 64 or 128 bytes");
 static_assert(BLOCK % PIECES == 0 && CENTROIDS % (BLOCK / PIECES) == 0 && CENTROIDS / 4 <= BLOCK, "even copies");
 
 /// Dynamic shared memory, beside ROWS_BYTES for each chunk of rows that is to stay, at least STAGES of them, and what a
@@ -74,11 +73,6 @@ struct Shared {
     }
 };
 static_assert(RING_BYTES % 128 == 0, "the swizzles start on lines of 128 bytes");
-
-/// Where a 16-byte piece of a row lies in a chunk: swizzled, so that eight rows' same piece are in different banks.
-__device__ __forceinline__ int place(int row, int piece) {
-    return row * ROW_BYTES + ((piece ^ (COLUMNS == 64 ? row & 7 : row >> 1 & 3)) << 4);
-}
 
 /// A chunk of a tile, and its stage.
 struct Step {
@@ -159,10 +153,11 @@ __device__ __forceinline__ float sweep(const Shared& s, RowAt row_at, const Scor
     const int chunks = (d + WIDTH - 1) / WIDTH;
     const int64_t part = SPLIT && piece >= PIECES / 2 ? c.pitch / 2 - COLUMNS / 2 : 0;  // beyond h's piece to l's
     const bool resident = s.fit(chunks);
-    const int to = place(line, piece);  // LINES is a multiple of 8, so all of a thread's pieces swizzle alike
+    const int to =
+        swizzled<ROW_BYTES>(line, piece);  // LINES is a multiple of 8, so all of a thread's pieces swizzle alike
     static_assert(LINES % 8 == 0, "see above");
-    const uint32_t row_fragments = s.rows + place(warp * WARP_ROWS + lane % 16, lane / 16);
-    const uint32_t centroid_fragments = s.ring + place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const uint32_t row_fragments = s.rows + swizzled<ROW_BYTES>(warp * WARP_ROWS + lane % 16, lane / 16);
+    const uint32_t centroid_fragments = s.ring + swizzled<ROW_BYTES>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
     Step fill{first}, use{first};
     const auto issue = [&] {
@@ -210,7 +205,7 @@ __device__ __forceinline__ float sweep(const Shared& s, RowAt row_at, const Scor
             if (SQUARES && tile == first) {
 #pragma unroll 1
                 for (int p = 0; p < PIECES; ++p) {
-                    const uint8_t* at = s.rows_at + slot * ROWS_BYTES + place(threadIdx.x, p);
+                    const uint8_t* at = s.rows_at + slot * ROWS_BYTES + swizzled<ROW_BYTES>(threadIdx.x, p);
                     squares += piece_squares<T>(*reinterpret_cast<const uint4*>(at));
                 }
             }

@@ -11,7 +11,7 @@ __device__ void Fit<T, FACTOR>::load() const {
         const int piece = i % LINE_PIECES, line = i / LINE_PIECES, row = line % shares.rows;
         const int column = line / shares.rows * LINE_COLUMNS + piece * PIECE;
         const bool stored = row < live && column < d;
-        cp_async_16(shared_address(s.rows + (line - row) * LINE + piece_of(row, piece)),
+        cp_async_16(shared_address(s.rows + (line - row) * LINE + swizzled<LINE>(row, piece)),
                     stored ? x + row * r.row_stride + column : x, stored ? 16 : 0);
     }
     cp_async_commit();
@@ -20,7 +20,7 @@ __device__ void Fit<T, FACTOR>::load() const {
     for (int row = threadIdx.x; row < shares.rows; row += THREADS_HERE) {
         float squares = 0;
         for (int piece = 0; piece < lines * LINE_PIECES; ++piece) {
-            const int at = piece / LINE_PIECES * shares.rows * LINE + piece_of(row, piece % LINE_PIECES);
+            const int at = piece / LINE_PIECES * shares.rows * LINE + swizzled<LINE>(row, piece % LINE_PIECES);
             squares += piece_squares<T>(*reinterpret_cast<const uint4*>(s.rows + at));
         }
         s.squares[row] = squares;
@@ -51,7 +51,7 @@ __device__ __forceinline__ void Fit<T, FACTOR>::fetch_lines(const T* from) const
         const int piece = i % LINE_PIECES, line = i / LINE_PIECES, j = line % shares.padded;
         const int column = line / shares.padded * LINE_COLUMNS + piece * PIECE;
         const bool stored = j < k && column < d;
-        cp_async_16(shared_address(s.centroids + (line - j) * LINE + piece_of(j, piece)),
+        cp_async_16(shared_address(s.centroids + (line - j) * LINE + swizzled<LINE>(j, piece)),
                     stored ? from + j * d + column : from, stored ? 16 : 0);
     }
     cp_async_commit();

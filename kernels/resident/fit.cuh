@@ -34,7 +34,7 @@ struct Fit {
     // ---- Rows on chip, and centroids as they are scored.
 
     __device__ __forceinline__ uint4* centroid_piece(int j, int piece) const {
-        const int at = piece / LINE_PIECES * shares.padded * LINE + piece_of(j, piece % LINE_PIECES);
+        const int at = piece / LINE_PIECES * shares.padded * LINE + swizzled<LINE>(j, piece % LINE_PIECES);
         return reinterpret_cast<uint4*>(s.centroids + at);
     }
 

@@ -8,8 +8,8 @@ template <int FRAGMENTS>
 __device__ __forceinline__ void Fit<T, FACTOR>::search(int first) const {
     constexpr int OWN = 2 * FRAGMENTS;  // rows of a thread
     const int lane = threadIdx.x % WARP, quad = lane % 4;
-    const uint32_t rows = shared_address(s.rows) + piece_of(first + lane % 16, lane / 16);
-    const uint32_t centroids = shared_address(s.centroids) + piece_of(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const uint32_t rows = shared_address(s.rows) + swizzled<LINE>(first + lane % 16, lane / 16);
+    const uint32_t centroids = shared_address(s.centroids) + swizzled<LINE>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     RowResult found[OWN];
 #pragma unroll 1
     for (int group = 0; group < shares.padded; group += GROUP) {
@@ -97,7 +97,7 @@ __device__ __forceinline__ float Fit<T, FACTOR>::score(int row, int j) const {
     float dot = 0;
 #pragma unroll 4
     for (int piece = 0; piece < lines * LINE_PIECES; ++piece) {
-        const int at = piece / LINE_PIECES * shares.rows * LINE + piece_of(row, piece % LINE_PIECES);
+        const int at = piece / LINE_PIECES * shares.rows * LINE + swizzled<LINE>(row, piece % LINE_PIECES);
         const uint4 u = *reinterpret_cast<const uint4*>(s.rows + at), v = *centroid_piece(j, piece);
         const uint32_t us[4] = {u.x, u.y, u.z, u.w}, vs[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -115,7 +115,7 @@ __device__ __forceinline__ float Fit<T, FACTOR>::apart(int row, int j) const {
     const int part = threadIdx.x % PIECE;
     float sum = 0;
     for (int piece = part; piece * PIECE < d; piece += PIECE) {
-        const int at = piece / LINE_PIECES * shares.rows * LINE + piece_of(row, piece % LINE_PIECES);
+        const int at = piece / LINE_PIECES * shares.rows * LINE + swizzled<LINE>(row, piece % LINE_PIECES);
         float u[PIECE], v[PIECE];
         widen<T>(u, *reinterpret_cast<const uint4*>(s.rows + at));
         widen<T>(v, __ldcg(reinterpret_cast<const uint4*>(c + j * d) + piece));
@@ -131,7 +131,7 @@ template <class T, bool FACTOR>
 __device__ __forceinline__ bool Fit<T, FACTOR>::without_direction(int row) const {
     uint32_t any = 0;
     for (int piece = threadIdx.x % WARP; piece < lines * LINE_PIECES; piece += WARP) {
-        const int at = piece / LINE_PIECES * shares.rows * LINE + piece_of(row, piece % LINE_PIECES);
+        const int at = piece / LINE_PIECES * shares.rows * LINE + swizzled<LINE>(row, piece % LINE_PIECES);
         const uint4 v = *reinterpret_cast<const uint4*>(s.rows + at);
         any |= (v.x | v.y | v.z | v.w) & 0x7fff7fff;
     }

@@ -49,7 +49,7 @@ __device__ void Fit<T, FACTOR>::add(const Units<T>& units, int weight_scale, uin
 #pragma unroll 2
         for (int place = begin; place < end; ++place) {
             const int row = s.order[place];
-            const uint8_t* const at = rows + row * LINE + ((lane / 4 ^ row & 7) << 4);
+            const uint8_t* const at = rows + swizzled<LINE>(row, lane / 4);
             const double f = FACTOR ? s.factor[row] : 1;
             if (FACTOR && divisor == WEIGHT) {
                 __int128 q;

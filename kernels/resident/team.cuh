@@ -41,7 +41,7 @@ __device__ __forceinline__ void sync_team(uint32_t* arrived, uint32_t all) {
     __syncthreads();
 }
 
-/// A block's shared memory. Lines hold 64 columns of a row, swizzled by `piece_of`: first those of the first columns.
+/// A block's shared memory. Lines hold 64 columns of a row, `swizzled`: first those of the first columns.
 template <class T, bool FACTOR>
 struct OnChip {
     uint8_t* rows;             // lines of the block's rows
@@ -79,9 +79,6 @@ struct OnChip {
         order = reinterpret_cast<uint16_t*>(take(shares.rows * 2));
     }
 };
-
-/// Where a 16-byte piece of line `row` lies: swizzled, so that eight rows' same piece are in different banks.
-__device__ __forceinline__ int piece_of(int row, int piece) { return row * LINE + ((piece ^ (row & 7)) << 4); }
 
 /// Where the sum of a column lies among its centroid's: lanes take two columns each, and first all add their first.
 __device__ __forceinline__ int place_of(int column) {
