@@ -270,6 +270,14 @@ struct Units {
     __device__ __forceinline__ double rounder(int limb) const {
         return extreme ? 0 : 1.5 * power_of_two(52 + unit(limb));
     }
+    /// Takes a limb from what is left of a finite term, and returns it. It is rounded toward zero, so that what is left
+    /// keeps the sign of the term.
+    __device__ __forceinline__ double take_limb(int limb, double& left) const {
+        const double sign_rounder = copysign(rounder(limb), left);
+        const double taken = extreme ? 0 : __dadd_rz(left, sign_rounder) - sign_rounder;
+        left -= taken;
+        return taken;
+    }
     /// A limb's sum as an integer of the scale.
     __device__ __forceinline__ __int128 value(int limb, double sum) const {
         if (extreme) return 0;

@@ -118,13 +118,8 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
                 v = 0;
                 if (units.dirty && f != 0) odd = true;
             }
-            // Rounded toward zero, so that what is left has the sign of the term.
 #pragma unroll
-            for (int l = 0; l < 2; ++l) {
-                const double rounder = copysign(units.rounder(l), v);
-                const double limb = units.extreme ? 0 : __dadd_rz(v, rounder) - rounder;
-                sums[l][q] += limb, v -= limb;
-            }
+            for (int l = 0; l < 2; ++l) sums[l][q] += units.take_limb(l, v);
             if (v != 0) {
                 if (!fixed_quantise(v, units.scale, whole) || units.extreme) odd = true;
                 atomic_add(reinterpret_cast<unsigned long long*>(&s.rest[cluster * D + q]), whole);

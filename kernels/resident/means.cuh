@@ -99,15 +99,11 @@ __device__ __forceinline__ void Fit<T, FACTOR>::take(const T (&values)[2], doubl
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
         double v = __dmul_rn(wide(values[q]), f);
-        if (!isfinite(v)) {
-            v = 0;
-        }
-        // Rounded toward zero, so that what is left has the sign of the term.
+        if (!isfinite(v)) v = 0;
 #pragma unroll
         for (int l = 0; l < LIMBS; ++l) {
-            const double rounder = copysign(units.rounder(l), v);
-            const double limb = units.extreme ? 0 : __dadd_rz(v, rounder) - rounder;
-            sums[l][line][q] += FACTOR ? limb : limb * power_of_two(-Small<T>::SCALE), v -= limb;
+            const double limb = units.take_limb(l, v);
+            sums[l][line][q] += FACTOR ? limb : limb * power_of_two(-Small<T>::SCALE);
         }
         if (v != 0) {
             __int128 whole;
