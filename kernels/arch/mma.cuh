@@ -42,6 +42,25 @@ PRODUCT(f16, __half)
 PRODUCT(bf16, __nv_bfloat16)
 #undef PRODUCT
 
+/// The products of 16 TALL rows and 8 WIDE others over 16 columns: acc[i][j][e] is row 16 i + 8 (e / 2) + lane / 4,
+/// column 8 j + 2 (lane % 4) + e % 2. `row(i)` and `other(j)`, for even j, are the lane's addresses for `ldmatrix`.
+template <class T, int TALL, int WIDE, class Row, class Other>
+__device__ __forceinline__ void multiply_step(float (&acc)[TALL][WIDE][4], Row row, Other other) {
+    uint32_t a[TALL][4];
+#pragma unroll
+    for (int i = 0; i < TALL; ++i) ldmatrix_x4(a[i], row(i));
+#pragma unroll
+    for (int j = 0; j < WIDE; j += 2) {
+        uint32_t b[4];
+        ldmatrix_x4(b, other(j));
+#pragma unroll
+        for (int i = 0; i < TALL; ++i) {
+            mma(acc[i][j], a[i], b[0], b[1], T());
+            mma(acc[i][j + 1], a[i], b[2], b[3], T());
+        }
+    }
+}
+
 /// What tf32 keeps of an f32, and what of the rest.
 __device__ __forceinline__ uint32_t high(uint32_t v) {
     uint32_t out;

@@ -29,26 +29,19 @@ __device__ __forceinline__ float search_tile(const Shared& s, RowResult (&found)
         });
 }
 
-/// Turns what a warp found into labels and list entries: of the four lanes that share rows, each finishes one.
+/// Turns what a warp found into labels and list entries.
 template <class T>
 __device__ __forceinline__ void write_labels(RowResult (&found)[SLOTS], float squares, const Rows& r, int64_t at,
                                              int64_t b, int64_t first_row, const ScoredCentroids<T>& c,
                                              const float* row_error, uint32_t* labels, UnprovenRow* list,
                                              uint32_t* listed) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, quad = lane % 4;
-    float top = 0, second = 0;
-    int column = 0;
-#pragma unroll
-    for (int i = 0; i < SLOTS; ++i) {
-        found[i].finish();
-        found[i].join(1), found[i].join(2);
-        if (i == quad) top = found[i].top, second = found[i].second, column = found[i].column;
-    }
+    const auto [top, second, column] = winner_of_quad(found);
     const int row_of_warp = 8 * quad + lane / 4;
     const float row_squares = __shfl_sync(~0u, squares, row_of_warp);
     const int64_t row = first_row + warp * WARP_ROWS + row_of_warp;
     if (row >= r.n) return;
-    const int label = top > -INFINITY && column < c.k ? column : 0;
+    const int label = label_of(top, column, c.k);
     labels[b * r.n + row] = label;
     float error = error_bound(row_squares, r.d, *c.bounds) + (row_error ? __ldg(&row_error[at * r.n + row]) : 0);
     const bool far = beyond(error, c.own ? c.own + label : nullptr, row_squares, r.d, *c.bounds);

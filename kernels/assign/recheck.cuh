@@ -34,17 +34,6 @@ struct RecheckState {
           distance(reinterpret_cast<float*>(at + SM80_ROWS * 12 + RECHECK_QUEUE * 8) + threadIdx.x / WARP * QUEUE) {}
 };
 
-/// Of eight columns: adds their products to `dot`.
-template <class T>
-__device__ __forceinline__ void add_products(float& dot, uint4 u, uint4 v) {
-    const uint32_t us[4] = {u.x, u.y, u.z, u.w}, vs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float2 p = wide_pair(us[i], T()), q = wide_pair(vs[i], T());
-        dot = fmaf(p.x, q.x, fmaf(p.y, q.y, dot));
-    }
-}
-
 /// The first pass over split rows left the errors of its rows, and its own bounds, which lie so many copies before
 /// those of both halves.
 struct FirstPass {

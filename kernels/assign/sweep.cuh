@@ -51,6 +51,26 @@ struct RowResult : Search<PLACES> {
     }
 };
 
+/// The best score of a row, what no other score of it is above, and the column of the best.
+struct Winner {
+    float top = 0, second = 0;
+    int column = 0;
+};
+
+/// What a warp has found of the COUNT rows of each thread: of the four lanes that share rows, lane i % 4 finishes row
+/// i.
+template <int COUNT>
+__device__ __forceinline__ Winner winner_of_quad(RowResult (&found)[COUNT]) {
+    Winner winner;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        found[i].finish();
+        found[i].join(1), found[i].join(2);
+        if (i == threadIdx.x % 4) winner = {found[i].top, found[i].second, found[i].column};
+    }
+    return winner;
+}
+
 // ---- The sweep of a row tile over tiles of centroids.
 
 /// The parts of shared memory: centroids and `start` for each stage, what a kernel adds, and chunks of rows.
@@ -83,27 +103,16 @@ struct Step {
     }
 };
 
-/// The scores of a warp's 32 rows against a tile: [i][j][e] is row 16 i + 8 (e / 2) + lane / 4, column 8 j + 2 (lane %
-/// 4) + e % 2.
+/// The scores of a warp's 32 rows against a tile, as `multiply_step` leaves them.
 using Scores = float[2][EIGHTS][4];
 
 template <class T, int COUNT>
 __device__ __forceinline__ void multiply_chunk(Scores& acc, uint32_t rows, uint32_t centroids) {
 #pragma unroll
     for (int step = 0; step < COUNT; ++step) {
-        uint32_t a[2][4];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) ldmatrix_x4(a[i], (rows + i * 16 * ROW_BYTES) ^ (step * 32));
-#pragma unroll
-        for (int j = 0; j < EIGHTS; j += 2) {
-            uint32_t b[4];
-            ldmatrix_x4(b, (centroids + j * 8 * ROW_BYTES) ^ (step * 32));
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                mma(acc[i][j], a[i], b[0], b[1], T());
-                mma(acc[i][j + 1], a[i], b[2], b[3], T());
-            }
-        }
+        multiply_step<T>(
+            acc, [&](int i) { return (rows + i * 16 * ROW_BYTES) ^ (step * 32); },
+            [&](int j) { return (centroids + j * 8 * ROW_BYTES) ^ (step * 32); });
     }
 }
 
@@ -217,7 +226,7 @@ __device__ __forceinline__ float sweep(const Shared& s, RowAt row_at, const Scor
                     float2 v = *reinterpret_cast<const float2*>(start + 8 * j);
                     if (c.scale) v = {0, 0};
 #pragma unroll
-                    for (int i = 0; i < 2; ++i) acc[i][j][0] = acc[i][j][2] = v.x, acc[i][j][1] = acc[i][j][3] = v.y;
+                    for (int i = 0; i < 2; ++i) start_scores(acc[i][j], v);
                 }
             }
             const uint32_t rows = row_fragments + slot * ROWS_BYTES, ring = centroid_fragments + use.stage * TILE_BYTES;
@@ -233,10 +242,7 @@ __device__ __forceinline__ float sweep(const Shared& s, RowAt row_at, const Scor
                 const float2 u = __ldg(reinterpret_cast<const float2*>(c.start + column + 8 * j));
                 const float2 v = __ldg(reinterpret_cast<const float2*>(c.scale + column + 8 * j));
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    acc[i][j][0] = fmaf(acc[i][j][0], v.x, u.x), acc[i][j][1] = fmaf(acc[i][j][1], v.y, u.y);
-                    acc[i][j][2] = fmaf(acc[i][j][2], v.x, u.x), acc[i][j][3] = fmaf(acc[i][j][3], v.y, u.y);
-                }
+                for (int i = 0; i < 2; ++i) scale_scores(acc[i][j], u, v);
             }
         }
         take(acc, tile * CENTROIDS + 2 * quad);

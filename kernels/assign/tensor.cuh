@@ -139,6 +139,17 @@ __device__ __forceinline__ float piece_squares(uint4 v) {
     return sum;
 }
 
+/// Adds the products of two pieces to `dot`.
+template <class T>
+__device__ __forceinline__ void add_products(float& dot, uint4 u, uint4 v) {
+    const uint32_t us[4] = {u.x, u.y, u.z, u.w}, vs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 p = wide_pair(us[i], T()), q = wide_pair(vs[i], T());
+        dot = fmaf(p.x, q.x, fmaf(p.y, q.y, dot));
+    }
+}
+
 // ---- The proof.
 
 /// Units of the last place that 16 columns may lose.
@@ -180,6 +191,23 @@ __device__ __forceinline__ bool beyond(float& error, const float* own, float squ
 /// too, and those to centroids that are all at distance +inf.
 __device__ __forceinline__ bool nowhere(float top, float squares, const Bounds& bounds) {
     return squares != squares || (top == -INFINITY && bounds.scale == 0);
+}
+
+/// The label that a row has until it is rechecked: a tie of scores may name a column that is not there.
+__device__ __forceinline__ int label_of(float top, int column, int64_t k) {
+    return top > -INFINITY && column < k ? column : 0;
+}
+
+// ---- The accumulators of the thread's two rows and two neighbouring columns, `acc[0..4]`: row by row.
+
+/// Lets scores start from what their columns start from.
+__device__ __forceinline__ void start_scores(float* acc, float2 start) {
+    acc[0] = acc[2] = start.x, acc[1] = acc[3] = start.y;
+}
+/// Scales products, which started from zero, and adds what their columns start from.
+__device__ __forceinline__ void scale_scores(float* acc, float2 start, float2 scale) {
+    acc[0] = fmaf(acc[0], scale.x, start.x), acc[1] = fmaf(acc[1], scale.y, start.y);
+    acc[2] = fmaf(acc[2], scale.x, start.x), acc[3] = fmaf(acc[3], scale.y, start.y);
 }
 
 // ---- The search of the first pass.

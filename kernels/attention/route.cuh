@@ -21,8 +21,7 @@ __device__ __forceinline__ void copy_rows(uint32_t to, const void* any, RowAt ro
     }
 }
 
-/// 16 TALL rows of a warp against KEYS others: [i][j][e] is row 16 i + 8 (e / 2) + lane / 4, column 8 j + 2 (lane % 4)
-/// + e % 2.
+/// The scores of 16 TALL rows of a warp against KEYS others, as `multiply_step` leaves them.
 template <int TALL>
 using Scores = float[TALL][EIGHTS][4];
 
@@ -36,21 +35,9 @@ __device__ __forceinline__ void score(Scores<TALL>& s, uint32_t rows, uint32_t k
     }
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
-        uint32_t a[TALL][4];
-#pragma unroll
-        for (int i = 0; i < TALL; ++i) {
-            ldmatrix_x4(a[i], rows + swizzled<2 * D>(i * 16 + lane % 16, step * 2 + lane / 16));
-        }
-#pragma unroll
-        for (int j = 0; j < EIGHTS; j += 2) {
-            uint32_t b[4];
-            ldmatrix_x4(b, keys + swizzled<2 * D>(j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
-#pragma unroll
-            for (int i = 0; i < TALL; ++i) {
-                mma(s[i][j], a[i], b[0], b[1], T());
-                mma(s[i][j + 1], a[i], b[2], b[3], T());
-            }
-        }
+        multiply_step<T>(
+            s, [&](int i) { return rows + swizzled<2 * D>(i * 16 + lane % 16, step * 2 + lane / 16); },
+            [&](int j) { return keys + swizzled<2 * D>(j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2); });
     }
 }
 
