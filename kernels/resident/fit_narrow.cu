@@ -46,21 +46,9 @@ __device__ __forceinline__ double striped_here(double (&terms)[D]) {
 /// Sorts the rows by label, and clears the sums.
 template <class T, int D>
 __device__ void sort(const OnChip<T, D>& s, uint32_t n, uint32_t k) {
-    for (uint32_t j = threadIdx.x; j <= k; j += blockDim.x) s.starts[j] = 0;
     for (uint32_t i = threadIdx.x; i < k * (D + 1); i += blockDim.x) s.rest[i] = 0;  // and the weights
     for (uint32_t i = threadIdx.x; i < 2 * k * D; i += blockDim.x) s.limbs[i] = 0;
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) atomicAdd(&s.starts[s.labels[i]], 1);
-    __syncthreads();
-    block_scan(
-        k + 1, [&](int64_t j) { return s.starts[j]; },
-        [&](int64_t j, uint32_t before) {
-            s.starts[j] = before;
-            if (j < k) s.next[j] = before;
-        });
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) s.order[atomicAdd(&s.next[s.labels[i]], 1)] = i;
-    __syncthreads();
+    block_counting_sort<uint32_t>(n, k, blockDim.x, s.labels, [](uint32_t) { return true; }, s.starts, s.next, s.order);
 }
 
 /// Adds up each thread's share of the sorted rows. Sets `odd` if they have to be added up once more.

@@ -8,23 +8,8 @@
 template <class T, bool FACTOR>
 __device__ void Fit<T, FACTOR>::sort() const {
     clear();
-    for (int j = threadIdx.x; j <= k; j += THREADS_HERE) s.begins[j] = 0;
-    __syncthreads();
-    for (int i = threadIdx.x; i < live; i += THREADS_HERE) {
-        if (counts(i)) atomicAdd(&s.begins[s.labels[i]], 1);
-    }
-    __syncthreads();
-    block_scan(
-        k + 1, [&](int64_t j) { return s.begins[j]; },
-        [&](int64_t j, uint32_t before) {
-            s.begins[j] = before;
-            if (j < k) s.next[j] = before;
-        });
-    __syncthreads();
-    for (int i = threadIdx.x; i < live; i += THREADS_HERE) {
-        if (counts(i)) s.order[atomicAdd(&s.next[s.labels[i]], 1)] = i;
-    }
-    __syncthreads();
+    block_counting_sort<int>(
+        live, k, THREADS_HERE, s.labels, [&](int row) { return counts(row); }, s.begins, s.next, s.order);
 }
 
 /// Adds up the block's rows of each cluster, a warp's, two columns of a line to a lane. Says whether it marks any.
