@@ -28,11 +28,7 @@ __device__ void column_means(const T* c, const Rows& r, const Active& active, Fi
         partial[part][lane] = finite_mean;
         __syncthreads();
         if (part < groups_here && column < r.d) {
-            int rank = 0;
-            for (int i = 0; i < groups_here; ++i) {
-                const double other = partial[i][lane];
-                rank += other < finite_mean || (other == finite_mean && i < part);
-            }
+            const int rank = rank_among(finite_mean, part, groups_here, [&](int i) { return partial[i][lane]; });
             const double middle = finite_mean < nothing().distance ? finite_mean : 0;
             if (rank == (groups_here - 1) / 2) mu[b * r.d + column] = rounded<Filter<T>>(middle);
         }

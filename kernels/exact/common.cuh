@@ -38,6 +38,17 @@ __device__ __forceinline__ double warp_sum(double v) {
     return v;
 }
 
+/// The rank of the `at`th of `count` values, which is `own`: equal ones by their index.
+template <class Value, class Other>
+__device__ __forceinline__ int rank_among(Value own, int at, int count, Other other) {
+    int rank = 0;
+    for (int i = 0; i < count; ++i) {
+        const Value value = other(i);
+        rank += value < own || (value == own && i < at);
+    }
+    return rank;
+}
+
 /// Walks the cells (row, column) of a `d`-column chunk in memory order, one block in step, with no division per cell.
 struct Cells {
     int64_t row, column, d, rows_step, columns_step;
