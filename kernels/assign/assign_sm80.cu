@@ -50,28 +50,38 @@ __device__ __forceinline__ void write_labels(RowResult (&found)[SLOTS], float sq
     }
 }
 
-// `row_error` adds to the error bound of each row, by its place in (b, n); null for nothing. With it, rows lie as the
-// scratch they are.
+/// A block to each tile of rows. `row_error` adds to the error bound of each row, by its place in (b, n); null for
+/// nothing. With it, rows lie as the scratch they are.
+template <class T>
+__device__ __forceinline__ void assign_sm80(const T* x, const Rows& r, const Active& active, const T* moved,
+                                            const float* start, const float* scale, const float* own,
+                                            const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded,
+                                            int64_t copies, uint32_t* labels, UnprovenRow* list, uint32_t* listed,
+                                            const float* row_error) {
+    extern __shared__ __align__(128) uint8_t raw[];
+    const Shared s(raw, 0);
+    const int64_t tiles = (r.n + SM80_ROWS - 1) / SM80_ROWS, all = active.problems(r.b) * tiles;
+    for (int64_t tile = blockIdx.x; tile < all; tile += gridDim.x) {
+        RowResult found[SLOTS];
+        const auto problem = [&] {
+            return ScoredCentroids<T>(moved, start, scale, own, bounds, k, pitch, padded, copies, tile / tiles);
+        };
+        const int64_t from = row_error ? tile / tiles : active.problem(tile / tiles);
+        const float squares = search_tile(s, found, x, r, from, tile % tiles * SM80_ROWS, problem());
+        // What follows from `tile` is worked out again: it would take registers from the sweep.
+        asm volatile("" : "+l"(tile));
+        write_labels(found, squares, r, tile / tiles, active.problem(tile / tiles), tile % tiles * SM80_ROWS, problem(),
+                     row_error, labels, list, listed);
+    }
+}
+
 #define INSTANCE(name, T)                                                                                              \
     extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) assign_sm80_##name(                                  \
         const T* x, Rows r, Active active, const T* moved, const float* start, const float* scale, const float* own,   \
         const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded, int64_t copies, uint32_t* labels,              \
         UnprovenRow* list, uint32_t* listed, const float* row_error) {                                                 \
-        extern __shared__ __align__(128) uint8_t raw[];                                                                \
-        const Shared s(raw, 0);                                                                                        \
-        const int64_t tiles = (r.n + SM80_ROWS - 1) / SM80_ROWS, all = active.problems(r.b) * tiles;                   \
-        for (int64_t tile = blockIdx.x; tile < all; tile += gridDim.x) {                                               \
-            RowResult found[SLOTS];                                                                                    \
-            const auto problem = [&] {                                                                                 \
-                return ScoredCentroids<T>(moved, start, scale, own, bounds, k, pitch, padded, copies, tile / tiles);   \
-            };                                                                                                         \
-            const int64_t from = row_error ? tile / tiles : active.problem(tile / tiles);                              \
-            const float squares = search_tile(s, found, x, r, from, tile % tiles * SM80_ROWS, problem());              \
-            /* What follows from `tile` is worked out again: it would take registers from the sweep. */                \
-            asm volatile("" : "+l"(tile));                                                                             \
-            write_labels(found, squares, r, tile / tiles, active.problem(tile / tiles), tile % tiles * SM80_ROWS,      \
-                         problem(), row_error, labels, list, listed);                                                  \
-        }                                                                                                              \
+        assign_sm80(x, r, active, moved, start, scale, own, bounds, k, pitch, padded, copies, labels, list, listed,    \
+                    row_error);                                                                                        \
     }
 INSTANCE(f16, __half)
 INSTANCE(bf16, __nv_bfloat16)
