@@ -3,7 +3,7 @@
 #pragma once
 #include "exact/argmin.cuh"
 
-constexpr int GROUP = 8;
+constexpr int GROUP = NARROW_GROUP;
 
 /// The centroids of one problem in shared memory, `groups` groups of them, and what goes with them.
 template <class F, int D>

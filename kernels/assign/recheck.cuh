@@ -14,7 +14,7 @@
 
 constexpr int WARPS = BLOCK / WARP, QUEUE = RECHECK_QUEUE / WARPS;
 constexpr int RECHECK_RESIDENT = 256 / BLOCK;  // blocks of an SM, so far as registers go
-constexpr int RECHECK_STATE_BYTES = SM80_ROWS * 12 + RECHECK_QUEUE * 12;
+constexpr int RECHECK_STATE_BYTES = (SM80_ROWS + RECHECK_QUEUE) * RECHECK_BYTES;
 static_assert(RECHECK_STATE_BYTES % 128 == 0, "the swizzles start on lines of 128 bytes");
 static_assert(QUEUE >= 2 * WARP, "a queue takes a candidate of every lane");
 
@@ -31,7 +31,11 @@ struct RecheckState {
           index(reinterpret_cast<uint32_t*>(cutoff + SM80_ROWS)),
           least(index + SM80_ROWS),
           queue(reinterpret_cast<uint2*>(least + SM80_ROWS) + threadIdx.x / WARP * QUEUE),
-          distance(reinterpret_cast<float*>(at + SM80_ROWS * 12 + RECHECK_QUEUE * 8) + threadIdx.x / WARP * QUEUE) {}
+          distance(reinterpret_cast<float*>(at + SM80_ROWS * RECHECK_BYTES + RECHECK_QUEUE * sizeof(uint2)) +
+                   threadIdx.x / WARP * QUEUE) {}
+    static_assert(RECHECK_BYTES == sizeof(float) + 2 * sizeof(uint32_t) &&
+                      RECHECK_BYTES == sizeof(uint2) + sizeof(float),
+                  "of a row; of a candidate");
 };
 
 /// The first pass over split rows left the errors of its rows, and its own bounds, which lie so many copies before

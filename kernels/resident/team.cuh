@@ -4,8 +4,9 @@
 #include "exact/sums.cuh"
 
 constexpr int THREADS_HERE = TEAM_THREADS, WARPS = THREADS_HERE / WARP;
-constexpr int LINE = 128, LINE_COLUMNS = LINE / 2, LINE_PIECES = LINE / 16;  // bytes of 64 columns of a row
-constexpr int GROUP = 32;                                                    // centroids scored at a time
+constexpr int LINE_COLUMNS = TEAM_LINE, LINE = 2 * LINE_COLUMNS,
+              LINE_PIECES = LINE / 16;  // bytes of 64 columns of a row
+constexpr int GROUP = TEAM_GROUP;       // centroids scored at a time
 
 /// What one team of all has.
 template <class T>

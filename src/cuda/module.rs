@@ -1,6 +1,6 @@
 //! The compiled kernels, which are embedded, and what has been loaded of them in each context.
 
-use crate::plan::arch::STATIC_SHARED;
+use crate::tiles::STATIC_SHARED;
 use candle_core::cuda_backend::cudarc::{
     driver::{CudaContext, CudaFunction, CudaModule, DriverError},
     nvrtc::Ptx,

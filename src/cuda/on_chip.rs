@@ -16,7 +16,7 @@ use crate::{
     },
     request::OnChipFit,
     rows::in_pieces,
-    tiles::TEAM_THREADS,
+    tiles::{TEAM_LINE, TEAM_THREADS},
 };
 use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, DType, Tensor};
 
@@ -66,7 +66,7 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
         }
         let Some(plan) = &resident else { return Ok(()) };
         let (&FitResident { teams: count, blocks, rows, padded, shared }, mut zeros) = (plan, ArenaLayout::default());
-        let limbs = zeros.zeroed(elements(&[count, if weighted { 2 } else { 1 }, k, x.d.next_multiple_of(64)]));
+        let limbs = zeros.zeroed(elements(&[count, if weighted { 2 } else { 1 }, k, x.d.next_multiple_of(TEAM_LINE)]));
         let rest = zeros.zeroed(if exact { 0 } else { elements(&[count, k, x.d]) });
         let weights = zeros.zeroed(if weighted { elements(&[count, k]) } else { 0 });
         let (sizes, shifts, arrived) = (zeros.zeroed(elements(&[count, k + 2])), zeros.zeroed(count), zeros.zeroed(count));

@@ -1,6 +1,6 @@
 //! Labels of f32 rows on tensor cores, by way of halves: `kernels/assign/split.cu`.
 
-use super::tensor_core::{sweep_shared, Table, HELD_SHARED, SM90_NAMES};
+use super::tensor_core::{sm90_name, sweep_shared, Table, RECHECK_SHARED};
 use crate::{
     cuda::device::processors,
     cuda::kernel::{launch, warps, WARP},
@@ -103,7 +103,7 @@ pub(super) fn assign(
             let own = if copies > 1 { problems } else { 1 };
             let map = TensorMap::new(half, moved.address, [own, k, d], [k * both, both], SM90_CENTROIDS)?;
             let tiles = elements(&[problems, rows.div_ceil(SM90_ROWS * groups)]).min(processors);
-            launch!(dev, AssignSm90, SM90_NAMES[steps], "f16", tiles, 128 * (groups + 1), SM90_SHARED;
+            launch!(dev, AssignSm90, sm90_name(steps), "f16", tiles, 128 * (groups + 1), SM90_SHARED;
                 &row_map, &map, &shape(&split), &active, &start, &none, &none, &high, &k64, &padded64, &copies64, &slack,
                 &labels, &list, &listed)?;
         } else {
@@ -114,7 +114,7 @@ pub(super) fn assign(
         }
         let originals = xs.slice(from * x.batch_stride + row * x.row_stride..);
         let centroids = cs.slice(from * c.batch_stride..);
-        let shared = sweep_shared(2 * d) + HELD_SHARED;
+        let shared = sweep_shared(2 * d) + RECHECK_SHARED;
         launch!(dev, Recheck, "recheck_split", "f32", 2 * processors, SM80_ROWS, shared;
             &halves, &originals, &shape(&part), &active, &centroids, &shape(c), &moved, &start, &low, &k64, &both64, &padded64,
             &copies64, &of, &labels, &list, &listed, &slack_split, &slack)?;
