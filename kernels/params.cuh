@@ -106,8 +106,8 @@ struct Choice {
 };
 LAYOUT(Choice, 48, share, 40);
 
-/// What is sorted by: the bits `mask` of a label from `shift` on, below `bins`. `before` (null: none) is the order by
-/// the lower digits.
+/// A sort goes by one digit: the bits `mask` of a label from `shift` on, below `bins`. `before` (null: none) is the
+/// order by the lower digits.
 struct Digit {
     const uint32_t *labels, *before;
     int64_t n, k, bins;
@@ -186,7 +186,7 @@ struct Shares {
 };
 LAYOUT(Shares, 12, padded, 8);
 
-/// What goes with a moved centroid (tensor.cuh); the bounds are its own.
+/// A team publishes this with a moved centroid (tensor.cuh); the bounds are its own.
 struct alignas(16) PreparedCentroid {
     float start, scale, moved, residual, stored;
     uint32_t hash;  // of the centroid itself

@@ -61,7 +61,7 @@ __device__ __forceinline__ void multiply_step(float (&acc)[TALL][WIDE][4], Row r
     }
 }
 
-/// What tf32 keeps of an f32, and what of the rest.
+/// The high and the low part of an f32: what tf32 keeps of it, and what it keeps of the rest.
 __device__ __forceinline__ uint32_t high(uint32_t v) {
     uint32_t out;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(out) : "r"(v));

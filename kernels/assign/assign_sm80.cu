@@ -68,7 +68,7 @@ __device__ __forceinline__ void assign_sm80(const T* x, const Rows& r, const Act
         };
         const int64_t from = row_error ? tile / tiles : active.problem(tile / tiles);
         const float squares = search_tile(s, found, x, r, from, tile % tiles * SM80_ROWS, problem());
-        // What follows from `tile` is worked out again: it would take registers from the sweep.
+        // The values that follow from `tile` are worked out again: it would take registers from the sweep.
         asm volatile("" : "+l"(tile));
         write_labels(found, squares, r, tile / tiles, active.problem(tile / tiles), tile % tiles * SM80_ROWS, problem(),
                      row_error, labels, list, listed);

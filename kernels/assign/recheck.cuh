@@ -18,7 +18,7 @@ constexpr int RECHECK_STATE_BYTES = (SM80_ROWS + RECHECK_QUEUE) * RECHECK_BYTES;
 static_assert(RECHECK_STATE_BYTES % 128 == 0, "the swizzles start on lines of 128 bytes");
 static_assert(QUEUE >= 2 * WARP, "a queue takes a candidate of every lane");
 
-/// What a block keeps of its rows, and its warps' queues.
+/// A block keeps this of its rows, and its warps' queues.
 struct RecheckState {
     float* cutoff;    // the score below which a column cannot be the label
     uint32_t* index;  // of the row
@@ -148,7 +148,7 @@ struct Candidates {
         if (column / CENTROIDS % 2 && queued - measured >= 2 * WARP) thin();
     }
 
-    /// What an f32 distance may be off by, of itself: a difference by a rounding, its square by two, the sums of a lane
+    /// The relative error of an f32 distance: a difference by a rounding, its square by two, the sums of a lane
     /// by one for each term, and two where lanes join.
     __device__ __forceinline__ float error() const {
         return ((d + LANES * PIECE - 1) / (LANES * PIECE) * PIECE + 6) * 0x1.02p-24f;

@@ -29,7 +29,7 @@ constexpr int RING_BYTES = STAGES * (TILE_BYTES + CENTROIDS * 4);
 
 constexpr int PLACES = 8;
 
-/// What a thread finds of a row: the best score and the best outside its group of eight columns, and the best of each
+/// A thread finds this of a row: the best score and the best outside its group of eight columns, and the best of each
 /// of the eight places in a group. Every column but the winner is in another group or at another place, so that gives
 /// the winner's column and the exact second best for 2.5 operations a score instead of 5.
 struct RowResult : Search<PLACES> {
@@ -57,8 +57,8 @@ struct Winner {
     int column = 0;
 };
 
-/// What a warp has found of the COUNT rows of each thread: of the four lanes that share rows, lane i % 4 finishes row
-/// i.
+/// Joins what a warp has found of the COUNT rows of each thread: of the four lanes that share rows, lane i % 4 finishes
+/// row i.
 template <int COUNT>
 __device__ __forceinline__ Winner winner_of_quad(RowResult (&found)[COUNT]) {
     Winner winner;

@@ -218,7 +218,7 @@ __device__ __forceinline__ float largest(const float* values) {
     else return fmaxf(largest<N / 2>(values), largest<N / 2>(values + N / 2));
 }
 
-/// What a thread knows of a row whose scores it sees as a matrix with PLACES columns: the best, the second best of the
+/// A thread knows this of a row whose scores it sees as a matrix with PLACES columns: the best, the second best of the
 /// matrix's rows, and the best of each of its columns.
 template <int PLACES>
 struct Search {

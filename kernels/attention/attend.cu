@@ -27,7 +27,7 @@ __device__ __forceinline__ void wait_for_inputs() {
 #endif
 }
 
-/// What a block works on.
+/// A block's share of a unit, and where it keeps it.
 template <class T, int D>
 struct Unit {
     using F = Fragments<T, D>;
@@ -203,7 +203,7 @@ struct Unit {
         return bounds;
     }
 
-    /// What this block reads, for all query heads, after the ranks of this thread.
+    /// Reads this block's share of the rows, for all query heads, after the ranks of this thread.
     __device__ __forceinline__ void read(uint2 bounds) const {
         __shared__ SelectState state;
         // Exact are the sinks, the listed tokens and those after the clustered ones.

@@ -156,7 +156,7 @@ __device__ bool find_tile(const uint32_t* query_offsets, int64_t units, int64_t 
     return unit >= 0;
 }
 
-/// What a tile of queries reads, from its own head, unit and place on.
+/// A tile of queries reads and writes these, from its own head, unit and place on.
 template <class T>
 struct Reading {
     const T *q, *keys, *values, *mean_keys, *mean_values;
@@ -172,8 +172,7 @@ __device__ __forceinline__ void attend_tile(const Reading<T>& at, const ReadList
     constexpr int ROWS = WARPS * 16 * TALL;
     const auto [q, keys, values, mean_keys, mean_values, out, order, left, first, end] = at;
     extern __shared__ __align__(128) uint8_t raw[];
-    const uint32_t rows = shared_address(raw), key_tile = rows + ROWS * D * 2,
-                   value_tile = key_tile + KEYS * D * 2;
+    const uint32_t rows = shared_address(raw), key_tile = rows + ROWS * D * 2, value_tile = key_tile + KEYS * D * 2;
     __shared__ uint32_t entries[2][KEYS];
     __shared__ float biases[2][KEYS];
     const int tiles = int((listed.rows() + KEYS - 1) / KEYS);

@@ -1,4 +1,4 @@
-// What every kernel shares: views of rows, conversions, the f64 definition of a distance, order-free sums, random
+// Every kernel shares this: views of rows, conversions, the f64 definition of a distance, order-free sums, random
 // numbers.
 //
 // Everything here that decides a result is written with the *_rn intrinsics, which the compiler never contracts to FMA,

@@ -6,7 +6,7 @@
 /// Bits of a limb's terms: with their sign and 10 more for their sum they fit the 53 of an f64.
 constexpr int LIMB_BITS = 42;
 
-/// What a sum is divided by: the weight of its cluster, the norm of the sums, or nothing.
+/// A sum is divided by one of these: the weight of its cluster, the norm of the sums, or nothing.
 enum Divisor : int { WEIGHT = 0, NORM = 1, ONE = 2 };
 
 /// Between these a sum of squares has lost nothing to the range of f64 that matters.
@@ -146,7 +146,7 @@ struct Gathered {
     }
 };
 
-/// What the sums of a cluster are divided by (`divided` in src/cpu/update.rs).
+/// The sums of a cluster are divided by this (`divided` in src/cpu/update.rs).
 struct Quotient {
     int divisor;
     Scaled weight;

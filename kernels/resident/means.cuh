@@ -107,7 +107,7 @@ __device__ void Fit<T, FACTOR>::add(const Units<T>& units, int weight_scale, uin
     else add<4>(units, weight_scale, marked);
 }
 
-/// What the block's share of the clusters have been added up to, to `totals`. Leaves zeros there.
+/// Brings the sums of the block's share of the clusters to `totals`, and leaves zeros where they were.
 template <class T, bool FACTOR>
 __device__ __forceinline__ void Fit<T, FACTOR>::collect(const Units<T>& units, int owned) const {
     for (int i = threadIdx.x; i < owned * d; i += THREADS_HERE) {
@@ -165,7 +165,7 @@ __device__ void Fit<T, FACTOR>::replace(const Units<T>& units, int weight_scale,
                 squares = __dadd_rn(squares, __dmul_rn(totals[q], totals[q])), some |= totals[q] != 0;
             }
             squares = striped(squares);
-            // What squares of f64 cannot measure is marked.
+            // A cluster is marked that squares of f64 cannot measure.
             if (!EXACT && !(LEAST_SQUARES <= squares && squares <= MOST_SQUARES) && __any_sync(~0u, some)) {
                 if (lane == 0) to.sizes[j] = size | ODD, *marked = 1;
                 continue;

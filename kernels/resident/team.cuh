@@ -8,7 +8,7 @@ constexpr int LINE_COLUMNS = TEAM_LINE, LINE = 2 * LINE_COLUMNS,
               LINE_PIECES = LINE / 16;  // bytes of 64 columns of a row
 constexpr int GROUP = TEAM_GROUP;       // centroids scored at a time
 
-/// What one team of all has.
+/// The part of it that one team has.
 template <class T>
 __device__ Common Common::of_team(int64_t team, int64_t limb_count, int64_t k, int64_t d) const {
     return {limbs + team * limb_count * k * ((d + LINE_COLUMNS - 1) / LINE_COLUMNS * LINE_COLUMNS),

@@ -1,4 +1,4 @@
-// What an update does with the clusters that it is given, and how it decides who goes on.
+// An update marks and moves the clusters that it is given, and decides which problems go on.
 #pragma once
 #include "exact/sums.cuh"
 

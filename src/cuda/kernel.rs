@@ -176,7 +176,7 @@ impl Kernel {
         status.result().w().map_err(failed)
     }
 
-    /// What every launch does first.
+    /// Every launch does this first.
     fn record(&self) {
         fence::finish_before_exit(&self.stream);
         LAUNCHES.with(|l| l.borrow_mut().iter_mut().for_each(|l| l.push(format!("{}_{}", self.name, self.suffix))));

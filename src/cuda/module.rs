@@ -54,7 +54,7 @@ impl Image {
     }
 }
 
-/// What has been loaded, by context. The handles keep their context alive, so an address is never reused.
+/// The functions that have been loaded, by context. The handles keep their context alive, so an address is never reused.
 #[derive(Default)]
 pub(super) struct Loaded {
     modules: HashMap<(usize, Image), Arc<CudaModule>>,

@@ -46,7 +46,7 @@ pub(super) struct Active {
 layout!(Active, 24, first: 16);
 
 impl Active {
-    /// What a turn has to do, which is everything outside a fit and in its first iteration.
+    /// The problems that a turn has to do, which is everything outside a fit and in its first iteration.
     pub(super) fn of(turn: Option<Turn<'_>>) -> Result<Self> {
         match turn {
             Some(Turn { progress, iteration }) if iteration > 1 => {
