@@ -84,6 +84,5 @@ pub use lloyd::prepared::PreparedFit;
 pub use metric::Metric;
 pub use minibatch::MiniBatch;
 pub use plan::Plan;
-pub use problem::Problem;
 pub use segments::Segments;
 pub use select::{select_clusters, top_rows_per_centroid, ClusterBudget, Selection};
