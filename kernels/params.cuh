@@ -196,13 +196,13 @@ LAYOUT(PreparedCentroid, 32, hash, 20);
 /// Where the blocks of a team add up what each of them has: zeros but for an iteration under way. One of each to a
 /// team.
 struct Common {
-    unsigned long long* limbs;    // (LIMBS, k, whole lines), columns in the order of `place_of`
-    unsigned long long* rest;     // (k, d, 2): what limbs could not take; null for f16 without factors
-    unsigned long long* weights;  // (k, 2), of factors
-    uint32_t* sizes;              // (k + 2), without; ODD if a cluster is to be added up once more; and behind
-                                  // them, whether any is in an even and in an odd turn
-    double* shifts;               // (2): the largest squared shift of an even and of an odd turn
-    uint32_t* arrived;            // times that blocks have come to a barrier
+    unsigned long long* limbs;       // (LIMBS, k, whole lines), columns in the order of `place_of`
+    unsigned long long* remainders;  // (k, d, 2): what limbs could not take; null for f16 without factors
+    unsigned long long* weights;     // (k, 2), of factors
+    uint32_t* sizes;                 // (k + 2), without; ODD if a cluster is to be added up once more; and behind
+                                     // them, whether any is in an even and in an odd turn
+    double* shifts;                  // (2): the largest squared shift of an even and of an odd turn
+    uint32_t* arrived;               // times that blocks have come to a barrier
     // And how the centroids are scored, which needs no zeros:
     void* moved;                 // (k, d), in the type of the rows
     PreparedCentroid* prepared;  // (k)

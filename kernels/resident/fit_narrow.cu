@@ -13,7 +13,7 @@
 /// A problem's part of shared memory, behind its centroids (`FitNarrow` in src/plan/on_chip.rs).
 template <class T, int D>
 struct OnChip {
-    __int128* rest;             // (k, D): what limbs could not take
+    __int128* remainders;       // (k, D): what limbs could not take
     __int128* weights;          // (k)
     unsigned long long* limbs;  // (2, k, D), two's complement
     uint32_t *starts, *next;    // (k + 1) and (k): where clusters begin, and the place of the next row
@@ -21,8 +21,8 @@ struct OnChip {
     uint16_t *labels, *order;   // (n)
 
     __device__ OnChip(uint8_t* raw, int64_t n, int64_t k) {
-        rest = reinterpret_cast<__int128*>(raw);
-        weights = rest + k * D;
+        remainders = reinterpret_cast<__int128*>(raw);
+        weights = remainders + k * D;
         limbs = reinterpret_cast<unsigned long long*>(weights + k);
         x = reinterpret_cast<T*>(limbs + 2 * k * D);
         starts = reinterpret_cast<uint32_t*>(x + (n * D + 7) / 8 * 8);
@@ -46,7 +46,7 @@ __device__ __forceinline__ double striped_here(double (&terms)[D]) {
 /// Sorts the rows by label, and clears the sums.
 template <class T, int D>
 __device__ void sort(const OnChip<T, D>& s, uint32_t n, uint32_t k) {
-    for (uint32_t i = threadIdx.x; i < k * (D + 1); i += blockDim.x) s.rest[i] = 0;  // and the weights
+    for (uint32_t i = threadIdx.x; i < k * (D + 1); i += blockDim.x) s.remainders[i] = 0;  // and the weights
     for (uint32_t i = threadIdx.x; i < 2 * k * D; i += blockDim.x) s.limbs[i] = 0;
     block_counting_sort<uint32_t>(n, k, blockDim.x, s.labels, [](uint32_t) { return true; }, s.starts, s.next, s.order);
 }
@@ -110,7 +110,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
             for (int l = 0; l < 2; ++l) sums[l][q] += units.take_limb(l, v);
             if (v != 0) {
                 if (!fixed_quantise(v, units.scale, whole) || units.extreme) odd = true;
-                atomic_add(reinterpret_cast<unsigned long long*>(&s.rest[cluster * D + q]), whole);
+                atomic_add(reinterpret_cast<unsigned long long*>(&s.remainders[cluster * D + q]), whole);
             }
         }
     }
@@ -118,7 +118,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
     __syncthreads();
 }
 
-/// Adds up clusters once more, a column to a warp: to `rest` and `weights`, as `Scaled`.
+/// Adds up clusters once more, a column to a warp: to `remainders` and `weights`, as `Scaled`.
 template <class T, int D>
 __device__ __forceinline__ void add_exactly(const OnChip<T, D>& s, uint32_t k, bool dirty, const double* factor) {
     const uint32_t lane = threadIdx.x % WARP;
@@ -137,7 +137,7 @@ __device__ __forceinline__ void add_exactly(const OnChip<T, D>& s, uint32_t k, b
             sum.add(term);
         }
         const Scaled rounded = sum.all().rounded();
-        if (lane == 0) *reinterpret_cast<Scaled*>(q < D ? &s.rest[j * D + q] : &s.weights[j]) = rounded;
+        if (lane == 0) *reinterpret_cast<Scaled*>(q < D ? &s.remainders[j * D + q] : &s.weights[j]) = rounded;
     }
 }
 
@@ -150,7 +150,7 @@ __device__ __noinline__ void replace_exactly(OnChip<T, D> s, T* c, uint32_t k, i
     __syncthreads();
 #pragma unroll 1
     for (uint32_t j = threadIdx.x; j < k; j += blockDim.x) {
-        const Scaled* const sums = reinterpret_cast<const Scaled*>(s.rest + j * D);
+        const Scaled* const sums = reinterpret_cast<const Scaled*>(s.remainders + j * D);
         double terms[D];
         const Quotient by(
             divisor, *reinterpret_cast<const Scaled*>(s.weights + j),
@@ -196,7 +196,7 @@ __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const 
         bool some = false;
 #pragma unroll
         for (int q = 0; q < D; ++q) {
-            __int128 sum = s.rest[j * D + q];
+            __int128 sum = s.remainders[j * D + q];
 #pragma unroll
             for (int l = 0; l < 2; ++l) {
                 sum += __int128((long long)s.limbs[(l * k + j) * D + q]) << (units.unit(l) + units.scale);

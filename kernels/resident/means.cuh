@@ -75,7 +75,7 @@ __device__ void Fit<T, FACTOR>::add(const Units<T>& units, int weight_scale, uin
     }
 }
 
-/// Adds two columns' terms that need to be cut; what limbs do not take goes to the common rest.
+/// Adds two columns' terms that need to be cut; what limbs do not take goes to the common remainders.
 template <class T, bool FACTOR>
 template <int LINES>
 __device__ __forceinline__ void Fit<T, FACTOR>::take(const T (&values)[2], double f, const Units<T>& units, int j,
@@ -93,7 +93,7 @@ __device__ __forceinline__ void Fit<T, FACTOR>::take(const T (&values)[2], doubl
         if (v != 0) {
             __int128 whole;
             odd |= !fixed_quantise(v, units.scale, whole) || units.extreme;
-            atomic_add(to.rest + 2 * (j * d + column + q), whole);
+            atomic_add(to.remainders + 2 * (j * d + column + q), whole);
         }
     }
 }
@@ -120,7 +120,7 @@ __device__ __forceinline__ void Fit<T, FACTOR>::collect(const Units<T>& units, i
             *limb = 0;
         }
         if (!EXACT) {
-            unsigned long long* const remainder = to.rest + 2 * (j * d + column);
+            unsigned long long* const remainder = to.remainders + 2 * (j * d + column);
             const unsigned long long low = __ldcg(remainder), high = __ldcg(remainder + 1);
             if (low | high) total += __int128(high) << 64 | low, remainder[0] = remainder[1] = 0;
         }

@@ -12,7 +12,7 @@ constexpr int GROUP = TEAM_GROUP;       // centroids scored at a time
 template <class T>
 __device__ Common Common::of_team(int64_t team, int64_t limb_count, int64_t k, int64_t d) const {
     return {limbs + team * limb_count * k * ((d + LINE_COLUMNS - 1) / LINE_COLUMNS * LINE_COLUMNS),
-            rest + team * k * d * 2,
+            remainders + team * k * d * 2,
             weights + team * k * 2,
             sizes + team * (k + 2),
             shifts + team * 2,

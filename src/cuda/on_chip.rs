@@ -28,7 +28,7 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
     let sizes = [x.b, x.n, k, x.d];
     let narrow = FitNarrow::new(x.dtype(), metric, sizes, arch);
     let resident = FitResident::new(x.dtype(), metric, weighted, sizes, arch).filter(|_| in_pieces(&x.operand, 8));
-    // The sums of halves are exact without a rest.
+    // The sums of halves are exact without remainders.
     let exact = x.dtype() == DType::F16 && !weighted;
     let name = if weighted { "fit_resident_weighted" } else { "fit_resident" };
     let resident = match resident {
@@ -67,7 +67,7 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
         let Some(plan) = &resident else { return Ok(()) };
         let (&FitResident { teams: count, blocks, rows, padded, shared }, mut zeros) = (plan, ArenaLayout::default());
         let limbs = zeros.zeroed(elements(&[count, if weighted { 2 } else { 1 }, k, x.d.next_multiple_of(TEAM_LINE)]));
-        let rest = zeros.zeroed(if exact { 0 } else { elements(&[count, k, x.d]) });
+        let remainders = zeros.zeroed(if exact { 0 } else { elements(&[count, k, x.d]) });
         let weights = zeros.zeroed(if weighted { elements(&[count, k]) } else { 0 });
         let (sizes, shifts, arrived) = (zeros.zeroed(elements(&[count, k + 2])), zeros.zeroed(count), zeros.zeroed(count));
         let mut scratch = ArenaLayout::default();
@@ -75,7 +75,7 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
         let (zeros, scratch) = (zeros.zeros(dev, OP, memory)?, scratch.scratch(dev, OP, memory)?);
         let common = Common {
             limbs: zeros.part(limbs),
-            rest: zeros.part(rest),
+            remainders: zeros.part(remainders),
             weights: zeros.part(weights),
             sizes: zeros.part(sizes),
             shifts: zeros.part(shifts),

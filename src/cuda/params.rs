@@ -302,7 +302,7 @@ layout!(PreparedCentroid, 32, hash: 20);
 #[repr(C)]
 pub(super) struct Common {
     pub(super) limbs: Part<u64>,
-    pub(super) rest: Part<[u64; 2]>,
+    pub(super) remainders: Part<[u64; 2]>,
     pub(super) weights: Part<[u64; 2]>,
     pub(super) sizes: Part<u32>,
     pub(super) shifts: Part<[f64; 2]>,
