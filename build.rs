@@ -9,10 +9,6 @@ use std::{
     thread,
 };
 
-#[allow(dead_code)] // the CPU's tiles
-#[path = "src/tiles.rs"]
-mod tiles;
-
 /// Machine code is shipped for these where the toolkit has them, and runs on later GPUs of the same major version, but for
 /// that of "90a"; `FLASH_KMEANS_ARCHS` ("80;90a") names others.
 const ARCHS: [&str; 4] = ["80", "90a", "100", "120"];
@@ -71,7 +67,7 @@ fn compile(nvcc: &PathBuf, archs: &Vec<String>, kernel: PathBuf, shared: &(Strin
     let mut flags: Vec<String> = ["-fatbin", "-O3", "-std=c++17", "-Ikernels"].map(String::from).into();
     flags.extend(own.is_none().then(|| PTX.into()));
     flags.extend(own.as_ref().unwrap_or(archs).iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")));
-    flags.extend(tile_macros().map(|(name, value)| format!("-D{name}={value}")));
+    flags.extend(tile_macros());
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join(stem).with_extension("fatbin");
     let mut inputs = DefaultHasher::new();
     (nvcc, &flags, shared, read(&kernel)).hash(&mut inputs);
@@ -111,8 +107,9 @@ fn archs(nvcc: &PathBuf) -> Vec<String> {
     ARCHS.iter().copied().filter(has).map(String::from).collect()
 }
 
-fn tile_macros() -> impl Iterator<Item = (&'static str, usize)> {
-    macro_rules! tiles { ($($name:ident)+) => { [$((stringify!($name), tiles::$name)),+] } }
-    tiles!(SIMT_ROWS SIMT_CENTROIDS SIMT_COLUMNS NARROW_ROWS NARROW_THREADS NARROW_TILE FIT_THREADS FIT_THREADS_4 TEAM_THREADS TEAM_COLUMNS SM80_ROWS SM80_CENTROIDS SM80_COLUMNS SM80_STAGES RECHECK_QUEUE SM90_ROWS
-        SM90_CENTROIDS SM90_SHARED TENSOR_CENTROIDS SORT_ITEMS SORT_ITEMS_MANY SORT_THREADS SORT_WHOLE SORT_WARPS SORT_BINS SUM_ROWS SUM_THREADS SUM_BLOCKS SUM_BLOCKS_LIMBS SUM_BLOCKS_WEIGHTED MEDIAN_COLUMNS MEAN_SAMPLES ORIGIN_THREADS SCAN_THREADS SUM_STEPS SUM_BATCHES ATTEND_THREADS ATTEND_BLOCKS ATTEND_HEADS SELECT_THREADS ROUTE_THREADS ROUTE_KEYS THREADS LEFT_THREADS LEFT_COLUMNS).into_iter()
+/// The numbers of `src/tiles.rs`, which kernels know as macros.
+fn tile_macros() -> Vec<String> {
+    let text = fs::read_to_string("src/tiles.rs").expect("src/tiles.rs is part of the package");
+    let constants = text.lines().filter_map(|line| line.strip_prefix("pub const ")?.split_once(": usize = "));
+    constants.map(|(name, value)| format!("-D{name}={}", value.trim_end_matches(';').replace('_', ""))).collect()
 }

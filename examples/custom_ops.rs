@@ -85,7 +85,7 @@ impl Classifier {
 impl Module for Classifier {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let tokens = self.embed.forward(x)?;
-        // What is quantised and what is not, side by side, so that gradients take both ways.
+        // Quantised tokens and the tokens themselves are averaged, so that gradients take both ways.
         let mixed = ((self.bottleneck.forward(&tokens)? * 0.5)? + (tokens * 0.5)?)?;
         self.head.forward(&self.pool.forward(&mixed)?)
     }

@@ -186,7 +186,7 @@ impl Video {
     }
 }
 
-/// What a call returns, and its milliseconds.
+/// Returns what a call does, and its milliseconds.
 fn timed(device: &Device, call: impl FnOnce() -> Result<Tensor>) -> Result<(Tensor, f64)> {
     device.synchronize()?;
     let start = Instant::now();

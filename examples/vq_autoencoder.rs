@@ -56,7 +56,7 @@ enum Start {
     KMeans,
 }
 
-/// What a trained model does to images it has not seen.
+/// A trained model does this to images that it has not seen.
 struct Outcome {
     codes_used: u32,
     perplexity: f64,

@@ -133,11 +133,6 @@ __device__ void gather(const T* x, const Rows& r, const uint32_t* index, int64_t
     }
 }
 
-/// A tensor of any layout, its last dimension first (`Strided` in src/cuda/params.rs).
-struct Strided {
-    int64_t sizes[8], strides[8], rank;
-};
-
 /// Its elements in order, the last dimension widened to `pitch` by zeros, `cells` in all. Divisions of 32 bits are
 /// several times as fast, and do for what they count.
 template <class I, class T>

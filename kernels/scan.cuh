@@ -1,4 +1,4 @@
-// Exclusive scans, and reductions over a block.
+// Exclusive scans, what is sorted by them, and reductions over a block.
 #pragma once
 #include "exact/common.cuh"
 
@@ -38,6 +38,30 @@ __device__ uint32_t block_scan(int64_t n, Value value, Take take) {
     const uint32_t all = of_warps[WARP - 1];
     __syncthreads();
     return all;
+}
+
+/// Counting sort by one block of `threads`: `order` becomes those numbers below `n` that `counts`, by label, in no
+/// particular order where labels are equal. `begins` (k + 1) becomes where labels begin; `next` (k) is used up.
+template <class Index, class Counts, class Short>
+__device__ __forceinline__ void block_counting_sort(Index n, Index k, Index threads, const Short* labels, Counts counts,
+                                                    uint32_t* begins, uint32_t* next, Short* order) {
+    for (Index j = threadIdx.x; j <= k; j += threads) begins[j] = 0;
+    __syncthreads();
+    for (Index i = threadIdx.x; i < n; i += threads) {
+        if (counts(i)) atomicAdd(&begins[labels[i]], 1);
+    }
+    __syncthreads();
+    block_scan(
+        k + 1, [&](int64_t j) { return begins[j]; },
+        [&](int64_t j, uint32_t before) {
+            begins[j] = before;
+            if (j < k) next[j] = before;
+        });
+    __syncthreads();
+    for (Index i = threadIdx.x; i < n; i += threads) {
+        if (counts(i)) order[atomicAdd(&next[labels[i]], 1)] = i;
+    }
+    __syncthreads();
 }
 
 /// The result over all threads of the block.

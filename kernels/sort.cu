@@ -12,21 +12,6 @@
 // order.
 #include "scan.cuh"
 
-/// What is sorted by: the bits `mask` of a label from `shift` on, below `bins`. `before` (null: none) is the order by
-/// the lower digits.
-struct Digit {
-    const uint32_t *labels, *before;
-    int64_t n, k, bins;
-    uint32_t shift, mask;
-
-    /// The row at place `i` of problem `p`.
-    __device__ __forceinline__ uint32_t row(int64_t p, int64_t i) const { return before ? before[p * n + i] : i; }
-    /// A label out of range counts as the last one.
-    __device__ __forceinline__ uint32_t bin(uint32_t label) const {
-        return min(label, uint32_t(k - 1)) >> shift & mask;
-    }
-};
-
 /// The bins of a thread's rows of a tile of `size` places, of which it has every `blockDim.x`th. What lies beyond the
 /// tile is in a bin of its own, the last one. `before` (null: none) and else `labels` are those of the tile.
 template <int ITEMS>

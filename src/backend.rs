@@ -1,4 +1,4 @@
-//! What a device has to do, by primitives.
+//! A device has to do these primitives.
 //!
 //! They take checked arguments and return new tensors on the same device, or write to a target, on the tensors' own stream.
 //! `primitives` says of each what it is; what a back end has no kernel for keeps its default.
@@ -30,7 +30,7 @@ pub(crate) fn count_sort() {
 
 /// A kind of device. See [`primitives`](crate::primitives) for what each primitive is.
 pub(crate) trait Backend {
-    /// What chooses kernels.
+    /// The arch of a device, by which kernels are chosen.
     fn arch(&self, device: &Device) -> Result<Arch>;
 
     /// Whether work that is queued now becomes part of a graph.

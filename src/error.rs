@@ -1,4 +1,4 @@
-//! What can go wrong, said once: every refusal names the argument and both values.
+//! An error says what went wrong: every refusal names the argument and both values.
 
 use candle_core::DType;
 use std::{

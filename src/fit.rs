@@ -186,7 +186,7 @@ impl Fit {
         Ok(())
     }
 
-    /// What is wrong with the values of a [checked](Self::check) fit on the CPU.
+    /// Says what is wrong with the values of a [checked](Self::check) fit on the CPU.
     fn fault(&self) -> Result<Option<String>> {
         if !saved::all_finite(&self.centroids)? {
             return Ok(Some("centroids that hold a NaN or an infinity".into()));

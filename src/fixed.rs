@@ -94,7 +94,7 @@ impl Scaled {
         (self.significand * power_of_two(half)) / (divisor.significand * power_of_two(half - e))
     }
 
-    /// What `totals` have to be divided by to be a unit vector, and they themselves as f64 that its squares are: as they are,
+    /// Returns the divisor that makes `totals` a unit vector, and they themselves as f64 that its squares are: as they are,
     /// or, should squares leave the range of f64, times a power of two.
     pub fn direction(totals: &[Self]) -> Option<(Vec<f64>, f64)> {
         let squares = |values: &[f64]| striped(values.iter().map(|v| v * v));

@@ -142,7 +142,7 @@ pub fn inverse_order(order: &Tensor) -> Result<Tensor> {
     Ok(primitives::sorted(&labels, n)?.0.force_contiguous()?.reshape(order.shape())?)
 }
 
-/// What each row's centroid leaves of it, `x - centroids[labels]`: `(..batch, n, d)` in `x`'s dtype.
+/// The residuals: each row less its centroid, `x - centroids[labels]`: `(..batch, n, d)` in `x`'s dtype.
 ///
 /// `x` is `(..batch, n, d)`, `centroids` `(..batch, k, d)`, or `(k, d)` for every problem, in the same dtype, and `labels` u32
 /// `(..batch, n)` below `k`. The next stage of a residual quantiser (Juang and Gray 1982) clusters these. The gradient

@@ -29,7 +29,7 @@ pub enum Init {
     Given(Tensor),
 }
 
-/// What becomes of a cluster that loses its last row.
+/// The policy for a cluster that loses its last row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum EmptyClusters {
@@ -63,7 +63,7 @@ pub struct Iteration {
     pub converged: usize,
 }
 
-/// What a callback of [`KMeans::on_iteration`] may return: nothing, or whether the fit goes on.
+/// A callback of [`KMeans::on_iteration`] may return this: nothing, or whether the fit goes on.
 pub trait IntoControlFlow {
     /// [`ControlFlow::Break`] ends the fit.
     fn into_control_flow(self) -> ControlFlow<()>;
@@ -218,7 +218,7 @@ impl KMeans {
         self
     }
 
-    /// What becomes of clusters without rows.
+    /// Sets what becomes of clusters without rows.
     pub fn empty_clusters(mut self, policy: EmptyClusters) -> Self {
         self.empty = policy;
         self

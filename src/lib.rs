@@ -7,7 +7,7 @@
 //! [`nn`] has such layers. The parts with one result are also values for [`Tensor::apply_op2`](candle_core::Tensor::apply_op2)
 //! and, to write in place, [`Tensor::inplace_op3`](candle_core::Tensor::inplace_op3): [`ops`].
 //!
-//! What can be relied on:
+//! Users can rely on this:
 //! - **Labels are exact.** A label is the lowest index among the centroids at the smallest distance, in f64, of the stored
 //!   values. Fast arithmetic only rules centroids out, within a proven error bound.
 //! - **Labels belong to the centroids returned with them**: `fit.labels` equals `fit.predict(x)`.
@@ -85,6 +85,5 @@ pub use lloyd::prepared::PreparedFit;
 pub use metric::Metric;
 pub use minibatch::MiniBatch;
 pub use plan::Plan;
-pub use problem::Problem;
 pub use segments::Segments;
 pub use select::{select_clusters, top_rows_per_centroid, ClusterBudget, Selection};

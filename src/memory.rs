@@ -1,4 +1,4 @@
-//! What outlives an op: memory that the next one uses, and who has used a layer's tensors.
+//! Two things outlive an op: memory that the next one uses, and who has used a layer's tensors.
 
 #[cfg(feature = "cuda")]
 pub(crate) use crate::cuda::{fence::Fence, memory::Memory};

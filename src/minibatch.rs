@@ -220,5 +220,5 @@ impl MiniBatch {
     }
 }
 
-/// What files of these are marked with.
+/// Files of these are marked with this.
 const KIND: &str = "mini_batch";

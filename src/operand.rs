@@ -1,4 +1,4 @@
-//! What an op reads and writes: tensors, or the storages that Candle has locked before it calls a custom op.
+//! An op reads operands and writes targets: tensors, or the storages that Candle has locked before it calls a custom op.
 
 use candle_core::{
     backend::BackendStorage, CpuStorage, CudaStorage, DType, Device, Layout, Result, Shape, Storage, Tensor,
@@ -27,7 +27,7 @@ pub(crate) enum Source<'a> {
     Cuda(&'a CudaStorage),
 }
 
-/// What can be read: a tensor or an [`Operand`].
+/// An op can read this: a tensor or an [`Operand`].
 pub(crate) trait Readable {
     fn source(&self) -> Source<'_>;
     fn layout(&self) -> &Layout;

@@ -1,7 +1,7 @@
 //! The primitives, and the only place that matches on the device.
 //!
 //! They take checked arguments and return new tensors on the same device, or write to a target, on the tensors' own stream.
-//! What they read is locked by them, or by Candle around a custom op ([`Operand`]). `cpu` and `cuda` implement them ([`Backend`]).
+//! They lock what they read, unless Candle has around a custom op ([`Operand`]). `cpu` and `cuda` implement them ([`Backend`]).
 
 #[cfg(feature = "cuda")]
 use crate::cuda::Cuda;
@@ -40,7 +40,7 @@ fn on(device: &Device, op: &'static str) -> Result<&'static dyn Backend> {
     }
 }
 
-/// What chooses kernels. (A device without a back end is refused by what would run there.)
+/// The arch of a device, by which kernels are chosen. (A device without a back end is refused by what would run there.)
 pub(crate) fn arch(device: &Device) -> Result<Arch> {
     on(device, "arch").map_or(Ok(Arch::Cpu), |backend| backend.arch(device))
 }
@@ -103,7 +103,7 @@ pub(crate) fn pieces(t: &Tensor) -> Result<Vec<Tensor>> {
         .collect::<candle_core::Result<_>>()?)
 }
 
-/// What `f` makes of tensors of one shape, element by element: piece by piece if they are many, for which no gradient flows.
+/// Applies `f` to tensors of one shape, element by element: piece by piece if they are many, for which no gradient flows.
 pub(crate) fn elementwise<const N: usize>(
     inputs: [&Tensor; N],
     f: impl Fn([&Tensor; N]) -> candle_core::Result<Tensor>,
@@ -387,7 +387,7 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
     on(fit.x.device(), "fit_on_chip")?.fit_on_chip(fit, memory)
 }
 
-/// What each query head takes from the cache, `(b, q_heads, d)`; nothing where there is no kernel for it.
+/// Attends from each query head to the cache, `(b, q_heads, d)`; nothing where there is no kernel for it.
 pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     if forced() {
         return Ok(None);
@@ -395,7 +395,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
     on(a.q.device(), "attend")?.attend(a, memory)
 }
 
-/// What each query takes, `(b, heads, m, d)`; nothing where there is no kernel for it.
+/// Attends from each query to the list of its group, `(b, heads, m, d)`; nothing where there is no kernel for it.
 pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     if forced() {
         return Ok(None);

@@ -15,7 +15,7 @@ const MAX_ELEMENTS: usize = isize::MAX as usize / 64;
 
 /// The sizes of a call, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
+pub(crate) struct Problem {
     /// Leading dimensions of the input; empty for a single problem.
     pub batch: Vec<usize>,
     /// Number of problems: the product of `batch`.

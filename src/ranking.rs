@@ -118,7 +118,7 @@ pub(crate) fn shift_right(values: &Tensor, by: usize) -> Result<Tensor> {
 mod tests {
     use super::*;
 
-    /// What a GPU does with more keys than it sorts at once, and what Candle's stable sort says.
+    /// A GPU merges chunks where keys are more than it sorts at once, and Candle's stable sort says the same.
     #[test]
     fn chunks_are_merged_into_one_stable_order() {
         for (r, k, chunk) in [(1, 1, 4), (3, 4, 4), (2, 5, 4), (3, 100, 8), (2, 64, 8), (1, 1000, 2), (2, 129, 64)] {

@@ -1,4 +1,4 @@
-//! What an op is asked: plain values.
+//! An op is asked by plain values.
 
 use crate::{
     metric::Metric,
@@ -28,7 +28,7 @@ pub(crate) struct Turn<'a> {
     pub iteration: usize,
 }
 
-/// What is added up over rows: their values, each times its factor.
+/// Rows are added up as these: their values, each times its factor.
 pub(crate) struct Summands {
     /// f64 `(b, n)`.
     pub row_scale: Option<Tensor>,
@@ -43,7 +43,7 @@ pub(crate) struct Summands {
     pub finite: bool,
 }
 
-/// What becomes of the terms of a cluster.
+/// A reduction says what becomes of the terms of a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reduction {
     /// Their sum by the cluster's weight: by the sum of the factors, which have to be weights, or the number of rows.

@@ -60,8 +60,8 @@ impl RowWeights {
         &self.weights
     }
 
-    /// What these rows are in the clusters of `labels`, u32 `(b, n)`, known to be below `k`. Means are rounded to the rows' dtype
-    /// once.
+    /// The means and weights of these rows in the clusters of `labels`, u32 `(b, n)`, known to be below `k`. Means are rounded to
+    /// the rows' dtype once.
     pub fn clusters(&self, x: &Rows, labels: &Tensor, k: usize) -> Result<Clusters> {
         let order = primitives::order(labels, k)?;
         let weights = primitives::cluster_sums(&self.weights, Some(&order))?;
@@ -210,7 +210,7 @@ pub(crate) fn cluster_weights(x: &Tensor, kmeans: &KMeans, fit: &Fit) -> Result<
     primitives::cluster_sums(&weights, Some(&order))
 }
 
-/// What a row is to a fit.
+/// A row counts in a fit, or does not for one of two reasons.
 #[derive(Clone, Copy, PartialEq)]
 enum Row {
     Counts,

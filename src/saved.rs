@@ -1,6 +1,6 @@
-//! What the crate saves: safetensors files with a mark of ours, the same bytes for the same contents, written whole or not at all.
+//! The crate saves safetensors files with a mark of ours, the same bytes for the same contents, written whole or not at all.
 //!
-//! Whatever a file holds, reading it ends in a value that was checked or in a typed error. No more memory is asked for than the
+//! Reading a file, whatever it holds, ends in a value that was checked or in a typed error. No more memory is asked for than the
 //! file has bytes, and files without our mark are not read past their header.
 
 use crate::{

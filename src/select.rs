@@ -31,7 +31,7 @@ pub enum ClusterBudget {
     },
 }
 
-/// What [`select_clusters`] took. All tensors are on the device of the scores.
+/// [`select_clusters`] took these clusters. All tensors are on the device of the scores.
 #[derive(Clone)]
 #[non_exhaustive]
 pub struct Selection {
@@ -184,7 +184,7 @@ pub fn top_rows_per_centroid(x: &Tensor, centroids: &Tensor, w: usize, metric: M
 }
 
 impl Selection {
-    /// What [`indices`](Self::indices) writes where there is no token: the largest u32, which Candle's `gather` and
+    /// [`indices`](Self::indices) writes this where there is no token: the largest u32, which Candle's `gather` and
     /// `index_select` read as zeros and its `scatter` and `index_add` pass over. `indices.ne(Selection::PADDING)` is the mask.
     pub const PADDING: u32 = u32::MAX;
 

@@ -1,4 +1,8 @@
-//! Every tile number, in one place. `build.rs` hands the kernels theirs as macros of the same names.
+//! Every tile number, in one place: `build.rs` and `scripts/kernel-flags.sh` read this file and hand the kernels each number as a
+//! macro of the same name.
+
+/// Static shared memory of kernels that ask for more at their launch, at most, in bytes (`scripts/check-kernels.sh` holds them to it).
+pub const STATIC_SHARED: usize = 4096;
 
 /// Rows that one CPU task scores against a block of centroids: the packed rows and their scores stay in L2.
 pub const CPU_ROWS: usize = 256;
@@ -21,6 +25,8 @@ pub const NARROW_ROWS: usize = 4;
 pub const NARROW_THREADS: usize = 128;
 /// Such blocks that a multiprocessor is given, over some waves.
 pub const NARROW_BLOCKS: usize = 64;
+/// Centroids of a group, of which it keeps the best score alone.
+pub const NARROW_GROUP: usize = 8;
 /// Rows of its tile.
 pub const NARROW_TILE: usize = 1024;
 /// Shared memory that its block takes at most, in bytes: centroids and the table that finds equal ones.
@@ -39,6 +45,10 @@ pub const TEAM_THREADS: usize = 512;
 pub const TEAM_ROWS: usize = 64;
 /// Most problems that a team does one after another.
 pub const TEAM_TURNS: usize = 4;
+/// Columns of a line: rows and centroids lie on chip in lines of 128 bytes.
+pub const TEAM_LINE: usize = 64;
+/// Rows that one warp searches at a time, and centroids that it scores at a time.
+pub const TEAM_GROUP: usize = 32;
 /// Most columns that it is for.
 pub const TEAM_COLUMNS: usize = 256;
 /// Most centroids that it is for.
@@ -53,6 +63,8 @@ pub const SM80_COLUMNS: usize = 32;
 pub const SM80_STAGES: usize = 4;
 /// Candidates that one thread block of `recheck.cu` queues.
 pub const RECHECK_QUEUE: usize = 1024;
+/// Shared memory of each of its rows and of each candidate, in bytes.
+pub const RECHECK_BYTES: usize = 12;
 /// Rows of a searching warpgroup in `assign_sm90.cu`: what one product takes.
 pub const SM90_ROWS: usize = 64;
 /// Centroids of a tile in `assign_sm90.cu`.
@@ -109,6 +121,10 @@ pub const LEFT_BLOCKS: usize = 264;
 pub const MEDIAN_COLUMNS: usize = 32;
 /// Centroids that the common shift of `prepare.cu` is the mean of: it only has to be near the data, and always the same.
 pub const MEAN_SAMPLES: usize = 256;
+/// Columns of which one block finds the origin: two to a lane.
+pub const ORIGIN_COLUMNS: usize = 64;
+/// Lanes that move a centroid.
+pub const MOVE_LANES: usize = 8;
 /// Threads of a block that finds the origin of the centroids, or prepares all of a problem's.
 pub const ORIGIN_THREADS: usize = 512;
 /// Most centroids of a problem that one block prepares.

@@ -1,4 +1,5 @@
-//! Calls go down only: every path in `src/` against the layers that ARCHITECTURE.md lists.
+//! Calls go down only: every path in `src/` against the layers that ARCHITECTURE.md lists. And structs that Rust and the
+//! kernels share are the same.
 
 use std::{fs, path::Path};
 
@@ -84,4 +85,27 @@ fn calls_go_down_only() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// The structs of a source file in order, each with the names of its fields in order. Fields come before methods.
+fn structs(text: &str, end: &str, field: fn(&str) -> Option<&str>) -> Vec<(String, Vec<String>)> {
+    let name = |text: &str| text.rsplit(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap().to_string();
+    let code: String = text.lines().map(|line| line.split("//").next().unwrap().to_string() + "\n").collect();
+    let bodies = code.split("struct ").skip(1).map(|text| text.split(end).next().unwrap().split_once(" {").unwrap());
+    let fields = |body: &str| body.split([',', ';']).filter_map(field).map(|f| name(f.trim())).collect();
+    bodies.map(|(head, body)| (name(head), fields(body.split("__device__").next().unwrap()))).collect()
+}
+
+#[test]
+fn structs_that_cross_to_kernels_are_the_same_in_both_languages() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |file: &str| fs::read_to_string(root.join(file)).unwrap();
+    // `const uint32_t *list, *count`, `int64_t sizes[8]`, `float rows = INFINITY`, and the `template <class T>` of a method.
+    let kernels = structs(&read("kernels/params.cuh"), "\n};", |text| {
+        let text = text.split(['=', '[']).next().unwrap().trim();
+        (!text.is_empty() && !text.starts_with("template")).then_some(text)
+    });
+    let host = structs(&read("src/cuda/params.rs"), "\n}", |text| Some(text.split_once(':')?.0));
+    assert!(kernels.len() > 12, "{kernels:?}");
+    assert_eq!(kernels, host);
 }

@@ -105,7 +105,7 @@ fn layouts_past_32_bits() -> Result<()> {
     Ok(())
 }
 
-/// What is done to each element by Candle's ops ends, too, and reaches the last one.
+/// Candle's ops end, too, and reach the last element.
 #[test]
 #[ignore = "needs a GPU with 80 GB"]
 fn elementwise_past_32_bits() -> Result<()> {

@@ -64,7 +64,7 @@ fn peak_is_within_the_plan() {
             let lengths = Tensor::full((n - 1).max(k) as u32, b, x.device()).unwrap();
             let given = Init::Given(x.narrow(1, 0, k).unwrap());
             let plain = KMeans::new(k).metric(metric).max_iters(2).init(given);
-            // What the documentation of the plan adds for a copy.
+            // The documentation of the plan adds this for a copy.
             let copy = x.elem_count() * dtype.size_in_bytes();
             // One centroid on all of the rows' near side: the others are empty and have to move.
             let far = (x.narrow(1, 0, k).unwrap() + 1e3).unwrap();

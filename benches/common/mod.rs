@@ -1,4 +1,4 @@
-//! What the benches share: shapes with a word for each, data, and timing that waits for the device.
+//! The benches share this: shapes with a word for each, data, and timing that waits for the device.
 
 use candle_core::{Device, Tensor};
 use criterion::{BenchmarkGroup, Criterion, Throughput};

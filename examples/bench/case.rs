@@ -196,7 +196,7 @@ pub fn time(cases: &mut [Case], reps: usize, budget: f64) -> Result<Vec<Times>> 
     Ok(times)
 }
 
-/// What the threads of this process have spent.
+/// The time that the threads of this process have spent.
 #[cfg(unix)]
 fn cpu_time() -> Option<Duration> {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };

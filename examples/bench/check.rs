@@ -12,7 +12,7 @@ pub const BUDGET: f64 = 4e10;
 /// Values that a check of a fit's means may read; beyond, its last iterations are checked.
 const MEANS_BUDGET: f64 = 4e9;
 
-/// What was found of one kind of result.
+/// A check found this of one kind of result.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Found {
     pub wrong: usize,

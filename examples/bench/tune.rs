@@ -7,7 +7,7 @@ use candle_flash_kmeans::{assign, testing};
 use serde_json::{json, Value};
 use std::time::Instant;
 
-/// What the rules of the plan are made from: they should choose within 5 % of the best kernel at every shape.
+/// The rules of the plan are made from this: they should choose within 5 % of the best kernel at every shape.
 pub fn run(args: &Args, dtype: DType, device: &Device) -> Result<()> {
     let metric = args.metric.metric();
     let sizes = [

@@ -1,4 +1,4 @@
-//! What a program that calls the GPU in a loop does about its memory.
+//! A program that calls the GPU in a loop sets its memory up like this.
 
 use anyhow::Result;
 use candle_core::Device;

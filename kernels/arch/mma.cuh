@@ -4,7 +4,7 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+#include "arch/shared.cuh"
 
 /// Copies the first `bytes` of 16 and zeroes the others.
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, int bytes) {
@@ -21,14 +21,7 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-/// Four matrices of 8 by 8 halves, a row of each from the address that a lane gives.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&a)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(address)
-                 : "memory");
-}
-/// The same, of the matrices transposed.
+/// Four matrices of 8 by 8 halves (`ldmatrix_x4`), transposed.
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&a)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
@@ -49,7 +42,26 @@ PRODUCT(f16, __half)
 PRODUCT(bf16, __nv_bfloat16)
 #undef PRODUCT
 
-/// What tf32 keeps of an f32, and what of the rest.
+/// The products of 16 TALL rows and 8 WIDE others over 16 columns: acc[i][j][e] is row 16 i + 8 (e / 2) + lane / 4,
+/// column 8 j + 2 (lane % 4) + e % 2. `row(i)` and `other(j)`, for even j, are the lane's addresses for `ldmatrix`.
+template <class T, int TALL, int WIDE, class Row, class Other>
+__device__ __forceinline__ void multiply_step(float (&acc)[TALL][WIDE][4], Row row, Other other) {
+    uint32_t a[TALL][4];
+#pragma unroll
+    for (int i = 0; i < TALL; ++i) ldmatrix_x4(a[i], row(i));
+#pragma unroll
+    for (int j = 0; j < WIDE; j += 2) {
+        uint32_t b[4];
+        ldmatrix_x4(b, other(j));
+#pragma unroll
+        for (int i = 0; i < TALL; ++i) {
+            mma(acc[i][j], a[i], b[0], b[1], T());
+            mma(acc[i][j + 1], a[i], b[2], b[3], T());
+        }
+    }
+}
+
+/// The high and the low part of an f32: what tf32 keeps of it, and what it keeps of the rest.
 __device__ __forceinline__ uint32_t high(uint32_t v) {
     uint32_t out;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(out) : "r"(v));

@@ -5,7 +5,7 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+#include "arch/shared.cuh"
 
 // ---- Loads and stores by address.
 
@@ -89,14 +89,8 @@ __device__ __forceinline__ void tma_load_bytes(uint32_t to, const void* from, in
                  : "memory");
 }
 
-// ---- Warpgroup matrix products. Operands in shared memory are rows of 64 halves under the 128-byte swizzle: 16-byte
-// piece p of row r lies at 128 r + 16 (p ^ (r % 8)).
-
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&a)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(address));
-}
+// ---- Warpgroup matrix products. Operands in shared memory are rows of 64 halves under the 128-byte swizzle
+// (`swizzled_piece<128>`).
 
 /// The descriptor of an operand: address, 1024 bytes between groups of eight rows, 128-byte swizzle.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {

@@ -29,26 +29,19 @@ __device__ __forceinline__ float search_tile(const Shared& s, RowResult (&found)
         });
 }
 
-/// Turns what a warp found into labels and list entries: of the four lanes that share rows, each finishes one.
+/// Turns what a warp found into labels and list entries.
 template <class T>
 __device__ __forceinline__ void write_labels(RowResult (&found)[SLOTS], float squares, const Rows& r, int64_t at,
                                              int64_t b, int64_t first_row, const ScoredCentroids<T>& c,
                                              const float* row_error, uint32_t* labels, UnprovenRow* list,
                                              uint32_t* listed) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, quad = lane % 4;
-    float top = 0, second = 0;
-    int column = 0;
-#pragma unroll
-    for (int i = 0; i < SLOTS; ++i) {
-        found[i].finish();
-        found[i].join(1), found[i].join(2);
-        if (i == quad) top = found[i].top, second = found[i].second, column = found[i].column;
-    }
+    const auto [top, second, column] = winner_of_quad(found);
     const int row_of_warp = 8 * quad + lane / 4;
     const float row_squares = __shfl_sync(~0u, squares, row_of_warp);
     const int64_t row = first_row + warp * WARP_ROWS + row_of_warp;
     if (row >= r.n) return;
-    const int label = top > -INFINITY && column < c.k ? column : 0;
+    const int label = label_of(top, column, c.k);
     labels[b * r.n + row] = label;
     float error = error_bound(row_squares, r.d, *c.bounds) + (row_error ? __ldg(&row_error[at * r.n + row]) : 0);
     const bool far = beyond(error, c.own ? c.own + label : nullptr, row_squares, r.d, *c.bounds);
@@ -57,28 +50,38 @@ __device__ __forceinline__ void write_labels(RowResult (&found)[SLOTS], float sq
     }
 }
 
-// `row_error` adds to the error bound of each row, by its place in (b, n); null for nothing. With it, rows lie as the
-// scratch they are.
+/// A block to each tile of rows. `row_error` adds to the error bound of each row, by its place in (b, n); null for
+/// nothing. With it, rows lie as the scratch they are.
+template <class T>
+__device__ __forceinline__ void assign_sm80(const T* x, const Rows& r, const Active& active, const T* moved,
+                                            const float* start, const float* scale, const float* own,
+                                            const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded,
+                                            int64_t copies, uint32_t* labels, UnprovenRow* list, uint32_t* listed,
+                                            const float* row_error) {
+    extern __shared__ __align__(128) uint8_t raw[];
+    const Shared s(raw, 0);
+    const int64_t tiles = (r.n + SM80_ROWS - 1) / SM80_ROWS, all = active.problems(r.b) * tiles;
+    for (int64_t tile = blockIdx.x; tile < all; tile += gridDim.x) {
+        RowResult found[SLOTS];
+        const auto problem = [&] {
+            return ScoredCentroids<T>(moved, start, scale, own, bounds, k, pitch, padded, copies, tile / tiles);
+        };
+        const int64_t from = row_error ? tile / tiles : active.problem(tile / tiles);
+        const float squares = search_tile(s, found, x, r, from, tile % tiles * SM80_ROWS, problem());
+        // The values that follow from `tile` are worked out again: it would take registers from the sweep.
+        asm volatile("" : "+l"(tile));
+        write_labels(found, squares, r, tile / tiles, active.problem(tile / tiles), tile % tiles * SM80_ROWS, problem(),
+                     row_error, labels, list, listed);
+    }
+}
+
 #define INSTANCE(name, T)                                                                                              \
     extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) assign_sm80_##name(                                  \
         const T* x, Rows r, Active active, const T* moved, const float* start, const float* scale, const float* own,   \
         const Bounds* bounds, int64_t k, int64_t pitch, int64_t padded, int64_t copies, uint32_t* labels,              \
         UnprovenRow* list, uint32_t* listed, const float* row_error) {                                                 \
-        extern __shared__ __align__(128) uint8_t raw[];                                                                \
-        const Shared s(raw, 0);                                                                                        \
-        const int64_t tiles = (r.n + SM80_ROWS - 1) / SM80_ROWS, all = active.problems(r.b) * tiles;                   \
-        for (int64_t tile = blockIdx.x; tile < all; tile += gridDim.x) {                                               \
-            RowResult found[SLOTS];                                                                                    \
-            const auto problem = [&] {                                                                                 \
-                return ScoredCentroids<T>(moved, start, scale, own, bounds, k, pitch, padded, copies, tile / tiles);   \
-            };                                                                                                         \
-            const int64_t from = row_error ? tile / tiles : active.problem(tile / tiles);                              \
-            const float squares = search_tile(s, found, x, r, from, tile % tiles * SM80_ROWS, problem());              \
-            /* What follows from `tile` is worked out again: it would take registers from the sweep. */                \
-            asm volatile("" : "+l"(tile));                                                                             \
-            write_labels(found, squares, r, tile / tiles, active.problem(tile / tiles), tile % tiles * SM80_ROWS,      \
-                         problem(), row_error, labels, list, listed);                                                  \
-        }                                                                                                              \
+        assign_sm80(x, r, active, moved, start, scale, own, bounds, k, pitch, padded, copies, labels, list, listed,    \
+                    row_error);                                                                                        \
     }
 INSTANCE(f16, __half)
 INSTANCE(bf16, __nv_bfloat16)

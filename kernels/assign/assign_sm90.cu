@@ -108,7 +108,7 @@ __device__ void epilogue(const Shared<S>& s, const Rows& r, const Active& active
             if (row >= r.n) continue;
             // The thread's columns are pairs, eight apart. A tie may name a column that is not there.
             const int column = __float_as_int(f.z) + 8 * (place / 2) + place % 2;
-            labels[b * r.n + row] = top > -INFINITY && column < k ? column : 0;
+            labels[b * r.n + row] = label_of(top, column, k);
             float error = error_bound(f.w, r.d, row_bounds) + (row_error ? __ldg(&row_error[at * r.n + row]) : 0);
             const float ahead = level == 1 ? top - second : 0;
             if (ahead > error && row_bounds.inverse == 0) continue;

@@ -21,7 +21,7 @@ __device__ __forceinline__ void confine_to_reach(Bounds& bounds, const Reach& re
     }
 }
 
-/// What the columns of one centroid add up to, by several lanes.
+/// Several lanes add these up over the columns of one centroid.
 struct Sums {
     double squares = 0, mu_squares = 0, lost = 0;
     float moved_squares = 0;
@@ -60,7 +60,7 @@ struct Sums {
         return reinterpret_cast<const uint4&>(out);
     }
 
-    /// What all of the centroid's lanes have.
+    /// Adds what the centroid's other lanes have.
     __device__ __forceinline__ void join(int all) {
         for (int lanes = 1; lanes < all; lanes *= 2) {
             squares += __shfl_xor_sync(~0u, squares, lanes), mu_squares += __shfl_xor_sync(~0u, mu_squares, lanes);
@@ -76,7 +76,7 @@ struct Sums {
     /// Its norm, at least.
     __device__ __forceinline__ float norm() const { return sqrtf(__double2float_ru(squares)); }
 
-    /// What the centroid's scores start from and are scaled by.
+    /// The centroid's scores start from this and are scaled by that.
     __device__ __forceinline__ float start(int metric) const {
         return metric == SQUARED_EUCLIDEAN ? float((mu_squares - squares) / 2) : 0;
     }
@@ -84,7 +84,7 @@ struct Sums {
         return metric != COSINE ? 1 : squares == 0 ? 0 : float(1 / sqrt(squares));
     }
 
-    /// What it asks of the bounds: added up in f32, with what that and underflow may take.
+    /// The bounds have to allow this for the centroid: added up in f32, with what that and underflow may take.
     __device__ __forceinline__ Bounds bounds(int metric, int64_t d, float start, float scale) const {
         const float norm = this->norm(), tiny = 1e-37f * d, rounding = 1 + (d + 16) * 0x1p-22f;
         // A product with a row that `error_bound` lets pass must not overflow before it is scaled.

@@ -3,7 +3,7 @@
 #pragma once
 #include "exact/argmin.cuh"
 
-constexpr int GROUP = 8;
+constexpr int GROUP = NARROW_GROUP;
 
 /// The centroids of one problem in shared memory, `groups` groups of them, and what goes with them.
 template <class F, int D>
@@ -30,11 +30,7 @@ struct Narrow {
     __device__ static double median(double mean) {
         const double infinite = nothing().distance, value = fabs(mean) < infinite ? mean : infinite;
         const int lane = threadIdx.x % WARP, count = __popc(__ballot_sync(~0u, value < infinite));
-        int rank = 0;
-        for (int i = 0; i < WARP; ++i) {
-            const double other = __shfl_sync(~0u, value, i);
-            rank += other < value || (other == value && i < lane);
-        }
+        const int rank = rank_among(value, lane, WARP, [&](int i) { return __shfl_sync(~0u, value, i); });
         const uint32_t middle = __ballot_sync(~0u, value < infinite && rank == (count - 1) / 2);
         return middle ? __shfl_sync(~0u, value, __ffs(middle) - 1) : 0;
     }

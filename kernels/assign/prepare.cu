@@ -28,11 +28,7 @@ __device__ void column_means(const T* c, const Rows& r, const Active& active, Fi
         partial[part][lane] = finite_mean;
         __syncthreads();
         if (part < groups_here && column < r.d) {
-            int rank = 0;
-            for (int i = 0; i < groups_here; ++i) {
-                const double other = partial[i][lane];
-                rank += other < finite_mean || (other == finite_mean && i < part);
-            }
+            const int rank = rank_among(finite_mean, part, groups_here, [&](int i) { return partial[i][lane]; });
             const double middle = finite_mean < nothing().distance ? finite_mean : 0;
             if (rank == (groups_here - 1) / 2) mu[b * r.d + column] = rounded<Filter<T>>(middle);
         }
@@ -75,7 +71,7 @@ __device__ void centre(const T* c, const Rows& r, const Active& active, int metr
 
 // ---- For tensor cores (tensor.cuh).
 
-constexpr int ORIGIN_COLUMNS = 2 * WARP;
+static_assert(ORIGIN_COLUMNS == 2 * WARP, "a pair of columns to a lane");
 
 /// mu is the median of the means of groups of values of a column, or zero unless seven in eight groups are within a
 /// factor of two of it: their differences are exact (Sterbenz), and what another value loses, `move` bounds. A block
@@ -170,7 +166,7 @@ template <class T>
 __device__ void move(const T* c, const Rows& r, int64_t p, int64_t b, int64_t first, int metric, const T* mu,
                      const Reach& reach, int64_t pitch, int64_t padded, T* moved, float* start, float* scale,
                      float* own, float* bounds, const Table& table, uint32_t* slot) {
-    constexpr int LANES = 8;
+    constexpr int LANES = MOVE_LANES;
     const int part = threadIdx.x % LANES;
     const int64_t j = first + threadIdx.x / LANES, i = b * padded + j;
     const bool live = j < r.n;
@@ -243,9 +239,9 @@ __device__ __forceinline__ void move_all(const T* c, const Rows& cr, const Activ
                                          float* start, float* scale, float* own, Bounds* bounds, const Table& table,
                                          uint32_t* slot) {
     __shared__ float block_bounds[BOUNDS];
-    const int64_t shares = padded / (THREADS / 8), all = active.problems(cr.b) * shares;
+    const int64_t shares = padded / (THREADS / MOVE_LANES), all = active.problems(cr.b) * shares;
     for (int64_t share = blockIdx.x; share < all; share += gridDim.x) {
-        const int64_t b = share / shares, first = share % shares * (THREADS / 8);
+        const int64_t b = share / shares, first = share % shares * (THREADS / MOVE_LANES);
         if (threadIdx.x < BOUNDS) block_bounds[threadIdx.x] = 0;
         __syncthreads();
         move(c, cr, active.problem(b), b, first, metric, mu, reaches[b], pitch, padded, moved, start, scale, own,
@@ -269,7 +265,7 @@ __device__ void prepare(const T* x, const Rows& xr, const T* c, const Rows& r, c
         origin(c, r, p, b, first, metric == SQUARED_EUCLIDEAN, mu);
     }
     const Reach found = reach(x, xr, c, r, active, p, metric);
-    for (int64_t first = 0; first < padded; first += ORIGIN_THREADS / 8) {
+    for (int64_t first = 0; first < padded; first += ORIGIN_THREADS / MOVE_LANES) {
         move(c, r, p, b, first, metric, mu, found, pitch, padded, moved, start, scale, own, block_bounds, table, slot);
     }
     __syncthreads();
@@ -319,7 +315,7 @@ __device__ void pack(const T* x, const Rows& r, int64_t pitch, int64_t rows, T* 
 FOR_EACH_TYPE(INSTANCE)
 #undef INSTANCE
 
-static_assert(TENSOR_CENTROIDS % (ORIGIN_THREADS / 8) == 0 && TENSOR_CENTROIDS % (THREADS / 8) == 0,
+static_assert(TENSOR_CENTROIDS % (ORIGIN_THREADS / MOVE_LANES) == 0 && TENSOR_CENTROIDS % (THREADS / MOVE_LANES) == 0,
               "a block's centroids are of one problem");
 
 #define MOVED(T)                                                                                                       \

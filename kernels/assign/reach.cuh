@@ -1,16 +1,10 @@
-// The reach tells centroids that an ordinary row can be nearest to from outliers, which would spoil the error bound of all
-// rows (tensor.cuh says why labels stay exact).
+// The reach tells centroids that an ordinary row can be nearest to from outliers, which would spoil the error bound of
+// all rows (tensor.cuh says why labels stay exact).
 #pragma once
 #include "exact/common.cuh"
 
 /// Rows and centroids of a problem that are looked at.
 constexpr int REACH_SAMPLES = 64;
-
-/// `rows`: R, within which most rows are. `centroids`: norm above which a centroid is the nearest of none of those.
-/// Infinities if nothing is known of the rows.
-struct Reach {
-    float rows = INFINITY, centroids = INFINITY;
-};
 
 /// The norm that seven in eight of those above zero do not exceed, to all threads of the block, of which there are at
 /// least as many as norms; +inf if there are none.

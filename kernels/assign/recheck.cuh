@@ -14,11 +14,11 @@
 
 constexpr int WARPS = BLOCK / WARP, QUEUE = RECHECK_QUEUE / WARPS;
 constexpr int RECHECK_RESIDENT = 256 / BLOCK;  // blocks of an SM, so far as registers go
-constexpr int RECHECK_STATE_BYTES = SM80_ROWS * 12 + RECHECK_QUEUE * 12;
+constexpr int RECHECK_STATE_BYTES = (SM80_ROWS + RECHECK_QUEUE) * RECHECK_BYTES;
 static_assert(RECHECK_STATE_BYTES % 128 == 0, "the swizzles start on lines of 128 bytes");
 static_assert(QUEUE >= 2 * WARP, "a queue takes a candidate of every lane");
 
-/// What a block keeps of its rows, and its warps' queues.
+/// A block keeps this of its rows, and its warps' queues.
 struct RecheckState {
     float* cutoff;    // the score below which a column cannot be the label
     uint32_t* index;  // of the row
@@ -31,22 +31,15 @@ struct RecheckState {
           index(reinterpret_cast<uint32_t*>(cutoff + SM80_ROWS)),
           least(index + SM80_ROWS),
           queue(reinterpret_cast<uint2*>(least + SM80_ROWS) + threadIdx.x / WARP * QUEUE),
-          distance(reinterpret_cast<float*>(at + SM80_ROWS * 12 + RECHECK_QUEUE * 8) + threadIdx.x / WARP * QUEUE) {}
+          distance(reinterpret_cast<float*>(at + SM80_ROWS * RECHECK_BYTES + RECHECK_QUEUE * sizeof(uint2)) +
+                   threadIdx.x / WARP * QUEUE) {}
+    static_assert(RECHECK_BYTES == sizeof(float) + 2 * sizeof(uint32_t) &&
+                      RECHECK_BYTES == sizeof(uint2) + sizeof(float),
+                  "of a row; of a candidate");
 };
 
-/// Of eight columns: adds their products to `dot`.
-template <class T>
-__device__ __forceinline__ void add_products(float& dot, uint4 u, uint4 v) {
-    const uint32_t us[4] = {u.x, u.y, u.z, u.w}, vs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float2 p = wide_pair(us[i], T()), q = wide_pair(vs[i], T());
-        dot = fmaf(p.x, q.x, fmaf(p.y, q.y, dot));
-    }
-}
-
-/// The first pass over split rows left the errors of its rows, and its own bounds, which lie so many copies before those
-/// of both halves.
+/// The first pass over split rows left the errors of its rows, and its own bounds, which lie so many copies before
+/// those of both halves.
 struct FirstPass {
     const float* row_error;
     int64_t copies;
@@ -155,7 +148,7 @@ struct Candidates {
         if (column / CENTROIDS % 2 && queued - measured >= 2 * WARP) thin();
     }
 
-    /// What an f32 distance may be off by, of itself: a difference by a rounding, its square by two, the sums of a lane
+    /// The relative error of an f32 distance: a difference by a rounding, its square by two, the sums of a lane
     /// by one for each term, and two where lanes join.
     __device__ __forceinline__ float error() const {
         return ((d + LANES * PIECE - 1) / (LANES * PIECE) * PIECE + 6) * 0x1.02p-24f;

@@ -59,7 +59,7 @@ struct Shared {
     /// The rows of a group have come; have been taken.
     __device__ uint32_t rows_full(int group) const { return full(2 * S::STAGES + group); }
     __device__ uint32_t rows_empty(int group) const { return rows_full(S::GROUPS + group); }
-    /// What a group has found stands there; is read.
+    /// The results of a group stand there; are read.
     __device__ uint32_t found_full(int group) const { return rows_empty(S::GROUPS + group); }
     __device__ uint32_t found_empty(int group) const { return found_full(S::GROUPS + group); }
 

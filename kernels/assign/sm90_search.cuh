@@ -27,7 +27,7 @@ __device__ __forceinline__ void publish(const Search<PLACES>& found, uint32_t to
 template <class S>
 __device__ __forceinline__ void load_rows(uint32_t (&a)[S::STEPS][4], uint32_t slot, int warp, int lane) {
     const int row = warp * 16 + (lane & 15);
-    const uint32_t first = slot + row * 128 + ((lane >> 4 ^ (row & 7)) << 4);
+    const uint32_t first = slot + row * 128 + swizzled_piece<128>(row, lane >> 4);
 #pragma unroll
     for (int step = 0; step < S::STEPS; ++step) {
         ldmatrix_x4(a[step], (first ^ step % 4 * 32) + (step / 4) * (SLOT * 128));
@@ -38,8 +38,7 @@ template <int SCORES>
 __device__ __forceinline__ void begin(float (&acc)[SCORES], uint32_t start) {
 #pragma unroll
     for (int j = 0; j < SCORES / 4; ++j) {
-        const float2 v = load_floats(start + 32 * j);
-        acc[4 * j] = acc[4 * j + 2] = v.x, acc[4 * j + 1] = acc[4 * j + 3] = v.y;
+        start_scores(acc + 4 * j, load_floats(start + 32 * j));
     }
 }
 
@@ -47,9 +46,8 @@ template <int SCORES>
 __device__ __forceinline__ void rescale(float (&acc)[SCORES], uint32_t start, uint32_t scale) {
 #pragma unroll
     for (int j = 0; j < SCORES / 4; ++j) {
-        const float2 u = load_floats(start + 32 * j), v = load_floats(scale + 32 * j);
-        acc[4 * j] = fmaf(acc[4 * j], v.x, u.x), acc[4 * j + 1] = fmaf(acc[4 * j + 1], v.y, u.y);
-        acc[4 * j + 2] = fmaf(acc[4 * j + 2], v.x, u.x), acc[4 * j + 3] = fmaf(acc[4 * j + 3], v.y, u.y);
+        const float2 from = load_floats(start + 32 * j);
+        scale_scores(acc + 4 * j, from, load_floats(scale + 32 * j));
     }
 }
 

@@ -1,7 +1,7 @@
 // f32 rows and centroids as pairs of halves for tensor cores: v = h + l + what both lose, h = f16(v), l = f16(v - h).
 //
-// What is split is v = 2^s (x - mu) and 2^s (c - mu) (squared Euclidean; mu the columns' means), or 2^t x and 2^s c or
-// 2^s c / |c| (dot product, cosine). 2^s belongs to a copy of the centroids and brings their largest element into
+// Halves are made of v = 2^s (x - mu) and 2^s (c - mu) (squared Euclidean; mu the columns' means), or 2^t x and 2^s c
+// or 2^s c / |c| (dot product, cosine). 2^s belongs to a copy of the centroids and brings their largest element into
 // [2^6, 2^7), or the norm of what is in reach (tensor.cuh; about mu here) to at most 2^15. Products decide nothing but
 // an order, so where there is no mu each row has its own 2^t, which does the same for its elements. A first pass scores
 // h.h for all rows; the rows that it proves nothing about are scored once more by h.h + h.l + l.h (`recheck_split` in
@@ -47,7 +47,7 @@ __device__ __forceinline__ float power_for(float largest) {
 
 // ---- Centroids.
 
-/// What centroids are before they are scaled.
+/// Centroids are moved or divided by their norm before they are scaled.
 struct Origin {
     const float* mu;  // null for zeros
     double norm;      // cosine: of the centroid; else 1

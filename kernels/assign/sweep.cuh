@@ -19,7 +19,6 @@ constexpr int ROW_BYTES = COLUMNS * 2, ROWS_BYTES = SM80_ROWS * ROW_BYTES, TILE_
 constexpr int EIGHTS = CENTROIDS / 8, STEPS = COLUMNS / 16;
 constexpr int SLOTS = 4;  // rows of a thread: lane / 4 of each eight of its warp's
 static_assert(SM80_ROWS % WARP_ROWS == 0 && CENTROIDS % 32 == 0, "whole warps, whole groups");
-static_assert(COLUMNS == 32 || COLUMNS == 64, "the swizzle is for rows of 64 or 128 bytes");
 static_assert(BLOCK % PIECES == 0 && CENTROIDS % (BLOCK / PIECES) == 0 && CENTROIDS / 4 <= BLOCK, "even copies");
 
 /// Dynamic shared memory, beside ROWS_BYTES for each chunk of rows that is to stay, at least STAGES of them, and what a
@@ -30,7 +29,7 @@ constexpr int RING_BYTES = STAGES * (TILE_BYTES + CENTROIDS * 4);
 
 constexpr int PLACES = 8;
 
-/// What a thread finds of a row: the best score and the best outside its group of eight columns, and the best of each
+/// A thread finds this of a row: the best score and the best outside its group of eight columns, and the best of each
 /// of the eight places in a group. Every column but the winner is in another group or at another place, so that gives
 /// the winner's column and the exact second best for 2.5 operations a score instead of 5.
 struct RowResult : Search<PLACES> {
@@ -51,6 +50,26 @@ struct RowResult : Search<PLACES> {
         if (t > top || (t == top && other < column)) top = t, column = other;
     }
 };
+
+/// The best score of a row, what no other score of it is above, and the column of the best.
+struct Winner {
+    float top = 0, second = 0;
+    int column = 0;
+};
+
+/// Joins what a warp has found of the COUNT rows of each thread: of the four lanes that share rows, lane i % 4 finishes
+/// row i.
+template <int COUNT>
+__device__ __forceinline__ Winner winner_of_quad(RowResult (&found)[COUNT]) {
+    Winner winner;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        found[i].finish();
+        found[i].join(1), found[i].join(2);
+        if (i == threadIdx.x % 4) winner = {found[i].top, found[i].second, found[i].column};
+    }
+    return winner;
+}
 
 // ---- The sweep of a row tile over tiles of centroids.
 
@@ -75,11 +94,6 @@ struct Shared {
 };
 static_assert(RING_BYTES % 128 == 0, "the swizzles start on lines of 128 bytes");
 
-/// Where a 16-byte piece of a row lies in a chunk: swizzled, so that eight rows' same piece are in different banks.
-__device__ __forceinline__ int place(int row, int piece) {
-    return row * ROW_BYTES + ((piece ^ (COLUMNS == 64 ? row & 7 : row >> 1 & 3)) << 4);
-}
-
 /// A chunk of a tile, and its stage.
 struct Step {
     int tile, chunk = 0, stage = 0;
@@ -89,27 +103,16 @@ struct Step {
     }
 };
 
-/// The scores of a warp's 32 rows against a tile: [i][j][e] is row 16 i + 8 (e / 2) + lane / 4, column 8 j + 2 (lane %
-/// 4) + e % 2.
+/// The scores of a warp's 32 rows against a tile, as `multiply_step` leaves them.
 using Scores = float[2][EIGHTS][4];
 
 template <class T, int COUNT>
 __device__ __forceinline__ void multiply_chunk(Scores& acc, uint32_t rows, uint32_t centroids) {
 #pragma unroll
     for (int step = 0; step < COUNT; ++step) {
-        uint32_t a[2][4];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) ldmatrix_x4(a[i], (rows + i * 16 * ROW_BYTES) ^ (step * 32));
-#pragma unroll
-        for (int j = 0; j < EIGHTS; j += 2) {
-            uint32_t b[4];
-            ldmatrix_x4(b, (centroids + j * 8 * ROW_BYTES) ^ (step * 32));
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                mma(acc[i][j], a[i], b[0], b[1], T());
-                mma(acc[i][j + 1], a[i], b[2], b[3], T());
-            }
-        }
+        multiply_step<T>(
+            acc, [&](int i) { return (rows + i * 16 * ROW_BYTES) ^ (step * 32); },
+            [&](int j) { return (centroids + j * 8 * ROW_BYTES) ^ (step * 32); });
     }
 }
 
@@ -159,10 +162,11 @@ __device__ __forceinline__ float sweep(const Shared& s, RowAt row_at, const Scor
     const int chunks = (d + WIDTH - 1) / WIDTH;
     const int64_t part = SPLIT && piece >= PIECES / 2 ? c.pitch / 2 - COLUMNS / 2 : 0;  // beyond h's piece to l's
     const bool resident = s.fit(chunks);
-    const int to = place(line, piece);  // LINES is a multiple of 8, so all of a thread's pieces swizzle alike
+    const int to =
+        swizzled<ROW_BYTES>(line, piece);  // LINES is a multiple of 8, so all of a thread's pieces swizzle alike
     static_assert(LINES % 8 == 0, "see above");
-    const uint32_t row_fragments = s.rows + place(warp * WARP_ROWS + lane % 16, lane / 16);
-    const uint32_t centroid_fragments = s.ring + place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const uint32_t row_fragments = s.rows + swizzled<ROW_BYTES>(warp * WARP_ROWS + lane % 16, lane / 16);
+    const uint32_t centroid_fragments = s.ring + swizzled<ROW_BYTES>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
     Step fill{first}, use{first};
     const auto issue = [&] {
@@ -210,7 +214,7 @@ __device__ __forceinline__ float sweep(const Shared& s, RowAt row_at, const Scor
             if (SQUARES && tile == first) {
 #pragma unroll 1
                 for (int p = 0; p < PIECES; ++p) {
-                    const uint8_t* at = s.rows_at + slot * ROWS_BYTES + place(threadIdx.x, p);
+                    const uint8_t* at = s.rows_at + slot * ROWS_BYTES + swizzled<ROW_BYTES>(threadIdx.x, p);
                     squares += piece_squares<T>(*reinterpret_cast<const uint4*>(at));
                 }
             }
@@ -222,7 +226,7 @@ __device__ __forceinline__ float sweep(const Shared& s, RowAt row_at, const Scor
                     float2 v = *reinterpret_cast<const float2*>(start + 8 * j);
                     if (c.scale) v = {0, 0};
 #pragma unroll
-                    for (int i = 0; i < 2; ++i) acc[i][j][0] = acc[i][j][2] = v.x, acc[i][j][1] = acc[i][j][3] = v.y;
+                    for (int i = 0; i < 2; ++i) start_scores(acc[i][j], v);
                 }
             }
             const uint32_t rows = row_fragments + slot * ROWS_BYTES, ring = centroid_fragments + use.stage * TILE_BYTES;
@@ -238,10 +242,7 @@ __device__ __forceinline__ float sweep(const Shared& s, RowAt row_at, const Scor
                 const float2 u = __ldg(reinterpret_cast<const float2*>(c.start + column + 8 * j));
                 const float2 v = __ldg(reinterpret_cast<const float2*>(c.scale + column + 8 * j));
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    acc[i][j][0] = fmaf(acc[i][j][0], v.x, u.x), acc[i][j][1] = fmaf(acc[i][j][1], v.y, u.y);
-                    acc[i][j][2] = fmaf(acc[i][j][2], v.x, u.x), acc[i][j][3] = fmaf(acc[i][j][3], v.y, u.y);
-                }
+                for (int i = 0; i < 2; ++i) scale_scores(acc[i][j], u, v);
             }
         }
         take(acc, tile * CENTROIDS + 2 * quad);

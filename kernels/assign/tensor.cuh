@@ -34,18 +34,6 @@
 #pragma once
 #include "exact/argmin.cuh"
 
-/// Bounds over the centroids of a problem that are in reach, from `prepare_moved` in prepare.cu. +inf where nothing can
-/// be proven.
-struct Bounds {
-    float moved;     // of |e| (cosine: of |c| / |c|)
-    float start;     // of |start|
-    float residual;  // of the norm of what rounding took from e
-    float stored;    // of |c| (cosine: 1)
-    float scale;     // of `scale`: 0 if no centroid can be the nearest of any row
-    float inverse;   // of R: 0 if all centroids are in reach and none carries its own loss
-    float rounded;   // as `residual`, of the centroids that carry it themselves
-};
-
 /// A bound is at least the value, and +inf if that is not a number.
 __device__ __forceinline__ void raise(float* bound, double v) {
     const float above = v >= 0 ? __double2float_ru(v * (1 + 0x1p-20)) : INFINITY;
@@ -151,6 +139,17 @@ __device__ __forceinline__ float piece_squares(uint4 v) {
     return sum;
 }
 
+/// Adds the products of two pieces to `dot`.
+template <class T>
+__device__ __forceinline__ void add_products(float& dot, uint4 u, uint4 v) {
+    const uint32_t us[4] = {u.x, u.y, u.z, u.w}, vs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 p = wide_pair(us[i], T()), q = wide_pair(vs[i], T());
+        dot = fmaf(p.x, q.x, fmaf(p.y, q.y, dot));
+    }
+}
+
 // ---- The proof.
 
 /// Units of the last place that 16 columns may lose.
@@ -194,11 +193,22 @@ __device__ __forceinline__ bool nowhere(float top, float squares, const Bounds& 
     return squares != squares || (top == -INFINITY && bounds.scale == 0);
 }
 
-/// A row whose label is not proven, and the score below which a column cannot be it.
-struct UnprovenRow {
-    uint32_t row;
-    float cutoff;
-};
+/// The label that a row has until it is rechecked: a tie of scores may name a column that is not there.
+__device__ __forceinline__ int label_of(float top, int column, int64_t k) {
+    return top > -INFINITY && column < k ? column : 0;
+}
+
+// ---- The accumulators of the thread's two rows and two neighbouring columns, `acc[0..4]`: row by row.
+
+/// Lets scores start from what their columns start from.
+__device__ __forceinline__ void start_scores(float* acc, float2 start) {
+    acc[0] = acc[2] = start.x, acc[1] = acc[3] = start.y;
+}
+/// Scales products, which started from zero, and adds what their columns start from.
+__device__ __forceinline__ void scale_scores(float* acc, float2 start, float2 scale) {
+    acc[0] = fmaf(acc[0], scale.x, start.x), acc[1] = fmaf(acc[1], scale.y, start.y);
+    acc[2] = fmaf(acc[2], scale.x, start.x), acc[3] = fmaf(acc[3], scale.y, start.y);
+}
 
 // ---- The search of the first pass.
 
@@ -208,7 +218,7 @@ __device__ __forceinline__ float largest(const float* values) {
     else return fmaxf(largest<N / 2>(values), largest<N / 2>(values + N / 2));
 }
 
-/// What a thread knows of a row whose scores it sees as a matrix with PLACES columns: the best, the second best of the
+/// A thread knows this of a row whose scores it sees as a matrix with PLACES columns: the best, the second best of the
 /// matrix's rows, and the best of each of its columns.
 template <int PLACES>
 struct Search {

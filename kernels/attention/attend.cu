@@ -14,25 +14,6 @@ constexpr int BLOCK = ATTEND_THREADS, WARPS = BLOCK / WARP;
 constexpr int BLOCKS = ATTEND_BLOCKS;  // of a unit, at most
 constexpr int HEADS = ATTEND_HEADS;    // query heads at once: half the rows of a product
 
-/// A cache and the queries of one token (`Cache` in src/cuda/params.rs). A unit is what chooses alone: the query heads
-/// of a key head together, or each of them.
-struct Cache {
-    const void *q, *keys, *values, *mean_keys, *mean_values;
-    const uint32_t *order, *offsets;
-    void* out;
-    float* scores;                 // (all units, group, width)
-    float2* of_means;              // (all units, blocks, WARPS, group): the largest score and the sum of weights
-    float* partial;                // (all units, blocks, group, D + 4): sums of a block's rows
-    int64_t head_stride;           // from a key head to the next, in elements; tokens are `d` apart
-    int units, group;              // units of a key head, and query heads of a unit
-    int sinks, clustered, tokens;  // those before the clusters, those in them, and all
-    int k, width, budget;          // clusters, and room for their scores, an even number
-    int blocks, clusters, rows;    // blocks of a unit; clusters of a block, and tokens that it reads, at most
-    int first, last;               // stages of this launch
-    int estimate;                  // whether means stand in for tokens that are not listed
-    float scale;
-};
-
 /// Waits for the other blocks of the unit, which are a cluster where there are such.
 __device__ __forceinline__ void wait_for_unit() {
 #if __CUDA_ARCH__ >= 900
@@ -46,7 +27,7 @@ __device__ __forceinline__ void wait_for_inputs() {
 #endif
 }
 
-/// What a block works on.
+/// A block's share of a unit, and where it keeps it.
 template <class T, int D>
 struct Unit {
     using F = Fragments<T, D>;
@@ -222,7 +203,7 @@ struct Unit {
         return bounds;
     }
 
-    /// What this block reads, for all query heads, after the ranks of this thread.
+    /// Reads this block's share of the rows, for all query heads, after the ranks of this thread.
     __device__ __forceinline__ void read(uint2 bounds) const {
         __shared__ SelectState state;
         // Exact are the sinks, the listed tokens and those after the clustered ones.

@@ -1,4 +1,4 @@
-// What a query reads, one row after another: tokens by their index, and clusters that stand for theirs.
+// A query reads a list, one row after another: tokens by their index, and clusters that stand for theirs.
 #pragma once
 #include <stdint.h>
 

@@ -6,7 +6,7 @@
 constexpr int BINS = 256, DIGIT = 8;
 constexpr int COMPARED = 64;  // candidates that are compared with each other
 
-/// What a block finds out together.
+/// A block shares this while it selects.
 struct SelectState {
     alignas(16) uint32_t bins[BINS];
     uint32_t found, count;

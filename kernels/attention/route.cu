@@ -17,7 +17,7 @@ __device__ void score_clusters(const T* q, const T* means, const Route& r, const
                                const uint32_t* query_offsets, const uint32_t* offsets, float* scores) {
     constexpr int ROWS = WARPS * 16 * TALL;
     extern __shared__ __align__(128) uint8_t raw[];
-    const uint32_t rows = uint32_t(__cvta_generic_to_shared(raw));
+    const uint32_t rows = shared_address(raw);
     const auto place_of = [=](int tile) { return rows + (ROWS + tile % 2 * KEYS) * D * 2; };
     __shared__ float sizes[2][KEYS], sums[WARPS][KEYS];
     const int64_t head = blockIdx.x / r.units, unit = blockIdx.x % r.units, key_head = head / r.group;
@@ -156,7 +156,7 @@ __device__ bool find_tile(const uint32_t* query_offsets, int64_t units, int64_t 
     return unit >= 0;
 }
 
-/// What a tile of queries reads, from its own head, unit and place on.
+/// A tile of queries reads and writes these, from its own head, unit and place on.
 template <class T>
 struct Reading {
     const T *q, *keys, *values, *mean_keys, *mean_values;
@@ -172,8 +172,7 @@ __device__ __forceinline__ void attend_tile(const Reading<T>& at, const ReadList
     constexpr int ROWS = WARPS * 16 * TALL;
     const auto [q, keys, values, mean_keys, mean_values, out, order, left, first, end] = at;
     extern __shared__ __align__(128) uint8_t raw[];
-    const uint32_t rows = uint32_t(__cvta_generic_to_shared(raw)), key_tile = rows + ROWS * D * 2,
-                   value_tile = key_tile + KEYS * D * 2;
+    const uint32_t rows = shared_address(raw), key_tile = rows + ROWS * D * 2, value_tile = key_tile + KEYS * D * 2;
     __shared__ uint32_t entries[2][KEYS];
     __shared__ float biases[2][KEYS];
     const int tiles = int((listed.rows() + KEYS - 1) / KEYS);
@@ -267,7 +266,7 @@ __device__ __forceinline__ void attend_tile(const Reading<T>& at, const ReadList
 #pragma unroll
             for (int t = 0; t < SIXTEENS; ++t) {
                 uint32_t b[4];
-                ldmatrix_x4_trans(b, value_tile + place<D>(t * 16 + lane % 16, c + lane / 16));
+                ldmatrix_x4_trans(b, value_tile + swizzled<2 * D>(t * 16 + lane % 16, c + lane / 16));
 #pragma unroll
                 for (int i = 0; i < TALL; ++i) {
                     mma(acc[i][c], weights[i][t], b[0], b[1], T());

@@ -8,22 +8,6 @@ constexpr int BLOCK = ROUTE_THREADS, WARPS = BLOCK / WARP, KEYS = ROUTE_KEYS;
 constexpr int EIGHTS = KEYS / 8, SIXTEENS = KEYS / 16;
 static_assert(KEYS <= BLOCK && KEYS % 32 == 0, "a thread to each key of a tile");
 
-/// Queries, keys and values (`Route` in src/cuda/params.rs). Strides are in elements; queries and means are dense.
-struct Route {
-    int64_t key_head, key_row, value_head, value_row;  // strides
-    int64_t group, queries, units;                     // query heads of a key head, and a head's queries and groups
-    int64_t sinks, clustered, others, k, most;         // tokens by their place, clusters, and the room of a list
-    int64_t means;                                     // k if means stand for what is not read, and 0 if nothing does
-    int64_t causal;                                    // whether the queries are those of the last tokens
-    float scale;                                       // of a product, times log2(e)
-};
-
-/// Where a 16-byte piece of a row lies: swizzled, so that eight rows' same piece are in different banks.
-template <int D>
-__device__ __forceinline__ uint32_t place(int row, int piece) {
-    return row * D * 2 + ((piece ^ (row & 7)) << 4);
-}
-
 /// Copies COUNT rows, of which `row_at` gives the address (null: zeros).
 template <int D, int COUNT, class RowAt>
 __device__ __forceinline__ void copy_rows(uint32_t to, const void* any, RowAt row_at) {
@@ -33,12 +17,11 @@ __device__ __forceinline__ void copy_rows(uint32_t to, const void* any, RowAt ro
     for (int i = 0; i < COUNT / LINES; ++i) {
         const int row = threadIdx.x / PIECES + i * LINES;
         const auto* const from = row_at(row);
-        cp_async_16(to + place<D>(row, piece), from ? from + piece * 8 : any, from ? 16 : 0);
+        cp_async_16(to + swizzled<2 * D>(row, piece), from ? from + piece * 8 : any, from ? 16 : 0);
     }
 }
 
-/// 16 TALL rows of a warp against KEYS others: [i][j][e] is row 16 i + 8 (e / 2) + lane / 4, column 8 j + 2 (lane % 4)
-/// + e % 2.
+/// The scores of 16 TALL rows of a warp against KEYS others, as `multiply_step` leaves them.
 template <int TALL>
 using Scores = float[TALL][EIGHTS][4];
 
@@ -52,21 +35,9 @@ __device__ __forceinline__ void score(Scores<TALL>& s, uint32_t rows, uint32_t k
     }
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
-        uint32_t a[TALL][4];
-#pragma unroll
-        for (int i = 0; i < TALL; ++i) {
-            ldmatrix_x4(a[i], rows + place<D>(i * 16 + lane % 16, step * 2 + lane / 16));
-        }
-#pragma unroll
-        for (int j = 0; j < EIGHTS; j += 2) {
-            uint32_t b[4];
-            ldmatrix_x4(b, keys + place<D>(j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
-#pragma unroll
-            for (int i = 0; i < TALL; ++i) {
-                mma(s[i][j], a[i], b[0], b[1], T());
-                mma(s[i][j + 1], a[i], b[2], b[3], T());
-            }
-        }
+        multiply_step<T>(
+            s, [&](int i) { return rows + swizzled<2 * D>(i * 16 + lane % 16, step * 2 + lane / 16); },
+            [&](int j) { return keys + swizzled<2 * D>(j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2); });
     }
 }
 

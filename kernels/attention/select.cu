@@ -1,14 +1,6 @@
 // The tokens of the clusters that a group of queries reads.
 #include "attention/radix_select.cuh"
 
-/// Who chooses from what (`Choice` in src/cuda/params.rs).
-struct Choice {
-    int64_t units;         // groups of queries of a key head, which choose alone
-    int64_t clustered, k;  // tokens and clusters of a key head
-    int64_t least, most;   // tokens of a unit
-    float share;           // of the unit's attention, between those bounds
-};
-
 /// A block to each unit: ranks its clusters by `scores` (units, k), the attention to a token of each, and lists the
 /// tokens of the best in `chosen` (units, most), counted from the first clustered one; `left` (units, k) says how many
 /// tokens of each cluster are not listed, and `listed` (units) how many are. Clusters of one rank go by their index. A

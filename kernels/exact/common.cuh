@@ -1,4 +1,4 @@
-// What every kernel shares: views of rows, conversions, the f64 definition of a distance, order-free sums, random
+// Every kernel shares this: views of rows, conversions, the f64 definition of a distance, order-free sums, random
 // numbers.
 //
 // Everything here that decides a result is written with the *_rn intrinsics, which the compiler never contracts to FMA,
@@ -11,33 +11,14 @@
 
 #include <type_traits>
 
-constexpr int WARP = 32;
+#include "params.cuh"
 
-/// `b` matrices of `n` rows of `d` adjacent columns; strides are in elements (`Shape5` in src/cuda/params.rs).
-struct Rows {
-    int64_t batch_stride, row_stride, b, n, d;
-};
+constexpr int WARP = 32;
 
 template <class T>
 __device__ __forceinline__ const T* row_of(const T* x, const Rows& r, int64_t b, int64_t i) {
     return x + b * r.batch_stride + i * r.row_stride;
 }
-
-/// The problems of a batch that an iteration still has to do: those at `list[first..*count]`. Without a list all, or
-/// none if `*count` is zero; without a count, all. Kernels go by the place in the list (`at`), and so does their
-/// scratch; rows, labels and the centroids themselves are those of `problem(at)`.
-struct Active {
-    const uint32_t *list, *count;
-    int64_t first;
-
-    /// How many there are, at most `b`.
-    __device__ __forceinline__ int64_t problems(int64_t b) const {
-        if (!count) return b;
-        const int64_t left = int64_t(*count) - first;
-        return list ? max(int64_t(0), min(b, left)) : *count ? b : 0;
-    }
-    __device__ __forceinline__ int64_t problem(int64_t at) const { return list ? list[first + at] : at; }
-};
 
 /// One `extern "C"` kernel per element type: `INSTANCE(suffix, type)`.
 #define FOR_EACH_TYPE(INSTANCE)                                                                                        \
@@ -55,6 +36,17 @@ __device__ __forceinline__ int64_t blocks_each(int64_t problems) {
 __device__ __forceinline__ double warp_sum(double v) {
     for (int lane = WARP / 2; lane; lane /= 2) v += __shfl_xor_sync(~0u, v, lane);
     return v;
+}
+
+/// The rank of the `at`th of `count` values, which is `own`: equal ones by their index.
+template <class Value, class Other>
+__device__ __forceinline__ int rank_among(Value own, int at, int count, Other other) {
+    int rank = 0;
+    for (int i = 0; i < count; ++i) {
+        const Value value = other(i);
+        rank += value < own || (value == own && i < at);
+    }
+    return rank;
 }
 
 /// Walks the cells (row, column) of a `d`-column chunk in memory order, one block in step, with no division per cell.

@@ -6,14 +6,8 @@
 /// Bits of a limb's terms: with their sign and 10 more for their sum they fit the 53 of an f64.
 constexpr int LIMB_BITS = 42;
 
-/// What a sum is divided by: the weight of its cluster, the norm of the sums, or nothing.
+/// A sum is divided by one of these: the weight of its cluster, the norm of the sums, or nothing.
 enum Divisor : int { WEIGHT = 0, NORM = 1, ONE = 2 };
-
-/// Where the terms of a fit come from (`TermsOnChip` in src/cuda/params.rs).
-struct Terms {
-    const double *factor, *largest, *heaviest;
-    const uint32_t* first_bad;
-};
 
 /// Between these a sum of squares has lost nothing to the range of f64 that matters.
 constexpr double LEAST_SQUARES = 0x1p-900, MOST_SQUARES = 0x1p+1000;
@@ -178,7 +172,7 @@ struct Gathered {
     }
 };
 
-/// What the sums of a cluster are divided by (`divided` in src/cpu/update.rs).
+/// The sums of a cluster are divided by this (`divided` in src/cpu/update.rs).
 struct Quotient {
     int divisor;
     Scaled weight;
@@ -301,6 +295,14 @@ struct Units {
     /// Adding this and taking it away again rounds to the unit.
     __device__ __forceinline__ double rounder(int limb) const {
         return extreme ? 0 : 1.5 * power_of_two(52 + unit(limb));
+    }
+    /// Takes a limb from what is left of a finite term, and returns it. It is rounded toward zero, so that what is left
+    /// keeps the sign of the term.
+    __device__ __forceinline__ double take_limb(int limb, double& left) const {
+        const double sign_rounder = copysign(rounder(limb), left);
+        const double taken = extreme ? 0 : __dadd_rz(left, sign_rounder) - sign_rounder;
+        left -= taken;
+        return taken;
     }
     /// A limb's sum as an integer of the scale.
     __device__ __forceinline__ __int128 value(int limb, double sum) const {

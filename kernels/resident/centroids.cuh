@@ -11,7 +11,7 @@ __device__ void Fit<T, FACTOR>::load() const {
         const int piece = i % LINE_PIECES, line = i / LINE_PIECES, row = line % shares.rows;
         const int column = line / shares.rows * LINE_COLUMNS + piece * PIECE;
         const bool stored = row < live && column < d;
-        cp_async_16(shared_address(s.rows + (line - row) * LINE + piece_of(row, piece)),
+        cp_async_16(shared_address(s.rows + (line - row) * LINE + swizzled<LINE>(row, piece)),
                     stored ? x + row * r.row_stride + column : x, stored ? 16 : 0);
     }
     cp_async_commit();
@@ -20,7 +20,7 @@ __device__ void Fit<T, FACTOR>::load() const {
     for (int row = threadIdx.x; row < shares.rows; row += THREADS_HERE) {
         float squares = 0;
         for (int piece = 0; piece < lines * LINE_PIECES; ++piece) {
-            const int at = piece / LINE_PIECES * shares.rows * LINE + piece_of(row, piece % LINE_PIECES);
+            const int at = piece / LINE_PIECES * shares.rows * LINE + swizzled<LINE>(row, piece % LINE_PIECES);
             squares += piece_squares<T>(*reinterpret_cast<const uint4*>(s.rows + at));
         }
         s.squares[row] = squares;
@@ -51,7 +51,7 @@ __device__ __forceinline__ void Fit<T, FACTOR>::fetch_lines(const T* from) const
         const int piece = i % LINE_PIECES, line = i / LINE_PIECES, j = line % shares.padded;
         const int column = line / shares.padded * LINE_COLUMNS + piece * PIECE;
         const bool stored = j < k && column < d;
-        cp_async_16(shared_address(s.centroids + (line - j) * LINE + piece_of(j, piece)),
+        cp_async_16(shared_address(s.centroids + (line - j) * LINE + swizzled<LINE>(j, piece)),
                     stored ? from + j * d + column : from, stored ? 16 : 0);
     }
     cp_async_commit();
@@ -122,7 +122,7 @@ __device__ __forceinline__ void Fit<T, FACTOR>::publish(int j, Value value) cons
 }
 
 template <class T, bool FACTOR>
-__device__ __forceinline__ Prepared Fit<T, FACTOR>::published(int j) const {
+__device__ __forceinline__ PreparedCentroid Fit<T, FACTOR>::published(int j) const {
     const uint4* const from = reinterpret_cast<const uint4*>(to.prepared + j);
     const uint4 low = __ldcg(from), high = __ldcg(from + 1);
     return {__uint_as_float(low.x), __uint_as_float(low.y),  __uint_as_float(low.z),
@@ -131,8 +131,8 @@ __device__ __forceinline__ Prepared Fit<T, FACTOR>::published(int j) const {
 
 /// The bounds of a published centroid for this block's rows; `confine_to_reach` says what becomes of the rest.
 template <class T, bool FACTOR>
-__device__ __forceinline__ Bounds Fit<T, FACTOR>::bounds_of(const Prepared& prepared, const Reach& reach, float& start,
-                                                            float& own) const {
+__device__ __forceinline__ Bounds Fit<T, FACTOR>::bounds_of(const PreparedCentroid& prepared, const Reach& reach,
+                                                            float& start, float& own) const {
     start = prepared.start, own = 0;
     // A start may also be -inf because squares leave f32: such a centroid unproves rows, as all do whose squares do.
     if (start == -INFINITY && prepared.stored == 0) return {};
@@ -149,7 +149,7 @@ __device__ __forceinline__ Reach Fit<T, FACTOR>::reach() const {
     float least = INFINITY;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const Prepared prepared = published(i * (k - 1) / 3);
+        const PreparedCentroid prepared = published(i * (k - 1) / 3);
         if (prepared.start > -INFINITY) least = fminf(least, prepared.stored);
     }
     const float rows = bounds[BOUNDS], centroids = 1.02f * (2 * rows + least);
@@ -162,7 +162,7 @@ __device__ void Fit<T, FACTOR>::prepare() const {
     fetch_lines(reinterpret_cast<const T*>(to.moved));
     const Reach reach = this->reach();
     for (int j = threadIdx.x; j < shares.padded; j += THREADS_HERE) {
-        Prepared prepared = {-INFINITY};
+        PreparedCentroid prepared = {-INFINITY};
         if (j < k) prepared = published(j);
         float start, own;
         const Bounds bounds_here = bounds_of(prepared, reach, start, own);

@@ -34,7 +34,7 @@ struct Fit {
     // ---- Rows on chip, and centroids as they are scored.
 
     __device__ __forceinline__ uint4* centroid_piece(int j, int piece) const {
-        const int at = piece / LINE_PIECES * shares.padded * LINE + piece_of(j, piece % LINE_PIECES);
+        const int at = piece / LINE_PIECES * shares.padded * LINE + swizzled<LINE>(j, piece % LINE_PIECES);
         return reinterpret_cast<uint4*>(s.centroids + at);
     }
 
@@ -43,8 +43,8 @@ struct Fit {
     __device__ void origin() const;
     template <class Value>
     __device__ __forceinline__ void publish(int j, Value value) const;
-    __device__ __forceinline__ Prepared published(int j) const;
-    __device__ __forceinline__ Bounds bounds_of(const Prepared& prepared, const Reach& reach, float& start,
+    __device__ __forceinline__ PreparedCentroid published(int j) const;
+    __device__ __forceinline__ Bounds bounds_of(const PreparedCentroid& prepared, const Reach& reach, float& start,
                                                 float& own) const;
     __device__ __forceinline__ Reach reach() const;
     __device__ void prepare() const;

@@ -13,7 +13,7 @@
 /// A problem's part of shared memory, behind its centroids (`FitNarrow` in src/plan/on_chip.rs).
 template <class T, int D>
 struct OnChip {
-    __int128* rest;             // (k, D): what limbs could not take
+    __int128* remainders;       // (k, D): what limbs could not take
     __int128* weights;          // (k)
     unsigned long long* limbs;  // (2, k, D), two's complement
     uint32_t *starts, *next;    // (k + 1) and (k): where clusters begin, and the place of the next row
@@ -21,8 +21,8 @@ struct OnChip {
     uint16_t *labels, *order;   // (n)
 
     __device__ OnChip(uint8_t* raw, int64_t n, int64_t k) {
-        rest = reinterpret_cast<__int128*>(raw);
-        weights = rest + k * D;
+        remainders = reinterpret_cast<__int128*>(raw);
+        weights = remainders + k * D;
         limbs = reinterpret_cast<unsigned long long*>(weights + k);
         x = reinterpret_cast<T*>(limbs + 2 * k * D);
         starts = reinterpret_cast<uint32_t*>(x + (n * D + 7) / 8 * 8);
@@ -46,21 +46,9 @@ __device__ __forceinline__ double striped_here(double (&terms)[D]) {
 /// Sorts the rows by label, and clears the sums.
 template <class T, int D>
 __device__ void sort(const OnChip<T, D>& s, uint32_t n, uint32_t k) {
-    for (uint32_t j = threadIdx.x; j <= k; j += blockDim.x) s.starts[j] = 0;
-    for (uint32_t i = threadIdx.x; i < k * (D + 1); i += blockDim.x) s.rest[i] = 0;  // and the weights
+    for (uint32_t i = threadIdx.x; i < k * (D + 1); i += blockDim.x) s.remainders[i] = 0;  // and the weights
     for (uint32_t i = threadIdx.x; i < 2 * k * D; i += blockDim.x) s.limbs[i] = 0;
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) atomicAdd(&s.starts[s.labels[i]], 1);
-    __syncthreads();
-    block_scan(
-        k + 1, [&](int64_t j) { return s.starts[j]; },
-        [&](int64_t j, uint32_t before) {
-            s.starts[j] = before;
-            if (j < k) s.next[j] = before;
-        });
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) s.order[atomicAdd(&s.next[s.labels[i]], 1)] = i;
-    __syncthreads();
+    block_counting_sort<uint32_t>(n, k, blockDim.x, s.labels, [](uint32_t) { return true; }, s.starts, s.next, s.order);
 }
 
 /// Adds up each thread's share of the sorted rows. Sets `odd` if they have to be added up once more.
@@ -118,16 +106,11 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
                 v = 0;
                 if (units.dirty && f != 0) odd = true;
             }
-            // Rounded toward zero, so that what is left has the sign of the term.
 #pragma unroll
-            for (int l = 0; l < 2; ++l) {
-                const double rounder = copysign(units.rounder(l), v);
-                const double limb = units.extreme ? 0 : __dadd_rz(v, rounder) - rounder;
-                sums[l][q] += limb, v -= limb;
-            }
+            for (int l = 0; l < 2; ++l) sums[l][q] += units.take_limb(l, v);
             if (v != 0) {
                 if (!fixed_quantise(v, units.scale, whole) || units.extreme) odd = true;
-                atomic_add(reinterpret_cast<unsigned long long*>(&s.rest[cluster * D + q]), whole);
+                atomic_add(reinterpret_cast<unsigned long long*>(&s.remainders[cluster * D + q]), whole);
             }
         }
     }
@@ -135,7 +118,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T
     __syncthreads();
 }
 
-/// Adds up clusters once more, a column to a warp: to `rest` and `weights`, as `Scaled`.
+/// Adds up clusters once more, a column to a warp: to `remainders` and `weights`, as `Scaled`.
 template <class T, int D>
 __device__ __forceinline__ void add_exactly(const OnChip<T, D>& s, uint32_t k, bool dirty, const double* factor) {
     const uint32_t lane = threadIdx.x % WARP;
@@ -154,7 +137,7 @@ __device__ __forceinline__ void add_exactly(const OnChip<T, D>& s, uint32_t k, b
             sum.add(term);
         }
         const Scaled rounded = sum.all().rounded();
-        if (lane == 0) *reinterpret_cast<Scaled*>(q < D ? &s.rest[j * D + q] : &s.weights[j]) = rounded;
+        if (lane == 0) *reinterpret_cast<Scaled*>(q < D ? &s.remainders[j * D + q] : &s.weights[j]) = rounded;
     }
 }
 
@@ -167,7 +150,7 @@ __device__ __noinline__ void replace_exactly(OnChip<T, D> s, T* c, uint32_t k, i
     __syncthreads();
 #pragma unroll 1
     for (uint32_t j = threadIdx.x; j < k; j += blockDim.x) {
-        const Scaled* const sums = reinterpret_cast<const Scaled*>(s.rest + j * D);
+        const Scaled* const sums = reinterpret_cast<const Scaled*>(s.remainders + j * D);
         double terms[D];
         const Quotient by(
             divisor, *reinterpret_cast<const Scaled*>(s.weights + j),
@@ -213,7 +196,7 @@ __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const 
         bool some = false;
 #pragma unroll
         for (int q = 0; q < D; ++q) {
-            __int128 sum = s.rest[j * D + q];
+            __int128 sum = s.remainders[j * D + q];
 #pragma unroll
             for (int l = 0; l < 2; ++l) {
                 sum += __int128((long long)s.limbs[(l * k + j) * D + q]) << (units.unit(l) + units.scale);
@@ -248,7 +231,7 @@ __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const 
 }
 
 template <class T, int D>
-__device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, int divisor, int64_t max_iters,
+__device__ void fit(const T* x, const Rows& r, const Summands& summands, int metric, int divisor, int64_t max_iters,
                     const double* threshold, int64_t narrow_bytes, uint32_t* stop, int64_t k, T* centroids,
                     uint32_t* labels) {
     extern __shared__ __align__(16) uint8_t raw[];
@@ -260,10 +243,10 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
     const int d = int(r.d);
     for (int64_t b = blockIdx.x; b < r.b; b += gridDim.x) {
         T* const c = centroids + b * k * d;
-        const double* const factor = terms.factor ? terms.factor + b * r.n : nullptr;
-        const Units<T> units(terms.largest[b], terms.heaviest ? terms.heaviest[b] : 1, r.n,
-                             terms.first_bad[b] != UINT32_MAX);
-        const int weight_scale = terms.heaviest ? fixed_scale(terms.heaviest[b], r.n) : 0;
+        const double* const factor = summands.row_scale ? summands.row_scale + b * r.n : nullptr;
+        const Units<T> units(summands.max_abs[b], summands.max_weight ? summands.max_weight[b] : 1, r.n,
+                             summands.first_nonfinite[b] != UINT32_MAX);
+        const int weight_scale = summands.max_weight ? fixed_scale(summands.max_weight[b], r.n) : 0;
         for (int64_t i = threadIdx.x; i < r.n * D; i += blockDim.x) {
             s.x[i] = i % D < d ? row_of(x, r, b, i / D)[i % D] : T(0.0f);
         }
@@ -295,10 +278,10 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
 #define KERNEL(name, T, D)                                                                                             \
     extern "C" __global__ void __launch_bounds__(D == 4 ? FIT_THREADS_4 : FIT_THREADS,                                 \
                                                  D > 2 || sizeof(T) == 8 ? 1 : 2)                                      \
-        fit_narrow_##D##_##name(const T* x, Rows r, Terms terms, int metric, int divisor, int64_t max_iters,           \
+        fit_narrow_##D##_##name(const T* x, Rows r, Summands summands, int metric, int divisor, int64_t max_iters,     \
                                 const double* threshold, int64_t narrow_bytes, uint32_t* stop, int64_t k,              \
                                 T* centroids, uint32_t* labels) {                                                      \
-        fit<T, D>(x, r, terms, metric, divisor, max_iters, threshold, narrow_bytes, stop, k, centroids, labels);       \
+        fit<T, D>(x, r, summands, metric, divisor, max_iters, threshold, narrow_bytes, stop, k, centroids, labels);    \
     }
 #define INSTANCE(name, T) KERNEL(name, T, 1) KERNEL(name, T, 2) KERNEL(name, T, 4) KERNEL(name, T, 8)
 FOR_EACH_TYPE(INSTANCE)

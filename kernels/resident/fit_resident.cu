@@ -12,7 +12,7 @@
 #include "resident/means.cuh"
 
 template <class T, bool FACTOR>
-__device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, int divisor, int64_t max_iters,
+__device__ void fit(const T* x, const Rows& r, const Summands& summands, int metric, int divisor, int64_t max_iters,
                     const double* threshold, const Shares& shares, const Common& common, uint32_t* stop, int64_t k,
                     T* centroids, uint32_t* labels) {
     extern __shared__ __align__(128) uint8_t raw[];
@@ -26,7 +26,7 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
     const int live = int(max(int64_t(0), min(int64_t(shares.rows), r.n - first_row)));
     uint32_t all = 0, turn = 0;
     for (int64_t b = team; b < r.b; b += gridDim.x / shares.blocks) {
-        const bool dirty = terms.first_bad[b] != UINT32_MAX;
+        const bool dirty = summands.first_nonfinite[b] != UINT32_MAX;
         const Problem problem{s,
                               to,
                               shares,
@@ -34,7 +34,7 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
                               &listed,
                               r,
                               row_of(x, r, b, live ? first_row : 0),
-                              FACTOR ? terms.factor + b * r.n + first_row : nullptr,
+                              FACTOR ? summands.row_scale + b * r.n + first_row : nullptr,
                               centroids + b * k * d,
                               int(k),
                               d,
@@ -44,8 +44,9 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
                               divisor,
                               rank,
                               dirty};
-        const Units<T> units(terms.largest[b], FACTOR && terms.heaviest ? terms.heaviest[b] : 1, r.n, dirty);
-        const int weight_scale = FACTOR && terms.heaviest ? fixed_scale(terms.heaviest[b], r.n) : 0;
+        const Units<T> units(summands.max_abs[b], FACTOR && summands.max_weight ? summands.max_weight[b] : 1, r.n,
+                             dirty);
+        const int weight_scale = FACTOR && summands.max_weight ? fixed_scale(summands.max_weight[b], r.n) : 0;
         problem.load();
         problem.origin();
         for (int j = rank + threadIdx.x / WARP * shares.blocks; j < k; j += WARPS * shares.blocks) {
@@ -86,10 +87,10 @@ __device__ void fit(const T* x, const Rows& r, const Terms& terms, int metric, i
 }
 
 #define KERNEL(name, T, FACTOR)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(TEAM_THREADS, 1)                                                      \
-        name(const T* x, Rows r, Terms terms, int metric, int divisor, int64_t max_iters, const double* threshold,     \
-             Shares shares, Common common, uint32_t* stop, int64_t k, T* centroids, uint32_t* labels) {                \
-        fit<T, FACTOR>(x, r, terms, metric, divisor, max_iters, threshold, shares, common, stop, k, centroids,         \
+    extern "C" __global__ void __launch_bounds__(TEAM_THREADS, 1) name(                                                \
+        const T* x, Rows r, Summands summands, int metric, int divisor, int64_t max_iters, const double* threshold,    \
+        Shares shares, Common common, uint32_t* stop, int64_t k, T* centroids, uint32_t* labels) {                     \
+        fit<T, FACTOR>(x, r, summands, metric, divisor, max_iters, threshold, shares, common, stop, k, centroids,      \
                        labels);                                                                                        \
     }
 KERNEL(fit_resident_f16, __half, false)

@@ -8,8 +8,8 @@ template <int FRAGMENTS>
 __device__ __forceinline__ void Fit<T, FACTOR>::search(int first) const {
     constexpr int OWN = 2 * FRAGMENTS;  // rows of a thread
     const int lane = threadIdx.x % WARP, quad = lane % 4;
-    const uint32_t rows = shared_address(s.rows) + piece_of(first + lane % 16, lane / 16);
-    const uint32_t centroids = shared_address(s.centroids) + piece_of(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const uint32_t rows = shared_address(s.rows) + swizzled<LINE>(first + lane % 16, lane / 16);
+    const uint32_t centroids = shared_address(s.centroids) + swizzled<LINE>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     RowResult found[OWN];
 #pragma unroll 1
     for (int group = 0; group < shares.padded; group += GROUP) {
@@ -19,7 +19,7 @@ __device__ __forceinline__ void Fit<T, FACTOR>::search(int first) const {
             float2 v = {0, 0};
             if (metric != COSINE) v = *reinterpret_cast<const float2*>(s.start + group + 8 * j + 2 * quad);
 #pragma unroll
-            for (int i = 0; i < FRAGMENTS; ++i) acc[i][j][0] = acc[i][j][2] = v.x, acc[i][j][1] = acc[i][j][3] = v.y;
+            for (int i = 0; i < FRAGMENTS; ++i) start_scores(acc[i][j], v);
         }
 #pragma unroll 1
         for (int line = 0; line < lines; ++line) {
@@ -27,19 +27,9 @@ __device__ __forceinline__ void Fit<T, FACTOR>::search(int first) const {
             const uint32_t centroids_here = centroids + (line * shares.padded + group) * LINE;
 #pragma unroll
             for (int step = 0; step < LINE_COLUMNS / 16; ++step) {
-                uint32_t a[FRAGMENTS][4];
-#pragma unroll
-                for (int i = 0; i < FRAGMENTS; ++i) ldmatrix_x4(a[i], (rows_here + i * 16 * LINE) ^ (step * 32));
-#pragma unroll
-                for (int j = 0; j < GROUP / 8; j += 2) {
-                    uint32_t b[4];
-                    ldmatrix_x4(b, (centroids_here + j * 8 * LINE) ^ (step * 32));
-#pragma unroll
-                    for (int i = 0; i < FRAGMENTS; ++i) {
-                        mma(acc[i][j], a[i], b[0], b[1], T());
-                        mma(acc[i][j + 1], a[i], b[2], b[3], T());
-                    }
-                }
+                multiply_step<T>(
+                    acc, [&](int i) { return (rows_here + i * 16 * LINE) ^ (step * 32); },
+                    [&](int j) { return (centroids_here + j * 8 * LINE) ^ (step * 32); });
             }
         }
         if (metric == COSINE) {
@@ -48,10 +38,7 @@ __device__ __forceinline__ void Fit<T, FACTOR>::search(int first) const {
                 const float2 u = *reinterpret_cast<const float2*>(s.start + group + 8 * j + 2 * quad);
                 const float2 v = *reinterpret_cast<const float2*>(s.scale + group + 8 * j + 2 * quad);
 #pragma unroll
-                for (int i = 0; i < FRAGMENTS; ++i) {
-                    acc[i][j][0] = fmaf(acc[i][j][0], v.x, u.x), acc[i][j][1] = fmaf(acc[i][j][1], v.y, u.y);
-                    acc[i][j][2] = fmaf(acc[i][j][2], v.x, u.x), acc[i][j][3] = fmaf(acc[i][j][3], v.y, u.y);
-                }
+                for (int i = 0; i < FRAGMENTS; ++i) scale_scores(acc[i][j], u, v);
             }
         }
 #pragma unroll
@@ -62,18 +49,10 @@ __device__ __forceinline__ void Fit<T, FACTOR>::search(int first) const {
             found[i].add(v, group + 2 * quad);
         }
     }
-    // Of the four lanes that share rows, each finishes one.
-    float top = 0, second = 0;
-    int column = 0;
-#pragma unroll
-    for (int i = 0; i < OWN; ++i) {
-        found[i].finish();
-        found[i].join(1), found[i].join(2);
-        if (i == quad) top = found[i].top, second = found[i].second, column = found[i].column;
-    }
+    const auto [top, second, column] = winner_of_quad(found);
     const int row = first + 8 * quad + lane / 4;
     if (quad < OWN && row < live) {
-        const int label = top > -INFINITY && column < k ? column : 0;
+        const int label = label_of(top, column, k);
         s.labels[row] = label;
         const Bounds& row_bounds = *reinterpret_cast<const Bounds*>(bounds);
         const float squares = s.squares[row];
@@ -97,14 +76,9 @@ __device__ __forceinline__ float Fit<T, FACTOR>::score(int row, int j) const {
     float dot = 0;
 #pragma unroll 4
     for (int piece = 0; piece < lines * LINE_PIECES; ++piece) {
-        const int at = piece / LINE_PIECES * shares.rows * LINE + piece_of(row, piece % LINE_PIECES);
+        const int at = piece / LINE_PIECES * shares.rows * LINE + swizzled<LINE>(row, piece % LINE_PIECES);
         const uint4 u = *reinterpret_cast<const uint4*>(s.rows + at), v = *centroid_piece(j, piece);
-        const uint32_t us[4] = {u.x, u.y, u.z, u.w}, vs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float2 p = wide_pair(us[i], T()), q = wide_pair(vs[i], T());
-            dot = fmaf(p.x, q.x, fmaf(p.y, q.y, dot));
-        }
+        add_products<T>(dot, u, v);
     }
     return metric == COSINE ? fmaf(dot, s.scale[j], s.start[j]) : dot + s.start[j];
 }
@@ -115,7 +89,7 @@ __device__ __forceinline__ float Fit<T, FACTOR>::apart(int row, int j) const {
     const int part = threadIdx.x % PIECE;
     float sum = 0;
     for (int piece = part; piece * PIECE < d; piece += PIECE) {
-        const int at = piece / LINE_PIECES * shares.rows * LINE + piece_of(row, piece % LINE_PIECES);
+        const int at = piece / LINE_PIECES * shares.rows * LINE + swizzled<LINE>(row, piece % LINE_PIECES);
         float u[PIECE], v[PIECE];
         widen<T>(u, *reinterpret_cast<const uint4*>(s.rows + at));
         widen<T>(v, __ldcg(reinterpret_cast<const uint4*>(c + j * d) + piece));
@@ -131,7 +105,7 @@ template <class T, bool FACTOR>
 __device__ __forceinline__ bool Fit<T, FACTOR>::without_direction(int row) const {
     uint32_t any = 0;
     for (int piece = threadIdx.x % WARP; piece < lines * LINE_PIECES; piece += WARP) {
-        const int at = piece / LINE_PIECES * shares.rows * LINE + piece_of(row, piece % LINE_PIECES);
+        const int at = piece / LINE_PIECES * shares.rows * LINE + swizzled<LINE>(row, piece % LINE_PIECES);
         const uint4 v = *reinterpret_cast<const uint4*>(s.rows + at);
         any |= (v.x | v.y | v.z | v.w) & 0x7fff7fff;
     }

@@ -8,23 +8,8 @@
 template <class T, bool FACTOR>
 __device__ void Fit<T, FACTOR>::sort() const {
     clear();
-    for (int j = threadIdx.x; j <= k; j += THREADS_HERE) s.begins[j] = 0;
-    __syncthreads();
-    for (int i = threadIdx.x; i < live; i += THREADS_HERE) {
-        if (counts(i)) atomicAdd(&s.begins[s.labels[i]], 1);
-    }
-    __syncthreads();
-    block_scan(
-        k + 1, [&](int64_t j) { return s.begins[j]; },
-        [&](int64_t j, uint32_t before) {
-            s.begins[j] = before;
-            if (j < k) s.next[j] = before;
-        });
-    __syncthreads();
-    for (int i = threadIdx.x; i < live; i += THREADS_HERE) {
-        if (counts(i)) s.order[atomicAdd(&s.next[s.labels[i]], 1)] = i;
-    }
-    __syncthreads();
+    block_counting_sort<int>(
+        live, k, THREADS_HERE, s.labels, [&](int row) { return counts(row); }, s.begins, s.next, s.order);
 }
 
 /// Adds up the block's rows of each cluster, a warp's, two columns of a line to a lane. Says whether it marks any.
@@ -49,7 +34,7 @@ __device__ void Fit<T, FACTOR>::add(const Units<T>& units, int weight_scale, uin
 #pragma unroll 2
         for (int place = begin; place < end; ++place) {
             const int row = s.order[place];
-            const uint8_t* const at = rows + row * LINE + ((lane / 4 ^ row & 7) << 4);
+            const uint8_t* const at = rows + swizzled<LINE>(row, lane / 4);
             const double f = FACTOR ? s.factor[row] : 1;
             if (FACTOR && divisor == WEIGHT) {
                 __int128 q;
@@ -90,7 +75,7 @@ __device__ void Fit<T, FACTOR>::add(const Units<T>& units, int weight_scale, uin
     }
 }
 
-/// Adds two columns' terms that need to be cut; what limbs do not take goes to the common rest.
+/// Adds two columns' terms that need to be cut; what limbs do not take goes to the common remainders.
 template <class T, bool FACTOR>
 template <int LINES>
 __device__ __forceinline__ void Fit<T, FACTOR>::take(const T (&values)[2], double f, const Units<T>& units, int j,
@@ -99,20 +84,16 @@ __device__ __forceinline__ void Fit<T, FACTOR>::take(const T (&values)[2], doubl
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
         double v = __dmul_rn(wide(values[q]), f);
-        if (!isfinite(v)) {
-            v = 0;
-        }
-        // Rounded toward zero, so that what is left has the sign of the term.
+        if (!isfinite(v)) v = 0;
 #pragma unroll
         for (int l = 0; l < LIMBS; ++l) {
-            const double rounder = copysign(units.rounder(l), v);
-            const double limb = units.extreme ? 0 : __dadd_rz(v, rounder) - rounder;
-            sums[l][line][q] += FACTOR ? limb : limb * power_of_two(-Small<T>::SCALE), v -= limb;
+            const double limb = units.take_limb(l, v);
+            sums[l][line][q] += FACTOR ? limb : limb * power_of_two(-Small<T>::SCALE);
         }
         if (v != 0) {
             __int128 whole;
             odd |= !fixed_quantise(v, units.scale, whole) || units.extreme;
-            atomic_add(to.rest + 2 * (j * d + column + q), whole);
+            atomic_add(to.remainders + 2 * (j * d + column + q), whole);
         }
     }
 }
@@ -126,7 +107,7 @@ __device__ void Fit<T, FACTOR>::add(const Units<T>& units, int weight_scale, uin
     else add<4>(units, weight_scale, marked);
 }
 
-/// What the block's share of the clusters have been added up to, to `totals`. Leaves zeros there.
+/// Brings the sums of the block's share of the clusters to `totals`, and leaves zeros where they were.
 template <class T, bool FACTOR>
 __device__ __forceinline__ void Fit<T, FACTOR>::collect(const Units<T>& units, int owned) const {
     for (int i = threadIdx.x; i < owned * d; i += THREADS_HERE) {
@@ -139,7 +120,7 @@ __device__ __forceinline__ void Fit<T, FACTOR>::collect(const Units<T>& units, i
             *limb = 0;
         }
         if (!EXACT) {
-            unsigned long long* const remainder = to.rest + 2 * (j * d + column);
+            unsigned long long* const remainder = to.remainders + 2 * (j * d + column);
             const unsigned long long low = __ldcg(remainder), high = __ldcg(remainder + 1);
             if (low | high) total += __int128(high) << 64 | low, remainder[0] = remainder[1] = 0;
         }
@@ -184,7 +165,7 @@ __device__ void Fit<T, FACTOR>::replace(const Units<T>& units, int weight_scale,
                 squares = __dadd_rn(squares, __dmul_rn(totals[q], totals[q])), some |= totals[q] != 0;
             }
             squares = striped(squares);
-            // What squares of f64 cannot measure is marked.
+            // A cluster is marked that squares of f64 cannot measure.
             if (!EXACT && !(LEAST_SQUARES <= squares && squares <= MOST_SQUARES) && __any_sync(~0u, some)) {
                 if (lane == 0) to.sizes[j] = size | ODD, *marked = 1;
                 continue;

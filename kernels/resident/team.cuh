@@ -4,48 +4,22 @@
 #include "exact/sums.cuh"
 
 constexpr int THREADS_HERE = TEAM_THREADS, WARPS = THREADS_HERE / WARP;
-constexpr int LINE = 128, LINE_COLUMNS = LINE / 2, LINE_PIECES = LINE / 16;  // bytes of 64 columns of a row
-constexpr int GROUP = 32;                                                    // centroids scored at a time
+constexpr int LINE_COLUMNS = TEAM_LINE, LINE = 2 * LINE_COLUMNS,
+              LINE_PIECES = LINE / 16;  // bytes of 64 columns of a row
+constexpr int GROUP = TEAM_GROUP;       // centroids scored at a time
 
-/// How problems are shared out (`FitResident` in src/plan/on_chip.rs).
-struct Shares {
-    int blocks;  // of a team
-    int rows;    // of a block, whole pairs of fragments
-    int padded;  // centroids, whole groups
-};
-
-/// What goes with a moved centroid (tensor.cuh); the bounds are its own.
-struct alignas(16) Prepared {
-    float start, scale, moved, residual, stored;
-    uint32_t hash;  // of the centroid itself
-};
-
-/// Where the blocks of a team add up what each of them has: zeros but for an iteration under way. One of each to a
-/// team.
-struct Common {
-    unsigned long long* limbs;    // (LIMBS, k, whole lines), columns in the order of `place_of`
-    unsigned long long* rest;     // (k, d, 2): what limbs could not take; null for f16 without factors
-    unsigned long long* weights;  // (k, 2), of factors
-    uint32_t* sizes;              // (k + 2), without; ODD if a cluster is to be added up once more; and behind
-                                  // them, whether any is in an even and in an odd turn
-    double* shifts;               // (2): the largest squared shift of an even and of an odd turn
-    uint32_t* arrived;            // times that blocks have come to a barrier
-    // And how the centroids are scored, which needs no zeros:
-    void* moved;         // (k, d), in the type of the rows
-    Prepared* prepared;  // (k)
-
-    template <class T>
-    __device__ Common of_team(int64_t team, int64_t limb_count, int64_t k, int64_t d) const {
-        return {limbs + team * limb_count * k * ((d + LINE_COLUMNS - 1) / LINE_COLUMNS * LINE_COLUMNS),
-                rest + team * k * d * 2,
-                weights + team * k * 2,
-                sizes + team * (k + 2),
-                shifts + team * 2,
-                arrived + team,
-                reinterpret_cast<T*>(moved) + team * k * d,
-                prepared + team * k};
-    }
-};
+/// The part of it that one team has.
+template <class T>
+__device__ Common Common::of_team(int64_t team, int64_t limb_count, int64_t k, int64_t d) const {
+    return {limbs + team * limb_count * k * ((d + LINE_COLUMNS - 1) / LINE_COLUMNS * LINE_COLUMNS),
+            remainders + team * k * d * 2,
+            weights + team * k * 2,
+            sizes + team * (k + 2),
+            shifts + team * 2,
+            arrived + team,
+            reinterpret_cast<T*>(moved) + team * k * d,
+            prepared + team * k};
+}
 
 /// Of a cluster's size, beside the number of its rows.
 constexpr uint32_t ODD = 1u << 31;
@@ -68,7 +42,7 @@ __device__ __forceinline__ void sync_team(uint32_t* arrived, uint32_t all) {
     __syncthreads();
 }
 
-/// A block's shared memory. Lines hold 64 columns of a row, swizzled by `piece_of`: first those of the first columns.
+/// A block's shared memory. Lines hold 64 columns of a row, `swizzled`: first those of the first columns.
 template <class T, bool FACTOR>
 struct OnChip {
     uint8_t* rows;             // lines of the block's rows
@@ -106,9 +80,6 @@ struct OnChip {
         order = reinterpret_cast<uint16_t*>(take(shares.rows * 2));
     }
 };
-
-/// Where a 16-byte piece of line `row` lies: swizzled, so that eight rows' same piece are in different banks.
-__device__ __forceinline__ int piece_of(int row, int piece) { return row * LINE + ((piece ^ (row & 7)) << 4); }
 
 /// Where the sum of a column lies among its centroid's: lanes take two columns each, and first all add their first.
 __device__ __forceinline__ int place_of(int column) {

@@ -9,7 +9,7 @@ template <class T>
 __device__ void finish(const Clusters<T>& to, const double* largest, const double* heaviest, const Active& active,
                        const Verdict& verdict) {
     const int lane = threadIdx.x % WARP;
-    const int64_t all = active.problems(to.b) * to.k, plane = to.b * to.k * (to.d + 1);
+    const int64_t all = active.problems(to.problems) * to.k, plane = to.problems * to.k * (to.d + 1);
     for (int64_t item = global_thread() / WARP; item < all; item += all_threads() / WARP) {
         const int64_t b = active.problem(item / to.k), cluster = item % to.k;
         __int128* const slot = reinterpret_cast<__int128*>(to.slot(b, cluster));

@@ -44,8 +44,8 @@ __device__ __forceinline__ __int128 window_of(double v, int scale, int i) {
 /// cluster and MEDIAN_COLUMNS columns and decides one bit of all its keys in each pass over the cluster's rows. Rows
 /// without a positive weight, or that are not finite, are none of them.
 ///
-/// What is below is compared with what is not by an exact sum of both, one window of the weights' bits after another:
-/// nearly always all bits are in the first.
+/// The weight below is compared with that of the rest by an exact sum of both, one window of the weights' bits after
+/// another: nearly always all bits are in the first.
 template <class T>
 __device__ void medians(const T* x, const Rows& r, const double* weights, const double* max_weight,
                         const uint32_t* first_bad, const uint32_t* order, const uint32_t* offsets, int64_t k,

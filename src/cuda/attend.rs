@@ -55,7 +55,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
         let cluster = kernel.cluster(all, ATTEND_THREADS, ATTEND_BLOCKS)?;
         let blocks = cluster.unwrap_or((processors / all.max(1)).clamp(1, ATTEND_BLOCKS));
 
-        // What a block holds: queries; ranks, offsets and its tokens; and in their place, or beside them if the query heads
+        // A block holds queries; ranks, offsets and its tokens; and in their place, or beside them if the query heads
         // take turns, the sums of its warps.
         let tile = 32 / size_of::<T>();
         let (clusters, rows) = (k.div_ceil(blocks * tile) * tile, (a.tokens - clustered + a.budget).div_ceil(blocks));

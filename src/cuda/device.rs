@@ -1,4 +1,4 @@
-//! What is asked of the driver about a device.
+//! The driver is asked this about a device.
 
 use crate::{
     error::{Error, Result},
@@ -7,7 +7,7 @@ use crate::{
 };
 use candle_core::cuda_backend::{cudarc::driver::sys::CUdevice_attribute, CudaDevice, WrapErr};
 
-/// What chooses kernels.
+/// The arch of a device, by which kernels are chosen.
 pub(crate) fn arch(dev: &CudaDevice) -> Result<Arch> {
     let (major, minor) = dev.cuda_stream().context().compute_capability().w()?;
     Ok(Arch::Cuda { capability: (10 * major + minor) as u32, processors: processors(dev)? })

@@ -177,7 +177,7 @@ impl Kernel {
         status.result().w().map_err(failed)
     }
 
-    /// What every launch does first.
+    /// Every launch does this first.
     fn record(&self) {
         fence::finish_before_exit(&self.stream);
         launches::record(self.name, self.suffix);

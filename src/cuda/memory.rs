@@ -135,7 +135,7 @@ impl ArenaLayout {
 /// Memory while an op queues its work, which nobody else does to this memory meanwhile.
 enum Held<'a> {
     Kept(MutexGuard<'a, Option<Block>>),
-    /// What a capture allocates is its graph's, and is freed there.
+    /// A capture's graph owns what the capture allocates, and frees it.
     Captured(Block),
 }
 

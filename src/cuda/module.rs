@@ -1,6 +1,6 @@
 //! The compiled kernels, which are embedded, and what has been loaded of them in each context.
 
-use crate::plan::arch::STATIC_SHARED;
+use crate::tiles::STATIC_SHARED;
 use candle_core::cuda_backend::cudarc::{
     driver::{CudaContext, CudaFunction, CudaModule, DriverError},
     nvrtc::Ptx,
@@ -54,7 +54,7 @@ impl Image {
     }
 }
 
-/// What has been loaded, by context. The handles keep their context alive, so an address is never reused.
+/// The functions that have been loaded, by context. The handles keep their context alive, so an address is never reused.
 #[derive(Default)]
 pub(super) struct Loaded {
     modules: HashMap<(usize, Image), Arc<CudaModule>>,

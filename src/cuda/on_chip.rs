@@ -5,7 +5,7 @@ use super::{
     kernel::{launch, Kernel},
     memory::{elements, ArenaLayout, Memory},
     module::Image,
-    params::{divisor, shape, Common, Shares, TermsOnChip},
+    params::{divisor, shape, Common, Shares, Summands},
     tensors::{own, read, typed, write, Element, Part},
 };
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
         on_chip::{FitResident, OnChip},
     },
     request::OnChipFit,
-    tiles::TEAM_THREADS,
+    tiles::{TEAM_LINE, TEAM_THREADS},
 };
 use candle_core::{
     cuda_backend::{cudarc::driver::PushKernelArg, CudaDevice},
@@ -35,11 +35,11 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
     let &OnChipFit { plan, x, terms, metric, reduction, progress, max_iters, centroids, labels } = fit;
     let (dev, k) = (device(&x.operand)?, centroids.dim(1)?);
     let optional = |t: &Option<Tensor>| t.as_ref().map_or(Ok(Part::NULL), own);
-    let of = TermsOnChip {
-        factor: optional(&terms.row_scale)?,
-        largest: own(&terms.max_abs)?,
-        heaviest: optional(&terms.max_weight)?,
-        first_bad: own(&terms.first_nonfinite)?,
+    let summands = Summands {
+        row_scale: optional(&terms.row_scale)?,
+        max_abs: own(&terms.max_abs)?,
+        max_weight: optional(&terms.max_weight)?,
+        first_nonfinite: own(&terms.first_nonfinite)?,
     };
     let (threshold, stop) = (own::<f64>(&progress.threshold)?, own::<u32>(&progress.stop)?);
     let (metric, divisor, max_iters, k64) = (metric as i32, divisor(reduction), max_iters as i64, k as i64);
@@ -56,16 +56,16 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
                     _ => "fit_narrow_8",
                 };
                 return launch!(dev, FitNarrow, name, T::SUFFIX, x.b, plan.threads, plan.shared;
-                    &xs, &shape(x), &of, &metric, &divisor, &max_iters, &threshold, &(plan.centroids as i64), &stop, &k64,
+                    &xs, &shape(x), &summands, &metric, &divisor, &max_iters, &threshold, &(plan.centroids as i64), &stop, &k64,
                     &centroids, &labels);
             }
             OnChip::CpuLine => return Err(Error::Unsupported { op: plan.name(), device: "CUDA".into() }),
         };
         let (&FitResident { weighted, teams: count, blocks, rows, padded, shared }, mut zeros) = (plan, ArenaLayout::default());
-        // The sums of halves are exact without a rest.
+        // The sums of halves are exact without remainders.
         let exact = x.dtype() == DType::F16 && !weighted;
-        let limbs = zeros.zeroed(elements(&[count, if weighted { 2 } else { 1 }, k, x.d.next_multiple_of(64)]));
-        let rest = zeros.zeroed(if exact { 0 } else { elements(&[count, k, x.d]) });
+        let limbs = zeros.zeroed(elements(&[count, if weighted { 2 } else { 1 }, k, x.d.next_multiple_of(TEAM_LINE)]));
+        let remainders = zeros.zeroed(if exact { 0 } else { elements(&[count, k, x.d]) });
         let weights = zeros.zeroed(if weighted { elements(&[count, k]) } else { 0 });
         let (sizes, shifts, arrived) = (zeros.zeroed(elements(&[count, k + 2])), zeros.zeroed(count), zeros.zeroed(count));
         let mut scratch = ArenaLayout::default();
@@ -73,7 +73,7 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
         let (zeros, scratch) = (zeros.zeros(dev, OP, memory)?, scratch.scratch(dev, OP, memory)?);
         let common = Common {
             limbs: zeros.part(limbs),
-            rest: zeros.part(rest),
+            remainders: zeros.part(remainders),
             weights: zeros.part(weights),
             sizes: zeros.part(sizes),
             shifts: zeros.part(shifts),
@@ -83,7 +83,7 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
         };
         let [blocks_i32, rows, padded] = [blocks, rows, padded].map(|v| v as i32);
         launch!(dev, FitResident, plan.name(), T::SUFFIX, elements(&[count, blocks]), TEAM_THREADS, shared;
-            &xs, &shape(x), &of, &metric, &divisor, &max_iters, &threshold,
+            &xs, &shape(x), &summands, &metric, &divisor, &max_iters, &threshold,
             &Shares { blocks: blocks_i32, rows, padded }, &common, &stop, &k64, &centroids, &labels)
     })));
     match launched {

@@ -1,16 +1,26 @@
-//! Parameters of kernels that are structs, laid out as in `kernels/`.
+//! The structs that kernels take, or that are made room for on their behalf, in the order of `kernels/params.cuh`, which has
+//! each of them once more under the same name and says what the fields are.
 
 use super::tensors::{own, Part};
 use crate::{
     error::{Error, Result},
     request::{Progress, Reduction, Turn},
-    rows::Rows,
+    rows,
 };
 use candle_core::{cuda_backend::cudarc::driver::DeviceRepr, Layout};
+use std::mem::offset_of;
 
-/// `struct Rows` of `kernels/exact/common.cuh`.
+/// Lets a struct be an argument of kernels, and refuses one of other than so many bytes, or whose last field lies elsewhere.
+macro_rules! layout {
+    ($name:ident, $bytes:literal, $last:ident: $offset:literal) => {
+        const _: () = assert!(size_of::<$name>() == $bytes && offset_of!($name, $last) == $offset);
+        // SAFETY: integers, floats and device pointers, laid out as in C and as `kernels/params.cuh` asserts.
+        unsafe impl DeviceRepr for $name {}
+    };
+}
+
 #[repr(C)]
-pub(super) struct Shape5 {
+pub(super) struct Rows {
     pub(super) batch_stride: i64,
     pub(super) row_stride: i64,
     pub(super) b: i64,
@@ -18,16 +28,13 @@ pub(super) struct Shape5 {
     pub(super) d: i64,
 }
 
-// SAFETY: plain integers, laid out as in C.
-unsafe impl DeviceRepr for Shape5 {}
-const _: () = assert!(size_of::<Shape5>() == 40);
+layout!(Rows, 40, d: 32);
 
-pub(super) fn shape(r: &Rows) -> Shape5 {
+pub(super) fn shape(r: &rows::Rows) -> Rows {
     let (batch_stride, row_stride) = (r.batch_stride as i64, r.row_stride as i64);
-    Shape5 { batch_stride, row_stride, b: r.b as i64, n: r.n as i64, d: r.d as i64 }
+    Rows { batch_stride, row_stride, b: r.b as i64, n: r.n as i64, d: r.d as i64 }
 }
 
-/// `struct Active` of `kernels/exact/common.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct Active {
@@ -36,12 +43,10 @@ pub(super) struct Active {
     pub(super) first: i64,
 }
 
-// SAFETY: two pointers and an integer, laid out as in C.
-unsafe impl DeviceRepr for Active {}
-const _: () = assert!(size_of::<Active>() == 24);
+layout!(Active, 24, first: 16);
 
 impl Active {
-    /// What a turn has to do, which is everything outside a fit and in its first iteration.
+    /// The problems that a turn has to do, which is everything outside a fit and in its first iteration.
     pub(super) fn of(turn: Option<Turn<'_>>) -> Result<Self> {
         match turn {
             Some(Turn { progress, iteration }) if iteration > 1 => {
@@ -68,11 +73,10 @@ pub(super) fn going(progress: &Progress, iteration: usize) -> Result<Part<u32>> 
 }
 
 /// Centroids that all problems share as those of one.
-pub(super) fn one_copy<'a>(c: &Rows<'a>) -> Rows<'a> {
-    Rows { b: if c.batch_stride == 0 { c.b.min(1) } else { c.b }, ..c.clone() }
+pub(super) fn one_copy<'a>(c: &rows::Rows<'a>) -> rows::Rows<'a> {
+    rows::Rows { b: if c.batch_stride == 0 { c.b.min(1) } else { c.b }, ..c.clone() }
 }
 
-/// `struct Strided` of `rows.cu`.
 #[repr(C)]
 pub(super) struct Strided {
     sizes: [i64; 8],
@@ -80,9 +84,7 @@ pub(super) struct Strided {
     rank: i64,
 }
 
-// SAFETY: integers, laid out as in C.
-unsafe impl DeviceRepr for Strided {}
-const _: () = assert!(size_of::<Strided>() == 136);
+layout!(Strided, 136, rank: 128);
 
 impl Strided {
     /// The last dimension, then the others from the innermost one on, those that step over the whole of the one inside with it.
@@ -109,7 +111,35 @@ impl Strided {
     }
 }
 
-/// `struct Cache` of `attend.cu`.
+#[repr(C)]
+pub(super) struct Bounds {
+    pub(super) moved: f32,
+    pub(super) start: f32,
+    pub(super) residual: f32,
+    pub(super) stored: f32,
+    pub(super) scale: f32,
+    pub(super) inverse: f32,
+    pub(super) rounded: f32,
+}
+
+layout!(Bounds, 28, rounded: 24);
+
+#[repr(C)]
+pub(super) struct Reach {
+    pub(super) rows: f32,
+    pub(super) centroids: f32,
+}
+
+layout!(Reach, 8, centroids: 4);
+
+#[repr(C)]
+pub(super) struct UnprovenRow {
+    pub(super) row: u32,
+    pub(super) cutoff: f32,
+}
+
+layout!(UnprovenRow, 8, cutoff: 4);
+
 #[repr(C)]
 pub(super) struct Cache {
     pub(super) q: u64,
@@ -141,11 +171,8 @@ pub(super) struct Cache {
     pub(super) scale: f32,
 }
 
-// SAFETY: addresses, integers and a float, laid out as in C.
-unsafe impl DeviceRepr for Cache {}
-const _: () = assert!(size_of::<Cache>() == 160);
+layout!(Cache, 160, scale: 152);
 
-/// `struct Route` of `route.cuh`.
 #[repr(C)]
 pub(super) struct Route {
     pub(super) key_head: i64,
@@ -165,11 +192,8 @@ pub(super) struct Route {
     pub(super) scale: f32,
 }
 
-// SAFETY: integers and a float, laid out as in C.
-unsafe impl DeviceRepr for Route {}
-const _: () = assert!(size_of::<Route>() == 120);
+layout!(Route, 120, scale: 112);
 
-/// `struct Choice` of `select.cu`.
 #[repr(C)]
 pub(super) struct Choice {
     pub(super) units: i64,
@@ -180,11 +204,8 @@ pub(super) struct Choice {
     pub(super) share: f32,
 }
 
-// SAFETY: integers and a float, laid out as in C.
-unsafe impl DeviceRepr for Choice {}
-const _: () = assert!(size_of::<Choice>() == 48);
+layout!(Choice, 48, share: 40);
 
-/// `struct Digit` of `sort.cu`.
 #[repr(C)]
 pub(super) struct Digit {
     pub(super) labels: Part<u32>,
@@ -196,11 +217,8 @@ pub(super) struct Digit {
     pub(super) mask: u32,
 }
 
-// SAFETY: pointers and integers, laid out as in C.
-unsafe impl DeviceRepr for Digit {}
-const _: () = assert!(size_of::<Digit>() == 48);
+layout!(Digit, 48, mask: 44);
 
-/// `struct Clusters` of `clusters.cuh`.
 #[repr(C)]
 pub(super) struct Clusters {
     pub(super) centroids: u64,
@@ -212,21 +230,19 @@ pub(super) struct Clusters {
     pub(super) odd_count: Part<u32>,
     pub(super) odd_list: Part<u64>,
     pub(super) shift: Part<f64>,
+    pub(super) problems: i64,
     pub(super) k: i64,
     pub(super) d: i64,
     pub(super) rows: i64,
     pub(super) divisor: i32,
     pub(super) planes: i32,
-    pub(super) b: i64,
 }
 
-// SAFETY: pointers and integers, laid out as in C.
-unsafe impl DeviceRepr for Clusters {}
-const _: () = assert!(size_of::<Clusters>() == 112);
+layout!(Clusters, 112, planes: 108);
 
 impl Clusters {
-    /// Of `b` problems, `k` clusters each, whose sums have room for `rows` rows; with none of what is added up or written.
-    pub(super) fn new([b, k, d]: [usize; 3], rows: usize) -> Self {
+    /// Of so many problems and clusters, whose sums have room for `rows` rows; with none of what is added up or written.
+    pub(super) fn new([problems, k, d]: [usize; 3], rows: usize) -> Self {
         Self {
             centroids: 0,
             slots: Part::NULL,
@@ -237,28 +253,24 @@ impl Clusters {
             odd_count: Part::NULL,
             odd_list: Part::NULL,
             shift: Part::NULL,
+            problems: problems as i64,
             k: k as i64,
             d: d as i64,
             rows: rows as i64,
             divisor: 0,
             planes: 0,
-            b: b as i64,
         }
     }
 }
 
-/// `struct Pieces` of `clusters.cuh`.
 #[repr(C)]
 pub(super) struct Pieces {
     pub(super) rows: u32,
     pub(super) whole: u32,
 }
 
-// SAFETY: integers, laid out as in C.
-unsafe impl DeviceRepr for Pieces {}
-const _: () = assert!(size_of::<Pieces>() == 8);
+layout!(Pieces, 8, whole: 4);
 
-/// `struct Verdict` of `clusters.cuh`.
 #[repr(C)]
 pub(super) struct Verdict {
     pub(super) threshold: Part<f64>,
@@ -268,9 +280,7 @@ pub(super) struct Verdict {
     pub(super) iteration: i64,
 }
 
-// SAFETY: pointers and integers, laid out as in C.
-unsafe impl DeviceRepr for Verdict {}
-const _: () = assert!(size_of::<Verdict>() == 40);
+layout!(Verdict, 40, iteration: 32);
 
 impl Verdict {
     pub(super) fn of(turn: Option<Turn<'_>>) -> Result<Self> {
@@ -284,20 +294,16 @@ impl Verdict {
     }
 }
 
-/// `struct Terms` of `sums.cuh`.
 #[repr(C)]
-pub(super) struct TermsOnChip {
-    pub(super) factor: Part<f64>,
-    pub(super) largest: Part<f64>,
-    pub(super) heaviest: Part<f64>,
-    pub(super) first_bad: Part<u32>,
+pub(super) struct Summands {
+    pub(super) row_scale: Part<f64>,
+    pub(super) max_abs: Part<f64>,
+    pub(super) max_weight: Part<f64>,
+    pub(super) first_nonfinite: Part<u32>,
 }
 
-// SAFETY: pointers, laid out as in C.
-unsafe impl DeviceRepr for TermsOnChip {}
-const _: () = assert!(size_of::<TermsOnChip>() == 32);
+layout!(Summands, 32, first_nonfinite: 24);
 
-/// `struct Shares` of `team.cuh`.
 #[repr(C)]
 pub(super) struct Shares {
     pub(super) blocks: i32,
@@ -305,26 +311,33 @@ pub(super) struct Shares {
     pub(super) padded: i32,
 }
 
-// SAFETY: integers, laid out as in C.
-unsafe impl DeviceRepr for Shares {}
-const _: () = assert!(size_of::<Shares>() == 12);
+layout!(Shares, 12, padded: 8);
 
-/// `struct Common` of `team.cuh`.
+#[repr(C, align(16))]
+pub(super) struct PreparedCentroid {
+    pub(super) start: f32,
+    pub(super) scale: f32,
+    pub(super) moved: f32,
+    pub(super) residual: f32,
+    pub(super) stored: f32,
+    pub(super) hash: u32,
+}
+
+layout!(PreparedCentroid, 32, hash: 20);
+
 #[repr(C)]
 pub(super) struct Common {
     pub(super) limbs: Part<u64>,
-    pub(super) rest: Part<[u64; 2]>,
+    pub(super) remainders: Part<[u64; 2]>,
     pub(super) weights: Part<[u64; 2]>,
     pub(super) sizes: Part<u32>,
     pub(super) shifts: Part<[f64; 2]>,
     pub(super) arrived: Part<u32>,
     pub(super) moved: Part<u16>,
-    pub(super) prepared: Part<[u64; 4]>,
+    pub(super) prepared: Part<PreparedCentroid>,
 }
 
-// SAFETY: pointers, laid out as in C.
-unsafe impl DeviceRepr for Common {}
-const _: () = assert!(size_of::<Common>() == 64);
+layout!(Common, 64, prepared: 56);
 
 /// `enum Divisor` of `sums.cuh`.
 pub(super) fn divisor(reduction: Reduction) -> i32 {

@@ -227,7 +227,7 @@ pub(super) fn tensor<T: CudaDType>(dev: &CudaDevice, slice: CudaSlice<T>, shape:
     Tensor::from((Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, dev.clone())), shape.into()))
 }
 
-/// What the copy engine reads: a tensor of rows under the swizzle of `kernels/arch/ptx.cuh`.
+/// The copy engine reads this: a tensor of rows under the swizzle of `kernels/arch/ptx.cuh`.
 #[repr(transparent)]
 pub(super) struct TensorMap(CUtensorMap);
 

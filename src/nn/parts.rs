@@ -1,4 +1,4 @@
-//! What layers over keys and values share.
+//! Layers over keys and values share these parts.
 
 use crate::{
     error::{Error, Result},

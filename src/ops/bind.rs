@@ -3,7 +3,7 @@
 use crate::error::Error;
 use candle_core::{CpuStorage, CudaStorage, Shape, Storage};
 
-/// What an op makes: a storage of its own, and the shape of what is in it.
+/// An op makes this: a storage of its own, and the shape of what is in it.
 pub(crate) type Made = (Storage, Shape);
 
 pub(crate) fn cpu((storage, shape): Made) -> candle_core::Result<(CpuStorage, Shape)> {

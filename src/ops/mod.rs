@@ -63,7 +63,7 @@ use labels::{check_labels, flat_labels, Labelled};
 /// centroids, u32 `(..batch, n)`: [`assign`](crate::assign).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FlashAssign {
-    /// What is nearest.
+    /// The metric decides which centroid is the nearest.
     pub metric: Metric,
 }
 
@@ -110,14 +110,14 @@ pub struct ClusterSums {
 /// shaped as the rows: the values of [`quantize`](crate::quantize).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Quantize {
-    /// What is nearest.
+    /// The metric decides which centroid is the nearest.
     pub metric: Metric,
 }
 
 /// Overwrites labels, contiguous u32 `(..batch, n)`, by those that [`FlashAssign`] gives rows and centroids.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AssignInto {
-    /// What is nearest.
+    /// The metric decides which centroid is the nearest.
     pub metric: Metric,
 }
 
@@ -136,7 +136,7 @@ pub(crate) trait Binary: CustomOp2 + Send + Sync + 'static {
 
     fn forward(&self, x: &Operand<'_>, y: &Operand<'_>) -> Result<Made>;
 
-    /// What flows back to `x`; nothing flows to `y`.
+    /// Returns the gradient of `x`; nothing flows to `y`.
     fn backward(&self, x: &Tensor, y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>>;
 }
 
@@ -147,12 +147,12 @@ trait Overwriting {
     fn overwrite(&self, to: Target<'_>, x: &Operand<'_>, y: &Operand<'_>) -> Result<()>;
 }
 
-/// What `op` makes of tensors that it locks by itself. No gradient flows.
+/// Applies `op` to tensors, which it locks by itself. No gradient flows.
 pub(crate) fn evaluate(op: &impl Binary, x: &Tensor, y: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from(op.forward(&x.into(), &y.into())?))
 }
 
-/// What `op` makes of rows and labels, in the graph of the rows if they have one.
+/// Applies `op` to rows and labels, in the graph of the rows if they have one.
 pub(crate) fn in_graph<O: Binary>(op: O, x: &Tensor, labels: &Tensor) -> Result<Tensor> {
     if !x.track_op() {
         return evaluate(&op, x, labels);
@@ -215,7 +215,7 @@ impl Binary for Quantize {
 impl SortInverse {
     const NAME: &'static str = "sort-inverse";
 
-    /// What the op has made of `labels`, as views: the order, `(..batch, n)`, and the offsets, `(..batch, k + 1)`.
+    /// Takes apart, as views, what the op has made of `labels`: the order, `(..batch, n)`, and the offsets, `(..batch, k + 1)`.
     ///
     /// # Errors
     /// Refuses what cannot be the op's result for these labels.

@@ -1,4 +1,6 @@
-//! What a device is to a plan.
+//! A plan knows a device by this.
+
+use crate::tiles::STATIC_SHARED;
 
 /// Where a fit runs.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -24,6 +26,3 @@ pub(crate) fn shared_memory(arch: Arch) -> Option<usize> {
     };
     Some(all - STATIC_SHARED)
 }
-
-/// Static shared memory of such kernels, at most, in bytes (`scripts/check-kernels.sh` holds them to it).
-pub(crate) const STATIC_SHARED: usize = 4096;

@@ -65,7 +65,7 @@ impl Assign {
         match self {
             Self::CpuGemm | Self::CpuManhattan => (tiles::CPU_ROWS, tiles::CPU_CENTROIDS),
             Self::SimtDot | Self::SimtManhattan => (tiles::SIMT_ROWS, tiles::SIMT_CENTROIDS),
-            Self::Narrow => (tiles::NARROW_TILE, NARROW_GROUP),
+            Self::Narrow => (tiles::NARROW_TILE, tiles::NARROW_GROUP),
             Self::Sm80 | Self::Small => (tiles::SM80_ROWS, tiles::SM80_CENTROIDS),
             Self::Sm90 => (tiles::SM90_ROWS * sm90_shape(d).1, tiles::SM90_CENTROIDS),
         }
@@ -147,9 +147,6 @@ pub(crate) fn forced() -> bool {
     FORCED.get().is_some()
 }
 
-/// Centroids of a group of `assign_narrow.cu`.
-const NARROW_GROUP: usize = 8;
-
 /// The columns that an instance of `assign_narrow.cu` for `d` columns has.
 pub(crate) fn narrow_columns(d: usize) -> usize {
     d.next_power_of_two()
@@ -159,7 +156,7 @@ pub(crate) fn narrow_columns(d: usize) -> usize {
 pub(crate) fn narrow_shared(dtype: DType, k: usize, d: usize) -> Option<usize> {
     let size = if dtype == DType::F64 { 8 } else { 4 };
     // The largest norm, centroids and their biases in groups, mu, and the table that finds equal ones.
-    let centroids = k.next_multiple_of(NARROW_GROUP).saturating_mul(narrow_columns(d).saturating_add(1));
+    let centroids = k.next_multiple_of(tiles::NARROW_GROUP).saturating_mul(narrow_columns(d).saturating_add(1));
     let table = 4 * (2 * k.min(usize::MAX / 16)).next_power_of_two();
     let bytes = centroids.saturating_add(narrow_columns(d)).saturating_mul(size).saturating_add(16 + table);
     (d <= tiles::NARROW_COLUMNS && bytes <= tiles::NARROW_SHARED).then_some(bytes)
@@ -174,7 +171,7 @@ pub(crate) fn split_rows(d: usize) -> usize {
 /// Most rows, centroids or problems that `assign_sm90.cu` reaches: whole tiles below 2^31.
 const SM90_MOST: usize = i32::MAX as usize - 4096;
 /// Most columns that `assign_sm90.cu` is compiled for.
-const SM90_COLUMNS: usize = 512;
+pub(crate) const SM90_COLUMNS: usize = 512;
 
 /// The instance of `assign_sm90.cu` for `d` columns: steps of 16 columns, and warpgroups that search.
 pub(crate) fn sm90_shape(d: usize) -> (usize, usize) {
@@ -205,4 +202,20 @@ pub(super) fn assign_scratch(p: &Problem, b: u64, k: u64, layout: RowLayout, arc
     };
     let packed = if pack { bn * eights } else { 0 };
     scratch + packed + b * (4 * d + 96)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_shape_on_hopper_is_compiled() {
+        let source = include_str!("../../kernels/assign/assign_sm90.cu");
+        let calls = source.split("#define KERNELS").nth(1).unwrap().split("KERNEL(name, T, ").skip(1);
+        let compiled: Vec<_> = calls.map(|call| call.split(')').next().unwrap()).collect();
+        let mut asked: Vec<_> = (1..=SM90_COLUMNS).map(sm90_shape).collect();
+        asked.dedup();
+        let asked: Vec<_> = asked.iter().map(|(steps, groups)| format!("{steps}, {groups}")).collect();
+        assert_eq!(compiled, asked);
+    }
 }

@@ -1,7 +1,7 @@
 //! Whole fits at once.
 
 use super::{
-    arch::{shared_memory, Arch, STATIC_SHARED},
+    arch::{shared_memory, Arch},
     assign::{forced, narrow_columns, narrow_shared},
 };
 use crate::{error::Result, metric::Metric, rows::RowLayout, tiles};
@@ -90,7 +90,7 @@ impl FitNarrow {
         // As many threads to a multiprocessor as its registers are for, in as many blocks as its shared memory is for.
         let threads = if columns == 4 { tiles::FIT_THREADS_4 } else { tiles::FIT_THREADS };
         let resident = if columns > 2 { threads } else { 2 * threads };
-        let blocks = (most + STATIC_SHARED) / (shared + BLOCK_SHARED);
+        let blocks = (most + tiles::STATIC_SHARED) / (shared + BLOCK_SHARED);
         let many = (resident / blocks.max(1) / 32 * 32).clamp(32, threads);
         let threads = if b < tiles::FIT_PROBLEMS { threads } else { many }.min(n.next_multiple_of(32));
         (fits && worth_it).then_some(Self { threads, shared, centroids })
@@ -131,13 +131,13 @@ impl FitResident {
             return None;
         }
         let most = shared_memory(arch)?;
-        let (padded, line) = (k.next_multiple_of(32), d.div_ceil(64) * 128);
+        let (padded, line) = (k.next_multiple_of(tiles::TEAM_GROUP), 2 * d.next_multiple_of(tiles::TEAM_LINE));
         // Rows, their squares, labels, order, factors, and the list of those to settle. Centroids with what they start from,
         // their scales, hashes and rows' places; mu; the sums of a share of the clusters.
         let of_row = line + 16 + if weighted { 8 } else { 0 };
         let fixed = |blocks: usize| padded * (line + 20) + 16 + line + k.div_ceil(blocks) * d * 8;
         let of = |blocks: usize| {
-            let rows = n.div_ceil(blocks).next_multiple_of(32);
+            let rows = n.div_ceil(blocks).next_multiple_of(tiles::TEAM_GROUP);
             let shared = rows.checked_mul(of_row)?.checked_add(fixed(blocks))?;
             let teams = b.min(processors / blocks);
             // Problems that have to wait for others are better off in kernels that take all at once.

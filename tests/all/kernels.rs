@@ -26,7 +26,7 @@ fn check(x: &Tensor, c: &Tensor, metric: Metric, what: &str) {
     }
 }
 
-/// What tensor cores multiply: f32 as pairs of halves.
+/// Tensor cores multiply these: f32 as pairs of halves.
 const TYPES: [DType; 3] = [DType::F16, DType::BF16, DType::F32];
 
 /// Values as a network makes them, blobs around 20, and clusters so tight and far out that most rows are near-ties.
@@ -117,7 +117,7 @@ fn many_problems_and_many_centroids() {
     }
 }
 
-/// What the proof assumes of the tensor cores (kernels/assign/tensor.cuh), measured: how far one product step is from the exact
+/// Measures what the proof assumes of the tensor cores (kernels/assign/tensor.cuh): how far one product step is from the exact
 /// sum, in units of the last place of what bounds it.
 #[cfg(feature = "cuda")]
 #[test]

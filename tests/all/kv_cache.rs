@@ -29,7 +29,7 @@ fn append(cache: &mut ClusteredKvCache, n: usize, dtype: DType, device: &Device,
     assert_same(&end(&values), &v, "values");
 }
 
-/// What `attend` promises, token by token: `(tokens, estimate, shared)`.
+/// `attend` promises this, token by token: `(tokens, estimate, shared)`.
 fn spec(cache: &ClusteredKvCache, q: &Tensor, budget: (usize, bool, bool)) -> Vec<f64> {
     let (tokens, estimate, shared) = budget;
     let (keys, values) = (problems(&cache.k().unwrap().unwrap()), problems(&cache.v().unwrap().unwrap()));
@@ -441,7 +441,7 @@ fn refusals_are_typed() {
     }
 }
 
-/// What is written to one of two caches is not seen by the other, whichever writes first.
+/// One of two caches does not see what is written to the other, whichever writes first.
 #[test]
 fn clones_go_on_by_themselves() {
     for (device, first) in devices().into_iter().flat_map(|device| [false, true].map(|first| (device.clone(), first))) {

@@ -267,7 +267,7 @@ fn no_op_is_on_metal() {
     refused("sums-into", SumsInto.metal_fwd(&mut MetalStorage, &l, &s, &l, &s, &l).unwrap_err());
 }
 
-/// What cannot be the result for these labels is not taken apart.
+/// A tensor that cannot be the result for these labels is not taken apart.
 #[test]
 fn another_sort_is_not_split() {
     let labels = Tensor::new(&[1u32, 0, 1], &Device::Cpu).unwrap();

@@ -42,7 +42,7 @@ fn runs_are_fits() {
                     assert_eq!(places, (prepared.labels().id(), prepared.centroids().id()));
                     assert_eq!(u32s(prepared.labels()), u32s(&fit.labels));
                 }
-                // What has been handed out is not overwritten.
+                // A run does not overwrite what has been handed out.
                 let last = prepared.fit().unwrap();
                 let kept = all_bits(&last);
                 prepared.run(&inputs[0]).unwrap();

@@ -124,7 +124,7 @@ fn lengths_that_do_not_fit_are_refused() {
         range(&[4, 9, 10], "lengths: 10 is outside 4..=9");
         assert!(matches!(refused(of(&[4, 9]), "lengths: shape [2], expected [3]"), Error::Shape { .. }));
         assert!(matches!(refused(ones(&[3], DType::F32, &device), "lengths: dtype F32"), Error::DType { .. }));
-        // What counts is searched, what does not is not; and some weight has to count.
+        // Only rows that count are searched; and some weight has to count.
         let bad = tensor(&[3, 9, 2], DType::F32, |i| if i == 9 * 2 + 8 { f64::NAN } else { 1.0 });
         let bad = bad.to_device(&device).unwrap();
         let error = KMeans::new(4).lengths(&of(&[4, 5, 9])).fit(&bad).unwrap_err();

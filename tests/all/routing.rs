@@ -14,7 +14,7 @@ fn random(shape: [usize; 4], dtype: DType, device: &Device, rng: &mut ChaCha8Rng
     uniform(&shape, 0.0, 1.0, dtype, rng).to_device(device).unwrap()
 }
 
-/// What `attention` is given and how it is set.
+/// A case says what `attention` is given and how it is set.
 struct Case {
     q: Tensor,
     k: Tensor,
@@ -50,7 +50,7 @@ impl Case {
         }
     }
 
-    /// What the documentation promises, token by token, for clusters that a fit from even rows finds.
+    /// The documentation promises this, token by token, for clusters that a fit from even rows finds.
     fn spec(&self) -> Vec<f64> {
         let (start, grouped) = self.grouped();
         let (keys, values, queries) = (problems(&self.k), problems(&self.v), problems(&self.q));

@@ -241,7 +241,7 @@ fn the_ends_of_every_setting() {
             let got = select_clusters(&scores, &huge, take).unwrap();
             assert_eq!((u32s(&got.clusters), u32s(&got.tokens)), (vec![clusters], vec![tokens]), "{take:?}");
         }
-        // What is no order is some of its values all the same.
+        // An argument that is no order gives some of its values all the same.
         let got = select_clusters(&scores, &ones(&[3], DType::U32, &device), ClusterBudget::Within(3)).unwrap();
         let nonsense = Tensor::new(&[u32::MAX, 0, u32::MAX, 5], &device).unwrap();
         let (indices, _) = got.indices(&Tensor::new(&[8u32, 9], &device).unwrap(), &nonsense, 4).unwrap();

@@ -144,7 +144,7 @@ fn halves_are_rounded_once() {
     }
 }
 
-/// What is added and taken away again leaves no trace, however large it is.
+/// A term that is added and taken away again leaves no trace, however large it is.
 #[test]
 fn huge_terms_cancel() {
     for device in devices() {

@@ -1,4 +1,4 @@
-//! What the suites share: devices, seeded data, layouts, and comparison to the bit.
+//! The suites share this: devices, seeded data, layouts, and comparison to the bit.
 #![allow(dead_code)] // Every suite compiles this file and uses its own part of it.
 
 pub mod naive;

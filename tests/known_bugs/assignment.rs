@@ -214,7 +214,7 @@ fn compared(f: impl FnOnce()) -> usize {
     (testing::compared() - before) as usize
 }
 
-/// What costs 38 to 370 times as much if one bound serves all centroids: each of these would compare every row with all of
+/// These cost 38 to 370 times as much if one bound serves all centroids: each of these would compare every row with all of
 /// them, and may compare few rows with few.
 #[test]
 fn no_centroid_makes_others_be_compared() {

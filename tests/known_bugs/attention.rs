@@ -111,7 +111,7 @@ fn routing_recovers_from_values_that_are_not_finite() {
     }
 }
 
-/// What earlier queries of a chunk read depended on later ones.
+/// Earlier queries of a chunk read what depended on later ones.
 #[test]
 fn a_causal_choice_knows_no_later_query() {
     let (chunk, start) = (100, TOKENS - 100);

@@ -279,7 +279,7 @@ fn weights_and_batches_keep_their_rows() {
     }
 }
 
-/// What is refused is named, with its own row.
+/// A refusal names its own row.
 #[test]
 fn rows_that_say_nothing_are_refused_where_that_is_asked_for() {
     for device in devices() {
@@ -481,7 +481,7 @@ fn no_rows_go_there_and_back() {
                 }
             }
         }
-        // What does not fit is refused all the same.
+        // Rows that do not fit are refused all the same.
         let none = ones(&[0, 5], dtype, &device);
         let codebook = Codebook::new(&ones(&[4, 6], dtype, &device), Metric::Dot).unwrap();
         let pq = ProductQuantizer::new(Codebook::new(&ones(&[2, 4, 3], dtype, &device), Metric::Dot).unwrap()).unwrap();
@@ -525,7 +525,7 @@ fn replaced_fields_are_refused() {
     }
 }
 
-/// What becomes of a tensor changes nothing that was made of it.
+/// A change to a tensor changes nothing that was made of it.
 #[test]
 fn codebooks_are_copies() {
     for (device, dtype) in

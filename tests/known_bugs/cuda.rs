@@ -222,7 +222,7 @@ mod gpu {
                 1 => drop((routed, prepared.into_fit().unwrap())),
                 _ => elsewhere(|| drop((prepared, routed))),
             }
-            // What the pool hands out next is likely to be what has just been freed.
+            // The pool is likely to hand out next what has just been freed.
             let sizes = [n, k * d, n * 2, k, 4 * 2048, 1 << 20].map(|size| vec![size; 4]).concat();
             let filled = sizes.iter().map(|&size| Tensor::full(7u32, size, device).unwrap()).collect::<Vec<_>>();
             device.synchronize().unwrap();
@@ -379,7 +379,7 @@ mod gpu {
         }
     }
 
-    /// Whatever is on another device is refused by name: a second stream of the same GPU is one.
+    /// A tensor on another device is refused by name: a second stream of the same GPU is one.
     #[test]
     fn other_devices_are_refused() {
         let Some(_turn) = asked_for() else { return };
@@ -510,7 +510,7 @@ mod gpu {
         }
     }
 
-    /// What a capture cannot have is refused by name, and the capture ends as if nothing had been.
+    /// A capture refuses by name what it cannot have, and ends as if nothing had been.
     #[test]
     fn captures_refuse_what_they_cannot_have() {
         let Some(_turn) = asked_for() else { return };

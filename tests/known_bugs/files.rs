@@ -188,7 +188,7 @@ fn foreign_files_are_refused_unread() {
     }
 }
 
-/// What a user makes of the fields of a fit is refused where it is used, whatever it is.
+/// A fit whose fields a user has changed is refused where it is used, whatever they are.
 #[test]
 fn changed_fields_are_refused() {
     let folder = Folder::new("changed");

@@ -232,7 +232,7 @@ fn rows_that_a_run_overwrites_are_copied() {
     });
 }
 
-/// What becomes of weights and rows after a call changes nothing of it.
+/// A change to weights and rows after a call changes nothing of it.
 #[test]
 fn later_changes_change_nothing() {
     for device in devices() {
@@ -459,7 +459,7 @@ fn zero_rows_are_no_directions() {
     }
 }
 
-/// What is not finite weighs nothing in the inertia, nor in what `tol` is a share of, and moves no empty cluster.
+/// A row that is not finite weighs nothing in the inertia, nor in what `tol` is a share of, and moves no empty cluster.
 #[test]
 fn unchecked_rows_leave_the_others_alone() {
     for (device, metric) in devices().into_iter().flat_map(|d| METRICS.map(|m| (d.clone(), m))) {
@@ -524,7 +524,7 @@ fn relocation_is_by_distance() {
         // Nothing farther than 0 away: nothing moves.
         let moved = fit(&[5., 5.], &[1., 1.], &[5., far]);
         assert_eq!(u32s(&moved.counts), [2, 0]);
-        // What is not finite does not move a cluster to where nothing is.
+        // A row that is not finite does not move a cluster to where nothing is.
         let settings = KMeans::new(2).init(Init::Given(column(&[5., far]))).max_iters(2).check_finite(false);
         for bad in [f64::NAN, f64::INFINITY] {
             let moved =

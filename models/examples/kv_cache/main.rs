@@ -23,7 +23,7 @@ struct Args {
     /// SmolLM2-135M-Instruct.Q4_1.gguf
     #[arg(long, default_value = "SmolLM2-135M-Instruct.Q4_1.gguf")]
     model: PathBuf,
-    /// What to read; code depends on its context most
+    /// The text to read; code depends on its context most
     #[arg(long, default_value = CODE)]
     text: PathBuf,
     /// Tokens of the prompt

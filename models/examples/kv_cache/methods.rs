@@ -1,4 +1,4 @@
-//! What a query reads of a cached prompt, method by method.
+//! A query reads part of a cached prompt, method by method.
 
 use anyhow::Result;
 use candle_core::{DType, Tensor, D};

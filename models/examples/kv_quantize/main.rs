@@ -25,10 +25,10 @@ struct Args {
     /// SmolLM2-135M-Instruct.Q4_1.gguf
     #[arg(long, default_value = "SmolLM2-135M-Instruct.Q4_1.gguf")]
     model: PathBuf,
-    /// What to read; code depends on its context most
+    /// The text to read; code depends on its context most
     #[arg(long, default_value = CODE)]
     text: PathBuf,
-    /// What the codebooks of another text are trained on
+    /// The other text, on which its codebooks are trained
     #[arg(long, default_value = PROSE)]
     other_text: PathBuf,
     /// Tokens of the prompt, and of the other text

@@ -81,7 +81,7 @@ pub struct Prompt {
     rotated: bool,
 }
 
-/// What it has become.
+/// A prompt has become this.
 pub struct Stored {
     pub prompt: Prompt,
     /// Of a value, with scales and own codebooks

@@ -1,4 +1,4 @@
-//! What SmolLM2 loses.
+//! Measures what SmolLM2 loses.
 
 use crate::{
     methods::{Matrix, Method},

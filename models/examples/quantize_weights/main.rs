@@ -22,10 +22,10 @@ struct Args {
     /// SmolLM2-135M-Instruct.Q4_1.gguf
     #[arg(long, default_value = "SmolLM2-135M-Instruct.Q4_1.gguf")]
     model: PathBuf,
-    /// What to score
+    /// The text to score
     #[arg(long, default_value = CODE)]
     text: PathBuf,
-    /// What tells how much each weight matters
+    /// The text that tells how much each weight matters
     #[arg(long, default_value = PROSE)]
     calibration: PathBuf,
     /// Tokens of each text

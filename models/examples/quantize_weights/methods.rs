@@ -51,7 +51,7 @@ pub enum Method {
     },
 }
 
-/// What has become of some matrices.
+/// Some matrices have become this.
 pub struct Quantized {
     pub weights: Vec<Tensor>,
     /// Of a weight, with scales and levels
@@ -124,7 +124,7 @@ impl Method {
         }
     }
 
-    /// What rows (rows, inputs) become, and the seconds of clustering.
+    /// Quantises rows (rows, inputs); returns them, and the seconds of clustering.
     fn rows(self, rows: &Tensor, importance: Option<&Tensor>) -> Result<(Tensor, f64)> {
         let (count, inputs) = rows.dims2()?;
         ensure!(inputs % GROUP == 0, "rows of {inputs} weights: groups have {GROUP}");

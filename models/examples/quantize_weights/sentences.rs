@@ -1,4 +1,4 @@
-//! What the sentence embeddings of all-MiniLM-L6-v2 lose.
+//! Measures what the sentence embeddings of all-MiniLM-L6-v2 lose.
 
 use crate::methods::{Matrix, Method};
 use anyhow::{ensure, Context, Result};

@@ -24,7 +24,7 @@ struct Args {
     /// SmolLM2-135M-Instruct.Q4_1.gguf
     #[arg(long, default_value = "SmolLM2-135M-Instruct.Q4_1.gguf")]
     model: PathBuf,
-    /// What to read; code depends on its context most
+    /// The text to read; code depends on its context most
     #[arg(long, default_value = CODE)]
     text: PathBuf,
     /// Tokens before the last chunk
@@ -140,7 +140,7 @@ impl<'a> Chunks<'a> {
         Self { model, dtype, past: 0, caches, attention }
     }
 
-    /// What has been read, to go on from with another attention. What either reads next overwrites the other's.
+    /// Goes on from what has been read with another attention. Either overwrites what the other reads next.
     fn then(&self, attention: impl Fn() -> RoutedAttention) -> Self {
         let attention = self.attention.iter().map(|_| attention()).collect();
         Self { model: self.model, dtype: self.dtype, past: self.past, caches: self.caches.clone(), attention }

@@ -1,11 +1,11 @@
 //! Labels of f32 rows on tensor cores, by way of halves: `kernels/assign/split.cu`.
 
-use super::tensor_core::{sweep_shared, Listed, Reach, Table, BOUNDS, HELD_SHARED, SM90_NAMES};
+use super::tensor_core::{sm90_name, sweep_shared, Table, RECHECK_SHARED};
 use crate::{
     cuda::device::processors,
     cuda::kernel::{launch, warps, WARP},
     cuda::memory::{elements, ArenaLayout, Memory},
-    cuda::params::{one_copy, shape, Active},
+    cuda::params::{one_copy, shape, Active, Bounds, Reach, UnprovenRow},
     cuda::tensors::{read, Part, TensorMap},
     error::Result,
     metric::Metric,
@@ -39,10 +39,10 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: Part<u32>, mem
     let mu = layout.zeroed::<f32>(elements(&[copies, d]));
     let largest = layout.zeroed::<f32>(copies);
     // For one half alone, then for both.
-    let bounds = layout.zeroed::<[f32; BOUNDS]>(elements(&[2, copies]));
+    let bounds = layout.zeroed::<Bounds>(elements(&[2, copies]));
     let listed = layout.zeroed::<u32>(elements(&[x.b, x.n.div_ceil(most)]));
     let table = Table::new(&mut layout, copies, k, true);
-    let list = layout.unwritten::<Listed>(most);
+    let list = layout.unwritten::<UnprovenRow>(most);
     let moved = layout.unwritten::<half::f16>(elements(&[copies, k, both]));
     let start = layout.unwritten::<f32>(elements(&[copies, padded]));
     let halves = layout.unwritten::<half::f16>(elements(&[most, both]));
@@ -97,7 +97,7 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: Part<u32>, mem
             let own = if copies > 1 { problems } else { 1 };
             let map = TensorMap::new(half, moved.address, [own, k, d], [k * both, both], SM90_CENTROIDS)?;
             let tiles = elements(&[problems, rows.div_ceil(SM90_ROWS * groups)]).min(processors);
-            launch!(dev, AssignSm90, SM90_NAMES[steps], "f16", tiles, 128 * (groups + 1), SM90_SHARED;
+            launch!(dev, AssignSm90, sm90_name(steps), "f16", tiles, 128 * (groups + 1), SM90_SHARED;
                 &row_map, &map, &shape(&split), &active, &start, &none, &none, &high, &k64, &padded64, &copies64, &slack,
                 &labels, &list, &listed)?;
         } else {
@@ -108,7 +108,7 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: Part<u32>, mem
         }
         let originals = xs.slice(from * x.batch_stride + row * x.row_stride..);
         let centroids = cs.slice(from * c.batch_stride..);
-        let shared = sweep_shared(2 * d) + HELD_SHARED;
+        let shared = sweep_shared(2 * d) + RECHECK_SHARED;
         launch!(dev, Recheck, "recheck_split", "f32", 2 * processors, SM80_ROWS, shared;
             &halves, &originals, &shape(&part), &active, &centroids, &shape(c), &moved, &start, &low, &k64, &both64, &padded64,
             &copies64, &of, &labels, &list, &listed, &slack_split, &slack)?;

@@ -2,18 +2,18 @@
 
 use crate::{
     cuda::device::{device, processors},
-    cuda::kernel::{launch, WARP},
+    cuda::kernel::launch,
     cuda::memory::{alloc, elements, Arena, ArenaLayout, Memory, Slot},
-    cuda::params::{one_copy, shape, Active},
+    cuda::params::{one_copy, shape, Active, Bounds, Reach, UnprovenRow},
     cuda::tensors::{read, tensor, typed, Element, Part, TensorMap},
     error::Result,
     metric::Metric,
-    plan::assign::{sm90_shape, Assign, AssignPlan},
+    plan::assign::{sm90_shape, Assign, AssignPlan, SM90_COLUMNS},
     request::Assignment,
     rows::Rows,
     tiles::{
-        ORIGIN_THREADS, RECHECK_QUEUE, SM80_CENTROIDS, SM80_COLUMNS, SM80_ROWS, SM80_STAGES, SM90_CENTROIDS, SM90_ROWS,
-        SM90_SHARED, TENSOR_CENTROIDS, THREADS,
+        MOVE_LANES, ORIGIN_COLUMNS, ORIGIN_THREADS, RECHECK_BYTES, RECHECK_QUEUE, SM80_CENTROIDS, SM80_COLUMNS,
+        SM80_ROWS, SM80_STAGES, SM90_CENTROIDS, SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS,
     },
 };
 use candle_core::{
@@ -23,6 +23,7 @@ use candle_core::{
     },
     Tensor,
 };
+use std::sync::LazyLock;
 
 /// The table of hashes that finds repeated centroids (`kernels/assign/duplicates.cuh`).
 pub(super) struct Table {
@@ -76,10 +77,10 @@ pub(super) fn assign<T: Element>(
 
     let mut layout = ArenaLayout::default();
     // Few centroids are prepared by one kernel, a block to a problem, which clears what it adds to.
-    let bounds = layout.place_for::<[f32; BOUNDS]>(!prepare_all, copies);
+    let bounds = layout.place_for::<Bounds>(!prepare_all, copies);
     let listed = layout.place_for::<u32>(!prepare_all, x.b);
     let table = Table::new(&mut layout, copies, k, !prepare_all);
-    let list = layout.unwritten::<Listed>(if kernel == Assign::Small { 0 } else { elements(&[x.b, x.n]) });
+    let list = layout.unwritten::<UnprovenRow>(if kernel == Assign::Small { 0 } else { elements(&[x.b, x.n]) });
     let mu = layout.unwritten::<T>(elements(&[copies, d]));
     let moved = layout.unwritten::<T>(elements(&[copies, k, pitch]));
     let start = layout.unwritten::<f32>(elements(&[copies, padded]));
@@ -100,11 +101,11 @@ pub(super) fn assign<T: Element>(
             &xs, &shape(x), &cs, &shape(&one), &active, &of, &mu, &pitch64, &padded64, &moved, &start, &scale, &own,
             &bounds, &keys, &first, &slots, &slot, &(x.b as i64), &listed)?;
     } else {
-        let groups = elements(&[copies, d.div_ceil(2 * WARP) + 1]);
+        let groups = elements(&[copies, d.div_ceil(ORIGIN_COLUMNS) + 1]);
         let reaches = w.part(reaches);
         launch!(dev, Prepare, "prepare_origin", T::SUFFIX, groups, ORIGIN_THREADS;
             &xs, &shape(x), &cs, &shape(&one), &active, &of, &mu, &reaches)?;
-        let blocks = elements(&[copies, padded]).div_ceil(THREADS / 8); // eight lanes to a centroid
+        let blocks = elements(&[copies, padded]).div_ceil(THREADS / MOVE_LANES);
         launch!(dev, Prepare, "prepare_moved", T::SUFFIX, blocks, THREADS;
             &cs, &shape(&one), &active, &of, &reaches, &mu, &pitch64, &padded64, &moved, &start, &scale, &own,
             &bounds, &keys, &first, &slots, &slot)?;
@@ -112,7 +113,7 @@ pub(super) fn assign<T: Element>(
     }
 
     let processors = processors(dev)?;
-    let shared = sweep_shared(d) + HELD_SHARED;
+    let shared = sweep_shared(d) + RECHECK_SHARED;
     if kernel == Assign::Small {
         let tiles = elements(&[x.b, x.n.div_ceil(SM80_ROWS)]);
         return launch!(dev, AssignSm80, "assign_small", T::SUFFIX, tiles, SM80_ROWS, shared;
@@ -126,7 +127,7 @@ pub(super) fn assign<T: Element>(
         let row_map = TensorMap::new(half, from, [x.b, x.n, d], [x.batch_stride, x.row_stride], SM90_ROWS)?;
         let map = TensorMap::new(half, moved.address, [copies, k, d], [k * pitch, pitch], SM90_CENTROIDS)?;
         let tiles = elements(&[x.b, x.n.div_ceil(SM90_ROWS * groups)]).min(processors);
-        launch!(dev, AssignSm90, SM90_NAMES[steps], T::SUFFIX, tiles, 128 * (groups + 1), SM90_SHARED;
+        launch!(dev, AssignSm90, sm90_name(steps), T::SUFFIX, tiles, 128 * (groups + 1), SM90_SHARED;
             &row_map, &map, &shape(x), &active, &start, &scale, &own, &bounds, &k64, &padded64, &copies64, &no_slack,
             &labels, &list, &listed)?;
     } else {
@@ -157,29 +158,15 @@ pub fn product_step(kernel: &str, start: &Tensor, a: &Tensor, b: &Tensor) -> Res
     })
 }
 
-/// Floats of `struct Bounds`.
-pub(super) const BOUNDS: usize = 7;
-
-/// `struct Reach`.
-pub(super) type Reach = [f32; 2];
-
-/// `struct Listed`.
-pub(super) type Listed = [u32; 2];
-
-/// The instances of `assign_sm90.cu` by their steps of 16 columns ([`sm90_shape`]).
-pub(super) const SM90_NAMES: [&str; 33] = {
-    macro_rules! names {
-        ($($steps:literal)+) => {{
-            let mut names = [""; 33];
-            $(names[$steps] = concat!("assign_sm90_", $steps);)+
-            names
-        }};
-    }
-    names!(1 2 3 4 5 6 7 8 10 12 14 16 20 24 28 32)
-};
+/// The instance of `assign_sm90.cu` for so many steps of 16 columns ([`sm90_shape`]).
+pub(super) fn sm90_name(steps: usize) -> &'static str {
+    static NAMES: LazyLock<Vec<String>> =
+        LazyLock::new(|| (0..=SM90_COLUMNS / 16).map(|steps| format!("assign_sm90_{steps}")).collect());
+    &NAMES[steps]
+}
 
 /// Shared memory that a block of `recheck.cu` adds for the rows of a tile and its queues.
-pub(super) const HELD_SHARED: usize = 12 * (SM80_ROWS + RECHECK_QUEUE);
+pub(super) const RECHECK_SHARED: usize = RECHECK_BYTES * (SM80_ROWS + RECHECK_QUEUE);
 
 /// Shared memory of a block of `sweep.cuh`: its ring, and chunks of rows, all of a tile's if they are not too many.
 pub(super) fn sweep_shared(d: usize) -> usize {

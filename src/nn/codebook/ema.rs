@@ -102,7 +102,7 @@ pub struct EmaCodebook {
     steps: u64,
 }
 
-/// What [`EmaCodebook::step`] makes of a batch.
+/// [`EmaCodebook::step`] makes this of a batch.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Quantized {

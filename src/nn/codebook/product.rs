@@ -51,7 +51,7 @@ impl ProductQuantizer {
             p.lengths(lengths, x.device())?;
         }
         let mut kmeans = kmeans.clone();
-        // What each problem has, each of its pieces has; weights `(n)` serve every problem as they are.
+        // Each piece of a problem has what the problem has; weights `(n)` serve every problem as they are.
         let each_piece = |t: Tensor, at: usize| {
             let (batch, tail) = t.dims().split_at(at);
             let shape = [batch, &[m], tail].concat();

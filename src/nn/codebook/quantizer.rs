@@ -1,4 +1,4 @@
-//! What all quantisers have: a loss, a layer, another dtype or device, and files.
+//! All quantisers have these: a loss, a layer, another dtype or device, and files.
 
 use super::{Codebook, GainShapeQuantizer, ProductQuantizer, ResidualQuantizer};
 use crate::{
@@ -13,9 +13,9 @@ use candle_core::{DType, Device, Tensor, D};
 use candle_nn::Module;
 use std::path::Path;
 
-/// What a quantiser is made of, and what it makes of rows. [`quantizer!`] gives all of them the rest.
+/// A quantiser says here what it is made of, and what it makes of rows. [`quantizer!`] gives all of them the rest.
 pub(super) trait Quantizer: Sized {
-    /// What its files are marked with.
+    /// Its files are marked with this.
     const KIND: &'static str;
     /// Its codebooks, if that number is always the same. Files count them otherwise.
     const CODEBOOKS: Option<usize>;
@@ -25,7 +25,7 @@ pub(super) trait Quantizer: Sized {
     /// The quantiser of such codebooks, in the same order.
     fn from_codebooks(codebooks: Vec<Codebook>) -> Result<Self>;
 
-    /// What the codes of `x` `(..batch, n, d)` stand for, in its shape. No gradient flows.
+    /// Replaces `x` `(..batch, n, d)` by what its codes stand for, in its shape. No gradient flows.
     fn reconstruct(&self, x: &Tensor) -> Result<Tensor>;
 
     /// The same with other entries.
@@ -124,7 +124,7 @@ pub(super) fn commitment(x: &Tensor, values: &Tensor, weights: &Tensor) -> Resul
     Ok((squares.sum_all()? / dims[dims.len() - 1] as f64)?)
 }
 
-/// What sums of numbers of a dtype are kept in.
+/// Sums of numbers of a dtype are kept in this one.
 pub(super) fn wide(dtype: DType) -> DType {
     if dtype == DType::F64 {
         DType::F64

@@ -1,4 +1,4 @@
-//! What codes leave over, coded again.
+//! A residual quantiser codes again what codes leave over.
 
 use super::{
     codes::{check_places, check_u8, checked_codes, empty, in_bytes},
@@ -131,7 +131,7 @@ impl ResidualQuantizer {
         self.stages.iter().map(|stage| stage.bits_per_value_with_codebook(rows)).sum()
     }
 
-    /// What `x` becomes, and its codes.
+    /// Returns what `x` becomes, and its codes.
     fn walk(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         primitives::check_counted("x", x)?;
         let mut left = x.detach();

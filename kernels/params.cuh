@@ -1,0 +1,218 @@
+// The structs that cross from Rust to the kernels, or that Rust makes room for, in the order of src/cuda/params.rs,
+// which has each of them once more under the same name. A layout that differs does not compile on either side, and
+// tests/architecture.rs compares the fields. Methods that need more than the struct are defined by the rooms that call
+// them.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+/// Refuses a struct of other than so many bytes, or whose last field lies elsewhere.
+#define LAYOUT(T, bytes, last, offset)                                                                                 \
+    static_assert(sizeof(T) == bytes && offsetof(T, last) == offset, "src/cuda/params.rs")
+
+/// `b` matrices of `n` rows of `d` adjacent columns; strides are in elements.
+struct Rows {
+    int64_t batch_stride, row_stride, b, n, d;
+};
+LAYOUT(Rows, 40, d, 32);
+
+/// The problems of a batch that an iteration still has to do: those at `list[first..*count]`. Without a list all, or
+/// none if `*count` is zero; without a count, all. Kernels go by the place in the list (`at`), and so does their
+/// scratch; rows, labels and the centroids themselves are those of `problem(at)`.
+struct Active {
+    const uint32_t *list, *count;
+    int64_t first;
+
+    /// How many there are, at most `b`.
+    __device__ __forceinline__ int64_t problems(int64_t b) const {
+        if (!count) return b;
+        const int64_t left = int64_t(*count) - first;
+        return list ? max(int64_t(0), min(b, left)) : *count ? b : 0;
+    }
+    __device__ __forceinline__ int64_t problem(int64_t at) const { return list ? list[first + at] : at; }
+};
+LAYOUT(Active, 24, first, 16);
+
+/// A tensor of any layout, its last dimension first.
+struct Strided {
+    int64_t sizes[8], strides[8], rank;
+};
+LAYOUT(Strided, 136, rank, 128);
+
+/// Bounds over the centroids of a problem that are in reach, from `prepare_moved` in prepare.cu. +inf where nothing can
+/// be proven.
+struct Bounds {
+    float moved;     // of |e| (cosine: of |c| / |c|)
+    float start;     // of |start|
+    float residual;  // of the norm of what rounding took from e
+    float stored;    // of |c| (cosine: 1)
+    float scale;     // of `scale`: 0 if no centroid can be the nearest of any row
+    float inverse;   // of R: 0 if all centroids are in reach and none carries its own loss
+    float rounded;   // as `residual`, of the centroids that carry it themselves
+};
+LAYOUT(Bounds, 28, rounded, 24);
+
+/// `rows`: R, within which most rows are. `centroids`: norm above which a centroid is the nearest of none of those.
+/// Infinities if nothing is known of the rows.
+struct Reach {
+    float rows = INFINITY, centroids = INFINITY;
+};
+LAYOUT(Reach, 8, centroids, 4);
+
+/// A row whose label is not proven, and the score below which a column cannot be it.
+struct UnprovenRow {
+    uint32_t row;
+    float cutoff;
+};
+LAYOUT(UnprovenRow, 8, cutoff, 4);
+
+/// A cache and the queries of one token. A unit is what chooses alone: the query heads of a key head together, or each
+/// of them.
+struct Cache {
+    const void *q, *keys, *values, *mean_keys, *mean_values;
+    const uint32_t *order, *offsets;
+    void* out;
+    float* scores;                 // (all units, group, width)
+    float2* of_means;              // (all units, blocks, WARPS, group): the largest score and the sum of weights
+    float* partial;                // (all units, blocks, group, D + 4): sums of a block's rows
+    int64_t head_stride;           // from a key head to the next, in elements; tokens are `d` apart
+    int units, group;              // units of a key head, and query heads of a unit
+    int sinks, clustered, tokens;  // those before the clusters, those in them, and all
+    int k, width, budget;          // clusters, and room for their scores, an even number
+    int blocks, clusters, rows;    // blocks of a unit; clusters of a block, and tokens that it reads, at most
+    int first, last;               // stages of this launch
+    int estimate;                  // whether means stand in for tokens that are not listed
+    float scale;
+};
+LAYOUT(Cache, 160, scale, 152);
+
+/// Queries, keys and values. Strides are in elements; queries and means are dense.
+struct Route {
+    int64_t key_head, key_row, value_head, value_row;  // strides
+    int64_t group, queries, units;                     // query heads of a key head, and a head's queries and groups
+    int64_t sinks, clustered, others, k, most;         // tokens by their place, clusters, and the room of a list
+    int64_t means;                                     // k if means stand for what is not read, and 0 if nothing does
+    int64_t causal;                                    // whether the queries are those of the last tokens
+    float scale;                                       // of a product, times log2(e)
+};
+LAYOUT(Route, 120, scale, 112);
+
+/// Who chooses from what.
+struct Choice {
+    int64_t units;         // groups of queries of a key head, which choose alone
+    int64_t clustered, k;  // tokens and clusters of a key head
+    int64_t least, most;   // tokens of a unit
+    float share;           // of the unit's attention, between those bounds
+};
+LAYOUT(Choice, 48, share, 40);
+
+/// A sort goes by one digit: the bits `mask` of a label from `shift` on, below `bins`. `before` (null: none) is the
+/// order by the lower digits.
+struct Digit {
+    const uint32_t *labels, *before;
+    int64_t n, k, bins;
+    uint32_t shift, mask;
+
+    /// The row at place `i` of problem `p`.
+    __device__ __forceinline__ uint32_t row(int64_t p, int64_t i) const { return before ? before[p * n + i] : i; }
+    /// A label out of range counts as the last one.
+    __device__ __forceinline__ uint32_t bin(uint32_t label) const {
+        return min(label, uint32_t(k - 1)) >> shift & mask;
+    }
+};
+LAYOUT(Digit, 48, mask, 44);
+
+/// The centroids of a fit, and where they are added up.
+template <class T>
+struct Clusters {
+    T* centroids;               // (b, k, d), in place
+    unsigned long long* slots;  // (b, k, d + 1, 2): sums, and the weight; zeros but for clusters under way
+    uint32_t* added;            // (b, k): pieces in a slot, likewise
+    uint32_t* finished;         // (b,): pieces that are done, likewise
+    uint32_t* odd;              // (b, k): whether a cluster is left to `update_exact`, likewise
+    uint32_t* odd_of;           // (b,): how many of a problem are, likewise
+    uint32_t* odd_count;        // (2): how many are in all, and how many of them are done, likewise
+    uint64_t* odd_list;         // (b k): which ones
+    double* shift;              // (b,): the largest squared shift of the iteration, likewise; null if not wanted
+    int64_t problems, k, d;
+    int64_t rows;  // that sums have room for
+    int divisor;
+    int planes;  // that slots are kept on if rows are only added to them (`Grid` in src/fixed.rs); otherwise 0
+
+    __device__ __forceinline__ T* row(int64_t b, int64_t cluster) const { return centroids + (b * k + cluster) * d; }
+    __device__ __forceinline__ unsigned long long* slot(int64_t b, int64_t cluster) const {
+        return slots + (b * k + cluster) * (d + 1) * 2;
+    }
+    __device__ __forceinline__ void moved(int64_t b, double squared) const;
+    __device__ __forceinline__ void mark_odd(int64_t b, int64_t cluster) const;
+    __device__ __forceinline__ __int128 split(int64_t b, int64_t cluster, int64_t column, double v, int scale) const;
+    __device__ __forceinline__ bool is_odd(int64_t b, int64_t cluster) const { return __ldcg(&odd[b * k + cluster]); }
+};
+LAYOUT(Clusters<float>, 112, planes, 108);
+
+/// How the sorted places are cut: after every `rows`, but for clusters of at most `whole` rows, which belong to the
+/// piece that they begin in.
+struct Pieces {
+    uint32_t rows, whole;
+
+    /// How many a cluster has a part of, if it is no such cluster.
+    __device__ __forceinline__ uint32_t count(uint32_t top, uint32_t bottom) const {
+        return (bottom - 1) / rows - top / rows + 1;
+    }
+};
+LAYOUT(Pieces, 8, whole, 4);
+
+/// Which problems go on. There is no next iteration if there is no threshold.
+struct Verdict {
+    const double* threshold;  // (b,): the squared shift at which a problem has converged
+    uint32_t* stop;           // (b,): where it has, the iteration in which it did
+    uint32_t *list, *count;   // `Active` of the next iteration
+    int64_t iteration;
+
+    __device__ __forceinline__ void decide_convergence(int64_t b, double* shift) const;
+};
+LAYOUT(Verdict, 40, iteration, 32);
+
+/// The terms of the sums of a fit, of each problem: each row's factor, the largest magnitude and weight, and the first
+/// row that is not finite.
+struct Summands {
+    const double *row_scale, *max_abs, *max_weight;
+    const uint32_t* first_nonfinite;
+};
+LAYOUT(Summands, 32, first_nonfinite, 24);
+
+/// How problems are shared out (`FitResident` in src/plan/on_chip.rs).
+struct Shares {
+    int blocks;  // of a team
+    int rows;    // of a block, whole pairs of fragments
+    int padded;  // centroids, whole groups
+};
+LAYOUT(Shares, 12, padded, 8);
+
+/// A team publishes this with a moved centroid (tensor.cuh); the bounds are its own.
+struct alignas(16) PreparedCentroid {
+    float start, scale, moved, residual, stored;
+    uint32_t hash;  // of the centroid itself
+};
+LAYOUT(PreparedCentroid, 32, hash, 20);
+
+/// Where the blocks of a team add up what each of them has: zeros but for an iteration under way. One of each to a
+/// team.
+struct Common {
+    unsigned long long* limbs;       // (LIMBS, k, whole lines), columns in the order of `place_of`
+    unsigned long long* remainders;  // (k, d, 2): what limbs could not take; null for f16 without factors
+    unsigned long long* weights;     // (k, 2), of factors
+    uint32_t* sizes;                 // (k + 2), without; ODD if a cluster is to be added up once more; and behind
+                                     // them, whether any is in an even and in an odd turn
+    double* shifts;                  // (2): the largest squared shift of an even and of an odd turn
+    uint32_t* arrived;               // times that blocks have come to a barrier
+    // And how the centroids are scored, which needs no zeros:
+    void* moved;                 // (k, d), in the type of the rows
+    PreparedCentroid* prepared;  // (k)
+
+    template <class T>
+    __device__ Common of_team(int64_t team, int64_t limb_count, int64_t k, int64_t d) const;
+};
+LAYOUT(Common, 64, prepared, 56);
+
+#undef LAYOUT
