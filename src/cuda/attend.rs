@@ -17,7 +17,7 @@ use crate::{
     tiles::{ATTEND_BLOCKS, ATTEND_HEADS, ATTEND_THREADS},
 };
 use candle_core::{
-    cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut},
+    cuda_backend::cudarc::driver::{DevicePtr as _, DevicePtrMut},
     DType, Tensor,
 };
 
@@ -94,9 +94,9 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
             order: lists[0].0,
             offsets: lists[1].0,
             out: written.0,
-            scores: scratch.part(scores),
-            of_means: scratch.part(of_means),
-            partial: scratch.part(partial),
+            scores: scratch.ptr(scores),
+            of_means: scratch.ptr(of_means),
+            partial: scratch.ptr(partial),
             head_stride: (room * d) as i64,
             units: units as i32,
             group: group as i32,

@@ -2,12 +2,12 @@
 
 use super::{
     fence,
-    tensors::{typed, Part},
+    tensors::{typed, DevicePtr},
 };
 use crate::error::{Error, Result};
 use candle_core::{
     cuda_backend::{
-        cudarc::driver::{sys::CUresult, CudaSlice, DevicePtr, DeviceRepr, ValidAsZeroBits},
+        cudarc::driver::{sys::CUresult, CudaSlice, DevicePtr as _, DeviceRepr, ValidAsZeroBits},
         CudaDevice, CudaStorage, WrapErr,
     },
     DType,
@@ -176,9 +176,9 @@ pub(super) struct Arena<'a> {
 }
 
 impl Arena<'_> {
-    pub(super) fn part<T>(&self, place: Slot<T>) -> Part<T> {
+    pub(super) fn ptr<T>(&self, place: Slot<T>) -> DevicePtr<T> {
         let offset = place.offset + if place.zeroed { 0 } else { self.zeroed };
-        Part::at(self.address + offset as u64)
+        DevicePtr::at(self.address + offset as u64)
     }
 }
 

@@ -6,7 +6,7 @@ use super::{
     memory::{elements, ArenaLayout, Memory},
     module::Image,
     params::{divisor, shape, Common, Shares, Summands},
-    tensors::{own, read, typed, write, Element, Part},
+    tensors::{own, read, typed, write, DevicePtr, Element},
 };
 use crate::{
     error::{Error, Result},
@@ -34,7 +34,7 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
     const OP: &str = "fit_on_chip";
     let &OnChipFit { plan, x, terms, metric, reduction, progress, max_iters, centroids, labels } = fit;
     let (dev, k) = (device(&x.operand)?, centroids.dim(1)?);
-    let optional = |t: &Option<Tensor>| t.as_ref().map_or(Ok(Part::NULL), own);
+    let optional = |t: &Option<Tensor>| t.as_ref().map_or(Ok(DevicePtr::NULL), own);
     let summands = Summands {
         row_scale: optional(&terms.row_scale)?,
         max_abs: own(&terms.max_abs)?,
@@ -72,14 +72,14 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
         let (moved, prepared) = (scratch.unwritten(elements(&[count, k, x.d])), scratch.unwritten(elements(&[count, k])));
         let (zeros, scratch) = (zeros.zeros(dev, OP, memory)?, scratch.scratch(dev, OP, memory)?);
         let common = Common {
-            limbs: zeros.part(limbs),
-            remainders: zeros.part(remainders),
-            weights: zeros.part(weights),
-            sizes: zeros.part(sizes),
-            shifts: zeros.part(shifts),
-            arrived: zeros.part(arrived),
-            moved: scratch.part(moved),
-            prepared: scratch.part(prepared),
+            limbs: zeros.ptr(limbs),
+            remainders: zeros.ptr(remainders),
+            weights: zeros.ptr(weights),
+            sizes: zeros.ptr(sizes),
+            shifts: zeros.ptr(shifts),
+            arrived: zeros.ptr(arrived),
+            moved: scratch.ptr(moved),
+            prepared: scratch.ptr(prepared),
         };
         let [blocks_i32, rows, padded] = [blocks, rows, padded].map(|v| v as i32);
         launch!(dev, FitResident, plan.name(), T::SUFFIX, elements(&[count, blocks]), TEAM_THREADS, shared;

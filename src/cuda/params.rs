@@ -1,7 +1,7 @@
 //! The structs that kernels take, or that are made room for on their behalf, in the order of `kernels/params.cuh`, which has
 //! each of them once more under the same name and says what the fields are.
 
-use super::tensors::{own, Part};
+use super::tensors::{own, DevicePtr};
 use crate::{
     error::{Error, Result},
     request::{Progress, Reduction, Turn},
@@ -38,8 +38,8 @@ pub(super) fn shape(r: &rows::Rows) -> Rows {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct Active {
-    pub(super) list: Part<u32>,
-    pub(super) count: Part<u32>,
+    pub(super) list: DevicePtr<u32>,
+    pub(super) count: DevicePtr<u32>,
     pub(super) first: i64,
 }
 
@@ -53,7 +53,7 @@ impl Active {
                 let count = going(progress, iteration)?;
                 Ok(Self { list: count.from(1), count, first: 0 })
             }
-            _ => Ok(Self { list: Part::NULL, count: Part::NULL, first: 0 }),
+            _ => Ok(Self { list: DevicePtr::NULL, count: DevicePtr::NULL, first: 0 }),
         }
     }
     /// Without the first problems of the list.
@@ -62,12 +62,12 @@ impl Active {
     }
     /// All or nothing.
     pub(super) fn whole(self) -> Self {
-        Self { list: Part::NULL, first: 0, ..self }
+        Self { list: DevicePtr::NULL, first: 0, ..self }
     }
 }
 
 /// The list of the problems that go on to an iteration.
-pub(super) fn going(progress: &Progress, iteration: usize) -> Result<Part<u32>> {
+pub(super) fn going(progress: &Progress, iteration: usize) -> Result<DevicePtr<u32>> {
     let b = progress.stop.dims1()?;
     Ok(own::<u32>(&progress.going)?.from(iteration % 2 * (b + 1)))
 }
@@ -150,9 +150,9 @@ pub(super) struct Cache {
     pub(super) order: u64,
     pub(super) offsets: u64,
     pub(super) out: u64,
-    pub(super) scores: Part<f32>,
-    pub(super) of_means: Part<[f32; 2]>,
-    pub(super) partial: Part<f32>,
+    pub(super) scores: DevicePtr<f32>,
+    pub(super) of_means: DevicePtr<[f32; 2]>,
+    pub(super) partial: DevicePtr<f32>,
     pub(super) head_stride: i64,
     pub(super) units: i32,
     pub(super) group: i32,
@@ -208,8 +208,8 @@ layout!(Choice, 48, share: 40);
 
 #[repr(C)]
 pub(super) struct Digit {
-    pub(super) labels: Part<u32>,
-    pub(super) before: Part<u32>,
+    pub(super) labels: DevicePtr<u32>,
+    pub(super) before: DevicePtr<u32>,
     pub(super) n: i64,
     pub(super) k: i64,
     pub(super) bins: i64,
@@ -222,14 +222,14 @@ layout!(Digit, 48, mask: 44);
 #[repr(C)]
 pub(super) struct Clusters {
     pub(super) centroids: u64,
-    pub(super) slots: Part<[u64; 2]>,
-    pub(super) added: Part<u32>,
-    pub(super) finished: Part<u32>,
-    pub(super) odd: Part<u32>,
-    pub(super) odd_of: Part<u32>,
-    pub(super) odd_count: Part<u32>,
-    pub(super) odd_list: Part<u64>,
-    pub(super) shift: Part<f64>,
+    pub(super) slots: DevicePtr<[u64; 2]>,
+    pub(super) added: DevicePtr<u32>,
+    pub(super) finished: DevicePtr<u32>,
+    pub(super) odd: DevicePtr<u32>,
+    pub(super) odd_of: DevicePtr<u32>,
+    pub(super) odd_count: DevicePtr<u32>,
+    pub(super) odd_list: DevicePtr<u64>,
+    pub(super) shift: DevicePtr<f64>,
     pub(super) problems: i64,
     pub(super) k: i64,
     pub(super) d: i64,
@@ -245,14 +245,14 @@ impl Clusters {
     pub(super) fn new([problems, k, d]: [usize; 3], rows: usize) -> Self {
         Self {
             centroids: 0,
-            slots: Part::NULL,
-            added: Part::NULL,
-            finished: Part::NULL,
-            odd: Part::NULL,
-            odd_of: Part::NULL,
-            odd_count: Part::NULL,
-            odd_list: Part::NULL,
-            shift: Part::NULL,
+            slots: DevicePtr::NULL,
+            added: DevicePtr::NULL,
+            finished: DevicePtr::NULL,
+            odd: DevicePtr::NULL,
+            odd_of: DevicePtr::NULL,
+            odd_count: DevicePtr::NULL,
+            odd_list: DevicePtr::NULL,
+            shift: DevicePtr::NULL,
             problems: problems as i64,
             k: k as i64,
             d: d as i64,
@@ -273,10 +273,10 @@ layout!(Pieces, 8, whole: 4);
 
 #[repr(C)]
 pub(super) struct Verdict {
-    pub(super) threshold: Part<f64>,
-    pub(super) stop: Part<u32>,
-    pub(super) list: Part<u32>,
-    pub(super) count: Part<u32>,
+    pub(super) threshold: DevicePtr<f64>,
+    pub(super) stop: DevicePtr<u32>,
+    pub(super) list: DevicePtr<u32>,
+    pub(super) count: DevicePtr<u32>,
     pub(super) iteration: i64,
 }
 
@@ -285,7 +285,7 @@ layout!(Verdict, 40, iteration: 32);
 impl Verdict {
     pub(super) fn of(turn: Option<Turn<'_>>) -> Result<Self> {
         let Some(Turn { progress, iteration }) = turn else {
-            let (threshold, none) = (Part::NULL, Part::NULL);
+            let (threshold, none) = (DevicePtr::NULL, DevicePtr::NULL);
             return Ok(Self { threshold, stop: none, list: none, count: none, iteration: 0 });
         };
         let (threshold, stop) = (own(&progress.threshold)?, own(&progress.stop)?);
@@ -296,10 +296,10 @@ impl Verdict {
 
 #[repr(C)]
 pub(super) struct Summands {
-    pub(super) row_scale: Part<f64>,
-    pub(super) max_abs: Part<f64>,
-    pub(super) max_weight: Part<f64>,
-    pub(super) first_nonfinite: Part<u32>,
+    pub(super) row_scale: DevicePtr<f64>,
+    pub(super) max_abs: DevicePtr<f64>,
+    pub(super) max_weight: DevicePtr<f64>,
+    pub(super) first_nonfinite: DevicePtr<u32>,
 }
 
 layout!(Summands, 32, first_nonfinite: 24);
@@ -327,14 +327,14 @@ layout!(PreparedCentroid, 32, hash: 20);
 
 #[repr(C)]
 pub(super) struct Common {
-    pub(super) limbs: Part<u64>,
-    pub(super) remainders: Part<[u64; 2]>,
-    pub(super) weights: Part<[u64; 2]>,
-    pub(super) sizes: Part<u32>,
-    pub(super) shifts: Part<[f64; 2]>,
-    pub(super) arrived: Part<u32>,
-    pub(super) moved: Part<u16>,
-    pub(super) prepared: Part<PreparedCentroid>,
+    pub(super) limbs: DevicePtr<u64>,
+    pub(super) remainders: DevicePtr<[u64; 2]>,
+    pub(super) weights: DevicePtr<[u64; 2]>,
+    pub(super) sizes: DevicePtr<u32>,
+    pub(super) shifts: DevicePtr<[f64; 2]>,
+    pub(super) arrived: DevicePtr<u32>,
+    pub(super) moved: DevicePtr<u16>,
+    pub(super) prepared: DevicePtr<PreparedCentroid>,
 }
 
 layout!(Common, 64, prepared: 56);

@@ -84,7 +84,7 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     let listed = scratch.unwritten::<u32>(all);
     let scratch = scratch.scratch(dev, OP, memory)?;
     let (scores, left, chosen, listed) =
-        (scratch.part(scores), scratch.part(left), scratch.part(chosen), scratch.part(listed));
+        (scratch.ptr(scores), scratch.ptr(left), scratch.ptr(chosen), scratch.ptr(listed));
     let (mean_keys, mean_values) = (&groups.mean_keys, &groups.mean_values);
     let inputs: [&dyn Readable; 6] = [&q, &choosing, &keys.operand, &values.operand, mean_keys, mean_values];
     let inputs = inputs.map(read);

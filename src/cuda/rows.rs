@@ -5,7 +5,7 @@ use super::{
     kernel::launch,
     memory::{alloc, elements},
     params::{shape, Strided},
-    tensors::{read, tensor, typed, write, Element, Part},
+    tensors::{read, tensor, typed, write, DevicePtr, Element},
 };
 use crate::{
     error::Result,
@@ -27,7 +27,7 @@ pub(super) fn copy_strided<T: CudaDType + DeviceRepr>(
     dev: &CudaDevice,
     t: &(impl Readable + ?Sized),
     pitch: usize,
-    to: Part<T>,
+    to: DevicePtr<T>,
 ) -> Result<()> {
     let (from, last) = (Strided::of(t.layout())?, t.dims()[t.dims().len() - 1]);
     let cells = elements(&[t.elem_count() / last.max(1), pitch]);

@@ -70,6 +70,6 @@ pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>, memory: &Memory) -> Result<()>
     let (nearest, chosen_at, count) = (own::<f64>(nearest)?, own::<u32>(chosen)?, chosen.dim(1)? as i64);
     typed!(x.dtype(), T => launch!(dev, Seed, "pick", T::SUFFIX, parts, THREADS;
         &xs.view::<T>()?, &shape(x), &nearest, Nullable(&weights), &chosen_at, &count, &(i as i64), &(start as i32),
-        &(metric as i32), &draw.seed, &draw.round, &(rows as i64), &scratch.part(keys), &scratch.part(winners),
-        &zeros.part(arrived)))
+        &(metric as i32), &draw.seed, &draw.round, &(rows as i64), &scratch.ptr(keys), &scratch.ptr(winners),
+        &zeros.ptr(arrived)))
 }

@@ -1,6 +1,6 @@
 //! The tokens of the best clusters: `kernels/attention/select.cu`.
 
-use super::{kernel::launch, params::Choice, tensors::Part};
+use super::{kernel::launch, params::Choice, tensors::DevicePtr};
 use crate::{
     error::Result,
     plan::arch::{shared_memory, Arch},
@@ -23,9 +23,9 @@ pub(super) fn fits(k: usize, arch: Arch) -> bool {
 
 /// Where the lists go: `chosen` (all, most), `left` (all, k) and `listed` (all).
 pub(super) struct Lists {
-    pub chosen: Part<u32>,
-    pub left: Part<f32>,
-    pub listed: Part<u32>,
+    pub chosen: DevicePtr<u32>,
+    pub left: DevicePtr<f32>,
+    pub listed: DevicePtr<u32>,
 }
 
 /// Lists for each of `all` units the tokens of its best clusters, by `scores` (all, k).
@@ -33,7 +33,7 @@ pub(super) fn select(
     dev: &CudaDevice,
     c: &Choice,
     all: usize,
-    scores: Part<f32>,
+    scores: DevicePtr<f32>,
     [order, offsets]: [&CudaView<'_, u32>; 2],
     Lists { chosen, left, listed }: &Lists,
 ) -> Result<()> {

@@ -5,7 +5,7 @@ use super::{
     kernel::{launch, WARP},
     memory::{elements, Arena, ArenaLayout, Memory, Slot},
     params::{Active, Digit},
-    tensors::{read, write, zero, Part},
+    tensors::{read, write, zero, DevicePtr},
 };
 use crate::{
     backend::count_sort,
@@ -17,7 +17,7 @@ use crate::{
 use candle_core::{
     backend::BackendStorage,
     cuda_backend::{
-        cudarc::driver::{DevicePtr, PushKernelArg},
+        cudarc::driver::{DevicePtr as _, PushKernelArg},
         CudaDevice,
     },
     op::ReduceOp,
@@ -57,15 +57,15 @@ impl Sorting {
         &self,
         dev: &CudaDevice,
         scratch: &Arena<'_>,
-        labels: Part<u32>,
+        labels: DevicePtr<u32>,
         active: Active,
-        [arrived, next, order, offsets]: [Part<u32>; 4],
+        [arrived, next, order, offsets]: [DevicePtr<u32>; 4],
     ) -> Result<()> {
         count_sort();
         let &Self { plan: Sort { way, passes, bits, bins, threads, rows, chunks }, b, n, k, .. } = self;
-        let (counts, totals) = (scratch.part(self.counts), scratch.part(self.totals));
+        let (counts, totals) = (scratch.ptr(self.counts), scratch.ptr(self.totals));
         let (b64, rows64, chunks64) = (b as i64, rows as i64, chunks as i64);
-        let mut before = Part::NULL;
+        let mut before = DevicePtr::NULL;
         if way == SortWay::Whole {
             let (n, k) = (n as i64, k as i64);
             let digit = Digit { labels, before, n, k, bins: k, shift: 0, mask: u32::MAX };
@@ -77,10 +77,10 @@ impl Sorting {
             let shift = pass as u32 * bits;
             let bins = if last { ((k - 1) >> shift) + 1 } else { 1 << bits };
             let mask = if last { u32::MAX } else { (1 << bits) - 1 };
-            let begins = if passes == 1 { offsets } else { scratch.part(self.begins) };
-            let out = if (passes - pass) % 2 == 1 { order } else { scratch.part(self.other) };
+            let begins = if passes == 1 { offsets } else { scratch.ptr(self.begins) };
+            let out = if (passes - pass) % 2 == 1 { order } else { scratch.ptr(self.other) };
             let digit = Digit { labels, before, n: n as i64, k: k as i64, bins: bins as i64, shift, mask };
-            let next = if pass == 0 { next } else { Part::NULL };
+            let next = if pass == 0 { next } else { DevicePtr::NULL };
             launch!(dev, Sort, "order_count", "", elements(&[b, chunks]), SORT_THREADS, 4 * (bins + 1);
                 &digit, &active, &b64, &rows64, &counts, &next)?;
             let scans = (WARP * chunks).next_power_of_two().clamp(THREADS, SCAN_THREADS);
@@ -136,9 +136,9 @@ pub(crate) fn order(labels: &dyn Readable, k: usize, plan: &Sort, to: Target<'_>
     let input = input.view::<u32>()?;
     // Held until the launches are queued: it orders them with what other streams do to the labels.
     let (address, _order) = input.device_ptr(&stream);
-    let labels = Part::at(address);
-    write(to, |order: Part<u32>| {
+    let labels = DevicePtr::at(address);
+    write(to, |order: DevicePtr<u32>| {
         let (active, offsets) = (Active::of(None)?, order.from(elements(&[b, n])));
-        sorting.run(dev, &scratch, labels, active, [zeros.part(arrived), Part::NULL, order, offsets])
+        sorting.run(dev, &scratch, labels, active, [zeros.ptr(arrived), DevicePtr::NULL, order, offsets])
     })
 }

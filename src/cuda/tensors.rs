@@ -10,7 +10,7 @@ use candle_core::{
         cudarc::driver::{
             result,
             sys::{self, CUtensorMap, CUtensorMapDataType},
-            CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr, ValidAsZeroBits,
+            CudaSlice, CudaView, DevicePtr as _, DevicePtrMut, DeviceRepr, ValidAsZeroBits,
         },
         CudaDType, CudaDevice, CudaStorage, WrapErr,
     },
@@ -65,22 +65,22 @@ pub(super) use typed;
 
 /// Device memory as kernels take it: where it starts. Null for nothing.
 #[repr(transparent)]
-pub(super) struct Part<T> {
+pub(super) struct DevicePtr<T> {
     pub(super) address: u64,
     of: PhantomData<T>,
 }
 
-impl<T> Clone for Part<T> {
+impl<T> Clone for DevicePtr<T> {
     fn clone(&self) -> Self {
         *self
     }
 }
-impl<T> Copy for Part<T> {}
+impl<T> Copy for DevicePtr<T> {}
 
 // SAFETY: one pointer, as the kernels declare it.
-unsafe impl<T> DeviceRepr for Part<T> {}
+unsafe impl<T> DeviceRepr for DevicePtr<T> {}
 
-impl<T> Part<T> {
+impl<T> DevicePtr<T> {
     pub(super) const NULL: Self = Self::at(0);
 
     pub(super) const fn at(address: u64) -> Self {
@@ -109,8 +109,8 @@ impl<T> Part<T> {
     }
 
     /// The same bytes as elements of another type.
-    pub(super) fn cast<U>(self) -> Part<U> {
-        Part::at(self.address)
+    pub(super) fn cast<U>(self) -> DevicePtr<U> {
+        DevicePtr::at(self.address)
     }
 
     /// From element `at` on.
@@ -167,7 +167,7 @@ impl Input<'_> {
 fn launch_on<T: CudaDType>(
     storage: &mut CudaStorage,
     layout: &Layout,
-    f: impl FnOnce(Part<T>) -> Result<()>,
+    f: impl FnOnce(DevicePtr<T>) -> Result<()>,
 ) -> Result<()> {
     let stream = storage.device.cuda_stream();
     let Some(range) = written_range(layout) else {
@@ -176,13 +176,16 @@ fn launch_on<T: CudaDType>(
     let mut slice = storage.as_cuda_slice_mut::<T>()?.slice_mut(range);
     // Held until the launches are queued: it orders them with what other streams do to the storage.
     let (address, _order) = slice.device_ptr_mut(&stream);
-    f(Part::at(address))
+    f(DevicePtr::at(address))
 }
 
 /// Lets `f` launch what writes the elements of a target, which is locked meanwhile.
-pub(super) fn write<'a, T: CudaDType>(to: impl Into<Target<'a>>, f: impl FnOnce(Part<T>) -> Result<()>) -> Result<()> {
+pub(super) fn write<'a, T: CudaDType>(
+    to: impl Into<Target<'a>>,
+    f: impl FnOnce(DevicePtr<T>) -> Result<()>,
+) -> Result<()> {
     struct Write<T, F>(RefCell<(Option<F>, Result<()>)>, PhantomData<T>);
-    impl<T: CudaDType, F: FnOnce(Part<T>) -> Result<()>> InplaceOp1 for Write<T, F> {
+    impl<T: CudaDType, F: FnOnce(DevicePtr<T>) -> Result<()>> InplaceOp1 for Write<T, F> {
         fn name(&self) -> &'static str {
             "write"
         }
@@ -216,10 +219,10 @@ pub(super) fn zero<T: CudaDType>(dev: &CudaDevice, to: Target<'_>) -> Result<()>
 }
 
 /// The elements of a tensor that only this fit has.
-pub(super) fn own<T: CudaDType>(t: &(impl Readable + ?Sized)) -> Result<Part<T>> {
+pub(super) fn own<T: CudaDType>(t: &(impl Readable + ?Sized)) -> Result<DevicePtr<T>> {
     let input = read(t);
     let address = input.view::<T>()?.device_ptr(&device(t)?.cuda_stream()).0;
-    Ok(Part::at(address))
+    Ok(DevicePtr::at(address))
 }
 
 /// A new contiguous tensor.

@@ -6,7 +6,7 @@ use super::{
     memory::{elements, ArenaLayout, Memory},
     params::{divisor, shape, Active, Clusters, Pieces, Verdict},
     sort::Sorting,
-    tensors::{own, read, typed, write, Element, Part},
+    tensors::{own, read, typed, write, DevicePtr, Element},
 };
 use crate::{
     error::Result,
@@ -51,8 +51,8 @@ pub(crate) fn finish(f: &Finish<'_>, centroids: Target<'_>, memory: &Memory) -> 
         let to = Clusters {
             centroids: centroids.address,
             slots: own::<i64>(sums)?.cast(),
-            finished: zeros.part(finished),
-            shift: if turn.is_some() { zeros.part(shift) } else { Part::NULL },
+            finished: zeros.ptr(finished),
+            shift: if turn.is_some() { zeros.ptr(shift) } else { DevicePtr::NULL },
             divisor: divisor(reduction),
             planes: planes as i32,
             ..Clusters::new([b, k, d], *rows)
@@ -76,7 +76,7 @@ pub(crate) fn merge(sums: &Tensor, others: &Tensor) -> Result<()> {
 #[derive(Clone, Copy)]
 enum To<'a, T> {
     /// New centroids.
-    Centroids(Part<T>),
+    Centroids(DevicePtr<T>),
     /// Sums that others add to as well.
     Sums(&'a Accumulator),
 }
@@ -90,7 +90,7 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
     let (centroids, accumulator, turn) = match out {
         To::Centroids(centroids) => (centroids, None, turn),
         // What has moved how far is known when sums are finished.
-        To::Sums(sums) => (Part::NULL, Some(sums), None),
+        To::Sums(sums) => (DevicePtr::NULL, Some(sums), None),
     };
     let verdict = Verdict::of(turn)?;
 
@@ -110,14 +110,14 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
     let odd_list = scratch.unwritten::<u64>(elements(&[b, k]));
     let shift = zeros.zeroed::<f64>(b);
     let (scratch, zeros) = (scratch.scratch(dev, OP, memory)?, zeros.zeros(dev, OP, memory)?);
-    let (mut offsets, shift) = (scratch.part(offsets), zeros.part(shift));
+    let (mut offsets, shift) = (scratch.ptr(offsets), zeros.ptr(shift));
 
-    let (mut order_at, mut labels_at) = (Part::NULL, Part::NULL);
+    let (mut order_at, mut labels_at) = (DevicePtr::NULL, DevicePtr::NULL);
     match (&sorting, labels) {
         (Some(sorting), Some(Labels::Unsorted(labels))) => {
-            (order_at, labels_at) = (scratch.part(order), own(labels)?);
-            let next = if turn.is_some() { verdict.count } else { Part::NULL };
-            sorting.run(dev, &scratch, labels_at, active, [zeros.part(arrived), next, order_at, offsets])?;
+            (order_at, labels_at) = (scratch.ptr(order), own(labels)?);
+            let next = if turn.is_some() { verdict.count } else { DevicePtr::NULL };
+            sorting.run(dev, &scratch, labels_at, active, [zeros.ptr(arrived), next, order_at, offsets])?;
         }
         (_, Some(Labels::Sorted(order))) => {
             (labels_at, order_at, offsets) = (own(&order.labels)?, own(&order.order)?, own(&order.offsets)?);
@@ -143,21 +143,21 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
         centroids: centroids.address,
         slots: match accumulator {
             Some(to) => own::<i64>(&to.sums)?.cast(),
-            None => zeros.part(slots),
+            None => zeros.ptr(slots),
         },
-        added: zeros.part(added),
-        finished: zeros.part(finished),
-        odd: zeros.part(odd),
-        odd_of: zeros.part(odd_of),
-        odd_count: zeros.part(odd_count),
-        odd_list: scratch.part(odd_list),
-        shift: if turn.is_some() { shift } else { Part::NULL },
+        added: zeros.ptr(added),
+        finished: zeros.ptr(finished),
+        odd: zeros.ptr(odd),
+        odd_of: zeros.ptr(odd_of),
+        odd_count: zeros.ptr(odd_count),
+        odd_list: scratch.ptr(odd_list),
+        shift: if turn.is_some() { shift } else { DevicePtr::NULL },
         divisor: divisor(reduction),
         planes: accumulator.map_or(Ok(0), |to| to.sums.dim(0))? as i32,
         ..Clusters::new([b, k, d], accumulator.map_or(n, |to| to.rows))
     };
     if medians {
-        let (b64, old) = (b as i64, scratch.part(old));
+        let (b64, old) = (b as i64, scratch.ptr(old));
         old.copy_from(dev, centroids, elements(&[b, k, d]))?;
         launch!(dev, Update, plan.kernel.name(), T::SUFFIX, elements(&[b, k, d.div_ceil(MEDIAN_COLUMNS)]), THREADS;
             &xs, &shape(x), Nullable(&factor), Nullable(&heaviest), Nullable(&first_bad), &order_at, &offsets, &to.k, &active,

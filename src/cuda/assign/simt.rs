@@ -5,7 +5,7 @@ use crate::{
     cuda::kernel::{launch, warps, WARP},
     cuda::memory::{elements, ArenaLayout, Memory},
     cuda::params::{one_copy, shape, Active},
-    cuda::tensors::{read, Element, Part},
+    cuda::tensors::{read, DevicePtr, Element},
     error::Result,
     metric::Metric,
     plan::assign::{narrow_columns, narrow_shared},
@@ -14,7 +14,7 @@ use crate::{
 };
 use candle_core::cuda_backend::{cudarc::driver::PushKernelArg, CudaDevice};
 
-pub(super) fn assign_narrow<T: Element>(dev: &CudaDevice, a: Assignment<'_>, labels: Part<u32>) -> Result<()> {
+pub(super) fn assign_narrow<T: Element>(dev: &CudaDevice, a: Assignment<'_>, labels: DevicePtr<u32>) -> Result<()> {
     let Assignment { x, c, metric, turn, .. } = a;
     let active = Active::of(turn)?;
     let (xs, cs) = (read(&x.operand), read(&c.operand));
@@ -34,7 +34,7 @@ pub(super) fn assign_narrow<T: Element>(dev: &CudaDevice, a: Assignment<'_>, lab
 pub(super) fn assign<T: Element>(
     dev: &CudaDevice,
     a: Assignment<'_>,
-    labels: Part<u32>,
+    labels: DevicePtr<u32>,
     memory: &Memory,
 ) -> Result<()> {
     let Assignment { plan, x, c, metric, turn } = a;
@@ -52,8 +52,8 @@ pub(super) fn assign<T: Element>(
     let moved = layout.unwritten::<T::Filter>(elements(&[copies, k, d]));
     let bias = layout.unwritten::<T::Filter>(elements(&[copies, k]));
     let w = layout.scratch(dev, "labels", memory)?;
-    let (mu, largest, moved, bias) = (w.part(mu), w.part(largest), w.part(moved), w.part(bias));
-    let (listed, list) = (w.part(listed), w.part(list));
+    let (mu, largest, moved, bias) = (w.ptr(mu), w.ptr(largest), w.ptr(moved), w.ptr(bias));
+    let (listed, list) = (w.ptr(listed), w.ptr(list));
 
     if metric == Metric::SquaredEuclidean {
         launch!(dev, Prepare, "prepare_means", T::SUFFIX, elements(&[copies, d.div_ceil(WARP)]), WARP * WARP;

@@ -6,7 +6,7 @@ use crate::{
     cuda::kernel::{launch, warps, WARP},
     cuda::memory::{elements, ArenaLayout, Memory},
     cuda::params::{one_copy, shape, Active, Bounds, Reach, UnprovenRow},
-    cuda::tensors::{read, Part, TensorMap},
+    cuda::tensors::{read, DevicePtr, TensorMap},
     error::Result,
     metric::Metric,
     plan::assign::{sm90_shape, split_rows, Assign},
@@ -21,7 +21,7 @@ use candle_core::cuda_backend::{
 
 /// f32 rows by way of halves: `kernels/assign/split.cu`. Rows are split a rectangle at a time, part of one problem or whole
 /// problems, so that the halves take no more memory than [`SPLIT_BYTES`] and stay in L2 for the most part.
-pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: Part<u32>, memory: &Memory) -> Result<()> {
+pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: DevicePtr<u32>, memory: &Memory) -> Result<()> {
     let Assignment { plan, x, c, metric, turn } = a;
     let active = Active::of(turn)?;
     let (xs, cs) = (read(&x.operand), read(&c.operand));
@@ -49,12 +49,11 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: Part<u32>, mem
     let slacks = [(); 2].map(|_| layout.unwritten::<f32>(most));
     let reaches = layout.unwritten::<Reach>(copies);
     let w = layout.scratch(dev, "labels", memory)?;
-    let (mu, largest, moved, start, bounds) =
-        (w.part(mu), w.part(largest), w.part(moved), w.part(start), w.part(bounds));
-    let (mut listed, list, halves) = (w.part(listed), w.part(list), w.part(halves));
-    let [slack, slack_split] = slacks.map(|s| w.part(s));
+    let (mu, largest, moved, start, bounds) = (w.ptr(mu), w.ptr(largest), w.ptr(moved), w.ptr(start), w.ptr(bounds));
+    let (mut listed, list, halves) = (w.ptr(listed), w.ptr(list), w.ptr(halves));
+    let [slack, slack_split] = slacks.map(|s| w.ptr(s));
 
-    let (of, none, reaches) = (metric as i32, Part::<f32>::NULL, w.part(reaches));
+    let (of, none, reaches) = (metric as i32, DevicePtr::<f32>::NULL, w.ptr(reaches));
     let (k64, pitch64, both64, padded64, copies64) =
         (k as i64, pitch as i64, both as i64, padded as i64, copies as i64);
     if metric == Metric::SquaredEuclidean {
@@ -68,7 +67,7 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: Part<u32>, mem
     }
     launch!(dev, Split, "split_centroids", "f32", warps(elements(&[copies, padded])), THREADS;
         &cs, &shape(&one), &active, &of, &mu, &largest, &reaches, &pitch64, &padded64, &moved, &start, &bounds,
-        &w.part(table.keys), &w.part(table.first), &(table.slots as i64), &w.part(table.slot))?;
+        &w.ptr(table.keys), &w.ptr(table.first), &(table.slots as i64), &w.ptr(table.slot))?;
     table.drop_duplicates(dev, &w, &cs, &one, active, start)?;
 
     let processors = processors(dev)?;

@@ -5,7 +5,7 @@ use crate::{
     cuda::kernel::launch,
     cuda::memory::{alloc, elements, Arena, ArenaLayout, Memory, Slot},
     cuda::params::{one_copy, shape, Active, Bounds, Reach, UnprovenRow},
-    cuda::tensors::{read, tensor, typed, Element, Part, TensorMap},
+    cuda::tensors::{read, tensor, typed, DevicePtr, Element, TensorMap},
     error::Result,
     metric::Metric,
     plan::assign::{sm90_shape, Assign, AssignPlan, SM90_COLUMNS},
@@ -18,7 +18,7 @@ use crate::{
 };
 use candle_core::{
     cuda_backend::{
-        cudarc::driver::{sys::CUtensorMapDataType, CudaView, DevicePtr, PushKernelArg},
+        cudarc::driver::{sys::CUtensorMapDataType, CudaView, DevicePtr as _, PushKernelArg},
         CudaDevice,
     },
     Tensor,
@@ -52,11 +52,11 @@ impl Table {
         cs: &CudaView<'_, T>,
         c: &Rows,
         active: Active,
-        start: Part<f32>,
+        start: DevicePtr<f32>,
     ) -> Result<()> {
         launch!(dev, Prepare, "drop_duplicates", T::SUFFIX, elements(&[c.b, c.n]).div_ceil(THREADS), THREADS;
-            cs, &shape(c), &active, &(self.padded as i64), &w.part(self.keys), &w.part(self.first), &(self.slots as i64),
-            &w.part(self.slot), &start)
+            cs, &shape(c), &active, &(self.padded as i64), &w.ptr(self.keys), &w.ptr(self.first), &(self.slots as i64),
+            &w.ptr(self.slot), &start)
     }
 }
 
@@ -64,7 +64,7 @@ pub(super) fn assign<T: Element>(
     dev: &CudaDevice,
     half: CUtensorMapDataType,
     a: Assignment<'_>,
-    labels: Part<u32>,
+    labels: DevicePtr<u32>,
     memory: &Memory,
 ) -> Result<()> {
     let Assignment { plan: AssignPlan { kernel, prepare_all, .. }, x, c, metric, turn } = a;
@@ -90,19 +90,19 @@ pub(super) fn assign<T: Element>(
     let own = centred.then(|| layout.unwritten::<f32>(elements(&[copies, padded])));
     let reaches = layout.unwritten::<Reach>(if prepare_all { 0 } else { copies });
     let w = layout.scratch(dev, "labels", memory)?;
-    let (mu, moved, start, bounds) = (w.part(mu), w.part(moved), w.part(start), w.part(bounds));
-    let [scale, own] = [scale, own].map(|place| place.map_or(Part::NULL, |place| w.part(place)));
-    let (listed, list) = (w.part(listed), w.part(list));
+    let (mu, moved, start, bounds) = (w.ptr(mu), w.ptr(moved), w.ptr(start), w.ptr(bounds));
+    let [scale, own] = [scale, own].map(|place| place.map_or(DevicePtr::NULL, |place| w.ptr(place)));
+    let (listed, list) = (w.ptr(listed), w.ptr(list));
 
     let (of, k64, pitch64, padded64, copies64) = (metric as i32, k as i64, pitch as i64, padded as i64, copies as i64);
-    let (keys, first, slot, slots) = (w.part(table.keys), w.part(table.first), w.part(table.slot), table.slots as i64);
+    let (keys, first, slot, slots) = (w.ptr(table.keys), w.ptr(table.first), w.ptr(table.slot), table.slots as i64);
     if prepare_all {
         launch!(dev, Prepare, "prepare_all", T::SUFFIX, copies, ORIGIN_THREADS;
             &xs, &shape(x), &cs, &shape(&one), &active, &of, &mu, &pitch64, &padded64, &moved, &start, &scale, &own,
             &bounds, &keys, &first, &slots, &slot, &(x.b as i64), &listed)?;
     } else {
         let groups = elements(&[copies, d.div_ceil(ORIGIN_COLUMNS) + 1]);
-        let reaches = w.part(reaches);
+        let reaches = w.ptr(reaches);
         launch!(dev, Prepare, "prepare_origin", T::SUFFIX, groups, ORIGIN_THREADS;
             &xs, &shape(x), &cs, &shape(&one), &active, &of, &mu, &reaches)?;
         let blocks = elements(&[copies, padded]).div_ceil(THREADS / MOVE_LANES);
@@ -120,7 +120,7 @@ pub(super) fn assign<T: Element>(
             &xs, &shape(x), &active, &cs, &shape(c), &moved, &start, &scale, &own, &bounds, &k64, &pitch64, &padded64,
             &copies64, &of, &labels);
     }
-    let no_slack = Part::<f32>::NULL;
+    let no_slack = DevicePtr::<f32>::NULL;
     if kernel == Assign::Sm90 {
         let (steps, groups) = sm90_shape(d);
         let from = xs.device_ptr(&dev.cuda_stream()).0;
