@@ -236,15 +236,15 @@ impl<'a> Update<'a> {
     /// Of rows in `k` clusters.
     pub fn new(
         x: &'a Rows<'a>,
-        terms: &'a Summands,
+        summands: &'a Summands,
         labels: Option<Labels<'a>>,
         reduction: Reduction,
         k: usize,
     ) -> Result<Self> {
-        let (medians, weighted) = (reduction == Reduction::Median, terms.row_scale.is_some());
+        let (medians, weighted) = (reduction == Reduction::Median, summands.row_scale.is_some());
         let sizes = [x.b, x.n, k, x.d];
         let plan = UpdatePlan::new(x.dtype(), sizes, x.layout(), medians, weighted, arch(x.device())?);
-        Ok(Self { plan, x, terms, labels, reduction, turn: None })
+        Ok(Self { plan, x, summands, labels, reduction, turn: None })
     }
 }
 
@@ -417,8 +417,8 @@ pub(crate) fn cluster_sizes(offsets: &Tensor) -> Result<Tensor> {
 pub(crate) fn reduce(x: &Rows, order: Option<&Order>, reduction: Reduction) -> Result<Tensor> {
     let k = order.map_or(1, Order::k);
     let reduced = host::zeros("clusters", (x.b, k, x.d), x.dtype(), x.device())?;
-    let (terms, labels) = (Summands::from_rows(x)?, order.map(Labels::Sorted));
-    update(&Update::new(x, &terms, labels, reduction, k)?, (&reduced).into(), &Memory::default())?;
+    let (summands, labels) = (Summands::from_rows(x)?, order.map(Labels::Sorted));
+    update(&Update::new(x, &summands, labels, reduction, k)?, (&reduced).into(), &Memory::default())?;
     Ok(reduced)
 }
 

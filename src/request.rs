@@ -103,7 +103,7 @@ pub(crate) enum Labels<'a> {
 pub(crate) struct Update<'a> {
     pub plan: UpdatePlan,
     pub x: &'a Rows<'a>,
-    pub terms: &'a Summands,
+    pub summands: &'a Summands,
     /// Without labels all rows are in one cluster.
     pub labels: Option<Labels<'a>>,
     pub reduction: Reduction,
@@ -134,7 +134,7 @@ pub(crate) struct Finish<'a> {
 pub(crate) struct OnChipFit<'a> {
     pub plan: &'a OnChip,
     pub x: &'a Rows<'a>,
-    pub terms: &'a Summands,
+    pub summands: &'a Summands,
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub metric: Metric,
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]

@@ -65,21 +65,21 @@ impl RowWeights {
     pub fn clusters(&self, x: &Rows, labels: &Tensor, k: usize) -> Result<Clusters> {
         let order = primitives::order(labels, k)?;
         let weights = primitives::cluster_sums(&self.weights, Some(&order))?;
-        let mut terms = Summands::from_rows(x)?;
-        terms.max_abs = self.largest.clone();
+        let mut summands = Summands::from_rows(x)?;
+        summands.max_abs = self.largest.clone();
         let reduction = match &self.norms {
             // A sum of unit vectors, since their factors are no weights.
             Some(norms) => {
-                terms.row_scale = Some(masked(&(&self.weights / norms)?, &positive(norms)?)?);
+                summands.row_scale = Some(masked(&(&self.weights / norms)?, &positive(norms)?)?);
                 Reduction::Sum
             }
             None => {
-                (terms.row_scale, terms.max_weight) = (Some(self.weights.clone()), Some(self.heaviest.clone()));
+                (summands.row_scale, summands.max_weight) = (Some(self.weights.clone()), Some(self.heaviest.clone()));
                 Reduction::Mean
             }
         };
         let reduced = Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?;
-        let u = Update::new(x, &terms, Some(Labels::Sorted(&order)), reduction, k)?;
+        let u = Update::new(x, &summands, Some(Labels::Sorted(&order)), reduction, k)?;
         primitives::update(&u, (&reduced).into(), &Memory::default())?;
         let mut means = reduced.to_dtype(DType::F64)?;
         if reduction == Reduction::Sum {

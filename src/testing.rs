@@ -20,7 +20,7 @@ use candle_core::{Device, Tensor};
 /// The update of a fit's loop alone: new means in place, for labels `(b, n)` that are known to be in range.
 pub struct Update {
     x: Rows<'static>,
-    terms: Summands,
+    summands: Summands,
     plan: UpdatePlan,
     centroids: Tensor,
     memory: Memory,
@@ -30,9 +30,9 @@ impl Update {
     /// For rows `(b, n, d)` and `k` clusters.
     pub fn new(x: &Tensor, k: usize) -> Result<Self> {
         let x = Rows::new(x)?;
-        let (terms, centroids) = (Summands::from_rows(&x)?, Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?);
-        let plan = request::Update::new(&x, &terms, None, Reduction::Mean, k)?.plan;
-        Ok(Self { x, terms, plan, centroids, memory: Memory::default() })
+        let (summands, centroids) = (Summands::from_rows(&x)?, Tensor::zeros((x.b, k, x.d), x.dtype(), x.device())?);
+        let plan = request::Update::new(&x, &summands, None, Reduction::Mean, k)?.plan;
+        Ok(Self { x, summands, plan, centroids, memory: Memory::default() })
     }
 
     /// The name of the kernel.
@@ -52,9 +52,9 @@ impl Update {
     }
 
     fn run_by(&self, labels: Labels<'_>) -> Result<Tensor> {
-        let Self { x, terms, plan, centroids, memory } = self;
+        let Self { x, summands, plan, centroids, memory } = self;
         let (labels, reduction) = (Some(labels), Reduction::Mean);
-        let u = request::Update { plan: *plan, x, terms, labels, reduction, turn: None };
+        let u = request::Update { plan: *plan, x, summands, labels, reduction, turn: None };
         primitives::update(&u, centroids.into(), memory)?;
         Ok(centroids.clone())
     }

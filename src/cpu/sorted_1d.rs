@@ -13,10 +13,10 @@ use crate::{
 /// Fits rows of one column by squared Euclidean distance, in f32 or less, unless their values or their terms are too far apart or
 /// not numbers: whether it did.
 pub(super) fn fit(fit: &OnChipFit<'_>) -> Result<bool> {
-    let &OnChipFit { plan, x, terms, progress, max_iters, centroids, labels, .. } = fit;
+    let &OnChipFit { plan, x, summands, progress, max_iters, centroids, labels, .. } = fit;
     // Of these nobody else has any.
-    let [bad, largest, thresholds] = lock([&terms.first_nonfinite, &terms.max_abs, &progress.threshold]);
-    let heaviest = terms.max_weight.as_ref().map(|h| lock([h]));
+    let [bad, largest, thresholds] = lock([&summands.first_nonfinite, &summands.max_abs, &progress.threshold]);
+    let heaviest = summands.max_weight.as_ref().map(|h| lock([h]));
     if bad.flat::<u32>()?.iter().any(|&row| row != u32::MAX) {
         return Ok(false);
     }
@@ -24,10 +24,10 @@ pub(super) fn fit(fit: &OnChipFit<'_>) -> Result<bool> {
         let (largest, thresholds) = (largest.flat::<f64>()?, thresholds.flat::<f64>()?);
         let heaviest = heaviest.as_ref().map(|[h]| h.flat::<f64>()).transpose()?;
         let k = centroids.dims()[1];
-        let shared = [&x.operand, or(terms.row_scale.as_ref(), &x.operand)];
+        let shared = [&x.operand, or(summands.row_scale.as_ref(), &x.operand)];
         let fits = read_and_write(shared, centroids.into(), |[xs, factor], all: &mut [T]| {
             let view: View<'_, T> = xs.view(x)?;
-            let factor = terms.row_scale.as_ref().map(|_| factor.flat::<f64>()).transpose()?;
+            let factor = summands.row_scale.as_ref().map(|_| factor.flat::<f64>()).transpose()?;
             let starts = &*all;
             let fit = |b| {
                 let weights = factor.zip(heaviest).map(|(f, h)| (&f[b * x.n..][..x.n], h[b]));

@@ -15,7 +15,7 @@ use crate::{
 use pulp::NullaryFnOnce;
 use std::ops::Range;
 
-/// Rows in label order (or, without one, all in one cluster as they lie), and what bounds their terms.
+/// Rows in label order (or, without one, all in one cluster as they lie), and what bounds their rows.
 pub(super) struct Sorted<'a, T> {
     pub(super) kernel: UpdateKernel,
     pub(super) x: View<'a, T>,
@@ -111,7 +111,7 @@ impl<T: Element> Sorted<'_, T> {
         let mut limbs = vec![0f64; LIMBS * self.x.rows.d];
         let mut sums = Sums::new(self.x.rows.d);
         let rounders = if extreme { &[][..] } else { &rounders };
-        let add = AddRows { terms: self, b, positions: start..end, grid, rounders, limbs: &mut limbs, sums: &mut sums };
+        let add = AddRows { rows: self, b, positions: start..end, grid, rounders, limbs: &mut limbs, sums: &mut sums };
         pulp::Arch::new().dispatch(add);
         for (limb, unit) in limbs.chunks_exact(self.x.rows.d).zip(units) {
             let whole = 2f64.powi(-unit);
@@ -187,7 +187,7 @@ impl Sums {
 /// Adds the limbs of some terms to `limbs`, and what they leave (without rounders: everything) to `sums`. A struct for the
 /// reason that `Pack` in assign.rs is one.
 struct AddRows<'a, T> {
-    terms: &'a Sorted<'a, T>,
+    rows: &'a Sorted<'a, T>,
     b: usize,
     positions: Range<usize>,
     grid: Grid,
@@ -201,16 +201,16 @@ impl<T: Element> NullaryFnOnce for AddRows<'_, T> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { terms, b, positions, grid, rounders, limbs, sums } = self;
-        let (n, d, dirty) = (terms.x.rows.n, terms.x.rows.d, terms.first_bad[b] != u32::MAX);
-        let row = |p: usize| terms.row(b, p);
+        let Self { rows, b, positions, grid, rounders, limbs, sums } = self;
+        let (n, d, dirty) = (rows.x.rows.n, rows.x.rows.d, rows.first_bad[b] != u32::MAX);
+        let row = |p: usize| rows.row(b, p);
         let (mut values, mut rest) = (vec![Scalar::of(0.0); d], vec![0f64; d]);
         for p in positions.clone() {
-            if terms.order.is_some() && p + AHEAD < positions.end {
-                prefetch(terms.x.row(b, row(p + AHEAD)));
+            if rows.order.is_some() && p + AHEAD < positions.end {
+                prefetch(rows.x.row(b, row(p + AHEAD)));
             }
-            T::filter_row(terms.x.row(b, row(p)), &mut values);
-            let factor = terms.factor.map_or(1.0, |f| f[b * n + row(p)]);
+            T::filter_row(rows.x.row(b, row(p)), &mut values);
+            let factor = rows.factor.map_or(1.0, |f| f[b * n + row(p)]);
             if dirty && !values.iter().all(|v| v.widen().is_finite()) {
                 continue;
             }

@@ -96,13 +96,13 @@ fn copy_row<T: Copy>(row: &[T], out: &mut [T]) {
 
 /// An input that is locked for reading.
 pub(crate) struct Guard<'a> {
-    storage: Held<'a>,
+    storage: StorageGuard<'a>,
     start: usize,
     len: usize,
 }
 
 /// Who holds the lock on a storage.
-enum Held<'a> {
+enum StorageGuard<'a> {
     /// This op, for all tensors of the storage.
     Here(Rc<StorageRef<'a>>),
     /// Candle, while the op runs.
@@ -177,8 +177,10 @@ impl<'a> Locked<'a> {
     fn guards<const N: usize>(&self, inputs: [&'a dyn Readable; N], addresses: [Option<usize>; N]) -> [Guard<'a>; N] {
         std::array::from_fn(|i| {
             let storage = match inputs[i].source() {
-                Source::Cpu(storage) => Held::ByCandle(storage),
-                _ => Held::Here(self.0.iter().find(|&&(at, _)| at == addresses[i]).expect("it is locked").1.clone()),
+                Source::Cpu(storage) => StorageGuard::ByCandle(storage),
+                _ => StorageGuard::Here(
+                    self.0.iter().find(|&&(at, _)| at == addresses[i]).expect("it is locked").1.clone(),
+                ),
             };
             Guard { storage, start: inputs[i].layout().start_offset(), len: inputs[i].elem_count() }
         })
@@ -189,8 +191,8 @@ impl Guard<'_> {
     /// The whole storage, for views that carry their own offset and strides.
     fn all<T: WithDType>(&self) -> Result<&[T]> {
         let storage = match &self.storage {
-            Held::ByCandle(storage) => storage,
-            Held::Here(locked) => match &***locked {
+            StorageGuard::ByCandle(storage) => storage,
+            StorageGuard::Here(locked) => match &***locked {
                 Storage::Cpu(storage) => storage,
                 _ => unreachable!("primitives.rs sends CPU tensors here"),
             },

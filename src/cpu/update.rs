@@ -137,7 +137,7 @@ fn with_sorted<T: Element, O: Stored, R>(
     target: Target<'_>,
     f: impl FnOnce(&Sorted<'_, T>, &mut [O]) -> Result<R>,
 ) -> Result<R> {
-    let &Update { x, terms, labels, .. } = u;
+    let &Update { x, summands, labels, .. } = u;
     let (own, given) = match labels {
         None => (None, None),
         Some(Labels::Unsorted(labels)) => (Some(sorted(labels, k)?), None),
@@ -147,15 +147,16 @@ fn with_sorted<T: Element, O: Stored, R>(
     let own = own.as_ref().map(|sorted| sorted.split_at(x.b * x.n));
     let given = given.as_ref().map(|[order, offsets]| Ok::<_, Error>((order.flat()?, offsets.flat()?))).transpose()?;
     let sorted = own.or(given);
-    let (max_abs, max_weight) = to.map_or((&terms.max_abs, &terms.max_weight), |to| (&to.max_abs, &to.max_weight));
+    let (max_abs, max_weight) =
+        to.map_or((&summands.max_abs, &summands.max_weight), |to| (&to.max_abs, &to.max_weight));
     let ([largest, first_bad], heaviest) =
-        (lock([max_abs, &terms.first_nonfinite]), max_weight.as_ref().map(|h| lock([h])));
-    let shared = [&x.operand, or(terms.row_scale.as_ref(), &x.operand)];
+        (lock([max_abs, &summands.first_nonfinite]), max_weight.as_ref().map(|h| lock([h])));
+    let shared = [&x.operand, or(summands.row_scale.as_ref(), &x.operand)];
     read_and_write(shared, target, |[xs, factor], out| {
         let clusters = Sorted {
             kernel: u.plan.kernel,
             x: xs.view::<T>(x)?,
-            factor: terms.row_scale.as_ref().map(|_| factor.flat::<f64>()).transpose()?,
+            factor: summands.row_scale.as_ref().map(|_| factor.flat::<f64>()).transpose()?,
             order: sorted.map(|(order, _)| order),
             offsets: sorted.map(|(_, offsets)| offsets),
             largest: largest.flat()?,

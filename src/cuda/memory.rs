@@ -115,7 +115,7 @@ impl ArenaLayout {
     /// Scratch for one op, which the next one takes over.
     pub(super) fn scratch<'a>(self, dev: &CudaDevice, op: &'static str, memory: &'a Memory) -> Result<Arena<'a>> {
         let bytes = self.zeroed.saturating_add(self.rest);
-        let mut held = Held::of(memory, dev, op, bytes, false)?;
+        let mut held = BlockGuard::of(memory, dev, op, bytes, false)?;
         let block = held.block();
         if self.zeroed > 0 {
             dev.cuda_stream().memset_zeros(&mut block.bytes.slice_mut(..self.zeroed)).w()?;
@@ -126,20 +126,20 @@ impl ArenaLayout {
 
     /// Zeros, which the op has to leave as zeros.
     pub(super) fn zeros<'a>(self, dev: &CudaDevice, op: &'static str, memory: &'a Memory) -> Result<Arena<'a>> {
-        let mut held = Held::of(memory, dev, op, self.zeroed, true)?;
+        let mut held = BlockGuard::of(memory, dev, op, self.zeroed, true)?;
         let address = held.block().bytes.device_ptr(&dev.cuda_stream()).0;
         Ok(Arena { _held: held, address, zeroed: self.zeroed })
     }
 }
 
 /// Memory while an op queues its work, which nobody else does to this memory meanwhile.
-enum Held<'a> {
+enum BlockGuard<'a> {
     Kept(MutexGuard<'a, Option<Block>>),
     /// A capture's graph owns what the capture allocates, and frees it.
     Captured(Block),
 }
 
-impl<'a> Held<'a> {
+impl<'a> BlockGuard<'a> {
     /// At least so many bytes of the device's stream: those that are there, or new ones.
     fn of(memory: &'a Memory, dev: &CudaDevice, op: &'static str, bytes: usize, zeroed: bool) -> Result<Self> {
         let slot = if zeroed { &memory.zeros } else { &memory.scratch };
@@ -170,7 +170,7 @@ impl<'a> Held<'a> {
 /// Memory of an op. Its parts go to launches on its device's stream, and so does its release: the order of the stream
 /// keeps them valid.
 pub(super) struct Arena<'a> {
-    _held: Held<'a>,
+    _held: BlockGuard<'a>,
     address: u64,
     zeroed: usize,
 }

@@ -32,14 +32,14 @@ pub(crate) fn runs_at_once(fit: &FitResident, dtype: DType, dev: &CudaDevice) ->
 
 pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> {
     const OP: &str = "fit_on_chip";
-    let &OnChipFit { plan, x, terms, metric, reduction, progress, max_iters, centroids, labels } = fit;
+    let &OnChipFit { plan, x, summands, metric, reduction, progress, max_iters, centroids, labels } = fit;
     let (dev, k) = (device(&x.operand)?, centroids.dim(1)?);
     let optional = |t: &Option<Tensor>| t.as_ref().map_or(Ok(DevicePtr::NULL), own);
     let summands = Summands {
-        row_scale: optional(&terms.row_scale)?,
-        max_abs: own(&terms.max_abs)?,
-        max_weight: optional(&terms.max_weight)?,
-        first_nonfinite: own(&terms.first_nonfinite)?,
+        row_scale: optional(&summands.row_scale)?,
+        max_abs: own(&summands.max_abs)?,
+        max_weight: optional(&summands.max_weight)?,
+        first_nonfinite: own(&summands.first_nonfinite)?,
     };
     let (threshold, stop) = (own::<f64>(&progress.threshold)?, own::<u32>(&progress.stop)?);
     let (metric, divisor, max_iters, k64) = (metric as i32, divisor(reduction), max_iters as i64, k as i64);

@@ -121,12 +121,12 @@ impl<T> DevicePtr<T> {
 
 /// An input that is locked for reading while a launch is queued.
 pub(super) struct Input<'a> {
-    storage: Held<'a>,
+    storage: StorageGuard<'a>,
     offset: usize,
 }
 
 /// Who holds the lock on a storage.
-enum Held<'a> {
+enum StorageGuard<'a> {
     Here(StorageRef<'a>),
     /// While the op runs.
     ByCandle(&'a CudaStorage),
@@ -136,9 +136,9 @@ enum Held<'a> {
 /// Locks the storage of contiguous elements or of [`Rows`](crate::rows::Rows), if Candle has not.
 pub(super) fn read<R: Readable + ?Sized>(t: &R) -> Input<'_> {
     let storage = match t.source() {
-        Source::Tensor(t) => Held::Here(t.storage_and_layout().0),
-        Source::Cuda(storage) => Held::ByCandle(storage),
-        Source::Cpu(_) => Held::Elsewhere,
+        Source::Tensor(t) => StorageGuard::Here(t.storage_and_layout().0),
+        Source::Cuda(storage) => StorageGuard::ByCandle(storage),
+        Source::Cpu(_) => StorageGuard::Elsewhere,
     };
     Input { storage, offset: t.layout().start_offset() }
 }
@@ -146,13 +146,13 @@ pub(super) fn read<R: Readable + ?Sized>(t: &R) -> Input<'_> {
 impl Input<'_> {
     pub(super) fn storage(&self) -> Result<&CudaStorage> {
         match &self.storage {
-            Held::ByCandle(storage) => return Ok(storage),
-            Held::Here(locked) => {
+            StorageGuard::ByCandle(storage) => return Ok(storage),
+            StorageGuard::Here(locked) => {
                 if let Storage::Cuda(storage) = &**locked {
                     return Ok(storage);
                 }
             }
-            Held::Elsewhere => {}
+            StorageGuard::Elsewhere => {}
         }
         Err(Error::Unsupported { op: "a CUDA kernel", device: "of an argument elsewhere".into() })
     }

@@ -83,7 +83,7 @@ enum To<'a, T> {
 
 fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memory) -> Result<()> {
     const OP: &str = "update";
-    let &Update { plan, x, terms, labels, reduction, turn } = u;
+    let &Update { plan, x, summands, labels, reduction, turn } = u;
     let dev = device(&x.operand)?;
     let (b, n, d) = (x.b, x.n, x.d);
     let active = Active::of(turn)?;
@@ -130,11 +130,13 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
     }
 
     let (max_abs, max_weight) = accumulator
-        .map_or((&terms.max_abs, &terms.max_weight), |Accumulator { max_abs, max_weight, .. }| (max_abs, max_weight));
+        .map_or((&summands.max_abs, &summands.max_weight), |Accumulator { max_abs, max_weight, .. }| {
+            (max_abs, max_weight)
+        });
     // Rows that are not finite and weigh nothing need not be looked for.
-    let first_bad = accumulator.is_none().then(|| read(&terms.first_nonfinite));
+    let first_bad = accumulator.is_none().then(|| read(&summands.first_nonfinite));
     let (xs, largest) = (read(&x.operand), read(max_abs));
-    let (factor, heaviest) = (terms.row_scale.as_ref().map(read), max_weight.as_ref().map(read));
+    let (factor, heaviest) = (summands.row_scale.as_ref().map(read), max_weight.as_ref().map(read));
     let (xs, largest) = (xs.view::<T>()?, largest.view::<f64>()?);
     let first_bad = first_bad.as_ref().map(|f| f.view::<u32>()).transpose()?;
     let factor = factor.as_ref().map(|f| f.view::<f64>()).transpose()?;
@@ -174,7 +176,7 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
     launch!(dev, Update, plan.kernel.name(), T::SUFFIX, blocks, SUM_THREADS;
         &xs, &shape(x), Nullable(&factor), &largest, Nullable(&heaviest), Nullable(&first_bad), &labels_at, &order_at, &offsets,
         &pieces, &to, &active, &verdict)?;
-    if accumulator.is_some() || (x.dtype() == DType::F16 && factor.is_none() && terms.finite) {
+    if accumulator.is_some() || (x.dtype() == DType::F16 && factor.is_none() && summands.finite) {
         // Sums have planes for all terms, and all halves are integers of the scale: nothing is left.
         return Ok(());
     }

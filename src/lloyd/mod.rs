@@ -194,7 +194,8 @@ impl PreparedFit {
         let (centroids, labels, progress) = (&self.centroids, &self.labels, &self.progress);
         if let Some(plan) = &self.plan.steps.on_chip {
             let (metric, reduction) = (settings.metric, Reduction::of(settings.metric));
-            let fit = OnChipFit { plan, x, terms: summands, metric, reduction, progress, max_iters, centroids, labels };
+            let fit =
+                OnChipFit { plan, x, summands: summands, metric, reduction, progress, max_iters, centroids, labels };
             if primitives::fit_on_chip(&fit, memory)? {
                 self.iterations = Some(max_iters);
                 return Ok(ControlFlow::Continue(()));
@@ -293,8 +294,8 @@ impl Lloyd<'_> {
     /// Adds rows up by their labels; where all are in the block, for new centroids at once.
     fn add(&self, block: Block<'_>, labels: Labels<'_>, turn: Turn<'_>) -> Result<()> {
         let (reduction, turn) = (Reduction::of(self.settings.metric), Some(turn));
-        let Block { x, summands: terms, update: plan, .. } = block;
-        let u = Update { plan, x, terms, labels: Some(labels), reduction, turn };
+        let Block { x, summands, update: plan, .. } = block;
+        let u = Update { plan, x, summands, labels: Some(labels), reduction, turn };
         match self.sums {
             Some(sums) => primitives::accumulate(&u, sums, self.memory),
             None => primitives::update(&u, self.centroids.into(), self.memory),

@@ -45,8 +45,8 @@ impl<'a> Labelled<'a> {
     /// The same in the place of what is there, which stays for clusters without rows.
     pub fn reduce_to(&self, to: Target<'_>, reduction: Reduction) -> Result<()> {
         let x = Rows::from_operand(&self.x)?;
-        let (terms, labels) = (Summands::from_rows(&x)?, Some(Labels::Unsorted(&self.labels)));
-        primitives::update(&Update::new(&x, &terms, labels, reduction, self.p.k)?, to, &Memory::default())
+        let (summands, labels) = (Summands::from_rows(&x)?, Some(Labels::Unsorted(&self.labels)));
+        primitives::update(&Update::new(&x, &summands, labels, reduction, self.p.k)?, to, &Memory::default())
     }
 
     /// The rows of clusters' gradients, `(..batch, k, d)`, that the labels name, shaped as the rows.
