@@ -148,13 +148,8 @@ struct PieceWarp {
                     v = 0;
                     if (units.dirty && f != 0) shared.odd = 1;
                 }
-                // Rounded toward zero, so that what is left has the sign of the term.
 #pragma unroll
-                for (int l = 0; l < LIMBS; ++l) {
-                    const double rounder = copysign(units.rounder(l), v);
-                    const double limb = units.extreme ? 0 : __dadd_rz(v, rounder) - rounder;
-                    sums[l][e] += limb * power_of_two(-SCALE), v -= limb;
-                }
+                for (int l = 0; l < LIMBS; ++l) sums[l][e] += units.take_limb(l, v) * power_of_two(-SCALE);
                 left[e] = v, remainder |= v != 0;
             }
             if (remainder) {
