@@ -32,7 +32,7 @@ use relocate::{add_sizes, relocate};
 use std::{ops::ControlFlow, path::Path};
 
 impl KMeans {
-    /// What a fit of `x` would run and how much memory it would take, without running it.
+    /// Says what a fit of `x` would run and how much memory it would take, without running it.
     ///
     /// # Errors
     /// Refuses what [`fit`](Self::fit) refuses without looking at values.
@@ -169,7 +169,7 @@ impl PreparedFit {
         if run.is_err() {
             self.iterations = None;
             if !captured {
-                // What a failed op leaves there may not be what the next one expects.
+                // A failed op may leave there what the next one does not expect.
                 self.memory = Memory::kept();
             }
         }

@@ -170,7 +170,7 @@ impl PreparedFit {
         &self.shown[1]
     }
 
-    /// What a run's result says of its rows, where that costs no wait; the rows are let go then.
+    /// Adds up the inertia of a run's rows, where that costs no wait; the rows are let go then.
     pub(super) fn close(&mut self) -> Result<()> {
         if primitives::reads_are_free(&self.device) {
             self.inertia = self.data.take().map(|data| self.total_cost(&data.x)).transpose()?;

@@ -12,7 +12,7 @@ use candle_core::{DType, Device, Tensor};
 
 /// Problems of different sizes: which rows count.
 ///
-/// What a run does with these takes no shape to the device, which a captured graph would look for where it was.
+/// A run takes no shape of these to the device, which a captured graph would look for where it was.
 pub(super) struct Ragged {
     pub(super) lengths: Vec<usize>,
     /// 1 where a row counts and 0 where it is padding, f64 `(b, n)`.
@@ -34,7 +34,7 @@ impl Ragged {
 
 /// [`primitives::max_abs_and_first_nonfinite`] of the rows that count: of which `ones` is 1, and 0 elsewhere.
 pub(super) fn scan_counted(x: &Rows, ones: &Tensor) -> Result<(Tensor, Tensor)> {
-    // What is found of the rows, as rows of one column.
+    // The largest magnitude and the first row that is not finite, of rows of one column.
     let (largest, bad) = scan_rows(x)?;
     let whole = |found: Tensor| primitives::max_abs_and_first_nonfinite(&Rows::new(&found.reshape((x.b, x.n, 1))?)?);
     let largest = primitives::elementwise([&largest, ones], |[largest, ones]| largest * ones)?;

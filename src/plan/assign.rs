@@ -183,7 +183,7 @@ pub(crate) fn sm90_shape(d: usize) -> (usize, usize) {
     }
 }
 
-/// What it takes on a GPU to assign the rows of `b` problems, which lie so, to `k` centroids each, in bytes.
+/// The bytes that it takes on a GPU to assign the rows of `b` problems, which lie so, to `k` centroids each.
 pub(super) fn assign_scratch(p: &Problem, b: u64, k: u64, layout: RowLayout, arch: Arch) -> u64 {
     let (bn, d) = (b * p.n as u64, p.d as u64);
     let (eights, halves) = (2 * p.d.next_multiple_of(8) as u64, 4 * p.d.next_multiple_of(32) as u64);

@@ -157,7 +157,7 @@ impl FitResident {
     }
 }
 
-/// What a block of `fit_narrow.cu` takes beside that, with what the device keeps for itself, in bytes.
+/// A block of `fit_narrow.cu` takes so many bytes beside that, with what the device keeps for itself.
 const BLOCK_SHARED: usize = 1024;
 
 #[cfg(test)]

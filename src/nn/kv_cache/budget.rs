@@ -1,6 +1,6 @@
 //! How much of a cache is read.
 
-/// What [`ClusteredKvCache::attend`](super::ClusteredKvCache::attend) may read besides the sinks and the recent tokens.
+/// [`ClusteredKvCache::attend`](super::ClusteredKvCache::attend) may read so much besides the sinks and the recent tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvBudget {
     pub(super) tokens: usize,

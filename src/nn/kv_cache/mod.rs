@@ -316,7 +316,7 @@ impl ClusteredKvCache {
             return Ok(q);
         }
         let clusters = self.clusters.as_ref().filter(|_| budget.tokens < self.clustered().len());
-        // What is not clustered, or is to be read anyway, is read where it is.
+        // Tokens that are not clustered, or are to be read anyway, are read where they are.
         let exact = match clusters {
             Some(_) => [0..self.settings.sinks, self.clustered().end..stored.len],
             None => [0..0, 0..stored.len],

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::softmax_last_dim;
 use std::ops::Range;
 
-/// What a block of queries reads of the clusters. `p` problems of `units` that choose alone, each for `n / units` queries.
+/// A block of queries reads this of the clusters. `p` problems of `units` that choose alone, each for `n / units` queries.
 pub(super) struct Choice {
     /// u32 `(p, units, tokens)`: the clustered tokens that are read, counted from the first of them.
     read: Option<Tensor>,

@@ -95,7 +95,7 @@ impl Warm {
         let cost = |centroids: &Tensor| {
             let (_, distances) = functional::assign_with_distances(&sample, centroids, Metric::SquaredEuclidean)?;
             let distances = distances.reshape((b * heads, count))?;
-            // What is not finite tells nothing.
+            // A distance that is not finite tells nothing.
             functional::totals(&masked_fill(&(&distances * 0.0)?.ne(0f64)?, &distances, 0.0)?)
         };
         let better = cost(&warm)?.le(&(cost(&even)? * USEFUL)?)?.reshape((b, heads, 1, 1))?;

@@ -11,7 +11,7 @@ use candle_nn::ops::softmax_last_dim;
 
 /// Elements that a block of query rows may score at once without a kernel for it: 64 MB of f32.
 const BLOCK: usize = 1 << 24;
-/// What [`primitives::route`](crate::primitives::route) is by Candle's ops: all scores, and a mask by group of queries.
+/// Says the same as [`primitives::route`](crate::primitives::route) by Candle's ops: all scores, and a mask by group of queries.
 pub(super) fn masked(r: &Routed<'_>) -> Result<Tensor> {
     let (b, heads, m, d) = r.q.dims4()?;
     let (kv_heads, n) = (r.keys.dims()[1], r.keys.dims()[2]);
@@ -61,7 +61,7 @@ pub(super) fn masked(r: &Routed<'_>) -> Result<Tensor> {
 }
 
 impl RoutedGroups {
-    /// What each group of queries adds to the scores, f32 or f64 `(b * heads * groups, n + k)`: minus infinity for tokens that
+    /// Each group of queries adds this to the scores, f32 or f64 `(b * heads * groups, n + k)`: minus infinity for tokens that
     /// it does not read, and the logarithm of the tokens that a mean stands for. Those of `queries` `(p, group, m, d)`, scaled,
     /// that are in a group of `of` choose for it.
     fn bias(&self, r: &Routed<'_>, queries: &Tensor, of: &Order) -> Result<Tensor> {
@@ -90,7 +90,7 @@ impl RoutedGroups {
         let (chosen, taken) = chosen_tokens(&rank, &sizes, &starts, &budget, r.most)?;
         let order = self.keys.order.contiguous()?;
         let tokens = order.gather(&chosen.flatten(1, 2)?, 1)?.reshape(chosen.shape())?;
-        // What is beyond the budget marks a column that is cut off.
+        // A token beyond the budget marks a column that is cut off.
         let slot = Tensor::arange(0u32, r.most as u32, device)?.to_dtype(DType::F64)?.broadcast_as(chosen.shape())?;
         let nowhere = Tensor::full(grouped as u32, chosen.shape(), device)?;
         let tokens = slot.broadcast_lt(&budget)?.where_cond(&tokens, &nowhere)?;
