@@ -309,7 +309,7 @@ mod tests {
             let few = Grid::down_to(lowest.unwrap_or(0), largest(&terms), n);
             joined.iter_mut().zip(sum(few, right)).for_each(|(a, b)| *a += b);
             prop_assert_eq!(joined, planes);
-            // What an integer of the scale takes is a whole number of it.
+            // An integer of the scale takes whole numbers of it.
             for &t in &terms {
                 let mut parts = vec![0; grid.planes];
                 grid.split(t, |plane, units| parts[plane] += units);

@@ -370,7 +370,7 @@ pub(crate) fn accumulate(u: &Update<'_>, to: &Accumulator, memory: &Memory) -> R
     on(u.x.device(), "accumulate")?.accumulate(u, to, memory)
 }
 
-/// What [`update`] does, of all rows that have been added, and leaves zeros. Medians have no such sums. The centroids may be of
+/// Replaces the centroids as [`update`] does, by all rows that have been added, and leaves zeros. Medians have no such sums. The centroids may be of
 /// any float dtype.
 pub(crate) fn finish(f: &Finish<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()> {
     on(f.sums.sums.device(), "finish")?.finish(f, centroids, memory)

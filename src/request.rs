@@ -123,7 +123,7 @@ pub(crate) struct Accumulator {
     pub rows: usize,
 }
 
-/// What becomes of an accumulator.
+/// The end of an accumulation: sums that become centroids.
 pub(crate) struct Finish<'a> {
     pub sums: &'a Accumulator,
     pub reduction: Reduction,

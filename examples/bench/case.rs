@@ -76,7 +76,7 @@ impl Case {
         self.x.device()
     }
 
-    /// What runs.
+    /// The call that is timed.
     pub fn plan(&self) -> Result<String> {
         Ok(match &self.work {
             Work::Assign => format!("assign {}", testing::chosen(&self.x, self.centroids.dim(1)?, self.metric)?),

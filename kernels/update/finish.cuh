@@ -1,4 +1,4 @@
-// What becomes of sums that blocks of rows and ranks have added to: the means of their clusters.
+// Means of clusters, from sums that blocks of rows and ranks have added to.
 //
 // Traffic: the slots twice (read, then cleared), 16 bytes a column and plane, and the centroids twice.
 #pragma once

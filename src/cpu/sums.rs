@@ -54,7 +54,7 @@ impl<T: Element> Sorted<'_, T> {
         self.factor.map_or(1.0, |factor| factor[b * self.x.rows.n + row])
     }
 
-    /// What the weights of a cluster add up to, and on which grid.
+    /// The sum of a cluster's weights, and its grid.
     pub(super) fn weight(&self, b: usize, j: usize) -> (Sums, Grid) {
         let mut sum = Sums::new(1);
         let Some(heaviest) = self.heaviest else {

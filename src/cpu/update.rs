@@ -207,7 +207,7 @@ fn replace<T: Element>(clusters: &Sorted<T>, [b, j]: [usize; 2], reduction: Redu
     Ok(values.map_or(0.0, |values| write_centroid(row, values)))
 }
 
-/// What becomes of the sums of a cluster, if it has the weight for it.
+/// The values that the sums of a cluster are reduced to, if it has the weight for it.
 fn divided(reduction: Reduction, sums: Vec<Scaled>, weight: impl FnOnce() -> Scaled) -> Option<Vec<f64>> {
     match reduction {
         Reduction::Sum => Some(sums.into_iter().map(Scaled::value).collect()),

@@ -72,7 +72,7 @@ pub(crate) fn merge(sums: &Tensor, others: &Tensor) -> Result<()> {
     })
 }
 
-/// What rows are added up for.
+/// The purpose of adding rows up.
 #[derive(Clone, Copy)]
 enum To<'a, T> {
     /// New centroids.
@@ -89,7 +89,7 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
     let active = Active::of(turn)?;
     let (centroids, accumulator, turn) = match out {
         To::Centroids(centroids) => (centroids, None, turn),
-        // What has moved how far is known when sums are finished.
+        // How far centroids have moved is known when sums are finished.
         To::Sums(sums) => (DevicePtr::NULL, Some(sums), None),
     };
     let verdict = Verdict::of(turn)?;

@@ -27,7 +27,7 @@ impl Accumulator {
 /// plane's unit.
 const MAX_ROWS: usize = 1 << 41;
 
-/// What bounds the terms of sums.
+/// Bounds on the terms of sums.
 #[derive(Clone)]
 pub(super) struct Bounds {
     /// Of their magnitude, f64 `(b,)`.

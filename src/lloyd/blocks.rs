@@ -32,7 +32,7 @@ pub(super) struct Meeting {
     said: Mutex<Vec<Option<Said>>>,
 }
 
-/// What a rank says to the others.
+/// A message of a rank to the others.
 #[derive(Clone)]
 enum Said {
     Numbers(Vec<f64>),
@@ -44,7 +44,7 @@ impl Meeting {
         Self { barrier: Barrier::new(ranks), said: Mutex::new(vec![None; ranks]) }
     }
 
-    /// What all ranks say, once each has.
+    /// The messages of all ranks, once each has sent its own.
     fn exchange(&self, rank: usize, mine: Said) -> Vec<Said> {
         let said = || self.said.lock().unwrap_or_else(PoisonError::into_inner);
         said()[rank] = Some(mine);
@@ -202,7 +202,7 @@ impl Whole<'_> {
     }
 }
 
-/// What a first pass finds of the rows that count, of all blocks and ranks.
+/// The findings of a first pass over the rows that count, of all blocks and ranks.
 struct Found {
     /// The largest and the smallest magnitude but 0 of each problem; infinite where there is none.
     max_abs: Vec<f64>,

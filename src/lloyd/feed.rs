@@ -18,7 +18,7 @@ pub(super) struct Block<'a> {
     pub update: UpdatePlan,
     /// u32 `(b, n)`.
     pub labels: &'a Tensor,
-    /// What each row weighs, f64 `(b, n)`: 0 for rows that do not count. None where all weigh the same.
+    /// The weight of each row, f64 `(b, n)`: 0 for rows that do not count. None where all weigh the same.
     pub weights: Option<&'a Tensor>,
     /// 1 where a row counts and 0 where it is padding, f64 `(b, n)`. None where all count.
     pub counted: Option<&'a Tensor>,
@@ -37,7 +37,7 @@ pub(super) trait Feed {
         Ok(())
     }
 
-    /// What each rank says, in the order of their rows.
+    /// The numbers of every rank, in the order of their rows.
     fn gather(&mut self, mine: Vec<f64>) -> Result<Vec<Vec<f64>>> {
         Ok(vec![mine])
     }

@@ -222,7 +222,7 @@ struct Lloyd<'a> {
     centroids: &'a Tensor,
     progress: &'a Progress,
     memory: &'a Memory,
-    /// What blocks and ranks add to. Where there is none, all rows are in one block, whose update is one op.
+    /// The sums that blocks and ranks add to. Where there are none, all rows are in one block, whose update is one op.
     sums: Option<&'a Accumulator>,
 }
 
@@ -312,7 +312,7 @@ impl Lloyd<'_> {
 }
 
 impl Reduction {
-    /// What a metric's centroids are.
+    /// The reduction that makes a metric's centroids.
     fn of(metric: Metric) -> Self {
         match metric {
             Metric::Cosine => Self::Direction,

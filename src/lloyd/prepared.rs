@@ -153,7 +153,7 @@ impl PreparedFit {
         Ok(fit)
     }
 
-    /// What the last run has run, and the next one will if its rows lie alike; before the first, what rows side by side will.
+    /// The plan of the last run, and of the next one if its rows lie alike; before the first, that of rows side by side.
     pub fn plan(&self) -> &Plan {
         &self.plan
     }

@@ -21,7 +21,7 @@ struct Candidate {
     label: u32,
 }
 
-/// What rows and clusters a relocation brings together, of each problem.
+/// The rows that move and the clusters that they go to, of each problem.
 pub(super) type Relocations = Vec<Vec<(usize, u32)>>;
 
 /// The rows that count in each cluster, u32 `(b, k)`.

@@ -16,7 +16,7 @@ use crate::{
 };
 use candle_core::{DType, Tensor};
 
-/// What is known of all rows.
+/// Facts about all rows.
 #[derive(Clone, Copy)]
 pub(super) struct Usable {
     /// That none has a NaN or an infinity but those that do not count.

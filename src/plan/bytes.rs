@@ -18,7 +18,7 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
     let (rows, centroids) = steps.assign.kernel.tile(p.d);
     let (bn, size) = (b * n, p.dtype.size_in_bytes() as u64);
     let eights = 2 * p.d.next_multiple_of(8) as u64;
-    // What a fit has from beginning to end: labels, centroids, weights and factors, rows in eights.
+    // A fit has from beginning to end: labels, centroids, weights and factors, rows in eights.
     // (With what weights were before they are in units; on a GPU, where it stays in the pool, with what seeds weigh by cosine.)
     let directed = if cpu { 8 * bn } else { 24 * bn };
     let weighed = if weighted { 8 * bn } else { 0 }
@@ -42,7 +42,7 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
         Init::Random if settings.weights.is_some() && !cpu => (k, 16 * bn),
         _ => (k, 0),
     };
-    // What rows weigh as seeds, and how that is found.
+    // The weights of rows as seeds, and the memory that finds them.
     let seeds = if p.metric == Metric::Cosine || !settings.check_finite { 32 * bn } else { 0 };
     let begins = begins + b * k * d * size + seeds;
     // The loop: what assigns.

@@ -1,4 +1,4 @@
-//! What a fit runs, decided once from its sizes, its rows' layout and the device. Ops take their part of it and choose nothing.
+//! The kernels of a fit, decided once from its sizes, its rows' layout and the device. Ops take their part of it and choose nothing.
 
 pub(crate) mod arch;
 pub(crate) mod assign;
@@ -39,7 +39,7 @@ pub struct Plan {
     /// Upper bound on the memory of a fit beyond its input, in bytes, on the input's device: results, accumulators, and the
     /// scratch of the kernels and of the initialisation. A layout that must be copied adds one copy of the input.
     pub bytes: u64,
-    /// What the ops of the fit take.
+    /// The parts that the ops of the fit take.
     pub(crate) steps: Steps,
 }
 
@@ -50,7 +50,7 @@ pub(crate) struct Steps {
     pub given: Option<RowLayout>,
     /// That of the rows as ops read them, which have been packed by then if they have to be.
     pub layout: RowLayout,
-    /// What does all iterations, before the others are asked.
+    /// The kernel that does all iterations, which is asked before the others.
     pub on_chip: Option<OnChip>,
     pub assign: AssignPlan,
     pub update: UpdatePlan,

@@ -7,7 +7,7 @@ use super::{
 use crate::{error::Result, metric::Metric, rows::RowLayout, tiles};
 use candle_core::DType;
 
-/// What does all iterations of a fit.
+/// The kernel that does all iterations of a fit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum OnChip {
     /// `cpu::sorted_1d`
