@@ -339,18 +339,32 @@ pub(crate) fn order(labels: &Tensor, k: usize) -> Result<Order> {
     Ok(Order { labels: labels.clone(), order, offsets })
 }
 
-/// Its positions, u32 `(b, n)`, and offsets, u32 `(b, k + 1)`.
+/// The same with the rows of each cluster in any order, which is all that sums need and takes fewer passes.
+pub(crate) fn grouped(labels: &Tensor, k: usize) -> Result<Order> {
+    let (order, offsets) = sorted_as(labels, k, false)?;
+    Ok(Order { labels: labels.clone(), order, offsets })
+}
+
+/// The positions of the stable order, u32 `(b, n)`, and its offsets, u32 `(b, k + 1)`.
 pub(crate) fn sorted(labels: &impl Readable, k: usize) -> Result<(Tensor, Tensor)> {
+    sorted_as(labels, k, true)
+}
+
+fn sorted_as(labels: &impl Readable, k: usize, ascending: bool) -> Result<(Tensor, Tensor)> {
     let (b, n) = (labels.dims()[0], labels.dims()[1]);
-    let sort = |sorted: Target<'_>| order_into(labels, k, sorted);
+    let sort = |sorted: Target<'_>| sort_into(labels, k, ascending, sorted);
     let sorted = written("order", b * n + b * (k + 1), DType::U32, &labels.device(), sort)?;
     Ok((sorted.narrow(0, 0, b * n)?.reshape((b, n))?, sorted.narrow(0, b * n, b * (k + 1))?.reshape((b, k + 1))?))
 }
 
 /// The same into one u32 target, all positions and then all offsets.
 pub(crate) fn order_into(labels: &impl Readable, k: usize, to: Target<'_>) -> Result<()> {
+    sort_into(labels, k, true, to)
+}
+
+fn sort_into(labels: &impl Readable, k: usize, ascending: bool, to: Target<'_>) -> Result<()> {
     let (device, sizes) = (labels.device(), [labels.dims()[0], labels.dims()[1], k]);
-    on(&device, "order")?.order(labels, k, &Sort::new(sizes, true, arch(&device)?), to)
+    on(&device, "order")?.order(labels, k, &Sort::new(sizes, ascending, arch(&device)?), to)
 }
 
 /// The largest of some labels, contiguous u32; 0 of none. The host waits for it.

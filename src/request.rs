@@ -71,7 +71,7 @@ pub(crate) struct Assignment<'a> {
 pub(crate) struct Order {
     /// u32 `(b, n)`, below `k`.
     pub labels: Tensor,
-    /// Rows by their labels, those of a cluster ascending, u32 `(b, n)`.
+    /// Rows by their labels, u32 `(b, n)`: those of a cluster ascending, unless only sums are wanted.
     pub order: Tensor,
     /// u32 `(b, k + 1)`.
     pub offsets: Tensor,

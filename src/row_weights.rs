@@ -63,7 +63,7 @@ impl RowWeights {
     /// The means and weights of these rows in the clusters of `labels`, u32 `(b, n)`, known to be below `k`. Means are rounded to
     /// the rows' dtype once.
     pub fn clusters(&self, x: &Rows, labels: &Tensor, k: usize) -> Result<Clusters> {
-        let order = primitives::order(labels, k)?;
+        let order = primitives::grouped(labels, k)?;
         let weights = primitives::cluster_sums(&self.weights, Some(&order))?;
         let mut summands = Summands::from_rows(x)?;
         summands.max_abs = self.largest.clone();
@@ -206,7 +206,7 @@ pub(crate) fn cluster_weights(x: &Tensor, kmeans: &KMeans, fit: &Fit) -> Result<
         let places = Tensor::arange(0, p.n as u32, x.device())?.broadcast_as(shape)?;
         weights = masked(&weights, &places.lt(&ends.broadcast_as(shape)?)?)?;
     }
-    let order = primitives::order(&fit.labels.contiguous()?.reshape((p.b, p.n))?, p.k)?;
+    let order = primitives::grouped(&fit.labels.contiguous()?.reshape((p.b, p.n))?, p.k)?;
     primitives::cluster_sums(&weights, Some(&order))
 }
 

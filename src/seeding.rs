@@ -188,7 +188,7 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
         return primitives::gather(x, &candidates);
     }
     let rows = Rows::new(&primitives::gather(x, &candidates)?)?;
-    let order = primitives::order(&primitives::assign(x, &rows, spread)?, count)?;
+    let order = primitives::grouped(&primitives::assign(x, &rows, spread)?, count)?;
     let share = match weights {
         Some(w) => primitives::cluster_sums(&positive(w)?, Some(&order))?,
         None => primitives::cluster_sizes(&order.offsets)?.to_dtype(DType::F64)?,

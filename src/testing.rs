@@ -47,7 +47,7 @@ impl Update {
 
     /// The same by an order that was made before.
     pub fn run_sorted(&self, labels: &Tensor) -> Result<Tensor> {
-        let order = primitives::order(labels, self.centroids.dim(1)?)?;
+        let order = primitives::grouped(labels, self.centroids.dim(1)?)?;
         self.run_by(Labels::Sorted(&order))
     }
 

@@ -166,7 +166,7 @@ impl Whole<'_> {
         })?;
         let labels: Vec<_> = fits.iter().map(|fit| fit.labels.clone()).collect();
         let fit = fits.into_iter().next().expect("at least one rank");
-        Ok(Fit { labels: Tensor::cat(&labels, 1)?, ..fit }.with_batch(&self.p.batch)?)
+        Fit { labels: Tensor::cat(&labels, 1)?, ..fit }.with_batch(&self.p.batch)
     }
 
     fn fit_rank(&self, rank: usize, meeting: Option<&Meeting>) -> Result<Fit> {
@@ -365,7 +365,7 @@ impl Whole<'_> {
     fn counts(&self, feed: &mut Blocks) -> Result<Tensor> {
         let (mut all, k): (Sizes, _) = (vec![], self.p.k);
         feed.for_each_block(&mut |block| {
-            add_sizes(&mut all, &sizes(&primitives::order(block.labels, k)?, block.counted)?)
+            add_sizes(&mut all, &sizes(&primitives::grouped(block.labels, k)?, block.counted)?)
         })?;
         let all = gather_sizes(all, feed)?.concat().into_iter().map(|size| size as u32).collect();
         Ok(Tensor::from_vec(all, (self.p.b, k), self.x.device())?)

@@ -194,8 +194,7 @@ impl PreparedFit {
         let (centroids, labels, progress) = (&self.centroids, &self.labels, &self.progress);
         if let Some(plan) = &self.plan.steps.on_chip {
             let (metric, reduction) = (settings.metric, Reduction::of(settings.metric));
-            let fit =
-                OnChipFit { plan, x, summands: summands, metric, reduction, progress, max_iters, centroids, labels };
+            let fit = OnChipFit { plan, x, summands, metric, reduction, progress, max_iters, centroids, labels };
             if primitives::fit_on_chip(&fit, memory)? {
                 self.iterations = Some(max_iters);
                 return Ok(ControlFlow::Continue(()));
@@ -244,7 +243,7 @@ impl Lloyd<'_> {
                 match (last, relocates) {
                     (true, _) => Ok(()),
                     (false, true) => {
-                        let order = primitives::order(block.labels, k)?;
+                        let order = primitives::grouped(block.labels, k)?;
                         add_sizes(&mut sizes, &relocate::sizes(&order, block.counted)?)?;
                         orders.push(order);
                         Ok(())

@@ -210,7 +210,7 @@ impl PreparedFit {
             let (got, with) = ("a result".into(), "a fit that has not been run".into());
             return Err(Error::Conflict { argument: "fit", got, with });
         };
-        let order = primitives::order(&self.labels, p.k)?;
+        let order = primitives::grouped(&self.labels, p.k)?;
         let weights = self.weights.as_ref().filter(|_| self.settings.weights.is_some());
         let weights = weights.map(|Weights { values, unit, .. }| {
             let sums = primitives::cluster_sums(values, Some(&order))?;
