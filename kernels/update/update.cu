@@ -64,7 +64,7 @@ __device__ void update(const T* x, const Rows& r, const double* factor, const do
                            order ? order + b * r.n + begin : nullptr,
                            begin,
                            Units<T>(largest[b], heaviest ? heaviest[b] : 1, to.rows,
-                                    first_bad && first_bad[b] != UINT32_MAX),
+                                    first_bad[b] != UINT32_MAX),
                            heaviest ? fixed_scale(heaviest[b], to.rows) : 0,
                            lane,
                            lanes,

@@ -292,7 +292,7 @@ struct PieceWarp {
                 }
                 __syncwarp();
                 const bool remainder = !EXACT && __any_sync(~0u, any_remainder);
-                if (shared.odd && lane == 0) to.mark_odd(b, cluster);
+                if (shared.odd && lane == 0 && !to.planes) to.mark_odd(b, cluster);
                 weight = total_weight(weight, stop - place);
                 const bool whole = begin <= top && bottom - begin <= count;
                 if (whole && r.d <= COLUMNS && !to.planes) {

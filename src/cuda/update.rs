@@ -133,12 +133,9 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
         .map_or((&summands.max_abs, &summands.max_weight), |Accumulator { max_abs, max_weight, .. }| {
             (max_abs, max_weight)
         });
-    // Rows that are not finite and weigh nothing need not be looked for.
-    let first_bad = accumulator.is_none().then(|| read(&summands.first_nonfinite));
-    let (xs, largest) = (read(&x.operand), read(max_abs));
+    let (xs, largest, first_bad) = (read(&x.operand), read(max_abs), read(&summands.first_nonfinite));
     let (factor, heaviest) = (summands.row_scale.as_ref().map(read), max_weight.as_ref().map(read));
-    let (xs, largest) = (xs.view::<T>()?, largest.view::<f64>()?);
-    let first_bad = first_bad.as_ref().map(|f| f.view::<u32>()).transpose()?;
+    let (xs, largest, first_bad) = (xs.view::<T>()?, largest.view::<f64>()?, first_bad.view::<u32>()?);
     let factor = factor.as_ref().map(|f| f.view::<f64>()).transpose()?;
     let heaviest = heaviest.as_ref().map(|h| h.view::<f64>()).transpose()?;
     let to = Clusters {
@@ -162,7 +159,7 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
         let (b64, old) = (b as i64, scratch.ptr(old));
         old.copy_from(dev, centroids, elements(&[b, k, d]))?;
         launch!(dev, Update, plan.kernel.name(), T::SUFFIX, elements(&[b, k, d.div_ceil(MEDIAN_COLUMNS)]), THREADS;
-            &xs, &shape(x), Nullable(&factor), Nullable(&heaviest), Nullable(&first_bad), &order_at, &offsets, &to.k, &active,
+            &xs, &shape(x), Nullable(&factor), Nullable(&heaviest), &first_bad, &order_at, &offsets, &to.k, &active,
             &centroids)?;
         if turn.is_some() {
             launch!(dev, Update, "shift", T::SUFFIX, elements(&[b, k]).div_ceil(THREADS / WARP), THREADS;
@@ -174,7 +171,7 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
     let pieces = Pieces { rows: plan.piece as u32, whole: (2 * plan.piece).min(SUM_ROWS) as u32 };
     let blocks = elements(&[b, n.div_ceil(plan.piece)]).div_ceil(SUM_THREADS / WARP);
     launch!(dev, Update, plan.kernel.name(), T::SUFFIX, blocks, SUM_THREADS;
-        &xs, &shape(x), Nullable(&factor), &largest, Nullable(&heaviest), Nullable(&first_bad), &labels_at, &order_at, &offsets,
+        &xs, &shape(x), Nullable(&factor), &largest, Nullable(&heaviest), &first_bad, &labels_at, &order_at, &offsets,
         &pieces, &to, &active, &verdict)?;
     if accumulator.is_some() || (x.dtype() == DType::F16 && factor.is_none() && summands.finite) {
         // Sums have planes for all terms, and all halves are integers of the scale: nothing is left.
@@ -182,5 +179,5 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
     }
     let blocks = elements(&[b, k, (d + 1).div_ceil(LEFT_COLUMNS)]).min(LEFT_BLOCKS);
     launch!(dev, Update, "update_exact", T::SUFFIX, blocks, LEFT_THREADS;
-        &xs, &shape(x), Nullable(&factor), Nullable(&first_bad), &order_at, &offsets, &to, &verdict)
+        &xs, &shape(x), Nullable(&factor), &first_bad, &order_at, &offsets, &to, &verdict)
 }

@@ -48,10 +48,10 @@ impl Total {
         Ok(Self(Accumulator::new([1, 1], Bounds { max_abs, max_weight: None, rows }, planes, &device)?))
     }
 
-    /// Adds the finite of `values`, each times its factor, both f64 `(b, n)`.
-    pub(super) fn add(&self, values: &Tensor, factors: Tensor) -> Result<()> {
+    /// Adds the finite of `values`, each times its factor, if there are any; both f64 `(b, n)`.
+    pub(super) fn add(&self, values: &Tensor, factors: Option<Tensor>) -> Result<()> {
         let x = Rows::new(&values.unsqueeze(2)?)?;
-        accumulate_all(&x, Some(factors), &self.0)
+        accumulate_all(&x, factors, &self.0)
     }
 
     /// The sums of all ranks, f64 `(b,)`.
@@ -69,7 +69,8 @@ impl Total {
 
 /// Adds all rows, each times its factor, to the one cluster of an accumulator.
 pub(super) fn accumulate_all(x: &Rows, row_scale: Option<Tensor>, to: &Accumulator) -> Result<()> {
-    let first_nonfinite = Tensor::full(u32::MAX, x.b, x.device())?;
+    // A row of one value may be anything: it is not finite, or counts. Others have a factor of 0 if they are not.
+    let first_nonfinite = Tensor::full(if x.d == 1 { 0 } else { u32::MAX }, x.b, x.device())?;
     let (max_abs, max_weight) = (to.max_abs.clone(), to.max_weight.clone());
     let reduction = if max_weight.is_some() || row_scale.is_none() { Reduction::Mean } else { Reduction::Sum };
     let terms = Summands { row_scale, max_abs, first_nonfinite, max_weight, finite: true };

@@ -418,7 +418,7 @@ impl Whole<'_> {
             }
             let beyond = cost.gt(f64::MAX)?.to_dtype(DType::U32)?.max(1)?.to_vec1::<u32>()?;
             infinite.iter_mut().zip(beyond).for_each(|(all, beyond)| *all += f64::from(beyond));
-            total.add(&cost, cost.ones_like()?)
+            total.add(&cost, None)
         })?;
         let mut totals = total.finish(feed)?.to_vec1::<f64>()?;
         for rank in feed.gather(infinite)? {

@@ -28,7 +28,7 @@ use crate::{
 use candle_core::{DType, Device, Shape, Tensor};
 use feed::{Block, Feed, Resident};
 use prepared::{Data, PreparedFit, RUNNING};
-use relocate::{add_sizes, relocate};
+use relocate::{add_sizes, gather_sizes, relocate};
 use std::{ops::ControlFlow, path::Path};
 
 impl KMeans {
@@ -255,12 +255,17 @@ impl Lloyd<'_> {
                 return Ok((flow, iteration - 1));
             }
             if relocates {
-                let relocations = self.relocations(feed, sizes)?;
+                let (sizes, mut relocations) = (gather_sizes(sizes, feed)?, None);
+                if let Some(lacking) = self.lacking(&sizes)? {
+                    orders.clear();
+                    relocations = Some(self.relocations(feed, sizes, &lacking)?);
+                }
                 let mut orders = orders.iter();
                 feed.for_each_block(&mut |block| {
-                    let moved = relocate(block, &relocations)?;
-                    let order = orders.next().filter(|_| !moved);
-                    self.add(block, order.map_or(Labels::Unsorted(block.labels), Labels::Sorted), next)
+                    if let Some(relocations) = &relocations {
+                        relocate(block, relocations)?;
+                    }
+                    self.add(block, orders.next().map_or(Labels::Unsorted(block.labels), Labels::Sorted), next)
                 })?;
             }
             self.finish(feed, next)?;

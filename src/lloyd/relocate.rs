@@ -52,18 +52,19 @@ pub(super) fn gather_sizes(sizes: Sizes, feed: &mut dyn Feed) -> Result<Sizes> {
 }
 
 impl Lloyd<'_> {
+    /// The problems that have not converged and have an empty cluster, if there are any.
+    pub(super) fn lacking(&self, sizes: &Sizes) -> Result<Option<Vec<bool>>> {
+        let stop = self.progress.stop.to_vec1::<u32>()?;
+        let lacking: Vec<_> = sizes.iter().zip(stop).map(|(s, stop)| stop == RUNNING && s.contains(&0)).collect();
+        Ok(lacking.contains(&true).then_some(lacking))
+    }
+
     /// Which rows go to clusters that are empty: the farthest from their centroids, if they have a weight and leave no other
     /// cluster empty. Each block and rank names as many as all clusters could take.
-    pub(super) fn relocations(&self, feed: &mut dyn Feed, sizes: Sizes) -> Result<Relocations> {
-        let (mut sizes, stop) = (gather_sizes(sizes, feed)?, self.progress.stop.to_vec1::<u32>()?);
-        let lacking: Vec<_> = sizes.iter().zip(stop).map(|(s, stop)| stop == RUNNING && s.contains(&0)).collect();
-        let mut relocations: Relocations = vec![vec![]; sizes.len()];
-        if !lacking.contains(&true) {
-            return Ok(relocations);
-        }
+    pub(super) fn relocations(&self, feed: &mut dyn Feed, mut sizes: Sizes, lacking: &[bool]) -> Result<Relocations> {
         let mut farthest: Vec<Vec<Candidate>> = vec![vec![]; sizes.len()];
         feed.for_each_block(&mut |block| {
-            for (b, candidates) in self.candidates(block, &lacking)?.into_iter().enumerate() {
+            for (b, candidates) in self.candidates(block, lacking)?.into_iter().enumerate() {
                 farthest[b].extend(candidates);
                 keep_farthest(&mut farthest[b], self.settings.k);
             }
@@ -73,47 +74,53 @@ impl Lloyd<'_> {
         for rank in feed.gather(encode(&farthest))? {
             decode(&rank, &mut all);
         }
-        for (b, mut farthest) in all.into_iter().enumerate() {
+        let of_problem = |(mut farthest, size): (Vec<Candidate>, &mut Vec<u64>)| {
             keep_farthest(&mut farthest, usize::MAX);
-            let (size, mut farthest) = (&mut sizes[b], farthest.into_iter());
-            let empty: Vec<_> = (0..size.len()).filter(|&j| lacking[b] && size[j] == 0).collect();
+            let (mut farthest, mut relocations) = (farthest.into_iter(), vec![]);
+            let empty: Vec<_> = (0..size.len()).filter(|&j| size[j] == 0).collect();
             for cluster in empty {
                 // A cluster's last row would leave it empty.
                 let Some(found) = farthest.find(|found| size[found.label as usize] > 1) else { break };
                 size[found.label as usize] -= 1;
                 size[cluster] += 1;
-                relocations[b].push((found.row, cluster as u32));
+                relocations.push((found.row, cluster as u32));
             }
-        }
-        Ok(relocations)
+            relocations
+        };
+        Ok(all.into_iter().zip(&mut sizes).map(of_problem).collect())
     }
 
-    /// The rows of a block that may move, of problems that lack some.
+    /// The rows of a block that may move, of problems that lack some: of each as many as it has clusters.
     fn candidates(&self, block: Block<'_>, lacking: &[bool]) -> Result<Vec<Vec<Candidate>>> {
-        let (x, metric) = (block.x, self.settings.metric);
+        let (x, k, metric) = (block.x, self.settings.k, self.settings.metric);
         let distances =
             primitives::distances(x, &Rows::new(self.centroids)?, block.labels, metric)?.to_vec2::<f64>()?;
         let weights = seed_weights(x, block.weights, self.settings)?.map(|w| w.to_vec2::<f64>()).transpose()?;
         let labels = block.labels.to_vec2::<u32>()?;
         let of_problem = |b: usize| {
+            let far = &distances[b];
             // A row on its centroid has nowhere better to be, and one of no weight moves no centroid.
             let movable = |&i: &usize| {
-                let away = distances[b][i] > 0.0 || metric == Metric::Dot && !distances[b][i].is_nan();
+                let away = far[i] > 0.0 || metric == Metric::Dot && !far[i].is_nan();
                 away && weights.as_ref().is_none_or(|weights| weights[b][i] > 0.0)
             };
-            let rows = if lacking[b] { x.n } else { 0 };
-            let candidate = |i| Candidate { distance: distances[b][i], row: block.first + i, label: labels[b][i] };
-            (0..rows).filter(movable).map(candidate).collect()
+            let mut rows: Vec<_> = (0..if lacking[b] { x.n } else { 0 }).filter(movable).collect();
+            if rows.len() > k {
+                rows.select_nth_unstable_by(k, |&i, &j| far[j].total_cmp(&far[i]).then(i.cmp(&j)));
+                rows.truncate(k);
+            }
+            let candidate = |i: usize| Candidate { distance: far[i], row: block.first + i, label: labels[b][i] };
+            rows.into_iter().map(candidate).collect()
         };
         Ok((0..x.b).map(of_problem).collect())
     }
 }
 
-/// Gives the rows of a block to the clusters that they go to, and says whether there are any.
-pub(super) fn relocate(block: Block<'_>, relocations: &Relocations) -> Result<bool> {
+/// Gives the rows of a block to the clusters that they go to.
+pub(super) fn relocate(block: Block<'_>, relocations: &Relocations) -> Result<()> {
     let rows = block.first..block.first + block.x.n;
     if !relocations.iter().flatten().any(|(row, _)| rows.contains(row)) {
-        return Ok(false);
+        return Ok(());
     }
     let mut labels = block.labels.to_vec2::<u32>()?;
     for (labels, relocations) in labels.iter_mut().zip(relocations) {
@@ -122,8 +129,7 @@ pub(super) fn relocate(block: Block<'_>, relocations: &Relocations) -> Result<bo
         }
     }
     let labels = Tensor::from_vec(labels.concat(), block.labels.shape(), block.labels.device())?;
-    primitives::overwrite(block.labels, &labels)?;
-    Ok(true)
+    primitives::overwrite(block.labels, &labels)
 }
 
 /// Keeps the farthest `count` candidates, in order, the first rows of equals.

@@ -59,15 +59,15 @@ pub(super) fn threshold(
                 None => finite,
             });
         }
-        let ones = || Ok::<_, crate::Error>(Tensor::ones((b, block.x.n), DType::F64, device)?);
         if masked {
-            counts.add(&ones()?, factors.clone().map_or_else(ones, Ok)?)?;
+            let ones = Tensor::ones((b, block.x.n), DType::F64, device)?;
+            counts.add(&ones, factors.clone())?;
         }
         accumulate_all(block.x, factors.clone(), &columns)?;
         let first = Tensor::zeros((b, block.x.n), DType::U32, device)?;
         let distances = primitives::distances(block.x, &Rows::new(&origin)?, &first, EUCLIDEAN)?;
         drop(first);
-        squares.add(&distances, factors.map_or_else(ones, Ok)?)
+        squares.add(&distances, factors)
     })?;
     let counted = match masked {
         true => counts.finish(feed)?,

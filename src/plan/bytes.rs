@@ -45,6 +45,12 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
     // The weights of rows as seeds, and the memory that finds them.
     let seeds = if p.metric == Metric::Cosine || !settings.check_finite { 32 * bn } else { 0 };
     let begins = begins + b * k * d * size + seeds;
+    // The variance that `tol` is a share of: which cluster rows are in, their distances and which count, and sums in two planes.
+    let variance = match settings.tol > 0.0 && p.metric != Metric::Cosine {
+        true => 12 * bn + if weighted { 16 * bn } else { 0 } + seeds + b * (32 * (d + 1) + 8 * d + 512),
+        false => 0,
+    };
+    let begins = begins.max(variance);
     // The loop: what assigns.
     let (assigns, updates) = if cpu {
         let threads = rayon::current_num_threads() as u64 + 1;
