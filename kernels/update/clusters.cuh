@@ -24,8 +24,8 @@ __device__ __forceinline__ void Verdict::decide_convergence(int64_t b, double* s
     shift[b] = 0;
 }
 
-/// Adds what `v`, of a column or (column `d`) of a weight, has below the scale to the other planes of its slot, rounded down
-/// to the unit of the last one. Returns the rest as an integer of the scale.
+/// Adds what `v`, of a column or (column `d`) of a weight, has below the scale to the other planes of its slot, rounded
+/// down to the unit of the last one. Returns the rest as an integer of the scale.
 template <class T>
 __device__ __forceinline__ __int128 Clusters<T>::split(int64_t b, int64_t cluster, int64_t column, double v,
                                                        int scale) const {

@@ -22,8 +22,8 @@
 
 /// Each warp takes a piece.
 template <class T, int EACH, bool FACTOR>
-__device__ void update(const T* x, const Rows& r, const double* factor, const double* largest, const double* heaviest,
-                       const uint32_t* first_bad, const uint32_t* labels, const uint32_t* order,
+__device__ void update(const T* x, const Rows& r, const double* factor, const double* max_abs, const double* max_weight,
+                       const uint32_t* first_nonfinite, const uint32_t* labels, const uint32_t* order,
                        const uint32_t* offsets, const Pieces& pieces, const Clusters<T>& to, const Active& active,
                        const Verdict& verdict) {
     using Worker = PieceWarp<T, EACH, FACTOR>;
@@ -63,9 +63,9 @@ __device__ void update(const T* x, const Rows& r, const double* factor, const do
                            factor ? factor + b * r.n : nullptr,
                            order ? order + b * r.n + begin : nullptr,
                            begin,
-                           Units<T>(largest[b], heaviest ? heaviest[b] : 1, to.rows,
-                                    first_bad && first_bad[b] != UINT32_MAX),
-                           heaviest ? fixed_scale(heaviest[b], to.rows) : 0,
+                           Units<T>(max_abs[b], max_weight ? max_weight[b] : 1, to.rows,
+                                    first_nonfinite && first_nonfinite[b] != UINT32_MAX),
+                           max_weight ? fixed_scale(max_weight[b], to.rows) : 0,
                            lane,
                            lanes,
                            lane / lanes,
@@ -115,30 +115,30 @@ constexpr int BLOCKS = FACTOR                                          ? SUM_BLO
 
 #define UPDATE(name, T, EACH, FACTOR)                                                                                  \
     extern "C" __global__ void __launch_bounds__(SUM_THREADS, (BLOCKS<T, EACH, FACTOR>))                               \
-        name(const T* x, Rows r, const double* factor, const double* largest, const double* heaviest,                  \
-             const uint32_t* first_bad, const uint32_t* labels, const uint32_t* order, const uint32_t* offsets,        \
+        name(const T* x, Rows r, const double* factor, const double* max_abs, const double* max_weight,                \
+             const uint32_t* first_nonfinite, const uint32_t* labels, const uint32_t* order, const uint32_t* offsets,  \
              Pieces pieces, Clusters<T> to, Active active, Verdict verdict) {                                          \
-        update<T, EACH, FACTOR>(x, r, factor, largest, heaviest, first_bad, labels, order, offsets, pieces, to,        \
-                                active, verdict);                                                                      \
+        update<T, EACH, FACTOR>(x, r, factor, max_abs, max_weight, first_nonfinite, labels, order, offsets, pieces,    \
+                                to, active, verdict);                                                                  \
     }
 #define INSTANCE(name, T)                                                                                              \
     UPDATE(update_##name, T, 16 / sizeof(T), false)                                                                    \
     UPDATE(update_weighted_##name, T, (sizeof(T) > 4 ? 2 : 4), true)                                                   \
     UPDATE(update_narrow_##name, T, 1, false)                                                                          \
     UPDATE(update_narrow_weighted_##name, T, 1, true)                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                           \
-        medians_##name(const T* x, Rows r, const double* weights, const double* max_weight, const uint32_t* first_bad, \
-                       const uint32_t* order, const uint32_t* offsets, int64_t k, Active active, T* out) {             \
-        medians(x, r, weights, max_weight, first_bad, order, offsets, k, active, out);                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3) medians_##name(                                           \
+        const T* x, Rows r, const double* weights, const double* max_weight, const uint32_t* first_nonfinite,          \
+        const uint32_t* order, const uint32_t* offsets, int64_t k, Active active, T* out) {                            \
+        medians(x, r, weights, max_weight, first_nonfinite, order, offsets, k, active, out);                           \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(LEFT_THREADS)                                                         \
-        update_exact_##name(const T* x, Rows r, const double* factor, const uint32_t* first_bad,                       \
+        update_exact_##name(const T* x, Rows r, const double* factor, const uint32_t* first_nonfinite,                 \
                             const uint32_t* order, const uint32_t* offsets, Clusters<T> to, Verdict verdict) {         \
-        update_exact(x, r, factor, first_bad, order, offsets, to, verdict);                                            \
+        update_exact(x, r, factor, first_nonfinite, order, offsets, to, verdict);                                      \
     }                                                                                                                  \
-    extern "C" __global__ void finish_##name(Clusters<T> to, const double* largest, const double* heaviest, Active active, \
-                                             Verdict verdict) {                                                        \
-        finish(to, largest, heaviest, active, verdict);                                                                \
+    extern "C" __global__ void finish_##name(Clusters<T> to, const double* max_abs, const double* max_weight,          \
+                                             Active active, Verdict verdict) {                                         \
+        finish(to, max_abs, max_weight, active, verdict);                                                              \
     }                                                                                                                  \
     extern "C" __global__ void shift_##name(const T* old, int64_t b, Clusters<T> to, Active active) {                  \
         shift(old, b, to, active);                                                                                     \
