@@ -22,9 +22,9 @@ pub(super) struct Sorted<'a, T> {
     pub(super) factor: Option<&'a [f64]>,
     pub(super) order: Option<&'a [u32]>,
     pub(super) offsets: Option<&'a [u32]>,
-    pub(super) largest: &'a [f64],
-    pub(super) first_bad: &'a [u32],
-    pub(super) heaviest: Option<&'a [f64]>,
+    pub(super) max_abs: &'a [f64],
+    pub(super) first_nonfinite: &'a [u32],
+    pub(super) max_weight: Option<&'a [f64]>,
     pub(super) k: usize,
     /// The rows that sums have room for, and the planes that they are kept on; none for as many as terms need.
     pub(super) grid_rows: usize,
@@ -41,7 +41,7 @@ impl<T: Element> Sorted<'_, T> {
 
     /// Whether a row counts: one that is not finite weighs nothing.
     fn counts(&self, b: usize, row: usize) -> bool {
-        self.first_bad[b] == u32::MAX || self.x.row(b, row).iter().all(|v| v.wide().is_finite())
+        self.first_nonfinite[b] == u32::MAX || self.x.row(b, row).iter().all(|v| v.wide().is_finite())
     }
 
     /// The rows of a cluster that count.
@@ -57,13 +57,13 @@ impl<T: Element> Sorted<'_, T> {
     /// The sum of a cluster's weights, and its grid.
     pub(super) fn weight(&self, b: usize, j: usize) -> (Sums, Grid) {
         let mut sum = Sums::new(1);
-        let Some(heaviest) = self.heaviest else {
-            let all = self.first_bad[b] == u32::MAX;
+        let Some(max_weight) = self.max_weight else {
+            let all = self.first_nonfinite[b] == u32::MAX;
             let rows = if all { self.range(b, j).len() } else { self.members(b, j).count() };
             sum.first()[0] = rows as i128;
             return (sum, UNITS);
         };
-        let grid = self.grid(heaviest[b]);
+        let grid = self.grid(max_weight[b]);
         for row in self.members(b, j) {
             sum.add(0, self.row_weight(b, row), grid);
         }
@@ -82,7 +82,7 @@ impl<T: Element> Sorted<'_, T> {
     /// The sums of the columns; none of no rows.
     pub(super) fn sums(&self, b: usize, j: usize) -> Result<Option<(Sums, Grid)>> {
         let Range { start, end } = self.range(b, j);
-        let grid = self.grid(self.largest[b]);
+        let grid = self.grid(self.max_abs[b]);
         let part = |p: usize| self.sum(b, start + p * CPU_SUM_ROWS, end.min(start + (p + 1) * CPU_SUM_ROWS), grid);
         let parts = (end - start).div_ceil(CPU_SUM_ROWS);
         Ok(host::reduce(parts, CPU_SUM_ROWS * self.x.rows.d, part, Sums::join)?.map(|sums| (sums, grid)))
@@ -129,7 +129,7 @@ impl<T: Element> Sorted<'_, T> {
         let median = |c: usize| {
             column.clear();
             column.extend(members.iter().map(|&(i, weight)| (self.x.row(b, i)[c].wide(), weight)));
-            median(&mut column, self.heaviest.map(|heaviest| self.grid(heaviest[b])))
+            median(&mut column, self.max_weight.map(|max_weight| self.grid(max_weight[b])))
         };
         (!members.is_empty()).then(|| (0..self.x.rows.d).map(median).collect())
     }
@@ -202,7 +202,7 @@ impl<T: Element> NullaryFnOnce for AddRows<'_, T> {
     #[inline(always)]
     fn call(self) {
         let Self { rows, b, positions, grid, rounders, limbs, sums } = self;
-        let (n, d, dirty) = (rows.x.rows.n, rows.x.rows.d, rows.first_bad[b] != u32::MAX);
+        let (n, d, dirty) = (rows.x.rows.n, rows.x.rows.d, rows.first_nonfinite[b] != u32::MAX);
         let row = |p: usize| rows.row(b, p);
         let (mut values, mut rest) = (vec![Scalar::of(0.0); d], vec![0f64; d]);
         for p in positions.clone() {

@@ -77,9 +77,9 @@ pub(crate) fn finish(f: &Finish<'_>, centroids: Target<'_>) -> Result<()> {
     let (planes, b, k, d) = (sums.dim(0)?, sums.dim(1)?, sums.dim(2)?, sums.dim(3)? - 1);
     typed!(centroids.dtype(), T => {
         let over = finished(turn)?;
-        let ([largest], heaviest) = (lock([max_abs]), max_weight.as_ref().map(|h| lock([h])));
-        let largest = largest.flat::<f64>()?;
-        let heaviest = heaviest.as_ref().map(|[h]| h.flat::<f64>()).transpose()?;
+        let ([max_abs], max_weight) = (lock([max_abs]), max_weight.as_ref().map(|w| lock([w])));
+        let max_abs = max_abs.flat::<f64>()?;
+        let max_weight = max_weight.as_ref().map(|[w]| w.flat::<f64>()).transpose()?;
         let replaced = read_and_write([sums], centroids, |[sums], centroids: &mut [T]| {
             let sums = sums.flat::<i64>()?;
             let mut shifts = host::filled("finish", b * k, 0.0)?;
@@ -91,8 +91,8 @@ pub(crate) fn finish(f: &Finish<'_>, centroids: Target<'_>) -> Result<()> {
                     let digits: Vec<_> = (0..grid.planes).map(|plane| at(plane, c)).collect();
                     grid.rounded(&digits)
                 };
-                let of_columns = grid(largest[i / k], *rows, Some(planes));
-                let of_weight = heaviest.map_or(UNITS, |h| grid(h[i / k], *rows, Some(planes)));
+                let of_columns = grid(max_abs[i / k], *rows, Some(planes));
+                let of_weight = max_weight.map_or(UNITS, |w| grid(w[i / k], *rows, Some(planes)));
                 let sums: Vec<Scaled> = (0..d).map(|c| sum(c, of_columns)).collect();
                 if let Some(values) = divided(reduction, sums, || sum(d, of_weight)) {
                     *shift = write_centroid(row, values);
@@ -149,8 +149,8 @@ fn with_sorted<T: Element, O: Stored, R>(
     let sorted = own.or(given);
     let (max_abs, max_weight) =
         to.map_or((&summands.max_abs, &summands.max_weight), |to| (&to.max_abs, &to.max_weight));
-    let ([largest, first_bad], heaviest) =
-        (lock([max_abs, &summands.first_nonfinite]), max_weight.as_ref().map(|h| lock([h])));
+    let ([max_abs, first_nonfinite], max_weight) =
+        (lock([max_abs, &summands.first_nonfinite]), max_weight.as_ref().map(|w| lock([w])));
     let shared = [&x.operand, or(summands.row_scale.as_ref(), &x.operand)];
     read_and_write(shared, target, |[xs, factor], out| {
         let clusters = Sorted {
@@ -159,9 +159,9 @@ fn with_sorted<T: Element, O: Stored, R>(
             factor: summands.row_scale.as_ref().map(|_| factor.flat::<f64>()).transpose()?,
             order: sorted.map(|(order, _)| order),
             offsets: sorted.map(|(_, offsets)| offsets),
-            largest: largest.flat()?,
-            first_bad: first_bad.flat()?,
-            heaviest: heaviest.as_ref().map(|[h]| h.flat::<f64>()).transpose()?,
+            max_abs: max_abs.flat()?,
+            first_nonfinite: first_nonfinite.flat()?,
+            max_weight: max_weight.as_ref().map(|[w]| w.flat::<f64>()).transpose()?,
             k,
             grid_rows: to.map_or(x.n, |to| to.rows),
             planes: to.map(|to| to.sums.dim(0)).transpose()?,

@@ -236,10 +236,10 @@ impl Found {
             all.iter_mut().zip(rank).for_each(|(all, rank)| *all = all.max(rank));
         }
         let (max_abs, rest) = all.split_at(p.b);
-        let (min_abs, first_bad) = rest.split_at(p.b);
-        let bad = first_bad.iter().position(|&bad| bad > -f64::INFINITY);
+        let (min_abs, first_nonfinite) = rest.split_at(p.b);
+        let bad = first_nonfinite.iter().position(|&bad| bad > -f64::INFINITY);
         if let (Some(batch), true) = (bad, settings.check_finite) {
-            return Err(Error::NonFinite { argument: "x", batch, row: -first_bad[batch] as usize });
+            return Err(Error::NonFinite { argument: "x", batch, row: -first_nonfinite[batch] as usize });
         }
         let min_abs = min_abs.iter().map(|v| -v).collect();
         Ok(Self { max_abs: max_abs.to_vec(), min_abs, all_finite: bad.is_none() })
@@ -251,10 +251,10 @@ impl Whole<'_> {
     fn bound(&self, feed: &mut Blocks, found: &Found) -> Result<usize> {
         let (p, device) = (self.p, self.x.device());
         let one = Tensor::ones(p.b, DType::F64, device)?;
-        let [heaviest, lightest] = match self.weights {
+        let [max_weight, min_weight] = match self.weights {
             Some(weights) => {
-                let heaviest = weights.heaviest.to_vec1::<f64>()?;
-                [heaviest, primitives::min_magnitude(&Rows::new(&weights.values.unsqueeze(2)?)?)?.to_vec1::<f64>()?]
+                let max_weight = weights.max_weight.to_vec1::<f64>()?;
+                [max_weight, primitives::min_magnitude(&Rows::new(&weights.values.unsqueeze(2)?)?)?.to_vec1::<f64>()?]
             }
             None => [vec![1.0; p.b], vec![1.0; p.b]],
         };
@@ -262,14 +262,14 @@ impl Whole<'_> {
         let (mut planes, mut max_abs) = (1, vec![0.0; p.b]);
         for b in 0..p.b {
             let (most, least) = (found.max_abs[b], found.min_abs[b]);
-            max_abs[b] = if cosine { 2.0 } else { most } * heaviest[b];
-            if least == f64::INFINITY || lightest[b] == f64::INFINITY {
+            max_abs[b] = if cosine { 2.0 } else { most } * max_weight[b];
+            if least == f64::INFINITY || min_weight[b] == f64::INFINITY {
                 continue;
             }
             // A value has no bits below its last one, and neither has a product.
             let mut lowest = fixed::exponent(least) - 1 - mantissa_bits(p.dtype);
             if cosine || self.weights.is_some() {
-                lowest = fixed::exponent(least) + fixed::exponent(lightest[b]) - 2 - 52;
+                lowest = fixed::exponent(least) + fixed::exponent(min_weight[b]) - 2 - 52;
             }
             if cosine {
                 // The factor is by no more than the largest norm smaller, and rounded once more.
@@ -277,8 +277,8 @@ impl Whole<'_> {
             }
             planes = planes.max(Grid::down_to(lowest.max(-1074), max_abs[b], p.n).planes);
             if self.weights.is_some() && !cosine {
-                let lowest = (fixed::exponent(lightest[b]) - 1 - 52).max(-1074);
-                planes = planes.max(Grid::down_to(lowest, heaviest[b], p.n).planes);
+                let lowest = (fixed::exponent(min_weight[b]) - 1 - 52).max(-1074);
+                planes = planes.max(Grid::down_to(lowest, max_weight[b], p.n).planes);
             }
         }
         let max_abs = Tensor::from_vec(max_abs, p.b, device)?;
@@ -296,8 +296,8 @@ impl Whole<'_> {
                 });
             }
             let weighs = factors.is_some() && !cosine;
-            let heaviest = self.weights.map_or(&one, |weights| &weights.heaviest);
-            held.summands.max_weight = weighs.then(|| heaviest.clone());
+            let max_weight = self.weights.map_or(&one, |weights| &weights.max_weight);
+            held.summands.max_weight = weighs.then(|| max_weight.clone());
             held.update = UpdatePlan::new(
                 p.dtype,
                 [p.b, held.x.n, p.k, p.d],
@@ -373,8 +373,8 @@ impl Whole<'_> {
 
     fn cluster_weights(&self, feed: &mut Blocks, planes: usize) -> Result<Tensor> {
         let (p, device) = (self.p, self.x.device());
-        let Some(Weights { heaviest, unit, .. }) = self.weights else { unreachable!("they were asked for") };
-        let bounds = Bounds { max_abs: heaviest.clone(), max_weight: None, rows: p.n };
+        let Some(Weights { max_weight, unit, .. }) = self.weights else { unreachable!("they were asked for") };
+        let bounds = Bounds { max_abs: max_weight.clone(), max_weight: None, rows: p.n };
         let sums = Accumulator::new([p.k, 1], bounds, planes, device)?;
         feed.for_each_block(&mut |block| {
             let Some(weights) = block.weights else { return Ok(()) };
@@ -393,7 +393,7 @@ impl Whole<'_> {
     fn inertia(&self, feed: &mut Blocks, centroids: &Tensor, found: &Found) -> Result<Tensor> {
         let (p, device, c) = (self.p, self.x.device(), Rows::new(centroids)?);
         let of_centroids = primitives::max_abs_and_first_nonfinite(&c)?.0.to_vec1::<f64>()?;
-        let heaviest = self.weights.map_or(Ok(vec![1.0; p.b]), |weights| weights.heaviest.to_vec1::<f64>())?;
+        let max_weight = self.weights.map_or(Ok(vec![1.0; p.b]), |weights| weights.max_weight.to_vec1::<f64>())?;
         // With room for what rounding adds.
         let bound = |b: usize| {
             let (x, c, d) = (found.max_abs[b], of_centroids[b], p.d as f64);
@@ -402,7 +402,7 @@ impl Whole<'_> {
                 Metric::Dot => 2.0 * x * c * d,
                 _ => 2.0 * (x + c) * (x + c) * d,
             };
-            (farthest * heaviest[b]).min(f64::MAX)
+            (farthest * max_weight[b]).min(f64::MAX)
         };
         let bounds: Vec<_> = (0..p.b).map(bound).collect();
         let planes = bounds.iter().map(|&bound| Grid::of_f64(bound, p.n).planes).max().unwrap_or(1);

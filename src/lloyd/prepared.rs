@@ -241,13 +241,13 @@ impl PreparedFit {
         let x = primitives::pack(&x, self.plan.pack, &mut self.copy)?;
         let counted = self.ragged.as_ref().map(|ragged| scan_counted(&x, &ragged.ones)).transpose()?;
         let mut summands = Summands::from_rows(&x)?;
-        let mut first_bad = summands.first_nonfinite.clone();
-        if let Some((largest, bad)) = counted {
+        let mut first_nonfinite = summands.first_nonfinite.clone();
+        if let Some(counted) = counted {
             // Padding may still hold what is not finite, which sums have to know.
-            (summands.max_abs, first_bad) = (largest, bad);
+            (summands.max_abs, first_nonfinite) = counted;
         }
         if self.settings.check_finite {
-            refuse_non_finite("x", &first_bad)?;
+            refuse_non_finite("x", &first_nonfinite)?;
             // Padding has not been looked at.
             summands.finite = self.ragged.is_none();
         }
@@ -258,16 +258,16 @@ impl PreparedFit {
             let threshold = threshold(&mut feed, &self.p, &bounds, usable, self.settings.tol)?;
             self.progress.threshold.slice_set(&threshold, 0, 0)?;
         }
-        if let Some(Weights { values, heaviest, .. }) = &self.weights {
-            summands.max_abs = (summands.max_abs * heaviest)?;
-            (summands.row_scale, summands.max_weight) = (Some(values.clone()), Some(heaviest.clone()));
+        if let Some(Weights { values, max_weight, .. }) = &self.weights {
+            summands.max_abs = (summands.max_abs * max_weight)?;
+            (summands.row_scale, summands.max_weight) = (Some(values.clone()), Some(max_weight.clone()));
         }
         if self.p.metric == Metric::Cosine {
             let inverse = primitives::elementwise([&primitives::norms(&x)?], |[norms]| norms.recip())?;
             // Columns of a unit vector, with room for rounding, times the weight.
             (summands.row_scale, summands.max_abs) = match &self.weights {
-                Some(Weights { values, heaviest, .. }) => {
-                    (Some(primitives::elementwise([values, &inverse], |[w, i]| w * i)?), (heaviest * 2.0)?)
+                Some(Weights { values, max_weight, .. }) => {
+                    (Some(primitives::elementwise([values, &inverse], |[w, i]| w * i)?), (max_weight * 2.0)?)
                 }
                 None => (Some(inverse), Tensor::full(2f64, x.b, &self.device)?),
             };
