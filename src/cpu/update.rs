@@ -3,7 +3,7 @@
 use super::{
     sort::order,
     sums::{grid, Sorted, UNITS},
-    tensors::{finished, lock, or, read_and_write, typed, write, Element, Stored},
+    tensors::{converged, lock, or, read_and_write, typed, write, Element, Stored},
 };
 use crate::{
     error::{Error, Result},
@@ -20,19 +20,19 @@ pub(crate) fn update(u: &Update<'_>, centroids: Target<'_>) -> Result<()> {
     launches::record(plan.kernel.name(), x.dtype().as_str());
     let (b, k, d) = (x.b, centroids.dims()[centroids.dims().len() - 2], x.d);
     typed!(x.dtype(), T => {
-        let over = finished(turn)?;
+        let converged = converged(turn)?;
         let shifts: Vec<f64> = with_sorted(u, k, None, centroids, |clusters, centroids: &mut [T]| {
             let mut shifts = host::filled("update", b * k, 0.0)?;
             let all = centroids.chunks_mut(d).zip(&mut shifts).enumerate();
-            let going = all.filter(|(i, _)| !over.get(i / k).is_some_and(|&over| over)).collect();
+            let active = all.filter(|(i, _)| !converged.get(i / k).is_some_and(|&c| c)).collect();
             let replace = |_: &mut (), (i, (row, shift)): (usize, (&mut [T], &mut f64))| {
                 *shift = replace(clusters, [i / k, i % k], reduction, row)?;
                 Ok(())
             };
-            host::for_each(going, d * (8 + 2 * (x.n / k)), || (), replace)?;
+            host::for_each(active, d * (8 + 2 * (x.n / k)), || (), replace)?;
             Ok(shifts)
         })?;
-        decide_convergence(turn, &over, &shifts)
+        decide_convergence(turn, &converged, &shifts)
     })
 }
 
@@ -41,7 +41,7 @@ pub(crate) fn accumulate(u: &Update<'_>, to: &Accumulator) -> Result<()> {
     let &Update { x, reduction, .. } = u;
     let (planes, b, k) = (to.sums.dim(0)?, x.b, to.sums.dim(2)?);
     typed!(x.dtype(), T => {
-        let over = finished(u.turn)?;
+        let converged = converged(u.turn)?;
         with_sorted::<T, i64, ()>(u, k, Some(to), (&to.sums).into(), |clusters, sums| {
             // The planes of each cluster.
             let (of_cluster, mut all) = (2 * (x.d + 1), Vec::new());
@@ -50,7 +50,7 @@ pub(crate) fn accumulate(u: &Update<'_>, to: &Accumulator) -> Result<()> {
                 all.iter_mut().zip(plane.chunks_mut(of_cluster)).for_each(|(all, plane)| all.push(plane));
             }
             let all = all.into_iter().enumerate();
-            let going = all.filter(|(i, _)| !over.get(i / k).is_some_and(|&over| over)).collect();
+            let active = all.filter(|(i, _)| !converged.get(i / k).is_some_and(|&c| c)).collect();
             let add = |_: &mut (), (i, mut planes): (usize, Vec<&mut [i64]>)| {
                 let (b, j) = (i / k, i % k);
                 let Some((sums, _)) = clusters.sums(b, j)? else { return Ok(()) };
@@ -66,7 +66,7 @@ pub(crate) fn accumulate(u: &Update<'_>, to: &Accumulator) -> Result<()> {
                 }
                 Ok(())
             };
-            host::for_each(going, x.d * (8 + 2 * (x.n / k)), || (), add)
+            host::for_each(active, x.d * (8 + 2 * (x.n / k)), || (), add)
         })
     })
 }
@@ -76,7 +76,7 @@ pub(crate) fn finish(f: &Finish<'_>, centroids: Target<'_>) -> Result<()> {
     let &Finish { sums: Accumulator { sums, max_abs, max_weight, rows }, reduction, turn } = f;
     let (planes, b, k, d) = (sums.dim(0)?, sums.dim(1)?, sums.dim(2)?, sums.dim(3)? - 1);
     typed!(centroids.dtype(), T => {
-        let over = finished(turn)?;
+        let converged = converged(turn)?;
         let ([max_abs], max_weight) = (lock([max_abs]), max_weight.as_ref().map(|w| lock([w])));
         let max_abs = max_abs.flat::<f64>()?;
         let max_weight = max_weight.as_ref().map(|[w]| w.flat::<f64>()).transpose()?;
@@ -84,7 +84,7 @@ pub(crate) fn finish(f: &Finish<'_>, centroids: Target<'_>) -> Result<()> {
             let sums = sums.flat::<i64>()?;
             let mut shifts = host::filled("finish", b * k, 0.0)?;
             let all = centroids.chunks_mut(d).zip(&mut shifts).enumerate();
-            let going = all.filter(|(i, _)| !over.get(i / k).is_some_and(|&over| over)).collect();
+            let active = all.filter(|(i, _)| !converged.get(i / k).is_some_and(|&c| c)).collect();
             let replace = |_: &mut (), (i, (row, shift)): (usize, (&mut [T], &mut f64))| {
                 let at = |plane: usize, c: usize| load(&sums[2 * ((plane * b * k + i) * (d + 1) + c)..]);
                 let sum = |c: usize, grid: Grid| {
@@ -99,15 +99,15 @@ pub(crate) fn finish(f: &Finish<'_>, centroids: Target<'_>) -> Result<()> {
                 }
                 Ok(())
             };
-            host::for_each(going, d * planes * 8, || (), replace)?;
+            host::for_each(active, d * planes * 8, || (), replace)?;
             Ok::<Vec<f64>, Error>(shifts)
         });
         let shifts = replaced??;
         write(sums, |sums: &mut [i64]| {
             let all = sums.chunks_mut(k * (d + 1) * 2).enumerate();
-            all.filter(|(i, _)| !over.get(i % b).is_some_and(|&over| over)).for_each(|(_, sums)| sums.fill(0));
+            all.filter(|(i, _)| !converged.get(i % b).is_some_and(|&c| c)).for_each(|(_, sums)| sums.fill(0));
         })?;
-        decide_convergence(turn, &over, &shifts)
+        decide_convergence(turn, &converged, &shifts)
     })
 }
 
@@ -171,12 +171,12 @@ fn with_sorted<T: Element, O: Stored, R>(
 }
 
 /// Notes which problems have converged: those of which no centroid has moved farther than the threshold.
-fn decide_convergence(turn: Option<Turn<'_>>, over: &[bool], shifts: &[f64]) -> Result<()> {
+fn decide_convergence(turn: Option<Turn<'_>>, converged: &[bool], shifts: &[f64]) -> Result<()> {
     let Some(Turn { progress, iteration }) = turn else { return Ok(()) };
     let [thresholds] = lock([&progress.threshold]);
-    let (thresholds, k) = (thresholds.flat::<f64>()?, shifts.len() / over.len().max(1));
+    let (thresholds, k) = (thresholds.flat::<f64>()?, shifts.len() / converged.len().max(1));
     write(&progress.stop, |stop: &mut [u32]| {
-        for b in (0..over.len()).filter(|&b| !over[b]) {
+        for b in (0..converged.len()).filter(|&b| !converged[b]) {
             if shifts[b * k..][..k].iter().fold(0.0, |most: f64, &s| most.max(s)) <= thresholds[b] {
                 stop[b] = iteration as u32;
             }
