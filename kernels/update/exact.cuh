@@ -1,4 +1,9 @@
-// Clusters with a term that is no integer of their problem's scale, or with a row that is not finite.
+// The second pass of an update adds up the clusters that the first cannot: those with a term that is no integer of
+// their problem's scale, or with a row that is not finite. Their sums are Kulisch accumulators (`Exact`), which hold
+// any f64.
+//
+// Traffic: the rows of those clusters once (in a problem with rows that are not finite, once for each LEFT_COLUMNS
+// columns), and 16 bytes a column, written and read.
 #pragma once
 #include "update/clusters.cuh"
 

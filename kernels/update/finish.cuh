@@ -1,10 +1,11 @@
-// Means of clusters, from sums that blocks of rows and ranks have added to.
+// Sums that blocks of rows and ranks have added to become new centroids, and accumulators are merged.
 //
 // Traffic: the slots twice (read, then cleared), 16 bytes a column and plane, and the centroids twice.
 #pragma once
 #include "update/clusters.cuh"
 
-/// Each warp takes a cluster, and leaves zeros in its slot.
+/// Each warp replaces the centroid of a cluster, unless that has no weight, and leaves zeros in its slot. A sum is the
+/// digits of all planes, rounded once (`scaled`).
 template <class T>
 __device__ void finish(const Clusters<T>& to, const double* max_abs, const double* max_weight, const Active& active,
                        const Verdict& verdict) {
