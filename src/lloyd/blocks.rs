@@ -5,8 +5,8 @@ use super::{
     feed::{first_row, Block, Feed},
     prepared::RUNNING,
     relocate::{add_sizes, gather_sizes, sizes, Sizes},
-    terms::{finite_rows, scan_counted, weighed, Ragged, Weights},
     threshold::{threshold, Usable},
+    weights::{finite_rows, scan_counted, weighed, Ragged, Weights},
     Lloyd,
 };
 use crate::{

@@ -6,8 +6,8 @@ mod feed;
 pub(crate) mod prepared;
 mod relocate;
 mod seeds;
-mod terms;
 mod threshold;
+mod weights;
 
 use crate::{
     error::{Error, Result},

@@ -5,8 +5,8 @@ use super::{
     blocks::Whole,
     feed::{Block, Resident},
     relocate::sizes,
-    terms::{finite_rows, scan_counted, weighed, Ragged, Weights},
     threshold::{threshold, Usable},
+    weights::{finite_rows, scan_counted, weighed, Ragged, Weights},
 };
 use crate::{
     error::{Error, Result},

@@ -3,7 +3,7 @@
 use super::{
     accumulate::{accumulate_all, Bounds, Total},
     feed::Feed,
-    terms::finite_rows,
+    weights::finite_rows,
 };
 use crate::{
     error::Result,
