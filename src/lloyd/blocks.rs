@@ -3,10 +3,10 @@
 use super::{
     accumulate::{mantissa_bits, Bounds, Total},
     feed::{first_row, Block, Feed},
-    prepared::RUNNING,
-    relocate::{add_sizes, gather_sizes, sizes, Sizes},
+    prepared::{PreparedFit, RUNNING},
+    relocate::{add_sizes, gather_sizes, Sizes},
     threshold::{threshold, Usable},
-    weights::{finite_rows, scan_counted, weighed, Ragged, Weights},
+    weights::{counted_sizes, finite_rows, scan_counted, weighed, Ragged, Weights},
     Lloyd,
 };
 use crate::{
@@ -122,8 +122,23 @@ impl Feed for Blocks<'_> {
     }
 }
 
+impl PreparedFit {
+    /// Fits rows that are cut into so many `blocks` for each of so many `ranks`, from the centroids that a run on all of them
+    /// starts from.
+    pub(crate) fn fit_in_blocks(settings: &KMeans, x: &Tensor, blocks: usize, ranks: usize) -> Result<Fit> {
+        let p = Problem::fit(x, settings.k, settings.metric)?;
+        settings.check(&p, x.device())?;
+        let plan = settings.plan_of(&p, Rows::of(x.into()).map(|rows| rows.layout()), x.device())?;
+        let prepared = Self::new(settings, p, plan, x.device())?;
+        prepared.seed(&Rows::new(x)?, 0, settings.seed)?;
+        let Self { p, weights, ragged, centroids: start, settings, .. } = &prepared;
+        let (weights, ragged, x) = (weights.as_ref(), ragged.as_ref(), &x.reshape((p.b, p.n, p.d))?);
+        Whole { settings, p, x, start, weights, ragged, blocks, ranks }.fit()
+    }
+}
+
 /// All rows, and how ranks cut them.
-pub(super) struct Whole<'a> {
+struct Whole<'a> {
     pub settings: &'a KMeans,
     pub p: &'a Problem,
     /// `(b, n, d)`.
@@ -365,7 +380,7 @@ impl Whole<'_> {
     fn counts(&self, feed: &mut Blocks) -> Result<Tensor> {
         let (mut all, k): (Sizes, _) = (vec![], self.p.k);
         feed.for_each_block(&mut |block| {
-            add_sizes(&mut all, &sizes(&primitives::order(block.labels, k)?, block.counted)?)
+            add_sizes(&mut all, &counted_sizes(&primitives::order(block.labels, k)?, block.counted)?)
         })?;
         let all = gather_sizes(all, feed)?.concat().into_iter().map(|size| size as u32).collect();
         Ok(Tensor::from_vec(all, (self.p.b, k), self.x.device())?)

@@ -1,7 +1,7 @@
 //! A fit, and the one Lloyd loop.
 
 mod accumulate;
-pub(crate) mod blocks;
+mod blocks;
 mod feed;
 pub(crate) mod prepared;
 mod relocate;
@@ -30,6 +30,7 @@ use feed::{Block, Feed, Resident};
 use prepared::{Data, PreparedFit, RUNNING};
 use relocate::{add_sizes, relocate};
 use std::{ops::ControlFlow, path::Path};
+use weights::counted_sizes;
 
 impl KMeans {
     /// Says what a fit of `x` would run and how much memory it would take, without running it.
@@ -245,7 +246,7 @@ impl Lloyd<'_> {
                     (true, _) => Ok(()),
                     (false, true) => {
                         let order = primitives::order(block.labels, k)?;
-                        add_sizes(&mut sizes, &relocate::sizes(&order, block.counted)?)?;
+                        add_sizes(&mut sizes, &counted_sizes(&order, block.counted)?)?;
                         orders.push(order);
                         Ok(())
                     }

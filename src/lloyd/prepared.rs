@@ -2,11 +2,9 @@
 
 use super::{
     accumulate::Bounds,
-    blocks::Whole,
     feed::{Block, Resident},
-    relocate::sizes,
     threshold::{threshold, Usable},
-    weights::{finite_rows, scan_counted, weighed, Ragged, Weights},
+    weights::{counted_sizes, finite_rows, scan_counted, weighed, Ragged, Weights},
 };
 use crate::{
     error::{Error, Result},
@@ -219,7 +217,7 @@ impl PreparedFit {
         Ok(Fit {
             centroids: self.shown[0].clone(),
             labels: self.shown[1].clone(),
-            counts: sizes(&order, self.ragged.as_ref().map(|ragged| &ragged.ones))?.reshape(p.shape(&[p.k]))?,
+            counts: counted_sizes(&order, self.ragged.as_ref().map(|ragged| &ragged.ones))?.reshape(p.shape(&[p.k]))?,
             weights: weights.transpose()?,
             inertia: inertia.reshape(p.shape(&[]))?,
             n_iter: stop.minimum(iterations.min(RUNNING as usize) as u32)?.reshape(p.shape(&[]))?,
@@ -296,18 +294,6 @@ impl PreparedFit {
             counted: self.ragged.as_ref().map(|ragged| &ragged.ones),
             first: 0,
         }
-    }
-
-    /// The fit of rows that come in blocks, from where a run on all of them starts.
-    pub(crate) fn fit_in_blocks(settings: &KMeans, x: &Tensor, blocks: usize, ranks: usize) -> Result<Fit> {
-        let p = Problem::fit(x, settings.k, settings.metric)?;
-        settings.check(&p, x.device())?;
-        let plan = settings.plan_of(&p, Rows::of(x.into()).map(|rows| rows.layout()), x.device())?;
-        let prepared = Self::new(settings, p, plan, x.device())?;
-        prepared.seed(&Rows::new(x)?, 0, settings.seed)?;
-        let Self { p, weights, ragged, centroids: start, settings, .. } = &prepared;
-        let (weights, ragged, x) = (weights.as_ref(), ragged.as_ref(), &x.reshape((p.b, p.n, p.d))?);
-        Whole { settings, p, x, start, weights, ragged, blocks, ranks }.fit()
     }
 
     pub(super) fn draw(&self, seed: u64) -> Result<Option<Tensor>> {

@@ -6,6 +6,7 @@ use crate::{
     kmeans::KMeans,
     primitives,
     problem::Problem,
+    request::Order,
     rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
@@ -44,6 +45,14 @@ pub(super) fn scan_counted(x: &Rows, ones: &Tensor) -> Result<(Tensor, Tensor)> 
         primitives::elementwise([&bad, ones], |[bad, ones]| bad.to_dtype(DType::F64)?.affine(-1.0, none)? * ones)?;
     let bad = primitives::elementwise([&bad], |[bad]| bad.affine(-1.0, none)?.recip())?;
     Ok((whole(max_abs)?.0, whole(bad)?.1))
+}
+
+/// The rows that count in each cluster, u32 `(b, k)`.
+pub(super) fn counted_sizes(order: &Order, counted: Option<&Tensor>) -> Result<Tensor> {
+    match counted {
+        Some(ones) => Ok(primitives::cluster_sums(ones, Some(order))?.to_dtype(DType::U32)?),
+        None => primitives::cluster_sizes(&order.offsets),
+    }
 }
 
 /// The weights of a fit's rows.
