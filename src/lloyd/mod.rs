@@ -1,4 +1,4 @@
-//! A fit, and the one Lloyd loop.
+//! Fits, and the one loop of Lloyd's algorithm (1982), which rows in memory, in blocks and of several ranks all go through.
 
 mod accumulate;
 mod blocks;
@@ -144,7 +144,7 @@ impl KMeans {
 
 /// Iterations that are queued before the host asks whether the fit goes on, more than most fits have.
 const QUEUED: usize = 128;
-/// Iterations that a CUDA graph takes.
+/// The most iterations that a capture puts into one CUDA graph.
 const CAPTURED: usize = 65_536;
 
 impl PreparedFit {
@@ -213,12 +213,12 @@ impl PreparedFit {
     }
 }
 
-/// A run of the loop: what it works on, whoever feeds it with rows.
+/// A run of the loop, whoever feeds it with rows.
 struct Lloyd<'a> {
     settings: &'a KMeans,
     run: usize,
     max_iters: usize,
-    /// Whether the host asks now and then.
+    /// Whether the host asks, every [`QUEUED`] iterations, which problems have converged.
     asks: bool,
     centroids: &'a Tensor,
     progress: &'a Progress,
@@ -228,9 +228,9 @@ struct Lloyd<'a> {
 }
 
 impl Lloyd<'_> {
-    /// The loop. Each pass over the rows finds their labels by the centroids of the iteration before and adds them up for those of
-    /// the next, but for the last one: when it is over, labels belong to the centroids. Returns how many updates there were, at
-    /// most, and `Break` if the callback ended it.
+    /// The loop. Each pass over the rows assigns them to the centroids that are there and adds them up by these labels, for the next
+    /// centroids; the last pass only assigns, so that labels belong to the centroids whenever the loop ends. Returns how many
+    /// updates there were, at most, and `Break` if the callback ended it.
     fn run(&self, feed: &mut dyn Feed) -> Result<(ControlFlow<()>, usize)> {
         let &Self { progress, max_iters, .. } = self;
         let (k, relocates) = (self.settings.k, self.settings.empty == EmptyClusters::Relocate);
@@ -285,14 +285,16 @@ impl Lloyd<'_> {
         self.settings.empty == EmptyClusters::Relocate || self.settings.on_iteration.is_some()
     }
 
-    /// Labels by the centroids that are there.
+    /// Labels a block by the centroids that are there. `turn` is the iteration that made them: problems that had converged before
+    /// it keep their labels.
     fn assign(&self, block: Block<'_>, turn: Option<Turn<'_>>) -> Result<()> {
         let (c, metric) = (&Rows::new(self.centroids)?, self.settings.metric);
         let a = Assignment { plan: block.assign, x: block.x, c, metric, turn };
         primitives::assign_into(a, block.labels.into(), self.memory)
     }
 
-    /// Adds rows up by their labels; where all are in the block, for new centroids at once.
+    /// Adds the rows of a block up by their labels: to the sums, or, where all rows are in the block, for new centroids at once (an
+    /// update, which accumulates and finishes in one op).
     fn add(&self, block: Block<'_>, labels: Labels<'_>, turn: Turn<'_>) -> Result<()> {
         let (reduction, turn) = (Reduction::of(self.settings.metric), Some(turn));
         let Block { x, summands, update: plan, .. } = block;

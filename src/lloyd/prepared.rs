@@ -246,7 +246,7 @@ impl PreparedFit {
         }
         if self.settings.check_finite {
             refuse_non_finite("x", &first_nonfinite)?;
-            // Padding has not been looked at.
+            // Padding has not been searched.
             summands.finite = self.ragged.is_none();
         }
         if self.settings.tol > 0.0 && self.p.metric != Metric::Cosine {

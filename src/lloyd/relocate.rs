@@ -1,4 +1,4 @@
-//! Rows for clusters that have none.
+//! Clusters that are empty get the rows that are farthest from their centroids.
 
 use super::{
     feed::{Block, Feed},
@@ -66,6 +66,7 @@ impl Lloyd<'_> {
             decode(&rank, &mut all);
         }
         for (b, mut farthest) in all.into_iter().enumerate() {
+            // Puts them in order.
             keep_farthest(&mut farthest, usize::MAX);
             let (size, mut farthest) = (&mut sizes[b], farthest.into_iter());
             let empty: Vec<_> = (0..size.len()).filter(|&j| lacking[b] && size[j] == 0).collect();
@@ -134,6 +135,7 @@ fn encode(farthest: &[Vec<Candidate>]) -> Vec<f64> {
     farthest.iter().flat_map(of_problem).collect()
 }
 
+/// Adds the candidates of each problem that a rank has [encoded](encode) to those of others.
 fn decode(mut numbers: &[f64], all: &mut [Vec<Candidate>]) {
     for candidates in all {
         let (count, rest) = numbers.split_at(1);

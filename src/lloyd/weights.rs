@@ -1,4 +1,4 @@
-//! Which rows count and by how much.
+//! Which rows of a fit count, and by how much. (Learners ask `row_weights`.)
 
 use crate::{
     error::{kept, Error, Result},
@@ -11,14 +11,14 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 
-/// Problems of different sizes: which rows count.
+/// Which rows count in problems of different sizes, and which are padding.
 ///
-/// A run takes no shape of these to the device, which a captured graph would look for where it was.
+/// These are made before any run, so that nothing has to go to the device in one: a captured graph would look for it where it was.
 pub(super) struct Ragged {
     pub(super) lengths: Vec<usize>,
     /// 1 where a row counts and 0 where it is padding, f64 `(b, n)`.
     pub(super) ones: Tensor,
-    /// 1 for each problem, f64 `(b,)`.
+    /// 1 for each problem, f64 `(b,)`: the unit and the largest of such weights.
     pub(super) one: Tensor,
 }
 
@@ -33,13 +33,13 @@ impl Ragged {
     }
 }
 
-/// [`primitives::max_abs_and_first_nonfinite`] of the rows that count: of which `ones` is 1, and 0 elsewhere.
+/// [`primitives::max_abs_and_first_nonfinite`] of the rows that count, where `ones` is 1.
 pub(super) fn scan_counted(x: &Rows, ones: &Tensor) -> Result<(Tensor, Tensor)> {
-    // The largest magnitude and the first row that is not finite, of rows of one column.
     let (max_abs, bad) = scan_rows(x)?;
+    // A problem's findings are those of a column of what its rows give: the largest magnitude, and the first infinity.
     let whole = |found: Tensor| primitives::max_abs_and_first_nonfinite(&Rows::new(&found.reshape((x.b, x.n, 1))?)?);
     let max_abs = primitives::elementwise([&max_abs, ones], |[max_abs, ones]| max_abs * ones)?;
-    // 0 is what `bad` says of such a row, and the largest u32 of others.
+    // A row that is not finite has 0 in `bad`, any other the largest u32: infinity and a number are made of them.
     let none = u32::MAX as f64;
     let bad =
         primitives::elementwise([&bad, ones], |[bad, ones]| bad.to_dtype(DType::F64)?.affine(-1.0, none)? * ones)?;
@@ -153,7 +153,7 @@ pub(super) fn finite_rows(x: &Rows) -> Result<Tensor> {
     if x.dtype() == DType::F64 {
         // A norm may be infinite where the row is not.
         let (_, first_nonfinite) = scan_rows(x)?;
-        // 0 is what it says of a row that is not, and the largest u32 of others.
+        // A row that is not finite has 0 there, any other the largest u32.
         return within(&primitives::elementwise([&first_nonfinite], |[bad]| bad.to_dtype(DType::F64))?, Some(0.0));
     }
     within(&primitives::norms(x)?, None)
