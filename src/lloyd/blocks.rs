@@ -1,4 +1,4 @@
-//! A fit of rows that come in blocks, and that ranks share.
+//! Fits of rows that are cut into blocks and shared out to ranks, threads of this process, to the bits of a fit in one block.
 
 use super::{
     accumulate::{mantissa_bits, Bounds, Total},
@@ -26,7 +26,7 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use std::sync::{Barrier, Mutex, PoisonError};
 
-/// Where ranks of one process meet.
+/// Where the ranks of a process meet: each leaves a message and takes those of all.
 pub(super) struct Meeting {
     barrier: Barrier,
     said: Mutex<Vec<Option<Said>>>,
@@ -55,7 +55,7 @@ impl Meeting {
     }
 }
 
-/// The rows of a rank, cut into blocks.
+/// The blocks of a rank.
 pub(super) struct Blocks<'a> {
     blocks: Vec<Held>,
     device: Device,
@@ -63,7 +63,7 @@ pub(super) struct Blocks<'a> {
     meeting: Option<&'a Meeting>,
 }
 
-/// A block and all that belongs to its rows.
+/// A [`Block`] with all that it refers to.
 struct Held {
     x: Rows<'static>,
     summands: Summands,
@@ -137,7 +137,7 @@ impl PreparedFit {
     }
 }
 
-/// All rows, and how ranks cut them.
+/// A fit of rows in memory, and how they are cut.
 struct Whole<'a> {
     pub settings: &'a KMeans,
     pub p: &'a Problem,
@@ -147,13 +147,13 @@ struct Whole<'a> {
     pub start: &'a Tensor,
     pub weights: Option<&'a Weights>,
     pub ragged: Option<&'a Ragged>,
-    /// Blocks of each rank.
+    /// How many blocks each rank has.
     pub blocks: usize,
     pub ranks: usize,
 }
 
 impl Whole<'_> {
-    /// The fit of all rows, by ranks that run on a thread each.
+    /// Runs the ranks, on a thread each, and puts their labels together. All else is the same on each.
     pub(super) fn fit(&self) -> Result<Fit> {
         if self.settings.metric == Metric::Manhattan {
             let with = "rows in blocks, of which no sums give medians".into();
@@ -184,9 +184,11 @@ impl Whole<'_> {
         Ok(Fit { labels: Tensor::cat(&labels, 1)?, ..fit }.with_batch(&self.p.batch)?)
     }
 
+    /// The fit, with the labels of this rank's rows.
     fn fit_rank(&self, rank: usize, meeting: Option<&Meeting>) -> Result<Fit> {
         let Self { settings, p, .. } = self;
         let device = self.x.device();
+        // Where part `part` of `parts` begins.
         let cut = |part: usize, parts: usize, from: usize, rows: usize| from + rows * part / parts;
         let (begin, end) = (cut(rank, self.ranks, 0, p.n), cut(rank + 1, self.ranks, 0, p.n));
         let ends = (0..=self.blocks).map(|block| cut(block, self.blocks, begin, end - begin));
@@ -217,16 +219,19 @@ impl Whole<'_> {
     }
 }
 
-/// The findings of a first pass over the rows that count, of all blocks and ranks.
+/// The findings of a first pass over the rows that count, of all blocks and ranks: the grid of their sums is made of them.
 struct Found {
-    /// The largest and the smallest magnitude but 0 of each problem; infinite where there is none.
+    /// The largest finite magnitude of each problem.
     max_abs: Vec<f64>,
+    /// The smallest but 0, infinite where there is none. It bounds how low the bits of terms go.
     min_abs: Vec<f64>,
     all_finite: bool,
 }
 
 impl Found {
     fn search(feed: &mut dyn Feed, p: &Problem, settings: &KMeans) -> Result<Self> {
+        // The largest magnitude, the smallest, and the first row that is not finite: the latter two negated, so that of all blocks
+        // and ranks the largest of each is kept.
         let (mut mine, none) = ([vec![0.0; p.b], vec![-f64::INFINITY; p.b], vec![-f64::INFINITY; p.b]], u32::MAX);
         feed.for_each_block(&mut |block| {
             let scanned = match block.counted {
@@ -245,7 +250,6 @@ impl Found {
             }
             Ok(())
         })?;
-        // The largest of all ranks.
         let mut all = mine.concat();
         for rank in feed.gather(all.clone())? {
             all.iter_mut().zip(rank).for_each(|(all, rank)| *all = all.max(rank));
@@ -262,7 +266,7 @@ impl Found {
 }
 
 impl Whole<'_> {
-    /// Completes what is added up of each block, and returns on how many planes the sums of all blocks and ranks are kept.
+    /// Gives the blocks their factors and the bounds of all rows' terms, and returns how many planes hold every bit of a term.
     fn bound(&self, feed: &mut Blocks, found: &Found) -> Result<usize> {
         let (p, device) = (self.p, self.x.device());
         let one = Tensor::ones(p.b, DType::F64, device)?;
@@ -281,13 +285,14 @@ impl Whole<'_> {
             if least == f64::INFINITY || min_weight[b] == f64::INFINITY {
                 continue;
             }
-            // A value has no bits below its last one, and neither has a product.
+            // The exponent of the lowest bit that a term can have: the last one of the smallest value.
             let mut lowest = fixed::exponent(least) - 1 - mantissa_bits(p.dtype);
+            // A product is rounded to f64, and has no bit more than 52 below its first.
             if cosine || self.weights.is_some() {
                 lowest = fixed::exponent(least) + fixed::exponent(min_weight[b]) - 2 - 52;
             }
             if cosine {
-                // The factor is by no more than the largest norm smaller, and rounded once more.
+                // Factors are divided by norms, of which this is the largest, and rounded once more.
                 lowest -= fixed::exponent(most * (p.d as f64).sqrt()) + 2;
             }
             planes = planes.max(Grid::down_to(lowest.max(-1074), max_abs[b], p.n).planes);
@@ -327,7 +332,7 @@ impl Whole<'_> {
         Ok(planes)
     }
 
-    /// The loop and what comes of it; labels are those of this rank, `(b, n)`.
+    /// Runs the loop, and makes a result of what it leaves, with the labels of this rank, `(b, n)`.
     fn lloyd(&self, feed: &mut Blocks, found: &Found, planes: usize) -> Result<Fit> {
         let Self { settings, p, .. } = self;
         let (device, memory) = (self.x.device().clone(), Memory::kept());
@@ -377,6 +382,7 @@ impl Whole<'_> {
         })
     }
 
+    /// The rows that count in each cluster, of all blocks and ranks.
     fn counts(&self, feed: &mut Blocks) -> Result<Tensor> {
         let (mut all, k): (Sizes, _) = (vec![], self.p.k);
         feed.for_each_block(&mut |block| {
@@ -386,6 +392,7 @@ impl Whole<'_> {
         Ok(Tensor::from_vec(all, (self.p.b, k), self.x.device())?)
     }
 
+    /// The sample weight of each cluster, of all blocks and ranks.
     fn cluster_weights(&self, feed: &mut Blocks, planes: usize) -> Result<Tensor> {
         let (p, device) = (self.p, self.x.device());
         let Some(Weights { max_weight, unit, .. }) = self.weights else { unreachable!("they were asked for") };
@@ -404,12 +411,13 @@ impl Whole<'_> {
         Ok(of_clusters.squeeze(2)?.broadcast_mul(&unit.unsqueeze(1)?)?)
     }
 
-    /// The weighted distances of all rows to their centroids in total, to the bit those of a fit in memory: terms are kept whole.
+    /// The weighted distances of all rows to their centroids in total. There are planes for every f64, so no term is cut, and the
+    /// total has the bits of a fit in one block.
     fn inertia(&self, feed: &mut Blocks, centroids: &Tensor, found: &Found) -> Result<Tensor> {
         let (p, device, c) = (self.p, self.x.device(), Rows::new(centroids)?);
         let of_centroids = primitives::max_abs_and_first_nonfinite(&c)?.0.to_vec1::<f64>()?;
         let max_weight = self.weights.map_or(Ok(vec![1.0; p.b]), |weights| weights.max_weight.to_vec1::<f64>())?;
-        // With room for what rounding adds.
+        // No distance is larger, with room for what rounding adds.
         let bound = |b: usize| {
             let (x, c, d) = (found.max_abs[b], of_centroids[b], p.d as f64);
             let farthest = match p.metric {
