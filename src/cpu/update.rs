@@ -1,4 +1,5 @@
-//! Sort-Inverse Update: labels sorted, clusters summed without an order to depend on.
+//! Sort-Inverse Update (Yang et al. 2026, Flash-KMeans): labels are sorted, then each cluster is summed, in integers that depend on
+//! no order.
 
 use super::{
     sort::order,
@@ -15,6 +16,7 @@ use crate::{
 };
 use candle_core::{CpuStorage, Layout, Tensor, WithDType};
 
+/// Replaces the centroids, `(..batch, k, d)`, by the reduction of their clusters' rows, and decides which problems have converged.
 pub(crate) fn update(u: &Update<'_>, centroids: Target<'_>) -> Result<()> {
     let &Update { plan, x, reduction, turn, .. } = u;
     launches::record(plan.kernel.name(), x.dtype().as_str());
@@ -36,14 +38,14 @@ pub(crate) fn update(u: &Update<'_>, centroids: Target<'_>) -> Result<()> {
     })
 }
 
-/// Adds rows to the sums of their clusters, of problems that have not converged.
+/// Adds rows to the sums of their clusters, of problems that have not converged. [`finish`] does what is left of an [`update`].
 pub(crate) fn accumulate(u: &Update<'_>, to: &Accumulator) -> Result<()> {
     let &Update { x, reduction, .. } = u;
     let (planes, b, k) = (to.sums.dim(0)?, x.b, to.sums.dim(2)?);
     typed!(x.dtype(), T => {
         let converged = converged(u.turn)?;
         with_sorted::<T, i64, ()>(u, k, Some(to), (&to.sums).into(), |clusters, sums| {
-            // The planes of each cluster.
+            // Each cluster's part of every plane, for the thread that adds to it.
             let (of_cluster, mut all) = (2 * (x.d + 1), Vec::new());
             all.resize_with(b * k, || Vec::with_capacity(planes));
             for plane in sums.chunks_mut(b * k * of_cluster) {
@@ -120,11 +122,12 @@ pub(crate) fn merge(sums: &Tensor, others: &Tensor) -> Result<()> {
     })?
 }
 
-/// An integer of its halves.
+/// The integer of a low and a high half.
 fn load(halves: &[i64]) -> i128 {
     i128::from(halves[1]) << 64 | i128::from(halves[0] as u64)
 }
 
+/// The halves of an integer.
 fn store(halves: &mut [i64], v: i128) {
     (halves[0], halves[1]) = (v as i64, (v >> 64) as i64);
 }
