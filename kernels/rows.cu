@@ -5,8 +5,8 @@
 // once and writes one number a row; `pairwise` writes n k numbers, which is its purpose.
 #include "exact/argmin.cuh"
 
-__device__ void start_scan(int64_t b, double* largest, uint32_t* first_bad) {
-    for (int64_t i = global_thread(); i < b; i += all_threads()) largest[i] = 0, first_bad[i] = UINT32_MAX;
+__device__ void start_scan(int64_t b, double* max_abs, uint32_t* first_nonfinite) {
+    for (int64_t i = global_thread(); i < b; i += all_threads()) max_abs[i] = 0, first_nonfinite[i] = UINT32_MAX;
 }
 
 /// The largest bits, signs aside, of values side by side: those of the largest magnitude, if all are finite.
@@ -49,7 +49,7 @@ __device__ __forceinline__ double from_bits(uint64_t bits, double) { return __lo
 
 /// Each block takes `rows` rows: at the speed of memory if they are adjacent, and once more if they are not all finite.
 template <class T>
-__device__ void scan(const T* x, const Rows& r, int64_t rows, double* largest, uint32_t* first_bad) {
+__device__ void scan(const T* x, const Rows& r, int64_t rows, double* max_abs, uint32_t* first_nonfinite) {
     const int64_t chunks = (r.n + rows - 1) / rows;
     for (int64_t tile = blockIdx.x; tile < r.b * chunks; tile += gridDim.x) {
         const int64_t b = tile / chunks, begin = tile % chunks * rows, end = min(begin + rows, r.n);
@@ -68,8 +68,8 @@ __device__ void scan(const T* x, const Rows& r, int64_t rows, double* largest, u
         for (int lane = WARP / 2; lane; lane /= 2) most = fmax(most, __shfl_xor_sync(~0u, most, lane));
         bad = __reduce_min_sync(~0u, bad);
         if (threadIdx.x % WARP == 0) {
-            if (most > 0) atomic_max(&largest[b], most);
-            if (bad != UINT32_MAX) atomicMin(&first_bad[b], bad);
+            if (most > 0) atomic_max(&max_abs[b], most);
+            if (bad != UINT32_MAX) atomicMin(&first_nonfinite[b], bad);
         }
     }
 }
@@ -158,8 +158,9 @@ __device__ void copy(const T* x, const Strided& from, int64_t cells, int64_t pit
 }
 
 #define INSTANCE(name, T)                                                                                              \
-    extern "C" __global__ void scan_##name(const T* x, Rows r, int64_t rows, double* largest, uint32_t* first_bad) {   \
-        scan(x, r, rows, largest, first_bad);                                                                          \
+    extern "C" __global__ void scan_##name(const T* x, Rows r, int64_t rows, double* max_abs,                          \
+                                           uint32_t* first_nonfinite) {                                                \
+        scan(x, r, rows, max_abs, first_nonfinite);                                                                    \
     }                                                                                                                  \
     extern "C" __global__ void min_magnitude_##name(const T* x, Rows r, int64_t rows, double* smallest) {              \
         min_magnitude(x, r, rows, smallest);                                                                           \
@@ -189,6 +190,6 @@ COPY(4, uint32_t)
 COPY(8, uint64_t)
 #undef COPY
 
-extern "C" __global__ void scan_start(int64_t b, double* largest, uint32_t* first_bad) {
-    start_scan(b, largest, first_bad);
+extern "C" __global__ void scan_start(int64_t b, double* max_abs, uint32_t* first_nonfinite) {
+    start_scan(b, max_abs, first_nonfinite);
 }

@@ -271,8 +271,8 @@ impl fmt::Display for Fit {
 }
 
 /// Reads [`primitives::max_abs_and_first_nonfinite`]'s answer.
-pub(crate) fn refuse_non_finite(argument: &'static str, first_bad: &Tensor) -> Result<()> {
-    let rows = first_bad.to_vec1::<u32>()?;
+pub(crate) fn refuse_non_finite(argument: &'static str, first_nonfinite: &Tensor) -> Result<()> {
+    let rows = first_nonfinite.to_vec1::<u32>()?;
     match rows.iter().position(|&r| r != u32::MAX) {
         Some(batch) => Err(Error::NonFinite { argument, batch, row: rows[batch] as usize }),
         None => Ok(()),

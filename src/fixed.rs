@@ -1,10 +1,11 @@
-//! Sums that do not depend on their order, and are exact.
+//! Sums that are exact, and so do not depend on their order.
 //!
 //! A sum of `n` numbers below `2^e` is kept as a 128-bit integer of units of `2^-s`, `s = 126 - e - bits(n)`: it cannot
 //! overflow, and integer addition is associative, so threads, chunks and devices may add in any order and split and still
 //! produce the same bits. A term that is no whole number of units is cut: what it has below them goes to more integers, 64 bits
-//! apart, down to where an f64's exponents end (a [`Grid`]; Kulisch and Miranker 1986). All of it is exact, and what becomes of
-//! a sum is rounded once. `kernels/exact/common.cuh` and `kernels/exact/sums.cuh` hold the same functions.
+//! apart, down to where an f64's exponents end (a [`Grid`], after the Kulisch accumulator: Kulisch and Miranker 1986). All of it
+//! is exact, and what becomes of a sum is rounded once. `kernels/exact/common.cuh` and `kernels/exact/sums.cuh` hold the same
+//! functions.
 
 /// The scale `s` for sums of at most `n` terms, none above `max_abs` in magnitude.
 pub(crate) fn scale(max_abs: f64, n: usize) -> i32 {
@@ -94,8 +95,8 @@ impl Scaled {
         (self.significand * power_of_two(half)) / (divisor.significand * power_of_two(half - e))
     }
 
-    /// Returns the divisor that makes `totals` a unit vector, and they themselves as f64 that its squares are: as they are,
-    /// or, should squares leave the range of f64, times a power of two.
+    /// The `totals` as f64, and their norm, which makes a unit vector of them; both times a power of two if squares would leave the
+    /// range of f64. None for zeros.
     pub fn direction(totals: &[Self]) -> Option<(Vec<f64>, f64)> {
         let squares = |values: &[f64]| striped(values.iter().map(|v| v * v));
         let values: Vec<_> = totals.iter().map(|t| t.value()).collect();
@@ -111,15 +112,15 @@ impl Scaled {
     }
 }
 
-/// Between these a sum of squares has lost nothing to the range of f64 that matters.
+/// Between these a sum of squares has lost nothing that matters to underflow or overflow.
 const SQUARES: (f64, f64) = (power_of_two(-900), power_of_two(1000));
 
 /// How far the units of two planes of a [`Grid`] are apart.
 const PLANE_BITS: i32 = 64;
 
-/// Where the integers of a sum lie: those of plane `l` count units of `2^-(scale + 64 l)`, and a term is cut where one plane's
-/// unit ends and the next one's bits begin. The planes are digits of a Kulisch accumulator, of which only those are kept that
-/// terms reach. Terms fewer than 2^62 overflow none.
+/// The place value of the integers of a sum: those of plane `l` count units of `2^-(scale + 64 l)`, and a term is cut at the units
+/// of planes. Planes are the digits of a Kulisch accumulator in base 2^64, with a sign and 63 more bits each, so that carries
+/// wait until a sum is rounded; only those are kept that terms reach. Fewer than 2^62 terms overflow none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Grid {
     pub scale: i32,
@@ -132,18 +133,18 @@ impl Grid {
         Self { scale: scale(max_abs, n), planes }
     }
 
-    /// With as many planes as hold terms that are whole numbers of `2^lowest`.
+    /// With as many planes as terms have that are whole numbers of `2^lowest`.
     pub fn down_to(lowest: i32, max_abs: f64, n: usize) -> Self {
         let scale = scale(max_abs, n);
         Self { scale, planes: 1 + ((-lowest - scale).max(0) as usize).div_ceil(PLANE_BITS as usize) }
     }
 
-    /// With planes for every f64.
+    /// With planes for every f64 that is no larger.
     pub fn of_f64(max_abs: f64, n: usize) -> Self {
         Self::down_to(-1074, max_abs, n)
     }
 
-    /// Calls `add(plane, integer)` with the parts of `v`, rounded down to the unit of the last plane; a NaN or an infinity has
+    /// Calls `add(plane, integer)` with the digits of `v`, rounded down to the unit of the last plane; a NaN or an infinity has
     /// none.
     pub fn split(self, v: f64, mut add: impl FnMut(usize, i128)) {
         let Some((mut mantissa, e)) = parts(v) else { return };

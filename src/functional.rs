@@ -195,8 +195,8 @@ pub(crate) fn norms(x: &Tensor) -> Result<Tensor> {
 
 /// Whether all values of each problem of `x` `(..batch, n, d)` are finite, u8 `(..batch)`.
 pub(crate) fn finite(x: &Tensor) -> Result<Tensor> {
-    let (_, first_bad) = primitives::max_abs_and_first_nonfinite(&Rows::new(x)?)?;
-    Ok(first_bad.eq(u32::MAX)?.reshape(&x.dims()[..x.rank() - 2])?)
+    let (_, first_nonfinite) = primitives::max_abs_and_first_nonfinite(&Rows::new(x)?)?;
+    Ok(first_nonfinite.eq(u32::MAX)?.reshape(&x.dims()[..x.rank() - 2])?)
 }
 
 /// The sum of each row of `values`, f64 `(b, k)`, the same bits on every device: f64 `(b,)`.

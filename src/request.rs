@@ -1,4 +1,4 @@
-//! An op is asked by plain values.
+//! Requests: plain values by which an op is asked.
 
 use crate::{
     metric::Metric,
@@ -21,24 +21,24 @@ pub(crate) struct Progress {
     pub going: Tensor,
 }
 
-/// An iteration of a fit: what it does to problems that have converged before is nothing.
+/// An iteration of a fit. It leaves problems alone that have converged before it.
 #[derive(Clone, Copy)]
 pub(crate) struct Turn<'a> {
     pub progress: &'a Progress,
     pub iteration: usize,
 }
 
-/// Rows are added up as these: their values, each times its factor.
+/// The terms that rows are added up as: their values, each times the row's factor.
 pub(crate) struct Summands {
-    /// f64 `(b, n)`.
+    /// The factor of each row, f64 `(b, n)`; none for 1.
     pub row_scale: Option<Tensor>,
-    /// Bound on the magnitude of the terms, f64 `(b,)`.
+    /// A bound on the magnitude of the terms, f64 `(b,)`.
     pub max_abs: Tensor,
     /// The first row that has a NaN or an infinity, u32 `(b,)`; `u32::MAX` for none.
     pub first_nonfinite: Tensor,
     /// The largest factor, f64 `(b,)`, where factors are weights.
     pub max_weight: Option<Tensor>,
-    /// Whether the host knows that there is no such row.
+    /// Whether the host knows that no row has a NaN or an infinity.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub finite: bool,
 }
@@ -46,9 +46,9 @@ pub(crate) struct Summands {
 /// A reduction says what becomes of the terms of a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reduction {
-    /// Their sum by the cluster's weight: by the sum of the factors, which have to be weights, or the number of rows.
+    /// Their sum divided by the cluster's weight: by the sum of the factors, which have to be weights, or the number of rows.
     Mean,
-    /// Their sum by its norm.
+    /// Their sum divided by its norm.
     Direction,
     /// Their sum.
     Sum,
@@ -99,7 +99,7 @@ pub(crate) enum Labels<'a> {
     Sorted(&'a Order),
 }
 
-/// Rows of clusters.
+/// Rows to be reduced by clusters.
 pub(crate) struct Update<'a> {
     pub plan: UpdatePlan,
     pub x: &'a Rows<'a>,
@@ -110,20 +110,21 @@ pub(crate) struct Update<'a> {
     pub turn: Option<Turn<'a>>,
 }
 
-/// Sums by cluster that blocks of rows and ranks add to, kept as integers so that all of them merge by addition.
+/// Sums by cluster that blocks of rows and ranks add to. They are integers, the digits of Kulisch accumulators, so that sums of
+/// other rows merge by addition.
 pub(crate) struct Accumulator {
     /// i64 `(planes, b, k, d + 1, 2)`: of each column and, last, of the weight, the low and the high half of an integer of each
     /// plane of the grid ([`Grid`](crate::fixed::Grid)). Zeros whenever nothing has been added since the last finish.
     pub sums: Tensor,
-    /// Bound on the magnitude of all terms, f64 `(b,)`.
+    /// A bound on the magnitude of all terms, f64 `(b,)`.
     pub max_abs: Tensor,
     /// The largest factor, f64 `(b,)`, where factors are weights.
     pub max_weight: Option<Tensor>,
-    /// At most so many rows are added to a problem.
+    /// A bound on the rows that are added to a problem.
     pub rows: usize,
 }
 
-/// The end of an accumulation: sums that become centroids.
+/// Sums that are to become centroids, once all rows have been added.
 pub(crate) struct Finish<'a> {
     pub sums: &'a Accumulator,
     pub reduction: Reduction,
@@ -145,17 +146,17 @@ pub(crate) struct OnChipFit<'a> {
     pub labels: &'a Tensor,
 }
 
-/// KmeansppStep `i` of k-means++, to column `i` of `chosen`.
+/// Step `i` of k-means++ (Arthur and Vassilvitskii 2007): a row is drawn, which goes to column `i` of `chosen`.
 pub(crate) struct KmeansppStep<'a> {
     pub x: &'a Rows<'a>,
-    /// The distance of each row to the nearest of those picked before, f64 `(b, n)`.
+    /// The distance of each row to the nearest of those drawn before, f64 `(b, n)`.
     pub nearest: &'a Tensor,
     /// f64 `(b, n)`.
     pub weights: Option<&'a Tensor>,
     /// u32 `(b, count)`.
     pub chosen: &'a Tensor,
     pub i: usize,
-    /// Whether nothing was picked before the first column.
+    /// Whether nothing was drawn before the first column.
     pub start: bool,
     pub metric: Metric,
     pub draw: Draw,

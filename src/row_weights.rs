@@ -22,8 +22,8 @@ pub(crate) struct RowWeights {
     /// f64 `(b, n)`, finite: 0 for rows that do not count.
     weights: Tensor,
     /// A bound on the magnitude of what is added up, f64 `(b,)`, and the largest weight.
-    largest: Tensor,
-    heaviest: Tensor,
+    max_abs: Tensor,
+    max_weight: Tensor,
     /// f64 `(b, n)`, by cosine.
     norms: Option<Tensor>,
 }
@@ -49,10 +49,10 @@ impl RowWeights {
         if let Some(norms) = &norms {
             weights = masked(&weights, &positive(norms)?)?;
         }
-        let heaviest = largest(&weights)?;
+        let max_weight = max_finite(&weights)?;
         // Columns of a unit vector, with room for rounding.
-        let largest = if norms.is_some() { (&heaviest * 2.0)? } else { largest(&(magnitude * &weights)?)? };
-        Ok(Self { weights, largest, heaviest, norms })
+        let max_abs = if norms.is_some() { (&max_weight * 2.0)? } else { max_finite(&(magnitude * &weights)?)? };
+        Ok(Self { weights, max_abs, max_weight, norms })
     }
 
     /// f64 `(b, n)`.
@@ -66,7 +66,7 @@ impl RowWeights {
         let order = primitives::grouped(labels, k)?;
         let weights = primitives::cluster_sums(&self.weights, Some(&order))?;
         let mut summands = Summands::from_rows(x)?;
-        summands.max_abs = self.largest.clone();
+        summands.max_abs = self.max_abs.clone();
         let reduction = match &self.norms {
             // A sum of unit vectors, since their factors are no weights.
             Some(norms) => {
@@ -74,7 +74,7 @@ impl RowWeights {
                 Reduction::Sum
             }
             None => {
-                (summands.row_scale, summands.max_weight) = (Some(self.weights.clone()), Some(self.heaviest.clone()));
+                (summands.row_scale, summands.max_weight) = (Some(self.weights.clone()), Some(self.max_weight.clone()));
                 Reduction::Mean
             }
         };
@@ -105,12 +105,12 @@ fn scan_rows(x: &Rows, norms: &Tensor) -> Result<(Tensor, Tensor)> {
         // The squares of shorter types do not overflow a norm.
         return Ok((norms.clone(), norms.lt(f64::INFINITY)?));
     }
-    let (largest, first_bad) = primitives::max_abs_and_first_nonfinite(&Rows::from_operand(&x.each()?)?)?;
-    Ok((largest.reshape((x.b, x.n))?, first_bad.ne(0u32)?.reshape((x.b, x.n))?))
+    let (max_abs, first_nonfinite) = primitives::max_abs_and_first_nonfinite(&Rows::from_operand(&x.each()?)?)?;
+    Ok((max_abs.reshape((x.b, x.n))?, first_nonfinite.ne(0u32)?.reshape((x.b, x.n))?))
 }
 
 /// The largest finite number of each row of f64 `(b, n)`, none of them negative: `(b,)`.
-fn largest(values: &Tensor) -> Result<Tensor> {
+fn max_finite(values: &Tensor) -> Result<Tensor> {
     Ok(primitives::max_abs_and_first_nonfinite(&Rows::new(&values.unsqueeze(2)?)?)?.0)
 }
 

@@ -72,8 +72,8 @@ __device__ __forceinline__ Scaled scaled(int planes, int scale, At at) {
     }
 }
 
-/// A sum of up to 2^32 numbers of any exponent (Kulisch and Miranker 1986; rounded as a `Grid` of src/fixed.rs is), by a warp: word
-/// `lane + 32 i` of it is a lane's i-th.
+/// A sum of up to 2^32 numbers of any exponent (Kulisch and Miranker 1986; rounded as a `Grid` of src/fixed.rs is), by
+/// a warp: word `lane + 32 i` of it is a lane's i-th.
 struct Exact {
     static constexpr int WORD_BITS = 30, WORDS = 72, EACH = (WORDS + WARP - 1) / WARP;
     static constexpr uint32_t DIGIT = (1u << WORD_BITS) - 1;
@@ -253,11 +253,11 @@ struct Units {
     bool extreme;    // no limbs: their units are no f64, or sums and weights may not be
     bool dirty;      // there may be rows that are not finite
 
-    /// `heaviest` is the largest weight, 1 without any.
-    __device__ Units(double largest, double heaviest, int64_t n, bool dirty) : dirty(dirty) {
-        scale = fixed_scale(largest, n);
+    /// `max_weight` is 1 without weights.
+    __device__ Units(double max_abs, double max_weight, int64_t n, bool dirty) : dirty(dirty) {
+        scale = fixed_scale(max_abs, n);
         top = 126 - scale - (64 - __clzll(n));
-        extreme = top < -900 || top >= 900 || heaviest < 0x1p-900 || heaviest > 0x1p+900;
+        extreme = top < -900 || top >= 900 || max_weight < 0x1p-900 || max_weight > 0x1p+900;
         if (!SMALL) return;
         // The smallest exponent that such a value has, and its bits. Zero counts as the largest.
         const int exponent = unit(0) + MANTISSA + 127;

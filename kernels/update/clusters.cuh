@@ -1,13 +1,15 @@
-// An update marks and moves the clusters that it is given, and decides which problems go on.
+// The methods of `Clusters` and `Verdict` (params.cuh): every kernel of an update notes with them how far centroids
+// have moved, which clusters are left to `update_exact`, and which problems have converged.
 #pragma once
 #include "exact/sums.cuh"
 
+/// Notes the squared shift of a centroid. A NaN, of one that is not finite, counts as infinite.
 template <class T>
 __device__ __forceinline__ void Clusters<T>::moved(int64_t b, double squared) const {
     if (shift) atomic_max(&shift[b], squared == squared ? squared : INFINITY);
 }
 
-/// Leaves a cluster to `update_exact`.
+/// Leaves a cluster to `update_exact`, by an entry of its list, however many warps ask for it.
 template <class T>
 __device__ __forceinline__ void Clusters<T>::mark_odd(int64_t b, int64_t cluster) const {
     if (atomicExch(&odd[b * k + cluster], 1)) return;
@@ -15,7 +17,8 @@ __device__ __forceinline__ void Clusters<T>::mark_odd(int64_t b, int64_t cluster
     odd_list[atomicAdd(odd_count, 1)] = b * k + cluster;
 }
 
-/// Decides once all clusters have moved, and clears their shift.
+/// Decides whether a problem has converged, once all of its centroids are new, and clears their shift. One that has not
+/// is put on the list of the next iteration.
 __device__ __forceinline__ void Verdict::decide_convergence(int64_t b, double* shift) const {
     if (threshold) {
         if (__ldcg(&shift[b]) <= threshold[b]) stop[b] = iteration;
@@ -24,8 +27,9 @@ __device__ __forceinline__ void Verdict::decide_convergence(int64_t b, double* s
     shift[b] = 0;
 }
 
-/// Adds what `v`, of a column or (column `d`) of a weight, has below the scale to the other planes of its slot, rounded down
-/// to the unit of the last one. Returns the rest as an integer of the scale.
+/// Cuts a term `v` of a column, or a weight (column `d`), into digits of a Kulisch accumulator as `Grid::split` of
+/// src/fixed.rs does: returns that of the first plane, an integer of the scale, and adds the others to their planes of
+/// the slot, rounded down to the unit of the last one.
 template <class T>
 __device__ __forceinline__ __int128 Clusters<T>::split(int64_t b, int64_t cluster, int64_t column, double v,
                                                        int scale) const {

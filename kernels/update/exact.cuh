@@ -1,11 +1,16 @@
-// Clusters with a term that is no integer of their problem's scale, or with a row that is not finite.
+// The second pass of an update adds up the clusters that the first cannot: those with a term that is no integer of
+// their problem's scale, or with a row that is not finite. Their sums are Kulisch accumulators (`Exact`), which hold
+// any f64.
+//
+// Traffic: the rows of those clusters once (in a problem with rows that are not finite, once for each LEFT_COLUMNS
+// columns), and 16 bytes a column, written and read.
 #pragma once
 #include "update/clusters.cuh"
 
 /// Each block takes a cluster that `update` has left, and LEFT_COLUMNS columns of it at a time; behind the last column
 /// is the weight. Sums lie in the cluster's slot, and whoever adds the last ones finishes it and leaves zeros behind.
 template <class T>
-__device__ void update_exact(const T* x, const Rows& r, const double* factor, const uint32_t* first_bad,
+__device__ void update_exact(const T* x, const Rows& r, const double* factor, const uint32_t* first_nonfinite,
                              const uint32_t* order, const uint32_t* offsets, const Clusters<T>& to,
                              const Verdict& verdict) {
     __shared__ unsigned long long words[LEFT_COLUMNS][Exact::WORDS];
@@ -18,7 +23,7 @@ __device__ void update_exact(const T* x, const Rows& r, const double* factor, co
         const int64_t b = at / to.k, cluster = at % to.k;
         const int64_t begin = order ? offsets[b * (to.k + 1) + cluster] : 0;
         const int64_t end = order ? offsets[b * (to.k + 1) + cluster + 1] : r.n;
-        const bool dirty = first_bad[b] != UINT32_MAX;
+        const bool dirty = first_nonfinite[b] != UINT32_MAX;
         for (int i = threadIdx.x; i < LEFT_COLUMNS * Exact::WORDS; i += blockDim.x) words[0][i] = 0;
         __syncthreads();
         Gathered sums[LEFT_COLUMNS];

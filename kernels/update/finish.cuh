@@ -1,24 +1,25 @@
-// Means of clusters, from sums that blocks of rows and ranks have added to.
+// Sums that blocks of rows and ranks have added to become new centroids, and accumulators are merged.
 //
 // Traffic: the slots twice (read, then cleared), 16 bytes a column and plane, and the centroids twice.
 #pragma once
 #include "update/clusters.cuh"
 
-/// Each warp takes a cluster, and leaves zeros in its slot.
+/// Each warp replaces the centroid of a cluster, unless that has no weight, and leaves zeros in its slot. A sum is the
+/// digits of all planes, rounded once (`scaled`).
 template <class T>
-__device__ void finish(const Clusters<T>& to, const double* largest, const double* heaviest, const Active& active,
+__device__ void finish(const Clusters<T>& to, const double* max_abs, const double* max_weight, const Active& active,
                        const Verdict& verdict) {
     const int lane = threadIdx.x % WARP;
     const int64_t all = active.problems(to.problems) * to.k, plane = to.problems * to.k * (to.d + 1);
     for (int64_t item = global_thread() / WARP; item < all; item += all_threads() / WARP) {
         const int64_t b = active.problem(item / to.k), cluster = item % to.k;
         __int128* const slot = reinterpret_cast<__int128*>(to.slot(b, cluster));
-        const int scale = fixed_scale(largest[b], to.rows);
+        const int scale = fixed_scale(max_abs[b], to.rows);
         const auto total = [&](int64_t c) {
             return scaled(to.planes, scale, [&](int p) { return slot[p * plane + c]; });
         };
         // Numbers of rows are whole.
-        const Scaled weight = scaled(heaviest ? to.planes : 1, heaviest ? fixed_scale(heaviest[b], to.rows) : 0,
+        const Scaled weight = scaled(max_weight ? to.planes : 1, max_weight ? fixed_scale(max_weight[b], to.rows) : 0,
                                      [&](int p) { return slot[p * plane + to.d]; });
         const Quotient by(
             to.divisor, weight,

@@ -48,7 +48,7 @@ __device__ __forceinline__ __int128 window_of(double v, int scale, int i) {
 /// another: nearly always all bits are in the first.
 template <class T>
 __device__ void medians(const T* x, const Rows& r, const double* weights, const double* max_weight,
-                        const uint32_t* first_bad, const uint32_t* order, const uint32_t* offsets, int64_t k,
+                        const uint32_t* first_nonfinite, const uint32_t* order, const uint32_t* offsets, int64_t k,
                         const Active& active, T* out) {
     using Key = decltype(key(T()));
     const int64_t groups = (r.d + MEDIAN_COLUMNS - 1) / MEDIAN_COLUMNS;
@@ -58,7 +58,7 @@ __device__ void medians(const T* x, const Rows& r, const double* weights, const 
         const int64_t b = active.problem(tile / (k * groups)), j = tile / groups % k;
         const int64_t column = tile % groups * MEDIAN_COLUMNS + threadIdx.x % MEDIAN_COLUMNS;
         const int64_t begin = offsets[b * (k + 1) + j] + part, end = offsets[b * (k + 1) + j + 1];
-        const bool live = column < r.d, dirty = first_bad[b] != UINT32_MAX;
+        const bool live = column < r.d, dirty = first_nonfinite[b] != UINT32_MAX;
         const int scale = weights ? fixed_scale(max_weight[b], r.n) : 0;
         const auto weight_of = [&](int64_t row) {
             const double w = weights ? weights[b * r.n + row] : 1;

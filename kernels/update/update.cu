@@ -1,5 +1,5 @@
-// Sort-Inverse Update: rows are visited in cluster order, summed on chip, and the mean of a cluster is written where
-// its last row is added.
+// Sort-Inverse Update (Yang et al. 2026, Flash-KMeans): rows are visited in cluster order, summed on chip, and the mean
+// of a cluster is written where its last row is added.
 //
 // A sum is a 128-bit integer (src/fixed.rs), so it may be cut anywhere and added up in any order. A warp takes a piece
 // of the sorted places, cluster by cluster. Its lanes share a row, 16 bytes each, and add into f64 "limbs": whole
@@ -11,8 +11,9 @@
 // A cluster with a term that is no such integer, or with a row that is not finite, is left to `update_exact`, which
 // adds up its rows once more, whatever they are.
 //
-// Where rows come in blocks, or ranks share them, they are only added to slots, which then have more planes for what
-// terms have below the scale, and `finish` does the rest (finish.cuh).
+// Where rows come in blocks, or ranks share them, they are only added to slots (`Clusters::planes` is not 0). Slots
+// then have more planes for what terms have below the scale, as a Kulisch accumulator has digits, so no cluster is left
+// to `update_exact`; `finish` makes means of them and decides convergence (finish.cuh).
 //
 // Medians (Manhattan) need no sums: a median is found bit by bit, by counting.
 #include "update/exact.cuh"
@@ -20,10 +21,11 @@
 #include "update/medians.cuh"
 #include "update/warp.cuh"
 
-/// Each warp takes a piece.
+/// Each warp adds up a piece of the sorted places. The last one of a problem decides whether that has converged, unless
+/// clusters are left to `update_exact`, which decides then.
 template <class T, int EACH, bool FACTOR>
-__device__ void update(const T* x, const Rows& r, const double* factor, const double* largest, const double* heaviest,
-                       const uint32_t* first_bad, const uint32_t* labels, const uint32_t* order,
+__device__ void update(const T* x, const Rows& r, const double* factor, const double* max_abs, const double* max_weight,
+                       const uint32_t* first_nonfinite, const uint32_t* labels, const uint32_t* order,
                        const uint32_t* offsets, const Pieces& pieces, const Clusters<T>& to, const Active& active,
                        const Verdict& verdict) {
     using Worker = PieceWarp<T, EACH, FACTOR>;
@@ -63,9 +65,9 @@ __device__ void update(const T* x, const Rows& r, const double* factor, const do
                            factor ? factor + b * r.n : nullptr,
                            order ? order + b * r.n + begin : nullptr,
                            begin,
-                           Units<T>(largest[b], heaviest ? heaviest[b] : 1, to.rows,
-                                    first_bad[b] != UINT32_MAX),
-                           heaviest ? fixed_scale(heaviest[b], to.rows) : 0,
+                           Units<T>(max_abs[b], max_weight ? max_weight[b] : 1, to.rows,
+                                    first_nonfinite[b] != UINT32_MAX),
+                           max_weight ? fixed_scale(max_weight[b], to.rows) : 0,
                            lane,
                            lanes,
                            lane / lanes,
@@ -87,7 +89,7 @@ __device__ void update(const T* x, const Rows& r, const double* factor, const do
 
 // ---- What is left to do after medians.
 
-/// One warp a centroid.
+/// Notes how far the medians of each problem are from the centroids before them. One warp a centroid.
 template <class T>
 __device__ void shift(const T* old, int64_t b, const Clusters<T>& to, const Active& active) {
     const int64_t all = active.problems(b) * to.k;
@@ -102,6 +104,7 @@ __device__ void shift(const T* old, int64_t b, const Clusters<T>& to, const Acti
     }
 }
 
+/// One thread a problem.
 __device__ void decide_convergence(int64_t b, double* shift, const Active& active, const Verdict& verdict) {
     const int64_t all = active.problems(b);
     for (int64_t i = global_thread(); i < all; i += all_threads()) verdict.decide_convergence(active.problem(i), shift);
@@ -115,30 +118,30 @@ constexpr int BLOCKS = FACTOR                                          ? SUM_BLO
 
 #define UPDATE(name, T, EACH, FACTOR)                                                                                  \
     extern "C" __global__ void __launch_bounds__(SUM_THREADS, (BLOCKS<T, EACH, FACTOR>))                               \
-        name(const T* x, Rows r, const double* factor, const double* largest, const double* heaviest,                  \
-             const uint32_t* first_bad, const uint32_t* labels, const uint32_t* order, const uint32_t* offsets,        \
+        name(const T* x, Rows r, const double* factor, const double* max_abs, const double* max_weight,                \
+             const uint32_t* first_nonfinite, const uint32_t* labels, const uint32_t* order, const uint32_t* offsets,  \
              Pieces pieces, Clusters<T> to, Active active, Verdict verdict) {                                          \
-        update<T, EACH, FACTOR>(x, r, factor, largest, heaviest, first_bad, labels, order, offsets, pieces, to,        \
-                                active, verdict);                                                                      \
+        update<T, EACH, FACTOR>(x, r, factor, max_abs, max_weight, first_nonfinite, labels, order, offsets, pieces,    \
+                                to, active, verdict);                                                                  \
     }
 #define INSTANCE(name, T)                                                                                              \
     UPDATE(update_##name, T, 16 / sizeof(T), false)                                                                    \
     UPDATE(update_weighted_##name, T, (sizeof(T) > 4 ? 2 : 4), true)                                                   \
     UPDATE(update_narrow_##name, T, 1, false)                                                                          \
     UPDATE(update_narrow_weighted_##name, T, 1, true)                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                           \
-        medians_##name(const T* x, Rows r, const double* weights, const double* max_weight, const uint32_t* first_bad, \
-                       const uint32_t* order, const uint32_t* offsets, int64_t k, Active active, T* out) {             \
-        medians(x, r, weights, max_weight, first_bad, order, offsets, k, active, out);                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3) medians_##name(                                           \
+        const T* x, Rows r, const double* weights, const double* max_weight, const uint32_t* first_nonfinite,          \
+        const uint32_t* order, const uint32_t* offsets, int64_t k, Active active, T* out) {                            \
+        medians(x, r, weights, max_weight, first_nonfinite, order, offsets, k, active, out);                           \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(LEFT_THREADS)                                                         \
-        update_exact_##name(const T* x, Rows r, const double* factor, const uint32_t* first_bad,                       \
+        update_exact_##name(const T* x, Rows r, const double* factor, const uint32_t* first_nonfinite,                 \
                             const uint32_t* order, const uint32_t* offsets, Clusters<T> to, Verdict verdict) {         \
-        update_exact(x, r, factor, first_bad, order, offsets, to, verdict);                                            \
+        update_exact(x, r, factor, first_nonfinite, order, offsets, to, verdict);                                      \
     }                                                                                                                  \
-    extern "C" __global__ void finish_##name(Clusters<T> to, const double* largest, const double* heaviest, Active active, \
-                                             Verdict verdict) {                                                        \
-        finish(to, largest, heaviest, active, verdict);                                                                \
+    extern "C" __global__ void finish_##name(Clusters<T> to, const double* max_abs, const double* max_weight,          \
+                                             Active active, Verdict verdict) {                                         \
+        finish(to, max_abs, max_weight, active, verdict);                                                              \
     }                                                                                                                  \
     extern "C" __global__ void shift_##name(const T* old, int64_t b, Clusters<T> to, Active active) {                  \
         shift(old, b, to, active);                                                                                     \

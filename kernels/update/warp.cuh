@@ -12,12 +12,12 @@ static_assert(SUM_ROWS <= 1024, "limbs have room for 2^10 terms");
 /// its way. Each lane fills and empties the ring of batches for itself.
 template <class T, int EACH, bool FACTOR>
 struct PieceWarp {
-    /// Halves span 40 bits: their sums are exact as they are.
+    /// All f16 values are whole numbers of 2^-24 below 2^16: 40 bits, so an f64 adds them exactly without limbs.
     static constexpr bool EXACT = std::is_same<T, __half>::value && !FACTOR;
     static constexpr int LIMBS = sizeof(T) == 2 && !FACTOR ? 1 : 2, COLUMNS = WARP * EACH;
     static constexpr bool HALVES = sizeof(T) == 2 && EACH > 1 && !FACTOR;
-    static constexpr int SCALE = HALVES ? Small<T>::SCALE : 0;  // of sums on their way
-    static constexpr int UNROLLED = EXACT ? SUM_STEPS : 1;      // steps whose code is laid out
+    static constexpr int SCALE = HALVES ? Small<T>::SCALE : 0;  // sums in registers are 2^-SCALE of their value
+    static constexpr int UNROLLED = EXACT ? SUM_STEPS : 1;      // steps that are unrolled
     static constexpr int AT_ONCE = 4;                           // columns of a lane when sums are finished
 
     struct alignas(sizeof(T) * EACH) Part {
@@ -48,7 +48,7 @@ struct PieceWarp {
     // ---- The rows of a piece, from column `first` on.
 
     const T* from;             // this lane's columns of row 0
-    bool live, leads;          // whether it has any; whether it has the first
+    bool live, leads;          // whether it has any columns; whether it has the first
     uint32_t base;             // the first place of the batch that is added up
     uint32_t here, there;      // where in the ring that is, and where the next one asked for will be
     uint32_t rows[SUM_STEPS];  // row numbers of the batch to ask for next

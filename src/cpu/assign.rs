@@ -5,7 +5,7 @@ use super::{
     filter::{Block, Centroids},
     rows::distance,
     scalar::Scalar,
-    tensors::{finished, read_and_write, typed, Element, View},
+    tensors::{converged, read_and_write, typed, Element, View},
 };
 use crate::{
     error::Result,
@@ -47,13 +47,13 @@ fn nearest<T: Element>(
 pub(crate) fn assign_into(a: Assignment<'_>, labels: Target<'_>) -> Result<()> {
     let Assignment { plan, x, c, metric, turn } = a;
     typed!(x.dtype(), T => {
-        let over = finished(turn)?;
+        let converged = converged(turn)?;
         if x.b == 0 || x.n == 0 {
             return Ok(());
         }
         read_and_write([&x.operand, &c.operand], labels, |[xs, cs], labels| {
             launches::record(plan.kernel.name(), x.dtype().as_str());
-            label_all(&xs.view::<T>(x)?, &cs.view::<T>(c)?, plan.kernel, metric, &over, labels)
+            label_all(&xs.view::<T>(x)?, &cs.view::<T>(c)?, plan.kernel, metric, &converged, labels)
         })?
     })
 }
@@ -77,12 +77,12 @@ fn label_all<T: Element>(
     c: &View<'_, T>,
     kernel: Assign,
     metric: Metric,
-    over: &[bool],
+    converged: &[bool],
     labels: &mut [u32],
 ) -> Result<()> {
-    let over = |b: usize| over.get(b).is_some_and(|&over| over);
+    let skipped = |b: usize| converged.get(b).is_some_and(|&c| c);
     let problems = if c.rows.batch_stride == 0 { 1 } else { c.rows.b };
-    let prepared = |b| (problems == 1 || !over(b)).then(|| Centroids::new(c, b, metric)).transpose();
+    let prepared = |b| (problems == 1 || !skipped(b)).then(|| Centroids::new(c, b, metric)).transpose();
     let (n, d, k) = (x.rows.n, x.rows.d, c.rows.n);
     let centroids = host::map("assign", problems, 8 * k * d, prepared)?;
     let centroids = centroids.into_iter().collect::<Result<Vec<_>>>()?;
@@ -99,7 +99,7 @@ fn label_all<T: Element>(
         scores: vec![Scalar::of(0.0); CPU_ROWS.min(n) * CPU_CENTROIDS.min(k)],
         candidates: vec![Candidates::new(); CPU_ROWS.min(n)],
     };
-    let tiles = labels.chunks_mut(n).enumerate().filter(|&(b, _)| !over(b));
+    let tiles = labels.chunks_mut(n).enumerate().filter(|&(b, _)| !skipped(b));
     let tiles = tiles.flat_map(|(b, l)| l.chunks_mut(CPU_ROWS).enumerate().map(move |(p, o)| (b, p, o))).collect();
     // A multiplication in a product of matrices is a small part of a step.
     host::for_each(tiles, CPU_ROWS.min(n) * d * (4 + k / 16), scratch, tile)?;

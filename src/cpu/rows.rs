@@ -80,8 +80,8 @@ pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> 
         let problem = |b| host::reduce(parts, CPU_ROWS.min(x.n) * x.d / 4, |p| part(b, p), worse);
         let found = host::map("scan", x.b, x.n * x.d / 4, problem)?;
         let found = found.into_iter().map(|found| Ok(found?.unwrap_or((0.0, u32::MAX))));
-        let (largest, first) = found.collect::<Result<(Vec<_>, Vec<_>)>>()?;
-        Ok((tensor(largest, x.b)?, tensor(first, x.b)?))
+        let (max_abs, first) = found.collect::<Result<(Vec<_>, Vec<_>)>>()?;
+        Ok((tensor(max_abs, x.b)?, tensor(first, x.b)?))
     })
 }
 
@@ -101,8 +101,8 @@ impl<T: Element> NullaryFnOnce for Scan<'_, T> {
         let mut seen = (0.0, u32::MAX);
         for i in self.rows {
             T::filter_row(self.x.row(self.b, i), &mut row);
-            let (largest, finite) = magnitude(&row);
-            seen = (largest.widen().max(seen.0), if finite { seen.1 } else { seen.1.min(i as u32) });
+            let (max_abs, finite) = magnitude(&row);
+            seen = (max_abs.widen().max(seen.0), if finite { seen.1 } else { seen.1.min(i as u32) });
         }
         seen
     }

@@ -15,14 +15,15 @@ use crate::{
 pub(super) fn fit(fit: &OnChipFit<'_>) -> Result<bool> {
     let &OnChipFit { plan, x, summands, progress, max_iters, centroids, labels, .. } = fit;
     // Of these nobody else has any.
-    let [bad, largest, thresholds] = lock([&summands.first_nonfinite, &summands.max_abs, &progress.threshold]);
-    let heaviest = summands.max_weight.as_ref().map(|h| lock([h]));
-    if bad.flat::<u32>()?.iter().any(|&row| row != u32::MAX) {
+    let [first_nonfinite, max_abs, thresholds] =
+        lock([&summands.first_nonfinite, &summands.max_abs, &progress.threshold]);
+    let max_weight = summands.max_weight.as_ref().map(|w| lock([w]));
+    if first_nonfinite.flat::<u32>()?.iter().any(|&row| row != u32::MAX) {
         return Ok(false);
     }
     typed!(x.dtype(), T => {
-        let (largest, thresholds) = (largest.flat::<f64>()?, thresholds.flat::<f64>()?);
-        let heaviest = heaviest.as_ref().map(|[h]| h.flat::<f64>()).transpose()?;
+        let (max_abs, thresholds) = (max_abs.flat::<f64>()?, thresholds.flat::<f64>()?);
+        let max_weight = max_weight.as_ref().map(|[w]| w.flat::<f64>()).transpose()?;
         let k = centroids.dims()[1];
         let shared = [&x.operand, or(summands.row_scale.as_ref(), &x.operand)];
         let fits = read_and_write(shared, centroids.into(), |[xs, factor], all: &mut [T]| {
@@ -30,8 +31,8 @@ pub(super) fn fit(fit: &OnChipFit<'_>) -> Result<bool> {
             let factor = summands.row_scale.as_ref().map(|_| factor.flat::<f64>()).transpose()?;
             let starts = &*all;
             let fit = |b| {
-                let weights = factor.zip(heaviest).map(|(f, h)| (&f[b * x.n..][..x.n], h[b]));
-                let line = Line::new((0..x.n).map(|i| view.row(b, i)[0].wide()), largest[b], weights, x.b == 1)?;
+                let weights = factor.zip(max_weight).map(|(f, w)| (&f[b * x.n..][..x.n], w[b]));
+                let line = Line::new((0..x.n).map(|i| view.row(b, i)[0].wide()), max_abs[b], weights, x.b == 1)?;
                 Ok::<_, Error>(line.and_then(|line| line.lloyd(&starts[b * k..][..k], thresholds[b], max_iters)))
             };
             let fits = host::map("fit", x.b, 32 * x.n, fit)?;
@@ -77,11 +78,11 @@ struct Fitted<T> {
 }
 
 impl Line {
-    /// `largest` bounds the terms; weights come with their largest. None where a term is no integer of the scale. A problem
+    /// `max_abs` bounds the terms; weights come with the largest of them. None where a term is no integer of the scale. A problem
     /// that is `alone` is sorted by all threads; one that waited for others would meanwhile begin with a third.
     fn new(
         values: impl Iterator<Item = f64>,
-        largest: f64,
+        max_abs: f64,
         weights: Option<(&[f64], f64)>,
         alone: bool,
     ) -> Result<Option<Self>> {
@@ -103,9 +104,9 @@ impl Line {
             Some((std::iter::once(Some(0)).chain(before).collect::<Option<_>>()?, scale))
         };
         let weight = |i: usize| weights.map_or(1.0, |(w, _)| w[rows[i] as usize]);
-        let Some(sums) = prefix(largest, &|i| values[i] * weight(i)) else { return Ok(None) };
+        let Some(sums) = prefix(max_abs, &|i| values[i] * weight(i)) else { return Ok(None) };
         let of_weights = match weights {
-            Some((_, heaviest)) => match prefix(heaviest, &weight) {
+            Some((_, max_weight)) => match prefix(max_weight, &weight) {
                 None => return Ok(None),
                 some => some,
             },

@@ -15,18 +15,18 @@ use crate::{
 use pulp::NullaryFnOnce;
 use std::ops::Range;
 
-/// Rows in label order (or, without one, all in one cluster as they lie), and what bounds their rows.
+/// Rows in label order (or, without one, all in one cluster as they lie), with their factors and the bounds of their terms.
 pub(super) struct Sorted<'a, T> {
     pub(super) kernel: UpdateKernel,
     pub(super) x: View<'a, T>,
     pub(super) factor: Option<&'a [f64]>,
     pub(super) order: Option<&'a [u32]>,
     pub(super) offsets: Option<&'a [u32]>,
-    pub(super) largest: &'a [f64],
-    pub(super) first_bad: &'a [u32],
-    pub(super) heaviest: Option<&'a [f64]>,
+    pub(super) max_abs: &'a [f64],
+    pub(super) first_nonfinite: &'a [u32],
+    pub(super) max_weight: Option<&'a [f64]>,
     pub(super) k: usize,
-    /// The rows that sums have room for, and the planes that they are kept on; none for as many as terms need.
+    /// How many rows sums have room for, and how many planes they have; none for as many as terms need.
     pub(super) grid_rows: usize,
     pub(super) planes: Option<usize>,
 }
@@ -39,9 +39,9 @@ impl<T: Element> Sorted<'_, T> {
         }
     }
 
-    /// Whether a row counts: one that is not finite weighs nothing.
+    /// Whether a row counts, which it does if all of its values are finite.
     fn counts(&self, b: usize, row: usize) -> bool {
-        self.first_bad[b] == u32::MAX || self.x.row(b, row).iter().all(|v| v.wide().is_finite())
+        self.first_nonfinite[b] == u32::MAX || self.x.row(b, row).iter().all(|v| v.wide().is_finite())
     }
 
     /// The rows of a cluster that count.
@@ -57,13 +57,13 @@ impl<T: Element> Sorted<'_, T> {
     /// The sum of a cluster's weights, and its grid.
     pub(super) fn weight(&self, b: usize, j: usize) -> (Sums, Grid) {
         let mut sum = Sums::new(1);
-        let Some(heaviest) = self.heaviest else {
-            let all = self.first_bad[b] == u32::MAX;
+        let Some(max_weight) = self.max_weight else {
+            let all = self.first_nonfinite[b] == u32::MAX;
             let rows = if all { self.range(b, j).len() } else { self.members(b, j).count() };
             sum.first()[0] = rows as i128;
             return (sum, UNITS);
         };
-        let grid = self.grid(heaviest[b]);
+        let grid = self.grid(max_weight[b]);
         for row in self.members(b, j) {
             sum.add(0, self.row_weight(b, row), grid);
         }
@@ -82,7 +82,7 @@ impl<T: Element> Sorted<'_, T> {
     /// The sums of the columns; none of no rows.
     pub(super) fn sums(&self, b: usize, j: usize) -> Result<Option<(Sums, Grid)>> {
         let Range { start, end } = self.range(b, j);
-        let grid = self.grid(self.largest[b]);
+        let grid = self.grid(self.max_abs[b]);
         let part = |p: usize| self.sum(b, start + p * CPU_SUM_ROWS, end.min(start + (p + 1) * CPU_SUM_ROWS), grid);
         let parts = (end - start).div_ceil(CPU_SUM_ROWS);
         Ok(host::reduce(parts, CPU_SUM_ROWS * self.x.rows.d, part, Sums::join)?.map(|sums| (sums, grid)))
@@ -90,9 +90,9 @@ impl<T: Element> Sorted<'_, T> {
 
     /// Sums positions `start..end` of problem `b`.
     ///
-    /// The integer of most terms is split over a few f64 "limbs", each a whole number of its own unit (2^26 apart) and
+    /// The integer of most terms is split over a few f64 *limbs*, each a whole number of its own unit (2^26 apart) and
     /// small enough that f64 addition of thousands of them is exact: integer sums at the speed of f64 adds. A term with
-    /// bits below the last limb (a small one) adds what is missing as integers of its own.
+    /// bits below the last limb (a small one) adds its remainder as integers, to as many planes as that reaches.
     fn sum(&self, b: usize, start: usize, end: usize, grid: Grid) -> Sums {
         // Products with a factor carry 53 bits, plain f32 and shorter at most 24.
         if self.factor.is_some() || size_of::<T>() == 8 {
@@ -129,13 +129,13 @@ impl<T: Element> Sorted<'_, T> {
         let median = |c: usize| {
             column.clear();
             column.extend(members.iter().map(|&(i, weight)| (self.x.row(b, i)[c].wide(), weight)));
-            median(&mut column, self.heaviest.map(|heaviest| self.grid(heaviest[b])))
+            median(&mut column, self.max_weight.map(|max_weight| self.grid(max_weight[b])))
         };
         (!members.is_empty()).then(|| (0..self.x.rows.d).map(median).collect())
     }
 }
 
-/// The grid of numbers of rows.
+/// The grid of sums that count rows.
 pub(super) const UNITS: Grid = Grid { scale: 0, planes: 1 };
 
 /// The grid of sums of at most `rows` terms up to `max_abs`, of so many planes or as many as terms need.
@@ -143,7 +143,8 @@ pub(super) fn grid(max_abs: f64, rows: usize, planes: Option<usize>) -> Grid {
     planes.map_or_else(|| Grid::of_f64(max_abs, rows), |planes| Grid::new(max_abs, rows, planes))
 }
 
-/// The sums of columns: planes of a grid, a number a column, of which those after the first are there once a term needs them.
+/// The sums of columns as digits of Kulisch accumulators (see [`Grid`]): a plane has one of each column. Planes after the first are
+/// there once a term needs them, which few sums' do.
 pub(super) struct Sums(pub(super) Vec<Vec<i128>>);
 
 impl Sums {
@@ -156,6 +157,7 @@ impl Sums {
         &mut self.0[0]
     }
 
+    /// Adds a term to planes, whatever its exponent.
     fn add(&mut self, column: usize, v: f64, grid: Grid) {
         grid.split(v, |plane, units| {
             let d = self.0[0].len();
@@ -164,6 +166,7 @@ impl Sums {
         });
     }
 
+    /// The sums of both.
     fn join(mut self, mut other: Self) -> Self {
         if self.0.len() < other.0.len() {
             std::mem::swap(&mut self, &mut other);
@@ -184,7 +187,7 @@ impl Sums {
     }
 }
 
-/// Adds the limbs of some terms to `limbs`, and what they leave (without rounders: everything) to `sums`. A struct for the
+/// Adds the limbs of some terms to `limbs`, and their remainders (without rounders: all of them) to `sums`. It is a struct for the
 /// reason that `Pack` in assign.rs is one.
 struct AddRows<'a, T> {
     rows: &'a Sorted<'a, T>,
@@ -202,7 +205,7 @@ impl<T: Element> NullaryFnOnce for AddRows<'_, T> {
     #[inline(always)]
     fn call(self) {
         let Self { rows, b, positions, grid, rounders, limbs, sums } = self;
-        let (n, d, dirty) = (rows.x.rows.n, rows.x.rows.d, rows.first_bad[b] != u32::MAX);
+        let (n, d, dirty) = (rows.x.rows.n, rows.x.rows.d, rows.first_nonfinite[b] != u32::MAX);
         let row = |p: usize| rows.row(b, p);
         let (mut values, mut rest) = (vec![Scalar::of(0.0); d], vec![0f64; d]);
         for p in positions.clone() {

@@ -290,7 +290,7 @@ pub(super) fn tensor<T: WithDType>(data: Vec<T>, shape: impl Into<Shape>) -> Res
 }
 
 /// Whether each problem has converged before this turn; empty outside a fit.
-pub(super) fn finished(turn: Option<Turn<'_>>) -> Result<Vec<bool>> {
+pub(super) fn converged(turn: Option<Turn<'_>>) -> Result<Vec<bool>> {
     let Some(Turn { progress, iteration }) = turn else { return Ok(vec![]) };
     let [stop] = lock([&progress.stop]);
     Ok(stop.flat::<u32>()?.iter().map(|&stop| (stop as usize) < iteration).collect())

@@ -1,9 +1,10 @@
-//! Sort-Inverse Update: labels sorted, clusters summed without an order to depend on.
+//! Sort-Inverse Update (Yang et al. 2026, Flash-KMeans): labels are sorted, then each cluster is summed, in integers that depend on
+//! no order.
 
 use super::{
     sort::order,
     sums::{grid, Sorted, UNITS},
-    tensors::{finished, lock, or, read_and_write, typed, write, Element, Stored},
+    tensors::{converged, lock, or, read_and_write, typed, write, Element, Stored},
 };
 use crate::{
     error::{Error, Result},
@@ -15,42 +16,43 @@ use crate::{
 };
 use candle_core::{CpuStorage, Layout, Tensor, WithDType};
 
+/// Replaces the centroids, `(..batch, k, d)`, by the reduction of their clusters' rows, and decides which problems have converged.
 pub(crate) fn update(u: &Update<'_>, centroids: Target<'_>) -> Result<()> {
     let &Update { plan, x, reduction, turn, .. } = u;
     launches::record(plan.kernel.name(), x.dtype().as_str());
     let (b, k, d) = (x.b, centroids.dims()[centroids.dims().len() - 2], x.d);
     typed!(x.dtype(), T => {
-        let over = finished(turn)?;
+        let converged = converged(turn)?;
         let shifts: Vec<f64> = with_sorted(u, k, None, centroids, |clusters, centroids: &mut [T]| {
             let mut shifts = host::filled("update", b * k, 0.0)?;
             let all = centroids.chunks_mut(d).zip(&mut shifts).enumerate();
-            let going = all.filter(|(i, _)| !over.get(i / k).is_some_and(|&over| over)).collect();
+            let active = all.filter(|(i, _)| !converged.get(i / k).is_some_and(|&c| c)).collect();
             let replace = |_: &mut (), (i, (row, shift)): (usize, (&mut [T], &mut f64))| {
                 *shift = replace(clusters, [i / k, i % k], reduction, row)?;
                 Ok(())
             };
-            host::for_each(going, d * (8 + 2 * (x.n / k)), || (), replace)?;
+            host::for_each(active, d * (8 + 2 * (x.n / k)), || (), replace)?;
             Ok(shifts)
         })?;
-        decide_convergence(turn, &over, &shifts)
+        decide_convergence(turn, &converged, &shifts)
     })
 }
 
-/// Adds rows to the sums of their clusters, of problems that have not converged.
+/// Adds rows to the sums of their clusters, of problems that have not converged. [`finish`] does what is left of an [`update`].
 pub(crate) fn accumulate(u: &Update<'_>, to: &Accumulator) -> Result<()> {
     let &Update { x, reduction, .. } = u;
     let (planes, b, k) = (to.sums.dim(0)?, x.b, to.sums.dim(2)?);
     typed!(x.dtype(), T => {
-        let over = finished(u.turn)?;
+        let converged = converged(u.turn)?;
         with_sorted::<T, i64, ()>(u, k, Some(to), (&to.sums).into(), |clusters, sums| {
-            // The planes of each cluster.
+            // Each cluster's part of every plane, for the thread that adds to it.
             let (of_cluster, mut all) = (2 * (x.d + 1), Vec::new());
             all.resize_with(b * k, || Vec::with_capacity(planes));
             for plane in sums.chunks_mut(b * k * of_cluster) {
                 all.iter_mut().zip(plane.chunks_mut(of_cluster)).for_each(|(all, plane)| all.push(plane));
             }
             let all = all.into_iter().enumerate();
-            let going = all.filter(|(i, _)| !over.get(i / k).is_some_and(|&over| over)).collect();
+            let active = all.filter(|(i, _)| !converged.get(i / k).is_some_and(|&c| c)).collect();
             let add = |_: &mut (), (i, mut planes): (usize, Vec<&mut [i64]>)| {
                 let (b, j) = (i / k, i % k);
                 let Some((sums, _)) = clusters.sums(b, j)? else { return Ok(()) };
@@ -66,7 +68,7 @@ pub(crate) fn accumulate(u: &Update<'_>, to: &Accumulator) -> Result<()> {
                 }
                 Ok(())
             };
-            host::for_each(going, x.d * (8 + 2 * (x.n / k)), || (), add)
+            host::for_each(active, x.d * (8 + 2 * (x.n / k)), || (), add)
         })
     })
 }
@@ -76,38 +78,38 @@ pub(crate) fn finish(f: &Finish<'_>, centroids: Target<'_>) -> Result<()> {
     let &Finish { sums: Accumulator { sums, max_abs, max_weight, rows }, reduction, turn } = f;
     let (planes, b, k, d) = (sums.dim(0)?, sums.dim(1)?, sums.dim(2)?, sums.dim(3)? - 1);
     typed!(centroids.dtype(), T => {
-        let over = finished(turn)?;
-        let ([largest], heaviest) = (lock([max_abs]), max_weight.as_ref().map(|h| lock([h])));
-        let largest = largest.flat::<f64>()?;
-        let heaviest = heaviest.as_ref().map(|[h]| h.flat::<f64>()).transpose()?;
+        let converged = converged(turn)?;
+        let ([max_abs], max_weight) = (lock([max_abs]), max_weight.as_ref().map(|w| lock([w])));
+        let max_abs = max_abs.flat::<f64>()?;
+        let max_weight = max_weight.as_ref().map(|[w]| w.flat::<f64>()).transpose()?;
         let replaced = read_and_write([sums], centroids, |[sums], centroids: &mut [T]| {
             let sums = sums.flat::<i64>()?;
             let mut shifts = host::filled("finish", b * k, 0.0)?;
             let all = centroids.chunks_mut(d).zip(&mut shifts).enumerate();
-            let going = all.filter(|(i, _)| !over.get(i / k).is_some_and(|&over| over)).collect();
+            let active = all.filter(|(i, _)| !converged.get(i / k).is_some_and(|&c| c)).collect();
             let replace = |_: &mut (), (i, (row, shift)): (usize, (&mut [T], &mut f64))| {
                 let at = |plane: usize, c: usize| load(&sums[2 * ((plane * b * k + i) * (d + 1) + c)..]);
                 let sum = |c: usize, grid: Grid| {
                     let digits: Vec<_> = (0..grid.planes).map(|plane| at(plane, c)).collect();
                     grid.rounded(&digits)
                 };
-                let of_columns = grid(largest[i / k], *rows, Some(planes));
-                let of_weight = heaviest.map_or(UNITS, |h| grid(h[i / k], *rows, Some(planes)));
+                let of_columns = grid(max_abs[i / k], *rows, Some(planes));
+                let of_weight = max_weight.map_or(UNITS, |w| grid(w[i / k], *rows, Some(planes)));
                 let sums: Vec<Scaled> = (0..d).map(|c| sum(c, of_columns)).collect();
                 if let Some(values) = divided(reduction, sums, || sum(d, of_weight)) {
                     *shift = write_centroid(row, values);
                 }
                 Ok(())
             };
-            host::for_each(going, d * planes * 8, || (), replace)?;
+            host::for_each(active, d * planes * 8, || (), replace)?;
             Ok::<Vec<f64>, Error>(shifts)
         });
         let shifts = replaced??;
         write(sums, |sums: &mut [i64]| {
             let all = sums.chunks_mut(k * (d + 1) * 2).enumerate();
-            all.filter(|(i, _)| !over.get(i % b).is_some_and(|&over| over)).for_each(|(_, sums)| sums.fill(0));
+            all.filter(|(i, _)| !converged.get(i % b).is_some_and(|&c| c)).for_each(|(_, sums)| sums.fill(0));
         })?;
-        decide_convergence(turn, &over, &shifts)
+        decide_convergence(turn, &converged, &shifts)
     })
 }
 
@@ -120,11 +122,12 @@ pub(crate) fn merge(sums: &Tensor, others: &Tensor) -> Result<()> {
     })?
 }
 
-/// An integer of its halves.
+/// The integer of a low and a high half.
 fn load(halves: &[i64]) -> i128 {
     i128::from(halves[1]) << 64 | i128::from(halves[0] as u64)
 }
 
+/// The halves of an integer.
 fn store(halves: &mut [i64], v: i128) {
     (halves[0], halves[1]) = (v as i64, (v >> 64) as i64);
 }
@@ -149,8 +152,8 @@ fn with_sorted<T: Element, O: Stored, R>(
     let sorted = own.or(given);
     let (max_abs, max_weight) =
         to.map_or((&summands.max_abs, &summands.max_weight), |to| (&to.max_abs, &to.max_weight));
-    let ([largest, first_bad], heaviest) =
-        (lock([max_abs, &summands.first_nonfinite]), max_weight.as_ref().map(|h| lock([h])));
+    let ([max_abs, first_nonfinite], max_weight) =
+        (lock([max_abs, &summands.first_nonfinite]), max_weight.as_ref().map(|w| lock([w])));
     let shared = [&x.operand, or(summands.row_scale.as_ref(), &x.operand)];
     read_and_write(shared, target, |[xs, factor], out| {
         let clusters = Sorted {
@@ -159,9 +162,9 @@ fn with_sorted<T: Element, O: Stored, R>(
             factor: summands.row_scale.as_ref().map(|_| factor.flat::<f64>()).transpose()?,
             order: sorted.map(|(order, _)| order),
             offsets: sorted.map(|(_, offsets)| offsets),
-            largest: largest.flat()?,
-            first_bad: first_bad.flat()?,
-            heaviest: heaviest.as_ref().map(|[h]| h.flat::<f64>()).transpose()?,
+            max_abs: max_abs.flat()?,
+            first_nonfinite: first_nonfinite.flat()?,
+            max_weight: max_weight.as_ref().map(|[w]| w.flat::<f64>()).transpose()?,
             k,
             grid_rows: to.map_or(x.n, |to| to.rows),
             planes: to.map(|to| to.sums.dim(0)).transpose()?,
@@ -171,12 +174,12 @@ fn with_sorted<T: Element, O: Stored, R>(
 }
 
 /// Notes which problems have converged: those of which no centroid has moved farther than the threshold.
-fn decide_convergence(turn: Option<Turn<'_>>, over: &[bool], shifts: &[f64]) -> Result<()> {
+fn decide_convergence(turn: Option<Turn<'_>>, converged: &[bool], shifts: &[f64]) -> Result<()> {
     let Some(Turn { progress, iteration }) = turn else { return Ok(()) };
     let [thresholds] = lock([&progress.threshold]);
-    let (thresholds, k) = (thresholds.flat::<f64>()?, shifts.len() / over.len().max(1));
+    let (thresholds, k) = (thresholds.flat::<f64>()?, shifts.len() / converged.len().max(1));
     write(&progress.stop, |stop: &mut [u32]| {
-        for b in (0..over.len()).filter(|&b| !over[b]) {
+        for b in (0..converged.len()).filter(|&b| !converged[b]) {
             if shifts[b * k..][..k].iter().fold(0.0, |most: f64, &s| most.max(s)) <= thresholds[b] {
                 stop[b] = iteration as u32;
             }

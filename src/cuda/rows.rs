@@ -106,15 +106,15 @@ pub(super) fn rows_of_a_pass(d: usize) -> usize {
 pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> {
     typed!(x.dtype(), T => {
         let dev = device(&x.operand)?;
-        let mut largest = alloc::<f64>(dev, "scan", x.b)?;
-        let mut first_bad = alloc::<u32>(dev, "scan", x.b)?;
+        let mut max_abs = alloc::<f64>(dev, "scan", x.b)?;
+        let mut first_nonfinite = alloc::<u32>(dev, "scan", x.b)?;
         launch!(dev, Rows, "scan_start", "", x.b.div_ceil(THREADS), THREADS;
-            &(x.b as i64), &mut largest, &mut first_bad)?;
+            &(x.b as i64), &mut max_abs, &mut first_nonfinite)?;
         let xs = read(&x.operand);
         let rows = rows_of_a_pass(x.d);
         launch!(dev, Rows, "scan", T::SUFFIX, elements(&[x.b, x.n.div_ceil(rows)]), THREADS;
-            &xs.view::<T>()?, &shape(x), &(rows as i64), &mut largest, &mut first_bad)?;
-        Ok((tensor(dev, largest, x.b), tensor(dev, first_bad, x.b)))
+            &xs.view::<T>()?, &shape(x), &(rows as i64), &mut max_abs, &mut first_nonfinite)?;
+        Ok((tensor(dev, max_abs, x.b), tensor(dev, first_nonfinite, x.b)))
     })
 }
 

@@ -45,8 +45,8 @@ pub(crate) fn finish(f: &Finish<'_>, centroids: Target<'_>, memory: &Memory) -> 
     if turn.is_some() {
         verdict.count.clear(dev, 1)?;
     }
-    let (largest, heaviest) = (read(max_abs), max_weight.as_ref().map(read));
-    let heaviest = heaviest.as_ref().map(|h| h.view::<f64>()).transpose()?;
+    let (max_abs, max_weight) = (read(max_abs), max_weight.as_ref().map(read));
+    let max_weight = max_weight.as_ref().map(|w| w.view::<f64>()).transpose()?;
     typed!(centroids.dtype(), T => write::<T>(centroids, |centroids| {
         let to = Clusters {
             centroids: centroids.address,
@@ -58,7 +58,7 @@ pub(crate) fn finish(f: &Finish<'_>, centroids: Target<'_>, memory: &Memory) -> 
             ..Clusters::new([b, k, d], *rows)
         };
         launch!(dev, Update, "finish", T::SUFFIX, warps(elements(&[b, k])), THREADS;
-            &to, &largest.view::<f64>()?, Nullable(&heaviest), &active, &verdict)
+            &to, &max_abs.view::<f64>()?, Nullable(&max_weight), &active, &verdict)
     }))
 }
 
@@ -133,11 +133,11 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
         .map_or((&summands.max_abs, &summands.max_weight), |Accumulator { max_abs, max_weight, .. }| {
             (max_abs, max_weight)
         });
-    let (xs, largest, first_bad) = (read(&x.operand), read(max_abs), read(&summands.first_nonfinite));
-    let (factor, heaviest) = (summands.row_scale.as_ref().map(read), max_weight.as_ref().map(read));
-    let (xs, largest, first_bad) = (xs.view::<T>()?, largest.view::<f64>()?, first_bad.view::<u32>()?);
+    let (xs, max_abs, first_nonfinite) = (read(&x.operand), read(max_abs), read(&summands.first_nonfinite));
+    let (factor, max_weight) = (summands.row_scale.as_ref().map(read), max_weight.as_ref().map(read));
+    let (xs, max_abs, first_nonfinite) = (xs.view::<T>()?, max_abs.view::<f64>()?, first_nonfinite.view::<u32>()?);
     let factor = factor.as_ref().map(|f| f.view::<f64>()).transpose()?;
-    let heaviest = heaviest.as_ref().map(|h| h.view::<f64>()).transpose()?;
+    let max_weight = max_weight.as_ref().map(|w| w.view::<f64>()).transpose()?;
     let to = Clusters {
         centroids: centroids.address,
         slots: match accumulator {
@@ -159,8 +159,8 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
         let (b64, old) = (b as i64, scratch.ptr(old));
         old.copy_from(dev, centroids, elements(&[b, k, d]))?;
         launch!(dev, Update, plan.kernel.name(), T::SUFFIX, elements(&[b, k, d.div_ceil(MEDIAN_COLUMNS)]), THREADS;
-            &xs, &shape(x), Nullable(&factor), Nullable(&heaviest), &first_bad, &order_at, &offsets, &to.k, &active,
-            &centroids)?;
+            &xs, &shape(x), Nullable(&factor), Nullable(&max_weight), &first_nonfinite, &order_at, &offsets,
+            &to.k, &active, &centroids)?;
         if turn.is_some() {
             launch!(dev, Update, "shift", T::SUFFIX, elements(&[b, k]).div_ceil(THREADS / WARP), THREADS;
                 &old, &b64, &to, &active)?;
@@ -171,13 +171,13 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
     let pieces = Pieces { rows: plan.piece as u32, whole: (2 * plan.piece).min(SUM_ROWS) as u32 };
     let blocks = elements(&[b, n.div_ceil(plan.piece)]).div_ceil(SUM_THREADS / WARP);
     launch!(dev, Update, plan.kernel.name(), T::SUFFIX, blocks, SUM_THREADS;
-        &xs, &shape(x), Nullable(&factor), &largest, Nullable(&heaviest), &first_bad, &labels_at, &order_at, &offsets,
-        &pieces, &to, &active, &verdict)?;
+        &xs, &shape(x), Nullable(&factor), &max_abs, Nullable(&max_weight), &first_nonfinite, &labels_at, &order_at,
+        &offsets, &pieces, &to, &active, &verdict)?;
     if accumulator.is_some() || (x.dtype() == DType::F16 && factor.is_none() && summands.finite) {
         // Sums have planes for all terms, and all halves are integers of the scale: nothing is left.
         return Ok(());
     }
     let blocks = elements(&[b, k, (d + 1).div_ceil(LEFT_COLUMNS)]).min(LEFT_BLOCKS);
     launch!(dev, Update, "update_exact", T::SUFFIX, blocks, LEFT_THREADS;
-        &xs, &shape(x), Nullable(&factor), &first_bad, &order_at, &offsets, &to, &verdict)
+        &xs, &shape(x), Nullable(&factor), &first_nonfinite, &order_at, &offsets, &to, &verdict)
 }

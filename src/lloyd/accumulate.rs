@@ -1,4 +1,4 @@
-//! Sums that blocks of rows and ranks add to.
+//! Sums that blocks of rows and ranks add to. They are integers, so it does not matter how rows are cut, or in what order.
 
 use super::feed::Feed;
 use crate::{
@@ -12,9 +12,9 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 
 impl Accumulator {
-    /// Zeros for `k` clusters of each problem.
-    pub(super) fn new([k, d]: [usize; 2], terms: Bounds, planes: usize, device: &Device) -> Result<Self> {
-        let Bounds { max_abs, max_weight, rows } = terms;
+    /// Zeros for `k` clusters of each problem, on so many planes of the grid that the bounds give.
+    pub(super) fn new([k, d]: [usize; 2], bounds: Bounds, planes: usize, device: &Device) -> Result<Self> {
+        let Bounds { max_abs, max_weight, rows } = bounds;
         if rows > MAX_ROWS {
             return Err(Error::TooLarge { argument: "x rows", got: rows, limit: MAX_ROWS });
         }
@@ -23,26 +23,26 @@ impl Accumulator {
     }
 }
 
-/// Rows that sums have room for at most: a term is cut into two limbs of 42 bits, which have to be whole numbers of the first
-/// plane's unit.
+/// The most rows that sums have room for. Limbs, two of at most 42 bits (`LIMB_BITS` in `kernels/exact/sums.cuh`), have to be whole
+/// numbers of the first plane's unit, and so many rows leave 84 of its 126 bits to a term.
 const MAX_ROWS: usize = 1 << 41;
 
-/// Bounds on the terms of sums.
+/// Bounds on the terms of sums, of which an accumulator's grid is made.
 #[derive(Clone)]
 pub(super) struct Bounds {
-    /// Of their magnitude, f64 `(b,)`.
+    /// A bound on the magnitude of a term, f64 `(b,)`.
     pub max_abs: Tensor,
     /// The largest factor, f64 `(b,)`, where factors are weights.
     pub max_weight: Option<Tensor>,
-    /// Of their number.
+    /// A bound on the number of rows of a problem, over all blocks and ranks.
     pub rows: usize,
 }
 
-/// The sum of a number a row, of all rows of a problem.
+/// The sum, over all rows of a problem, of one number a row.
 pub(super) struct Total(Accumulator);
 
 impl Total {
-    /// Of numbers up to `max_abs`, f64 `(b,)`, in so many planes.
+    /// A sum of numbers up to `max_abs`, f64 `(b,)`, on so many planes.
     pub(super) fn new(max_abs: Tensor, rows: usize, planes: usize) -> Result<Self> {
         let device = max_abs.device().clone();
         Ok(Self(Accumulator::new([1, 1], Bounds { max_abs, max_weight: None, rows }, planes, &device)?))
@@ -67,7 +67,7 @@ impl Total {
     }
 }
 
-/// Adds all rows, each times its factor, to the one cluster of an accumulator.
+/// Adds all rows, each times its factor, to the one cluster of an accumulator. One that is not finite has a factor of 0.
 pub(super) fn accumulate_all(x: &Rows, row_scale: Option<Tensor>, to: &Accumulator) -> Result<()> {
     // A row of one value may be anything: it is not finite, or counts. Others have a factor of 0 if they are not.
     let first_nonfinite = Tensor::full(if x.d == 1 { 0 } else { u32::MAX }, x.b, x.device())?;
@@ -77,7 +77,7 @@ pub(super) fn accumulate_all(x: &Rows, row_scale: Option<Tensor>, to: &Accumulat
     primitives::accumulate(&Update::new(x, &terms, None, reduction, 1)?, to, &Memory::default())
 }
 
-/// How far the last bit of a value of this type is below its first one, at most.
+/// How far below its first bit the last bit of a value of this type can be.
 pub(super) fn mantissa_bits(dtype: DType) -> i32 {
     match dtype {
         DType::F16 => 10,

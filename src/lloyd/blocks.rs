@@ -1,12 +1,12 @@
-//! A fit of rows that come in blocks, and that ranks share.
+//! Fits of rows that are cut into blocks and shared out to ranks, threads of this process, to the bits of a fit in one block.
 
 use super::{
     accumulate::{mantissa_bits, Bounds, Total},
     feed::{first_row, Block, Feed},
-    prepared::RUNNING,
-    relocate::{add_sizes, gather_sizes, sizes, Sizes},
-    terms::{finite_rows, scan_counted, weighed, Ragged, Weights},
+    prepared::{PreparedFit, RUNNING},
+    relocate::{add_sizes, gather_sizes, Sizes},
     threshold::{threshold, Usable},
+    weights::{counted_sizes, finite_rows, scan_counted, weighed, Ragged, Weights},
     Lloyd,
 };
 use crate::{
@@ -26,7 +26,7 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use std::sync::{Barrier, Mutex, PoisonError};
 
-/// Where ranks of one process meet.
+/// Where the ranks of a process meet: each leaves a message and takes those of all.
 pub(super) struct Meeting {
     barrier: Barrier,
     said: Mutex<Vec<Option<Said>>>,
@@ -55,7 +55,7 @@ impl Meeting {
     }
 }
 
-/// The rows of a rank, cut into blocks.
+/// The blocks of a rank.
 pub(super) struct Blocks<'a> {
     blocks: Vec<Held>,
     device: Device,
@@ -63,7 +63,7 @@ pub(super) struct Blocks<'a> {
     meeting: Option<&'a Meeting>,
 }
 
-/// A block and all that belongs to its rows.
+/// A [`Block`] with all that it refers to.
 struct Held {
     x: Rows<'static>,
     summands: Summands,
@@ -122,8 +122,23 @@ impl Feed for Blocks<'_> {
     }
 }
 
-/// All rows, and how ranks cut them.
-pub(super) struct Whole<'a> {
+impl PreparedFit {
+    /// Fits rows that are cut into so many `blocks` for each of so many `ranks`, from the centroids that a run on all of them
+    /// starts from.
+    pub(crate) fn fit_in_blocks(settings: &KMeans, x: &Tensor, blocks: usize, ranks: usize) -> Result<Fit> {
+        let p = Problem::fit(x, settings.k, settings.metric)?;
+        settings.check(&p, x.device())?;
+        let plan = settings.plan_of(&p, Rows::of(x.into()).map(|rows| rows.layout()), x.device())?;
+        let prepared = Self::new(settings, p, plan, x.device())?;
+        prepared.seed(&Rows::new(x)?, 0, settings.seed)?;
+        let Self { p, weights, ragged, centroids: start, settings, .. } = &prepared;
+        let (weights, ragged, x) = (weights.as_ref(), ragged.as_ref(), &x.reshape((p.b, p.n, p.d))?);
+        Whole { settings, p, x, start, weights, ragged, blocks, ranks }.fit()
+    }
+}
+
+/// A fit of rows in memory, and how they are cut.
+struct Whole<'a> {
     pub settings: &'a KMeans,
     pub p: &'a Problem,
     /// `(b, n, d)`.
@@ -132,13 +147,13 @@ pub(super) struct Whole<'a> {
     pub start: &'a Tensor,
     pub weights: Option<&'a Weights>,
     pub ragged: Option<&'a Ragged>,
-    /// Blocks of each rank.
+    /// How many blocks each rank has.
     pub blocks: usize,
     pub ranks: usize,
 }
 
 impl Whole<'_> {
-    /// The fit of all rows, by ranks that run on a thread each.
+    /// Runs the ranks, on a thread each, and puts their labels together. All else is the same on each.
     pub(super) fn fit(&self) -> Result<Fit> {
         if self.settings.metric == Metric::Manhattan {
             let with = "rows in blocks, of which no sums give medians".into();
@@ -169,9 +184,11 @@ impl Whole<'_> {
         Fit { labels: Tensor::cat(&labels, 1)?, ..fit }.with_batch(&self.p.batch)
     }
 
+    /// The fit, with the labels of this rank's rows.
     fn fit_rank(&self, rank: usize, meeting: Option<&Meeting>) -> Result<Fit> {
         let Self { settings, p, .. } = self;
         let device = self.x.device();
+        // Where part `part` of `parts` begins.
         let cut = |part: usize, parts: usize, from: usize, rows: usize| from + rows * part / parts;
         let (begin, end) = (cut(rank, self.ranks, 0, p.n), cut(rank + 1, self.ranks, 0, p.n));
         let ends = (0..=self.blocks).map(|block| cut(block, self.blocks, begin, end - begin));
@@ -202,16 +219,19 @@ impl Whole<'_> {
     }
 }
 
-/// The findings of a first pass over the rows that count, of all blocks and ranks.
+/// The findings of a first pass over the rows that count, of all blocks and ranks: the grid of their sums is made of them.
 struct Found {
-    /// The largest and the smallest magnitude but 0 of each problem; infinite where there is none.
+    /// The largest finite magnitude of each problem.
     max_abs: Vec<f64>,
+    /// The smallest but 0, infinite where there is none. It bounds how low the bits of terms go.
     min_abs: Vec<f64>,
     all_finite: bool,
 }
 
 impl Found {
     fn search(feed: &mut dyn Feed, p: &Problem, settings: &KMeans) -> Result<Self> {
+        // The largest magnitude, the smallest, and the first row that is not finite: the latter two negated, so that of all blocks
+        // and ranks the largest of each is kept.
         let (mut mine, none) = ([vec![0.0; p.b], vec![-f64::INFINITY; p.b], vec![-f64::INFINITY; p.b]], u32::MAX);
         feed.for_each_block(&mut |block| {
             let scanned = match block.counted {
@@ -230,16 +250,15 @@ impl Found {
             }
             Ok(())
         })?;
-        // The largest of all ranks.
         let mut all = mine.concat();
         for rank in feed.gather(all.clone())? {
             all.iter_mut().zip(rank).for_each(|(all, rank)| *all = all.max(rank));
         }
         let (max_abs, rest) = all.split_at(p.b);
-        let (min_abs, first_bad) = rest.split_at(p.b);
-        let bad = first_bad.iter().position(|&bad| bad > -f64::INFINITY);
+        let (min_abs, first_nonfinite) = rest.split_at(p.b);
+        let bad = first_nonfinite.iter().position(|&bad| bad > -f64::INFINITY);
         if let (Some(batch), true) = (bad, settings.check_finite) {
-            return Err(Error::NonFinite { argument: "x", batch, row: -first_bad[batch] as usize });
+            return Err(Error::NonFinite { argument: "x", batch, row: -first_nonfinite[batch] as usize });
         }
         let min_abs = min_abs.iter().map(|v| -v).collect();
         Ok(Self { max_abs: max_abs.to_vec(), min_abs, all_finite: bad.is_none() })
@@ -247,14 +266,14 @@ impl Found {
 }
 
 impl Whole<'_> {
-    /// Completes what is added up of each block, and returns on how many planes the sums of all blocks and ranks are kept.
+    /// Gives the blocks their factors and the bounds of all rows' terms, and returns how many planes hold every bit of a term.
     fn bound(&self, feed: &mut Blocks, found: &Found) -> Result<usize> {
         let (p, device) = (self.p, self.x.device());
         let one = Tensor::ones(p.b, DType::F64, device)?;
-        let [heaviest, lightest] = match self.weights {
+        let [max_weight, min_weight] = match self.weights {
             Some(weights) => {
-                let heaviest = weights.heaviest.to_vec1::<f64>()?;
-                [heaviest, primitives::min_magnitude(&Rows::new(&weights.values.unsqueeze(2)?)?)?.to_vec1::<f64>()?]
+                let max_weight = weights.max_weight.to_vec1::<f64>()?;
+                [max_weight, primitives::min_magnitude(&Rows::new(&weights.values.unsqueeze(2)?)?)?.to_vec1::<f64>()?]
             }
             None => [vec![1.0; p.b], vec![1.0; p.b]],
         };
@@ -262,23 +281,24 @@ impl Whole<'_> {
         let (mut planes, mut max_abs) = (1, vec![0.0; p.b]);
         for b in 0..p.b {
             let (most, least) = (found.max_abs[b], found.min_abs[b]);
-            max_abs[b] = if cosine { 2.0 } else { most } * heaviest[b];
-            if least == f64::INFINITY || lightest[b] == f64::INFINITY {
+            max_abs[b] = if cosine { 2.0 } else { most } * max_weight[b];
+            if least == f64::INFINITY || min_weight[b] == f64::INFINITY {
                 continue;
             }
-            // A value has no bits below its last one, and neither has a product.
+            // The exponent of the lowest bit that a term can have: the last one of the smallest value.
             let mut lowest = fixed::exponent(least) - 1 - mantissa_bits(p.dtype);
+            // A product is rounded to f64, and has no bit more than 52 below its first.
             if cosine || self.weights.is_some() {
-                lowest = fixed::exponent(least) + fixed::exponent(lightest[b]) - 2 - 52;
+                lowest = fixed::exponent(least) + fixed::exponent(min_weight[b]) - 2 - 52;
             }
             if cosine {
-                // The factor is by no more than the largest norm smaller, and rounded once more.
+                // Factors are divided by norms, of which this is the largest, and rounded once more.
                 lowest -= fixed::exponent(most * (p.d as f64).sqrt()) + 2;
             }
             planes = planes.max(Grid::down_to(lowest.max(-1074), max_abs[b], p.n).planes);
             if self.weights.is_some() && !cosine {
-                let lowest = (fixed::exponent(lightest[b]) - 1 - 52).max(-1074);
-                planes = planes.max(Grid::down_to(lowest, heaviest[b], p.n).planes);
+                let lowest = (fixed::exponent(min_weight[b]) - 1 - 52).max(-1074);
+                planes = planes.max(Grid::down_to(lowest, max_weight[b], p.n).planes);
             }
         }
         let max_abs = Tensor::from_vec(max_abs, p.b, device)?;
@@ -296,8 +316,8 @@ impl Whole<'_> {
                 });
             }
             let weighs = factors.is_some() && !cosine;
-            let heaviest = self.weights.map_or(&one, |weights| &weights.heaviest);
-            held.summands.max_weight = weighs.then(|| heaviest.clone());
+            let max_weight = self.weights.map_or(&one, |weights| &weights.max_weight);
+            held.summands.max_weight = weighs.then(|| max_weight.clone());
             held.update = UpdatePlan::new(
                 p.dtype,
                 [p.b, held.x.n, p.k, p.d],
@@ -312,7 +332,7 @@ impl Whole<'_> {
         Ok(planes)
     }
 
-    /// The loop and what comes of it; labels are those of this rank, `(b, n)`.
+    /// Runs the loop, and makes a result of what it leaves, with the labels of this rank, `(b, n)`.
     fn lloyd(&self, feed: &mut Blocks, found: &Found, planes: usize) -> Result<Fit> {
         let Self { settings, p, .. } = self;
         let (device, memory) = (self.x.device().clone(), Memory::kept());
@@ -362,19 +382,21 @@ impl Whole<'_> {
         })
     }
 
+    /// The rows that count in each cluster, of all blocks and ranks.
     fn counts(&self, feed: &mut Blocks) -> Result<Tensor> {
         let (mut all, k): (Sizes, _) = (vec![], self.p.k);
         feed.for_each_block(&mut |block| {
-            add_sizes(&mut all, &sizes(&primitives::grouped(block.labels, k)?, block.counted)?)
+            add_sizes(&mut all, &counted_sizes(&primitives::grouped(block.labels, k)?, block.counted)?)
         })?;
         let all = gather_sizes(all, feed)?.concat().into_iter().map(|size| size as u32).collect();
         Ok(Tensor::from_vec(all, (self.p.b, k), self.x.device())?)
     }
 
+    /// The sample weight of each cluster, of all blocks and ranks.
     fn cluster_weights(&self, feed: &mut Blocks, planes: usize) -> Result<Tensor> {
         let (p, device) = (self.p, self.x.device());
-        let Some(Weights { heaviest, unit, .. }) = self.weights else { unreachable!("they were asked for") };
-        let bounds = Bounds { max_abs: heaviest.clone(), max_weight: None, rows: p.n };
+        let Some(Weights { max_weight, unit, .. }) = self.weights else { unreachable!("they were asked for") };
+        let bounds = Bounds { max_abs: max_weight.clone(), max_weight: None, rows: p.n };
         let sums = Accumulator::new([p.k, 1], bounds, planes, device)?;
         feed.for_each_block(&mut |block| {
             let Some(weights) = block.weights else { return Ok(()) };
@@ -389,12 +411,13 @@ impl Whole<'_> {
         Ok(of_clusters.squeeze(2)?.broadcast_mul(&unit.unsqueeze(1)?)?)
     }
 
-    /// The weighted distances of all rows to their centroids in total, to the bit those of a fit in memory: terms are kept whole.
+    /// The weighted distances of all rows to their centroids in total. There are planes for every f64, so no term is cut, and the
+    /// total has the bits of a fit in one block.
     fn inertia(&self, feed: &mut Blocks, centroids: &Tensor, found: &Found) -> Result<Tensor> {
         let (p, device, c) = (self.p, self.x.device(), Rows::new(centroids)?);
         let of_centroids = primitives::max_abs_and_first_nonfinite(&c)?.0.to_vec1::<f64>()?;
-        let heaviest = self.weights.map_or(Ok(vec![1.0; p.b]), |weights| weights.heaviest.to_vec1::<f64>())?;
-        // With room for what rounding adds.
+        let max_weight = self.weights.map_or(Ok(vec![1.0; p.b]), |weights| weights.max_weight.to_vec1::<f64>())?;
+        // No distance is larger, with room for what rounding adds.
         let bound = |b: usize| {
             let (x, c, d) = (found.max_abs[b], of_centroids[b], p.d as f64);
             let farthest = match p.metric {
@@ -402,7 +425,7 @@ impl Whole<'_> {
                 Metric::Dot => 2.0 * x * c * d,
                 _ => 2.0 * (x + c) * (x + c) * d,
             };
-            (farthest * heaviest[b]).min(f64::MAX)
+            (farthest * max_weight[b]).min(f64::MAX)
         };
         let bounds: Vec<_> = (0..p.b).map(bound).collect();
         let planes = bounds.iter().map(|&bound| Grid::of_f64(bound, p.n).planes).max().unwrap_or(1);

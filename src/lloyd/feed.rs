@@ -1,4 +1,4 @@
-//! Who feeds the loop with rows.
+//! The loop is fed with rows in blocks, by whoever has them.
 
 use crate::{
     error::Result,
@@ -9,7 +9,7 @@ use crate::{
 };
 use candle_core::{DType, Tensor};
 
-/// Some rows of each problem.
+/// A run of rows, the same of each problem, and what ops are told of them.
 #[derive(Clone, Copy)]
 pub(super) struct Block<'a> {
     pub x: &'a Rows<'a>,
@@ -22,22 +22,23 @@ pub(super) struct Block<'a> {
     pub weights: Option<&'a Tensor>,
     /// 1 where a row counts and 0 where it is padding, f64 `(b, n)`. None where all count.
     pub counted: Option<&'a Tensor>,
-    /// The number of the first row among all of its problem.
+    /// The number of the block's first row among all rows of a problem.
     pub first: usize,
 }
 
-/// Who has the rows of a fit: a tensor, a stream of blocks, or, of several ranks that share them, this one. Every rank calls
-/// the same methods in the same order.
+/// Who has the rows of a fit: a tensor, in one block; or blocks, one after another. They may be all rows or those of one *rank*, a
+/// worker among several that share them, as in MPI. Ranks meet in `reduce` and `gather`, so each calls the same methods in the
+/// same order.
 pub(super) trait Feed {
     /// Visits all blocks of this rank, in any order.
     fn for_each_block(&mut self, visit: &mut dyn FnMut(Block<'_>) -> Result<()>) -> Result<()>;
 
-    /// Adds up what all ranks have added to their accumulators.
+    /// Replaces the sums of this rank by those of all ranks (an all-reduce).
     fn reduce(&mut self, _: &Accumulator) -> Result<()> {
         Ok(())
     }
 
-    /// The numbers of every rank, in the order of their rows.
+    /// The numbers of every rank, in the order of their rows (an all-gather).
     fn gather(&mut self, mine: Vec<f64>) -> Result<Vec<Vec<f64>>> {
         Ok(vec![mine])
     }
@@ -46,7 +47,7 @@ pub(super) trait Feed {
     fn first_row(&mut self) -> Result<Tensor>;
 }
 
-/// All rows, in one block.
+/// All rows in memory, in one block.
 pub(super) struct Resident<'a>(pub Block<'a>);
 
 impl Feed for Resident<'_> {

@@ -1,13 +1,13 @@
-//! A fit, and the one Lloyd loop.
+//! Fits, and the one loop of Lloyd's algorithm (1982), which rows in memory, in blocks and of several ranks all go through.
 
 mod accumulate;
-pub(crate) mod blocks;
+mod blocks;
 mod feed;
 pub(crate) mod prepared;
 mod relocate;
 mod seeds;
-mod terms;
 mod threshold;
+mod weights;
 
 use crate::{
     error::{Error, Result},
@@ -30,6 +30,7 @@ use feed::{Block, Feed, Resident};
 use prepared::{Data, PreparedFit, RUNNING};
 use relocate::{add_sizes, gather_sizes, relocate};
 use std::{ops::ControlFlow, path::Path};
+use weights::counted_sizes;
 
 impl KMeans {
     /// Says what a fit of `x` would run and how much memory it would take, without running it.
@@ -143,7 +144,7 @@ impl KMeans {
 
 /// Iterations that are queued before the host asks whether the fit goes on, more than most fits have.
 const QUEUED: usize = 128;
-/// Iterations that a CUDA graph takes.
+/// The most iterations that a capture puts into one CUDA graph.
 const CAPTURED: usize = 65_536;
 
 impl PreparedFit {
@@ -211,12 +212,12 @@ impl PreparedFit {
     }
 }
 
-/// A run of the loop: what it works on, whoever feeds it with rows.
+/// A run of the loop, whoever feeds it with rows.
 struct Lloyd<'a> {
     settings: &'a KMeans,
     run: usize,
     max_iters: usize,
-    /// Whether the host asks now and then.
+    /// Whether the host asks, every [`QUEUED`] iterations, which problems have converged.
     asks: bool,
     centroids: &'a Tensor,
     progress: &'a Progress,
@@ -226,9 +227,9 @@ struct Lloyd<'a> {
 }
 
 impl Lloyd<'_> {
-    /// The loop. Each pass over the rows finds their labels by the centroids of the iteration before and adds them up for those of
-    /// the next, but for the last one: when it is over, labels belong to the centroids. Returns how many updates there were, at
-    /// most, and `Break` if the callback ended it.
+    /// The loop. Each pass over the rows assigns them to the centroids that are there and adds them up by these labels, for the next
+    /// centroids; the last pass only assigns, so that labels belong to the centroids whenever the loop ends. Returns how many
+    /// updates there were, at most, and `Break` if the callback ended it.
     fn run(&self, feed: &mut dyn Feed) -> Result<(ControlFlow<()>, usize)> {
         let &Self { progress, max_iters, .. } = self;
         let (k, relocates) = (self.settings.k, self.settings.empty == EmptyClusters::Relocate);
@@ -244,7 +245,7 @@ impl Lloyd<'_> {
                     (true, _) => Ok(()),
                     (false, true) => {
                         let order = primitives::grouped(block.labels, k)?;
-                        add_sizes(&mut sizes, &relocate::sizes(&order, block.counted)?)?;
+                        add_sizes(&mut sizes, &counted_sizes(&order, block.counted)?)?;
                         orders.push(order);
                         Ok(())
                     }
@@ -288,14 +289,16 @@ impl Lloyd<'_> {
         self.settings.empty == EmptyClusters::Relocate || self.settings.on_iteration.is_some()
     }
 
-    /// Labels by the centroids that are there.
+    /// Labels a block by the centroids that are there. `turn` is the iteration that made them: problems that had converged before
+    /// it keep their labels.
     fn assign(&self, block: Block<'_>, turn: Option<Turn<'_>>) -> Result<()> {
         let (c, metric) = (&Rows::new(self.centroids)?, self.settings.metric);
         let a = Assignment { plan: block.assign, x: block.x, c, metric, turn };
         primitives::assign_into(a, block.labels.into(), self.memory)
     }
 
-    /// Adds rows up by their labels; where all are in the block, for new centroids at once.
+    /// Adds the rows of a block up by their labels: to the sums, or, where all rows are in the block, for new centroids at once (an
+    /// update, which accumulates and finishes in one op).
     fn add(&self, block: Block<'_>, labels: Labels<'_>, turn: Turn<'_>) -> Result<()> {
         let (reduction, turn) = (Reduction::of(self.settings.metric), Some(turn));
         let Block { x, summands, update: plan, .. } = block;

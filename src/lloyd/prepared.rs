@@ -2,11 +2,9 @@
 
 use super::{
     accumulate::Bounds,
-    blocks::Whole,
     feed::{Block, Resident},
-    relocate::sizes,
-    terms::{finite_rows, scan_counted, weighed, Ragged, Weights},
     threshold::{threshold, Usable},
+    weights::{counted_sizes, finite_rows, scan_counted, weighed, Ragged, Weights},
 };
 use crate::{
     error::{Error, Result},
@@ -219,7 +217,7 @@ impl PreparedFit {
         Ok(Fit {
             centroids: self.shown[0].clone(),
             labels: self.shown[1].clone(),
-            counts: sizes(&order, self.ragged.as_ref().map(|ragged| &ragged.ones))?.reshape(p.shape(&[p.k]))?,
+            counts: counted_sizes(&order, self.ragged.as_ref().map(|ragged| &ragged.ones))?.reshape(p.shape(&[p.k]))?,
             weights: weights.transpose()?,
             inertia: inertia.reshape(p.shape(&[]))?,
             n_iter: stop.minimum(iterations.min(RUNNING as usize) as u32)?.reshape(p.shape(&[]))?,
@@ -241,14 +239,14 @@ impl PreparedFit {
         let x = primitives::pack(&x, self.plan.pack, &mut self.copy)?;
         let counted = self.ragged.as_ref().map(|ragged| scan_counted(&x, &ragged.ones)).transpose()?;
         let mut summands = Summands::from_rows(&x)?;
-        let mut first_bad = summands.first_nonfinite.clone();
-        if let Some((largest, bad)) = counted {
+        let mut first_nonfinite = summands.first_nonfinite.clone();
+        if let Some(counted) = counted {
             // Padding may still hold what is not finite, which sums have to know.
-            (summands.max_abs, first_bad) = (largest, bad);
+            (summands.max_abs, first_nonfinite) = counted;
         }
         if self.settings.check_finite {
-            refuse_non_finite("x", &first_bad)?;
-            // Padding has not been looked at.
+            refuse_non_finite("x", &first_nonfinite)?;
+            // Padding has not been searched.
             summands.finite = self.ragged.is_none();
         }
         if self.settings.tol > 0.0 && self.p.metric != Metric::Cosine {
@@ -258,16 +256,16 @@ impl PreparedFit {
             let threshold = threshold(&mut feed, &self.p, &bounds, usable, self.settings.tol)?;
             self.progress.threshold.slice_set(&threshold, 0, 0)?;
         }
-        if let Some(Weights { values, heaviest, .. }) = &self.weights {
-            summands.max_abs = (summands.max_abs * heaviest)?;
-            (summands.row_scale, summands.max_weight) = (Some(values.clone()), Some(heaviest.clone()));
+        if let Some(Weights { values, max_weight, .. }) = &self.weights {
+            summands.max_abs = (summands.max_abs * max_weight)?;
+            (summands.row_scale, summands.max_weight) = (Some(values.clone()), Some(max_weight.clone()));
         }
         if self.p.metric == Metric::Cosine {
             let inverse = primitives::elementwise([&primitives::norms(&x)?], |[norms]| norms.recip())?;
             // Columns of a unit vector, with room for rounding, times the weight.
             (summands.row_scale, summands.max_abs) = match &self.weights {
-                Some(Weights { values, heaviest, .. }) => {
-                    (Some(primitives::elementwise([values, &inverse], |[w, i]| w * i)?), (heaviest * 2.0)?)
+                Some(Weights { values, max_weight, .. }) => {
+                    (Some(primitives::elementwise([values, &inverse], |[w, i]| w * i)?), (max_weight * 2.0)?)
                 }
                 None => (Some(inverse), Tensor::full(2f64, x.b, &self.device)?),
             };
@@ -296,18 +294,6 @@ impl PreparedFit {
             counted: self.ragged.as_ref().map(|ragged| &ragged.ones),
             first: 0,
         }
-    }
-
-    /// The fit of rows that come in blocks, from where a run on all of them starts.
-    pub(crate) fn fit_in_blocks(settings: &KMeans, x: &Tensor, blocks: usize, ranks: usize) -> Result<Fit> {
-        let p = Problem::fit(x, settings.k, settings.metric)?;
-        settings.check(&p, x.device())?;
-        let plan = settings.plan_of(&p, Rows::of(x.into()).map(|rows| rows.layout()), x.device())?;
-        let prepared = Self::new(settings, p, plan, x.device())?;
-        prepared.seed(&Rows::new(x)?, 0, settings.seed)?;
-        let Self { p, weights, ragged, centroids: start, settings, .. } = &prepared;
-        let (weights, ragged, x) = (weights.as_ref(), ragged.as_ref(), &x.reshape((p.b, p.n, p.d))?);
-        Whole { settings, p, x, start, weights, ragged, blocks, ranks }.fit()
     }
 
     pub(super) fn draw(&self, seed: u64) -> Result<Option<Tensor>> {

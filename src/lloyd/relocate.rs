@@ -1,4 +1,4 @@
-//! Rows for clusters that have none.
+//! Clusters that are empty get the rows that are farthest from their centroids.
 
 use super::{
     feed::{Block, Feed},
@@ -6,8 +6,8 @@ use super::{
     seeds::seed_weights,
     Lloyd,
 };
-use crate::{error::Result, metric::Metric, primitives, request::Order, rows::Rows};
-use candle_core::{DType, Tensor};
+use crate::{error::Result, metric::Metric, primitives, rows::Rows};
+use candle_core::Tensor;
 
 /// The rows in each cluster of each problem.
 pub(super) type Sizes = Vec<Vec<u64>>;
@@ -23,14 +23,6 @@ struct Candidate {
 
 /// The rows that move and the clusters that they go to, of each problem.
 pub(super) type Relocations = Vec<Vec<(usize, u32)>>;
-
-/// The rows that count in each cluster, u32 `(b, k)`.
-pub(super) fn sizes(order: &Order, counted: Option<&Tensor>) -> Result<Tensor> {
-    match counted {
-        Some(ones) => Ok(primitives::cluster_sums(ones, Some(order))?.to_dtype(DType::U32)?),
-        None => primitives::cluster_sizes(&order.offsets),
-    }
-}
 
 /// Adds the sizes of a block's clusters.
 pub(super) fn add_sizes(sizes: &mut Sizes, of_block: &Tensor) -> Result<()> {
@@ -75,6 +67,7 @@ impl Lloyd<'_> {
             decode(&rank, &mut all);
         }
         let of_problem = |(mut farthest, size): (Vec<Candidate>, &mut Vec<u64>)| {
+            // Puts them in order.
             keep_farthest(&mut farthest, usize::MAX);
             let (mut farthest, mut relocations) = (farthest.into_iter(), vec![]);
             let empty: Vec<_> = (0..size.len()).filter(|&j| size[j] == 0).collect();
@@ -148,6 +141,7 @@ fn encode(farthest: &[Vec<Candidate>]) -> Vec<f64> {
     farthest.iter().flat_map(of_problem).collect()
 }
 
+/// Adds the candidates of each problem that a rank has [encoded](encode) to those of others.
 fn decode(mut numbers: &[f64], all: &mut [Vec<Candidate>]) {
     for candidates in all {
         let (count, rest) = numbers.split_at(1);

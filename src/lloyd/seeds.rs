@@ -2,7 +2,7 @@
 
 use super::{
     prepared::PreparedFit,
-    terms::{directed_rows, finite_rows},
+    weights::{directed_rows, finite_rows},
 };
 use crate::{
     error::Result,

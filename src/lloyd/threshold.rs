@@ -1,9 +1,9 @@
-//! How far centroids may move in a fit that has converged.
+//! A fit has converged when no centroid moves farther than this threshold, which its rows' variance gives.
 
 use super::{
     accumulate::{accumulate_all, Bounds, Total},
     feed::Feed,
-    terms::finite_rows,
+    weights::finite_rows,
 };
 use crate::{
     error::Result,
@@ -16,20 +16,20 @@ use crate::{
 };
 use candle_core::{DType, Tensor};
 
-/// Facts about all rows.
+/// Which rows can be added up as they are.
 #[derive(Clone, Copy)]
 pub(super) struct Usable {
-    /// That none has a NaN or an infinity but those that do not count.
+    /// Whether those that count have no NaN and no infinity.
     pub all_finite: bool,
-    /// That none is padding.
+    /// Whether all count: none is padding.
     pub all_counted: bool,
 }
 
 /// The squared shift at which a problem has converged, f64 `(b,)`: `tol` times the mean variance of its columns.
 ///
-/// One pass over blocks finds it, by the sums of the columns and of the squared distances to the first row `o`: what the
-/// distances to the mean `m` add up to is what those to `o` do, less one from `m` to `o` for each row (Steiner's theorem). Both
-/// sums merge; their terms are rounded down to units of 2^-149 times the bound on all of them, whatever the number of rows.
+/// One pass over blocks finds it, since both of its sums merge: of the columns, which gives the mean `m`, and of squared distances
+/// to the first row `o`. For `n` rows, `sum |x - m|^2 = sum |x - o|^2 - n |m - o|^2` (Steiner's theorem, or the parallel axis
+/// theorem). With a row of the data for `o` less cancels than with 0, where the data lie far from 0. Terms are rounded down to units of 2^-149 times their bound's power of two, whatever the number of rows.
 pub(super) fn threshold(
     feed: &mut dyn Feed,
     p: &Problem,
@@ -42,7 +42,9 @@ pub(super) fn threshold(
     let (device, b) = (bounds.max_abs.device(), p.b);
     let ones = Tensor::ones(b, DType::F64, device)?;
     let origin = finite_or_zero(feed.first_row()?, all_finite)?;
+    // Rows that do not count have a factor of 0, and how many do is a sum, too.
     let masked = !all_finite || !all_counted;
+    // As many rows for all, so that the unit of the last plane, and with it the threshold, depends on no padding.
     let bounds = &Bounds { rows: bounds.rows.max(1 << 40), ..bounds.clone() };
     let max_weight = masked.then(|| ones.clone());
     let columns = Accumulator::new([1, p.d], Bounds { max_weight, ..bounds.clone() }, PLANES, device)?;
@@ -88,7 +90,7 @@ pub(super) fn threshold(
     Ok((spread * share)?)
 }
 
-/// Rows whose values that are not finite are zeros.
+/// The rows with zeros in place of values that are not finite, which no distance could be measured to.
 fn finite_or_zero(rows: Tensor, all_finite: bool) -> Result<Tensor> {
     if all_finite {
         return Ok(rows);

@@ -1,4 +1,4 @@
-//! A plan knows a device by this.
+//! An [`Arch`] is what a plan knows of a device.
 
 use crate::tiles::STATIC_SHARED;
 

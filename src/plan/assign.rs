@@ -17,7 +17,7 @@ pub(crate) struct AssignPlan {
 }
 
 impl AssignPlan {
-    /// For `b` problems of `n` rows that lie so, with `d` columns, and `k` centroids each, of which there are so many `copies`:
+    /// For `b` problems of `n` rows of that layout, with `d` columns, and `k` centroids each, of which there are so many `copies`:
     /// one that all problems share, or one a problem.
     pub fn new(dtype: DType, metric: Metric, sizes: [usize; 4], copies: usize, layout: RowLayout, arch: Arch) -> Self {
         let kernel = Assign::choose(dtype, metric, sizes, arch);

@@ -10,16 +10,16 @@ use candle_core::DType;
 /// The kernel that does all iterations of a fit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum OnChip {
-    /// `cpu::sorted_1d`
+    /// `cpu::sorted_1d`: rows of one column, sorted once.
     CpuLine,
-    /// `fit_narrow.cu`
+    /// `fit_narrow.cu`: a block to a problem.
     Narrow(FitNarrow),
-    /// `fit_resident.cu`
+    /// `fit_resident.cu`: a team of blocks to a problem.
     Resident(FitResident),
 }
 
 impl OnChip {
-    /// For `b` problems of `n` rows that lie so, with `d` columns, and `k` centroids each; none where the loop is for them.
+    /// For `b` problems of `n` rows of that layout, with `d` columns, and `k` centroids each; none where the loop is for them.
     /// `weighted`: whether terms have factors. `runs_at_once`: whether the device runs all blocks of this launch at once.
     pub fn new(
         dtype: DType,
@@ -157,7 +157,7 @@ impl FitResident {
     }
 }
 
-/// A block of `fit_narrow.cu` takes so many bytes beside that, with what the device keeps for itself.
+/// The bytes of shared memory that a block of `fit_narrow.cu` takes beside what it asks for: its own, and the device's.
 const BLOCK_SHARED: usize = 1024;
 
 #[cfg(test)]

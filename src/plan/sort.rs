@@ -3,7 +3,7 @@
 use super::arch::{shared_memory, Arch};
 use crate::tiles;
 
-/// How labels are sorted on a GPU.
+/// How labels are sorted on a GPU, by counting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) struct Sort {
@@ -22,13 +22,13 @@ pub(crate) struct Sort {
 /// The kernel of `sort.cu` that places rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum SortWay {
-    /// `order_whole`
+    /// `order_whole`: a block sorts all of a problem.
     Whole,
-    /// `order_deal`
+    /// `order_deal`: a block sorts a tile at a time; atomic counters deal out places, in any order within a cluster.
     Deal,
-    /// `order_deal_many`
+    /// `order_deal_many`: the same with larger tiles, for many rows.
     DealMany,
-    /// `order_scatter`
+    /// `order_scatter`: rows of a cluster stay ascending, and several digits are sorted one after another.
     Scatter,
 }
 

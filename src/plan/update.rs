@@ -43,8 +43,8 @@ impl UpdateKernel {
 }
 
 impl UpdatePlan {
-    /// For `b` problems of `n` rows that lie so, with `d` columns, in `k` clusters each, whose `medians` are asked for or whose
-    /// sums, with factors where they are `weighted`.
+    /// For `b` problems of `n` rows of that layout, with `d` columns, in `k` clusters each: for their `medians`, or for their sums,
+    /// whose terms have factors where they are `weighted`.
     pub fn new(
         dtype: DType,
         [b, n, k, d]: [usize; 4],
@@ -53,16 +53,17 @@ impl UpdatePlan {
         weighted: bool,
         arch: Arch,
     ) -> Self {
-        // In steps that a kernel counts in 32 bits.
-        let of = 16 / dtype.size_in_bytes();
-        let narrow = !layout.is_aligned(of) || !d.is_multiple_of(of) || layout.stride > u32::MAX as usize;
+        // Pieces of 16 bytes have to be aligned and whole, and their kernels multiply strides in 32 bits.
+        let each = 16 / dtype.size_in_bytes();
+        let narrow = !layout.is_aligned(each) || !d.is_multiple_of(each) || layout.stride > u32::MAX as usize;
         let kernel = match (arch, medians) {
             (Arch::Cpu, false) => UpdateKernel::CpuSums,
             (Arch::Cpu, true) => UpdateKernel::CpuMedians,
             (_, false) => UpdateKernel::Sums { narrow, weighted },
             (_, true) => UpdateKernel::Medians,
         };
-        // About as long as a cluster, but enough of them, and not more than that takes.
+        // A warp's piece is about as long as a cluster, so that few clusters cross pieces; shorter where there would be fewer than
+        // SUM_WARPS_LEAST, which fill a device, and longer where there would be more than SUM_WARPS.
         let all = b.saturating_mul(n);
         let piece = (all / tiles::SUM_WARPS).max((n / k).min(tiles::SUM_CLUSTER).min(all / tiles::SUM_WARPS_LEAST));
         let piece = piece.clamp(tiles::SUM_ROWS_LEAST, tiles::SUM_ROWS).next_power_of_two();

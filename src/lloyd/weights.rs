@@ -1,4 +1,4 @@
-//! Which rows count and by how much.
+//! Which rows of a fit count, and by how much. (Learners ask `row_weights`.)
 
 use crate::{
     error::{kept, Error, Result},
@@ -6,18 +6,19 @@ use crate::{
     kmeans::KMeans,
     primitives,
     problem::Problem,
+    request::Order,
     rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
 
-/// Problems of different sizes: which rows count.
+/// Which rows count in problems of different sizes, and which are padding.
 ///
-/// A run takes no shape of these to the device, which a captured graph would look for where it was.
+/// These are made before any run, so that nothing has to go to the device in one: a captured graph would look for it where it was.
 pub(super) struct Ragged {
     pub(super) lengths: Vec<usize>,
     /// 1 where a row counts and 0 where it is padding, f64 `(b, n)`.
     pub(super) ones: Tensor,
-    /// 1 for each problem, f64 `(b,)`.
+    /// 1 for each problem, f64 `(b,)`: the unit and the largest of such weights.
     pub(super) one: Tensor,
 }
 
@@ -32,18 +33,26 @@ impl Ragged {
     }
 }
 
-/// [`primitives::max_abs_and_first_nonfinite`] of the rows that count: of which `ones` is 1, and 0 elsewhere.
+/// [`primitives::max_abs_and_first_nonfinite`] of the rows that count, where `ones` is 1.
 pub(super) fn scan_counted(x: &Rows, ones: &Tensor) -> Result<(Tensor, Tensor)> {
-    // The largest magnitude and the first row that is not finite, of rows of one column.
-    let (largest, bad) = scan_rows(x)?;
+    let (max_abs, bad) = scan_rows(x)?;
+    // A problem's findings are those of a column of what its rows give: the largest magnitude, and the first infinity.
     let whole = |found: Tensor| primitives::max_abs_and_first_nonfinite(&Rows::new(&found.reshape((x.b, x.n, 1))?)?);
-    let largest = primitives::elementwise([&largest, ones], |[largest, ones]| largest * ones)?;
-    // 0 is what `bad` says of such a row, and the largest u32 of others.
+    let max_abs = primitives::elementwise([&max_abs, ones], |[max_abs, ones]| max_abs * ones)?;
+    // A row that is not finite has 0 in `bad`, any other the largest u32: infinity and a number are made of them.
     let none = u32::MAX as f64;
     let bad =
         primitives::elementwise([&bad, ones], |[bad, ones]| bad.to_dtype(DType::F64)?.affine(-1.0, none)? * ones)?;
     let bad = primitives::elementwise([&bad], |[bad]| bad.affine(-1.0, none)?.recip())?;
-    Ok((whole(largest)?.0, whole(bad)?.1))
+    Ok((whole(max_abs)?.0, whole(bad)?.1))
+}
+
+/// The rows that count in each cluster, u32 `(b, k)`.
+pub(super) fn counted_sizes(order: &Order, counted: Option<&Tensor>) -> Result<Tensor> {
+    match counted {
+        Some(ones) => Ok(primitives::cluster_sums(ones, Some(order))?.to_dtype(DType::U32)?),
+        None => primitives::cluster_sizes(&order.offsets),
+    }
 }
 
 /// The weights of a fit's rows.
@@ -54,7 +63,7 @@ pub(super) struct Weights {
     /// That power of two, f64 `(b,)`.
     pub(super) unit: Tensor,
     /// The largest of `values`, f64 `(b,)`.
-    pub(super) heaviest: Tensor,
+    pub(super) max_weight: Tensor,
 }
 
 impl Weights {
@@ -67,7 +76,7 @@ impl Weights {
     ) -> Result<Option<Self>> {
         let Some(given) = &settings.weights else {
             let Some(Ragged { ones, one, .. }) = ragged else { return Ok(None) };
-            return Ok(Some(Self { values: ones.clone(), unit: one.clone(), heaviest: one.clone() }));
+            return Ok(Some(Self { values: ones.clone(), unit: one.clone(), max_weight: one.clone() }));
         };
         // A copy, which the caller cannot change.
         let all =
@@ -83,10 +92,10 @@ impl Weights {
                 sound.where_cond(w, &w.zeros_like()?)
             })?;
         }
-        let (heaviest, first_bad) = primitives::max_abs_and_first_nonfinite(&Rows::new(&w.unsqueeze(2)?)?)?;
-        let heaviest = heaviest.to_vec1::<f64>()?;
+        let (max_weight, first_nonfinite) = primitives::max_abs_and_first_nonfinite(&Rows::new(&w.unsqueeze(2)?)?)?;
+        let max_weight = max_weight.to_vec1::<f64>()?;
         if settings.check_finite {
-            refuse_non_finite("sample_weights", &first_bad)?;
+            refuse_non_finite("sample_weights", &first_nonfinite)?;
             let refused = |argument, batch: usize, got, expected: &'static str| {
                 let expected =
                     if p.batch.is_empty() { expected } else { kept(format!("{expected} in batch element {batch}")) };
@@ -99,14 +108,14 @@ impl Weights {
             if let Some(b) = least.iter().position(|&least| least < 0.0) {
                 return refused("sample_weights", b, least[b], "at least 0");
             }
-            if let Some(b) = heaviest.iter().position(|&heaviest| heaviest == 0.0) {
+            if let Some(b) = max_weight.iter().position(|&max_weight| max_weight == 0.0) {
                 return refused("sample_weights total", b, 0.0, "positive");
             }
         }
-        let unit: Vec<_> = heaviest.iter().map(|&heaviest| power_of_two_above(heaviest)).collect();
+        let unit: Vec<_> = max_weight.iter().map(|&max_weight| power_of_two_above(max_weight)).collect();
         let inverse = Tensor::from_iter(unit.iter().map(|unit| unit.recip()), device)?;
-        let (unit, heaviest) = (Tensor::new(unit, device)?, (Tensor::new(heaviest, device)? * &inverse)?);
-        Ok(Some(Self { values: w.broadcast_mul(&inverse.unsqueeze(1)?)?, unit, heaviest }))
+        let (unit, max_weight) = (Tensor::new(unit, device)?, (Tensor::new(max_weight, device)? * &inverse)?);
+        Ok(Some(Self { values: w.broadcast_mul(&inverse.unsqueeze(1)?)?, unit, max_weight }))
     }
 }
 
@@ -135,17 +144,17 @@ pub(super) fn weighed(values: &Tensor, weights: &Tensor) -> Result<Tensor> {
 
 /// [`primitives::max_abs_and_first_nonfinite`] of each row as a problem of its own, f64 and u32 `(b, n)`.
 fn scan_rows(x: &Rows) -> Result<(Tensor, Tensor)> {
-    let (largest, bad) = primitives::max_abs_and_first_nonfinite(&Rows::from_operand(&x.each()?)?)?;
-    Ok((largest.reshape((x.b, x.n))?, bad.reshape((x.b, x.n))?))
+    let (max_abs, bad) = primitives::max_abs_and_first_nonfinite(&Rows::from_operand(&x.each()?)?)?;
+    Ok((max_abs.reshape((x.b, x.n))?, bad.reshape((x.b, x.n))?))
 }
 
 /// 1 where a row is without a NaN or an infinity and 0 elsewhere, f64 `(b, n)`.
 pub(super) fn finite_rows(x: &Rows) -> Result<Tensor> {
     if x.dtype() == DType::F64 {
         // A norm may be infinite where the row is not.
-        let (_, first_bad) = scan_rows(x)?;
-        // 0 is what it says of a row that is not, and the largest u32 of others.
-        return within(&primitives::elementwise([&first_bad], |[bad]| bad.to_dtype(DType::F64))?, Some(0.0));
+        let (_, first_nonfinite) = scan_rows(x)?;
+        // A row that is not finite has 0 there, any other the largest u32.
+        return within(&primitives::elementwise([&first_nonfinite], |[bad]| bad.to_dtype(DType::F64))?, Some(0.0));
     }
     within(&primitives::norms(x)?, None)
 }
