@@ -181,7 +181,7 @@ impl Whole<'_> {
         })?;
         let labels: Vec<_> = fits.iter().map(|fit| fit.labels.clone()).collect();
         let fit = fits.into_iter().next().expect("at least one rank");
-        Ok(Fit { labels: Tensor::cat(&labels, 1)?, ..fit }.with_batch(&self.p.batch)?)
+        Fit { labels: Tensor::cat(&labels, 1)?, ..fit }.with_batch(&self.p.batch)
     }
 
     /// The fit, with the labels of this rank's rows.
