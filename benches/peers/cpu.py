@@ -9,7 +9,8 @@
 The three have the same rows, the same start (row i * n / k for cluster i) and the same cores, and take turns in every round.
 A figure is (a long fit - a fit of one iteration) / the iterations between them, so that start-up, initial and final passes
 drop out alike; the record has the minimum and the median of the rounds, in wall time and in CPU time of all threads. All
-three must reach the same inertia. A machine that is not idle gives no record: that is looked at before every round, and
+three must reach the same inertia. The rows `fit-tol` are no iterations: they are what the default `tol` of this crate adds
+to a fit, a pass over the rows once, as the difference of a fit of one iteration with it and one without. A machine that is not idle gives no record: that is looked at before every round, and
 whatever other processes spend during a round is counted too. Takes three to five minutes.
 """
 import argparse, collections, csv, datetime, json, os, pathlib, platform, resource, statistics, subprocess, sys, tempfile, time, warnings
@@ -91,6 +92,12 @@ def ours(data, iters, bench):
     return line["inertia"], Time(line["ms"], line["cpu_ms"])
 
 
+def default_tol(data, bench):
+    command = [bench, "fit-tol", "--data", data.path, "--k", str(data.shape.k), "--init", "even", "--iters", "1", "--reps", "1", "--json"]
+    line = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+    return Time(line["ms"] - line["fit_ms"], line["cpu_ms"] - line["fit_cpu_ms"])
+
+
 def by_faiss(data, iters, _):
     clustering = faiss.Clustering(data.shape.d, data.shape.k)
     clustering.niter, clustering.max_points_per_centroid, clustering.min_points_per_centroid = iters, 10**9, 1
@@ -123,6 +130,7 @@ def one_round(all_data, bench, times, check):
             ends[who], long = fit(data, data.shape.iters, bench)
             between = data.shape.iters - 1
             times[data.shape, who].append(Time(*((b - a) / between for a, b in zip(short, long))))
+        times[data.shape, "fit-tol"].append(default_tol(data, bench))
         if check:
             ends = {who: end() if callable(end) else end for who, end in ends.items()}
             least, most = min(ends.values()), max(ends.values())

@@ -44,7 +44,10 @@ impl Case {
         let seeds = settings.clone().init(args.init.init().unwrap_or_default()).max_iters(0);
         let centroids = source.centroids(args, seeds.fit(&x)?.centroids)?;
         let init = args.init.init().unwrap_or_else(|| Init::Given(centroids.clone()));
-        let mut settings = settings.init(init).max_iters(args.iters).tol(0.0);
+        let mut settings = settings.init(init).max_iters(args.iters);
+        if args.op != Op::FitTol {
+            settings = settings.tol(0.0);
+        }
         let (b, n, _) = x.dims3()?;
         let mut rng = ChaCha8Rng::seed_from_u64(!args.seed);
         let mut weights = None;
@@ -63,7 +66,7 @@ impl Case {
                 let labels = Tensor::from_vec(labels, (b, n), &device)?;
                 Work::Update { labels, update: Box::new(testing::Update::new(&x, args.k)?) }
             }
-            Op::Fit => Work::Fit(None),
+            Op::Fit | Op::FitTol => Work::Fit(None),
             Op::Run => {
                 Work::Run(Box::new(settings.clone().check_finite(false).prepare(x.shape(), x.dtype(), &device)?))
             }

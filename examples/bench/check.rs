@@ -125,18 +125,19 @@ impl Verdict {
 
     /// The means of an update, 0 where a cluster has no rows.
     pub fn means(&mut self, x: &Tensor, labels: &Tensor, means: &Tensor) -> Result<()> {
-        self.update(x, None, labels, &means.zeros_like()?, means, Metric::SquaredEuclidean)
+        self.update(x, None, labels, [&means.zeros_like()?, means], Metric::SquaredEuclidean, |_| true)
     }
 
-    /// `new` centroids against those that the definition makes of `labels`, and of `old` ones without a row.
+    /// `new` centroids against those that the definition makes of `labels`: the `old` ones where a cluster has no row, or where a
+    /// problem was not `active`.
     fn update(
         &mut self,
         x: &Tensor,
         weights: Option<&Tensor>,
         labels: &Tensor,
-        old: &Tensor,
-        new: &Tensor,
+        [old, new]: [&Tensor; 2],
         metric: Metric,
+        active: impl Fn(usize) -> bool + Sync,
     ) -> Result<()> {
         let (b, _, d) = x.dims3()?;
         let (k, dtype) = (new.dim(1)?, new.dtype());
@@ -154,7 +155,8 @@ impl Verdict {
             let cluster = |j: usize| {
                 let weigh = |row: usize| weights.as_ref().map_or(1.0, |weights| weights[row]);
                 let rows: Vec<_> = members[j].iter().map(|&row| (&x[row * d..][..d], weigh(row))).collect();
-                let (mut found, expected) = (Found::default(), centroid(&rows, metric));
+                let expected = if active(problem) { centroid(&rows, metric) } else { None };
+                let mut found = Found::default();
                 for (c, &got) in new[j * d..][..d].iter().enumerate() {
                     let (value, noise) = expected.as_ref().map_or((old[j * d + c], 0.0), |expected| expected[c]);
                     let allowed = spacing(value, dtype) + value.abs() * 2f64.powi(-50) + noise;
@@ -170,7 +172,8 @@ impl Verdict {
 
     /// A fit, iteration by iteration: centroids must follow from the labels before them, and labels from their centroids.
     pub fn fit(&mut self, x: &Tensor, weights: Option<&Tensor>, settings: &KMeans, fit: &Fit) -> Result<()> {
-        let last = fit.n_iter.flatten_all()?.max(0)?.to_scalar::<u32>()? as usize;
+        let n_iter = fit.n_iter.flatten_all()?.to_vec1::<u32>()?;
+        let last = n_iter.iter().copied().max().unwrap_or(0) as usize;
         let steps = ((MEANS_BUDGET / x.elem_count() as f64) as usize).clamp(1, last.max(1)).min(last);
         let budget = BUDGET / (steps + 1) as f64;
         let until = |iterations: usize| match iterations == last {
@@ -181,7 +184,9 @@ impl Verdict {
         self.labels(x, &before.centroids, &before.labels, fit.metric, budget)?;
         for iteration in last - steps + 1..=last {
             let after = until(iteration)?;
-            self.update(x, weights, &before.labels, &before.centroids, &after.centroids, fit.metric)?;
+            let active = |problem: usize| iteration <= n_iter[problem] as usize;
+            let centroids = [&before.centroids, &after.centroids];
+            self.update(x, weights, &before.labels, centroids, fit.metric, active)?;
             self.labels(x, &after.centroids, &after.labels, fit.metric, budget)?;
             before = after;
         }

@@ -106,7 +106,7 @@ impl Source {
             Ok(centroids.clone())
         };
         let full = |value: f64| replaced(&|row: &Tensor| Ok(((row * 0.0)? + value)?));
-        let given = matches!(args.op, Op::Fit | Op::Run) && args.init == Start::Given;
+        let given = args.op.fits() && args.init == Start::Given;
         match (pattern, args.op) {
             (Pattern::Outlier, Op::Assign) => replaced(&|row| farther(row, args.factor)),
             (Pattern::NanCentroid, Op::Assign) => full(f64::NAN),

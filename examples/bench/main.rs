@@ -37,10 +37,18 @@ pub(crate) enum Op {
     Update,
     /// A whole fit, never stopped early by `tol`
     Fit,
-    /// The same by a prepared fit, without the result's counts and inertia
+    /// A whole fit with the default `tol`, timed in turns with `fit`: the ratio says what `tol` costs
+    FitTol,
+    /// `fit` by a prepared fit, without the result's counts and inertia
     Run,
     /// Every kernel that can assign, on a grid of shapes, beside the one that the plan chooses
     Tune,
+}
+
+impl Op {
+    pub(crate) fn fits(self) -> bool {
+        matches!(self, Self::Fit | Self::FitTol | Self::Run)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -77,7 +85,8 @@ pub(crate) enum Labels {
 const OUTPUT: &str = "\
 Each case is one line, with --json an object that also has the plan:
   ms, ms_min     median and minimum of the repeats; cpu_ms: CPU time of all threads of the process, median
-  ratio          minimum of the repeats over that of --beside's case, both timed in turns
+  ratio          minimum of the repeats over that of --beside's case, both timed in turns; of fit-tol over that of fit,
+                 whose medians are fit_ms and fit_cpu_ms
   wrong          with --check: labels, centroid components, counts and inertias that are not what the definition says in
                  f64, out of `checked`. The exit code is 1 if there is one, or if two runs differ
   max_regret     of labels: by how much the distance to a wrong label's centroid exceeds the nearest one's, relatively
@@ -200,8 +209,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         ensure!(args.kernel.is_none(), "--kernel cannot be combined with tune, which times all of them");
         return args.dtype.iter().try_for_each(|&dtype| tune::run(args, dtype, &device));
     }
-    let fits = matches!(args.op, Op::Fit | Op::Run);
-    ensure!(fits || !args.weighted, "--weighted cannot be combined with this op: fit and run have weights");
+    ensure!(args.op.fits() || !args.weighted, "--weighted cannot be combined with this op: fits have weights");
+    let alone = args.op != Op::FitTol || args.beside.is_none();
+    ensure!(alone, "--beside cannot be combined with fit-tol, which is timed beside fit");
     let (mut cases, mut wrong) = (0, 0);
     for (&dtype, source) in args.dtype.iter().flat_map(|dtype| args.data.iter().map(move |source| (dtype, source))) {
         cases += 1;
@@ -217,11 +227,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 fn measured(args: &Args, dtype: DType, source: &Source, device: &Device) -> Result<bool> {
     let x = source.rows(args, dtype, device)?;
     let (b, n, d) = x.dims3()?;
-    let mut cases = vec![Case::new(args, source, x)?];
+    let mut cases = vec![Case::new(args, source, x.clone())?];
     let beside = args.beside.map(Source::Pattern).filter(|beside| beside != source);
+    let other = |op| Args { op, b, n, d, data: vec![], dtype: vec![], kernel: args.kernel.clone(), ..*args };
     if let Some(beside) = &beside {
-        let args = Args { b, n, d, data: vec![], dtype: vec![], kernel: args.kernel.clone(), ..*args };
+        let args = other(args.op);
         cases.push(Case::new(&args, beside, beside.rows(&args, dtype, device)?)?);
+    }
+    if args.op == Op::FitTol {
+        cases.push(Case::new(&other(Op::Fit), source, x)?);
     }
     let times = case::time(&mut cases, args.reps, args.budget)?;
     let case = &mut cases[0];
@@ -237,11 +251,16 @@ fn measured(args: &Args, dtype: DType, source: &Source, device: &Device) -> Resu
         "tbs": size * dtype.size_in_bytes() as f64 / each / 1e9,
         "plan": case.plan()?,
     });
-    if let Some(beside) = args.beside {
-        line["beside"] = json!(name(&beside));
+    let fit = (args.op == Op::FitTol).then(|| name(&Op::Fit));
+    if let Some(beside) = args.beside.map(|beside| name(&beside)).or(fit) {
+        line["beside"] = json!(beside);
         line["ratio"] = json!(times[0].least() / times.last().map_or(ms, Times::least));
     }
-    if matches!(args.op, Op::Fit | Op::Run) {
+    if let (Op::FitTol, Some(fit)) = (args.op, times.last()) {
+        line["fit_ms"] = json!(fit.median());
+        line["fit_cpu_ms"] = json!(fit.cpu_median());
+    }
+    if args.op.fits() {
         line["iters"] = json!(iterations);
         line["ms_per_iter"] = json!(each);
         line["inertia"] = json!(case.inertia()?);

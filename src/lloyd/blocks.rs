@@ -29,27 +29,27 @@ use std::sync::{Barrier, Mutex, PoisonError};
 /// Where the ranks of a process meet: each leaves a message and takes those of all.
 pub(super) struct Meeting {
     barrier: Barrier,
-    said: Mutex<Vec<Option<Said>>>,
+    messages: Mutex<Vec<Option<Message>>>,
 }
 
 /// A message of a rank to the others.
 #[derive(Clone)]
-enum Said {
+enum Message {
     Numbers(Vec<f64>),
     Tensor(Tensor),
 }
 
 impl Meeting {
     pub(super) fn new(ranks: usize) -> Self {
-        Self { barrier: Barrier::new(ranks), said: Mutex::new(vec![None; ranks]) }
+        Self { barrier: Barrier::new(ranks), messages: Mutex::new(vec![None; ranks]) }
     }
 
     /// The messages of all ranks, once each has sent its own.
-    fn exchange(&self, rank: usize, mine: Said) -> Vec<Said> {
-        let said = || self.said.lock().unwrap_or_else(PoisonError::into_inner);
-        said()[rank] = Some(mine);
+    fn exchange(&self, rank: usize, mine: Message) -> Vec<Message> {
+        let messages = || self.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        messages()[rank] = Some(mine);
         self.barrier.wait();
-        let all = said().iter().flatten().cloned().collect();
+        let all = messages().iter().flatten().cloned().collect();
         self.barrier.wait();
         all
     }
@@ -57,14 +57,14 @@ impl Meeting {
 
 /// The blocks of a rank.
 pub(super) struct Blocks<'a> {
-    blocks: Vec<Held>,
+    blocks: Vec<OwnedBlock>,
     device: Device,
     rank: usize,
     meeting: Option<&'a Meeting>,
 }
 
 /// A [`Block`] with all that it refers to.
-struct Held {
+struct OwnedBlock {
     x: Rows<'static>,
     summands: Summands,
     assign: AssignPlan,
@@ -75,8 +75,8 @@ struct Held {
     first: usize,
 }
 
-impl Held {
-    fn block(&self) -> Block<'_> {
+impl OwnedBlock {
+    fn as_block(&self) -> Block<'_> {
         let &Self { ref x, ref summands, assign, update, ref labels, ref weights, ref counted, first } = self;
         Block { x, summands, assign, update, labels, weights: weights.as_ref(), counted: counted.as_ref(), first }
     }
@@ -84,7 +84,7 @@ impl Held {
 
 impl Feed for Blocks<'_> {
     fn for_each_block(&mut self, visit: &mut dyn FnMut(Block<'_>) -> Result<()>) -> Result<()> {
-        self.blocks.iter().try_for_each(|held| visit(held.block()))
+        self.blocks.iter().try_for_each(|block| visit(block.as_block()))
     }
 
     fn reduce(&mut self, sums: &Accumulator) -> Result<()> {
@@ -92,8 +92,8 @@ impl Feed for Blocks<'_> {
         let mine = sums.sums.copy()?;
         // Ranks may have streams of their own.
         self.device.synchronize()?;
-        for (rank, said) in meeting.exchange(self.rank, Said::Tensor(mine)).into_iter().enumerate() {
-            if let (true, Said::Tensor(others)) = (rank != self.rank, said) {
+        for (rank, message) in meeting.exchange(self.rank, Message::Tensor(mine)).into_iter().enumerate() {
+            if let (true, Message::Tensor(others)) = (rank != self.rank, message) {
                 primitives::merge(&sums.sums, &others)?;
             }
         }
@@ -102,21 +102,21 @@ impl Feed for Blocks<'_> {
 
     fn gather(&mut self, mine: Vec<f64>) -> Result<Vec<Vec<f64>>> {
         let Some(meeting) = self.meeting else { return Ok(vec![mine]) };
-        let numbers = |said| match said {
-            Said::Numbers(numbers) => numbers,
-            Said::Tensor(_) => unreachable!("ranks say the same in the same order"),
+        let numbers = |message| match message {
+            Message::Numbers(numbers) => numbers,
+            Message::Tensor(_) => unreachable!("ranks say the same in the same order"),
         };
-        Ok(meeting.exchange(self.rank, Said::Numbers(mine)).into_iter().map(numbers).collect())
+        Ok(meeting.exchange(self.rank, Message::Numbers(mine)).into_iter().map(numbers).collect())
     }
 
     fn first_row(&mut self) -> Result<Tensor> {
-        let mine = self.blocks.first().map(|held| first_row(&held.x)).transpose()?;
+        let mine = self.blocks.first().map(|block| first_row(&block.x)).transpose()?;
         let Some(meeting) = self.meeting else { return Ok(mine.expect("a rank alone has all rows")) };
         self.device.synchronize()?;
-        let said = mine.map_or_else(|| Said::Numbers(vec![]), Said::Tensor);
-        let rows = meeting.exchange(self.rank, said).into_iter().find_map(|said| match said {
-            Said::Tensor(rows) => Some(rows),
-            Said::Numbers(_) => None,
+        let message = mine.map_or_else(|| Message::Numbers(vec![]), Message::Tensor);
+        let rows = meeting.exchange(self.rank, message).into_iter().find_map(|message| match message {
+            Message::Tensor(rows) => Some(rows),
+            Message::Numbers(_) => None,
         });
         Ok(rows.expect("a rank has rows"))
     }
@@ -202,7 +202,7 @@ impl Whole<'_> {
             let layout = Rows::of((&x).into()).map(|rows| rows.layout());
             let Plan { pack, steps: Steps { assign, update, .. }, .. } = settings.plan_of(&given, layout, device)?;
             let x = primitives::pack(&x, pack, &mut None)?;
-            feed.blocks.push(Held {
+            feed.blocks.push(OwnedBlock {
                 summands: Summands::from_rows(&x)?,
                 assign,
                 update,
@@ -302,14 +302,14 @@ impl Whole<'_> {
             }
         }
         let max_abs = Tensor::from_vec(max_abs, p.b, device)?;
-        for held in &mut feed.blocks {
-            let mut factors = held.weights.clone();
+        for block in &mut feed.blocks {
+            let mut factors = block.weights.clone();
             if !found.all_finite && !cosine {
-                let finite = finite_rows(&held.x)?;
+                let finite = finite_rows(&block.x)?;
                 factors = Some(factors.map_or(Ok(finite.clone()), |weights| weighed(&finite, &weights))?);
             }
             if cosine {
-                let inverse = primitives::elementwise([&primitives::norms(&held.x)?], |[norms]| norms.recip())?;
+                let inverse = primitives::elementwise([&primitives::norms(&block.x)?], |[norms]| norms.recip())?;
                 factors = Some(match factors {
                     Some(weights) => primitives::elementwise([&weights, &inverse], |[w, i]| w * i)?,
                     None => inverse,
@@ -317,17 +317,17 @@ impl Whole<'_> {
             }
             let weighs = factors.is_some() && !cosine;
             let max_weight = self.weights.map_or(&one, |weights| &weights.max_weight);
-            held.summands.max_weight = weighs.then(|| max_weight.clone());
-            held.update = UpdatePlan::new(
+            block.summands.max_weight = weighs.then(|| max_weight.clone());
+            block.update = UpdatePlan::new(
                 p.dtype,
-                [p.b, held.x.n, p.k, p.d],
-                held.x.layout(),
+                [p.b, block.x.n, p.k, p.d],
+                block.x.layout(),
                 false,
                 factors.is_some(),
                 primitives::arch(device)?,
             );
-            held.summands.row_scale = factors;
-            held.summands.max_abs = max_abs.clone();
+            block.summands.row_scale = factors;
+            block.summands.max_abs = max_abs.clone();
         }
         Ok(planes)
     }
@@ -350,7 +350,7 @@ impl Whole<'_> {
             let threshold = threshold(feed, p, &bounds, usable, settings.tol)?;
             progress.threshold.slice_set(&threshold, 0, 0)?;
         }
-        let summands = feed.blocks.first().map(|held| &held.summands);
+        let summands = feed.blocks.first().map(|block| &block.summands);
         let (max_abs, max_weight) = match summands {
             Some(summands) => (summands.max_abs.clone(), summands.max_weight.clone()),
             None => unreachable!("every rank has rows"),
@@ -369,7 +369,7 @@ impl Whole<'_> {
             sums: Some(&sums),
         };
         let (_, iterations) = lloyd.run(feed)?;
-        let labels: Vec<_> = feed.blocks.iter().map(|held| held.labels.clone()).collect();
+        let labels: Vec<_> = feed.blocks.iter().map(|block| block.labels.clone()).collect();
         Ok(Fit {
             counts: self.counts(feed)?,
             weights: self.settings.weights.is_some().then(|| self.cluster_weights(feed, planes)).transpose()?,

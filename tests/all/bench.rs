@@ -164,7 +164,7 @@ fn sizes_of_nothing_and_settings_that_do_not_fit_are_refused() {
         "--n 64 --k 4 --d 4 --factor NaN",
         "--n 64 --k 4 --d 4 --data outlier --factor 1e39",
     ];
-    for op in ["assign", "update", "fit", "run"] {
+    for op in ["assign", "update", "fit", "fit-tol", "run"] {
         run(&format!("{op} --n 64 --k 4 --d 4 --reps 1")).unwrap();
         for args in refused {
             assert!(run(&format!("{op} {args}")).is_err(), "{op} {args}");
@@ -173,6 +173,8 @@ fn sizes_of_nothing_and_settings_that_do_not_fit_are_refused() {
     for args in ["assign --weighted", "update --weighted", "fit --data nan-centroid", "update --data inf-centroid"] {
         assert!(run(&format!("{args} --n 64 --k 4 --d 4")).is_err(), "{args}");
     }
+    let error = run("fit-tol --beside blobs --n 64 --k 4 --d 4").unwrap_err();
+    assert!(error.contains("beside fit"), "{error}");
     for args in ["update --data duplicate-centroids", "fit --init even --data duplicate-centroids"] {
         assert!(run(&format!("{args} --n 64 --k 4 --d 4")).is_err(), "{args}");
     }
@@ -188,6 +190,11 @@ fn every_kind_of_data_is_timed_and_right() {
         run(&format!("assign {sizes} --metric {metric} --data nan-centroid,outlier")).unwrap();
         run(&format!("fit {sizes} --metric {metric} --data {data} --weighted")).unwrap();
         run(&format!("run {sizes} --metric {metric} --dtype f16,f64 --beside normal --data blobs,duplicates")).unwrap();
+    }
+    // Problems that converge in other iterations each, before their centroids stand still.
+    for metric in ["squared_euclidean", "manhattan"] {
+        run(&format!("fit-tol --b 3 --n 3000 --k 3 --d 2 --reps 1 --iters 40 --check --json --metric {metric}"))
+            .unwrap();
     }
     for init in ["random", "even", "kmeans++", "kmeans||"] {
         run(&format!("fit {sizes} --init {init} --data outlier,normal --beside normal")).unwrap();
