@@ -33,6 +33,8 @@ impl Folder {
     }
 
     pub fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        // A file system may write back at once what replaces the contents of a file, which thousands of damaged ones would wait for.
+        let _ = fs::remove_file(self.file(name));
         fs::write(self.file(name), bytes).unwrap();
         self.file(name)
     }

@@ -267,7 +267,7 @@ fn damaged_files_of_columns_are_refused() {
         assert!(matches!(refused, Error::Format { .. }), "{refused}");
         // Whatever else is damaged makes an error or other values, and no panic or huge allocation.
         let mut rng = rng(7);
-        for _ in 0..1500 {
+        for _ in 0..300 {
             let mut damaged = whole.clone();
             for _ in 0..rng.random_range(1..4) {
                 let at = rng.random_range(0..whole.len());
@@ -285,7 +285,7 @@ fn a_file_of_columns_that_changes_is_refused() {
     for path in write_each(&folder, &batch) {
         let source = Source::open(&path).unwrap();
         let whole = fs::read(&path).unwrap();
-        folder.write(path.file_name().unwrap().to_str().unwrap(), &whole[..whole.len() - 1]);
+        fs::write(&path, &whole[..whole.len() - 1]).unwrap();
         let refused = source.read(0..1, &mut vec![0; source.row_bytes()]).unwrap_err();
         assert!(matches!(&refused, Error::Changed { what: "length", .. }), "{refused}");
     }
