@@ -4,6 +4,7 @@
 //! [`assign_with_distances`], [`sort_by_cluster`], [`cluster_means`] and [`quantize`] are its parts, each an op of its own.
 //! Layers are made of these and of [`cluster_sums`], [`cluster_sizes`], [`inverse_order`], [`residuals`],
 //! [`select_clusters`] and [`top_rows_per_centroid`]; sequences that grow are followed by [`MiniBatch`] and [`Segments`].
+//! [`Source`] reads rows that memory does not hold, piece by piece, from files of many formats.
 //! [`nn`] has such layers. The parts with one result are also values for [`Tensor::apply_op2`](candle_core::Tensor::apply_op2)
 //! and, to write in place, [`Tensor::inplace_op3`](candle_core::Tensor::inplace_op3): [`ops`].
 //!
@@ -66,6 +67,7 @@ mod row_weights;
 mod rows;
 mod running_means;
 mod saved;
+mod scale;
 mod seeding;
 mod segments;
 mod select;
@@ -85,5 +87,10 @@ pub use lloyd::prepared::PreparedFit;
 pub use metric::Metric;
 pub use minibatch::MiniBatch;
 pub use plan::Plan;
+pub use scale::source::{
+    file::FileIdentity,
+    stored::{Element, StoredType},
+    Source, SourceIdentity,
+};
 pub use segments::Segments;
 pub use select::{select_clusters, top_rows_per_centroid, ClusterBudget, Selection};

@@ -34,4 +34,7 @@ mod saved;
 mod seeding;
 mod segments;
 mod select;
+mod source;
+#[cfg(feature = "arrow")]
+mod source_columns;
 mod update;

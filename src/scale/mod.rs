@@ -1,0 +1,3 @@
+//! Data past the memory of one device.
+
+pub(crate) mod source;
