@@ -2,7 +2,7 @@
 
 use super::{
     accumulate::Bounds,
-    blocks::Whole,
+    blocks::Cut,
     feed::{Block, Resident},
     relocate::sizes,
     terms::{finite_rows, scan_counted, weighed, Ragged, Weights},
@@ -295,6 +295,7 @@ impl PreparedFit {
             weights: self.weights.as_ref().map(|weights| &weights.values),
             counted: self.ragged.as_ref().map(|ragged| &ragged.ones),
             first: 0,
+            stays: true,
         }
     }
 
@@ -307,7 +308,7 @@ impl PreparedFit {
         prepared.seed(&Rows::new(x)?, 0, settings.seed)?;
         let Self { p, weights, ragged, centroids: start, settings, .. } = &prepared;
         let (weights, ragged, x) = (weights.as_ref(), ragged.as_ref(), &x.reshape((p.b, p.n, p.d))?);
-        Whole { settings, p, x, start, weights, ragged, blocks, ranks }.fit()
+        Cut { settings, p, x, start, weights, ragged, blocks, ranks }.fit()
     }
 
     pub(super) fn draw(&self, seed: u64) -> Result<Option<Tensor>> {

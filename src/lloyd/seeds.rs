@@ -43,7 +43,7 @@ impl PreparedFit {
 
 /// The weight of each row as a seed, f64 `(b, n)`: -1 where it is not finite or, by cosine, has no direction. None where all
 /// weigh the same.
-pub(super) fn seed_weights(x: &Rows, weights: Option<&Tensor>, settings: &KMeans) -> Result<Option<Tensor>> {
+pub(crate) fn seed_weights(x: &Rows, weights: Option<&Tensor>, settings: &KMeans) -> Result<Option<Tensor>> {
     if settings.check_finite && settings.metric != Metric::Cosine {
         return Ok(weights.cloned());
     }

@@ -13,7 +13,7 @@ use candle_core::{DType, Device, Tensor};
 /// Problems of different sizes: which rows count.
 ///
 /// A run takes no shape of these to the device, which a captured graph would look for where it was.
-pub(super) struct Ragged {
+pub(crate) struct Ragged {
     pub(super) lengths: Vec<usize>,
     /// 1 where a row counts and 0 where it is padding, f64 `(b, n)`.
     pub(super) ones: Tensor,
@@ -47,19 +47,19 @@ pub(super) fn scan_counted(x: &Rows, ones: &Tensor) -> Result<(Tensor, Tensor)> 
 }
 
 /// The weights of a fit's rows.
-pub(super) struct Weights {
+pub(crate) struct Weights {
     /// f64 `(b, n)`, 0 for rows that do not count. They are in units of the power of two at or above the largest, with which their
     /// products neither overflow nor vanish, whatever the weights were.
-    pub(super) values: Tensor,
+    pub(crate) values: Tensor,
     /// That power of two, f64 `(b,)`.
-    pub(super) unit: Tensor,
+    pub(crate) unit: Tensor,
     /// The largest of `values`, f64 `(b,)`.
-    pub(super) heaviest: Tensor,
+    pub(crate) heaviest: Tensor,
 }
 
 impl Weights {
     /// A copy of the weights that were asked for, checked; none where every row counts alike.
-    pub(super) fn new(
+    pub(crate) fn new(
         settings: &KMeans,
         p: &Problem,
         ragged: Option<&Ragged>,
