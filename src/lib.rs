@@ -71,6 +71,7 @@ mod scale;
 mod seeding;
 mod segments;
 mod select;
+mod staging;
 #[doc(hidden)]
 pub mod testing;
 #[allow(dead_code)] // `build.rs` reads the kernels' share.
@@ -87,10 +88,13 @@ pub use lloyd::prepared::PreparedFit;
 pub use metric::Metric;
 pub use minibatch::MiniBatch;
 pub use plan::Plan;
-pub use scale::source::{
-    file::FileIdentity,
-    stored::{Element, StoredType},
-    Source, SourceIdentity,
+pub use scale::{
+    options::StreamOptions,
+    source::{
+        file::FileIdentity,
+        stored::{Element, StoredType},
+        Source, SourceIdentity,
+    },
 };
 pub use segments::Segments;
 pub use select::{select_clusters, top_rows_per_centroid, ClusterBudget, Selection};

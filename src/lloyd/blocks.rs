@@ -1,8 +1,9 @@
 //! A fit of rows that come in blocks, and that ranks share.
 
 use super::{
-    feed::{first_row, Block, BlockFeed, Feed, Held},
-    merged::{refuse_medians, Merged, Terms, Whole},
+    feed::{first_row, Block, Feed},
+    merged::{refuse_medians, BlockFeed, Held, Merged, Terms, Whole},
+    prepared::PreparedFit,
     terms::{Ragged, Weights},
 };
 use crate::{
@@ -12,6 +13,7 @@ use crate::{
     primitives,
     problem::Problem,
     request::Accumulator,
+    rows::Rows,
 };
 use candle_core::{Device, Tensor};
 use std::sync::{Barrier, Mutex, PoisonError};
@@ -104,8 +106,22 @@ impl BlockFeed for Blocks<'_> {
     }
 }
 
+impl PreparedFit {
+    /// The fit of rows that come in blocks, from where a run on all of them starts.
+    pub(crate) fn fit_in_blocks(settings: &KMeans, x: &Tensor, blocks: usize, ranks: usize) -> Result<Fit> {
+        let p = Problem::fit(x, settings.k, settings.metric)?;
+        settings.check(&p, x.device())?;
+        let plan = settings.plan_of(&p, Rows::of(x.into()).map(|rows| rows.layout()), x.device())?;
+        let prepared = Self::new(settings, p, plan, x.device())?;
+        prepared.seed(&Rows::new(x)?, 0, settings.seed)?;
+        let Self { p, weights, ragged, centroids: start, settings, .. } = &prepared;
+        let (weights, ragged, x) = (weights.as_ref(), ragged.as_ref(), &x.reshape((p.b, p.n, p.d))?);
+        Cut { settings, p, x, start, weights, ragged, blocks, ranks }.fit()
+    }
+}
+
 /// All rows, and how ranks cut them.
-pub(super) struct Cut<'a> {
+struct Cut<'a> {
     pub settings: &'a KMeans,
     pub p: &'a Problem,
     /// `(b, n, d)`.
@@ -121,7 +137,7 @@ pub(super) struct Cut<'a> {
 
 impl Cut<'_> {
     /// The fit of all rows, by ranks that run on a thread each.
-    pub(super) fn fit(&self) -> Result<Fit> {
+    fn fit(&self) -> Result<Fit> {
         refuse_medians(self.settings)?;
         let meeting = (self.ranks > 1).then(|| Meeting::new(self.ranks));
         // Threads may have streams of their own.
@@ -162,7 +178,7 @@ impl Cut<'_> {
             let weights = self.weights.map(|weights| part(&weights.values)).transpose()?;
             let counted = self.ragged.map(|ragged| part(&ragged.ones)).transpose()?;
             let x = self.x.narrow(1, first, n)?;
-            feed.blocks.push(Held::new(settings, p, &x, first)?.with_factors(weights, counted));
+            feed.blocks.push(Held::new(settings, p, &x, first, None)?.with_factors(weights, counted));
         }
         let whole = Whole { settings, p, device, weights: self.weights, all_counted: self.ragged.is_none() };
         Ok(Merged::new(whole, &mut feed)?.fit(&mut feed, self.start, 0)?.1)

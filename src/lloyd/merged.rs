@@ -2,12 +2,12 @@
 
 use super::{
     accumulate::{mantissa_bits, Bounds},
-    feed::{BlockFeed, Feed},
+    feed::{Block, Feed},
     outcome::Outcome,
     prepared::RUNNING,
     terms::{finite_rows, scan_counted, weighed, Weights},
     threshold::{threshold, Usable},
-    Lloyd,
+    Lloyd, QUEUED,
 };
 use crate::{
     error::{Error, Result},
@@ -17,9 +17,10 @@ use crate::{
     kmeans::KMeans,
     memory::Memory,
     metric::Metric,
+    plan::{assign::AssignPlan, update::UpdatePlan, Plan, Steps},
     primitives,
     problem::Problem,
-    request::{Accumulator, Progress},
+    request::{Accumulator, Progress, Summands},
     rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
@@ -91,7 +92,7 @@ impl Found {
 /// How the rows of all blocks and ranks become terms of sums that merge.
 #[derive(Clone)]
 pub(crate) struct Terms {
-    pub(super) bounds: Bounds,
+    bounds: Bounds,
     /// On so many planes the sums keep every bit of them.
     pub(super) planes: usize,
     cosine: bool,
@@ -134,8 +135,14 @@ impl Terms {
         Ok(Self { bounds, planes, cosine, all_finite: found.all_finite })
     }
 
+    /// Rows, the first of which that is not finite is known, before they are [complete](Held::complete).
+    pub fn summands(&self, first_nonfinite: Tensor) -> Summands {
+        let max_abs = self.bounds.max_abs.clone();
+        Summands { row_scale: None, max_abs, first_nonfinite, max_weight: None, finite: false }
+    }
+
     /// The factors of a block's rows, f64 `(b, n)`, which have these weights; none if all are 1.
-    pub(super) fn factors(&self, x: &Rows, weights: Option<&Tensor>) -> Result<Option<Tensor>> {
+    fn factors(&self, x: &Rows, weights: Option<&Tensor>) -> Result<Option<Tensor>> {
         let mut factors = weights.cloned();
         if !self.all_finite && !self.cosine {
             let finite = finite_rows(x)?;
@@ -149,6 +156,77 @@ impl Terms {
             });
         }
         Ok(factors)
+    }
+}
+
+/// A feed whose blocks add to sums that merge.
+pub(crate) trait BlockFeed: Feed {
+    /// Says how the rows of all blocks become terms, for all passes from now on.
+    fn set_terms(&mut self, terms: Terms) -> Result<()>;
+
+    /// The labels of this rank's rows, u32 `(b, n)`.
+    fn labels(&mut self) -> Result<Tensor>;
+
+    /// After how many iterations the host asks whether the fit goes on.
+    fn asks_every(&self) -> usize {
+        QUEUED
+    }
+}
+
+/// A block and all that belongs to its rows.
+pub(crate) struct Held {
+    pub x: Rows<'static>,
+    pub summands: Summands,
+    pub labels: Tensor,
+    assign: AssignPlan,
+    update: UpdatePlan,
+    weights: Option<Tensor>,
+    counted: Option<Tensor>,
+    first: usize,
+    /// The clusters of a problem.
+    k: usize,
+}
+
+impl Held {
+    /// The rows `x`, `(b, n, d)`, of a fit of the problems `p`, and what is known of them if they have been here before.
+    pub fn new(
+        settings: &KMeans,
+        p: &Problem,
+        x: &Tensor,
+        first: usize,
+        summands: Option<Summands>,
+    ) -> Result<Self> {
+        let p = Problem { n: x.dim(1)?, ..p.clone() };
+        let (layout, arch) = (Rows::of(x.into()).map(|rows| rows.layout()), primitives::arch(x.device())?);
+        // A block never is a whole fit.
+        let plan = Plan::new(&p, layout, settings, arch, |_| Ok(false))?;
+        let Plan { pack, steps: Steps { assign, update, .. }, .. } = plan;
+        let labels = host::zeros("fit", (p.b, p.n), DType::U32, x.device())?;
+        let x = primitives::pack(x, pack, &mut None)?;
+        let summands = summands.map_or_else(|| Summands::from_rows(&x), Ok)?;
+        Ok(Self { x, summands, labels, assign, update, weights: None, counted: None, first, k: p.k })
+    }
+
+    /// With what the rows weigh and which of them count, both f64 `(b, n)`.
+    pub fn with_factors(self, weights: Option<Tensor>, counted: Option<Tensor>) -> Self {
+        Self { weights, counted, ..self }
+    }
+
+    pub fn block(&self, stays: bool) -> Block<'_> {
+        let Self { x, summands, assign, update, labels, weights, counted, first, .. } = self;
+        let (weights, counted) = (weights.as_ref(), counted.as_ref());
+        Block { x, summands, assign: *assign, update: *update, labels, weights, counted, first: *first, stays }
+    }
+
+    /// Completes what is added up of the rows.
+    pub fn complete(&mut self, terms: &Terms) -> Result<()> {
+        let (x, arch) = (&self.x, primitives::arch(self.x.device())?);
+        let factors = terms.factors(x, self.weights.as_ref())?;
+        self.update = UpdatePlan::new(x.dtype(), [x.b, x.n, self.k, x.d], x.layout(), false, factors.is_some(), arch);
+        self.summands.row_scale = factors;
+        self.summands.max_abs = terms.bounds.max_abs.clone();
+        self.summands.max_weight = terms.bounds.max_weight.clone();
+        Ok(())
     }
 }
 

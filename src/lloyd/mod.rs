@@ -260,7 +260,7 @@ impl Lloyd<'_> {
                     (true, _) => close(block),
                     (false, true) => {
                         let order = primitives::order(block.labels, k)?;
-                        add_sizes(&mut sizes, &relocate::sizes(&order, block.counted)?)?;
+                        add_sizes(&mut sizes, &terms::sizes(&order, block.counted)?)?;
                         orders.push(block.stays.then_some(order));
                         Ok(())
                     }

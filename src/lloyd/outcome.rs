@@ -4,8 +4,8 @@ use super::{
     accumulate::{Bounds, Total},
     feed::{Block, Feed},
     merged::{Found, Terms, Whole},
-    relocate::{add_sizes, gather_sizes, sizes, Sizes},
-    terms::{finite_rows, weighed, Weights},
+    relocate::{add_sizes, gather_sizes, Sizes},
+    terms::{finite_rows, sizes, weighed, Weights},
 };
 use crate::{
     error::Result,

@@ -2,10 +2,8 @@
 
 use super::{
     accumulate::Bounds,
-    blocks::Cut,
     feed::{Block, Resident},
-    relocate::sizes,
-    terms::{finite_rows, scan_counted, weighed, Ragged, Weights},
+    terms::{finite_rows, scan_counted, sizes, weighed, Ragged, Weights},
     threshold::{threshold, Usable},
 };
 use crate::{
@@ -297,18 +295,6 @@ impl PreparedFit {
             first: 0,
             stays: true,
         }
-    }
-
-    /// The fit of rows that come in blocks, from where a run on all of them starts.
-    pub(crate) fn fit_in_blocks(settings: &KMeans, x: &Tensor, blocks: usize, ranks: usize) -> Result<Fit> {
-        let p = Problem::fit(x, settings.k, settings.metric)?;
-        settings.check(&p, x.device())?;
-        let plan = settings.plan_of(&p, Rows::of(x.into()).map(|rows| rows.layout()), x.device())?;
-        let prepared = Self::new(settings, p, plan, x.device())?;
-        prepared.seed(&Rows::new(x)?, 0, settings.seed)?;
-        let Self { p, weights, ragged, centroids: start, settings, .. } = &prepared;
-        let (weights, ragged, x) = (weights.as_ref(), ragged.as_ref(), &x.reshape((p.b, p.n, p.d))?);
-        Cut { settings, p, x, start, weights, ragged, blocks, ranks }.fit()
     }
 
     pub(super) fn draw(&self, seed: u64) -> Result<Option<Tensor>> {

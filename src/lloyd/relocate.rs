@@ -6,8 +6,8 @@ use super::{
     seeds::seed_weights,
     Lloyd,
 };
-use crate::{error::Result, metric::Metric, primitives, request::Order, rows::Rows};
-use candle_core::{DType, Tensor};
+use crate::{error::Result, metric::Metric, primitives, rows::Rows};
+use candle_core::Tensor;
 
 /// The rows in each cluster of each problem.
 pub(super) type Sizes = Vec<Vec<u64>>;
@@ -23,14 +23,6 @@ struct Candidate {
 
 /// The rows that move and the clusters that they go to, of each problem.
 pub(super) type Relocations = Vec<Vec<(usize, u32)>>;
-
-/// The rows that count in each cluster, u32 `(b, k)`.
-pub(super) fn sizes(order: &Order, counted: Option<&Tensor>) -> Result<Tensor> {
-    match counted {
-        Some(ones) => Ok(primitives::cluster_sums(ones, Some(order))?.to_dtype(DType::U32)?),
-        None => primitives::cluster_sizes(&order.offsets),
-    }
-}
 
 /// Adds the sizes of a block's clusters.
 pub(super) fn add_sizes(sizes: &mut Sizes, of_block: &Tensor) -> Result<()> {

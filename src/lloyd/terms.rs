@@ -6,6 +6,7 @@ use crate::{
     kmeans::KMeans,
     primitives,
     problem::Problem,
+    request::Order,
     rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
@@ -107,6 +108,14 @@ impl Weights {
         let inverse = Tensor::from_iter(unit.iter().map(|unit| unit.recip()), device)?;
         let (unit, heaviest) = (Tensor::new(unit, device)?, (Tensor::new(heaviest, device)? * &inverse)?);
         Ok(Some(Self { values: w.broadcast_mul(&inverse.unsqueeze(1)?)?, unit, heaviest }))
+    }
+}
+
+/// The rows that count in each cluster, u32 `(b, k)`.
+pub(super) fn sizes(order: &Order, counted: Option<&Tensor>) -> Result<Tensor> {
+    match counted {
+        Some(ones) => Ok(primitives::cluster_sums(ones, Some(order))?.to_dtype(DType::U32)?),
+        None => primitives::cluster_sizes(&order.offsets),
     }
 }
 

@@ -6,7 +6,7 @@ use super::{
     terms::finite_rows,
 };
 use crate::{
-    error::Result,
+    error::{Error, Result},
     memory::Memory,
     metric::Metric,
     primitives,
@@ -59,7 +59,7 @@ pub(super) fn threshold(
                 None => finite,
             });
         }
-        let ones = || Ok::<_, crate::Error>(Tensor::ones((b, block.x.n), DType::F64, device)?);
+        let ones = || Ok::<_, Error>(Tensor::ones((b, block.x.n), DType::F64, device)?);
         if masked {
             counts.add(&ones()?, factors.clone().map_or_else(ones, Ok)?)?;
         }

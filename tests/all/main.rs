@@ -37,4 +37,5 @@ mod select;
 mod source;
 #[cfg(feature = "arrow")]
 mod source_columns;
+mod stream;
 mod update;
