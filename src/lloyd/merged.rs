@@ -189,13 +189,7 @@ pub(crate) struct Held {
 
 impl Held {
     /// The rows `x`, `(b, n, d)`, of a fit of the problems `p`, and what is known of them if they have been here before.
-    pub fn new(
-        settings: &KMeans,
-        p: &Problem,
-        x: &Tensor,
-        first: usize,
-        summands: Option<Summands>,
-    ) -> Result<Self> {
+    pub fn new(settings: &KMeans, p: &Problem, x: &Tensor, first: usize, summands: Option<Summands>) -> Result<Self> {
         let p = Problem { n: x.dim(1)?, ..p.clone() };
         let (layout, arch) = (Rows::of(x.into()).map(|rows| rows.layout()), primitives::arch(x.device())?);
         // A block never is a whole fit.

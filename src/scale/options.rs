@@ -95,9 +95,13 @@ mod tests {
 
     #[test]
     fn memory_is_kept_to() {
-        for (n, row_bytes, memory, rows, moving) in
-            [(1000, 8, 8000, 10, 2), (1000, 8, 80, 10, 2), (1000, 8, 0, 10, 2), (7, 64, 1 << 20, 100, 8), (1, 2, 1, 1, 8)]
-        {
+        for (n, row_bytes, memory, rows, moving) in [
+            (1000, 8, 8000, 10, 2),
+            (1000, 8, 80, 10, 2),
+            (1000, 8, 0, 10, 2),
+            (7, 64, 1 << 20, 100, 8),
+            (1, 2, 1, 1, 8),
+        ] {
             let cut = Cut::new(n, row_bytes, memory, rows, moving);
             let ranges: Vec<_> = cut.ranges(n).collect();
             assert_eq!(ranges.iter().map(ExactSizeIterator::len).sum::<usize>(), n);

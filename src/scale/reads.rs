@@ -1,7 +1,11 @@
 //! Rows are read ahead of those who work on them, by threads that wait for the disk.
 
 use super::source::Source;
-use crate::{error::{Error, Result}, host, primitives, staging::Staging};
+use crate::{
+    error::{Error, Result},
+    host, primitives,
+    staging::Staging,
+};
 use candle_core::{Device, Tensor};
 use std::{
     ops::Range,

@@ -80,7 +80,8 @@ fn a_stream_has_the_bits_of_the_fit_in_memory() {
         let plain = KMeans::new(k).metric(metric).max_iters(12).tol(1e-3);
         for device in devices() {
             let on = |t: &Tensor| t.to_device(&device).unwrap();
-            let crowded = Tensor::cat(&[&x.narrow(0, 0, 1).unwrap(), &ones(&[k - 1, d], dtype, &Device::Cpu)], 0).unwrap();
+            let crowded =
+                Tensor::cat(&[&x.narrow(0, 0, 1).unwrap(), &ones(&[k - 1, d], dtype, &Device::Cpu)], 0).unwrap();
             let crowded = on(&crowded);
             let settings = [
                 plain.clone(),
@@ -122,8 +123,11 @@ fn every_source_streams() {
             Source::open(folder.file("x.npy")).unwrap(),
             Source::from_slice(&signed, 3).unwrap(),
             Source::from_slice(&signed, 3).unwrap().with_dtype(DType::F32).unwrap(),
-            Source::concat([Source::from_slice(&values[..60], 3).unwrap(), Source::from_slice(&values[60..], 3).unwrap()])
-                .unwrap(),
+            Source::concat([
+                Source::from_slice(&values[..60], 3).unwrap(),
+                Source::from_slice(&values[60..], 3).unwrap(),
+            ])
+            .unwrap(),
         ];
         for source in sources {
             let settings = KMeans::new(5).seed(3);
@@ -180,7 +184,9 @@ fn samples_are_the_same_however_rows_are_cut() {
 #[test]
 fn only_what_does_not_stay_is_read_again() {
     let x = blobs(&[100, 4], 3, DType::F32, &mut rng(4));
-    for (device, staying) in devices().into_iter().flat_map(|device| [0, 3, 10].map(|staying| (device.clone(), staying))) {
+    for (device, staying) in
+        devices().into_iter().flat_map(|device| [0, 3, 10].map(|staying| (device.clone(), staying)))
+    {
         for (settings, passes, at_start) in [
             (KMeans::new(3).tol(0.0).max_iters(0), 1, 3),
             (KMeans::new(3).tol(1e-9).max_iters(0), 2, 4),
@@ -190,7 +196,8 @@ fn only_what_does_not_stay_is_read_again() {
         ] {
             let read = AtomicU64::new(0);
             let source = counted(&x, &read);
-            let fit = settings.on_iteration(|_| ()).fit_stream(&source, &options(&device, &source, 10, staying)).unwrap();
+            let fit =
+                settings.on_iteration(|_| ()).fit_stream(&source, &options(&device, &source, 10, staying)).unwrap();
             assert!(passes < 3 || f64s(&fit.n_iter)[0] == 2.0);
             let expected = at_start + 100 + passes * (100 - 10 * staying as u64);
             assert_eq!(read.load(Ordering::SeqCst), expected, "{staying} stay, {passes} passes");
@@ -207,7 +214,11 @@ fn callbacks_see_and_end_a_stream() {
         let log = seen.clone();
         let settings = KMeans::new(20).tol(0.0).n_init(2).on_iteration(move |i| {
             log.lock().unwrap().push((i.run, i.iteration, i.converged));
-            if i.iteration == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            if i.iteration == 3 {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
         });
         let fit = settings.fit_stream(&source, &options(&device, &source, 50, 2)).unwrap();
         assert_eq!(*seen.lock().unwrap(), [(0, 1, 0), (0, 2, 0), (0, 3, 0)]);
@@ -292,7 +303,8 @@ fn what_a_source_fails_with_ends_the_fit() {
                 Ok(())
             });
             let panicking = panicking.unwrap();
-            let panic = catch_unwind(AssertUnwindSafe(|| KMeans::new(4).init(Init::Even).fit_stream(&panicking, &options)));
+            let panic =
+                catch_unwind(AssertUnwindSafe(|| KMeans::new(4).init(Init::Even).fit_stream(&panicking, &options)));
             assert_eq!(panic.unwrap_err().downcast_ref::<&str>(), Some(&"row 110"));
             let bad = tensor(&[200, 3], DType::F32, |i| if i == 3 * 131 { f64::NAN } else { i as f64 });
             let bad = Source::from_tensor(&bad).unwrap();
@@ -303,7 +315,8 @@ fn what_a_source_fails_with_ends_the_fit() {
             let refused = fit.predict_stream(&bad, &options, |rows, _| Ok(given = rows.end));
             assert!(matches!(refused, Err(Error::NonFinite { argument: "x", batch: 0, row: 131 })), "{refused:?}");
             assert_eq!(given, 120);
-            let full = fit.predict_stream(&Source::from_tensor(&x).unwrap(), &options, |_, _| Err(io::Error::other("full")));
+            let full =
+                fit.predict_stream(&Source::from_tensor(&x).unwrap(), &options, |_, _| Err(io::Error::other("full")));
             assert_eq!(full.unwrap_err().to_string(), "labels 0..20: full");
         }
     }
