@@ -34,8 +34,10 @@ pub(crate) fn open(file: SourceFile) -> Result<Table<'static>> {
 fn parse(text: &[u8], offset: u64) -> std::result::Result<Header, String> {
     let mut literal = Literal(std::str::from_utf8(text).map_err(|e| format!("its header is not text: {e}"))?);
     let (mut descr, mut fortran_order, mut shape) = (None, None, None);
-    let unexpected =
-        |rest: &str| format!("its header is no dictionary of descr, fortran_order and shape at {rest:.40?}");
+    let unexpected = |rest: &str| {
+        let rest: String = rest.trim_start().chars().take(40).collect();
+        format!("its header is no dictionary of descr, fortran_order and shape at {rest:?}")
+    };
     let mut go = || {
         literal.take("{")?;
         while literal.take("}").is_none() {

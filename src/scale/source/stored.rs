@@ -116,7 +116,7 @@ element!(u8: U8, i8: I8, f16: F16, bf16: BF16, f32: F32, f64: F64);
 pub(crate) fn widen(bytes: &mut [u8], stored: StoredType, dtype: DType) {
     use DType::{BF16, F16, F32, F64};
     match (stored, dtype) {
-        (StoredType::U8, dtype) => widen_bytes(bytes, dtype, |byte| f32::from(byte)),
+        (StoredType::U8, dtype) => widen_bytes(bytes, dtype, f32::from),
         (StoredType::I8, dtype) => widen_bytes(bytes, dtype, |byte| f32::from(byte as i8)),
         (StoredType::F16, F32) => each(bytes, |value| f16::from_ne_bytes(value).to_f32().to_ne_bytes()),
         (StoredType::F16, F64) => each(bytes, |value| f16::from_ne_bytes(value).to_f64().to_ne_bytes()),
