@@ -161,7 +161,7 @@ impl Cut<'_> {
         })?;
         let labels: Vec<_> = fits.iter().map(|fit| fit.labels.clone()).collect();
         let fit = fits.into_iter().next().expect("at least one rank");
-        Ok(Fit { labels: Tensor::cat(&labels, 1)?, ..fit }.with_batch(&self.p.batch)?)
+        Fit { labels: Tensor::cat(&labels, 1)?, ..fit }.with_batch(&self.p.batch)
     }
 
     fn fit_rank(&self, rank: usize, meeting: Option<&Meeting>) -> Result<Fit> {

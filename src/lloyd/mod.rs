@@ -204,8 +204,7 @@ impl PreparedFit {
         let (centroids, labels, progress) = (&self.centroids, &self.labels, &self.progress);
         if let Some(plan) = &self.plan.steps.on_chip {
             let (metric, reduction) = (settings.metric, Reduction::of(settings.metric));
-            let fit =
-                OnChipFit { plan, x, summands: summands, metric, reduction, progress, max_iters, centroids, labels };
+            let fit = OnChipFit { plan, x, summands, metric, reduction, progress, max_iters, centroids, labels };
             if primitives::fit_on_chip(&fit, memory)? {
                 self.iterations = Some(max_iters);
                 return Ok(ControlFlow::Continue(()));

@@ -1,7 +1,10 @@
 //! How much of a stream is where.
 
 use super::{reads::moving, source::Source};
-use crate::{error::Result, primitives};
+use crate::{
+    error::{Error, Result},
+    primitives,
+};
 use candle_core::Device;
 use std::ops::Range;
 
@@ -40,7 +43,7 @@ impl StreamOptions {
         self
     }
 
-    /// How many rows are read at a time, if the memory allows for as many.
+    /// How many rows are read at a time, at least one, if the memory allows for as many.
     pub fn block_rows(mut self, rows: usize) -> Self {
         self.block_rows = Some(rows);
         self
@@ -52,6 +55,9 @@ impl StreamOptions {
 
     /// How these rows are cut into blocks.
     pub(super) fn cut(&self, source: &Source<'_>) -> Result<Cut> {
+        if self.block_rows == Some(0) {
+            return Err(Error::Range { argument: "block_rows", got: 0, min: 1, max: usize::MAX });
+        }
         let (row_bytes, device) = (source.row_bytes(), &self.device);
         let memory = match self.memory {
             Some(memory) => memory,

@@ -37,11 +37,16 @@ pub(super) struct Reads<'a> {
     /// The most rows that are read at a time.
     most: usize,
     /// The ring, between passes.
-    slots: Vec<Box<dyn Staging>>,
+    slots: Vec<Slot>,
 }
 
+type Slot = Box<dyn Staging>;
+
 /// A slot with the rows of a range, or why there are none.
-type Filled = thread::Result<Result<Box<dyn Staging>>>;
+type Filled = thread::Result<Result<Slot>>;
+
+/// Slots that are free, and the ranges that nobody has taken.
+type Untaken = (mpsc::Receiver<Slot>, Range<usize>);
 
 impl<'a> Reads<'a> {
     pub fn new(source: &'a Source<'a>, device: &'a Device, most: usize) -> Self {
@@ -74,7 +79,7 @@ impl<'a> Reads<'a> {
             drop(filled);
             visit(None)?;
             let mut arrived = Arrived { arrivals, early: ranges.iter().map(|_| None).collect() };
-            let send = |i: usize, mut slot: Box<dyn Staging>| {
+            let send = |i: usize, mut slot: Slot| {
                 slot.send((ranges[i].len(), source.shape().1), source.dtype())?;
                 Ok(slot)
             };
@@ -103,7 +108,7 @@ impl<'a> Reads<'a> {
 fn read_ahead(
     source: &Source<'_>,
     ranges: &[Range<usize>],
-    taken: &Mutex<(mpsc::Receiver<Box<dyn Staging>>, Range<usize>)>,
+    taken: &Mutex<Untaken>,
     filled: &mpsc::Sender<(usize, Filled)>,
 ) {
     loop {
@@ -133,7 +138,7 @@ struct Arrived {
 
 impl Arrived {
     /// The rows of range `i`, if they are there.
-    fn look(&mut self, i: usize) -> Option<Result<Box<dyn Staging>>> {
+    fn look(&mut self, i: usize) -> Option<Result<Slot>> {
         while let Ok((at, filled)) = self.arrivals.try_recv() {
             self.early[at] = Some(filled);
         }
@@ -141,7 +146,7 @@ impl Arrived {
     }
 
     /// The rows of range `i`, once they are there.
-    fn wait(&mut self, i: usize) -> Result<Box<dyn Staging>> {
+    fn wait(&mut self, i: usize) -> Result<Slot> {
         while self.early[i].is_none() {
             let (at, filled) = self.arrivals.recv().expect("a reader says how each range went");
             self.early[at] = Some(filled);

@@ -111,6 +111,7 @@ impl Fit {
         mut each: impl FnMut(Range<u64>, &[u32]) -> io::Result<()>,
     ) -> Result<()> {
         let (device, cut) = (options.device(), options.cut(source)?);
+        Problem::predict_rows(&[cut.rows, source.shape().1], source.dtype(), &self.centroids, self.metric)?;
         refuse_capture(device)?;
         let fence = Fence::default();
         fence.write(device)?;
@@ -120,7 +121,6 @@ impl Fit {
         let mut reads = Reads::new(source, device, cut.rows);
         reads.for_each(&ranges, &mut |read| {
             let Some((i, x)) = read else { return Ok(()) };
-            Problem::predict(&x, &centroids, self.metric)?;
             let (rows, x) = (&ranges[i], Rows::new(&x)?);
             if let Some(&bad) = primitives::max_abs_and_first_nonfinite(&x)?.1.to_vec1::<u32>()?.first() {
                 if bad != u32::MAX {

@@ -267,10 +267,17 @@ fn streams_are_refused_before_rows_are_read() {
         let refused = settings.fit_stream(&source, &on_cpu).unwrap_err().to_string();
         assert!(refused.starts_with(expected), "{refused}");
     }
+    let none = KMeans::new(2).fit_stream(&source, &on_cpu.clone().block_rows(0));
+    assert!(matches!(none, Err(Error::Range { argument: "block_rows", got: 0, .. })), "{none:?}");
+    let refuse =
+        |of: &Tensor| KMeans::new(2).fit(of).unwrap().predict_stream(&source, &on_cpu, |_, _| Ok(())).unwrap_err();
+    let refused = refuse(&x.to_dtype(DType::F64).unwrap());
+    assert!(matches!(refused, Error::DType { argument: "x", got: DType::F32, .. }), "{refused:?}");
+    let refused = refuse(&x.narrow(1, 0, 1).unwrap());
+    assert!(matches!(refused, Error::Size { argument: "x", got: 2, expected: 1, .. }), "{refused:?}");
+    let refused = refuse(&x.unsqueeze(0).unwrap());
+    assert!(matches!(refused, Error::Shape { argument: "x", .. }), "{refused:?}");
     assert_eq!(read.load(Ordering::SeqCst), 0);
-    let fit = KMeans::new(2).fit(&x.to_dtype(DType::F64).unwrap()).unwrap();
-    let refused = fit.predict_stream(&source, &on_cpu, |_, _| Ok(()));
-    assert!(matches!(refused, Err(Error::DType { argument: "x", got: DType::F32, .. })), "{refused:?}");
 }
 
 /// Whatever ends a stream, the error says why, and the device goes on.
@@ -294,7 +301,10 @@ fn what_a_source_fails_with_ends_the_fit() {
             }
             let failing = Source::from_fn(200, 3, StoredType::F32, |rows, into| match rows.contains(&110) {
                 true => Err(io::Error::other("no such row")),
-                false => Ok(into.fill(0)),
+                false => {
+                    into.fill(0);
+                    Ok(())
+                }
             });
             let failed = KMeans::new(4).init(Init::Even).fit_stream(&failing.unwrap(), &options).unwrap_err();
             assert_eq!(failed.to_string(), "function, rows 100..120: no such row");
@@ -312,7 +322,10 @@ fn what_a_source_fails_with_ends_the_fit() {
             assert!(matches!(refused, Err(Error::NonFinite { argument: "x", batch: 0, row: 131 })), "{refused:?}");
             let fit = KMeans::new(4).fit(&x.to_device(&device).unwrap()).unwrap();
             let mut given = 0;
-            let refused = fit.predict_stream(&bad, &options, |rows, _| Ok(given = rows.end));
+            let refused = fit.predict_stream(&bad, &options, |rows, _| {
+                given = rows.end;
+                Ok(())
+            });
             assert!(matches!(refused, Err(Error::NonFinite { argument: "x", batch: 0, row: 131 })), "{refused:?}");
             assert_eq!(given, 120);
             let full =
