@@ -7,6 +7,7 @@ _list:
 lint:
     cargo fmt --all -- --check
     cargo clippy --release --workspace --all-targets -- -D warnings
+    cargo clippy --release --all-targets --features parquet -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --release
     . scripts/cuda-env.sh && scripts/lint-cuda.sh
 

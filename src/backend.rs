@@ -12,6 +12,7 @@ use crate::{
     request::{Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
+    staging::{Pageable, Staging},
 };
 use candle_core::{DType, Device, Storage, Tensor};
 use std::cell::Cell;
@@ -36,6 +37,16 @@ pub(crate) trait Backend {
     /// Whether work that is queued now becomes part of a graph.
     fn capturing(&self, _: &Device) -> Result<bool> {
         Ok(false)
+    }
+
+    /// The bytes of memory that nothing has taken, where somebody knows them.
+    fn free_memory(&self, _: &Device) -> Result<Option<usize>> {
+        Ok(None)
+    }
+
+    /// Buffers of so many bytes.
+    fn staging(&self, device: &Device, count: usize, bytes: usize) -> Result<Vec<Box<dyn Staging>>> {
+        (0..count).map(|_| Ok(Box::new(Pageable::new(device, bytes)?) as Box<dyn Staging>)).collect()
     }
 
     /// None where Candle's copy will do.

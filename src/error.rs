@@ -77,9 +77,18 @@ pub enum Error {
     /// A kernel could not be loaded or launched.
     #[error("{kernel}: launch failed with grid {grid}, block {block}, {shared} bytes of shared memory: {source}")]
     Launch { kernel: &'static str, grid: u32, block: u32, shared: u32, source: candle_core::Error },
-    /// A saved model cannot be read.
+    /// A file cannot be read as what it should be.
     #[error("{path}: cannot be read: {reason}")]
     Format { path: String, reason: String },
+    /// A file is shorter or longer than its header says.
+    #[error("{path}: {got} bytes long, expected {expected}")]
+    Length { path: String, got: u64, expected: u64 },
+    /// Two things that must agree in a file, or between two files, do not.
+    #[error("{path}: {what} is {got}, expected {expected}")]
+    Mismatch { path: String, what: String, got: String, expected: String },
+    /// A file is not what it was when it was opened.
+    #[error("{path}: changed since it was opened: {what} is {got}, expected {expected}")]
+    Changed { path: String, what: &'static str, got: String, expected: String },
     /// Reading or writing a file failed.
     #[error("{path}: {source}")]
     Io { path: String, source: std::io::Error },

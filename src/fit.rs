@@ -75,7 +75,7 @@ impl Fit {
     /// belong together, and centroids that are not finite.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         self.check()?;
-        let fit = self.on(&Device::Cpu)?;
+        let fit = self.to_device(&Device::Cpu)?;
         fit.check()?;
         if let Some(with) = fit.fault()? {
             return Err(Error::Conflict { argument: "fit", got: "a file".into(), with });
@@ -102,7 +102,7 @@ impl Fit {
         let checked = fit.check().and_then(|()| fit.fault());
         match checked.map_err(|e| file.bad(e.to_string()))? {
             Some(fault) => Err(file.bad(fault)),
-            None => fit.on(device),
+            None => fit.to_device(device),
         }
     }
 
@@ -138,7 +138,11 @@ impl Fit {
         self.map(|t| Ok(t.reshape([batch, &t.dims()[1..]].concat())?))
     }
 
-    fn on(&self, device: &Device) -> Result<Self> {
+    /// The same on `device`.
+    ///
+    /// # Errors
+    /// Fails where a device does.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
         self.map(|t| Ok(t.to_device(device)?))
     }
 
@@ -236,7 +240,7 @@ impl Fit {
 /// The sizes of a fit and how it went, for which the host waits.
 impl fmt::Display for Fit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let host = self.check().and_then(|()| self.on(&Device::Cpu));
+        let host = self.check().and_then(|()| self.to_device(&Device::Cpu));
         let values = host.and_then(|fit| {
             let u32s = |t: &Tensor| Ok::<_, Error>(t.flatten_all()?.to_vec1::<u32>()?);
             let converged = fit.converged.flatten_all()?.to_vec1::<u8>()?;

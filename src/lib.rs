@@ -4,6 +4,8 @@
 //! [`assign_with_distances`], [`sort_by_cluster`], [`cluster_means`] and [`quantize`] are its parts, each an op of its own.
 //! Layers are made of these and of [`cluster_sums`], [`cluster_sizes`], [`inverse_order`], [`residuals`],
 //! [`select_clusters`] and [`top_rows_per_centroid`]; sequences that grow are followed by [`MiniBatch`] and [`Segments`].
+//! Rows that no memory holds are read from a [`Source`] by [`KMeans::fit_stream`] and [`Fit::predict_stream`].
+//! [`Source`] reads rows that memory does not hold, piece by piece, from files of many formats.
 //! [`nn`] has such layers. The parts with one result are also values for [`Tensor::apply_op2`](candle_core::Tensor::apply_op2)
 //! and, to write in place, [`Tensor::inplace_op3`](candle_core::Tensor::inplace_op3): [`ops`].
 //!
@@ -20,7 +22,8 @@
 //! checked ([`sort_by_cluster`], [`cluster_means`], [`cluster_sums`], [`cluster_sizes`], [`residuals`],
 //! [`nn::ClusteredKvCache::group`], [`nn::ClusteredKvCache::cluster`], [`nn::Codebook::usage`]), weights and lengths are
 //! ([`KMeans::sample_weights`], [`KMeans::lengths`]), rows are drawn by weight or by [`Init::KMeansParallel`], iterations are
-//! watched ([`KMeans::on_iteration`], [`EmptyClusters::Relocate`]), and after every 128 iterations of a fit that may have more.
+//! watched ([`KMeans::on_iteration`], [`EmptyClusters::Relocate`]), blocks of rows come and go ([`KMeans::fit_stream`],
+//! [`Fit::predict_stream`]), and after every 128 iterations of a fit that may have more.
 //!
 //! Tensors of another device are refused, and two handles of one GPU are two devices. A layer or a [`PreparedFit`] may move
 //! between threads, be shared by them and be dropped on any. Programs with several threads, such as servers, should give all of
@@ -66,9 +69,11 @@ mod row_weights;
 mod rows;
 mod running_means;
 mod saved;
+mod scale;
 mod seeding;
 mod segments;
 mod select;
+mod staging;
 #[doc(hidden)]
 pub mod testing;
 #[allow(dead_code)] // `build.rs` reads the kernels' share.
@@ -85,5 +90,13 @@ pub use lloyd::prepared::PreparedFit;
 pub use metric::Metric;
 pub use minibatch::MiniBatch;
 pub use plan::Plan;
+pub use scale::{
+    options::StreamOptions,
+    source::{
+        file::FileIdentity,
+        stored::{Element, StoredType},
+        Source, SourceIdentity,
+    },
+};
 pub use segments::Segments;
 pub use select::{select_clusters, top_rows_per_centroid, ClusterBudget, Selection};

@@ -27,6 +27,7 @@ use crate::{
     },
     rng::Draw,
     rows::Rows,
+    staging::Staging,
 };
 use candle_core::{backend::BackendDevice, backend::BackendStorage, DType, Device, Layout, Shape, Storage, Tensor};
 
@@ -53,6 +54,16 @@ pub(crate) fn runs_at_once(fit: &FitResident, dtype: DType, device: &Device) -> 
 /// Whether the host need not wait for what it reads from there.
 pub(crate) fn reads_are_free(device: &Device) -> bool {
     device.is_cpu()
+}
+
+/// The bytes of the device's memory that nothing has taken; none where nobody knows.
+pub(crate) fn free_memory(device: &Device) -> Result<Option<usize>> {
+    on(device, "free_memory")?.free_memory(device)
+}
+
+/// Buffers of the host, of so many bytes each, through which rows go to the device.
+pub(crate) fn staging(device: &Device, count: usize, bytes: usize) -> Result<Vec<Box<dyn Staging>>> {
+    on(device, "staging")?.staging(device, count, bytes)
 }
 
 /// Whether work that is queued now becomes part of a CUDA graph.

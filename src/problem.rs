@@ -60,24 +60,30 @@ impl Problem {
 
     /// The same where the centroids are those of a model: what does not fit is wrong of the rows.
     pub(crate) fn predict(x: &Tensor, c: &Tensor, metric: Metric) -> Result<Self> {
+        let p = Self::predict_rows(x.dims(), x.dtype(), c, metric)?;
+        check_device("x", x, c.device())?;
+        Ok(p)
+    }
+
+    /// The same for rows of this shape and type that are to be where the centroids are.
+    pub(crate) fn predict_rows(dims: &[usize], dtype: DType, c: &Tensor, metric: Metric) -> Result<Self> {
         check_rank("centroids", c, 2)?;
         check_float("centroids", c)?;
         let (batch, k, d) = (&c.dims()[..c.rank() - 2], c.dims()[c.rank() - 2], c.dims()[c.rank() - 1]);
-        let p = Self::of(x.dims(), x.dtype(), k, metric)?;
-        if x.dtype() != c.dtype() {
+        let p = Self::of(dims, dtype, k, metric)?;
+        if dtype != c.dtype() {
             let expected = format!("{:?}, as the centroids", c.dtype());
-            return Err(Error::DType { argument: "x", got: x.dtype(), expected });
+            return Err(Error::DType { argument: "x", got: dtype, expected });
         }
-        check_device("x", x, c.device())?;
         if p.d != d {
             let what = "number of columns for these centroids";
             return Err(Error::Size { argument: "x", what, got: p.d, expected: d });
         }
         if !batch.is_empty() && batch != p.batch {
             let expected = [batch, &[p.n, d]].concat();
-            return Err(Error::Shape { argument: "x", got: x.dims().to_vec(), expected });
+            return Err(Error::Shape { argument: "x", got: dims.to_vec(), expected });
         }
-        p.centroids(c, x.device())?;
+        p.centroids(c, c.device())?;
         Ok(p)
     }
 

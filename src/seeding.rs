@@ -38,8 +38,8 @@ pub(crate) fn centroids(
 }
 
 /// Given centroids as `(b, k, d)`.
-pub(crate) fn given(c: &Tensor, x: &Rows, k: usize) -> Result<Tensor> {
-    let c = if c.rank() > 2 { c.reshape((x.b, k, x.d))? } else { c.broadcast_as((x.b, k, x.d))? };
+pub(crate) fn given(c: &Tensor, p: &Problem) -> Result<Tensor> {
+    let c = if c.rank() > 2 { c.reshape((p.b, p.k, p.d))? } else { c.broadcast_as((p.b, p.k, p.d))? };
     Ok(c.contiguous()?)
 }
 

@@ -5,7 +5,10 @@ use crate::{
     operand::{Readable, Source},
     plan::arch::Arch,
 };
-use candle_core::cuda_backend::{cudarc::driver::sys::CUdevice_attribute, CudaDevice, WrapErr};
+use candle_core::cuda_backend::{
+    cudarc::driver::{result, sys::CUdevice_attribute},
+    CudaDevice, WrapErr,
+};
 
 /// The arch of a device, by which kernels are chosen.
 pub(crate) fn arch(dev: &CudaDevice) -> Result<Arch> {
@@ -17,6 +20,12 @@ pub(crate) fn arch(dev: &CudaDevice) -> Result<Arch> {
 pub(super) fn processors(dev: &CudaDevice) -> Result<usize> {
     let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
     Ok(dev.cuda_stream().context().attribute(count).w()? as usize)
+}
+
+/// The bytes of a device's memory that no process has taken.
+pub(super) fn free_memory(dev: &CudaDevice) -> Result<usize> {
+    dev.cuda_stream().context().bind_to_thread().w()?;
+    Ok(result::mem_get_info().w()?.0)
 }
 
 /// The device of an input, with its context bound to this thread for what is asked of the driver.

@@ -17,6 +17,7 @@ mod rows;
 mod seed;
 mod select;
 mod sort;
+mod staging;
 mod tensors;
 mod update;
 
@@ -30,6 +31,7 @@ use crate::{
     request::{Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
+    staging::Staging,
 };
 use candle_core::{DType, Device, Storage, Tensor};
 use tensors::typed;
@@ -44,6 +46,14 @@ impl Backend for Cuda {
 
     fn capturing(&self, device: &Device) -> Result<bool> {
         fence::capturing(&device.as_cuda_device()?.cuda_stream())
+    }
+
+    fn free_memory(&self, device: &Device) -> Result<Option<usize>> {
+        device::free_memory(device.as_cuda_device()?).map(Some)
+    }
+
+    fn staging(&self, device: &Device, count: usize, bytes: usize) -> Result<Vec<Box<dyn Staging>>> {
+        staging::staging(device.as_cuda_device()?, count, bytes)
     }
 
     fn contiguous(&self, t: &dyn Readable) -> Result<Option<Tensor>> {

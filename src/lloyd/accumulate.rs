@@ -29,7 +29,7 @@ const MAX_ROWS: usize = 1 << 41;
 
 /// Bounds on the terms of sums, of which an accumulator's grid is made.
 #[derive(Clone)]
-pub(super) struct Bounds {
+pub(crate) struct Bounds {
     /// A bound on the magnitude of a term, f64 `(b,)`.
     pub max_abs: Tensor,
     /// The largest factor, f64 `(b,)`, where factors are weights.

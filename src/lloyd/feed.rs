@@ -11,7 +11,7 @@ use candle_core::{DType, Tensor};
 
 /// A run of rows, the same of each problem, and what ops are told of them.
 #[derive(Clone, Copy)]
-pub(super) struct Block<'a> {
+pub(crate) struct Block<'a> {
     pub x: &'a Rows<'a>,
     pub summands: &'a Summands,
     pub assign: AssignPlan,
@@ -24,12 +24,14 @@ pub(super) struct Block<'a> {
     pub counted: Option<&'a Tensor>,
     /// The number of the block's first row among all rows of a problem.
     pub first: usize,
+    /// Whether its rows stay where they are between passes.
+    pub stays: bool,
 }
 
 /// Who has the rows of a fit: a tensor, in one block; or blocks, one after another. They may be all rows or those of one *rank*, a
 /// worker among several that share them, as in MPI. Ranks meet in `reduce` and `gather`, so each calls the same methods in the
 /// same order.
-pub(super) trait Feed {
+pub(crate) trait Feed {
     /// Visits all blocks of this rank, in any order.
     fn for_each_block(&mut self, visit: &mut dyn FnMut(Block<'_>) -> Result<()>) -> Result<()>;
 
@@ -48,7 +50,7 @@ pub(super) trait Feed {
 }
 
 /// All rows in memory, in one block.
-pub(super) struct Resident<'a>(pub Block<'a>);
+pub(crate) struct Resident<'a>(pub Block<'a>);
 
 impl Feed for Resident<'_> {
     fn for_each_block(&mut self, visit: &mut dyn FnMut(Block<'_>) -> Result<()>) -> Result<()> {
@@ -61,7 +63,7 @@ impl Feed for Resident<'_> {
 }
 
 /// The first row of each problem of a block, `(b, 1, d)`.
-pub(super) fn first_row(x: &Rows) -> Result<Tensor> {
+pub(crate) fn first_row(x: &Rows) -> Result<Tensor> {
     let index = Tensor::zeros((x.b, 1), DType::U32, x.device())?;
     primitives::gather(x, &index)
 }

@@ -2,12 +2,14 @@
 
 mod accumulate;
 mod blocks;
-mod feed;
+pub(crate) mod feed;
+pub(crate) mod merged;
+mod outcome;
 pub(crate) mod prepared;
 mod relocate;
-mod seeds;
+pub(crate) mod seeds;
 mod threshold;
-mod weights;
+pub(crate) mod weights;
 
 use crate::{
     error::{Error, Result},
@@ -63,17 +65,25 @@ impl KMeans {
         let (p, plan) = self.planned(x)?;
         let mut prepared = PreparedFit::new(self, p, plan, x.device())?;
         prepared.load(x)?;
-        let mut stopped = prepared.lloyd(0)?.is_break();
         if self.n_init == 1 {
+            let _ = prepared.lloyd(0)?;
             return prepared.into_fit();
         }
-        let mut best = prepared.fit()?;
+        self.best_run(|run| {
+            let flow = prepared.lloyd(run)?;
+            Ok((flow, prepared.fit()?))
+        })
+    }
+
+    /// The best of all runs, of each problem; of those that there were if the callback has ended them.
+    pub(crate) fn best_run(&self, mut fit: impl FnMut(usize) -> Result<(ControlFlow<()>, Fit)>) -> Result<Fit> {
+        let (mut flow, mut best) = fit(0)?;
         for run in 1..self.n_init {
-            if stopped {
+            if flow.is_break() {
                 break;
             }
-            stopped = prepared.lloyd(run)?.is_break();
-            let other = prepared.fit()?;
+            let other;
+            (flow, other) = fit(run)?;
             // Any run is better than one of no cost that a number tells.
             let unknown = best.inertia.ne(&best.inertia)?;
             best = best.replaced_where(&other.inertia.lt(&best.inertia)?.maximum(&unknown)?, &other)?;
@@ -201,8 +211,9 @@ impl PreparedFit {
                 return Ok(ControlFlow::Continue(()));
             }
         }
-        let lloyd = Lloyd { settings, run, max_iters, asks, centroids, progress, memory, sums: None };
-        let (flow, iterations) = lloyd.run(&mut Resident(self.block(x, summands)))?;
+        let asks_every = asks.then_some(QUEUED);
+        let lloyd = Lloyd { settings, run, max_iters, asks_every, centroids, progress, memory, sums: None };
+        let (flow, iterations) = lloyd.run(&mut Resident(self.block(x, summands)), &mut |_| Ok(()))?;
         if self.plan.steps.on_chip.is_some_and(|plan| plan != OnChip::CpuLine) {
             // The device has refused what it said that it runs; of the CPU's, other values may be for it.
             self.plan = self.plan.without_on_chip(&self.p);
@@ -217,8 +228,8 @@ struct Lloyd<'a> {
     settings: &'a KMeans,
     run: usize,
     max_iters: usize,
-    /// Whether the host asks, every [`QUEUED`] iterations, which problems have converged.
-    asks: bool,
+    /// After how many iterations the host asks which problems have converged, if it does.
+    asks_every: Option<usize>,
     centroids: &'a Tensor,
     progress: &'a Progress,
     memory: &'a Memory,
@@ -228,9 +239,13 @@ struct Lloyd<'a> {
 
 impl Lloyd<'_> {
     /// The loop. Each pass over the rows assigns them to the centroids that are there and adds them up by these labels, for the next
-    /// centroids; the last pass only assigns, so that labels belong to the centroids whenever the loop ends. Returns how many
-    /// updates there were, at most, and `Break` if the callback ended it.
-    fn run(&self, feed: &mut dyn Feed) -> Result<(ControlFlow<()>, usize)> {
+    /// centroids; the last pass only assigns, so that labels belong to the centroids whenever the loop ends, and `close` sees each
+    /// block of it. Returns how many updates there were, at most, and `Break` if the callback ended it.
+    fn run(
+        &self,
+        feed: &mut dyn Feed,
+        close: &mut dyn FnMut(Block<'_>) -> Result<()>,
+    ) -> Result<(ControlFlow<()>, usize)> {
         let &Self { progress, max_iters, .. } = self;
         let (k, relocates) = (self.settings.k, self.settings.empty == EmptyClusters::Relocate);
         let reads_are_free = primitives::reads_are_free(self.centroids.device());
@@ -242,11 +257,11 @@ impl Lloyd<'_> {
             feed.for_each_block(&mut |block| {
                 self.assign(block, turn)?;
                 match (last, relocates) {
-                    (true, _) => Ok(()),
+                    (true, _) => close(block),
                     (false, true) => {
                         let order = primitives::grouped(block.labels, k)?;
                         add_sizes(&mut sizes, &counted_sizes(&order, block.counted)?)?;
-                        orders.push(order);
+                        orders.push(block.stays.then_some(order));
                         Ok(())
                     }
                     (false, false) => self.add(block, Labels::Unsorted(block.labels), next),
@@ -266,13 +281,14 @@ impl Lloyd<'_> {
                     if let Some(relocations) = &relocations {
                         relocate(block, relocations)?;
                     }
-                    self.add(block, orders.next().map_or(Labels::Unsorted(block.labels), Labels::Sorted), next)
+                    let order = orders.next().and_then(Option::as_ref);
+                    self.add(block, order.map_or(Labels::Unsorted(block.labels), Labels::Sorted), next)
                 })?;
             }
             self.finish(feed, next)?;
             turn = Some(next);
             last = iteration == max_iters;
-            let asked = self.asks && iteration % QUEUED == 0;
+            let asked = self.asks_every.is_some_and(|every| iteration % every == 0);
             if self.watched() || asked || reads_are_free {
                 let stop = progress.stop.to_vec1::<u32>()?;
                 let converged = stop.iter().filter(|&&stop| stop != RUNNING).count();

@@ -293,6 +293,7 @@ impl PreparedFit {
             weights: self.weights.as_ref().map(|weights| &weights.values),
             counted: self.ragged.as_ref().map(|ragged| &ragged.ones),
             first: 0,
+            stays: true,
         }
     }
 

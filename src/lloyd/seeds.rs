@@ -24,7 +24,7 @@ impl PreparedFit {
         let drawn = again.as_ref().or(self.drawn.as_ref());
         let (init, k, metric) = (&self.settings.init, self.p.k, self.p.metric);
         let start = match (init, drawn) {
-            (Init::Given(c), _) => seeding::given(c, x, k)?,
+            (Init::Given(c), _) => seeding::given(c, &self.p)?,
             (_, Some(drawn)) => {
                 let weights = self.weights.as_ref().map(|w| &w.values);
                 // Other rows are as good as each other, unless they have weights that nothing was drawn by.
@@ -43,7 +43,7 @@ impl PreparedFit {
 
 /// The weight of each row as a seed, f64 `(b, n)`: -1 where it is not finite or, by cosine, has no direction. None where all
 /// weigh the same.
-pub(super) fn seed_weights(x: &Rows, weights: Option<&Tensor>, settings: &KMeans) -> Result<Option<Tensor>> {
+pub(crate) fn seed_weights(x: &Rows, weights: Option<&Tensor>, settings: &KMeans) -> Result<Option<Tensor>> {
     if settings.check_finite && settings.metric != Metric::Cosine {
         return Ok(weights.cloned());
     }

@@ -14,7 +14,7 @@ use candle_core::{DType, Device, Tensor};
 /// Which rows count in problems of different sizes, and which are padding.
 ///
 /// These are made before any run, so that nothing has to go to the device in one: a captured graph would look for it where it was.
-pub(super) struct Ragged {
+pub(crate) struct Ragged {
     pub(super) lengths: Vec<usize>,
     /// 1 where a row counts and 0 where it is padding, f64 `(b, n)`.
     pub(super) ones: Tensor,
@@ -56,19 +56,19 @@ pub(super) fn counted_sizes(order: &Order, counted: Option<&Tensor>) -> Result<T
 }
 
 /// The weights of a fit's rows.
-pub(super) struct Weights {
+pub(crate) struct Weights {
     /// f64 `(b, n)`, 0 for rows that do not count. They are in units of the power of two at or above the largest, with which their
     /// products neither overflow nor vanish, whatever the weights were.
-    pub(super) values: Tensor,
+    pub(crate) values: Tensor,
     /// That power of two, f64 `(b,)`.
-    pub(super) unit: Tensor,
+    pub(crate) unit: Tensor,
     /// The largest of `values`, f64 `(b,)`.
-    pub(super) max_weight: Tensor,
+    pub(crate) max_weight: Tensor,
 }
 
 impl Weights {
     /// A copy of the weights that were asked for, checked; none where every row counts alike.
-    pub(super) fn new(
+    pub(crate) fn new(
         settings: &KMeans,
         p: &Problem,
         ragged: Option<&Ragged>,
@@ -116,6 +116,14 @@ impl Weights {
         let inverse = Tensor::from_iter(unit.iter().map(|unit| unit.recip()), device)?;
         let (unit, max_weight) = (Tensor::new(unit, device)?, (Tensor::new(max_weight, device)? * &inverse)?);
         Ok(Some(Self { values: w.broadcast_mul(&inverse.unsqueeze(1)?)?, unit, max_weight }))
+    }
+}
+
+/// The rows that count in each cluster, u32 `(b, k)`.
+pub(super) fn sizes(order: &Order, counted: Option<&Tensor>) -> Result<Tensor> {
+    match counted {
+        Some(ones) => Ok(primitives::cluster_sums(ones, Some(order))?.to_dtype(DType::U32)?),
+        None => primitives::cluster_sizes(&order.offsets),
     }
 }
 

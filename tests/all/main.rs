@@ -34,4 +34,8 @@ mod saved;
 mod seeding;
 mod segments;
 mod select;
+mod source;
+#[cfg(feature = "arrow")]
+mod source_columns;
+mod stream;
 mod update;

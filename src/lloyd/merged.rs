@@ -1,0 +1,290 @@
+//! A fit of rows that come in blocks, whose sums merge: with the bits of the fit of all rows in one.
+
+use super::{
+    accumulate::{mantissa_bits, Bounds},
+    feed::{Block, Feed},
+    outcome::Outcome,
+    prepared::RUNNING,
+    threshold::{threshold, Usable},
+    weights::{finite_rows, scan_counted, weighed, Weights},
+    Lloyd, QUEUED,
+};
+use crate::{
+    error::{Error, Result},
+    fit::Fit,
+    fixed::{self, Grid},
+    host,
+    kmeans::KMeans,
+    memory::Memory,
+    metric::Metric,
+    plan::{assign::AssignPlan, update::UpdatePlan, Plan, Steps},
+    primitives,
+    problem::Problem,
+    request::{Accumulator, Progress, Summands},
+    rows::Rows,
+};
+use candle_core::{DType, Device, Tensor};
+use std::ops::ControlFlow;
+
+/// What is known of all rows before any is looked at.
+#[derive(Clone, Copy)]
+pub(crate) struct Whole<'a> {
+    pub settings: &'a KMeans,
+    pub p: &'a Problem,
+    pub device: &'a Device,
+    pub weights: Option<&'a Weights>,
+    /// Whether none is padding.
+    pub all_counted: bool,
+}
+
+/// Refuses what no sums give.
+pub(crate) fn refuse_medians(settings: &KMeans) -> Result<()> {
+    if settings.metric == Metric::Manhattan {
+        let with = "rows in blocks, of which no sums give medians".into();
+        return Err(Error::Conflict { argument: "metric", got: "Manhattan".into(), with });
+    }
+    Ok(())
+}
+
+/// The findings of a first pass over the rows that count, of all blocks and ranks.
+pub(super) struct Found {
+    /// The largest and the smallest magnitude but 0 of each problem; infinite where there is none.
+    pub max_abs: Vec<f64>,
+    min_abs: Vec<f64>,
+    all_finite: bool,
+}
+
+impl Found {
+    fn search(feed: &mut dyn Feed, p: &Problem, settings: &KMeans) -> Result<Self> {
+        let (mut mine, none) = ([vec![0.0; p.b], vec![-f64::INFINITY; p.b], vec![-f64::INFINITY; p.b]], u32::MAX);
+        feed.for_each_block(&mut |block| {
+            // Nothing has changed yet what is known of the rows themselves.
+            let whole = || (block.summands.max_abs.clone(), block.summands.first_nonfinite.clone());
+            let scanned = block.counted.map_or_else(|| Ok(whole()), |ones| scan_counted(block.x, ones))?;
+            let max_abs = scanned.0.to_vec1::<f64>()?;
+            let min_abs = primitives::min_magnitude(block.x)?.to_vec1::<f64>()?;
+            let bad = scanned.1.to_vec1::<u32>()?;
+            for b in 0..p.b {
+                mine[0][b] = max_abs[b].max(mine[0][b]);
+                mine[1][b] = (-min_abs[b]).max(mine[1][b]);
+                if bad[b] != none {
+                    mine[2][b] = (-((block.first + bad[b] as usize) as f64)).max(mine[2][b]);
+                }
+            }
+            Ok(())
+        })?;
+        // The largest of all ranks.
+        let mut all = mine.concat();
+        for rank in feed.gather(all.clone())? {
+            all.iter_mut().zip(rank).for_each(|(all, rank)| *all = all.max(rank));
+        }
+        let (max_abs, rest) = all.split_at(p.b);
+        let (min_abs, first_bad) = rest.split_at(p.b);
+        let bad = first_bad.iter().position(|&bad| bad > -f64::INFINITY);
+        if let (Some(batch), true) = (bad, settings.check_finite) {
+            return Err(Error::NonFinite { argument: "x", batch, row: -first_bad[batch] as usize });
+        }
+        let min_abs = min_abs.iter().map(|v| -v).collect();
+        Ok(Self { max_abs: max_abs.to_vec(), min_abs, all_finite: bad.is_none() })
+    }
+}
+
+/// How the rows of all blocks and ranks become terms of sums that merge.
+#[derive(Clone)]
+pub(crate) struct Terms {
+    bounds: Bounds,
+    /// On so many planes the sums keep every bit of them.
+    pub(super) planes: usize,
+    cosine: bool,
+    all_finite: bool,
+}
+
+impl Terms {
+    fn new(Whole { settings, p, device, weights, .. }: Whole<'_>, found: &Found) -> Result<Self> {
+        let one = || Ok::<_, Error>([vec![1.0; p.b], vec![1.0; p.b]]);
+        let [max_weight, min_weight] = weights.map_or_else(one, |weights| {
+            let min_weight = primitives::min_magnitude(&Rows::new(&weights.values.unsqueeze(2)?)?)?;
+            Ok([weights.max_weight.to_vec1()?, min_weight.to_vec1()?])
+        })?;
+        let (cosine, weighted) = (settings.metric == Metric::Cosine, weights.is_some());
+        let (mut planes, mut max_abs) = (1, vec![0.0; p.b]);
+        for b in 0..p.b {
+            let (most, least) = (found.max_abs[b], found.min_abs[b]);
+            max_abs[b] = if cosine { 2.0 } else { most } * max_weight[b];
+            if least == f64::INFINITY || min_weight[b] == f64::INFINITY {
+                continue;
+            }
+            // A value has no bits below its last one, and neither has a product.
+            let mut lowest = fixed::exponent(least) - 1 - mantissa_bits(p.dtype);
+            if cosine || weighted {
+                lowest = fixed::exponent(least) + fixed::exponent(min_weight[b]) - 2 - 52;
+            }
+            if cosine {
+                // The factor is by no more than the largest norm smaller, and rounded once more.
+                lowest -= fixed::exponent(most * (p.d as f64).sqrt()) + 2;
+            }
+            planes = planes.max(Grid::down_to(lowest.max(-1074), max_abs[b], p.n).planes);
+            if weighted && !cosine {
+                let lowest = (fixed::exponent(min_weight[b]) - 1 - 52).max(-1074);
+                planes = planes.max(Grid::down_to(lowest, max_weight[b], p.n).planes);
+            }
+        }
+        let weighs = !cosine && (weighted || !found.all_finite);
+        let max_weight = weighs.then(|| Tensor::new(max_weight, device)).transpose()?;
+        let bounds = Bounds { max_abs: Tensor::new(max_abs, device)?, max_weight, rows: p.n };
+        Ok(Self { bounds, planes, cosine, all_finite: found.all_finite })
+    }
+
+    /// Rows, the first of which that is not finite is known, before they are [complete](OwnedBlock::complete).
+    pub fn summands(&self, first_nonfinite: Tensor) -> Summands {
+        let max_abs = self.bounds.max_abs.clone();
+        Summands { row_scale: None, max_abs, first_nonfinite, max_weight: None, finite: false }
+    }
+
+    /// The factors of a block's rows, f64 `(b, n)`, which have these weights; none if all are 1.
+    fn factors(&self, x: &Rows, weights: Option<&Tensor>) -> Result<Option<Tensor>> {
+        let mut factors = weights.cloned();
+        if !self.all_finite && !self.cosine {
+            let finite = finite_rows(x)?;
+            factors = Some(factors.map_or(Ok(finite.clone()), |weights| weighed(&finite, &weights))?);
+        }
+        if self.cosine {
+            let inverse = primitives::elementwise([&primitives::norms(x)?], |[norms]| norms.recip())?;
+            factors = Some(match factors {
+                Some(weights) => primitives::elementwise([&weights, &inverse], |[w, i]| w * i)?,
+                None => inverse,
+            });
+        }
+        Ok(factors)
+    }
+}
+
+/// A feed whose blocks add to sums that merge.
+pub(crate) trait BlockFeed: Feed {
+    /// Says how the rows of all blocks become terms, for all passes from now on.
+    fn set_terms(&mut self, terms: Terms) -> Result<()>;
+
+    /// The labels of this rank's rows, u32 `(b, n)`.
+    fn labels(&mut self) -> Result<Tensor>;
+
+    /// After how many iterations the host asks whether the fit goes on.
+    fn asks_every(&self) -> usize {
+        QUEUED
+    }
+}
+
+/// A block and all that belongs to its rows.
+pub(crate) struct OwnedBlock {
+    pub x: Rows<'static>,
+    pub summands: Summands,
+    pub labels: Tensor,
+    assign: AssignPlan,
+    update: UpdatePlan,
+    weights: Option<Tensor>,
+    counted: Option<Tensor>,
+    first: usize,
+    /// The clusters of a problem.
+    k: usize,
+}
+
+impl OwnedBlock {
+    /// The rows `x`, `(b, n, d)`, of a fit of the problems `p`, and what is known of them if they have been here before.
+    pub fn new(settings: &KMeans, p: &Problem, x: &Tensor, first: usize, summands: Option<Summands>) -> Result<Self> {
+        let p = Problem { n: x.dim(1)?, ..p.clone() };
+        let (layout, arch) = (Rows::of(x.into()).map(|rows| rows.layout()), primitives::arch(x.device())?);
+        // A block never is a whole fit.
+        let plan = Plan::new(&p, layout, settings, arch, |_| Ok(false))?;
+        let Plan { pack, steps: Steps { assign, update, .. }, .. } = plan;
+        let labels = host::zeros("fit", (p.b, p.n), DType::U32, x.device())?;
+        let x = primitives::pack(x, pack, &mut None)?;
+        let summands = summands.map_or_else(|| Summands::from_rows(&x), Ok)?;
+        Ok(Self { x, summands, labels, assign, update, weights: None, counted: None, first, k: p.k })
+    }
+
+    /// With what the rows weigh and which of them count, both f64 `(b, n)`.
+    pub fn with_factors(self, weights: Option<Tensor>, counted: Option<Tensor>) -> Self {
+        Self { weights, counted, ..self }
+    }
+
+    pub fn as_block(&self, stays: bool) -> Block<'_> {
+        let Self { x, summands, assign, update, labels, weights, counted, first, .. } = self;
+        let (weights, counted) = (weights.as_ref(), counted.as_ref());
+        Block { x, summands, assign: *assign, update: *update, labels, weights, counted, first: *first, stays }
+    }
+
+    /// Completes what is added up of the rows.
+    pub fn complete(&mut self, terms: &Terms) -> Result<()> {
+        let (x, arch) = (&self.x, primitives::arch(self.x.device())?);
+        let factors = terms.factors(x, self.weights.as_ref())?;
+        self.update = UpdatePlan::new(x.dtype(), [x.b, x.n, self.k, x.d], x.layout(), false, factors.is_some(), arch);
+        self.summands.row_scale = factors;
+        self.summands.max_abs = terms.bounds.max_abs.clone();
+        self.summands.max_weight = terms.bounds.max_weight.clone();
+        Ok(())
+    }
+}
+
+/// A fit of rows in blocks, of which is known what stays the same over its runs.
+pub(crate) struct Merged<'a> {
+    whole: Whole<'a>,
+    found: Found,
+    terms: Terms,
+    /// The squared shift at which a problem has converged, f64 `(b,)`.
+    threshold: Tensor,
+}
+
+impl<'a> Merged<'a> {
+    /// Passes over the rows once, and once more for a `tol` above 0.
+    pub fn new(whole: Whole<'a>, feed: &mut dyn BlockFeed) -> Result<Self> {
+        let Whole { settings, p, device, all_counted, .. } = whole;
+        let found = Found::search(feed, p, settings)?;
+        let terms = Terms::new(whole, &found)?;
+        feed.set_terms(terms.clone())?;
+        let threshold = if settings.tol > 0.0 && p.metric != Metric::Cosine {
+            let max_abs = Tensor::new(&found.max_abs[..], device)?;
+            let bounds = Bounds { max_abs, max_weight: None, rows: p.n };
+            threshold(feed, p, &bounds, Usable { all_finite: settings.check_finite, all_counted }, settings.tol)?
+        } else {
+            Tensor::full(settings.tol / p.d as f64, p.b, device)?
+        };
+        Ok(Self { whole, found, terms, threshold })
+    }
+
+    /// A run of the loop from the centroids `start`, `(b, k, d)`, and what comes of it; labels are those of this rank, `(b, n)`.
+    /// `Break` says that the callback ended it.
+    pub fn fit(&self, feed: &mut dyn BlockFeed, start: &Tensor, run: usize) -> Result<(ControlFlow<()>, Fit)> {
+        let Self { whole, found, terms, threshold } = self;
+        let &Whole { settings, p, device, .. } = whole;
+        let (centroids, memory) = (start.copy()?, Memory::kept());
+        let progress = Progress {
+            stop: Tensor::full(RUNNING, p.b, device)?,
+            threshold: threshold.clone(),
+            going: host::zeros("fit", (2, p.b + 1), DType::U32, device)?,
+        };
+        let sums = Accumulator::new([p.k, p.d], terms.bounds.clone(), terms.planes, device)?;
+        let lloyd = Lloyd {
+            settings,
+            run,
+            max_iters: settings.max_iters.min(RUNNING as usize - 1),
+            asks_every: Some(feed.asks_every()),
+            centroids: &centroids,
+            progress: &progress,
+            memory: &memory,
+            sums: Some(&sums),
+        };
+        let mut outcome = Outcome::new(*whole, found, terms, start)?;
+        let (flow, iterations) = lloyd.run(feed, &mut |block| outcome.add(block, &centroids))?;
+        let (counts, weights, inertia) = outcome.finish(feed)?;
+        let fit = Fit {
+            labels: feed.labels()?,
+            counts,
+            weights,
+            inertia,
+            n_iter: progress.stop.minimum(iterations.min(RUNNING as usize) as u32)?,
+            converged: progress.stop.ne(RUNNING)?,
+            metric: p.metric,
+            centroids,
+        };
+        Ok((flow, fit))
+    }
+}

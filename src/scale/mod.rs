@@ -1,0 +1,8 @@
+//! Data past the memory of one device.
+
+mod feed;
+pub(crate) mod options;
+mod reads;
+mod seeds;
+pub(crate) mod source;
+mod stream;

@@ -1,0 +1,336 @@
+//! A fit of a stream has the bits of the fit in memory, wherever its rows come from, however they are cut, and however many stay on
+//! the device.
+
+use crate::{common::*, source::Folder};
+use candle_core::{DType, Device, Tensor};
+use candle_flash_kmeans::{EmptyClusters, Error, Fit, Init, KMeans, Metric, Source, StoredType, StreamOptions};
+use half::{bf16, f16};
+use std::{
+    fs, io,
+    ops::ControlFlow,
+    panic::{catch_unwind, AssertUnwindSafe},
+    sync::{
+        atomic::{AtomicU64, Ordering},
+        Arc, Mutex,
+    },
+};
+
+const MERGING: [Metric; 3] = [Metric::SquaredEuclidean, Metric::Cosine, Metric::Dot];
+
+/// The values of a tensor in this machine's byte order.
+fn bytes(x: &Tensor) -> Vec<u8> {
+    let bytes = |v: f64| match x.dtype() {
+        DType::F16 => f16::from_f64(v).to_ne_bytes().to_vec(),
+        DType::BF16 => bf16::from_f64(v).to_ne_bytes().to_vec(),
+        DType::F32 => (v as f32).to_ne_bytes().to_vec(),
+        _ => v.to_ne_bytes().to_vec(),
+    };
+    f64s(x).into_iter().flat_map(bytes).collect()
+}
+
+fn stored(dtype: DType) -> StoredType {
+    match dtype {
+        DType::F16 => StoredType::F16,
+        DType::BF16 => StoredType::BF16,
+        DType::F32 => StoredType::F32,
+        _ => StoredType::F64,
+    }
+}
+
+/// The rows of `x` from a function that counts those that it is asked for.
+fn counted<'a>(x: &Tensor, read: &'a AtomicU64) -> Source<'a> {
+    let (data, row) = (bytes(x), x.dim(1).unwrap() * x.dtype().size_in_bytes());
+    let rows = move |rows: std::ops::Range<u64>, into: &mut [u8]| {
+        read.fetch_add(rows.end - rows.start, Ordering::SeqCst);
+        into.copy_from_slice(&data[rows.start as usize * row..rows.end as usize * row]);
+        Ok(())
+    };
+    Source::from_fn(x.dim(0).unwrap() as u64, x.dim(1).unwrap(), stored(x.dtype()), rows).unwrap()
+}
+
+/// Room for blocks of so many rows, and for as many that stay.
+fn options(device: &Device, source: &Source, rows: usize, staying: usize) -> StreamOptions {
+    let moving = if device.is_cpu() { 8 } else { 2 };
+    StreamOptions::new(device).block_rows(rows).memory((moving + staying) * rows * source.row_bytes())
+}
+
+#[track_caller]
+fn assert_streams(settings: &KMeans, source: &Source, device: &Device, whole: &Fit, what: &str) {
+    let n = source.shape().0 as usize;
+    for (rows, staying) in [(n, 0), (n, 1), (64, 0), (64, 1), (64, 3), (64, 99), (7, 5)] {
+        let what = format!("{what}, {staying} blocks of {rows} rows stay");
+        let fit = settings.fit_stream(source, &options(device, source, rows, staying)).expect(&what);
+        assert!(fit.centroids.device().is_cpu() && fit.labels.device().is_cpu());
+        assert_same_fit(&fit, whole, &what);
+        match (&fit.weights, &whole.weights) {
+            (Some(fit), Some(whole)) => assert_same(fit, whole, &what),
+            (None, None) => {}
+            _ => panic!("{what}: weights of clusters"),
+        }
+    }
+}
+
+#[test]
+fn a_stream_has_the_bits_of_the_fit_in_memory() {
+    let mut rng = rng(1);
+    for (dtype, metric) in DTYPES.into_iter().flat_map(|t| MERGING.map(|m| (t, m))) {
+        let (n, d, k) = (203, 5, 6);
+        let x = blobs(&[n, d], 6, dtype, &mut rng);
+        let weights = tensor(&[n], DType::F64, |i| [0.0, 1.0, 3.5, 0.1, 1e-9][i % 5]);
+        let plain = KMeans::new(k).metric(metric).max_iters(12).tol(1e-3);
+        for device in devices() {
+            let on = |t: &Tensor| t.to_device(&device).unwrap();
+            let crowded =
+                Tensor::cat(&[&x.narrow(0, 0, 1).unwrap(), &ones(&[k - 1, d], dtype, &Device::Cpu)], 0).unwrap();
+            let crowded = on(&crowded);
+            let settings = [
+                plain.clone(),
+                plain.clone().tol(0.0).max_iters(0),
+                plain.clone().init(Init::Even).max_iters(1),
+                plain.clone().init(Init::KMeansPlusPlus).n_init(3),
+                plain.clone().init(Init::KMeansParallel),
+                plain.clone().check_finite(false),
+                plain.clone().empty_clusters(EmptyClusters::Relocate).init(Init::Given(crowded)),
+            ];
+            let read = AtomicU64::new(0);
+            let source = counted(&x, &read);
+            for (i, settings) in settings.into_iter().enumerate() {
+                let what = format!("{metric:?} {dtype:?}, setting {i} on {:?}", device.location());
+                assert_streams(&settings, &source, &device, &settings.fit(&on(&x)).unwrap(), &what);
+            }
+            for init in [Init::Random, Init::Even, Init::KMeansPlusPlus] {
+                let what = format!("{metric:?} {dtype:?}, weights and {init:?} on {:?}", device.location());
+                let settings = plain.clone().init(init);
+                let whole = settings.clone().sample_weights(&on(&weights)).fit(&on(&x)).unwrap();
+                assert_streams(&settings.sample_weights(&weights), &source, &device, &whole, &what);
+            }
+        }
+    }
+}
+
+/// Slices, tensors and files, and bytes, which are computed in f16 or f32.
+#[test]
+fn every_source_streams() {
+    let folder = Folder::new("stream");
+    let x = integers(&[150, 3], 100, DType::F32, &mut rng(2));
+    x.write_npy(folder.file("x.npy")).unwrap();
+    let values: Vec<_> = f64s(&x).into_iter().map(|v| v as f32).collect();
+    let signed: Vec<_> = values.iter().map(|&v| v as i8).collect();
+    for device in devices() {
+        let sources = [
+            Source::from_slice(&values, 3).unwrap(),
+            Source::from_tensor(&x).unwrap(),
+            Source::open(folder.file("x.npy")).unwrap(),
+            Source::from_slice(&signed, 3).unwrap(),
+            Source::from_slice(&signed, 3).unwrap().with_dtype(DType::F32).unwrap(),
+            Source::concat([
+                Source::from_slice(&values[..60], 3).unwrap(),
+                Source::from_slice(&values[60..], 3).unwrap(),
+            ])
+            .unwrap(),
+        ];
+        for source in sources {
+            let settings = KMeans::new(5).seed(3);
+            let whole = settings.fit(&x.to_dtype(source.dtype()).unwrap().to_device(&device).unwrap()).unwrap();
+            assert_streams(&settings, &source, &device, &whole, &format!("{source:?}"));
+        }
+    }
+}
+
+/// Terms that no integer of one scale holds, and rows that are not finite, some of them drawn.
+#[test]
+fn terms_of_all_magnitudes_stream() {
+    for (dtype, metric) in [DType::F16, DType::F32, DType::F64].into_iter().flat_map(|t| MERGING.map(|m| (t, m))) {
+        let most = if dtype == DType::F16 { 7 } else { 30 };
+        for finite in [true, false] {
+            let x = tensor(&[240, 4], dtype, |i| match i / 4 {
+                row if !finite && (row % 3 == 0 || row > 200) && i % 4 == 1 => f64::NAN,
+                row if row % 60 == 5 => 1.5 * 2f64.powi(i as i32 * 7 % (2 * most) - most),
+                row if row % 50 == 6 => 0.0,
+                _ => (i * 37 % 101) as f64 / 50.0 - 1.0,
+            });
+            for device in devices() {
+                for init in [Init::Random, Init::Even, Init::KMeansPlusPlus] {
+                    let settings = KMeans::new(5).metric(metric).check_finite(finite).init(init);
+                    let what = format!("{settings:?} {dtype:?} on {:?}", device.location());
+                    let whole = settings.fit(&x.to_device(&device).unwrap()).unwrap();
+                    assert_streams(&settings, &Source::from_tensor(&x).unwrap(), &device, &whole, &what);
+                }
+            }
+        }
+    }
+}
+
+/// Of a sample are only the rows that k-means++ chooses from.
+#[test]
+fn samples_are_the_same_however_rows_are_cut() {
+    let x = blobs(&[70_000, 2], 4, DType::F16, &mut rng(3));
+    let source = Source::from_tensor(&x).unwrap();
+    for init in [Init::KMeansPlusPlus, Init::KMeansParallel] {
+        let mut first: Option<Fit> = None;
+        for device in devices() {
+            for (rows, staying) in [(10_000, 2), (33_333, 0)] {
+                let settings = KMeans::new(4).init(init.clone()).max_iters(3);
+                let fit = settings.fit_stream(&source, &options(&device, &source, rows, staying)).unwrap();
+                let start = KMeans::new(4).init(Init::Given(x.narrow(0, 0, 4).unwrap())).max_iters(0).fit(&x).unwrap();
+                assert!(f64s(&fit.inertia)[0] < f64s(&start.inertia)[0]);
+                assert_same_fit(first.get_or_insert_with(|| fit.clone()), &fit, &format!("{init:?} on {device:?}"));
+            }
+        }
+    }
+}
+
+/// A pass reads the rows that do not stay, and there are as many passes as the documentation says.
+#[test]
+fn only_what_does_not_stay_is_read_again() {
+    let x = blobs(&[100, 4], 3, DType::F32, &mut rng(4));
+    for (device, staying) in
+        devices().into_iter().flat_map(|device| [0, 3, 10].map(|staying| (device.clone(), staying)))
+    {
+        for (settings, passes, at_start) in [
+            (KMeans::new(3).tol(0.0).max_iters(0), 1, 3),
+            (KMeans::new(3).tol(1e-9).max_iters(0), 2, 4),
+            (KMeans::new(3).tol(0.0).max_iters(2), 3, 3),
+            (KMeans::new(3).tol(0.0).max_iters(2).init(Init::KMeansPlusPlus), 3, 100),
+            (KMeans::new(3).tol(0.0).max_iters(2).n_init(2), 6, 6),
+        ] {
+            let read = AtomicU64::new(0);
+            let source = counted(&x, &read);
+            let fit =
+                settings.on_iteration(|_| ()).fit_stream(&source, &options(&device, &source, 10, staying)).unwrap();
+            assert!(passes < 3 || f64s(&fit.n_iter)[0] == 2.0);
+            let expected = at_start + 100 + passes * (100 - 10 * staying as u64);
+            assert_eq!(read.load(Ordering::SeqCst), expected, "{staying} stay, {passes} passes");
+        }
+    }
+}
+
+#[test]
+fn callbacks_see_and_end_a_stream() {
+    let x = blobs(&[300, 4], 9, DType::F32, &mut rng(5));
+    let source = Source::from_tensor(&x).unwrap();
+    for device in devices() {
+        let seen = Arc::new(Mutex::new(vec![]));
+        let log = seen.clone();
+        let settings = KMeans::new(20).tol(0.0).n_init(2).on_iteration(move |i| {
+            log.lock().unwrap().push((i.run, i.iteration, i.converged));
+            if i.iteration == 3 {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        });
+        let fit = settings.fit_stream(&source, &options(&device, &source, 50, 2)).unwrap();
+        assert_eq!(*seen.lock().unwrap(), [(0, 1, 0), (0, 2, 0), (0, 3, 0)]);
+        assert_eq!(u32s(&fit.n_iter), [3]);
+        assert_eq!(u32s(&fit.labels), u32s(&fit.predict(&x).unwrap()));
+    }
+}
+
+#[test]
+fn labels_stream() {
+    for (dtype, metric) in DTYPES.into_iter().flat_map(|t| METRICS.map(|m| (t, m))) {
+        let x = blobs(&[203, 5], 6, dtype, &mut rng(6));
+        let fit = KMeans::new(6).metric(metric).fit(&x).unwrap();
+        let source = Source::from_tensor(&x).unwrap();
+        for device in devices() {
+            for (rows, staying) in [(203, 0), (64, 3), (7, 0)] {
+                let (mut labels, mut next) = (vec![], 0);
+                fit.predict_stream(&source, &options(&device, &source, rows, staying), |rows, some| {
+                    assert_eq!((rows.start, (rows.end - rows.start) as usize), (next, some.len()));
+                    next = rows.end;
+                    labels.extend_from_slice(some);
+                    Ok(())
+                })
+                .unwrap();
+                assert_eq!(labels, u32s(&fit.labels));
+            }
+        }
+    }
+}
+
+#[test]
+fn streams_are_refused_before_rows_are_read() {
+    let x = blobs(&[50, 2], 2, DType::F32, &mut rng(7));
+    let read = AtomicU64::new(0);
+    let (source, on_cpu) = (counted(&x, &read), StreamOptions::new(&Device::Cpu));
+    let weights = |shape: &[usize]| tensor(shape, DType::F64, |i| i as f64);
+    let lengths = Tensor::new(30u32, &Device::Cpu).unwrap();
+    for (settings, expected) in [
+        (KMeans::new(2).metric(Metric::Manhattan), "metric: Manhattan cannot be combined with rows in blocks"),
+        (KMeans::new(2).lengths(&lengths), "lengths: a tensor cannot be combined with a stream"),
+        (KMeans::new(51), "k: 51 is outside 1..=50"),
+        (KMeans::new(2).n_init(0), "n_init: 0 is outside 1.."),
+        (KMeans::new(2).sample_weights(&weights(&[49])), "sample_weights: shape [49], expected [50]"),
+        (KMeans::new(2).init(Init::Given(weights(&[2, 2]))), "centroids: dtype F64, expected F32"),
+    ] {
+        let refused = settings.fit_stream(&source, &on_cpu).unwrap_err().to_string();
+        assert!(refused.starts_with(expected), "{refused}");
+    }
+    let none = KMeans::new(2).fit_stream(&source, &on_cpu.clone().block_rows(0));
+    assert!(matches!(none, Err(Error::Range { argument: "block_rows", got: 0, .. })), "{none:?}");
+    let refuse =
+        |of: &Tensor| KMeans::new(2).fit(of).unwrap().predict_stream(&source, &on_cpu, |_, _| Ok(())).unwrap_err();
+    let refused = refuse(&x.to_dtype(DType::F64).unwrap());
+    assert!(matches!(refused, Error::DType { argument: "x", got: DType::F32, .. }), "{refused:?}");
+    let refused = refuse(&x.narrow(1, 0, 1).unwrap());
+    assert!(matches!(refused, Error::Size { argument: "x", got: 2, expected: 1, .. }), "{refused:?}");
+    let refused = refuse(&x.unsqueeze(0).unwrap());
+    assert!(matches!(refused, Error::Shape { argument: "x", .. }), "{refused:?}");
+    assert_eq!(read.load(Ordering::SeqCst), 0);
+}
+
+/// Whatever ends a stream, the error says why, and the device goes on.
+#[test]
+fn what_a_source_fails_with_ends_the_fit() {
+    let folder = Folder::new("stream-damage");
+    let x = blobs(&[200, 3], 4, DType::F32, &mut rng(8));
+    let path = folder.file("x.npy");
+    for device in devices() {
+        for staying in [0, 2, 99] {
+            x.write_npy(&path).unwrap();
+            let source = Source::open(&path).unwrap();
+            let (options, cut) = (options(&device, &source, 20, staying), path.clone());
+            let damage = move |_| fs::OpenOptions::new().write(true).open(&cut).unwrap().set_len(1000).unwrap();
+            let settings = KMeans::new(4).tol(0.0).on_iteration(damage);
+            let failed = settings.fit_stream(&source, &options);
+            // What has stayed on the device is as it was.
+            match staying {
+                99 => drop(failed.unwrap()),
+                _ => assert!(matches!(failed, Err(Error::Changed { .. })), "{failed:?}"),
+            }
+            let failing = Source::from_fn(200, 3, StoredType::F32, |rows, into| match rows.contains(&110) {
+                true => Err(io::Error::other("no such row")),
+                false => {
+                    into.fill(0);
+                    Ok(())
+                }
+            });
+            let failed = KMeans::new(4).init(Init::Even).fit_stream(&failing.unwrap(), &options).unwrap_err();
+            assert_eq!(failed.to_string(), "function, rows 100..120: no such row");
+            let panicking = Source::from_fn(200, 3, StoredType::F32, |rows, _| {
+                assert!(!rows.contains(&110), "row 110");
+                Ok(())
+            });
+            let panicking = panicking.unwrap();
+            let panic =
+                catch_unwind(AssertUnwindSafe(|| KMeans::new(4).init(Init::Even).fit_stream(&panicking, &options)));
+            assert_eq!(panic.unwrap_err().downcast_ref::<&str>(), Some(&"row 110"));
+            let bad = tensor(&[200, 3], DType::F32, |i| if i == 3 * 131 { f64::NAN } else { i as f64 });
+            let bad = Source::from_tensor(&bad).unwrap();
+            let refused = KMeans::new(4).fit_stream(&bad, &options);
+            assert!(matches!(refused, Err(Error::NonFinite { argument: "x", batch: 0, row: 131 })), "{refused:?}");
+            let fit = KMeans::new(4).fit(&x.to_device(&device).unwrap()).unwrap();
+            let mut given = 0;
+            let refused = fit.predict_stream(&bad, &options, |rows, _| {
+                given = rows.end;
+                Ok(())
+            });
+            assert!(matches!(refused, Err(Error::NonFinite { argument: "x", batch: 0, row: 131 })), "{refused:?}");
+            assert_eq!(given, 120);
+            let full =
+                fit.predict_stream(&Source::from_tensor(&x).unwrap(), &options, |_, _| Err(io::Error::other("full")));
+            assert_eq!(full.unwrap_err().to_string(), "labels 0..20: full");
+        }
+    }
+}
