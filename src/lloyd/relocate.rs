@@ -54,13 +54,7 @@ impl Lloyd<'_> {
             return Ok(relocations);
         }
         let mut farthest: Vec<Vec<Candidate>> = vec![vec![]; sizes.len()];
-        feed.for_each_block(&mut |block| {
-            for (b, candidates) in self.candidates(block, &lacking)?.into_iter().enumerate() {
-                farthest[b].extend(candidates);
-                keep_farthest(&mut farthest[b], self.settings.k);
-            }
-            Ok(())
-        })?;
+        feed.for_each_block(&mut |block| self.add_candidates(block, &lacking, &mut farthest))?;
         let mut all: Vec<Vec<Candidate>> = vec![vec![]; sizes.len()];
         for rank in feed.gather(encode(&farthest))? {
             decode(&rank, &mut all);
@@ -80,24 +74,30 @@ impl Lloyd<'_> {
         Ok(relocations)
     }
 
-    /// The rows of a block that may move, of problems that lack some.
-    fn candidates(&self, block: Block<'_>, lacking: &[bool]) -> Result<Vec<Vec<Candidate>>> {
+    /// Takes the rows of a block that may move to the farthest so far, of problems that lack some.
+    fn add_candidates(&self, block: Block<'_>, lacking: &[bool], farthest: &mut [Vec<Candidate>]) -> Result<()> {
         let (x, metric) = (block.x, self.settings.metric);
         let distances =
             primitives::distances(x, &Rows::new(self.centroids)?, block.labels, metric)?.to_vec2::<f64>()?;
         let weights = seed_weights(x, block.weights, self.settings)?.map(|w| w.to_vec2::<f64>()).transpose()?;
         let labels = block.labels.to_vec2::<u32>()?;
-        let of_problem = |b: usize| {
+        for (b, farthest) in farthest.iter_mut().enumerate().filter(|(b, _)| lacking[*b]) {
             // A row on its centroid has nowhere better to be, and one of no weight moves no centroid.
             let movable = |&i: &usize| {
                 let away = distances[b][i] > 0.0 || metric == Metric::Dot && !distances[b][i].is_nan();
                 away && weights.as_ref().is_none_or(|weights| weights[b][i] > 0.0)
             };
-            let rows = if lacking[b] { x.n } else { 0 };
             let candidate = |i| Candidate { distance: distances[b][i], row: block.first + i, label: labels[b][i] };
-            (0..rows).filter(movable).map(candidate).collect()
-        };
-        Ok((0..x.b).map(of_problem).collect())
+            for candidate in (0..x.n).filter(movable).map(candidate) {
+                // Of many rows few are kept at a time.
+                if farthest.len() == 2 * self.settings.k {
+                    keep_farthest(farthest, self.settings.k);
+                }
+                farthest.push(candidate);
+            }
+            keep_farthest(farthest, self.settings.k);
+        }
+        Ok(())
     }
 }
 
