@@ -1,9 +1,9 @@
-//! A fit on the CPU takes no more memory than its plan says.
+//! A fit on the CPU takes no more memory than its plan says, and one of a stream than it is allowed for rows besides.
 
 mod common;
 
 use candle_core::{DType, Tensor};
-use candle_flash_kmeans::{EmptyClusters, Init, KMeans};
+use candle_flash_kmeans::{EmptyClusters, Init, KMeans, Source, StoredType, StreamOptions};
 use common::*;
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -36,10 +36,43 @@ static ALLOCATOR: Counting = Counting;
 
 /// The most bytes in use at once during a fit, beyond those before it.
 fn peak(settings: &KMeans, x: &Tensor) -> u64 {
+    peak_of(|| {
+        settings.fit(x).unwrap();
+    })
+}
+
+/// The most bytes in use at once while `f` runs, beyond those before it.
+fn peak_of(f: impl FnOnce()) -> u64 {
     let before = USED.load(SeqCst);
     PEAK.store(before, SeqCst);
-    settings.fit(x).unwrap();
+    f();
     (PEAK.load(SeqCst) - before) as u64
+}
+
+/// Rows are 48 MB, of which there may be 8 MiB; a fit has a label of each, and works on a block.
+fn streams_keep_to_their_memory(wrong: &mut Vec<String>) {
+    let (n, d, k, memory) = (400_000, 30, 16, 8 << 20);
+    let values = |row: u64, column: usize| ((row as usize * 31 + column * 7) % 1009) as f32;
+    let source = Source::from_fn(n as u64, d, StoredType::F32, move |rows, into| {
+        for (row, into) in rows.zip(into.chunks_exact_mut(4 * d)) {
+            into.chunks_exact_mut(4).enumerate().for_each(|(j, v)| v.copy_from_slice(&values(row, j).to_ne_bytes()));
+        }
+        Ok(())
+    });
+    let source = source.unwrap();
+    for (rows, relocates) in [(2_000, false), (2_000, true), (usize::MAX, false)] {
+        let options = StreamOptions::new(&candle_core::Device::Cpu).memory(memory).block_rows(rows);
+        let block = Tensor::zeros((rows.min(memory / 8 / (4 * d)), d), DType::F32, &candle_core::Device::Cpu).unwrap();
+        let policy = if relocates { EmptyClusters::Relocate } else { EmptyClusters::Keep };
+        let settings = KMeans::new(k).max_iters(2).init(Init::Even).empty_clusters(policy);
+        let took = peak_of(|| {
+            settings.fit_stream(&source, &options).unwrap();
+        });
+        let most = (memory + 4 * n) as u64 + settings.plan(&block).unwrap().bytes;
+        if took > most || took * 2 < most {
+            wrong.push(format!("a stream in blocks of {rows}: {took} bytes, {most} allowed, relocates: {relocates}"));
+        }
+    }
 }
 
 // One test, so that nothing else allocates meanwhile.
@@ -95,6 +128,7 @@ fn peak_is_within_the_plan() {
             }
         }
     }
+    streams_keep_to_their_memory(&mut wrong);
     // Ties and outliers leave many candidates for a row, and the memory for them is as limited.
     for (b, n, k, d) in [(1, 1_000, 1_000, 3), (2, 1_000, 200, 8), (1, 8_000, 40, 5)] {
         for (metric, dtype) in METRICS.into_iter().zip([DType::F32, DType::F16, DType::F64, DType::BF16]) {

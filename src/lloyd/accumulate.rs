@@ -49,32 +49,28 @@ impl Total {
     }
 
     /// Adds the finite of `values`, each times its factor, if there are any; both f64 `(b, n)`.
-    pub(super) fn add(&self, values: &Tensor, factors: Option<Tensor>) -> Result<()> {
+    pub(super) fn add(&self, values: &Tensor, factors: Option<Tensor>, memory: &Memory) -> Result<()> {
         let x = Rows::new(&values.unsqueeze(2)?)?;
-        accumulate_all(&x, factors, &self.0)
+        accumulate_all(&x, factors, &self.0, memory)
     }
 
     /// The sums of all ranks, f64 `(b,)`.
-    pub(super) fn finish(&self, feed: &mut dyn Feed) -> Result<Tensor> {
+    pub(super) fn finish(&self, feed: &mut dyn Feed, memory: &Memory) -> Result<Tensor> {
         feed.reduce(&self.0)?;
         let sums = Tensor::zeros((self.0.max_abs.elem_count(), 1, 1), DType::F64, self.0.sums.device())?;
-        primitives::finish(
-            &Finish { sums: &self.0, reduction: Reduction::Sum, turn: None },
-            (&sums).into(),
-            &Memory::default(),
-        )?;
+        primitives::finish(&Finish { sums: &self.0, reduction: Reduction::Sum, turn: None }, (&sums).into(), memory)?;
         Ok(sums.flatten_all()?)
     }
 }
 
 /// Adds all rows, each times its factor, to the one cluster of an accumulator. One that is not finite has a factor of 0.
-pub(super) fn accumulate_all(x: &Rows, row_scale: Option<Tensor>, to: &Accumulator) -> Result<()> {
+pub(super) fn accumulate_all(x: &Rows, row_scale: Option<Tensor>, to: &Accumulator, memory: &Memory) -> Result<()> {
     // A row of one value may be anything: it is not finite, or counts. Others have a factor of 0 if they are not.
     let first_nonfinite = Tensor::full(if x.d == 1 { 0 } else { u32::MAX }, x.b, x.device())?;
     let (max_abs, max_weight) = (to.max_abs.clone(), to.max_weight.clone());
     let reduction = if max_weight.is_some() || row_scale.is_none() { Reduction::Mean } else { Reduction::Sum };
-    let terms = Summands { row_scale, max_abs, first_nonfinite, max_weight, finite: true };
-    primitives::accumulate(&Update::new(x, &terms, None, reduction, 1)?, to, &Memory::default())
+    let summands = Summands { row_scale, max_abs, first_nonfinite, max_weight, finite: true };
+    primitives::accumulate(&Update::new(x, &summands, None, reduction, 1)?, to, memory)
 }
 
 /// How far below its first bit the last bit of a value of this type can be.

@@ -77,7 +77,7 @@ impl<'a> Outcome<'a> {
         }
         let beyond = cost.gt(f64::MAX)?.to_dtype(DType::U32)?.max(1)?.to_vec1::<u32>()?;
         self.infinite.iter_mut().zip(beyond).for_each(|(all, beyond)| *all += f64::from(beyond));
-        self.total.add(&cost, None)
+        self.total.add(&cost, None, &Memory::default())
     }
 
     /// The counts of all ranks, u32 `(b, k)`, and the weights, f64 `(b, k)`, and inertia, f64 `(b,)`: to the bit those of a fit in
@@ -97,7 +97,7 @@ impl<'a> Outcome<'a> {
             }
             _ => None,
         };
-        let mut totals = self.total.finish(feed)?.to_vec1::<f64>()?;
+        let mut totals = self.total.finish(feed, &Memory::default())?.to_vec1::<f64>()?;
         for rank in feed.gather(self.infinite)? {
             totals.iter_mut().zip(rank).filter(|(_, beyond)| *beyond > 0.0).for_each(|(t, _)| *t = f64::INFINITY);
         }

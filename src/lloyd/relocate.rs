@@ -55,13 +55,7 @@ impl Lloyd<'_> {
     /// cluster empty. Each block and rank names as many as all clusters could take.
     pub(super) fn relocations(&self, feed: &mut dyn Feed, mut sizes: Sizes, lacking: &[bool]) -> Result<Relocations> {
         let mut farthest: Vec<Vec<Candidate>> = vec![vec![]; sizes.len()];
-        feed.for_each_block(&mut |block| {
-            for (b, candidates) in self.candidates(block, lacking)?.into_iter().enumerate() {
-                farthest[b].extend(candidates);
-                keep_farthest(&mut farthest[b], self.settings.k);
-            }
-            Ok(())
-        })?;
+        feed.for_each_block(&mut |block| self.add_candidates(block, lacking, &mut farthest))?;
         let mut all: Vec<Vec<Candidate>> = vec![vec![]; sizes.len()];
         for rank in feed.gather(encode(&farthest))? {
             decode(&rank, &mut all);
@@ -83,29 +77,31 @@ impl Lloyd<'_> {
         Ok(all.into_iter().zip(&mut sizes).map(of_problem).collect())
     }
 
-    /// The rows of a block that may move, of problems that lack some: of each as many as it has clusters.
-    fn candidates(&self, block: Block<'_>, lacking: &[bool]) -> Result<Vec<Vec<Candidate>>> {
-        let (x, k, metric) = (block.x, self.settings.k, self.settings.metric);
+    /// Takes the rows of a block that may move to the farthest so far, of problems that lack some.
+    fn add_candidates(&self, block: Block<'_>, lacking: &[bool], farthest: &mut [Vec<Candidate>]) -> Result<()> {
+        let (x, metric) = (block.x, self.settings.metric);
         let distances =
             primitives::distances(x, &Rows::new(self.centroids)?, block.labels, metric)?.to_vec2::<f64>()?;
         let weights = seed_weights(x, block.weights, self.settings)?.map(|w| w.to_vec2::<f64>()).transpose()?;
         let labels = block.labels.to_vec2::<u32>()?;
-        let of_problem = |b: usize| {
-            let far = &distances[b];
+        for (b, farthest) in farthest.iter_mut().enumerate().filter(|(b, _)| lacking[*b]) {
             // A row on its centroid has nowhere better to be, and one of no weight moves no centroid.
+            let far = &distances[b];
             let movable = |&i: &usize| {
                 let away = far[i] > 0.0 || metric == Metric::Dot && !far[i].is_nan();
                 away && weights.as_ref().is_none_or(|weights| weights[b][i] > 0.0)
             };
-            let mut rows: Vec<_> = (0..if lacking[b] { x.n } else { 0 }).filter(movable).collect();
-            if rows.len() > k {
-                rows.select_nth_unstable_by(k, |&i, &j| far[j].total_cmp(&far[i]).then(i.cmp(&j)));
-                rows.truncate(k);
+            let candidate = |i| Candidate { distance: far[i], row: block.first + i, label: labels[b][i] };
+            for candidate in (0..x.n).filter(movable).map(candidate) {
+                // Of many rows few are kept at a time.
+                if farthest.len() == 2 * self.settings.k {
+                    keep_farthest(farthest, self.settings.k);
+                }
+                farthest.push(candidate);
             }
-            let candidate = |i: usize| Candidate { distance: far[i], row: block.first + i, label: labels[b][i] };
-            rows.into_iter().map(candidate).collect()
-        };
-        Ok((0..x.b).map(of_problem).collect())
+            keep_farthest(farthest, self.settings.k);
+        }
+        Ok(())
     }
 }
 

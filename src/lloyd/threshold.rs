@@ -29,7 +29,8 @@ pub(super) struct Usable {
 ///
 /// One pass over blocks finds it, since both of its sums merge: of the columns, which gives the mean `m`, and of squared distances
 /// to the first row `o`. For `n` rows, `sum |x - m|^2 = sum |x - o|^2 - n |m - o|^2` (Steiner's theorem, or the parallel axis
-/// theorem). With a row of the data for `o` less cancels than with 0, where the data lie far from 0. Terms are rounded down to units of 2^-149 times their bound's power of two, whatever the number of rows.
+/// theorem). With a row of the data for `o` less cancels than with 0, where the data lie far from 0. Terms are rounded down to
+/// units of 2^-149 times their bound's power of two, whatever the number of rows.
 pub(super) fn threshold(
     feed: &mut dyn Feed,
     p: &Problem,
@@ -39,7 +40,7 @@ pub(super) fn threshold(
 ) -> Result<Tensor> {
     const EUCLIDEAN: Metric = Metric::SquaredEuclidean;
     const PLANES: usize = 2;
-    let (device, b) = (bounds.max_abs.device(), p.b);
+    let (device, b, memory) = (bounds.max_abs.device(), p.b, &Memory::default());
     let ones = Tensor::ones(b, DType::F64, device)?;
     let origin = finite_or_zero(feed.first_row()?, all_finite)?;
     // Rows that do not count have a factor of 0, and how many do is a sum, too.
@@ -51,7 +52,8 @@ pub(super) fn threshold(
     // No two rows are farther apart.
     let most = Tensor::full(f64::MAX, b, device)?;
     let farthest = ((&bounds.max_abs * 2.0)?.sqr()? * p.d as f64)?.minimum(&most)?;
-    let (squares, counts) = (Total::new(farthest, bounds.rows, PLANES)?, Total::new(ones.clone(), bounds.rows, 1)?);
+    let squares = Total::new(farthest, bounds.rows, PLANES)?;
+    let counts = masked.then(|| Total::new(ones.clone(), bounds.rows, 1)).transpose()?;
     feed.for_each_block(&mut |block| {
         let mut factors = block.counted.cloned();
         if !all_finite {
@@ -61,28 +63,28 @@ pub(super) fn threshold(
                 None => finite,
             });
         }
-        if masked {
+        if let Some(counts) = &counts {
             let ones = Tensor::ones((b, block.x.n), DType::F64, device)?;
-            counts.add(&ones, factors.clone())?;
+            counts.add(&ones, factors.clone(), memory)?;
         }
-        accumulate_all(block.x, factors.clone(), &columns)?;
+        accumulate_all(block.x, factors.clone(), &columns, memory)?;
         let first = Tensor::zeros((b, block.x.n), DType::U32, device)?;
         let distances = primitives::distances(block.x, &Rows::new(&origin)?, &first, EUCLIDEAN)?;
         drop(first);
-        squares.add(&distances, factors)
+        squares.add(&distances, factors, memory)
     })?;
-    let counted = match masked {
-        true => counts.finish(feed)?,
-        false => Tensor::full(p.n as f64, b, device)?,
+    let counted = match counts {
+        Some(counts) => counts.finish(feed, memory)?,
+        None => Tensor::full(p.n as f64, b, device)?,
     };
     feed.reduce(&columns)?;
     let mean = Tensor::zeros((b, 1, p.d), DType::F64, device)?;
     let finish = Finish { sums: &columns, reduction: Reduction::Mean, turn: None };
-    primitives::finish(&finish, (&mean).into(), &Memory::default())?;
+    primitives::finish(&finish, (&mean).into(), memory)?;
     let (mean, origin) = (Rows::new(&mean)?, Rows::new(&origin.to_dtype(DType::F64)?)?);
     let first = Tensor::zeros((b, 1), DType::U32, device)?;
     let to_mean = primitives::distances(&origin, &mean, &first, EUCLIDEAN)?.flatten_all()?;
-    let spread = (squares.finish(feed)? - (&counted * to_mean)?)?;
+    let spread = (squares.finish(feed, memory)? - (&counted * to_mean)?)?;
     // A sum that is beyond f64 is no measure, and one that is nothing but rounding is nothing.
     let zeros = spread.zeros_like()?;
     let spread = (spread.gt(&zeros)? * spread.le(&most)?)?.where_cond(&spread, &zeros)?;

@@ -53,11 +53,16 @@ impl StreamOptions {
         &self.device
     }
 
-    /// How these rows are cut into blocks.
-    pub(super) fn cut(&self, source: &Source<'_>) -> Result<Cut> {
+    /// Refuses what needs no look at the rows.
+    pub(super) fn check(&self) -> Result<()> {
         if self.block_rows == Some(0) {
             return Err(Error::Range { argument: "block_rows", got: 0, min: 1, max: usize::MAX });
         }
+        Ok(())
+    }
+
+    /// How these rows are cut into blocks.
+    pub(super) fn cut(&self, source: &Source<'_>) -> Result<Cut> {
         let (row_bytes, device) = (source.row_bytes(), &self.device);
         let memory = match self.memory {
             Some(memory) => memory,

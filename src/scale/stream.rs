@@ -57,6 +57,7 @@ impl KMeans {
     pub fn fit_stream(&self, source: &Source<'_>, options: &StreamOptions) -> Result<Fit> {
         let p = problem_of(source, self.k, self.metric)?.fitting()?;
         let device = options.device();
+        options.check()?;
         refuse_medians(self)?;
         if self.lengths.is_some() {
             let with = "a stream, whose rows all count".into();
@@ -110,6 +111,7 @@ impl Fit {
         options: &StreamOptions,
         mut each: impl FnMut(Range<u64>, &[u32]) -> io::Result<()>,
     ) -> Result<()> {
+        options.check()?;
         let (device, cut) = (options.device(), options.cut(source)?);
         Problem::predict_rows(&[cut.rows, source.shape().1], source.dtype(), &self.centroids, self.metric)?;
         refuse_capture(device)?;
