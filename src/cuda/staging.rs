@@ -77,7 +77,7 @@ pub(super) struct PageLocked {
     allocated: Event,
     /// When the last copy is over.
     copied: Event,
-    /// What is copied to.
+    /// The destination of the copy.
     sent: Option<(CudaStorage, Shape)>,
 }
 

@@ -26,7 +26,7 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use std::ops::ControlFlow;
 
-/// What is known of all rows before any is looked at.
+/// Facts about all rows before any is looked at.
 #[derive(Clone, Copy)]
 pub(crate) struct Whole<'a> {
     pub settings: &'a KMeans,

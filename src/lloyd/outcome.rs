@@ -1,4 +1,4 @@
-//! What comes of a fit beside its labels, added up block by block while the last pass has their rows.
+//! The results of a fit beside its labels, added up block by block while the last pass has their rows.
 
 use super::{
     accumulate::{Bounds, Total},

@@ -67,7 +67,7 @@ impl Plan {
     ) -> Result<Self> {
         let sizes = [p.b, p.n, p.k, p.d];
         let assign = |layout| AssignPlan::new(p.dtype, p.metric, sizes, p.b, layout, arch);
-        // What does not lie in rows is copied, and it is not known yet to where.
+        // Tensors that do not lie in rows are copied, and it is not known yet to where.
         let unknown = RowLayout { alignment: 0, stride: p.d };
         let pack = assign(given.unwrap_or(unknown)).pack;
         let layout = match given {

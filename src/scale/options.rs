@@ -119,7 +119,7 @@ mod tests {
             assert!(cut.rows == 1 || (cut.staying.min(ranges.len()) + moving) * cut.rows * row_bytes <= memory);
             assert!(cut.staying <= ranges.len() && ranges.iter().all(|rows| (1..=cut.rows).contains(&rows.len())));
         }
-        // What fits stays.
+        // Blocks that fit stay.
         assert_eq!(Cut::new(1000, 8, 8160, 10, 2), Cut { rows: 10, staying: 100 });
         assert_eq!(Cut::new(1000, 8, 4160, 10, 2), Cut { rows: 10, staying: 50 });
         assert_eq!(Cut::new(1000, 8, 160, 10, 2), Cut { rows: 10, staying: 0 });

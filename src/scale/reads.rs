@@ -130,7 +130,7 @@ fn read_ahead(
     }
 }
 
-/// What readers have sent, in whatever order.
+/// Slots that readers have sent, in whatever order.
 struct Arrived {
     arrivals: mpsc::Receiver<(usize, Filled)>,
     early: Vec<Option<Filled>>,

@@ -27,7 +27,7 @@ const SAMPLE_STREAM: u64 = u64::MAX;
 /// Rows that are looked through at a time for one that can be a seed, at most.
 const LOOKED_THROUGH: usize = 4096;
 
-/// What a fit of a stream starts from.
+/// The rows and settings that the start of a fit is drawn from.
 pub(super) struct Seeds<'a> {
     pub settings: &'a KMeans,
     pub p: &'a Problem,
@@ -92,7 +92,7 @@ impl Seeds<'_> {
         Ok(read.index_select(&Tensor::from_iter(at, &Device::Cpu)?, 0)?.unsqueeze(0)?.to_device(self.device)?)
     }
 
-    /// What [`primitives::usable_seeds`] makes of drawn rows, of which it sees all.
+    /// The drawn rows after [`primitives::usable_seeds`], which sees all rows.
     fn usable(&self, mut drawn: Vec<usize>) -> Result<Vec<usize>> {
         if self.settings.check_finite && self.settings.metric != Metric::Cosine && self.weights.is_none() {
             return Ok(drawn);

@@ -265,7 +265,7 @@ fn damaged_files_of_columns_are_refused() {
         }
         let refused = Source::open(folder.write(&name, &[&whole[..], b"x"].concat())).unwrap_err();
         assert!(matches!(refused, Error::Format { .. }), "{refused}");
-        // Whatever else is damaged makes an error or other values, and no panic or huge allocation.
+        // Any other damage makes an error or other values, and no panic or huge allocation.
         let mut rng = rng(7);
         for _ in 0..300 {
             let mut damaged = whole.clone();

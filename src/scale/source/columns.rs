@@ -37,7 +37,7 @@ pub(crate) struct Columns {
     length: Option<usize>,
 }
 
-/// What a column of a type holds: numbers, and how many in a list.
+/// The contents of a column of a type: numbers, and how many in a list.
 fn numbers(data_type: &DataType) -> Option<(StoredType, bool, Option<usize>)> {
     let number = |data_type: &DataType| {
         Some(match data_type {
@@ -106,7 +106,7 @@ impl Columns {
         Ok(found.expect("there is a name"))
     }
 
-    /// What the file holds: `n` rows, of as many columns as the first one where types do not say.
+    /// The contents of the file: `n` rows, of as many columns as the first one where types do not say.
     pub fn table<B: Batches + 'static>(self, batches: B, n: u64, header: &[u8]) -> Result<Table<'static>> {
         let file = batches.file();
         let nothing = |d: usize| file.bad(format!("{n} rows of {d} columns have nothing to cluster"));

@@ -25,7 +25,7 @@ pub(crate) enum Order {
     Columns,
 }
 
-/// What a header says: `(n, d)` numbers of type `stored` from `offset` on, to the end of the file.
+/// The contents of a header: `(n, d)` numbers of type `stored` from `offset` on, to the end of the file.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Header {
     pub offset: u64,

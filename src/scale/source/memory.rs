@@ -9,7 +9,7 @@ use candle_core::{Storage, Tensor, WithDType};
 use half::{bf16, f16};
 use std::{io, marker::PhantomData, ops::Range};
 
-/// What errors call rows without a file.
+/// The name of rows without a file in errors.
 const MEMORY: &str = "memory";
 
 pub(crate) fn from_slice<'a, T: Element>(data: impl AsRef<[T]> + Send + Sync + 'a, d: usize) -> Result<Table<'a>> {

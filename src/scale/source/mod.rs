@@ -193,7 +193,7 @@ impl<'a> Source<'a> {
         self.table.d * self.dtype.size_in_bytes()
     }
 
-    /// What tells this source from another, and from itself after a file has changed.
+    /// A value that tells this source from another, and from itself after a file has changed.
     pub fn identity(&self) -> SourceIdentity {
         let Table { n, d, stored, ref files, .. } = self.table;
         SourceIdentity { n, d, stored, files: files.clone() }
@@ -243,7 +243,7 @@ impl fmt::Debug for Source<'_> {
     }
 }
 
-/// What tells one [`Source`] from another: its shape, its stored type and its files. Rows without a file have no more than their shape and type.
+/// A value that tells one [`Source`] from another: its shape, its stored type and its files. Rows without a file have no more than their shape and type.
 ///
 /// Its [`Display`](fmt::Display) is a line, and one more for each file, the same for the same source.
 #[derive(Clone, Debug, PartialEq, Eq)]

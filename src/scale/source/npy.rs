@@ -84,7 +84,7 @@ fn parse(text: &[u8], offset: u64) -> std::result::Result<Header, String> {
     Ok(Header { offset, n, d, stored, order, big_endian })
 }
 
-/// What is left of a Python literal. What a method does not find, it leaves.
+/// The rest of a Python literal. A method leaves it as it is where it does not find its token.
 struct Literal<'a>(&'a str);
 
 impl<'a> Literal<'a> {

@@ -104,7 +104,7 @@ impl Chunks {
         Self { file: file.clone(), failed: Arc::default() }
     }
 
-    /// What went wrong: with the file, or else with what it holds.
+    /// The error of a decoder: of the file, or else of its contents.
     fn error(&self, e: &dyn std::error::Error) -> Error {
         let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner).take();
         failed.unwrap_or_else(|| self.file.bad(e.to_string()))

@@ -1,4 +1,4 @@
-//! What every format has to offer.
+//! The interface of a format.
 
 use super::{file::FileIdentity, stored::StoredType};
 use crate::error::Result;
@@ -13,7 +13,7 @@ pub(crate) trait ReadRows: Send + Sync {
 
 /// Rows that can be read, with what is known of them.
 pub(crate) struct Table<'a> {
-    /// What errors call it.
+    /// The name of it in errors.
     pub name: String,
     pub n: u64,
     pub d: usize,
