@@ -11,7 +11,7 @@ use crate::{
     metric::Metric,
     primitives,
     problem::Problem,
-    request::{Accumulator, Finish, Reduction},
+    request::{Accumulator, Finish, Reduction, Summands, Update},
     rows::Rows,
 };
 use candle_core::{DType, Tensor};
@@ -42,7 +42,7 @@ pub(super) fn threshold(
     const PLANES: usize = 2;
     let (device, b, memory) = (bounds.max_abs.device(), p.b, &Memory::default());
     let ones = Tensor::ones(b, DType::F64, device)?;
-    let origin = finite_or_zero(feed.first_row()?, all_finite)?;
+    let origin = origin(feed.first_row()?, all_finite, memory)?;
     // Rows that do not count have a factor of 0, and how many do is a sum, too.
     let masked = !all_finite || !all_counted;
     // As many rows for all, so that the unit of the last plane, and with it the threshold, depends on no padding.
@@ -84,20 +84,24 @@ pub(super) fn threshold(
     let (mean, origin) = (Rows::new(&mean)?, Rows::new(&origin.to_dtype(DType::F64)?)?);
     let first = Tensor::zeros((b, 1), DType::U32, device)?;
     let to_mean = primitives::distances(&origin, &mean, &first, EUCLIDEAN)?.flatten_all()?;
-    let spread = (squares.finish(feed, memory)? - (&counted * to_mean)?)?;
-    // A sum that is beyond f64 is no measure, and one that is nothing but rounding is nothing.
-    let zeros = spread.zeros_like()?;
-    let spread = (spread.gt(&zeros)? * spread.le(&most)?)?.where_cond(&spread, &zeros)?;
+    // By arithmetic alone, since a captured graph would look for what a choice takes to the device. A sum that is beyond f64 is no
+    // measure, and a difference that is nothing but rounding is nothing.
+    let (to_origin, to_mean) = (squares.finish(feed, memory)?, (&counted * to_mean)?);
+    let measured = (to_origin.le(&most)? * to_mean.le(&most)?)?.to_dtype(DType::F64)?;
+    let spread = (to_origin.minimum(&most)? - to_mean.minimum(&most)?)?;
+    let spread = (spread.maximum(&spread.zeros_like()?)? * measured)?;
     let share = (Tensor::full(tol, b, device)? / (counted.maximum(&ones)? * p.d as f64)?)?;
     Ok((spread * share)?)
 }
 
-/// The rows with zeros in place of values that are not finite, which no distance could be measured to.
-fn finite_or_zero(rows: Tensor, all_finite: bool) -> Result<Tensor> {
+/// The first row of each problem, or zeros for one that is not finite, which no distance could be measured to.
+fn origin(first_row: Tensor, all_finite: bool, memory: &Memory) -> Result<Tensor> {
     if all_finite {
-        return Ok(rows);
+        return Ok(first_row);
     }
-    let magnitudes = rows.to_dtype(DType::F64)?.abs()?;
-    let finite = magnitudes.lt(&Tensor::full(f64::INFINITY, magnitudes.shape(), magnitudes.device())?)?;
-    Ok(finite.where_cond(&rows, &rows.zeros_like()?)?)
+    // A row is its own mean, and the mean of nothing stays as it was.
+    let (x, mean) = (Rows::new(&first_row)?, first_row.zeros_like()?);
+    let summands = Summands::from_rows(&x)?;
+    primitives::update(&Update::new(&x, &summands, None, Reduction::Mean, 1)?, (&mean).into(), memory)?;
+    Ok(mean)
 }
