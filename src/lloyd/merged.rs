@@ -56,9 +56,11 @@ pub(super) struct Found {
 
 impl Found {
     fn search(feed: &mut dyn Feed, p: &Problem, settings: &KMeans) -> Result<Self> {
+        // The largest magnitude, the smallest, and the first row that is not finite: the latter two negated, so that of all blocks
+        // and ranks the largest of each is kept.
         let (mut mine, none) = ([vec![0.0; p.b], vec![-f64::INFINITY; p.b], vec![-f64::INFINITY; p.b]], u32::MAX);
         feed.for_each_block(&mut |block| {
-            // Nothing has changed yet what is known of the rows themselves.
+            // Before the terms are set a block's summands say what a scan of its rows has found.
             let whole = || (block.summands.max_abs.clone(), block.summands.first_nonfinite.clone());
             let scanned = block.counted.map_or_else(|| Ok(whole()), |ones| scan_counted(block.x, ones))?;
             let max_abs = scanned.0.to_vec1::<f64>()?;
@@ -73,16 +75,15 @@ impl Found {
             }
             Ok(())
         })?;
-        // The largest of all ranks.
         let mut all = mine.concat();
         for rank in feed.gather(all.clone())? {
             all.iter_mut().zip(rank).for_each(|(all, rank)| *all = all.max(rank));
         }
         let (max_abs, rest) = all.split_at(p.b);
-        let (min_abs, first_bad) = rest.split_at(p.b);
-        let bad = first_bad.iter().position(|&bad| bad > -f64::INFINITY);
+        let (min_abs, first_nonfinite) = rest.split_at(p.b);
+        let bad = first_nonfinite.iter().position(|&bad| bad > -f64::INFINITY);
         if let (Some(batch), true) = (bad, settings.check_finite) {
-            return Err(Error::NonFinite { argument: "x", batch, row: -first_bad[batch] as usize });
+            return Err(Error::NonFinite { argument: "x", batch, row: -first_nonfinite[batch] as usize });
         }
         let min_abs = min_abs.iter().map(|v| -v).collect();
         Ok(Self { max_abs: max_abs.to_vec(), min_abs, all_finite: bad.is_none() })
@@ -114,13 +115,13 @@ impl Terms {
             if least == f64::INFINITY || min_weight[b] == f64::INFINITY {
                 continue;
             }
-            // A value has no bits below its last one, and neither has a product.
+            // The exponent of the lowest bit that a term can have: the last one of the smallest value, or the 53rd of a product.
             let mut lowest = fixed::exponent(least) - 1 - mantissa_bits(p.dtype);
             if cosine || weighted {
                 lowest = fixed::exponent(least) + fixed::exponent(min_weight[b]) - 2 - 52;
             }
             if cosine {
-                // The factor is by no more than the largest norm smaller, and rounded once more.
+                // Factors are divided by norms, of which this is the largest, and rounded once more.
                 lowest -= fixed::exponent(most * (p.d as f64).sqrt()) + 2;
             }
             planes = planes.max(Grid::down_to(lowest.max(-1074), max_abs[b], p.n).planes);
@@ -135,7 +136,7 @@ impl Terms {
         Ok(Self { bounds, planes, cosine, all_finite: found.all_finite })
     }
 
-    /// Rows, the first of which that is not finite is known, before they are [complete](OwnedBlock::complete).
+    /// The summands of rows whose first that is not finite is known, but for their factors, which [`OwnedBlock::complete`] adds.
     pub fn summands(&self, first_nonfinite: Tensor) -> Summands {
         let max_abs = self.bounds.max_abs.clone();
         Summands { row_scale: None, max_abs, first_nonfinite, max_weight: None, finite: false }
@@ -173,7 +174,7 @@ pub(crate) trait BlockFeed: Feed {
     }
 }
 
-/// A block and all that belongs to its rows.
+/// A [`Block`] with all that it refers to.
 pub(crate) struct OwnedBlock {
     pub x: Rows<'static>,
     pub summands: Summands,
@@ -212,7 +213,7 @@ impl OwnedBlock {
         Block { x, summands, assign: *assign, update: *update, labels, weights, counted, first: *first, stays }
     }
 
-    /// Completes what is added up of the rows.
+    /// Gives the rows their factors, and the bounds of the terms of all blocks and ranks.
     pub fn complete(&mut self, terms: &Terms) -> Result<()> {
         let (x, arch) = (&self.x, primitives::arch(self.x.device())?);
         let factors = terms.factors(x, self.weights.as_ref())?;

@@ -5,7 +5,7 @@ use super::{
     feed::{Block, Feed},
     merged::{Found, Terms, Whole},
     relocate::{add_sizes, gather_sizes, Sizes},
-    weights::{finite_rows, sizes, weighed, Weights},
+    weights::{counted_sizes, finite_rows, weighed, Weights},
 };
 use crate::{
     error::Result,
@@ -22,16 +22,16 @@ use candle_core::{DType, Tensor};
 pub(super) struct Outcome<'a> {
     whole: Whole<'a>,
     sizes: Sizes,
-    /// Of the weights, if there are any to ask for.
+    /// The sums of the weights, if there are any.
     weights: Option<Accumulator>,
-    /// Of the finite distances.
+    /// The sum of the finite distances.
     total: Total,
-    /// How often, 1 or 0 a block, there was another distance in a problem.
+    /// In how many blocks a problem has had an infinite distance.
     infinite: Vec<f64>,
 }
 
 impl<'a> Outcome<'a> {
-    /// For centroids that come from `start`.
+    /// Nothing yet, of a run from the centroids `start`, `(b, k, d)`: they and the rows bound all distances.
     pub fn new(whole: Whole<'a>, found: &Found, terms: &Terms, start: &Tensor) -> Result<Self> {
         let Whole { settings, p, device, weights, .. } = whole;
         let of_start = primitives::max_abs_and_first_nonfinite(&Rows::new(start)?)?.0.to_vec1::<f64>()?;
@@ -61,7 +61,7 @@ impl<'a> Outcome<'a> {
     pub fn add(&mut self, block: Block<'_>, centroids: &Tensor) -> Result<()> {
         let Whole { settings, p, .. } = self.whole;
         let order = primitives::grouped(block.labels, p.k)?;
-        add_sizes(&mut self.sizes, &sizes(&order, block.counted)?)?;
+        add_sizes(&mut self.sizes, &counted_sizes(&order, block.counted)?)?;
         if let (Some(sums), Some(weights)) = (&self.weights, block.weights) {
             let x = Rows::new(&weights.unsqueeze(2)?)?;
             let summands = Summands::from_rows(&x)?;

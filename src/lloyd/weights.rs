@@ -119,14 +119,6 @@ impl Weights {
     }
 }
 
-/// The rows that count in each cluster, u32 `(b, k)`.
-pub(super) fn sizes(order: &Order, counted: Option<&Tensor>) -> Result<Tensor> {
-    match counted {
-        Some(ones) => Ok(primitives::cluster_sums(ones, Some(order))?.to_dtype(DType::U32)?),
-        None => primitives::cluster_sizes(&order.offsets),
-    }
-}
-
 /// The smallest power of two that is not below `v`; 1 for 0, and no more than f64 has, whose inverse is exact too.
 fn power_of_two_above(v: f64) -> f64 {
     const MANTISSA: u64 = (1 << 52) - 1;
