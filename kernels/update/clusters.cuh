@@ -53,3 +53,40 @@ __device__ __forceinline__ __int128 Clusters<T>::split(int64_t b, int64_t cluste
     }
     return first;
 }
+
+/// Replaces the centroid of a cluster by its sums, `total(column)` of `d` columns, divided as the reduction says, and notes its
+/// shift. A centroid without anything to divide by stays. By a warp.
+template <class T, class Total>
+__device__ __forceinline__ void replace(const Clusters<T>& to, int64_t b, int64_t cluster, const int64_t& d, int lane,
+                                        const Scaled& weight, const Total& total) {
+    const Quotient by(
+        to.divisor, weight,
+        [&](int64_t shift) {
+            double squares = 0;
+            for (int64_t c = lane; c < d; c += WARP) {
+                const double t = total(c).value(shift);
+                squares = __dadd_rn(squares, __dmul_rn(t, t));
+            }
+            return striped(squares);
+        },
+        [&] {
+            int most = INT32_MIN;
+            for (int64_t c = lane; c < d; c += WARP) {
+                const Scaled sum = total(c);
+                if (sum.significand != 0) most = max(most, int(sum.exponent));
+            }
+            most = __reduce_max_sync(~0u, most);
+            return int64_t(most == INT32_MIN ? 0 : most);
+        });
+    if (by.some()) {
+        double moved = 0;
+        for (int64_t c = lane; c < d; c += WARP) {
+            T& old = to.row(b, cluster)[c];
+            const T mean = rounded<T>(by.divide(total(c)));
+            moved = __dadd_rn(moved, squared(wide(mean), wide(old)));
+            old = mean;
+        }
+        moved = striped(moved);
+        if (lane == 0 && !(moved == 0)) to.moved(b, moved);
+    }
+}

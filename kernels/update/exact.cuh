@@ -75,36 +75,7 @@ __device__ void update_exact(const T* x, const Rows& r, const double* factor, co
             const uint4 bits = __ldcg(reinterpret_cast<const uint4*>(slot + c));
             return reinterpret_cast<const Scaled&>(bits);
         };
-        const Quotient by(
-            to.divisor, total(r.d),
-            [&](int64_t shift) {
-                double squares = 0;
-                for (int64_t c = lane; c < r.d; c += WARP) {
-                    const double t = total(c).value(shift);
-                    squares = __dadd_rn(squares, __dmul_rn(t, t));
-                }
-                return striped(squares);
-            },
-            [&] {
-                int most = INT32_MIN;
-                for (int64_t c = lane; c < r.d; c += WARP) {
-                    const Scaled sum = total(c);
-                    if (sum.significand != 0) most = max(most, int(sum.exponent));
-                }
-                most = __reduce_max_sync(~0u, most);
-                return int64_t(most == INT32_MIN ? 0 : most);
-            });
-        if (by.some()) {
-            double moved = 0;
-            for (int64_t c = lane; c < r.d; c += WARP) {
-                T& old = to.row(b, cluster)[c];
-                const T mean = rounded<T>(by.divide(total(c)));
-                moved = __dadd_rn(moved, squared(wide(mean), wide(old)));
-                old = mean;
-            }
-            moved = striped(moved);
-            if (lane == 0 && !(moved == 0)) to.moved(b, moved);
-        }
+        replace(to, b, cluster, r.d, lane, total(r.d), total);
         __syncwarp();
         for (int64_t c = lane; c <= r.d; c += WARP) slot[c] = {0, 0};
         if (lane == 0) {

@@ -21,36 +21,7 @@ __device__ void finish(const Clusters<T>& to, const double* max_abs, const doubl
         // Numbers of rows are whole.
         const Scaled weight = scaled(max_weight ? to.planes : 1, max_weight ? fixed_scale(max_weight[b], to.rows) : 0,
                                      [&](int p) { return slot[p * plane + to.d]; });
-        const Quotient by(
-            to.divisor, weight,
-            [&](int64_t shift) {
-                double squares = 0;
-                for (int64_t c = lane; c < to.d; c += WARP) {
-                    const double t = total(c).value(shift);
-                    squares = __dadd_rn(squares, __dmul_rn(t, t));
-                }
-                return striped(squares);
-            },
-            [&] {
-                int most = INT32_MIN;
-                for (int64_t c = lane; c < to.d; c += WARP) {
-                    const Scaled sum = total(c);
-                    if (sum.significand != 0) most = max(most, int(sum.exponent));
-                }
-                most = __reduce_max_sync(~0u, most);
-                return int64_t(most == INT32_MIN ? 0 : most);
-            });
-        if (by.some()) {
-            double moved = 0;
-            for (int64_t c = lane; c < to.d; c += WARP) {
-                T& old = to.row(b, cluster)[c];
-                const T mean = rounded<T>(by.divide(total(c)));
-                moved = __dadd_rn(moved, squared(wide(mean), wide(old)));
-                old = mean;
-            }
-            moved = striped(moved);
-            if (lane == 0 && !(moved == 0)) to.moved(b, moved);
-        }
+        replace(to, b, cluster, to.d, lane, weight, total);
         __syncwarp();
         for (int p = 0; p < to.planes; ++p) {
             for (int64_t c = lane; c <= to.d; c += WARP) slot[p * plane + c] = 0;
