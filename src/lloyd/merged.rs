@@ -6,7 +6,7 @@ use super::{
     outcome::Outcome,
     prepared::RUNNING,
     threshold::{threshold, Usable},
-    weights::{finite_rows, scan_counted, weighed, Weights},
+    weights::{factors, finite_rows, scan_counted, weighed, Weights},
     Lloyd, QUEUED,
 };
 use crate::{
@@ -90,13 +90,13 @@ impl Found {
     }
 }
 
-/// How the rows of all blocks and ranks become terms of sums that merge.
+/// The rule by which the rows of all blocks and ranks become terms of sums that merge.
 #[derive(Clone)]
 pub(crate) struct Terms {
     bounds: Bounds,
     /// On so many planes the sums keep every bit of them.
     pub(super) planes: usize,
-    cosine: bool,
+    metric: Metric,
     all_finite: bool,
 }
 
@@ -133,7 +133,7 @@ impl Terms {
         let weighs = !cosine && (weighted || !found.all_finite);
         let max_weight = weighs.then(|| Tensor::new(max_weight, device)).transpose()?;
         let bounds = Bounds { max_abs: Tensor::new(max_abs, device)?, max_weight, rows: p.n };
-        Ok(Self { bounds, planes, cosine, all_finite: found.all_finite })
+        Ok(Self { bounds, planes, metric: settings.metric, all_finite: found.all_finite })
     }
 
     /// The summands of rows whose first that is not finite is known, but for their factors, which [`OwnedBlock::complete`] adds.
@@ -144,19 +144,12 @@ impl Terms {
 
     /// The factors of a block's rows, f64 `(b, n)`, which have these weights; none if all are 1.
     fn factors(&self, x: &Rows, weights: Option<&Tensor>) -> Result<Option<Tensor>> {
-        let mut factors = weights.cloned();
-        if !self.all_finite && !self.cosine {
-            let finite = finite_rows(x)?;
-            factors = Some(factors.map_or(Ok(finite.clone()), |weights| weighed(&finite, &weights))?);
+        let factors = factors(x, weights, self.metric)?;
+        if self.all_finite || self.metric == Metric::Cosine {
+            return Ok(factors);
         }
-        if self.cosine {
-            let inverse = primitives::elementwise([&primitives::norms(x)?], |[norms]| norms.recip())?;
-            factors = Some(match factors {
-                Some(weights) => primitives::elementwise([&weights, &inverse], |[w, i]| w * i)?,
-                None => inverse,
-            });
-        }
-        Ok(factors)
+        let finite = finite_rows(x)?;
+        Ok(Some(factors.map_or(Ok(finite.clone()), |weights| weighed(&finite, &weights))?))
     }
 }
 

@@ -5,7 +5,7 @@ use super::{
     feed::{Block, Feed},
     merged::{Found, Terms, Whole},
     relocate::{add_sizes, gather_sizes, Sizes},
-    weights::{counted_sizes, finite_rows, weighed, Weights},
+    weights::{costs, counted_sizes, Weights},
 };
 use crate::{
     error::Result,
@@ -68,16 +68,10 @@ impl<'a> Outcome<'a> {
             let update = Update::new(&x, &summands, Some(Labels::Sorted(&order)), Reduction::Sum, p.k)?;
             primitives::accumulate(&update, sums, &Memory::default())?;
         }
-        let mut cost = primitives::distances(block.x, &Rows::new(centroids)?, block.labels, p.metric)?;
-        if !settings.check_finite {
-            cost = weighed(&cost, &finite_rows(block.x)?)?;
-        }
-        if let Some(weights) = block.weights {
-            cost = weighed(&cost, weights)?;
-        }
-        let beyond = cost.gt(f64::MAX)?.to_dtype(DType::U32)?.max(1)?.to_vec1::<u32>()?;
+        let costs = costs(block.x, centroids, block.labels, block.weights, settings)?;
+        let beyond = costs.gt(f64::MAX)?.to_dtype(DType::U32)?.max(1)?.to_vec1::<u32>()?;
         self.infinite.iter_mut().zip(beyond).for_each(|(all, beyond)| *all += f64::from(beyond));
-        self.total.add(&cost, None, &Memory::default())
+        self.total.add(&costs, None, &Memory::default())
     }
 
     /// The counts of all ranks, u32 `(b, k)`, and the weights, f64 `(b, k)`, and inertia, f64 `(b,)`: to the bit those of a fit in

@@ -4,7 +4,7 @@ use super::{
     accumulate::Bounds,
     feed::{Block, Resident},
     threshold::{threshold, Usable},
-    weights::{counted_sizes, finite_rows, scan_counted, weighed, Ragged, Weights},
+    weights::{costs, counted_sizes, factors, scan_counted, Ragged, Weights},
 };
 use crate::{
     error::{Error, Result},
@@ -77,7 +77,7 @@ pub struct PreparedFit {
     /// The rows to start from, if they do not depend on the data.
     pub(super) drawn: Option<Tensor>,
     pub(super) memory: Memory,
-    /// Where rows are copied to that cannot be read where they lie.
+    /// The copy of rows that cannot be read where they lie.
     pub(super) copy: Option<Tensor>,
     pub(super) data: Option<Data>,
     /// Inputs that were taken in a capture, where nothing from outside may be freed.
@@ -256,20 +256,15 @@ impl PreparedFit {
             let threshold = threshold(&mut feed, &self.p, &bounds, usable, self.settings.tol)?;
             self.progress.threshold.slice_set(&threshold, 0, 0)?;
         }
-        if let Some(Weights { values, max_weight, .. }) = &self.weights {
-            summands.max_abs = (summands.max_abs * max_weight)?;
-            (summands.row_scale, summands.max_weight) = (Some(values.clone()), Some(max_weight.clone()));
-        }
         if self.p.metric == Metric::Cosine {
-            let inverse = primitives::elementwise([&primitives::norms(&x)?], |[norms]| norms.recip())?;
-            // Columns of a unit vector, with room for rounding, times the weight.
-            (summands.row_scale, summands.max_abs) = match &self.weights {
-                Some(Weights { values, max_weight, .. }) => {
-                    (Some(primitives::elementwise([values, &inverse], |[w, i]| w * i)?), (max_weight * 2.0)?)
-                }
-                None => (Some(inverse), Tensor::full(2f64, x.b, &self.device)?),
-            };
+            // Columns of a unit vector, with room for rounding.
+            summands.max_abs = Tensor::full(2f64, x.b, &self.device)?;
         }
+        if let Some(Weights { max_weight, .. }) = &self.weights {
+            summands.max_abs = (summands.max_abs * max_weight)?;
+            summands.max_weight = Some(max_weight.clone());
+        }
+        summands.row_scale = factors(&x, self.weights.as_ref().map(|weights| &weights.values), self.p.metric)?;
         match &mut self.data {
             Some(data) => {
                 let before = data.replace(x, summands)?;
@@ -309,13 +304,11 @@ impl PreparedFit {
 
     /// The weighted distances of the rows to their centroids in total, f64 `(b,)`.
     fn total_cost(&self, x: &Rows) -> Result<Tensor> {
-        let mut cost = primitives::distances(x, &Rows::new(&self.centroids)?, &self.labels, self.p.metric)?;
-        if !self.settings.check_finite {
-            cost = weighed(&cost, &finite_rows(x)?)?;
-        }
+        let weights = self.weights.as_ref().map(|weights| &weights.values);
+        let total = primitives::total(&costs(x, &self.centroids, &self.labels, weights, &self.settings)?)?;
         Ok(match &self.weights {
-            Some(Weights { values, unit, .. }) => (primitives::total(&weighed(&cost, values)?)? * unit)?,
-            None => primitives::total(&cost)?,
+            Some(Weights { unit, .. }) => (total * unit)?,
+            None => total,
         })
     }
 }

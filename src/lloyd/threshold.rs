@@ -63,9 +63,8 @@ pub(super) fn threshold(
                 None => finite,
             });
         }
-        if let Some(counts) = &counts {
-            let ones = Tensor::ones((b, block.x.n), DType::F64, device)?;
-            counts.add(&ones, factors.clone(), memory)?;
+        if let (Some(counts), Some(factors)) = (&counts, &factors) {
+            counts.add(factors, None, memory)?;
         }
         accumulate_all(block.x, factors.clone(), &columns, memory)?;
         let first = Tensor::zeros((b, block.x.n), DType::U32, device)?;

@@ -4,6 +4,7 @@ use crate::{
     error::{kept, Error, Result},
     fit::refuse_non_finite,
     kmeans::KMeans,
+    metric::Metric,
     primitives,
     problem::Problem,
     request::Order,
@@ -117,6 +118,33 @@ impl Weights {
         let (unit, max_weight) = (Tensor::new(unit, device)?, (Tensor::new(max_weight, device)? * &inverse)?);
         Ok(Some(Self { values: w.broadcast_mul(&inverse.unsqueeze(1)?)?, unit, max_weight }))
     }
+}
+
+/// The factors of rows as terms of a sum, f64 `(b, n)`: their weights, by cosine over their norms; none where all are 1.
+pub(super) fn factors(x: &Rows, weights: Option<&Tensor>, metric: Metric) -> Result<Option<Tensor>> {
+    if metric != Metric::Cosine {
+        return Ok(weights.cloned());
+    }
+    let inverse = primitives::elementwise([&primitives::norms(x)?], |[norms]| norms.recip())?;
+    Ok(Some(match weights {
+        Some(weights) => primitives::elementwise([weights, &inverse], |[w, i]| w * i)?,
+        None => inverse,
+    }))
+}
+
+/// The weighted distances of rows to the centroids of their labels, f64 `(b, n)`: 0 for rows that weigh nothing.
+pub(super) fn costs(
+    x: &Rows,
+    centroids: &Tensor,
+    labels: &Tensor,
+    weights: Option<&Tensor>,
+    settings: &KMeans,
+) -> Result<Tensor> {
+    let mut costs = primitives::distances(x, &Rows::new(centroids)?, labels, settings.metric)?;
+    if !settings.check_finite {
+        costs = weighed(&costs, &finite_rows(x)?)?;
+    }
+    weights.map_or(Ok(costs.clone()), |weights| weighed(&costs, weights))
 }
 
 /// The smallest power of two that is not below `v`; 1 for 0, and no more than f64 has, whose inverse is exact too.
