@@ -23,7 +23,7 @@ struct Active {
     const uint32_t *list, *count;
     int64_t first;
 
-    /// How many there are, at most `b`.
+    /// The number of active problems, of `b`.
     __device__ __forceinline__ int64_t problems(int64_t b) const {
         if (!count) return b;
         const int64_t left = int64_t(*count) - first;
@@ -97,7 +97,7 @@ struct Route {
 };
 LAYOUT(Route, 120, scale, 112);
 
-/// Who chooses from what.
+/// The units that choose clusters, and the bounds on what they read.
 struct Choice {
     int64_t units;         // groups of queries of a key head, which choose alone
     int64_t clustered, k;  // tokens and clusters of a key head
@@ -150,19 +150,19 @@ struct Clusters {
 };
 LAYOUT(Clusters<float>, 112, planes, 108);
 
-/// How the sorted places are cut: after every `rows`, but for clusters of at most `whole` rows, which belong to the
+/// The pieces that warps take of the sorted places, which are cut after every `rows`, but for clusters of at most `whole` rows, which belong to the
 /// piece that they begin in.
 struct Pieces {
     uint32_t rows, whole;
 
-    /// How many a cluster has a part of, if it is no such cluster.
+    /// The number of pieces that share a cluster, if it is larger than `whole`.
     __device__ __forceinline__ uint32_t count(uint32_t top, uint32_t bottom) const {
         return (bottom - 1) / rows - top / rows + 1;
     }
 };
 LAYOUT(Pieces, 8, whole, 4);
 
-/// Which problems go on. There is no next iteration if there is no threshold.
+/// The problems that have converged, and those that go on. Without a threshold there is no next iteration.
 struct Verdict {
     const double* threshold;  // (b,): the squared shift at which a problem has converged
     uint32_t* stop;           // (b,): where it has, the iteration in which it did
@@ -181,7 +181,7 @@ struct Summands {
 };
 LAYOUT(Summands, 32, first_nonfinite, 24);
 
-/// How problems are shared out (`FitResident` in src/plan/on_chip.rs).
+/// The shares of the blocks of a team in a problem (`FitResident` in src/plan/on_chip.rs).
 struct Shares {
     int blocks;  // of a team
     int rows;    // of a block, whole pairs of fragments
@@ -196,8 +196,7 @@ struct alignas(16) PreparedCentroid {
 };
 LAYOUT(PreparedCentroid, 32, hash, 20);
 
-/// Where the blocks of a team add up what each of them has: zeros but for an iteration under way. One of each to a
-/// team.
+/// The sums of a team, to which each of its blocks adds its own: zeros but for an iteration under way. One of each to a team.
 struct Common {
     unsigned long long* limbs;       // (LIMBS, k, whole lines), columns in the order of `place_of`
     unsigned long long* remainders;  // (k, d, 2): what limbs could not take; null for f16 without factors

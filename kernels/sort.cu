@@ -261,7 +261,7 @@ __device__ void whole(const Digit& digit, const Active& active, int64_t b, uint3
     }
 }
 
-/// Where clusters begin in an order by several digits: at the places where the label changes.
+/// The offsets of clusters in an order by several digits: the places where the label changes.
 __device__ void boundaries(const uint32_t* labels, const Active& active, int64_t b, int64_t n, int64_t k,
                            const uint32_t* order, uint32_t* offsets) {
     const int64_t all = active.problems(b) * (n + 1);

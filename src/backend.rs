@@ -19,7 +19,7 @@ use std::cell::Cell;
 
 thread_local!(static SORTS: Cell<u64> = const { Cell::new(0) });
 
-/// How many times this thread has had labels sorted, on any device, but for what a fit on chip sorts in its launch.
+/// The number of times that this thread has had labels sorted, on any device, but for what a fit on chip sorts in its launch.
 pub(crate) fn sorts() -> u64 {
     SORTS.get()
 }

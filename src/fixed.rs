@@ -115,7 +115,7 @@ impl Scaled {
 /// Between these a sum of squares has lost nothing that matters to underflow or overflow.
 const SQUARES: (f64, f64) = (power_of_two(-900), power_of_two(1000));
 
-/// How far the units of two planes of a [`Grid`] are apart.
+/// The bits between the units of two neighbouring planes of a [`Grid`].
 const PLANE_BITS: i32 = 64;
 
 /// The place value of the integers of a sum: those of plane `l` count units of `2^-(scale + 64 l)`, and a term is cut at the units
@@ -340,11 +340,11 @@ mod tests {
         #[test]
         fn quotients_are_rounded_once(a in anything(), b in anything(), shift in -1200i32..1200) {
             prop_assume!(a != 0.0 && b != 0.0);
-            let of = |v: f64| { let grid = Grid::of_f64(v.abs(), 1); grid.rounded(&sum(grid, &[v])) };
-            prop_assert_eq!(of(a).value().to_bits(), a.to_bits());
-            prop_assert_eq!(of(a).over(of(b)).to_bits(), (a / b).to_bits());
+            let scaled = |v: f64| { let grid = Grid::of_f64(v.abs(), 1); grid.rounded(&sum(grid, &[v])) };
+            prop_assert_eq!(scaled(a).value().to_bits(), a.to_bits());
+            prop_assert_eq!(scaled(a).over(scaled(b)).to_bits(), (a / b).to_bits());
             // A common power of two changes nothing, wherever it takes both.
-            let moved = |v: f64| Scaled { exponent: of(v).exponent + shift, ..of(v) };
+            let moved = |v: f64| Scaled { exponent: scaled(v).exponent + shift, ..scaled(v) };
             prop_assert_eq!(moved(a).over(moved(b)).to_bits(), (a / b).to_bits());
         }
     }
@@ -385,13 +385,13 @@ mod tests {
 
     #[test]
     fn directions_at_the_extremes() {
-        let of = |v: f64| Scaled::of(quantise(v, scale(v.abs(), 1)).unwrap(), scale(v.abs(), 1));
+        let scaled = |v: f64| Scaled::of(quantise(v, scale(v.abs(), 1)).unwrap(), scale(v.abs(), 1));
         for power in [-1070, -600, -500, 0, 400, 600, 1020] {
             let unit = 2f64.powi(power / 2) * 2f64.powi(power - power / 2);
-            let totals = [of(3.0 * unit), of(0.0), of(-4.0 * unit)];
+            let totals = [scaled(3.0 * unit), scaled(0.0), scaled(-4.0 * unit)];
             let (values, norm) = Scaled::direction(&totals).unwrap();
             assert_eq!(values.iter().map(|v| v / norm).collect::<Vec<_>>(), [0.6, 0.0, -0.8], "{power}");
         }
-        assert_eq!(Scaled::direction(&[of(0.0)]), None);
+        assert_eq!(Scaled::direction(&[scaled(0.0)]), None);
     }
 }

@@ -4,7 +4,7 @@ use crate::metric::Metric;
 use candle_core::Tensor;
 use std::{fmt, ops::ControlFlow, sync::Arc};
 
-/// How a fit chooses its first centroids.
+/// The choice of a fit's first centroids.
 ///
 /// A row that weighs nothing is chosen only where nothing else is left: one of weight 0, one that is not finite where that is not
 /// [checked](KMeans::check_finite), and for [`Metric::Cosine`] one without a direction.
@@ -152,7 +152,7 @@ impl KMeans {
         self
     }
 
-    /// Where the centroids start.
+    /// Sets the choice of the first centroids.
     pub fn init(mut self, init: Init) -> Self {
         self.init = init;
         self

@@ -1,6 +1,6 @@
 //! The four metrics and the one definition of each: what "distance" means to the bit.
 
-/// How far a row is from a centroid.
+/// A distance of a row from a centroid.
 ///
 /// The definitions are of the stored values, in f64, summed over the columns in ascending order without fused
 /// multiply-add. Labels on every backend are the lowest index that minimises exactly this number.

@@ -143,7 +143,7 @@ impl MiniBatch {
     /// The centroids, `(..batch, k, d)` in the rows' dtype.
     ///
     /// # Errors
-    /// Where the device fails.
+    /// Fails where the device does.
     pub fn centroids(&self) -> Result<Tensor> {
         self.fence.read(self.counts.device())?;
         let p = &self.p;
@@ -173,7 +173,7 @@ impl MiniBatch {
     /// The same on another device.
     ///
     /// # Errors
-    /// Where a device fails.
+    /// Fails where a device does.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         self.fence.read(self.counts.device())?;
         let fence = Fence::default();

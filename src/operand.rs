@@ -18,7 +18,7 @@ pub(crate) enum Operand<'a> {
     Cuda(&'a CudaStorage, Layout),
 }
 
-/// Where the elements of an input are stored.
+/// The storage of an input's elements.
 #[derive(Clone, Copy)]
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) enum Source<'a> {
@@ -127,7 +127,7 @@ impl Operand<'_> {
     }
 }
 
-/// Where in its storage the elements of a target lie; none if they are not contiguous. An empty view may begin beyond the end.
+/// The range of a target's elements in its storage; none if they are not contiguous. An empty view may begin beyond the end.
 pub(crate) fn written_range(layout: &Layout) -> Option<Range<usize>> {
     let (start, end) = layout.contiguous_offsets()?;
     Some(if start == end { 0..0 } else { start..end })

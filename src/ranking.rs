@@ -16,7 +16,7 @@ pub(crate) fn without_nan(keys: &Tensor) -> Result<Tensor> {
     Ok(keys.eq(keys)?.where_cond(keys, &lowest)?)
 }
 
-/// Where the keys of each row (float `(r, k)`, no NaN, any `k`) are, the largest first and equal ones by index: u32 `(r, k)`.
+/// The places of the keys of each row (float `(r, k)`, no NaN, any `k`), the largest first and equal ones by index: u32 `(r, k)`.
 pub(crate) fn descending(keys: &Tensor) -> Result<Tensor> {
     match keys.device() {
         // Candle's sort is stable there, and takes any number.

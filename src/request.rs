@@ -9,7 +9,7 @@ use crate::{
 };
 use candle_core::{Result, Tensor};
 
-/// How far the problems of a fit have come.
+/// The progress of a fit's problems.
 pub(crate) struct Progress {
     /// The iteration in which each problem converged, u32 `(b,)`; `u32::MAX` where it has not.
     pub stop: Tensor,

@@ -114,7 +114,7 @@ fn max_finite(values: &Tensor) -> Result<Tensor> {
     Ok(primitives::max_abs_and_first_nonfinite(&Rows::new(&values.unsqueeze(2)?)?)?.0)
 }
 
-/// Where a number is positive and finite, u8.
+/// A mask of the numbers that are positive and finite, u8.
 fn positive(values: &Tensor) -> Result<Tensor> {
     let bounded = values.lt(f64::INFINITY)?;
     Ok(bounded.where_cond(&values.gt(0.0)?, &bounded)?)
@@ -247,12 +247,12 @@ fn counting(x: &Tensor, p: &Problem, kmeans: &KMeans) -> Result<Option<Vec<Vec<R
         if let (true, Some(row)) = (kmeans.check_finite, bad) {
             return Err(Error::NonFinite { argument: "x", batch, row });
         }
-        let of = |(row, &directed): (usize, &u8)| match directed == 1 && finite[batch][row] == 1 {
+        let counted = |(row, &directed): (usize, &u8)| match directed == 1 && finite[batch][row] == 1 {
             _ if row >= length => Row::Padding,
             true => Row::Counts,
             false => Row::Silent,
         };
-        counting.push(directed[batch].iter().enumerate().map(of).collect::<Vec<_>>());
+        counting.push(directed[batch].iter().enumerate().map(counted).collect::<Vec<_>>());
     }
     Ok(counting.concat().contains(&Row::Silent).then_some(counting))
 }

@@ -94,7 +94,7 @@ fn in_steps(t: &impl Readable, of: usize) -> bool {
     steps && (strides[last] == 1 || dims[last] == 1) && t.layout().start_offset().is_multiple_of(of)
 }
 
-/// Where rows begin, by which kernels can or cannot read them.
+/// The alignment of rows, by which kernels can or cannot read them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct RowLayout {
     /// All begin at multiples of so many elements: 1, 2, 4 or 8; 0 where steps do not tell them apart.
@@ -120,7 +120,7 @@ impl RowLayout {
 const ALIGNMENTS: [usize; 4] = [8, 4, 2, 1];
 
 impl Rows<'_> {
-    /// Where the rows begin.
+    /// The layout of the rows.
     pub fn layout(&self) -> RowLayout {
         let alignment = ALIGNMENTS.into_iter().find(|&of| in_steps(&self.operand, of)).unwrap_or(0);
         RowLayout { alignment, stride: self.row_stride }

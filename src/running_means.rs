@@ -57,9 +57,9 @@ impl RunningMeans {
         let new = (&batch.weights * taken)?;
         let total = ((&self.weights * kept)? + &new)?;
         let share = (new / or_one(&total)?)?;
-        let of = |means: &Tensor, share: Tensor| means.broadcast_mul(&share.unsqueeze(2)?);
+        let shared = |means: &Tensor, share: Tensor| means.broadcast_mul(&share.unsqueeze(2)?);
         // Not `means + share * (batch - means)`, which a mean far away would round to nothing.
-        self.means = (of(&self.means, share.affine(-1.0, 1.0)?)? + of(&batch.means, share.clone())?)?;
+        self.means = (shared(&self.means, share.affine(-1.0, 1.0)?)? + shared(&batch.means, share.clone())?)?;
         self.weights = total;
         Ok(share.gt(0.0)?)
     }

@@ -95,7 +95,7 @@ fn replace(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
     finish().inspect_err(|_| drop(fs::remove_file(&temporary)))
 }
 
-/// Where a path leads through symbolic links, the last of which may lead to a file that is not there yet.
+/// The target of a path through symbolic links, the last of which may lead to a file that is not there yet.
 fn followed(path: &Path) -> io::Result<PathBuf> {
     let mut target = path.to_path_buf();
     for _ in 0..MAX_LINKS {

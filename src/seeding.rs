@@ -1,4 +1,4 @@
-//! Where the centroids start.
+//! The choice of first centroids.
 
 use crate::{
     error::{Error, Result},

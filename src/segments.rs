@@ -40,7 +40,7 @@ pub struct Segments {
     pub counts: Tensor,
     /// The rows in the order of their clusters, u32 `(..batch, n)`, as [`sort_by_cluster`](crate::sort_by_cluster) gives it.
     pub order: Tensor,
-    /// Where clusters begin and end in it, u32 `(..batch, k + 1)`.
+    /// The offsets at which clusters begin and end in it, u32 `(..batch, k + 1)`.
     pub offsets: Tensor,
     /// The metric of the fits.
     pub metric: Metric,

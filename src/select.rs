@@ -11,7 +11,7 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use std::fmt;
 
-/// How many of the best clusters [`select_clusters`] takes.
+/// A bound on the best clusters that [`select_clusters`] takes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum ClusterBudget {

@@ -87,12 +87,12 @@ pub fn capability(device: &Device) -> Result<u32> {
     })
 }
 
-/// How many centroids were compared with a row by the definition in f64, in all CPU assignments of this thread so far.
+/// The number of centroids that were compared with a row by the definition in f64, in all CPU assignments of this thread so far.
 pub fn compared() -> u64 {
     crate::cpu::assign::compared()
 }
 
-/// How many times this thread has had labels sorted so far, on any device; fits on chip, which sort in their launch, count for
+/// The number of times that this thread has had labels sorted so far, on any device; fits on chip, which sort in their launch, count for
 /// nothing.
 pub fn sorts() -> u64 {
     crate::backend::sorts()

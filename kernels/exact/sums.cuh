@@ -46,7 +46,7 @@ __device__ __forceinline__ Scaled scaled(double v) {
     return scaled(0, biased ? fraction | 1ull << 52 : fraction, biased ? biased - 1075 : -1074, bits >> 63);
 }
 
-/// How far the units of the planes of a sum are apart (`Grid` in src/fixed.rs).
+/// The bits between the units of two neighbouring planes of a sum (`Grid` in src/fixed.rs).
 constexpr int PLANE_BITS = 64;
 
 /// A sum of which `at(plane)` are the integers, the first in units of 2^-scale, rounded once.
@@ -240,7 +240,7 @@ struct Small {
     }
 };
 
-/// How the terms of one problem are cut.
+/// The grid on which the terms of one problem are cut into limbs.
 template <class T>
 struct Units {
     /// bf16 and f32, whose exponents are the same.

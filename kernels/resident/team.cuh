@@ -81,7 +81,7 @@ struct OnChip {
     }
 };
 
-/// Where the sum of a column lies among its centroid's: lanes take two columns each, and first all add their first.
+/// The place of a column's sum among its centroid's: lanes take two columns each, and first all add their first.
 __device__ __forceinline__ int place_of(int column) {
     return column / LINE_COLUMNS * LINE_COLUMNS + column % 2 * WARP + column % LINE_COLUMNS / 2;
 }

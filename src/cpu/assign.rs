@@ -60,7 +60,7 @@ pub(crate) fn assign_into(a: Assignment<'_>, labels: Target<'_>) -> Result<()> {
 
 thread_local!(static COMPARED: Cell<u64> = const { Cell::new(0) });
 
-/// How many centroids have been compared with a row by the definition in assignments that this thread has asked for.
+/// The number of centroids that have been compared with a row by the definition in assignments that this thread has asked for.
 pub(crate) fn compared() -> u64 {
     COMPARED.get()
 }

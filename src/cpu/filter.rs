@@ -340,7 +340,7 @@ fn scale<S: Scalar>(typical: f64, metric: Metric) -> f64 {
     }
 }
 
-/// How far the scores of a row may be from the truth.
+/// The error bound of the scores of a row.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slack {
     /// Bound on the norm of the row.

@@ -1,4 +1,4 @@
-//! How rows are chosen as seeds.
+//! The choice of rows as seeds.
 
 use super::{
     rows::{distance, per_row},

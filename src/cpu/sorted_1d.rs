@@ -62,7 +62,7 @@ pub(super) fn fit(fit: &OnChipFit<'_>) -> Result<bool> {
 /// The values of a problem, ascending.
 struct Line {
     values: Vec<f64>,
-    /// Where they come from.
+    /// The number of the row that each comes from.
     rows: Vec<u32>,
     /// Sums of the terms before each place, and their scale.
     sums: (Vec<i128>, i32),
@@ -142,9 +142,9 @@ impl Line {
 
     /// The weighted mean of a range; none of no weight.
     fn mean(&self, begin: usize, end: usize) -> Option<f64> {
-        let of = |(sums, scale): &(Vec<i128>, i32)| Scaled::of(sums[end] - sums[begin], *scale);
-        let weight = self.weights.as_ref().map_or_else(|| Scaled::of((end - begin) as i128, 0), of);
-        weight.is_positive().then(|| of(&self.sums).over(weight))
+        let range_sum = |(sums, scale): &(Vec<i128>, i32)| Scaled::of(sums[end] - sums[begin], *scale);
+        let weight = self.weights.as_ref().map_or_else(|| Scaled::of((end - begin) as i128, 0), range_sum);
+        weight.is_positive().then(|| range_sum(&self.sums).over(weight))
     }
 
     /// The range of each centroid that has rows. None where a centroid is no number, or neighbouring ones are so near each other that their distances

@@ -26,7 +26,7 @@ pub(super) struct Sorted<'a, T> {
     pub(super) first_nonfinite: &'a [u32],
     pub(super) max_weight: Option<&'a [f64]>,
     pub(super) k: usize,
-    /// How many rows sums have room for, and how many planes they have; none for as many as terms need.
+    /// The rows that sums have room for, and the planes that they have; none for as many as terms need.
     pub(super) grid_rows: usize,
     pub(super) planes: Option<usize>,
 }

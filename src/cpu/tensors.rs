@@ -101,7 +101,7 @@ pub(crate) struct Guard<'a> {
     len: usize,
 }
 
-/// Who holds the lock on a storage.
+/// A storage, and the holder of its lock.
 enum StorageGuard<'a> {
     /// This op, for all tensors of the storage.
     Here(Rc<StorageRef<'a>>),
@@ -144,7 +144,7 @@ pub(super) fn or<'a>(t: Option<&'a Tensor>, other: &'a dyn Readable) -> &'a dyn 
     t.map_or(other, |t| t)
 }
 
-/// Where the storage of a tensor is (locks it for a moment); none of what Candle has locked.
+/// The address of a tensor's storage (which is locked for a moment); none of what Candle has locked.
 fn address(input: &dyn Readable) -> Option<usize> {
     match input.source() {
         Source::Tensor(t) => Some(std::ptr::from_ref::<Storage>(&t.storage_and_layout().0).addr()),

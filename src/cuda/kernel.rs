@@ -91,7 +91,7 @@ impl Kernel {
         Ok((!running.is_empty()).then_some(largest))
     }
 
-    /// How many clusters of so many blocks run at once.
+    /// The number of clusters of so many blocks that run at once.
     fn clusters_at_once(&self, size: usize, block: usize) -> Result<usize> {
         let mut count = 0;
         self.stream.context().bind_to_thread().w()?;

@@ -81,7 +81,7 @@ pub(super) struct ArenaLayout {
     rest: usize,
 }
 
-/// Where something lies in an [`Arena`].
+/// The place of some elements in an [`Arena`].
 #[derive(Clone, Copy)]
 pub(super) struct Slot<T> {
     zeroed: bool,

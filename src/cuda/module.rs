@@ -60,9 +60,9 @@ pub(super) struct Loaded {
     modules: HashMap<(usize, Image), Arc<CudaModule>>,
     /// With the dynamic shared memory that each has been allowed.
     pub(super) functions: HashMap<(usize, &'static str, &'static str), (CudaFunction, usize)>,
-    /// How many clusters of 1, 2, .. blocks run at once; empty where the code is for GPUs without clusters.
+    /// The number of clusters of 1, 2, .. blocks that run at once; empty where the code is for GPUs without clusters.
     pub(super) clusters: HashMap<(usize, &'static str, &'static str), Vec<usize>>,
-    /// How many blocks run at once, by their threads and dynamic shared memory.
+    /// The number of blocks that run at once, by their threads and dynamic shared memory.
     pub(super) blocks: HashMap<(usize, &'static str, &'static str, usize, usize), usize>,
 }
 

@@ -51,7 +51,7 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     let rows = ROUTE_THREADS / 2 * tall;
     let shared = (rows + 2 * ROUTE_KEYS) * d * 2;
     let (sinks, others) = (r.sinks, n - r.sinks - clustered);
-    let of = Route {
+    let route = Route {
         key_head: keys.batch_stride as i64,
         key_row: keys.row_stride as i64,
         value_head: values.batch_stride as i64,
@@ -68,7 +68,7 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
         causal: r.causal as i64,
         scale: (r.scale * std::f64::consts::LOG2_E) as f32,
     };
-    let of_choosers = Route { queries: choosing.dim(2)? as i64, ..of };
+    let of_choosers = Route { queries: choosing.dim(2)? as i64, ..route };
     let choice = Choice {
         units: (heads / kv_heads * units) as i64,
         clustered: clustered as i64,
@@ -103,7 +103,7 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
             &choosing, &mean_keys, &of_choosers, &chooser_order, &chooser_offsets, &offsets, &scores)?;
         select::select(dev, &choice, all, scores, [&order, &offsets], &Lists { chosen, left, listed })?;
         launch!(dev, Route, kernels[1], T::SUFFIX, elements(&[b, heads, m / rows + units]), ROUTE_THREADS, shared;
-            &q, &keys, &values, &mean_keys, &mean_values, &of, &query_order, &query_offsets, &chosen, &left, &listed,
+            &q, &keys, &values, &mean_keys, &mean_values, &route, &query_order, &query_offsets, &chosen, &left, &listed,
             &mut out)?;
         Ok(Some(tensor(dev, out, (b, heads, m, d))))
     })

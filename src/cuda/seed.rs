@@ -1,4 +1,4 @@
-//! How rows are chosen as seeds: `kernels/seed.cu`.
+//! The choice of rows as seeds: `kernels/seed.cu`.
 
 use super::{
     device::device,

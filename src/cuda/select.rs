@@ -21,7 +21,7 @@ pub(super) fn fits(k: usize, arch: Arch) -> bool {
     shared_memory(arch).is_some_and(|most| shared(k) <= most)
 }
 
-/// Where the lists go: `chosen` (all, most), `left` (all, k) and `listed` (all).
+/// The destinations of the lists: `chosen` (all, most), `left` (all, k) and `listed` (all).
 pub(super) struct Lists {
     pub chosen: DevicePtr<u32>,
     pub left: DevicePtr<f32>,

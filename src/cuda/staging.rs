@@ -73,9 +73,9 @@ pub(super) struct PageLocked {
     copies: Arc<CopyStream>,
     bytes: NonNull<u8>,
     len: usize,
-    /// When what is copied to has been allocated.
+    /// The event after the allocation of the destination.
     allocated: Event,
-    /// When the last copy is over.
+    /// The event after the last copy.
     copied: Event,
     /// The destination of the copy.
     sent: Option<(CudaStorage, Shape)>,

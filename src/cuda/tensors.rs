@@ -125,7 +125,7 @@ pub(super) struct Input<'a> {
     offset: usize,
 }
 
-/// Who holds the lock on a storage.
+/// A storage, and the holder of its lock.
 enum StorageGuard<'a> {
     Here(StorageRef<'a>),
     /// While the op runs.

@@ -73,7 +73,7 @@ pub(super) fn accumulate_all(x: &Rows, row_scale: Option<Tensor>, to: &Accumulat
     primitives::accumulate(&Update::new(x, &summands, None, reduction, 1)?, to, memory)
 }
 
-/// How far below its first bit the last bit of a value of this type can be.
+/// The bits of a value of this type below its first one, at most.
 pub(super) fn mantissa_bits(dtype: DType) -> i32 {
     match dtype {
         DType::F16 => 10,

@@ -18,7 +18,7 @@ use crate::{
 use candle_core::{Device, Tensor};
 use std::sync::{Barrier, Mutex, PoisonError};
 
-/// Where the ranks of a process meet: each leaves a message and takes those of all.
+/// A meeting of the ranks of a process: each leaves a message and takes those of all.
 pub(super) struct Meeting {
     barrier: Barrier,
     messages: Mutex<Vec<Option<Message>>>,
@@ -62,10 +62,10 @@ impl Feed for Blocks<'_> {
 
     fn reduce(&mut self, sums: &Accumulator) -> Result<()> {
         let Some(meeting) = self.meeting else { return Ok(()) };
-        let mine = sums.sums.copy()?;
+        let own_sums = sums.sums.copy()?;
         // Ranks may have streams of their own.
         self.device.synchronize()?;
-        for (rank, message) in meeting.exchange(self.rank, Message::Tensor(mine)).into_iter().enumerate() {
+        for (rank, message) in meeting.exchange(self.rank, Message::Tensor(own_sums)).into_iter().enumerate() {
             if let (true, Message::Tensor(others)) = (rank != self.rank, message) {
                 primitives::merge(&sums.sums, &others)?;
             }
@@ -83,10 +83,10 @@ impl Feed for Blocks<'_> {
     }
 
     fn first_row(&mut self) -> Result<Tensor> {
-        let mine = self.blocks.first().map(|block| first_row(&block.x)).transpose()?;
-        let Some(meeting) = self.meeting else { return Ok(mine.expect("a rank alone has all rows")) };
+        let own_row = self.blocks.first().map(|block| first_row(&block.x)).transpose()?;
+        let Some(meeting) = self.meeting else { return Ok(own_row.expect("a rank alone has all rows")) };
         self.device.synchronize()?;
-        let message = mine.map_or_else(|| Message::Numbers(vec![]), Message::Tensor);
+        let message = own_row.map_or_else(|| Message::Numbers(vec![]), Message::Tensor);
         let rows = meeting.exchange(self.rank, message).into_iter().find_map(|message| match message {
             Message::Tensor(rows) => Some(rows),
             Message::Numbers(_) => None,
@@ -131,7 +131,7 @@ struct Cut<'a> {
     pub start: &'a Tensor,
     pub weights: Option<&'a Weights>,
     pub ragged: Option<&'a Ragged>,
-    /// How many blocks each rank has.
+    /// The blocks of each rank.
     pub blocks: usize,
     pub ranks: usize,
 }
@@ -169,7 +169,7 @@ impl Cut<'_> {
     fn fit_rank(&self, rank: usize, meeting: Option<&Meeting>) -> Result<Fit> {
         let Self { settings, p, .. } = self;
         let device = self.x.device();
-        // Where part `part` of `parts` begins.
+        // The first row of part `part` of `parts`.
         let cut = |part: usize, parts: usize, from: usize, rows: usize| from + rows * part / parts;
         let (begin, end) = (cut(rank, self.ranks, 0, p.n), cut(rank + 1, self.ranks, 0, p.n));
         let ends = (0..=self.blocks).map(|block| cut(block, self.blocks, begin, end - begin));

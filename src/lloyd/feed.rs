@@ -28,7 +28,7 @@ pub(crate) struct Block<'a> {
     pub stays: bool,
 }
 
-/// Who has the rows of a fit: a tensor, in one block; or blocks, one after another. They may be all rows or those of one *rank*, a
+/// The holder of a fit's rows: a tensor, in one block; or blocks, one after another. They may be all rows or those of one *rank*, a
 /// worker among several that share them, as in MPI. Ranks meet in `reduce` and `gather`, so each calls the same methods in the
 /// same order.
 pub(crate) trait Feed {

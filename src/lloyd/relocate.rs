@@ -88,8 +88,8 @@ impl Lloyd<'_> {
             // A row on its centroid has nowhere better to be, and one of no weight moves no centroid.
             let far = &distances[b];
             let movable = |&i: &usize| {
-                let away = far[i] > 0.0 || metric == Metric::Dot && !far[i].is_nan();
-                away && weights.as_ref().is_none_or(|weights| weights[b][i] > 0.0)
+                let off_centroid = far[i] > 0.0 || metric == Metric::Dot && !far[i].is_nan();
+                off_centroid && weights.as_ref().is_none_or(|weights| weights[b][i] > 0.0)
             };
             let candidate = |i| Candidate { distance: far[i], row: block.first + i, label: labels[b][i] };
             for candidate in (0..x.n).filter(movable).map(candidate) {

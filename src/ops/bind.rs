@@ -1,4 +1,4 @@
-//! How Candle reaches an op: its custom ops get storages that it has locked, with their layouts, one method a device.
+//! The way from Candle to an op: its custom ops get storages that it has locked, with their layouts, one method a device.
 
 use crate::error::Error;
 use candle_core::{CpuStorage, CudaStorage, Shape, Storage};

@@ -2,7 +2,7 @@
 
 use crate::tiles::STATIC_SHARED;
 
-/// Where a fit runs.
+/// The device that a fit runs on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Arch {
     Cpu,

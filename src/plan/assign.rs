@@ -5,7 +5,7 @@ use crate::{metric::Metric, problem::Problem, rows::RowLayout, tiles};
 use candle_core::DType;
 use std::cell::Cell;
 
-/// How rows are assigned to the nearest of their centroids.
+/// The plan of an assignment of rows to the nearest of their centroids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) struct AssignPlan {

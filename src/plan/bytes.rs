@@ -1,4 +1,4 @@
-//! How much memory a fit takes.
+//! The memory that a fit takes.
 
 use super::{arch::Arch, assign::assign_scratch, on_chip::OnChip, sort::Sort, Steps};
 use crate::{

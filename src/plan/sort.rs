@@ -1,9 +1,9 @@
-//! How labels are sorted.
+//! The sort of labels.
 
 use super::arch::{shared_memory, Arch};
 use crate::tiles;
 
-/// How labels are sorted on a GPU, by counting.
+/// The plan of a sort of labels on a GPU, by counting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) struct Sort {

@@ -1,15 +1,15 @@
-//! How rows are reduced by their labels.
+//! The reduction of rows by their labels.
 
 use super::{arch::Arch, sort::Sort};
 use crate::{rows::RowLayout, tiles};
 use candle_core::DType;
 
-/// How the rows of each cluster become its mean, its sum or its median.
+/// The plan by which the rows of each cluster become its mean, its sum or its median.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) struct UpdatePlan {
     pub kernel: UpdateKernel,
-    /// How labels are sorted, if they are not in order yet. A GPU's.
+    /// The sort of labels that are not in order yet. A GPU's.
     pub sort: Sort,
     /// Rows of the order that a warp adds up. A GPU's.
     pub piece: usize,

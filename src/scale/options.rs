@@ -1,4 +1,4 @@
-//! How much of a stream is where.
+//! The device and the memory of a stream.
 
 use super::{reads::moving, source::Source};
 use crate::{
@@ -17,7 +17,7 @@ const CPU_BYTES: usize = 4 << 30;
 /// Bytes that a fit has of each row beside it: its label and, by cosine or with weights, its factor.
 const BESIDE_ROW: usize = 12;
 
-/// Where a stream of rows is worked on, and in how much memory, for [`KMeans::fit_stream`](crate::KMeans::fit_stream) and
+/// The device that a stream of rows is worked on, and the memory for it, for [`KMeans::fit_stream`](crate::KMeans::fit_stream) and
 /// [`Fit::predict_stream`](crate::Fit::predict_stream). No setting changes a bit of what comes out.
 #[derive(Clone, Debug)]
 pub struct StreamOptions {
@@ -43,7 +43,7 @@ impl StreamOptions {
         self
     }
 
-    /// How many rows are read at a time, at least one, if the memory allows for as many.
+    /// Sets the rows that are read at a time, at least one, if the memory allows for as many.
     pub fn block_rows(mut self, rows: usize) -> Self {
         self.block_rows = Some(rows);
         self
@@ -61,7 +61,7 @@ impl StreamOptions {
         Ok(())
     }
 
-    /// How these rows are cut into blocks.
+    /// The cut of these rows into blocks.
     pub(super) fn cut(&self, source: &Source<'_>) -> Result<Cut> {
         let (row_bytes, device) = (source.row_bytes(), &self.device);
         let memory = match self.memory {
@@ -81,7 +81,7 @@ impl StreamOptions {
 pub(super) struct Cut {
     /// Of all blocks but the last one.
     pub rows: usize,
-    /// How many stay.
+    /// The number of blocks that stay.
     pub staying: usize,
 }
 

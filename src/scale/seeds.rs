@@ -1,4 +1,4 @@
-//! Where a fit of a stream starts.
+//! The start of a fit of a stream.
 
 use super::{reads::read_rows, source::Source};
 use crate::{

@@ -59,13 +59,13 @@ pub(super) fn assign<T: Element>(
         launch!(dev, Prepare, "prepare_means", T::SUFFIX, elements(&[copies, d.div_ceil(WARP)]), WARP * WARP;
             &cs, &shape(&one), &active, &mu)?;
     }
-    let of = metric as i32;
+    let metric = metric as i32;
     launch!(dev, Prepare, "prepare_centroids", T::SUFFIX, warps(elements(&[copies, k])), THREADS;
-        &cs, &shape(&one), &active, &of, &mu, &moved, &bias, &largest)?;
+        &cs, &shape(&one), &active, &metric, &mu, &moved, &bias, &largest)?;
     let (tiles, k, copies) = (elements(&[x.b, x.n.div_ceil(SIMT_ROWS)]), k as i64, copies as i64);
     launch!(dev, AssignSimt, plan.kernel.name(), T::SUFFIX, tiles, THREADS;
-        &xs, &shape(x), &active, &k, &mu, &moved, &bias, &largest, &copies, &of, &labels, &list, &listed)?;
+        &xs, &shape(x), &active, &k, &mu, &moved, &bias, &largest, &copies, &metric, &labels, &list, &listed)?;
     let blocks = elements(&[x.b, warps(x.n)]).min(RECHECK_BLOCKS);
     launch!(dev, AssignSimt, "recheck", T::SUFFIX, blocks, THREADS;
-        &xs, &shape(x), &active, &cs, &shape(c), &mu, &moved, &bias, &largest, &copies, &of, &labels, &list, &listed)
+        &xs, &shape(x), &active, &cs, &shape(c), &mu, &moved, &bias, &largest, &copies, &metric, &labels, &list, &listed)
 }

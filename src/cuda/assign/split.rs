@@ -53,7 +53,7 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: DevicePtr<u32>
     let (mut listed, list, halves) = (w.ptr(listed), w.ptr(list), w.ptr(halves));
     let [slack, slack_split] = slacks.map(|s| w.ptr(s));
 
-    let (of, none, reaches) = (metric as i32, DevicePtr::<f32>::NULL, w.ptr(reaches));
+    let (metric_id, none, reaches) = (metric as i32, DevicePtr::<f32>::NULL, w.ptr(reaches));
     let (k64, pitch64, both64, padded64, copies64) =
         (k as i64, pitch as i64, both as i64, padded as i64, copies as i64);
     if metric == Metric::SquaredEuclidean {
@@ -63,10 +63,10 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: DevicePtr<u32>
             &xs, &shape(x), &cs, &shape(&one), &active, &mu, &largest, &reaches)?;
     } else {
         launch!(dev, Split, "split_largest", "f32", warps(elements(&[copies, k])), THREADS;
-            &cs, &shape(&one), &active, &of, &mu, &largest)?;
+            &cs, &shape(&one), &active, &metric_id, &mu, &largest)?;
     }
     launch!(dev, Split, "split_centroids", "f32", warps(elements(&[copies, padded])), THREADS;
-        &cs, &shape(&one), &active, &of, &mu, &largest, &reaches, &pitch64, &padded64, &moved, &start, &bounds,
+        &cs, &shape(&one), &active, &metric_id, &mu, &largest, &reaches, &pitch64, &padded64, &moved, &start, &bounds,
         &w.ptr(table.keys), &w.ptr(table.first), &(table.slots as i64), &w.ptr(table.slot))?;
     table.drop_duplicates(dev, &w, &cs, &one, active, start)?;
 
@@ -79,7 +79,7 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: DevicePtr<u32>
         let count = problems * rows;
         let lanes = (pitch / 8).next_power_of_two().clamp(4, WARP);
         launch!(dev, Split, "split_rows", "f32", warps(count.div_ceil(WARP / lanes)).min(16 * processors), THREADS;
-            &xs, &shape(x), &active, &(first as i64), &(count as i64), &of, &mu, &largest, &bounds, &copies64, &pitch64,
+            &xs, &shape(x), &active, &(first as i64), &(count as i64), &metric_id, &mu, &largest, &bounds, &copies64, &pitch64,
             &halves, &slack, &slack_split)?;
 
         let part = Rows { b: problems, n: rows, ..x.clone() };
@@ -110,7 +110,7 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: DevicePtr<u32>
         let shared = sweep_shared(2 * d) + RECHECK_SHARED;
         launch!(dev, Recheck, "recheck_split", "f32", 2 * processors, SM80_ROWS, shared;
             &halves, &originals, &shape(&part), &active, &centroids, &shape(c), &moved, &start, &low, &k64, &both64, &padded64,
-            &copies64, &of, &labels, &list, &listed, &slack_split, &slack)?;
+            &copies64, &metric_id, &labels, &list, &listed, &slack_split, &slack)?;
         (first, listed) = (first + count, listed.from(problems));
     }
     Ok(())

@@ -94,20 +94,21 @@ pub(super) fn assign<T: Element>(
     let [scale, own] = [scale, own].map(|place| place.map_or(DevicePtr::NULL, |place| w.ptr(place)));
     let (listed, list) = (w.ptr(listed), w.ptr(list));
 
-    let (of, k64, pitch64, padded64, copies64) = (metric as i32, k as i64, pitch as i64, padded as i64, copies as i64);
+    let (metric_id, k64, pitch64, padded64, copies64) =
+        (metric as i32, k as i64, pitch as i64, padded as i64, copies as i64);
     let (keys, first, slot, slots) = (w.ptr(table.keys), w.ptr(table.first), w.ptr(table.slot), table.slots as i64);
     if prepare_all {
         launch!(dev, Prepare, "prepare_all", T::SUFFIX, copies, ORIGIN_THREADS;
-            &xs, &shape(x), &cs, &shape(&one), &active, &of, &mu, &pitch64, &padded64, &moved, &start, &scale, &own,
+            &xs, &shape(x), &cs, &shape(&one), &active, &metric_id, &mu, &pitch64, &padded64, &moved, &start, &scale, &own,
             &bounds, &keys, &first, &slots, &slot, &(x.b as i64), &listed)?;
     } else {
         let groups = elements(&[copies, d.div_ceil(ORIGIN_COLUMNS) + 1]);
         let reaches = w.ptr(reaches);
         launch!(dev, Prepare, "prepare_origin", T::SUFFIX, groups, ORIGIN_THREADS;
-            &xs, &shape(x), &cs, &shape(&one), &active, &of, &mu, &reaches)?;
+            &xs, &shape(x), &cs, &shape(&one), &active, &metric_id, &mu, &reaches)?;
         let blocks = elements(&[copies, padded]).div_ceil(THREADS / MOVE_LANES);
         launch!(dev, Prepare, "prepare_moved", T::SUFFIX, blocks, THREADS;
-            &cs, &shape(&one), &active, &of, &reaches, &mu, &pitch64, &padded64, &moved, &start, &scale, &own,
+            &cs, &shape(&one), &active, &metric_id, &reaches, &mu, &pitch64, &padded64, &moved, &start, &scale, &own,
             &bounds, &keys, &first, &slots, &slot)?;
         table.drop_duplicates(dev, &w, &cs, &one, active, start)?;
     }
@@ -118,7 +119,7 @@ pub(super) fn assign<T: Element>(
         let tiles = elements(&[x.b, x.n.div_ceil(SM80_ROWS)]);
         return launch!(dev, AssignSm80, "assign_small", T::SUFFIX, tiles, SM80_ROWS, shared;
             &xs, &shape(x), &active, &cs, &shape(c), &moved, &start, &scale, &own, &bounds, &k64, &pitch64, &padded64,
-            &copies64, &of, &labels);
+            &copies64, &metric_id, &labels);
     }
     let no_slack = DevicePtr::<f32>::NULL;
     if kernel == Assign::Sm90 {
@@ -138,7 +139,7 @@ pub(super) fn assign<T: Element>(
     }
     launch!(dev, Recheck, "recheck_tensor", T::SUFFIX, 2 * processors, SM80_ROWS, shared;
         &xs, &shape(x), &active, &cs, &shape(c), &moved, &start, &scale, &own, &bounds, &k64, &pitch64, &padded64,
-        &copies64, &of, &labels, &list, &listed)
+        &copies64, &metric_id, &labels, &list, &listed)
 }
 
 /// `start + a.b` of 16 columns as the tensor cores add it up: (n), (n, 16) and (n, 16) to (n), for tests.

@@ -22,7 +22,7 @@ use rand::{seq::SliceRandom, Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::path::Path;
 
-/// How a codebook learns while a model trains. Names and defaults are those of vector-quantize-pytorch.
+/// Settings of a codebook that learns while a model trains. Names and defaults are those of vector-quantize-pytorch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ema {
     /// Share of the old that a step keeps (0.8).
@@ -112,11 +112,11 @@ pub struct Quantized {
     pub codes: Tensor,
     /// The commitment loss times its weight, a scalar: over the rows that count, by their weights.
     pub loss: Tensor,
-    /// How much of the codebook the rows that count used.
+    /// The share of the codebook that the rows that count used.
     pub usage: Usage,
 }
 
-/// How much of a codebook some codes use.
+/// The share of a codebook that some codes use.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Usage {
@@ -308,7 +308,7 @@ impl EmaCodebook {
     /// The same on another device.
     ///
     /// # Errors
-    /// Where a device fails.
+    /// Fails where a device does.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         self.fence.read(self.running.means.device())?;
         let (codebook, running, fence) =

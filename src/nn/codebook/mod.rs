@@ -161,7 +161,7 @@ impl Codebook {
         functional::rows_of(&entries, &codes.minimum(k as u32)?)
     }
 
-    /// How much of the codebook `codes`, u32 or u8 `(..batch, n)` below `k`, use. Every code counts, that of a NaN too.
+    /// The share of the codebook that `codes`, u32 or u8 `(..batch, n)` below `k`, use. Every code counts, that of a NaN too.
     ///
     /// # Errors
     /// Refuses shapes and dtypes that do not fit, and codes of no entry (the host waits for that answer).

@@ -64,7 +64,7 @@ macro_rules! quantizer {
             /// The same on another device.
             ///
             /// # Errors
-            /// Where a device fails.
+            /// Fails where a device does.
             pub fn to_device(&self, device: &Device) -> Result<Self> {
                 self.map(|t| t.to_device(device))
             }

@@ -1,4 +1,4 @@
-//! How much of a cache is read.
+//! The budget of tokens that are read of a cache.
 
 /// [`ClusteredKvCache::attend`](super::ClusteredKvCache::attend) may read so much besides the sinks and the recent tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! How tokens are clustered, a segment at a time.
+//! The clusters of tokens, a segment at a time.
 
 use super::{ClusteredKvCache, Stored, MAX_TOKENS};
 use crate::{

@@ -53,12 +53,12 @@ pub(super) fn choosers(q: &Tensor, size: usize) -> Result<(Tensor, Order)> {
     Ok((functional::rows_of(q, &for_each_head(rows, q)?)?, groups))
 }
 
-/// Where the next call's clusters start.
+/// The start of the next call's clusters.
 #[derive(Clone, Debug)]
 pub(super) struct Warm {
     /// `(b, heads, k, d)`
     pub(super) centroids: Tensor,
-    /// How many rows were nearest to each, u32 `(b, heads, k)`; none where some row was not finite.
+    /// The number of rows that were nearest to each, u32 `(b, heads, k)`; none where some row was not finite.
     pub(super) sizes: Tensor,
     /// The rows that they are centroids of.
     pub(super) rows: usize,

@@ -20,7 +20,7 @@ use reference::masked;
 
 /// Rows of a problem: tokens are listed in u32, whose last bit marks a cluster that stands for its tokens.
 const MAX_TOKENS: usize = 1 << 30;
-/// How tokens are put into groups.
+/// The grouping of tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Grouping {
@@ -32,7 +32,7 @@ pub enum Grouping {
     Random(usize),
 }
 
-/// How many of the grouped keys a group of queries reads: one at least.
+/// The grouped keys that a group of queries reads: one at least.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum KeyBudget {
@@ -141,13 +141,13 @@ impl RoutedAttention {
         }
     }
 
-    /// How keys are grouped.
+    /// Sets the grouping of keys.
     pub fn keys(mut self, keys: Grouping) -> Self {
         self.keys = keys;
         self
     }
 
-    /// How queries are grouped.
+    /// Sets the grouping of queries.
     pub fn queries(mut self, queries: Grouping) -> Self {
         self.queries = queries;
         self

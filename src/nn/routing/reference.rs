@@ -29,12 +29,12 @@ pub(super) fn masked(r: &Routed<'_>) -> Result<Tensor> {
     let bias = |g: &RoutedGroups| {
         let units = g.queries.k();
         let before = Tensor::from_iter((0..p * group).map(|h| (h * units) as u32), device)?.reshape((p * group, 1))?;
-        let of = g.queries.labels.broadcast_add(&before)?;
+        let query_groups = g.queries.labels.broadcast_add(&before)?;
         let bias = match &g.choosers {
             Some((q, groups)) => g.bias(r, &scaled(q)?, groups)?,
             None => g.bias(r, &queries, &g.queries)?,
         };
-        Ok::<_, Error>((bias, of))
+        Ok::<_, Error>((bias, query_groups))
     };
     let bias = r.groups.map(bias).transpose()?;
     let step = (BLOCK / (b * heads * columns)).clamp(1, m);
@@ -43,8 +43,8 @@ pub(super) fn masked(r: &Routed<'_>) -> Result<Tensor> {
         let count = step.min(m - start);
         let rows = queries.narrow(2, start, count)?.reshape((p, group * count, d))?;
         let mut scores = rows.matmul(&keys)?.reshape((p * group, count, columns))?;
-        if let Some((bias, of)) = &bias {
-            let bias = bias.index_select(&of.narrow(1, start, count)?.flatten_all()?, 0)?;
+        if let Some((bias, query_groups)) = &bias {
+            let bias = bias.index_select(&query_groups.narrow(1, start, count)?.flatten_all()?, 0)?;
             scores = (scores + bias.reshape((p * group, count, columns))?)?;
         }
         if r.causal {

@@ -55,7 +55,7 @@ fn parse(file: &SourceFile, footer: &[u8], names: &[&str]) -> Result<(FileDecode
     Ok((decoder, columns, blocks))
 }
 
-/// Where a block begins, and the sizes of its message and its body.
+/// The offset of a block, and the sizes of its message and its body.
 fn place(file: &SourceFile, block: &Block) -> Result<[u64; 3]> {
     let place = [block.offset(), block.metaDataLength().into(), block.bodyLength()];
     match place.map(u64::try_from) {

@@ -29,11 +29,11 @@ pub(crate) trait Batches: Send + Sync {
 #[derive(Clone, Debug)]
 pub(crate) struct Columns {
     names: Vec<String>,
-    /// Where they are among all columns.
+    /// Their places among all columns.
     pub indices: Vec<usize>,
     stored: StoredType,
     lists: bool,
-    /// How long lists are, if their type says so.
+    /// The length of lists, if their type says so.
     length: Option<usize>,
 }
 

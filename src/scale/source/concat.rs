@@ -36,7 +36,7 @@ pub(crate) fn concat(parts: Vec<Table<'_>>) -> Result<Table<'_>> {
 
 struct Concatenated<'a> {
     parts: Vec<Table<'a>>,
-    /// How many rows there are up to the end of each part.
+    /// The number of rows up to the end of each part.
     ends: Vec<u64>,
 }
 

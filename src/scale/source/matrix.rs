@@ -14,7 +14,7 @@ use std::ops::Range;
 /// Bytes that are read at a time where rows do not lie next to each other.
 const BLOCK: usize = 1 << 20;
 
-/// How the numbers lie.
+/// The layout of the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
     /// Row after row.

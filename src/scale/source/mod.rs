@@ -1,4 +1,4 @@
-//! Where rows come from that memory does not hold: files, or a caller's own store, read piece by piece.
+//! Sources of rows that memory does not hold: files, or a caller's own store, read piece by piece.
 //!
 //! A format is a file beside this one, which turns a header into a [`Table`]. What all of them share is here: refusals of ranges and
 //! buffers, and values that are widened to the type that is computed in.
@@ -173,7 +173,7 @@ impl<'a> Source<'a> {
         Ok(self)
     }
 
-    /// How many rows there are, and their columns; neither is 0.
+    /// The number of rows and of their columns; neither is 0.
     pub fn shape(&self) -> (u64, usize) {
         (self.table.n, self.table.d)
     }
@@ -249,9 +249,9 @@ impl fmt::Debug for Source<'_> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SourceIdentity {
-    /// How many rows there are.
+    /// The number of rows.
     pub n: u64,
-    /// How many columns they have.
+    /// The number of columns.
     pub d: usize,
     /// The type of the stored values.
     pub stored: StoredType,

@@ -63,7 +63,7 @@ struct ParquetBatches {
     file: Arc<SourceFile>,
     metadata: ArrowReaderMetadata,
     mask: ProjectionMask,
-    /// How many rows there are up to the end of each row group.
+    /// The number of rows up to the end of each row group.
     ends: Vec<u64>,
 }
 

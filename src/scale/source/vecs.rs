@@ -16,7 +16,7 @@ pub(crate) fn open_bin(file: SourceFile, stored: StoredType) -> Result<Table<'st
     Header { offset: 8, n, d, stored, order: Order::Rows, big_endian: false }.table(file, &bytes)
 }
 
-/// How many columns the other rows have is checked where they are read: to look at each row here would be to read the file.
+/// The number of columns of the other rows is checked where they are read: to look at each row here would be to read the file.
 pub(crate) fn open_vecs(file: SourceFile, stored: StoredType) -> Result<Table<'static>> {
     let bytes = file.bytes(0, 4)?;
     let count = i32::from_le_bytes(bytes[..].try_into().expect("four bytes"));
