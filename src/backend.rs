@@ -4,11 +4,12 @@
 //! `primitives` says of each what it is; what a back end has no kernel for keeps its default.
 
 use crate::{
-    error::Result,
+    error::{Error, Result},
     memory::Memory,
     metric::Metric,
     operand::{Readable, Target},
     plan::{arch::Arch, on_chip::FitResident, sort::Sort},
+    ranks::{Ranks, Rendezvous},
     request::{Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
@@ -47,6 +48,22 @@ pub(crate) trait Backend {
     /// Buffers of so many bytes.
     fn staging(&self, device: &Device, count: usize, bytes: usize) -> Result<Vec<Box<dyn Staging>>> {
         (0..count).map(|_| Ok(Box::new(Pageable::new(device, bytes)?) as Box<dyn Staging>)).collect()
+    }
+
+    /// Where ranks of this process find each other; none where they meet in memory alone.
+    fn rendezvous(&self) -> Result<Option<Rendezvous>> {
+        Ok(None)
+    }
+
+    /// A rank with a device of its own.
+    fn join<'a>(&self, device: &Device, _: Rendezvous, _: &'a dyn Ranks) -> Result<Box<dyn Ranks + 'a>> {
+        Err(Error::Unsupported { op: "join", device: format!("{:?}", device.location()) })
+    }
+
+    /// A rank that is a process.
+    fn join_launched(&self, device: &Device, _rank: usize, _ranks: usize) -> Result<Box<dyn Ranks>> {
+        let op = "ranks in processes, without the feature `nccl`";
+        Err(Error::Unsupported { op, device: format!("{:?}", device.location()) })
     }
 
     /// None where Candle's copy will do.

@@ -92,6 +92,9 @@ pub enum Error {
     /// Reading or writing a file failed.
     #[error("{path}: {source}")]
     Io { path: String, source: std::io::Error },
+    /// One of several ranks that share the rows of a fit has failed, and with it the others; `rank` counts from 0.
+    #[error("rank {rank} of {ranks}: {source}")]
+    InRank { rank: usize, ranks: usize, source: Box<Error> },
     /// An error from Candle.
     #[error(transparent)]
     Candle(candle_core::Error),

@@ -37,6 +37,26 @@ __device__ void finish(const Clusters<T>& to, const double* max_abs, const doubl
     }
 }
 
+/// Cuts sums into four limbs of 32 bits each, the last one signed, which add up without carries.
+__device__ void limbs_of(int64_t count, const unsigned long long* sums, long long* limbs) {
+    for (int64_t i = global_thread(); i < count; i += all_threads()) {
+        for (int half = 0; half < 2; ++half) {
+            const unsigned long long bits = sums[2 * i + half];
+            limbs[4 * i + 2 * half] = bits & 0xffffffff;
+            limbs[4 * i + 2 * half + 1] = half ? static_cast<long long>(bits) >> 32 : bits >> 32;
+        }
+    }
+}
+
+/// Puts sums together from limbs that have been added up.
+__device__ void sums_of(int64_t count, const long long* limbs, unsigned long long* sums) {
+    for (int64_t i = global_thread(); i < count; i += all_threads()) {
+        __int128 sum = 0;
+        for (int limb = 3; limb >= 0; --limb) sum = (sum << 32) + limbs[4 * i + limb];
+        reinterpret_cast<__int128*>(sums)[i] = sum;
+    }
+}
+
 /// Adds the sums of another accumulator of the same grid.
 __device__ void merge_sums_of(int64_t count, unsigned long long* sums, const unsigned long long* others) {
     for (int64_t i = global_thread(); i < count; i += all_threads()) {

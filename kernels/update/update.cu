@@ -156,3 +156,9 @@ extern "C" __global__ void settle_shifts(int64_t b, double* shift, Active active
 extern "C" __global__ void merge_sums(int64_t count, unsigned long long* sums, const unsigned long long* others) {
     merge_sums_of(count, sums, others);
 }
+extern "C" __global__ void limbs_of_sums(int64_t count, const unsigned long long* sums, long long* limbs) {
+    limbs_of(count, sums, limbs);
+}
+extern "C" __global__ void sums_of_limbs(int64_t count, const long long* limbs, unsigned long long* sums) {
+    sums_of(count, limbs, sums);
+}

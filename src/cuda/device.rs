@@ -6,7 +6,11 @@ use crate::{
     plan::arch::Arch,
 };
 use candle_core::cuda_backend::{
-    cudarc::driver::{result, sys::CUdevice_attribute},
+    cudarc::driver::{
+        result,
+        sys::{CUdevice_attribute, CUresult},
+        CudaContext, DriverError,
+    },
     CudaDevice, WrapErr,
 };
 
@@ -20,6 +24,14 @@ pub(crate) fn arch(dev: &CudaDevice) -> Result<Arch> {
 pub(super) fn processors(dev: &CudaDevice) -> Result<usize> {
     let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
     Ok(dev.cuda_stream().context().attribute(count).w()? as usize)
+}
+
+/// The number of GPUs that are visible; none where there is no driver.
+pub(crate) fn count() -> Result<usize> {
+    match CudaContext::device_count() {
+        Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => Ok(0),
+        count => Ok(count.w()? as usize),
+    }
 }
 
 /// The bytes of a device's memory that no process has taken.

@@ -5,22 +5,29 @@
 
 pub(crate) mod assign;
 mod attend;
-mod device;
+pub(crate) mod device;
 pub(crate) mod fence;
 pub(crate) mod kernel;
+#[cfg(feature = "nccl")]
+mod launched;
 pub(crate) mod memory;
 mod module;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod on_chip;
 mod params;
 mod route;
 mod rows;
 mod seed;
 mod select;
+mod side;
 mod sort;
 mod staging;
 mod tensors;
 mod update;
 
+#[cfg(feature = "nccl")]
+use crate::ranks::{Ranks, Rendezvous};
 use crate::{
     backend::Backend,
     error::Result,
@@ -54,6 +61,22 @@ impl Backend for Cuda {
 
     fn staging(&self, device: &Device, count: usize, bytes: usize) -> Result<Vec<Box<dyn Staging>>> {
         staging::staging(device.as_cuda_device()?, count, bytes)
+    }
+
+    #[cfg(feature = "nccl")]
+    fn rendezvous(&self) -> Result<Option<Rendezvous>> {
+        nccl::rendezvous().map(Some)
+    }
+
+    #[cfg(feature = "nccl")]
+    fn join<'a>(&self, device: &Device, at: Rendezvous, others: &'a dyn Ranks) -> Result<Box<dyn Ranks + 'a>> {
+        Ok(Box::new(nccl::Joined::new(device.as_cuda_device()?, at, others)?))
+    }
+
+    #[cfg(feature = "nccl")]
+    fn join_launched(&self, device: &Device, rank: usize, ranks: usize) -> Result<Box<dyn Ranks>> {
+        let device = device.as_cuda_device()?;
+        Ok(Box::new(launched::Launched::new(device, nccl::rendezvous()?, rank, ranks)?))
     }
 
     fn contiguous(&self, t: &dyn Readable) -> Result<Option<Tensor>> {

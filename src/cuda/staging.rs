@@ -2,10 +2,10 @@
 //!
 //! The copies have a stream of their own, and two events order each with the work of the thread that asks for it: it begins when
 //! that thread's stream has allocated what it writes, and what that thread queues after [`Staging::receive`] waits until it is over.
-//! The stream is not cudarc's, which tracks every use of all memory of a context from the second stream on.
 
 use super::{
     memory::alloc,
+    side::{Event, SideStream},
     tensors::{typed, Element},
 };
 use crate::{
@@ -14,63 +14,17 @@ use crate::{
 };
 use candle_core::{
     cuda_backend::{
-        cudarc::driver::{
-            result::{self, event, stream as streams},
-            sys::{CUevent, CUevent_flags, CUevent_wait_flags, CUresult, CUstream},
-            CudaContext, DevicePtrMut, DriverError,
-        },
+        cudarc::driver::{result, sys::CUresult, DevicePtrMut, DriverError},
         CudaDevice, CudaStorage, WrapErr,
     },
     DType, Shape, Storage, Tensor,
 };
 use std::{ptr::NonNull, slice, sync::Arc};
 
-const WAIT: CUevent_wait_flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-
-/// A stream for copies.
-struct CopyStream {
-    stream: CUstream,
-    context: Arc<CudaContext>,
-}
-
-// SAFETY: a handle of the driver's, which any thread may use.
-unsafe impl Send for CopyStream {}
-// SAFETY: as above; calls by several threads are ordered by the driver.
-unsafe impl Sync for CopyStream {}
-
-impl Drop for CopyStream {
-    fn drop(&mut self) {
-        self.context.record_err(self.context.bind_to_thread());
-        // SAFETY: it was created with this value, and nobody else has it. What is queued there is completed.
-        self.context.record_err(unsafe { streams::destroy(self.stream) });
-    }
-}
-
-/// An event that is not timed.
-struct Event {
-    event: CUevent,
-    context: Arc<CudaContext>,
-}
-
-impl Event {
-    fn new(context: &Arc<CudaContext>) -> Result<Self> {
-        let event = event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING).w()?;
-        Ok(Self { event, context: context.clone() })
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        self.context.record_err(self.context.bind_to_thread());
-        // SAFETY: it was created with this value, and nobody else has it.
-        self.context.record_err(unsafe { event::destroy(self.event) });
-    }
-}
-
 /// A page-locked buffer.
 pub(super) struct PageLocked {
     dev: CudaDevice,
-    copies: Arc<CopyStream>,
+    copies: Arc<SideStream>,
     bytes: NonNull<u8>,
     len: usize,
     /// The event after the allocation of the destination.
@@ -85,8 +39,8 @@ pub(super) struct PageLocked {
 unsafe impl Send for PageLocked {}
 
 impl PageLocked {
-    fn new(dev: &CudaDevice, copies: &Arc<CopyStream>, len: usize) -> Result<Self> {
-        let context = &copies.context;
+    fn new(dev: &CudaDevice, copies: &Arc<SideStream>, len: usize) -> Result<Self> {
+        let context = copies.context();
         let (allocated, copied) = (Event::new(context)?, Event::new(context)?);
         // SAFETY: the context is current. The bytes are written below before any is read.
         let bytes = unsafe { result::malloc_host(len.max(1), 0) }.map_err(|e| out_of_host_memory(e, len))?;
@@ -98,32 +52,28 @@ impl PageLocked {
 
     /// Copies the first bytes to new memory for so many elements, beside what the stream has queued after the allocation.
     fn copy<T: Element>(&mut self, len: usize) -> Result<CudaStorage> {
-        let (stream, copies) = (self.dev.cuda_stream(), self.copies.stream);
+        let (stream, copies) = (self.dev.cuda_stream(), &self.copies);
         let mut to = alloc::<T>(&self.dev, "read rows", len)?;
         let (address, order) = to.device_ptr_mut(&stream);
         // SAFETY: the buffer holds as many bytes, which nobody writes until `copied` is over.
         let bytes = unsafe { slice::from_raw_parts(self.bytes.as_ptr(), len * size_of::<T>()) };
-        // SAFETY: events and streams are there, and both ends of the copy until `copied` is over, for which `drop` waits.
-        let queued = unsafe {
-            event::record(self.allocated.event, stream.cu_stream())
-                .and_then(|()| streams::wait_event(copies, self.allocated.event, WAIT))
-                .and_then(|()| result::memcpy_htod_async(address, bytes, copies))
-                .and_then(|()| event::record(self.copied.event, copies))
-        };
+        let queued = copies.follow(&stream, &self.allocated).and_then(|()| {
+            // SAFETY: both ends of the copy are there until `copied` is over, for which `drop` waits.
+            unsafe { result::memcpy_htod_async(address, bytes, copies.handle()) }?;
+            copies.record(&self.copied)
+        });
         drop(order);
         if queued.is_err() {
             // A copy may be under way that no event tells the end of.
-            // SAFETY: the stream is there.
-            self.copies.context.record_err(unsafe { streams::synchronize(copies) });
+            copies.context().record_err(copies.synchronize());
         }
         queued.w()?;
         Ok(CudaStorage::wrap_cuda_slice(to, self.dev.clone()))
     }
 
     fn wait(&self) -> std::result::Result<(), DriverError> {
-        self.copies.context.bind_to_thread()?;
-        // SAFETY: the event is there. One that was never recorded is over.
-        unsafe { event::synchronize(self.copied.event) }
+        self.copies.context().bind_to_thread()?;
+        self.copied.wait()
     }
 }
 
@@ -137,7 +87,7 @@ impl Staging for PageLocked {
 
     fn send(&mut self, (n, d): (usize, usize), dtype: DType) -> Result<()> {
         assert!(n * d * dtype.size_in_bytes() <= self.len, "{n} rows of {d} columns in {} bytes", self.len);
-        self.copies.context.bind_to_thread().w()?;
+        self.copies.context().bind_to_thread().w()?;
         let storage = typed!(dtype, T => self.copy::<T>(n * d))?;
         self.sent = Some((storage, (n, d).into()));
         Ok(())
@@ -145,8 +95,7 @@ impl Staging for PageLocked {
 
     fn receive(&mut self) -> Result<Tensor> {
         if self.sent.is_some() {
-            // SAFETY: the event and the stream are there.
-            unsafe { streams::wait_event(self.dev.cuda_stream().cu_stream(), self.copied.event, WAIT) }.w()?;
+            self.copied.hold(&self.dev.cuda_stream()).w()?;
         }
         let (storage, shape) = self.sent.take().ok_or_else(nothing_sent)?;
         Ok(Tensor::from((Storage::Cuda(storage), shape)))
@@ -155,7 +104,7 @@ impl Staging for PageLocked {
 
 impl Drop for PageLocked {
     fn drop(&mut self) {
-        let context = self.copies.context.clone();
+        let context = self.copies.context().clone();
         context.record_err(self.wait());
         self.sent = None;
         // SAFETY: it was allocated so, and no copy reads it any more.
@@ -165,10 +114,7 @@ impl Drop for PageLocked {
 
 /// Buffers of so many bytes, whose copies share a stream.
 pub(super) fn staging(dev: &CudaDevice, count: usize, bytes: usize) -> Result<Vec<Box<dyn Staging>>> {
-    let context = dev.cuda_stream().context().clone();
-    context.bind_to_thread().w()?;
-    let stream = streams::create(streams::StreamKind::NonBlocking).w()?;
-    let copies = Arc::new(CopyStream { stream, context });
+    let copies = Arc::new(SideStream::new(dev.cuda_stream().context())?);
     (0..count).map(|_| Ok(Box::new(PageLocked::new(dev, &copies, bytes)?) as Box<dyn Staging>)).collect()
 }
 

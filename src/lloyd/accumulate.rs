@@ -56,7 +56,7 @@ impl Total {
 
     /// The sums of all ranks, f64 `(b,)`.
     pub(super) fn finish(&self, feed: &mut dyn Feed, memory: &Memory) -> Result<Tensor> {
-        feed.reduce(&self.0)?;
+        feed.ranks().reduce(&self.0.sums)?;
         let sums = Tensor::zeros((self.0.max_abs.elem_count(), 1, 1), DType::F64, self.0.sums.device())?;
         primitives::finish(&Finish { sums: &self.0, reduction: Reduction::Sum, turn: None }, (&sums).into(), memory)?;
         Ok(sums.flatten_all()?)

@@ -10,49 +10,20 @@ use crate::{
     error::{Error, Result},
     fit::Fit,
     kmeans::KMeans,
-    primitives,
+    meeting::run_ranks,
     problem::Problem,
-    request::Accumulator,
+    ranks::Ranks,
     rows::Rows,
 };
-use candle_core::{Device, Tensor};
-use std::sync::{Barrier, Mutex, PoisonError};
-
-/// A meeting of the ranks of a process: each leaves a message and takes those of all.
-pub(super) struct Meeting {
-    barrier: Barrier,
-    messages: Mutex<Vec<Option<Message>>>,
-}
-
-/// A message of a rank to the others.
-#[derive(Clone)]
-enum Message {
-    Numbers(Vec<f64>),
-    Tensor(Tensor),
-}
-
-impl Meeting {
-    pub(super) fn new(ranks: usize) -> Self {
-        Self { barrier: Barrier::new(ranks), messages: Mutex::new(vec![None; ranks]) }
-    }
-
-    /// The messages of all ranks, once each has sent its own.
-    fn exchange(&self, rank: usize, mine: Message) -> Vec<Message> {
-        let messages = || self.messages.lock().unwrap_or_else(PoisonError::into_inner);
-        messages()[rank] = Some(mine);
-        self.barrier.wait();
-        let all = messages().iter().flatten().cloned().collect();
-        self.barrier.wait();
-        all
-    }
-}
+use candle_core::{DType, Tensor};
+use std::iter;
 
 /// The blocks of a rank.
 pub(super) struct Blocks<'a> {
     blocks: Vec<OwnedBlock>,
-    device: Device,
-    rank: usize,
-    meeting: Option<&'a Meeting>,
+    /// The labels of no rows, u32 `(b, 0)`.
+    none: Tensor,
+    ranks: &'a dyn Ranks,
 }
 
 impl Feed for Blocks<'_> {
@@ -60,38 +31,12 @@ impl Feed for Blocks<'_> {
         self.blocks.iter().try_for_each(|block| visit(block.as_block(true)))
     }
 
-    fn reduce(&mut self, sums: &Accumulator) -> Result<()> {
-        let Some(meeting) = self.meeting else { return Ok(()) };
-        let own_sums = sums.sums.copy()?;
-        // Ranks may have streams of their own.
-        self.device.synchronize()?;
-        for (rank, message) in meeting.exchange(self.rank, Message::Tensor(own_sums)).into_iter().enumerate() {
-            if let (true, Message::Tensor(others)) = (rank != self.rank, message) {
-                primitives::merge(&sums.sums, &others)?;
-            }
-        }
-        Ok(self.device.synchronize()?)
+    fn ranks(&self) -> &dyn Ranks {
+        self.ranks
     }
 
-    fn gather(&mut self, mine: Vec<f64>) -> Result<Vec<Vec<f64>>> {
-        let Some(meeting) = self.meeting else { return Ok(vec![mine]) };
-        let numbers = |message| match message {
-            Message::Numbers(numbers) => numbers,
-            Message::Tensor(_) => unreachable!("ranks say the same in the same order"),
-        };
-        Ok(meeting.exchange(self.rank, Message::Numbers(mine)).into_iter().map(numbers).collect())
-    }
-
-    fn first_row(&mut self) -> Result<Tensor> {
-        let own_row = self.blocks.first().map(|block| first_row(&block.x)).transpose()?;
-        let Some(meeting) = self.meeting else { return Ok(own_row.expect("a rank alone has all rows")) };
-        self.device.synchronize()?;
-        let message = own_row.map_or_else(|| Message::Numbers(vec![]), Message::Tensor);
-        let rows = meeting.exchange(self.rank, message).into_iter().find_map(|message| match message {
-            Message::Tensor(rows) => Some(rows),
-            Message::Numbers(_) => None,
-        });
-        Ok(rows.expect("a rank has rows"))
+    fn first_row(&mut self) -> Result<Option<Tensor>> {
+        self.blocks.first().map(|block| first_row(&block.x)).transpose()
     }
 }
 
@@ -101,8 +46,8 @@ impl BlockFeed for Blocks<'_> {
     }
 
     fn labels(&mut self) -> Result<Tensor> {
-        let labels: Vec<_> = self.blocks.iter().map(|block| &block.labels).collect();
-        Ok(Tensor::cat(&labels, 1)?)
+        let labels = self.blocks.iter().map(|block| &block.labels);
+        Ok(Tensor::cat(&iter::once(&self.none).chain(labels).collect::<Vec<_>>(), 1)?)
     }
 }
 
@@ -140,25 +85,12 @@ impl Cut<'_> {
     /// Runs the ranks, on a thread each, and puts their labels together. All else is the same on each.
     fn fit(&self) -> Result<Fit> {
         refuse_medians(self.settings)?;
-        let meeting = (self.ranks > 1).then(|| Meeting::new(self.ranks));
         // Threads may have streams of their own.
         self.x.device().synchronize()?;
-        let fits = std::thread::scope(|scope| {
-            let ranks = (0..self.ranks).map(|rank| {
-                scope.spawn({
-                    let meeting = meeting.as_ref();
-                    move || {
-                        let fit = self.fit_rank(rank, meeting);
-                        self.x.device().synchronize()?;
-                        fit
-                    }
-                })
-            });
-            let ranks: Vec<_> = ranks.collect();
-            let join = |rank: std::thread::ScopedJoinHandle<'_, Result<Fit>>| {
-                rank.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            };
-            ranks.into_iter().map(join).collect::<Result<Vec<_>>>()
+        let fits = run_ranks(self.ranks, |ranks| {
+            let fit = self.fit_rank(ranks);
+            self.x.device().synchronize()?;
+            fit
         })?;
         let labels: Vec<_> = fits.iter().map(|fit| fit.labels.clone()).collect();
         let fit = fits.into_iter().next().expect("at least one rank");
@@ -166,15 +98,17 @@ impl Cut<'_> {
     }
 
     /// The fit, with the labels of this rank's rows.
-    fn fit_rank(&self, rank: usize, meeting: Option<&Meeting>) -> Result<Fit> {
+    fn fit_rank(&self, ranks: &dyn Ranks) -> Result<Fit> {
         let Self { settings, p, .. } = self;
         let device = self.x.device();
         // The first row of part `part` of `parts`.
         let cut = |part: usize, parts: usize, from: usize, rows: usize| from + rows * part / parts;
+        let rank = ranks.rank();
         let (begin, end) = (cut(rank, self.ranks, 0, p.n), cut(rank + 1, self.ranks, 0, p.n));
         let ends = (0..=self.blocks).map(|block| cut(block, self.blocks, begin, end - begin));
         let ends: Vec<_> = ends.collect();
-        let mut feed = Blocks { blocks: vec![], device: device.clone(), rank, meeting };
+        let none = Tensor::zeros((p.b, 0), DType::U32, device)?;
+        let mut feed = Blocks { blocks: vec![], none, ranks };
         for rows in ends.windows(2).filter(|rows| rows[0] < rows[1]) {
             let (first, n) = (rows[0], rows[1] - rows[0]);
             let part = |t: &Tensor| Ok::<_, Error>(t.narrow(1, first, n)?.force_contiguous()?);

@@ -4,7 +4,8 @@ use crate::{
     error::Result,
     plan::{assign::AssignPlan, update::UpdatePlan},
     primitives,
-    request::{Accumulator, Summands},
+    ranks::{Alone, Ranks},
+    request::Summands,
     rows::Rows,
 };
 use candle_core::{DType, Tensor};
@@ -28,25 +29,19 @@ pub(crate) struct Block<'a> {
     pub stays: bool,
 }
 
-/// The holder of a fit's rows: a tensor, in one block; or blocks, one after another. They may be all rows or those of one *rank*, a
-/// worker among several that share them, as in MPI. Ranks meet in `reduce` and `gather`, so each calls the same methods in the
-/// same order.
+/// The holder of a fit's rows: a tensor, in one block; or blocks, one after another. They may be all rows or those of one of several
+/// [`Ranks`].
 pub(crate) trait Feed {
     /// Visits all blocks of this rank, in any order.
     fn for_each_block(&mut self, visit: &mut dyn FnMut(Block<'_>) -> Result<()>) -> Result<()>;
 
-    /// Replaces the sums of this rank by those of all ranks (an all-reduce).
-    fn reduce(&mut self, _: &Accumulator) -> Result<()> {
-        Ok(())
+    /// The rank that this is, among those that share the rows.
+    fn ranks(&self) -> &dyn Ranks {
+        &Alone
     }
 
-    /// The numbers of every rank, in the order of their rows (an all-gather).
-    fn gather(&mut self, mine: Vec<f64>) -> Result<Vec<Vec<f64>>> {
-        Ok(vec![mine])
-    }
-
-    /// The first row of each problem, `(b, 1, d)`.
-    fn first_row(&mut self) -> Result<Tensor>;
+    /// The first row of each problem of this rank, `(b, 1, d)`; none if it has no rows.
+    fn first_row(&mut self) -> Result<Option<Tensor>>;
 }
 
 /// All rows in memory, in one block.
@@ -57,8 +52,8 @@ impl Feed for Resident<'_> {
         visit(self.0)
     }
 
-    fn first_row(&mut self) -> Result<Tensor> {
-        first_row(self.0.x)
+    fn first_row(&mut self) -> Result<Option<Tensor>> {
+        first_row(self.0.x).map(Some)
     }
 }
 

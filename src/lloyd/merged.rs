@@ -21,7 +21,7 @@ use crate::{
     primitives,
     problem::Problem,
     request::{Accumulator, Progress, Summands},
-    rows::Rows,
+    rows::{RowLayout, Rows},
 };
 use candle_core::{DType, Device, Tensor};
 use std::ops::ControlFlow;
@@ -35,6 +35,12 @@ pub(crate) struct Whole<'a> {
     pub weights: Option<&'a Weights>,
     /// Whether none is padding.
     pub all_counted: bool,
+}
+
+/// Elements from one row to the next as ops read them, where they do not have to pack them first.
+pub(crate) fn row_pitch(Whole { settings, p, device, .. }: &Whole<'_>) -> Result<usize> {
+    let plan = Plan::new(p, Some(RowLayout::packed(p.d)), settings, primitives::arch(device)?, |_| Ok(false))?;
+    Ok(primitives::pitch(p.d, plan.pack))
 }
 
 /// Refuses what no sums give.
@@ -56,27 +62,32 @@ pub(super) struct Found {
 
 impl Found {
     fn search(feed: &mut dyn Feed, p: &Problem, settings: &KMeans) -> Result<Self> {
-        // The largest magnitude, the smallest, and the first row that is not finite: the latter two negated, so that of all blocks
-        // and ranks the largest of each is kept.
-        let (mut mine, none) = ([vec![0.0; p.b], vec![-f64::INFINITY; p.b], vec![-f64::INFINITY; p.b]], u32::MAX);
+        // What is found in each block, which the host reads at the end: until then it only queues.
+        let mut blocks: Vec<(usize, [Tensor; 3])> = vec![];
         feed.for_each_block(&mut |block| {
             // Before the terms are set a block's summands say what a scan of its rows has found.
             let whole = || (block.summands.max_abs.clone(), block.summands.first_nonfinite.clone());
-            let scanned = block.counted.map_or_else(|| Ok(whole()), |ones| scan_counted(block.x, ones))?;
-            let max_abs = scanned.0.to_vec1::<f64>()?;
-            let min_abs = primitives::min_magnitude(block.x)?.to_vec1::<f64>()?;
-            let bad = scanned.1.to_vec1::<u32>()?;
-            for b in 0..p.b {
-                mine[0][b] = max_abs[b].max(mine[0][b]);
-                mine[1][b] = (-min_abs[b]).max(mine[1][b]);
-                if bad[b] != none {
-                    mine[2][b] = (-((block.first + bad[b] as usize) as f64)).max(mine[2][b]);
-                }
-            }
+            let (max_abs, bad) = block.counted.map_or_else(|| Ok(whole()), |ones| scan_counted(block.x, ones))?;
+            blocks.push((block.first, [max_abs, primitives::min_magnitude(block.x)?, bad]));
             Ok(())
         })?;
-        let mut all = mine.concat();
-        for rank in feed.gather(all.clone())? {
+        // The largest magnitude, the smallest, and the first row that is not finite: the latter two negated, so that of all blocks
+        // and ranks the largest of each is kept.
+        let mut all = [vec![0.0; p.b], vec![-f64::INFINITY; 2 * p.b]].concat();
+        let mut keep = |at: usize, v: f64| all[at] = v.max(all[at]);
+        if !blocks.is_empty() {
+            let read = |i: usize| Tensor::cat(&blocks.iter().map(|(_, found)| &found[i]).collect::<Vec<_>>(), 0);
+            let (max_abs, min_abs) = (read(0)?.to_vec1::<f64>()?, read(1)?.to_vec1::<f64>()?);
+            for (i, bad) in read(2)?.to_vec1::<u32>()?.into_iter().enumerate() {
+                let (first, b) = (blocks[i / p.b].0, i % p.b);
+                keep(b, max_abs[i]);
+                keep(p.b + b, -min_abs[i]);
+                if bad != u32::MAX {
+                    keep(2 * p.b + b, -((first + bad as usize) as f64));
+                }
+            }
+        }
+        for rank in feed.ranks().gather(all.clone())? {
             all.iter_mut().zip(rank).for_each(|(all, rank)| *all = all.max(rank));
         }
         let (max_abs, rest) = all.split_at(p.b);
@@ -182,16 +193,24 @@ pub(crate) struct OwnedBlock {
 }
 
 impl OwnedBlock {
-    /// The rows `x`, `(b, n, d)`, of a fit of the problems `p`, and what is known of them if they have been here before.
-    pub fn new(settings: &KMeans, p: &Problem, x: &Tensor, first: usize, summands: Option<Summands>) -> Result<Self> {
+    /// The rows `x`, `(b, n, d)`, of a fit of the problems `p`, and their summands and labels if they have been here before.
+    pub fn new(
+        settings: &KMeans,
+        p: &Problem,
+        x: &Tensor,
+        first: usize,
+        known: Option<(Summands, Tensor)>,
+    ) -> Result<Self> {
         let p = Problem { n: x.dim(1)?, ..p.clone() };
         let (layout, arch) = (Rows::of(x.into()).map(|rows| rows.layout()), primitives::arch(x.device())?);
         // A block never is a whole fit.
         let plan = Plan::new(&p, layout, settings, arch, |_| Ok(false))?;
         let Plan { pack, steps: Steps { assign, update, .. }, .. } = plan;
-        let labels = host::zeros("fit", (p.b, p.n), DType::U32, x.device())?;
-        let x = primitives::pack(x, pack, &mut None)?;
-        let summands = summands.map_or_else(|| Summands::from_rows(&x), Ok)?;
+        let (device, x) = (x.device(), primitives::pack(x, pack, &mut None)?);
+        let (summands, labels) = match known {
+            Some(known) => known,
+            None => (Summands::from_rows(&x)?, host::zeros("fit", (p.b, p.n), DType::U32, device)?),
+        };
         Ok(Self { x, summands, labels, assign, update, weights: None, counted: None, first, k: p.k })
     }
 

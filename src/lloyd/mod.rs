@@ -14,7 +14,7 @@ pub(crate) mod weights;
 use crate::{
     error::{Error, Result},
     fit::Fit,
-    kmeans::{EmptyClusters, Init, Iteration, KMeans},
+    kmeans::{EmptyClusters, Init, Iteration, KMeans, OnIteration},
     memory::Memory,
     metric::Metric,
     plan::{
@@ -23,6 +23,7 @@ use crate::{
     },
     primitives,
     problem::{self, Problem},
+    ranks::Ranks,
     request::{Accumulator, Assignment, Finish, Labels, OnChipFit, Progress, Reduction, Turn, Update},
     rows::{RowLayout, Rows},
     seeding,
@@ -30,7 +31,7 @@ use crate::{
 use candle_core::{DType, Device, Shape, Tensor};
 use feed::{Block, Feed, Resident};
 use prepared::{Data, PreparedFit, RUNNING};
-use relocate::{add_sizes, gather_sizes, relocate};
+use relocate::{relocate, SizesSoFar};
 use std::{ops::ControlFlow, path::Path};
 use weights::counted_sizes;
 
@@ -248,19 +249,21 @@ impl Lloyd<'_> {
     ) -> Result<(ControlFlow<()>, usize)> {
         let &Self { progress, max_iters, .. } = self;
         let (k, relocates) = (self.settings.k, self.settings.empty == EmptyClusters::Relocate);
-        let reads_are_free = primitives::reads_are_free(self.centroids.device());
+        let device = self.centroids.device();
+        let reads_are_free = primitives::reads_are_free(device);
         let (mut flow, mut turn, mut last) = (ControlFlow::Continue(()), None, max_iters == 0);
         let mut iteration = 0;
         loop {
             iteration += 1;
-            let (next, mut sizes, mut orders) = (Turn { progress, iteration }, vec![], vec![]);
+            let next = Turn { progress, iteration };
+            let (mut sizes, mut orders) = (SizesSoFar::new([progress.stop.elem_count(), k], device)?, vec![]);
             feed.for_each_block(&mut |block| {
                 self.assign(block, turn)?;
                 match (last, relocates) {
                     (true, _) => close(block),
                     (false, true) => {
                         let order = primitives::grouped(block.labels, k)?;
-                        add_sizes(&mut sizes, &counted_sizes(&order, block.counted)?)?;
+                        sizes.add(&counted_sizes(&order, block.counted)?)?;
                         orders.push(block.stays.then_some(order));
                         Ok(())
                     }
@@ -271,7 +274,7 @@ impl Lloyd<'_> {
                 return Ok((flow, iteration - 1));
             }
             if relocates {
-                let (sizes, mut relocations) = (gather_sizes(sizes, feed)?, None);
+                let (sizes, mut relocations) = (sizes.gather(feed.ranks())?, None);
                 if let Some(lacking) = self.lacking(&sizes)? {
                     orders.clear();
                     relocations = Some(self.relocations(feed, sizes, &lacking)?);
@@ -293,7 +296,7 @@ impl Lloyd<'_> {
                 let stop = progress.stop.to_vec1::<u32>()?;
                 let converged = stop.iter().filter(|&&stop| stop != RUNNING).count();
                 if let Some(f) = &self.settings.on_iteration {
-                    flow = f.call(Iteration { run: self.run, iteration, converged });
+                    flow = call(f, Iteration { run: self.run, iteration, converged }, feed.ranks())?;
                 }
                 last |= converged == stop.len() || flow.is_break();
             }
@@ -328,10 +331,17 @@ impl Lloyd<'_> {
     /// Makes new centroids of what all blocks and ranks have added, and decides which problems have converged.
     fn finish(&self, feed: &mut dyn Feed, turn: Turn<'_>) -> Result<()> {
         let Some(sums) = self.sums else { return Ok(()) };
-        feed.reduce(sums)?;
+        feed.ranks().reduce(&sums.sums)?;
         let finish = Finish { sums, reduction: Reduction::of(self.settings.metric), turn: Some(turn) };
         primitives::finish(&finish, self.centroids.into(), self.memory)
     }
+}
+
+/// Whether the fit goes on: the first rank asks, and all do as it is told.
+fn call(f: &OnIteration, iteration: Iteration, ranks: &dyn Ranks) -> Result<ControlFlow<()>> {
+    let ends = ranks.rank() == 0 && f.call(iteration).is_break();
+    let all = ranks.gather(vec![f64::from(u8::from(ends))])?;
+    Ok(if all.concat().contains(&1.0) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
 }
 
 impl Reduction {

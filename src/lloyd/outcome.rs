@@ -4,7 +4,7 @@ use super::{
     accumulate::{Bounds, Total},
     feed::{Block, Feed},
     merged::{Found, Terms, Whole},
-    relocate::{add_sizes, gather_sizes, Sizes},
+    relocate::SizesSoFar,
     weights::{costs, counted_sizes, Weights},
 };
 use crate::{
@@ -21,13 +21,13 @@ use candle_core::{DType, Tensor};
 /// The counts, the weights of clusters and the inertia of a fit.
 pub(super) struct Outcome<'a> {
     whole: Whole<'a>,
-    sizes: Sizes,
+    sizes: SizesSoFar,
     /// The sums of the weights, if there are any.
     weights: Option<Accumulator>,
     /// The sum of the finite distances.
     total: Total,
-    /// In how many blocks a problem has had an infinite distance.
-    infinite: Vec<f64>,
+    /// 1 where a problem has had an infinite distance, f64 `(b,)`.
+    infinite: Tensor,
 }
 
 impl<'a> Outcome<'a> {
@@ -54,14 +54,15 @@ impl<'a> Outcome<'a> {
             let bounds = Bounds { max_abs: max_weight.to_device(device)?, max_weight: None, rows: p.n };
             Accumulator::new([p.k, 1], bounds, terms.planes, device)
         });
-        Ok(Self { whole, sizes: vec![], weights: weights.transpose()?, total, infinite: vec![0.0; p.b] })
+        let (sizes, infinite) = (SizesSoFar::new([p.b, p.k], device)?, Tensor::zeros(p.b, DType::F64, device)?);
+        Ok(Self { whole, sizes, weights: weights.transpose()?, total, infinite })
     }
 
     /// Adds the rows of a block, whose labels belong to the centroids.
     pub fn add(&mut self, block: Block<'_>, centroids: &Tensor) -> Result<()> {
         let Whole { settings, p, .. } = self.whole;
         let order = primitives::grouped(block.labels, p.k)?;
-        add_sizes(&mut self.sizes, &counted_sizes(&order, block.counted)?)?;
+        self.sizes.add(&counted_sizes(&order, block.counted)?)?;
         if let (Some(sums), Some(weights)) = (&self.weights, block.weights) {
             let x = Rows::new(&weights.unsqueeze(2)?)?;
             let summands = Summands::from_rows(&x)?;
@@ -69,8 +70,7 @@ impl<'a> Outcome<'a> {
             primitives::accumulate(&update, sums, &Memory::default())?;
         }
         let costs = costs(block.x, centroids, block.labels, block.weights, settings)?;
-        let beyond = costs.gt(f64::MAX)?.to_dtype(DType::U32)?.max(1)?.to_vec1::<u32>()?;
-        self.infinite.iter_mut().zip(beyond).for_each(|(all, beyond)| *all += f64::from(beyond));
+        self.infinite = self.infinite.maximum(&costs.gt(f64::MAX)?.max(1)?.to_dtype(DType::F64)?)?;
         self.total.add(&costs, None, &Memory::default())
     }
 
@@ -78,12 +78,12 @@ impl<'a> Outcome<'a> {
     /// memory, since terms are kept whole.
     pub fn finish(self, feed: &mut dyn Feed) -> Result<(Tensor, Option<Tensor>, Tensor)> {
         let Whole { p, device, weights, .. } = self.whole;
-        let counts = gather_sizes(self.sizes, feed)?.concat().into_iter().map(|size| size as u32).collect();
+        let counts = self.sizes.gather(feed.ranks())?.concat().into_iter().map(|size| size as u32).collect();
         let counts = Tensor::from_vec(counts, (p.b, p.k), device)?;
         let unit = weights.map(|weights| weights.unit.to_device(device)).transpose()?;
         let of_clusters = match (&self.weights, &unit) {
             (Some(sums), Some(unit)) => {
-                feed.reduce(sums)?;
+                feed.ranks().reduce(&sums.sums)?;
                 let of_clusters = Tensor::zeros((p.b, p.k, 1), DType::F64, device)?;
                 let finish = Finish { sums, reduction: Reduction::Sum, turn: None };
                 primitives::finish(&finish, (&of_clusters).into(), &Memory::default())?;
@@ -92,7 +92,7 @@ impl<'a> Outcome<'a> {
             _ => None,
         };
         let mut totals = self.total.finish(feed, &Memory::default())?.to_vec1::<f64>()?;
-        for rank in feed.gather(self.infinite)? {
+        for rank in feed.ranks().gather(self.infinite.to_vec1()?)? {
             totals.iter_mut().zip(rank).filter(|(_, beyond)| *beyond > 0.0).for_each(|(t, _)| *t = f64::INFINITY);
         }
         let totals = Tensor::from_vec(totals, p.b, device)?;

@@ -6,11 +6,14 @@ use super::{
     seeds::seed_weights,
     Lloyd,
 };
-use crate::{error::Result, metric::Metric, primitives, rows::Rows};
-use candle_core::Tensor;
+use crate::{error::Result, metric::Metric, primitives, ranks::Ranks, rows::Rows};
+use candle_core::{DType, Device, Tensor};
 
 /// The rows in each cluster of each problem.
 pub(super) type Sizes = Vec<Vec<u64>>;
+
+/// The same of the blocks so far, where they were counted, which makes nobody wait; f64 `(b, k)`.
+pub(super) struct SizesSoFar(Tensor);
 
 /// A row that may go to an empty cluster.
 #[derive(Clone, Copy)]
@@ -24,23 +27,26 @@ struct Candidate {
 /// The rows that move and the clusters that they go to, of each problem.
 pub(super) type Relocations = Vec<Vec<(usize, u32)>>;
 
-/// Adds the sizes of a block's clusters.
-pub(super) fn add_sizes(sizes: &mut Sizes, of_block: &Tensor) -> Result<()> {
-    let of_block = of_block.to_vec2::<u32>()?;
-    sizes.resize_with(of_block.len(), || vec![0; of_block[0].len()]);
-    for (sizes, of_block) in sizes.iter_mut().zip(of_block) {
-        sizes.iter_mut().zip(of_block).for_each(|(size, more)| *size += u64::from(more));
+impl SizesSoFar {
+    pub fn new([b, k]: [usize; 2], device: &Device) -> Result<Self> {
+        Ok(Self(Tensor::zeros((b, k), DType::F64, device)?))
     }
-    Ok(())
-}
 
-/// The sizes of all ranks' clusters.
-pub(super) fn gather_sizes(sizes: Sizes, feed: &mut dyn Feed) -> Result<Sizes> {
-    let mut all: Sizes = sizes.iter().map(|sizes| vec![0; sizes.len()]).collect();
-    for rank in feed.gather(sizes.concat().into_iter().map(|size| size as f64).collect())? {
-        all.iter_mut().flatten().zip(rank).for_each(|(size, more)| *size += more as u64);
+    /// Adds the sizes of a block's clusters, u32 `(b, k)`.
+    pub fn add(&mut self, of_block: &Tensor) -> Result<()> {
+        self.0 = (&self.0 + of_block.to_dtype(DType::F64)?)?;
+        Ok(())
     }
-    Ok(all)
+
+    /// The sizes of all ranks' clusters.
+    pub fn gather(&self, ranks: &dyn Ranks) -> Result<Sizes> {
+        let (b, k) = self.0.dims2()?;
+        let mut all: Sizes = vec![vec![0; k]; b];
+        for rank in ranks.gather(self.0.flatten_all()?.to_vec1()?)? {
+            all.iter_mut().flatten().zip(rank).for_each(|(size, more)| *size += more as u64);
+        }
+        Ok(all)
+    }
 }
 
 impl Lloyd<'_> {
@@ -57,7 +63,7 @@ impl Lloyd<'_> {
         let mut farthest: Vec<Vec<Candidate>> = vec![vec![]; sizes.len()];
         feed.for_each_block(&mut |block| self.add_candidates(block, lacking, &mut farthest))?;
         let mut all: Vec<Vec<Candidate>> = vec![vec![]; sizes.len()];
-        for rank in feed.gather(encode(&farthest))? {
+        for rank in feed.ranks().gather(encode(&farthest))? {
             decode(&rank, &mut all);
         }
         let of_problem = |(mut farthest, size): (Vec<Candidate>, &mut Vec<u64>)| {

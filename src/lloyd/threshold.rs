@@ -14,7 +14,7 @@ use crate::{
     request::{Accumulator, Finish, Reduction, Summands, Update},
     rows::Rows,
 };
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// Which rows can be added up as they are.
 #[derive(Clone, Copy)]
@@ -42,7 +42,7 @@ pub(super) fn threshold(
     const PLANES: usize = 2;
     let (device, b, memory) = (bounds.max_abs.device(), p.b, &Memory::default());
     let ones = Tensor::ones(b, DType::F64, device)?;
-    let origin = origin(feed.first_row()?, all_finite, memory)?;
+    let origin = origin(first_row(feed, p, device)?, all_finite, memory)?;
     // Rows that do not count have a factor of 0, and how many do is a sum, too.
     let masked = !all_finite || !all_counted;
     // As many rows for all, so that the unit of the last plane, and with it the threshold, depends on no padding.
@@ -76,7 +76,7 @@ pub(super) fn threshold(
         Some(counts) => counts.finish(feed, memory)?,
         None => Tensor::full(p.n as f64, b, device)?,
     };
-    feed.reduce(&columns)?;
+    feed.ranks().reduce(&columns.sums)?;
     let mean = Tensor::zeros((b, 1, p.d), DType::F64, device)?;
     let finish = Finish { sums: &columns, reduction: Reduction::Mean, turn: None };
     primitives::finish(&finish, (&mean).into(), memory)?;
@@ -91,6 +91,18 @@ pub(super) fn threshold(
     let spread = (spread.maximum(&spread.zeros_like()?)? * measured)?;
     let share = (Tensor::full(tol, b, device)? / (counted.maximum(&ones)? * p.d as f64)?)?;
     Ok((spread * share)?)
+}
+
+/// The first row of each problem among the rows of all ranks, `(b, 1, d)`.
+fn first_row(feed: &mut dyn Feed, p: &Problem, device: &Device) -> Result<Tensor> {
+    let own_row = feed.first_row()?;
+    if let (1, Some(row)) = (feed.ranks().count(), &own_row) {
+        return Ok(row.clone());
+    }
+    let values = |row: Tensor| row.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+    let rows = feed.ranks().gather(own_row.map_or(Ok(vec![]), values)?)?;
+    let first = rows.into_iter().find(|row| !row.is_empty()).expect("a rank with rows");
+    Ok(Tensor::from_vec(first, (p.b, 1, p.d), device)?.to_dtype(p.dtype)?)
 }
 
 /// The first row of each problem, or zeros for one that is not finite, which no distance could be measured to.

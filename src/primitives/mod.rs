@@ -23,6 +23,7 @@ use crate::{
         update::UpdatePlan,
     },
     problem,
+    ranks::{Ranks, Rendezvous},
     request::{
         Accumulator, Assignment, Attention, Finish, KmeansppStep, Labels, OnChipFit, Order, Reduction, Routed,
         Summands, Update,
@@ -69,6 +70,29 @@ pub(crate) fn free_memory(device: &Device) -> Result<Option<usize>> {
 /// Buffers of the host, of so many bytes each, through which rows go to the device.
 pub(crate) fn staging(device: &Device, count: usize, bytes: usize) -> Result<Vec<Box<dyn Staging>>> {
     on(device, "staging")?.staging(device, count, bytes)
+}
+
+/// The number of GPUs that are visible.
+pub(crate) fn gpus() -> Result<usize> {
+    #[cfg(feature = "cuda")]
+    return crate::cuda::device::count();
+    #[cfg(not(feature = "cuda"))]
+    Ok(0)
+}
+
+/// Where ranks of this process that have a `device` each find each other; none where they meet in memory alone.
+pub(crate) fn rendezvous(device: &Device) -> Result<Option<Rendezvous>> {
+    on(device, "rendezvous")?.rendezvous()
+}
+
+/// A rank that has a device of its own, to which its sums need not leave it through memory.
+pub(crate) fn join<'a>(device: &Device, at: Rendezvous, others: &'a dyn Ranks) -> Result<Box<dyn Ranks + 'a>> {
+    on(device, "join")?.join(device, at, others)
+}
+
+/// The rank that this process is, on its device, among others that find each other by `NCCL_COMM_ID`.
+pub(crate) fn join_launched(device: &Device, rank: usize, ranks: usize) -> Result<Box<dyn Ranks>> {
+    on(device, "join_launched")?.join_launched(device, rank, ranks)
 }
 
 /// Whether work that is queued now becomes part of a CUDA graph.
@@ -140,9 +164,17 @@ pub(crate) fn pack(x: &Tensor, pack: bool, copy: &mut Option<Tensor>) -> Result<
         Some(rows) if !pack => Ok(rows),
         _ => {
             let d = x.dims()[x.rank() - 1];
-            let pitch = if pack { d.next_multiple_of(8) } else { d };
-            on(x.device(), "pack")?.pack(x, pitch, copy)?.map_or_else(|| Rows::new(x), Ok)
+            on(x.device(), "pack")?.pack(x, pitch(d, pack), copy)?.map_or_else(|| Rows::new(x), Ok)
         }
+    }
+}
+
+/// Elements from one row of `d` columns to the next, if they are packed and if they lie side by side.
+pub(crate) fn pitch(d: usize, packed: bool) -> usize {
+    if packed {
+        d.next_multiple_of(8)
+    } else {
+        d
     }
 }
 

@@ -1,4 +1,4 @@
-//! A source as who feeds the loop: blocks that stay on the device, and blocks that are read again in every pass.
+//! A source as who feeds the loop: rows that stay on the device, and blocks of others that are read again in every pass.
 
 use super::{
     options::Cut,
@@ -10,114 +10,185 @@ use crate::{
     host,
     lloyd::{
         feed::{Block, Feed},
-        merged::{BlockFeed, OwnedBlock, Terms, Whole},
+        merged::{row_pitch, BlockFeed, OwnedBlock, Terms, Whole},
         weights::Weights,
     },
+    ranks::Ranks,
+    request::Summands,
 };
 use candle_core::{Device, Tensor};
 use std::ops::Range;
 
-/// The rows of a source.
+/// The rows of a source that a rank has.
 pub(super) struct Streamed<'a> {
     source: &'a Source<'a>,
     whole: Whole<'a>,
+    ranks: &'a dyn Ranks,
     reads: Reads<'a>,
-    parts: Vec<Part>,
+    rows: Range<usize>,
+    staying: Staying,
+    away: Vec<Away>,
     terms: Option<Terms>,
-    /// The labels of all rows, but for those of parts that stay on the device; empty before the first pass.
-    labels: Vec<u32>,
 }
 
-/// The rows of a block.
-struct Part {
+/// The rows that stay on the device.
+enum Staying {
+    /// None has been read. They will be, in such runs.
+    Unread(Vec<Range<usize>>),
+    /// They have been, if there are any.
+    Read(Vec<OwnedBlock>),
+}
+
+/// Products of elements of rows and centroids that a launch may have to make. Any number of rows would do, but what else wants to run
+/// on the device, such as a sign of life to other ranks, waits for a launch: 2^46 of them take a fifth of a second on an H100 by
+/// tensor cores, and several seconds in f64.
+const PRODUCTS: usize = 1 << 46;
+
+/// A multiple of the rows of any tile.
+const WHOLE_TILES: usize = 1 << 10;
+
+
+/// A block of rows that are read in every pass, and what stays on the device of them.
+struct Away {
     rows: Range<usize>,
-    stays: bool,
-    /// The block, once it stays.
-    held: Option<OwnedBlock>,
-    /// Its first row that is not finite, once it has been there.
-    first_nonfinite: Option<Tensor>,
+    /// The first one that is not finite, and their labels, u32 `(1, n)`, once they have been there.
+    known: Option<(Tensor, Tensor)>,
 }
 
 impl<'a> Streamed<'a> {
-    /// The weights of `whole` are on the CPU.
-    pub fn new(source: &'a Source<'a>, whole: Whole<'a>, cut: &Cut) -> Self {
-        let rows = cut.ranges(whole.p.n).enumerate();
-        let parts = rows.map(|(i, rows)| Part { rows, stays: i < cut.staying, held: None, first_nonfinite: None });
-        let (parts, reads) = (parts.collect(), Reads::new(source, whole.device, cut.rows));
-        Self { source, whole, reads, parts, terms: None, labels: vec![] }
+    /// The rows that are those of this rank, cut so. The weights of `whole` are on the CPU.
+    pub fn new(
+        source: &'a Source<'a>,
+        whole: Whole<'a>,
+        ranks: &'a dyn Ranks,
+        rows: Range<usize>,
+        cut: &Cut,
+    ) -> Self {
+        let mut staying: Vec<_> = cut.ranges(rows.clone()).collect();
+        let away = staying.split_off(cut.staying.min(staying.len()));
+        let away = away.into_iter().map(|rows| Away { rows, known: None }).collect();
+        let staying = if staying.is_empty() { Staying::Read(vec![]) } else { Staying::Unread(staying) };
+        let reads = Reads::new(source, whole.device, cut.rows);
+        Self { source, whole, ranks, reads, rows, staying, away, terms: None }
     }
 }
 
-impl Part {
-    /// Its rows `x`, `(n, d)`, as a block.
-    fn load(&self, x: &Tensor, whole: &Whole<'_>, terms: Option<&Terms>, labels: &[u32]) -> Result<OwnedBlock> {
-        let Whole { settings, p, device, weights, .. } = whole;
-        let known = terms.zip(self.first_nonfinite.as_ref());
-        let summands = known.map(|(terms, first_nonfinite)| terms.summands(first_nonfinite.clone()));
-        let mut held = OwnedBlock::new(settings, p, &x.unsqueeze(0)?, self.rows.start, summands)?;
-        if let Some(Weights { values, .. }) = weights {
-            let weights = values.narrow(1, self.rows.start, self.rows.len())?.force_contiguous()?.to_device(device)?;
-            held = held.with_factors(Some(weights), None);
-        }
-        if let Some(terms) = terms {
-            held.complete(terms)?;
-        }
-        held.labels.slice_set(&Tensor::from_slice(labels, (1, labels.len()), device)?, 1, 0)?;
-        Ok(held)
+/// The rows `x`, `(n, d)`, as a block of which is known what it was found to be before.
+fn load(
+    whole: &Whole<'_>,
+    terms: Option<&Terms>,
+    x: &Tensor,
+    first: usize,
+    known: Option<&(Tensor, Tensor)>,
+) -> Result<OwnedBlock> {
+    let &Whole { settings, p, device, weights, .. } = whole;
+    let known = terms.zip(known).map(|(terms, (first_nonfinite, labels))| {
+        let summands: Summands = terms.summands(first_nonfinite.clone());
+        (summands, labels.clone())
+    });
+    let mut block = OwnedBlock::new(settings, p, &x.unsqueeze(0)?, first, known)?;
+    if let Some(Weights { values, .. }) = weights {
+        let weights = values.narrow(1, first, x.dim(0)?)?.force_contiguous()?.to_device(device)?;
+        block = block.with_factors(Some(weights), None);
     }
+    if let Some(terms) = terms {
+        block.complete(terms)?;
+    }
+    Ok(block)
 }
 
 impl Feed for Streamed<'_> {
     fn for_each_block(&mut self, visit: &mut dyn FnMut(Block<'_>) -> Result<()>) -> Result<()> {
-        let Self { whole, reads, parts, terms, labels, .. } = self;
-        if labels.is_empty() {
-            *labels = host::filled("fit_stream", whole.p.n, 0)?;
-        }
-        let away: Vec<_> = (0..parts.len()).filter(|&i| parts[i].held.is_none()).collect();
-        let ranges: Vec<_> = away.iter().map(|&i| parts[i].rows.clone()).collect();
-        reads.for_each(&ranges, &mut |read| {
-            let Some((i, x)) = read else {
-                return parts
-                    .iter()
-                    .filter_map(|part| part.held.as_ref())
-                    .try_for_each(|held| visit(held.as_block(true)));
-            };
-            let part = &mut parts[away[i]];
-            let labels = &mut labels[part.rows.clone()];
-            let held = part.load(&x, whole, terms.as_ref(), labels)?;
-            drop(x);
-            visit(held.as_block(part.stays))?;
-            labels.copy_from_slice(&held.labels.flatten_all()?.to_vec1()?);
-            part.first_nonfinite.get_or_insert_with(|| held.summands.first_nonfinite.clone());
-            if part.stays {
-                part.held = Some(held);
+        let Self { whole, reads, staying, away, terms, .. } = self;
+        let (device, terms) = (whole.device, terms.as_ref());
+        let unread = match staying {
+            Staying::Unread(runs) => std::mem::take(runs),
+            Staying::Read(_) => vec![],
+        };
+        let first = unread.first().map_or(0, |rows| rows.start);
+        let room = match unread.last() {
+            Some(last) => {
+                let shape = (last.end - first, row_pitch(whole)?);
+                Some(host::zeros("fit_stream", shape, whole.p.dtype, device)?)
             }
+            None => None,
+        };
+        let runs: Vec<_> = unread.iter().chain(away.iter().map(|away| &away.rows)).cloned().collect();
+        reads.for_each(&runs, &mut |read| {
+            let Some((i, x)) = read else {
+                return match staying {
+                    Staying::Read(blocks) => blocks.iter().try_for_each(|block| visit(block.as_block(true))),
+                    Staying::Unread(_) => Ok(()),
+                };
+            };
+            let rows = &runs[i];
+            if let (Some(room), true) = (&room, i < unread.len()) {
+                room.slice_set(&x.pad_with_zeros(1, 0, room.dim(1)? - whole.p.d)?, 0, rows.start - first)?;
+                drop(x);
+                let x = room.narrow(0, rows.start - first, rows.len())?.narrow(1, 0, whole.p.d)?;
+                return visit(load(whole, terms, &x, rows.start, None)?.as_block(false));
+            }
+            let known = &mut away[i - unread.len()].known;
+            let block = load(whole, terms, &x, rows.start, known.as_ref())?;
+            drop(x);
+            visit(block.as_block(false))?;
+            *known = Some((block.summands.first_nonfinite, block.labels));
             Ok(())
-        })
+        })?;
+        if let Some(room) = room {
+            let room = room.narrow(1, 0, whole.p.d)?;
+            let step = (PRODUCTS / whole.p.k / whole.p.d).max(1).next_multiple_of(WHOLE_TILES);
+            let block = |at: usize| {
+                let rows = room.narrow(0, at, step.min(room.dim(0)? - at))?;
+                load(whole, terms, &rows, first + at, None)
+            };
+            *staying = Staying::Read((0..room.dim(0)?).step_by(step).map(block).collect::<Result<_>>()?);
+        }
+        Ok(())
     }
 
-    fn first_row(&mut self) -> Result<Tensor> {
-        Ok(read_rows(self.source, &[0])?.unsqueeze(0)?.to_device(self.whole.device)?)
+    fn ranks(&self) -> &dyn Ranks {
+        self.ranks
+    }
+
+    fn first_row(&mut self) -> Result<Option<Tensor>> {
+        if self.rows.is_empty() {
+            return Ok(None);
+        }
+        let row = read_rows(self.source, &[self.rows.start])?;
+        Ok(Some(row.unsqueeze(0)?.to_device(self.whole.device)?))
     }
 }
 
 impl BlockFeed for Streamed<'_> {
     fn set_terms(&mut self, terms: Terms) -> Result<()> {
-        self.parts.iter_mut().filter_map(|part| part.held.as_mut()).try_for_each(|held| held.complete(&terms))?;
+        if let Staying::Read(blocks) = &mut self.staying {
+            blocks.iter_mut().try_for_each(|block| block.complete(&terms))?;
+        }
         self.terms = Some(terms);
         Ok(())
     }
 
     /// On the CPU, whatever the device.
     fn labels(&mut self) -> Result<Tensor> {
-        let mut labels = std::mem::take(&mut self.labels);
-        for part in &self.parts {
-            if let Some(held) = &part.held {
-                labels[part.rows.clone()].copy_from_slice(&held.labels.flatten_all()?.to_vec1()?);
+        let mut all = host::filled("fit_stream", self.rows.len(), 0u32)?;
+        let mut copy = |rows: Range<usize>, labels: &Tensor| {
+            let (start, end) = (rows.start - self.rows.start, rows.end - self.rows.start);
+            all[start..end].copy_from_slice(&labels.flatten_all()?.to_vec1()?);
+            Ok::<_, candle_core::Error>(())
+        };
+        if let Staying::Read(blocks) = &self.staying {
+            for block in blocks {
+                let first = block.as_block(true).first;
+                copy(first..first + block.labels.elem_count(), &block.labels)?;
             }
         }
-        let n = labels.len();
-        Ok(Tensor::from_vec(labels, (1, n), &Device::Cpu)?)
+        for Away { rows, known } in &self.away {
+            let (_, labels) = known.as_ref().expect("a pass has been there");
+            copy(rows.clone(), labels)?;
+        }
+        let n = all.len();
+        Ok(Tensor::from_vec(all, (1, n), &Device::Cpu)?)
     }
 
     /// A pass costs more than the question.

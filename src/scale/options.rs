@@ -93,10 +93,10 @@ impl Cut {
         Self { rows, staying: staying.min(n.div_ceil(rows)) }
     }
 
-    /// The rows of each block, of `n`.
-    pub fn ranges(&self, n: usize) -> impl Iterator<Item = Range<usize>> {
-        let rows = self.rows;
-        (0..n.div_ceil(rows)).map(move |block| block * rows..n.min((block + 1) * rows))
+    /// The rows of each block.
+    pub fn ranges(&self, all: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let (step, end) = (self.rows, all.end);
+        all.step_by(step).map(move |first| first..end.min(first + step))
     }
 }
 
@@ -114,7 +114,7 @@ mod tests {
             (1, 2, 1, 1, 8),
         ] {
             let cut = Cut::new(n, row_bytes, memory, rows, moving);
-            let ranges: Vec<_> = cut.ranges(n).collect();
+            let ranges: Vec<_> = cut.ranges(0..n).collect();
             assert_eq!(ranges.iter().map(ExactSizeIterator::len).sum::<usize>(), n);
             assert!(cut.rows == 1 || (cut.staying.min(ranges.len()) + moving) * cut.rows * row_bytes <= memory);
             assert!(cut.staying <= ranges.len() && ranges.iter().all(|rows| (1..=cut.rows).contains(&rows.len())));

@@ -13,6 +13,7 @@ use crate::{
     metric::Metric,
     primitives,
     problem::Problem,
+    ranks::Alone,
     rows::Rows,
 };
 use candle_core::Device;
@@ -74,7 +75,7 @@ impl KMeans {
         let seeds = Seeds { settings: self, p: &p, source, weights, device };
         let starts = (0..self.n_init).map(|run| seeds.centroids(run)).collect::<Result<Vec<_>>>()?;
         let whole = Whole { settings: self, p: &p, device, weights, all_counted: true };
-        let mut feed = Streamed::new(source, whole, &options.cut(source)?);
+        let mut feed = Streamed::new(source, whole, &Alone, 0..p.n, &options.cut(source)?);
         let merged = Merged::new(whole, &mut feed)?;
         self.best_run(|run| {
             let (flow, fit) = merged.fit(&mut feed, &starts[run], run)?;
@@ -119,7 +120,7 @@ impl Fit {
         fence.write(device)?;
         let centroids = self.centroids.to_device(device)?;
         let c = Rows::new(&centroids)?;
-        let ranges: Vec<_> = cut.ranges(source.shape().0 as usize).collect();
+        let ranges: Vec<_> = cut.ranges(0..source.shape().0 as usize).collect();
         let mut reads = Reads::new(source, device, cut.rows);
         reads.for_each(&ranges, &mut |read| {
             let Some((i, x)) = read else { return Ok(()) };
