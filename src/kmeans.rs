@@ -42,6 +42,19 @@ pub enum EmptyClusters {
     Relocate,
 }
 
+/// The GPUs that share the rows of a fit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Devices {
+    /// All that are visible to this process; at least one.
+    All,
+    /// Those of these numbers, each once.
+    These(Vec<usize>),
+    /// One in each of several processes that `torchrun`, `srun` or `mpirun` has started, on one machine or on many. All run the same
+    /// program on the same rows, and have the same result. See [`StreamOptions::on`](crate::StreamOptions::on).
+    Launched,
+}
+
 /// Rounds of k-means||, and rows drawn in each as a multiple of `k`, as its authors recommend.
 pub(crate) const ROUNDS: u64 = 5;
 pub(crate) const OVERSAMPLING: f64 = 2.0;
@@ -125,6 +138,7 @@ pub struct KMeans {
     pub(crate) empty: EmptyClusters,
     pub(crate) check_finite: bool,
     pub(crate) on_iteration: Option<OnIteration>,
+    pub(crate) devices: Option<Devices>,
 }
 
 impl KMeans {
@@ -143,6 +157,7 @@ impl KMeans {
             empty: EmptyClusters::default(),
             check_finite: true,
             on_iteration: None,
+            devices: None,
         }
     }
 
@@ -229,6 +244,23 @@ impl KMeans {
     /// else is left, and centroids and inertia are those of the other rows.
     pub fn check_finite(mut self, check: bool) -> Self {
         self.check_finite = check;
+        self
+    }
+
+    /// Shares the rows of a tensor on the CPU out to these GPUs, for [`fit`](Self::fit) and [`fit_predict`](Self::fit_predict). They
+    /// need not fit in the memory of all of them: rows without room stay where they are and are read in every iteration, as by
+    /// [`fit_stream`](Self::fit_stream). The result is on the CPU, with the same bits whatever the number of GPUs.
+    ///
+    /// ```no_run
+    /// use candle_core::{Device, Tensor};
+    /// use candle_flash_kmeans::{Devices, KMeans};
+    ///
+    /// let x = Tensor::rand(0f32, 1f32, (10_000_000, 128), &Device::Cpu)?;
+    /// let labels = KMeans::new(1024).devices(Devices::All).fit_predict(&x)?;
+    /// # Ok::<_, candle_flash_kmeans::Error>(())
+    /// ```
+    pub fn devices(mut self, devices: Devices) -> Self {
+        self.devices = Some(devices);
         self
     }
 

@@ -87,7 +87,7 @@ pub use functional::{
     assign, assign_with_distances, cluster_means, cluster_sizes, cluster_sums, inverse_order, quantize, residuals,
     sort_by_cluster,
 };
-pub use kmeans::{EmptyClusters, Init, IntoControlFlow, Iteration, KMeans};
+pub use kmeans::{Devices, EmptyClusters, Init, IntoControlFlow, Iteration, KMeans};
 pub use lloyd::prepared::PreparedFit;
 pub use metric::Metric;
 pub use minibatch::MiniBatch;

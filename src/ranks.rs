@@ -21,6 +21,7 @@ pub(crate) trait Ranks {
     fn gather(&self, mine: Vec<f64>) -> Result<Vec<Vec<f64>>>;
 
     /// Refuses to go on where another rank has failed, for whoever waits for it elsewhere.
+    #[cfg_attr(not(feature = "nccl"), allow(dead_code))]
     fn check(&self) -> Result<()>;
 
     /// Says that this rank has all that it came for. Who leaves before has failed.
@@ -29,7 +30,7 @@ pub(crate) trait Ranks {
 
 /// Where ranks find each other.
 #[derive(Clone, Copy)]
-pub(crate) struct Rendezvous(pub [c_char; 128]);
+pub(crate) struct Rendezvous(#[cfg_attr(not(feature = "nccl"), allow(dead_code))] pub [c_char; 128]);
 
 /// One rank, which has all rows.
 pub(crate) struct Alone;

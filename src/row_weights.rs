@@ -161,7 +161,7 @@ pub(crate) fn fit(x: &Tensor, kmeans: &KMeans) -> Result<Fit> {
         refuse_non_finite("init", &primitives::max_abs_and_first_nonfinite(&Rows::new(centroids)?)?.1)?;
     }
     let x = x.detach();
-    let Some(counting) = counting(&x, &p, kmeans)? else { return kmeans.fit(&x) };
+    let Some(counting) = counting(&x, &p, kmeans)? else { return kmeans.fit_on_its_device(&x) };
     let (mut index, mut lengths) = (Vec::with_capacity(p.b * p.n), Vec::with_capacity(p.b));
     let mut none = vec![0u8; p.b];
     for (counting, none) in counting.iter().zip(&mut none) {
@@ -180,7 +180,7 @@ pub(crate) fn fit(x: &Tensor, kmeans: &KMeans) -> Result<Fit> {
         let none = none.reshape((p.b, 1))?.broadcast_as(weights.shape())?;
         kmeans.weights = Some(none.where_cond(&weights.ones_like()?, &weights)?.reshape(p.shape(&[p.n]))?);
     }
-    let fit = kmeans.fit(&rows)?;
+    let fit = kmeans.fit_on_its_device(&rows)?;
     Ok(Fit { labels: functional::assign(&x, &fit.centroids, p.metric)?, ..fit })
 }
 

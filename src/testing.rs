@@ -13,6 +13,7 @@ use crate::{
     primitives,
     request::{self, Labels, Reduction, Summands},
     rows::Rows,
+    scale::options::StreamOptions,
 };
 pub use crate::{launches::launches, plan::assign::force};
 use candle_core::{Device, Tensor};
@@ -64,6 +65,11 @@ impl Update {
 /// start from where the fit of all rows starts.
 pub fn fit_in_blocks(settings: &KMeans, x: &Tensor, blocks: usize, ranks: usize) -> Result<Fit> {
     PreparedFit::fit_in_blocks(settings, x, blocks, ranks)
+}
+
+/// The options of a stream whose rows are shared by a rank for each of these devices, any of which may be the same one.
+pub fn on_each(devices: &[Device]) -> StreamOptions {
+    StreamOptions::on_each(devices)
 }
 
 /// The names of the kernels that can assign `x` to `k` centroids, the one that is chosen first.

@@ -57,12 +57,8 @@ impl KMeans {
         Plan::new(p, layout, self, primitives::arch(device)?, at_once)
     }
 
-    /// Clusters the rows of `x`, `(n, d)` or `(..batch, n, d)` in f16, bf16, f32 or f64, each problem of the batch on its own.
-    ///
-    /// # Errors
-    /// Refuses shapes, dtypes, devices and settings that do not fit together, before anything is allocated; non-finite values
-    /// (see [`check_finite`](Self::check_finite)), before the first iteration; and fails where the device does. See [`Error`].
-    pub fn fit(&self, x: &Tensor) -> Result<Fit> {
+    /// [`fit`](Self::fit) where `x` is.
+    pub(crate) fn fit_on_its_device(&self, x: &Tensor) -> Result<Fit> {
         let (p, plan) = self.planned(x)?;
         let mut prepared = PreparedFit::new(self, p, plan, x.device())?;
         prepared.load(x)?;
@@ -109,14 +105,6 @@ impl KMeans {
         PreparedFit::new(self, p, plan, device)
     }
 
-    /// The labels of [`fit`](Self::fit), u32 `(..batch, n)`.
-    ///
-    /// # Errors
-    /// As [`fit`](Self::fit).
-    pub fn fit_predict(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(self.fit(x)?.labels)
-    }
-
     /// Reads what [`Fit::save`] wrote, onto `device`.
     ///
     /// # Errors
@@ -130,6 +118,10 @@ impl KMeans {
     pub(crate) fn check(&self, p: &Problem, device: &Device) -> Result<()> {
         if self.n_init == 0 {
             return Err(Error::Range { argument: "n_init", got: 0, min: 1, max: usize::MAX });
+        }
+        if let Some(devices) = &self.devices {
+            let with = "work on one device, that of the rows".into();
+            return Err(Error::Conflict { argument: "devices", got: format!("{devices:?}"), with });
         }
         if !(self.tol >= 0.0 && self.tol.is_finite()) {
             return Err(Error::Value { argument: "tol", got: self.tol, expected: "a finite number of at least 0" });

@@ -1,8 +1,9 @@
 //! The device and the memory of a stream.
 
-use super::{reads::moving, source::Source};
+use super::{devices::Place, reads::moving, source::Source};
 use crate::{
     error::{Error, Result},
+    kmeans::Devices,
     primitives,
 };
 use candle_core::Device;
@@ -14,14 +15,17 @@ const BLOCK_BYTES: usize = 64 << 20;
 /// Memory for rows on the CPU, of which nobody says how much is free.
 const CPU_BYTES: usize = 4 << 30;
 
-/// Bytes that a fit has of each row beside it: its label and, by cosine or with weights, its factor.
+/// Bytes that a fit has on the device of each row, wherever that is: its label.
+const LABEL: usize = 4;
+
+/// Bytes that a fit has of each row that stays beside it: its place in the order of labels and, by cosine or with weights, its factor.
 const BESIDE_ROW: usize = 12;
 
 /// The device that a stream of rows is worked on, and the memory for it, for [`KMeans::fit_stream`](crate::KMeans::fit_stream) and
 /// [`Fit::predict_stream`](crate::Fit::predict_stream). No setting changes a bit of what comes out.
 #[derive(Clone, Debug)]
 pub struct StreamOptions {
-    device: Device,
+    place: Place,
     memory: Option<usize>,
     block_rows: Option<usize>,
 }
@@ -30,14 +34,41 @@ impl StreamOptions {
     /// On this device: rows take up to three quarters of the memory that is free on a GPU when the fit begins, less what it has of
     /// each row besides, and up to 4 GiB on the CPU. They are read 64 MiB at a time.
     pub fn new(device: &Device) -> Self {
-        Self { device: device.clone(), memory: None, block_rows: None }
+        Self::at(Place::One(device.clone()))
+    }
+
+    /// On several GPUs, each of which has a share of the rows and adds its sums to those of the others: through NCCL with the feature
+    /// `nccl`, and through the host's memory without. Any number of them gives the same bits. What is said here of a device's memory
+    /// is each GPU's.
+    ///
+    /// # Processes
+    /// With [`Devices::Launched`], which takes the feature `nccl`, each of several processes has one GPU: that of its rank on its
+    /// machine, as `torchrun` (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`), Open MPI's `mpirun`
+    /// (`OMPI_COMM_WORLD_*`), MPICH's (`PMI_*`) or `srun` (`SLURM_*`) says. They find each other by NCCL's own bootstrap, at
+    /// `NCCL_COMM_ID=HOST:PORT`. Where that is not set, this sets it: to the port after torchrun's, to a port made of Slurm's job, or,
+    /// on one machine, of Open MPI's. Every process calls the same functions with the same settings and the same rows, of which it
+    /// reads its share, and has the same result.
+    ///
+    /// If one of them fails, the others get an [`Error::InRank`] that names it; if one dies, they get theirs within 20 seconds, since
+    /// processes exchange signs of life, however long one of them takes for its rows. For the others to start, each waits a minute.
+    pub fn on(devices: Devices) -> Self {
+        Self::at(Place::Gpus(devices))
+    }
+
+    /// On several devices, a rank each, any of which may be the same one.
+    pub(crate) fn on_each(devices: &[Device]) -> Self {
+        Self::at(Place::Several(devices.to_vec()))
+    }
+
+    fn at(place: Place) -> Self {
+        Self { place, memory: None, block_rows: None }
     }
 
     /// The most bytes of rows that are in the device's memory at any time. Rows that fit stay there for the whole fit; others are read
     /// again in every pass. There is room for eight blocks on the CPU and for two on a GPU that come and go, of at least one row.
     ///
-    /// That is beside what a fit has of each row that stays (4 bytes, by cosine or with weights 12 or 20), of the rows of one block
-    /// while it works on them, and of the centroids; and beside six blocks in page-locked memory of the host for a GPU.
+    /// That is beside what a fit has of each row (4 bytes) and of each that stays (4 bytes, by cosine or with weights 12 or 20), of the
+    /// rows of one block while it works on them, and of the centroids; and beside ten blocks in page-locked memory of the host for a GPU.
     pub fn memory(mut self, bytes: usize) -> Self {
         self.memory = Some(bytes);
         self
@@ -49,30 +80,29 @@ impl StreamOptions {
         self
     }
 
-    pub(super) fn device(&self) -> &Device {
-        &self.device
-    }
-
-    /// Refuses what needs no look at the rows.
-    pub(super) fn check(&self) -> Result<()> {
+    /// Opens the devices and refuses what needs no look at the rows.
+    pub(super) fn open(&self) -> Result<Place> {
         if self.block_rows == Some(0) {
             return Err(Error::Range { argument: "block_rows", got: 0, min: 1, max: usize::MAX });
         }
-        Ok(())
+        self.place.open()
     }
 
-    /// The cut of these rows into blocks.
-    pub(super) fn cut(&self, source: &Source<'_>) -> Result<Cut> {
-        let (row_bytes, device) = (source.row_bytes(), &self.device);
+    /// The cut of `n` rows into blocks for a device, on which they are `pitch` elements apart.
+    pub(super) fn cut(&self, source: &Source<'_>, n: usize, pitch: usize, device: &Device) -> Result<Cut> {
+        let row_bytes = pitch * source.dtype().size_in_bytes();
         let memory = match self.memory {
             Some(memory) => memory,
             None => match primitives::free_memory(device)? {
-                Some(free) => (0.75 * free as f64 * row_bytes as f64 / (row_bytes + BESIDE_ROW) as f64) as usize,
+                Some(free) => {
+                    let rows = (0.75 * free as f64 - (LABEL * n) as f64).max(0.0);
+                    (rows * row_bytes as f64 / (row_bytes + BESIDE_ROW) as f64) as usize
+                }
                 None => CPU_BYTES,
             },
         };
         let rows = self.block_rows.unwrap_or(BLOCK_BYTES / row_bytes);
-        Ok(Cut::new(source.shape().0 as usize, row_bytes, memory, rows, moving(device)))
+        Ok(Cut::new(n, row_bytes, memory, rows, moving(device)))
     }
 }
 
@@ -87,7 +117,7 @@ pub(super) struct Cut {
 
 impl Cut {
     fn new(n: usize, row_bytes: usize, memory: usize, rows: usize, moving: usize) -> Self {
-        let rows = rows.min(memory / moving / row_bytes).clamp(1, n);
+        let rows = rows.min(memory / moving / row_bytes).clamp(1, n.max(1));
         let block = rows.saturating_mul(row_bytes);
         let staying = memory.saturating_sub(block.saturating_mul(moving)) / block;
         Self { rows, staying: staying.min(n.div_ceil(rows)) }

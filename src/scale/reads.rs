@@ -14,17 +14,26 @@ use std::{
     thread,
 };
 
-/// Threads that read at once: as many requests as keep a solid-state disk, or memory that caches it, at work.
-const READERS: usize = 4;
+/// Threads that read at once: as many requests as keep a solid-state disk, or memory that caches it, at work. The link to a GPU takes
+/// what twice as many of them copy from memory.
+fn readers(device: &Device) -> usize {
+    if device.is_cpu() {
+        4
+    } else {
+        8
+    }
+}
 
 /// Buffers in the ring: one for each reader, one that is on its way to the device and one that is waited for.
-const SLOTS: usize = READERS + 2;
+fn slots(device: &Device) -> usize {
+    readers(device) + 2
+}
 
 /// Blocks of rows that `device` has room for beside those that stay there: the one that is worked on and the next one. The memory of
 /// the CPU has the ring, too.
 pub(super) fn moving(device: &Device) -> usize {
     if device.is_cpu() {
-        SLOTS + 2
+        slots(device) + 2
     } else {
         2
     }
@@ -61,7 +70,7 @@ impl<'a> Reads<'a> {
         visit: &mut dyn FnMut(Option<(usize, Tensor)>) -> Result<()>,
     ) -> Result<()> {
         let &mut Self { source, device, most, .. } = self;
-        let lacking = SLOTS.min(ranges.len()).saturating_sub(self.slots.len());
+        let lacking = slots(device).min(ranges.len()).saturating_sub(self.slots.len());
         if lacking > 0 {
             self.slots.extend(primitives::staging(device, lacking, most * source.row_bytes())?);
         }
@@ -72,7 +81,7 @@ impl<'a> Reads<'a> {
         thread::scope(|scope| {
             // However this ends, readers wait no longer than these are there.
             let (free, arrivals) = (free, arrivals);
-            for _ in 0..READERS.min(ranges.len()) {
+            for _ in 0..readers(device).min(ranges.len()) {
                 let (taken, filled) = (&taken, filled.clone());
                 scope.spawn(move || read_ahead(source, ranges, taken, &filled));
             }
@@ -172,7 +181,7 @@ pub(super) fn read_rows(source: &Source<'_>, rows: &[usize]) -> Result<Tensor> {
         }
         Ok::<_, Error>(())
     };
-    let each = rows.len().div_ceil(READERS).max(1);
+    let each = rows.len().div_ceil(readers(&Device::Cpu)).max(1);
     thread::scope(|scope| {
         let parts = rows.chunks(each).zip(read.chunks_mut(each * bytes));
         let readers: Vec<_> = parts.map(|(rows, into)| scope.spawn(move || read_some(rows, into))).collect();

@@ -1,22 +1,21 @@
 //! Fits of rows that memory does not hold, and their labels.
 
-use super::{feed::Streamed, options::StreamOptions, reads::Reads, seeds::Seeds, source::Source};
+use super::{devices::rows_of, feed::Streamed, options::StreamOptions, reads::Reads, seeds::Seeds, source::Source};
 use crate::{
     error::{Error, Result},
     fit::Fit,
     kmeans::KMeans,
     lloyd::{
-        merged::{refuse_medians, Merged, Whole},
+        merged::{refuse_medians, row_pitch, Merged, Whole},
         weights::Weights,
     },
     memory::Fence,
     metric::Metric,
     primitives,
     problem::Problem,
-    ranks::Alone,
     rows::Rows,
 };
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use std::{io, ops::Range};
 
 impl KMeans {
@@ -57,13 +56,17 @@ impl KMeans {
     /// ```
     pub fn fit_stream(&self, source: &Source<'_>, options: &StreamOptions) -> Result<Fit> {
         let p = problem_of(source, self.k, self.metric)?.fitting()?;
-        let device = options.device();
-        options.check()?;
         refuse_medians(self)?;
         if self.lengths.is_some() {
             let with = "a stream, whose rows all count".into();
             return Err(Error::Conflict { argument: "lengths", got: "a tensor".into(), with });
         }
+        if let Some(devices) = &self.devices {
+            let with = "a stream, whose options say where its rows go".into();
+            return Err(Error::Conflict { argument: "devices", got: format!("{devices:?}"), with });
+        }
+        let place = options.open()?;
+        let device = place.first();
         // Of the weights a block has its own on the device.
         Self { weights: None, ..self.clone() }.check(&p, device)?;
         self.weights.as_ref().map_or(Ok(()), |weights| p.weights(weights, &Device::Cpu))?;
@@ -73,14 +76,24 @@ impl KMeans {
         let weights = Weights::new(self, &p, None, &Device::Cpu)?;
         let weights = weights.as_ref();
         let seeds = Seeds { settings: self, p: &p, source, weights, device };
-        let starts = (0..self.n_init).map(|run| seeds.centroids(run)).collect::<Result<Vec<_>>>()?;
-        let whole = Whole { settings: self, p: &p, device, weights, all_counted: true };
-        let mut feed = Streamed::new(source, whole, &Alone, 0..p.n, &options.cut(source)?);
-        let merged = Merged::new(whole, &mut feed)?;
-        self.best_run(|run| {
-            let (flow, fit) = merged.fit(&mut feed, &starts[run], run)?;
-            Ok((flow, fit.to_device(&Device::Cpu)?.with_batch(&[])?))
-        })
+        let starts = (0..self.n_init).map(|run| Ok(seeds.centroids(run)?.to_device(&Device::Cpu)?));
+        let starts = starts.collect::<Result<Vec<_>>>()?;
+        let fits = place.run(|device, ranks| {
+            let whole = Whole { settings: self, p: &p, device, weights, all_counted: true };
+            let rows = rows_of(ranks, p.n);
+            let cut = options.cut(source, rows.len(), row_pitch(&whole)?, device)?;
+            let mut feed = Streamed::new(source, whole, ranks, rows, &cut);
+            let merged = Merged::new(whole, &mut feed)?;
+            self.best_run(|run| {
+                let (flow, fit) = merged.fit(&mut feed, &starts[run].to_device(device)?, run)?;
+                Ok((flow, fit.to_device(&Device::Cpu)?))
+            })
+            .and_then(|fit| place.gather_labels(fit, ranks))
+        })?;
+        let labels: Vec<_> = fits.iter().map(|fit| &fit.labels).collect();
+        let labels = Tensor::cat(&labels, 1)?;
+        let fit = fits.into_iter().next().expect("at least one rank");
+        Fit { labels, ..fit }.with_batch(&[])
     }
 }
 
@@ -112,8 +125,10 @@ impl Fit {
         options: &StreamOptions,
         mut each: impl FnMut(Range<u64>, &[u32]) -> io::Result<()>,
     ) -> Result<()> {
-        options.check()?;
-        let (device, cut) = (options.device(), options.cut(source)?);
+        let place = options.open()?;
+        let device = place.first();
+        let (n, d) = source.shape();
+        let cut = options.cut(source, n as usize, d, device)?;
         Problem::predict_rows(&[cut.rows, source.shape().1], source.dtype(), &self.centroids, self.metric)?;
         refuse_capture(device)?;
         let fence = Fence::default();

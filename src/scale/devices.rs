@@ -1,0 +1,144 @@
+//! The devices that share a stream of rows.
+
+use super::launch::Launch;
+use crate::{
+    error::{Error, Result},
+    fit::Fit,
+    kmeans::Devices,
+    meeting::run_ranks,
+    primitives,
+    ranks::{Alone, Ranks},
+};
+use candle_core::{Device, Tensor};
+use std::{env, ops::Range};
+
+/// Where the rows of a stream are worked on.
+#[derive(Clone, Debug)]
+pub(super) enum Place {
+    /// On one device, by the thread that asks for it.
+    One(Device),
+    /// On several, by a thread each. There may be several ranks to a device.
+    Several(Vec<Device>),
+    /// On GPUs, once they are opened.
+    Gpus(Devices),
+    /// On this process's GPU, of those of several processes.
+    Launched(Device, LaunchedRank),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LaunchedRank {
+    rank: usize,
+    ranks: usize,
+}
+
+impl Place {
+    /// The same with GPUs opened.
+    pub fn open(&self) -> Result<Self> {
+        let Self::Gpus(devices) = self else { return Ok(self.clone()) };
+        let there = primitives::gpus()?;
+        if there == 0 {
+            let with = "a machine, or a build of this crate, without CUDA".into();
+            return Err(Error::Conflict { argument: "devices", got: format!("{devices:?}"), with });
+        }
+        let open = |ordinal: usize| {
+            if ordinal >= there {
+                return Err(Error::Range { argument: "devices", got: ordinal, min: 0, max: there - 1 });
+            }
+            Ok(Device::new_cuda(ordinal)?)
+        };
+        Ok(match devices {
+            Devices::All => Self::Several((0..there).map(open).collect::<Result<_>>()?),
+            Devices::These(ordinals) => {
+                if ordinals.is_empty() {
+                    return Err(Error::Range { argument: "devices", got: 0, min: 1, max: there });
+                }
+                if let Some(twice) = (1..ordinals.len()).find(|&i| ordinals[..i].contains(&ordinals[i])) {
+                    let (got, with) = (format!("GPU {}", ordinals[twice]), "itself: each GPU is one rank".into());
+                    return Err(Error::Conflict { argument: "devices", got, with });
+                }
+                Self::Several(ordinals.iter().map(|&ordinal| open(ordinal)).collect::<Result<_>>()?)
+            }
+            Devices::Launched => {
+                let Launch { rank, ranks, local_rank, address } = Launch::of_process()?;
+                // A launcher may show each process its own GPU only.
+                let device = open(if there == 1 { 0 } else { local_rank })?;
+                // Before NCCL starts its threads, which read the environment.
+                env::set_var("NCCL_COMM_ID", address);
+                Self::Launched(device, LaunchedRank { rank, ranks })
+            }
+        })
+    }
+
+    /// The device of the first rank of this process.
+    pub fn first(&self) -> &Device {
+        match self {
+            Self::One(device) | Self::Launched(device, _) => device,
+            Self::Several(devices) => &devices[0],
+            Self::Gpus(_) => unreachable!("opened before it is used"),
+        }
+    }
+
+    /// Lets each rank of this process work on its device, and returns what they return, in their order.
+    pub fn run<T: Send>(&self, work: impl Fn(&Device, &dyn Ranks) -> Result<T> + Sync) -> Result<Vec<T>> {
+        match self {
+            Self::One(device) => Ok(vec![work(device, &Alone)?]),
+            Self::Several(devices) if devices.len() == 1 => Ok(vec![work(&devices[0], &Alone)?]),
+            Self::Several(devices) => {
+                let at = primitives::rendezvous(&devices[0])?.filter(|_| all_differ(devices));
+                run_ranks(devices.len(), |ranks| {
+                    let device = &devices[ranks.rank()];
+                    let done = match at {
+                        Some(at) => work(device, &*primitives::join(device, at, ranks)?),
+                        None => work(device, ranks),
+                    };
+                    // What this thread has queued is its own.
+                    device.synchronize()?;
+                    done
+                })
+            }
+            Self::Launched(device, LaunchedRank { rank, ranks }) => {
+                let ranks = primitives::join_launched(device, *rank, *ranks)?;
+                let done = work(device, &*ranks)?;
+                ranks.done();
+                Ok(vec![done])
+            }
+            Self::Gpus(_) => unreachable!("opened before it is used"),
+        }
+    }
+}
+
+impl Place {
+    /// A fit with the labels of all rows, where other processes have some of them.
+    pub fn gather_labels(&self, fit: Fit, ranks: &dyn Ranks) -> Result<Fit> {
+        if !matches!(self, Self::Launched(..)) {
+            return Ok(fit);
+        }
+        let own = fit.labels.flatten_all()?.to_vec1::<u32>()?;
+        let mut parts = vec![vec![]; ranks.count()];
+        let most = ranks.gather(vec![own.len() as f64])?.concat().into_iter().fold(0.0, f64::max) as usize;
+        for first in (0..most).step_by(LABELS_AT_ONCE) {
+            let some = &own[first.min(own.len())..(first + LABELS_AT_ONCE).min(own.len())];
+            for (part, some) in parts.iter_mut().zip(ranks.gather(some.iter().map(|&label| f64::from(label)).collect())?) {
+                part.extend(some.into_iter().map(|label| label as u32));
+            }
+        }
+        let all = parts.concat();
+        let n = all.len();
+        Ok(Fit { labels: Tensor::from_vec(all, (1, n), &Device::Cpu)?, ..fit })
+    }
+}
+
+/// Labels that ranks send each other at a time.
+const LABELS_AT_ONCE: usize = 1 << 22;
+
+/// Whether each is another GPU, as NCCL asks for.
+fn all_differ(devices: &[Device]) -> bool {
+    let locations: Vec<_> = devices.iter().map(Device::location).collect();
+    (1..locations.len()).all(|i| !locations[..i].contains(&locations[i]))
+}
+
+/// The rows of a rank, of `n`: as many as others have, but for one.
+pub(super) fn rows_of(ranks: &dyn Ranks, n: usize) -> Range<usize> {
+    let first = |rank: usize| (n as u128 * rank as u128 / ranks.count() as u128) as usize;
+    first(ranks.rank())..first(ranks.rank() + 1)
+}
