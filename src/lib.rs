@@ -86,12 +86,13 @@ pub use functional::{
     sort_by_cluster,
 };
 pub use kmeans::{EmptyClusters, Init, IntoControlFlow, Iteration, KMeans};
-pub use lloyd::prepared::PreparedFit;
+pub use lloyd::{feed::Pass, prepared::PreparedFit};
 pub use metric::Metric;
 pub use minibatch::MiniBatch;
 pub use plan::Plan;
 pub use scale::{
     options::StreamOptions,
+    progress::StreamProgress,
     source::{
         file::FileIdentity,
         stored::{Element, StoredType},

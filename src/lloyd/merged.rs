@@ -2,7 +2,7 @@
 
 use super::{
     accumulate::{mantissa_bits, Bounds},
-    feed::{Block, Feed},
+    feed::{Block, Feed, Pass},
     outcome::Outcome,
     prepared::RUNNING,
     threshold::{threshold, Usable},
@@ -59,6 +59,7 @@ impl Found {
         // The largest magnitude, the smallest, and the first row that is not finite: the latter two negated, so that of all blocks
         // and ranks the largest of each is kept.
         let (mut mine, none) = ([vec![0.0; p.b], vec![-f64::INFINITY; p.b], vec![-f64::INFINITY; p.b]], u32::MAX);
+        feed.begin_pass(Pass::Bounds);
         feed.for_each_block(&mut |block| {
             // Before the terms are set a block's summands say what a scan of its rows has found.
             let whole = || (block.summands.max_abs.clone(), block.summands.first_nonfinite.clone());

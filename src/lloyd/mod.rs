@@ -28,7 +28,7 @@ use crate::{
     seeding,
 };
 use candle_core::{DType, Device, Shape, Tensor};
-use feed::{Block, Feed, Resident};
+use feed::{Block, Feed, Pass, Resident};
 use prepared::{Data, PreparedFit, RUNNING};
 use relocate::{add_sizes, gather_sizes, relocate};
 use std::{ops::ControlFlow, path::Path};
@@ -246,7 +246,7 @@ impl Lloyd<'_> {
         feed: &mut dyn Feed,
         close: &mut dyn FnMut(Block<'_>) -> Result<()>,
     ) -> Result<(ControlFlow<()>, usize)> {
-        let &Self { progress, max_iters, .. } = self;
+        let &Self { run, progress, max_iters, .. } = self;
         let (k, relocates) = (self.settings.k, self.settings.empty == EmptyClusters::Relocate);
         let reads_are_free = primitives::reads_are_free(self.centroids.device());
         let (mut flow, mut turn, mut last) = (ControlFlow::Continue(()), None, max_iters == 0);
@@ -254,6 +254,7 @@ impl Lloyd<'_> {
         loop {
             iteration += 1;
             let (next, mut sizes, mut orders) = (Turn { progress, iteration }, vec![], vec![]);
+            feed.begin_pass(if last { Pass::Labels { run } } else { Pass::Iteration { run, iteration, max_iters } });
             feed.for_each_block(&mut |block| {
                 self.assign(block, turn)?;
                 match (last, relocates) {
@@ -274,9 +275,11 @@ impl Lloyd<'_> {
                 let (sizes, mut relocations) = (gather_sizes(sizes, feed)?, None);
                 if let Some(lacking) = self.lacking(&sizes)? {
                     orders.clear();
+                    feed.begin_pass(Pass::Relocation { run, iteration, max_iters });
                     relocations = Some(self.relocations(feed, sizes, &lacking)?);
                 }
                 let mut orders = orders.iter();
+                feed.begin_pass(Pass::Relocation { run, iteration, max_iters });
                 feed.for_each_block(&mut |block| {
                     if let Some(relocations) = &relocations {
                         relocate(block, relocations)?;

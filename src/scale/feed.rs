@@ -2,6 +2,7 @@
 
 use super::{
     options::Cut,
+    progress::Reporter,
     reads::{read_rows, Reads},
     source::Source,
 };
@@ -9,7 +10,7 @@ use crate::{
     error::Result,
     host,
     lloyd::{
-        feed::{Block, Feed},
+        feed::{Block, Feed, Pass},
         merged::{BlockFeed, OwnedBlock, Terms, Whole},
         weights::Weights,
     },
@@ -22,6 +23,7 @@ pub(super) struct Streamed<'a> {
     source: &'a Source<'a>,
     whole: Whole<'a>,
     reads: Reads<'a>,
+    reporter: Reporter,
     parts: Vec<Part>,
     terms: Option<Terms>,
     /// The labels of all rows, but for those of parts that stay on the device; empty before the first pass.
@@ -40,11 +42,11 @@ struct Part {
 
 impl<'a> Streamed<'a> {
     /// The weights of `whole` are on the CPU.
-    pub fn new(source: &'a Source<'a>, whole: Whole<'a>, cut: &Cut) -> Self {
+    pub fn new(source: &'a Source<'a>, whole: Whole<'a>, cut: &Cut, reporter: Reporter) -> Self {
         let rows = cut.ranges(whole.p.n).enumerate();
         let parts = rows.map(|(i, rows)| Part { rows, stays: i < cut.staying, held: None, first_nonfinite: None });
         let (parts, reads) = (parts.collect(), Reads::new(source, whole.device, cut.rows));
-        Self { source, whole, reads, parts, terms: None, labels: vec![] }
+        Self { source, whole, reads, reporter, parts, terms: None, labels: vec![] }
     }
 }
 
@@ -68,8 +70,12 @@ impl Part {
 }
 
 impl Feed for Streamed<'_> {
+    fn begin_pass(&mut self, pass: Pass) {
+        self.reporter.begin(pass);
+    }
+
     fn for_each_block(&mut self, visit: &mut dyn FnMut(Block<'_>) -> Result<()>) -> Result<()> {
-        let Self { whole, reads, parts, terms, labels, .. } = self;
+        let Self { whole, reads, reporter, parts, terms, labels, .. } = self;
         if labels.is_empty() {
             *labels = host::filled("fit_stream", whole.p.n, 0)?;
         }
@@ -77,10 +83,11 @@ impl Feed for Streamed<'_> {
         let ranges: Vec<_> = away.iter().map(|&i| parts[i].rows.clone()).collect();
         reads.for_each(&ranges, &mut |read| {
             let Some((i, x)) = read else {
-                return parts
-                    .iter()
-                    .filter_map(|part| part.held.as_ref())
-                    .try_for_each(|held| visit(held.as_block(true)));
+                return parts.iter().filter_map(|part| part.held.as_ref()).try_for_each(|held| {
+                    visit(held.as_block(true))?;
+                    reporter.add(held.x.n, false);
+                    Ok(())
+                });
             };
             let part = &mut parts[away[i]];
             let labels = &mut labels[part.rows.clone()];
@@ -89,6 +96,7 @@ impl Feed for Streamed<'_> {
             visit(held.as_block(part.stays))?;
             labels.copy_from_slice(&held.labels.flatten_all()?.to_vec1()?);
             part.first_nonfinite.get_or_insert_with(|| held.summands.first_nonfinite.clone());
+            reporter.add(part.rows.len(), true);
             if part.stays {
                 part.held = Some(held);
             }

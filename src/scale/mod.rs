@@ -2,6 +2,7 @@
 
 mod feed;
 pub(crate) mod options;
+pub(crate) mod progress;
 mod reads;
 mod seeds;
 pub(crate) mod source;

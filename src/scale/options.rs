@@ -1,6 +1,10 @@
 //! The device and the memory of a stream.
 
-use super::{reads::moving, source::Source};
+use super::{
+    progress::{OnProgress, Passes, Reporter, StreamProgress},
+    reads::moving,
+    source::Source,
+};
 use crate::{
     error::{Error, Result},
     primitives,
@@ -24,13 +28,14 @@ pub struct StreamOptions {
     device: Device,
     memory: Option<usize>,
     block_rows: Option<usize>,
+    on_progress: Option<OnProgress>,
 }
 
 impl StreamOptions {
     /// On this device: rows take up to three quarters of the memory that is free on a GPU when the fit begins, less what it has of
     /// each row besides, and up to 4 GiB on the CPU. They are read 64 MiB at a time.
     pub fn new(device: &Device) -> Self {
-        Self { device: device.clone(), memory: None, block_rows: None }
+        Self { device: device.clone(), memory: None, block_rows: None, on_progress: None }
     }
 
     /// The most bytes of rows that are in the device's memory at any time. Rows that fit stay there for the whole fit; others are read
@@ -47,6 +52,29 @@ impl StreamOptions {
     pub fn block_rows(mut self, rows: usize) -> Self {
         self.block_rows = Some(rows);
         self
+    }
+
+    /// Calls `f` as blocks of rows are done, at most ten times a second, and at the end: with the pass that goes on, its rows, its rates and
+    /// the time that is left. Without it nothing is reported, and nothing is ever printed. Calls come one after another, from the
+    /// thread that works on the rows, which goes on when `f` returns; to end a fit is up to [`KMeans::on_iteration`](crate::KMeans::on_iteration).
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_flash_kmeans::{KMeans, Source, StreamOptions};
+    ///
+    /// let source = Source::from_tensor(&Tensor::rand(0f32, 1f32, (1000, 4), &Device::Cpu)?)?;
+    /// let options = StreamOptions::new(&Device::Cpu).on_progress(|progress| eprintln!("{progress}"));
+    /// KMeans::new(8).fit_stream(&source, &options)?;
+    /// # Ok::<_, candle_flash_kmeans::Error>(())
+    /// ```
+    pub fn on_progress(mut self, f: impl Fn(&StreamProgress) + Send + Sync + 'static) -> Self {
+        self.on_progress = Some(OnProgress::new(f));
+        self
+    }
+
+    /// The one who reports these passes over `source`.
+    pub(super) fn reporter(&self, source: &Source<'_>, passes: Passes) -> Reporter {
+        Reporter::new(self.on_progress.as_ref(), source, passes)
     }
 
     pub(super) fn device(&self) -> &Device {

@@ -1,11 +1,12 @@
 //! Fits of rows that memory does not hold, and their labels.
 
-use super::{feed::Streamed, options::StreamOptions, reads::Reads, seeds::Seeds, source::Source};
+use super::{feed::Streamed, options::StreamOptions, progress::Passes, reads::Reads, seeds::Seeds, source::Source};
 use crate::{
     error::{Error, Result},
     fit::Fit,
     kmeans::KMeans,
     lloyd::{
+        feed::Pass,
         merged::{refuse_medians, Merged, Whole},
         weights::Weights,
     },
@@ -74,7 +75,8 @@ impl KMeans {
         let seeds = Seeds { settings: self, p: &p, source, weights, device };
         let starts = (0..self.n_init).map(|run| seeds.centroids(run)).collect::<Result<Vec<_>>>()?;
         let whole = Whole { settings: self, p: &p, device, weights, all_counted: true };
-        let mut feed = Streamed::new(source, whole, &options.cut(source)?);
+        let reporter = options.reporter(source, Passes::of_fit(self));
+        let mut feed = Streamed::new(source, whole, &options.cut(source)?, reporter);
         let merged = Merged::new(whole, &mut feed)?;
         self.best_run(|run| {
             let (flow, fit) = merged.fit(&mut feed, &starts[run], run)?;
@@ -120,7 +122,8 @@ impl Fit {
         let centroids = self.centroids.to_device(device)?;
         let c = Rows::new(&centroids)?;
         let ranges: Vec<_> = cut.ranges(source.shape().0 as usize).collect();
-        let mut reads = Reads::new(source, device, cut.rows);
+        let (mut reads, mut reporter) = (Reads::new(source, device, cut.rows), options.reporter(source, Passes::ONE));
+        reporter.begin(Pass::Labels { run: 0 });
         reads.for_each(&ranges, &mut |read| {
             let Some((i, x)) = read else { return Ok(()) };
             let (rows, x) = (&ranges[i], Rows::new(&x)?);
@@ -132,7 +135,9 @@ impl Fit {
             let labels = primitives::assign(&x, &c, self.metric)?.flatten_all()?.to_vec1::<u32>()?;
             let rows = rows.start as u64..rows.end as u64;
             let path = || format!("labels {}..{}", rows.start, rows.end);
-            each(rows.clone(), &labels).map_err(|source| Error::Io { path: path(), source })
+            each(rows.clone(), &labels).map_err(|source| Error::Io { path: path(), source })?;
+            reporter.add(labels.len(), true);
+            Ok(())
         })
     }
 }

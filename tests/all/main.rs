@@ -25,6 +25,7 @@ mod ops;
 mod order;
 mod plan;
 mod prepared;
+mod progress;
 mod properties;
 mod ragged;
 mod refusals;
