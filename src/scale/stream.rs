@@ -11,7 +11,6 @@ use crate::{
         weights::Weights,
     },
     memory::Fence,
-    metric::Metric,
     primitives,
     problem::Problem,
     rows::Rows,
@@ -56,18 +55,7 @@ impl KMeans {
     /// # Ok::<_, candle_flash_kmeans::Error>(())
     /// ```
     pub fn fit_stream(&self, source: &Source<'_>, options: &StreamOptions) -> Result<Fit> {
-        let p = problem_of(source, self.k, self.metric)?.fitting()?;
-        let device = options.device();
-        options.check()?;
-        refuse_medians(self)?;
-        if self.lengths.is_some() {
-            let with = "a stream, whose rows all count".into();
-            return Err(Error::Conflict { argument: "lengths", got: "a tensor".into(), with });
-        }
-        // Of the weights a block has its own on the device.
-        Self { weights: None, ..self.clone() }.check(&p, device)?;
-        self.weights.as_ref().map_or(Ok(()), |weights| p.weights(weights, &Device::Cpu))?;
-        refuse_capture(device)?;
+        let (p, device) = (check_stream(self, source, options)?, options.device());
         let fence = Fence::default();
         fence.write(device)?;
         let weights = Weights::new(self, &p, None, &Device::Cpu)?;
@@ -113,6 +101,19 @@ impl Fit {
         options: &StreamOptions,
         mut each: impl FnMut(Range<u64>, &[u32]) -> io::Result<()>,
     ) -> Result<()> {
+        self.label(source, options, |rows, labels| {
+            let path = || format!("labels {}..{}", rows.start, rows.end);
+            each(rows.clone(), labels).map_err(|source| Error::Io { path: path(), source })
+        })
+    }
+
+    /// The same with errors of any kind.
+    pub(super) fn label(
+        &self,
+        source: &Source<'_>,
+        options: &StreamOptions,
+        mut each: impl FnMut(Range<u64>, &[u32]) -> Result<()>,
+    ) -> Result<()> {
         options.check()?;
         let (device, cut) = (options.device(), options.cut(source)?);
         Problem::predict_rows(&[cut.rows, source.shape().1], source.dtype(), &self.centroids, self.metric)?;
@@ -133,19 +134,29 @@ impl Fit {
                 }
             }
             let labels = primitives::assign(&x, &c, self.metric)?.flatten_all()?.to_vec1::<u32>()?;
-            let rows = rows.start as u64..rows.end as u64;
-            let path = || format!("labels {}..{}", rows.start, rows.end);
-            each(rows.clone(), &labels).map_err(|source| Error::Io { path: path(), source })?;
+            each(rows.start as u64..rows.end as u64, &labels)?;
             reporter.add(labels.len(), true);
             Ok(())
         })
     }
 }
 
-/// The problem of clustering a source's rows.
-fn problem_of(source: &Source<'_>, k: usize, metric: Metric) -> Result<Problem> {
-    let (n, d) = source.shape();
-    Problem::of(&[usize::try_from(n).unwrap_or(usize::MAX), d], source.dtype(), k, metric)
+/// The problem of clustering the rows of a source. Refuses all that takes no look at values.
+pub(super) fn check_stream(settings: &KMeans, source: &Source<'_>, options: &StreamOptions) -> Result<Problem> {
+    let ((n, d), device) = (source.shape(), options.device());
+    let dims = [usize::try_from(n).unwrap_or(usize::MAX), d];
+    let p = Problem::of(&dims, source.dtype(), settings.k, settings.metric)?.fitting()?;
+    options.check()?;
+    refuse_medians(settings)?;
+    if settings.lengths.is_some() {
+        let with = "a stream, whose rows all count".into();
+        return Err(Error::Conflict { argument: "lengths", got: "a tensor".into(), with });
+    }
+    // Of the weights a block has its own on the device.
+    KMeans { weights: None, ..settings.clone() }.check(&p, device)?;
+    settings.weights.as_ref().map_or(Ok(()), |weights| p.weights(weights, &Device::Cpu))?;
+    refuse_capture(device)?;
+    Ok(p)
 }
 
 /// Refuses to become part of a CUDA graph, in which no file would be read again.

@@ -18,6 +18,7 @@ mod fit;
 mod gradients;
 mod kernels;
 mod kv_cache;
+mod labels;
 mod layouts;
 mod minibatch;
 mod numbers;
