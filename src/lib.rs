@@ -91,6 +91,7 @@ pub use metric::Metric;
 pub use minibatch::MiniBatch;
 pub use plan::Plan;
 pub use scale::{
+    epochs::Epochs,
     options::StreamOptions,
     progress::StreamProgress,
     source::{
