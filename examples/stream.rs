@@ -1,18 +1,19 @@
 //! Clusters a file of rows that need not fit in memory, and compares that with the fit of all of them in memory.
 //!
 //! ```text
-//! cargo run --release --example stream [--device cpu|cuda] [--rows 200000] [--columns 32] [--clusters 64] [--memory 8]
+//! cargo run --release --example stream [--device cpu|cuda] [--rows 200000] [--columns 32] [--clusters 64] [--memory 8] [--quiet]
 //! ```
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{KMeans, Source, StreamOptions};
 use clap::Parser;
-use common::backend::Backend;
+use common::{backend::Backend, bar::with_bar};
 use std::{fs, time::Instant};
 
 mod common {
     pub mod backend;
+    pub mod bar;
 }
 
 #[derive(Parser)]
@@ -27,6 +28,9 @@ struct Args {
     /// MiB of rows that the device may hold
     #[arg(long, default_value_t = 8)]
     memory: usize,
+    /// Show no progress
+    #[arg(long)]
+    quiet: bool,
     #[arg(long, default_value = "cpu")]
     device: Backend,
 }
@@ -44,12 +48,11 @@ fn main() -> Result<()> {
 
 fn compare(args: &Args, device: &Device, x: &Tensor, path: &std::path::Path) -> Result<()> {
     let source = Source::open(path)?;
-    let options = StreamOptions::new(device).memory(args.memory << 20);
+    let options = with_bar(StreamOptions::new(device).memory(args.memory << 20), args.quiet);
     let settings = KMeans::new(args.clusters).tol(0.0).max_iters(10);
 
     let start = Instant::now();
-    let streamed =
-        settings.clone().on_iteration(|i| println!("iteration {}", i.iteration)).fit_stream(&source, &options)?;
+    let streamed = settings.fit_stream(&source, &options)?;
     println!("streamed in {:.2?}: {streamed}", start.elapsed());
 
     let whole = settings.fit(&x.to_device(device)?)?.to_device(&Device::Cpu)?;

@@ -4,8 +4,8 @@
 //! [`assign_with_distances`], [`sort_by_cluster`], [`cluster_means`] and [`quantize`] are its parts, each an op of its own.
 //! Layers are made of these and of [`cluster_sums`], [`cluster_sizes`], [`inverse_order`], [`residuals`],
 //! [`select_clusters`] and [`top_rows_per_centroid`]; sequences that grow are followed by [`MiniBatch`] and [`Segments`].
-//! Rows that no memory holds are read from a [`Source`] by [`KMeans::fit_stream`] and [`Fit::predict_stream`].
-//! [`Source`] reads rows that memory does not hold, piece by piece, from files of many formats.
+//! Rows that memory does not hold are read piece by piece from a [`Source`], files of many formats among them, by
+//! [`KMeans::fit_stream`], [`Fit::predict_stream`] and what is made of these.
 //! [`nn`] has such layers. The parts with one result are also values for [`Tensor::apply_op2`](candle_core::Tensor::apply_op2)
 //! and, to write in place, [`Tensor::inplace_op3`](candle_core::Tensor::inplace_op3): [`ops`].
 //!
@@ -88,12 +88,14 @@ pub use functional::{
     sort_by_cluster,
 };
 pub use kmeans::{Devices, EmptyClusters, Init, IntoControlFlow, Iteration, KMeans};
-pub use lloyd::prepared::PreparedFit;
+pub use lloyd::{feed::Pass, prepared::PreparedFit};
 pub use metric::Metric;
 pub use minibatch::MiniBatch;
 pub use plan::Plan;
 pub use scale::{
+    epochs::Epochs,
     options::StreamOptions,
+    progress::StreamProgress,
     source::{
         file::FileIdentity,
         stored::{Element, StoredType},

@@ -40,7 +40,7 @@ pub(crate) fn write<'a>(
     let bytes = safetensors::serialize(tensors, None).map_err(candle_core::Error::from)?;
     let failed = |source| Error::Io { path: path.display().to_string(), source };
     let (header, data) = with_settings(&bytes, &settings).map_err(failed)?;
-    replace(path, &[&header, data]).map_err(failed)
+    replace(path, |file| [&header, data].iter().try_for_each(|part| file.write_all(part)).map_err(failed))
 }
 
 /// A serialised file's new beginning, and its tensors, which follow. The library would write settings in the order of a hash map,
@@ -71,9 +71,10 @@ fn json(settings: &BTreeMap<String, String>) -> String {
     format!("{{{}}}", pairs.join(","))
 }
 
-/// Puts a new file where `path` leads, whole or not at all.
-fn replace(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
-    let target = followed(path)?;
+/// Puts a new file where `path` leads, whole or not at all: what `write` writes to a temporary one.
+pub(crate) fn replace(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+    let failed = |source| Error::Io { path: path.display().to_string(), source };
+    let target = followed(path).map_err(failed)?;
     // A name of its own for every call, so that writers of one path cannot take each other's file.
     static CALLS: AtomicU64 = AtomicU64::new(0);
     let create = || {
@@ -84,13 +85,12 @@ fn replace(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
     let (temporary, mut file) = loop {
         match create() {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
-            created => break created?,
+            created => break created.map_err(failed)?,
         }
     };
-    let mut finish = || {
-        parts.iter().try_for_each(|part| file.write_all(part))?;
-        file.sync_all()?;
-        fs::rename(&temporary, &target)
+    let finish = || {
+        write(&mut file)?;
+        file.sync_all().and_then(|()| fs::rename(&temporary, &target)).map_err(failed)
     };
     finish().inspect_err(|_| drop(fs::remove_file(&temporary)))
 }

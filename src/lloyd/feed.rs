@@ -9,6 +9,50 @@ use crate::{
     rows::Rows,
 };
 use candle_core::{DType, Tensor};
+use std::fmt;
+
+/// A pass over the rows of a [`Source`](crate::Source).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+#[allow(missing_docs)] // Runs are counted from 0, iterations and epochs from 1.
+pub enum Pass {
+    /// The bounds of all values are found.
+    Bounds,
+    /// The variance is found that [`tol`](crate::KMeans::tol) is a share of.
+    Variance,
+    /// Rows are assigned to the centroids that are there, and added up for those of this iteration.
+    Iteration { run: usize, iteration: usize, max_iters: usize },
+    /// Another pass of the iteration, since it [relocates](crate::EmptyClusters::Relocate) empty clusters.
+    Relocation { run: usize, iteration: usize, max_iters: usize },
+    /// Rows are assigned for good.
+    Labels { run: usize },
+    /// A mini-batch takes all rows.
+    Epoch { epoch: usize, epochs: usize },
+}
+
+impl fmt::Display for Pass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let in_run = |f: &mut fmt::Formatter<'_>, run| if run > 0 { write!(f, "run {}, ", run + 1) } else { Ok(()) };
+        match *self {
+            Self::Bounds => write!(f, "bounds"),
+            Self::Variance => write!(f, "variance"),
+            Self::Iteration { run, iteration, max_iters } | Self::Relocation { run, iteration, max_iters } => {
+                in_run(f, run)?;
+                write!(f, "iteration {iteration}")?;
+                if max_iters < usize::MAX {
+                    write!(f, " of at most {max_iters}")?;
+                }
+                let relocates = matches!(self, Self::Relocation { .. });
+                f.write_str(if relocates { ", relocation" } else { "" })
+            }
+            Self::Labels { run } => {
+                in_run(f, run)?;
+                write!(f, "labels")
+            }
+            Self::Epoch { epoch, epochs } => write!(f, "epoch {epoch} of {epochs}"),
+        }
+    }
+}
 
 /// A run of rows, the same of each problem, and what ops are told of them.
 #[derive(Clone, Copy)]
@@ -32,6 +76,9 @@ pub(crate) struct Block<'a> {
 /// The holder of a fit's rows: a tensor, in one block; or blocks, one after another. They may be all rows or those of one of several
 /// [`Ranks`].
 pub(crate) trait Feed {
+    /// Is told which pass the next visit of all blocks is.
+    fn begin_pass(&mut self, _: Pass) {}
+
     /// Visits all blocks of this rank, in any order.
     fn for_each_block(&mut self, visit: &mut dyn FnMut(Block<'_>) -> Result<()>) -> Result<()>;
 

@@ -2,7 +2,7 @@
 
 use super::{
     accumulate::{mantissa_bits, Bounds},
-    feed::{Block, Feed},
+    feed::{Block, Feed, Pass},
     outcome::Outcome,
     prepared::RUNNING,
     threshold::{threshold, Usable},
@@ -64,6 +64,7 @@ impl Found {
     fn search(feed: &mut dyn Feed, p: &Problem, settings: &KMeans) -> Result<Self> {
         // What is found in each block, which the host reads at the end: until then it only queues.
         let mut blocks: Vec<(usize, [Tensor; 3])> = vec![];
+        feed.begin_pass(Pass::Bounds);
         feed.for_each_block(&mut |block| {
             // Before the terms are set a block's summands say what a scan of its rows has found.
             let whole = || (block.summands.max_abs.clone(), block.summands.first_nonfinite.clone());

@@ -29,7 +29,7 @@ use crate::{
     seeding,
 };
 use candle_core::{DType, Device, Shape, Tensor};
-use feed::{Block, Feed, Resident};
+use feed::{Block, Feed, Pass, Resident};
 use prepared::{Data, PreparedFit, RUNNING};
 use relocate::{relocate, SizesSoFar};
 use std::{ops::ControlFlow, path::Path};
@@ -239,7 +239,7 @@ impl Lloyd<'_> {
         feed: &mut dyn Feed,
         close: &mut dyn FnMut(Block<'_>) -> Result<()>,
     ) -> Result<(ControlFlow<()>, usize)> {
-        let &Self { progress, max_iters, .. } = self;
+        let &Self { run, progress, max_iters, .. } = self;
         let (k, relocates) = (self.settings.k, self.settings.empty == EmptyClusters::Relocate);
         let device = self.centroids.device();
         let reads_are_free = primitives::reads_are_free(device);
@@ -249,6 +249,7 @@ impl Lloyd<'_> {
             iteration += 1;
             let next = Turn { progress, iteration };
             let (mut sizes, mut orders) = (SizesSoFar::new([progress.stop.elem_count(), k], device)?, vec![]);
+            feed.begin_pass(if last { Pass::Labels { run } } else { Pass::Iteration { run, iteration, max_iters } });
             feed.for_each_block(&mut |block| {
                 self.assign(block, turn)?;
                 match (last, relocates) {
@@ -269,9 +270,11 @@ impl Lloyd<'_> {
                 let (sizes, mut relocations) = (sizes.gather(feed.ranks())?, None);
                 if let Some(lacking) = self.lacking(&sizes)? {
                     orders.clear();
+                    feed.begin_pass(Pass::Relocation { run, iteration, max_iters });
                     relocations = Some(self.relocations(feed, sizes, &lacking)?);
                 }
                 let mut orders = orders.iter();
+                feed.begin_pass(Pass::Relocation { run, iteration, max_iters });
                 feed.for_each_block(&mut |block| {
                     if let Some(relocations) = &relocations {
                         relocate(block, relocations)?;

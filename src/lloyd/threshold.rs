@@ -2,7 +2,7 @@
 
 use super::{
     accumulate::{accumulate_all, Bounds, Total},
-    feed::Feed,
+    feed::{Feed, Pass},
     weights::finite_rows,
 };
 use crate::{
@@ -54,6 +54,7 @@ pub(super) fn threshold(
     let farthest = ((&bounds.max_abs * 2.0)?.sqr()? * p.d as f64)?.minimum(&most)?;
     let squares = Total::new(farthest, bounds.rows, PLANES)?;
     let counts = masked.then(|| Total::new(ones.clone(), bounds.rows, 1)).transpose()?;
+    feed.begin_pass(Pass::Variance);
     feed.for_each_block(&mut |block| {
         let mut factors = block.counted.cloned();
         if !all_finite {

@@ -71,10 +71,23 @@ impl Place {
 
     /// The device of the first rank of this process.
     pub fn first(&self) -> &Device {
+        &self.devices()[0]
+    }
+
+    /// The devices of this process.
+    pub fn devices(&self) -> &[Device] {
         match self {
-            Self::One(device) | Self::Launched(device, _) => device,
-            Self::Several(devices) => &devices[0],
+            Self::One(device) | Self::Launched(device, _) => std::slice::from_ref(device),
+            Self::Several(devices) => devices,
             Self::Gpus(_) => unreachable!("opened before it is used"),
+        }
+    }
+
+    /// What `f` makes of the rows of this process, of `n`.
+    pub fn own_rows<T>(&self, n: usize, f: impl Fn(Range<usize>) -> T) -> T {
+        match self {
+            Self::Launched(_, LaunchedRank { rank, ranks }) => f(share(*rank, *ranks, n)),
+            _ => f(0..n),
         }
     }
 
@@ -139,6 +152,10 @@ fn all_differ(devices: &[Device]) -> bool {
 
 /// The rows of a rank, of `n`: as many as others have, but for one.
 pub(super) fn rows_of(ranks: &dyn Ranks, n: usize) -> Range<usize> {
-    let first = |rank: usize| (n as u128 * rank as u128 / ranks.count() as u128) as usize;
-    first(ranks.rank())..first(ranks.rank() + 1)
+    share(ranks.rank(), ranks.count(), n)
+}
+
+fn share(rank: usize, ranks: usize, n: usize) -> Range<usize> {
+    let first = |rank: usize| (n as u128 * rank as u128 / ranks as u128) as usize;
+    first(rank)..first(rank + 1)
 }

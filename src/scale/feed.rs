@@ -2,6 +2,7 @@
 
 use super::{
     options::Cut,
+    progress::Reporter,
     reads::{read_rows, Reads},
     source::Source,
 };
@@ -9,7 +10,7 @@ use crate::{
     error::Result,
     host,
     lloyd::{
-        feed::{Block, Feed},
+        feed::{Block, Feed, Pass},
         merged::{row_pitch, BlockFeed, OwnedBlock, Terms, Whole},
         weights::Weights,
     },
@@ -25,6 +26,7 @@ pub(super) struct Streamed<'a> {
     whole: Whole<'a>,
     ranks: &'a dyn Ranks,
     reads: Reads<'a>,
+    reporter: Reporter,
     rows: Range<usize>,
     staying: Staying,
     away: Vec<Away>,
@@ -63,13 +65,14 @@ impl<'a> Streamed<'a> {
         ranks: &'a dyn Ranks,
         rows: Range<usize>,
         cut: &Cut,
+        reporter: Reporter,
     ) -> Self {
         let mut staying: Vec<_> = cut.ranges(rows.clone()).collect();
         let away = staying.split_off(cut.staying.min(staying.len()));
         let away = away.into_iter().map(|rows| Away { rows, known: None }).collect();
         let staying = if staying.is_empty() { Staying::Read(vec![]) } else { Staying::Unread(staying) };
         let reads = Reads::new(source, whole.device, cut.rows);
-        Self { source, whole, ranks, reads, rows, staying, away, terms: None }
+        Self { source, whole, ranks, reads, reporter, rows, staying, away, terms: None }
     }
 }
 
@@ -98,8 +101,12 @@ fn load(
 }
 
 impl Feed for Streamed<'_> {
+    fn begin_pass(&mut self, pass: Pass) {
+        self.reporter.begin(pass);
+    }
+
     fn for_each_block(&mut self, visit: &mut dyn FnMut(Block<'_>) -> Result<()>) -> Result<()> {
-        let Self { whole, reads, staying, away, terms, .. } = self;
+        let Self { whole, reads, reporter, staying, away, terms, .. } = self;
         let (device, terms) = (whole.device, terms.as_ref());
         let unread = match staying {
             Staying::Unread(runs) => std::mem::take(runs),
@@ -117,7 +124,11 @@ impl Feed for Streamed<'_> {
         reads.for_each(&runs, &mut |read| {
             let Some((i, x)) = read else {
                 return match staying {
-                    Staying::Read(blocks) => blocks.iter().try_for_each(|block| visit(block.as_block(true))),
+                    Staying::Read(blocks) => blocks.iter().try_for_each(|block| {
+                        visit(block.as_block(true))?;
+                        reporter.add(block.x.n, false);
+                        Ok(())
+                    }),
                     Staying::Unread(_) => Ok(()),
                 };
             };
@@ -126,13 +137,16 @@ impl Feed for Streamed<'_> {
                 room.slice_set(&x.pad_with_zeros(1, 0, room.dim(1)? - whole.p.d)?, 0, rows.start - first)?;
                 drop(x);
                 let x = room.narrow(0, rows.start - first, rows.len())?.narrow(1, 0, whole.p.d)?;
-                return visit(load(whole, terms, &x, rows.start, None)?.as_block(false));
+                visit(load(whole, terms, &x, rows.start, None)?.as_block(false))?;
+                reporter.add(rows.len(), true);
+                return Ok(());
             }
             let known = &mut away[i - unread.len()].known;
             let block = load(whole, terms, &x, rows.start, known.as_ref())?;
             drop(x);
             visit(block.as_block(false))?;
             *known = Some((block.summands.first_nonfinite, block.labels));
+            reporter.add(rows.len(), true);
             Ok(())
         })?;
         if let Some(room) = room {

@@ -1,6 +1,11 @@
 //! The device and the memory of a stream.
 
-use super::{devices::Place, reads::moving, source::Source};
+use super::{
+    devices::Place,
+    progress::{OnProgress, Passes, Reporter, StreamProgress},
+    reads::moving,
+    source::Source,
+};
 use crate::{
     error::{Error, Result},
     kmeans::Devices,
@@ -28,6 +33,7 @@ pub struct StreamOptions {
     place: Place,
     memory: Option<usize>,
     block_rows: Option<usize>,
+    on_progress: Option<OnProgress>,
 }
 
 impl StreamOptions {
@@ -61,7 +67,7 @@ impl StreamOptions {
     }
 
     fn at(place: Place) -> Self {
-        Self { place, memory: None, block_rows: None }
+        Self { place, memory: None, block_rows: None, on_progress: None }
     }
 
     /// The most bytes of rows that are in the device's memory at any time. Rows that fit stay there for the whole fit; others are read
@@ -80,12 +86,58 @@ impl StreamOptions {
         self
     }
 
-    /// Opens the devices and refuses what needs no look at the rows.
-    pub(super) fn open(&self) -> Result<Place> {
+    /// Calls `f` as blocks of rows are done, at most ten times a second, and at the end: with the pass that goes on, its rows, its rates and
+    /// the time that is left. Without it nothing is reported, and nothing is ever printed. Calls come one after another, from the
+    /// thread that works on the rows, which goes on when `f` returns; to end a fit is up to [`KMeans::on_iteration`](crate::KMeans::on_iteration).
+    /// Of several GPUs it is the first one that reports, of its share of the rows.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_flash_kmeans::{KMeans, Source, StreamOptions};
+    ///
+    /// let source = Source::from_tensor(&Tensor::rand(0f32, 1f32, (1000, 4), &Device::Cpu)?)?;
+    /// let options = StreamOptions::new(&Device::Cpu).on_progress(|progress| eprintln!("{progress}"));
+    /// KMeans::new(8).fit_stream(&source, &options)?;
+    /// # Ok::<_, candle_flash_kmeans::Error>(())
+    /// ```
+    pub fn on_progress(mut self, f: impl Fn(&StreamProgress) + Send + Sync + 'static) -> Self {
+        self.on_progress = Some(OnProgress::new(f));
+        self
+    }
+
+    /// The one who reports these passes of a rank over so many rows of `source`.
+    pub(super) fn reporter(&self, source: &Source<'_>, rows: usize, passes: Passes, rank: usize) -> Reporter {
+        let callback = self.on_progress.as_ref().filter(|_| rank == 0);
+        Reporter::new(callback, rows as u64, source.row_bytes() as u64, passes)
+    }
+
+    /// The same with devices opened. Refuses what needs no look at the rows.
+    pub(super) fn opened(&self) -> Result<Self> {
         if self.block_rows == Some(0) {
             return Err(Error::Range { argument: "block_rows", got: 0, min: 1, max: usize::MAX });
         }
-        self.place.open()
+        Ok(Self { place: self.place.open()?, ..self.clone() })
+    }
+
+    pub(super) fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// The first device, once it is opened.
+    pub(super) fn device(&self) -> &Device {
+        self.place.first()
+    }
+
+    /// The only device, once it is opened.
+    pub(super) fn only_device(&self, for_what: &str) -> Result<&Device> {
+        match &self.place {
+            Place::One(device) => Ok(device),
+            Place::Several(devices) if devices.len() == 1 => Ok(&devices[0]),
+            place => {
+                let with = format!("{for_what}, which is on one device");
+                Err(Error::Conflict { argument: "devices", got: format!("{place:?}"), with })
+            }
+        }
     }
 
     /// The cut of `n` rows into blocks for a device, on which they are `pitch` elements apart.

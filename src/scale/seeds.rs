@@ -54,7 +54,7 @@ impl Seeds<'_> {
             let drawn = drawn.flatten_all()?.to_vec1::<u32>()?.into_iter().map(|row| row as usize).collect();
             return self.gather(self.usable(drawn)?);
         }
-        let sample = self.sample(seed);
+        let sample = sample_rows(p.n, p.k.saturating_mul(SAMPLED_PER_CENTROID).max(SAMPLED), seed);
         let x = read_rows(self.source, &sample)?.unsqueeze(0)?.to_device(self.device)?;
         let weights = match self.weights {
             Some(Weights { values, .. }) => {
@@ -66,20 +66,6 @@ impl Seeds<'_> {
         let x = Rows::new(&x)?;
         let weights = seed_weights(&x, weights.as_ref(), self.settings)?;
         seeding::centroids(init, &x, p.k, weights.as_ref(), *metric, seed)
-    }
-
-    /// Rows drawn uniformly, in order; all where they are few.
-    fn sample(&self, seed: u64) -> Vec<usize> {
-        let Problem { n, k, .. } = *self.p;
-        let count = k.saturating_mul(SAMPLED_PER_CENTROID).max(SAMPLED);
-        if count >= n {
-            return (0..n).collect();
-        }
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        rng.set_stream(SAMPLE_STREAM);
-        let mut rows = index::sample(&mut rng, n, count).into_vec();
-        rows.sort_unstable();
-        rows
     }
 
     /// These rows, `(1, rows, d)`.
@@ -125,4 +111,16 @@ impl Seeds<'_> {
         }
         Ok(None)
     }
+}
+
+/// So many of `n` rows, drawn uniformly and without replacement, in order; all where they are no more.
+pub(super) fn sample_rows(n: usize, count: usize, seed: u64) -> Vec<usize> {
+    if count >= n {
+        return (0..n).collect();
+    }
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(SAMPLE_STREAM);
+    let mut rows = index::sample(&mut rng, n, count).into_vec();
+    rows.sort_unstable();
+    rows
 }

@@ -1,22 +1,24 @@
 //! Fits of rows that memory does not hold, and their labels.
 
-use super::{devices::rows_of, feed::Streamed, options::StreamOptions, reads::Reads, seeds::Seeds, source::Source};
+use super::{
+    devices::rows_of, feed::Streamed, options::StreamOptions, progress::Passes, reads::Reads, seeds::Seeds, source::Source,
+};
 use crate::{
     error::{Error, Result},
     fit::Fit,
     kmeans::KMeans,
     lloyd::{
+        feed::Pass,
         merged::{refuse_medians, row_pitch, Merged, Whole},
         weights::Weights,
     },
     memory::Fence,
-    metric::Metric,
     primitives,
     problem::Problem,
     rows::Rows,
 };
 use candle_core::{Device, Tensor};
-use std::{io, ops::Range};
+use std::{io, ops::Range, sync::mpsc, thread};
 
 impl KMeans {
     /// Clusters the rows of a source that need not fit in memory: to the bit what [`fit`](Self::fit) makes of the same rows from the
@@ -55,22 +57,8 @@ impl KMeans {
     /// # Ok::<_, candle_flash_kmeans::Error>(())
     /// ```
     pub fn fit_stream(&self, source: &Source<'_>, options: &StreamOptions) -> Result<Fit> {
-        let p = problem_of(source, self.k, self.metric)?.fitting()?;
-        refuse_medians(self)?;
-        if self.lengths.is_some() {
-            let with = "a stream, whose rows all count".into();
-            return Err(Error::Conflict { argument: "lengths", got: "a tensor".into(), with });
-        }
-        if let Some(devices) = &self.devices {
-            let with = "a stream, whose options say where its rows go".into();
-            return Err(Error::Conflict { argument: "devices", got: format!("{devices:?}"), with });
-        }
-        let place = options.open()?;
-        let device = place.first();
-        // Of the weights a block has its own on the device.
-        Self { weights: None, ..self.clone() }.check(&p, device)?;
-        self.weights.as_ref().map_or(Ok(()), |weights| p.weights(weights, &Device::Cpu))?;
-        refuse_capture(device)?;
+        let options = &options.opened()?;
+        let (p, device) = (check_stream(self, source, options)?, options.device());
         let fence = Fence::default();
         fence.write(device)?;
         let weights = Weights::new(self, &p, None, &Device::Cpu)?;
@@ -78,17 +66,18 @@ impl KMeans {
         let seeds = Seeds { settings: self, p: &p, source, weights, device };
         let starts = (0..self.n_init).map(|run| Ok(seeds.centroids(run)?.to_device(&Device::Cpu)?));
         let starts = starts.collect::<Result<Vec<_>>>()?;
-        let fits = place.run(|device, ranks| {
+        let fits = options.place().run(|device, ranks| {
             let whole = Whole { settings: self, p: &p, device, weights, all_counted: true };
             let rows = rows_of(ranks, p.n);
             let cut = options.cut(source, rows.len(), row_pitch(&whole)?, device)?;
-            let mut feed = Streamed::new(source, whole, ranks, rows, &cut);
+            let reporter = options.reporter(source, rows.len(), Passes::of_fit(self), ranks.rank());
+            let mut feed = Streamed::new(source, whole, ranks, rows, &cut, reporter);
             let merged = Merged::new(whole, &mut feed)?;
             self.best_run(|run| {
                 let (flow, fit) = merged.fit(&mut feed, &starts[run].to_device(device)?, run)?;
                 Ok((flow, fit.to_device(&Device::Cpu)?))
             })
-            .and_then(|fit| place.gather_labels(fit, ranks))
+            .and_then(|fit| options.place().gather_labels(fit, ranks))
         })?;
         let labels: Vec<_> = fits.iter().map(|fit| &fit.labels).collect();
         let labels = Tensor::cat(&labels, 1)?;
@@ -118,26 +107,83 @@ impl Fit {
     ///
     /// # Errors
     /// As [`predict`](Self::predict), and those of [`Source::read`]. A row that is not finite is named by its number among all; the
-    /// labels of blocks before have been given then.
+    /// labels of blocks before have been given then. Each of several [processes](crate::Devices::Launched) gets its share of the rows.
     pub fn predict_stream(
         &self,
         source: &Source<'_>,
         options: &StreamOptions,
         mut each: impl FnMut(Range<u64>, &[u32]) -> io::Result<()>,
     ) -> Result<()> {
-        let place = options.open()?;
-        let device = place.first();
-        let (n, d) = source.shape();
+        self.label(source, options, |rows, labels| {
+            let path = || format!("labels {}..{}", rows.start, rows.end);
+            each(rows.clone(), labels).map_err(|source| Error::Io { path: path(), source })
+        })
+    }
+
+    /// The same with errors of any kind.
+    pub(super) fn label(
+        &self,
+        source: &Source<'_>,
+        options: &StreamOptions,
+        mut each: impl FnMut(Range<u64>, &[u32]) -> Result<()>,
+    ) -> Result<()> {
+        let options = &options.opened()?;
+        let device = options.device();
+        let ((n, d), centroids) = (source.shape(), &self.centroids);
         let cut = options.cut(source, n as usize, d, device)?;
-        Problem::predict_rows(&[cut.rows, source.shape().1], source.dtype(), &self.centroids, self.metric)?;
+        Problem::predict_rows(&[cut.rows, d], source.dtype(), centroids, self.metric)?;
         refuse_capture(device)?;
         let fence = Fence::default();
         fence.write(device)?;
-        let centroids = self.centroids.to_device(device)?;
+        let ranges: Vec<_> = options.place().own_rows(n as usize, |rows| cut.ranges(rows).collect());
+        let rows = ranges.iter().map(ExactSizeIterator::len).sum();
+        let mut reporter = options.reporter(source, rows, Passes::ONE, 0);
+        reporter.begin(Pass::Labels { run: 0 });
+        let mut each = |rows: &Range<usize>, labels: Vec<u32>| {
+            each(rows.start as u64..rows.end as u64, &labels)?;
+            reporter.add(labels.len(), true);
+            Ok(())
+        };
+        let devices = options.place().devices();
+        if let [device] = devices {
+            return self.label_some(source, device, centroids, cut.rows, &ranges, &mut each);
+        }
+        // Each device has every so-manieth block, and stays not far ahead of the one that waits for them in order.
+        let centroids = &centroids.to_device(&Device::Cpu)?;
+        thread::scope(|scope| {
+            let label = |i: usize| {
+                let own: Vec<_> = ranges.iter().skip(i).step_by(devices.len()).cloned().collect();
+                let (send, labels) = mpsc::sync_channel(1);
+                scope.spawn(move || {
+                    // Nobody waits any more where one of the others has failed.
+                    let mut each = |_: &Range<usize>, labels| send.send(Ok(labels)).map_err(|_| gone());
+                    let done = self.label_some(source, &devices[i], centroids, cut.rows, &own, &mut each);
+                    if let Err(e) = done.and_then(|()| Ok(devices[i].synchronize()?)) {
+                        let _ = send.send(Err(e));
+                    }
+                });
+                labels
+            };
+            let labels: Vec<mpsc::Receiver<Result<Vec<u32>>>> = (0..devices.len()).map(label).collect();
+            ranges.iter().enumerate().try_for_each(|(i, rows)| {
+                each(rows, labels[i % devices.len()].recv().unwrap_or_else(|_| Err(gone()))?)
+            })
+        })
+    }
+
+    /// Labels these ranges of rows on one device.
+    fn label_some(
+        &self,
+        source: &Source<'_>,
+        device: &Device,
+        centroids: &Tensor,
+        most: usize,
+        ranges: &[Range<usize>],
+        each: &mut dyn FnMut(&Range<usize>, Vec<u32>) -> Result<()>,
+    ) -> Result<()> {
+        let centroids = centroids.to_device(device)?;
         let c = Rows::new(&centroids)?;
-        let ranges: Vec<_> = cut.ranges(0..source.shape().0 as usize).collect();
-        let mut reads = Reads::new(source, device, cut.rows);
-        reads.for_each(&ranges, &mut |read| {
+        Reads::new(source, device, most).for_each(ranges, &mut |read| {
             let Some((i, x)) = read else { return Ok(()) };
             let (rows, x) = (&ranges[i], Rows::new(&x)?);
             if let Some(&bad) = primitives::max_abs_and_first_nonfinite(&x)?.1.to_vec1::<u32>()?.first() {
@@ -145,18 +191,35 @@ impl Fit {
                     return Err(Error::NonFinite { argument: "x", batch: 0, row: rows.start + bad as usize });
                 }
             }
-            let labels = primitives::assign(&x, &c, self.metric)?.flatten_all()?.to_vec1::<u32>()?;
-            let rows = rows.start as u64..rows.end as u64;
-            let path = || format!("labels {}..{}", rows.start, rows.end);
-            each(rows.clone(), &labels).map_err(|source| Error::Io { path: path(), source })
+            each(rows, primitives::assign(&x, &c, self.metric)?.flatten_all()?.to_vec1::<u32>()?)
         })
     }
 }
 
-/// The problem of clustering a source's rows.
-fn problem_of(source: &Source<'_>, k: usize, metric: Metric) -> Result<Problem> {
-    let (n, d) = source.shape();
-    Problem::of(&[usize::try_from(n).unwrap_or(usize::MAX), d], source.dtype(), k, metric)
+/// The error of a device whose labels nobody waits for.
+fn gone() -> Error {
+    Error::Candle(candle_core::Error::msg("another device has failed"))
+}
+
+/// The problem of clustering the rows of a source on devices that are opened. Refuses all that takes no look at values.
+pub(super) fn check_stream(settings: &KMeans, source: &Source<'_>, options: &StreamOptions) -> Result<Problem> {
+    let ((n, d), device) = (source.shape(), options.device());
+    let dims = [usize::try_from(n).unwrap_or(usize::MAX), d];
+    let p = Problem::of(&dims, source.dtype(), settings.k, settings.metric)?.fitting()?;
+    refuse_medians(settings)?;
+    if settings.lengths.is_some() {
+        let with = "a stream, whose rows all count".into();
+        return Err(Error::Conflict { argument: "lengths", got: "a tensor".into(), with });
+    }
+    if let Some(devices) = &settings.devices {
+        let with = "a stream, whose options say where its rows go".into();
+        return Err(Error::Conflict { argument: "devices", got: format!("{devices:?}"), with });
+    }
+    // Of the weights a block has its own on the device.
+    KMeans { weights: None, ..settings.clone() }.check(&p, device)?;
+    settings.weights.as_ref().map_or(Ok(()), |weights| p.weights(weights, &Device::Cpu))?;
+    refuse_capture(device)?;
+    Ok(p)
 }
 
 /// Refuses to become part of a CUDA graph, in which no file would be read again.

@@ -11,7 +11,7 @@ mod concat;
 pub(crate) mod file;
 mod matrix;
 mod memory;
-mod npy;
+pub(crate) mod npy;
 #[cfg(feature = "parquet")]
 mod parquet;
 mod reader;

@@ -30,6 +30,17 @@ pub(crate) fn open(file: SourceFile) -> Result<Table<'static>> {
     header.table(file, &text)
 }
 
+/// The header of a file of one dimension, in version 1.0: the data follow at a multiple of 64 bytes.
+pub(crate) fn header(descr: &str, n: u64) -> Vec<u8> {
+    let mut text = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({n},), }}");
+    let before = MAGIC.len() + 4;
+    // A line that ends where the data begin.
+    let size = (before + text.len() + 1).next_multiple_of(64) - before;
+    text.extend(std::iter::repeat_n(' ', size - text.len() - 1));
+    text.push('\n');
+    [MAGIC, &[1, 0], &(size as u16).to_le_bytes(), text.as_bytes()].concat()
+}
+
 /// The header in a text, for data that follows at `offset`.
 fn parse(text: &[u8], offset: u64) -> std::result::Result<Header, String> {
     let mut literal = Literal(std::str::from_utf8(text).map_err(|e| format!("its header is not text: {e}"))?);
@@ -142,6 +153,17 @@ mod tests {
             let header = parse(text.as_bytes(), 128).unwrap();
             assert_eq!((header.n, header.d, header.order, header.offset), (n, d, order, 128), "{text}");
             assert_eq!((header.stored, header.big_endian), (StoredType::F32, false));
+        }
+    }
+
+    #[test]
+    fn a_header_that_is_written_is_read() {
+        for n in [0, 1, 9_999_999, u64::MAX] {
+            let bytes = header("<f4", n);
+            let read = parse(std::str::from_utf8(&bytes[10..]).unwrap().as_bytes(), bytes.len() as u64).unwrap();
+            assert_eq!((read.n, read.d, read.order, read.offset % 64), (n, 1, Order::Rows, 0));
+            assert_eq!(bytes[8..10], (bytes.len() as u16 - 10).to_le_bytes());
+            assert_eq!(bytes[bytes.len() - 1], b'\n');
         }
     }
 
