@@ -28,4 +28,7 @@ SHIM
 chmod +x "$shim/nvcc"
 export PATH="$shim:$PATH" NVCC="$shim/nvcc" CUDA_COMPUTE_CAP=90
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/lint-cuda"
-cargo clippy --workspace --all-targets --features cuda -- -D warnings
+# NCCL is in what `cuda` leaves out, and the other way round.
+for features in cuda nccl; do
+  cargo clippy --workspace --all-targets --features "$features" -- -D warnings
+done

@@ -172,12 +172,14 @@ mod tests {
     fn messages_arrive_in_the_order_of_ranks() {
         for ranks in 1..6 {
             let rounds = run_ranks(ranks, |r| {
-                (0..50).map(|i| {
-                    if (i + r.rank()) % 7 == 0 {
-                        thread::sleep(Duration::from_millis(1));
-                    }
-                    r.gather(vec![(i * 10 + r.rank()) as f64])
-                }).collect::<Result<Vec<_>>>()
+                (0..50)
+                    .map(|i| {
+                        if (i + r.rank()) % 7 == 0 {
+                            thread::sleep(Duration::from_millis(1));
+                        }
+                        r.gather(vec![(i * 10 + r.rank()) as f64])
+                    })
+                    .collect::<Result<Vec<_>>>()
             });
             for round in rounds.unwrap() {
                 for (i, all) in round.iter().enumerate() {

@@ -125,8 +125,14 @@ struct State {
 
 struct Now {
     sign: Sign,
-    /// The rank that has failed, if somebody knows it, and why the others are not waited for any more.
-    loss: Option<(Option<usize>, String)>,
+    loss: Option<Loss>,
+}
+
+/// Why the others are not waited for any more.
+struct Loss {
+    /// The rank that has failed, if somebody knows it.
+    rank: Option<usize>,
+    reason: String,
 }
 
 impl Watch {
@@ -136,8 +142,8 @@ impl Watch {
         let thread = thread::spawn({
             let state = state.clone();
             move || {
-                if let Err((failed, e)) = state.exchange_signs(&comm, rank, ranks) {
-                    state.now().loss.get_or_insert((failed, e.to_string()));
+                if let Err(loss) = state.exchange_signs(&comm, rank, ranks) {
+                    state.now().loss.get_or_insert(loss);
                 }
             }
         });
@@ -162,22 +168,23 @@ impl State {
     }
 
     fn check(&self, rank: usize, ranks: usize) -> Result<()> {
-        self.now().loss.as_ref().map_or(Ok(()), |(failed, reason)| {
-            let source = Box::new(Error::Candle(candle_core::Error::msg(reason)));
-            Err(Error::InRank { rank: failed.unwrap_or(rank), ranks, source })
-        })
+        self.now().loss.as_ref().map_or(Ok(()), |loss| Err(lost(loss.rank.unwrap_or(rank), ranks, loss.reason.clone())))
     }
 
     /// Until all ranks are done, or one is lost.
-    fn exchange_signs(&self, comm: &Comm, rank: usize, ranks: usize) -> std::result::Result<(), (Option<usize>, Error)> {
+    fn exchange_signs(&self, comm: &Comm, rank: usize, ranks: usize) -> std::result::Result<(), Loss> {
         loop {
             let sign = self.now().sign;
             let deadline = Deadline::of(rank, ranks, PATIENCE, "to give a sign of life");
             let check: Check<'_> = &|| deadline.check();
-            let signs = comm.gather(&[f64::from(sign as u8)], check).map_err(|e| (None, e))?;
+            let silent = |e| match e {
+                Error::InRank { source, .. } => Loss { rank: None, reason: source.to_string() },
+                e => Loss { rank: None, reason: e.to_string() },
+            };
+            let signs = comm.gather(&[f64::from(sign as u8)], check).map_err(silent)?;
             if let Some(failed) = signs.iter().position(|&other| other == f64::from(Sign::Failed as u8)) {
-                let reason = candle_core::Error::msg("it has failed, as its own error tells");
-                return if failed == rank { Ok(()) } else { Err((Some(failed), Error::Candle(reason))) };
+                let reason = "it has failed, as its own error tells".into();
+                return if failed == rank { Ok(()) } else { Err(Loss { rank: Some(failed), reason }) };
             }
             if signs.iter().all(|&other| other == f64::from(Sign::Done as u8)) {
                 return Ok(());

@@ -16,7 +16,7 @@ use crate::{
 use candle_core::{
     cuda_backend::{
         cudarc::{
-            driver::{result as driver, DevicePtr as _, DriverError},
+            driver::{result as driver, DevicePtr as _, DriverError, PushKernelArg},
             nccl::{
                 result,
                 sys::{self, ncclComm_t, ncclConfig_t, ncclDataType_t, ncclRedOp_t, ncclResult_t},
@@ -150,9 +150,10 @@ impl Comm {
             result::all_reduce(at, at, 4 * count, int, sum, self.handle()?, stream)
         };
         self.finish("ncclAllReduce", begun.map(drop), check)?;
-        write::<i64>(sums, |sums| {
-            launch!(dev, Update, "sums_of_limbs", "", count.div_ceil(THREADS), THREADS; &(count as i64), &limbs_at, &sums)
-        })
+        write::<i64>(
+            sums,
+            |sums| launch!(dev, Update, "sums_of_limbs", "", count.div_ceil(THREADS), THREADS; &(count as i64), &limbs_at, &sums),
+        )
     }
 
     /// The numbers of all ranks, one after another; each has as many.

@@ -101,7 +101,7 @@ impl Event {
     }
 
     /// Whether it has come.
-    #[cfg(feature = "nccl")]
+    #[cfg_attr(not(feature = "nccl"), allow(dead_code))]
     pub fn has_come(&self) -> std::result::Result<bool, DriverError> {
         // SAFETY: the event is there.
         match unsafe { event::query(self.event) } {

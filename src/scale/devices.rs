@@ -131,7 +131,9 @@ impl Place {
         let most = ranks.gather(vec![own.len() as f64])?.concat().into_iter().fold(0.0, f64::max) as usize;
         for first in (0..most).step_by(LABELS_AT_ONCE) {
             let some = &own[first.min(own.len())..(first + LABELS_AT_ONCE).min(own.len())];
-            for (part, some) in parts.iter_mut().zip(ranks.gather(some.iter().map(|&label| f64::from(label)).collect())?) {
+            for (part, some) in
+                parts.iter_mut().zip(ranks.gather(some.iter().map(|&label| f64::from(label)).collect())?)
+            {
                 part.extend(some.into_iter().map(|label| label as u32));
             }
         }

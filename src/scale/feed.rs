@@ -49,7 +49,6 @@ const PRODUCTS: usize = 1 << 46;
 /// A multiple of the rows of any tile.
 const WHOLE_TILES: usize = 1 << 10;
 
-
 /// A block of rows that are read in every pass, and what stays on the device of them.
 struct Away {
     rows: Range<usize>,

@@ -56,8 +56,7 @@ impl Launch {
             let unusable = || unusable(format!("{name}={text}"), "a number that this launcher gives".into());
             text.parse::<usize>().map_err(|_| unusable())
         };
-        let (rank, ranks, local_rank) =
-            (number(launcher.rank)?, number(launcher.ranks)?, number(launcher.local_rank)?);
+        let (rank, ranks, local_rank) = (number(launcher.rank)?, number(launcher.ranks)?, number(launcher.local_rank)?);
         if rank >= ranks {
             return Err(Error::Range { argument: launcher.rank, got: rank, min: 0, max: ranks.saturating_sub(1) });
         }
@@ -72,7 +71,8 @@ fn address(launcher: &Launcher, ranks: usize, var: &impl Fn(&str) -> Option<Stri
     }
     let port_of = |job: &str| {
         // FNV-1a: jobs of one machine should not meet.
-        let hash = job.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, byte| (h ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+        let hash =
+            job.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, byte| (h ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
         PORTS.start + hash % (PORTS.end - PORTS.start)
     };
     if let Some(host) = var("MASTER_ADDR") {
@@ -95,7 +95,8 @@ fn address(launcher: &Launcher, ranks: usize, var: &impl Fn(&str) -> Option<Stri
         let job = ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"].iter().find_map(|name| var(name));
         return Ok(joined("127.0.0.1", port_of(&job.unwrap_or_default())));
     }
-    let with = format!("{}, which does not say where ranks meet: set NCCL_COMM_ID=HOST:PORT or MASTER_ADDR", launcher.name);
+    let with =
+        format!("{}, which does not say where ranks meet: set NCCL_COMM_ID=HOST:PORT or MASTER_ADDR", launcher.name);
     Err(Error::Conflict { argument: "devices", got: "Devices::Launched".into(), with })
 }
 
@@ -147,7 +148,8 @@ mod tests {
             ("MASTER_PORT", "29500"),
             ("TORCHELASTIC_RUN_ID", "none"),
         ];
-        let expected = |rank, ranks, local_rank, address: &str| Launch { rank, ranks, local_rank, address: address.into() };
+        let expected =
+            |rank, ranks, local_rank, address: &str| Launch { rank, ranks, local_rank, address: address.into() };
         assert_eq!(launch(&torchrun).unwrap(), expected(3, 4, 1, "10.0.0.7:29501"));
 
         let slurm = [
@@ -165,7 +167,8 @@ mod tests {
         let (host, port) = of_slurm.address.split_once(':').unwrap();
         assert!(host == "gpu03" && PORTS.contains(&port.parse().unwrap()), "{}", of_slurm.address);
         // Whoever is in the same step meets at the same port, and torchrun inside of it has the last word.
-        let other: Vec<_> = slurm.iter().map(|&(name, v)| (name, if name == "SLURM_PROCID" { "0" } else { v })).collect();
+        let other: Vec<_> =
+            slurm.iter().map(|&(name, v)| (name, if name == "SLURM_PROCID" { "0" } else { v })).collect();
         assert_eq!(launch(&other).unwrap().address, of_slurm.address);
         assert_eq!(launch(&[&slurm[..], &torchrun].concat()).unwrap().ranks, 4);
 

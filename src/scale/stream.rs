@@ -1,7 +1,8 @@
 //! Fits of rows that memory does not hold, and their labels.
 
 use super::{
-    devices::rows_of, feed::Streamed, options::StreamOptions, progress::Passes, reads::Reads, seeds::Seeds, source::Source,
+    devices::rows_of, feed::Streamed, options::StreamOptions, progress::Passes, reads::Reads, seeds::Seeds,
+    source::Source,
 };
 use crate::{
     error::{Error, Result},
@@ -86,6 +87,9 @@ impl KMeans {
     }
 }
 
+/// Who gets the labels of a block of rows.
+type EachBlock<'a> = &'a mut dyn FnMut(&Range<usize>, Vec<u32>) -> Result<()>;
+
 impl Fit {
     /// Exact labels of the rows of a source, of any number: `each(rows, labels)` gets those of a block after another, in order. The fit
     /// is of one problem, on any device. `each` may write them to a file; its error is [`Error::Io`].
@@ -165,9 +169,10 @@ impl Fit {
                 labels
             };
             let labels: Vec<mpsc::Receiver<Result<Vec<u32>>>> = (0..devices.len()).map(label).collect();
-            ranges.iter().enumerate().try_for_each(|(i, rows)| {
-                each(rows, labels[i % devices.len()].recv().unwrap_or_else(|_| Err(gone()))?)
-            })
+            ranges
+                .iter()
+                .enumerate()
+                .try_for_each(|(i, rows)| each(rows, labels[i % devices.len()].recv().unwrap_or_else(|_| Err(gone()))?))
         })
     }
 
@@ -179,7 +184,7 @@ impl Fit {
         centroids: &Tensor,
         most: usize,
         ranges: &[Range<usize>],
-        each: &mut dyn FnMut(&Range<usize>, Vec<u32>) -> Result<()>,
+        each: EachBlock<'_>,
     ) -> Result<()> {
         let centroids = centroids.to_device(device)?;
         let c = Rows::new(&centroids)?;

@@ -30,6 +30,7 @@ mod prepared;
 mod progress;
 mod properties;
 mod ragged;
+mod ranks;
 mod refusals;
 mod reproducible;
 mod routing;

@@ -1,0 +1,251 @@
+//! Ranks that share a stream have the bits of one, however uneven their shares and however slow some are; and a rank that fails ends
+//! the others.
+
+use crate::common::*;
+use candle_core::{DType, Device, Tensor};
+use candle_flash_kmeans::{
+    testing::on_each, Devices, EmptyClusters, Epochs, Error, Init, KMeans, Metric, MiniBatch, Source, StoredType,
+    StreamOptions,
+};
+use std::{
+    io,
+    ops::ControlFlow,
+    panic::{catch_unwind, AssertUnwindSafe},
+    sync::{
+        atomic::{AtomicUsize, Ordering},
+        Arc,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+/// So many ranks on each device of the tests: a rank with a GPU of its own for each, if there are several.
+fn shared(ranks: usize) -> Vec<(Vec<Device>, StreamOptions)> {
+    let on = |device: Device| {
+        let devices = vec![device; ranks];
+        let options = on_each(&devices);
+        (devices, options)
+    };
+    devices().into_iter().map(on).collect()
+}
+
+#[test]
+fn ranks_that_share_a_stream_have_the_bits_of_one() {
+    let mut rng = rng(1);
+    for (dtype, metric) in
+        DTYPES.into_iter().flat_map(|t| [Metric::SquaredEuclidean, Metric::Cosine, Metric::Dot].map(|m| (t, m)))
+    {
+        let (n, d, k) = (203, 5, 6);
+        let x = blobs(&[n, d], 6, dtype, &mut rng);
+        let weights = tensor(&[n], DType::F64, |i| [0.0, 1.0, 3.5, 0.1, 1e-9][i % 5]);
+        let away = Tensor::cat(&[&x.narrow(0, 0, 1).unwrap(), &ones(&[k - 1, d], dtype, &Device::Cpu)], 0).unwrap();
+        let plain = KMeans::new(k).metric(metric).max_iters(12).tol(1e-3);
+        let settings = [
+            plain.clone(),
+            plain.clone().tol(0.0).max_iters(0),
+            plain.clone().init(Init::KMeansPlusPlus).n_init(3),
+            plain.clone().check_finite(false).sample_weights(&weights),
+            plain.clone().empty_clusters(EmptyClusters::Relocate).init(Init::Given(away)),
+        ];
+        for (i, settings) in settings.into_iter().enumerate() {
+            let whole = settings.fit(&x).unwrap();
+            let source = Source::from_tensor(&x).unwrap();
+            for (ranks, rows, memory) in [(1, 64, 0), (2, 64, 1 << 20), (3, 7, 2000), (8, 64, 0)] {
+                for (_, options) in shared(ranks) {
+                    let options = options.block_rows(rows).memory(memory);
+                    let what = format!("{metric:?} {dtype:?}, setting {i}, {ranks} ranks: {options:?}");
+                    assert_same_fit(&settings.fit_stream(&source, &options).expect(&what), &whole, &what);
+                }
+            }
+        }
+    }
+}
+
+/// Fewer rows than ranks, one row less, and shares of which some are empty.
+#[test]
+fn ranks_without_rows_have_nothing_to_add() {
+    let mut rng = rng(2);
+    for (n, ranks) in [(3, 8), (4, 5), (7, 8), (8, 8), (1, 4), (1000, 7), (16, 16)] {
+        let x = blobs(&[n, 4], 3, DType::F32, &mut rng);
+        let source = Source::from_tensor(&x).unwrap();
+        for init in [Init::Random, Init::Even, Init::KMeansPlusPlus] {
+            for empty in [EmptyClusters::Keep, EmptyClusters::Relocate] {
+                let settings = KMeans::new(n.min(3)).init(init.clone()).empty_clusters(empty);
+                let whole = settings.fit(&x).unwrap();
+                for (_, options) in shared(ranks) {
+                    let what = format!("{n} rows, {ranks} ranks, {init:?}, {empty:?}");
+                    let fit = settings.fit_stream(&source, &options).expect(&what);
+                    assert_same_fit(&fit, &whole, &what);
+                    let mut labels = vec![];
+                    let options = options.block_rows(2);
+                    fit.predict_stream(&source, &options, |rows, some| {
+                        assert_eq!(rows.start, labels.len() as u64, "{what}");
+                        labels.extend_from_slice(some);
+                        Ok(())
+                    })
+                    .unwrap();
+                    assert_eq!(labels, whole.labels.to_vec1::<u32>().unwrap(), "{what}");
+                }
+            }
+        }
+    }
+}
+
+/// The rows of `x` from a function that is told how often it has been called.
+fn called<'a>(x: &Tensor, f: impl Fn(usize, std::ops::Range<u64>) -> io::Result<()> + Send + Sync + 'a) -> Source<'a> {
+    let bytes: Vec<u8> = f64s(x).into_iter().flat_map(|v| (v as f32).to_ne_bytes()).collect();
+    let (row, calls) = (4 * x.dim(1).unwrap(), AtomicUsize::new(0));
+    let rows = move |rows: std::ops::Range<u64>, into: &mut [u8]| {
+        f(calls.fetch_add(1, Ordering::SeqCst), rows.clone())?;
+        into.copy_from_slice(&bytes[rows.start as usize * row..rows.end as usize * row]);
+        Ok(())
+    };
+    Source::from_fn(x.dim(0).unwrap() as u64, x.dim(1).unwrap(), StoredType::F32, rows).unwrap()
+}
+
+/// A rank that cannot read its rows, in whatever pass that is: 40 failures and as many panics for each number of ranks and device.
+#[test]
+fn a_rank_that_fails_ends_the_others_and_is_named() {
+    let x = blobs(&[120, 3], 4, DType::F32, &mut rng(3));
+    let settings = KMeans::new(4).init(Init::Even).tol(1e-9).max_iters(6).empty_clusters(EmptyClusters::Relocate);
+    for ranks in [2, 3] {
+        for (_, options) in shared(ranks) {
+            let options = options.block_rows(10).memory(0);
+            let whole = settings.fit_stream(&Source::from_tensor(&x).unwrap(), &options).unwrap();
+            for failing in 0..ranks {
+                for call in (0..40).step_by(ranks) {
+                    // The rows of the failing rank, read for the so-manieth time.
+                    let own = 120 * failing as u64 / ranks as u64..120 * (failing as u64 + 1) / ranks as u64;
+                    let reads = AtomicUsize::new(0);
+                    let fails = |rows: &std::ops::Range<u64>| {
+                        own.contains(&rows.start) && reads.fetch_add(1, Ordering::SeqCst) >= call
+                    };
+                    let source = called(&x, |_, rows| match fails(&rows) {
+                        true => Err(io::Error::other("no more")),
+                        false => Ok(()),
+                    });
+                    let start = Instant::now();
+                    match settings.fit_stream(&source, &options) {
+                        Err(Error::InRank { rank, ranks: of, source }) => {
+                            assert_eq!((rank, of), (failing, ranks));
+                            assert!(source.to_string().ends_with("no more"), "{source}");
+                        }
+                        // Rows that the start is made of are read before there are ranks.
+                        Err(e) => assert!(call < 8 && e.to_string().ends_with("no more"), "{e}"),
+                        Ok(fit) => assert_same_fit(&fit, &whole, "fewer reads than that"),
+                    }
+                    assert!(start.elapsed() < Duration::from_secs(10));
+                    reads.store(0, Ordering::SeqCst);
+                    let source = called(&x, |_, rows| {
+                        assert!(!fails(&rows), "on purpose");
+                        Ok(())
+                    });
+                    let start = Instant::now();
+                    if let Ok(fit) = catch_unwind(AssertUnwindSafe(|| settings.fit_stream(&source, &options))) {
+                        assert_same_fit(&fit.unwrap(), &whole, "fewer reads than that");
+                    }
+                    assert!(start.elapsed() < Duration::from_secs(10));
+                }
+            }
+            // The devices go on.
+            let again = settings.fit_stream(&Source::from_tensor(&x).unwrap(), &options).unwrap();
+            assert_same_fit(&again, &whole, "after failures");
+        }
+    }
+}
+
+#[test]
+fn ranks_wait_for_one_that_dawdles() {
+    let x = blobs(&[200, 3], 4, DType::F32, &mut rng(4));
+    let settings = KMeans::new(4).max_iters(5);
+    let whole = settings.fit(&x).unwrap();
+    for slow in 0..4u64 {
+        let source = called(&x, |call, rows| {
+            if (50 * slow..50 * (slow + 1)).contains(&rows.start) {
+                thread::sleep(Duration::from_millis(call as u64 * 7 % 20));
+            }
+            Ok(())
+        });
+        for (_, options) in shared(4) {
+            let fit = settings.fit_stream(&source, &options.block_rows(20).memory(0)).unwrap();
+            assert_same_fit(&fit, &whole, "a slow rank");
+        }
+    }
+}
+
+/// The callback is asked once an iteration, by the first rank, and all do as it says.
+#[test]
+fn one_rank_asks_whether_the_fit_goes_on() {
+    let x = blobs(&[90, 3], 4, DType::F32, &mut rng(5));
+    let source = Source::from_tensor(&x).unwrap();
+    for (_, options) in shared(3) {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = asked.clone();
+        let settings =
+            KMeans::new(4).tol(0.0).max_iters(50).on_iteration(move |_| match count.fetch_add(1, Ordering::SeqCst) {
+                2 => ControlFlow::Break(()),
+                _ => ControlFlow::Continue(()),
+            });
+        let fit = settings.fit_stream(&source, &options).unwrap();
+        assert_eq!(asked.load(Ordering::SeqCst), 3);
+        let three = KMeans::new(4).tol(0.0).max_iters(3).fit(&x).unwrap();
+        assert_same(&fit.labels, &three.labels, "three iterations");
+    }
+}
+
+#[test]
+fn every_rank_refuses_what_one_finds() {
+    let x = tensor(&[90, 3], DType::F32, |i| if i == 3 * 80 { f64::NAN } else { i as f64 });
+    for (_, options) in shared(3) {
+        let refused = KMeans::new(2).fit_stream(&Source::from_tensor(&x).unwrap(), &options);
+        assert!(matches!(refused, Err(Error::NonFinite { argument: "x", batch: 0, row: 80 })), "{refused:?}");
+        let fit = KMeans::new(2).fit(&tensor(&[90, 3], DType::F32, |i| i as f64)).unwrap();
+        let refused = fit.predict_stream(&Source::from_tensor(&x).unwrap(), &options.block_rows(10), |_, _| Ok(()));
+        assert!(matches!(refused, Err(Error::NonFinite { argument: "x", batch: 0, row: 80 })), "{refused:?}");
+    }
+}
+
+#[test]
+fn gpus_that_are_not_there_are_refused() {
+    let x = blobs(&[90, 3], 4, DType::F32, &mut rng(6));
+    let source = Source::from_tensor(&x).unwrap();
+    let settings = KMeans::new(3);
+    let gpus = devices().iter().any(Device::is_cuda);
+    let all = settings.clone().devices(Devices::All).fit(&x);
+    if gpus {
+        assert_same_fit(&all.unwrap(), &settings.fit(&x).unwrap(), "all GPUs");
+        let labels = settings.clone().devices(Devices::These(vec![0])).fit_predict(&x).unwrap();
+        assert_same(&labels, &settings.fit_predict(&x).unwrap(), "one GPU");
+        for (ordinals, fault) in [(vec![0, 99], "99"), (vec![], "0"), (vec![0, 0], "GPU 0")] {
+            let refused = settings.clone().devices(Devices::These(ordinals)).fit(&x).unwrap_err();
+            let named = match &refused {
+                Error::Range { argument: "devices", got, .. } => got.to_string(),
+                Error::Conflict { argument: "devices", got, .. } => got.clone(),
+                other => panic!("{other}"),
+            };
+            assert_eq!(named, fault);
+        }
+    } else if !cfg!(feature = "cuda") {
+        assert!(matches!(all, Err(Error::Conflict { argument: "devices", .. })), "{all:?}");
+    }
+    // What no launcher has started says so.
+    if gpus || !cfg!(feature = "cuda") {
+        let alone = settings.fit_stream(&source, &StreamOptions::on(Devices::Launched));
+        assert!(matches!(alone, Err(Error::Conflict { argument: "devices", .. })), "{alone:?}");
+    }
+
+    // A setting that a call has no use for is not passed over.
+    let on_gpus = settings.clone().devices(Devices::All);
+    let refused = |result: candle_flash_kmeans::Result<()>| {
+        assert!(matches!(result, Err(Error::Conflict { argument: "devices", .. })), "{result:?}");
+    };
+    refused(on_gpus.fit_stream(&source, &StreamOptions::new(&Device::Cpu)).map(drop));
+    refused(on_gpus.plan(&x).map(drop));
+    refused(on_gpus.prepare((90, 3), DType::F32, &Device::Cpu).map(drop));
+    refused(MiniBatch::train(&x, &on_gpus).map(drop));
+    refused(
+        MiniBatch::train_stream(&source, &settings, &on_each(&[Device::Cpu, Device::Cpu]), &Epochs::new(1)).map(drop),
+    );
+    let batch = blobs(&[2, 90, 3], 4, DType::F32, &mut rng(7));
+    assert!(matches!(on_gpus.fit(&batch), Err(Error::Shape { argument: "x", .. })));
+}
