@@ -16,7 +16,8 @@ use crate::{
     scale::options::StreamOptions,
 };
 pub use crate::{launches::launches, plan::assign::force};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use std::time::Instant;
 
 /// The update of a fit's loop alone: new means in place, for labels `(b, n)` that are known to be in range.
 pub struct Update {
@@ -70,6 +71,26 @@ pub fn fit_in_blocks(settings: &KMeans, x: &Tensor, blocks: usize, ranks: usize)
 /// The options of a stream whose rows are shared by a rank for each of these devices, any of which may be the same one.
 pub fn on_each(devices: &[Device]) -> StreamOptions {
     StreamOptions::on_each(devices)
+}
+
+/// Bytes a second that a device takes from a buffer of a stream's ring, of so many bytes, as often.
+pub fn link_rate(device: &Device, bytes: usize, times: usize) -> Result<f64> {
+    let mut ring = primitives::staging(device, 2, bytes)?;
+    let mut send = |i: usize| {
+        let slot = &mut ring[i % 2];
+        slot.bytes(bytes)?;
+        slot.send((bytes / 2, 1), DType::F16)?;
+        slot.receive()
+    };
+    send(0)?;
+    send(1)?;
+    device.synchronize()?;
+    let start = Instant::now();
+    for i in 0..times {
+        send(i)?;
+    }
+    device.synchronize()?;
+    Ok((bytes * times) as f64 / start.elapsed().as_secs_f64())
 }
 
 /// The names of the kernels that can assign `x` to `k` centroids, the one that is chosen first.

@@ -1,0 +1,209 @@
+//! Times fits of rows past one GPU's memory and past one GPU, pass by pass.
+//!
+//! ```text
+//! cargo run --release --features nccl --example scale -- --rows 268435456 --clusters 16384 --dtype f16 --devices all
+//! torchrun --no-python --nproc-per-node 2 target/release/examples/scale --devices launched
+//! ```
+//!
+//! Rows are normal, in memory of the host, and repeat after `--distinct`, so that more of them than its memory holds can be read at the
+//! same rate. `--file` writes them to a file first and reads that. Each line is JSON: seconds of each pass, the rate of the link to the GPU
+//! in the same run, and with `--in-memory` the same fit of one tensor on the first GPU.
+
+use anyhow::{ensure, Context, Result};
+use candle_core::{DType, Device, Tensor};
+use candle_flash_kmeans::{testing, Devices, Fit, Init, KMeans, Pass, Source, StoredType, StreamOptions};
+use clap::{Parser, ValueEnum};
+use half::f16;
+use serde_json::json;
+use std::{
+    fs,
+    io::Write,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Instant,
+};
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Type {
+    F16,
+    F32,
+}
+
+#[derive(Parser)]
+#[command(about = "Times fits of rows past one GPU's memory and past one GPU")]
+struct Args {
+    #[arg(long, default_value_t = 1 << 20)]
+    rows: u64,
+    /// Rows after which they repeat
+    #[arg(long, default_value_t = 1 << 26)]
+    distinct: u64,
+    #[arg(long, default_value_t = 128)]
+    columns: usize,
+    #[arg(long, default_value_t = 1024)]
+    clusters: usize,
+    #[arg(long, default_value = "f16")]
+    dtype: Type,
+    #[arg(long, default_value_t = 5)]
+    iters: usize,
+    /// MiB of rows that a device may hold; by default what is free
+    #[arg(long, value_delimiter = ',')]
+    memory: Vec<usize>,
+    /// MiB of rows that are read at a time
+    #[arg(long)]
+    block: Option<usize>,
+    /// cpu, all, launched, or numbers of GPUs with commas; several choices with spaces are timed in turns
+    #[arg(long, default_value = "cpu", num_args = 1..)]
+    devices: Vec<String>,
+    /// Write the rows to this file and read them from there
+    #[arg(long)]
+    file: Option<PathBuf>,
+    /// Fit all rows as one tensor on the first device as well, and compare all results
+    #[arg(long)]
+    in_memory: bool,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let on_gpu = args.devices.iter().any(|devices| devices != "cpu");
+    let maker = if on_gpu { Device::new_cuda(0)? } else { Device::Cpu };
+    let table = rows(&args, &maker)?;
+    let source = source(&args, &table)?;
+    let bytes = args.rows as f64 * source.row_bytes() as f64;
+    if on_gpu {
+        println!("{}", json!({ "link_gb_s": testing::link_rate(&maker, 64 << 20, 64)? / 1e9 }));
+    }
+    let settings = KMeans::new(args.clusters).init(Init::Even).tol(0.0).max_iters(args.iters);
+    let mut first: Option<Fit> = None;
+    if args.in_memory {
+        let x = Tensor::from_raw_buffer(&table, dtype(&args), &[args.rows as usize, args.columns], &maker)?;
+        for repeat in 0..2 {
+            let (times, fit) = timed(&settings, |settings| Ok(settings.fit(&x)?))?;
+            println!("{}", json!({ "in_memory": repeat, "seconds": times }));
+            first = Some(fit.to_device(&Device::Cpu)?);
+        }
+    }
+    let memories = if args.memory.is_empty() { vec![None] } else { args.memory.iter().copied().map(Some).collect() };
+    for (devices, memory) in args.devices.iter().flat_map(|devices| memories.iter().map(move |m| (devices, m))) {
+        let mut options = match devices.as_str() {
+            "cpu" => StreamOptions::new(&Device::Cpu),
+            "all" => StreamOptions::on(Devices::All),
+            "launched" => StreamOptions::on(Devices::Launched),
+            numbers => {
+                let numbers = numbers.split(',').map(str::parse).collect::<Result<Vec<usize>, _>>();
+                StreamOptions::on(Devices::These(numbers.context("--devices")?))
+            }
+        };
+        if let Some(memory) = memory {
+            options = options.memory(memory << 20);
+        }
+        if let Some(block) = args.block {
+            options = options.block_rows((block << 20) / source.row_bytes());
+        }
+        let passes: Arc<Mutex<Vec<(String, u64, Instant)>>> = Arc::default();
+        let log = passes.clone();
+        let options = options.on_progress(move |progress| {
+            let mut log = log.lock().expect("no panic");
+            let name = match progress.pass {
+                Pass::Iteration { iteration, .. } => format!("iteration {iteration}"),
+                pass => pass.to_string(),
+            };
+            match log.last_mut() {
+                Some((last, bytes, _)) if *last == name => *bytes = progress.bytes,
+                _ => log.push((name, progress.bytes, Instant::now() - progress.elapsed)),
+            }
+        });
+        let (times, fit) = timed(&settings, |settings| Ok(settings.fit_stream(&source, &options)?))?;
+        let passes: Vec<_> =
+            passes.lock().expect("no panic").iter().map(|(name, read, _)| json!([name, read])).collect();
+        let line = json!({
+            "devices": devices, "memory_mib": memory, "rows": args.rows, "distinct": args.distinct.min(args.rows),
+            "columns": args.columns, "clusters": args.clusters, "gb": bytes / 1e9, "seconds": times, "read": passes,
+        });
+        println!("{line}");
+        match &first {
+            None => first = Some(fit),
+            Some(first) => {
+                let differing = fit.labels.ne(&first.labels)?.to_dtype(DType::U32)?.sum_all()?.to_scalar::<u32>()?;
+                ensure!(differing == 0, "{differing} labels differ");
+                let [a, b] = [&fit.inertia, &first.inertia].map(|inertia| inertia.to_scalar::<f64>());
+                ensure!(a?.to_bits() == b?.to_bits(), "another inertia");
+            }
+        }
+    }
+    if let Some(path) = &args.file {
+        fs::remove_file(path)?;
+    }
+    Ok(())
+}
+
+/// Seconds to the end of each iteration, from the end of the one before, and to the end of all.
+fn timed(settings: &KMeans, fit: impl FnOnce(KMeans) -> Result<Fit>) -> Result<(Vec<f64>, Fit)> {
+    let ends = Arc::new(Mutex::new(vec![Instant::now()]));
+    let log = ends.clone();
+    let fit = fit(settings.clone().on_iteration(move |_| log.lock().expect("no panic").push(Instant::now())))?;
+    fit.inertia.to_device(&Device::Cpu)?;
+    let mut ends = ends.lock().expect("no panic").clone();
+    ends.push(Instant::now());
+    Ok((ends.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect(), fit))
+}
+
+fn dtype(args: &Args) -> DType {
+    match args.dtype {
+        Type::F16 => DType::F16,
+        Type::F32 => DType::F32,
+    }
+}
+
+/// The bytes of the distinct rows, made by `device` piece by piece.
+fn rows(args: &Args, device: &Device) -> Result<Vec<u8>> {
+    let (distinct, dtype) = (args.distinct.min(args.rows) as usize, dtype(args));
+    let piece = (1 << 28) / args.columns;
+    let mut bytes = Vec::with_capacity(distinct * args.columns * dtype.size_in_bytes());
+    for first in (0..distinct).step_by(piece) {
+        let rows = piece.min(distinct - first);
+        let values = Tensor::randn(0f32, 1f32, rows * args.columns, device)?.to_dtype(dtype)?;
+        match args.dtype {
+            Type::F16 => values.to_vec1::<f16>()?.iter().for_each(|v| bytes.extend(v.to_ne_bytes())),
+            Type::F32 => values.to_vec1::<f32>()?.iter().for_each(|v| bytes.extend(v.to_ne_bytes())),
+        }
+    }
+    Ok(bytes)
+}
+
+fn source<'a>(args: &Args, table: &'a [u8]) -> Result<Source<'a>> {
+    let row = args.columns * dtype(args).size_in_bytes();
+    if let Some(path) = &args.file {
+        let mut file = fs::File::create(path)?;
+        // The shape of `.fbin` is 32 bits wide, that of `.npy` is not; values are little-endian.
+        let descr = if args.dtype == Type::F16 { "<f2" } else { "<f4" };
+        let header =
+            format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({}, {}), }}", args.rows, args.columns);
+        let padded = (header.len() + 11).next_multiple_of(64) - 10;
+        file.write_all(b"\x93NUMPY\x01\x00")?;
+        file.write_all(&(padded as u16).to_le_bytes())?;
+        file.write_all(format!("{header:<width$}\n", width = padded - 1).as_bytes())?;
+        let mut left = args.rows as usize * row;
+        while left > 0 {
+            let some = left.min(table.len());
+            file.write_all(&table[..some])?;
+            left -= some;
+        }
+        file.sync_all()?;
+        return Ok(Source::open(path)?);
+    }
+    let (stored, distinct) = match args.dtype {
+        Type::F16 => (StoredType::F16, table.len() / row),
+        Type::F32 => (StoredType::F32, table.len() / row),
+    };
+    let read = move |rows: std::ops::Range<u64>, into: &mut [u8]| {
+        let (mut at, mut into) = (rows.start as usize % distinct, into);
+        while !into.is_empty() {
+            let some = into.len().min((distinct - at) * row);
+            let (head, rest) = into.split_at_mut(some);
+            head.copy_from_slice(&table[at * row..at * row + some]);
+            (at, into) = (0, rest);
+        }
+        Ok(())
+    };
+    Ok(Source::from_fn(args.rows, args.columns, stored, read)?)
+}
