@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times what this crate is compared with on a GPU, and what the GPU can do: a line of JSON for each case.
 
-  gpu.py [ceiling] [assign] [update] [fit] [decode] [dense] [--case B,N,K,D,DTYPE]... [--iters 10]
+  gpu.py [ceiling] [assign] [update] [fit] [stream] [decode] [dense] [--case B,N,K,D,DTYPE]... [--iters 10]
 
 ceiling: PyTorch's 8192^3 f16 matmul and a device copy. assign, update, fit: flash-kmeans and FlashLib, on fresh normal rows.
 decode, dense: PyTorch's scaled_dot_product_attention of one token over a cache, and of all tokens to all. Without names, all.
@@ -32,6 +32,7 @@ CASES = {
     "update": ["1,33554432,4096,128,f16", "1,8388608,1024,128,f16", "32,65536,1024,128,f16"],
     "fit": ["1,8388608,1024,128,f16", "1,1048576,8192,128,f16", "32,65536,1024,128,f16", "32,75600,1000,128,f16",
             "256,8192,256,128,f16", "8,8192,128,128,f16", "8,2048,64,128,f16", "1,1048576,8192,128,f32"],
+    "stream": ["1,33554432,1024,128,f32", "1,268435456,16384,128,f16"],
 }
 KEY_HEADS, QUERY_HEADS, HEAD_DIM, ALL_HEADS = 8, 32, 128, 24
 DECODE, DENSE = itertools.product((32_768, 65_536, 131_072), (1, 4, 16)), (32_768, 75_600)
@@ -163,6 +164,38 @@ def clustering(op, cases, iters):
         attempt(measure, peer=peer, op=op, b=b, n=n, k=k, d=d, dtype=dtype)
 
 
+def stream(cases, iters):
+    """flash-kmeans' fit of rows in page-locked memory, by wall clock: of so many iterations less that of one."""
+    for case in cases:
+        _, n, k, d, dtype = (int(part) if part.isdigit() else part for part in case.split(","))
+
+        def measure():
+            from flash_kmeans import kmeans_largeN
+
+            x = torch.empty(n, d, dtype=DTYPES[dtype], pin_memory=True)
+            for rows in x.split(1 << 22):
+                rows.copy_(torch.randn(rows.shape, device="cuda", dtype=x.dtype))
+            c = x[:: n // k][:k].contiguous().cuda()
+
+            def seconds(iters):
+                torch.cuda.synchronize()
+                begun = time.monotonic()
+                kmeans_largeN(x, k, max_iters=iters, tol=-1.0, init_centroids=c.clone())
+                torch.cuda.synchronize()
+                return time.monotonic() - begun
+
+            seconds(1)
+            one, all_of_them = seconds(1), seconds(iters)
+            begun = time.monotonic()
+            torch.empty(x[: 1 << 24].shape, dtype=x.dtype, device="cuda").copy_(x[: 1 << 24])
+            torch.cuda.synchronize()
+            link = x[: 1 << 24].nbytes / (time.monotonic() - begun) / 1e9
+            return {"gb": x.nbytes / 1e9, "link_gb_s": link, "s": all_of_them, "iters": iters,
+                    "s_per_iter": (all_of_them - one) / (iters - 1)}
+
+        attempt(measure, peer="flash-kmeans", op="stream", n=n, k=k, d=d, dtype=dtype, gpus=torch.cuda.device_count())
+
+
 def half(*shape):
     return torch.randn(*shape, device="cuda", dtype=torch.float16)
 
@@ -210,7 +243,9 @@ def main():
     if unknown := set(args.what) - set(names):
         sys.exit(f"{' '.join(unknown)}: not one of {' '.join(names)}")
     for what in args.what or names:
-        if what in CASES:
+        if what == "stream":
+            stream(args.case or CASES[what], args.iters)
+        elif what in CASES:
             clustering(what, args.case or CASES[what], args.iters)
         else:
             {"ceiling": ceiling, "decode": decode, "dense": dense}[what]()

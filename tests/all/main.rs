@@ -20,6 +20,8 @@ mod gradients;
 mod kernels;
 mod kv_cache;
 mod labels;
+#[cfg(feature = "nccl")]
+mod launched;
 mod layouts;
 mod minibatch;
 mod numbers;

@@ -1,0 +1,162 @@
+//! Processes that share a fit, one for each GPU, as launchers start them. With one GPU they are one, which goes through NCCL all the same.
+
+use crate::common::*;
+use candle_core::{cuda_backend::cudarc::driver::CudaContext, DType, Device, Tensor};
+use candle_flash_kmeans::{Devices, Error, Fit, Init, KMeans, Source, StoredType, StreamOptions};
+use std::{
+    env, fs, io,
+    ops::Range,
+    path::{Path, PathBuf},
+    process::{self, Child, Command, Stdio},
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+const ROLE: &str = "FLASH_KMEANS_LAUNCHED";
+const OUT: &str = "FLASH_KMEANS_LAUNCHED_OUT";
+
+fn rows() -> Tensor {
+    blobs(&[1003, 7], 5, DType::F32, &mut rng(1))
+}
+
+fn settings() -> KMeans {
+    KMeans::new(9).init(Init::KMeansPlusPlus).tol(0.0).max_iters(8)
+}
+
+/// The rows, from a function that does what the role says in the last of a few passes.
+fn source(role: &str, rank: usize) -> Source<'static> {
+    let x = rows();
+    let bytes: Vec<u8> = f64s(&x).into_iter().flat_map(|v| (v as f32).to_ne_bytes()).collect();
+    let (row, reads, role) = (4 * 7, AtomicUsize::new(0), role.to_string());
+    let read = move |rows: Range<u64>, into: &mut [u8]| {
+        // A read by its block's size is of a pass; seeds are read otherwise.
+        let is_block = rows.end - rows.start >= 100;
+        if is_block && rank == 1 && reads.fetch_add(1, Ordering::SeqCst) == 15 {
+            match role.as_str() {
+                "die" => process::abort(),
+                "fail" => return Err(io::Error::other("no more rows")),
+                "dawdle" => thread::sleep(Duration::from_secs(20)),
+                _ => {}
+            }
+        }
+        into.copy_from_slice(&bytes[rows.start as usize * row..rows.end as usize * row]);
+        Ok(())
+    };
+    Source::from_fn(1003, 7, StoredType::F32, read).unwrap()
+}
+
+/// The body of each process; nothing where it is none.
+#[test]
+fn worker() {
+    let Ok(role) = env::var(ROLE) else { return };
+    let rank: usize = env::var("RANK").unwrap().parse().unwrap();
+    let options = StreamOptions::on(Devices::Launched).block_rows(120).memory(0);
+    let mut settings = settings();
+    if role == "differ" {
+        settings = settings.seed(rank as u64);
+    }
+    let fit = settings.fit_stream(&source(&role, rank), &options);
+    let path = PathBuf::from(env::var(OUT).unwrap()).join(rank.to_string());
+    match fit {
+        Ok(fit) => fit.save(path.with_extension("fit")).unwrap(),
+        Err(e) => fs::write(path.with_extension("error"), e.to_string()).unwrap(),
+    }
+}
+
+/// Starts the processes of a role as torchrun does, lets them end, and returns what each has left and how long all took.
+fn launch(role: &str, ranks: usize, out: &Path) -> (Vec<Result<Fit, String>>, Duration) {
+    fs::create_dir_all(out).unwrap();
+    // Not the port of another test that runs now.
+    let port = 21_000 + process::id() % 500 * 16 + role.bytes().map(u32::from).sum::<u32>() % 8 * 2;
+    let start = |rank: usize| {
+        let mut command = Command::new(env::current_exe().unwrap());
+        command.args(["--exact", "launched::worker", "--nocapture"]).stdout(Stdio::null());
+        command.env(ROLE, role).env(OUT, out).env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
+        command.env("WORLD_SIZE", ranks.to_string()).env("MASTER_ADDR", "127.0.0.1");
+        command.env("MASTER_PORT", port.to_string()).env_remove("NCCL_COMM_ID").spawn().unwrap()
+    };
+    let begun = Instant::now();
+    let mut processes: Vec<Child> = (0..ranks).map(start).collect();
+    for process in &mut processes {
+        process.wait().unwrap();
+    }
+    let ended = begun.elapsed();
+    let left = |rank: usize| {
+        let path = out.join(rank.to_string());
+        match fs::read_to_string(path.with_extension("error")) {
+            Ok(error) => Err(error),
+            Err(_) => KMeans::load(path.with_extension("fit"), &Device::Cpu).map_err(|e| format!("nothing: {e}")),
+        }
+    };
+    let all = (0..ranks).map(left).collect();
+    fs::remove_dir_all(out).unwrap();
+    (all, ended)
+}
+
+fn folder(role: &str) -> PathBuf {
+    env::temp_dir().join(format!("launched-{role}-{}", process::id()))
+}
+
+/// The GPUs that may be used, each for a process.
+fn gpus() -> usize {
+    if !devices().iter().any(Device::is_cuda) {
+        return 0;
+    }
+    CudaContext::device_count().unwrap() as usize
+}
+
+#[test]
+fn processes_have_the_bits_of_one() {
+    let (whole, gpus) = (settings().fit(&rows()).unwrap(), gpus());
+    for ranks in (1..=gpus).filter(|ranks| ranks.is_power_of_two()) {
+        for role in ["fit", "dawdle"] {
+            let (all, _) = launch(role, ranks, &folder(&format!("{role}-{ranks}")));
+            for (rank, fit) in all.into_iter().enumerate() {
+                assert_same_fit(&fit.unwrap(), &whole, &format!("{role}, rank {rank} of {ranks}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_process_that_fails_or_dies_ends_the_others() {
+    let ranks = gpus();
+    if ranks < 2 {
+        eprintln!("a_process_that_fails_or_dies_ends_the_others: skipped without two GPUs");
+        return;
+    }
+    for role in ["fail", "die", "differ"] {
+        let (all, took) = launch(role, ranks, &folder(role));
+        assert!(took < Duration::from_secs(60), "{role}: {took:?}");
+        for (rank, fit) in all.into_iter().enumerate() {
+            let error = fit.expect_err(role);
+            eprintln!("{role}, rank {rank}, {took:.1?}: {error}");
+            match (role, rank) {
+                ("fail", 1) => assert!(error.contains("no more rows"), "{error}"),
+                ("fail", _) => assert!(error.starts_with(&format!("rank 1 of {ranks}: ")), "{error}"),
+                ("die", 1) => assert!(error.starts_with("nothing"), "{error}"),
+                ("die", _) => assert!(error.contains("in vain"), "{error}"),
+                _ => assert!(error.contains("seed"), "{error}"),
+            }
+        }
+    }
+}
+
+/// NCCL wants a GPU for each, and says so.
+#[test]
+fn threads_with_a_gpu_each_have_the_bits_of_one() {
+    let (whole, gpus) = (settings().fit(&rows()).unwrap(), gpus());
+    for count in 1..=gpus {
+        let options = StreamOptions::on(Devices::These((0..count).collect())).block_rows(120);
+        for memory in [0, 1 << 20] {
+            let fit = settings().fit_stream(&source("fit", 0), &options.clone().memory(memory)).unwrap();
+            assert_same_fit(&fit, &whole, &format!("{count} GPUs"));
+        }
+    }
+    if gpus > 0 {
+        let beyond = StreamOptions::on(Devices::These(vec![gpus]));
+        let refused = settings().fit_stream(&source("fit", 0), &beyond);
+        assert!(matches!(refused, Err(Error::Range { argument: "devices", .. })), "{refused:?}");
+    }
+}
