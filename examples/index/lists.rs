@@ -4,7 +4,6 @@
 //! `lists/00042.safetensors` for list 42, if it has rows: `ids`, u32 `(m)`, their numbers in the source, and `rows`, `(m, d)` in the
 //! type that the source gives them, f32 or f16.
 
-use crate::data;
 use anyhow::{Context, Result};
 use candle_core::{safetensors, DType, Device, Tensor};
 use candle_flash_kmeans::Source;
@@ -104,25 +103,5 @@ impl Lists {
         let tensors = safetensors::load(&path, &Device::Cpu)?;
         let tensor = |name: &str| tensors.get(name).with_context(|| format!("{} has no {name}", path.display()));
         Ok(Some((tensor("ids")?.to_vec1()?, tensor("rows")?.to_dtype(DType::F32)?)))
-    }
-}
-
-/// The queries: rows of the source, evenly spaced, none of which is its own neighbour.
-pub struct Queries {
-    pub ids: Vec<u32>,
-    /// f32 `(queries, d)`
-    pub rows: Tensor,
-}
-
-impl Queries {
-    pub fn new(source: &Source<'_>, count: usize) -> Result<Self> {
-        let n = source.shape().0 as usize;
-        let count = count.min(n);
-        let ids: Vec<_> = (0..count).map(|i| i * n / count).collect();
-        let rows = ids.iter().map(|&id| data::read(source, id..id + 1)).collect::<Result<Vec<_>>>()?;
-        Ok(Self {
-            ids: ids.into_iter().map(|id| id as u32).collect(),
-            rows: Tensor::cat(&rows, 0)?.to_dtype(DType::F32)?,
-        })
     }
 }

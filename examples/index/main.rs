@@ -17,8 +17,8 @@ use candle_flash_kmeans::{EmptyClusters, Epochs, Fit, Init, KMeans, MiniBatch, S
 use clap::{Parser, ValueEnum};
 use common::{backend::Backend, bar::with_bar, chart, timing::seconds};
 use data::Mixture;
-use lists::{Lists, Queries};
-use search::{exact, recall, search, NEIGHBOURS};
+use lists::Lists;
+use search::{exact, recall, search, Queries, NEIGHBOURS};
 use std::{
     fs,
     ops::Range,

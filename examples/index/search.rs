@@ -1,16 +1,33 @@
 //! The neighbours of queries: exactly, and by the lists whose centroids are nearest.
 
-use crate::{
-    data,
-    lists::{Lists, Queries},
-};
+use crate::{data, lists::Lists};
 use anyhow::Result;
-use candle_core::{Tensor, D};
+use candle_core::{DType, Tensor, D};
 use candle_flash_kmeans::{Fit, Source};
 use rayon::prelude::*;
 
 /// Neighbours that are asked for.
 pub const NEIGHBOURS: usize = 10;
+
+/// The queries: rows of the source, evenly spaced, none of which is its own neighbour.
+pub struct Queries {
+    pub ids: Vec<u32>,
+    /// f32 `(queries, d)`
+    pub rows: Tensor,
+}
+
+impl Queries {
+    pub fn new(source: &Source<'_>, count: usize) -> Result<Self> {
+        let n = source.shape().0 as usize;
+        let count = count.min(n);
+        let ids: Vec<_> = (0..count).map(|i| i * n / count).collect();
+        let rows = ids.iter().map(|&id| data::read(source, id..id + 1)).collect::<Result<Vec<_>>>()?;
+        Ok(Self {
+            ids: ids.into_iter().map(|id| id as u32).collect(),
+            rows: Tensor::cat(&rows, 0)?.to_dtype(DType::F32)?,
+        })
+    }
+}
 
 /// The nearest rows of a query among those that it was offered, best first: their scores and their numbers.
 #[derive(Clone, Default)]
@@ -66,7 +83,7 @@ pub struct Found {
 pub fn search(fit: &Fit, lists: &Lists, queries: &Queries, nprobe: usize) -> Result<Found> {
     let distances = fit.transform(&queries.rows.to_dtype(fit.centroids.dtype())?)?;
     let mut wanted_by = vec![vec![]; distances.dim(1)?];
-    for (query, distances) in distances.to_dtype(candle_core::DType::F32)?.to_vec2::<f32>()?.iter().enumerate() {
+    for (query, distances) in distances.to_dtype(DType::F32)?.to_vec2::<f32>()?.iter().enumerate() {
         let mut order: Vec<_> = (0..distances.len()).collect();
         if nprobe < order.len() {
             order.select_nth_unstable_by(nprobe, |&a, &b| distances[a].total_cmp(&distances[b]));
