@@ -13,7 +13,7 @@ use crate::{
     request::{Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
-    staging::{Pageable, Staging},
+    staging::{Copies, Lane},
 };
 use candle_core::{DType, Device, Storage, Tensor};
 use std::cell::Cell;
@@ -45,9 +45,9 @@ pub(crate) trait Backend {
         Ok(None)
     }
 
-    /// Buffers of so many bytes.
-    fn staging(&self, device: &Device, count: usize, bytes: usize) -> Result<Vec<Box<dyn Staging>>> {
-        (0..count).map(|_| Ok(Box::new(Pageable::new(device, bytes)?) as Box<dyn Staging>)).collect()
+    /// A way for rows to there.
+    fn lane(&self, device: &Device) -> Result<Box<dyn Lane>> {
+        Ok(Box::new(Copies::new(device)))
     }
 
     /// Where ranks of this process find each other; none where they meet in memory alone.

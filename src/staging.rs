@@ -1,4 +1,4 @@
-//! Memory of the host that rows pass through on their way to a device.
+//! The way of rows from memory of the host to a device.
 
 use crate::{
     error::{Error, Result},
@@ -6,49 +6,93 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 
-/// A buffer that is filled by one thread and sent to the device by another, again and again.
-pub(crate) trait Staging: Send {
-    /// So many of its bytes, once the device has those that were sent before.
-    fn bytes(&mut self, len: usize) -> Result<&mut [u8]>;
+/// A way to a device, on which one block of rows comes after another, in parts.
+pub(crate) trait Lane {
+    /// The most bytes that it makes sense to send at a time, of blocks of so many.
+    fn part_bytes(&self, block: usize) -> usize;
 
-    /// Begins to send the bytes of so many rows and columns, beside what this thread has queued and queues meanwhile.
-    fn send(&mut self, shape: (usize, usize), dtype: DType) -> Result<()>;
+    /// Memory of the host for so many bytes.
+    fn buffer(&self, bytes: usize) -> Result<Box<dyn Buffer>>;
 
-    /// The rows that were sent, for what this thread queues from now on.
+    /// Takes room for the next block on the device, behind all that this thread has queued so far.
+    fn reserve(&mut self, shape: (usize, usize), dtype: DType) -> Result<()>;
+
+    /// Begins to send bytes to the room that was reserved last, from its byte `at` on. They travel beside what this thread has queued since.
+    ///
+    /// # Safety
+    /// The bytes stay where and as they are until what is returned has been waited for.
+    unsafe fn send(&mut self, bytes: &[u8], at: usize) -> Result<Box<dyn Sent>>;
+
+    /// The block that room was reserved for, for what this thread queues from now on.
     fn receive(&mut self) -> Result<Tensor>;
 }
 
-/// Ordinary memory, which a device is sent a copy of at once.
-pub(crate) struct Pageable {
-    bytes: Vec<u8>,
+/// Memory of the host that a device can be sent from.
+pub(crate) trait Buffer: Send {
+    fn bytes(&mut self) -> &mut [u8];
+}
+
+/// Bytes that are on their way. Whoever drops it waits for them.
+pub(crate) trait Sent: Send {
+    fn wait(&self) -> Result<()>;
+}
+
+/// A way to memory that takes a copy at once.
+pub(crate) struct Copies {
     device: Device,
-    sent: Option<Tensor>,
+    room: Option<((usize, usize), DType)>,
+    block: Option<Tensor>,
 }
 
-impl Pageable {
-    pub fn new(device: &Device, bytes: usize) -> Result<Self> {
-        Ok(Self { bytes: host::filled("read rows", bytes, 0)?, device: device.clone(), sent: None })
+impl Copies {
+    pub fn new(device: &Device) -> Self {
+        Self { device: device.clone(), room: None, block: None }
     }
 }
 
-impl Staging for Pageable {
-    fn bytes(&mut self, len: usize) -> Result<&mut [u8]> {
-        Ok(&mut self.bytes[..len])
+impl Lane for Copies {
+    /// A block at once.
+    fn part_bytes(&self, block: usize) -> usize {
+        block
     }
 
-    fn send(&mut self, (n, d): (usize, usize), dtype: DType) -> Result<()> {
-        host::room("read rows", n * d, dtype, &self.device)?;
-        let bytes = &self.bytes[..n * d * dtype.size_in_bytes()];
-        self.sent = Some(Tensor::from_raw_buffer(bytes, dtype, &[n, d], &self.device)?);
+    fn buffer(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
+        Ok(Box::new(host::filled("read rows", bytes, 0u8)?))
+    }
+
+    fn reserve(&mut self, shape: (usize, usize), dtype: DType) -> Result<()> {
+        self.room = Some((shape, dtype));
         Ok(())
     }
 
+    unsafe fn send(&mut self, bytes: &[u8], _: usize) -> Result<Box<dyn Sent>> {
+        let ((n, d), dtype) = self.room.take().ok_or_else(nothing_reserved)?;
+        host::room("read rows", n * d, dtype, &self.device)?;
+        self.block = Some(Tensor::from_raw_buffer(bytes, dtype, &[n, d], &self.device)?);
+        Ok(Box::new(Arrived))
+    }
+
     fn receive(&mut self) -> Result<Tensor> {
-        self.sent.take().ok_or_else(nothing_sent)
+        self.block.take().ok_or_else(nothing_reserved)
     }
 }
 
-/// Why there is nothing to receive.
-pub(crate) fn nothing_sent() -> Error {
-    Error::Conflict { argument: "rows", got: "a receipt".into(), with: "no rows that were sent".into() }
+impl Buffer for Vec<u8> {
+    fn bytes(&mut self) -> &mut [u8] {
+        self
+    }
+}
+
+/// Bytes that have been copied.
+struct Arrived;
+
+impl Sent for Arrived {
+    fn wait(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// The error of a block that nobody has made room for.
+pub(crate) fn nothing_reserved() -> Error {
+    Error::Conflict { argument: "rows", got: "a block".into(), with: "no room that was reserved".into() }
 }

@@ -38,7 +38,7 @@ use crate::{
     request::{Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
-    staging::Staging,
+    staging::Lane,
 };
 use candle_core::{DType, Device, Storage, Tensor};
 use tensors::typed;
@@ -59,8 +59,8 @@ impl Backend for Cuda {
         device::free_memory(device.as_cuda_device()?).map(Some)
     }
 
-    fn staging(&self, device: &Device, count: usize, bytes: usize) -> Result<Vec<Box<dyn Staging>>> {
-        staging::staging(device.as_cuda_device()?, count, bytes)
+    fn lane(&self, device: &Device) -> Result<Box<dyn Lane>> {
+        Ok(Box::new(staging::Copies::new(device.as_cuda_device()?)?))
     }
 
     #[cfg(feature = "nccl")]

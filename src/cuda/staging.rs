@@ -1,121 +1,163 @@
 //! Page-locked memory of the host, which a copy engine reads while kernels run.
 //!
-//! The copies have a stream of their own, and two events order each with the work of the thread that asks for it: it begins when
-//! that thread's stream has allocated what it writes, and what that thread queues after [`Staging::receive`] waits until it is over.
+//! The copies have a stream of their own. A block's begin when the stream of the thread that works on it has allocated its room, and
+//! what that thread queues after [`Lane::receive`] waits until they are over. The room of the next block is reserved before the work on a
+//! block is queued: otherwise its copies would wait for that work.
 
 use super::{
     memory::alloc,
     side::{Event, SideStream},
-    tensors::{typed, Element},
+    tensors::typed,
 };
 use crate::{
     error::{Error, Result},
-    staging::{nothing_sent, Staging},
+    staging::{nothing_reserved, Buffer, Lane, Sent},
 };
 use candle_core::{
     cuda_backend::{
-        cudarc::driver::{result, sys::CUresult, DevicePtrMut, DriverError},
+        cudarc::driver::{result, sys::CUresult, CudaContext, DevicePtrMut, DriverError},
         CudaDevice, CudaStorage, WrapErr,
     },
     DType, Shape, Storage, Tensor,
 };
 use std::{ptr::NonNull, slice, sync::Arc};
 
-/// A page-locked buffer.
-pub(super) struct PageLocked {
+/// Bytes that are sent at a time. Page-locking memory takes longer than filling it, so that there should not be more than is needed to
+/// keep the link at work.
+const PART: usize = 8 << 20;
+
+/// A way to a GPU, by a stream for copies.
+pub(super) struct Copies {
     dev: CudaDevice,
-    copies: Arc<SideStream>,
-    bytes: NonNull<u8>,
-    len: usize,
-    /// The event after the allocation of the destination.
-    allocated: Event,
-    /// The event after the last copy.
-    copied: Event,
-    /// The destination of the copy.
-    sent: Option<(CudaStorage, Shape)>,
+    side: Arc<SideStream>,
+    /// The event after the allocation of the room.
+    reserved: Event,
+    room: Option<Room>,
 }
 
-// SAFETY: the memory is this value's alone, and handles of the driver's may be used by any thread.
+/// Room for a block.
+struct Room {
+    storage: CudaStorage,
+    shape: Shape,
+    address: u64,
+    bytes: usize,
+}
+
+impl Copies {
+    pub fn new(dev: &CudaDevice) -> Result<Self> {
+        let side = Arc::new(SideStream::new(dev.cuda_stream().context())?);
+        let reserved = Event::new(side.context())?;
+        Ok(Self { dev: dev.clone(), side, reserved, room: None })
+    }
+}
+
+impl Lane for Copies {
+    fn part_bytes(&self, block: usize) -> usize {
+        block.min(PART)
+    }
+
+    fn buffer(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
+        Ok(Box::new(PageLocked::new(self.side.context(), bytes)?))
+    }
+
+    fn reserve(&mut self, (n, d): (usize, usize), dtype: DType) -> Result<()> {
+        let (stream, bytes) = (self.dev.cuda_stream(), n * d * dtype.size_in_bytes());
+        let (storage, address) = typed!(dtype, T => {
+            let mut room = alloc::<T>(&self.dev, "read rows", n * d)?;
+            let address = room.device_ptr_mut(&stream).0;
+            Ok::<_, Error>((CudaStorage::wrap_cuda_slice(room, self.dev.clone()), address))
+        })?;
+        self.side.follow(&stream, &self.reserved).w()?;
+        self.room = Some(Room { storage, shape: (n, d).into(), address, bytes });
+        Ok(())
+    }
+
+    unsafe fn send(&mut self, bytes: &[u8], at: usize) -> Result<Box<dyn Sent>> {
+        let room = self.room.as_ref().ok_or_else(nothing_reserved)?;
+        assert!(at + bytes.len() <= room.bytes, "{} bytes at {at} of {}", bytes.len(), room.bytes);
+        let context = self.side.context();
+        context.bind_to_thread().w()?;
+        let copied = Copied { event: Event::new(context)?, context: context.clone() };
+        // SAFETY: both ends of the copy are there until `copied` has come: the caller and `receive` see to it.
+        let queued = unsafe { result::memcpy_htod_async(room.address + at as u64, bytes, self.side.handle()) };
+        let queued = queued.and_then(|()| self.side.record(&copied.event));
+        if queued.is_err() {
+            // A copy may be under way that no event tells the end of.
+            context.record_err(self.side.synchronize());
+        }
+        queued.w()?;
+        Ok(Box::new(copied))
+    }
+
+    fn receive(&mut self) -> Result<Tensor> {
+        let Room { storage, shape, .. } = self.room.take().ok_or_else(nothing_reserved)?;
+        let arrived = Event::new(self.side.context())?;
+        self.side.record(&arrived).and_then(|()| arrived.hold(&self.dev.cuda_stream())).w()?;
+        Ok(Tensor::from((Storage::Cuda(storage), shape)))
+    }
+}
+
+impl Drop for Copies {
+    /// Before the room is freed.
+    fn drop(&mut self) {
+        let context = self.side.context();
+        context.record_err(context.bind_to_thread().and_then(|()| self.side.synchronize()));
+    }
+}
+
+/// The event after a copy.
+struct Copied {
+    event: Event,
+    context: Arc<CudaContext>,
+}
+
+impl Sent for Copied {
+    fn wait(&self) -> Result<()> {
+        Ok(self.context.bind_to_thread().and_then(|()| self.event.wait()).w()?)
+    }
+}
+
+impl Drop for Copied {
+    fn drop(&mut self) {
+        self.context.record_err(self.context.bind_to_thread().and_then(|()| self.event.wait()));
+    }
+}
+
+/// A page-locked buffer.
+struct PageLocked {
+    bytes: NonNull<u8>,
+    len: usize,
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: the memory is this value's alone.
 unsafe impl Send for PageLocked {}
 
 impl PageLocked {
-    fn new(dev: &CudaDevice, copies: &Arc<SideStream>, len: usize) -> Result<Self> {
-        let context = copies.context();
-        let (allocated, copied) = (Event::new(context)?, Event::new(context)?);
+    fn new(context: &Arc<CudaContext>, len: usize) -> Result<Self> {
+        context.bind_to_thread().w()?;
         // SAFETY: the context is current. The bytes are written below before any is read.
         let bytes = unsafe { result::malloc_host(len.max(1), 0) }.map_err(|e| out_of_host_memory(e, len))?;
         let bytes = NonNull::new(bytes.cast()).expect("memory that was allocated");
         // SAFETY: so many bytes are there.
         unsafe { bytes.write_bytes(0, len) };
-        Ok(Self { dev: dev.clone(), copies: copies.clone(), bytes, len, allocated, copied, sent: None })
-    }
-
-    /// Copies the first bytes to new memory for so many elements, beside what the stream has queued after the allocation.
-    fn copy<T: Element>(&mut self, len: usize) -> Result<CudaStorage> {
-        let (stream, copies) = (self.dev.cuda_stream(), &self.copies);
-        let mut to = alloc::<T>(&self.dev, "read rows", len)?;
-        let (address, order) = to.device_ptr_mut(&stream);
-        // SAFETY: the buffer holds as many bytes, which nobody writes until `copied` is over.
-        let bytes = unsafe { slice::from_raw_parts(self.bytes.as_ptr(), len * size_of::<T>()) };
-        let queued = copies.follow(&stream, &self.allocated).and_then(|()| {
-            // SAFETY: both ends of the copy are there until `copied` is over, for which `drop` waits.
-            unsafe { result::memcpy_htod_async(address, bytes, copies.handle()) }?;
-            copies.record(&self.copied)
-        });
-        drop(order);
-        if queued.is_err() {
-            // A copy may be under way that no event tells the end of.
-            copies.context().record_err(copies.synchronize());
-        }
-        queued.w()?;
-        Ok(CudaStorage::wrap_cuda_slice(to, self.dev.clone()))
-    }
-
-    fn wait(&self) -> std::result::Result<(), DriverError> {
-        self.copies.context().bind_to_thread()?;
-        self.copied.wait()
+        Ok(Self { bytes, len, context: context.clone() })
     }
 }
 
-impl Staging for PageLocked {
-    fn bytes(&mut self, len: usize) -> Result<&mut [u8]> {
-        assert!(len <= self.len, "{len} of {} bytes", self.len);
-        self.wait().w()?;
-        // SAFETY: so many bytes are there, all were written, and no copy reads them any more.
-        Ok(unsafe { slice::from_raw_parts_mut(self.bytes.as_ptr(), len) })
-    }
-
-    fn send(&mut self, (n, d): (usize, usize), dtype: DType) -> Result<()> {
-        assert!(n * d * dtype.size_in_bytes() <= self.len, "{n} rows of {d} columns in {} bytes", self.len);
-        self.copies.context().bind_to_thread().w()?;
-        let storage = typed!(dtype, T => self.copy::<T>(n * d))?;
-        self.sent = Some((storage, (n, d).into()));
-        Ok(())
-    }
-
-    fn receive(&mut self) -> Result<Tensor> {
-        if self.sent.is_some() {
-            self.copied.hold(&self.dev.cuda_stream()).w()?;
-        }
-        let (storage, shape) = self.sent.take().ok_or_else(nothing_sent)?;
-        Ok(Tensor::from((Storage::Cuda(storage), shape)))
+impl Buffer for PageLocked {
+    fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: so many bytes are there, and all were written.
+        unsafe { slice::from_raw_parts_mut(self.bytes.as_ptr(), self.len) }
     }
 }
 
 impl Drop for PageLocked {
     fn drop(&mut self) {
-        let context = self.copies.context().clone();
-        context.record_err(self.wait());
-        self.sent = None;
-        // SAFETY: it was allocated so, and no copy reads it any more.
-        context.record_err(unsafe { result::free_host(self.bytes.as_ptr().cast()) });
+        self.context.record_err(self.context.bind_to_thread());
+        // SAFETY: it was allocated so, and whoever sent it has waited.
+        self.context.record_err(unsafe { result::free_host(self.bytes.as_ptr().cast()) });
     }
-}
-
-/// Buffers of so many bytes, whose copies share a stream.
-pub(super) fn staging(dev: &CudaDevice, count: usize, bytes: usize) -> Result<Vec<Box<dyn Staging>>> {
-    let copies = Arc::new(SideStream::new(dev.cuda_stream().context())?);
-    (0..count).map(|_| Ok(Box::new(PageLocked::new(dev, &copies, bytes)?) as Box<dyn Staging>)).collect()
 }
 
 fn out_of_host_memory(e: DriverError, bytes: usize) -> Error {

@@ -30,7 +30,7 @@ use crate::{
     },
     rng::Draw,
     rows::Rows,
-    staging::Staging,
+    staging::Lane,
 };
 use candle_core::{DType, Device, Shape, Storage, Tensor};
 pub(crate) use pieces::{
@@ -67,9 +67,9 @@ pub(crate) fn free_memory(device: &Device) -> Result<Option<usize>> {
     on(device, "free_memory")?.free_memory(device)
 }
 
-/// Buffers of the host, of so many bytes each, through which rows go to the device.
-pub(crate) fn staging(device: &Device, count: usize, bytes: usize) -> Result<Vec<Box<dyn Staging>>> {
-    on(device, "staging")?.staging(device, count, bytes)
+/// A way for rows from memory of the host to the device.
+pub(crate) fn lane(device: &Device) -> Result<Box<dyn Lane>> {
+    on(device, "lane")?.lane(device)
 }
 
 /// The number of GPUs that are visible.

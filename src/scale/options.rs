@@ -14,8 +14,14 @@ use crate::{
 use candle_core::Device;
 use std::ops::Range;
 
-/// Bytes of rows that are read at a time: enough that a GPU works longer on them than it takes to launch what does.
-const BLOCK_BYTES: usize = 64 << 20;
+/// Bytes of a block of rows: of a GPU so many that its kernels are about as fast as on all rows.
+fn block_bytes(device: &Device) -> usize {
+    if device.is_cpu() {
+        64 << 20
+    } else {
+        256 << 20
+    }
+}
 
 /// Memory for rows on the CPU, of which nobody says how much is free.
 const CPU_BYTES: usize = 4 << 30;
@@ -38,7 +44,7 @@ pub struct StreamOptions {
 
 impl StreamOptions {
     /// On this device: rows take up to three quarters of the memory that is free on a GPU when the fit begins, less what it has of
-    /// each row besides, and up to 4 GiB on the CPU. They are read 64 MiB at a time.
+    /// each row besides, and up to 4 GiB on the CPU. A block of them is 256 MiB on a GPU and 64 MiB on the CPU.
     pub fn new(device: &Device) -> Self {
         Self::at(Place::One(device.clone()))
     }
@@ -74,13 +80,14 @@ impl StreamOptions {
     /// again in every pass. There is room for eight blocks on the CPU and for two on a GPU that come and go, of at least one row.
     ///
     /// That is beside what a fit has of each row (4 bytes) and of each that stays (4 bytes, by cosine or with weights 12 or 20), of the
-    /// rows of one block while it works on them, and of the centroids; and beside ten blocks in page-locked memory of the host for a GPU.
+    /// rows of one block while it works on them, and of the centroids; and beside 200 MiB of page-locked memory of the host
+    /// for a GPU.
     pub fn memory(mut self, bytes: usize) -> Self {
         self.memory = Some(bytes);
         self
     }
 
-    /// Sets the rows that are read at a time, at least one, if the memory allows for as many.
+    /// Sets the rows of a block, at least one, if the memory allows for as many.
     pub fn block_rows(mut self, rows: usize) -> Self {
         self.block_rows = Some(rows);
         self
@@ -153,7 +160,7 @@ impl StreamOptions {
                 None => CPU_BYTES,
             },
         };
-        let rows = self.block_rows.unwrap_or(BLOCK_BYTES / row_bytes);
+        let rows = self.block_rows.unwrap_or(block_bytes(device) / row_bytes);
         Ok(Cut::new(n, row_bytes, memory, rows, moving(device)))
     }
 }

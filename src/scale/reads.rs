@@ -4,7 +4,7 @@ use super::source::Source;
 use crate::{
     error::{Error, Result},
     host, primitives,
-    staging::Staging,
+    staging::{Buffer, Lane, Sent},
 };
 use candle_core::{Device, Tensor};
 use std::{
@@ -14,19 +14,18 @@ use std::{
     thread,
 };
 
-/// Threads that read at once: as many requests as keep a solid-state disk, or memory that caches it, at work. The link to a GPU takes
-/// what twice as many of them copy from memory.
+/// Threads that read at once: as many requests as keep a solid-state disk at work, and for a GPU as many threads as fill its link by
+/// copying from memory, of which the processor has so many.
 fn readers(device: &Device) -> usize {
     if device.is_cpu() {
-        4
-    } else {
-        8
+        return 4;
     }
+    thread::available_parallelism().map_or(4, usize::from).clamp(4, 16)
 }
 
-/// Buffers in the ring: one for each reader, one that is on its way to the device and one that is waited for.
+/// Buffers in the ring: one for each reader, and some that are on their way or waited for.
 fn slots(device: &Device) -> usize {
-    readers(device) + 2
+    readers(device) + if device.is_cpu() { 2 } else { 8 }
 }
 
 /// Blocks of rows that `device` has room for beside those that stay there: the one that is worked on and the next one. The memory of
@@ -43,65 +42,105 @@ pub(super) fn moving(device: &Device) -> usize {
 pub(super) struct Reads<'a> {
     source: &'a Source<'a>,
     device: &'a Device,
-    /// The most rows that are read at a time.
+    /// The most rows of a block.
     most: usize,
     /// The ring, between passes.
     slots: Vec<Slot>,
+    lane: Option<Box<dyn Lane>>,
 }
 
-type Slot = Box<dyn Staging>;
+/// A buffer of the ring.
+struct Slot {
+    /// What is under way from it: dropped before its memory is.
+    sent: Option<Box<dyn Sent>>,
+    memory: Box<dyn Buffer>,
+}
 
-/// A slot with the rows of a range, or why there are none.
+/// A part of a block: as many rows as are read at a time.
+struct Part {
+    block: usize,
+    rows: Range<usize>,
+}
+
+/// A slot with the rows of a part, or why there are none.
 type Filled = thread::Result<Result<Slot>>;
 
-/// Slots that are free, and the ranges that nobody has taken.
+/// Slots that are free, and the parts that nobody has taken.
 type Untaken = (mpsc::Receiver<Slot>, Range<usize>);
 
 impl<'a> Reads<'a> {
     pub fn new(source: &'a Source<'a>, device: &'a Device, most: usize) -> Self {
-        Self { source, device, most, slots: vec![] }
+        Self { source, device, most, slots: vec![], lane: None }
     }
 
-    /// Calls `visit` with nothing, while the first rows are being read, and then with the number of each range and its rows,
+    /// Calls `visit` with nothing, while the first rows are being read, and then with the number of each block and its rows,
     /// `(n, d)` on the device, in order.
     pub fn for_each(
         &mut self,
-        ranges: &[Range<usize>],
+        blocks: &[Range<usize>],
         visit: &mut dyn FnMut(Option<(usize, Tensor)>) -> Result<()>,
     ) -> Result<()> {
         let &mut Self { source, device, most, .. } = self;
-        let lacking = slots(device).min(ranges.len()).saturating_sub(self.slots.len());
-        if lacking > 0 {
-            self.slots.extend(primitives::staging(device, lacking, most * source.row_bytes())?);
+        if blocks.is_empty() {
+            return visit(None);
+        }
+        let row = source.row_bytes();
+        let lane = match &mut self.lane {
+            Some(lane) => lane,
+            lane => lane.insert(primitives::lane(device)?),
+        };
+        let step = (lane.part_bytes(most * row) / row).max(1);
+        let parts = |(block, rows): (usize, &Range<usize>)| {
+            let end = rows.end;
+            rows.clone().step_by(step).map(move |first| Part { block, rows: first..end.min(first + step) })
+        };
+        let parts: Vec<_> = blocks.iter().enumerate().flat_map(parts).collect();
+        for _ in self.slots.len()..slots(device).min(parts.len()) {
+            self.slots.push(Slot { sent: None, memory: lane.buffer(step * row)? });
         }
         let (free, taken) = mpsc::channel();
         self.slots.drain(..).for_each(|slot| free.send(slot).expect("the receiver is there"));
-        let taken = Mutex::new((taken, 0..ranges.len()));
+        let taken = Mutex::new((taken, 0..parts.len()));
         let (filled, arrivals) = mpsc::channel();
         thread::scope(|scope| {
             // However this ends, readers wait no longer than these are there.
             let (free, arrivals) = (free, arrivals);
-            for _ in 0..readers(device).min(ranges.len()) {
-                let (taken, filled) = (&taken, filled.clone());
-                scope.spawn(move || read_ahead(source, ranges, taken, &filled));
+            for _ in 0..readers(device).min(parts.len()) {
+                let (taken, filled, parts) = (&taken, filled.clone(), &parts);
+                scope.spawn(move || read_ahead(source, parts, taken, &filled));
             }
             drop(filled);
-            visit(None)?;
-            let mut arrived = Arrived { arrivals, early: ranges.iter().map(|_| None).collect() };
-            let send = |i: usize, mut slot: Slot| {
-                slot.send((ranges[i].len(), source.shape().1), source.dtype())?;
-                Ok(slot)
-            };
-            let mut sent = None;
-            for i in 0..ranges.len() {
-                let mut slot = sent.take().unwrap_or_else(|| arrived.wait(i).and_then(|slot| send(i, slot)))?;
-                // The next rows travel while these are worked on, if they have been read.
-                if i + 1 < ranges.len() {
-                    sent = arrived.look(i + 1).map(|slot| slot.and_then(|slot| send(i + 1, slot)));
+            let early = parts.iter().map(|_| None).collect();
+            let mut arrived = Arrived { arrivals, early, next: 0 };
+            // Sends the parts of a block, those that have been read or all of them.
+            let mut send = |lane: &mut dyn Lane, block: usize, all: bool| {
+                while parts.get(arrived.next).is_some_and(|part| part.block == block) {
+                    let first = parts[arrived.next].rows.start - blocks[block].start;
+                    let bytes = parts[arrived.next].rows.len() * row;
+                    let Some(slot) = arrived.take(all) else { return Ok(()) };
+                    let mut slot = slot?;
+                    // SAFETY: whoever writes to the slot next waits before, and so does who drops it.
+                    slot.sent = Some(unsafe { lane.send(&slot.memory.bytes()[..bytes], first * row) }?);
+                    // Readers that have nothing left to read have gone.
+                    let _ = free.send(slot);
                 }
-                let rows = slot.receive()?;
-                // Readers that have nothing left to read have gone.
-                let _ = free.send(slot);
+                Ok::<_, Error>(())
+            };
+            let reserve = |lane: &mut dyn Lane, block: usize| {
+                lane.reserve((blocks[block].len(), source.shape().1), source.dtype())
+            };
+            reserve(&mut **lane, 0)?;
+            send(&mut **lane, 0, false)?;
+            visit(None)?;
+            for i in 0..blocks.len() {
+                send(&mut **lane, i, true)?;
+                let rows = lane.receive()?;
+                // The next rows travel while these are worked on: their room is made before that work is queued, behind which it would
+                // have to wait.
+                if i + 1 < blocks.len() {
+                    reserve(&mut **lane, i + 1)?;
+                    send(&mut **lane, i + 1, false)?;
+                }
                 visit(Some((i, rows)))?;
             }
             Ok::<_, Error>(())
@@ -112,14 +151,9 @@ impl<'a> Reads<'a> {
     }
 }
 
-/// Reads ranges into free slots until there are no more of either. Whoever takes a slot takes the next range with it, so that the one
+/// Reads parts into free slots until there are no more of either. Whoever takes a slot takes the next part with it, so that the one
 /// that is waited for never lacks one.
-fn read_ahead(
-    source: &Source<'_>,
-    ranges: &[Range<usize>],
-    taken: &Mutex<Untaken>,
-    filled: &mpsc::Sender<(usize, Filled)>,
-) {
+fn read_ahead(source: &Source<'_>, parts: &[Part], taken: &Mutex<Untaken>, filled: &mpsc::Sender<(usize, Filled)>) {
     loop {
         let (i, mut slot) = {
             let mut taken = taken.lock().unwrap_or_else(PoisonError::into_inner);
@@ -127,10 +161,15 @@ fn read_ahead(
             let Ok(slot) = taken.0.recv() else { return };
             (i, slot)
         };
-        let rows = &ranges[i];
+        let rows = &parts[i].rows;
         let read = catch_unwind(AssertUnwindSafe(|| {
-            let into = slot.bytes(rows.len() * source.row_bytes())?;
-            source.read(rows.start as u64..rows.end as u64, into)?;
+            if let Some(sent) = slot.sent.take() {
+                sent.wait()?;
+            }
+            source.read(
+                rows.start as u64..rows.end as u64,
+                &mut slot.memory.bytes()[..rows.len() * source.row_bytes()],
+            )?;
             Ok(slot)
         }));
         if filled.send((i, read)).is_err() {
@@ -143,24 +182,22 @@ fn read_ahead(
 struct Arrived {
     arrivals: mpsc::Receiver<(usize, Filled)>,
     early: Vec<Option<Filled>>,
+    /// The part that is taken next.
+    next: usize,
 }
 
 impl Arrived {
-    /// The rows of range `i`, if they are there.
-    fn look(&mut self, i: usize) -> Option<Result<Slot>> {
-        while let Ok((at, filled)) = self.arrivals.try_recv() {
+    /// The rows of the next part, once they are there, or if they are.
+    fn take(&mut self, wait: bool) -> Option<Result<Slot>> {
+        while self.early[self.next].is_none() {
+            let (at, filled) = match wait {
+                true => self.arrivals.recv().expect("a reader says how each part went"),
+                false => self.arrivals.try_recv().ok()?,
+            };
             self.early[at] = Some(filled);
         }
-        self.early[i].take().map(or_panic)
-    }
-
-    /// The rows of range `i`, once they are there.
-    fn wait(&mut self, i: usize) -> Result<Slot> {
-        while self.early[i].is_none() {
-            let (at, filled) = self.arrivals.recv().expect("a reader says how each range went");
-            self.early[at] = Some(filled);
-        }
-        self.early[i].take().map_or_else(|| unreachable!("it has arrived"), or_panic)
+        self.next += 1;
+        self.early[self.next - 1].take().map(or_panic)
     }
 }
 

@@ -7,7 +7,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     fit::Fit,
-    kmeans::KMeans,
+    kmeans::{Init, KMeans},
     lloyd::{
         feed::Pass,
         merged::{refuse_medians, row_pitch, Merged, Whole},
@@ -59,26 +59,33 @@ impl KMeans {
     /// ```
     pub fn fit_stream(&self, source: &Source<'_>, options: &StreamOptions) -> Result<Fit> {
         let options = &options.opened()?;
-        let (p, device) = (check_stream(self, source, options)?, options.device());
+        let device = options.device();
+        let settings = &match &self.init {
+            // Where they are does not matter to rows that are elsewhere.
+            Init::Given(c) => self.clone().init(Init::Given(c.to_device(device)?)),
+            _ => self.clone(),
+        };
+        let p = check_stream(settings, source, options)?;
         let fence = Fence::default();
         fence.write(device)?;
-        let weights = Weights::new(self, &p, None, &Device::Cpu)?;
+        let weights = Weights::new(settings, &p, None, &Device::Cpu)?;
         let weights = weights.as_ref();
-        let seeds = Seeds { settings: self, p: &p, source, weights, device };
-        let starts = (0..self.n_init).map(|run| Ok(seeds.centroids(run)?.to_device(&Device::Cpu)?));
+        let seeds = Seeds { settings, p: &p, source, weights, device };
+        let starts = (0..settings.n_init).map(|run| Ok(seeds.centroids(run)?.to_device(&Device::Cpu)?));
         let starts = starts.collect::<Result<Vec<_>>>()?;
         let fits = options.place().run(|device, ranks| {
-            let whole = Whole { settings: self, p: &p, device, weights, all_counted: true };
+            let whole = Whole { settings, p: &p, device, weights, all_counted: true };
             let rows = rows_of(ranks, p.n);
             let cut = options.cut(source, rows.len(), row_pitch(&whole)?, device)?;
-            let reporter = options.reporter(source, rows.len(), Passes::of_fit(self), ranks.rank());
+            let reporter = options.reporter(source, rows.len(), Passes::of_fit(settings), ranks.rank());
             let mut feed = Streamed::new(source, whole, ranks, rows, &cut, reporter);
             let merged = Merged::new(whole, &mut feed)?;
-            self.best_run(|run| {
-                let (flow, fit) = merged.fit(&mut feed, &starts[run].to_device(device)?, run)?;
-                Ok((flow, fit.to_device(&Device::Cpu)?))
-            })
-            .and_then(|fit| options.place().gather_labels(fit, ranks))
+            settings
+                .best_run(|run| {
+                    let (flow, fit) = merged.fit(&mut feed, &starts[run].to_device(device)?, run)?;
+                    Ok((flow, fit.to_device(&Device::Cpu)?))
+                })
+                .and_then(|fit| options.place().gather_labels(fit, ranks))
         })?;
         let labels: Vec<_> = fits.iter().map(|fit| &fit.labels).collect();
         let labels = Tensor::cat(&labels, 1)?;
