@@ -73,6 +73,7 @@ mod scale;
 mod seeding;
 mod segments;
 mod select;
+mod stages;
 mod staging;
 #[doc(hidden)]
 pub mod testing;
@@ -91,6 +92,7 @@ pub use metric::Metric;
 pub use minibatch::MiniBatch;
 pub use plan::Plan;
 pub use scale::{
+    checkpoint::Checkpoint,
     options::StreamOptions,
     source::{
         file::FileIdentity,

@@ -14,7 +14,7 @@ use crate::{
     request::{self, Labels, Reduction, Summands},
     rows::Rows,
 };
-pub use crate::{launches::launches, plan::assign::force};
+pub use crate::{launches::launches, plan::assign::force, stages::on_stage};
 use candle_core::{Device, Tensor};
 
 /// The update of a fit's loop alone: new means in place, for labels `(b, n)` that are known to be in range.

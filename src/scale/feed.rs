@@ -46,6 +46,26 @@ impl<'a> Streamed<'a> {
         let (parts, reads) = (parts.collect(), Reads::new(source, whole.device, cut.rows));
         Self { source, whole, reads, parts, terms: None, labels: vec![] }
     }
+
+    /// Where a block has rows before this one and others, makes two of it.
+    pub fn cut_at(&mut self, row: usize) {
+        if let Some(i) = self.parts.iter().position(|part| part.rows.start < row && row < part.rows.end) {
+            let rows = row..self.parts[i].rows.end;
+            self.parts[i].rows.end = row;
+            let stays = self.parts[i].stays;
+            self.parts.insert(i + 1, Part { rows, stays, held: None, first_nonfinite: None });
+        }
+    }
+
+    /// Asks for the hash of all rows, which the first pass finds.
+    pub fn want_hash(&mut self) {
+        self.reads.want_hash();
+    }
+
+    /// The hash of all rows, after the first pass.
+    pub fn hash(&self) -> Option<u64> {
+        self.reads.hash()
+    }
 }
 
 impl Part {

@@ -1,6 +1,6 @@
 //! The device and the memory of a stream.
 
-use super::{reads::moving, source::Source};
+use super::{checkpoint::Checkpoint, reads::moving, source::Source};
 use crate::{
     error::{Error, Result},
     primitives,
@@ -24,13 +24,14 @@ pub struct StreamOptions {
     device: Device,
     memory: Option<usize>,
     block_rows: Option<usize>,
+    checkpoint: Option<Checkpoint>,
 }
 
 impl StreamOptions {
     /// On this device: rows take up to three quarters of the memory that is free on a GPU when the fit begins, less what it has of
     /// each row besides, and up to 4 GiB on the CPU. They are read 64 MiB at a time.
     pub fn new(device: &Device) -> Self {
-        Self { device: device.clone(), memory: None, block_rows: None }
+        Self { device: device.clone(), memory: None, block_rows: None, checkpoint: None }
     }
 
     /// The most bytes of rows that are in the device's memory at any time. Rows that fit stay there for the whole fit; others are read
@@ -49,6 +50,17 @@ impl StreamOptions {
         self
     }
 
+    /// Has a fit keep what it has come to in files, and go on from there if its process ends: see [`Checkpoint`]. Labels that are
+    /// streamed need none, and use none.
+    pub fn checkpoint(mut self, checkpoint: Checkpoint) -> Self {
+        self.checkpoint = Some(checkpoint);
+        self
+    }
+
+    pub(super) fn checkpoints(&self) -> Option<&Checkpoint> {
+        self.checkpoint.as_ref()
+    }
+
     pub(super) fn device(&self) -> &Device {
         &self.device
     }
@@ -58,7 +70,7 @@ impl StreamOptions {
         if self.block_rows == Some(0) {
             return Err(Error::Range { argument: "block_rows", got: 0, min: 1, max: usize::MAX });
         }
-        Ok(())
+        self.checkpoint.as_ref().map_or(Ok(()), Checkpoint::check)
     }
 
     /// The cut of these rows into blocks.

@@ -1,6 +1,6 @@
 //! Rows are read ahead of those who work on them, by threads that wait for the disk.
 
-use super::source::Source;
+use super::{fingerprint::hash_rows, source::Source};
 use crate::{
     error::{Error, Result},
     host, primitives,
@@ -10,7 +10,10 @@ use candle_core::{Device, Tensor};
 use std::{
     ops::Range,
     panic::{catch_unwind, resume_unwind, AssertUnwindSafe},
-    sync::{mpsc, Mutex, PoisonError},
+    sync::{
+        atomic::{AtomicU64, Ordering},
+        mpsc, Mutex, PoisonError,
+    },
     thread,
 };
 
@@ -38,6 +41,15 @@ pub(super) struct Reads<'a> {
     most: usize,
     /// The ring, between passes.
     slots: Vec<Slot>,
+    hash: Hash,
+}
+
+/// The [hash](hash_rows) of the rows of a pass, which readers add up while the rows are in their caches.
+enum Hash {
+    Unwanted,
+    /// That of the next pass.
+    Wanted,
+    Found(u64),
 }
 
 type Slot = Box<dyn Staging>;
@@ -50,7 +62,20 @@ type Untaken = (mpsc::Receiver<Slot>, Range<usize>);
 
 impl<'a> Reads<'a> {
     pub fn new(source: &'a Source<'a>, device: &'a Device, most: usize) -> Self {
-        Self { source, device, most, slots: vec![] }
+        Self { source, device, most, slots: vec![], hash: Hash::Unwanted }
+    }
+
+    /// Asks for the hash of the rows of the next pass.
+    pub fn want_hash(&mut self) {
+        self.hash = Hash::Wanted;
+    }
+
+    /// The hash of the rows of the pass that it was asked for of.
+    pub fn hash(&self) -> Option<u64> {
+        match self.hash {
+            Hash::Found(hash) => Some(hash),
+            Hash::Unwanted | Hash::Wanted => None,
+        }
     }
 
     /// Calls `visit` with nothing, while the first rows are being read, and then with the number of each range and its rows,
@@ -68,13 +93,14 @@ impl<'a> Reads<'a> {
         let (free, taken) = mpsc::channel();
         self.slots.drain(..).for_each(|slot| free.send(slot).expect("the receiver is there"));
         let taken = Mutex::new((taken, 0..ranges.len()));
+        let hash = matches!(self.hash, Hash::Wanted).then(AtomicU64::default);
         let (filled, arrivals) = mpsc::channel();
         thread::scope(|scope| {
             // However this ends, readers wait no longer than these are there.
             let (free, arrivals) = (free, arrivals);
             for _ in 0..READERS.min(ranges.len()) {
-                let (taken, filled) = (&taken, filled.clone());
-                scope.spawn(move || read_ahead(source, ranges, taken, &filled));
+                let (taken, filled, hash) = (&taken, filled.clone(), hash.as_ref());
+                scope.spawn(move || read_ahead(source, ranges, taken, hash, &filled));
             }
             drop(filled);
             visit(None)?;
@@ -99,6 +125,9 @@ impl<'a> Reads<'a> {
         })?;
         let (taken, _) = taken.into_inner().unwrap_or_else(PoisonError::into_inner);
         self.slots.extend(taken.try_iter());
+        if let Some(hash) = hash {
+            self.hash = Hash::Found(hash.into_inner());
+        }
         Ok(())
     }
 }
@@ -109,6 +138,7 @@ fn read_ahead(
     source: &Source<'_>,
     ranges: &[Range<usize>],
     taken: &Mutex<Untaken>,
+    hash: Option<&AtomicU64>,
     filled: &mpsc::Sender<(usize, Filled)>,
 ) {
     loop {
@@ -122,6 +152,9 @@ fn read_ahead(
         let read = catch_unwind(AssertUnwindSafe(|| {
             let into = slot.bytes(rows.len() * source.row_bytes())?;
             source.read(rows.start as u64..rows.end as u64, into)?;
+            if let Some(hash) = hash {
+                hash.fetch_add(hash_rows(rows.start, source.row_bytes(), into), Ordering::Relaxed);
+            }
             Ok(slot)
         }));
         if filled.send((i, read)).is_err() {

@@ -1,12 +1,20 @@
 //! Fits of rows that memory does not hold, and their labels.
 
-use super::{feed::Streamed, options::StreamOptions, reads::Reads, seeds::Seeds, source::Source};
+use super::{
+    checkpoint::{Checkpoints, Resumed},
+    feed::Streamed,
+    options::StreamOptions,
+    reads::Reads,
+    seeds::Seeds,
+    source::Source,
+};
 use crate::{
     error::{Error, Result},
     fit::Fit,
     kmeans::KMeans,
     lloyd::{
         merged::{refuse_medians, Merged, Whole},
+        state::State,
         weights::Weights,
     },
     memory::Fence,
@@ -72,13 +80,41 @@ impl KMeans {
         let weights = Weights::new(self, &p, None, &Device::Cpu)?;
         let weights = weights.as_ref();
         let seeds = Seeds { settings: self, p: &p, source, weights, device };
-        let starts = (0..self.n_init).map(|run| seeds.centroids(run)).collect::<Result<Vec<_>>>()?;
+        let opened = options.checkpoints().map(|checkpoint| Checkpoints::open(checkpoint, self, &p)).transpose()?;
+        let (mut checkpoints, resumed) = opened.unzip();
+        let (mut starts, mut best, mut first) = (vec![], None, 0);
+        if let Some(Resumed { state, best: end }) = resumed.flatten() {
+            (first, best) = (state.run, end);
+            starts.push(state);
+        }
+        for run in first + starts.len()..self.n_init {
+            starts.push(State::start(run, seeds.centroids(run)?)?);
+        }
         let whole = Whole { settings: self, p: &p, device, weights, all_counted: true };
         let mut feed = Streamed::new(source, whole, &options.cut(source)?);
+        if let Some(added) = starts.first().and_then(|start| start.added.as_ref()) {
+            feed.cut_at(added.rows);
+        }
+        if checkpoints.is_some() {
+            feed.want_hash();
+        }
         let merged = Merged::new(whole, &mut feed)?;
-        self.best_run(|run| {
-            let (flow, fit) = merged.fit(&mut feed, &starts[run], run)?;
-            Ok((flow, fit.to_device(&Device::Cpu)?.with_batch(&[])?))
+        if let (Some(checkpoints), Some(hash)) = (&mut checkpoints, feed.hash()) {
+            checkpoints.set_hash(hash)?;
+        }
+        let on_cpu = |fit: Fit| fit.to_device(&Device::Cpu)?.with_batch(&[]);
+        let best = best.map(|end| on_cpu(merged.fit(&mut feed, &end, &mut |_, _| Ok(()))?.1)).transpose()?;
+        let mut starts = starts.into_iter();
+        self.best_run(first, best, |_, best| {
+            let start = starts.next().expect("each run that is left has one");
+            if let Some(checkpoints) = &mut checkpoints {
+                checkpoints.begin_run(best, &start)?;
+            }
+            let (flow, fit) = merged.fit(&mut feed, &start, &mut |state, over| match &mut checkpoints {
+                Some(checkpoints) => checkpoints.watch(state, over),
+                None => Ok(()),
+            })?;
+            Ok((flow, on_cpu(fit)?))
         })
     }
 }

@@ -13,6 +13,7 @@ mod common;
 mod assign;
 mod bench;
 mod blocks;
+mod checkpoint;
 mod codebook;
 mod fit;
 mod gradients;
