@@ -31,8 +31,11 @@ const NAMES: [&str; 2] = ["checkpoint-0.safetensors", "checkpoint-1.safetensors"
 /// or blocks of another size. A finished fit comes back after a pass or two.
 ///
 /// A checkpoint is written at the start and the end of each run of [`n_init`](crate::KMeans::n_init), and every ten minutes, also within
-/// a pass over the rows. It has the centroids, the settings, and a hash of all rows; within a pass the sums of the rows so far, too:
-/// `k * d * 16` bytes, or a small multiple where values have very different magnitudes. Labels are not in it.
+/// a pass over the rows (between passes where [empty clusters](crate::KMeans::empty_clusters) are relocated). It has the centroids, the
+/// settings, and a hash of all rows; within a pass the sums of the rows so far, too: `k * (d + 1) * 16` bytes, or a small multiple where
+/// values have very different magnitudes. Labels are not in it.
+///
+/// A fit that goes on begins with the passes that each begins with, of which the first one compares the hash of the rows.
 ///
 /// # Files
 /// The folder, which has to exist, gets two files, which are written in turns, so that the one before the last stays. Each appears under

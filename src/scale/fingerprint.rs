@@ -10,11 +10,9 @@ use twox_hash::XxHash3_64;
 
 /// Everything that decides the bits of a fit but the values of its rows: names and values as texts. Devices, memory and the cut into
 /// blocks or ranks decide none, and are not in it.
-#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Fingerprint(Vec<(&'static str, String)>);
 
 /// A setting of two values.
-#[derive(Debug, PartialEq, Eq)]
 pub(super) struct Difference {
     pub what: &'static str,
     pub got: String,

@@ -36,6 +36,8 @@ impl KMeans {
     /// the first, and another one for a [`tol`](Self::tol) above 0 (not by cosine). Relocation of
     /// [empty clusters](Self::empty_clusters) takes a second pass in each iteration, and a third where a cluster is empty.
     ///
+    /// A fit that takes hours may go on after its process has ended: see [`Checkpoint`](crate::Checkpoint).
+    ///
     /// # Where it starts
     /// Given centroids, evenly spaced rows and random rows without weights are those of [`fit`](Self::fit). k-means++, k-means|| and
     /// random rows with weights are chosen from a sample: 16 rows for each centroid, but at least 65,536, drawn uniformly. Of fewer

@@ -1,10 +1,11 @@
 //! Checkpoints: a fit that ends at any stage, however its process ends, goes on to the bits of one that nothing has ended, and files of
-//! other settings or rows are not taken for its own.
+//! other settings or rows are not taken for its own. Processes that are killed and files that are damaged are in `tests/killed.rs`, all
+//! counts in `tests/record/faults.md`.
 
-use crate::{common::*, source::Folder, stream::options};
+use crate::{common::*, stream::options};
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{
-    testing::on_stage, Checkpoint, EmptyClusters, Error, Fit, Init, KMeans, Metric, Source, StreamOptions,
+    testing::on_stage, Checkpoint, EmptyClusters, Error, Fit, Init, KMeans, Metric, Source, StoredType, StreamOptions,
 };
 use std::{
     cell::{Cell, RefCell},
@@ -12,8 +13,11 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     rc::Rc,
-    sync::{Arc, Mutex},
-    time::Duration,
+    sync::{
+        atomic::{AtomicUsize, Ordering},
+        Arc, Mutex,
+    },
+    time::{Duration, SystemTime},
 };
 
 /// The number of an error on Linux, macOS and Windows.
@@ -24,14 +28,6 @@ const FILES: [&str; 2] = ["checkpoint-0.safetensors", "checkpoint-1.safetensors"
 /// After every block and iteration.
 fn always(dir: &Path) -> Checkpoint {
     Checkpoint::in_dir(dir).every(Duration::ZERO)
-}
-
-/// An empty folder.
-fn emptied(folder: &Folder, name: &str) -> PathBuf {
-    let path = folder.file(name);
-    let _ = fs::remove_dir_all(&path);
-    fs::create_dir(&path).unwrap();
-    path
 }
 
 /// How often a fit reaches each stage.
@@ -99,13 +95,13 @@ fn a_fit_goes_on_to_the_same_bits() {
             {
                 let what = format!("{metric:?} {dtype:?}, setting {i} on {:?}", device.location());
                 let whole = settings.fit_stream(&source, &options(&device, &source, 64, 1)).unwrap();
-                let dir = emptied(&folder, "fit");
+                let dir = folder.emptied("fit");
                 let with = |rows, staying| options(&device, &source, rows, staying).checkpoint(always(&dir));
                 let counts = count_stages(|| {
                     assert_same_fit(&settings.fit_stream(&source, &with(64, 1)).unwrap(), &whole, &what);
                 });
                 for n in 1..=counts["written"] {
-                    emptied(&folder, "fit");
+                    folder.emptied("fit");
                     fail_at("written", n, EIO);
                     assert_eq!(io_code(&settings.fit_stream(&source, &with(64, 1))), Some(EIO), "{what}, {n}");
                     on_stage(None);
@@ -120,6 +116,7 @@ fn a_fit_goes_on_to_the_same_bits() {
         }
     }
     assert!(ended >= 200, "{ended}");
+    println!("ended {ended} times after a checkpoint");
 }
 
 /// Iterations go on where they were, a fit that is over is not repeated, and there are no more files than two.
@@ -129,7 +126,7 @@ fn work_is_not_done_twice() {
     let x = blobs(&[300, 4], 9, DType::F32, &mut rng(5));
     let source = Source::from_tensor(&x).unwrap();
     for device in devices() {
-        let dir = emptied(&folder, "fit");
+        let dir = folder.emptied("fit");
         let with = options(&device, &source, 50, 2).checkpoint(Checkpoint::in_dir(&dir).every_iterations(2));
         let seen = Arc::new(Mutex::new(vec![]));
         let settings = KMeans::new(20).tol(0.0).n_init(2).max_iters(7);
@@ -145,7 +142,7 @@ fn work_is_not_done_twice() {
         assert_eq!((counts.get("iteration over"), counts["block assigned"]), (None, 12));
         assert_eq!(*seen.lock().unwrap(), []);
 
-        emptied(&folder, "fit");
+        folder.emptied("fit");
         fail_at("centroids finished", 12, EIO);
         logged.fit_stream(&source, &with).unwrap_err();
         on_stage(None);
@@ -158,7 +155,7 @@ fn work_is_not_done_twice() {
 
         // Within a pass, rows that have been added are not assigned again: four of six blocks are left, or 200 blocks of a row.
         for (rows, left) in [(50, 4), (1, 200)] {
-            emptied(&folder, "fit");
+            folder.emptied("fit");
             let with = |rows| options(&device, &source, rows, 0).checkpoint(always(&dir));
             let settings = KMeans::new(20).tol(0.0).max_iters(1);
             fail_at("block added", 3, EIO);
@@ -172,7 +169,7 @@ fn work_is_not_done_twice() {
 
 /// A small fit that has ended after its first iterations, and the folder of its checkpoints.
 fn ended(folder: &Folder, settings: &KMeans, source: &Source) -> PathBuf {
-    let dir = emptied(folder, "fit");
+    let dir = folder.emptied("fit");
     fail_at("iteration over", 3, EIO);
     settings.fit_stream(source, &StreamOptions::new(&Device::Cpu).checkpoint(always(&dir))).unwrap_err();
     on_stage(None);
@@ -239,4 +236,70 @@ fn checkpoints_of_another_fit_are_refused() {
     ended(&folder, &a, &source);
     let whole = a.fit_stream(&source, &StreamOptions::new(&Device::Cpu)).unwrap();
     assert_same_fit(&b.fit_stream(&source, &with).unwrap(), &whole, "weights of another type");
+}
+
+/// Each read of a stream fails in turn, on the threads that read ahead, and a file changes in each iteration: the fit ends with the reason,
+/// and goes on once rows are read again.
+#[test]
+fn a_fit_whose_reads_fail_goes_on() {
+    let folder = Folder::new("checkpoint-reads");
+    let x = blobs(&[200, 3], 5, DType::F32, &mut rng(8));
+    let settings = KMeans::new(6).tol(1e-6).max_iters(4);
+    let (reads, failing) = (AtomicUsize::new(0), AtomicUsize::new(usize::MAX));
+    let data: Vec<u8> = f64s(&x).into_iter().flat_map(|v| (v as f32).to_ne_bytes()).collect();
+    let source = Source::from_fn(200, 3, StoredType::F32, |rows, into| {
+        if reads.fetch_add(1, Ordering::SeqCst) == failing.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(EIO));
+        }
+        into.copy_from_slice(&data[12 * rows.start as usize..12 * rows.end as usize]);
+        Ok(())
+    });
+    let (source, mut failed) = (source.unwrap(), 0);
+    for device in devices() {
+        let whole = settings.fit(&x.to_device(&device).unwrap()).unwrap();
+        for (rows, staying) in [(10, 0), (10, 7), (5, 0), (25, 3)] {
+            let with = |dir: &Path| options(&device, &source, rows, staying).checkpoint(always(dir));
+            reads.store(0, Ordering::SeqCst);
+            failing.store(usize::MAX, Ordering::SeqCst);
+            settings.fit_stream(&source, &with(&folder.emptied("fit"))).unwrap();
+            for read in 0..reads.load(Ordering::SeqCst) {
+                let dir = folder.emptied("fit");
+                reads.store(0, Ordering::SeqCst);
+                failing.store(read, Ordering::SeqCst);
+                let refused = settings.fit_stream(&source, &with(&dir));
+                assert_eq!(io_code(&refused), Some(EIO), "read {read} of blocks of {rows}: {refused:?}");
+                failing.store(usize::MAX, Ordering::SeqCst);
+                let fit = settings.fit_stream(&source, &with(&dir)).unwrap();
+                assert_same_fit(&fit, &whole, &format!("after read {read} of blocks of {rows}"));
+                failed += 1;
+            }
+        }
+        let path = folder.0.join("x.npy");
+        for (iteration, change) in
+            (1..=4).flat_map(|i| [("shorter", i), ("longer", i), ("rewritten", i)].map(|c| (c.1, c.0)))
+        {
+            x.write_npy(&path).unwrap();
+            let (bytes, file, dir) = (fs::read(&path).unwrap(), path.clone(), folder.emptied("fit"));
+            let changed = settings.clone().on_iteration(move |i| {
+                if i.iteration == iteration {
+                    let file = fs::File::options().write(true).open(&file).unwrap();
+                    match change {
+                        "shorter" => file.set_len(bytes.len() as u64 - 1).unwrap(),
+                        "longer" => file.set_len(bytes.len() as u64 + 1).unwrap(),
+                        _ => file.set_modified(SystemTime::UNIX_EPOCH).unwrap(),
+                    }
+                }
+            });
+            let with = |source: &Source| options(&device, source, 10, 3).checkpoint(always(&dir));
+            let source = Source::open(&path).unwrap();
+            let refused = changed.fit_stream(&source, &with(&source));
+            assert!(matches!(refused, Err(Error::Changed { .. })), "{change} in iteration {iteration}: {refused:?}");
+            x.write_npy(&path).unwrap();
+            let source = Source::open(&path).unwrap();
+            assert_same_fit(&settings.fit_stream(&source, &with(&source)).unwrap(), &whole, change);
+            failed += 1;
+        }
+    }
+    assert!(failed >= 400, "{failed}");
+    println!("failed {failed} times in a read");
 }
