@@ -101,8 +101,8 @@ impl KMeans {
             feed.want_hash();
         }
         let merged = Merged::new(whole, &mut feed)?;
-        if let (Some(checkpoints), Some(hash)) = (&mut checkpoints, feed.hash()) {
-            checkpoints.set_hash(hash)?;
+        if let Some(checkpoints) = &mut checkpoints {
+            checkpoints.set_hash(feed.hash().expect("the first pass has found it"))?;
         }
         let on_cpu = |fit: Fit| fit.to_device(&Device::Cpu)?.with_batch(&[]);
         let best = best.map(|end| on_cpu(merged.fit(&mut feed, &end, &mut |_, _| Ok(()))?.1)).transpose()?;

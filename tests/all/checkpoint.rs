@@ -187,6 +187,7 @@ fn checkpoints_of_another_fit_are_refused() {
     let files = || FILES.map(|name| fs::read(dir.join(name)).unwrap());
     let before = files();
     let with = StreamOptions::new(&Device::Cpu).checkpoint(always(&dir));
+    let unread = Source::from_fn(120, 3, StoredType::F32, |_, _| panic!("a row is read")).unwrap();
     let of = |shape: &[usize]| tensor(shape, DType::F32, |i| 1.0 + i as f64);
     let refused = |settings: &KMeans, source: &Source| {
         let refused = settings.fit_stream(source, &with);
@@ -207,7 +208,7 @@ fn checkpoints_of_another_fit_are_refused() {
         (settings.clone().init(Init::Given(of(&[5, 3]))), "init", "random", "given, of hash "),
         (KMeans::new(6).tol(0.0).max_iters(9), "k", "5", "6"),
     ] {
-        let (of_what, of_file, of_fit) = refused(&other, &source);
+        let (of_what, of_file, of_fit) = refused(&other, &unread);
         assert_eq!((&of_what[..], &of_file[..]), (what, got));
         assert!(of_fit.starts_with(expected), "{of_fit}");
     }
