@@ -75,6 +75,7 @@ mod scale;
 mod seeding;
 mod segments;
 mod select;
+mod stages;
 mod staging;
 #[doc(hidden)]
 pub mod testing;
@@ -93,6 +94,7 @@ pub use metric::Metric;
 pub use minibatch::MiniBatch;
 pub use plan::Plan;
 pub use scale::{
+    checkpoint::Checkpoint,
     epochs::Epochs,
     options::StreamOptions,
     progress::StreamProgress,

@@ -6,20 +6,27 @@
 use crate::{
     error::{Error, Result},
     metric::Metric,
+    stages::reach,
 };
 use candle_core::{DType, Device, Tensor};
 use safetensors::SafeTensors;
 use std::{
     collections::{BTreeMap, HashMap},
     fs::{self, File},
+    hash::Hasher,
     io::{self, Read, Write},
     path::{Path, PathBuf},
     str::FromStr,
     sync::atomic::{AtomicU64, Ordering},
 };
+use twox_hash::XxHash3_64;
 
 /// Key and value that mark our files.
 const FORMAT: [&str; 2] = ["candle_flash_kmeans", "1"];
+
+/// Key of the checksum of a file that has one: the XXH3 (Collet 2019) of all its bytes, those of the checksum itself being zeros.
+const CHECKSUM: &str = "checksum";
+const NO_CHECKSUM: &str = "0000000000000000";
 
 /// Bytes of a header, at most, as the library has it.
 const MAX_HEADER: u64 = 100_000_000;
@@ -33,14 +40,60 @@ pub(crate) fn write<'a>(
     tensors: impl IntoIterator<Item = (String, &'a Tensor)>,
     settings: impl IntoIterator<Item = (String, String)>,
 ) -> Result<()> {
-    let settings: BTreeMap<_, _> = settings.into_iter().chain([FORMAT.map(String::from).into()]).collect();
+    write_all(path, tensors, settings.into_iter().collect())
+}
+
+/// The same with a checksum, for [`Saved::read_checked`].
+pub(crate) fn write_checked<'a>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (String, &'a Tensor)>,
+    settings: impl IntoIterator<Item = (String, String)>,
+) -> Result<()> {
+    let checksum = [CHECKSUM, NO_CHECKSUM].map(String::from).into();
+    write_all(path, tensors, settings.into_iter().chain([checksum]).collect())
+}
+
+fn write_all<'a>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (String, &'a Tensor)>,
+    mut settings: BTreeMap<String, String>,
+) -> Result<()> {
+    let [key, version] = FORMAT.map(String::from);
+    settings.insert(key, version);
     // From the host, where reading a tensor cannot fail.
     let on_host = |(name, t): (String, &Tensor)| Ok((name, t.to_device(&Device::Cpu)?));
     let tensors = tensors.into_iter().map(on_host).collect::<Result<Vec<_>>>()?;
     let bytes = safetensors::serialize(tensors, None).map_err(candle_core::Error::from)?;
     let failed = |source| Error::Io { path: path.display().to_string(), source };
-    let (header, data) = with_settings(&bytes, &settings).map_err(failed)?;
-    replace(path, |file| [&header, data].iter().try_for_each(|part| file.write_all(part)).map_err(failed))
+    let (mut header, data) = with_settings(&bytes, &settings).map_err(failed)?;
+    if settings.contains_key(CHECKSUM) {
+        let sum = checksum(&[&header, data]);
+        let at = find_checksum(&header, NO_CHECKSUM).expect("the settings have it");
+        header[at..at + sum.len()].copy_from_slice(sum.as_bytes());
+    }
+    replace(path, |file| {
+        let mut write = || {
+            reach("write header")?;
+            file.write_all(&header)?;
+            reach("write tensors")?;
+            file.write_all(data)
+        };
+        write().map_err(failed)
+    })
+}
+
+/// The hash of all bytes.
+fn checksum(parts: &[&[u8]]) -> String {
+    let mut hasher = XxHash3_64::new();
+    parts.iter().for_each(|part| hasher.write(part));
+    format!("{:016x}", hasher.finish())
+}
+
+/// Where the value of the checksum is in a header.
+fn find_checksum(header: &[u8], value: &str) -> Option<usize> {
+    let entry = format!("\"{CHECKSUM}\":\"{value}\"");
+    let at = header.windows(entry.len()).position(|text| text == entry.as_bytes())?;
+    Some(at + entry.len() - 1 - value.len())
 }
 
 /// A serialised file's new beginning, and its tensors, which follow. The library would write settings in the order of a hash map,
@@ -71,13 +124,15 @@ fn json(settings: &BTreeMap<String, String>) -> String {
     format!("{{{}}}", pairs.join(","))
 }
 
-/// Puts a new file where `path` leads, whole or not at all: what `write` writes to a temporary one.
+/// Puts a new file where `path` leads, whole or not at all, and so that it is there after a loss of power: what `write` writes to a
+/// temporary one is on the disk before its name is, and its name is when this returns.
 pub(crate) fn replace(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
     let failed = |source| Error::Io { path: path.display().to_string(), source };
     let target = followed(path).map_err(failed)?;
     // A name of its own for every call, so that writers of one path cannot take each other's file.
     static CALLS: AtomicU64 = AtomicU64::new(0);
     let create = || {
+        reach("create temporary")?;
         let call = CALLS.fetch_add(1, Ordering::Relaxed);
         let temporary = target.with_file_name(format!(".flash-kmeans-{}-{call}.tmp", std::process::id()));
         File::create_new(&temporary).map(|file| (temporary, file))
@@ -90,9 +145,31 @@ pub(crate) fn replace(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) 
     };
     let finish = || {
         write(&mut file)?;
-        file.sync_all().and_then(|()| fs::rename(&temporary, &target)).map_err(failed)
+        let name = || {
+            reach("sync temporary")?;
+            file.sync_all()?;
+            reach("rename")?;
+            fs::rename(&temporary, &target)
+        };
+        name().map_err(failed)
     };
-    finish().inspect_err(|_| drop(fs::remove_file(&temporary)))
+    finish().inspect_err(|_| drop(fs::remove_file(&temporary)))?;
+    let sync = || {
+        reach("sync folder")?;
+        sync_folder(&target)?;
+        reach("written")
+    };
+    sync().map_err(failed)
+}
+
+/// Brings the names in the folder of a file to the disk.
+fn sync_folder(file: &Path) -> io::Result<()> {
+    // Elsewhere a folder cannot be opened, and renaming is as durable as it gets.
+    if cfg!(unix) {
+        let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(folder)?.sync_all()?;
+    }
+    Ok(())
 }
 
 /// The target of a path through symbolic links, the last of which may lead to a file that is not there yet.
@@ -119,6 +196,25 @@ pub(crate) struct Saved {
 
 impl Saved {
     pub fn read(path: &Path, device: &Device) -> Result<Self> {
+        Ok(Self::read_bytes(path, device)?.0)
+    }
+
+    /// Reads a file of [`write_checked`], and refuses one of which a bit has changed.
+    pub fn read_checked(path: &Path, device: &Device) -> Result<Self> {
+        let (saved, mut bytes) = Self::read_bytes(path, device)?;
+        let stored = saved.setting::<String>(CHECKSUM)?;
+        let at = find_checksum(&bytes, &stored).filter(|_| stored.len() == NO_CHECKSUM.len());
+        let at = at.ok_or_else(|| saved.bad(format!("metadata {CHECKSUM} is {stored:?}")))?;
+        bytes[at..at + stored.len()].copy_from_slice(NO_CHECKSUM.as_bytes());
+        let got = checksum(&[&bytes]);
+        if got != stored {
+            return Err(Error::Mismatch { path: saved.path, what: CHECKSUM.into(), got, expected: stored });
+        }
+        Ok(saved)
+    }
+
+    /// What a file holds, and its bytes.
+    fn read_bytes(path: &Path, device: &Device) -> Result<(Self, Vec<u8>)> {
         let name = path.display().to_string();
         let failed = |source| Error::Io { path: name.clone(), source };
         let mut file = File::open(path).map_err(failed)?;
@@ -147,7 +243,7 @@ impl Saved {
         saved.expect(key, version)?;
         let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu);
         saved.tensors = tensors.map_err(|e| saved.bad(e.to_string()))?;
-        Ok(saved)
+        Ok((saved, bytes))
     }
 
     pub fn bad(&self, reason: String) -> Error {
@@ -191,11 +287,26 @@ impl Saved {
 
     /// The same with whatever values it has, on the CPU.
     pub fn on_host(&mut self, name: &str) -> Result<Tensor> {
-        let t = self.tensors.remove(name).ok_or_else(|| self.bad(format!("tensor {name} is missing")))?;
+        let t = self.removed(name)?;
         match t.dtype() {
             DType::F16 | DType::BF16 | DType::F32 | DType::F64 | DType::U32 | DType::U8 => Ok(t),
             other => Err(self.bad(format!("tensor {name} is {other:?}, which is not saved"))),
         }
+    }
+
+    /// A tensor of this dtype and shape, any if there is none, with whatever values it has, on the CPU.
+    pub fn exactly(&mut self, name: &str, dtype: DType, shape: Option<&[usize]>) -> Result<Tensor> {
+        let t = self.removed(name)?;
+        let shape = shape.unwrap_or(t.dims());
+        if (t.dtype(), t.dims()) != (dtype, shape) {
+            let is = format!("{:?} {:?}, expected {dtype:?} {shape:?}", t.dtype(), t.dims());
+            return Err(self.bad(format!("tensor {name} is {is}")));
+        }
+        Ok(t)
+    }
+
+    fn removed(&mut self, name: &str) -> Result<Tensor> {
+        self.tensors.remove(name).ok_or_else(|| self.bad(format!("tensor {name} is missing")))
     }
 }
 

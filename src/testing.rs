@@ -15,7 +15,7 @@ use crate::{
     rows::Rows,
     scale::options::StreamOptions,
 };
-pub use crate::{launches::launches, plan::assign::force};
+pub use crate::{launches::launches, plan::assign::force, stages::on_stage};
 use candle_core::{DType, Device, Tensor};
 use std::time::Instant;
 

@@ -4,6 +4,7 @@ use super::{
     feed::{first_row, Block, Feed},
     merged::{refuse_medians, BlockFeed, Merged, OwnedBlock, Terms, Whole},
     prepared::PreparedFit,
+    state::State,
     weights::{Ragged, Weights},
 };
 use crate::{
@@ -118,6 +119,7 @@ impl Cut<'_> {
             feed.blocks.push(OwnedBlock::new(settings, p, &x, first, None)?.with_factors(weights, counted));
         }
         let whole = Whole { settings, p, device, weights: self.weights, all_counted: self.ragged.is_none() };
-        Ok(Merged::new(whole, &mut feed)?.fit(&mut feed, self.start, 0)?.1)
+        let start = State::start(0, self.start.clone())?;
+        Ok(Merged::new(whole, &mut feed)?.fit(&mut feed, &start, &mut |_, _| Ok(()))?.1)
     }
 }

@@ -5,9 +5,10 @@ use super::{
     feed::{Block, Feed, Pass},
     outcome::Outcome,
     prepared::RUNNING,
+    state::{State, Watch},
     threshold::{threshold, Usable},
     weights::{factors, finite_rows, scan_counted, weighed, Weights},
-    Lloyd, QUEUED,
+    Begin, Lloyd, QUEUED,
 };
 use crate::{
     error::{Error, Result},
@@ -264,30 +265,49 @@ impl<'a> Merged<'a> {
         Ok(Self { whole, found, terms, threshold })
     }
 
-    /// A run of the loop from the centroids `start`, `(b, k, d)`, and what comes of it; labels are those of this rank, `(b, n)`.
-    /// `Break` says that the callback ended it.
-    pub fn fit(&self, feed: &mut dyn BlockFeed, start: &Tensor, run: usize) -> Result<(ControlFlow<()>, Fit)> {
+    /// A run of the loop from `start` on, and what comes of it; labels are those of this rank, `(b, n)`. `watch` sees how far it has
+    /// come. `Break` says that the callback ended it.
+    pub fn fit(
+        &self,
+        feed: &mut dyn BlockFeed,
+        start: &State,
+        watch: &mut Watch<'_>,
+    ) -> Result<(ControlFlow<()>, Fit)> {
         let Self { whole, found, terms, threshold } = self;
         let &Whole { settings, p, device, .. } = whole;
-        let (centroids, memory) = (start.copy()?, Memory::kept());
+        let start_centroids = start.centroids.to_device(device)?;
+        let (centroids, memory) = (start_centroids.copy()?, Memory::kept());
         let progress = Progress {
-            stop: Tensor::full(RUNNING, p.b, device)?,
+            stop: start.stop.to_device(device)?.copy()?,
             threshold: threshold.clone(),
-            going: host::zeros("fit", (2, p.b + 1), DType::U32, device)?,
+            going: start.lists(device)?,
         };
-        let sums = Accumulator::new([p.k, p.d], terms.bounds.clone(), terms.planes, device)?;
+        let mut sums = Accumulator::new([p.k, p.d], terms.bounds.clone(), terms.planes, device)?;
+        if let Some(added) = &start.added {
+            if added.sums.dims() != sums.sums.dims() {
+                let (got, expected) = (added.sums.dims().to_vec(), sums.sums.dims().to_vec());
+                return Err(Error::Shape { argument: "sums", got, expected });
+            }
+            // Of ranks the first one has them.
+            if feed.ranks().rank() == 0 {
+                sums.sums = added.sums.to_device(device)?.copy()?;
+            }
+        }
+        let max_iters = settings.max_iters.min(RUNNING as usize - 1);
+        let rows = start.added.as_ref().map_or(0, |added| added.rows);
         let lloyd = Lloyd {
             settings,
-            run,
-            max_iters: settings.max_iters.min(RUNNING as usize - 1),
+            run: start.run,
+            begin: Begin { iteration: start.iteration, rows, over: start.is_over(max_iters)? },
+            max_iters,
             asks_every: Some(feed.asks_every()),
             centroids: &centroids,
             progress: &progress,
             memory: &memory,
             sums: Some(&sums),
         };
-        let mut outcome = Outcome::new(*whole, found, terms, start)?;
-        let (flow, iterations) = lloyd.run(feed, &mut |block| outcome.add(block, &centroids))?;
+        let mut outcome = Outcome::new(*whole, found, terms, &start_centroids)?;
+        let (flow, iterations) = lloyd.run(feed, &mut |block| outcome.add(block, &centroids), watch)?;
         let (counts, weights, inertia) = outcome.finish(feed)?;
         let fit = Fit {
             labels: feed.labels()?,

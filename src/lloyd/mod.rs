@@ -8,6 +8,7 @@ mod outcome;
 pub(crate) mod prepared;
 mod relocate;
 pub(crate) mod seeds;
+pub(crate) mod state;
 mod threshold;
 pub(crate) mod weights;
 
@@ -27,12 +28,14 @@ use crate::{
     request::{Accumulator, Assignment, Finish, Labels, OnChipFit, Progress, Reduction, Turn, Update},
     rows::{RowLayout, Rows},
     seeding,
+    stages::reach_work,
 };
 use candle_core::{DType, Device, Shape, Tensor};
 use feed::{Block, Feed, Pass, Resident};
 use prepared::{Data, PreparedFit, RUNNING};
 use relocate::{relocate, SizesSoFar};
-use std::{ops::ControlFlow, path::Path};
+use state::{Added, State, Watch};
+use std::{mem::take, ops::ControlFlow, path::Path};
 use weights::counted_sizes;
 
 impl KMeans {
@@ -66,26 +69,35 @@ impl KMeans {
             let _ = prepared.lloyd(0)?;
             return prepared.into_fit();
         }
-        self.best_run(|run| {
+        self.best_run(0, None, |run, _| {
             let flow = prepared.lloyd(run)?;
             Ok((flow, prepared.fit()?))
         })
     }
 
-    /// The best of all runs, of each problem; of those that there were if the callback has ended them.
-    pub(crate) fn best_run(&self, mut fit: impl FnMut(usize) -> Result<(ControlFlow<()>, Fit)>) -> Result<Fit> {
-        let (mut flow, mut best) = fit(0)?;
-        for run in 1..self.n_init {
+    /// The best of all runs, of each problem; of those that there were if the callback has ended them. `best` is that of the runs before
+    /// the `first`, and what `fit` is given beside the number of a run that of those before it.
+    pub(crate) fn best_run(
+        &self,
+        first: usize,
+        mut best: Option<Fit>,
+        mut fit: impl FnMut(usize, Option<&Fit>) -> Result<(ControlFlow<()>, Fit)>,
+    ) -> Result<Fit> {
+        for run in first..self.n_init {
+            let (flow, other) = fit(run, best.as_ref())?;
+            best = Some(match best {
+                Some(best) => {
+                    // Any run is better than one of no cost that a number tells.
+                    let unknown = best.inertia.ne(&best.inertia)?;
+                    best.replaced_where(&other.inertia.lt(&best.inertia)?.maximum(&unknown)?, &other)?
+                }
+                None => other,
+            });
             if flow.is_break() {
                 break;
             }
-            let other;
-            (flow, other) = fit(run)?;
-            // Any run is better than one of no cost that a number tells.
-            let unknown = best.inertia.ne(&best.inertia)?;
-            best = best.replaced_where(&other.inertia.lt(&best.inertia)?.maximum(&unknown)?, &other)?;
         }
-        Ok(best)
+        Ok(best.expect("there is a run at least"))
     }
 
     /// A fit with its memory, for rows of one shape `(n, d)` or `(..batch, n, d)`: run it on new rows as often as you like, or
@@ -205,8 +217,10 @@ impl PreparedFit {
             }
         }
         let asks_every = asks.then_some(QUEUED);
-        let lloyd = Lloyd { settings, run, max_iters, asks_every, centroids, progress, memory, sums: None };
-        let (flow, iterations) = lloyd.run(&mut Resident(self.block(x, summands)), &mut |_| Ok(()))?;
+        let begin = Begin { iteration: 0, rows: 0, over: max_iters == 0 };
+        let lloyd = Lloyd { settings, run, begin, max_iters, asks_every, centroids, progress, memory, sums: None };
+        let (flow, iterations) =
+            lloyd.run(&mut Resident(self.block(x, summands)), &mut |_| Ok(()), &mut |_, _| Ok(()))?;
         if self.plan.steps.on_chip.is_some_and(|plan| plan != OnChip::CpuLine) {
             // The device has refused what it said that it runs; of the CPU's, other values may be for it.
             self.plan = self.plan.without_on_chip(&self.p);
@@ -216,10 +230,21 @@ impl PreparedFit {
     }
 }
 
+/// Where a run of the loop begins.
+struct Begin {
+    /// So many iterations have been made.
+    iteration: usize,
+    /// So many rows, the first ones, have been added to the sums of the next one.
+    rows: usize,
+    /// Whether rows have only to be labelled.
+    over: bool,
+}
+
 /// A run of the loop, whoever feeds it with rows.
 struct Lloyd<'a> {
     settings: &'a KMeans,
     run: usize,
+    begin: Begin,
     max_iters: usize,
     /// After how many iterations the host asks which problems have converged, if it does.
     asks_every: Option<usize>,
@@ -233,25 +258,36 @@ struct Lloyd<'a> {
 impl Lloyd<'_> {
     /// The loop. Each pass over the rows assigns them to the centroids that are there and adds them up by these labels, for the next
     /// centroids; the last pass only assigns, so that labels belong to the centroids whenever the loop ends, and `close` sees each
-    /// block of it. Returns how many updates there were, at most, and `Break` if the callback ended it.
+    /// block of it. `watch` sees how far the run has come after each block that sums have been added of, and after each iteration.
+    /// Returns how many updates there were, at most, and `Break` if the callback ended it.
     fn run(
         &self,
         feed: &mut dyn Feed,
         close: &mut dyn FnMut(Block<'_>) -> Result<()>,
+        watch: &mut Watch<'_>,
     ) -> Result<(ControlFlow<()>, usize)> {
-        let &Self { run, progress, max_iters, .. } = self;
+        let &Self {
+            run, progress, max_iters, begin: Begin { mut iteration, rows: mut before, over: mut last }, ..
+        } = self;
         let (k, relocates) = (self.settings.k, self.settings.empty == EmptyClusters::Relocate);
         let device = self.centroids.device();
         let reads_are_free = primitives::reads_are_free(device);
-        let (mut flow, mut turn, mut last) = (ControlFlow::Continue(()), None, max_iters == 0);
-        let mut iteration = 0;
+        let (mut flow, mut turn) = (ControlFlow::Continue(()), None);
         loop {
             iteration += 1;
             let next = Turn { progress, iteration };
             let (mut sizes, mut orders) = (SizesSoFar::new([progress.stop.elem_count(), k], device)?, vec![]);
+            // The first rows, as far as the sums have them.
+            let mut added = take(&mut before);
             feed.begin_pass(if last { Pass::Labels { run } } else { Pass::Iteration { run, iteration, max_iters } });
             feed.for_each_block(&mut |block| {
+                reach_work("block arrived")?;
+                let rows = block.first..block.first + block.x.n;
+                if !last && rows.end <= added {
+                    return Ok(());
+                }
                 self.assign(block, turn)?;
+                reach_work("block assigned")?;
                 match (last, relocates) {
                     (true, _) => close(block),
                     (false, true) => {
@@ -260,7 +296,14 @@ impl Lloyd<'_> {
                         orders.push(block.stays.then_some(order));
                         Ok(())
                     }
-                    (false, false) => self.add(block, Labels::Unsorted(block.labels), next),
+                    (false, false) => {
+                        self.add(block, Labels::Unsorted(block.labels), next)?;
+                        reach_work("block added")?;
+                        let Some(sums) = self.sums.filter(|_| rows.start == added) else { return Ok(()) };
+                        added = rows.end;
+                        let added = Some(Added { rows: added, sums: sums.sums.clone() });
+                        watch(&self.state(iteration - 1, added), false)
+                    }
                 }
             })?;
             if last {
@@ -284,6 +327,7 @@ impl Lloyd<'_> {
                 })?;
             }
             self.finish(feed, next)?;
+            reach_work("centroids finished")?;
             turn = Some(next);
             last = iteration == max_iters;
             let asked = self.asks_every.is_some_and(|every| iteration % every == 0);
@@ -295,7 +339,15 @@ impl Lloyd<'_> {
                 }
                 last |= converged == stop.len() || flow.is_break();
             }
+            watch(&self.state(iteration, None), last)?;
+            reach_work("iteration over")?;
         }
+    }
+
+    /// The state after so many iterations, and what has been added for the next one.
+    fn state(&self, iteration: usize, added: Option<Added>) -> State {
+        let (centroids, stop) = (self.centroids.clone(), self.progress.stop.clone());
+        State { run: self.run, iteration, centroids, stop, added }
     }
 
     /// Whether the host looks at every iteration.
@@ -327,6 +379,7 @@ impl Lloyd<'_> {
     fn finish(&self, feed: &mut dyn Feed, turn: Turn<'_>) -> Result<()> {
         let Some(sums) = self.sums else { return Ok(()) };
         feed.ranks().reduce(&sums.sums)?;
+        reach_work("sums reduced")?;
         let finish = Finish { sums, reduction: Reduction::of(self.settings.metric), turn: Some(turn) };
         primitives::finish(&finish, self.centroids.into(), self.memory)
     }

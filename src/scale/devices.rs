@@ -1,10 +1,11 @@
 //! The devices that share a stream of rows.
 
-use super::launch::Launch;
+use super::{fingerprint::Fingerprint, launch::Launch};
 use crate::{
     error::{Error, Result},
     fit::Fit,
     kmeans::Devices,
+    lloyd::state::State,
     meeting::run_ranks,
     primitives,
     ranks::{Alone, Ranks},
@@ -83,6 +84,11 @@ impl Place {
         }
     }
 
+    /// Whether this process is one of several.
+    pub fn is_launched(&self) -> bool {
+        matches!(self, Self::Launched(..))
+    }
+
     /// What `f` makes of the rows of this process, of `n`.
     pub fn own_rows<T>(&self, n: usize, f: impl Fn(Range<usize>) -> T) -> T {
         match self {
@@ -123,7 +129,7 @@ impl Place {
 impl Place {
     /// A fit with the labels of all rows, where other processes have some of them.
     pub fn gather_labels(&self, fit: Fit, ranks: &dyn Ranks) -> Result<Fit> {
-        if !matches!(self, Self::Launched(..)) {
+        if !self.is_launched() {
             return Ok(fit);
         }
         let own = fit.labels.flatten_all()?.to_vec1::<u32>()?;
@@ -139,8 +145,33 @@ impl Place {
         }
         let all = parts.concat();
         let n = all.len();
-        Ok(Fit { labels: Tensor::from_vec(all, (1, n), &Device::Cpu)?, ..fit })
+        Ok(Fit { labels: Tensor::from_vec(all, n, &Device::Cpu)?, ..fit })
     }
+}
+
+/// Refuses ranks that have other settings than the first, or start from another state than it does.
+pub(super) fn agree(ranks: &dyn Ranks, fingerprint: &Fingerprint, start: Option<&State>) -> Result<()> {
+    let state = start.map(|s| (s.run, s.iteration, s.added.as_ref().map_or(0, |added| added.rows)));
+    let state = ("run, iteration and rows of its start", format!("{:?}", state.unwrap_or_default()));
+    let settings = fingerprint.settings().map(|(name, value)| (name, value.to_string()));
+    let own: Vec<_> = settings.chain([state]).collect();
+    let text = own.iter().map(|(_, value)| value.as_str()).collect::<Vec<_>>().join("\0");
+    let all = ranks.gather(text.bytes().map(f64::from).collect())?;
+    let all: Vec<Vec<u8>> = all.into_iter().map(|text| text.into_iter().map(|byte| byte as u8).collect()).collect();
+    let text = |rank: usize| String::from_utf8_lossy(&all[rank]).into_owned();
+    for rank in (1..all.len()).filter(|&rank| all[rank] != all[0]) {
+        let (got, expected) = (text(rank), text(0));
+        let mut values = own.iter().map(|(name, _)| *name).zip(got.split('\0').zip(expected.split('\0')));
+        let (what, (got, expected)) = values.find(|(_, (a, b))| a != b).unwrap_or(("settings", (&got, &expected)));
+        let (got, expected) = (got.into(), expected.into());
+        return Err(Error::Mismatch {
+            path: format!("rank {rank} of {}", ranks.count()),
+            what: what.into(),
+            got,
+            expected,
+        });
+    }
+    Ok(())
 }
 
 /// Labels that ranks send each other at a time.

@@ -31,6 +31,8 @@ pub(super) struct Streamed<'a> {
     staying: Staying,
     away: Vec<Away>,
     terms: Option<Terms>,
+    /// The row that no block has others before, beside its first ones.
+    cut: Option<usize>,
 }
 
 /// The rows that stay on the device.
@@ -71,7 +73,37 @@ impl<'a> Streamed<'a> {
         let away = away.into_iter().map(|rows| Away { rows, known: None }).collect();
         let staying = if staying.is_empty() { Staying::Read(vec![]) } else { Staying::Unread(staying) };
         let reads = Reads::new(source, whole.device, cut.rows);
-        Self { source, whole, ranks, reads, reporter, rows, staying, away, terms: None }
+        Self { source, whole, ranks, reads, reporter, rows, staying, away, terms: None, cut: None }
+    }
+}
+
+impl Streamed<'_> {
+    /// Where a block has rows before this one and others, makes two of it. Nothing has been read.
+    pub fn cut_at(&mut self, row: usize) {
+        self.cut = Some(row);
+        let inside = |rows: &Range<usize>| rows.start < row && row < rows.end;
+        if let Staying::Unread(runs) = &mut self.staying {
+            if let Some(i) = runs.iter().position(inside) {
+                let end = runs[i].end;
+                runs[i].end = row;
+                runs.insert(i + 1, row..end);
+            }
+        }
+        if let Some(i) = self.away.iter().position(|away| inside(&away.rows)) {
+            let rows = row..self.away[i].rows.end;
+            self.away[i].rows.end = row;
+            self.away.insert(i + 1, Away { rows, known: None });
+        }
+    }
+
+    /// Asks for the hash of this rank's rows, which the first pass finds.
+    pub fn want_hash(&mut self) {
+        self.reads.want_hash();
+    }
+
+    /// The hash of this rank's rows, after the first pass.
+    pub fn hash(&self) -> Option<u64> {
+        self.reads.hash()
     }
 }
 
@@ -105,7 +137,7 @@ impl Feed for Streamed<'_> {
     }
 
     fn for_each_block(&mut self, visit: &mut dyn FnMut(Block<'_>) -> Result<()>) -> Result<()> {
-        let Self { whole, reads, reporter, staying, away, terms, .. } = self;
+        let Self { whole, reads, reporter, staying, away, terms, cut, .. } = self;
         let (device, terms) = (whole.device, terms.as_ref());
         let unread = match staying {
             Staying::Unread(runs) => std::mem::take(runs),
@@ -151,11 +183,14 @@ impl Feed for Streamed<'_> {
         if let Some(room) = room {
             let room = room.narrow(1, 0, whole.p.d)?;
             let step = (PRODUCTS / whole.p.k / whole.p.d).max(1).next_multiple_of(WHOLE_TILES);
-            let block = |at: usize| {
-                let rows = room.narrow(0, at, step.min(room.dim(0)? - at))?;
-                load(whole, terms, &rows, first + at, None)
-            };
-            *staying = Staying::Read((0..room.dim(0)?).step_by(step).map(block).collect::<Result<_>>()?);
+            let mut starts: Vec<_> = (0..room.dim(0)?).step_by(step).collect();
+            starts.extend(cut.and_then(|row| row.checked_sub(first)).filter(|&at| at < room.dim(0).unwrap_or(0)));
+            starts.sort_unstable();
+            starts.dedup();
+            let ends = starts.iter().skip(1).copied().chain([room.dim(0)?]);
+            let block =
+                |(&at, end): (&usize, usize)| load(whole, terms, &room.narrow(0, at, end - at)?, first + at, None);
+            *staying = Staying::Read(starts.iter().zip(ends).map(block).collect::<Result<_>>()?);
         }
         Ok(())
     }

@@ -1,8 +1,10 @@
 //! Data past the memory of one device.
 
+pub(crate) mod checkpoint;
 mod devices;
 pub(crate) mod epochs;
 mod feed;
+mod fingerprint;
 mod labels;
 mod launch;
 pub(crate) mod options;

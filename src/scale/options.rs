@@ -1,6 +1,7 @@
 //! The device and the memory of a stream.
 
 use super::{
+    checkpoint::Checkpoint,
     devices::Place,
     progress::{OnProgress, Passes, Reporter, StreamProgress},
     reads::moving,
@@ -40,6 +41,7 @@ pub struct StreamOptions {
     memory: Option<usize>,
     block_rows: Option<usize>,
     on_progress: Option<OnProgress>,
+    checkpoint: Option<Checkpoint>,
 }
 
 impl StreamOptions {
@@ -73,7 +75,7 @@ impl StreamOptions {
     }
 
     fn at(place: Place) -> Self {
-        Self { place, memory: None, block_rows: None, on_progress: None }
+        Self { place, memory: None, block_rows: None, on_progress: None, checkpoint: None }
     }
 
     /// The most bytes of rows that are in the device's memory at any time. Rows that fit stay there for the whole fit; others are read
@@ -112,6 +114,17 @@ impl StreamOptions {
         self
     }
 
+    /// Has a fit keep what it has come to in files, and go on from there if its process ends: see [`Checkpoint`]. Labels that are
+    /// streamed need none, and use none.
+    pub fn checkpoint(mut self, checkpoint: Checkpoint) -> Self {
+        self.checkpoint = Some(checkpoint);
+        self
+    }
+
+    pub(super) fn checkpoints(&self) -> Option<&Checkpoint> {
+        self.checkpoint.as_ref()
+    }
+
     /// The one who reports these passes of a rank over so many rows of `source`.
     pub(super) fn reporter(&self, source: &Source<'_>, rows: usize, passes: Passes, rank: usize) -> Reporter {
         let callback = self.on_progress.as_ref().filter(|_| rank == 0);
@@ -123,6 +136,7 @@ impl StreamOptions {
         if self.block_rows == Some(0) {
             return Err(Error::Range { argument: "block_rows", got: 0, min: 1, max: usize::MAX });
         }
+        self.checkpoint.as_ref().map_or(Ok(()), Checkpoint::check)?;
         Ok(Self { place: self.place.open()?, ..self.clone() })
     }
 

@@ -1,6 +1,6 @@
 //! Rows are read ahead of those who work on them, by threads that wait for the disk.
 
-use super::source::Source;
+use super::{fingerprint::hash_rows, source::Source};
 use crate::{
     error::{Error, Result},
     host, primitives,
@@ -10,7 +10,10 @@ use candle_core::{Device, Tensor};
 use std::{
     ops::Range,
     panic::{catch_unwind, resume_unwind, AssertUnwindSafe},
-    sync::{mpsc, Mutex, PoisonError},
+    sync::{
+        atomic::{AtomicU64, Ordering},
+        mpsc, Mutex, PoisonError,
+    },
     thread,
 };
 
@@ -47,6 +50,15 @@ pub(super) struct Reads<'a> {
     /// The ring, between passes.
     slots: Vec<Slot>,
     lane: Option<Box<dyn Lane>>,
+    hash: Hash,
+}
+
+/// The [hash](hash_rows) of the rows of a pass, which readers add up while the rows are in their caches.
+enum Hash {
+    Unwanted,
+    /// That of the next pass.
+    Wanted,
+    Found(u64),
 }
 
 /// A buffer of the ring.
@@ -70,7 +82,20 @@ type Untaken = (mpsc::Receiver<Slot>, Range<usize>);
 
 impl<'a> Reads<'a> {
     pub fn new(source: &'a Source<'a>, device: &'a Device, most: usize) -> Self {
-        Self { source, device, most, slots: vec![], lane: None }
+        Self { source, device, most, slots: vec![], lane: None, hash: Hash::Unwanted }
+    }
+
+    /// Asks for the hash of the rows of the next pass.
+    pub fn want_hash(&mut self) {
+        self.hash = Hash::Wanted;
+    }
+
+    /// The hash of the rows of the pass that it was asked for of.
+    pub fn hash(&self) -> Option<u64> {
+        match self.hash {
+            Hash::Found(hash) => Some(hash),
+            Hash::Unwanted | Hash::Wanted => None,
+        }
     }
 
     /// Calls `visit` with nothing, while the first rows are being read, and then with the number of each block and its rows,
@@ -82,6 +107,9 @@ impl<'a> Reads<'a> {
     ) -> Result<()> {
         let &mut Self { source, device, most, .. } = self;
         if blocks.is_empty() {
+            if matches!(self.hash, Hash::Wanted) {
+                self.hash = Hash::Found(0);
+            }
             return visit(None);
         }
         let row = source.row_bytes();
@@ -101,13 +129,14 @@ impl<'a> Reads<'a> {
         let (free, taken) = mpsc::channel();
         self.slots.drain(..).for_each(|slot| free.send(slot).expect("the receiver is there"));
         let taken = Mutex::new((taken, 0..parts.len()));
+        let hash = matches!(self.hash, Hash::Wanted).then(AtomicU64::default);
         let (filled, arrivals) = mpsc::channel();
         thread::scope(|scope| {
             // However this ends, readers wait no longer than these are there.
             let (free, arrivals) = (free, arrivals);
             for _ in 0..readers(device).min(parts.len()) {
-                let (taken, filled, parts) = (&taken, filled.clone(), &parts);
-                scope.spawn(move || read_ahead(source, parts, taken, &filled));
+                let (taken, filled, parts, hash) = (&taken, filled.clone(), &parts, hash.as_ref());
+                scope.spawn(move || read_ahead(source, parts, taken, hash, &filled));
             }
             drop(filled);
             let early = parts.iter().map(|_| None).collect();
@@ -147,13 +176,22 @@ impl<'a> Reads<'a> {
         })?;
         let (taken, _) = taken.into_inner().unwrap_or_else(PoisonError::into_inner);
         self.slots.extend(taken.try_iter());
+        if let Some(hash) = hash {
+            self.hash = Hash::Found(hash.into_inner());
+        }
         Ok(())
     }
 }
 
 /// Reads parts into free slots until there are no more of either. Whoever takes a slot takes the next part with it, so that the one
 /// that is waited for never lacks one.
-fn read_ahead(source: &Source<'_>, parts: &[Part], taken: &Mutex<Untaken>, filled: &mpsc::Sender<(usize, Filled)>) {
+fn read_ahead(
+    source: &Source<'_>,
+    parts: &[Part],
+    taken: &Mutex<Untaken>,
+    hash: Option<&AtomicU64>,
+    filled: &mpsc::Sender<(usize, Filled)>,
+) {
     loop {
         let (i, mut slot) = {
             let mut taken = taken.lock().unwrap_or_else(PoisonError::into_inner);
@@ -166,10 +204,11 @@ fn read_ahead(source: &Source<'_>, parts: &[Part], taken: &Mutex<Untaken>, fille
             if let Some(sent) = slot.sent.take() {
                 sent.wait()?;
             }
-            source.read(
-                rows.start as u64..rows.end as u64,
-                &mut slot.memory.bytes()[..rows.len() * source.row_bytes()],
-            )?;
+            let into = &mut slot.memory.bytes()[..rows.len() * source.row_bytes()];
+            source.read(rows.start as u64..rows.end as u64, into)?;
+            if let Some(hash) = hash {
+                hash.fetch_add(hash_rows(rows.start, source.row_bytes(), into), Ordering::Relaxed);
+            }
             Ok(slot)
         }));
         if filled.send((i, read)).is_err() {

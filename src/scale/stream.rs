@@ -1,7 +1,14 @@
 //! Fits of rows that memory does not hold, and their labels.
 
 use super::{
-    devices::rows_of, feed::Streamed, options::StreamOptions, progress::Passes, reads::Reads, seeds::Seeds,
+    checkpoint::{Checkpoints, Resumed},
+    devices::{agree, rows_of},
+    feed::Streamed,
+    fingerprint::Fingerprint,
+    options::StreamOptions,
+    progress::Passes,
+    reads::Reads,
+    seeds::Seeds,
     source::Source,
 };
 use crate::{
@@ -11,15 +18,22 @@ use crate::{
     lloyd::{
         feed::Pass,
         merged::{refuse_medians, row_pitch, Merged, Whole},
+        state::State,
         weights::Weights,
     },
     memory::Fence,
     primitives,
     problem::Problem,
+    ranks::Ranks,
     rows::Rows,
 };
 use candle_core::{Device, Tensor};
-use std::{io, ops::Range, sync::mpsc, thread};
+use std::{
+    io,
+    ops::Range,
+    sync::{mpsc, Mutex, PoisonError},
+    thread,
+};
 
 impl KMeans {
     /// Clusters the rows of a source that need not fit in memory: to the bit what [`fit`](Self::fit) makes of the same rows from the
@@ -30,6 +44,8 @@ impl KMeans {
     /// on them, and their labels are kept on the host, 4 bytes a row. There is a pass for each iteration and one to its end, one before
     /// the first, and another one for a [`tol`](Self::tol) above 0 (not by cosine). Relocation of
     /// [empty clusters](Self::empty_clusters) takes a second pass in each iteration, and a third where a cluster is empty.
+    ///
+    /// A fit that takes hours may go on after its process has ended: see [`Checkpoint`](crate::Checkpoint).
     ///
     /// # Where it starts
     /// Given centroids, evenly spaced rows and random rows without weights are those of [`fit`](Self::fit). k-means++, k-means|| and
@@ -70,28 +86,99 @@ impl KMeans {
         fence.write(device)?;
         let weights = Weights::new(settings, &p, None, &Device::Cpu)?;
         let weights = weights.as_ref();
+        let opened = options.checkpoints().map(|checkpoint| Checkpoints::open(checkpoint, settings, &p)).transpose()?;
+        let (checkpoints, resumed) = opened.unzip();
         let seeds = Seeds { settings, p: &p, source, weights, device };
-        let starts = (0..settings.n_init).map(|run| Ok(seeds.centroids(run)?.to_device(&Device::Cpu)?));
-        let starts = starts.collect::<Result<Vec<_>>>()?;
+        let (mut starts, mut best, mut first) = (vec![], None, 0);
+        if let Some(Resumed { state, best: end }) = resumed.flatten() {
+            (first, best) = (state.run, end);
+            starts.push(state);
+        }
+        for run in first + starts.len()..settings.n_init {
+            starts.push(State::start(run, seeds.centroids(run)?.to_device(&Device::Cpu)?)?);
+        }
+        let shared = Shared { settings, p: &p, source, options, weights, starts, best };
+        // The first rank writes them.
+        let checkpoints = Mutex::new(checkpoints);
         let fits = options.place().run(|device, ranks| {
-            let whole = Whole { settings, p: &p, device, weights, all_counted: true };
-            let rows = rows_of(ranks, p.n);
-            let cut = options.cut(source, rows.len(), row_pitch(&whole)?, device)?;
-            let reporter = options.reporter(source, rows.len(), Passes::of_fit(settings), ranks.rank());
-            let mut feed = Streamed::new(source, whole, ranks, rows, &cut, reporter);
-            let merged = Merged::new(whole, &mut feed)?;
-            settings
-                .best_run(|run| {
-                    let (flow, fit) = merged.fit(&mut feed, &starts[run].to_device(device)?, run)?;
-                    Ok((flow, fit.to_device(&Device::Cpu)?))
-                })
-                .and_then(|fit| options.place().gather_labels(fit, ranks))
+            let mut checkpoints = match ranks.rank() {
+                0 => checkpoints.lock().unwrap_or_else(PoisonError::into_inner).take(),
+                _ => None,
+            };
+            shared.fit(device, ranks, checkpoints.as_mut())
         })?;
         let labels: Vec<_> = fits.iter().map(|fit| &fit.labels).collect();
-        let labels = Tensor::cat(&labels, 1)?;
+        let labels = Tensor::cat(&labels, 0)?;
         let fit = fits.into_iter().next().expect("at least one rank");
-        Fit { labels, ..fit }.with_batch(&[])
+        Ok(Fit { labels, ..fit })
     }
+}
+
+/// A fit as all of its ranks know it.
+struct Shared<'a> {
+    settings: &'a KMeans,
+    p: &'a Problem,
+    source: &'a Source<'a>,
+    options: &'a StreamOptions,
+    /// On the CPU.
+    weights: Option<&'a Weights>,
+    /// Where the runs start that are left, on the CPU.
+    starts: Vec<State>,
+    /// The end of the best of those before.
+    best: Option<State>,
+}
+
+impl Shared<'_> {
+    /// What a rank makes of its rows: the fit, with their labels, on the CPU.
+    fn fit(&self, device: &Device, ranks: &dyn Ranks, mut checkpoints: Option<&mut Checkpoints<'_>>) -> Result<Fit> {
+        let Self { settings, p, source, options, weights, starts, best } = self;
+        if options.place().is_launched() {
+            // Each process has its own settings, and has read checkpoints for itself.
+            agree(ranks, &Fingerprint::new(settings, p)?, starts.first())?;
+        }
+        let whole = Whole { settings, p, device, weights: *weights, all_counted: true };
+        let rows = rows_of(ranks, p.n);
+        let cut = options.cut(source, rows.len(), row_pitch(&whole)?, device)?;
+        let reporter = options.reporter(source, rows.len(), Passes::of_fit(settings), ranks.rank());
+        let mut feed = Streamed::new(source, whole, ranks, rows, &cut, reporter);
+        if let Some(added) = starts.first().and_then(|start| start.added.as_ref()) {
+            feed.cut_at(added.rows);
+        }
+        let hashes = options.checkpoints().is_some();
+        if hashes {
+            feed.want_hash();
+        }
+        let merged = Merged::new(whole, &mut feed)?;
+        if hashes {
+            let hash = sum_of(ranks, feed.hash().expect("the first pass has found it"))?;
+            // Ranks other than the first go on without a look: it ends them if it refuses.
+            if let Some(checkpoints) = &mut checkpoints {
+                checkpoints.set_hash(hash)?;
+            }
+        }
+        let on_cpu = |fit: Fit| fit.to_device(&Device::Cpu)?.with_batch(&[]);
+        let best = best.as_ref().map(|end| on_cpu(merged.fit(&mut feed, end, &mut |_, _| Ok(()))?.1)).transpose()?;
+        let first = settings.n_init - starts.len();
+        let fit = settings.best_run(first, best, |run, best| {
+            let start = &starts[run - first];
+            if let Some(checkpoints) = &mut checkpoints {
+                checkpoints.begin_run(best, start)?;
+            }
+            let (flow, fit) = merged.fit(&mut feed, start, &mut |state, over| match &mut checkpoints {
+                Some(checkpoints) => checkpoints.watch(state, over),
+                None => Ok(()),
+            })?;
+            Ok((flow, on_cpu(fit)?))
+        })?;
+        options.place().gather_labels(fit, ranks)
+    }
+}
+
+/// The sum, modulo 2^64, of a number of each rank.
+fn sum_of(ranks: &dyn Ranks, mine: u64) -> Result<u64> {
+    // Halves are exact in f64.
+    let halves = ranks.gather(vec![(mine >> 32) as f64, f64::from(mine as u32)])?;
+    Ok(halves.iter().fold(0u64, |sum, halves| sum.wrapping_add(((halves[0] as u64) << 32) + halves[1] as u64)))
 }
 
 /// Who gets the labels of a block of rows.

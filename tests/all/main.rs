@@ -1,8 +1,8 @@
 //! The tests that share a process; `cargo test --release kv_cache::` runs those of one module. Each test has a thread, and
 //! so what a test may set is its own: the kernel that is forced, the allocation that fails, the launches that are recorded
 //! (`testing`). What needs a process to itself is a binary beside this one: `memory` counts what the allocator gives,
-//! `peak` what a GPU's pool gives, `large` fills a GPU, and `known_bugs` ends the process where threads wait for each
-//! other, and captures graphs while no other test may wait for all that a GPU does.
+//! `peak` what a GPU's pool gives, `large` fills a GPU, `killed` starts and kills processes, and `known_bugs` ends the process
+//! where threads wait for each other, and captures graphs while no other test may wait for all that a GPU does.
 
 #[allow(dead_code)] // The quickstart uses the rest.
 #[path = "../../examples/common/cache.rs"]
@@ -13,6 +13,7 @@ mod common;
 mod assign;
 mod bench;
 mod blocks;
+mod checkpoint;
 mod codebook;
 mod epochs;
 mod fit;

@@ -49,7 +49,7 @@ fn counted<'a>(x: &Tensor, read: &'a AtomicU64) -> Source<'a> {
 }
 
 /// Room for blocks of so many rows, and for as many that stay.
-fn options(device: &Device, source: &Source, rows: usize, staying: usize) -> StreamOptions {
+pub fn options(device: &Device, source: &Source, rows: usize, staying: usize) -> StreamOptions {
     let moving = if device.is_cpu() { 8 } else { 2 };
     StreamOptions::new(device).block_rows(rows).memory((moving + staying) * rows * source.row_bytes())
 }

@@ -7,6 +7,10 @@ use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{Fit, Init, KMeans, Metric};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 /// A matrix, row by row.
 pub type Rows = Vec<Vec<f64>>;
@@ -32,6 +36,34 @@ fn open() -> Vec<Device> {
         Ok(other) => panic!("FLASH_KMEANS_TEST_DEVICE={other} is neither cpu nor cuda"),
     }
     devices
+}
+
+/// A folder that goes away with the test, in memory where there is such a place: thousands of files need not wait for a disk, and what a
+/// process leaves there when it is killed is what it would leave on one.
+pub struct Folder(pub PathBuf);
+
+impl Folder {
+    pub fn new(name: &str) -> Self {
+        let memory = Path::new("/dev/shm");
+        let root = if memory.is_dir() { memory.to_path_buf() } else { std::env::temp_dir() };
+        let path = root.join(format!("flash-kmeans-{}-{name}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    /// An empty folder within.
+    pub fn emptied(&self, name: &str) -> PathBuf {
+        let path = self.0.join(name);
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir(&path).unwrap();
+        path
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }
 
 pub fn rng(seed: u64) -> ChaCha8Rng {
