@@ -159,19 +159,12 @@ pub(super) fn agree(ranks: &dyn Ranks, fingerprint: &Fingerprint, start: Option<
     let all = ranks.gather(text.bytes().map(f64::from).collect())?;
     let all: Vec<Vec<u8>> = all.into_iter().map(|text| text.into_iter().map(|byte| byte as u8).collect()).collect();
     let text = |rank: usize| String::from_utf8_lossy(&all[rank]).into_owned();
-    for rank in (1..all.len()).filter(|&rank| all[rank] != all[0]) {
-        let (got, expected) = (text(rank), text(0));
-        let mut values = own.iter().map(|(name, _)| *name).zip(got.split('\0').zip(expected.split('\0')));
-        let (what, (got, expected)) = values.find(|(_, (a, b))| a != b).unwrap_or(("settings", (&got, &expected)));
-        let (got, expected) = (got.into(), expected.into());
-        return Err(Error::Mismatch {
-            path: format!("rank {rank} of {}", ranks.count()),
-            what: what.into(),
-            got,
-            expected,
-        });
-    }
-    Ok(())
+    let Some(rank) = (1..all.len()).find(|&rank| all[rank] != all[0]) else { return Ok(()) };
+    let (got, expected) = (text(rank), text(0));
+    let mut values = own.iter().map(|(name, _)| *name).zip(got.split('\0').zip(expected.split('\0')));
+    let (what, (got, expected)) = values.find(|(_, (a, b))| a != b).unwrap_or(("settings", (&got, &expected)));
+    let (path, got, expected) = (format!("rank {rank} of {}", ranks.count()), got.into(), expected.into());
+    Err(Error::Mismatch { path, what: what.into(), got, expected })
 }
 
 /// Labels that ranks send each other at a time.

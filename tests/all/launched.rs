@@ -46,12 +46,15 @@ fn source(role: &str, rank: usize) -> Source<'static> {
     Source::from_fn(1003, 7, StoredType::F32, read).unwrap()
 }
 
+/// Bytes of two blocks of 120 rows, which come and go.
+const ROOM: usize = 2 * 120 * 32;
+
 /// The body of each process; nothing where it is none.
 #[test]
 fn worker() {
     let Ok(role) = env::var(ROLE) else { return };
     let rank: usize = env::var("RANK").unwrap().parse().unwrap();
-    let options = StreamOptions::on(Devices::Launched).block_rows(120).memory(0);
+    let options = StreamOptions::on(Devices::Launched).block_rows(120).memory(ROOM);
     let mut settings = settings();
     if role == "differ" {
         settings = settings.seed(rank as u64);
@@ -149,7 +152,7 @@ fn threads_with_a_gpu_each_have_the_bits_of_one() {
     let (whole, gpus) = (settings().fit(&rows()).unwrap(), gpus());
     for count in 1..=gpus {
         let options = StreamOptions::on(Devices::These((0..count).collect())).block_rows(120);
-        for memory in [0, 1 << 20] {
+        for memory in [ROOM, 1 << 20] {
             let fit = settings().fit_stream(&source("fit", 0), &options.clone().memory(memory)).unwrap();
             assert_same_fit(&fit, &whole, &format!("{count} GPUs"));
         }
