@@ -95,6 +95,7 @@ pub use plan::Plan;
 pub use scale::{
     epochs::Epochs,
     options::StreamOptions,
+    plan::{DevicePlan, StreamPlan},
     progress::StreamProgress,
     source::{
         file::FileIdentity,

@@ -6,6 +6,7 @@ mod feed;
 mod labels;
 mod launch;
 pub(crate) mod options;
+pub(crate) mod plan;
 pub(crate) mod progress;
 mod reads;
 mod sample;

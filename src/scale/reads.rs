@@ -29,6 +29,11 @@ fn slots(device: &Device) -> usize {
     readers(device) + 2
 }
 
+/// Buffers that so many blocks of rows need of the ring.
+pub(super) fn ring_slots(device: &Device, blocks: usize) -> usize {
+    slots(device).min(blocks)
+}
+
 /// Blocks of rows that `device` has room for beside those that stay there: the one that is worked on and the next one. The memory of
 /// the CPU has the ring, too.
 pub(super) fn moving(device: &Device) -> usize {
@@ -70,7 +75,7 @@ impl<'a> Reads<'a> {
         visit: &mut dyn FnMut(Option<(usize, Tensor)>) -> Result<()>,
     ) -> Result<()> {
         let &mut Self { source, device, most, .. } = self;
-        let lacking = slots(device).min(ranges.len()).saturating_sub(self.slots.len());
+        let lacking = ring_slots(device, ranges.len()).saturating_sub(self.slots.len());
         if lacking > 0 {
             self.slots.extend(primitives::staging(device, lacking, most * source.row_bytes())?);
         }

@@ -1,7 +1,13 @@
 //! Fits of rows that memory does not hold, and their labels.
 
 use super::{
-    devices::rows_of, feed::Streamed, options::StreamOptions, progress::Passes, reads::Reads, seeds::Seeds,
+    devices::rows_of,
+    feed::Streamed,
+    options::StreamOptions,
+    plan::{DevicePlan, StreamPlan},
+    progress::Passes,
+    reads::Reads,
+    seeds::Seeds,
     source::Source,
 };
 use crate::{
@@ -10,10 +16,11 @@ use crate::{
     kmeans::KMeans,
     lloyd::{
         feed::Pass,
-        merged::{refuse_medians, row_pitch, Merged, Whole},
+        merged::{refuse_medians, Merged, Whole},
         weights::Weights,
     },
     memory::Fence,
+    plan::announce,
     primitives,
     problem::Problem,
     rows::Rows,
@@ -70,9 +77,10 @@ impl KMeans {
         let fits = options.place().run(|device, ranks| {
             let whole = Whole { settings: self, p: &p, device, weights, all_counted: true };
             let rows = rows_of(ranks, p.n);
-            let cut = options.cut(source, rows.len(), row_pitch(&whole)?, device)?;
             let reporter = options.reporter(source, rows.len(), Passes::of_fit(self), ranks.rank());
-            let mut feed = Streamed::new(source, whole, ranks, rows, &cut, reporter);
+            let plan = DevicePlan::new(&whole, source, options, rows)?;
+            announce(&plan);
+            let mut feed = Streamed::new(source, whole, ranks, &plan, reporter);
             let merged = Merged::new(whole, &mut feed)?;
             self.best_run(|run| {
                 let (flow, fit) = merged.fit(&mut feed, &starts[run].to_device(device)?, run)?;
@@ -84,6 +92,37 @@ impl KMeans {
         let labels = Tensor::cat(&labels, 1)?;
         let fit = fits.into_iter().next().expect("at least one rank");
         Fit { labels, ..fit }.with_batch(&[])
+    }
+
+    /// Says what [`fit_stream`](Self::fit_stream) would do with each device of this process: which rows stay, by what kernels the
+    /// others are worked on, and what is read. No row is read for it. Without [`StreamOptions::memory`] it goes by the memory that is
+    /// free now, of which the fit may find more or less.
+    ///
+    /// Rows that a fit starts from are read beside what the plan says, and for a [`tol`](Self::tol) above 0 so is the first one.
+    ///
+    /// # Errors
+    /// Refuses what `fit_stream` refuses without looking at rows.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_flash_kmeans::{KMeans, Source, StreamOptions};
+    ///
+    /// let source = Source::from_tensor(&Tensor::rand(0f32, 1f32, (1000, 4), &Device::Cpu)?)?;
+    /// let options = StreamOptions::new(&Device::Cpu).block_rows(100).memory(12 * 1600);
+    /// let plan = KMeans::new(8).plan_stream(&source, &options)?;
+    /// assert_eq!((plan.devices[0].resident_rows, plan.devices[0].later_pass_bytes), (400, 600 * 16));
+    /// println!("{plan}");
+    /// # Ok::<_, candle_flash_kmeans::Error>(())
+    /// ```
+    pub fn plan_stream(&self, source: &Source<'_>, options: &StreamOptions) -> Result<StreamPlan> {
+        let options = &options.opened()?;
+        let p = check_stream(self, source, options)?;
+        let of_device = |(device, rows)| {
+            let whole = Whole { settings: self, p: &p, device, weights: None, all_counted: true };
+            DevicePlan::new(&whole, source, options, rows)
+        };
+        let devices = options.place().shares(p.n).map(of_device).collect::<Result<_>>()?;
+        Ok(StreamPlan::new(devices, Passes::of_fit(self)))
     }
 }
 
