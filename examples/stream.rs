@@ -50,6 +50,9 @@ fn compare(args: &Args, device: &Device, x: &Tensor, path: &std::path::Path) -> 
     let source = Source::open(path)?;
     let options = with_bar(StreamOptions::new(device).memory(args.memory << 20), args.quiet);
     let settings = KMeans::new(args.clusters).tol(0.0).max_iters(10);
+    if !args.quiet {
+        println!("{}", settings.plan_stream(&source, &options)?);
+    }
 
     let start = Instant::now();
     let streamed = settings.fit_stream(&source, &options)?;

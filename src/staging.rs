@@ -8,16 +8,13 @@ use candle_core::{DType, Device, Tensor};
 
 /// A way to a device, on which one block of rows comes after another, in parts.
 pub(crate) trait Lane {
-    /// The most bytes that it makes sense to send at a time, of blocks of so many.
-    fn part_bytes(&self, block: usize) -> usize;
-
     /// Memory of the host for so many bytes.
     fn buffer(&self, bytes: usize) -> Result<Box<dyn Buffer>>;
 
     /// Takes room for the next block on the device, behind all that this thread has queued so far.
     fn reserve(&mut self, shape: (usize, usize), dtype: DType) -> Result<()>;
 
-    /// Begins to send bytes to the room that was reserved last, from its byte `at` on. They travel beside what this thread has queued since.
+    /// Begins to send bytes to the room that was reserved last, from its byte `at` on; to memory of the CPU, those of a whole block. They travel beside what this thread has queued since.
     ///
     /// # Safety
     /// The bytes stay where and as they are until what is returned has been waited for.
@@ -51,11 +48,6 @@ impl Copies {
 }
 
 impl Lane for Copies {
-    /// A block at once.
-    fn part_bytes(&self, block: usize) -> usize {
-        block
-    }
-
     fn buffer(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
         Ok(Box::new(host::filled("read rows", bytes, 0u8)?))
     }

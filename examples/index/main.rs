@@ -155,7 +155,12 @@ impl<'a> Trainer<'a> {
         }
         let (fit, seconds) = seconds(&self.device, || match self.args.train {
             Train::Sample => Ok(settings.fit_sample(source, self.args.lists * self.args.sample, &self.options)?),
-            Train::All => Ok(settings.fit_stream(source, &self.options)?),
+            Train::All => {
+                if !self.args.quiet {
+                    println!("{}", settings.plan_stream(source, &self.options)?);
+                }
+                Ok(settings.fit_stream(source, &self.options)?)
+            }
             Train::Batches => {
                 let epochs = Epochs::new(EPOCHS).batch_rows(BATCH_ROWS).shuffled(0);
                 let running = match old {

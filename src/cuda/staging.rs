@@ -22,10 +22,6 @@ use candle_core::{
 };
 use std::{ptr::NonNull, slice, sync::Arc};
 
-/// Bytes that are sent at a time. Page-locking memory takes longer than filling it, so that there should not be more than is needed to
-/// keep the link at work.
-const PART: usize = 8 << 20;
-
 /// A way to a GPU, by a stream for copies.
 pub(super) struct Copies {
     dev: CudaDevice,
@@ -52,10 +48,6 @@ impl Copies {
 }
 
 impl Lane for Copies {
-    fn part_bytes(&self, block: usize) -> usize {
-        block.min(PART)
-    }
-
     fn buffer(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
         Ok(Box::new(PageLocked::new(self.side.context(), bytes)?))
     }

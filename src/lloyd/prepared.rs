@@ -13,7 +13,7 @@ use crate::{
     kmeans::{Init, KMeans},
     memory::{Fence, Memory},
     metric::Metric,
-    plan::Plan,
+    plan::{announce, Plan},
     primitives,
     problem::{self, Problem},
     request::{Progress, Summands},
@@ -104,7 +104,7 @@ impl fmt::Debug for PreparedFit {
 
 impl PreparedFit {
     pub(super) fn new(settings: &KMeans, p: Problem, plan: Plan, device: &Device) -> Result<Self> {
-        plan.announce();
+        announce(&plan);
         let fence = Fence::default();
         fence.write(device)?;
         let lengths = settings.lengths.as_ref().map(|lengths| p.read_lengths(lengths)).transpose()?;
@@ -234,7 +234,7 @@ impl PreparedFit {
         let layout = Rows::of((&x).into()).map(|rows| rows.layout());
         if layout != self.plan.steps.given {
             self.plan = self.settings.plan_of(&self.p, layout, &self.device)?;
-            self.plan.announce();
+            announce(&self.plan);
         }
         let x = primitives::pack(&x, self.plan.pack, &mut self.copy)?;
         let counted = self.ragged.as_ref().map(|ragged| scan_counted(&x, &ragged.ones)).transpose()?;

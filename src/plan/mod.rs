@@ -98,15 +98,15 @@ impl Plan {
         };
         Self { assign, rows, centroids, pack, update, bytes, steps }
     }
+}
 
-    /// Prints the plan if asked for and not yet printed.
-    pub(crate) fn announce(&self) {
-        static SEEN: Mutex<Option<HashSet<String>>> = Mutex::new(None);
-        if std::env::var_os("FLASH_KMEANS_PRINT_PLAN").is_some_and(|v| v == "1") {
-            let (mut seen, plan) = (SEEN.lock().unwrap_or_else(|e| e.into_inner()), self.to_string());
-            if seen.get_or_insert_with(HashSet::new).insert(plan.clone()) {
-                eprintln!("flash-kmeans: {plan}");
-            }
+/// Prints a plan if asked for and not yet printed.
+pub(crate) fn announce(plan: &impl fmt::Display) {
+    static SEEN: Mutex<Option<HashSet<String>>> = Mutex::new(None);
+    if std::env::var_os("FLASH_KMEANS_PRINT_PLAN").is_some_and(|v| v == "1") {
+        let (mut seen, plan) = (SEEN.lock().unwrap_or_else(|e| e.into_inner()), plan.to_string());
+        if seen.get_or_insert_with(HashSet::new).insert(plan.clone()) {
+            eprintln!("flash-kmeans: {plan}");
         }
     }
 }

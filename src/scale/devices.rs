@@ -89,6 +89,15 @@ impl Place {
         matches!(self, Self::Launched(..))
     }
 
+    /// The devices of this process, and the rows of each, of `n`.
+    pub fn shares(&self, n: usize) -> impl Iterator<Item = (&Device, Range<usize>)> {
+        let (first, ranks) = match self {
+            Self::Launched(_, LaunchedRank { rank, ranks }) => (*rank, *ranks),
+            _ => (0, self.devices().len()),
+        };
+        self.devices().iter().enumerate().map(move |(i, device)| (device, share(first + i, ranks, n)))
+    }
+
     /// What `f` makes of the rows of this process, of `n`.
     pub fn own_rows<T>(&self, n: usize, f: impl Fn(Range<usize>) -> T) -> T {
         match self {

@@ -1,7 +1,7 @@
 //! A source as who feeds the loop: rows that stay on the device, and blocks of others that are read again in every pass.
 
 use super::{
-    options::Cut,
+    plan::DevicePlan,
     progress::Reporter,
     reads::{read_rows, Reads},
     source::Source,
@@ -59,15 +59,15 @@ struct Away {
 }
 
 impl<'a> Streamed<'a> {
-    /// The rows that are those of this rank, cut so. The weights of `whole` are on the CPU.
+    /// The rows of this rank, cut as planned. The weights of `whole` are on the CPU.
     pub fn new(
         source: &'a Source<'a>,
         whole: Whole<'a>,
         ranks: &'a dyn Ranks,
-        rows: Range<usize>,
-        cut: &Cut,
+        DevicePlan { rows, cut, .. }: &DevicePlan,
         reporter: Reporter,
     ) -> Self {
+        let rows = rows.start as usize..rows.end as usize;
         let mut staying: Vec<_> = cut.ranges(rows.clone()).collect();
         let away = staying.split_off(cut.staying.min(staying.len()));
         let away = away.into_iter().map(|rows| Away { rows, known: None }).collect();

@@ -8,6 +8,7 @@ mod fingerprint;
 mod labels;
 mod launch;
 pub(crate) mod options;
+pub(crate) mod plan;
 pub(crate) mod progress;
 mod reads;
 mod sample;

@@ -180,7 +180,7 @@ impl StreamOptions {
 }
 
 /// Rows in blocks, of which the first ones stay on the device.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Cut {
     /// Of all blocks but the last one.
     pub rows: usize,
@@ -197,7 +197,7 @@ impl Cut {
     }
 
     /// The rows of each block.
-    pub fn ranges(&self, all: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    pub fn ranges(&self, all: Range<usize>) -> impl ExactSizeIterator<Item = Range<usize>> {
         let (step, end) = (self.rows, all.end);
         all.step_by(step).map(move |first| first..end.min(first + step))
     }

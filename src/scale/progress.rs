@@ -94,7 +94,7 @@ impl fmt::Debug for OnProgress {
 }
 
 /// The passes that a call makes, at most but for those that look for rows for empty clusters.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Passes {
     variance: bool,
     runs: u64,
@@ -114,6 +114,11 @@ impl Passes {
             max_iters: Some(settings.max_iters as u64).filter(|&max_iters| max_iters < u64::from(u32::MAX)),
             of_iteration: 1 + u64::from(settings.empty == EmptyClusters::Relocate),
         }
+    }
+
+    /// The most there are.
+    pub fn all(self) -> Option<u64> {
+        self.after(Pass::Bounds)?.checked_add(1)
     }
 
     /// The most that come after this one.
@@ -137,6 +142,26 @@ impl Passes {
             Pass::Labels { run } => of_runs(self.runs - 1 - run as u64),
             Pass::Epoch { epoch, epochs } => Some((epochs - epoch) as u64),
         }
+    }
+}
+
+impl fmt::Display for Passes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, ", Pass::Bounds)?;
+        if self.variance {
+            write!(f, "{}, ", Pass::Variance)?;
+        }
+        if self.runs > 1 {
+            write!(f, "{} times ", self.runs)?;
+        }
+        match self.max_iters {
+            Some(max_iters) => write!(f, "at most {max_iters} iterations")?,
+            None => write!(f, "iterations without a limit")?,
+        }
+        if self.of_iteration > 1 {
+            write!(f, " of {} passes", self.of_iteration)?;
+        }
+        write!(f, ", {}", Pass::Labels { run: 0 })
     }
 }
 

@@ -31,6 +31,24 @@ fn slots(device: &Device) -> usize {
     readers(device) + if device.is_cpu() { 2 } else { 8 }
 }
 
+/// Bytes that are sent to a GPU at a time. Page-locking memory takes longer than filling it, so that there should not be more than is
+/// needed to keep the link at work.
+const PART_BYTES: usize = 8 << 20;
+
+/// Rows of a part, of blocks of so many: all on the CPU, where a buffer becomes a block.
+fn part_rows(device: &Device, block: usize, row_bytes: usize) -> usize {
+    if device.is_cpu() {
+        return block;
+    }
+    (PART_BYTES / row_bytes).clamp(1, block)
+}
+
+/// Bytes of the ring that so many blocks of so many rows go through.
+pub(super) fn ring_bytes(device: &Device, blocks: usize, rows: usize, row_bytes: usize) -> usize {
+    let part = part_rows(device, rows, row_bytes);
+    slots(device).min(blocks * rows.div_ceil(part)) * part * row_bytes
+}
+
 /// Blocks of rows that `device` has room for beside those that stay there: the one that is worked on and the next one. The memory of
 /// the CPU has the ring, too.
 pub(super) fn moving(device: &Device) -> usize {
@@ -117,7 +135,7 @@ impl<'a> Reads<'a> {
             Some(lane) => lane,
             lane => lane.insert(primitives::lane(device)?),
         };
-        let step = (lane.part_bytes(most * row) / row).max(1);
+        let step = part_rows(device, most, row);
         let parts = |(block, rows): (usize, &Range<usize>)| {
             let end = rows.end;
             rows.clone().step_by(step).map(move |first| Part { block, rows: first..end.min(first + step) })

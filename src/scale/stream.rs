@@ -6,6 +6,7 @@ use super::{
     feed::Streamed,
     fingerprint::Fingerprint,
     options::StreamOptions,
+    plan::{DevicePlan, StreamPlan},
     progress::Passes,
     reads::Reads,
     seeds::Seeds,
@@ -17,11 +18,12 @@ use crate::{
     kmeans::{Init, KMeans},
     lloyd::{
         feed::Pass,
-        merged::{refuse_medians, row_pitch, Merged, Whole},
+        merged::{refuse_medians, Merged, Whole},
         state::State,
         weights::Weights,
     },
     memory::Fence,
+    plan::announce,
     primitives,
     problem::Problem,
     ranks::Ranks,
@@ -112,6 +114,37 @@ impl KMeans {
         let fit = fits.into_iter().next().expect("at least one rank");
         Ok(Fit { labels, ..fit })
     }
+
+    /// Says what [`fit_stream`](Self::fit_stream) would do with each device of this process: which rows stay, by what kernels the
+    /// others are worked on, and what is read. No row is read for it. Without [`StreamOptions::memory`] it goes by the memory that is
+    /// free now, of which the fit may find more or less.
+    ///
+    /// Rows that a fit starts from are read beside what the plan says, and for a [`tol`](Self::tol) above 0 so is the first one.
+    ///
+    /// # Errors
+    /// Refuses what `fit_stream` refuses without looking at rows.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_flash_kmeans::{KMeans, Source, StreamOptions};
+    ///
+    /// let source = Source::from_tensor(&Tensor::rand(0f32, 1f32, (1000, 4), &Device::Cpu)?)?;
+    /// let options = StreamOptions::new(&Device::Cpu).block_rows(100).memory(12 * 1600);
+    /// let plan = KMeans::new(8).plan_stream(&source, &options)?;
+    /// assert_eq!((plan.devices[0].resident_rows, plan.devices[0].later_pass_bytes), (400, 600 * 16));
+    /// println!("{plan}");
+    /// # Ok::<_, candle_flash_kmeans::Error>(())
+    /// ```
+    pub fn plan_stream(&self, source: &Source<'_>, options: &StreamOptions) -> Result<StreamPlan> {
+        let options = &options.opened()?;
+        let p = check_stream(self, source, options)?;
+        let of_device = |(device, rows)| {
+            let whole = Whole { settings: self, p: &p, device, weights: None, all_counted: true };
+            DevicePlan::new(&whole, source, options, rows)
+        };
+        let devices = options.place().shares(p.n).map(of_device).collect::<Result<_>>()?;
+        Ok(StreamPlan::new(devices, Passes::of_fit(self)))
+    }
 }
 
 /// A fit as all of its ranks know it.
@@ -138,9 +171,10 @@ impl Shared<'_> {
         }
         let whole = Whole { settings, p, device, weights: *weights, all_counted: true };
         let rows = rows_of(ranks, p.n);
-        let cut = options.cut(source, rows.len(), row_pitch(&whole)?, device)?;
         let reporter = options.reporter(source, rows.len(), Passes::of_fit(settings), ranks.rank());
-        let mut feed = Streamed::new(source, whole, ranks, rows, &cut, reporter);
+        let plan = DevicePlan::new(&whole, source, options, rows)?;
+        announce(&plan);
+        let mut feed = Streamed::new(source, whole, ranks, &plan, reporter);
         if let Some(added) = starts.first().and_then(|start| start.added.as_ref()) {
             feed.cut_at(added.rows);
         }

@@ -3,7 +3,9 @@
 
 use crate::{common::*, source::Folder};
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::{EmptyClusters, Error, Fit, Init, KMeans, Metric, Source, StoredType, StreamOptions};
+use candle_flash_kmeans::{
+    testing::on_each, DevicePlan, EmptyClusters, Error, Fit, Init, KMeans, Metric, Source, StoredType, StreamOptions,
+};
 use half::{bf16, f16};
 use std::{
     fs, io,
@@ -331,6 +333,46 @@ fn what_a_source_fails_with_ends_the_fit() {
             let full =
                 fit.predict_stream(&Source::from_tensor(&x).unwrap(), &options, |_, _| Err(io::Error::other("full")));
             assert_eq!(full.unwrap_err().to_string(), "labels 0..20: full");
+        }
+    }
+}
+
+/// Each pass reads what the plan says, on every device and by every rank, whatever may stay and however rows are cut.
+#[test]
+fn passes_read_what_the_plan_says() {
+    let x = blobs(&[205, 4], 3, DType::F32, &mut rng(9));
+    let all = 205 * 16;
+    for (device, ranks) in devices().into_iter().flat_map(|device| [1, 2, 3].map(|ranks| (device.clone(), ranks))) {
+        for (rows, memory) in [(10, 0), (10, 2000), (7, 3000), (64, 9000), (300, 1 << 14), (10, 1 << 20)] {
+            let options = on_each(&vec![device.clone(); ranks]).block_rows(rows).memory(memory);
+            let (read, in_passes) = (Arc::new(AtomicU64::new(0)), Arc::new(Mutex::new(vec![])));
+            let source = counted(&x, &read);
+            let (so_far, log) = (read.clone(), in_passes.clone());
+            let settings = KMeans::new(3).tol(0.0).max_iters(3).init(Init::Given(x.narrow(0, 0, 3).unwrap()));
+            let settings = settings.on_iteration(move |_| log.lock().unwrap().push(so_far.load(Ordering::SeqCst) * 16));
+
+            let plan = settings.plan_stream(&source, &options).unwrap();
+            assert_eq!((read.load(Ordering::SeqCst), plan.devices.len(), plan.max_passes), (0, ranks, Some(5)));
+            let sum = |f: fn(&DevicePlan) -> u64| plan.devices.iter().map(f).sum::<u64>();
+            let (first, later) = (sum(|device| device.first_pass_bytes), sum(|device| device.later_pass_bytes));
+            let mut next = 0;
+            for part in &plan.devices {
+                let rows = part.rows.end - part.rows.start;
+                assert_eq!((part.rows.start, part.device), (next, device.location()), "{plan}");
+                assert_eq!(part.resident_rows * 16 + part.later_pass_bytes, rows * 16, "{plan}");
+                assert_eq!(part.later_pass_bytes.div_ceil(16 * part.block_rows), part.moving_blocks, "{plan}");
+                assert!(part.resident_bytes <= memory as u64 && part.label_bytes == 4 * rows, "{plan}");
+                assert!(plan.to_string().contains(&format!("{} stay", part.resident_rows)), "{plan}");
+                next = part.rows.end;
+            }
+            assert_eq!((next, first), (205, all), "{plan}");
+            assert!((memory > 0 || later == all) && (memory < 1 << 20 || later == 0), "{plan}");
+
+            settings.fit_stream(&source, &options).unwrap();
+            let in_passes = in_passes.lock().unwrap();
+            let expected: Vec<_> = (1..=in_passes.len() as u64).map(|pass| first + pass * later).collect();
+            assert_eq!(*in_passes, expected, "{plan}");
+            assert_eq!(read.load(Ordering::SeqCst) * 16, expected[expected.len() - 1] + later, "{plan}");
         }
     }
 }
