@@ -13,7 +13,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     fit::Fit,
-    kmeans::KMeans,
+    kmeans::{Init, KMeans},
     lloyd::{
         feed::Pass,
         merged::{refuse_medians, Merged, Whole},
@@ -39,10 +39,12 @@ impl KMeans {
     /// [empty clusters](Self::empty_clusters) takes a second pass in each iteration, and a third where a cluster is empty.
     ///
     /// # Where it starts
-    /// Given centroids, evenly spaced rows and random rows without weights are those of [`fit`](Self::fit). k-means++, k-means|| and
-    /// random rows with weights are chosen from a sample: 16 rows for each centroid, but at least 65,536, drawn uniformly. Of fewer
-    /// rows it is all, and the start that of `fit`. The sample is on the device before other rows are, whatever the memory that is
-    /// allowed.
+    /// Given centroids, evenly spaced rows, random rows without weights and k-means|| are those of [`fit`](Self::fit). k-means|| takes
+    /// seven passes for each run: one for the first row, five that draw about `2k` each, and one that weighs them; and another for each
+    /// row that lacks where fewer than `k` were drawn. It keeps nothing of a row between passes, on the device it has some dozens of
+    /// bytes for each of at most 2^20 rows at a time, and on the host the rows that were drawn. k-means++ and random rows with weights are
+    /// chosen from a sample: 16 rows for each centroid, but at least 65,536, drawn uniformly. Of fewer rows it is all, and the start
+    /// that of `fit`. The sample is on the device before other rows are, whatever the memory that is allowed.
     ///
     /// # Errors
     /// As [`fit`](Self::fit), and those of [`Source::read`]. [Weights](Self::sample_weights) are a tensor on the CPU;
@@ -72,7 +74,9 @@ impl KMeans {
         let weights = Weights::new(self, &p, None, &Device::Cpu)?;
         let weights = weights.as_ref();
         let seeds = Seeds { settings: self, p: &p, source, weights, device };
-        let starts = (0..self.n_init).map(|run| Ok(seeds.centroids(run)?.to_device(&Device::Cpu)?));
+        // k-means|| takes passes over all rows.
+        let before = if matches!(self.init, Init::KMeansParallel) { 0 } else { self.n_init };
+        let starts = (0..before).map(|run| Ok(seeds.centroids(run)?.to_device(&Device::Cpu)?));
         let starts = starts.collect::<Result<Vec<_>>>()?;
         let fits = options.place().run(|device, ranks| {
             let whole = Whole { settings: self, p: &p, device, weights, all_counted: true };
@@ -83,7 +87,11 @@ impl KMeans {
             let mut feed = Streamed::new(source, whole, ranks, &plan, reporter);
             let merged = Merged::new(whole, &mut feed)?;
             self.best_run(|run| {
-                let (flow, fit) = merged.fit(&mut feed, &starts[run].to_device(device)?, run)?;
+                let start = match starts.get(run) {
+                    Some(start) => start.to_device(device)?,
+                    None => merged.parallel_start(&mut feed, run)?,
+                };
+                let (flow, fit) = merged.fit(&mut feed, &start, run)?;
                 Ok((flow, fit.to_device(&Device::Cpu)?))
             })
             .and_then(|fit| options.place().gather_labels(fit, ranks))
