@@ -77,10 +77,11 @@ __device__ void usable_seeds(const T* x, const Rows& r, const double* weights, c
     }
 }
 
-__device__ void race(const double* nearest, const double* weights, int64_t b, int64_t n, uint64_t seed, uint64_t round,
-                     double* out) {
+/// The keys of rows of which the first is number `first` of its problem.
+__device__ void race(const double* nearest, const double* weights, int64_t b, int64_t n, int64_t first, uint64_t seed,
+                     uint64_t round, double* out) {
     for (int64_t i = global_thread(); i < b * n; i += all_threads()) {
-        out[i] = race_key(seed, round, i / n, i % n, nearest[i], weights ? weights[i] : 1.0);
+        out[i] = race_key(seed, round, i / n, first + i % n, nearest[i], weights ? weights[i] : 1.0);
     }
 }
 
@@ -176,7 +177,7 @@ __device__ void pick(const T* x, const Rows& r, double* nearest, const double* w
 FOR_EACH_TYPE(INSTANCE)
 #undef INSTANCE
 
-extern "C" __global__ void race_keys(const double* nearest, const double* weights, int64_t b, int64_t n, uint64_t seed,
-                                     uint64_t round, double* out) {
-    race(nearest, weights, b, n, seed, round, out);
+extern "C" __global__ void race_keys(const double* nearest, const double* weights, int64_t b, int64_t n, int64_t first,
+                                     uint64_t seed, uint64_t round, double* out) {
+    race(nearest, weights, b, n, first, seed, round, out);
 }

@@ -93,7 +93,13 @@ pub(crate) trait Backend {
     fn norms(&self, x: &Rows) -> Result<Tensor>;
     fn usable_seeds(&self, x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, metric: Metric) -> Result<Tensor>;
     fn min_distance_with(&self, x: &Rows, nearest: &Tensor, newest: &Tensor, metric: Metric) -> Result<Tensor>;
-    fn exponential_race_keys(&self, nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor>;
+    fn exponential_race_keys(
+        &self,
+        nearest: &Tensor,
+        weights: Option<&Tensor>,
+        draw: Draw,
+        first: usize,
+    ) -> Result<Tensor>;
     fn kmeanspp_step(&self, p: &KmeansppStep<'_>, memory: &Memory) -> Result<()>;
     fn max_label(&self, labels: &dyn Readable) -> Result<u32>;
     fn order(&self, labels: &dyn Readable, k: usize, plan: &Sort, to: Target<'_>) -> Result<()>;

@@ -59,6 +59,10 @@ pub enum Devices {
 pub(crate) const ROUNDS: u64 = 5;
 pub(crate) const OVERSAMPLING: f64 = 2.0;
 
+/// The passes of k-means|| over rows in blocks: one finds the first row, one draws each round, and the last one weighs what was drawn. Where
+/// there are fewer distinct rows than clusters it takes more.
+pub(crate) const PARALLEL_PASSES: u64 = 1 + ROUNDS + 1;
+
 /// Rows that k-means|| draws, at most but for luck: the count of a round is about Poisson's.
 pub(crate) fn drawn(k: u64) -> u64 {
     let mean = ROUNDS as f64 * OVERSAMPLING * k as f64;

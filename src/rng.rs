@@ -43,6 +43,9 @@ fn negative_ln(u: f64) -> f64 {
     -(e as f64 * std::f64::consts::LN_2 + 2.0 * s * series)
 }
 
+/// The largest key of a row that may be drawn; others have larger ones.
+pub(crate) const RACED: f64 = 1e300;
+
 /// The key of a row in an exponential race: the row with the smallest key is a sample with probability proportional to
 /// `weight * nearest`, and those with the smallest keys a sample without replacement (Efraimidis and Spirakis 2006).
 /// Rows already taken (`nearest < 0`) never win; others of no probability win only when nothing else is left: first those that
@@ -53,7 +56,7 @@ pub(crate) fn race_key(draw: Draw, batch: usize, row: usize, nearest: f64, weigh
     if nearest < 0.0 {
         f64::INFINITY
     } else if p > 0.0 {
-        (exponential(draw, batch, row) / p).min(1e300)
+        (exponential(draw, batch, row) / p).min(RACED)
     } else if weight > 0.0 {
         2e300
     } else if weight < 0.0 {

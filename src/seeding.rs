@@ -94,7 +94,7 @@ fn weighted(x: &Rows, k: usize, weights: Option<&Tensor>, seed: u64) -> Result<T
     let zeros = Tensor::zeros((x.b, x.n), DType::F64, x.device())?;
     let ones = primitives::elementwise([&zeros], |[zeros]| zeros.affine(0.0, 1.0))?;
     drop(zeros);
-    let keys = primitives::exponential_race_keys(&ones, weights, Draw { seed, round: 0 })?.to_vec2::<f64>()?;
+    let keys = primitives::exponential_race_keys(&ones, weights, Draw { seed, round: 0 }, 0)?.to_vec2::<f64>()?;
     let mut chosen = Vec::with_capacity(x.b * k);
     for keys in keys {
         let mut rows: Vec<u32> = (0..x.n as u32).collect();
@@ -146,11 +146,10 @@ fn mix_batch(seed: u64, b: usize) -> u64 {
 }
 
 fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, seed: u64) -> Result<Tensor> {
-    let spread = if metric == Metric::Dot { Metric::SquaredEuclidean } else { metric };
+    let spread = spread(metric);
     let mut candidates = plus_plus(x, 1, weights, metric, seed)?;
     let everywhere = |v: f64| Tensor::new(v, x.device())?.broadcast_as((1, x.n));
-    let (zero, taken) = (everywhere(0.0)?, everywhere(-1.0)?);
-    let positive = |t: &Tensor| t.gt(0.0)?.where_cond(t, &zero);
+    let taken = everywhere(-1.0)?;
     // A row that was drawn is at -1 from then on, whatever its distance to itself is rounded to.
     let mut nearest =
         primitives::min_distance_with(x, &everywhere(f64::INFINITY)?.contiguous()?, &candidates.reshape(1)?, metric)?;
@@ -163,9 +162,8 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
         if total <= 0.0 {
             break;
         }
-        // Key below t: probability 1 - exp(-t p), the Poisson form of the paper's min(1, l p / total).
-        let below = OVERSAMPLING * k as f64 / total;
-        let skipped = primitives::exponential_race_keys(&nearest, weights, Draw { seed, round })?.ge(below)?;
+        let below = below(k, total);
+        let skipped = primitives::exponential_race_keys(&nearest, weights, Draw { seed, round }, 0)?.ge(below)?;
         let (order, offsets) = primitives::sorted(&skipped.to_dtype(DType::U32)?, 2)?;
         let count = offsets.to_vec2::<u32>()?[0][1] as usize;
         if count == 0 {
@@ -193,6 +191,31 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
         Some(w) => primitives::cluster_sums(&positive(w)?, Some(&order))?,
         None => primitives::cluster_sizes(&order.offsets)?.to_dtype(DType::F64)?,
     };
-    let chosen = plus_plus(&rows, k, Some(&share), metric, seed)?;
-    primitives::gather(&rows, &chosen)
+    choose(&rows, k, &share, metric, seed)
+}
+
+/// The centroids that weighted k-means++ chooses from candidates of k-means||, whose weights are f64 `(1, n)`.
+pub(crate) fn choose(candidates: &Rows, k: usize, weights: &Tensor, metric: Metric, seed: u64) -> Result<Tensor> {
+    let chosen = plus_plus(candidates, k, Some(weights), metric, seed)?;
+    primitives::gather(candidates, &chosen)
+}
+
+/// The metric of the distances that rows are drawn by: a dot product is no spread.
+pub(crate) fn spread(metric: Metric) -> Metric {
+    if metric == Metric::Dot {
+        Metric::SquaredEuclidean
+    } else {
+        metric
+    }
+}
+
+/// Rows with a key below this are those of a round, given the total of what they are drawn by. A key is below t with probability
+/// 1 - exp(-t p), the Poisson form of the paper's min(1, l p / total).
+pub(crate) fn below(k: usize, total: f64) -> f64 {
+    OVERSAMPLING * k as f64 / total
+}
+
+/// Numbers above 0, and 0 in the place of others.
+pub(crate) fn positive(t: &Tensor) -> candle_core::Result<Tensor> {
+    t.gt(0.0)?.where_cond(t, &Tensor::new(0.0, t.device())?.broadcast_as(t.shape())?)
 }

@@ -79,8 +79,14 @@ impl Backend for Cpu {
         seed::min_distance_with(x, nearest, newest, metric)
     }
 
-    fn exponential_race_keys(&self, nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
-        seed::exponential_race_keys(nearest, weights, draw)
+    fn exponential_race_keys(
+        &self,
+        nearest: &Tensor,
+        weights: Option<&Tensor>,
+        draw: Draw,
+        first: usize,
+    ) -> Result<Tensor> {
+        seed::exponential_race_keys(nearest, weights, draw, first)
     }
 
     fn kmeanspp_step(&self, p: &KmeansppStep<'_>, _: &Memory) -> Result<()> {

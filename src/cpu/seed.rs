@@ -63,12 +63,17 @@ pub(crate) fn min_distance_with(x: &Rows, nearest: &Tensor, newest: &Tensor, met
     })
 }
 
-pub(crate) fn exponential_race_keys(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
+pub(crate) fn exponential_race_keys(
+    nearest: &Tensor,
+    weights: Option<&Tensor>,
+    draw: Draw,
+    first: usize,
+) -> Result<Tensor> {
     let (b, n) = nearest.dims2()?;
     let [near, each] = lock([nearest, weights.unwrap_or(nearest)]);
     let (near, weights) = (near.flat::<f64>()?, weights.map(|_| each.flat::<f64>()).transpose()?);
     per_row("race", [b, n], RACE_STEPS, |b, i| {
-        race_key(draw, b, i, near[b * n + i], weights.map_or(1.0, |w| w[b * n + i]))
+        race_key(draw, b, first + i, near[b * n + i], weights.map_or(1.0, |w| w[b * n + i]))
     })
 }
 

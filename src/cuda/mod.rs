@@ -135,8 +135,14 @@ impl Backend for Cuda {
         seed::min_distance_with(x, nearest, newest, metric)
     }
 
-    fn exponential_race_keys(&self, nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
-        seed::exponential_race_keys(nearest, weights, draw)
+    fn exponential_race_keys(
+        &self,
+        nearest: &Tensor,
+        weights: Option<&Tensor>,
+        draw: Draw,
+        first: usize,
+    ) -> Result<Tensor> {
+        seed::exponential_race_keys(nearest, weights, draw, first)
     }
 
     fn kmeanspp_step(&self, p: &KmeansppStep<'_>, memory: &Memory) -> Result<()> {

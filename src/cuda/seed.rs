@@ -44,14 +44,20 @@ pub(crate) fn min_distance_with(x: &Rows, nearest: &Tensor, newest: &Tensor, met
     })
 }
 
-pub(crate) fn exponential_race_keys(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
+pub(crate) fn exponential_race_keys(
+    nearest: &Tensor,
+    weights: Option<&Tensor>,
+    draw: Draw,
+    first: usize,
+) -> Result<Tensor> {
     let dev = device(nearest)?;
     let (b, n) = nearest.dims2()?;
     let mut out = alloc::<f64>(dev, "race", elements(&[b, n]))?;
     let (nearest, weights) = (read(nearest), weights.map(read));
     let weights = weights.as_ref().map(|w| w.view::<f64>()).transpose()?;
     launch!(dev, Seed, "race_keys", "", elements(&[b, n]).div_ceil(THREADS), THREADS;
-        &nearest.view::<f64>()?, Nullable(&weights), &(b as i64), &(n as i64), &draw.seed, &draw.round, &mut out)?;
+        &nearest.view::<f64>()?, Nullable(&weights), &(b as i64), &(n as i64), &(first as i64), &draw.seed,
+        &draw.round, &mut out)?;
     Ok(tensor(dev, out, (b, n)))
 }
 

@@ -20,6 +20,8 @@ pub enum Pass {
     Bounds,
     /// The variance is found that [`tol`](crate::KMeans::tol) is a share of.
     Variance,
+    /// A run draws where it starts from all rows, by [k-means||](crate::Init::KMeansParallel). Passes are counted from 1.
+    Start { run: usize, pass: usize },
     /// Rows are assigned to the centroids that are there, and added up for those of this iteration.
     Iteration { run: usize, iteration: usize, max_iters: usize },
     /// Another pass of the iteration, since it [relocates](crate::EmptyClusters::Relocate) empty clusters.
@@ -36,6 +38,10 @@ impl fmt::Display for Pass {
         match *self {
             Self::Bounds => write!(f, "bounds"),
             Self::Variance => write!(f, "variance"),
+            Self::Start { run, pass } => {
+                in_run(f, run)?;
+                write!(f, "start, pass {pass}")
+            }
             Self::Iteration { run, iteration, max_iters } | Self::Relocation { run, iteration, max_iters } => {
                 in_run(f, run)?;
                 write!(f, "iteration {iteration}")?;

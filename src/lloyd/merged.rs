@@ -3,6 +3,7 @@
 use super::{
     accumulate::{mantissa_bits, Bounds},
     feed::{Block, Feed, Pass},
+    kmeans_parallel,
     outcome::Outcome,
     prepared::RUNNING,
     state::{State, Watch},
@@ -263,6 +264,11 @@ impl<'a> Merged<'a> {
             Tensor::full(settings.tol / p.d as f64, p.b, device)?
         };
         Ok(Self { whole, found, terms, threshold })
+    }
+
+    /// The centroids, `(1, k, d)`, that a run starts from by k-means||. A problem without a batch.
+    pub fn parallel_start(&self, feed: &mut dyn BlockFeed, run: usize) -> Result<Tensor> {
+        kmeans_parallel::start(self.whole, feed, run)
     }
 
     /// A run of the loop from `start` on, and what comes of it; labels are those of this rank, `(b, n)`. `watch` sees how far it has

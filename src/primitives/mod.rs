@@ -239,9 +239,15 @@ pub(crate) fn min_distance_with(x: &Rows, nearest: &Tensor, newest: &Tensor, met
     on(x.device(), "min_distance_with")?.min_distance_with(x, nearest, newest, metric)
 }
 
-/// The keys of an exponential race won with probability proportional to `weight * nearest`, f64 `(b, n)`.
-pub(crate) fn exponential_race_keys(nearest: &Tensor, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
-    on(nearest.device(), "exponential_race_keys")?.exponential_race_keys(nearest, weights, draw)
+/// The keys of an exponential race won with probability proportional to `weight * nearest`, f64 `(b, n)`, for rows of which the first is
+/// number `first` of its problem.
+pub(crate) fn exponential_race_keys(
+    nearest: &Tensor,
+    weights: Option<&Tensor>,
+    draw: Draw,
+    first: usize,
+) -> Result<Tensor> {
+    on(nearest.device(), "exponential_race_keys")?.exponential_race_keys(nearest, weights, draw, first)
 }
 
 /// A pick of k-means++: the one before is folded into `nearest` as [`min_distance_with`] does, and all rows race. At a `start` nothing is

@@ -60,8 +60,8 @@ impl Epochs {
 }
 
 impl MiniBatch {
-    /// Mini-batch k-means (Sculley 2010) of a source: starts where [`KMeans::fit_stream`] does with this `init` and seed, in clusters that
-    /// have had no rows yet, and [steps](Self::step_stream) through the passes. Weights of rows count in each step.
+    /// Mini-batch k-means (Sculley 2010) of a source: starts where [`KMeans::fit_stream`] does with this `init` and seed (by k-means|| from
+    /// a sample, as by k-means++), in clusters that have had no rows yet, and [steps](Self::step_stream) through the passes. Weights of rows count in each step.
     ///
     /// Iterations, their end and empty clusters have no part in it. A row that is not finite weighs nothing, whatever
     /// [`check_finite`](KMeans::check_finite) says.

@@ -24,8 +24,8 @@ use std::{fmt, ops::Range};
 pub struct StreamPlan {
     /// The parts of the devices, in the order of their rows.
     pub devices: Vec<DevicePlan>,
-    /// The most passes over all rows, but for those that look for rows for empty clusters; none where
-    /// [`max_iters`](crate::KMeans::max_iters) sets no limit.
+    /// The most passes over all rows, but for those that look for rows for empty clusters, and those of k-means|| that look for as many
+    /// distinct ones as there are clusters; none where [`max_iters`](crate::KMeans::max_iters) sets no limit.
     pub max_passes: Option<u64>,
     passes: Passes,
 }

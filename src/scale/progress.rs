@@ -1,7 +1,7 @@
 //! How far a stream has come, for whoever shows it.
 
 use crate::{
-    kmeans::{EmptyClusters, KMeans},
+    kmeans::{EmptyClusters, Init, KMeans, PARALLEL_PASSES},
     lloyd::feed::Pass,
     metric::Metric,
 };
@@ -25,7 +25,7 @@ pub struct StreamProgress {
     pub rows: u64,
     /// Rows that it has in all.
     pub of_rows: u64,
-    /// Bytes of rows that were read for it, as [`Source::read`] gives them. Rows that stay on the device are not read.
+    /// Bytes of rows that were read for it, as [`Source::read`](crate::Source::read) gives them. Rows that stay on the device are not read.
     pub bytes: u64,
     /// The time since it began.
     pub elapsed: Duration,
@@ -93,10 +93,13 @@ impl fmt::Debug for OnProgress {
     }
 }
 
-/// The passes that a call makes, at most but for those that look for rows for empty clusters.
+/// The passes that a call makes, at most but for those that look for rows for empty clusters, or for as many distinct ones as there are
+/// clusters to start from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Passes {
     variance: bool,
+    /// Of a run, before its iterations.
+    of_start: u64,
     runs: u64,
     /// None where there is no limit.
     max_iters: Option<u64>,
@@ -105,11 +108,15 @@ pub(super) struct Passes {
 
 impl Passes {
     /// Of rows that are only labelled, or that a mini-batch takes.
-    pub const ONE: Self = Self { variance: false, runs: 1, max_iters: Some(0), of_iteration: 1 };
+    pub const ONE: Self = Self { variance: false, of_start: 0, runs: 1, max_iters: Some(0), of_iteration: 1 };
 
     pub fn of_fit(settings: &KMeans) -> Self {
         Self {
             variance: settings.tol > 0.0 && settings.metric != Metric::Cosine,
+            of_start: match settings.init {
+                Init::KMeansParallel => PARALLEL_PASSES,
+                _ => 0,
+            },
             runs: settings.n_init as u64,
             max_iters: Some(settings.max_iters as u64).filter(|&max_iters| max_iters < u64::from(u32::MAX)),
             of_iteration: 1 + u64::from(settings.empty == EmptyClusters::Relocate),
@@ -126,7 +133,7 @@ impl Passes {
         let of_iterations = |count: u64| count.checked_mul(self.of_iteration)?.checked_add(1);
         let of_runs = |runs: u64| match runs {
             0 => Some(0),
-            _ => runs.checked_mul(of_iterations(self.max_iters?)?),
+            _ => runs.checked_mul(of_iterations(self.max_iters?)?.checked_add(self.of_start)?),
         };
         let iterations_after = |run: usize, iteration: usize| {
             of_iterations(self.max_iters?.saturating_sub(iteration as u64))?
@@ -135,6 +142,9 @@ impl Passes {
         match pass {
             Pass::Bounds => of_runs(self.runs)?.checked_add(u64::from(self.variance)),
             Pass::Variance => of_runs(self.runs),
+            Pass::Start { run, pass } => {
+                iterations_after(run, 0)?.checked_add(self.of_start.saturating_sub(pass as u64))
+            }
             Pass::Iteration { run, iteration, .. } => {
                 iterations_after(run, iteration)?.checked_add(self.of_iteration - 1)
             }
@@ -153,6 +163,9 @@ impl fmt::Display for Passes {
         }
         if self.runs > 1 {
             write!(f, "{} times ", self.runs)?;
+        }
+        if self.of_start > 0 {
+            write!(f, "{} of k-means|| and ", self.of_start)?;
         }
         match self.max_iters {
             Some(max_iters) => write!(f, "at most {max_iters} iterations")?,
@@ -270,11 +283,16 @@ mod tests {
         let iteration = |run, iteration| Pass::Iteration { run, iteration, max_iters: 5 };
         let plain = KMeans::new(2).max_iters(5).n_init(3);
         let relocating = plain.clone().empty_clusters(EmptyClusters::Relocate);
+        let parallel = plain.clone().init(Init::KMeansParallel);
         for (settings, pass, left) in [
             (&plain, Pass::Bounds, Some(1 + 18)),
             (&plain.clone().tol(0.0), Pass::Bounds, Some(18)),
             (&plain.clone().metric(Metric::Cosine), Pass::Bounds, Some(18)),
             (&plain, Pass::Variance, Some(18)),
+            (&parallel, Pass::Bounds, Some(1 + 3 * (7 + 6))),
+            (&parallel, Pass::Start { run: 1, pass: 2 }, Some(5 + 6 + 7 + 6)),
+            (&parallel, Pass::Start { run: 2, pass: 9 }, Some(6)),
+            (&parallel, Pass::Labels { run: 1 }, Some(7 + 6)),
             (&plain, iteration(0, 1), Some(4 + 1 + 12)),
             (&plain, iteration(2, 5), Some(1)),
             (&plain, Pass::Labels { run: 1 }, Some(6)),

@@ -50,10 +50,12 @@ impl KMeans {
     /// A fit that takes hours may go on after its process has ended: see [`Checkpoint`](crate::Checkpoint).
     ///
     /// # Where it starts
-    /// Given centroids, evenly spaced rows and random rows without weights are those of [`fit`](Self::fit). k-means++, k-means|| and
-    /// random rows with weights are chosen from a sample: 16 rows for each centroid, but at least 65,536, drawn uniformly. Of fewer
-    /// rows it is all, and the start that of `fit`. The sample is on the device before other rows are, whatever the memory that is
-    /// allowed.
+    /// Given centroids, evenly spaced rows, random rows without weights and k-means|| are those of [`fit`](Self::fit). k-means|| takes
+    /// seven passes for each run: one for the first row, five that draw about `2k` each, and one that weighs them; and another for each
+    /// row that lacks where fewer than `k` were drawn. It keeps nothing of a row between passes, on the device it has some dozens of
+    /// bytes for each of at most 2^20 rows at a time, and on the host the rows that were drawn. k-means++ and random rows with weights are
+    /// chosen from a sample: 16 rows for each centroid, but at least 65,536, drawn uniformly. Of fewer rows it is all, and the start
+    /// that of `fit`. The sample is on the device before other rows are, whatever the memory that is allowed.
     ///
     /// # Errors
     /// As [`fit`](Self::fit), and those of [`Source::read`]. [Weights](Self::sample_weights) are a tensor on the CPU;
@@ -78,11 +80,7 @@ impl KMeans {
     pub fn fit_stream(&self, source: &Source<'_>, options: &StreamOptions) -> Result<Fit> {
         let options = &options.opened()?;
         let device = options.device();
-        let settings = &match &self.init {
-            // Where they are does not matter to rows that are elsewhere.
-            Init::Given(c) => self.clone().init(Init::Given(c.to_device(device)?)),
-            _ => self.clone(),
-        };
+        let settings = &self.starting_on(device)?;
         let p = check_stream(settings, source, options)?;
         let fence = Fence::default();
         fence.write(device)?;
@@ -96,10 +94,12 @@ impl KMeans {
             (first, best) = (state.run, end);
             starts.push(state);
         }
-        for run in first + starts.len()..settings.n_init {
+        // k-means|| takes passes over all rows.
+        let parallel = matches!(settings.init, Init::KMeansParallel);
+        for run in first + starts.len()..if parallel { 0 } else { settings.n_init } {
             starts.push(State::start(run, seeds.centroids(run)?.to_device(&Device::Cpu)?)?);
         }
-        let shared = Shared { settings, p: &p, source, options, weights, starts, best };
+        let shared = Shared { settings, p: &p, source, options, weights, first, starts, best };
         // The first rank writes them.
         let checkpoints = Mutex::new(checkpoints);
         let fits = options.place().run(|device, ranks| {
@@ -137,13 +137,23 @@ impl KMeans {
     /// ```
     pub fn plan_stream(&self, source: &Source<'_>, options: &StreamOptions) -> Result<StreamPlan> {
         let options = &options.opened()?;
-        let p = check_stream(self, source, options)?;
+        let p = check_stream(&self.starting_on(options.device())?, source, options)?;
         let of_device = |(device, rows)| {
             let whole = Whole { settings: self, p: &p, device, weights: None, all_counted: true };
             DevicePlan::new(&whole, source, options, rows)
         };
         let devices = options.place().shares(p.n).map(of_device).collect::<Result<_>>()?;
         Ok(StreamPlan::new(devices, Passes::of_fit(self)))
+    }
+}
+
+impl KMeans {
+    /// The same with given centroids on this device: where they are does not matter to rows that are elsewhere.
+    fn starting_on(&self, device: &Device) -> Result<Self> {
+        Ok(match &self.init {
+            Init::Given(c) => self.clone().init(Init::Given(c.to_device(device)?)),
+            _ => self.clone(),
+        })
     }
 }
 
@@ -155,7 +165,9 @@ struct Shared<'a> {
     options: &'a StreamOptions,
     /// On the CPU.
     weights: Option<&'a Weights>,
-    /// Where the runs start that are left, on the CPU.
+    /// The first run that is left.
+    first: usize,
+    /// Where these runs start, on the CPU; those of k-means|| that have begun.
     starts: Vec<State>,
     /// The end of the best of those before.
     best: Option<State>,
@@ -164,7 +176,7 @@ struct Shared<'a> {
 impl Shared<'_> {
     /// What a rank makes of its rows: the fit, with their labels, on the CPU.
     fn fit(&self, device: &Device, ranks: &dyn Ranks, mut checkpoints: Option<&mut Checkpoints<'_>>) -> Result<Fit> {
-        let Self { settings, p, source, options, weights, starts, best } = self;
+        let Self { settings, p, source, options, weights, first, starts, best } = self;
         if options.place().is_launched() {
             // Each process has its own settings, and has read checkpoints for itself.
             agree(ranks, &Fingerprint::new(settings, p)?, starts.first())?;
@@ -192,9 +204,12 @@ impl Shared<'_> {
         }
         let on_cpu = |fit: Fit| fit.to_device(&Device::Cpu)?.with_batch(&[]);
         let best = best.as_ref().map(|end| on_cpu(merged.fit(&mut feed, end, &mut |_, _| Ok(()))?.1)).transpose()?;
-        let first = settings.n_init - starts.len();
-        let fit = settings.best_run(first, best, |run, best| {
-            let start = &starts[run - first];
+        let fit = settings.best_run(*first, best, |run, best| {
+            let begun = match starts.get(run - first) {
+                Some(_) => None,
+                None => Some(State::start(run, merged.parallel_start(&mut feed, run)?)?),
+            };
+            let start = begun.as_ref().unwrap_or_else(|| &starts[run - first]);
             if let Some(checkpoints) = &mut checkpoints {
                 checkpoints.begin_run(best, start)?;
             }

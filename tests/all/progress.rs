@@ -48,6 +48,15 @@ fn every_pass_is_reported() {
             (plain.clone(), vec![Pass::Bounds, iteration(0, 1), iteration(0, 2), Pass::Labels { run: 0 }]),
             (plain.clone().tol(1e-9).max_iters(0), vec![Pass::Bounds, Pass::Variance, Pass::Labels { run: 0 }]),
             (
+                plain.clone().max_iters(0).init(Init::KMeansParallel),
+                [
+                    vec![Pass::Bounds],
+                    (1..=7).map(|pass| Pass::Start { run: 0, pass }).collect(),
+                    vec![Pass::Labels { run: 0 }],
+                ]
+                .concat(),
+            ),
+            (
                 plain.clone().max_iters(0).n_init(2).metric(Metric::Cosine),
                 vec![Pass::Bounds, Pass::Labels { run: 0 }, Pass::Labels { run: 1 }],
             ),

@@ -44,6 +44,8 @@ fn ranks_that_share_a_stream_have_the_bits_of_one() {
             plain.clone(),
             plain.clone().tol(0.0).max_iters(0),
             plain.clone().init(Init::KMeansPlusPlus).n_init(3),
+            plain.clone().init(Init::KMeansParallel).sample_weights(&weights),
+            plain.clone().init(Init::KMeansParallel).check_finite(false),
             plain.clone().check_finite(false).sample_weights(&weights),
             plain.clone().empty_clusters(EmptyClusters::Relocate).init(Init::Given(away)),
         ];
@@ -68,7 +70,7 @@ fn ranks_without_rows_have_nothing_to_add() {
     for (n, ranks) in [(3, 8), (4, 5), (7, 8), (8, 8), (1, 4), (1000, 7), (16, 16)] {
         let x = blobs(&[n, 4], 3, DType::F32, &mut rng);
         let source = Source::from_tensor(&x).unwrap();
-        for init in [Init::Random, Init::Even, Init::KMeansPlusPlus] {
+        for init in [Init::Random, Init::Even, Init::KMeansPlusPlus, Init::KMeansParallel] {
             for empty in [EmptyClusters::Keep, EmptyClusters::Relocate] {
                 let settings = KMeans::new(n.min(3)).init(init.clone()).empty_clusters(empty);
                 let whole = settings.fit(&x).unwrap();

@@ -90,7 +90,7 @@ fn a_stream_has_the_bits_of_the_fit_in_memory() {
                 plain.clone().tol(0.0).max_iters(0),
                 plain.clone().init(Init::Even).max_iters(1),
                 plain.clone().init(Init::KMeansPlusPlus).n_init(3),
-                plain.clone().init(Init::KMeansParallel),
+                plain.clone().init(Init::KMeansParallel).n_init(2),
                 plain.clone().check_finite(false),
                 plain.clone().empty_clusters(EmptyClusters::Relocate).init(Init::Given(crowded)),
             ];
@@ -100,7 +100,7 @@ fn a_stream_has_the_bits_of_the_fit_in_memory() {
                 let what = format!("{metric:?} {dtype:?}, setting {i} on {:?}", device.location());
                 assert_streams(&settings, &source, &device, &settings.fit(&on(&x)).unwrap(), &what);
             }
-            for init in [Init::Random, Init::Even, Init::KMeansPlusPlus] {
+            for init in [Init::Random, Init::Even, Init::KMeansPlusPlus, Init::KMeansParallel] {
                 let what = format!("{metric:?} {dtype:?}, weights and {init:?} on {:?}", device.location());
                 let settings = plain.clone().init(init);
                 let whole = settings.clone().sample_weights(&on(&weights)).fit(&on(&x)).unwrap();
@@ -152,7 +152,7 @@ fn terms_of_all_magnitudes_stream() {
                 _ => (i * 37 % 101) as f64 / 50.0 - 1.0,
             });
             for device in devices() {
-                for init in [Init::Random, Init::Even, Init::KMeansPlusPlus] {
+                for init in [Init::Random, Init::Even, Init::KMeansPlusPlus, Init::KMeansParallel] {
                     let settings = KMeans::new(5).metric(metric).check_finite(finite).init(init);
                     let what = format!("{settings:?} {dtype:?} on {:?}", device.location());
                     let whole = settings.fit(&x.to_device(&device).unwrap()).unwrap();
@@ -163,7 +163,7 @@ fn terms_of_all_magnitudes_stream() {
     }
 }
 
-/// Of a sample are only the rows that k-means++ chooses from.
+/// Of a sample are only the rows that k-means++ chooses from, and of all those of k-means||.
 #[test]
 fn samples_are_the_same_however_rows_are_cut() {
     let x = blobs(&[70_000, 2], 4, DType::F16, &mut rng(3));
@@ -176,7 +176,52 @@ fn samples_are_the_same_however_rows_are_cut() {
                 let fit = settings.fit_stream(&source, &options(&device, &source, rows, staying)).unwrap();
                 let start = KMeans::new(4).init(Init::Given(x.narrow(0, 0, 4).unwrap())).max_iters(0).fit(&x).unwrap();
                 assert!(f64s(&fit.inertia)[0] < f64s(&start.inertia)[0]);
+                if matches!(init, Init::KMeansParallel) {
+                    assert_same_fit(&fit, &settings.fit(&x).unwrap(), "in memory");
+                }
                 assert_same_fit(first.get_or_insert_with(|| fit.clone()), &fit, &format!("{init:?} on {device:?}"));
+            }
+        }
+    }
+}
+
+/// k-means|| where little can be drawn: too few distinct rows, distances whose total is infinite or hardly anything, rows of which few
+/// weigh anything. In memory, block by block and by several ranks it draws the same.
+#[test]
+fn rounds_draw_from_blocks_what_they_draw_from_all_rows() {
+    let mut rng = rng(10);
+    let (n, k) = (230, 12);
+    let spread = blobs(&[n, 3], 9, DType::F64, &mut rng);
+    let few = tensor(&[n, 3], DType::F64, |i| (i / 3 % 5) as f64);
+    let late = tensor(&[n, 3], DType::F64, |i| if i / 3 < 150 { 2.0 } else { (i % 97) as f64 });
+    let one_far = tensor(&[n, 3], DType::F64, |i| if i / 3 == 77 { 1e9 } else { (i % 89) as f64 });
+    for (name, x) in [
+        ("spread", spread.clone()),
+        ("few", few),
+        ("late", late),
+        ("one far", one_far),
+        ("infinite", (&spread * 1e200).unwrap()),
+        ("next to nothing", (&spread * 1e-152).unwrap()),
+        ("subnormal", (&spread * 1e-160).unwrap()),
+        ("nothing", (&spread * 1e-190).unwrap()),
+    ] {
+        let source = Source::from_tensor(&x).unwrap();
+        for (metric, weighted) in MERGING.into_iter().flat_map(|m| [(m, false), (m, true)]) {
+            let settings = KMeans::new(k).metric(metric).init(Init::KMeansParallel).max_iters(2).seed(3);
+            let weights = tensor(&[n], DType::F64, |i| if i % 9 == 4 { 1.0 + i as f64 } else { 0.0 });
+            let with = |weights: &Tensor| match weighted {
+                true => settings.clone().sample_weights(weights),
+                false => settings.clone(),
+            };
+            for device in devices() {
+                let on = |t: &Tensor| t.to_device(&device).unwrap();
+                let whole = with(&on(&weights)).fit(&on(&x)).unwrap();
+                for (rows, ranks) in [(n, 1), (50, 1), (7, 1), (20, 3)] {
+                    let options = on_each(&vec![device.clone(); ranks]).block_rows(rows).memory(24 * 10 * rows);
+                    let what =
+                        format!("{name}, {metric:?}, weights {weighted}, {rows} rows, {ranks} ranks on {device:?}");
+                    assert_same_fit(&with(&weights).fit_stream(&source, &options).expect(&what), &whole, &what);
+                }
             }
         }
     }
@@ -195,6 +240,8 @@ fn only_what_does_not_stay_is_read_again() {
             (KMeans::new(3).tol(0.0).max_iters(2), 3, 3),
             (KMeans::new(3).tol(0.0).max_iters(2).init(Init::KMeansPlusPlus), 3, 100),
             (KMeans::new(3).tol(0.0).max_iters(2).n_init(2), 6, 6),
+            (KMeans::new(3).tol(0.0).max_iters(2).init(Init::KMeansParallel), 7 + 3, 0),
+            (KMeans::new(3).tol(0.0).max_iters(2).init(Init::KMeansParallel).n_init(2), 2 * (7 + 3), 0),
         ] {
             let read = AtomicU64::new(0);
             let source = counted(&x, &read);
