@@ -135,15 +135,31 @@ struct Loss {
     reason: String,
 }
 
+impl Loss {
+    /// Of nobody knows which rank.
+    fn of(error: &Error) -> Self {
+        let reason = match error {
+            Error::InRank { source, .. } => source.to_string(),
+            e => e.to_string(),
+        };
+        Self { rank: None, reason }
+    }
+}
+
 impl Watch {
-    fn new(comm: Comm, rank: usize, ranks: usize) -> Self {
+    fn new(mut comm: Comm, rank: usize, ranks: usize) -> Self {
         let now = Mutex::new(Now { sign: Sign::Working, loss: None });
         let state = Arc::new(State { now, changed: Condvar::new() });
+        // The other communicator hangs as well, until whoever waits there hears of it.
+        comm.tell_before_abort({
+            let state = state.clone();
+            move |e| state.lose(Loss::of(e))
+        });
         let thread = thread::spawn({
             let state = state.clone();
             move || {
                 if let Err(loss) = state.exchange_signs(&comm, rank, ranks) {
-                    state.now().loss.get_or_insert(loss);
+                    state.lose(loss);
                 }
             }
         });
@@ -154,6 +170,10 @@ impl Watch {
 impl State {
     fn now(&self) -> MutexGuard<'_, Now> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lose(&self, loss: Loss) {
+        self.now().loss.get_or_insert(loss);
     }
 
     /// Says how this rank has ended, and returns whether nothing had been said.
@@ -177,11 +197,7 @@ impl State {
             let sign = self.now().sign;
             let deadline = Deadline::of(rank, ranks, PATIENCE, "to give a sign of life");
             let check: Check<'_> = &|| deadline.check();
-            let silent = |e| match e {
-                Error::InRank { source, .. } => Loss { rank: None, reason: source.to_string() },
-                e => Loss { rank: None, reason: e.to_string() },
-            };
-            let signs = comm.gather(&[f64::from(sign as u8)], check).map_err(silent)?;
+            let signs = comm.gather(&[f64::from(sign as u8)], check).map_err(|e| Loss::of(&e))?;
             if let Some(failed) = signs.iter().position(|&other| other == f64::from(Sign::Failed as u8)) {
                 let reason = "it has failed, as its own error tells".into();
                 return if failed == rank { Ok(()) } else { Err(Loss { rank: Some(failed), reason }) };

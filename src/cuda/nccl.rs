@@ -86,6 +86,9 @@ impl Ranks for Joined<'_> {
 /// A reason to wait no longer for the other ranks.
 pub(super) type Check<'a> = &'a dyn Fn() -> Result<()>;
 
+/// Who is told why a communicator is aborted.
+type Told = Box<dyn Fn(&Error) + Send>;
+
 /// A rank's end of a communicator.
 pub(super) struct Comm {
     /// None once it has been aborted.
@@ -95,6 +98,9 @@ pub(super) struct Comm {
     event: Event,
     rank: usize,
     ranks: usize,
+    /// Is told why before the communicator is aborted. Aborting frees memory, for which the driver waits for all that runs on the device,
+    /// so that of two communicators that hang neither can be aborted before somebody aborts the other.
+    before_abort: Option<Told>,
 }
 
 // SAFETY: any thread may use a communicator, one at a time.
@@ -110,7 +116,8 @@ impl Comm {
         // SAFETY: both are written while this waits; the context of the device is current.
         let begun = unsafe { result::comm_init_rank_config(&mut comm, count, id, own, &mut config) };
         begun.map_err(|e| refused("ncclCommInitRankConfig", e.0))?;
-        let comm = Self { comm: Cell::new(Some(comm)), dev: dev.clone(), side, event, rank, ranks };
+        let (comm, dev) = (Cell::new(Some(comm)), dev.clone());
+        let comm = Self { comm, dev, side, event, rank, ranks, before_abort: None };
         comm.settle("ncclCommInitRankConfig", check)?;
         Ok(comm)
     }
@@ -126,7 +133,7 @@ impl Comm {
         begun.result().map_err(|e| refused("ncclCommSplit", e.0))?;
         self.settle("ncclCommSplit", check)?;
         let (comm, dev) = (Cell::new(Some(comm)), self.dev.clone());
-        Ok(Self { comm, dev, side, event, rank: self.rank, ranks: self.ranks })
+        Ok(Self { comm, dev, side, event, rank: self.rank, ranks: self.ranks, before_abort: None })
     }
 
     /// Replaces sums, pairs of the halves of 128-bit integers, by those of all ranks. NCCL adds integers of 64 bits, so a sum goes as
@@ -178,6 +185,11 @@ impl Comm {
         Ok(all)
     }
 
+    /// Lets `f` know why before it is aborted.
+    pub fn tell_before_abort(&mut self, f: impl Fn(&Error) + Send + 'static) {
+        self.before_abort = Some(Box::new(f));
+    }
+
     fn handle(&self) -> Result<ncclComm_t> {
         self.comm.get().ok_or_else(|| lost(self.rank, self.ranks, "the communicator has been aborted".into()))
     }
@@ -223,6 +235,9 @@ impl Comm {
                 Ok(false) if start.elapsed() < SPINNING => std::hint::spin_loop(),
                 Ok(false) => thread::sleep(PAUSE),
                 Err(e) => {
+                    if let Some(f) = &self.before_abort {
+                        f(&e);
+                    }
                     self.abort();
                     return Err(e);
                 }

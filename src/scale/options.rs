@@ -15,14 +15,8 @@ use crate::{
 use candle_core::Device;
 use std::ops::Range;
 
-/// Bytes of a block of rows: of a GPU so many that its kernels are about as fast as on all rows.
-fn block_bytes(device: &Device) -> usize {
-    if device.is_cpu() {
-        64 << 20
-    } else {
-        256 << 20
-    }
-}
+/// Bytes of a block of rows: enough that a GPU works longer on them than it takes to launch what does.
+const BLOCK_BYTES: usize = 64 << 20;
 
 /// Memory for rows on the CPU, of which nobody says how much is free.
 const CPU_BYTES: usize = 4 << 30;
@@ -46,7 +40,7 @@ pub struct StreamOptions {
 
 impl StreamOptions {
     /// On this device: rows take up to three quarters of the memory that is free on a GPU when the fit begins, less what it has of
-    /// each row besides, and up to 4 GiB on the CPU. A block of them is 256 MiB on a GPU and 64 MiB on the CPU.
+    /// each row besides, and up to 4 GiB on the CPU. A block of them is 64 MiB.
     pub fn new(device: &Device) -> Self {
         Self::at(Place::One(device.clone()))
     }
@@ -174,7 +168,7 @@ impl StreamOptions {
                 None => CPU_BYTES,
             },
         };
-        let rows = self.block_rows.unwrap_or(block_bytes(device) / row_bytes);
+        let rows = self.block_rows.unwrap_or(BLOCK_BYTES / row_bytes);
         Ok(Cut::new(n, row_bytes, memory, rows, moving(device)))
     }
 }
