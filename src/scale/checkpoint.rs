@@ -27,8 +27,8 @@ const NAMES: [&str; 2] = ["checkpoint-0.safetensors", "checkpoint-1.safetensors"
 /// [`StreamOptions::checkpoint`](crate::StreamOptions::checkpoint).
 ///
 /// [`KMeans::fit_stream`](crate::KMeans::fit_stream) with one goes on from the newest that is in the folder, and begins where there is
-/// none. Whatever ended the process, the result has the bits of a fit that nothing has ended, also on another device, with other memory
-/// or blocks of another size. A finished fit comes back after a pass or two.
+/// none. Whatever ended the process, the result has the bits of a fit that nothing has ended, also on another device or number of GPUs,
+/// with other memory or blocks of another size. A finished fit comes back after a pass or two.
 ///
 /// A checkpoint is written at the start and the end of each run of [`n_init`](crate::KMeans::n_init), and every ten minutes, also within
 /// a pass over the rows (between passes where [empty clusters](crate::KMeans::empty_clusters) are relocated). It has the centroids, the
@@ -41,6 +41,10 @@ const NAMES: [&str; 2] = ["checkpoint-0.safetensors", "checkpoint-1.safetensors"
 /// The folder, which has to exist, gets two files, which are written in turns, so that the one before the last stays. Each appears under
 /// its name when it is whole and on the disk (a temporary file, synchronised, renamed, its folder synchronised), and has a version
 /// and a checksum. Of two the one that got farther is taken, and if that is damaged the other.
+///
+/// # Several GPUs
+/// The first rank writes the files, also for those of other processes, all of which read them: the folder is one that they share.
+/// Within a pass, what is kept is the part of the first rank.
 ///
 /// # Errors of a fit
 /// A checkpoint of other settings is [`Error::Mismatch`] before any row is read, which names the first setting that differs, and both

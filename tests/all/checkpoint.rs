@@ -5,7 +5,8 @@
 use crate::{common::*, stream::options};
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{
-    testing::on_stage, Checkpoint, EmptyClusters, Error, Fit, Init, KMeans, Metric, Source, StoredType, StreamOptions,
+    testing::{on_each, on_stage},
+    Checkpoint, EmptyClusters, Error, Fit, Init, KMeans, Metric, Source, StoredType, StreamOptions,
 };
 use std::{
     cell::{Cell, RefCell},
@@ -117,6 +118,53 @@ fn a_fit_goes_on_to_the_same_bits() {
     }
     assert!(ended >= 200, "{ended}");
     println!("ended {ended} times after a checkpoint");
+}
+
+/// Whoever fails, and whenever: as many ranks, more or fewer go on to the bits of one.
+#[test]
+fn a_fit_goes_on_with_other_ranks() {
+    let folder = Folder::new("checkpoint-ranks");
+    let x = blobs(&[203, 5], 6, DType::F32, &mut rng(11));
+    let bytes: Vec<u8> = f64s(&x).into_iter().flat_map(|v| (v as f32).to_ne_bytes()).collect();
+    // The rows, of which so many reads succeed.
+    let source = |reads: usize| {
+        let (bytes, left) = (bytes.clone(), AtomicUsize::new(reads));
+        let read = move |rows: std::ops::Range<u64>, into: &mut [u8]| {
+            left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1))
+                .map_err(|_| io::Error::from_raw_os_error(EIO))?;
+            into.copy_from_slice(&bytes[rows.start as usize * 20..rows.end as usize * 20]);
+            Ok(())
+        };
+        Source::from_fn(203, 5, StoredType::F32, read).unwrap()
+    };
+    let (mut ended, mut resumed) = (0, 0);
+    for device in devices() {
+        for settings in [KMeans::new(6).max_iters(5).tol(1e-9), KMeans::new(6).n_init(2).max_iters(2).tol(0.0)] {
+            let whole = settings.fit_stream(&source(usize::MAX), &options(&device, &source(0), 64, 1)).unwrap();
+            for (before, after) in [(1, 3), (3, 1), (2, 2), (2, 5), (4, 1)] {
+                for reads in (20..240).step_by(13) {
+                    let dir = folder.emptied("fit");
+                    let on = |ranks: usize, rows: usize, memory: usize| {
+                        let options = on_each(&vec![device.clone(); ranks]).block_rows(rows).memory(memory);
+                        options.checkpoint(always(&dir))
+                    };
+                    let what = format!("{reads} reads, {before} ranks, then {after}");
+                    match settings.fit_stream(&source(reads), &on(before, 10, 8 * 10 * 20)) {
+                        Ok(fit) => assert_same_fit(&fit, &whole, &what),
+                        Err(error) => {
+                            assert!(error.to_string().contains("function, rows"), "{what}: {error}");
+                            ended += 1;
+                        }
+                    }
+                    resumed += usize::from(dir.join(FILES[0]).exists());
+                    let fit = settings.fit_stream(&source(usize::MAX), &on(after, 23, reads * 40)).unwrap();
+                    assert_same_fit(&fit, &whole, &what);
+                }
+            }
+        }
+    }
+    assert!(ended > 100 && resumed > 100, "{ended} {resumed}");
+    println!("{ended} fits ended, {resumed} went on from a checkpoint");
 }
 
 /// Iterations go on where they were, a fit that is over is not repeated, and there are no more files than two.
