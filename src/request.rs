@@ -56,6 +56,17 @@ pub(crate) enum Reduction {
     Median,
 }
 
+impl Reduction {
+    /// The reduction that makes a metric's centroids.
+    pub fn of(metric: Metric) -> Self {
+        match metric {
+            Metric::Cosine => Self::Direction,
+            Metric::Manhattan => Self::Median,
+            _ => Self::Mean,
+        }
+    }
+}
+
 /// Rows `(b, n, d)`, and centroids that each is assigned to the nearest of.
 #[derive(Clone, Copy)]
 pub(crate) struct Assignment<'a> {

@@ -18,7 +18,6 @@ use crate::{
     fit::Fit,
     kmeans::{EmptyClusters, Init, Iteration, KMeans, OnIteration},
     memory::Memory,
-    metric::Metric,
     plan::{
         on_chip::{FitResident, OnChip},
         Plan,
@@ -391,15 +390,4 @@ fn call(f: &OnIteration, iteration: Iteration, ranks: &dyn Ranks) -> Result<Cont
     let ends = ranks.rank() == 0 && f.call(iteration).is_break();
     let all = ranks.gather(vec![f64::from(u8::from(ends))])?;
     Ok(if all.concat().contains(&1.0) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
-}
-
-impl Reduction {
-    /// The reduction that makes a metric's centroids.
-    fn of(metric: Metric) -> Self {
-        match metric {
-            Metric::Cosine => Self::Direction,
-            Metric::Manhattan => Self::Median,
-            _ => Self::Mean,
-        }
-    }
 }
