@@ -39,7 +39,7 @@ pub(super) struct Streamed<'a> {
 enum Staying {
     /// None has been read. They will be, in such runs.
     Unread(Vec<Range<usize>>),
-    /// They have been, if there are any.
+    /// They have been, if there are any, and lie in as few blocks as can be.
     Read(Vec<OwnedBlock>),
 }
 
@@ -182,7 +182,11 @@ impl Feed for Streamed<'_> {
         })?;
         if let Some(room) = room {
             let room = room.narrow(1, 0, whole.p.d)?;
-            let step = (PRODUCTS / whole.p.k / whole.p.d).max(1).next_multiple_of(WHOLE_TILES);
+            // What a block takes beside its rows the CPU has room for as little as for that of any other.
+            let step = match device.is_cpu() {
+                true => unread.iter().map(ExactSizeIterator::len).max().unwrap_or(1),
+                false => (PRODUCTS / whole.p.k / whole.p.d).max(1).next_multiple_of(WHOLE_TILES),
+            };
             let mut starts: Vec<_> = (0..room.dim(0)?).step_by(step).collect();
             starts.extend(cut.and_then(|row| row.checked_sub(first)).filter(|&at| at < room.dim(0).unwrap_or(0)));
             starts.sort_unstable();
@@ -219,6 +223,8 @@ impl BlockFeed for Streamed<'_> {
 
     /// On the CPU, whatever the device.
     fn labels(&mut self) -> Result<Tensor> {
+        // Their place may be in the memory of the ring.
+        self.reads.clear();
         let mut all = host::filled("fit_stream", self.rows.len(), 0u32)?;
         let mut copy = |rows: Range<usize>, labels: &Tensor| {
             let (start, end) = (rows.start - self.rows.start, rows.end - self.rows.start);

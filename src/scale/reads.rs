@@ -103,6 +103,11 @@ impl<'a> Reads<'a> {
         Self { source, device, most, slots: vec![], lane: None, hash: Hash::Unwanted }
     }
 
+    /// Frees the ring, which the next pass has to make again.
+    pub fn clear(&mut self) {
+        self.slots.clear();
+    }
+
     /// Asks for the hash of the rows of the next pass.
     pub fn want_hash(&mut self) {
         self.hash = Hash::Wanted;
