@@ -276,7 +276,8 @@ impl Lloyd<'_> {
         loop {
             iteration += 1;
             let next = Turn { progress, iteration };
-            let (mut sizes, mut orders) = (SizesSoFar::new([progress.stop.elem_count(), k], device)?, vec![]);
+            let sizes = || SizesSoFar::new([progress.stop.elem_count(), k], device);
+            let (mut sizes, mut orders) = (relocates.then(sizes).transpose()?, vec![]);
             // The first rows, as far as the sums have them.
             let mut added = take(&mut before);
             feed.begin_pass(if last { Pass::Labels { run } } else { Pass::Iteration { run, iteration, max_iters } });
@@ -288,15 +289,15 @@ impl Lloyd<'_> {
                 }
                 self.assign(block, turn)?;
                 reach_work("block assigned")?;
-                match (last, relocates) {
+                match (last, &mut sizes) {
                     (true, _) => close(block),
-                    (false, true) => {
+                    (false, Some(sizes)) => {
                         let order = primitives::grouped(block.labels, k)?;
                         sizes.add(&counted_sizes(&order, block.counted)?)?;
                         orders.push(block.stays.then_some(order));
                         Ok(())
                     }
-                    (false, false) => {
+                    (false, None) => {
                         self.add(block, Labels::Unsorted(block.labels), next)?;
                         reach_work("block added")?;
                         let Some(sums) = self.sums.filter(|_| rows.start == added) else { return Ok(()) };
@@ -309,7 +310,7 @@ impl Lloyd<'_> {
             if last {
                 return Ok((flow, iteration - 1));
             }
-            if relocates {
+            if let Some(sizes) = sizes {
                 let (sizes, mut relocations) = (sizes.gather(feed.ranks())?, None);
                 if let Some(lacking) = self.lacking(&sizes)? {
                     orders.clear();
