@@ -45,12 +45,12 @@ pub(crate) trait Backend {
         Ok(None)
     }
 
-    /// A way for rows to there.
+    /// A lane for rows from memory of the host to the device.
     fn lane(&self, device: &Device) -> Result<Box<dyn Lane>> {
         Ok(Box::new(Copies::new(device)))
     }
 
-    /// Where ranks of this process find each other; none where they meet in memory alone.
+    /// The rendezvous of the ranks of this process; none if they meet in memory alone.
     fn rendezvous(&self) -> Result<Option<Rendezvous>> {
         Ok(None)
     }

@@ -48,7 +48,7 @@ pub enum EmptyClusters {
 pub enum Devices {
     /// All that are visible to this process; at least one.
     All,
-    /// Those of these numbers, each once.
+    /// The GPUs of these numbers, each once.
     These(Vec<usize>),
     /// One in each of several processes that `torchrun`, `srun` or `mpirun` has started, on one machine or on many. All run the same
     /// program on the same rows, and have the same result. See [`StreamOptions::on`](crate::StreamOptions::on).

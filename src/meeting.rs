@@ -12,7 +12,7 @@ use std::{
     thread,
 };
 
-/// Where the ranks of a process meet: each leaves a message and takes those of all.
+/// The place where the ranks of a process meet: each leaves a message and takes those of all.
 struct Meeting {
     ranks: usize,
     round: Mutex<Round>,

@@ -10,7 +10,7 @@ pub(crate) trait Ranks {
     /// The number of this rank, from 0. Lower ranks have lower rows.
     fn rank(&self) -> usize;
 
-    /// How many ranks there are.
+    /// The number of ranks.
     fn count(&self) -> usize;
 
     /// Replaces the sums of this rank's rows, as [`Accumulator::sums`](crate::request::Accumulator::sums) has them, by those of all
@@ -28,7 +28,7 @@ pub(crate) trait Ranks {
     fn done(&self) {}
 }
 
-/// Where ranks find each other.
+/// The place where ranks find each other.
 #[derive(Clone, Copy)]
 pub(crate) struct Rendezvous(#[cfg_attr(not(feature = "nccl"), allow(dead_code))] pub [c_char; 128]);
 

@@ -72,7 +72,7 @@ impl Ranks for Launched {
 }
 
 impl Drop for Launched {
-    /// Who leaves before it is done has failed.
+    /// A rank that leaves before it is done has failed.
     fn drop(&mut self) {
         if self.watch.state.say(Sign::Failed) {
             self.comm.abort();
@@ -103,7 +103,7 @@ impl Deadline {
     }
 }
 
-/// What a rank says of itself with a sign of life.
+/// The state that a rank reports with a sign of life.
 #[derive(Clone, Copy, PartialEq)]
 enum Sign {
     Working,
@@ -136,7 +136,7 @@ struct Loss {
 }
 
 impl Loss {
-    /// Of nobody knows which rank.
+    /// The loss of a rank that nobody can name.
     fn of(error: &Error) -> Self {
         let reason = match error {
             Error::InRank { source, .. } => source.to_string(),

@@ -86,8 +86,8 @@ impl Ranks for Joined<'_> {
 /// A reason to wait no longer for the other ranks.
 pub(super) type Check<'a> = &'a dyn Fn() -> Result<()>;
 
-/// Who is told why a communicator is aborted.
-type Told = Box<dyn Fn(&Error) + Send>;
+/// A callback that hears why a communicator is aborted.
+type OnAbort = Box<dyn Fn(&Error) + Send>;
 
 /// A rank's end of a communicator.
 pub(super) struct Comm {
@@ -98,9 +98,9 @@ pub(super) struct Comm {
     event: Event,
     rank: usize,
     ranks: usize,
-    /// Is told why before the communicator is aborted. Aborting frees memory, for which the driver waits for all that runs on the device,
+    /// The callback that hears why before the communicator is aborted. Aborting frees memory, for which the driver waits for all that runs on the device,
     /// so that of two communicators that hang neither can be aborted before somebody aborts the other.
-    before_abort: Option<Told>,
+    before_abort: Option<OnAbort>,
 }
 
 // SAFETY: any thread may use a communicator, one at a time.
@@ -306,7 +306,7 @@ impl Drop for SideMemory<'_> {
     }
 }
 
-/// That calls return before they are done (`NCCL_CONFIG_INITIALIZER` of NCCL 2.18, whose fields newer ones know).
+/// A configuration by which calls return before they are done (`NCCL_CONFIG_INITIALIZER` of NCCL 2.18, whose fields newer ones know).
 fn config() -> ncclConfig_t {
     const MAGIC: u32 = 0xcafe_beef;
     const VERSION: u32 = 21800;

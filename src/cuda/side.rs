@@ -100,7 +100,7 @@ impl Event {
         unsafe { streams::wait_event(stream.cu_stream(), self.event, WAIT) }
     }
 
-    /// Whether it has come.
+    /// Whether the event has come.
     #[cfg_attr(not(feature = "nccl"), allow(dead_code))]
     pub fn has_come(&self) -> std::result::Result<bool, DriverError> {
         // SAFETY: the event is there.

@@ -92,7 +92,7 @@ struct Piece<'a> {
 }
 
 impl Piece<'_> {
-    /// Those of its rows that are at these places in it, with their keys.
+    /// The rows at these places of the piece, with their keys.
     fn raced(&self, at: &[u32], keys: &[f64]) -> Result<Vec<Raced>> {
         if at.is_empty() {
             return Ok(vec![]);
@@ -197,11 +197,11 @@ impl Sampler<'_> {
             }
             Ok(())
         })?;
-        let mine = first.as_ref().map_or(vec![], |raced| vec![raced.key]);
-        let keys = feed.ranks().gather(mine)?;
-        // Of equal keys it is that of the lowest rank, which has the lowest rows.
-        let there = (0..keys.len()).filter(|&rank| !keys[rank].is_empty());
-        let winner = there.min_by(|&i, &j| keys[i][0].total_cmp(&keys[j][0]));
+        let own_key = first.as_ref().map_or(vec![], |raced| vec![raced.key]);
+        let keys = feed.ranks().gather(own_key)?;
+        // The lowest rank wins among equal keys, since it has the lowest rows.
+        let with_rows = (0..keys.len()).filter(|&rank| !keys[rank].is_empty());
+        let winner = with_rows.min_by(|&i, &j| keys[i][0].total_cmp(&keys[j][0]));
         let drawn = first.filter(|_| winner == Some(feed.ranks().rank()));
         self.add(feed, drawn.into_iter().collect())
     }

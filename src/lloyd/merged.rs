@@ -64,7 +64,7 @@ pub(super) struct Found {
 
 impl Found {
     fn search(feed: &mut dyn Feed, p: &Problem, settings: &KMeans) -> Result<Self> {
-        // What is found in each block, which the host reads at the end: until then it only queues.
+        // The host reads the findings of each block at the end: until then it only queues.
         let mut blocks: Vec<(usize, [Tensor; 3])> = vec![];
         feed.begin_pass(Pass::Bounds);
         feed.for_each_block(&mut |block| {
@@ -294,7 +294,7 @@ impl<'a> Merged<'a> {
                 let (got, expected) = (added.sums.dims().to_vec(), sums.sums.dims().to_vec());
                 return Err(Error::Shape { argument: "sums", got, expected });
             }
-            // Of ranks the first one has them.
+            // The first rank has them, and the others begin with zeros.
             if feed.ranks().rank() == 0 {
                 sums.sums = added.sums.to_device(device)?.copy()?;
             }

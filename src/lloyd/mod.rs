@@ -230,7 +230,7 @@ impl PreparedFit {
     }
 }
 
-/// Where a run of the loop begins.
+/// The beginning of a run of the loop.
 struct Begin {
     /// So many iterations have been made.
     iteration: usize,

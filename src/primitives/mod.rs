@@ -67,7 +67,7 @@ pub(crate) fn free_memory(device: &Device) -> Result<Option<usize>> {
     on(device, "free_memory")?.free_memory(device)
 }
 
-/// A way for rows from memory of the host to the device.
+/// A lane for rows from memory of the host to the device.
 pub(crate) fn lane(device: &Device) -> Result<Box<dyn Lane>> {
     on(device, "lane")?.lane(device)
 }
@@ -80,7 +80,7 @@ pub(crate) fn gpus() -> Result<usize> {
     Ok(0)
 }
 
-/// Where ranks of this process that have a `device` each find each other; none where they meet in memory alone.
+/// The rendezvous of the ranks of this process, each of which has a device such as this one; none if they meet in memory alone.
 pub(crate) fn rendezvous(device: &Device) -> Result<Option<Rendezvous>> {
     on(device, "rendezvous")?.rendezvous()
 }

@@ -82,7 +82,7 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// In this folder, every ten minutes.
+    /// Checkpoints in this folder, every ten minutes.
     pub fn in_dir(dir: impl Into<PathBuf>) -> Self {
         Self { dir: dir.into(), iterations: None, period: Duration::from_secs(600) }
     }
@@ -120,7 +120,7 @@ impl Checkpoint {
 /// A checkpoint that was read.
 struct Kept {
     path: String,
-    /// Of the rows.
+    /// The hash of the rows.
     hash: String,
     resumed: Resumed,
 }
@@ -129,7 +129,7 @@ struct Kept {
 pub(super) struct Checkpoints<'a> {
     checkpoint: &'a Checkpoint,
     fingerprint: Fingerprint,
-    /// Of the rows, once they have been seen.
+    /// The hash of the rows, once they have been seen.
     hash: String,
     /// The path of the file that the fit goes on from, and the hash that it has.
     found: Option<(String, String)>,
@@ -140,14 +140,14 @@ pub(super) struct Checkpoints<'a> {
     written: Instant,
 }
 
-/// Where a fit goes on: within a run, and the end of the best one before it.
+/// The place where a fit goes on: within a run, and the end of the best one before it.
 pub(super) struct Resumed {
     pub state: State,
     pub best: Option<State>,
 }
 
 impl<'a> Checkpoints<'a> {
-    /// Those of a fit of `p`, and where it goes on, if there are some.
+    /// The checkpoints of a fit of `p`, and where it goes on, if there are some.
     pub fn open(checkpoint: &'a Checkpoint, settings: &KMeans, p: &Problem) -> Result<(Self, Option<Resumed>)> {
         let fingerprint = Fingerprint::new(settings, p)?;
         let [first, second] = [0, 1].map(|i| Kept::read(&checkpoint.file(i), &fingerprint, settings, p));

@@ -13,16 +13,16 @@ use crate::{
 use candle_core::{Device, Tensor};
 use std::{env, ops::Range};
 
-/// Where the rows of a stream are worked on.
+/// The devices that the rows of a stream are worked on.
 #[derive(Clone, Debug)]
 pub(super) enum Place {
-    /// On one device, by the thread that asks for it.
+    /// One device, and the thread that asks for the work.
     One(Device),
-    /// On several, by a thread each. There may be several ranks to a device.
+    /// A rank for each of these, which is a thread. There may be several ranks to a device.
     Several(Vec<Device>),
-    /// On GPUs, once they are opened.
+    /// GPUs that are to be opened.
     Gpus(Devices),
-    /// On this process's GPU, of those of several processes.
+    /// The GPU of this process, which is one of several.
     Launched(Device, LaunchedRank),
 }
 
@@ -36,22 +36,22 @@ impl Place {
     /// The same with GPUs opened.
     pub fn open(&self) -> Result<Self> {
         let Self::Gpus(devices) = self else { return Ok(self.clone()) };
-        let there = primitives::gpus()?;
-        if there == 0 {
+        let visible = primitives::gpus()?;
+        if visible == 0 {
             let with = "a machine, or a build of this crate, without CUDA".into();
             return Err(Error::Conflict { argument: "devices", got: format!("{devices:?}"), with });
         }
         let open = |ordinal: usize| {
-            if ordinal >= there {
-                return Err(Error::Range { argument: "devices", got: ordinal, min: 0, max: there - 1 });
+            if ordinal >= visible {
+                return Err(Error::Range { argument: "devices", got: ordinal, min: 0, max: visible - 1 });
             }
             Ok(Device::new_cuda(ordinal)?)
         };
         Ok(match devices {
-            Devices::All => Self::Several((0..there).map(open).collect::<Result<_>>()?),
+            Devices::All => Self::Several((0..visible).map(open).collect::<Result<_>>()?),
             Devices::These(ordinals) => {
                 if ordinals.is_empty() {
-                    return Err(Error::Range { argument: "devices", got: 0, min: 1, max: there });
+                    return Err(Error::Range { argument: "devices", got: 0, min: 1, max: visible });
                 }
                 if let Some(twice) = (1..ordinals.len()).find(|&i| ordinals[..i].contains(&ordinals[i])) {
                     let (got, with) = (format!("GPU {}", ordinals[twice]), "itself: each GPU is one rank".into());
@@ -62,7 +62,7 @@ impl Place {
             Devices::Launched => {
                 let Launch { rank, ranks, local_rank, address } = Launch::of_process()?;
                 // A launcher may show each process its own GPU only.
-                let device = open(if there == 1 { 0 } else { local_rank })?;
+                let device = open(if visible == 1 { 0 } else { local_rank })?;
                 // Before NCCL starts its threads, which read the environment.
                 env::set_var("NCCL_COMM_ID", address);
                 Self::Launched(device, LaunchedRank { rank, ranks })
@@ -98,7 +98,7 @@ impl Place {
         self.devices().iter().enumerate().map(move |(i, device)| (device, share(first + i, ranks, n)))
     }
 
-    /// What `f` makes of the rows of this process, of `n`.
+    /// Gives `f` the rows of this process, of `n`.
     pub fn own_rows<T>(&self, n: usize, f: impl Fn(Range<usize>) -> T) -> T {
         match self {
             Self::Launched(_, LaunchedRank { rank, ranks }) => f(share(*rank, *ranks, n)),
@@ -133,9 +133,7 @@ impl Place {
             Self::Gpus(_) => unreachable!("opened before it is used"),
         }
     }
-}
 
-impl Place {
     /// A fit with the labels of all rows, where other processes have some of them.
     pub fn gather_labels(&self, fit: Fit, ranks: &dyn Ranks) -> Result<Fit> {
         if !self.is_launched() {
@@ -145,11 +143,10 @@ impl Place {
         let mut parts = vec![vec![]; ranks.count()];
         let most = ranks.gather(vec![own.len() as f64])?.concat().into_iter().fold(0.0, f64::max) as usize;
         for first in (0..most).step_by(LABELS_AT_ONCE) {
-            let some = &own[first.min(own.len())..(first + LABELS_AT_ONCE).min(own.len())];
-            for (part, some) in
-                parts.iter_mut().zip(ranks.gather(some.iter().map(|&label| f64::from(label)).collect())?)
-            {
-                part.extend(some.into_iter().map(|label| label as u32));
+            let labels = &own[first.min(own.len())..(first + LABELS_AT_ONCE).min(own.len())];
+            let labels = ranks.gather(labels.iter().map(|&label| f64::from(label)).collect())?;
+            for (part, labels) in parts.iter_mut().zip(labels) {
+                part.extend(labels.into_iter().map(|label| label as u32));
             }
         }
         let all = parts.concat();

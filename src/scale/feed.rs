@@ -28,15 +28,15 @@ pub(super) struct Streamed<'a> {
     reads: Reads<'a>,
     reporter: Reporter,
     rows: Range<usize>,
-    staying: Staying,
-    away: Vec<Away>,
+    resident: Resident,
+    moving: Vec<Moving>,
     terms: Option<Terms>,
-    /// The row that no block has others before, beside its first ones.
+    /// The row at which a block begins, wherever others do.
     cut: Option<usize>,
 }
 
 /// The rows that stay on the device.
-enum Staying {
+enum Resident {
     /// None has been read. They will be, in such runs.
     Unread(Vec<Range<usize>>),
     /// They have been, if there are any, and lie in as few blocks as can be.
@@ -52,7 +52,7 @@ const PRODUCTS: usize = 1 << 46;
 const WHOLE_TILES: usize = 1 << 10;
 
 /// A block of rows that are read in every pass, and what stays on the device of them.
-struct Away {
+struct Moving {
     rows: Range<usize>,
     /// The first one that is not finite, and their labels, u32 `(1, n)`, once they have been there.
     known: Option<(Tensor, Tensor)>,
@@ -68,31 +68,34 @@ impl<'a> Streamed<'a> {
         reporter: Reporter,
     ) -> Self {
         let rows = rows.start as usize..rows.end as usize;
-        let mut staying: Vec<_> = cut.ranges(rows.clone()).collect();
-        let away = staying.split_off(cut.staying.min(staying.len()));
-        let away = away.into_iter().map(|rows| Away { rows, known: None }).collect();
-        let staying = if staying.is_empty() { Staying::Read(vec![]) } else { Staying::Unread(staying) };
+        let mut resident_runs: Vec<_> = cut.ranges(rows.clone()).collect();
+        let moving_runs = resident_runs.split_off(cut.staying.min(resident_runs.len()));
+        let moving = moving_runs.into_iter().map(|rows| Moving { rows, known: None }).collect();
+        let resident = match resident_runs.is_empty() {
+            true => Resident::Read(vec![]),
+            false => Resident::Unread(resident_runs),
+        };
         let reads = Reads::new(source, whole.device, cut.rows);
-        Self { source, whole, ranks, reads, reporter, rows, staying, away, terms: None, cut: None }
+        Self { source, whole, ranks, reads, reporter, rows, resident, moving, terms: None, cut: None }
     }
 }
 
 impl Streamed<'_> {
-    /// Where a block has rows before this one and others, makes two of it. Nothing has been read.
+    /// Makes two blocks of the one that has rows before this one and others, if there is one. Nothing has been read.
     pub fn cut_at(&mut self, row: usize) {
         self.cut = Some(row);
         let inside = |rows: &Range<usize>| rows.start < row && row < rows.end;
-        if let Staying::Unread(runs) = &mut self.staying {
+        if let Resident::Unread(runs) = &mut self.resident {
             if let Some(i) = runs.iter().position(inside) {
                 let end = runs[i].end;
                 runs[i].end = row;
                 runs.insert(i + 1, row..end);
             }
         }
-        if let Some(i) = self.away.iter().position(|away| inside(&away.rows)) {
-            let rows = row..self.away[i].rows.end;
-            self.away[i].rows.end = row;
-            self.away.insert(i + 1, Away { rows, known: None });
+        if let Some(i) = self.moving.iter().position(|block| inside(&block.rows)) {
+            let rows = row..self.moving[i].rows.end;
+            self.moving[i].rows.end = row;
+            self.moving.insert(i + 1, Moving { rows, known: None });
         }
     }
 
@@ -137,11 +140,11 @@ impl Feed for Streamed<'_> {
     }
 
     fn for_each_block(&mut self, visit: &mut dyn FnMut(Block<'_>) -> Result<()>) -> Result<()> {
-        let Self { whole, reads, reporter, staying, away, terms, cut, .. } = self;
+        let Self { whole, reads, reporter, resident, moving, terms, cut, .. } = self;
         let (device, terms) = (whole.device, terms.as_ref());
-        let unread = match staying {
-            Staying::Unread(runs) => std::mem::take(runs),
-            Staying::Read(_) => vec![],
+        let unread = match resident {
+            Resident::Unread(runs) => std::mem::take(runs),
+            Resident::Read(_) => vec![],
         };
         let first = unread.first().map_or(0, |rows| rows.start);
         let room = match unread.last() {
@@ -151,16 +154,16 @@ impl Feed for Streamed<'_> {
             }
             None => None,
         };
-        let runs: Vec<_> = unread.iter().chain(away.iter().map(|away| &away.rows)).cloned().collect();
+        let runs: Vec<_> = unread.iter().chain(moving.iter().map(|block| &block.rows)).cloned().collect();
         reads.for_each(&runs, &mut |read| {
             let Some((i, x)) = read else {
-                return match staying {
-                    Staying::Read(blocks) => blocks.iter().try_for_each(|block| {
+                return match resident {
+                    Resident::Read(blocks) => blocks.iter().try_for_each(|block| {
                         visit(block.as_block(true))?;
                         reporter.add(block.x.n, false);
                         Ok(())
                     }),
-                    Staying::Unread(_) => Ok(()),
+                    Resident::Unread(_) => Ok(()),
                 };
             };
             let rows = &runs[i];
@@ -172,7 +175,7 @@ impl Feed for Streamed<'_> {
                 reporter.add(rows.len(), true);
                 return Ok(());
             }
-            let known = &mut away[i - unread.len()].known;
+            let known = &mut moving[i - unread.len()].known;
             let block = load(whole, terms, &x, rows.start, known.as_ref())?;
             drop(x);
             visit(block.as_block(false))?;
@@ -182,7 +185,7 @@ impl Feed for Streamed<'_> {
         })?;
         if let Some(room) = room {
             let room = room.narrow(1, 0, whole.p.d)?;
-            // What a block takes beside its rows the CPU has room for as little as for that of any other.
+            // On the CPU a block has no more room beside its rows than one that moves.
             let step = match device.is_cpu() {
                 true => unread.iter().map(ExactSizeIterator::len).max().unwrap_or(1),
                 false => (PRODUCTS / whole.p.k / whole.p.d).max(1).next_multiple_of(WHOLE_TILES),
@@ -194,7 +197,7 @@ impl Feed for Streamed<'_> {
             let ends = starts.iter().skip(1).copied().chain([room.dim(0)?]);
             let block =
                 |(&at, end): (&usize, usize)| load(whole, terms, &room.narrow(0, at, end - at)?, first + at, None);
-            *staying = Staying::Read(starts.iter().zip(ends).map(block).collect::<Result<_>>()?);
+            *resident = Resident::Read(starts.iter().zip(ends).map(block).collect::<Result<_>>()?);
         }
         Ok(())
     }
@@ -214,7 +217,7 @@ impl Feed for Streamed<'_> {
 
 impl BlockFeed for Streamed<'_> {
     fn set_terms(&mut self, terms: Terms) -> Result<()> {
-        if let Staying::Read(blocks) = &mut self.staying {
+        if let Resident::Read(blocks) = &mut self.resident {
             blocks.iter_mut().try_for_each(|block| block.complete(&terms))?;
         }
         self.terms = Some(terms);
@@ -223,7 +226,7 @@ impl BlockFeed for Streamed<'_> {
 
     /// On the CPU, whatever the device.
     fn labels(&mut self) -> Result<Tensor> {
-        // Their place may be in the memory of the ring.
+        // The labels have the room that the ring had.
         self.reads.clear();
         let mut all = host::filled("fit_stream", self.rows.len(), 0u32)?;
         let mut copy = |rows: Range<usize>, labels: &Tensor| {
@@ -231,13 +234,13 @@ impl BlockFeed for Streamed<'_> {
             all[start..end].copy_from_slice(&labels.flatten_all()?.to_vec1()?);
             Ok::<_, candle_core::Error>(())
         };
-        if let Staying::Read(blocks) = &self.staying {
+        if let Resident::Read(blocks) = &self.resident {
             for block in blocks {
                 let first = block.as_block(true).first;
                 copy(first..first + block.labels.elem_count(), &block.labels)?;
             }
         }
-        for Away { rows, known } in &self.away {
+        for Moving { rows, known } in &self.moving {
             let (_, labels) = known.as_ref().expect("a pass has been there");
             copy(rows.clone(), labels)?;
         }

@@ -10,7 +10,7 @@ pub(super) struct Launch {
     pub ranks: usize,
     /// Its number among those of its machine.
     pub local_rank: usize,
-    /// Where the first process waits for the others, `host:port`.
+    /// The address at which the first process waits for the others, `host:port`.
     pub address: String,
 }
 
@@ -39,12 +39,12 @@ const LAUNCHERS: [Launcher; 4] = [
 const PORTS: std::ops::Range<u64> = 20_000..30_000;
 
 impl Launch {
-    /// Of this process.
+    /// The place of this process.
     pub fn of_process() -> Result<Self> {
         Self::new(|name| env::var(name).ok())
     }
 
-    /// Of a process with such an environment.
+    /// The place of a process with such an environment.
     fn new(var: impl Fn(&str) -> Option<String>) -> Result<Self> {
         let found = LAUNCHERS.iter().find(|l| [l.rank, l.ranks, l.local_rank].iter().all(|name| var(name).is_some()));
         let Some(launcher) = found else {
@@ -64,7 +64,7 @@ impl Launch {
     }
 }
 
-/// Where ranks meet: what NCCL has been told, or as far as the launcher tells it.
+/// The address at which ranks meet: the one that NCCL has been told, or what the launcher tells.
 fn address(launcher: &Launcher, ranks: usize, var: &impl Fn(&str) -> Option<String>) -> Result<String> {
     if let Some(address) = var("NCCL_COMM_ID") {
         return Ok(address);

@@ -38,7 +38,7 @@ pub struct DevicePlan {
     pub device: DeviceLocation,
     /// Its rows, of all.
     pub rows: Range<u64>,
-    /// How many of them stay there: the first ones.
+    /// The number of them that stay there: the first ones.
     pub resident_rows: u64,
     /// The bytes of the rows that stay, as they lie there.
     pub resident_bytes: u64,

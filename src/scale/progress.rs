@@ -107,7 +107,7 @@ pub(super) struct Passes {
 }
 
 impl Passes {
-    /// Of rows that are only labelled, or that a mini-batch takes.
+    /// The one pass over rows that are only labelled, or that a mini-batch takes.
     pub const ONE: Self = Self { variance: false, of_start: 0, runs: 1, max_iters: Some(0), of_iteration: 1 };
 
     pub fn of_fit(settings: &KMeans) -> Self {

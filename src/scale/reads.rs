@@ -74,14 +74,14 @@ pub(super) struct Reads<'a> {
 /// The [hash](hash_rows) of the rows of a pass, which readers add up while the rows are in their caches.
 enum Hash {
     Unwanted,
-    /// That of the next pass.
+    /// The hash of the next pass is wanted.
     Wanted,
     Found(u64),
 }
 
 /// A buffer of the ring.
 struct Slot {
-    /// What is under way from it: dropped before its memory is.
+    /// The copy that is under way from it: dropped before its memory is.
     sent: Option<Box<dyn Sent>>,
     memory: Box<dyn Buffer>,
 }

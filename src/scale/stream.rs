@@ -43,7 +43,7 @@ impl KMeans {
     /// ([`Fit::to_device`]).
     ///
     /// As many rows as [`StreamOptions::memory`] allows stay on the device. The others are read again in every pass, ahead of the work
-    /// on them, and their labels are kept on the host, 4 bytes a row. There is a pass for each iteration and one to its end, one before
+    /// on them. Labels are kept on the device, 4 bytes a row, and copied at the end. There is a pass for each iteration and one to its end, one before
     /// the first, and another one for a [`tol`](Self::tol) above 0 (not by cosine). Relocation of
     /// [empty clusters](Self::empty_clusters) takes a second pass in each iteration, and a third where a cluster is empty.
     ///
@@ -174,7 +174,7 @@ struct Shared<'a> {
 }
 
 impl Shared<'_> {
-    /// What a rank makes of its rows: the fit, with their labels, on the CPU.
+    /// The fit of a rank, with the labels of its rows, on the CPU.
     fn fit(&self, device: &Device, ranks: &dyn Ranks, mut checkpoints: Option<&mut Checkpoints<'_>>) -> Result<Fit> {
         let Self { settings, p, source, options, weights, first, starts, best } = self;
         if options.place().is_launched() {
@@ -230,7 +230,7 @@ fn sum_of(ranks: &dyn Ranks, mine: u64) -> Result<u64> {
     Ok(halves.iter().fold(0u64, |sum, halves| sum.wrapping_add(((halves[0] as u64) << 32) + halves[1] as u64)))
 }
 
-/// Who gets the labels of a block of rows.
+/// A callback that gets the labels of a block of rows.
 type EachBlock<'a> = &'a mut dyn FnMut(&Range<usize>, Vec<u32>) -> Result<()>;
 
 impl Fit {
@@ -363,7 +363,7 @@ pub(super) fn check_stream(settings: &KMeans, source: &Source<'_>, options: &Str
         let with = "a stream, whose options say where its rows go".into();
         return Err(Error::Conflict { argument: "devices", got: format!("{devices:?}"), with });
     }
-    // Of the weights a block has its own on the device.
+    // A block has its own weights on the device.
     KMeans { weights: None, ..settings.clone() }.check(&p, device)?;
     settings.weights.as_ref().map_or(Ok(()), |weights| p.weights(weights, &Device::Cpu))?;
     refuse_capture(device)?;
