@@ -119,9 +119,9 @@ impl Place {
                         Some(at) => work(device, &*primitives::join(device, at, ranks)?),
                         None => work(device, ranks),
                     };
-                    // What this thread has queued is its own.
-                    device.synchronize()?;
-                    done
+                    // The thread has queued on a stream of its own. What has failed before says more than that the stream has.
+                    let waited = device.synchronize();
+                    done.and_then(|done| Ok(waited.map(|()| done)?))
                 })
             }
             Self::Launched(device, LaunchedRank { rank, ranks }) => {
