@@ -1,7 +1,7 @@
 //! Times fits of rows past one GPU's memory and past one GPU, pass by pass.
 //!
 //! ```text
-//! cargo run --release --features nccl --example scale -- --rows 268435456 --clusters 16384 --dtype f16 --devices all
+//! cargo run --release --features nccl --example scale -- --rows 268435456 --clusters 16384 --dtype f16 --pinned --devices all
 //! torchrun --no-python --nproc-per-node 2 target/release/examples/scale --devices launched
 //! ```
 //!
@@ -10,10 +10,14 @@
 //! in the same run, and with `--in-memory` the same fit of one tensor on the first GPU.
 
 use anyhow::{ensure, Context, Result};
-use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::{testing, Devices, Fit, Init, KMeans, Pass, Source, StoredType, StreamOptions};
+use candle_core::{DType, Device, Tensor, WithDType};
+use candle_flash_kmeans::{testing, Devices, Element, Fit, Init, KMeans, Pass, Pinned, Source, StreamOptions};
 use clap::{Parser, ValueEnum};
 use half::f16;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
+use rayon::prelude::*;
 use serde_json::json;
 use std::{
     fs,
@@ -54,6 +58,9 @@ struct Args {
     /// cpu, all, launched, or numbers of GPUs with commas; several choices with spaces are timed in turns
     #[arg(long, default_value = "cpu", num_args = 1..)]
     devices: Vec<String>,
+    /// Keep the rows in page-locked memory
+    #[arg(long)]
+    pinned: bool,
     /// Write the rows to this file and read them from there
     #[arg(long)]
     file: Option<PathBuf>,
@@ -64,10 +71,30 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    match args.dtype {
+        Type::F16 => run::<f16>(&args),
+        Type::F32 => run::<f32>(&args),
+    }
+}
+
+fn run<T>(args: &Args) -> Result<()>
+where
+    T: Element + WithDType + Send,
+{
     let on_gpu = args.devices.iter().any(|devices| devices != "cpu");
     let maker = if on_gpu { Device::new_cuda(0)? } else { Device::Cpu };
-    let table = rows(&args, &maker)?;
-    let source = source(&args, &table)?;
+    let start = Instant::now();
+    let mut table = match args.pinned {
+        true => Table::Pinned(Pinned::zeros(args.distinct.min(args.rows) as usize * args.columns, &maker)?),
+        false => Table::Vec(vec![T::zero(); args.distinct.min(args.rows) as usize * args.columns]),
+    };
+    let (allocated, start) = (start.elapsed(), Instant::now());
+    table.fill();
+    println!(
+        "{}",
+        json!({ "pinned": args.pinned, "allocated_s": allocated.as_secs_f64(), "filled_s": start.elapsed().as_secs_f64() })
+    );
+    let source = source(args, table.values())?;
     let bytes = args.rows as f64 * source.row_bytes() as f64;
     if on_gpu {
         println!("{}", json!({ "link_gb_s": testing::link_rate(&maker, 64 << 20, 64)? / 1e9 }));
@@ -75,7 +102,7 @@ fn main() -> Result<()> {
     let settings = KMeans::new(args.clusters).init(Init::Even).tol(0.0).max_iters(args.iters);
     let mut first: Option<Fit> = None;
     if args.in_memory {
-        let x = Tensor::from_raw_buffer(&table, dtype(&args), &[args.rows as usize, args.columns], &maker)?;
+        let x = Tensor::from_slice(table.values(), (args.rows as usize, args.columns), &maker)?;
         for repeat in 0..2 {
             let (times, fit) = timed(&settings, |settings| Ok(settings.fit(&x)?))?;
             println!("{}", json!({ "in_memory": repeat, "seconds": times }));
@@ -147,63 +174,57 @@ fn timed(settings: &KMeans, fit: impl FnOnce(KMeans) -> Result<Fit>) -> Result<(
     Ok((ends.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect(), fit))
 }
 
-fn dtype(args: &Args) -> DType {
-    match args.dtype {
-        Type::F16 => DType::F16,
-        Type::F32 => DType::F32,
+/// The distinct rows.
+enum Table<T> {
+    Vec(Vec<T>),
+    Pinned(Pinned<T>),
+}
+
+impl<T: Element + WithDType + Send> Table<T> {
+    fn values(&self) -> &[T] {
+        match self {
+            Self::Vec(values) => values,
+            Self::Pinned(values) => values,
+        }
+    }
+
+    /// Draws all values from the normal distribution, the same ones on any number of threads.
+    fn fill(&mut self) {
+        let values = match self {
+            Self::Vec(values) => &mut values[..],
+            Self::Pinned(values) => &mut values[..],
+        };
+        values.par_chunks_mut(1 << 20).enumerate().for_each(|(i, some)| {
+            let mut rng = ChaCha8Rng::seed_from_u64(i as u64);
+            some.iter_mut().for_each(|v| *v = T::from_f64(StandardNormal.sample(&mut rng)));
+        });
     }
 }
 
-/// The bytes of the distinct rows, made by `device` piece by piece.
-fn rows(args: &Args, device: &Device) -> Result<Vec<u8>> {
-    let (distinct, dtype) = (args.distinct.min(args.rows) as usize, dtype(args));
-    let piece = (1 << 28) / args.columns;
-    let mut bytes = Vec::with_capacity(distinct * args.columns * dtype.size_in_bytes());
-    for first in (0..distinct).step_by(piece) {
-        let rows = piece.min(distinct - first);
-        let values = Tensor::randn(0f32, 1f32, rows * args.columns, device)?.to_dtype(dtype)?;
-        match args.dtype {
-            Type::F16 => values.to_vec1::<f16>()?.iter().for_each(|v| bytes.extend(v.to_ne_bytes())),
-            Type::F32 => values.to_vec1::<f32>()?.iter().for_each(|v| bytes.extend(v.to_ne_bytes())),
-        }
+fn source<'a, T: Element>(args: &Args, table: &'a [T]) -> Result<Source<'a>> {
+    let distinct = table.len() / args.columns;
+    let pieces = (0..args.rows).step_by(distinct).map(|first| {
+        let rows = (args.rows - first).min(distinct as u64) as usize;
+        Source::from_slice(&table[..rows * args.columns], args.columns)
+    });
+    let source = Source::concat(pieces.collect::<Result<Vec<_>, _>>()?)?;
+    let Some(path) = &args.file else { return Ok(source) };
+    let mut file = fs::File::create(path)?;
+    // The shape of `.fbin` is 32 bits wide, that of `.npy` is not; values are little-endian.
+    let descr = if args.dtype == Type::F16 { "<f2" } else { "<f4" };
+    let header =
+        format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({}, {}), }}", args.rows, args.columns);
+    let padded = (header.len() + 11).next_multiple_of(64) - 10;
+    file.write_all(b"\x93NUMPY\x01\x00")?;
+    file.write_all(&(padded as u16).to_le_bytes())?;
+    file.write_all(format!("{header:<width$}\n", width = padded - 1).as_bytes())?;
+    let mut some = vec![0; source.row_bytes() << 16];
+    for first in (0..args.rows).step_by(1 << 16) {
+        let rows = first..args.rows.min(first + (1 << 16));
+        let bytes = &mut some[..(rows.end - rows.start) as usize * source.row_bytes()];
+        source.read(rows, bytes)?;
+        file.write_all(bytes)?;
     }
-    Ok(bytes)
-}
-
-fn source<'a>(args: &Args, table: &'a [u8]) -> Result<Source<'a>> {
-    let row = args.columns * dtype(args).size_in_bytes();
-    if let Some(path) = &args.file {
-        let mut file = fs::File::create(path)?;
-        // The shape of `.fbin` is 32 bits wide, that of `.npy` is not; values are little-endian.
-        let descr = if args.dtype == Type::F16 { "<f2" } else { "<f4" };
-        let header =
-            format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({}, {}), }}", args.rows, args.columns);
-        let padded = (header.len() + 11).next_multiple_of(64) - 10;
-        file.write_all(b"\x93NUMPY\x01\x00")?;
-        file.write_all(&(padded as u16).to_le_bytes())?;
-        file.write_all(format!("{header:<width$}\n", width = padded - 1).as_bytes())?;
-        let mut left = args.rows as usize * row;
-        while left > 0 {
-            let some = left.min(table.len());
-            file.write_all(&table[..some])?;
-            left -= some;
-        }
-        file.sync_all()?;
-        return Ok(Source::open(path)?);
-    }
-    let (stored, distinct) = match args.dtype {
-        Type::F16 => (StoredType::F16, table.len() / row),
-        Type::F32 => (StoredType::F32, table.len() / row),
-    };
-    let read = move |rows: std::ops::Range<u64>, into: &mut [u8]| {
-        let (mut at, mut into) = (rows.start as usize % distinct, into);
-        while !into.is_empty() {
-            let some = into.len().min((distinct - at) * row);
-            let (head, rest) = into.split_at_mut(some);
-            head.copy_from_slice(&table[at * row..at * row + some]);
-            (at, into) = (0, rest);
-        }
-        Ok(())
-    };
-    Ok(Source::from_fn(args.rows, args.columns, stored, read)?)
+    file.sync_all()?;
+    Ok(Source::open(path)?)
 }

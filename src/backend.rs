@@ -13,7 +13,7 @@ use crate::{
     request::{Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
-    staging::{Copies, Lane},
+    staging::{buffer, Buffer, Copies, Lane},
 };
 use candle_core::{DType, Device, Storage, Tensor};
 use std::cell::Cell;
@@ -48,6 +48,16 @@ pub(crate) trait Backend {
     /// A lane for rows from memory of the host to the device.
     fn lane(&self, device: &Device) -> Result<Box<dyn Lane>> {
         Ok(Box::new(Copies::new(device)))
+    }
+
+    /// Whether copies take these bytes from where they lie while the thread that asks for them goes on.
+    fn is_page_locked(&self, _: &Device, _bytes: &[u8]) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Memory of the host for so many bytes, page-locked where that makes copies faster.
+    fn buffer(&self, _: &Device, bytes: usize) -> Result<Box<dyn Buffer>> {
+        buffer(bytes)
     }
 
     /// The rendezvous of the ranks of this process; none if they meet in memory alone.

@@ -97,6 +97,7 @@ pub use scale::{
     checkpoint::Checkpoint,
     epochs::Epochs,
     options::StreamOptions,
+    pinned::Pinned,
     plan::{DevicePlan, StreamPlan},
     progress::StreamProgress,
     source::{

@@ -5,16 +5,15 @@ use crate::{
     host,
 };
 use candle_core::{DType, Device, Tensor};
+use std::slice;
 
 /// A way to a device, on which one block of rows comes after another, in parts.
 pub(crate) trait Lane {
-    /// Memory of the host for so many bytes.
-    fn buffer(&self, bytes: usize) -> Result<Box<dyn Buffer>>;
-
     /// Takes room for the next block on the device, behind all that this thread has queued so far.
     fn reserve(&mut self, shape: (usize, usize), dtype: DType) -> Result<()>;
 
-    /// Begins to send bytes to the room that was reserved last, from its byte `at` on; to memory of the CPU, those of a whole block. They travel beside what this thread has queued since.
+    /// Begins to send bytes to the room that was reserved last, from its byte `at` on; to memory of the CPU, those of a
+    /// whole block. They travel beside what this thread has queued since.
     ///
     /// # Safety
     /// The bytes stay where and as they are until what is returned has been waited for.
@@ -24,9 +23,11 @@ pub(crate) trait Lane {
     fn receive(&mut self) -> Result<Tensor>;
 }
 
-/// Memory of the host that a device can be sent from.
-pub(crate) trait Buffer: Send {
-    fn bytes(&mut self) -> &mut [u8];
+/// Memory of the host that a device is sent from: at least as many bytes as were asked for, at an address that suits any element.
+pub(crate) trait Buffer: Send + Sync {
+    fn bytes(&self) -> &[u8];
+
+    fn bytes_mut(&mut self) -> &mut [u8];
 }
 
 /// Bytes that are on their way. Whoever drops it waits for them.
@@ -48,10 +49,6 @@ impl Copies {
 }
 
 impl Lane for Copies {
-    fn buffer(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
-        Ok(Box::new(host::filled("read rows", bytes, 0u8)?))
-    }
-
     fn reserve(&mut self, shape: (usize, usize), dtype: DType) -> Result<()> {
         self.room = Some((shape, dtype));
         Ok(())
@@ -69,9 +66,20 @@ impl Lane for Copies {
     }
 }
 
-impl Buffer for Vec<u8> {
-    fn bytes(&mut self) -> &mut [u8] {
-        self
+/// Memory for so many bytes that a copy to the CPU takes.
+pub(crate) fn buffer(bytes: usize) -> Result<Box<dyn Buffer>> {
+    Ok(Box::new(host::filled("read rows", bytes.div_ceil(size_of::<u64>()), 0u64)?))
+}
+
+impl Buffer for Vec<u64> {
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: they are these values' bytes.
+        unsafe { slice::from_raw_parts(self.as_ptr().cast(), size_of_val(&self[..])) }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and any bytes are values.
+        unsafe { slice::from_raw_parts_mut(self.as_mut_ptr().cast(), size_of_val(&self[..])) }
     }
 }
 

@@ -76,12 +76,12 @@ pub fn on_each(devices: &[Device]) -> StreamOptions {
 /// Bytes a second that a device takes from a buffer of a stream, of so many bytes, as often.
 pub fn link_rate(device: &Device, bytes: usize, times: usize) -> Result<f64> {
     let mut lane = primitives::lane(device)?;
-    let mut buffer = lane.buffer(bytes)?;
+    let buffer = primitives::buffer(device, bytes)?;
     let mut send = |times: usize| {
         for _ in 0..times {
             lane.reserve((bytes / 2, 1), DType::F16)?;
             // SAFETY: nobody writes to the buffer, and the device has been waited for before it is dropped.
-            let sent = unsafe { lane.send(buffer.bytes(), 0) }?;
+            let sent = unsafe { lane.send(&buffer.bytes()[..bytes], 0) }?;
             lane.receive()?;
             sent.wait()?;
         }

@@ -38,9 +38,10 @@ use crate::{
     request::{Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
-    staging::Lane,
+    staging::{Buffer, Lane},
 };
 use candle_core::{DType, Device, Storage, Tensor};
+use staging::{is_page_locked, Copies, PageLocked};
 use tensors::typed;
 
 /// An NVIDIA GPU.
@@ -60,7 +61,15 @@ impl Backend for Cuda {
     }
 
     fn lane(&self, device: &Device) -> Result<Box<dyn Lane>> {
-        Ok(Box::new(staging::Copies::new(device.as_cuda_device()?)?))
+        Ok(Box::new(Copies::new(device.as_cuda_device()?)?))
+    }
+
+    fn is_page_locked(&self, device: &Device, bytes: &[u8]) -> Result<bool> {
+        is_page_locked(device.as_cuda_device()?, bytes)
+    }
+
+    fn buffer(&self, device: &Device, bytes: usize) -> Result<Box<dyn Buffer>> {
+        Ok(Box::new(PageLocked::new(device.as_cuda_device()?.cuda_stream().context(), bytes)?))
     }
 
     #[cfg(feature = "nccl")]

@@ -11,16 +11,21 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    host,
     staging::{nothing_reserved, Buffer, Lane, Sent},
 };
 use candle_core::{
     cuda_backend::{
-        cudarc::driver::{result, sys::CUresult, CudaContext, DevicePtrMut, DriverError},
+        cudarc::driver::{
+            result,
+            sys::{self, CUmemorytype, CUpointer_attribute, CUresult},
+            CudaContext, DevicePtrMut, DriverError,
+        },
         CudaDevice, CudaStorage, WrapErr,
     },
     DType, Shape, Storage, Tensor,
 };
-use std::{ptr::NonNull, slice, sync::Arc};
+use std::{mem::MaybeUninit, ptr::NonNull, slice, sync::Arc};
 
 /// A way to a GPU, by a stream for copies.
 pub(super) struct Copies {
@@ -48,10 +53,6 @@ impl Copies {
 }
 
 impl Lane for Copies {
-    fn buffer(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
-        Ok(Box::new(PageLocked::new(self.side.context(), bytes)?))
-    }
-
     fn reserve(&mut self, (n, d): (usize, usize), dtype: DType) -> Result<()> {
         let (stream, bytes) = (self.dev.cuda_stream(), n * d * dtype.size_in_bytes());
         let (storage, address) = typed!(dtype, T => {
@@ -115,8 +116,11 @@ impl Drop for Copied {
     }
 }
 
+/// Bytes that a task clears.
+const CLEARED: usize = 1 << 20;
+
 /// A page-locked buffer.
-struct PageLocked {
+pub(super) struct PageLocked {
     bytes: NonNull<u8>,
     len: usize,
     context: Arc<CudaContext>,
@@ -124,22 +128,40 @@ struct PageLocked {
 
 // SAFETY: the memory is this value's alone.
 unsafe impl Send for PageLocked {}
+// SAFETY: as above, and it is written through unique references only.
+unsafe impl Sync for PageLocked {}
 
 impl PageLocked {
-    fn new(context: &Arc<CudaContext>, len: usize) -> Result<Self> {
+    pub fn new(context: &Arc<CudaContext>, len: usize) -> Result<Self> {
         context.bind_to_thread().w()?;
-        // SAFETY: the context is current. The bytes are written below before any is read.
+        // SAFETY: the context is current. The bytes are written below before any is read. Of no bytes there is one.
         let bytes = unsafe { result::malloc_host(len.max(1), 0) }.map_err(|e| out_of_host_memory(e, len))?;
         let bytes = NonNull::new(bytes.cast()).expect("memory that was allocated");
-        // SAFETY: so many bytes are there.
-        unsafe { bytes.write_bytes(0, len) };
-        Ok(Self { bytes, len, context: context.clone() })
+        let locked = Self { bytes, len, context: context.clone() };
+        // SAFETY: so many bytes are there, and nobody else has them.
+        let unset = unsafe { slice::from_raw_parts_mut(bytes.as_ptr().cast::<MaybeUninit<u8>>(), len) };
+        // A nanosecond clears some eight bytes.
+        host::for_each(
+            unset.chunks_mut(CLEARED).collect(),
+            CLEARED / 8,
+            || (),
+            |(), some| {
+                some.fill(MaybeUninit::new(0));
+                Ok(())
+            },
+        )?;
+        Ok(locked)
     }
 }
 
 impl Buffer for PageLocked {
-    fn bytes(&mut self) -> &mut [u8] {
+    fn bytes(&self) -> &[u8] {
         // SAFETY: so many bytes are there, and all were written.
+        unsafe { slice::from_raw_parts(self.bytes.as_ptr(), self.len) }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and nobody else has them.
         unsafe { slice::from_raw_parts_mut(self.bytes.as_ptr(), self.len) }
     }
 }
@@ -150,6 +172,24 @@ impl Drop for PageLocked {
         // SAFETY: it was allocated so, and whoever sent it has waited.
         self.context.record_err(unsafe { result::free_host(self.bytes.as_ptr().cast()) });
     }
+}
+
+/// Whether these bytes lie in one range of the host's memory that the driver has page-locked, for whomever.
+pub(super) fn is_page_locked(dev: &CudaDevice, bytes: &[u8]) -> Result<bool> {
+    fn attribute<T: Default>(what: CUpointer_attribute, address: u64) -> Option<T> {
+        let mut value = T::default();
+        // SAFETY: `value` has the type of the attribute. An address that the driver does not know is an error, and nothing else.
+        let found = unsafe { sys::cuPointerGetAttribute((&raw mut value).cast(), what, address) };
+        (found == CUresult::CUDA_SUCCESS).then_some(value)
+    }
+    dev.cuda_stream().context().bind_to_thread().w()?;
+    let address = bytes.as_ptr() as u64;
+    let kind: Option<u32> = attribute(CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address);
+    let start: Option<u64> = attribute(CUpointer_attribute::CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, address);
+    let size: Option<usize> = attribute(CUpointer_attribute::CU_POINTER_ATTRIBUTE_RANGE_SIZE, address);
+    let on_host = kind == Some(CUmemorytype::CU_MEMORYTYPE_HOST as u32);
+    let inside = |(start, size): (u64, usize)| (address - start) as usize + bytes.len() <= size;
+    Ok(on_host && start.zip(size).is_some_and(inside))
 }
 
 fn out_of_host_memory(e: DriverError, bytes: usize) -> Error {

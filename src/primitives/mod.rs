@@ -30,7 +30,7 @@ use crate::{
     },
     rng::Draw,
     rows::Rows,
-    staging::Lane,
+    staging::{Buffer, Lane},
 };
 use candle_core::{DType, Device, Shape, Storage, Tensor};
 pub(crate) use pieces::{
@@ -70,6 +70,16 @@ pub(crate) fn free_memory(device: &Device) -> Result<Option<usize>> {
 /// A lane for rows from memory of the host to the device.
 pub(crate) fn lane(device: &Device) -> Result<Box<dyn Lane>> {
     on(device, "lane")?.lane(device)
+}
+
+/// Whether copies take these bytes from where they lie while the thread that asks for them goes on.
+pub(crate) fn is_page_locked(device: &Device, bytes: &[u8]) -> Result<bool> {
+    on(device, "is_page_locked")?.is_page_locked(device, bytes)
+}
+
+/// Memory of the host for so many bytes, page-locked where that makes copies faster.
+pub(crate) fn buffer(device: &Device, bytes: usize) -> Result<Box<dyn Buffer>> {
+    on(device, "buffer")?.buffer(device, bytes)
 }
 
 /// The number of GPUs that are visible.

@@ -4,7 +4,7 @@ use super::{
     checkpoint::Checkpoint,
     devices::Place,
     progress::{OnProgress, Passes, Reporter, StreamProgress},
-    reads::moving,
+    ring::moving,
     source::Source,
 };
 use crate::{
@@ -76,8 +76,8 @@ impl StreamOptions {
     /// again in every pass. There is room for eight blocks on the CPU and for two on a GPU that come and go, of at least one row.
     ///
     /// That is beside what a fit has of each row (4 bytes) and of each that stays (4 bytes, by cosine or with weights 12 or 20), of the
-    /// rows of one block while it works on them, and of the centroids; and beside 200 MiB of page-locked memory of the host
-    /// for a GPU.
+    /// rows of one block while it works on them, and of the centroids; and beside 100 MiB of page-locked memory of the host
+    /// for a GPU, but for rows that are [page-locked](crate::Pinned) themselves.
     pub fn memory(mut self, bytes: usize) -> Self {
         self.memory = Some(bytes);
         self

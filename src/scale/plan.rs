@@ -3,7 +3,8 @@
 use super::{
     options::{Cut, StreamOptions},
     progress::Passes,
-    reads::ring_bytes,
+    reads::is_sent_in_place,
+    ring::ring_bytes,
     source::Source,
 };
 use crate::{
@@ -93,7 +94,10 @@ impl DevicePlan {
             block: Plan::new(&of_block, Some(layout), settings, arch, |_| Ok(false))?,
             first_pass_bytes: (end - first) * row_bytes,
             later_pass_bytes: (end - first - resident_rows) * row_bytes,
-            ring_bytes: ring_bytes(device, blocks, cut.rows, source.row_bytes()) as u64,
+            ring_bytes: match is_sent_in_place(source, device)? {
+                true => 0,
+                false => ring_bytes(device, blocks, cut.rows, source.row_bytes()) as u64,
+            },
             label_bytes: (end - first) * size_of::<u32>() as u64,
             cut,
         })

@@ -1,72 +1,29 @@
-//! Rows are read ahead of those who work on them, by threads that wait for the disk.
+//! Rows of a source on their way to a device, ahead of the work on them.
 
-use super::{fingerprint::hash_rows, source::Source};
+use super::{
+    fingerprint::hash_rows,
+    ring::{part_rows, parts_of, readers, Part, Ring},
+    source::Source,
+};
 use crate::{
     error::{Error, Result},
     host, primitives,
-    staging::{Buffer, Lane, Sent},
+    staging::Lane,
 };
 use candle_core::{Device, Tensor};
 use std::{
+    collections::VecDeque,
     ops::Range,
-    panic::{catch_unwind, resume_unwind, AssertUnwindSafe},
-    sync::{
-        atomic::{AtomicU64, Ordering},
-        mpsc, Mutex, PoisonError,
-    },
+    panic::resume_unwind,
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
     thread,
 };
-
-/// Threads that read at once: as many requests as keep a solid-state disk at work, and for a GPU as many threads as fill its link by
-/// copying from memory, of which the processor has so many.
-fn readers(device: &Device) -> usize {
-    if device.is_cpu() {
-        return 4;
-    }
-    thread::available_parallelism().map_or(4, usize::from).clamp(4, 16)
-}
-
-/// Buffers in the ring: one for each reader, and some that are on their way or waited for.
-fn slots(device: &Device) -> usize {
-    readers(device) + if device.is_cpu() { 2 } else { 8 }
-}
-
-/// Bytes that are sent to a GPU at a time. Page-locking memory takes longer than filling it, so that there should not be more than is
-/// needed to keep the link at work.
-const PART_BYTES: usize = 8 << 20;
-
-/// Rows of a part, of blocks of so many: all on the CPU, where a buffer becomes a block.
-fn part_rows(device: &Device, block: usize, row_bytes: usize) -> usize {
-    if device.is_cpu() {
-        return block;
-    }
-    (PART_BYTES / row_bytes).clamp(1, block)
-}
-
-/// Bytes of the ring that so many blocks of so many rows go through.
-pub(super) fn ring_bytes(device: &Device, blocks: usize, rows: usize, row_bytes: usize) -> usize {
-    let part = part_rows(device, rows, row_bytes);
-    slots(device).min(blocks * rows.div_ceil(part)) * part * row_bytes
-}
-
-/// Blocks of rows that `device` has room for beside those that stay there: the one that is worked on and the next one. The memory of
-/// the CPU has the ring, too.
-pub(super) fn moving(device: &Device) -> usize {
-    if device.is_cpu() {
-        slots(device) + 2
-    } else {
-        2
-    }
-}
 
 /// Rows of a source on their way to a device.
 pub(super) struct Reads<'a> {
     source: &'a Source<'a>,
     device: &'a Device,
-    /// The most rows of a block.
-    most: usize,
-    /// The ring, between passes.
-    slots: Vec<Slot>,
+    ring: Ring<'a>,
     lane: Option<Box<dyn Lane>>,
     hash: Hash,
 }
@@ -79,33 +36,14 @@ enum Hash {
     Found(u64),
 }
 
-/// A buffer of the ring.
-struct Slot {
-    /// The copy that is under way from it: dropped before its memory is.
-    sent: Option<Box<dyn Sent>>,
-    memory: Box<dyn Buffer>,
-}
-
-/// A part of a block: as many rows as are read at a time.
-struct Part {
-    block: usize,
-    rows: Range<usize>,
-}
-
-/// A slot with the rows of a part, or why there are none.
-type Filled = thread::Result<Result<Slot>>;
-
-/// Slots that are free, and the parts that nobody has taken.
-type Untaken = (mpsc::Receiver<Slot>, Range<usize>);
-
 impl<'a> Reads<'a> {
     pub fn new(source: &'a Source<'a>, device: &'a Device, most: usize) -> Self {
-        Self { source, device, most, slots: vec![], lane: None, hash: Hash::Unwanted }
+        Self { source, device, ring: Ring::new(source, device, most), lane: None, hash: Hash::Unwanted }
     }
 
     /// Frees the ring, which the next pass has to make again.
     pub fn clear(&mut self) {
-        self.slots.clear();
+        self.ring.clear();
     }
 
     /// Asks for the hash of the rows of the next pass.
@@ -128,143 +66,134 @@ impl<'a> Reads<'a> {
         blocks: &[Range<usize>],
         visit: &mut dyn FnMut(Option<(usize, Tensor)>) -> Result<()>,
     ) -> Result<()> {
-        let &mut Self { source, device, most, .. } = self;
+        let wanted = matches!(self.hash, Hash::Wanted);
+        let hash = AtomicU64::default();
         if blocks.is_empty() {
-            if matches!(self.hash, Hash::Wanted) {
-                self.hash = Hash::Found(0);
-            }
-            return visit(None);
-        }
-        let row = source.row_bytes();
-        let lane = match &mut self.lane {
-            Some(lane) => lane,
-            lane => lane.insert(primitives::lane(device)?),
-        };
-        let step = part_rows(device, most, row);
-        let parts = |(block, rows): (usize, &Range<usize>)| {
-            let end = rows.end;
-            rows.clone().step_by(step).map(move |first| Part { block, rows: first..end.min(first + step) })
-        };
-        let parts: Vec<_> = blocks.iter().enumerate().flat_map(parts).collect();
-        for _ in self.slots.len()..slots(device).min(parts.len()) {
-            self.slots.push(Slot { sent: None, memory: lane.buffer(step * row)? });
-        }
-        let (free, taken) = mpsc::channel();
-        self.slots.drain(..).for_each(|slot| free.send(slot).expect("the receiver is there"));
-        let taken = Mutex::new((taken, 0..parts.len()));
-        let hash = matches!(self.hash, Hash::Wanted).then(AtomicU64::default);
-        let (filled, arrivals) = mpsc::channel();
-        thread::scope(|scope| {
-            // However this ends, readers wait no longer than these are there.
-            let (free, arrivals) = (free, arrivals);
-            for _ in 0..readers(device).min(parts.len()) {
-                let (taken, filled, parts, hash) = (&taken, filled.clone(), &parts, hash.as_ref());
-                scope.spawn(move || read_ahead(source, parts, taken, hash, &filled));
-            }
-            drop(filled);
-            let early = parts.iter().map(|_| None).collect();
-            let mut arrived = Arrived { arrivals, early, next: 0 };
-            // Sends the parts of a block, those that have been read or all of them.
-            let mut send = |lane: &mut dyn Lane, block: usize, all: bool| {
-                while parts.get(arrived.next).is_some_and(|part| part.block == block) {
-                    let first = parts[arrived.next].rows.start - blocks[block].start;
-                    let bytes = parts[arrived.next].rows.len() * row;
-                    let Some(slot) = arrived.take(all) else { return Ok(()) };
-                    let mut slot = slot?;
-                    // SAFETY: whoever writes to the slot next waits before, and so does who drops it.
-                    slot.sent = Some(unsafe { lane.send(&slot.memory.bytes()[..bytes], first * row) }?);
-                    // Readers that have nothing left to read have gone.
-                    let _ = free.send(slot);
-                }
-                Ok::<_, Error>(())
-            };
-            let reserve = |lane: &mut dyn Lane, block: usize| {
-                lane.reserve((blocks[block].len(), source.shape().1), source.dtype())
-            };
-            reserve(&mut **lane, 0)?;
-            send(&mut **lane, 0, false)?;
             visit(None)?;
-            for i in 0..blocks.len() {
-                send(&mut **lane, i, true)?;
-                let rows = lane.receive()?;
-                // The next rows travel while these are worked on: their room is made before that work is queued, behind which it would
-                // have to wait.
-                if i + 1 < blocks.len() {
-                    reserve(&mut **lane, i + 1)?;
-                    send(&mut **lane, i + 1, false)?;
-                }
-                visit(Some((i, rows)))?;
-            }
-            Ok::<_, Error>(())
-        })?;
-        let (taken, _) = taken.into_inner().unwrap_or_else(PoisonError::into_inner);
-        self.slots.extend(taken.try_iter());
-        if let Some(hash) = hash {
+        } else if is_sent_in_place(self.source, self.device)? {
+            self.for_each_in_place(blocks, wanted.then_some(&hash), visit)?;
+        } else {
+            let Self { source, device, ref mut ring, ref mut lane, .. } = *self;
+            let lane = opened(lane, device)?;
+            ring.pass(blocks, wanted.then_some(&hash), |arrivals| {
+                in_turn(lane, source, blocks, &mut |lane, block, all| arrivals.send(lane, block, all), visit)
+            })?;
+        }
+        if wanted {
             self.hash = Hash::Found(hash.into_inner());
         }
         Ok(())
     }
-}
 
-/// Reads parts into free slots until there are no more of either. Whoever takes a slot takes the next part with it, so that the one
-/// that is waited for never lacks one.
-fn read_ahead(
-    source: &Source<'_>,
-    parts: &[Part],
-    taken: &Mutex<Untaken>,
-    hash: Option<&AtomicU64>,
-    filled: &mpsc::Sender<(usize, Filled)>,
-) {
-    loop {
-        let (i, mut slot) = {
-            let mut taken = taken.lock().unwrap_or_else(PoisonError::into_inner);
-            let Some(i) = taken.1.next() else { return };
-            let Ok(slot) = taken.0.recv() else { return };
-            (i, slot)
-        };
-        let rows = &parts[i].rows;
-        let read = catch_unwind(AssertUnwindSafe(|| {
-            if let Some(sent) = slot.sent.take() {
-                sent.wait()?;
-            }
-            let into = &mut slot.memory.bytes()[..rows.len() * source.row_bytes()];
-            source.read(rows.start as u64..rows.end as u64, into)?;
+    /// Sends page-locked rows from where they lie.
+    fn for_each_in_place(
+        &mut self,
+        blocks: &[Range<usize>],
+        hash: Option<&AtomicU64>,
+        visit: &mut dyn FnMut(Option<(usize, Tensor)>) -> Result<()>,
+    ) -> Result<()> {
+        let &mut Self { source, device, ref mut lane, .. } = self;
+        let lane = opened(lane, device)?;
+        let parts: Vec<_> = parts_of(blocks, part_rows(device, usize::MAX, source.row_bytes())).collect();
+        let untaken = AtomicUsize::new(0);
+        thread::scope(|scope| {
             if let Some(hash) = hash {
-                hash.fetch_add(hash_rows(rows.start, source.row_bytes(), into), Ordering::Relaxed);
+                for _ in 0..readers(device).min(parts.len()) {
+                    scope.spawn(|| hash_in_place(source, &parts, &untaken, hash));
+                }
             }
-            Ok(slot)
-        }));
-        if filled.send((i, read)).is_err() {
-            return;
-        }
-    }
-}
-
-/// Slots that readers have sent, in whatever order.
-struct Arrived {
-    arrivals: mpsc::Receiver<(usize, Filled)>,
-    early: Vec<Option<Filled>>,
-    /// The part that is taken next.
-    next: usize,
-}
-
-impl Arrived {
-    /// The rows of the next part, once they are there, or if they are.
-    fn take(&mut self, wait: bool) -> Option<Result<Slot>> {
-        while self.early[self.next].is_none() {
-            let (at, filled) = match wait {
-                true => self.arrivals.recv().expect("a reader says how each part went"),
-                false => self.arrivals.try_recv().ok()?,
+            // Copies that may be under way: those of a block that is worked on, and of the next one.
+            let mut copies = VecDeque::new();
+            let mut next = 0;
+            let mut send = |lane: &mut dyn Lane, block: usize, _| {
+                if block < next {
+                    return Ok(());
+                }
+                let (mut at, mut sent) = (0, vec![]);
+                for piece in in_memory(source, &blocks[block])? {
+                    // SAFETY: the rows lie there as long as the source does, which outlives `copies`, and whoever drops those waits.
+                    sent.push(unsafe { lane.send(piece, at) }?);
+                    at += piece.len();
+                }
+                copies.push_back(sent);
+                copies.drain(..copies.len().saturating_sub(2));
+                next = block + 1;
+                Ok(())
             };
-            self.early[at] = Some(filled);
-        }
-        self.next += 1;
-        self.early[self.next - 1].take().map(or_panic)
+            let done = in_turn(lane, source, blocks, &mut send, visit);
+            if done.is_err() {
+                // The hash is not asked for any more.
+                untaken.store(parts.len(), Ordering::Relaxed);
+            }
+            done
+        })
     }
 }
 
-fn or_panic<T>(result: thread::Result<T>) -> T {
-    result.unwrap_or_else(|panic| resume_unwind(panic))
+/// The lane of a stream to its device.
+fn opened<'l>(lane: &'l mut Option<Box<dyn Lane>>, device: &Device) -> Result<&'l mut dyn Lane> {
+    Ok(match lane {
+        Some(lane) => &mut **lane,
+        lane => &mut **lane.insert(primitives::lane(device)?),
+    })
+}
+
+/// Calls `visit` with nothing and then with each block, as [`Reads::for_each`] says. `send` begins to send what is left of a block: all of
+/// it, or what there is.
+fn in_turn(
+    lane: &mut dyn Lane,
+    source: &Source<'_>,
+    blocks: &[Range<usize>],
+    send: &mut dyn FnMut(&mut dyn Lane, usize, bool) -> Result<()>,
+    visit: &mut dyn FnMut(Option<(usize, Tensor)>) -> Result<()>,
+) -> Result<()> {
+    let reserve =
+        |lane: &mut dyn Lane, block: usize| lane.reserve((blocks[block].len(), source.shape().1), source.dtype());
+    reserve(lane, 0)?;
+    send(lane, 0, false)?;
+    visit(None)?;
+    for i in 0..blocks.len() {
+        send(lane, i, true)?;
+        let rows = lane.receive()?;
+        // The next rows travel while these are worked on: their room is made before that work is queued, behind which it would have
+        // to wait.
+        if i + 1 < blocks.len() {
+            reserve(lane, i + 1)?;
+            send(lane, i + 1, false)?;
+        }
+        visit(Some((i, rows)))?;
+    }
+    Ok(())
+}
+
+/// Whether the rows of a source lie in page-locked memory as they are computed with.
+pub(super) fn is_sent_in_place(source: &Source<'_>, device: &Device) -> Result<bool> {
+    let Some(pieces) = source.in_memory(0..source.shape().0) else { return Ok(false) };
+    for piece in pieces {
+        if !primitives::is_page_locked(device, piece)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// The pieces of memory that these rows lie in, of a source of which all do.
+fn in_memory<'s>(source: &'s Source<'_>, rows: &Range<usize>) -> Result<Vec<&'s [u8]>> {
+    // Where they lie is up to the caller's `AsRef`.
+    let moved =
+        || Error::Conflict { argument: "data", got: "rows elsewhere".into(), with: "where they lay before".into() };
+    source.in_memory(rows.start as u64..rows.end as u64).ok_or_else(moved)
+}
+
+/// Adds up the hash of the parts that nobody has taken. Rows that are gone are noticed by who sends them.
+fn hash_in_place(source: &Source<'_>, parts: &[Part], untaken: &AtomicUsize, hash: &AtomicU64) {
+    while let Some(Part { rows, .. }) = parts.get(untaken.fetch_add(1, Ordering::Relaxed)) {
+        let mut first = rows.start;
+        for piece in in_memory(source, rows).unwrap_or_default() {
+            hash.fetch_add(hash_rows(first, source.row_bytes(), piece), Ordering::Relaxed);
+            first += piece.len() / source.row_bytes();
+        }
+    }
 }
 
 /// Rows here and there, in order and none twice, `(rows, d)` on the CPU.
@@ -284,7 +213,7 @@ pub(super) fn read_rows(source: &Source<'_>, rows: &[usize]) -> Result<Tensor> {
     thread::scope(|scope| {
         let parts = rows.chunks(each).zip(read.chunks_mut(each * bytes));
         let readers: Vec<_> = parts.map(|(rows, into)| scope.spawn(move || read_some(rows, into))).collect();
-        readers.into_iter().try_for_each(|reader| or_panic(reader.join()))
+        readers.into_iter().try_for_each(|reader| reader.join().unwrap_or_else(|panic| resume_unwind(panic)))
     })?;
     host::room("read rows", rows.len() * d, source.dtype(), &Device::Cpu)?;
     Ok(Tensor::from_raw_buffer(&read, source.dtype(), &[rows.len(), d], &Device::Cpu)?)

@@ -2,7 +2,10 @@
 //! other settings or rows are not taken for its own. Processes that are killed and files that are damaged are in `tests/killed.rs`, all
 //! counts in `tests/record/faults.md`.
 
-use crate::{common::*, stream::options};
+use crate::{
+    common::*,
+    stream::{options, pinned},
+};
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{
     testing::{on_each, on_stage},
@@ -84,6 +87,7 @@ fn a_fit_goes_on_to_the_same_bits() {
             let crowded = Init::Given(crowded.to_device(&device).unwrap());
             let plain = KMeans::new(6).metric(metric).max_iters(5).tol(1e-3);
             let source = Source::from_tensor(&x).unwrap();
+            let elsewhere = pinned(&x, &device);
             for (i, settings) in [
                 plain.clone(),
                 plain.clone().tol(0.0).max_iters(0),
@@ -108,7 +112,8 @@ fn a_fit_goes_on_to_the_same_bits() {
                     on_stage(None);
                     let (rows, staying) = [(64, 1), (203, 0), (50, 9), (7, 3), (1, 0)][n % 5];
                     let with = options(&device, &source, rows, staying).checkpoint(Checkpoint::in_dir(&dir));
-                    let fit = settings.fit_stream(&source, &with).unwrap();
+                    let source = if n % 2 == 0 { &source } else { &elsewhere };
+                    let fit = settings.fit_stream(source, &with).unwrap();
                     assert_same_fit(&fit, &whole, &format!("{what}, ended after checkpoint {n}"));
                     assert_eq!(fit.weights.map(|w| bits(&w)), whole.weights.as_ref().map(bits), "{what}");
                     ended += 1;

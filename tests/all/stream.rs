@@ -2,9 +2,10 @@
 //! the device.
 
 use crate::{common::*, source::Folder};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, WithDType};
 use candle_flash_kmeans::{
-    testing::on_each, DevicePlan, EmptyClusters, Error, Fit, Init, KMeans, Metric, Source, StoredType, StreamOptions,
+    testing::on_each, DevicePlan, Element, EmptyClusters, Error, Fit, Init, KMeans, Metric, Pinned, Source, StoredType,
+    StreamOptions,
 };
 use half::{bf16, f16};
 use std::{
@@ -48,6 +49,22 @@ fn counted<'a>(x: &Tensor, read: &'a AtomicU64) -> Source<'a> {
         Ok(())
     };
     Source::from_fn(x.dim(0).unwrap() as u64, x.dim(1).unwrap(), stored(x.dtype()), rows).unwrap()
+}
+
+/// The rows of `x` in page-locked memory.
+pub fn pinned(x: &Tensor, device: &Device) -> Source<'static> {
+    fn copy<T: Element + WithDType>(x: &Tensor, device: &Device) -> Source<'static> {
+        let values = x.flatten_all().unwrap().to_vec1::<T>().unwrap();
+        let mut pinned = Pinned::zeros(values.len(), device).unwrap();
+        pinned.copy_from_slice(&values);
+        Source::from_slice(pinned, x.dim(1).unwrap()).unwrap()
+    }
+    match x.dtype() {
+        DType::F16 => copy::<f16>(x, device),
+        DType::BF16 => copy::<bf16>(x, device),
+        DType::F32 => copy::<f32>(x, device),
+        _ => copy::<f64>(x, device),
+    }
 }
 
 /// Room for blocks of so many rows, and for as many that stay.
@@ -107,6 +124,51 @@ fn a_stream_has_the_bits_of_the_fit_in_memory() {
                 assert_streams(&settings.sample_weights(&weights), &source, &device, &whole, &what);
             }
         }
+    }
+}
+
+/// Page-locked rows, in one piece or in several, are sent from where they lie. Those of a source that are not all so are read.
+#[test]
+fn pinned_rows_have_the_bits_of_others() {
+    fn check<T: Element + WithDType>(dtype: DType, device: &Device) {
+        let (x, cut) = (blobs(&[203, 5], 6, dtype, &mut rng(7)), 71 * 5);
+        let values = x.flatten_all().unwrap().to_vec1::<T>().unwrap();
+        let mut pinned = Pinned::zeros(values.len(), device).unwrap();
+        assert!(pinned.iter().all(|&v| v == T::zero()));
+        pinned.copy_from_slice(&values);
+        assert!(pinned[..] == values[..]);
+        let slice = |values| Source::from_slice::<T>(values, 5).unwrap();
+        let both = |a, b| Source::concat([slice(a), slice(b)]).unwrap();
+        for (source, in_place) in [
+            (slice(&pinned[..]), true),
+            (both(&pinned[..cut], &pinned[cut..]), true),
+            (both(&pinned[..cut], &values[cut..]), false),
+            (slice(&values[..]), false),
+        ] {
+            let what = format!("{source:?} in place: {in_place}, on {:?}", device.location());
+            for (metric, empty) in
+                [(Metric::SquaredEuclidean, EmptyClusters::Relocate), (Metric::Cosine, EmptyClusters::Keep)]
+            {
+                let settings = KMeans::new(6).metric(metric).empty_clusters(empty).max_iters(6);
+                let whole = settings.fit(&x.to_device(device).unwrap()).unwrap();
+                assert_streams(&settings, &source, device, &whole, &what);
+            }
+            let plan = KMeans::new(6).plan_stream(&source, &options(device, &source, 64, 1)).unwrap();
+            assert_eq!(plan.devices[0].ring_bytes == 0, in_place && device.is_cuda(), "{what}");
+            let fit = KMeans::new(6).fit(&x.to_device(device).unwrap()).unwrap();
+            let mut labels = vec![];
+            fit.predict_stream(&source, &options(device, &source, 64, 0), |_, some| {
+                labels.extend_from_slice(some);
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(labels, fit.labels.to_vec1::<u32>().unwrap(), "{what}");
+        }
+    }
+    for device in devices() {
+        check::<f16>(DType::F16, &device);
+        check::<f32>(DType::F32, &device);
+        check::<f64>(DType::F64, &device);
     }
 }
 

@@ -40,20 +40,30 @@ struct Concatenated<'a> {
     ends: Vec<u64>,
 }
 
+impl<'a> Concatenated<'a> {
+    /// The parts that these rows lie in, and which of its own rows they are of each.
+    fn parts_of(&self, rows: Range<u64>) -> impl Iterator<Item = (&Table<'a>, Range<u64>)> {
+        let from = self.ends.partition_point(|&end| end <= rows.start);
+        let parts = self.parts[from..].iter().zip(&self.ends[from..]);
+        parts
+            .map(|(part, &end)| (part, end - part.n))
+            .take_while(move |&(_, first)| first < rows.end)
+            .map(move |(part, first)| (part, rows.start.saturating_sub(first)..part.n.min(rows.end - first)))
+    }
+}
+
 impl ReadRows for Concatenated<'_> {
     fn read(&self, rows: Range<u64>, mut into: &mut [u8]) -> Result<()> {
-        let from = self.ends.partition_point(|&end| end <= rows.start);
-        let mut first = rows.start;
-        for (part, &end) in self.parts.iter().zip(&self.ends).skip(from) {
-            let count = end.min(rows.end) - first;
-            let (own, rest) = into.split_at_mut(count as usize * part.row_size());
-            let start = first - (end - part.n);
-            part.reader.read(start..start + count, own)?;
-            (into, first) = (rest, first + count);
-            if first == rows.end {
-                break;
-            }
+        for (part, own) in self.parts_of(rows) {
+            let bytes = (own.end - own.start) as usize * part.row_size();
+            let (head, rest) = into.split_at_mut(bytes);
+            part.reader.read(own, head)?;
+            into = rest;
         }
         Ok(())
+    }
+
+    fn in_memory<'s>(&'s self, rows: Range<u64>, pieces: &mut Vec<&'s [u8]>) -> bool {
+        self.parts_of(rows).all(|(part, own)| part.reader.in_memory(own, pieces))
     }
 }

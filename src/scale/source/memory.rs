@@ -39,6 +39,13 @@ impl<T: Element, A: AsRef<[T]> + Send + Sync> ReadRows for SliceRows<A, T> {
         T::store(data.get(start..end).ok_or(size)?, into);
         Ok(())
     }
+
+    fn in_memory<'s>(&'s self, rows: Range<u64>, pieces: &mut Vec<&'s [u8]>) -> bool {
+        let [start, end] = [rows.start, rows.end].map(|row| row as usize * self.d);
+        let Some(data) = self.data.as_ref().get(start..end) else { return false };
+        pieces.push(T::as_bytes(data));
+        true
+    }
 }
 
 pub(crate) fn from_tensor(x: &Tensor) -> Result<Table<'static>> {

@@ -228,6 +228,13 @@ impl<'a> Source<'a> {
         }
         Ok(())
     }
+
+    /// The pieces of memory that these rows lie in as [`read`](Self::read) would give them, in order, if they do.
+    pub(super) fn in_memory(&self, rows: Range<u64>) -> Option<Vec<&[u8]>> {
+        let mut pieces = vec![];
+        let as_computed = self.table.stored == StoredType::from_dtype(self.dtype)?;
+        (as_computed && self.table.reader.in_memory(rows, &mut pieces)).then_some(pieces)
+    }
 }
 
 impl fmt::Debug for Source<'_> {

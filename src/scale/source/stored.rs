@@ -2,7 +2,7 @@
 
 use candle_core::DType;
 use half::{bf16, f16};
-use std::fmt;
+use std::{fmt, slice};
 
 /// The type of the values that a [`Source`](crate::Source) stores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +86,15 @@ pub trait Element: private::Sealed + Copy + Send + Sync + 'static {
     const STORED: StoredType;
 
     #[doc(hidden)]
-    fn store(values: &[Self], into: &mut [u8]);
+    fn store(values: &[Self], into: &mut [u8]) {
+        into.copy_from_slice(Self::as_bytes(values));
+    }
+
+    #[doc(hidden)]
+    fn as_bytes(values: &[Self]) -> &[u8] {
+        // SAFETY: the values of these types have no padding, and bytes may lie anywhere.
+        unsafe { slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+    }
 }
 
 mod private {
@@ -99,12 +107,6 @@ macro_rules! element {
 
         impl Element for $type {
             const STORED: StoredType = StoredType::$stored;
-
-            fn store(values: &[Self], into: &mut [u8]) {
-                for (value, bytes) in values.iter().zip(into.as_chunks_mut().0) {
-                    *bytes = value.to_ne_bytes();
-                }
-            }
         }
     )*};
 }
