@@ -77,11 +77,11 @@ __device__ void usable_seeds(const T* x, const Rows& r, const double* weights, c
     }
 }
 
-/// The keys of rows of which the first is number `first` of its problem.
+/// The keys of rows of which the first is number `first` of its problem, and that is `first_problem` of its batch.
 __device__ void race(const double* nearest, const double* weights, int64_t b, int64_t n, int64_t first, uint64_t seed,
-                     uint64_t round, double* out) {
+                     uint64_t round, int64_t first_problem, double* out) {
     for (int64_t i = global_thread(); i < b * n; i += all_threads()) {
-        out[i] = race_key(seed, round, i / n, first + i % n, nearest[i], weights ? weights[i] : 1.0);
+        out[i] = race_key(seed, round, first_problem + i / n, first + i % n, nearest[i], weights ? weights[i] : 1.0);
     }
 }
 
@@ -118,8 +118,8 @@ __device__ Lowest block_lowest(Lowest low) {
 /// `arrived` is zeros and left so.
 template <class T>
 __device__ void pick(const T* x, const Rows& r, double* nearest, const double* weights, uint32_t* chosen, int64_t count,
-                     int64_t i, bool start, int metric, uint64_t seed, uint64_t round, int64_t rows, uint64_t* keys,
-                     uint32_t* winners, uint32_t* arrived) {
+                     int64_t i, bool start, int metric, uint64_t seed, uint64_t round, int64_t first_problem, int64_t rows,
+                     uint64_t* keys, uint32_t* winners, uint32_t* arrived) {
     __shared__ bool last;
     const int64_t parts = (r.n + rows - 1) / rows;
     for (int64_t tile = blockIdx.x; tile < r.b * parts; tile += gridDim.x) {
@@ -136,7 +136,7 @@ __device__ void pick(const T* x, const Rows& r, double* nearest, const double* w
             } else if (!start) {
                 v = nearest[at];
             }
-            const double key = race_key(seed, round, b, row, v, weights ? weights[at] : 1.0);
+            const double key = race_key(seed, round, first_problem + b, row, v, weights ? weights[at] : 1.0);
             low = lower(low, {ordered<uint64_t>(__double_as_longlong(key)), uint32_t(row)});
         }
         low = block_lowest(low);
@@ -170,14 +170,15 @@ __device__ void pick(const T* x, const Rows& r, double* nearest, const double* w
     }                                                                                                                  \
     extern "C" __global__ void pick_##name(const T* x, Rows r, double* nearest, const double* weights,                 \
                                            uint32_t* chosen, int64_t count, int64_t i, int start, int metric,          \
-                                           uint64_t seed, uint64_t round, int64_t rows, uint64_t* keys,                \
-                                           uint32_t* winners, uint32_t* arrived) {                                     \
-        pick(x, r, nearest, weights, chosen, count, i, start, metric, seed, round, rows, keys, winners, arrived);      \
+                                           uint64_t seed, uint64_t round, int64_t first_problem, int64_t rows,         \
+                                           uint64_t* keys, uint32_t* winners, uint32_t* arrived) {                     \
+        pick(x, r, nearest, weights, chosen, count, i, start, metric, seed, round, first_problem, rows, keys, winners, \
+             arrived);                                                                                                 \
     }
 FOR_EACH_TYPE(INSTANCE)
 #undef INSTANCE
 
 extern "C" __global__ void race_keys(const double* nearest, const double* weights, int64_t b, int64_t n, int64_t first,
-                                     uint64_t seed, uint64_t round, double* out) {
-    race(nearest, weights, b, n, first, seed, round, out);
+                                     uint64_t seed, uint64_t round, int64_t first_problem, double* out) {
+    race(nearest, weights, b, n, first, seed, round, first_problem, out);
 }

@@ -126,6 +126,14 @@ pub(crate) fn kept(text: String) -> &'static str {
 }
 
 impl Error {
+    /// The same of problems of which the first has this number in its batch.
+    pub(crate) fn of_batch(self, first_problem: usize) -> Self {
+        match self {
+            Self::NonFinite { argument, batch, row } => Self::NonFinite { argument, batch: first_problem + batch, row },
+            other => other,
+        }
+    }
+
     /// The error of this crate inside one of Candle's, if there is one: under any [context](candle_core::Context), path or
     /// backtrace that Candle has put around it. An error that a caller made into text
     /// ([`wrap`](candle_core::Error::wrap), [`msg`](candle_core::Error::msg)) is lost.

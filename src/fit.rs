@@ -138,6 +138,12 @@ impl Fit {
         self.map(|t| Ok(t.reshape([batch, &t.dims()[1..]].concat())?))
     }
 
+    /// The problems of several fits as one batch, of fits with one dimension of batch.
+    pub(crate) fn cat(fits: &[Self]) -> Result<Self> {
+        let mut fields = (0..).map(|i| fits.iter().map(|fit| fit.named()[i].1).collect::<Vec<_>>());
+        fits[0].map(|_| Ok(Tensor::cat(&fields.next().expect("as many fields"), 0)?))
+    }
+
     /// The same on `device`.
     ///
     /// # Errors

@@ -42,7 +42,7 @@ pub enum EmptyClusters {
     Relocate,
 }
 
-/// The GPUs that share the rows of a fit.
+/// The GPUs that share the rows of a fit, or the problems of a batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Devices {
@@ -251,9 +251,14 @@ impl KMeans {
         self
     }
 
-    /// Shares the rows of a tensor on the CPU out to these GPUs, for [`fit`](Self::fit) and [`fit_predict`](Self::fit_predict). They
-    /// need not fit in the memory of all of them: rows without room stay where they are and are read in every iteration, as by
-    /// [`fit_stream`](Self::fit_stream). The result is on the CPU, with the same bits whatever the number of GPUs.
+    /// Shares a tensor on the CPU out to these GPUs, for [`fit`](Self::fit) and [`fit_predict`](Self::fit_predict). The result is on
+    /// the CPU, with the same bits whatever the number of GPUs.
+    ///
+    /// Of `(n, d)` each has a part of the rows, in a fit of [`fit_stream`](Self::fit_stream), whose start and refusals it shares. The
+    /// rows need not fit in the memory of all GPUs: those without room stay where they are and are read in every iteration.
+    ///
+    /// Of a batch, `(..batch, n, d)`, each GPU has whole problems, as many as the others but for one, which have to fit in its memory.
+    /// Where there are fewer problems than GPUs, some have none. [Processes](Devices::Launched) fit batches of their own.
     ///
     /// ```no_run
     /// use candle_core::{Device, Tensor};

@@ -20,6 +20,8 @@ pub(crate) struct Problem {
     pub batch: Vec<usize>,
     /// Number of problems: the product of `batch`.
     pub b: usize,
+    /// The number of the first of them in the batch that the caller has, where others have the rest of it.
+    pub first_problem: usize,
     /// Rows of each problem.
     pub n: usize,
     /// Columns.
@@ -133,7 +135,7 @@ impl Problem {
         let b = product(batch);
         check_elements("x elements", &[b])?;
         check_elements("x elements", &[b, n.max(k), d])?;
-        Ok(Self { batch: batch.to_vec(), b, n, d, k, dtype, metric })
+        Ok(Self { batch: batch.to_vec(), b, first_problem: 0, n, d, k, dtype, metric })
     }
 
     /// `(..batch, tail..)`.
@@ -173,7 +175,7 @@ impl Problem {
         let lengths: Vec<_> = lengths.flatten_all()?.to_vec1::<u32>()?.into_iter().map(|l| l as usize).collect();
         match lengths.iter().enumerate().find(|(_, l)| !(self.k..=self.n).contains(l)) {
             Some((batch, &got)) => {
-                let named = || kept(format!("batch element {batch}: lengths"));
+                let named = || kept(format!("batch element {}: lengths", self.first_problem + batch));
                 let argument = if self.batch.is_empty() { "lengths" } else { named() };
                 Err(Error::Range { argument, got, min: self.k, max: self.n })
             }

@@ -2,11 +2,12 @@
 //! element and the row alone, so any device, chunking or thread count draws the same. `kernels/exact/common.cuh` holds the same
 //! functions; only correctly rounded operations are used, so the bits agree.
 
-/// Which draw: the user's seed and the number of the round.
+/// Which draw: the user's seed, the number of the round, and the number that the first of the problems has in their batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Draw {
     pub seed: u64,
     pub round: u64,
+    pub first_problem: usize,
 }
 
 /// SplitMix64's finaliser (Steele, Lea and Flood 2014).
@@ -18,10 +19,10 @@ fn mix(z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// A standard exponential variate, `-ln(u)` of a uniform `u` in (0, 1).
+/// A standard exponential variate, `-ln(u)` of a uniform `u` in (0, 1), of a row of problem `batch` of those that are drawn for.
 #[inline]
 pub(crate) fn exponential(draw: Draw, batch: usize, row: usize) -> f64 {
-    let h = mix(mix(mix(mix(draw.seed) ^ draw.round) ^ batch as u64) ^ row as u64);
+    let h = mix(mix(mix(mix(draw.seed) ^ draw.round) ^ (draw.first_problem + batch) as u64) ^ row as u64);
     negative_ln(((h >> 12) as f64 + 0.5) * 2f64.powi(-52))
 }
 
@@ -81,7 +82,8 @@ mod tests {
     #[test]
     fn exponentials_have_their_mean_and_variance() {
         let n = 100_000;
-        let draws: Vec<f64> = (0..n).map(|i| exponential(Draw { seed: 7, round: 3 }, 1, i)).collect();
+        let draw = Draw { seed: 7, round: 3, first_problem: 0 };
+        let draws: Vec<f64> = (0..n).map(|i| exponential(draw, 1, i)).collect();
         let mean = draws.iter().sum::<f64>() / n as f64;
         let variance = draws.iter().map(|d| (d - mean) * (d - mean)).sum::<f64>() / n as f64;
         assert!((mean - 1.0).abs() < 0.02 && (variance - 1.0).abs() < 0.05, "{mean} {variance}");

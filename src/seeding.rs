@@ -20,19 +20,19 @@ use rand_chacha::ChaCha8Rng;
 const DRAW_STEPS: usize = 20;
 
 /// The first centroids, `(b, k, d)`, of an initialisation that looks at the data. `weights` are f64 `(b, n)`: what is not above 0
-/// weighs nothing, and below 0 it is chosen last.
+/// weighs nothing, and below 0 it is chosen last. The draw is that of the first round.
 pub(crate) fn centroids(
     init: &Init,
     x: &Rows,
     k: usize,
     weights: Option<&Tensor>,
     metric: Metric,
-    seed: u64,
+    draw: Draw,
 ) -> Result<Tensor> {
     let index = match init {
-        Init::KMeansPlusPlus => plus_plus(x, k, weights, metric, seed)?,
-        Init::KMeansParallel => return parallel(x, k, weights, metric, seed),
-        _ => weighted(x, k, weights, seed)?,
+        Init::KMeansPlusPlus => plus_plus(x, k, weights, metric, draw)?,
+        Init::KMeansParallel => return parallel(x, k, weights, metric, draw),
+        _ => weighted(x, k, weights, draw)?,
     };
     primitives::gather(x, &index)
 }
@@ -54,9 +54,9 @@ pub(crate) fn draw(
 ) -> Result<Option<Tensor>> {
     let mut chosen = vec![0; p.b * p.k];
     let drawn = |(b, chosen): (usize, &mut [u32])| {
-        // One stream a problem, so that a problem draws the same rows alone and inside a batch of any size.
+        // One stream a problem, so that a problem draws the same rows inside a batch of any size, whoever has the rest of it.
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        rng.set_stream(b as u64);
+        rng.set_stream((p.first_problem + b) as u64);
         chosen.iter_mut().zip(index::sample(&mut rng, rows(b), p.k)).for_each(|(c, i)| *c = i as u32);
     };
     match init {
@@ -90,11 +90,11 @@ pub(crate) fn check(init: &Init, p: &Problem, device: &Device) -> Result<()> {
 }
 
 /// Rows with probability proportional to their weights.
-fn weighted(x: &Rows, k: usize, weights: Option<&Tensor>, seed: u64) -> Result<Tensor> {
+fn weighted(x: &Rows, k: usize, weights: Option<&Tensor>, draw: Draw) -> Result<Tensor> {
     let zeros = Tensor::zeros((x.b, x.n), DType::F64, x.device())?;
     let ones = primitives::elementwise([&zeros], |[zeros]| zeros.affine(0.0, 1.0))?;
     drop(zeros);
-    let keys = primitives::exponential_race_keys(&ones, weights, Draw { seed, round: 0 }, 0)?.to_vec2::<f64>()?;
+    let keys = primitives::exponential_race_keys(&ones, weights, draw, 0)?.to_vec2::<f64>()?;
     let mut chosen = Vec::with_capacity(x.b * k);
     for keys in keys {
         let mut rows: Vec<u32> = (0..x.n as u32).collect();
@@ -105,9 +105,9 @@ fn weighted(x: &Rows, k: usize, weights: Option<&Tensor>, seed: u64) -> Result<T
     Ok(Tensor::from_vec(chosen, (x.b, k), x.device())?)
 }
 
-fn plus_plus(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, seed: u64) -> Result<Tensor> {
+fn plus_plus(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, draw: Draw) -> Result<Tensor> {
     let nearest = Tensor::zeros((x.b, x.n), DType::F64, x.device())?;
-    pick(x, k, &nearest, weights, metric, Draw { seed, round: 0 })
+    pick(x, k, &nearest, weights, metric, draw)
 }
 
 /// Picks `count` rows, u32 `(b, count)`: the first ones in round 0, else more, given each row's distance to the nearest one
@@ -133,10 +133,10 @@ fn pick(
     Ok(chosen)
 }
 
-fn parallel(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, seed: u64) -> Result<Tensor> {
+fn parallel(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, draw: Draw) -> Result<Tensor> {
     let problems = (0..x.b).map(|b| {
         let weights = weights.map(|w| w.narrow(0, b, 1)).transpose()?;
-        parallel_one(&x.one(b)?, k, weights.as_ref(), metric, mix_batch(seed, b))
+        parallel_one(&x.one(b)?, k, weights.as_ref(), metric, mix_batch(draw.seed, draw.first_problem + b))
     });
     Ok(Tensor::cat(&problems.collect::<Result<Vec<_>>>()?, 0)?)
 }
@@ -147,7 +147,8 @@ fn mix_batch(seed: u64, b: usize) -> u64 {
 
 fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, seed: u64) -> Result<Tensor> {
     let spread = spread(metric);
-    let mut candidates = plus_plus(x, 1, weights, metric, seed)?;
+    let draw = |round| Draw { seed, round, first_problem: 0 };
+    let mut candidates = plus_plus(x, 1, weights, metric, draw(0))?;
     let everywhere = |v: f64| Tensor::new(v, x.device())?.broadcast_as((1, x.n));
     let taken = everywhere(-1.0)?;
     // A row that was drawn is at -1 from then on, whatever its distance to itself is rounded to.
@@ -163,7 +164,7 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
             break;
         }
         let below = below(k, total);
-        let skipped = primitives::exponential_race_keys(&nearest, weights, Draw { seed, round }, 0)?.ge(below)?;
+        let skipped = primitives::exponential_race_keys(&nearest, weights, draw(round), 0)?.ge(below)?;
         let (order, offsets) = primitives::sorted(&skipped.to_dtype(DType::U32)?, 2)?;
         let count = offsets.to_vec2::<u32>()?[0][1] as usize;
         if count == 0 {
@@ -179,8 +180,7 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
     if count <= k {
         // Too few distinct rows were drawn; go on as k-means++ does, never taking a row twice.
         if count < k {
-            let draw = Draw { seed, round: ROUNDS + 1 };
-            let more = pick(x, k - count, &nearest, weights, metric, draw)?;
+            let more = pick(x, k - count, &nearest, weights, metric, draw(ROUNDS + 1))?;
             candidates = Tensor::cat(&[&candidates, &more], 1)?;
         }
         return primitives::gather(x, &candidates);
@@ -196,7 +196,8 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
 
 /// The centroids that weighted k-means++ chooses from candidates of k-means||, whose weights are f64 `(1, n)`.
 pub(crate) fn choose(candidates: &Rows, k: usize, weights: &Tensor, metric: Metric, seed: u64) -> Result<Tensor> {
-    let chosen = plus_plus(candidates, k, Some(weights), metric, seed)?;
+    let draw = Draw { seed, round: 0, first_problem: 0 };
+    let chosen = plus_plus(candidates, k, Some(weights), metric, draw)?;
     primitives::gather(candidates, &chosen)
 }
 

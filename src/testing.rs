@@ -73,6 +73,11 @@ pub fn on_each(devices: &[Device]) -> StreamOptions {
     StreamOptions::on_each(devices)
 }
 
+/// The fit of a batch on the CPU whose problems are shared by a rank for each of these devices, any of which may be the same one.
+pub fn fit_batch_on_each(settings: &KMeans, x: &Tensor, devices: &[Device]) -> Result<Fit> {
+    settings.fit_batch(x, &on_each(devices))
+}
+
 /// Bytes a second that a device takes from a buffer of a stream, of so many bytes, as often.
 pub fn link_rate(device: &Device, bytes: usize, times: usize) -> Result<f64> {
     let mut lane = primitives::lane(device)?;

@@ -57,7 +57,7 @@ pub(crate) fn exponential_race_keys(
     let weights = weights.as_ref().map(|w| w.view::<f64>()).transpose()?;
     launch!(dev, Seed, "race_keys", "", elements(&[b, n]).div_ceil(THREADS), THREADS;
         &nearest.view::<f64>()?, Nullable(&weights), &(b as i64), &(n as i64), &(first as i64), &draw.seed,
-        &draw.round, &mut out)?;
+        &draw.round, &(draw.first_problem as i64), &mut out)?;
     Ok(tensor(dev, out, (b, n)))
 }
 
@@ -76,6 +76,6 @@ pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>, memory: &Memory) -> Result<()>
     let (nearest, chosen_at, count) = (own::<f64>(nearest)?, own::<u32>(chosen)?, chosen.dim(1)? as i64);
     typed!(x.dtype(), T => launch!(dev, Seed, "pick", T::SUFFIX, parts, THREADS;
         &xs.view::<T>()?, &shape(x), &nearest, Nullable(&weights), &chosen_at, &count, &(i as i64), &(start as i32),
-        &(metric as i32), &draw.seed, &draw.round, &(rows as i64), &scratch.ptr(keys), &scratch.ptr(winners),
+        &(metric as i32), &draw.seed, &draw.round, &(draw.first_problem as i64), &(rows as i64), &scratch.ptr(keys), &scratch.ptr(winners),
         &zeros.ptr(arrived)))
 }

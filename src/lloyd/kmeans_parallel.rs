@@ -161,7 +161,7 @@ impl Sampler<'_> {
 
     /// The keys of a piece's rows in the race of a round.
     fn keys(&self, piece: &Piece<'_>, nearest: &Tensor, round: u64) -> Result<Vec<f64>> {
-        let draw = Draw { seed: self.seed, round };
+        let draw = Draw { seed: self.seed, round, first_problem: 0 };
         let keys = primitives::exponential_race_keys(nearest, Some(&piece.weights), draw, piece.first)?;
         Ok(keys.flatten_all()?.to_vec1()?)
     }

@@ -22,6 +22,7 @@ use crate::{
     plan::{assign::AssignPlan, update::UpdatePlan, Plan, Steps},
     primitives,
     problem::Problem,
+    ranks::Alone,
     request::{Accumulator, Progress, Summands},
     rows::{RowLayout, Rows},
 };
@@ -304,6 +305,7 @@ impl<'a> Merged<'a> {
         let lloyd = Lloyd {
             settings,
             run: start.run,
+            batch: &Alone,
             begin: Begin { iteration: start.iteration, rows, over: start.is_over(max_iters)? },
             max_iters,
             asks_every: Some(feed.asks_every()),

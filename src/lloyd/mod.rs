@@ -24,7 +24,7 @@ use crate::{
     },
     primitives,
     problem::{self, Problem},
-    ranks::Ranks,
+    ranks::{Alone, Ranks},
     request::{Accumulator, Assignment, Finish, Labels, OnChipFit, Progress, Reduction, Turn, Update},
     rows::{RowLayout, Rows},
     seeding,
@@ -62,15 +62,21 @@ impl KMeans {
 
     /// [`fit`](Self::fit) where `x` is.
     pub(crate) fn fit_on_its_device(&self, x: &Tensor) -> Result<Fit> {
+        self.fit_problems(x, 0, &Alone)
+    }
+
+    /// The same of some problems of a batch, the first of which has this number there. The ranks have the whole batch.
+    pub(crate) fn fit_problems(&self, x: &Tensor, first_problem: usize, batch: &dyn Ranks) -> Result<Fit> {
         let (p, plan) = self.planned(x)?;
+        let p = Problem { first_problem, ..p };
         let mut prepared = PreparedFit::new(self, p, plan, x.device())?;
         prepared.load(x)?;
         if self.n_init == 1 {
-            let _ = prepared.lloyd(0)?;
+            let _ = prepared.lloyd(0, batch)?;
             return prepared.into_fit();
         }
         self.best_run(0, None, |run, _| {
-            let flow = prepared.lloyd(run)?;
+            let flow = prepared.lloyd(run, batch)?;
             Ok((flow, prepared.fit()?))
         })
     }
@@ -181,7 +187,7 @@ impl PreparedFit {
             let with = "a first run, which allocates: run once before".into();
             return Err(Error::Conflict { argument: "stream", got: "a capture".into(), with });
         }
-        let run = self.load(x).and_then(|()| self.lloyd(0)).and_then(|_| self.close());
+        let run = self.load(x).and_then(|()| self.lloyd(0, &Alone)).and_then(|_| self.close());
         if run.is_err() {
             self.iterations = None;
             if !captured {
@@ -193,7 +199,7 @@ impl PreparedFit {
     }
 
     /// A run of the loop from where it starts. `Break` says that the callback ended it.
-    fn lloyd(&mut self, run: usize) -> Result<ControlFlow<()>> {
+    fn lloyd(&mut self, run: usize, batch: &dyn Ranks) -> Result<ControlFlow<()>> {
         let Some(data) = &self.data else { return Ok(ControlFlow::Continue(())) };
         let (KMeans { seed, max_iters, .. }, Data { x, summands }) = (&self.settings, data);
         self.iterations = None;
@@ -218,7 +224,8 @@ impl PreparedFit {
         }
         let asks_every = asks.then_some(QUEUED);
         let begin = Begin { iteration: 0, rows: 0, over: max_iters == 0 };
-        let lloyd = Lloyd { settings, run, begin, max_iters, asks_every, centroids, progress, memory, sums: None };
+        let lloyd =
+            Lloyd { settings, run, batch, begin, max_iters, asks_every, centroids, progress, memory, sums: None };
         let (flow, iterations) =
             lloyd.run(&mut Resident(self.block(x, summands)), &mut |_| Ok(()), &mut |_, _| Ok(()))?;
         if self.plan.steps.on_chip.is_some_and(|plan| plan != OnChip::CpuLine) {
@@ -244,6 +251,8 @@ struct Begin {
 struct Lloyd<'a> {
     settings: &'a KMeans,
     run: usize,
+    /// The ranks that have problems of the batch, where those of the feed have rows of these.
+    batch: &'a dyn Ranks,
     begin: Begin,
     max_iters: usize,
     /// After how many iterations the host asks which problems have converged, if it does.
@@ -334,11 +343,16 @@ impl Lloyd<'_> {
             let asked = self.asks_every.is_some_and(|every| iteration % every == 0);
             if self.watched() || asked || reads_are_free {
                 let stop = progress.stop.to_vec1::<u32>()?;
-                let converged = stop.iter().filter(|&&stop| stop != RUNNING).count();
+                let mut running = stop.iter().filter(|&&stop| stop == RUNNING).count();
                 if let Some(f) = &self.settings.on_iteration {
-                    flow = call(f, Iteration { run: self.run, iteration, converged }, feed.ranks())?;
+                    // The callback sees the whole batch, and so all of it goes on until the last problem has converged.
+                    let counts = self.batch.gather(vec![running as f64, stop.len() as f64])?;
+                    let sum = |i: usize| counts.iter().map(|of_rank| of_rank[i] as usize).sum::<usize>();
+                    running = sum(0);
+                    let iteration = Iteration { run: self.run, iteration, converged: sum(1) - running };
+                    flow = call(f, iteration, [self.batch, feed.ranks()])?;
                 }
-                last |= converged == stop.len() || flow.is_break();
+                last |= running == 0 || flow.is_break();
             }
             watch(&self.state(iteration, None), last)?;
             reach_work("iteration over")?;
@@ -387,8 +401,10 @@ impl Lloyd<'_> {
 }
 
 /// Whether the fit goes on: the first rank asks, and all do as it is told.
-fn call(f: &OnIteration, iteration: Iteration, ranks: &dyn Ranks) -> Result<ControlFlow<()>> {
-    let ends = ranks.rank() == 0 && f.call(iteration).is_break();
-    let all = ranks.gather(vec![f64::from(u8::from(ends))])?;
-    Ok(if all.concat().contains(&1.0) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+fn call(f: &OnIteration, iteration: Iteration, all: [&dyn Ranks; 2]) -> Result<ControlFlow<()>> {
+    let mut ends = all.iter().all(|ranks| ranks.rank() == 0) && f.call(iteration).is_break();
+    for ranks in all {
+        ends = ranks.gather(vec![f64::from(u8::from(ends))])?.concat().contains(&1.0);
+    }
+    Ok(if ends { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
 }

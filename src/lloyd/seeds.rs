@@ -9,6 +9,7 @@ use crate::{
     kmeans::{Init, KMeans},
     metric::Metric,
     primitives,
+    rng::Draw,
     rows::Rows,
     seeding,
 };
@@ -34,7 +35,8 @@ impl PreparedFit {
             }
             _ => {
                 let weights = self.weights.as_ref().map(|w| &w.values);
-                seeding::centroids(init, x, k, seed_weights(x, weights, &self.settings)?.as_ref(), metric, seed)?
+                let draw = Draw { seed, round: 0, first_problem: self.p.first_problem };
+                seeding::centroids(init, x, k, seed_weights(x, weights, &self.settings)?.as_ref(), metric, draw)?
             }
         };
         primitives::overwrite(&self.centroids, &start)

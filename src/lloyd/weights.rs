@@ -97,7 +97,8 @@ impl Weights {
         let max_weight = max_weight.to_vec1::<f64>()?;
         if settings.check_finite {
             refuse_non_finite("sample_weights", &first_nonfinite)?;
-            let refused = |argument, batch: usize, got, expected: &'static str| {
+            let refused = |argument, b: usize, got, expected: &'static str| {
+                let batch = p.first_problem + b;
                 let expected =
                     if p.batch.is_empty() { expected } else { kept(format!("{expected} in batch element {batch}")) };
                 Err(Error::Value { argument, got, expected })

@@ -113,15 +113,9 @@ impl Place {
             Self::Several(devices) if devices.len() == 1 => Ok(vec![work(&devices[0], &Alone)?]),
             Self::Several(devices) => {
                 let at = primitives::rendezvous(&devices[0])?.filter(|_| all_differ(devices));
-                run_ranks(devices.len(), |ranks| {
-                    let device = &devices[ranks.rank()];
-                    let done = match at {
-                        Some(at) => work(device, &*primitives::join(device, at, ranks)?),
-                        None => work(device, ranks),
-                    };
-                    // The thread has queued on a stream of its own. What has failed before says more than that the stream has.
-                    let waited = device.synchronize();
-                    done.and_then(|done| Ok(waited.map(|()| done)?))
+                run_on(devices, |device, ranks| match at {
+                    Some(at) => work(device, &*primitives::join(device, at, ranks)?),
+                    None => work(device, ranks),
                 })
             }
             Self::Launched(device, LaunchedRank { rank, ranks }) => {
@@ -132,6 +126,21 @@ impl Place {
             }
             Self::Gpus(_) => unreachable!("opened before it is used"),
         }
+    }
+
+    /// Lets ranks work on problems of their own, of `b`, each on its device, and returns what they return, in the order of the problems.
+    /// Where there are fewer problems than devices, the last devices have none.
+    pub fn run_problems<T: Send>(
+        &self,
+        b: usize,
+        work: impl Fn(&Device, Range<usize>, &dyn Ranks) -> Result<T> + Sync,
+    ) -> Result<Vec<T>> {
+        if self.is_launched() {
+            let with = "a batch: each process fits problems of its own without them".into();
+            return Err(Error::Conflict { argument: "devices", got: "Devices::Launched".into(), with });
+        }
+        let devices = &self.devices()[..b.min(self.devices().len())];
+        run_on(devices, |device, ranks| work(device, share(ranks.rank(), ranks.count(), b), ranks))
     }
 
     /// A fit with the labels of all rows, where other processes have some of them.
@@ -153,6 +162,17 @@ impl Place {
         let n = all.len();
         Ok(Fit { labels: Tensor::from_vec(all, n, &Device::Cpu)?, ..fit })
     }
+}
+
+/// Lets a rank work on each of these devices.
+fn run_on<T: Send>(devices: &[Device], work: impl Fn(&Device, &dyn Ranks) -> Result<T> + Sync) -> Result<Vec<T>> {
+    run_ranks(devices.len(), |ranks| {
+        let device = &devices[ranks.rank()];
+        let done = work(device, ranks);
+        // The thread has queued on a stream of its own. What has failed before says more than that the stream has.
+        let waited = device.synchronize();
+        done.and_then(|done| Ok(waited.map(|()| done)?))
+    })
 }
 
 /// Refuses ranks that have other settings than the first, or start from another state than it does.

@@ -16,7 +16,7 @@ use candle_core::Device;
 use std::ops::Range;
 
 /// Bytes of a block of rows: enough that a GPU works longer on them than it takes to launch what does.
-const BLOCK_BYTES: usize = 64 << 20;
+pub(super) const BLOCK_BYTES: usize = 64 << 20;
 
 /// Memory for rows on the CPU, of which nobody says how much is free.
 const CPU_BYTES: usize = 4 << 30;

@@ -9,6 +9,7 @@ use crate::{
     metric::Metric,
     primitives,
     problem::Problem,
+    rng::Draw,
     rows::Rows,
     seeding,
 };
@@ -65,7 +66,8 @@ impl Seeds<'_> {
         };
         let x = Rows::new(&x)?;
         let weights = seed_weights(&x, weights.as_ref(), self.settings)?;
-        seeding::centroids(init, &x, p.k, weights.as_ref(), *metric, seed)
+        let draw = Draw { seed, round: 0, first_problem: 0 };
+        seeding::centroids(init, &x, p.k, weights.as_ref(), *metric, draw)
     }
 
     /// These rows, `(1, rows, d)`.

@@ -149,7 +149,7 @@ impl KMeans {
 
 impl KMeans {
     /// The same with given centroids on this device: where they are does not matter to rows that are elsewhere.
-    fn starting_on(&self, device: &Device) -> Result<Self> {
+    pub(super) fn starting_on(&self, device: &Device) -> Result<Self> {
         Ok(match &self.init {
             Init::Given(c) => self.clone().init(Init::Given(c.to_device(device)?)),
             _ => self.clone(),

@@ -4,8 +4,8 @@
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{
-    testing::on_each, Devices, EmptyClusters, Epochs, Error, Init, KMeans, Metric, MiniBatch, Source, StoredType,
-    StreamOptions,
+    testing::{fit_batch_on_each, on_each},
+    Devices, EmptyClusters, Epochs, Error, Init, KMeans, Metric, MiniBatch, Source, StoredType, StreamOptions,
 };
 use std::{
     io,
@@ -13,7 +13,7 @@ use std::{
     panic::{catch_unwind, AssertUnwindSafe},
     sync::{
         atomic::{AtomicUsize, Ordering},
-        Arc,
+        Arc, Mutex,
     },
     thread,
     time::{Duration, Instant},
@@ -249,5 +249,126 @@ fn gpus_that_are_not_there_are_refused() {
         MiniBatch::train_stream(&source, &settings, &on_each(&[Device::Cpu, Device::Cpu]), &Epochs::new(1)).map(drop),
     );
     let batch = blobs(&[2, 90, 3], 4, DType::F32, &mut rng(7));
-    assert!(matches!(on_gpus.fit(&batch), Err(Error::Shape { argument: "x", .. })));
+    if gpus {
+        assert_same_fit(&on_gpus.fit(&batch).unwrap(), &settings.fit(&batch).unwrap(), "a batch on all GPUs");
+    } else if !cfg!(feature = "cuda") {
+        assert!(matches!(on_gpus.fit(&batch), Err(Error::Conflict { argument: "devices", .. })));
+    }
+    // Before any device is looked for.
+    assert!(matches!(on_gpus.clone().n_init(0).fit(&batch), Err(Error::Range { argument: "n_init", .. })));
+    assert!(matches!(on_gpus.fit(&batch.narrow(1, 0, 2).unwrap()), Err(Error::Range { argument: "k", .. })));
+}
+
+/// Whole problems go to ranks, which draw for each what one device draws for it in the batch.
+#[test]
+fn ranks_that_share_a_batch_have_the_bits_of_one() {
+    let mut rng = rng(8);
+    let (batch, b, n, d, k) = ([2, 5], 10, 60, 3, 4);
+    for (i, metric) in METRICS.into_iter().enumerate() {
+        let x = blobs(&[2, 5, n, d], 5, DTYPES[i], &mut rng);
+        let transposed = blobs(&[2, 5, d, n], 5, DTYPES[i], &mut rng).transpose(2, 3).unwrap();
+        let (given, alike) = (x.narrow(2, 7, k).unwrap(), x.get(1).unwrap().get(2).unwrap().narrow(0, 3, k).unwrap());
+        let far = (&given * 50.0).unwrap();
+        let weights = tensor(&[2, 5, n], DType::F64, |i| [0.0, 1.0, 3.5, 0.1, 1e-9][i % 5] * (1.0 + i as f64));
+        let lengths = Tensor::new(&[[60u32, 4, 59, 31, 7], [60, 60, 5, 44, 12]], &Device::Cpu).unwrap();
+        let plain = KMeans::new(k).metric(metric).max_iters(9).tol(1e-3).seed(3);
+        let mut settings = vec![
+            plain.clone().tol(0.0).max_iters(0),
+            plain.clone().init(Init::Given(given)),
+            plain.clone().init(Init::Given(alike)),
+            plain.clone().empty_clusters(EmptyClusters::Relocate).init(Init::Given(far)),
+            plain.clone().sample_weights(&weights.get(0).unwrap().get(3).unwrap()),
+        ];
+        for init in [Init::Random, Init::KMeansPlusPlus, Init::KMeansParallel, Init::Even] {
+            let plain = plain.clone().init(init.clone());
+            settings.extend([plain.clone(), plain.clone().sample_weights(&weights), plain.clone().lengths(&lengths)]);
+            if !matches!(init, Init::Even) {
+                settings.push(plain.lengths(&lengths).sample_weights(&weights).check_finite(false).n_init(3));
+            }
+        }
+        for (i, settings) in settings.into_iter().enumerate() {
+            for x in [&x, &transposed] {
+                let whole = settings.fit(x).unwrap();
+                assert_eq!(whole.centroids.dims(), [&batch[..], &[k, d]].concat());
+                for ranks in [1, 2, 3, 7, b, b + 2] {
+                    for (devices, _) in shared(ranks) {
+                        let what = format!("{metric:?}, setting {i}, {ranks} ranks on {:?}", devices[0].location());
+                        let fit = fit_batch_on_each(&settings, x, &devices).expect(&what);
+                        assert_same_fit(&fit, &whole, &what);
+                        assert!(fit.labels.device().is_cpu());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A callback sees the batch as if one device had it, and ends it there.
+#[test]
+fn a_callback_sees_all_problems_of_a_batch() {
+    // The first problems converge long before the last ones.
+    let (mut rng, near) = (rng(9), blobs(&[3, 80, 2], 3, DType::F32, &mut rng(10)));
+    let x = Tensor::cat(&[near, uniform(&[4, 80, 2], 0.0, 1.0, DType::F32, &mut rng)], 0).unwrap();
+    let seen = |ends: usize, n_init: usize, devices: Option<&[Device]>| {
+        let all = Arc::new(Mutex::new(vec![]));
+        let calls = all.clone();
+        let settings = KMeans::new(3).tol(0.0).max_iters(60).n_init(n_init).on_iteration(move |iteration| {
+            let mut calls = calls.lock().unwrap();
+            calls.push(iteration);
+            if calls.len() == ends {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        });
+        let fit = match devices {
+            Some(devices) => fit_batch_on_each(&settings, &x, devices),
+            None => settings.fit(&x),
+        };
+        let calls = all.lock().unwrap().clone();
+        (calls, fit.unwrap())
+    };
+    for (ends, n_init) in [(usize::MAX, 1), (3, 1), (usize::MAX, 3), (9, 3)] {
+        let (expected, whole) = seen(ends, n_init, None);
+        assert!(expected.iter().any(|i| (1..7).contains(&i.converged)), "{expected:?}");
+        for ranks in [1, 2, 3, 7] {
+            for (devices, _) in shared(ranks) {
+                let (calls, fit) = seen(ends, n_init, Some(&devices));
+                assert_eq!(calls, expected, "{ranks} ranks");
+                assert_same_fit(&fit, &whole, "a watched batch");
+            }
+        }
+    }
+}
+
+/// What is wrong of a problem is refused by its number in the batch, whoever has it and whoever waits for it.
+#[test]
+fn refusals_number_the_problems_of_the_batch() {
+    let (b, n) = (7, 20);
+    let x = tensor(&[b, n, 2], DType::F32, |i| i as f64);
+    let nan = tensor(&[b, n, 2], DType::F32, |i| if i / 2 == 5 * n + 11 { f64::NAN } else { i as f64 });
+    let lengths = Tensor::new(&[20u32, 20, 20, 20, 1, 20, 20], &Device::Cpu).unwrap();
+    let weights = tensor(&[b, n], DType::F64, |i| if i / n == 6 { -2.0 } else { 1.0 });
+    let given = tensor(&[b, 2, 2], DType::F32, |i| if i / 4 == 3 { f64::INFINITY } else { i as f64 });
+    let plain = KMeans::new(2).on_iteration(|_| ());
+    for (settings, x) in [
+        (plain.clone(), &nan),
+        (plain.clone().lengths(&lengths), &x),
+        (plain.clone().sample_weights(&weights), &x),
+        (plain.clone().sample_weights(&(weights * 0.0).unwrap()), &x),
+        (plain.clone().init(Init::Given(given)), &x),
+    ] {
+        let expected = settings.fit(x).unwrap_err();
+        for ranks in [1, 2, 3, 7] {
+            for (devices, _) in shared(ranks) {
+                let refused = fit_batch_on_each(&settings, x, &devices).unwrap_err();
+                assert_eq!(format!("{refused:?}"), format!("{expected:?}"), "{ranks} ranks");
+            }
+        }
+    }
+    let on_gpu = devices().into_iter().find(Device::is_cuda);
+    if let Some(device) = on_gpu {
+        let refused = fit_batch_on_each(&plain, &x.to_device(&device).unwrap(), &[Device::Cpu]);
+        assert!(matches!(refused, Err(Error::Device { argument: "x", .. })), "{refused:?}");
+    }
 }
