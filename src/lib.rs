@@ -96,6 +96,7 @@ pub use plan::Plan;
 pub use scale::{
     checkpoint::Checkpoint,
     epochs::Epochs,
+    labels::FitSummary,
     options::StreamOptions,
     pinned::Pinned,
     plan::{DevicePlan, StreamPlan},

@@ -126,7 +126,7 @@ fn json(settings: &BTreeMap<String, String>) -> String {
 
 /// Puts a new file where `path` leads, whole or not at all, and so that it is there after a loss of power: what `write` writes to a
 /// temporary one is on the disk before its name is, and its name is when this returns.
-pub(crate) fn replace(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+pub(crate) fn replace<T>(path: &Path, write: impl FnOnce(&mut File) -> Result<T>) -> Result<T> {
     let failed = |source| Error::Io { path: path.display().to_string(), source };
     let target = followed(path).map_err(failed)?;
     // A name of its own for every call, so that writers of one path cannot take each other's file.
@@ -144,22 +144,22 @@ pub(crate) fn replace(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) 
         }
     };
     let finish = || {
-        write(&mut file)?;
+        let written = write(&mut file)?;
         let name = || {
             reach("sync temporary")?;
             file.sync_all()?;
             reach("rename")?;
             fs::rename(&temporary, &target)
         };
-        name().map_err(failed)
+        name().map_err(failed).map(|()| written)
     };
-    finish().inspect_err(|_| drop(fs::remove_file(&temporary)))?;
+    let written = finish().inspect_err(|_| drop(fs::remove_file(&temporary)))?;
     let sync = || {
         reach("sync folder")?;
         sync_folder(&target)?;
         reach("written")
     };
-    sync().map_err(failed)
+    sync().map_err(failed).map(|()| written)
 }
 
 /// Brings the names in the folder of a file to the disk.

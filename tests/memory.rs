@@ -75,6 +75,30 @@ fn streams_keep_to_their_memory(wrong: &mut Vec<String>) {
     }
 }
 
+/// Labels would be 8 MB beside 2 MiB of rows.
+fn labels_in_a_file_take_no_memory(wrong: &mut Vec<String>) {
+    let (n, d, k, memory) = (2_000_000, 2, 4, 2 << 20);
+    let source = Source::from_fn(n, d, StoredType::F32, |rows, into| {
+        for (row, into) in rows.zip(into.chunks_exact_mut(8)) {
+            into.copy_from_slice(&[row % 1009, row % 31].map(|v| (v as f32).to_ne_bytes()).concat());
+        }
+        Ok(())
+    });
+    let (source, path) = (source.unwrap(), std::env::temp_dir().join(format!("labels-{}.npy", std::process::id())));
+    let options = StreamOptions::new(&candle_core::Device::Cpu).memory(memory);
+    let block = Tensor::zeros((memory / 8 / 8, d), DType::F32, &candle_core::Device::Cpu).unwrap();
+    let settings = KMeans::new(k).max_iters(2).init(Init::Even);
+    let took = peak_of(|| {
+        settings.fit_stream_to_npy(&source, &options, &path).unwrap();
+    });
+    let most = memory as u64 + settings.plan(&block).unwrap().bytes;
+    assert!(most < 4 * n);
+    if took > most {
+        wrong.push(format!("labels in a file: {took} bytes, {most} allowed"));
+    }
+    std::fs::remove_file(path).unwrap();
+}
+
 // One test, so that nothing else allocates meanwhile.
 #[test]
 fn peak_is_within_the_plan() {
@@ -129,6 +153,7 @@ fn peak_is_within_the_plan() {
         }
     }
     streams_keep_to_their_memory(&mut wrong);
+    labels_in_a_file_take_no_memory(&mut wrong);
     // Ties and outliers leave many candidates for a row, and the memory for them is as limited.
     for (b, n, k, d) in [(1, 1_000, 1_000, 3), (2, 1_000, 200, 8), (1, 8_000, 40, 5)] {
         for (metric, dtype) in METRICS.into_iter().zip([DType::F32, DType::F16, DType::F64, DType::BF16]) {

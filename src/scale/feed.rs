@@ -1,23 +1,26 @@
 //! A source as who feeds the loop: rows that stay on the device, and blocks of others that are read again in every pass.
 
 use super::{
+    label_file::LabelFile,
     plan::DevicePlan,
     progress::Reporter,
     reads::{read_rows, Reads},
     source::Source,
 };
 use crate::{
-    error::Result,
+    error::{Error, Result},
     host,
+    kmeans::EmptyClusters,
     lloyd::{
         feed::{Block, Feed, Pass},
         merged::{row_pitch, BlockFeed, OwnedBlock, Terms, Whole},
         weights::Weights,
     },
+    problem,
     ranks::Ranks,
     request::Summands,
 };
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::ops::Range;
 
 /// The rows of a source that a rank has.
@@ -33,6 +36,18 @@ pub(super) struct Streamed<'a> {
     terms: Option<Terms>,
     /// The row at which a block begins, wherever others do.
     cut: Option<usize>,
+    labels_to: LabelsTo<'a>,
+    /// Whether this pass gives rows their labels for good.
+    is_last: bool,
+}
+
+/// Where the labels of a run's last pass go.
+#[derive(Clone, Copy)]
+pub(super) enum LabelsTo<'a> {
+    /// To memory, in which they are from pass to pass.
+    Memory,
+    File(&'a LabelFile<'a>),
+    Nowhere,
 }
 
 /// The rows that stay on the device.
@@ -54,8 +69,8 @@ const WHOLE_TILES: usize = 1 << 10;
 /// A block of rows that are read in every pass, and what stays on the device of them.
 struct Moving {
     rows: Range<usize>,
-    /// The first one that is not finite, and their labels, u32 `(1, n)`, once they have been there.
-    known: Option<(Tensor, Tensor)>,
+    /// The first one that is not finite, once they have been there, and their labels, u32 `(1, n)`, if those are kept.
+    known: Option<(Tensor, Option<Tensor>)>,
 }
 
 impl<'a> Streamed<'a> {
@@ -76,11 +91,24 @@ impl<'a> Streamed<'a> {
             false => Resident::Unread(resident_runs),
         };
         let reads = Reads::new(source, whole.device, cut.rows);
-        Self { source, whole, ranks, reads, reporter, rows, resident, moving, terms: None, cut: None }
+        Self {
+            source,
+            whole,
+            ranks,
+            reads,
+            reporter,
+            rows,
+            resident,
+            moving,
+            terms: None,
+            cut: None,
+            labels_to: LabelsTo::Memory,
+            is_last: false,
+        }
     }
 }
 
-impl Streamed<'_> {
+impl<'a> Streamed<'a> {
     /// Makes two blocks of the one that has rows before this one and others, if there is one. Nothing has been read.
     pub fn cut_at(&mut self, row: usize) {
         self.cut = Some(row);
@@ -97,6 +125,11 @@ impl Streamed<'_> {
             self.moving[i].rows.end = row;
             self.moving.insert(i + 1, Moving { rows, known: None });
         }
+    }
+
+    /// Sets where labels go from the next pass on.
+    pub fn set_labels_to(&mut self, to: LabelsTo<'a>) {
+        self.labels_to = to;
     }
 
     /// Asks for the hash of this rank's rows, which the first pass finds.
@@ -116,14 +149,15 @@ fn load(
     terms: Option<&Terms>,
     x: &Tensor,
     first: usize,
-    known: Option<&(Tensor, Tensor)>,
+    known: Option<&(Tensor, Option<Tensor>)>,
 ) -> Result<OwnedBlock> {
     let &Whole { settings, p, device, weights, .. } = whole;
     let known = terms.zip(known).map(|(terms, (first_nonfinite, labels))| {
         let summands: Summands = terms.summands(first_nonfinite.clone());
-        (summands, labels.clone())
+        let zeros = || host::zeros("fit", (1, x.dim(0)?), DType::U32, device);
+        Ok::<_, Error>((summands, labels.clone().map_or_else(zeros, Ok)?))
     });
-    let mut block = OwnedBlock::new(settings, p, &x.unsqueeze(0)?, first, known)?;
+    let mut block = OwnedBlock::new(settings, p, &x.unsqueeze(0)?, first, known.transpose()?)?;
     if let Some(Weights { values, .. }) = weights {
         let weights = values.narrow(1, first, x.dim(0)?)?.force_contiguous()?.to_device(device)?;
         block = block.with_factors(Some(weights), None);
@@ -136,12 +170,18 @@ fn load(
 
 impl Feed for Streamed<'_> {
     fn begin_pass(&mut self, pass: Pass) {
+        self.is_last = matches!(pass, Pass::Labels { .. });
         self.reporter.begin(pass);
     }
 
     fn for_each_block(&mut self, visit: &mut dyn FnMut(Block<'_>) -> Result<()>) -> Result<()> {
-        let Self { whole, reads, reporter, resident, moving, terms, cut, .. } = self;
-        let (device, terms) = (whole.device, terms.as_ref());
+        let Self { whole, reads, reporter, resident, moving, terms, cut, labels_to, is_last, .. } = self;
+        let (device, terms, labels_to, is_last) = (whole.device, terms.as_ref(), *labels_to, *is_last);
+        let write = |first: usize, labels: &Tensor| match labels_to {
+            LabelsTo::File(file) if is_last => file.write(first as u64, &labels.flatten_all()?.to_vec1()?),
+            _ => Ok(()),
+        };
+        let keeps_labels = matches!(labels_to, LabelsTo::Memory) || whole.settings.empty == EmptyClusters::Relocate;
         let unread = match resident {
             Resident::Unread(runs) => std::mem::take(runs),
             Resident::Read(_) => vec![],
@@ -160,6 +200,7 @@ impl Feed for Streamed<'_> {
                 return match resident {
                     Resident::Read(blocks) => blocks.iter().try_for_each(|block| {
                         visit(block.as_block(true))?;
+                        write(block.as_block(true).first, &block.labels)?;
                         reporter.add(block.x.n, false);
                         Ok(())
                     }),
@@ -179,7 +220,8 @@ impl Feed for Streamed<'_> {
             let block = load(whole, terms, &x, rows.start, known.as_ref())?;
             drop(x);
             visit(block.as_block(false))?;
-            *known = Some((block.summands.first_nonfinite, block.labels));
+            write(rows.start, &block.labels)?;
+            *known = Some((block.summands.first_nonfinite, keeps_labels.then_some(block.labels)));
             reporter.add(rows.len(), true);
             Ok(())
         })?;
@@ -224,8 +266,11 @@ impl BlockFeed for Streamed<'_> {
         Ok(())
     }
 
-    /// On the CPU, whatever the device.
+    /// On the CPU, whatever the device; those of no rows where they are not in memory.
     fn labels(&mut self) -> Result<Tensor> {
+        if !matches!(self.labels_to, LabelsTo::Memory) {
+            return problem::empty(&[1, 0], DType::U32, &Device::Cpu);
+        }
         // The labels have the room that the ring had.
         self.reads.clear();
         let mut all = host::filled("fit_stream", self.rows.len(), 0u32)?;
@@ -241,7 +286,7 @@ impl BlockFeed for Streamed<'_> {
             }
         }
         for Moving { rows, known } in &self.moving {
-            let (_, labels) = known.as_ref().expect("a pass has been there");
+            let labels = known.as_ref().and_then(|(_, labels)| labels.as_ref()).expect("a pass has been there");
             copy(rows.clone(), labels)?;
         }
         let n = all.len();

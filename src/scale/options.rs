@@ -143,6 +143,15 @@ impl StreamOptions {
         self.place.first()
     }
 
+    /// Refuses to be one of several processes, once devices are opened.
+    pub(super) fn expect_one_process(&self, for_what: &str) -> Result<()> {
+        if self.place.is_launched() {
+            let with = format!("{for_what}, of whose rows each process has some");
+            return Err(Error::Conflict { argument: "devices", got: "Devices::Launched".into(), with });
+        }
+        Ok(())
+    }
+
     /// The only device, once it is opened.
     pub(super) fn only_device(&self, for_what: &str) -> Result<&Device> {
         match &self.place {

@@ -3,8 +3,9 @@
 use super::{
     checkpoint::{Checkpoints, Resumed},
     devices::{agree, rows_of},
-    feed::Streamed,
+    feed::{LabelsTo, Streamed},
     fingerprint::Fingerprint,
+    label_file::LabelFile,
     options::StreamOptions,
     plan::{DevicePlan, StreamPlan},
     progress::Passes,
@@ -43,7 +44,8 @@ impl KMeans {
     /// ([`Fit::to_device`]).
     ///
     /// As many rows as [`StreamOptions::memory`] allows stay on the device. The others are read again in every pass, ahead of the work
-    /// on them. Labels are kept on the device, 4 bytes a row, and copied at the end. There is a pass for each iteration and one to its end, one before
+    /// on them. Labels are kept on the device, 4 bytes a row, and copied at the end; [`fit_stream_to_npy`](Self::fit_stream_to_npy) leaves
+    /// them in a file. There is a pass for each iteration and one to its end, one before
     /// the first, and another one for a [`tol`](Self::tol) above 0 (not by cosine). Relocation of
     /// [empty clusters](Self::empty_clusters) takes a second pass in each iteration, and a third where a cluster is empty.
     ///
@@ -78,7 +80,16 @@ impl KMeans {
     /// # Ok::<_, candle_flash_kmeans::Error>(())
     /// ```
     pub fn fit_stream(&self, source: &Source<'_>, options: &StreamOptions) -> Result<Fit> {
-        let options = &options.opened()?;
+        self.fit_opened(source, &options.opened()?, None)
+    }
+
+    /// [`fit_stream`](Self::fit_stream) on devices that are opened. If labels go to a file, the result has those of no rows.
+    pub(super) fn fit_opened(
+        &self,
+        source: &Source<'_>,
+        options: &StreamOptions,
+        label_file: Option<&LabelFile<'_>>,
+    ) -> Result<Fit> {
         let device = options.device();
         let settings = &self.starting_on(device)?;
         let p = check_stream(settings, source, options)?;
@@ -99,7 +110,7 @@ impl KMeans {
         for run in first + starts.len()..if parallel { 0 } else { settings.n_init } {
             starts.push(State::start(run, seeds.centroids(run)?.to_device(&Device::Cpu)?)?);
         }
-        let shared = Shared { settings, p: &p, source, options, weights, first, starts, best };
+        let shared = Shared { settings, p: &p, source, options, label_file, weights, first, starts, best };
         // The first rank writes them.
         let checkpoints = Mutex::new(checkpoints);
         let fits = options.place().run(|device, ranks| {
@@ -110,7 +121,7 @@ impl KMeans {
             shared.fit(device, ranks, checkpoints.as_mut())
         })?;
         let labels: Vec<_> = fits.iter().map(|fit| &fit.labels).collect();
-        let labels = Tensor::cat(&labels, 0)?;
+        let labels = if label_file.is_some() { labels[0].clone() } else { Tensor::cat(&labels, 0)? };
         let fit = fits.into_iter().next().expect("at least one rank");
         Ok(Fit { labels, ..fit })
     }
@@ -163,6 +174,8 @@ struct Shared<'a> {
     p: &'a Problem,
     source: &'a Source<'a>,
     options: &'a StreamOptions,
+    /// The file that labels go to, if they are not to be in memory.
+    label_file: Option<&'a LabelFile<'a>>,
     /// On the CPU.
     weights: Option<&'a Weights>,
     /// The first run that is left.
@@ -176,7 +189,7 @@ struct Shared<'a> {
 impl Shared<'_> {
     /// The fit of a rank, with the labels of its rows, on the CPU.
     fn fit(&self, device: &Device, ranks: &dyn Ranks, mut checkpoints: Option<&mut Checkpoints<'_>>) -> Result<Fit> {
-        let Self { settings, p, source, options, weights, first, starts, best } = self;
+        let Self { settings, p, source, options, label_file, weights, first, starts, best } = self;
         if options.place().is_launched() {
             // Each process has its own settings, and has read checkpoints for itself.
             agree(ranks, &Fingerprint::new(settings, p)?, starts.first())?;
@@ -187,6 +200,13 @@ impl Shared<'_> {
         let plan = DevicePlan::new(&whole, source, options, rows)?;
         announce(&plan);
         let mut feed = Streamed::new(source, whole, ranks, &plan, reporter);
+        // Of several runs it is not known before they are over which labels are those of the fit.
+        let after_all_runs = label_file.filter(|_| settings.n_init > 1);
+        match label_file {
+            Some(_) if after_all_runs.is_some() => feed.set_labels_to(LabelsTo::Nowhere),
+            Some(file) => feed.set_labels_to(LabelsTo::File(file)),
+            None => {}
+        }
         if let Some(added) = starts.first().and_then(|start| start.added.as_ref()) {
             feed.cut_at(added.rows);
         }
@@ -204,7 +224,7 @@ impl Shared<'_> {
         }
         let on_cpu = |fit: Fit| fit.to_device(&Device::Cpu)?.with_batch(&[]);
         let best = best.as_ref().map(|end| on_cpu(merged.fit(&mut feed, end, &mut |_, _| Ok(()))?.1)).transpose()?;
-        let fit = settings.best_run(*first, best, |run, best| {
+        let mut fit = settings.best_run(*first, best, |run, best| {
             let begun = match starts.get(run - first) {
                 Some(_) => None,
                 None => Some(State::start(run, merged.parallel_start(&mut feed, run)?)?),
@@ -219,6 +239,11 @@ impl Shared<'_> {
             })?;
             Ok((flow, on_cpu(fit)?))
         })?;
+        if let Some(file) = after_all_runs {
+            feed.set_labels_to(LabelsTo::File(file));
+            let end = State { run: settings.n_init - 1, ..State::end(&fit)? };
+            fit = on_cpu(merged.fit(&mut feed, &end, &mut |_, _| Ok(()))?.1)?;
+        }
         options.place().gather_labels(fit, ranks)
     }
 }
@@ -235,7 +260,8 @@ type EachBlock<'a> = &'a mut dyn FnMut(&Range<usize>, Vec<u32>) -> Result<()>;
 
 impl Fit {
     /// Exact labels of the rows of a source, of any number: `each(rows, labels)` gets those of a block after another, in order. The fit
-    /// is of one problem, on any device. `each` may write them to a file; its error is [`Error::Io`].
+    /// is of one problem, on any device. `each` may write them to a file ([`predict_to_npy`](Self::predict_to_npy)
+    /// does); its error is [`Error::Io`].
     ///
     /// ```
     /// use candle_core::{Device, Tensor};

@@ -55,6 +55,7 @@ fn worker() {
     let Ok(role) = env::var(ROLE) else { return };
     let rank: usize = env::var("RANK").unwrap().parse().unwrap();
     let options = StreamOptions::on(Devices::Launched).block_rows(120).memory(ROOM);
+    refuse_what_one_process_does(&source("", rank), &options);
     let mut settings = settings();
     if role == "differ" {
         settings = settings.seed(rank as u64);
@@ -64,6 +65,17 @@ fn worker() {
     match fit {
         Ok(fit) => fit.save(path.with_extension("fit")).unwrap(),
         Err(e) => fs::write(path.with_extension("error"), e.to_string()).unwrap(),
+    }
+}
+
+/// What the results of other processes would have to come to is refused, before any process is waited for.
+fn refuse_what_one_process_does(source: &Source<'_>, options: &StreamOptions) {
+    let path = env::temp_dir().join("none/labels.npy");
+    let in_a_file = settings().fit_stream_to_npy(source, options, &path).map(drop);
+    let of_fit = settings().fit(&rows()).unwrap().predict_to_npy(source, options, &path);
+    let of_batch = settings().devices(Devices::Launched).fit(&rows().unsqueeze(0).unwrap()).map(drop);
+    for refused in [in_a_file, of_fit, of_batch] {
+        assert!(matches!(refused, Err(Error::Conflict { argument: "devices", .. })), "{refused:?}");
     }
 }
 
