@@ -91,7 +91,7 @@ fn assert_streams(settings: &KMeans, source: &Source, device: &Device, whole: &F
 
 #[test]
 fn a_stream_has_the_bits_of_the_fit_in_memory() {
-    let mut rng = rng(1);
+    let (mut rng, mut case) = (rng(1), 0);
     for (dtype, metric) in DTYPES.into_iter().flat_map(|t| MERGING.map(|m| (t, m))) {
         let (n, d, k) = (203, 5, 6);
         let x = blobs(&[n, d], 6, dtype, &mut rng);
@@ -114,10 +114,18 @@ fn a_stream_has_the_bits_of_the_fit_in_memory() {
             let read = AtomicU64::new(0);
             let source = counted(&x, &read);
             for (i, settings) in settings.into_iter().enumerate() {
+                case += 1;
+                if !is_picked(&device, case) {
+                    continue;
+                }
                 let what = format!("{metric:?} {dtype:?}, setting {i} on {:?}", device.location());
                 assert_streams(&settings, &source, &device, &settings.fit(&on(&x)).unwrap(), &what);
             }
             for init in [Init::Random, Init::Even, Init::KMeansPlusPlus, Init::KMeansParallel] {
+                case += 1;
+                if !is_picked(&device, case) {
+                    continue;
+                }
                 let what = format!("{metric:?} {dtype:?}, weights and {init:?} on {:?}", device.location());
                 let settings = plain.clone().init(init);
                 let whole = settings.clone().sample_weights(&on(&weights)).fit(&on(&x)).unwrap();
@@ -257,7 +265,7 @@ fn rounds_draw_from_blocks_what_they_draw_from_all_rows() {
     let few = tensor(&[n, 3], DType::F64, |i| (i / 3 % 5) as f64);
     let late = tensor(&[n, 3], DType::F64, |i| if i / 3 < 150 { 2.0 } else { (i % 97) as f64 });
     let one_far = tensor(&[n, 3], DType::F64, |i| if i / 3 == 77 { 1e9 } else { (i % 89) as f64 });
-    for (name, x) in [
+    for (at, (name, x)) in [
         ("spread", spread.clone()),
         ("few", few),
         ("late", late),
@@ -266,9 +274,12 @@ fn rounds_draw_from_blocks_what_they_draw_from_all_rows() {
         ("next to nothing", (&spread * 1e-152).unwrap()),
         ("subnormal", (&spread * 1e-160).unwrap()),
         ("nothing", (&spread * 1e-190).unwrap()),
-    ] {
+    ]
+    .into_iter()
+    .enumerate()
+    {
         let source = Source::from_tensor(&x).unwrap();
-        for (metric, weighted) in MERGING.into_iter().flat_map(|m| [(m, false), (m, true)]) {
+        for (i, (metric, weighted)) in MERGING.into_iter().flat_map(|m| [(m, false), (m, true)]).enumerate() {
             let settings = KMeans::new(k).metric(metric).init(Init::KMeansParallel).max_iters(2).seed(3);
             let weights = tensor(&[n], DType::F64, |i| if i % 9 == 4 { 1.0 + i as f64 } else { 0.0 });
             let with = |weights: &Tensor| match weighted {
@@ -276,6 +287,9 @@ fn rounds_draw_from_blocks_what_they_draw_from_all_rows() {
                 false => settings.clone(),
             };
             for device in devices() {
+                if !is_picked(&device, at + i) {
+                    continue;
+                }
                 let on = |t: &Tensor| t.to_device(&device).unwrap();
                 let whole = with(&on(&weights)).fit(&on(&x)).unwrap();
                 for (rows, ranks) in [(n, 1), (50, 1), (7, 1), (20, 3)] {
