@@ -140,11 +140,16 @@ where
             }
         });
         let (times, fit) = timed(&settings, |settings| Ok(settings.fit_stream(&source, &options)?))?;
-        let passes: Vec<_> =
-            passes.lock().expect("no panic").iter().map(|(name, read, _)| json!([name, read])).collect();
+        let passes = passes.lock().expect("no panic");
+        let ends = passes.iter().skip(1).map(|(_, _, start)| *start).chain([Instant::now()]);
+        let passes: Vec<_> = passes
+            .iter()
+            .zip(ends)
+            .map(|((name, read, start), end)| json!([name, read, (end - *start).as_secs_f64()]))
+            .collect();
         let line = json!({
             "devices": devices, "memory_mib": memory, "rows": args.rows, "distinct": args.distinct.min(args.rows),
-            "columns": args.columns, "clusters": args.clusters, "gb": bytes / 1e9, "seconds": times, "read": passes,
+            "columns": args.columns, "clusters": args.clusters, "gb": bytes / 1e9, "seconds": times, "passes": passes,
         });
         println!("{line}");
         match &first {

@@ -187,16 +187,15 @@ impl Feed for Streamed<'_> {
             Resident::Read(_) => vec![],
         };
         let first = unread.first().map_or(0, |rows| rows.start);
-        let room = match unread.last() {
-            Some(last) => {
-                let shape = (last.end - first, row_pitch(whole)?);
-                Some(host::zeros("fit_stream", shape, whole.p.dtype, device)?)
-            }
-            None => None,
-        };
+        let mut room = None;
         let runs: Vec<_> = unread.iter().chain(moving.iter().map(|block| &block.rows)).cloned().collect();
         reads.for_each(&runs, &mut |read| {
             let Some((i, x)) = read else {
+                // To map memory takes a while, in which the first rows are on their way.
+                if let Some(last) = unread.last() {
+                    let shape = (last.end - first, row_pitch(whole)?);
+                    room = Some(host::zeros("fit_stream", shape, whole.p.dtype, device)?);
+                }
                 return match resident {
                     Resident::Read(blocks) => blocks.iter().try_for_each(|block| {
                         visit(block.as_block(true))?;
