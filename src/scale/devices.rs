@@ -4,13 +4,14 @@ use super::{fingerprint::Fingerprint, launch::Launch};
 use crate::{
     error::{Error, Result},
     fit::Fit,
+    host,
     kmeans::Devices,
     lloyd::state::State,
     meeting::run_ranks,
     primitives,
     ranks::{Alone, Ranks},
 };
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Storage, Tensor};
 use std::{env, ops::Range};
 
 /// The devices that the rows of a stream are worked on.
@@ -191,6 +192,45 @@ pub(super) fn agree(ranks: &dyn Ranks, fingerprint: &Fingerprint, start: Option<
     let (what, (got, expected)) = values.find(|(_, (a, b))| a != b).unwrap_or(("settings", (&got, &expected)));
     let (path, got, expected) = (format!("rank {rank} of {}", ranks.count()), got.into(), expected.into());
     Err(Error::Mismatch { path, what: what.into(), got, expected })
+}
+
+/// The sum, modulo 2^64, of a number of each rank.
+pub(super) fn sum_of(ranks: &dyn Ranks, mine: u64) -> Result<u64> {
+    // Halves are exact in f64.
+    let halves = ranks.gather(vec![(mine >> 32) as f64, f64::from(mine as u32)])?;
+    Ok(halves.iter().fold(0u64, |sum, halves| sum.wrapping_add(((halves[0] as u64) << 32) + halves[1] as u64)))
+}
+
+/// The labels of several ranks as one tensor. There may be gigabytes of them, more than a thread should copy alone.
+pub(super) fn joined(parts: &[&Tensor]) -> Result<Tensor> {
+    const AT_ONCE: usize = 1 << 20;
+    if let [all] = parts {
+        return Ok((*all).clone());
+    }
+    let n = parts.iter().map(|part| part.elem_count()).sum();
+    host::room("fit_stream", n, DType::U32, &Device::Cpu)?;
+    // Nobody touches the pages of zeros before the threads do.
+    let mut all = vec![0u32; n];
+    let storages: Vec<_> = parts.iter().map(|part| part.storage_and_layout()).collect();
+    let (mut room, mut copies) = (&mut all[..], vec![]);
+    for (storage, layout) in &storages {
+        let Storage::Cpu(labels) = &**storage else { unreachable!("labels of a stream are on the CPU") };
+        let labels = &labels.as_slice::<u32>()?[layout.start_offset()..][..layout.shape().elem_count()];
+        let (own, rest) = room.split_at_mut(labels.len());
+        copies.extend(own.chunks_mut(AT_ONCE).zip(labels.chunks(AT_ONCE)));
+        room = rest;
+    }
+    host::for_each(
+        copies,
+        AT_ONCE,
+        || (),
+        |(), (to, from)| {
+            to.copy_from_slice(from);
+            Ok(())
+        },
+    )?;
+    drop(storages);
+    Ok(Tensor::from_vec(all, n, &Device::Cpu)?)
 }
 
 /// Labels that ranks send each other at a time.

@@ -272,23 +272,21 @@ impl BlockFeed for Streamed<'_> {
         }
         // The labels have the room that the ring had.
         self.reads.clear();
-        let mut all = host::filled("fit_stream", self.rows.len(), 0u32)?;
-        let mut copy = |rows: Range<usize>, labels: &Tensor| {
-            let (start, end) = (rows.start - self.rows.start, rows.end - self.rows.start);
-            all[start..end].copy_from_slice(&labels.flatten_all()?.to_vec1()?);
-            Ok::<_, candle_core::Error>(())
+        let resident = match &self.resident {
+            Resident::Read(blocks) => &blocks[..],
+            Resident::Unread(_) => &[],
         };
-        if let Resident::Read(blocks) = &self.resident {
-            for block in blocks {
-                let first = block.as_block(true).first;
-                copy(first..first + block.labels.elem_count(), &block.labels)?;
-            }
+        let resident = resident.iter().map(|block| &block.labels);
+        let known = self.moving.iter().map(|block| block.known.as_ref().and_then(|(_, labels)| labels.as_ref()));
+        let moving = known.map(|labels| labels.expect("a pass has been there"));
+        let blocks: Vec<_> = resident.chain(moving).collect();
+        if let [all] = blocks[..] {
+            return Ok(all.to_device(&Device::Cpu)?);
         }
-        for Moving { rows, known } in &self.moving {
-            let labels = known.as_ref().and_then(|(_, labels)| labels.as_ref()).expect("a pass has been there");
-            copy(rows.clone(), labels)?;
+        let (n, mut all) = (self.rows.len(), host::buffer::<u32>("fit_stream", self.rows.len())?);
+        for labels in blocks {
+            all.extend(labels.flatten_all()?.to_vec1::<u32>()?);
         }
-        let n = all.len();
         Ok(Tensor::from_vec(all, (1, n), &Device::Cpu)?)
     }
 

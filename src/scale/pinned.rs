@@ -14,8 +14,8 @@ use std::{
 /// from where they lie, at the rate of the link; others go through a ring of buffers, by as many threads as the processor has. On the CPU
 /// it is memory like any other.
 ///
-/// The system cannot move or swap such memory, and takes some 60 ms to lock a GiB of it: it is for rows that are streamed more than
-/// once, or made in it. Memory that another library has page-locked in one piece is sent from where it lies as well.
+/// The system cannot move or swap such memory, and takes a while to lock it: it is for rows that are streamed more than once, or made in
+/// it. Memory that another library has page-locked in one piece is sent from where it lies as well.
 ///
 /// ```
 /// use candle_core::Device;

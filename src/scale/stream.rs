@@ -2,7 +2,7 @@
 
 use super::{
     checkpoint::{Checkpoints, Resumed},
-    devices::{agree, rows_of},
+    devices::{agree, joined, rows_of, sum_of},
     feed::{LabelsTo, Streamed},
     fingerprint::Fingerprint,
     label_file::LabelFile,
@@ -121,7 +121,7 @@ impl KMeans {
             shared.fit(device, ranks, checkpoints.as_mut())
         })?;
         let labels: Vec<_> = fits.iter().map(|fit| &fit.labels).collect();
-        let labels = if label_file.is_some() { labels[0].clone() } else { Tensor::cat(&labels, 0)? };
+        let labels = if label_file.is_some() { labels[0].clone() } else { joined(&labels)? };
         let fit = fits.into_iter().next().expect("at least one rank");
         Ok(Fit { labels, ..fit })
     }
@@ -246,13 +246,6 @@ impl Shared<'_> {
         }
         options.place().gather_labels(fit, ranks)
     }
-}
-
-/// The sum, modulo 2^64, of a number of each rank.
-fn sum_of(ranks: &dyn Ranks, mine: u64) -> Result<u64> {
-    // Halves are exact in f64.
-    let halves = ranks.gather(vec![(mine >> 32) as f64, f64::from(mine as u32)])?;
-    Ok(halves.iter().fold(0u64, |sum, halves| sum.wrapping_add(((halves[0] as u64) << 32) + halves[1] as u64)))
 }
 
 /// A callback that gets the labels of a block of rows.
