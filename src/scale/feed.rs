@@ -281,7 +281,8 @@ impl BlockFeed for Streamed<'_> {
         let moving = known.map(|labels| labels.expect("a pass has been there"));
         let blocks: Vec<_> = resident.chain(moving).collect();
         if let [all] = blocks[..] {
-            return Ok(all.to_device(&Device::Cpu)?);
+            // The next run writes to those that are there.
+            return Ok(if all.device().is_cpu() { all.copy()? } else { all.to_device(&Device::Cpu)? });
         }
         let (n, mut all) = (self.rows.len(), host::buffer::<u32>("fit_stream", self.rows.len())?);
         for labels in blocks {
