@@ -27,6 +27,9 @@ use std::{
     time::Instant,
 };
 
+#[path = "common/memory.rs"]
+mod memory;
+
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Type {
     F16,
@@ -83,6 +86,9 @@ where
 {
     let on_gpu = args.devices.iter().any(|devices| devices != "cpu");
     let maker = if on_gpu { Device::new_cuda(0)? } else { Device::Cpu };
+    for gpu in args.devices.iter().flat_map(|devices| devices.split(',')).filter_map(|gpu| gpu.parse().ok()) {
+        memory::keep(&Device::new_cuda(gpu)?)?;
+    }
     let start = Instant::now();
     let mut table = match args.pinned {
         true => Table::Pinned(Pinned::zeros(args.distinct.min(args.rows) as usize * args.columns, &maker)?),

@@ -50,6 +50,12 @@ pub(crate) trait Backend {
         Ok(Box::new(Copies::new(device)))
     }
 
+    /// Copies contiguous labels to memory of the host, of which there is as much.
+    fn read_labels(&self, labels: &Tensor, into: &mut [u32]) -> Result<()> {
+        into.copy_from_slice(&labels.flatten_all()?.to_vec1()?);
+        Ok(())
+    }
+
     /// Whether copies take these bytes from where they lie while the thread that asks for them goes on.
     fn is_page_locked(&self, _: &Device, _bytes: &[u8]) -> Result<bool> {
         Ok(false)

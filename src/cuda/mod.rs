@@ -64,6 +64,10 @@ impl Backend for Cuda {
         Ok(Box::new(Copies::new(device.as_cuda_device()?)?))
     }
 
+    fn read_labels(&self, labels: &Tensor, into: &mut [u32]) -> Result<()> {
+        tensors::copy_to_host(labels, into)
+    }
+
     fn is_page_locked(&self, device: &Device, bytes: &[u8]) -> Result<bool> {
         is_page_locked(device.as_cuda_device()?, bytes)
     }

@@ -52,12 +52,13 @@ pub(super) fn rendezvous() -> Result<Rendezvous> {
 pub(super) struct Joined<'a> {
     comm: Comm,
     others: &'a dyn Ranks,
+    done: Cell<bool>,
 }
 
 impl<'a> Joined<'a> {
     pub fn new(dev: &CudaDevice, at: Rendezvous, others: &'a dyn Ranks) -> Result<Self> {
         let comm = Comm::new(dev, at, others.rank(), others.count(), &|| others.check())?;
-        Ok(Self { comm, others })
+        Ok(Self { comm, others, done: Cell::new(false) })
     }
 }
 
@@ -80,6 +81,19 @@ impl Ranks for Joined<'_> {
 
     fn check(&self) -> Result<()> {
         self.others.check()
+    }
+
+    fn done(&self) {
+        self.done.set(true);
+    }
+}
+
+impl Drop for Joined<'_> {
+    /// A rank that leaves before it is done has failed. The others hear of it when it has left, and so it waits for none of them.
+    fn drop(&mut self) {
+        if !self.done.get() {
+            self.comm.abort();
+        }
     }
 }
 

@@ -163,6 +163,14 @@ impl Input<'_> {
     }
 }
 
+/// Copies a contiguous tensor to memory that is there already: to make new pages of it takes one thread longer than the copy.
+pub(super) fn copy_to_host<T: CudaDType + DeviceRepr>(from: &Tensor, to: &mut [T]) -> Result<()> {
+    let (stream, input) = (device(from)?.cuda_stream(), read(from));
+    stream.memcpy_dtoh(&input.view::<T>()?.slice(..from.elem_count()), to).w()?;
+    stream.synchronize().w()?;
+    Ok(())
+}
+
 /// Lets `f` launch what writes the elements of a target.
 fn launch_on<T: CudaDType>(
     storage: &mut CudaStorage,

@@ -72,6 +72,11 @@ pub(crate) fn lane(device: &Device) -> Result<Box<dyn Lane>> {
     on(device, "lane")?.lane(device)
 }
 
+/// Copies contiguous labels to memory of the host, of which there is as much.
+pub(crate) fn read_labels(labels: &Tensor, into: &mut [u32]) -> Result<()> {
+    on(labels.device(), "read_labels")?.read_labels(labels, into)
+}
+
 /// Whether copies take these bytes from where they lie while the thread that asks for them goes on.
 pub(crate) fn is_page_locked(device: &Device, bytes: &[u8]) -> Result<bool> {
     on(device, "is_page_locked")?.is_page_locked(device, bytes)

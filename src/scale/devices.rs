@@ -115,15 +115,13 @@ impl Place {
             Self::Several(devices) => {
                 let at = primitives::rendezvous(&devices[0])?.filter(|_| all_differ(devices));
                 run_on(devices, |device, ranks| match at {
-                    Some(at) => work(device, &*primitives::join(device, at, ranks)?),
+                    Some(at) => work_among(&*primitives::join(device, at, ranks)?, |ranks| work(device, ranks)),
                     None => work(device, ranks),
                 })
             }
             Self::Launched(device, LaunchedRank { rank, ranks }) => {
                 let ranks = primitives::join_launched(device, *rank, *ranks)?;
-                let done = work(device, &*ranks)?;
-                ranks.done();
-                Ok(vec![done])
+                Ok(vec![work_among(&*ranks, |ranks| work(device, ranks))?])
             }
             Self::Gpus(_) => unreachable!("opened before it is used"),
         }
@@ -174,6 +172,11 @@ fn run_on<T: Send>(devices: &[Device], work: impl Fn(&Device, &dyn Ranks) -> Res
         let waited = device.synchronize();
         done.and_then(|done| Ok(waited.map(|()| done)?))
     })
+}
+
+/// Lets a rank work, and says that it is done if it is.
+fn work_among<T>(ranks: &dyn Ranks, work: impl FnOnce(&dyn Ranks) -> Result<T>) -> Result<T> {
+    work(ranks).inspect(|_| ranks.done())
 }
 
 /// Refuses ranks that have other settings than the first, or start from another state than it does.

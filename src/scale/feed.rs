@@ -16,7 +16,7 @@ use crate::{
         merged::{row_pitch, BlockFeed, OwnedBlock, Terms, Whole},
         weights::Weights,
     },
-    problem,
+    primitives, problem,
     ranks::Ranks,
     request::Summands,
 };
@@ -279,15 +279,15 @@ impl BlockFeed for Streamed<'_> {
         let resident = resident.iter().map(|block| &block.labels);
         let known = self.moving.iter().map(|block| block.known.as_ref().and_then(|(_, labels)| labels.as_ref()));
         let moving = known.map(|labels| labels.expect("a pass has been there"));
-        let blocks: Vec<_> = resident.chain(moving).collect();
-        if let [all] = blocks[..] {
-            // The next run writes to those that are there.
-            return Ok(if all.device().is_cpu() { all.copy()? } else { all.to_device(&Device::Cpu)? });
+        // Zeros by all threads: there may be gigabytes of labels, and to make their pages takes one thread longer than to copy them.
+        let mut all = host::map("fit_stream", self.rows.len(), 1, |_| 0u32)?;
+        let mut room = &mut all[..];
+        for labels in resident.chain(moving) {
+            let (own, rest) = room.split_at_mut(labels.elem_count());
+            primitives::read_labels(labels, own)?;
+            room = rest;
         }
-        let (n, mut all) = (self.rows.len(), host::buffer::<u32>("fit_stream", self.rows.len())?);
-        for labels in blocks {
-            all.extend(labels.flatten_all()?.to_vec1::<u32>()?);
-        }
+        let n = all.len();
         Ok(Tensor::from_vec(all, (1, n), &Device::Cpu)?)
     }
 
