@@ -7,11 +7,14 @@
 //!
 //! Rows are normal, in memory of the host, and repeat after `--distinct`, so that more of them than its memory holds can be read at the
 //! same rate. `--file` writes them to a file first and reads that. Each line is JSON: seconds of each pass, the rate of the link to the GPU
-//! in the same run, and with `--in-memory` the same fit of one tensor on the first GPU.
+//! in the same run, and with `--in-memory` the same fit of one tensor on the first GPU. With `--checkpoint FOLDER` each fit writes a
+//! checkpoint after each iteration, and goes on from the last one when the example is started again.
 
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, WithDType};
-use candle_flash_kmeans::{testing, Devices, Element, Fit, Init, KMeans, Pass, Pinned, Source, StreamOptions};
+use candle_flash_kmeans::{
+    testing, Checkpoint, Devices, Element, Fit, Init, KMeans, Pass, Pinned, Source, StreamOptions,
+};
 use clap::{Parser, ValueEnum};
 use half::f16;
 use rand::SeedableRng;
@@ -27,8 +30,10 @@ use std::{
     time::Instant,
 };
 
-#[path = "common/memory.rs"]
-mod memory;
+mod common {
+    pub mod devices;
+    pub mod memory;
+}
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Type {
@@ -67,6 +72,9 @@ struct Args {
     /// Write the rows to this file and read them from there
     #[arg(long)]
     file: Option<PathBuf>,
+    /// Keep what each fit has come to in a folder of its own in this one, and go on from there
+    #[arg(long)]
+    checkpoint: Option<PathBuf>,
     /// Fit all rows as one tensor on the first device as well, and compare all results
     #[arg(long)]
     in_memory: bool,
@@ -87,7 +95,7 @@ where
     let on_gpu = args.devices.iter().any(|devices| devices != "cpu");
     let maker = if on_gpu { Device::new_cuda(0)? } else { Device::Cpu };
     for gpu in args.devices.iter().flat_map(|devices| devices.split(',')).filter_map(|gpu| gpu.parse().ok()) {
-        memory::keep(&Device::new_cuda(gpu)?)?;
+        common::memory::keep(&Device::new_cuda(gpu)?)?;
     }
     let start = Instant::now();
     let mut table = match args.pinned {
@@ -116,21 +124,23 @@ where
         }
     }
     let memories = if args.memory.is_empty() { vec![None] } else { args.memory.iter().copied().map(Some).collect() };
-    for (devices, memory) in args.devices.iter().flat_map(|devices| memories.iter().map(move |m| (devices, m))) {
+    let choices = args.devices.iter().flat_map(|devices| memories.iter().map(move |m| (devices, m)));
+    for (i, (devices, memory)) in choices.enumerate() {
         let mut options = match devices.as_str() {
             "cpu" => StreamOptions::new(&Device::Cpu),
-            "all" => StreamOptions::on(Devices::All),
             "launched" => StreamOptions::on(Devices::Launched),
-            numbers => {
-                let numbers = numbers.split(',').map(str::parse).collect::<Result<Vec<usize>, _>>();
-                StreamOptions::on(Devices::These(numbers.context("--devices")?))
-            }
+            gpus => StreamOptions::on(common::devices::parse(gpus).context("--devices")?),
         };
         if let Some(memory) = memory {
             options = options.memory(memory << 20);
         }
         if let Some(block) = args.block {
             options = options.block_rows((block << 20) / source.row_bytes());
+        }
+        if let Some(folder) = &args.checkpoint {
+            let folder = folder.join(i.to_string());
+            fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+            options = options.checkpoint(Checkpoint::in_dir(folder).every_iterations(1));
         }
         let passes: Arc<Mutex<Vec<(String, u64, Instant)>>> = Arc::default();
         let log = passes.clone();

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! cargo run --release --example index [--device cpu|cuda] [--data vectors.npy] [--train sample|all|batches] [--lists 512] [--memory 8]
+//! cargo run --release --features nccl --example index -- --train all --devices all --checkpoint run --data vectors.npy
 //! ```
 //! A coarse quantiser is trained by k-means, every row goes to the list of its nearest centroid, and a query is compared with the rows of
 //! the few lists whose centroids are nearest to it. Recall is the share of the ten true neighbours, by brute force, that it finds so.
@@ -13,9 +14,11 @@
 
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, D};
-use candle_flash_kmeans::{EmptyClusters, Epochs, Fit, Init, KMeans, MiniBatch, Source, StreamOptions};
+use candle_flash_kmeans::{
+    Checkpoint, Devices, EmptyClusters, Epochs, Fit, Init, KMeans, MiniBatch, Source, StreamOptions,
+};
 use clap::{Parser, ValueEnum};
-use common::{backend::Backend, bar::with_bar, chart, timing::seconds};
+use common::{backend::Backend, bar::with_bar, chart, devices, timing::seconds};
 use data::Mixture;
 use lists::Lists;
 use search::{exact, recall, search, Queries, NEIGHBOURS};
@@ -33,6 +36,7 @@ mod common {
     pub mod backend;
     pub mod bar;
     pub mod chart;
+    pub mod devices;
     pub mod timing;
 }
 
@@ -49,6 +53,9 @@ const STAYS: f64 = 0.1;
 struct Args {
     #[arg(long, default_value = "cpu")]
     device: Backend,
+    /// GPUs that share the rows: all, or numbers with commas
+    #[arg(long, value_parser = devices::parse, conflicts_with = "device")]
+    devices: Option<Devices>,
     /// Vectors to index, in any format that a source has; a mixture of Gaussians without it
     #[arg(long)]
     data: Option<PathBuf>,
@@ -69,6 +76,9 @@ struct Args {
     /// MiB of rows that are in memory at a time
     #[arg(long, default_value_t = 8)]
     memory: usize,
+    /// Keep what training on all rows has come to in this folder, and go on from there if the example is started again
+    #[arg(long)]
+    checkpoint: Option<PathBuf>,
     /// Where the index is written; a temporary folder without it
     #[arg(long)]
     dir: Option<PathBuf>,
@@ -80,7 +90,7 @@ struct Args {
     quiet: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Train {
     Sample,
     All,
@@ -140,26 +150,41 @@ struct Trainer<'a> {
 
 impl<'a> Trainer<'a> {
     fn new(args: &'a Args) -> Result<Self> {
-        let device = args.device.open()?.0;
-        let options = with_bar(StreamOptions::new(&device).memory(args.memory << 20), args.quiet);
-        Ok(Self { args, device, options })
+        ensure!(args.checkpoint.is_none() || args.train == Train::All, "--checkpoint is for --train all");
+        ensure!(args.devices.is_none() || args.train != Train::Batches, "mini-batches are on one device");
+        let (device, options) = match &args.devices {
+            // What is given to streams goes from the CPU to their GPUs.
+            Some(devices) => (Device::Cpu, StreamOptions::on(devices.clone())),
+            None => {
+                let device = args.device.open()?.0;
+                (device.clone(), StreamOptions::new(&device))
+            }
+        };
+        Ok(Self { args, device, options: with_bar(options.memory(args.memory << 20), args.quiet) })
     }
 
     /// Centroids, and the labels of all rows. With an `old` fit it is a warm start: from its centroids, of which those of lists that have
-    /// lost all rows go where rows are far from any; a mini-batch goes on with its means.
+    /// lost all rows go where rows are far from any; a mini-batch goes on with its means. With checkpoints it goes on from the last one of
+    /// its kind.
     fn train(&self, source: &Source<'_>, old: Option<&Fit>) -> Result<Fit> {
         let mut settings = KMeans::new(self.args.lists).max_iters(ITERATIONS);
         if let Some(old) = old {
             let start = Init::Given(old.centroids.to_device(&self.device)?);
             settings = settings.init(start).empty_clusters(EmptyClusters::Relocate);
         }
+        let mut options = self.options.clone();
+        if let Some(folder) = &self.args.checkpoint {
+            let folder = folder.join(if old.is_some() { "again" } else { "first" });
+            fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+            options = options.checkpoint(Checkpoint::in_dir(folder).every_iterations(1));
+        }
         let (fit, seconds) = seconds(&self.device, || match self.args.train {
             Train::Sample => Ok(settings.fit_sample(source, self.args.lists * self.args.sample, &self.options)?),
             Train::All => {
                 if !self.args.quiet {
-                    println!("{}", settings.plan_stream(source, &self.options)?);
+                    println!("{}", settings.plan_stream(source, &options)?);
                 }
-                Ok(settings.fit_stream(source, &self.options)?)
+                Ok(settings.fit_stream(source, &options)?)
             }
             Train::Batches => {
                 let epochs = Epochs::new(EPOCHS).batch_rows(BATCH_ROWS).shuffled(0);
