@@ -15,7 +15,11 @@ use crate::{
     rows::Rows,
     scale::options::StreamOptions,
 };
-pub use crate::{launches::launches, plan::assign::force, stages::on_stage};
+pub use crate::{
+    launches::launches,
+    plan::assign::force,
+    stages::{on_read, on_stage},
+};
 use candle_core::{DType, Device, Tensor};
 use std::time::Instant;
 

@@ -70,7 +70,7 @@ fn a_fit_leaves_its_labels_in_a_file() {
                     stream::options(&device, &source, 203, 1),
                     stream::options(&device, &source, 50, 2),
                     stream::options(&device, &source, 7, 0),
-                    several.clone().block_rows(20).memory(0),
+                    several.clone().block_rows(20).memory(8 * 20 * source.row_bytes()),
                     several,
                 ] {
                     let what = format!("{dtype:?}, setting {i}: {options:?}");
@@ -97,7 +97,7 @@ fn a_resumed_fit_leaves_its_labels_in_a_file() {
         let whole = settings.fit(&x).unwrap();
         let _ = fs::remove_dir_all(&checkpoints);
         fs::create_dir(&checkpoints).unwrap();
-        let options = StreamOptions::new(&Device::Cpu).block_rows(30).memory(0);
+        let options = stream::options(&Device::Cpu, &source, 30, 0);
         let options = options.checkpoint(Checkpoint::in_dir(&checkpoints).every_iterations(1));
         for ends in [1, 3, usize::MAX, usize::MAX] {
             let calls = AtomicUsize::new(0);
@@ -125,9 +125,9 @@ fn a_file_stays_as_it_was_when_a_fit_fails() {
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
     };
-    let options = StreamOptions::new(&Device::Cpu).block_rows(20).memory(0);
-    let settings = KMeans::new(4).tol(0.0).max_iters(2);
     let source = Source::from_tensor(&x).unwrap();
+    let options = stream::options(&Device::Cpu, &source, 20, 0);
+    let settings = KMeans::new(4).tol(0.0).max_iters(2);
     for failing in 0..10 {
         let mut before = failing;
         on_stage(Some(Box::new(move |stage| match stage {
@@ -145,7 +145,8 @@ fn a_file_stays_as_it_was_when_a_fit_fails() {
         stays();
     }
     // Reads of the last pass, by one rank and by several.
-    for options in [options, on_each(&[Device::Cpu, Device::Cpu, Device::Cpu]).block_rows(20).memory(0)] {
+    let ranks = on_each(&[Device::Cpu, Device::Cpu, Device::Cpu]).block_rows(20).memory(8 * 20 * 12);
+    for options in [options, ranks] {
         let reads = AtomicUsize::new(0);
         let read = |fails: usize| {
             let (x, reads) = (f64s(&x), &reads);

@@ -3,7 +3,7 @@
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::{Error, Source, StoredType};
+use candle_flash_kmeans::{testing::on_read, Error, Source, StoredType};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use rand::Rng;
@@ -13,7 +13,10 @@ use std::{
     io,
     ops::Range,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        atomic::{AtomicUsize, Ordering},
+        Arc,
+    },
     thread,
     time::Duration,
 };
@@ -191,6 +194,27 @@ fn every_format_gives_the_rows_that_were_written() {
         assert_eq!(source.dtype(), if stored == StoredType::F32 { DType::F32 } else { DType::F16 });
         assert_holds(&source, &values(N, D, stored), stored);
     }
+}
+
+/// A system gives as few bytes as it likes, and signals interrupt it.
+#[test]
+fn every_format_is_read_a_few_bytes_at_a_time() {
+    let folder = Folder::new("formats-short");
+    let calls = Arc::new(AtomicUsize::new(0));
+    for (name, bytes, stored) in one_of_each() {
+        let path = folder.write(name, &bytes);
+        for most in [1, 3, 64] {
+            let calls = calls.clone();
+            on_read(Some(Arc::new(move |asked| match calls.fetch_add(1, Ordering::SeqCst) % 3 {
+                0 => Err(io::ErrorKind::Interrupted.into()),
+                _ => Ok(asked.min(most)),
+            })));
+            let source = Source::open(&path).unwrap();
+            on_read(None);
+            assert_holds(&source, &values(N, D, stored), stored);
+        }
+    }
+    assert!(calls.load(Ordering::SeqCst) > 1000);
 }
 
 #[test]

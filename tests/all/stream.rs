@@ -4,16 +4,17 @@
 use crate::{common::*, source::Folder};
 use candle_core::{DType, Device, Tensor, WithDType};
 use candle_flash_kmeans::{
-    testing::on_each, DevicePlan, Element, EmptyClusters, Error, Fit, Init, KMeans, Metric, Pinned, Source, StoredType,
-    StreamOptions,
+    testing::{on_each, on_read},
+    DevicePlan, Element, EmptyClusters, Error, Fit, Init, KMeans, Metric, Pinned, Source, StoredType, StreamOptions,
 };
 use half::{bf16, f16};
 use std::{
     fs, io,
     ops::ControlFlow,
     panic::{catch_unwind, AssertUnwindSafe},
+    path::Path,
     sync::{
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
         Arc, Mutex,
     },
 };
@@ -458,6 +459,90 @@ fn what_a_source_fails_with_ends_the_fit() {
             assert_eq!(full.unwrap_err().to_string(), "labels 0..20: full");
         }
     }
+}
+
+/// The reads of a fit of the file of `x`, each with the bytes that it is asked for, as `answer` lets them be, and what becomes of the fit.
+fn read_as(
+    settings: &KMeans,
+    path: &Path,
+    options: &StreamOptions,
+    answer: impl Fn(usize, usize) -> io::Result<usize> + Send + Sync + 'static,
+) -> (Source<'static>, candle_flash_kmeans::Result<Fit>, usize) {
+    let (reads, fits) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    let (count, begun) = (reads.clone(), fits.clone());
+    on_read(Some(Arc::new(move |asked| match begun.load(Ordering::SeqCst) {
+        true => answer(count.fetch_add(1, Ordering::SeqCst), asked),
+        false => Ok(asked),
+    })));
+    let source = Source::open(path).unwrap();
+    on_read(None);
+    fits.store(true, Ordering::SeqCst);
+    let fit = settings.fit_stream(&source, options);
+    fits.store(false, Ordering::SeqCst);
+    (source, fit, reads.load(Ordering::SeqCst))
+}
+
+/// Row F6 of the record (`tests/record/faults.md`): a read that is short or interrupted goes on, one that fails or ends early is the
+/// error of the fit, and the same source gives its rows again.
+#[test]
+fn reads_are_short_interrupted_or_fail() {
+    let folder = Folder::new("stream-reads");
+    let (x, path) = (blobs(&[203, 3], 4, DType::F32, &mut rng(13)), folder.file("x.npy"));
+    x.write_npy(&path).unwrap();
+    let settings = KMeans::new(4).tol(1e-9).max_iters(3);
+    let whole = settings.fit(&x).unwrap();
+    let (mut short, mut interrupted, mut early, mut failed) = (0, 0, 0, 0);
+    for device in devices() {
+        let source = Source::open(&path).unwrap();
+        let ranks = on_each(&vec![device.clone(); 3]).block_rows(30).memory(8 * 30 * 12);
+        for options in [
+            options(&device, &source, 203, 0),
+            options(&device, &source, 30, 0),
+            options(&device, &source, 30, 3),
+            ranks,
+        ] {
+            let (_, fit, reads) = read_as(&settings, &path, &options, |_, asked| Ok(asked));
+            assert_same_fit(&fit.unwrap(), &whole, "every read is whole");
+            for most in [1, 5, 12, 100] {
+                let (_, fit, calls) = read_as(&settings, &path, &options, move |_, asked| Ok(asked.min(most)));
+                assert_same_fit(&fit.unwrap(), &whole, "short reads");
+                short += calls - reads;
+            }
+            for every in [2, 3, 7] {
+                let (_, fit, calls) = read_as(&settings, &path, &options, move |i, asked| match i % every {
+                    0 => Ok(asked.div_ceil(2)),
+                    _ => Err(io::ErrorKind::Interrupted.into()),
+                });
+                assert_same_fit(&fit.unwrap(), &whole, "interrupted reads");
+                interrupted += calls - calls.div_ceil(every);
+            }
+            for (ends, counted) in [(false, &mut failed), (true, &mut early)] {
+                for at in 0..reads {
+                    // All later reads of any thread fail as well, as those of a disk do.
+                    let answer = move |i: usize, asked: usize| match (i < at, ends) {
+                        (true, _) => Ok(asked),
+                        (false, true) => Ok(0),
+                        (false, false) => Err(io::Error::from_raw_os_error(5)),
+                    };
+                    let (source, fit, _) = read_as(&settings, &path, &options, answer);
+                    let error = match fit.unwrap_err() {
+                        Error::InRank { source, .. } => *source,
+                        error => error,
+                    };
+                    let Error::Io { path: named, source: reason } = &error else { panic!("{error:?}") };
+                    assert_eq!(*named, path.display().to_string());
+                    match ends {
+                        true => assert_eq!(reason.kind(), io::ErrorKind::UnexpectedEof),
+                        false => assert_eq!(reason.raw_os_error(), Some(5)),
+                    }
+                    assert_same_fit(&settings.fit_stream(&source, &options).unwrap(), &whole, "after a fault");
+                    *counted += 1;
+                }
+            }
+        }
+    }
+    println!("{short} short, {interrupted} interrupted, {early} early ends, {failed} failed");
+    assert!(short > 1000 && interrupted > 200 && early > 100 && failed > 100);
 }
 
 /// Each pass reads what the plan says, on every device and by every rank, whatever may stay and however rows are cut.

@@ -5,6 +5,7 @@
 use crate::{
     error::{Error, Result},
     host,
+    stages::{read_hook, ReadHook},
 };
 use std::{
     fmt,
@@ -43,6 +44,7 @@ pub(crate) struct SourceFile {
     path: String,
     length: u64,
     modified: Duration,
+    hook: Option<ReadHook>,
 }
 
 impl SourceFile {
@@ -56,7 +58,7 @@ impl SourceFile {
         let file = File::open(path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         let (length, modified) = (metadata.len(), modified(&metadata));
-        Ok(Self { file, path: name, length, modified })
+        Ok(Self { file, path: name, length, modified, hook: read_hook() })
     }
 
     pub fn path(&self) -> &str {
@@ -92,9 +94,23 @@ impl SourceFile {
         if end > self.length {
             return Err(Error::Length { path: self.path.clone(), got: self.length, expected: end });
         }
-        let read = read_exact_at(&self.file, into, offset);
+        let read = self.read_exact_at(into, offset);
         self.expect_unchanged()?;
         read.map_err(|source| self.failed(source))
+    }
+
+    /// A system may give fewer bytes than it is asked for, and a signal may interrupt it.
+    fn read_exact_at(&self, mut into: &mut [u8], mut offset: u64) -> io::Result<()> {
+        while !into.is_empty() {
+            let asked = self.hook.as_ref().map_or(Ok(into.len()), |hook| hook.bytes(into.len()));
+            match asked.and_then(|asked| read_at(&self.file, &mut into[..asked], offset)) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => (into, offset) = (&mut into[count..], offset + count as u64),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
     }
 
     /// So many bytes from `offset` on, for which memory is asked only if the file has them.
@@ -135,26 +151,17 @@ fn modified(metadata: &Metadata) -> Duration {
 }
 
 #[cfg(unix)]
-fn read_exact_at(file: &File, into: &mut [u8], offset: u64) -> io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, into, offset)
+fn read_at(file: &File, into: &mut [u8], offset: u64) -> io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, into, offset)
 }
 
 #[cfg(windows)]
-fn read_exact_at(file: &File, mut into: &mut [u8], mut offset: u64) -> io::Result<()> {
-    use std::os::windows::fs::FileExt;
-    while !into.is_empty() {
-        match file.seek_read(into, offset) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => (into, offset) = (&mut into[count..], offset + count as u64),
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
+fn read_at(file: &File, into: &mut [u8], offset: u64) -> io::Result<usize> {
+    std::os::windows::fs::FileExt::seek_read(file, into, offset)
 }
 
 #[cfg(not(any(unix, windows)))]
-fn read_exact_at(_: &File, _: &mut [u8], _: u64) -> io::Result<()> {
+fn read_at(_: &File, _: &mut [u8], _: u64) -> io::Result<usize> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
