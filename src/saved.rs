@@ -104,7 +104,8 @@ fn with_settings<'a>(bytes: &'a [u8], settings: &BTreeMap<String, String>) -> io
     let (header, data) = rest.split_at(length as usize);
     let (settings, header) = (json(settings), std::str::from_utf8(header).map_err(io::Error::other)?);
     let tensors = header.trim_end().strip_prefix('{').ok_or(io::ErrorKind::InvalidData)?;
-    let mut header = format!("{{\"__metadata__\":{settings},{tensors}");
+    let comma = if tensors == "}" { "" } else { "," };
+    let mut header = format!("{{\"__metadata__\":{settings}{comma}{tensors}");
     // Tensors start at a multiple of eight bytes.
     header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
     Ok(([&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat(), data))

@@ -379,6 +379,189 @@ fn forgets_what_it_is_told_to() {
 }
 
 #[track_caller]
+fn assert_same_clusters(a: &ClusteredKvCache, b: &ClusteredKvCache, what: &str) {
+    let (a, b) = match (a.clusters(), b.clusters()) {
+        (None, None) => return,
+        (a, b) => (a.unwrap(), b.unwrap()),
+    };
+    assert_same(&a.labels, &b.labels, &format!("{what}: labels"));
+    assert_same(&a.order, &b.order, &format!("{what}: order"));
+    assert_same(&a.offsets, &b.offsets, &format!("{what}: offsets"));
+    assert_same(&a.sizes, &b.sizes, &format!("{what}: sizes"));
+    assert_same(&a.mean_keys, &b.mean_keys, &format!("{what}: mean keys"));
+    assert_same(&a.mean_values, &b.mean_values, &format!("{what}: mean values"));
+}
+
+/// What is left of a cache, wherever it is cut, is one that never had the others and was given the same labels.
+#[test]
+fn forgotten_tokens_were_never_there() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DTYPES.map(|t| (device.clone(), t))) {
+        let mut rng = rng(63);
+        let mut cache = empty();
+        append(&mut cache, 60, dtype, &device, &mut rng);
+        cache.cluster().unwrap();
+        append(&mut cache, 21, dtype, &device, &mut rng);
+        cache.cluster().unwrap();
+        let (labels, m) = (cache.clusters().unwrap().labels.clone(), 68);
+        let (keys, values) = (cache.k().unwrap().unwrap(), cache.v().unwrap().unwrap());
+        let whole = cache.clone();
+        let q = random([2, 4, 1, 8], dtype, &device, &mut rng);
+        let [k, v] = [(); 2].map(|_| random([2, 2, 1, 8], dtype, &device, &mut rng));
+
+        // The tokens after the sinks that are left, counted from the first of them.
+        let all = (0..=78).map(|end| (0..end, true)).chain((0..=78).map(|start| (start..78, false)));
+        for (left, truncated) in all.filter(|(r, _)| r.start % 7 < 2 || r.end % 7 < 2) {
+            let what = format!("{dtype:?}, {left:?} left");
+            let mut cut = whole.clone();
+            match truncated {
+                true => cut.truncate(SINKS + left.end).unwrap(),
+                false => cut.evict(left.start).unwrap(),
+            }
+            assert_eq!((cut.current_seq_len(), cut.evicted()), (SINKS + left.len(), left.start), "{what}");
+            let clustered = left.start.min(m)..left.end.min(m);
+            let mut never = empty().recent(left.len() - clustered.len());
+            let parts = |t: &Tensor| {
+                let part = |start, len| t.narrow(2, start, len).unwrap();
+                Tensor::cat(&[part(0, SINKS), part(SINKS + left.start, left.len())], 2).unwrap()
+            };
+            never.append(&parts(&keys), &parts(&values)).unwrap();
+            if !clustered.is_empty() {
+                let labels = labels.narrow(2, clustered.start, clustered.len()).unwrap();
+                let (first, last) = (*u32s(&labels).iter().min().unwrap(), *u32s(&labels).iter().max().unwrap());
+                let labels = labels.broadcast_sub(&Tensor::new(first, &device).unwrap()).unwrap();
+                never.group(&labels, (last - first) as usize + 1).unwrap();
+            }
+            assert_same_clusters(&cut, &never, &what);
+            for cache in [&mut cut, &mut never] {
+                cache.append(&k, &v).unwrap();
+            }
+            assert_same(&cut.k().unwrap().unwrap(), &never.k().unwrap().unwrap(), &what);
+            let [a, b] = [&cut, &never].map(|c| c.attend(&q, SCALE, KvBudget::new(9)).unwrap());
+            assert_same(&a, &b, &what);
+        }
+        assert_same_clusters(&whole, &cache, "the whole");
+        assert_same(&whole.k().unwrap().unwrap(), &keys, "a clone of what is cut");
+    }
+}
+
+/// After an eviction sinks are no longer the tokens before the others, and stay.
+#[test]
+fn sinks_outlive_an_eviction() {
+    for device in devices() {
+        let mut rng = rng(64);
+        let mut cache = empty();
+        append(&mut cache, 30, DType::F32, &device, &mut rng);
+        cache.evict(20).unwrap();
+        refused(cache.truncate(2), "Range", &["len: 2", "3..=10"]);
+        append(&mut cache, 50, DType::F32, &device, &mut rng);
+        assert!(cache.cluster().unwrap());
+        check(cache.clusters().unwrap(), &cache);
+        assert_eq!((cache.current_seq_len(), cache.evicted()), (60, 20));
+        cache.reset();
+        assert_eq!(cache.evicted(), 0);
+    }
+}
+
+/// Padding moves with its sequence, and the clusters stay where they are.
+#[test]
+fn padded_sequences_are_reordered_and_cut() {
+    for device in devices() {
+        let mut rng = rng(65);
+        let mut cache = empty();
+        cache.left_padding(&Tensor::new(&[12u32, 2], &device).unwrap()).unwrap();
+        let [k, v] = [(); 2].map(|_| random([2, 2, 60, 8], DType::F32, &device, &mut rng));
+        let (keys, _) = cache.append(&k, &v).unwrap();
+        assert!(f64s(&keys.get(0).unwrap().narrow(1, 0, 12).unwrap()).iter().all(|&v| v == 0.0));
+        assert_same(&keys.narrow(2, 12, 48).unwrap(), &k.narrow(2, 12, 48).unwrap(), "what is no padding");
+        cache.cluster().unwrap();
+        assert_eq!(cache.clusters().unwrap().labels.dims(), [2, 2, 60 - 12 - SINKS - RECENT]);
+        let q = random([2, 4, 1, 8], DType::F32, &device, &mut rng);
+        let want = cache.attend(&q, SCALE, KvBudget::new(9)).unwrap();
+        for index in [vec![1u32], vec![1, 0, 1], vec![0]] {
+            let at = Tensor::new(index.clone(), &device).unwrap();
+            let mut beams = cache.clone();
+            beams.reorder(&at).unwrap();
+            let select = |t: &Tensor| t.index_select(&at, 0).unwrap();
+            let out = beams.attend(&select(&q), SCALE, KvBudget::new(9)).unwrap();
+            assert_same(&out, &select(&want), &format!("{index:?}"));
+            let kept = [&beams, &cache].map(|cache| {
+                let mut cut = cache.clone();
+                cut.truncate(40).unwrap();
+                cut.evict(9).unwrap();
+                cut.append(&cache.k().unwrap().unwrap(), &cache.v().unwrap().unwrap()).unwrap();
+                cut
+            });
+            assert_eq!(kept[0].clusters().unwrap().labels.dims()[2], 40 - 12 - SINKS - 9);
+            let out = kept[0].attend(&select(&q), SCALE, KvBudget::new(9)).unwrap();
+            assert_same(&out, &select(&kept[1].attend(&q, SCALE, KvBudget::new(9)).unwrap()), "cut");
+        }
+    }
+}
+
+/// A file gives back a cache to the bit, which goes on as the one that was written.
+#[test]
+fn files_hold_all_of_a_cache() {
+    let folder = Folder::new("kv-cache");
+    let path = folder.0.join("cache.safetensors");
+    for (device, dtype) in devices().into_iter().flat_map(|device| DTYPES.map(|t| (device.clone(), t))) {
+        for (padding, evicted, n) in [(false, 0, 0), (false, 0, 60), (true, 0, 60), (true, 5, 60), (false, 50, 60)] {
+            let mut rng = rng(66);
+            let mut cache = empty();
+            if padding {
+                cache.left_padding(&Tensor::new(&[0u32, 7], &device).unwrap()).unwrap();
+            }
+            let [k, v] = [8, 5].map(|columns| random([2, 2, n + 3, columns], dtype, &device, &mut rng));
+            let part = |t: &Tensor, start, len| t.narrow(2, start, len).unwrap();
+            if n > 0 {
+                cache.append(&part(&k, 0, n), &part(&v, 0, n)).unwrap();
+                cache.cluster().unwrap();
+                cache.evict(evicted).unwrap();
+            }
+            cache.save(&path).unwrap();
+            let mut back = ClusteredKvCache::load(&path, &device).unwrap();
+            let shown = |cache: &ClusteredKvCache| (cache.current_seq_len(), cache.evicted());
+            assert_eq!(shown(&cache), shown(&back));
+            let q = random([2, 4, 1, 8], dtype, &device, &mut rng);
+            for more in 0..3 {
+                assert_same_clusters(&cache, &back, "saved");
+                for cache in [&mut cache, &mut back] {
+                    cache.append(&part(&k, n + more, 1), &part(&v, n + more, 1)).unwrap();
+                    cache.cluster().unwrap();
+                }
+                assert_same(&cache.v().unwrap().unwrap(), &back.v().unwrap().unwrap(), "values");
+                let [a, b] = [&cache, &back].map(|c| c.attend(&q, SCALE, KvBudget::new(9)).unwrap());
+                assert_same(&a, &b, "attention");
+            }
+        }
+    }
+}
+
+/// A file of which anything has changed, or that holds something else, is refused.
+#[test]
+fn damaged_files_are_refused() {
+    let (folder, mut rng) = (Folder::new("kv-cache-damaged"), rng(67));
+    let path = folder.0.join("cache.safetensors");
+    let mut cache = empty();
+    append(&mut cache, 60, DType::F32, &Device::Cpu, &mut rng);
+    cache.cluster().unwrap();
+    cache.save(&path).unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    for at in (0..bytes.len()).step_by(37) {
+        let mut damaged = bytes.clone();
+        damaged[at] ^= 1 << (at % 8);
+        std::fs::write(&path, damaged).unwrap();
+        assert!(ClusteredKvCache::load(&path, &Device::Cpu).is_err(), "byte {at}");
+    }
+    for length in [0, 7, 100, bytes.len() - 1] {
+        std::fs::write(&path, &bytes[..length]).unwrap();
+        assert!(ClusteredKvCache::load(&path, &Device::Cpu).is_err(), "{length} bytes");
+    }
+    let fit = candle_flash_kmeans::KMeans::new(2).fit(&cache.k().unwrap().unwrap()).unwrap();
+    fit.save(&path).unwrap();
+    refused(ClusteredKvCache::load(&path, &Device::Cpu), "Format", &["checksum"]);
+}
+
+#[track_caller]
 fn refused<T: std::fmt::Debug>(result: Result<T, Error>, variant: &str, parts: &[&str]) {
     let error = result.unwrap_err();
     let (name, text) = (format!("{error:?}"), error.to_string());
@@ -413,7 +596,8 @@ fn refusals_are_typed() {
         none.append(&x, &x).unwrap();
         refused(none.cluster(), "Range", &["cluster_size: 0"]);
         cache.cluster().unwrap();
-        refused(cache.truncate(19), "Conflict", &["len: 19", "clustered tokens", "cannot be cut", "20..=30"]);
+        refused(cache.evict(28), "Range", &["tokens: 28", "0..=27"]);
+        refused(cache.left_padding(&ones(&[1], DType::U32, &device)), "Conflict", &["tokens: padding", "30 tokens"]);
         let attend = |q: Tensor| cache.attend(&q, 1.0, KvBudget::new(3));
         refused(attend(f32s([1, 3, 1, 4])), "Conflict", &["q: 3 heads", "a cache of 2"]);
         refused(attend(f32s([1, 2, 1, 5])), "Shape", &["q", "5", "4"]);

@@ -3,9 +3,9 @@
 /// [`ClusteredKvCache::attend`](super::ClusteredKvCache::attend) may read so much besides the sinks and the recent tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvBudget {
-    pub(super) tokens: usize,
-    pub(super) estimate: bool,
-    pub(super) shared: bool,
+    pub(in crate::nn) tokens: usize,
+    pub(in crate::nn) estimate: bool,
+    pub(in crate::nn) shared: bool,
 }
 
 impl KvBudget {

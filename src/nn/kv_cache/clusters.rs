@@ -31,6 +31,29 @@ pub struct KvClusters {
 }
 
 impl KvClusters {
+    /// From the `labels` of tokens, below `k`, which the host waits to check.
+    pub(super) fn new(keys: &Tensor, values: &Tensor, labels: &Tensor, k: usize) -> Result<Self> {
+        let (order, offsets) = sort_by_cluster(labels, k)?;
+        let sizes = primitives::cluster_sizes(&offsets)?.to_dtype(DType::F32)?;
+        let labels = labels.contiguous()?;
+        let sorted = Order::of_heads(&labels, &order, &offsets)?;
+        let [mean_keys, mean_values] = [keys, values].map(|t| functional::means_by_order(t, &sorted));
+        Ok(Self { labels, order, offsets, sizes, mean_keys: mean_keys?, mean_values: mean_values? })
+    }
+
+    /// What is left of the clusters where of their tokens only `kept` are, whose keys and values are given. Clusters at the ends of
+    /// which nothing is left in any head are gone, and the others numbered from 0.
+    pub(super) fn cut(&self, kept: Range<usize>, keys: &Tensor, values: &Tensor) -> Result<Self> {
+        let labels = self.labels.narrow(2, kept.start, kept.len())?;
+        if labels.elem_count() == 0 {
+            return Self::new(keys, values, &labels, self.sizes.dims()[2]);
+        }
+        let all = labels.flatten_all()?;
+        let (first, last) = (all.min(0)?, all.max(0)?);
+        let k = (last.to_scalar::<u32>()? - first.to_scalar::<u32>()?) as usize + 1;
+        Self::new(keys, values, &labels.broadcast_sub(&first)?, k)
+    }
+
     pub(super) fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
         Ok(Self {
             labels: f(&self.labels)?,
@@ -133,16 +156,20 @@ impl ClusteredKvCache {
             let (got, with) = (format!("{:?}", other.settings), format!("{:?}", self.settings));
             return Err(Error::Conflict { argument: "layers", got, with });
         }
-        for (what, size) in
-            [("tokens", Self::current_seq_len as fn(&Self) -> usize), ("clustered tokens", |c| c.clustered().len())]
-        {
-            if size(self) != size(other) {
-                return Err(Error::Size { argument: "layers", what, got: size(other), expected: size(self) });
+        let counts = |c: &Self| {
+            let (len, lead, clustered) = (c.current_seq_len(), c.lead(), c.clustered().len());
+            [("tokens", len), ("tokens before the clusters", lead), ("clustered tokens", clustered)]
+        };
+        for ((what, expected), (_, got)) in counts(self).into_iter().zip(counts(other)) {
+            if got != expected {
+                return Err(Error::Size { argument: "layers", what, got, expected });
             }
         }
         if let (Some(a), Some(b)) = (&self.stored, &other.stored) {
-            let [batch, kv_heads, _, d] = dims4_float("layers", &a.keys)?;
-            check_like("layers", &b.keys.narrow(2, 0, b.len)?, &a.keys, [batch, kv_heads, a.len, d])?;
+            for (like, t) in [(&a.keys, &b.keys), (&a.values, &b.values)] {
+                let [batch, kv_heads, _, d] = dims4_float("layers", like)?;
+                check_like("layers", &t.narrow(2, 0, b.len)?, like, [batch, kv_heads, a.len, d])?;
+            }
         }
         Ok(())
     }
@@ -150,15 +177,8 @@ impl ClusteredKvCache {
     /// Adds a segment of the waiting tokens to each layer; `keys` and `labels` are stacked along the batch.
     fn add_segment(layers: &mut [&mut Self], keys: &Tensor, labels: &Tensor, k: usize) -> Result<()> {
         let values = stacked(layers, |s| &s.values, &layers[0].waiting())?;
-        // The one check of the labels, for which the host waits.
-        let (order, offsets) = sort_by_cluster(labels, k)?;
-        let sizes = primitives::cluster_sizes(&offsets)?.to_dtype(DType::F32)?;
-        let labels = labels.contiguous()?;
-        let sorted = Order::of_heads(&labels, &order, &offsets)?;
-        let [mean_keys, mean_values] =
-            [functional::means_by_order(keys, &sorted)?, functional::means_by_order(&values, &sorted)?];
-        let batch = labels.dims()[0] / layers.len();
-        let all = KvClusters { labels, order, offsets, sizes, mean_keys, mean_values };
+        let all = KvClusters::new(keys, &values, labels, k)?;
+        let batch = all.labels.dims()[0] / layers.len();
         let parts = (0..layers.len()).map(|i| {
             let part = all.map(|t| Ok(t.narrow(0, i * batch, batch)?))?;
             layers[i].clusters.as_ref().map_or(Ok(part.clone()), |before| before.followed_by(&part))

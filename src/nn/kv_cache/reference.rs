@@ -5,9 +5,16 @@ use crate::{
     error::Result,
     nn::parts::{chosen_tokens, masked_fill, to_accumulate_dtype},
 };
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use candle_nn::ops::softmax_last_dim;
 use std::ops::Range;
+
+/// Neighbouring tokens that a block of queries reads exactly.
+pub(super) struct Piece {
+    pub(super) tokens: Range<usize>,
+    /// `(1 or batch, 1 or heads, rows, tokens)`: what is added to their scores, where not every row sees all of them.
+    pub(super) mask: Option<Tensor>,
+}
 
 /// A block of queries reads this of the clusters. `p` problems of `units` that choose alone, each for `n / units` queries.
 pub(super) struct Choice {
@@ -26,12 +33,17 @@ struct Estimate {
 
 impl Choice {
     /// For `queries` `(p, rows, group, d)`, scaled.
-    pub(super) fn new(clusters: &KvClusters, queries: &Tensor, budget: &KvBudget) -> Result<Self> {
+    pub(super) fn new(
+        clusters: &KvClusters,
+        queries: &Tensor,
+        budget: &KvBudget,
+        softcap: Option<f64>,
+    ) -> Result<Self> {
         let (p, rows, group, _) = queries.dims4()?;
         let flat = queries.flatten(1, 2)?;
         let sizes = clusters.sizes.flatten(0, 1)?.contiguous()?;
         let k = sizes.dims()[1];
-        let scores = to_accumulate_dtype(&flat.matmul(&clusters.mean_keys.flatten(0, 1)?.transpose(1, 2)?)?)?;
+        let scores = capped(&flat.matmul(&clusters.mean_keys.flatten(0, 1)?.transpose(1, 2)?)?, softcap)?;
         let empty = sizes.eq(0f32)?.unsqueeze(1)?;
         let units = if budget.shared { rows } else { rows * group };
         let sizes = sizes.unsqueeze(1)?.broadcast_as((p, units, k))?.contiguous()?;
@@ -60,28 +72,27 @@ impl Choice {
     }
 }
 
-/// Attention of `queries` `(p, rows, group, d)` to the `exact` tokens, of which row `i` sees those up to `last + i`, to the
-/// tokens of a choice, counted from `offset`, and to its estimates, in one softmax.
+/// Attention of `queries` `(p, rows, group, d)` to `pieces` of the tokens, to the tokens of a choice, counted from `offset`, and to its
+/// estimates, in one softmax.
 pub(super) fn read_chosen(
     queries: &Tensor,
     stored: &Stored,
-    exact: &[Range<usize>],
-    last: usize,
+    pieces: &[Piece],
+    softcap: Option<f64>,
     choice: Option<&Choice>,
     offset: usize,
 ) -> Result<Tensor> {
     let (p, rows, group, d) = queries.dims4()?;
-    let (n, dtype) = (rows * group, queries.dtype());
+    let (n, width, dtype) = (rows * group, stored.values.dims()[3], queries.dtype());
     let flat = queries.flatten(1, 2)?;
     let (keys, values) = (stored.keys.flatten(0, 1)?, stored.values.flatten(0, 1)?);
 
-    let near = exact.iter().map(|r| Ok(flat.matmul(&keys.narrow(1, r.start, r.len())?.transpose(1, 2)?)?));
-    let near = to_accumulate_dtype(&Tensor::cat(&near.collect::<Result<Vec<_>>>()?, 2)?)?;
-    let width = near.dims()[2];
-    let mut scores = vec![match mask(exact, last, rows, group, near.device())? {
-        Some(mask) => near.broadcast_add(&mask.to_dtype(near.dtype())?)?,
-        None => near,
-    }];
+    let near = pieces.iter().map(|Piece { tokens, mask }| {
+        let scores = flat.matmul(&keys.narrow(1, tokens.start, tokens.len())?.transpose(1, 2)?)?;
+        let scores = capped(&scores, softcap)?;
+        mask.as_ref().map_or(Ok(scores.clone()), |mask| masked(&scores, mask, stored.keys.dims()[1], group))
+    });
+    let mut scores = near.collect::<Result<Vec<_>>>()?;
 
     let mut gathered = None;
     if let Some(index) = choice.and_then(|c| c.read.as_ref()) {
@@ -90,10 +101,10 @@ pub(super) fn read_chosen(
         let base: Vec<u32> = (0..p).map(|i| (i * room + offset) as u32).collect();
         let base = Tensor::from_vec(base, (p, 1, 1), index.device())?;
         let index = index.broadcast_add(&base)?.flatten_all()?;
-        let rows = |t: &Tensor| t.flatten(0, 1)?.index_select(&index, 0)?.reshape((p * units, tokens, d));
+        let rows = |t: &Tensor| t.flatten(0, 1)?.index_select(&index, 0)?.reshape((p * units, tokens, ()));
         let of_unit = flat.reshape((p * units, n / units, d))?;
         let chosen = of_unit.matmul(&rows(&keys)?.transpose(1, 2)?)?;
-        scores.push(to_accumulate_dtype(&chosen.reshape((p, n, tokens))?)?);
+        scores.push(capped(&chosen.reshape((p, n, tokens))?, softcap)?);
         gathered = Some((rows(&values)?, units, tokens));
     }
     let estimate = choice.and_then(|c| c.estimate.as_ref());
@@ -105,32 +116,36 @@ pub(super) fn read_chosen(
         at += width;
         weights.narrow(2, at - width, width)?.contiguous()
     };
-    let near = part(width)?;
-    let mut start = 0;
-    let near = exact.iter().map(|r| {
-        start += r.len();
-        let weights = near.narrow(2, start - r.len(), r.len())?.contiguous()?;
-        Ok(weights.matmul(&values.narrow(1, r.start, r.len())?)?)
+    let near = pieces.iter().map(|Piece { tokens, .. }| {
+        Ok(part(tokens.len())?.matmul(&values.narrow(1, tokens.start, tokens.len())?)?)
     });
     let mut output = near.collect::<Result<Vec<_>>>()?;
     if let Some((values, units, tokens)) = gathered {
         let weights = part(tokens)?.reshape((p * units, n / units, tokens))?;
-        output.push(weights.matmul(&values)?.reshape((p, n, d))?);
+        output.push(weights.matmul(&values)?.reshape((p, n, width))?);
     }
     if let Some(estimate) = estimate {
         output.push(part(estimate.scores.dims()[2])?.matmul(&estimate.values)?);
     }
     let output = output.into_iter().map(Ok).reduce(|a: candle_core::Result<_>, b| a? + b?);
-    Ok(output.expect("a query sees itself")?.reshape((p, rows, group, d))?)
+    Ok(output.expect("a query sees itself")?.reshape((p, rows, group, width))?)
 }
 
-/// f32 `(rows * group, tokens)`: minus infinity where an exact token comes after the row's own. `None` where none does.
-fn mask(exact: &[Range<usize>], last: usize, rows: usize, group: usize, device: &Device) -> Result<Option<Tensor>> {
-    if exact.iter().all(|r| r.end <= last + 1) {
-        return Ok(None);
+/// Scores in the type in which they are weighed, bounded softly by `softcap` if there is one.
+fn capped(scores: &Tensor, softcap: Option<f64>) -> Result<Tensor> {
+    let scores = to_accumulate_dtype(scores)?;
+    match softcap {
+        Some(cap) => Ok(((scores / cap)?.tanh()? * cap)?),
+        None => Ok(scores),
     }
-    let tokens: Vec<usize> = exact.iter().cloned().flatten().collect();
-    let of_row = |i: usize| tokens.iter().map(move |&t| if t > last + i / group { f32::NEG_INFINITY } else { 0.0 });
-    let mask: Vec<f32> = (0..rows * group).flat_map(of_row).collect();
-    Ok(Some(Tensor::from_vec(mask, (rows * group, tokens.len()), device)?))
+}
+
+/// `scores` `(p, rows * group, tokens)` and a `mask` as a [`Piece`] has it.
+fn masked(scores: &Tensor, mask: &Tensor, kv_heads: usize, group: usize) -> Result<Tensor> {
+    let (p, n, tokens) = scores.dims3()?;
+    let (batch, heads, rows, _) = mask.dims4()?;
+    let (kv, of_each) = if heads == 1 { (1, 1) } else { (kv_heads, group) };
+    let mask = mask.to_dtype(scores.dtype())?.reshape((batch, kv, of_each, rows, tokens))?.transpose(2, 3)?;
+    let scores = scores.reshape((p / kv_heads, kv_heads, n / group, group, tokens))?.broadcast_add(&mask)?;
+    Ok(scores.reshape((p, n, tokens))?)
 }

@@ -1,0 +1,169 @@
+//! Attention over a cache.
+
+use super::{
+    reference::{read_chosen, Choice, Piece},
+    ClusteredKvCache, KvBudget,
+};
+use crate::{
+    error::{Error, Result},
+    nn::parts::{check_like, check_scale, dims4_float},
+    primitives,
+    request::{Attention, Order},
+    select::empty,
+};
+use candle_core::{Device, Tensor};
+use std::ops::Range;
+
+/// Elements that a block of query rows may gather and score: 64 MB of f32.
+const BLOCK: usize = 1 << 24;
+
+/// What becomes of the products of queries and keys before their softmax.
+#[derive(Clone, Copy, Default)]
+pub(in crate::nn) struct Scoring<'a> {
+    pub scale: f64,
+    /// `softcap * tanh(score / softcap)`, as in Gemma 2 (Gemma Team 2024).
+    pub softcap: Option<f64>,
+    /// A row sees so many tokens, its own among them. Only where all are read.
+    pub window: Option<usize>,
+    /// What is added to the scores, `(1 or batch, 1 or heads, rows, tokens)`, and then alone says what a row sees. Only where all are
+    /// read.
+    pub mask: Option<&'a Tensor>,
+}
+
+impl ClusteredKvCache {
+    /// Attention of `q`, `(batch, heads, rows, d)`: the last `rows` tokens stored, each seeing those up to itself. Returns
+    /// `(batch, heads, rows, width)`, of as many columns as the values have.
+    ///
+    /// `heads` is a multiple of the cache's; neighbouring ones share a key head. Sinks and recent tokens are read exactly.
+    /// Clusters are ranked by the score of their mean key, and their tokens read in that order, exactly
+    /// [`tokens`](KvBudget::new) of them, the last cluster in part. What remains of the others enters the same softmax with the
+    /// mean key, the mean value and the number of tokens left. Where the budget suffices for all tokens, as before the
+    /// first segment, this is attention.
+    ///
+    /// A score of NaN ranks as minus infinity: after all numbers, by the cluster's index. Where the heads choose together, a NaN
+    /// among a head's scores makes its softmax NaN, and then clusters go by their index.
+    ///
+    /// Scores are computed in the cache's dtype, and weighed in f32 (f64 for f64). Nothing is read by the host, and no gradient
+    /// flows. One row of f16, bf16 or f32 with 64 or 128 columns, of keys and of values, is one kernel on a GPU with thread block
+    /// clusters (from Hopper on; three launches elsewhere), which reads tokens where they lie and scores in f32. Others go through
+    /// Candle's ops, a block of rows at a time, and so do batches with padding. Without queries the result is empty.
+    ///
+    /// # Errors
+    /// Refuses queries whose shape, dtype or device does not fit the cache, more rows than there are tokens (after the last segment,
+    /// where the budget does not suffice for all), and a scale that is not finite.
+    pub fn attend(&self, q: &Tensor, softmax_scale: f64, budget: KvBudget) -> Result<Tensor> {
+        self.attend_scored(q, budget, Scoring { scale: softmax_scale, ..Scoring::default() })
+    }
+
+    pub(in crate::nn) fn attend_scored(&self, q: &Tensor, budget: KvBudget, scoring: Scoring) -> Result<Tensor> {
+        let [batch, q_heads, rows, d] = dims4_float("q", q)?;
+        check_scale(scoring.scale)?;
+        let Some(stored) = &self.stored else {
+            return match q.elem_count() {
+                0 => Ok(q.detach()),
+                _ => Err(Error::Range { argument: "q rows", got: rows, min: 0, max: 0 }),
+            };
+        };
+        let ([b, kv_heads, _, columns], width) = (dims4_float("k", &stored.keys)?, stored.values.dims()[3]);
+        if !q_heads.is_multiple_of(kv_heads) {
+            let with = format!("a cache of {kv_heads}, which must divide them");
+            return Err(Error::Conflict { argument: "q", got: format!("{q_heads} heads"), with });
+        }
+        check_like("q", q, &stored.keys, [b, q_heads, rows, columns])?;
+        let clusters = self.clusters.as_ref().filter(|_| budget.tokens < self.clustered().len());
+        let free = if clusters.is_some() { stored.len - self.clustered().end } else { stored.len };
+        if rows > free {
+            return Err(Error::Range { argument: "q rows", got: rows, min: 0, max: free });
+        }
+        let q = self.without_padding(&q.detach(), stored.len - rows)?;
+        if q.elem_count() == 0 {
+            return empty(&[batch, q_heads, rows, width], q.dtype(), q.device());
+        }
+        // Tokens that are not clustered, or are to be read anyway, are read where they are.
+        let exact = match clusters {
+            Some(_) => [0..self.lead(), self.clustered().end..stored.len],
+            None => [0..0, 0..stored.len],
+        };
+        self.shown()?;
+
+        let plain = scoring.softcap.is_none() && self.padding.is_none() && width == d;
+        if let (1, Some(c), true) = (rows, clusters, plain) {
+            let attention = Attention {
+                q: &q.reshape((b, q_heads, d))?.contiguous()?,
+                keys: &stored.keys,
+                values: &stored.values,
+                tokens: stored.len,
+                sinks: self.settings.sinks,
+                clusters: &Order::of_heads(&c.labels, &c.order, &c.offsets)?,
+                mean_keys: &c.mean_keys,
+                mean_values: &c.mean_values,
+                scale: scoring.scale,
+                budget: budget.tokens,
+                shared: budget.shared,
+                estimate: budget.estimate,
+            };
+            if let Some(output) = primitives::attend(&attention, &self.memory)? {
+                return Ok(output.reshape((batch, q_heads, 1, d))?);
+            }
+        }
+
+        let group = q_heads / kv_heads;
+        // Rows outside, heads of a group inside: the queries of a choice are neighbours, whether it is shared or not.
+        let queries = (q * scoring.scale)?.reshape((b * kv_heads, group, rows, d))?.transpose(1, 2)?;
+        let window = scoring.window.unwrap_or(usize::MAX);
+        let read = exact.iter().map(ExactSizeIterator::len).sum::<usize>().min(window.saturating_mul(2));
+        let clustered = clusters.map_or(0, |c| c.sizes.dims()[2] + budget.tokens * (d + width + 1));
+        let step = (BLOCK / (q_heads * batch * (read + clustered))).min(window).clamp(1, rows);
+        let mut outputs = Vec::with_capacity(rows.div_ceil(step));
+        for start in (0..rows).step_by(step) {
+            let count = step.min(rows - start);
+            let queries = queries.narrow(1, start, count)?.contiguous()?;
+            let pieces = match scoring.mask {
+                Some(mask) => vec![Piece { tokens: 0..stored.len, mask: Some(mask.narrow(2, start, count)?) }],
+                None => self.pieces(&exact, stored.len - rows + start, count, window, queries.device())?,
+            };
+            let choice = clusters.map(|c| Choice::new(c, &queries, &budget, scoring.softcap)).transpose()?;
+            let offset = self.lead();
+            outputs.push(read_chosen(&queries, stored, &pieces, scoring.softcap, choice.as_ref(), offset)?);
+        }
+        let output = Tensor::cat(&outputs, 1)?.transpose(1, 2)?;
+        Ok(output.reshape((batch, q_heads, rows, width))?)
+    }
+
+    /// What `count` rows see of the `exact` tokens, of which the first is the token `position`: pieces that all of them see, and
+    /// others, which get a mask. A token always sees itself, so that one of the padding, whose value is zero, has a softmax.
+    fn pieces(
+        &self,
+        exact: &[Range<usize>],
+        position: usize,
+        count: usize,
+        window: usize,
+        device: &Device,
+    ) -> Result<Vec<Piece>> {
+        let (starts, last_start) = self.padding.as_ref().map_or((&[0][..], 0), |p| (&p.starts[..], p.last));
+        let end = position + count;
+        let first = (position + 1).saturating_sub(window);
+        let all_see = end.saturating_sub(window).max(last_start).min(position + 1)..position + 1;
+        let sees = |start: usize, row: usize, token: usize| {
+            token == row || (start <= token && token < row && row - token < window)
+        };
+        let mut pieces = vec![];
+        for range in exact {
+            let (from, to) = (range.start.max(first), range.end.min(end));
+            let bounds = [from, all_see.start.clamp(from, to.max(from)), all_see.end.clamp(from, to.max(from)), to];
+            for (i, tokens) in bounds.windows(2).map(|b| b[0]..b[1]).enumerate().filter(|(_, t)| !t.is_empty()) {
+                let mask = if i == 1 {
+                    None
+                } else {
+                    let rows = starts.iter().flat_map(|&start| (position..end).map(move |row| (start, row)));
+                    let hidden = rows.flat_map(|(start, row)| {
+                        tokens.clone().map(move |t| if sees(start, row, t) { 0.0 } else { f32::NEG_INFINITY })
+                    });
+                    Some(Tensor::from_iter(hidden, device)?.reshape((starts.len(), 1, count, tokens.len()))?)
+                };
+                pieces.push(Piece { tokens, mask });
+            }
+        }
+        Ok(pieces)
+    }
+}
