@@ -1,8 +1,10 @@
-//! A fit on the CPU takes no more memory than its plan says, and one of a stream than it is allowed for rows besides.
+//! A fit on the CPU takes no more memory than its plan says, and one of a stream than it is allowed for rows besides. Caches share a
+//! prompt.
 
 mod common;
 
 use candle_core::{DType, Tensor};
+use candle_flash_kmeans::nn::{ClusteredAttention, ClusteredKvCache, KvBudget};
 use candle_flash_kmeans::{EmptyClusters, Init, KMeans, Source, StoredType, StreamOptions};
 use common::*;
 use std::{
@@ -99,6 +101,30 @@ fn labels_in_a_file_take_no_memory(wrong: &mut Vec<String>) {
     std::fs::remove_file(path).unwrap();
 }
 
+/// Clones of a prompt take its memory once, and those that go on a copy each. A prompt is read without a matrix of its scores.
+fn caches_share_their_prompt(wrong: &mut Vec<String>) {
+    let (heads, n, d) = (8, 4096, 64);
+    let x = Tensor::zeros((1, heads, n, d), DType::F32, &candle_core::Device::Cpu).unwrap();
+    let one = x.narrow(2, 0, 1).unwrap();
+    let cache = ClusteredKvCache::new(2 * n);
+    let mut layer = ClusteredAttention::new(cache, KvBudget::new(64)).auto_cluster(false);
+    let scores = (4 * heads * n * n) as u64;
+    let took = peak_of(|| drop(layer.forward(&x, &x, &x, 0).unwrap()));
+    if took * 2 > scores {
+        wrong.push(format!("the attention of a prompt: {took} bytes, its scores are {scores}"));
+    }
+    let stored = (2 * 4 * heads * 2 * n * d) as u64;
+    let took = peak_of(|| {
+        let mut clones: Vec<_> = (0..50).map(|_| layer.clone()).collect();
+        for clone in &mut clones[..3] {
+            clone.forward(&one, &one, &one, n).unwrap();
+        }
+    });
+    if !(3 * stored..4 * stored).contains(&took) {
+        wrong.push(format!("fifty clones, three of which go on: {took} bytes, and {stored} are stored"));
+    }
+}
+
 // One test, so that nothing else allocates meanwhile.
 #[test]
 fn peak_is_within_the_plan() {
@@ -154,6 +180,7 @@ fn peak_is_within_the_plan() {
     }
     streams_keep_to_their_memory(&mut wrong);
     labels_in_a_file_take_no_memory(&mut wrong);
+    caches_share_their_prompt(&mut wrong);
     // Ties and outliers leave many candidates for a row, and the memory for them is as limited.
     for (b, n, k, d) in [(1, 1_000, 1_000, 3), (2, 1_000, 200, 8), (1, 8_000, 40, 5)] {
         for (metric, dtype) in METRICS.into_iter().zip([DType::F32, DType::F16, DType::F64, DType::BF16]) {

@@ -1,10 +1,12 @@
 //! Layers for Candle models, built on the crate's ops, on the tensor's own device.
 
+mod attention;
 mod codebook;
 mod kv_cache;
 mod parts;
 mod routing;
 
+pub use attention::ClusteredAttention;
 pub use codebook::{
     codebook_encode, Codebook, Ema, EmaCodebook, GainShapeQuantizer, ProductQuantizer, Quantized, ResidualQuantizer,
     Usage,

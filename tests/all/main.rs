@@ -11,6 +11,7 @@ mod cache;
 mod common;
 
 mod assign;
+mod attention;
 mod bench;
 mod blocks;
 mod checkpoint;
