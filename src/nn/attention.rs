@@ -12,7 +12,7 @@ use crate::{
 use candle_core::Tensor;
 
 /// A budget for all tokens there can be.
-const ALL: KvBudget = KvBudget { tokens: usize::MAX, estimate: true, shared: false };
+const ALL: KvBudget = KvBudget::new(usize::MAX);
 
 /// Attention of one layer of a decoder, with its cache: it stands in the place of "append, repeat the key heads, mask, softmax" in a
 /// model's `forward`, after the rotation by position.
@@ -22,7 +22,7 @@ const ALL: KvBudget = KvBudget { tokens: usize::MAX, estimate: true, shared: fal
 /// may share key heads, in groups of neighbours.
 ///
 /// ```
-/// use candle_core::{DType, Device, Tensor};
+/// use candle_core::{Device, Tensor};
 /// use candle_flash_kmeans::nn::{ClusteredAttention, ClusteredKvCache, KvBudget};
 ///
 /// let mut attention = ClusteredAttention::new(ClusteredKvCache::new(1024), KvBudget::new(128));
@@ -52,7 +52,8 @@ pub struct ClusteredAttention {
 }
 
 impl ClusteredAttention {
-    /// Attention over a cache that holds no tokens yet, whose settings say which tokens are always read and how others are clustered.
+    /// Attention over a cache, whose settings say which tokens are always read and how others are clustered: an empty one, or one with
+    /// a prompt that was [saved](ClusteredKvCache::save).
     pub fn new(cache: ClusteredKvCache, budget: KvBudget) -> Self {
         let (softmax_scale, softcap, window) = (None, None, None);
         Self { cache, budget, softmax_scale, softcap, window, clustered_rows: 1, auto_cluster: true }

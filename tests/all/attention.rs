@@ -71,13 +71,13 @@ impl Tokens {
             let first = options.padding.map_or(0, |starts| starts[b]);
             for h in 0..HEADS {
                 let kv = b * KV_HEADS + h / (HEADS / KV_HEADS);
-                for row in start..start + count {
+                for (row, query) in queries[b * HEADS + h].iter().enumerate().skip(start).take(count) {
                     let seen = (first..start + count).filter(|&token| {
                         mask.is_some() || token <= row && options.window.is_none_or(|w| row - token < w)
                     });
                     let seen: Vec<usize> = seen.collect();
                     let score = |&token: &usize| {
-                        let score = dot(&queries[b * HEADS + h][row], &keys[kv][token]) * scale;
+                        let score = dot(query, &keys[kv][token]) * scale;
                         let score = options.softcap.map_or(score, |cap| cap * (score / cap).tanh());
                         score + mask.map_or(0.0, |mask| mask([b, h, row, token]))
                     };

@@ -3,14 +3,14 @@
 /// [`ClusteredKvCache::attend`](super::ClusteredKvCache::attend) may read so much besides the sinks and the recent tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvBudget {
-    pub(in crate::nn) tokens: usize,
-    pub(in crate::nn) estimate: bool,
-    pub(in crate::nn) shared: bool,
+    pub(super) tokens: usize,
+    pub(super) estimate: bool,
+    pub(super) shared: bool,
 }
 
 impl KvBudget {
     /// Each query head reads `tokens` clustered tokens of its own choice; all others are estimated.
-    pub fn new(tokens: usize) -> Self {
+    pub const fn new(tokens: usize) -> Self {
         Self { tokens, estimate: true, shared: false }
     }
 
