@@ -9,7 +9,6 @@ use rand_chacha::ChaCha8Rng;
 const BATCH: usize = 2;
 const KV_HEADS: usize = 2;
 const HEADS: usize = 6;
-const D: usize = 8;
 
 /// What a model has.
 #[derive(Clone, Copy, Debug)]
@@ -17,12 +16,14 @@ struct Options {
     scale: Option<f64>,
     softcap: Option<f64>,
     window: Option<usize>,
+    /// Columns of queries and keys.
+    d: usize,
     /// Columns of values.
     width: usize,
     padding: Option<[usize; BATCH]>,
 }
 
-const PLAIN: Options = Options { scale: None, softcap: None, window: None, width: D, padding: None };
+const PLAIN: Options = Options { scale: None, softcap: None, window: None, d: 8, width: 8, padding: None };
 
 /// All queries, keys and values of a conversation.
 struct Tokens {
@@ -48,7 +49,7 @@ impl Tokens {
             let t = Tensor::from_iter(values, &Device::Cpu).unwrap().reshape(t.dims()).unwrap();
             t.to_dtype(dtype).unwrap().to_device(device).unwrap()
         };
-        Self { q: random(HEADS, D), k: random(KV_HEADS, D), v: random(KV_HEADS, options.width) }
+        Self { q: random(HEADS, options.d), k: random(KV_HEADS, options.d), v: random(KV_HEADS, options.width) }
     }
 
     fn part(&self, start: usize, count: usize) -> [Tensor; 3] {
@@ -65,7 +66,7 @@ impl Tokens {
         mask: Option<&dyn Fn([usize; 4]) -> f64>,
     ) -> Vec<f64> {
         let [queries, keys, values] = [&self.q, &self.k, &self.v].map(problems);
-        let scale = options.scale.unwrap_or(1.0 / (D as f64).sqrt());
+        let scale = options.scale.unwrap_or(1.0 / (options.d as f64).sqrt());
         let mut output = vec![];
         for b in 0..BATCH {
             let first = options.padding.map_or(0, |starts| starts[b]);
@@ -168,6 +169,11 @@ fn options_are_those_of_dense_attention() {
         Options { window: Some(7), softcap: Some(2.0), ..PLAIN },
         Options { window: Some(20), padding: Some([0, 30]), width: 3, ..PLAIN },
         Options { window: Some(1000), scale: Some(0.5), ..PLAIN },
+        // Where a GPU has a kernel, for the first of them.
+        Options { d: 64, width: 64, ..PLAIN },
+        Options { d: 64, width: 64, softcap: Some(1.5), ..PLAIN },
+        Options { d: 64, width: 64, padding: Some([9, 0]), ..PLAIN },
+        Options { d: 64, width: 32, ..PLAIN },
     ];
     for (device, options) in devices().into_iter().flat_map(|device| all.map(|options| (device.clone(), options))) {
         for dtype in [DType::F64, DType::F32] {
@@ -290,6 +296,36 @@ fn windows_forget_what_has_left_them() {
         assert!(most <= 3 + 2 * 12 + 10, "{most} tokens");
         let min = layer.cache().evicted() + 3 + 12;
         refused(layer.truncate(min - 1), "Range", &["offset", &(min - 1).to_string(), &format!("{min}..=")]);
+    }
+}
+
+/// A conversation goes on from any token of it, clustered or not, and from a file.
+#[test]
+fn conversations_go_on_from_where_they_are_cut() {
+    let folder = Folder::new("attention");
+    let path = folder.0.join("prompt.safetensors");
+    for (device, padding) in devices().into_iter().flat_map(|device| [None, Some([0, 7])].map(|p| (device.clone(), p)))
+    {
+        let options = Options { padding, ..PLAIN };
+        let tokens = Tokens::random(100, options, DType::F64, &device, &mut rng(88));
+        let mut whole = layer(cache().cluster_size(1), 5, options, &device);
+        let [q, k, v] = tokens.part(0, 90);
+        whole.forward(&q, &k, &v, 0).unwrap();
+        for kept in [90, 89, 81, 80, 50, 11, 3, 0] {
+            let mut cut = whole.clone();
+            cut.truncate(kept).unwrap();
+            cut.cache().save(&path).unwrap();
+            let back = ClusteredKvCache::load(&path, &device).unwrap();
+            for mut layer in [cut, ClusteredAttention::new(back, KvBudget::new(5))] {
+                for (start, count) in [(kept, 1), (kept + 1, 8), (kept + 9, 1)] {
+                    let [q, k, v] = tokens.part(start, count);
+                    let out = layer.forward(&q, &k, &v, start).unwrap();
+                    let expected = tokens.dense(options, start, count, None);
+                    assert_close(&out, &expected, 1e-11, &format!("{start} after {kept}, padding {padding:?}"));
+                }
+            }
+        }
+        refused(whole.truncate(91), "Range", &["offset: 91", "0..=90"]);
     }
 }
 
