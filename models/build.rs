@@ -1,5 +1,5 @@
-//! Applies `drop_in/*.patch` to the models of candle-transformers, from its own sources, for `tests/drop_in.rs`. A patch that does not
-//! fit ends the build.
+//! Applies `drop_in/*.patch` to the models of candle-transformers, from its own sources, for `tests/drop_in.rs` and the example
+//! `generate`. A patch that does not fit ends the build.
 
 use std::{env, fs, path::PathBuf, process::Command};
 
@@ -9,7 +9,6 @@ fn main() {
     // The models ask for a feature of their own crate.
     println!("cargo::rustc-check-cfg=cfg(feature, values(\"flash-attn\"))");
     let (sources, out) = (sources(), PathBuf::from(env::var_os("OUT_DIR").unwrap()));
-    let mut modules = String::new();
     let mut patches: Vec<_> = fs::read_dir("drop_in").unwrap().map(|entry| entry.unwrap().path()).collect();
     patches.sort();
     for path in patches {
@@ -19,11 +18,10 @@ fn main() {
         let patched = diffy::Patch::from_str(&text).map_err(|e| e.to_string());
         let patched = patched.and_then(|patch| diffy::apply(&original, &patch).map_err(|e| e.to_string()));
         let patched = patched.unwrap_or_else(|e| panic!("{} does not fit {}: {e}", path.display(), source.display()));
-        let target = out.join(format!("{name}.rs"));
-        fs::write(&target, patched).unwrap();
-        modules += &format!("#[path = {target:?}]\npub mod {name};\n");
+        // Inside a module that includes the text, comments on the whole are none.
+        let lines: Vec<_> = patched.lines().filter(|line| !line.starts_with("//!")).collect();
+        fs::write(out.join(format!("{name}.rs")), lines.join("\n")).unwrap();
     }
-    fs::write(out.join("drop_in.rs"), modules).unwrap();
 }
 
 /// The folder of models of the candle-transformers that the workspace builds with, wherever cargo has it.

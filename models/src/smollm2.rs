@@ -297,7 +297,7 @@ fn row_blocks(rows: usize) -> impl Iterator<Item = (usize, usize)> {
 }
 
 /// Candle does not know this model's rule, and its default puts a space before the text: digits stand alone here.
-fn tokenizer(gguf: &Content) -> Result<Tokenizer> {
+pub fn tokenizer(gguf: &Content) -> Result<Tokenizer> {
     let mut tokenizer = Tokenizer::from_gguf(gguf)?;
     let steps = vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()];
     tokenizer.with_pre_tokenizer(Some(Sequence::new(steps)));

@@ -8,7 +8,18 @@ pub use candle_transformers::{quantized_nn, utils};
 #[allow(warnings, clippy::all)]
 mod models {
     pub use candle_transformers::models::with_tracing;
-    include!(concat!(env!("OUT_DIR"), "/drop_in.rs"));
+    pub mod gemma3 {
+        include!(concat!(env!("OUT_DIR"), "/gemma3.rs"));
+    }
+    pub mod llama {
+        include!(concat!(env!("OUT_DIR"), "/llama.rs"));
+    }
+    pub mod quantized_llama {
+        include!(concat!(env!("OUT_DIR"), "/quantized_llama.rs"));
+    }
+    pub mod qwen3 {
+        include!(concat!(env!("OUT_DIR"), "/qwen3.rs"));
+    }
 }
 
 use candle::{

@@ -2,7 +2,8 @@
 
 use super::{
     reference::{read_chosen, Choice, Piece},
-    ClusteredKvCache, KvBudget,
+    stored::Stored,
+    ClusteredKvCache, KvBudget, KvClusters,
 };
 use crate::{
     error::{Error, Result},
@@ -17,7 +18,7 @@ use std::ops::Range;
 /// Elements that a block of query rows may gather and score: 64 MB of f32.
 const BLOCK: usize = 1 << 24;
 
-/// What becomes of the products of queries and keys before their softmax.
+/// The product of a query and a key becomes a score by these, before the softmax.
 #[derive(Clone, Copy, Default)]
 pub(in crate::nn) struct Scoring<'a> {
     pub scale: f64,
@@ -56,7 +57,7 @@ impl ClusteredKvCache {
     }
 
     pub(in crate::nn) fn attend_scored(&self, q: &Tensor, budget: KvBudget, scoring: Scoring) -> Result<Tensor> {
-        let [batch, q_heads, rows, d] = dims4_float("q", q)?;
+        let [_, q_heads, rows, d] = dims4_float("q", q)?;
         check_scale(scoring.scale)?;
         let Some(stored) = &self.stored else {
             return match q.elem_count() {
@@ -64,52 +65,78 @@ impl ClusteredKvCache {
                 _ => Err(Error::Range { argument: "q rows", got: rows, min: 0, max: 0 }),
             };
         };
-        let ([b, kv_heads, _, columns], width) = (dims4_float("k", &stored.keys)?, stored.values.dims()[3]);
+        let ([batch, kv_heads, _, columns], width) = (dims4_float("k", &stored.keys)?, stored.values.dims()[3]);
         if !q_heads.is_multiple_of(kv_heads) {
             let with = format!("a cache of {kv_heads}, which must divide them");
             return Err(Error::Conflict { argument: "q", got: format!("{q_heads} heads"), with });
         }
-        check_like("q", q, &stored.keys, [b, q_heads, rows, columns])?;
+        check_like("q", q, &stored.keys, [batch, q_heads, rows, columns])?;
         let clusters = self.clusters.as_ref().filter(|_| budget.tokens < self.clustered().len());
         let free = if clusters.is_some() { stored.len - self.clustered().end } else { stored.len };
         if rows > free {
             return Err(Error::Range { argument: "q rows", got: rows, min: 0, max: free });
         }
-        let q = self.without_padding(&q.detach(), stored.len - rows)?;
         if q.elem_count() == 0 {
             return empty(&[batch, q_heads, rows, width], q.dtype(), q.device());
         }
+        self.shown()?;
+        let q = self.without_padding(&q.detach(), stored.len - rows)?;
+        let plain = scoring.softcap.is_none() && self.padding.is_none() && width == d;
+        if let (1, Some(clusters), true) = (rows, clusters, plain) {
+            if let Some(output) = self.attend_fused(&q, stored, clusters, budget, scoring.scale)? {
+                return Ok(output);
+            }
+        }
+        self.attend_in_blocks(&q, stored, clusters, budget, scoring)
+    }
+
+    /// One row by a kernel, if there is one for it.
+    fn attend_fused(
+        &self,
+        q: &Tensor,
+        stored: &Stored,
+        clusters: &KvClusters,
+        budget: KvBudget,
+        scale: f64,
+    ) -> Result<Option<Tensor>> {
+        let (batch, q_heads, _, d) = q.dims4()?;
+        let attention = Attention {
+            q: &q.reshape((batch, q_heads, d))?.contiguous()?,
+            keys: &stored.keys,
+            values: &stored.values,
+            tokens: stored.len,
+            sinks: self.settings.sinks,
+            clusters: &Order::of_heads(&clusters.labels, &clusters.order, &clusters.offsets)?,
+            mean_keys: &clusters.mean_keys,
+            mean_values: &clusters.mean_values,
+            scale,
+            budget: budget.tokens,
+            shared: budget.shared,
+            estimate: budget.estimate,
+        };
+        let output = primitives::attend(&attention, &self.memory)?;
+        Ok(output.map(|output| output.reshape((batch, q_heads, 1, d))).transpose()?)
+    }
+
+    /// Any number of rows by Candle's ops, of which a block has scores at a time.
+    fn attend_in_blocks(
+        &self,
+        q: &Tensor,
+        stored: &Stored,
+        clusters: Option<&KvClusters>,
+        budget: KvBudget,
+        scoring: Scoring,
+    ) -> Result<Tensor> {
+        let (batch, q_heads, rows, d) = q.dims4()?;
+        let (kv_heads, width) = (stored.keys.dims()[1], stored.values.dims()[3]);
         // Tokens that are not clustered, or are to be read anyway, are read where they are.
         let exact = match clusters {
             Some(_) => [0..self.lead(), self.clustered().end..stored.len],
             None => [0..0, 0..stored.len],
         };
-        self.shown()?;
-
-        let plain = scoring.softcap.is_none() && self.padding.is_none() && width == d;
-        if let (1, Some(c), true) = (rows, clusters, plain) {
-            let attention = Attention {
-                q: &q.reshape((b, q_heads, d))?.contiguous()?,
-                keys: &stored.keys,
-                values: &stored.values,
-                tokens: stored.len,
-                sinks: self.settings.sinks,
-                clusters: &Order::of_heads(&c.labels, &c.order, &c.offsets)?,
-                mean_keys: &c.mean_keys,
-                mean_values: &c.mean_values,
-                scale: scoring.scale,
-                budget: budget.tokens,
-                shared: budget.shared,
-                estimate: budget.estimate,
-            };
-            if let Some(output) = primitives::attend(&attention, &self.memory)? {
-                return Ok(output.reshape((batch, q_heads, 1, d))?);
-            }
-        }
-
         let group = q_heads / kv_heads;
         // Rows outside, heads of a group inside: the queries of a choice are neighbours, whether it is shared or not.
-        let queries = (q * scoring.scale)?.reshape((b * kv_heads, group, rows, d))?.transpose(1, 2)?;
+        let queries = (q * scoring.scale)?.reshape((batch * kv_heads, group, rows, d))?.transpose(1, 2)?;
         let window = scoring.window.unwrap_or(usize::MAX);
         let read = exact.iter().map(ExactSizeIterator::len).sum::<usize>().min(window.saturating_mul(2));
         let clustered = clusters.map_or(0, |c| c.sizes.dims()[2] + budget.tokens * (d + width + 1));
@@ -130,8 +157,8 @@ impl ClusteredKvCache {
         Ok(output.reshape((batch, q_heads, rows, width))?)
     }
 
-    /// What `count` rows see of the `exact` tokens, of which the first is the token `position`: pieces that all of them see, and
-    /// others, which get a mask. A token always sees itself, so that one of the padding, whose value is zero, has a softmax.
+    /// Cuts the `exact` tokens into pieces that all of `count` rows see, the first of which is the token `position`, and others, which get
+    /// a mask. A token always sees itself, so that one of the padding, whose value is zero, has a softmax.
     fn pieces(
         &self,
         exact: &[Range<usize>],
@@ -147,21 +174,29 @@ impl ClusteredKvCache {
         let sees = |start: usize, row: usize, token: usize| {
             token == row || (start <= token && token < row && row - token < window)
         };
+        let mask = |tokens: &Range<usize>, rows: Range<usize>| {
+            let all = starts.iter().flat_map(|&start| rows.clone().map(move |row| (start, row)));
+            let added = all.flat_map(|(start, row)| {
+                tokens.clone().map(move |token| if sees(start, row, token) { 0.0 } else { f32::NEG_INFINITY })
+            });
+            Tensor::from_iter(added, device)?.reshape((starts.len(), 1, rows.len(), tokens.len()))
+        };
         let mut pieces = vec![];
         for range in exact {
             let (from, to) = (range.start.max(first), range.end.min(end));
-            let bounds = [from, all_see.start.clamp(from, to.max(from)), all_see.end.clamp(from, to.max(from)), to];
-            for (i, tokens) in bounds.windows(2).map(|b| b[0]..b[1]).enumerate().filter(|(_, t)| !t.is_empty()) {
-                let mask = if i == 1 {
-                    None
-                } else {
-                    let rows = starts.iter().flat_map(|&start| (position..end).map(move |row| (start, row)));
-                    let hidden = rows.flat_map(|(start, row)| {
-                        tokens.clone().map(move |t| if sees(start, row, t) { 0.0 } else { f32::NEG_INFINITY })
-                    });
-                    Some(Tensor::from_iter(hidden, device)?.reshape((starts.len(), 1, count, tokens.len()))?)
-                };
-                pieces.push(Piece { tokens, mask });
+            let [start, stop] = [all_see.start, all_see.end].map(|at| at.clamp(from, to.max(from)));
+            let [early, middle, late] = [from..start, start..stop, stop..to];
+            // Behind the last start and without a window, the padding is the same for all rows.
+            let of_padding = position >= last_start && window == usize::MAX;
+            let rows = if of_padding { position..position + 1 } else { position..end };
+            if !early.is_empty() {
+                pieces.push(Piece { mask: Some(mask(&early, rows)?), tokens: early });
+            }
+            if !middle.is_empty() {
+                pieces.push(Piece { mask: None, tokens: middle });
+            }
+            if !late.is_empty() {
+                pieces.push(Piece { mask: Some(mask(&late, position..end)?), tokens: late });
             }
         }
         Ok(pieces)

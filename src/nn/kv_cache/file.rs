@@ -12,8 +12,7 @@ const KIND: &str = "ClusteredKvCache";
 
 impl ClusteredKvCache {
     /// Writes settings, tokens and clusters to a safetensors file with a checksum, whole or not at all: a prompt that is to be read again
-    /// need not be computed again. Of the clusters only
-    /// labels and offsets are written, from which all else follows.
+    /// need not be computed again. Of the clusters only labels and offsets are written, from which all else follows.
     ///
     /// # Errors
     /// Fails where writing does.
@@ -78,12 +77,12 @@ impl ClusteredKvCache {
         }
         if file.holds("keys") {
             let [keys, values] = ["keys", "values"].map(|name| Ok::<_, Error>(file.on_host(name)?.to_device(device)?));
-            cache.append(&keys?, &values?).map_err(|e| whole(&file, e))?;
+            cache.append(&keys?, &values?).map_err(|e| refused(&file, e))?;
         }
         if file.holds("labels") {
             let labels = file.exactly("labels", DType::U32, None)?.to_device(device)?;
             let offsets = file.exactly("offsets", DType::U32, None)?;
-            let clusters = cache.grouped(&labels, &offsets).map_err(|e| whole(&file, e))?;
+            let clusters = cache.grouped(&labels, &offsets).map_err(|e| refused(&file, e))?;
             let same = clusters.offsets.dims() == offsets.dims() && {
                 let [a, b] = [&clusters.offsets, &offsets].map(|t| t.flatten_all()?.to_vec1::<u32>());
                 a? == b?
@@ -115,10 +114,10 @@ impl ClusteredKvCache {
     }
 }
 
-/// What a file holds does not belong together.
-fn whole(file: &Saved, error: Error) -> Error {
+/// A refusal means that what the file holds does not belong together; a failure is one of the device.
+fn refused(file: &Saved, error: Error) -> Error {
     match error {
         Error::Candle(_) | Error::OutOfMemory { .. } | Error::Launch { .. } => error,
-        refused => file.bad(refused.to_string()),
+        _ => file.bad(error.to_string()),
     }
 }

@@ -1,4 +1,4 @@
-//! What a cache forgets, and which sequences it goes on with.
+//! A cache forgets tokens, and goes on with other sequences.
 
 use super::{
     stored::{room_for, write_tokens, Stored},

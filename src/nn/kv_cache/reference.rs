@@ -12,7 +12,7 @@ use std::ops::Range;
 /// Neighbouring tokens that a block of queries reads exactly.
 pub(super) struct Piece {
     pub(super) tokens: Range<usize>,
-    /// `(1 or batch, 1 or heads, rows, tokens)`: what is added to their scores, where not every row sees all of them.
+    /// `(1 or batch, 1 or heads, 1 or rows, tokens)`, which is added to their scores where not every row sees all of them.
     pub(super) mask: Option<Tensor>,
 }
 
