@@ -404,6 +404,24 @@ fn streams_are_refused_before_rows_are_read() {
     let refused = refuse(&x.unsqueeze(0).unwrap());
     assert!(matches!(refused, Error::Shape { argument: "x", .. }), "{refused:?}");
     assert_eq!(read.load(Ordering::SeqCst), 0);
+
+    // Rows that 32 bits do not number, and so many elements that a block of them could not be addressed.
+    let endless =
+        |n, d| Source::from_fn(n, d, StoredType::F16, |_, _| Err(io::Error::other("a row was read"))).unwrap();
+    for (n, d) in [(1 << 32, 2), (u64::MAX, 1), (1 << 40, 1 << 30)] {
+        let refused = KMeans::new(2).fit_stream(&endless(n, d), &on_cpu);
+        assert!(matches!(refused, Err(Error::TooLarge { .. })), "{n} x {d}: {refused:?}");
+        let plan = KMeans::new(2).plan_stream(&endless(n, d), &on_cpu);
+        assert!(matches!(plan, Err(Error::TooLarge { .. })), "{n} x {d}: {plan:?}");
+    }
+    // The most there may be are planned, by any number of ranks.
+    let most = endless(u64::from(u32::MAX), 512);
+    for ranks in [1, 3, 8] {
+        let plan = KMeans::new(1 << 15).plan_stream(&most, &on_each(&vec![Device::Cpu; ranks])).unwrap();
+        let rows: u64 = plan.devices.iter().map(|part| part.rows.end - part.rows.start).sum();
+        let bytes: u64 = plan.devices.iter().map(|part| part.first_pass_bytes).sum();
+        assert_eq!((rows, bytes), (u32::MAX.into(), u64::from(u32::MAX) * 1024), "{plan}");
+    }
 }
 
 /// Whatever ends a stream, the error says why, and the device goes on.
