@@ -63,9 +63,14 @@ pub(crate) const OVERSAMPLING: f64 = 2.0;
 /// there are fewer distinct rows than clusters it takes more.
 pub(crate) const PARALLEL_PASSES: u64 = 1 + ROUNDS + 1;
 
-/// Rows that k-means|| draws, at most but for luck: the count of a round is about Poisson's.
+/// Rows that k-means|| draws, at most but for luck.
 pub(crate) fn drawn(k: u64) -> u64 {
-    let mean = ROUNDS as f64 * OVERSAMPLING * k as f64;
+    drawn_in(ROUNDS, k)
+}
+
+/// The same in so many rounds: the count of a round is about Poisson's.
+pub(crate) fn drawn_in(rounds: u64, k: u64) -> u64 {
+    let mean = rounds as f64 * OVERSAMPLING * k as f64;
     (mean + 8.0 * mean.sqrt()) as u64 + 1
 }
 

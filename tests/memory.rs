@@ -5,7 +5,7 @@ mod common;
 
 use candle_core::{DType, Tensor};
 use candle_flash_kmeans::nn::{ClusteredAttention, ClusteredKvCache, KvBudget};
-use candle_flash_kmeans::{EmptyClusters, Init, KMeans, Source, StoredType, StreamOptions};
+use candle_flash_kmeans::{EmptyClusters, Init, KMeans, Metric, Source, StoredType, StreamOptions};
 use common::*;
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -75,6 +75,49 @@ fn streams_keep_to_their_memory(wrong: &mut Vec<String>) {
             wrong.push(format!("a stream in blocks of {rows}: {took} bytes, {most} allowed, relocates: {relocates}"));
         }
     }
+}
+
+/// A start by k-means|| takes no more than the plan says, whatever the blocks and however many rows it draws.
+fn starts_keep_to_their_plan(wrong: &mut Vec<String>) {
+    let device = candle_core::Device::Cpu;
+    let mut beyond_rest = 0;
+    for (n, d, k, rows, dtype, metric, weighted) in [
+        (200_000, 4, 16, 20_000, StoredType::F32, Metric::SquaredEuclidean, false),
+        (300_000, 2, 4, 300_000, StoredType::F32, Metric::SquaredEuclidean, true),
+        (40_000, 30, 1_000, 1_000, StoredType::F32, Metric::SquaredEuclidean, false),
+        (30_000, 200, 300, 2_000, StoredType::F16, Metric::Cosine, true),
+        (20_000, 16, 500, 20_000, StoredType::F64, Metric::Dot, false),
+    ] {
+        let mut rng = rng(72);
+        let x = uniform(&[n, d], 0.0, 1.0, DType::F64, &mut rng);
+        let x = x
+            .to_dtype(match dtype {
+                StoredType::F16 => DType::F16,
+                StoredType::F32 => DType::F32,
+                _ => DType::F64,
+            })
+            .unwrap();
+        let source = Source::from_tensor(&x).unwrap();
+        let memory = 10 * rows * source.row_bytes();
+        let options = StreamOptions::new(&device).memory(memory).block_rows(rows);
+        let mut settings = KMeans::new(k).metric(metric).init(Init::KMeansParallel).max_iters(1);
+        if weighted {
+            settings = settings.sample_weights(&uniform(&[n], 1.0, 1.0, DType::F64, &mut rng));
+        }
+        let plan = settings.plan_stream(&source, &options).unwrap().devices.remove(0);
+        let of_weights = if weighted { 32 * n as u64 } else { 0 };
+        let rest = plan.block.bytes + memory as u64 + 4 * n as u64 + of_weights;
+        let took = peak_of(|| {
+            settings.fit_stream(&source, &options).unwrap();
+        });
+        beyond_rest += usize::from(took > rest);
+        let most = rest + plan.start_bytes;
+        if took > most || took * 8 < most {
+            wrong.push(format!("a start by k-means||: {took} bytes, {most} allowed: {plan}"));
+        }
+    }
+    // Not all of it has room in what is allowed for the rest of a fit.
+    assert!(beyond_rest > 0);
 }
 
 /// Labels would be 8 MB beside 2 MiB of rows.
@@ -181,6 +224,7 @@ fn peak_is_within_the_plan() {
     streams_keep_to_their_memory(&mut wrong);
     labels_in_a_file_take_no_memory(&mut wrong);
     caches_share_their_prompt(&mut wrong);
+    starts_keep_to_their_plan(&mut wrong);
     // Ties and outliers leave many candidates for a row, and the memory for them is as limited.
     for (b, n, k, d) in [(1, 1_000, 1_000, 3), (2, 1_000, 200, 8), (1, 8_000, 40, 5)] {
         for (metric, dtype) in METRICS.into_iter().zip([DType::F32, DType::F16, DType::F64, DType::BF16]) {

@@ -24,7 +24,7 @@ use crate::{
 use candle_core::{DType, Tensor};
 
 /// Rows that are looked at at a time, of blocks that may be all that a device has room for: some dozens of bytes are needed for each.
-const PIECE: usize = 1 << 20;
+pub(crate) const PIECE: usize = 1 << 20;
 
 /// Takes more off a sum of f64 than rounding has added, for fewer than 2^32 terms above 0.
 const BELOW_ROUNDING: f64 = 1.0 - 1e-6;
@@ -223,7 +223,7 @@ impl Sampler<'_> {
     }
 
     /// The sum of what rows are drawn by, and this rank's rows whose key is `below` that. While the sum is not known they are those below
-    /// what a part of it gives, which is no less: all that will be, and, of many pieces, not many times as many.
+    /// what the part so far gives, which is no less: all that will be, and after each piece about as many as a round has.
     fn draw(&mut self, feed: &mut dyn Feed, round: u64, below: Option<f64>) -> Result<(f64, Vec<Raced>)> {
         let (Whole { p, device, .. }, memory) = (self.whole, &Memory::default());
         let most = Tensor::full(f64::MAX, 1, device)?;
@@ -237,6 +237,7 @@ impl Sampler<'_> {
             let below = below.unwrap_or_else(|| seeding::below(p.k, so_far * BELOW_ROUNDING).min(RACED));
             let keys = sampler.keys(&piece, &nearest, round)?;
             let at: Vec<_> = (0..keys.len()).filter(|&i| keys[i] < below).map(|i| i as u32).collect();
+            drawn.retain(|raced: &Raced| raced.key < below);
             drawn.extend(piece.raced(&at, &keys)?);
             Ok(())
         })?;

@@ -3,7 +3,7 @@
 mod accumulate;
 mod blocks;
 pub(crate) mod feed;
-mod kmeans_parallel;
+pub(crate) mod kmeans_parallel;
 pub(crate) mod merged;
 mod outcome;
 pub(crate) mod prepared;

@@ -1,10 +1,18 @@
 //! The memory that a fit takes.
 
-use super::{arch::Arch, assign::assign_scratch, on_chip::OnChip, sort::Sort, Steps};
+use super::{
+    arch::Arch,
+    assign::{assign_scratch, AssignPlan},
+    on_chip::OnChip,
+    sort::Sort,
+    Steps,
+};
 use crate::{
-    kmeans::{drawn, EmptyClusters, Init, KMeans},
+    fixed::Grid,
+    kmeans::{drawn, drawn_in, EmptyClusters, Init, KMeans},
     metric::Metric,
     problem::Problem,
+    rows::RowLayout,
 };
 use candle_core::DType;
 
@@ -99,4 +107,30 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
         _ => (loops + result).max(held + (begins + result).max(ends + 2 * result).max(3 * result)),
     };
     kept + more + if cpu { begins.min(assigns) } else { 0 } + 65536
+}
+
+/// An upper bound on the memory, in bytes, that k-means|| takes on the device of rows in blocks beside these, of which it looks at `piece`
+/// rows at a time, which lie as `layout` says. For the CPU it has what the host has, too.
+pub(crate) fn parallel_start_bytes(p: &Problem, piece: u64, layout: RowLayout, settings: &KMeans, arch: Arch) -> u64 {
+    let cpu = arch == Arch::Cpu;
+    let (n, k, d, size) = (p.n as u64, p.k as u64, p.d as u64, p.dtype.size_in_bytes() as u64);
+    let filter = if p.dtype == DType::F64 { 8 } else { 4 };
+    let (drawn, round) = (drawn(k).min(n), drawn_in(1, k).min(n));
+    // Weights as seeds, distances to the candidates of a round and to all before, and what is made of them on the way.
+    let seeds = if p.metric == Metric::Cosine || !settings.check_finite { 32 } else { 0 };
+    let of_piece = piece * (if cpu { 56 } else { 72 } + seeds);
+    // Candidates, at last side by side as well; what compares rows with them; and the sums of the weights that each of them has.
+    let planes = if settings.weights.is_some() { Grid::down_to(-1074, 1.0, p.n).planes as u64 } else { 2 };
+    let of_candidate = 2 * d * size + d * filter + 2 * d.next_multiple_of(8) + 128 + 32 * planes;
+    // The rows of a round as numbers that ranks exchange, on the host but for one copy.
+    let of_drawn = if cpu { 80 * d + 256 } else { 8 * d };
+    let scratch = if cpu {
+        let threads = rayon::current_num_threads() as u64 + 1;
+        let (rows, centroids) =
+            AssignPlan::new(p.dtype, p.metric, [1, piece as usize, p.k, p.d], 1, layout, arch).kernel.tile(p.d);
+        threads * rows as u64 * (filter * (2 * d + drawn.min(centroids as u64)) + 96 + 16 * drawn.min(64))
+    } else {
+        assign_scratch(&Problem { n: piece as usize, ..p.clone() }, 1, drawn, layout, arch)
+    };
+    of_piece + drawn * of_candidate + round * of_drawn + k * d * size + scratch + 65536
 }

@@ -2,7 +2,7 @@
 
 pub(crate) mod arch;
 pub(crate) mod assign;
-mod bytes;
+pub(crate) mod bytes;
 pub(crate) mod on_chip;
 pub(crate) mod sort;
 pub(crate) mod update;

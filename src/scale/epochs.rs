@@ -154,7 +154,7 @@ impl Epochs {
         if got == 0 {
             return Err(Error::Range { argument: "batch_rows", got, min: 1, max: usize::MAX });
         }
-        let max = options.clone().block_rows(got).cut(source, n, source.shape().1, options.device())?.rows;
+        let max = options.clone().block_rows(got).cut(source, n, source.shape().1, options.device(), 0)?.rows;
         if max < got.min(n) {
             return Err(Error::Range { argument: "batch_rows", got, min: 1, max });
         }

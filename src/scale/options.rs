@@ -76,7 +76,8 @@ impl StreamOptions {
     /// again in every pass. There is room for eight blocks on the CPU and for two on a GPU that come and go, of at least one row.
     ///
     /// That is beside what a fit has of each row (4 bytes) and of each that stays (4 bytes, by cosine or with weights 12 or 20), of the
-    /// rows of one block while it works on them, and of the centroids; and beside 100 MiB of page-locked memory of the host
+    /// rows of one block while it works on them, of the centroids, and of a start by k-means||
+    /// ([`DevicePlan::start_bytes`](crate::DevicePlan::start_bytes)); and beside 100 MiB of page-locked memory of the host
     /// for a GPU, but for rows that are [page-locked](crate::Pinned) themselves.
     pub fn memory(mut self, bytes: usize) -> Self {
         self.memory = Some(bytes);
@@ -164,14 +165,21 @@ impl StreamOptions {
         }
     }
 
-    /// The cut of `n` rows into blocks for a device, on which they are `pitch` elements apart.
-    pub(super) fn cut(&self, source: &Source<'_>, n: usize, pitch: usize, device: &Device) -> Result<Cut> {
+    /// The cut of `n` rows into blocks for a device, on which they are `pitch` elements apart, and so many bytes are needed besides.
+    pub(super) fn cut(
+        &self,
+        source: &Source<'_>,
+        n: usize,
+        pitch: usize,
+        device: &Device,
+        besides: usize,
+    ) -> Result<Cut> {
         let row_bytes = pitch * source.dtype().size_in_bytes();
         let memory = match self.memory {
             Some(memory) => memory,
             None => match primitives::free_memory(device)? {
                 Some(free) => {
-                    let rows = (0.75 * free as f64 - (LABEL * n) as f64).max(0.0);
+                    let rows = (0.75 * free.saturating_sub(besides) as f64 - (LABEL * n) as f64).max(0.0);
                     (rows * row_bytes as f64 / (row_bytes + BESIDE_ROW) as f64) as usize
                 }
                 None => CPU_BYTES,

@@ -9,8 +9,12 @@ use super::{
 };
 use crate::{
     error::Result,
-    lloyd::merged::{row_pitch, Whole},
-    plan::Plan,
+    kmeans::Init,
+    lloyd::{
+        kmeans_parallel::PIECE,
+        merged::{row_pitch, Whole},
+    },
+    plan::{bytes::parallel_start_bytes, Plan},
     primitives,
     problem::Problem,
     rows::RowLayout,
@@ -49,6 +53,10 @@ pub struct DevicePlan {
     pub moving_blocks: u64,
     /// The kernels of a block, and a bound on the memory of a fit of its rows alone.
     pub block: Plan,
+    /// A bound on the memory that a start by [k-means||](crate::Init::KMeansParallel) takes on the device beside the rows, and on the CPU
+    /// for the numbers of the host as well. It draws rows at random: more of them than this has room for are as good as impossible. 0 for
+    /// other starts.
+    pub start_bytes: u64,
     /// Bytes that the first pass reads, as [`Source::read`] gives them.
     pub first_pass_bytes: u64,
     /// Bytes that each later pass reads.
@@ -77,12 +85,21 @@ impl DevicePlan {
     ) -> Result<Self> {
         let &Whole { settings, p, device, .. } = whole;
         let pitch = row_pitch(whole)?;
-        let cut = options.cut(source, rows.len(), pitch, device)?;
+        let (layout, arch) = (RowLayout::packed(p.d), primitives::arch(device)?);
+        let start_bytes = |rows: usize| match settings.init {
+            Init::KMeansParallel => parallel_start_bytes(p, rows.clamp(1, PIECE) as u64, layout, settings, arch),
+            _ => 0,
+        };
+        let cut = options.cut(source, rows.len(), pitch, device, start_bytes(rows.len()) as usize)?;
         let (first, end) = (rows.start as u64, rows.end as u64);
         let blocks = cut.ranges(rows).len();
         let resident_rows = (cut.staying as u64 * cut.rows as u64).min(end - first);
         let of_block = Problem { n: cut.rows, ..p.clone() };
-        let (layout, arch) = (RowLayout::packed(p.d), primitives::arch(device)?);
+        // A start by k-means|| is not that of a block alone.
+        let of_loop = match settings.init {
+            Init::KMeansParallel => &settings.clone().init(Init::Even),
+            _ => settings,
+        };
         let row_bytes = source.row_bytes() as u64;
         Ok(Self {
             device: device.location(),
@@ -91,7 +108,9 @@ impl DevicePlan {
             resident_bytes: resident_rows * (pitch * p.dtype.size_in_bytes()) as u64,
             block_rows: cut.rows as u64,
             moving_blocks: (blocks - cut.staying) as u64,
-            block: Plan::new(&of_block, Some(layout), settings, arch, |_| Ok(false))?,
+            block: Plan::new(&of_block, Some(layout), of_loop, arch, |_| Ok(false))?,
+            // On a GPU the rows that stay are one block.
+            start_bytes: start_bytes(if device.is_cpu() { cut.rows } else { cut.rows.max(resident_rows as usize) }),
             first_pass_bytes: (end - first) * row_bytes,
             later_pass_bytes: (end - first - resident_rows) * row_bytes,
             ring_bytes: match is_sent_in_place(source, device)? {
@@ -133,6 +152,10 @@ impl fmt::Display for DevicePlan {
         let (first, later) = (mib(self.first_pass_bytes), mib(self.later_pass_bytes));
         write!(f, "the first pass reads {first}, each later one {later}; ")?;
         let (ring, labels) = (mib(self.ring_bytes), mib(self.label_bytes));
-        write!(f, "the host has {ring} of buffers and {labels} of labels; a block: {block}")
+        write!(f, "the host has {ring} of buffers and {labels} of labels; a block: {block}")?;
+        match self.start_bytes {
+            0 => Ok(()),
+            bytes => write!(f, "; a start takes at most {}", mib(bytes)),
+        }
     }
 }

@@ -54,8 +54,8 @@ impl KMeans {
     /// # Where it starts
     /// Given centroids, evenly spaced rows, random rows without weights and k-means|| are those of [`fit`](Self::fit). k-means|| takes
     /// seven passes for each run: one for the first row, five that draw about `2k` each, and one that weighs them; and another for each
-    /// row that lacks where fewer than `k` were drawn. It keeps nothing of a row between passes, on the device it has some dozens of
-    /// bytes for each of at most 2^20 rows at a time, and on the host the rows that were drawn. k-means++ and random rows with weights are
+    /// row that lacks where fewer than `k` were drawn. It keeps nothing of a row between passes, and on the device has some dozens of
+    /// bytes for each of at most 2^20 rows at a time, and the rows that were drawn ([`DevicePlan::start_bytes`](crate::DevicePlan::start_bytes)). k-means++ and random rows with weights are
     /// chosen from a sample: 16 rows for each centroid, but at least 65,536, drawn uniformly. Of fewer rows it is all, and the start
     /// that of `fit`. The sample is on the device before other rows are, whatever the memory that is allowed.
     ///
@@ -296,7 +296,7 @@ impl Fit {
         let options = &options.opened()?;
         let device = options.device();
         let ((n, d), centroids) = (source.shape(), &self.centroids);
-        let cut = options.cut(source, n as usize, d, device)?;
+        let cut = options.cut(source, n as usize, d, device, 0)?;
         Problem::predict_rows(&[cut.rows, d], source.dtype(), centroids, self.metric)?;
         refuse_capture(device)?;
         let fence = Fence::default();
