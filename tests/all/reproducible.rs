@@ -2,8 +2,8 @@
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::{testing, EmptyClusters, Fit, Init, KMeans, Metric};
-use rayon::ThreadPoolBuilder;
+use candle_flash_kmeans::{testing, EmptyClusters, Fit, Init, KMeans, Metric, Source};
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 fn all_bits(fit: &Fit) -> Vec<u64> {
     let counts = [&fit.labels, &fit.counts, &fit.n_iter, &fit.converged].map(u32s).concat();
@@ -48,6 +48,40 @@ fn from_run_to_run_and_device_to_device() {
         for ((settings, x), first) in cases(&device).into_iter().zip(&on_cpu) {
             (0..runs).for_each(|_| assert!(all_bits(&settings.fit(&x).unwrap()) == *first, "{:?}", device.location()));
         }
+    }
+}
+
+/// A stream cut into blocks of a tile, of a few and of all, on any number of threads, and shared by ranks, whose threads take as many as
+/// there are processors; and one of these fits a hundred times.
+#[test]
+fn for_any_cut_of_a_stream() {
+    let mut rng = rng(54);
+    let (n, d, k) = (3000, 6, 9);
+    let weights = uniform(&[n], 1.0, 1.0, DType::F64, &mut rng);
+    let plain = KMeans::new(k).max_iters(4).tol(0.0);
+    for (settings, dtype, repeats) in [
+        (plain.clone().init(Init::KMeansParallel), DType::F16, 100),
+        (plain.metric(Metric::Cosine).sample_weights(&weights).n_init(2), DType::F32, 0),
+    ] {
+        let x = blobs(&[n, d], 7, dtype, &mut rng);
+        let (source, tile) = (Source::from_tensor(&x).unwrap(), settings.plan(&x).unwrap().rows);
+        assert!(7 * tile < n);
+        let whole = all_bits(&settings.fit(&x).unwrap());
+        let run = |pool: &ThreadPool, rows: usize, ranks: usize| {
+            // Of the rows half may stay.
+            let memory = 8 * rows * source.row_bytes() + n / 2 * source.row_bytes();
+            let options = testing::on_each(&vec![Device::Cpu; ranks]).block_rows(rows).memory(memory);
+            let fit = pool.install(|| settings.fit_stream(&source, &options)).unwrap();
+            assert!(all_bits(&fit) == whole, "{} threads, {rows} rows, {ranks} ranks", pool.current_num_threads());
+        };
+        for threads in [1, 2, 3, 8, 16] {
+            let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            for (rows, ranks) in [tile, 2 * tile, 7 * tile, n].into_iter().flat_map(|r| [1, 2, 4, 8].map(|s| (r, s))) {
+                run(&pool, rows, ranks);
+            }
+        }
+        let pool = ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        (0..repeats).for_each(|_| run(&pool, 2 * tile, 4));
     }
 }
 
