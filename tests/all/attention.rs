@@ -200,7 +200,7 @@ fn budgets_are_kept() {
         let want = tokens.dense(PLAIN, 197, 3, None);
         let error = |layer: &mut ClusteredAttention| {
             let out = f64s(&layer.forward(&q, &k, &v, 197).unwrap());
-            out.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+            largest(out.iter().zip(&want).map(|(a, b)| (a - b).abs()))
         };
         let drafts = prompt.clone().clustered_rows(3);
         assert!(error(&mut prompt.clone()) < 1e-11, "three rows are a prompt");

@@ -678,7 +678,7 @@ fn gain_shape_quantiser_codes_directions_and_lengths_apart() {
         // Lengths are those along the directions, so that what is left over is at right angles to them.
         let unit = quantizer.shapes().decode(&shapes).unwrap();
         let norms = problems(&unit).concat();
-        let off = norms.iter().map(|row| (sum(row.iter().map(|v| v * v)) - 1.0).abs()).fold(0.0, f64::max);
+        let off = largest(norms.iter().map(|row| (sum(row.iter().map(|v| v * v)) - 1.0).abs()));
         assert!(off < if dtype == DType::BF16 { 2e-2 } else { 2e-3 }, "{dtype:?}: a shape is {off} off unit length");
 
         let path = std::env::temp_dir().join(format!("gain-shape-{}-{dtype:?}.safetensors", std::process::id()));

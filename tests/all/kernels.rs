@@ -149,7 +149,7 @@ fn tensor_cores_lose_no_more_than_assumed() {
                     let exact = start[i] + a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
                     (got[i] - exact).abs() / ((norm(a) * norm(b) + start[i].abs()) * 2f64.powi(-23))
                 });
-                let worst = worst.fold(0.0, f64::max);
+                let worst = largest(worst);
                 println!("{kernel} {dtype:?}: {worst:.2} units of the last place");
                 assert!(worst > 0.1 && worst <= assumed, "{kernel} {dtype:?}: {worst}");
             }

@@ -295,10 +295,16 @@ pub fn mean(rows: &[Vec<f64>], of: &[usize]) -> Vec<f64> {
     (0..rows[0].len()).map(|i| sum(of.iter().map(|&r| rows[r][i])) / of.len().max(1) as f64).collect()
 }
 
+/// The largest of some magnitudes, and NaN if one is NaN: `f64::max` drops it, and a test would pass.
+pub fn largest(magnitudes: impl IntoIterator<Item = f64>) -> f64 {
+    magnitudes.into_iter().fold(0.0, |largest, v| if largest.is_nan() || largest > v { largest } else { v })
+}
+
+/// Every element is within `tolerance` of what is expected; neither NaN nor an infinity is near anything, not even itself.
 #[track_caller]
 pub fn assert_near(got: &Tensor, expected: &[f64], tolerance: f64, what: &str) {
     let got = f64s(got);
     assert_eq!(got.len(), expected.len(), "{what}");
-    let worst = got.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    let worst = largest(got.iter().zip(expected).map(|(a, b)| (a - b).abs()));
     assert!(worst <= tolerance, "{what}: {worst:e} off");
 }

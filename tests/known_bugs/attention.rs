@@ -48,7 +48,7 @@ fn errors(out: &Tensor, want: &Tensor) -> Vec<f64> {
 }
 
 fn worst(out: &Tensor, want: &Tensor) -> f64 {
-    errors(out, want).into_iter().fold(0.0, f64::max)
+    largest(errors(out, want))
 }
 
 fn layer() -> RoutedAttention {
