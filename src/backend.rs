@@ -129,6 +129,11 @@ pub(crate) trait Backend {
         Ok(false)
     }
 
+    /// Whether [`attend`](Self::attend) has a kernel for all tokens of a cache, without clusters.
+    fn attends_to_all(&self) -> bool {
+        false
+    }
+
     /// None where there is no kernel for it.
     fn attend(&self, _: &Attention<'_>, _: &Memory) -> Result<Option<Tensor>> {
         Ok(None)

@@ -173,23 +173,31 @@ pub(crate) struct KmeansppStep<'a> {
     pub draw: Draw,
 }
 
-/// A cache of keys and values, its clusters, and how the queries of one token read it.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+/// A cache of keys and values, and how the queries of one token read it.
 pub(crate) struct Attention<'a> {
     /// `(b, q_heads, d)`, of the keys' dtype, as all floats but the outcome's inside.
     pub q: &'a Tensor,
     /// `(b, heads, room, d)`, of which the first `tokens` are there.
     pub keys: &'a Tensor,
+    /// `(b, heads, room, width)`.
     pub values: &'a Tensor,
     pub tokens: usize,
+    pub scale: f64,
+    /// Without clusters all tokens are read.
+    pub clusters: Option<Clustered<'a>>,
+}
+
+/// The clusters of a cache, and which of their tokens are read. All tokens before and after them are.
+#[derive(Clone, Copy)]
+pub(crate) struct Clustered<'a> {
     /// Tokens before the clustered ones.
     pub sinks: usize,
     /// The clustered tokens of each head, counted from the first of them.
-    pub clusters: &'a Order,
+    pub order: &'a Order,
     /// `(b, heads, k, d)`.
     pub mean_keys: &'a Tensor,
+    /// `(b, heads, k, width)`.
     pub mean_values: &'a Tensor,
-    pub scale: f64,
     /// Clustered tokens that are read, fewer than there are.
     pub budget: usize,
     /// Whether the query heads of a key head choose together.

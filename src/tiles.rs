@@ -11,6 +11,9 @@ pub const CPU_CENTROIDS: usize = 512;
 /// Sorted rows that one CPU task sums.
 pub const CPU_SUM_ROWS: usize = 8192;
 
+/// Tokens, or means, that one CPU task of attention reads.
+pub const CPU_ATTEND_ROWS: usize = 512;
+
 /// Rows of a thread block's tile in `assign_simt.cu`.
 pub const SIMT_ROWS: usize = 64;
 /// Centroids of a thread block's tile in `assign_simt.cu`.

@@ -109,7 +109,7 @@ fn check(make: impl Fn() -> Result<[Forward; 2]>) -> Result<()> {
             let what = format!("conversation {conversation} of {batch}: {difference} off, of up to {largest}");
             assert!(difference < 1e-4 * largest.max(1.0) && largest > 0.1, "{what}");
         }
-        BUDGET.set(KvBudget::new(4).estimate(false));
+        BUDGET.set(KvBudget::new(4).estimate(false).dense_if_cheaper(false));
         let [mut original, mut patched] = make()?;
         let [difference, largest] = compare([&mut original, &mut patched], batch)?;
         assert!(difference > 1e-3 * largest, "a budget of 4 reads all: {difference} off, of up to {largest}");
@@ -184,7 +184,7 @@ fn llama() -> Result<()> {
 
 #[test]
 fn llama_without_a_cache() -> Result<()> {
-    BUDGET.set(KvBudget::new(4));
+    BUDGET.set(KvBudget::new(4).dense_if_cheaper(false));
     let [mut original, mut patched] = from_random_weights(|patched, weights| {
         Ok(if patched { without_cache!(models, weights) } else { without_cache!(original, weights) })
     })?;

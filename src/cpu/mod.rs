@@ -1,12 +1,15 @@
 //! The CPU backend: fixed tiles on the threads of `host`, and no N x K matrix.
 
 pub(crate) mod assign;
+mod attend;
 mod candidates;
+mod clusters;
 mod filter;
 mod median;
 mod rows;
 mod scalar;
 mod seed;
+mod softmax;
 mod sort;
 mod sorted_1d;
 mod sums;
@@ -20,7 +23,7 @@ use crate::{
     metric::Metric,
     operand::{Readable, Target},
     plan::{arch::Arch, sort::Sort},
-    request::{Accumulator, Assignment, Finish, KmeansppStep, OnChipFit, Update},
+    request::{Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Update},
     rng::Draw,
     rows::Rows,
 };
@@ -119,5 +122,13 @@ impl Backend for Cpu {
 
     fn fit_on_chip(&self, fit: &OnChipFit<'_>, _: &Memory) -> Result<bool> {
         sorted_1d::fit(fit)
+    }
+
+    fn attends_to_all(&self) -> bool {
+        true
+    }
+
+    fn attend(&self, a: &Attention<'_>, _: &Memory) -> Result<Option<Tensor>> {
+        attend::attend(a)
     }
 }

@@ -210,7 +210,7 @@ impl<T: Element> NullaryFnOnce for AddRows<'_, T> {
         let (mut values, mut rest) = (vec![Scalar::of(0.0); d], vec![0f64; d]);
         for p in positions.clone() {
             if rows.order.is_some() && p + AHEAD < positions.end {
-                prefetch(rows.x.row(b, row(p + AHEAD)));
+                rows.x.prefetch(b, row(p + AHEAD));
             }
             T::filter_row(rows.x.row(b, row(p)), &mut values);
             let factor = rows.factor.map_or(1.0, |f| f[b * n + row(p)]);
@@ -242,15 +242,3 @@ impl<T: Element> NullaryFnOnce for AddRows<'_, T> {
 
 /// Rows in label order lie anywhere: this many are asked for ahead of their turn.
 const AHEAD: usize = 4;
-
-#[inline(always)]
-fn prefetch<T>(row: &[T]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..size_of_val(row)).step_by(64) {
-        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
-        // SAFETY: a prefetch is a hint that cannot fault, and the address lies inside `row`.
-        unsafe { _mm_prefetch(row.as_ptr().cast::<i8>().add(line), _MM_HINT_T0) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = row;
-}

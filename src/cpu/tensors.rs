@@ -9,7 +9,7 @@ use crate::{
     rows::Rows,
 };
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor, WithDType};
-use half::{bf16, f16, slice::HalfFloatSliceExt};
+use half::{bf16, f16};
 use std::{cell::RefCell, marker::PhantomData, rc::Rc};
 
 /// Runs `$body` with `$t` standing for the Rust type of a float dtype.
@@ -45,6 +45,8 @@ pub(crate) trait Element: Stored {
     fn wide(self) -> f64;
     /// `out = row`, exactly.
     fn filter_row(row: &[Self], out: &mut [Self::Filter]);
+    /// The row, where it is in that type.
+    fn as_filter(row: &[Self]) -> Option<&[Self::Filter]>;
     fn narrow(v: f64) -> Self;
 }
 
@@ -60,7 +62,7 @@ fn round_to_odd(v: f64) -> f32 {
 }
 
 macro_rules! element {
-    ($t:ty, $filter:ty, $wide:expr, $filter_row:expr, $narrow:expr) => {
+    ($t:ty, $filter:ty, $wide:expr, $filter_row:expr, $as_filter:expr, $narrow:expr) => {
         impl Element for $t {
             type Filter = $filter;
             #[inline(always)]
@@ -72,24 +74,46 @@ macro_rules! element {
                 $filter_row(row, out)
             }
             #[inline(always)]
+            fn as_filter(row: &[Self]) -> Option<&[$filter]> {
+                $as_filter(row)
+            }
+            #[inline(always)]
             fn narrow(v: f64) -> Self {
                 $narrow(v)
             }
         }
     };
 }
-element!(f16, f32, f16::to_f64, half_row, |v| f16::from_f32(round_to_odd(v)));
-element!(bf16, f32, bf16::to_f64, half_row, |v| bf16::from_f32(round_to_odd(v)));
-element!(f32, f32, |v| v as f64, copy_row, |v| v as f32);
-element!(f64, f64, |v| v, copy_row, |v| v);
+element!(f16, f32, f16::to_f64, f16_row, |_| None, |v| f16::from_f32(round_to_odd(v)));
+element!(bf16, f32, bf16::to_f64, bf16_row, |_| None, |v| bf16::from_f32(round_to_odd(v)));
+element!(f32, f32, |v| v as f64, copy_row, Some, |v| v as f32);
+element!(f64, f64, |v| v, copy_row, Some, |v| v);
 
-fn half_row<T>(row: &[T], out: &mut [f32])
-where
-    [T]: HalfFloatSliceExt,
-{
-    row.convert_to_f32_slice(out)
+/// By integers, in a loop that vectorises with what the processor has: `half` converts eight at a time, by a call.
+#[inline(always)]
+fn f16_row(row: &[f16], out: &mut [f32]) {
+    /// What an exponent is larger by in f32, and one more: the least exponent of normal numbers, at which a subnormal one is a difference.
+    const BIAS: u32 = 112 << 23;
+    const ONE: u32 = 1 << 23;
+    for (out, v) in out.iter_mut().zip(row) {
+        let bits = u32::from(v.to_bits());
+        let magnitude = (bits & 0x7fff) << 13;
+        let subnormal = f32::from_bits(magnitude + BIAS + ONE) - f32::from_bits(BIAS + ONE);
+        let magnitude = match magnitude {
+            m if m < ONE => subnormal.to_bits(),
+            m if m >= 31 * ONE => m + 2 * BIAS,
+            m => m + BIAS,
+        };
+        *out = f32::from_bits(magnitude | (bits & 0x8000) << 16);
+    }
 }
 
+#[inline(always)]
+fn bf16_row(row: &[bf16], out: &mut [f32]) {
+    out.iter_mut().zip(row).for_each(|(out, v)| *out = f32::from_bits(u32::from(v.to_bits()) << 16));
+}
+
+#[inline(always)]
 fn copy_row<T: Copy>(row: &[T], out: &mut [T]) {
     out.copy_from_slice(row)
 }
@@ -274,6 +298,20 @@ impl<'a, T> View<'a, T> {
         let start = batch * self.rows.batch_stride + i * self.rows.row_stride;
         &self.data[start..start + self.rows.d]
     }
+
+    /// Asks for a row ahead of its turn.
+    #[inline(always)]
+    pub fn prefetch(&self, batch: usize, i: usize) {
+        let row = self.row(batch, i);
+        #[cfg(target_arch = "x86_64")]
+        for line in (0..size_of_val(row)).step_by(64) {
+            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+            // SAFETY: a prefetch is a hint that cannot fault, and the address lies inside `row`.
+            unsafe { _mm_prefetch(row.as_ptr().cast::<i8>().add(line), _MM_HINT_T0) };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = row;
+    }
 }
 
 /// So many zeros.
@@ -299,6 +337,17 @@ pub(super) fn converged(turn: Option<Turn<'_>>) -> Result<Vec<bool>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_of_halves_are_widened_exactly() {
+        let all = || 0..=u16::MAX;
+        let mut out = vec![0.0; 1 << 16];
+        let same = |a: f32, b: f32| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+        f16::filter_row(&all().map(f16::from_bits).collect::<Vec<_>>(), &mut out);
+        assert!(all().all(|bits| same(out[bits as usize], f16::from_bits(bits).to_f32())));
+        bf16::filter_row(&all().map(bf16::from_bits).collect::<Vec<_>>(), &mut out);
+        assert!(all().all(|bits| same(out[bits as usize], bf16::from_bits(bits).to_f32())));
+    }
 
     #[test]
     fn halves_are_rounded_once() {

@@ -27,24 +27,25 @@ const STAGES: i32 = 3;
 
 pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     const OP: &str = "attend";
+    let Some(c) = &a.clusters else { return Ok(None) };
     let dev = device(a.q)?;
     let (b, heads, room, d) = a.keys.dims4()?;
-    let (q_heads, k, clustered) = (a.q.dim(1)?, a.mean_keys.dim(2)?, a.clusters.order.dim(1)?);
+    let (q_heads, k, clustered) = (a.q.dim(1)?, c.mean_keys.dim(2)?, c.order.order.dim(1)?);
     // Rows are read 16 bytes at a time.
-    let floats = [a.keys, a.values, a.mean_keys, a.mean_values];
+    let floats = [a.keys, a.values, c.mean_keys, c.mean_values];
     let here = floats.iter().all(|&t| t.is_contiguous() && in_eights(t))
-        && [a.q, &a.clusters.order, &a.clusters.offsets].into_iter().all(Tensor::is_contiguous);
+        && [a.q, &c.order.order, &c.order.offsets].into_iter().all(Tensor::is_contiguous);
     let counted = a.tokens.max(clustered).saturating_add(k) < 1 << 31;
     let name = match d {
         64 => "attend_64",
         128 => "attend_128",
         _ => return Ok(None),
     };
-    if a.q.dtype() == DType::F64 || a.budget == 0 || !here || !counted {
+    if a.q.dtype() == DType::F64 || a.values.dim(3)? != d || c.budget == 0 || !here || !counted {
         return Ok(None);
     }
     let q = if in_eights(a.q) { a.q.clone() } else { a.q.force_contiguous()? };
-    let (units, group) = if a.shared { (1, q_heads / heads) } else { (q_heads / heads, 1) };
+    let (units, group) = if c.shared { (1, q_heads / heads) } else { (q_heads / heads, 1) };
     let all = elements(&[b, heads, units]);
 
     typed!(a.q.dtype(), T => {
@@ -58,7 +59,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
         // A block holds queries; ranks, offsets and its tokens; and in their place, or beside them if the query heads
         // take turns, the sums of its warps.
         let tile = 32 / size_of::<T>();
-        let (clusters, rows) = (k.div_ceil(blocks * tile) * tile, (a.tokens - clustered + a.budget).div_ceil(blocks));
+        let (clusters, rows) = (k.div_ceil(blocks * tile) * tile, (a.tokens - clustered + c.budget).div_ceil(blocks));
         let lists = (4 * (2 * k + 1 + rows)).next_multiple_of(16);
         let sums = 4 * WARPS * group.min(ATTEND_HEADS) * (d + 4);
         let queries = ATTEND_HEADS * d * size_of::<T>();
@@ -78,8 +79,8 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
 
         // The addresses, and what orders the launches with other streams while they are queued.
         let stream = &kernel.stream;
-        let floats = [&q, a.keys, a.values, a.mean_keys, a.mean_values].map(read);
-        let lists = [&a.clusters.order, &a.clusters.offsets].map(read);
+        let floats = [&q, a.keys, a.values, c.mean_keys, c.mean_values].map(read);
+        let lists = [&c.order.order, &c.order.offsets].map(read);
         let floats = floats.iter().map(|input| input.view::<T>()).collect::<Result<Vec<_>>>()?;
         let lists = lists.iter().map(|input| input.view::<u32>()).collect::<Result<Vec<_>>>()?;
         let floats: Vec<_> = floats.iter().map(|view| view.device_ptr(stream)).collect();
@@ -100,18 +101,18 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
             head_stride: (room * d) as i64,
             units: units as i32,
             group: group as i32,
-            sinks: a.sinks as i32,
+            sinks: c.sinks as i32,
             clustered: clustered as i32,
             tokens: a.tokens as i32,
             k: k as i32,
             width: width as i32,
-            budget: a.budget as i32,
+            budget: c.budget as i32,
             blocks: blocks as i32,
             clusters: clusters as i32,
             rows: rows as i32,
             first: 1,
             last: STAGES,
-            estimate: a.estimate as i32,
+            estimate: c.estimate as i32,
             scale: a.scale as f32,
         };
         if cluster.is_some() {

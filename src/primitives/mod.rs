@@ -72,6 +72,11 @@ pub(crate) fn lane(device: &Device) -> Result<Box<dyn Lane>> {
     on(device, "lane")?.lane(device)
 }
 
+/// Whether attention over all tokens of a cache has a kernel, as over clusters it may have.
+pub(crate) fn attends_to_all(device: &Device) -> Result<bool> {
+    Ok(on(device, "attend")?.attends_to_all())
+}
+
 /// Copies contiguous labels to memory of the host, of which there is as much.
 pub(crate) fn read_labels(labels: &Tensor, into: &mut [u32]) -> Result<()> {
     on(labels.device(), "read_labels")?.read_labels(labels, into)

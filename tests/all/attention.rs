@@ -102,7 +102,7 @@ fn cache() -> ClusteredKvCache {
 }
 
 fn layer(cache: ClusteredKvCache, budget: usize, options: Options, device: &Device) -> ClusteredAttention {
-    let mut layer = ClusteredAttention::new(cache, KvBudget::new(budget));
+    let mut layer = ClusteredAttention::new(cache, KvBudget::new(budget).dense_if_cheaper(false));
     layer = layer.softcap(options.softcap).sliding_window(options.window);
     if let Some(scale) = options.scale {
         layer = layer.softmax_scale(scale);
@@ -206,12 +206,12 @@ fn budgets_are_kept() {
         assert!(error(&mut prompt.clone()) < 1e-11, "three rows are a prompt");
         let [none, some] = [0, 150].map(|tokens| {
             let mut layer = drafts.clone();
-            layer.set_budget(KvBudget::new(tokens).estimate(false));
+            layer.set_budget(KvBudget::new(tokens).estimate(false).dense_if_cheaper(false));
             error(&mut layer)
         });
         assert!(none > 1e-2 && some < none / 2.0 && some > 1e-11, "{none} and {some}");
         let mut drafts = drafts;
-        drafts.set_budget(KvBudget::new(184));
+        drafts.set_budget(KvBudget::new(184).dense_if_cheaper(false));
         assert!(error(&mut drafts) < 1e-11, "all of them");
     }
 }
@@ -316,7 +316,7 @@ fn conversations_go_on_from_where_they_are_cut() {
             cut.truncate(kept).unwrap();
             cut.cache().save(&path).unwrap();
             let back = ClusteredKvCache::load(&path, &device).unwrap();
-            for mut layer in [cut, ClusteredAttention::new(back, KvBudget::new(5))] {
+            for mut layer in [cut, ClusteredAttention::new(back, KvBudget::new(5).dense_if_cheaper(false))] {
                 for (start, count) in [(kept, 1), (kept + 1, 8), (kept + 9, 1)] {
                     let [q, k, v] = tokens.part(start, count);
                     let out = layer.forward(&q, &k, &v, start).unwrap();

@@ -93,8 +93,9 @@ fn tolerance(dtype: DType) -> f64 {
     }
 }
 
+/// A budget that is kept whatever it costs.
 fn budget((tokens, estimate, shared): (usize, bool, bool)) -> KvBudget {
-    KvBudget::new(tokens).estimate(estimate).shared(shared)
+    KvBudget::new(tokens).estimate(estimate).shared(shared).dense_if_cheaper(false)
 }
 
 /// Before there are clusters, and with a budget for all of them, every dtype gives dense attention.
@@ -172,17 +173,27 @@ fn reads_what_the_budget_says_and_estimates_the_rest() {
     }
 }
 
-/// The shapes that a GPU has kernels for: one row of 64 or 128 columns. Clusters of one token leave halves nothing to
+/// The shapes that there are kernels for: one row, on a GPU of 64 or 128 columns. Clusters of one token leave halves nothing to
 /// choose, so that rounded ranks cannot matter.
 #[test]
 fn one_row_of_many_columns() {
     for device in devices() {
         let mut rng = rng(57);
-        for (d, heads) in [(64, 2), (64, 6), (128, 8), (128, 12)] {
+        for (d, width, heads) in [
+            (64, 64, 2),
+            (64, 64, 6),
+            (128, 128, 8),
+            (128, 128, 12),
+            (96, 96, 2),
+            (256, 256, 4),
+            (5, 5, 10),
+            (33, 64, 6),
+            (64, 33, 6),
+        ] {
             for dtype in [DType::F32, DType::F16, DType::BF16] {
                 let size = if dtype == DType::F32 { 5 } else { 1 };
                 let mut cache = ClusteredKvCache::new(300).sinks(SINKS).recent(RECENT).cluster_size(size).segment(1);
-                let [k, v] = [(); 2].map(|_| random([2, 2, 250, d], dtype, &device, &mut rng));
+                let [k, v] = [d, width].map(|d| random([2, 2, 250, d], dtype, &device, &mut rng));
                 cache.append(&k, &v).unwrap();
                 if dtype == DType::F32 {
                     // Sizes from none to many.
@@ -193,7 +204,7 @@ fn one_row_of_many_columns() {
                 } else {
                     cache.cluster().unwrap();
                 }
-                let [k, v] = [(); 2].map(|_| random([2, 2, 9, d], dtype, &device, &mut rng));
+                let [k, v] = [d, width].map(|d| random([2, 2, 9, d], dtype, &device, &mut rng));
                 cache.append(&k, &v).unwrap();
                 let q = (random([2, heads, 1, d], dtype, &device, &mut rng) * 0.3).unwrap();
                 for tokens in [1, 30, 100, 236] {
@@ -203,11 +214,129 @@ fn one_row_of_many_columns() {
                         }
                         testing::launches();
                         let out = cache.attend(&q, SCALE, budget((tokens, estimate, shared))).unwrap();
-                        let fused = testing::launches().iter().any(|l| l.starts_with("attend_"));
-                        assert_eq!(fused, device.is_cuda());
+                        let ran = testing::launches().iter().any(|l| l.starts_with("attend_"));
+                        assert_eq!(
+                            ran,
+                            device.is_cpu() || d == width && [64, 128].contains(&d),
+                            "{d} and {width} columns"
+                        );
                         let expected = spec(&cache, &q, (tokens, estimate, shared));
                         let what = format!("{dtype:?} {d} columns, {heads} heads: {tokens}, {estimate}, {shared}");
                         assert_near(&out, &expected, 5.0 * tolerance(dtype), &what);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One row over all tokens: on the CPU by the same kernel, in every type, wherever its parts end.
+#[test]
+fn one_row_reads_all() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DTYPES.map(|t| (device.clone(), t))) {
+        let mut rng = rng(70);
+        for (n, d, width, heads) in [(4, 64, 64, 2), (17, 40, 24, 6), (512, 64, 64, 10), (1041, 128, 128, 8)] {
+            let mut cache = ClusteredKvCache::new(n);
+            let [k, v] = [d, width].map(|d| random([2, 2, n, d], dtype, &device, &mut rng));
+            cache.append(&k, &v).unwrap();
+            let q = (random([2, heads, 1, d], dtype, &device, &mut rng) * 0.3).unwrap();
+            testing::launches();
+            let out = cache.attend(&q, SCALE, KvBudget::new(3)).unwrap();
+            assert_eq!(testing::launches().iter().any(|l| l.starts_with("attend_")), device.is_cpu());
+            assert_eq!((out.dims(), out.dtype()), (&[2, heads, 1, width][..], dtype));
+            let what = format!("{dtype:?}, {n} tokens of {d} and {width} columns");
+            assert_near(&out, &spec(&cache, &q, (3, true, false)), 5.0 * tolerance(dtype), &what);
+        }
+    }
+}
+
+/// Work is cut by the tokens, not by the threads.
+#[test]
+fn threads_do_not_change_a_bit() {
+    let mut rng = rng(71);
+    for dtype in DTYPES {
+        let mut cache = ClusteredKvCache::new(3000).segment(1);
+        let [k, v] = [(); 2].map(|_| random([1, 2, 3000, 64], dtype, &Device::Cpu, &mut rng));
+        cache.append(&k, &v).unwrap();
+        cache.cluster().unwrap();
+        let q = random([1, 6, 1, 64], dtype, &Device::Cpu, &mut rng);
+        for budget in [budget((700, true, false)), budget((700, true, true)), KvBudget::new(usize::MAX)] {
+            let [one, two, three] = [1, 2, 3].map(|threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| cache.attend(&q, SCALE, budget).unwrap())
+            });
+            assert_same(&two, &one, &format!("{dtype:?}, two threads"));
+            assert_same(&three, &one, &format!("{dtype:?}, three threads"));
+        }
+    }
+}
+
+/// A budget that costs as much as all tokens reads all of them on the CPU, to the bit, whatever the number of rows, and one that costs less
+/// is kept.
+#[test]
+fn all_are_read_where_that_is_cheaper() {
+    for device in devices() {
+        let mut rng = rng(72);
+        let mut cache = ClusteredKvCache::new(1000).sinks(SINKS).recent(RECENT).cluster_size(10).segment(1);
+        let [k, v] = [(); 2].map(|_| random([1, 2, 1000 + SINKS + RECENT, 64], DType::F32, &device, &mut rng));
+        cache.append(&k, &v).unwrap();
+        cache.cluster().unwrap();
+        assert_eq!(cache.clusters().unwrap().sizes.dims(), [1, 2, 100]);
+        for rows in [1, 4] {
+            let q = random([1, 6, rows, 64], DType::F32, &device, &mut rng);
+            let attend = |budget| cache.attend(&q, SCALE, budget).unwrap();
+            let all = attend(KvBudget::new(usize::MAX));
+            // A hundred clusters, and 300 or 100 tokens for each of three heads.
+            for (tokens, shared, dense) in
+                [(300, false, true), (100, false, false), (999, true, true), (300, true, false)]
+            {
+                let asked = KvBudget::new(tokens).shared(shared);
+                let kept = attend(asked.dense_if_cheaper(false));
+                let out = attend(asked);
+                let expected = if dense && device.is_cpu() { &all } else { &kept };
+                assert_same(&out, expected, &format!("{rows} rows, {tokens} tokens"));
+                assert_ne!(bits(&kept), bits(&all));
+            }
+        }
+    }
+}
+
+/// A query, key or value that is not finite spoils the heads that read it, and leaves the others their bits.
+#[test]
+fn nan_stays_in_its_head() {
+    for device in devices() {
+        let mut rng = rng(73);
+        let [k, v] = [(); 2].map(|_| f64s(&random([1, 2, 700, 64], DType::F32, &Device::Cpu, &mut rng)));
+        let q = f64s(&random([1, 6, 1, 64], DType::F32, &Device::Cpu, &mut rng));
+        // What is spoilt: an element of the queries, of the keys that are not clustered yet, or of the values.
+        let of = |values: &[f64], shape: [usize; 4], spoilt: Option<usize>, with: f64| {
+            let values = values.iter().enumerate().map(|(i, &v)| if Some(i) == spoilt { with } else { v });
+            let t = Tensor::from_iter(values, &Device::Cpu).unwrap().reshape(&shape).unwrap();
+            t.to_dtype(DType::F32).unwrap().to_device(&device).unwrap()
+        };
+        for with in [f64::NAN, f64::INFINITY] {
+            for (what, spoilt, heads) in [
+                ("query", [Some(64 + 9), None, None], 1..2),
+                ("key", [None, Some(699 * 64 + 3), None], 0..3),
+                ("value", [None, None, Some(64 * 350)], 0..3),
+            ] {
+                let attend = |spoilt: [Option<usize>; 3], budget| {
+                    let mut cache = ClusteredKvCache::new(700).segment(1);
+                    let [k, v] = [(&k, spoilt[1]), (&v, spoilt[2])].map(|(t, s)| of(t, [1, 2, 700, 64], s, with));
+                    cache.append(&k, &v).unwrap();
+                    cache.cluster().unwrap();
+                    cache.attend(&of(&q, [1, 6, 1, 64], spoilt[0], with), SCALE, budget).unwrap()
+                };
+                for budget in [budget((650, true, false)), KvBudget::new(usize::MAX)] {
+                    let (fine, out) = (f64s(&attend([None; 3], budget)), f64s(&attend(spoilt, budget)));
+                    assert!(fine.iter().all(|v| v.is_finite()));
+                    for (head, (fine, out)) in fine.chunks(64).zip(out.chunks(64)).enumerate() {
+                        match heads.contains(&head) {
+                            // A score of minus infinity weighs nothing.
+                            true if what == "key" && with.is_infinite() => {}
+                            true => assert!(out.iter().any(|v| !v.is_finite()), "{with} in a {what}, head {head}"),
+                            false => assert_eq!(out, fine, "{with} in a {what}, head {head}"),
+                        }
                     }
                 }
             }
@@ -341,11 +470,12 @@ fn rows_do_not_depend_on_their_number() {
         cache.cluster().unwrap();
         // 64 rows of 8 heads that read 256 tokens of 64 columns pass the size of a block.
         let q = random([1, 8, 64, 64], DType::F32, &device, &mut rng);
-        let together = cache.attend(&q, 0.125, KvBudget::new(256)).unwrap();
+        let together = cache.attend(&q, 0.125, KvBudget::new(256).dense_if_cheaper(false)).unwrap();
         for row in [0, 31, 63] {
             let last = n - 64 + row + 1;
             cache.truncate(last).unwrap();
-            let alone = cache.attend(&q.narrow(2, row, 1).unwrap(), 0.125, KvBudget::new(256)).unwrap();
+            let alone =
+                cache.attend(&q.narrow(2, row, 1).unwrap(), 0.125, KvBudget::new(256).dense_if_cheaper(false)).unwrap();
             assert_near(&together.narrow(2, row, 1).unwrap(), &f64s(&alone), 2e-5, &format!("row {row}"));
             let rest = |t: &Tensor| t.narrow(2, last, n - last).unwrap();
             if last < n {
@@ -363,11 +493,11 @@ fn forgets_what_it_is_told_to() {
         append(&mut cache, 60, DType::F32, &device, &mut rng);
         cache.cluster().unwrap();
         let q = random([2, 4, 1, 8], DType::F32, &device, &mut rng);
-        let before = cache.attend(&q, SCALE, KvBudget::new(9)).unwrap();
+        let before = cache.attend(&q, SCALE, KvBudget::new(9).dense_if_cheaper(false)).unwrap();
         append(&mut cache, 4, DType::F32, &device, &mut rng);
-        assert_ne!(bits(&cache.attend(&q, SCALE, KvBudget::new(9)).unwrap()), bits(&before));
+        assert_ne!(bits(&cache.attend(&q, SCALE, KvBudget::new(9).dense_if_cheaper(false)).unwrap()), bits(&before));
         cache.truncate(60).unwrap();
-        assert_same(&cache.attend(&q, SCALE, KvBudget::new(9)).unwrap(), &before, "truncated");
+        assert_same(&cache.attend(&q, SCALE, KvBudget::new(9).dense_if_cheaper(false)).unwrap(), &before, "truncated");
         cache.reset();
         assert!(cache.current_seq_len() == 0 && cache.clusters().is_none() && cache.k().unwrap().is_none());
         append(&mut cache, 12, DType::F32, &device, &mut rng);
@@ -436,7 +566,7 @@ fn forgotten_tokens_were_never_there() {
                 cache.append(&k, &v).unwrap();
             }
             assert_same(&cut.k().unwrap().unwrap(), &never.k().unwrap().unwrap(), &what);
-            let [a, b] = [&cut, &never].map(|c| c.attend(&q, SCALE, KvBudget::new(9)).unwrap());
+            let [a, b] = [&cut, &never].map(|c| c.attend(&q, SCALE, KvBudget::new(9).dense_if_cheaper(false)).unwrap());
             assert_same(&a, &b, &what);
         }
         assert_same_clusters(&whole, &cache, "the whole");
@@ -476,13 +606,13 @@ fn padded_sequences_are_reordered_and_cut() {
         cache.cluster().unwrap();
         assert_eq!(cache.clusters().unwrap().labels.dims(), [2, 2, 60 - 12 - SINKS - RECENT]);
         let q = random([2, 4, 1, 8], DType::F32, &device, &mut rng);
-        let want = cache.attend(&q, SCALE, KvBudget::new(9)).unwrap();
+        let want = cache.attend(&q, SCALE, KvBudget::new(9).dense_if_cheaper(false)).unwrap();
         for index in [vec![1u32], vec![1, 0, 1], vec![0]] {
             let at = Tensor::new(index.clone(), &device).unwrap();
             let mut beams = cache.clone();
             beams.reorder(&at).unwrap();
             let select = |t: &Tensor| t.index_select(&at, 0).unwrap();
-            let out = beams.attend(&select(&q), SCALE, KvBudget::new(9)).unwrap();
+            let out = beams.attend(&select(&q), SCALE, KvBudget::new(9).dense_if_cheaper(false)).unwrap();
             assert_same(&out, &select(&want), &format!("{index:?}"));
             let kept = [&beams, &cache].map(|cache| {
                 let mut cut = cache.clone();
@@ -492,8 +622,12 @@ fn padded_sequences_are_reordered_and_cut() {
                 cut
             });
             assert_eq!(kept[0].clusters().unwrap().labels.dims()[2], 40 - 12 - SINKS - 9);
-            let out = kept[0].attend(&select(&q), SCALE, KvBudget::new(9)).unwrap();
-            assert_same(&out, &select(&kept[1].attend(&q, SCALE, KvBudget::new(9)).unwrap()), "cut");
+            let out = kept[0].attend(&select(&q), SCALE, KvBudget::new(9).dense_if_cheaper(false)).unwrap();
+            assert_same(
+                &out,
+                &select(&kept[1].attend(&q, SCALE, KvBudget::new(9).dense_if_cheaper(false)).unwrap()),
+                "cut",
+            );
         }
     }
 }
@@ -529,7 +663,8 @@ fn files_hold_all_of_a_cache() {
                     cache.cluster().unwrap();
                 }
                 assert_same(&cache.v().unwrap().unwrap(), &back.v().unwrap().unwrap(), "values");
-                let [a, b] = [&cache, &back].map(|c| c.attend(&q, SCALE, KvBudget::new(9)).unwrap());
+                let [a, b] =
+                    [&cache, &back].map(|c| c.attend(&q, SCALE, KvBudget::new(9).dense_if_cheaper(false)).unwrap());
                 assert_same(&a, &b, "attention");
             }
         }
@@ -636,13 +771,17 @@ fn clones_go_on_by_themselves() {
         cache.cluster().unwrap();
         let (keys, q) =
             (cache.k().unwrap().unwrap().copy().unwrap(), random([2, 4, 1, 8], DType::F32, &device, &mut rng));
-        let before = cache.attend(&q, SCALE, KvBudget::new(9)).unwrap();
+        let before = cache.attend(&q, SCALE, KvBudget::new(9).dense_if_cheaper(false)).unwrap();
         let mut other = cache.clone();
         let (writes, waits) = if first { (&mut other, &mut cache) } else { (&mut cache, &mut other) };
         append(writes, 30, DType::F32, &device, &mut rng);
         writes.cluster().unwrap();
         let written = writes.k().unwrap().unwrap().copy().unwrap();
-        assert_same(&waits.attend(&q, SCALE, KvBudget::new(9)).unwrap(), &before, "the one that waits");
+        assert_same(
+            &waits.attend(&q, SCALE, KvBudget::new(9).dense_if_cheaper(false)).unwrap(),
+            &before,
+            "the one that waits",
+        );
         append(waits, 25, DType::F32, &device, &mut rng);
         assert_same(&waits.k().unwrap().unwrap().narrow(2, 0, 60).unwrap(), &keys, "its prefix");
         assert_same(&writes.k().unwrap().unwrap(), &written, "the one that has written");
@@ -671,8 +810,14 @@ fn sequences_are_reordered() {
             let mut beams = cache.clone();
             beams.reorder(&at).unwrap();
             check(beams.clusters().unwrap(), &beams);
-            let out = beams.attend(&q.index_select(&at, 0).unwrap(), SCALE, KvBudget::new(9)).unwrap();
-            let want = before.attend(&q, SCALE, KvBudget::new(9)).unwrap().index_select(&at, 0).unwrap();
+            let out = beams
+                .attend(&q.index_select(&at, 0).unwrap(), SCALE, KvBudget::new(9).dense_if_cheaper(false))
+                .unwrap();
+            let want = before
+                .attend(&q, SCALE, KvBudget::new(9).dense_if_cheaper(false))
+                .unwrap()
+                .index_select(&at, 0)
+                .unwrap();
             assert_same(&out, &want, &format!("{index:?}"));
             let more = random([index.len(), 2, 3, 8], DType::F32, &device, &mut rng);
             assert_eq!(beams.append(&more, &more).unwrap().0.dims(), [index.len(), 2, 63, 8]);
@@ -685,7 +830,10 @@ fn sequences_are_reordered() {
         assert_same(&cache.k().unwrap().unwrap(), &before.k().unwrap().unwrap(), "a refused call changes nothing");
         cache.reorder(&at(&[0]).narrow(0, 0, 0).unwrap()).unwrap();
         assert_eq!(
-            cache.attend(&ones(&[0, 4, 1, 8], DType::F32, &device), SCALE, KvBudget::new(9)).unwrap().dims(),
+            cache
+                .attend(&ones(&[0, 4, 1, 8], DType::F32, &device), SCALE, KvBudget::new(9).dense_if_cheaper(false))
+                .unwrap()
+                .dims(),
             [0, 4, 1, 8]
         );
     }
@@ -740,11 +888,11 @@ fn clusters_beat_pages_on_real_keys() {
             (rows.sum::<f64>() / (full.len() / dim) as f64).sqrt()
         };
         for tokens in [64, 128, 256] {
-            let estimated = error(&clusters, KvBudget::new(tokens));
-            let read = error(&clusters, KvBudget::new(tokens).estimate(false));
-            let shared = error(&clusters, KvBudget::new(tokens).shared(true));
-            let paged = error(&pages, KvBudget::new(tokens));
-            let paged_read = error(&pages, KvBudget::new(tokens).estimate(false));
+            let estimated = error(&clusters, KvBudget::new(tokens).dense_if_cheaper(false));
+            let read = error(&clusters, KvBudget::new(tokens).dense_if_cheaper(false).estimate(false));
+            let shared = error(&clusters, KvBudget::new(tokens).dense_if_cheaper(false).shared(true));
+            let paged = error(&pages, KvBudget::new(tokens).dense_if_cheaper(false));
+            let paged_read = error(&pages, KvBudget::new(tokens).dense_if_cheaper(false).estimate(false));
             // Measured: 0.24 and 0.31 of the pages' error, and 0.29 where heads choose together.
             assert!(estimated * 3.0 < paged, "{tokens} tokens: {estimated} against {paged}");
             assert!(shared * 2.5 < paged, "{tokens} tokens, shared: {shared} against {paged}");

@@ -284,7 +284,7 @@ pub fn attention(q: &[f64], read: &[Weighed], scale: f64) -> Vec<f64> {
     let peak = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let weights: Vec<f64> = scores.iter().map(|s| (s - peak).exp()).collect();
     let total = sum(weights.iter().copied());
-    (0..q.len()).map(|i| sum(read.iter().zip(&weights).map(|((_, v, _), w)| v[i] * w)) / total).collect()
+    (0..read[0].1.len()).map(|i| sum(read.iter().zip(&weights).map(|((_, v, _), w)| v[i] * w)) / total).collect()
 }
 
 pub fn dot(a: &[f64], b: &[f64]) -> f64 {

@@ -203,7 +203,7 @@ fn scores_that_are_no_numbers_are_ranked() {
                 for (tokens, shared, estimate) in
                     [(1, false, true), (50, true, true), (50, false, false), (600, true, false)]
                 {
-                    let budget = KvBudget::new(tokens).shared(shared).estimate(estimate);
+                    let budget = KvBudget::new(tokens).shared(shared).estimate(estimate).dense_if_cheaper(false);
                     let [fine, bad] = [false, true].map(|bad| {
                         let mut cache = ClusteredKvCache::new(n).cluster_size(2).segment(1);
                         cache.append(&large(bad), &v).unwrap();
@@ -255,7 +255,9 @@ fn the_ends_of_settings_and_rows() {
             cache.append(&zeros, &v).unwrap();
             assert!(cache.cluster().unwrap());
             for tokens in [0, 1, usize::MAX] {
-                let out = cache.attend(&q.narrow(2, 0, 1).unwrap(), SCALE, KvBudget::new(tokens)).unwrap();
+                let out = cache
+                    .attend(&q.narrow(2, 0, 1).unwrap(), SCALE, KvBudget::new(tokens).dense_if_cheaper(false))
+                    .unwrap();
                 // A mean stands for its cluster's tokens, those that are read among them.
                 assert_near(&out, &mean.repeat(2), if tokens == 1 { 0.05 } else { 1e-5 }, "a cache of zeros");
             }

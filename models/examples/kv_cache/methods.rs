@@ -100,12 +100,12 @@ impl Prompt {
             let [queries, keys, values] = stored(heads, dtype)?;
             let scale = 1.0 / (model.dims.head_dim as f64).sqrt();
             let (keys, values) = cache.append(&keys, &values)?;
+            // What a budget loses is measured, whatever it costs.
+            let kept = KvBudget::new(budget).dense_if_cheaper(false);
             let output = match method {
                 Method::Full => cache.attend(&queries, scale, KvBudget::new(usize::MAX))?,
-                Method::Clusters => cache.attend(&queries, scale, KvBudget::new(budget).estimate(false))?,
-                Method::ClustersAndEstimate | Method::PagesAndEstimate => {
-                    cache.attend(&queries, scale, KvBudget::new(budget))?
-                }
+                Method::Clusters => cache.attend(&queries, scale, kept.estimate(false))?,
+                Method::ClustersAndEstimate | Method::PagesAndEstimate => cache.attend(&queries, scale, kept)?,
                 Method::Quest | Method::Recent => {
                     masked(&(queries * scale)?, &keys, &values, self.tokens, |queries, keys| match method {
                         Method::Quest => quest(queries, keys, budget, self.group),

@@ -9,7 +9,7 @@ use crate::{
     error::{Error, Result},
     nn::parts::{check_like, check_scale, dims4_float},
     primitives,
-    request::{Attention, Order},
+    request::{Attention, Clustered, Order},
     select::empty,
 };
 use candle_core::{Device, Tensor};
@@ -44,10 +44,14 @@ impl ClusteredKvCache {
     /// A score of NaN ranks as minus infinity: after all numbers, by the cluster's index. Where the heads choose together, a NaN
     /// among a head's scores makes its softmax NaN, and then clusters go by their index.
     ///
-    /// Scores are computed in the cache's dtype, and weighed in f32 (f64 for f64). Nothing is read by the host, and no gradient
-    /// flows. One row of f16, bf16 or f32 with 64 or 128 columns, of keys and of values, is one kernel on a GPU with thread block
-    /// clusters (from Hopper on; three launches elsewhere), which reads tokens where they lie and scores in f32. Others go through
-    /// Candle's ops, a block of rows at a time, and so do batches with padding. Without queries the result is empty.
+    /// On a CPU, where a row's budget would cost no less than all tokens, counted as [`KvBudget::dense_if_cheaper`] says, all are read,
+    /// which is exact.
+    ///
+    /// One row on a CPU is one kernel, of any dtype and columns, over clusters or all tokens: it reads tokens where they lie, scores and
+    /// weighs in f32 (f64 for f64), and has the same bits for any number of threads. On a GPU one row that reads clusters is, of f16, bf16 or
+    /// f32 with 64 or 128 columns, of keys and of values: a launch with thread block clusters (from Hopper on; three launches elsewhere).
+    /// Others, several rows and batches with padding go through Candle's ops, a block of rows at a time, with scores in the cache's dtype.
+    /// Nothing is read by the host, and no gradient flows. Without queries the result is empty.
     ///
     /// # Errors
     /// Refuses queries whose shape, dtype or device does not fit the cache, more rows than there are tokens (after the last segment,
@@ -57,7 +61,7 @@ impl ClusteredKvCache {
     }
 
     pub(in crate::nn) fn attend_scored(&self, q: &Tensor, budget: KvBudget, scoring: Scoring) -> Result<Tensor> {
-        let [_, q_heads, rows, d] = dims4_float("q", q)?;
+        let [_, q_heads, rows, _] = dims4_float("q", q)?;
         check_scale(scoring.scale)?;
         let Some(stored) = &self.stored else {
             return match q.elem_count() {
@@ -71,7 +75,10 @@ impl ClusteredKvCache {
             return Err(Error::Conflict { argument: "q", got: format!("{q_heads} heads"), with });
         }
         check_like("q", q, &stored.keys, [batch, q_heads, rows, columns])?;
-        let clusters = self.clusters.as_ref().filter(|_| budget.tokens < self.clustered().len());
+        let units = if budget.shared { 1 } else { q_heads / kv_heads };
+        let dense = primitives::attends_to_all(q.device())?;
+        let less = |c: &&KvClusters| budget.reads_less(self.clustered().len(), c.sizes.dims()[2], units, dense);
+        let clusters = self.clusters.as_ref().filter(less);
         let free = if clusters.is_some() { stored.len - self.clustered().end } else { stored.len };
         if rows > free {
             return Err(Error::Range { argument: "q rows", got: rows, min: 0, max: free });
@@ -81,9 +88,9 @@ impl ClusteredKvCache {
         }
         self.shown()?;
         let q = self.without_padding(&q.detach(), stored.len - rows)?;
-        let plain = scoring.softcap.is_none() && self.padding.is_none() && width == d;
-        if let (1, Some(clusters), true) = (rows, clusters, plain) {
-            if let Some(output) = self.attend_fused(&q, stored, clusters, budget, scoring.scale)? {
+        let plain = scoring.softcap.is_none() && scoring.mask.is_none() && self.padding.is_none();
+        if rows == 1 && plain {
+            if let Some(output) = self.attend_fused(&q, stored, clusters, budget, scoring)? {
                 return Ok(output);
             }
         }
@@ -95,27 +102,33 @@ impl ClusteredKvCache {
         &self,
         q: &Tensor,
         stored: &Stored,
-        clusters: &KvClusters,
+        clusters: Option<&KvClusters>,
         budget: KvBudget,
-        scale: f64,
+        scoring: Scoring,
     ) -> Result<Option<Tensor>> {
-        let (batch, q_heads, _, d) = q.dims4()?;
+        let ((batch, q_heads, _, d), width) = (q.dims4()?, stored.values.dims()[3]);
+        let clustered = clusters.map(|c| Ok::<_, Error>((c, Order::of_heads(&c.labels, &c.order, &c.offsets)?)));
+        let clustered = clustered.transpose()?;
+        let start = stored.len.saturating_sub(scoring.window.unwrap_or(usize::MAX));
+        let seen = |t: &Tensor| t.narrow(2, start, t.dims()[2] - start);
         let attention = Attention {
             q: &q.reshape((batch, q_heads, d))?.contiguous()?,
-            keys: &stored.keys,
-            values: &stored.values,
-            tokens: stored.len,
-            sinks: self.settings.sinks,
-            clusters: &Order::of_heads(&clusters.labels, &clusters.order, &clusters.offsets)?,
-            mean_keys: &clusters.mean_keys,
-            mean_values: &clusters.mean_values,
-            scale,
-            budget: budget.tokens,
-            shared: budget.shared,
-            estimate: budget.estimate,
+            keys: &seen(&stored.keys)?,
+            values: &seen(&stored.values)?,
+            tokens: stored.len - start,
+            scale: scoring.scale,
+            clusters: clustered.as_ref().map(|(c, order)| Clustered {
+                sinks: self.settings.sinks,
+                order,
+                mean_keys: &c.mean_keys,
+                mean_values: &c.mean_values,
+                budget: budget.tokens,
+                shared: budget.shared,
+                estimate: budget.estimate,
+            }),
         };
         let output = primitives::attend(&attention, &self.memory)?;
-        Ok(output.map(|output| output.reshape((batch, q_heads, 1, d))).transpose()?)
+        Ok(output.map(|output| output.reshape((batch, q_heads, 1, width))).transpose()?)
     }
 
     /// Any number of rows by Candle's ops, of which a block has scores at a time.

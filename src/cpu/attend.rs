@@ -1,0 +1,316 @@
+//! Attention of one token over a cache, by clusters or over all of it.
+//!
+//! Three passes, each shared out to threads in pieces that do not depend on their number, so that the bits do not either. The mean keys
+//! are scored, for all query heads that share a key head at once. Then every unit chooses: of its best clusters, found by a selection,
+//! tokens are listed up to the budget. Last, what is read is read where it lies ([`softmax`](super::softmax)): tokens before and after
+//! the clusters and mean values by all heads of a key head together, listed tokens by their unit.
+//!
+//! Of each key head that is `tokens - clustered + budget * units` keys and values and all means, once.
+
+use super::{
+    clusters::{logs, Clusters},
+    scalar::Scalar,
+    softmax::{clear, join, padded, state_len, weigh, Lane, Scores, Tile, TILE},
+    tensors::{lock, or, tensor, typed, Element, View},
+};
+use crate::{
+    error::Result,
+    host, launches,
+    operand::{Operand, Readable},
+    request::Attention,
+    rows::Rows,
+    tiles::CPU_ATTEND_ROWS,
+};
+use candle_core::Tensor;
+use pulp::{Simd, WithSimd};
+use std::ops::Range;
+
+const OP: &str = "attend";
+
+pub(crate) fn attend(a: &Attention<'_>) -> Result<Option<Tensor>> {
+    let (b, q_heads, _) = a.q.dims3()?;
+    let rows = |t: &Tensor| Rows::of(Operand::from(t));
+    let means = a.clusters.map_or([a.keys, a.values], |c| [c.mean_keys, c.mean_values]);
+    let [Some(q), Some(keys), Some(values), Some(mean_keys), Some(mean_values)] =
+        [a.q, a.keys, a.values, means[0], means[1]].map(rows)
+    else {
+        return Ok(None);
+    };
+    let lists = a.clusters.map(|c| [&c.order.order, &c.order.offsets]);
+    if lists.is_some_and(|lists| lists.iter().any(|t| !t.is_contiguous())) {
+        return Ok(None);
+    }
+    typed!(a.q.dtype(), T => {
+        let [order, offsets] = [0, 1].map(|i| or(lists.map(|lists| lists[i]), a.q));
+        let inputs: [&dyn Readable; 7] =
+            [&q.operand, &keys.operand, &values.operand, &mean_keys.operand, &mean_values.operand, order, offsets];
+        let [qs, ks, vs, mks, mvs, order, offsets] = lock(inputs);
+        let group = q_heads * b / keys.b;
+        let clusters = match a.clusters {
+            Some(c) => Some(Clusters {
+                keys: mks.view::<T>(&mean_keys)?,
+                values: mvs.view::<T>(&mean_values)?,
+                order: order.flat()?,
+                offsets: offsets.flat()?,
+                units: if c.shared { 1 } else { group },
+                of: c,
+                logs: logs(),
+            }),
+            None => None,
+        };
+        let cache = Cache { q: queries(&qs.view::<T>(&q)?, a.scale)?, keys: ks.view(&keys)?, values: vs.view(&values)?, tokens: a.tokens, group, clusters };
+        launches::record(OP, a.q.dtype().as_str());
+        Ok(Some(tensor(cache.attend()?, (b, q_heads, values.d))?))
+    })
+}
+
+/// All queries, scaled and padded.
+fn queries<T: Element>(q: &View<'_, T>, scale: f64) -> Result<Vec<T::Filter>> {
+    let Rows { b, n, d, .. } = *q.rows;
+    let mut out = host::filled(OP, b * n * padded(d), T::Filter::of(0.0))?;
+    for (i, out) in out.chunks_exact_mut(padded(d)).enumerate() {
+        out.iter_mut().zip(q.row(i / n, i % n)).for_each(|(to, v)| *to = T::Filter::of(v.wide() * scale));
+    }
+    Ok(out)
+}
+
+/// Problems are key heads.
+struct Cache<'a, T: Element> {
+    q: Vec<T::Filter>,
+    keys: View<'a, T>,
+    values: View<'a, T>,
+    tokens: usize,
+    /// Query heads of a key head.
+    group: usize,
+    clusters: Option<Clusters<'a, T>>,
+}
+
+/// Of a problem, what one task reads.
+#[derive(Clone)]
+enum Part {
+    Tokens(Range<usize>),
+    /// Of a unit's list.
+    Listed(usize, Range<usize>),
+    Means(Range<usize>),
+}
+
+/// What has been chosen of the clusters.
+struct Choice<E> {
+    /// Of each problem, tile and head.
+    scores: Vec<Scores<E>>,
+    /// Of each problem and unit: how many tokens each cluster has that are not read, then those that are, counted from the first
+    /// clustered one.
+    lists: Vec<u32>,
+}
+
+impl<T: Element> Cache<'_, T>
+where
+    T::Filter: Lane,
+{
+    fn attend(&self) -> Result<Vec<T>> {
+        let (problems, width, state) = (self.keys.rows.b, self.values.rows.d, state_len(self.values.rows.d));
+        let choice = match &self.clusters {
+            Some(c) => {
+                let scores = self.scores(c)?;
+                Choice { lists: c.choose(&scores, self.group)?, scores }
+            }
+            None => Choice { scores: vec![], lists: vec![] },
+        };
+        // The heads that read each part, and where their states lie, in the same order for each problem.
+        let parts = self.parts();
+        let len = parts.iter().map(|(_, heads)| heads.len() * state).sum::<usize>();
+        let mut states = host::filled(OP, problems * len, T::Filter::of(0.0))?;
+        let tasks = states.chunks_mut(len).enumerate().flat_map(|(p, mut states)| {
+            let of = |(part, heads): &(Part, Range<usize>)| {
+                let (mine, rest) = std::mem::take(&mut states).split_at_mut(heads.len() * state);
+                states = rest;
+                (p, part.clone(), heads.clone(), mine)
+            };
+            parts.iter().map(of).collect::<Vec<_>>()
+        });
+        let steps = CPU_ATTEND_ROWS.min(self.tokens) * (self.keys.rows.d + width) / 2;
+        host::for_each(
+            tasks.collect(),
+            steps,
+            || self.scratch(),
+            |scratch, (p, part, heads, state)| {
+                pulp::Arch::new().dispatch(Read { cache: self, choice: &choice, p, part, heads, state, scratch });
+                Ok(())
+            },
+        )?;
+
+        let mut out = host::filled(OP, problems * self.group * width, T::narrow(0.0))?;
+        let heads = out.chunks_mut(width).enumerate().collect();
+        let join = |sums: &mut Vec<T::Filter>, (i, out): (usize, &mut [T])| {
+            let (of, head) = (&states[i / self.group * len..][..len], i % self.group);
+            let mut at = 0;
+            let states = parts.iter().filter_map(|(_, heads)| {
+                let start = at + head.wrapping_sub(heads.start).wrapping_mul(state);
+                at += heads.len() * state;
+                heads.contains(&head).then(|| &of[start..start + state])
+            });
+            join(states.collect::<Vec<_>>().iter().copied(), sums);
+            out.iter_mut().zip(sums).for_each(|(out, sum)| *out = T::narrow(sum.widen()));
+            Ok(())
+        };
+        host::for_each(heads, parts.len() * width / 4, || vec![T::Filter::of(0.0); width], join)?;
+        Ok(out)
+    }
+
+    fn parts(&self) -> Vec<(Part, Range<usize>)> {
+        let all = 0..self.group;
+        let pieces = |range: Range<usize>, step: usize| {
+            range.clone().step_by(step).map(move |start| start..range.end.min(start + step))
+        };
+        let tokens = |range| pieces(range, CPU_ATTEND_ROWS).map(|r| (Part::Tokens(r), all.clone()));
+        let Some(c) = &self.clusters else { return tokens(0..self.tokens).collect() };
+        let end = c.of.sinks + c.clustered();
+        let mut parts: Vec<_> = tokens(0..c.of.sinks).chain(tokens(end..self.tokens)).collect();
+        let heads = self.group / c.units;
+        for unit in 0..c.units {
+            let listed = pieces(0..c.of.budget, CPU_ATTEND_ROWS).map(|r| Part::Listed(unit, r));
+            parts.extend(listed.map(|part| (part, unit * heads..(unit + 1) * heads)));
+        }
+        if c.of.estimate {
+            parts.extend(pieces(0..c.keys.rows.n, CPU_ATTEND_ROWS).map(|r| (Part::Means(r), all.clone())));
+        }
+        parts
+    }
+
+    /// The scores of all mean keys, minus infinity for clusters without tokens.
+    fn scores(&self, c: &Clusters<'_, T>) -> Result<Vec<Scores<T::Filter>>> {
+        let (problems, group, tiles) = (self.keys.rows.b, self.group, c.tiles());
+        let mut scores = host::filled(OP, problems * tiles * group, [T::Filter::of(0.0); TILE])?;
+        let some = CPU_ATTEND_ROWS / TILE * group;
+        let of =
+            |(p, scores)| <[_]>::chunks_mut(scores, some).enumerate().map(move |(piece, scores)| (p, piece, scores));
+        let tasks = scores.chunks_mut(tiles * group).enumerate().flat_map(of).collect();
+        let steps = CPU_ATTEND_ROWS.min(c.keys.rows.n) * self.keys.rows.d / 2;
+        host::for_each(
+            tasks,
+            steps,
+            || self.scratch(),
+            |scratch, (p, piece, scores)| {
+                let first = piece * CPU_ATTEND_ROWS;
+                pulp::Arch::new().dispatch(Score { cache: self, clusters: c, p, first, scores, scratch });
+                Ok(())
+            },
+        )?;
+        Ok(scores)
+    }
+
+    /// The queries of some heads.
+    fn queries(&self, p: usize, heads: &Range<usize>) -> &[T::Filter] {
+        let step = padded(self.keys.rows.d);
+        &self.q[(p * self.group + heads.start) * step..][..heads.len() * step]
+    }
+
+    fn scratch(&self) -> Scratch<T::Filter> {
+        let zero = T::Filter::of(0.0);
+        let columns = padded(self.keys.rows.d.max(self.values.rows.d));
+        Scratch {
+            rows: vec![zero; TILE * columns],
+            scores: vec![[zero; TILE]; self.group],
+            fades: vec![zero; self.group],
+        }
+    }
+}
+
+/// A task uses this from tile to tile.
+struct Scratch<E> {
+    rows: Vec<E>,
+    scores: Vec<Scores<E>>,
+    fades: Vec<E>,
+}
+
+/// Scores mean keys from `first` on, for all heads. It is a struct for the reason that `Pack` in assign.rs is one.
+struct Score<'a, 'b, T: Element> {
+    cache: &'a Cache<'b, T>,
+    clusters: &'a Clusters<'b, T>,
+    p: usize,
+    first: usize,
+    scores: &'a mut [Scores<T::Filter>],
+    scratch: &'a mut Scratch<T::Filter>,
+}
+
+impl<T: Element> WithSimd for Score<'_, '_, T>
+where
+    T::Filter: Lane,
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { cache, clusters: c, p, first, scores, scratch } = self;
+        let (k, queries) = (c.keys.rows.n, cache.queries(p, &(0..cache.group)));
+        let tile = |first: usize| Tile::of(&c.keys, p, first.min(k) as u32..k as u32);
+        for (first, scores) in (first..).step_by(TILE).zip(scores.chunks_mut(cache.group)) {
+            tile(first).score(simd, queries, &tile(first + TILE), &mut scratch.rows, scores);
+            for t in (0..TILE).filter(|t| first + t < k && c.members(p, first + t).is_empty()) {
+                scores.iter_mut().for_each(|s| s[t] = T::Filter::of(f64::NEG_INFINITY));
+            }
+        }
+    }
+}
+
+/// Reads a part, for some heads.
+struct Read<'a, 'b, T: Element> {
+    cache: &'a Cache<'b, T>,
+    choice: &'a Choice<T::Filter>,
+    p: usize,
+    part: Part,
+    heads: Range<usize>,
+    state: &'a mut [T::Filter],
+    scratch: &'a mut Scratch<T::Filter>,
+}
+
+impl<T: Element> WithSimd for Read<'_, '_, T>
+where
+    T::Filter: Lane,
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { cache, choice, p, part, heads, state, scratch } = self;
+        clear(state, cache.values.rows.d);
+        let scores = &mut scratch.scores[..heads.len()];
+        let fades = &mut scratch.fades[..heads.len()];
+        let (range, list, means) = match (part, &cache.clusters) {
+            (Part::Means(range), Some(c)) => (range, None, Some(c)),
+            (Part::Listed(unit, range), Some(c)) => {
+                (range, Some((c.of.sinks as u32, c.list(&choice.lists, p, unit).1)), None)
+            }
+            (Part::Tokens(range), _) => (range, None, None),
+            _ => unreachable!("only clusters have means and lists"),
+        };
+        let (queries, of) = (cache.queries(p, &heads), means.map_or(&cache.values, |c| &c.values));
+        let token = |i: usize| list.map_or(i as u32, |(first, list)| first + list[i]);
+        let tile = |of, start: usize| Tile::of(of, p, (start.min(range.end)..range.end).map(token));
+        tile(if means.is_some() { of } else { &cache.keys }, range.start).prefetch(0..TILE);
+        for start in range.clone().step_by(TILE) {
+            let values = tile(of, start);
+            match means {
+                Some(c) => choice.estimate(c, p, start, scores),
+                None => tile(&cache.keys, start).score(simd, queries, &values, &mut scratch.rows, scores),
+            }
+            let next = tile(if means.is_some() { of } else { &cache.keys }, start + TILE);
+            weigh(simd, &values, &next, scores, [&mut scratch.rows, fades], state);
+        }
+    }
+}
+
+impl<E: Lane> Choice<E> {
+    /// The scores of the clusters' means from `first` on, a tile, for the tokens that they have left.
+    fn estimate<T: Element<Filter = E>>(&self, c: &Clusters<'_, T>, p: usize, first: usize, scores: &mut [Scores<E>]) {
+        let group = scores.len();
+        scores.copy_from_slice(&self.scores[(p * c.tiles() + first / TILE) * group..][..group]);
+        for (head, scores) in scores.iter_mut().enumerate() {
+            let left = c.list(&self.lists, p, head * c.units / group).0;
+            for (score, &left) in scores.iter_mut().zip(&left[first..]) {
+                let left = c.log(left);
+                *score = if left > E::of(f64::NEG_INFINITY) { score.add(left) } else { left };
+            }
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! The clusters of a cache, and which of them a token's queries read.
+
+use super::{
+    softmax::{fold, larger, Lane, Scores, TILE},
+    tensors::{Element, View},
+};
+use crate::{error::Result, host, request::Clustered};
+use std::ops::Range;
+
+pub(super) struct Clusters<'a, T: Element> {
+    pub(super) keys: View<'a, T>,
+    pub(super) values: View<'a, T>,
+    pub(super) order: &'a [u32],
+    pub(super) offsets: &'a [u32],
+    /// Those of the group that choose alone.
+    pub(super) units: usize,
+    pub(super) of: Clustered<'a>,
+    pub(super) logs: Vec<T::Filter>,
+}
+
+impl<T: Element> Clusters<'_, T>
+where
+    T::Filter: Lane,
+{
+    pub(super) fn tiles(&self) -> usize {
+        self.keys.rows.n.div_ceil(TILE)
+    }
+
+    pub(super) fn clustered(&self) -> usize {
+        self.order.len() / self.keys.rows.b
+    }
+
+    /// The places of a cluster's tokens in the order.
+    pub(super) fn members(&self, p: usize, j: usize) -> Range<usize> {
+        let offsets = &self.offsets[p * (self.keys.rows.n + 1) + j..];
+        offsets[0] as usize..offsets[1] as usize
+    }
+
+    /// Of a unit, the tokens that each cluster has left, and those that are read.
+    pub(super) fn list<'l>(&self, lists: &'l [u32], p: usize, unit: usize) -> (&'l [u32], &'l [u32]) {
+        let len = self.keys.rows.n + self.of.budget;
+        lists[(p * self.units + unit) * len..][..len].split_at(self.keys.rows.n)
+    }
+
+    /// The logarithm of a number of tokens.
+    pub(super) fn log(&self, tokens: u32) -> T::Filter {
+        self.logs.get(tokens as usize).copied().unwrap_or_else(|| log(tokens))
+    }
+
+    /// What each unit reads, as [`list`](Self::list) takes it apart.
+    pub(super) fn choose(&self, scores: &[Scores<T::Filter>], group: usize) -> Result<Vec<u32>> {
+        let (problems, k, tiles) = (self.keys.rows.b, self.keys.rows.n, self.tiles());
+        let mut lists = host::filled("attend", problems * self.units * (k + self.of.budget), 0u32)?;
+        let units = lists.chunks_mut(k + self.of.budget).enumerate().collect();
+        let choose = |ranks: &mut Ranks<T::Filter>, (i, list): (usize, &mut [u32])| {
+            let (p, unit) = (i / self.units, i % self.units);
+            let (left, read) = list.split_at_mut(k);
+            let offsets = &self.offsets[p * (k + 1)..][..k + 1];
+            left.iter_mut().zip(offsets.windows(2)).for_each(|(left, ends)| *left = ends[1] - ends[0]);
+            if read.is_empty() {
+                return Ok(());
+            }
+            let scores = scores[p * tiles * group..][..tiles * group].chunks(group);
+            if self.of.shared {
+                ranks.add_softmaxes(scores, group);
+            } else {
+                ranks.of.clear();
+                ranks.of.extend(scores.map(|tile| tile[unit]));
+            }
+            let order = &self.order[p * self.clustered()..][..self.clustered()];
+            let mut room = read;
+            for &key in ranks.best(left, room.len()) {
+                let j = key as u32 as usize;
+                let members = &order[self.members(p, j)];
+                let taken = members.len().min(room.len());
+                let (now, later) = room.split_at_mut(taken);
+                now.copy_from_slice(&members[..taken]);
+                (room, left[j]) = (later, left[j] - taken as u32);
+            }
+            Ok(())
+        };
+        host::for_each(units, 2 * k * group / self.units, Ranks::default, choose)?;
+        Ok(lists)
+    }
+}
+
+/// The logarithms of numbers of tokens that clusters mostly have.
+pub(super) fn logs<E: Lane>() -> Vec<E> {
+    (0..256).map(log).collect()
+}
+
+fn log<E: Lane>(tokens: u32) -> E {
+    E::of(f64::from(tokens).ln())
+}
+
+/// A task uses this from unit to unit.
+struct Ranks<E> {
+    /// By tiles.
+    of: Vec<Scores<E>>,
+    /// The largest of each tile, and some order of them.
+    largest: Vec<E>,
+    sorted: Vec<E>,
+    keys: Vec<u128>,
+}
+
+impl<E> Default for Ranks<E> {
+    fn default() -> Self {
+        Self { of: vec![], largest: vec![], sorted: vec![], keys: vec![] }
+    }
+}
+
+impl<E: Lane> Ranks<E> {
+    /// Sums of the softmaxes of a group's heads.
+    fn add_softmaxes<'s>(&mut self, scores: impl Iterator<Item = &'s [Scores<E>]> + Clone, group: usize) {
+        let (zero, least) = (E::of(0.0), E::of(f64::NEG_INFINITY));
+        self.of.clear();
+        self.of.resize(scores.clone().count(), [zero; TILE]);
+        for head in 0..group {
+            let of_head = || scores.clone().map(|tile| tile[head]);
+            let max = of_head().fold(least, |max, tile| larger(fold(tile, larger), max));
+            let weights = || of_head().map(|tile| tile.map(|score| score.sub(max).exp()));
+            let total = weights().fold(zero, |sum, tile| sum.add(fold(tile, E::add)));
+            let share = E::of(1.0 / total.widen());
+            for (rank, weight) in self.of.iter_mut().flatten().zip(weights().flatten()) {
+                *rank = rank.add(weight.mul(share));
+            }
+        }
+    }
+
+    /// The best clusters in order, so many of those that have tokens, `sizes`, that they have `budget`; an index in the last bits of each.
+    fn best(&mut self, sizes: &[u32], budget: usize) -> &[u128] {
+        let least = E::of(f64::NEG_INFINITY);
+        // NaN is one of minus infinity.
+        self.of.iter_mut().flatten().for_each(|rank| *rank = larger(*rank, least));
+        self.largest.clear();
+        self.largest.extend(self.of.iter().map(|&tile| fold(tile, larger)));
+        let total = sizes.iter().map(|&size| size as usize).sum::<usize>();
+        let tokens = |keys: &[u128]| keys.iter().map(|&key| sizes[key as u32 as usize] as usize).sum::<usize>();
+        // Twice what clusters of average size take.
+        let mut count = 2 * budget * sizes.len() / total + 1;
+        loop {
+            // As many tiles have a rank that is not below this: so have, at least, the best clusters of that number.
+            let bar = if count < self.largest.len() {
+                self.sorted.clone_from(&self.largest);
+                let descending = |a: &E, b: &E| b.partial_cmp(a).expect("no rank is NaN");
+                *self.sorted.select_nth_unstable_by(count, descending).1
+            } else {
+                least
+            };
+            self.keys.clear();
+            for (i, tile) in self.of.iter().enumerate().filter(|&(i, _)| self.largest[i] >= bar) {
+                let tile = tile.iter().zip(&sizes[i * TILE..]).enumerate();
+                let good = tile.filter(|(_, (&rank, &size))| rank >= bar && size > 0);
+                self.keys.extend(good.map(|(t, (rank, _))| key(rank.widen(), i * TILE + t)));
+            }
+            if bar == least || tokens(&self.keys) >= budget {
+                break;
+            }
+            count *= 2;
+        }
+        // Clusters may be smaller than that: of all of them few are sorted, too.
+        while count < self.keys.len() {
+            self.keys.select_nth_unstable(count);
+            if tokens(&self.keys[..count]) >= budget {
+                break;
+            }
+            count *= 2;
+        }
+        self.keys.truncate(count);
+        self.keys.sort_unstable();
+        &self.keys
+    }
+}
+
+/// A number that is the less the higher the rank, and the index, by which equal ones go. Both zeros are one.
+fn key(rank: f64, index: usize) -> u128 {
+    let bits = (rank + 0.0).to_bits();
+    let ascending = if bits >> 63 == 1 { !bits } else { bits | 1 << 63 };
+    u128::from(!ascending) << 32 | index as u128
+}
