@@ -31,8 +31,8 @@ struct Args {
     /// The other text, on which its codebooks are trained
     #[arg(long, default_value = PROSE)]
     other_text: PathBuf,
-    /// Tokens of the prompt, and of the other text
-    #[arg(long, default_value_t = 768)]
+    /// Tokens of the prompt, and of the other text; codebooks cost a short prompt more than they save
+    #[arg(long, default_value_t = 2048)]
     tokens: usize,
     /// Tokens after it that are scored
     #[arg(long, default_value_t = 64)]

@@ -32,7 +32,7 @@ struct Args {
     #[arg(long, default_value_t = 256)]
     tokens: usize,
     /// Levels of a row
-    #[arg(long, value_delimiter = ',', default_values_t = [8])]
+    #[arg(long, value_delimiter = ',', default_values_t = [4, 8, 16])]
     levels: Vec<usize>,
     /// Blocks that are quantised, from the first on
     #[arg(long, default_value_t = 4)]
