@@ -10,7 +10,7 @@
 use anyhow::{ensure, Context, Result};
 use candle_core::DType;
 use clap::Parser;
-use methods::{Method, Prompt, RECENT, SINKS};
+use methods::{Grouping, Method, Prompt, RECENT, SINKS};
 use models::{backend::Backend, chart, progress::progress, score::Score, smollm2::SmolLm2, CODE};
 use std::{fs, path::PathBuf};
 
@@ -38,6 +38,9 @@ struct Args {
     /// Tokens in a page, and in a cluster on average
     #[arg(long, default_value_t = 16)]
     group: usize,
+    /// Most tokens of the prompt that are clustered together
+    #[arg(long, default_value_t = 4096)]
+    max_segment: usize,
     /// Ask for hidden digits in so many prompts instead
     #[arg(long, value_name = "CASES")]
     passkey: Option<usize>,
@@ -48,10 +51,17 @@ struct Args {
     out: PathBuf,
 }
 
+impl Args {
+    fn grouping(&self) -> Grouping {
+        Grouping { group: self.group, max_segment: self.max_segment }
+    }
+}
+
 fn main() -> Result<()> {
     let args = Args::parse();
     let near = SINKS + RECENT;
     ensure!(args.group > 0, "--group 0: a cluster has tokens");
+    ensure!(args.max_segment > 0, "--max-segment 0: a segment has tokens");
     ensure!(args.tokens >= near + args.group, "--tokens {}: at least {} are needed", args.tokens, near + args.group);
     ensure!(args.scored > 0, "--scored 0: there is nothing to measure");
     ensure!(args.budgets.iter().all(|&b| b >= args.group), "--budgets: a page has {} tokens", args.group);
@@ -69,7 +79,7 @@ fn score(model: &SmolLm2, ids: &[u32], args: &Args, dtype: DType) -> Result<()> 
     let (tokens, end) = (args.tokens, args.tokens + args.scored);
     ensure!(ids.len() > end, "{} has {} tokens, {} are needed", args.text.display(), ids.len(), end + 1);
     let bar = progress(model.dims.layers, "prompt")?;
-    let mut prompt = Prompt::new(model, &ids[..tokens], args.group, dtype, args.scored, &bar)?;
+    let mut prompt = Prompt::new(model, &ids[..tokens], args.grouping(), dtype, args.scored, &bar)?;
     bar.finish_and_clear();
     report(&prompt, model, tokens);
 

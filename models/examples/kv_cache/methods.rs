@@ -41,6 +41,15 @@ impl Method {
     }
 }
 
+/// How tokens of a prompt become clusters and pages.
+#[derive(Clone, Copy)]
+pub struct Grouping {
+    /// Tokens in a page, and in a cluster on average.
+    pub group: usize,
+    /// Most tokens that are clustered together.
+    pub max_segment: usize,
+}
+
 /// A prompt, in a cache for every block.
 pub struct Prompt {
     tokens: usize,
@@ -57,14 +66,14 @@ impl Prompt {
     pub fn new(
         model: &SmolLm2,
         ids: &[u32],
-        group: usize,
+        Grouping { group, max_segment }: Grouping,
         dtype: DType,
         room: usize,
         bar: &ProgressBar,
     ) -> Result<Self> {
         let new = || {
             let cache = ClusteredKvCache::new(ids.len() + room).sinks(SINKS).recent(RECENT);
-            cache.cluster_size(group).segment(1)
+            cache.cluster_size(group).segment(1).max_segment(max_segment)
         };
         let caches = || (0..model.dims.layers).map(|_| new()).collect::<Vec<_>>();
         let (mut clusters, mut pages) = (caches(), caches());

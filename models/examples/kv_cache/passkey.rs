@@ -19,7 +19,7 @@ const AFTER: &str = "\n\nWhat is the pass key?<|im_end|>\n<|im_start|>assistant\
 /// Hides a number at evenly spaced depths of prompts of so many `tokens`, made of pieces of `text`, and counts exact answers.
 /// The question is asked after the prompt has been compressed.
 pub fn run(model: &SmolLm2, text: &[u32], args: &Args, cases: usize, dtype: DType) -> Result<()> {
-    let Args { tokens, group, ref budgets, .. } = *args;
+    let Args { tokens, ref budgets, .. } = *args;
     ensure!(cases > 0, "--passkey 0: there is nothing to measure");
     let settings: Vec<_> = [(Method::Full, tokens)]
         .into_iter()
@@ -39,7 +39,7 @@ pub fn run(model: &SmolLm2, text: &[u32], args: &Args, cases: usize, dtype: DTyp
         let start = rng.random_range(0..text.len() - straw);
         let (straw, depth) = (&text[start..start + straw], straw * (2 * case + 1) / (2 * cases));
         let ids = [&before[..], &straw[..depth], &needle, &straw[depth..]].concat();
-        let mut prompt = Prompt::new(model, &ids, group, dtype, after.len() + DIGITS, &bar)?;
+        let mut prompt = Prompt::new(model, &ids, args.grouping(), dtype, after.len() + DIGITS, &bar)?;
 
         // Digits are said one by one, so the greedy answer is right if each is the likeliest after those before it.
         let asked = [&after[..], &digits[..DIGITS - 1]].concat();

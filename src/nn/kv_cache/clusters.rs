@@ -1,6 +1,6 @@
 //! The clusters of tokens, a segment at a time.
 
-use super::{ClusteredKvCache, Stored, MAX_TOKENS};
+use super::{ClusteredKvCache, Settings, Stored, MAX_TOKENS};
 use crate::{
     error::{Error, Result},
     functional::{self, sort_by_cluster},
@@ -82,14 +82,15 @@ impl KvClusters {
 }
 
 impl ClusteredKvCache {
-    /// Clusters the tokens between the last segment and the recent ones as a new segment, if they are enough for one, and
-    /// says whether it did. The clusters are k-means' from evenly spaced keys, by squared Euclidean distance. The host waits for
-    /// the search for non-finite keys and the check of the labels.
+    /// Clusters the tokens between the last segment and the recent ones as new segments, if they are enough for one, and
+    /// says whether it did. There are as few segments as [`max_segment`](Self::max_segment) allows, and all of a length are one
+    /// batched call. The clusters of a segment are k-means' from evenly spaced keys, by squared Euclidean distance. The host
+    /// waits for the search for non-finite keys and the check of the labels.
     ///
     /// # Errors
-    /// Refuses clusters of no tokens, and non-finite keys, by their token and the batch element among all heads: those have to
-    /// be taken back by [`truncate`](Self::truncate) or [`reset`](Self::reset). Fails as [`KMeans::fit`]. The cache is as
-    /// before then.
+    /// Refuses clusters and segments of no tokens, and non-finite keys, by their token and the batch element among all heads:
+    /// those have to be taken back by [`truncate`](Self::truncate) or [`reset`](Self::reset). Fails as [`KMeans::fit`]. The
+    /// cache is as before then.
     pub fn cluster(&mut self) -> Result<bool> {
         Self::cluster_layers([self])
     }
@@ -102,27 +103,24 @@ impl ClusteredKvCache {
     pub fn cluster_layers<'a>(layers: impl IntoIterator<Item = &'a mut Self>) -> Result<bool> {
         let mut layers: Vec<_> = layers.into_iter().collect();
         let Some(first) = layers.first() else { return Ok(false) };
-        if first.settings.cluster_size == 0 {
-            return Err(Error::Range { argument: "cluster_size", got: 0, min: 1, max: MAX_TOKENS });
+        let Settings { cluster_size, max_segment, segment, .. } = first.settings;
+        for (argument, got) in [("cluster_size", cluster_size), ("max_segment", max_segment)] {
+            if got == 0 {
+                return Err(Error::Range { argument, got, min: 1, max: MAX_TOKENS });
+            }
         }
         let waiting = first.waiting();
         layers[1..].iter().try_for_each(|layer| first.check_alike(layer))?;
         let none = first.stored.as_ref().is_none_or(|stored| stored.keys.elem_count() == 0);
-        if none || waiting.is_empty() || waiting.len() < first.settings.segment {
+        if none || waiting.is_empty() || waiting.len() < segment {
             return Ok(false);
         }
         for layer in &layers {
             layer.stored.as_ref().map_or(Ok(()), |s| layer.fence.write(s.keys.device()))?;
         }
-        let (m, passes) = (waiting.len(), layers[0].settings.passes);
-        let k = m.div_ceil(layers[0].settings.cluster_size);
         let keys = stacked(&layers, |s| &s.keys, &waiting)?;
-        // Evenly spaced keys, and not random ones: they do not depend on which layers are clustered together.
-        let settings = KMeans::new(k).init(Init::Even).max_iters(passes);
-        let mut fit = settings.prepare(keys.shape(), keys.dtype(), keys.device())?;
-        fit.run(&keys).map_err(|error| named_by_token(error, &waiting))?;
-        let labels = fit.labels();
-        Self::add_segment(&mut layers, &keys, labels, k)?;
+        let (labels, k) = segment_labels(&keys, &layers[0].settings, waiting.start)?;
+        Self::add_segments(&mut layers, &keys, &labels, k)?;
         Ok(true)
     }
 
@@ -148,7 +146,7 @@ impl ClusteredKvCache {
         }
         self.fence.write(labels.device())?;
         let keys = stored.keys.narrow(2, waiting.start, waiting.len())?;
-        Self::add_segment(&mut [self], &keys, labels, k)
+        Self::add_segments(&mut [self], &keys, labels, k)
     }
 
     fn check_alike(&self, other: &Self) -> Result<()> {
@@ -174,8 +172,8 @@ impl ClusteredKvCache {
         Ok(())
     }
 
-    /// Adds a segment of the waiting tokens to each layer; `keys` and `labels` are stacked along the batch.
-    fn add_segment(layers: &mut [&mut Self], keys: &Tensor, labels: &Tensor, k: usize) -> Result<()> {
+    /// Adds the segments of the waiting tokens, `k` clusters in all, to each layer; `keys` and `labels` are stacked along the batch.
+    fn add_segments(layers: &mut [&mut Self], keys: &Tensor, labels: &Tensor, k: usize) -> Result<()> {
         let values = stacked(layers, |s| &s.values, &layers[0].waiting())?;
         let all = KvClusters::new(keys, &values, labels, k)?;
         let batch = all.labels.dims()[0] / layers.len();
@@ -190,10 +188,38 @@ impl ClusteredKvCache {
     }
 }
 
-/// Says which token of the cache is not finite, where a fit says which row.
-fn named_by_token(error: Error, waiting: &Range<usize>) -> Error {
+/// The clusters of keys `(batch, kv_heads, m, d)`, cut into as few segments as may be, and how many clusters those are. The first key is
+/// the token `first` of the cache.
+fn segment_labels(keys: &Tensor, settings: &Settings, first: usize) -> Result<(Tensor, usize)> {
+    let (batch, kv_heads, m, d) = keys.dims4()?;
+    let count = m.div_ceil(settings.max_segment);
+    let (len, longer) = (m / count, m % count);
+    let (mut labels, mut start, mut k) = (vec![], 0, 0);
+    for (segments, len) in [(longer, len + 1), (count - longer, len)] {
+        if segments == 0 {
+            continue;
+        }
+        let rows = keys.narrow(2, start, segments * len)?.reshape((batch, kv_heads, segments, len, d))?;
+        let of_each = len.div_ceil(settings.cluster_size);
+        // Evenly spaced keys, and not random ones: they do not depend on which layers and segments are clustered together.
+        let kmeans = KMeans::new(of_each).init(Init::Even).max_iters(settings.passes);
+        let mut fit = kmeans.prepare(rows.shape(), rows.dtype(), rows.device())?;
+        fit.run(&rows).map_err(|error| named_by_token(error, segments, len, first + start))?;
+        let before = Tensor::from_iter((0..segments).map(|i| (k + i * of_each) as u32), rows.device())?;
+        let numbered = fit.labels().broadcast_add(&before.reshape((segments, 1))?)?;
+        labels.push(numbered.reshape((batch, kv_heads, segments * len))?);
+        (start, k) = (start + segments * len, k + segments * of_each);
+    }
+    Ok((Tensor::cat(&labels, 2)?, k))
+}
+
+/// Says which token of the cache is not finite, where a fit of `segments` for each head, of `len` tokens from `first` on, says which row.
+fn named_by_token(error: Error, segments: usize, len: usize, first: usize) -> Error {
     match error {
-        Error::NonFinite { batch, row, .. } => Error::NonFinite { argument: "k", batch, row: waiting.start + row },
+        Error::NonFinite { batch, row, .. } => {
+            let row = first + batch % segments * len + row;
+            Error::NonFinite { argument: "k", batch: batch / segments, row }
+        }
         error => error,
     }
 }

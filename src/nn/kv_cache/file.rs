@@ -17,12 +17,13 @@ impl ClusteredKvCache {
     /// # Errors
     /// Fails where writing does.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let Settings { sinks, recent, cluster_size, segment, passes } = self.settings;
+        let Settings { sinks, recent, cluster_size, segment, max_segment, passes } = self.settings;
         let numbers = [
             ("sinks", sinks),
             ("recent", recent),
             ("cluster_size", cluster_size),
             ("segment", segment),
+            ("max_segment", max_segment),
             ("passes", passes),
             ("max_seq_len", self.max_seq_len),
             ("evicted", self.evicted),
@@ -61,6 +62,7 @@ impl ClusteredKvCache {
             recent: number("recent")?,
             cluster_size: number("cluster_size")?,
             segment: number("segment")?,
+            max_segment: number("max_segment")?,
             passes: number("passes")?,
         };
         let (max_seq_len, last) = (number("max_seq_len")?, number("last_start")?);

@@ -34,8 +34,8 @@ const MAX_ELEMENTS: usize = u32::MAX as usize - 1024;
 /// 0        sinks                              clustered        current_seq_len
 /// | exact  | segment, k clusters | segment, .. | recent: exact  |
 /// ```
-/// [`append`](Self::append) only stores. [`cluster`](Self::cluster) groups what has grown old since it last did, as a new
-/// segment with clusters of its own, and [`cluster_layers`](Self::cluster_layers) does so for all layers of a model in one
+/// [`append`](Self::append) only stores. [`cluster`](Self::cluster) groups what has grown old since it last did, as new
+/// segments with clusters of their own, and [`cluster_layers`](Self::cluster_layers) does so for all layers of a model in one
 /// batched call: once after the prompt, then once a step. Keys are those that queries meet, after any rotation by position.
 ///
 /// A clone goes on by itself: it shares what is stored until either writes, which copies first, so that any number of clones of a
@@ -91,14 +91,15 @@ struct Settings {
     recent: usize,
     cluster_size: usize,
     segment: usize,
+    max_segment: usize,
     passes: usize,
 }
 
 impl ClusteredKvCache {
     /// An empty cache with room for `max_seq_len` tokens, growing by as many. 4 sinks, at least 64 recent tokens, 16 tokens
-    /// a cluster on average, segments of at least 128 tokens, 4 passes of k-means.
+    /// a cluster on average, segments of 128 to 4,096 tokens, 4 passes of k-means.
     pub fn new(max_seq_len: usize) -> Self {
-        let settings = Settings { sinks: 4, recent: 64, cluster_size: 16, segment: 128, passes: 4 };
+        let settings = Settings { sinks: 4, recent: 64, cluster_size: 16, segment: 128, max_segment: 4096, passes: 4 };
         let (fence, memory) = (Fence::default(), Memory::kept());
         Self { fence, settings, max_seq_len, stored: None, clusters: None, padding: None, evicted: 0, memory }
     }
@@ -124,6 +125,13 @@ impl ClusteredKvCache {
     /// The fewest tokens that are clustered at once.
     pub fn segment(mut self, tokens: usize) -> Self {
         self.settings.segment = tokens;
+        self
+    }
+
+    /// The most tokens of a segment. More of them that wait, as after a long prompt, become segments whose lengths differ by one token
+    /// at most, each with clusters of its own: k-means takes time in proportion to the tokens then, and not to their square.
+    pub fn max_segment(mut self, tokens: usize) -> Self {
+        self.settings.max_segment = tokens;
         self
     }
 
