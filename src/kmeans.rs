@@ -259,11 +259,11 @@ impl KMeans {
     /// Shares a tensor on the CPU out to these GPUs, for [`fit`](Self::fit) and [`fit_predict`](Self::fit_predict). The result is on
     /// the CPU, with the same bits whatever the number of GPUs.
     ///
-    /// Of `(n, d)` each has a part of the rows, in a fit of [`fit_stream`](Self::fit_stream), whose start and refusals it shares. The
+    /// Each has a part of the rows `(n, d)`, in a fit of [`fit_stream`](Self::fit_stream), whose start and refusals it shares. The
     /// rows need not fit in the memory of all GPUs: those without room stay where they are and are read in every iteration.
     ///
-    /// Of a batch, `(..batch, n, d)`, each GPU has whole problems, as many as the others but for one, which have to fit in its memory.
-    /// Where there are fewer problems than GPUs, some have none. [Processes](Devices::Launched) fit batches of their own.
+    /// Each has whole problems of a batch, `(..batch, n, d)`, as many as the others but for one, which have to fit in its memory. Some
+    /// have none if there are fewer problems than GPUs. [Processes](Devices::Launched) fit batches of their own.
     ///
     /// ```no_run
     /// use candle_core::{Device, Tensor};

@@ -35,7 +35,7 @@ use std::{cell::Cell, io::Cursor};
 
 thread_local!(static BUDGET: Cell<KvBudget> = const { Cell::new(KvBudget::new(usize::MAX)) });
 
-/// What the patched models make their layers with. Segments are short, so that a test's tokens are clustered several times.
+/// The layers that the patched models make. Segments are short, so that a test's tokens are clustered several times.
 pub fn attention() -> ClusteredAttention {
     let cache = ClusteredKvCache::new(64).sinks(2).recent(8).cluster_size(4).segment(8);
     ClusteredAttention::new(cache, BUDGET.get())
@@ -350,7 +350,7 @@ fn quantized_llama() -> Result<()> {
     check(|| Ok([quantized_llama!(original, &bytes), quantized_llama!(models, &bytes)]))
 }
 
-/// What is promised of the patches: that they are short.
+/// The patches are as short as is promised.
 #[test]
 fn patches_add_ten_lines_at_most() {
     for entry in std::fs::read_dir("drop_in").unwrap() {

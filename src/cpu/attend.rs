@@ -5,7 +5,7 @@
 //! tokens are listed up to the budget. Last, what is read is read where it lies ([`softmax`](super::softmax)): tokens before and after
 //! the clusters and mean values by all heads of a key head together, listed tokens by their unit.
 //!
-//! Of each key head that is `tokens - clustered + budget * units` keys and values and all means, once.
+//! A key head costs `tokens - clustered + budget * units` reads of a key and a value, and one of each mean.
 
 use super::{
     clusters::{logs, Clusters},
@@ -85,21 +85,21 @@ struct Cache<'a, T: Element> {
     clusters: Option<Clusters<'a, T>>,
 }
 
-/// Of a problem, what one task reads.
+/// The part of a problem that one task reads.
 #[derive(Clone)]
 enum Part {
     Tokens(Range<usize>),
-    /// Of a unit's list.
+    /// Tokens of a unit's list.
     Listed(usize, Range<usize>),
     Means(Range<usize>),
 }
 
-/// What has been chosen of the clusters.
+/// The clusters' scores, and the tokens that were chosen by them.
 struct Choice<E> {
-    /// Of each problem, tile and head.
+    /// A tile's, for each head, for each tile and problem.
     scores: Vec<Scores<E>>,
-    /// Of each problem and unit: how many tokens each cluster has that are not read, then those that are, counted from the first
-    /// clustered one.
+    /// A list for each problem and unit: the number of tokens of each cluster that are not read, then the tokens that are, counted from
+    /// the first clustered one.
     lists: Vec<u32>,
 }
 

@@ -12,7 +12,7 @@ pub(super) struct Clusters<'a, T: Element> {
     pub(super) values: View<'a, T>,
     pub(super) order: &'a [u32],
     pub(super) offsets: &'a [u32],
-    /// Those of the group that choose alone.
+    /// The number of choices that a group's heads make: one together, or one each.
     pub(super) units: usize,
     pub(super) of: Clustered<'a>,
     pub(super) logs: Vec<T::Filter>,
@@ -36,7 +36,7 @@ where
         offsets[0] as usize..offsets[1] as usize
     }
 
-    /// Of a unit, the tokens that each cluster has left, and those that are read.
+    /// The numbers of tokens that a unit leaves of each cluster, and the tokens that it reads.
     pub(super) fn list<'l>(&self, lists: &'l [u32], p: usize, unit: usize) -> (&'l [u32], &'l [u32]) {
         let len = self.keys.rows.n + self.of.budget;
         lists[(p * self.units + unit) * len..][..len].split_at(self.keys.rows.n)
@@ -47,7 +47,7 @@ where
         self.logs.get(tokens as usize).copied().unwrap_or_else(|| log(tokens))
     }
 
-    /// What each unit reads, as [`list`](Self::list) takes it apart.
+    /// The lists of all units, which [`list`](Self::list) takes apart.
     pub(super) fn choose(&self, scores: &[Scores<T::Filter>], group: usize) -> Result<Vec<u32>> {
         let (problems, k, tiles) = (self.keys.rows.b, self.keys.rows.n, self.tiles());
         let mut lists = host::filled("attend", problems * self.units * (k + self.of.budget), 0u32)?;

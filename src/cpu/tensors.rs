@@ -92,7 +92,7 @@ element!(f64, f64, |v| v, copy_row, Some, |v| v);
 /// By integers, in a loop that vectorises with what the processor has: `half` converts eight at a time, by a call.
 #[inline(always)]
 fn f16_row(row: &[f16], out: &mut [f32]) {
-    /// What an exponent is larger by in f32, and one more: the least exponent of normal numbers, at which a subnormal one is a difference.
+    /// The difference of an exponent in f32, and one more: the least exponent of normal numbers, at which a subnormal one is a difference.
     const BIAS: u32 = 112 << 23;
     const ONE: u32 = 1 << 23;
     for (out, v) in out.iter_mut().zip(row) {

@@ -104,12 +104,12 @@ impl ClusteredAttention {
         self.cache.current_seq_len().saturating_add(self.cache.evicted())
     }
 
-    /// What is stored, and its clusters.
+    /// The tokens that are stored, and their clusters.
     pub fn cache(&self) -> &ClusteredKvCache {
         &self.cache
     }
 
-    /// What is stored, to reorder the sequences of a batch or to forget tokens.
+    /// The same to change: to reorder the sequences of a batch, or to forget tokens.
     pub fn cache_mut(&mut self) -> &mut ClusteredKvCache {
         &mut self.cache
     }
@@ -122,7 +122,7 @@ impl ClusteredAttention {
     /// Says how many tokens of padding each sequence of the next prompt begins with: [`ClusteredKvCache::left_padding`].
     ///
     /// # Errors
-    /// As it has.
+    /// Those of [`ClusteredKvCache::left_padding`].
     pub fn left_padding(&mut self, tokens: &Tensor) -> Result<()> {
         self.cache.left_padding(tokens)
     }
@@ -198,7 +198,7 @@ impl ClusteredAttention {
     /// nothing to cluster, may be among them.
     ///
     /// # Errors
-    /// As it has.
+    /// Those of [`ClusteredKvCache::cluster_layers`].
     pub fn cluster_layers<'a>(layers: impl IntoIterator<Item = &'a mut Self>) -> Result<bool> {
         let layers = layers.into_iter().filter(|layer| layer.window.is_none());
         ClusteredKvCache::cluster_layers(layers.map(|layer| &mut layer.cache))

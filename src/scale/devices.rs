@@ -128,7 +128,7 @@ impl Place {
     }
 
     /// Lets ranks work on problems of their own, of `b`, each on its device, and returns what they return, in the order of the problems.
-    /// Where there are fewer problems than devices, the last devices have none.
+    /// The last devices have none if there are fewer problems.
     pub fn run_problems<T: Send>(
         &self,
         b: usize,

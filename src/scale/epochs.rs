@@ -95,7 +95,7 @@ impl MiniBatch {
         }
         epochs.check(source, options)?;
         let weights = Weights::new(kmeans, &p, None, &Device::Cpu)?;
-        // What weighs nothing is no seed.
+        // A row that weighs nothing is no seed.
         let settings = &kmeans.clone().check_finite(false);
         let start = Seeds { settings, p: &p, source, weights: weights.as_ref(), device }.centroids(0)?;
         let mut running = Self::new(&start.squeeze(0)?, kmeans.metric)?;

@@ -41,7 +41,7 @@ pub(super) struct Streamed<'a> {
     is_last: bool,
 }
 
-/// Where the labels of a run's last pass go.
+/// The destination of the labels of a run's last pass.
 #[derive(Clone, Copy)]
 pub(super) enum LabelsTo<'a> {
     /// To memory, in which they are from pass to pass.

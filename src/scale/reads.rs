@@ -179,7 +179,7 @@ pub(super) fn is_sent_in_place(source: &Source<'_>, device: &Device) -> Result<b
 
 /// The pieces of memory that these rows lie in, of a source of which all do.
 fn in_memory<'s>(source: &'s Source<'_>, rows: &Range<usize>) -> Result<Vec<&'s [u8]>> {
-    // Where they lie is up to the caller's `AsRef`.
+    // The caller's `AsRef` says where they lie, and may say something else each time.
     let moved =
         || Error::Conflict { argument: "data", got: "rows elsewhere".into(), with: "where they lay before".into() };
     source.in_memory(rows.start as u64..rows.end as u64).ok_or_else(moved)

@@ -59,8 +59,7 @@ impl KMeans {
 
     /// The settings of these problems of a batch, on a device.
     fn of_problems(&self, p: &Problem, problems: &Range<usize>, device: &Device) -> Result<Self> {
-        // What has no batch, but only as many dimensions as a problem has, is for all problems. Of a view Candle would send all that it
-        // is a view of.
+        // A tensor of no more dimensions than a problem has is for all of them. Candle would send a view with all that it is a view of.
         let part = |t: &Tensor, dims: usize| {
             let t = match t.rank() > dims {
                 true => t.flatten(0, p.batch.len() - 1)?.narrow(0, problems.start, problems.len())?,

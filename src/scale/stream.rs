@@ -200,7 +200,7 @@ impl Shared<'_> {
         let plan = DevicePlan::new(&whole, source, options, rows)?;
         announce(&plan);
         let mut feed = Streamed::new(source, whole, ranks, &plan, reporter);
-        // Of several runs it is not known before they are over which labels are those of the fit.
+        // The best of several runs is not known before they are over, and so the fit's labels are not.
         let after_all_runs = label_file.filter(|_| settings.n_init > 1);
         match label_file {
             Some(_) if after_all_runs.is_some() => feed.set_labels_to(LabelsTo::Nowhere),

@@ -26,8 +26,7 @@ pub(in crate::nn) struct Scoring<'a> {
     pub softcap: Option<f64>,
     /// A row sees so many tokens, its own among them. Only where all are read.
     pub window: Option<usize>,
-    /// What is added to the scores, `(1 or batch, 1 or heads, rows, tokens)`, and then alone says what a row sees. Only where all are
-    /// read.
+    /// A term of the scores, `(1 or batch, 1 or heads, rows, tokens)`, which then alone says what a row sees. Only if all are read.
     pub mask: Option<&'a Tensor>,
 }
 
@@ -199,7 +198,7 @@ impl ClusteredKvCache {
             let (from, to) = (range.start.max(first), range.end.min(end));
             let [start, stop] = [all_see.start, all_see.end].map(|at| at.clamp(from, to.max(from)));
             let [early, middle, late] = [from..start, start..stop, stop..to];
-            // Behind the last start and without a window, the padding is the same for all rows.
+            // All rows have the same padding behind the last start, if there is no window.
             let of_padding = position >= last_start && window == usize::MAX;
             let rows = if of_padding { position..position + 1 } else { position..end };
             if !early.is_empty() {

@@ -1,6 +1,6 @@
 //! The budget of tokens that are read of a cache.
 
-/// What a cluster costs, of which the mean is scored, ranked and weighed, in tokens that are read in a row.
+/// The cost of a cluster, whose mean is scored, ranked and weighed, in tokens that are read in a row.
 const CLUSTER: f64 = 1.5;
 /// The same for a token that is read by its place, by one query head. Both were measured on a CPU (`examples/decode.rs`, 32,768 tokens of 8
 /// heads of 128 columns in f32, four query heads to each): 1.3, and 1.4 to 1.8.

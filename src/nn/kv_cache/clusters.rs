@@ -41,8 +41,8 @@ impl KvClusters {
         Ok(Self { labels, order, offsets, sizes, mean_keys: mean_keys?, mean_values: mean_values? })
     }
 
-    /// What is left of the clusters where of their tokens only `kept` are, whose keys and values are given. Clusters at the ends of
-    /// which nothing is left in any head are gone, and the others numbered from 0.
+    /// The clusters of the tokens `kept` alone, whose keys and values are given. Clusters at the ends that have no token left in any head
+    /// are gone, and the others numbered from 0.
     pub(super) fn cut(&self, kept: Range<usize>, keys: &Tensor, values: &Tensor) -> Result<Self> {
         let labels = self.labels.narrow(2, kept.start, kept.len())?;
         if labels.elem_count() == 0 {

@@ -9,7 +9,7 @@ use crate::{
 use candle_core::{DType, Tensor};
 use std::sync::Arc;
 
-/// Which tokens of a batch are padding.
+/// The tokens of a batch that are padding.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Padding {
     /// The first token of each sequence that is no padding.
