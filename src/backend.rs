@@ -56,7 +56,7 @@ pub(crate) trait Backend {
         Ok(())
     }
 
-    /// Whether copies take these bytes from where they lie while the thread that asks for them goes on.
+    /// True if these bytes are page-locked: copies take them from where they lie while the thread that asks for them goes on.
     fn is_page_locked(&self, _: &Device, _bytes: &[u8]) -> Result<bool> {
         Ok(false)
     }
@@ -129,7 +129,7 @@ pub(crate) trait Backend {
         Ok(false)
     }
 
-    /// Whether [`attend`](Self::attend) has a kernel for all tokens of a cache, without clusters.
+    /// True if [`attend`](Self::attend) has a kernel for all tokens of a cache, without clusters.
     fn attends_to_all(&self) -> bool {
         false
     }

@@ -121,12 +121,12 @@ where
         let len = parts.iter().map(|(_, heads)| heads.len() * state).sum::<usize>();
         let mut states = host::filled(OP, problems * len, T::Filter::of(0.0))?;
         let tasks = states.chunks_mut(len).enumerate().flat_map(|(p, mut states)| {
-            let of = |(part, heads): &(Part, Range<usize>)| {
+            let task = |(part, heads): &(Part, Range<usize>)| {
                 let (mine, rest) = std::mem::take(&mut states).split_at_mut(heads.len() * state);
                 states = rest;
                 (p, part.clone(), heads.clone(), mine)
             };
-            parts.iter().map(of).collect::<Vec<_>>()
+            parts.iter().map(task).collect::<Vec<_>>()
         });
         let steps = CPU_ATTEND_ROWS.min(self.tokens) * (self.keys.rows.d + width) / 2;
         host::for_each(
@@ -181,10 +181,11 @@ where
     fn scores(&self, c: &Clusters<'_, T>) -> Result<Vec<Scores<T::Filter>>> {
         let (problems, group, tiles) = (self.keys.rows.b, self.group, c.tiles());
         let mut scores = host::filled(OP, problems * tiles * group, [T::Filter::of(0.0); TILE])?;
-        let some = CPU_ATTEND_ROWS / TILE * group;
-        let of =
-            |(p, scores)| <[_]>::chunks_mut(scores, some).enumerate().map(move |(piece, scores)| (p, piece, scores));
-        let tasks = scores.chunks_mut(tiles * group).enumerate().flat_map(of).collect();
+        let piece_len = CPU_ATTEND_ROWS / TILE * group;
+        let pieces = |(p, scores)| {
+            <[_]>::chunks_mut(scores, piece_len).enumerate().map(move |(piece, scores)| (p, piece, scores))
+        };
+        let tasks = scores.chunks_mut(tiles * group).enumerate().flat_map(pieces).collect();
         let steps = CPU_ATTEND_ROWS.min(c.keys.rows.n) * self.keys.rows.d / 2;
         host::for_each(
             tasks,

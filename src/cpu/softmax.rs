@@ -143,8 +143,8 @@ where
     fn padded<'s>(&'s self, scratch: &'s mut [T::Filter]) -> [&'s [T::Filter]; TILE] {
         let (d, step) = (self.of.rows.d, padded(self.of.rows.d));
         let mut rows = [&[][..]; TILE];
-        let here = self.rows[..self.count].iter().map(|&row| self.of.row(self.p, row as usize));
-        for ((to, row), scratch) in rows.iter_mut().zip(here).zip(scratch.chunks_exact_mut(step)) {
+        let read = self.rows[..self.count].iter().map(|&row| self.of.row(self.p, row as usize));
+        for ((to, row), scratch) in rows.iter_mut().zip(read).zip(scratch.chunks_exact_mut(step)) {
             *to = match T::as_filter(row) {
                 Some(row) if d == step => row,
                 _ => {

@@ -180,7 +180,7 @@ impl Drop for PageLocked {
 /// The name of page-locked memory in errors.
 const PAGE_LOCKED: &str = "page-locked memory";
 
-/// Whether these bytes lie in one range of the host's memory that the driver has page-locked, for whomever.
+/// True if these bytes lie in one range of the host's memory that the driver has page-locked, whoever asked it to.
 pub(super) fn is_page_locked(dev: &CudaDevice, bytes: &[u8]) -> Result<bool> {
     fn attribute<T: Default>(what: CUpointer_attribute, address: u64) -> Option<T> {
         let mut value = T::default();

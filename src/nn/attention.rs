@@ -87,7 +87,7 @@ impl ClusteredAttention {
         self
     }
 
-    /// Whether [`forward`](Self::forward) clusters a segment as soon as there is one (default: yes). If not,
+    /// Has [`forward`](Self::forward) cluster a segment as soon as there is one (default: yes). If not,
     /// [`cluster_layers`](Self::cluster_layers) does it, for all layers of a model in one call.
     pub fn auto_cluster(mut self, yes: bool) -> Self {
         self.auto_cluster = yes;
@@ -122,7 +122,7 @@ impl ClusteredAttention {
     /// Says how many tokens of padding each sequence of the next prompt begins with: [`ClusteredKvCache::left_padding`].
     ///
     /// # Errors
-    /// Those of [`ClusteredKvCache::left_padding`].
+    /// Refuses what [`ClusteredKvCache::left_padding`] refuses.
     pub fn left_padding(&mut self, tokens: &Tensor) -> Result<()> {
         self.cache.left_padding(tokens)
     }
@@ -198,7 +198,7 @@ impl ClusteredAttention {
     /// nothing to cluster, may be among them.
     ///
     /// # Errors
-    /// Those of [`ClusteredKvCache::cluster_layers`].
+    /// Refuses what [`ClusteredKvCache::cluster_layers`] refuses, and fails as it does.
     pub fn cluster_layers<'a>(layers: impl IntoIterator<Item = &'a mut Self>) -> Result<bool> {
         let layers = layers.into_iter().filter(|layer| layer.window.is_none());
         ClusteredKvCache::cluster_layers(layers.map(|layer| &mut layer.cache))

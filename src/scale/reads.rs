@@ -94,7 +94,9 @@ impl<'a> Reads<'a> {
     ) -> Result<()> {
         let &mut Self { source, device, ref mut lane, .. } = self;
         let lane = opened(lane, device)?;
-        let parts: Vec<_> = parts_of(blocks, part_rows(device, usize::MAX, source.row_bytes())).collect();
+        // Only a hash is found in parts.
+        let hashed = if hash.is_some() { blocks } else { &[] };
+        let parts: Vec<_> = parts_of(hashed, part_rows(device, usize::MAX, source.row_bytes())).collect();
         let untaken = AtomicUsize::new(0);
         thread::scope(|scope| {
             if let Some(hash) = hash {

@@ -34,7 +34,7 @@ impl KvBudget {
         self
     }
 
-    /// Whether all tokens are read on a CPU where the budget would cost no less (default: yes), which is exact. A cluster counts as 1.5
+    /// Has a CPU read all tokens where the budget would cost no less (default: yes), which is exact. A cluster counts as 1.5
     /// of the clustered tokens, and each token of the budget as 2, once for each query head that chooses by itself. Without it a budget is
     /// kept whatever it costs, as where its error is measured. On a GPU, which has a kernel for clusters alone, it always is.
     pub fn dense_if_cheaper(mut self, yes: bool) -> Self {
