@@ -67,12 +67,15 @@ struct UnprovenRow {
 LAYOUT(UnprovenRow, 8, cutoff, 4);
 
 /// A cache and the queries of one token. A unit is what chooses alone: the query heads of a key head together, or each
-/// of them.
+/// of them. Means are codes in bytes, whole numbers and 128, each row's times a scale.
 struct Cache {
-    const void *q, *keys, *values, *mean_keys, *mean_values;
+    const void *q, *keys, *values;
+    const uint8_t *mean_keys, *mean_values;
+    const float *key_scales, *value_scales;
+    const float* spreads;  // of a cluster: the standard deviation of its keys from their mean, in a column
     const uint32_t *order, *offsets;
     void* out;
-    float* scores;                 // (all units, group, width)
+    float* bounds;                 // (all units, group, width): of the scores of clusters
     float2* of_means;              // (all units, blocks, WARPS, group): the largest score and the sum of weights
     float* partial;                // (all units, blocks, group, D + 4): sums of a block's rows
     int64_t head_stride;           // from a key head to the next, in elements; tokens are `d` apart
@@ -83,8 +86,9 @@ struct Cache {
     int first, last;               // stages of this launch
     int estimate;                  // whether means stand in for tokens that are not listed
     float scale;
+    float reach;                   // a cluster ranks by its score and this, times the query's norm and its spread
 };
-LAYOUT(Cache, 160, scale, 152);
+LAYOUT(Cache, 184, reach, 180);
 
 /// Queries, keys and values. Strides are in elements; queries and means are dense.
 struct Route {

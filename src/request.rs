@@ -187,6 +187,20 @@ pub(crate) struct Attention<'a> {
     pub clusters: Option<Clustered<'a>>,
 }
 
+/// Rows as whole numbers.
+#[derive(Clone, Copy)]
+pub(crate) struct Codes<'a> {
+    /// u8 `(.., n, d)`: the numbers and [`ZERO`](Self::ZERO).
+    pub bytes: &'a Tensor,
+    /// `(.., n)`, f32, or f64 beside f64: what a row's numbers are multiplied by.
+    pub scales: &'a Tensor,
+}
+
+impl Codes<'_> {
+    #[cfg_attr(feature = "cuda", allow(dead_code))]
+    pub const ZERO: u8 = 128;
+}
+
 /// The clusters of a cache, and which of their tokens are read. All tokens before and after them are.
 #[derive(Clone, Copy)]
 pub(crate) struct Clustered<'a> {
@@ -195,9 +209,13 @@ pub(crate) struct Clustered<'a> {
     /// The clustered tokens of each head, counted from the first of them.
     pub order: &'a Order,
     /// `(b, heads, k, d)`.
-    pub mean_keys: &'a Tensor,
+    pub mean_keys: Codes<'a>,
     /// `(b, heads, k, width)`.
-    pub mean_values: &'a Tensor,
+    pub mean_values: Codes<'a>,
+    /// The standard deviation of a cluster's keys from their mean, in a column: `(b, heads, k)`, of the scales' dtype.
+    pub spreads: &'a Tensor,
+    /// A cluster ranks by the score of its mean key and this times the query's norm and the cluster's spread, if that is finite.
+    pub reach: f64,
     /// Clustered tokens that are read, fewer than there are.
     pub budget: usize,
     /// Whether the query heads of a key head choose together.

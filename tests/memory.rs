@@ -146,7 +146,7 @@ fn labels_in_a_file_take_no_memory(wrong: &mut Vec<String>) {
 
 /// Clones of a prompt take its memory once, and those that go on a copy each. A prompt is read without a matrix of its scores.
 fn caches_share_their_prompt(wrong: &mut Vec<String>) {
-    let (heads, n, d) = (8, 4096, 64);
+    let (heads, n, d) = (12, 4096, 64);
     let x = Tensor::zeros((1, heads, n, d), DType::F32, &candle_core::Device::Cpu).unwrap();
     let one = x.narrow(2, 0, 1).unwrap();
     let cache = ClusteredKvCache::new(2 * n);

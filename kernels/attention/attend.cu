@@ -1,12 +1,12 @@
 // Attention of one token over a cache that is read by clusters: chosen tokens exactly, the others as their clusters'
 // means.
 //
-// The blocks of a unit share its clusters and the rows it reads. They (1) score the query heads against their mean
-// keys, (2) each rank all clusters, choose the best up to a budget of tokens, and read keys and values of their share
+// The blocks of a unit share its clusters and the rows it reads. They (1) bound the scores of the clusters' keys by
+// their means and spreads, (2) each rank all clusters, choose the best up to a budget of tokens, and read keys and values of their share
 // of the listed tokens where they lie, and the mean values of their clusters, and (3) add up what they have (Dao et al.
 // 2023, "Flash-Decoding"). Between these stages they wait for each other: as a thread block cluster in one launch where
-// there are such, else every stage is a launch. Traffic: the mean keys and mean values, the listed keys and values,
-// once for all query heads that share them.
+// there are such, else every stage is a launch. Traffic: the mean keys and mean values, a byte a column, and the listed
+// keys and values, once for all query heads that share them.
 #include "attention/fragments.cuh"
 #include "attention/radix_select.cuh"
 
@@ -41,8 +41,8 @@ struct Unit {
     float* sums;              // (WARPS, at most HEADS, STRIDE)
     uint4* queries;           // (PIECES, WARP): as the lanes hold them
     float2 (*tops)[HEADS];    // (WARPS, HEADS)
-    float* scores;
-    const T *mean_keys, *mean_values;
+    float* bounds;            // (group, width)
+    int64_t first_cluster;    // of the key head
     int warp, lane, g, t;
 
     /// Begins to load the queries from a head on.
@@ -57,6 +57,28 @@ struct Unit {
     }
     __device__ __forceinline__ uint32_t size(int j) const { return begins[j + 1] - begins[j]; }
 
+    __device__ __forceinline__ const uint8_t* row_of_codes(const uint8_t* means, int j) const {
+        return means + (first_cluster + j) * D;
+    }
+
+    /// Of the query head g that is loaded: a cluster's spread adds so much to the score of its mean key.
+    __device__ __forceinline__ float reach() const {
+        float sum = 0;
+#pragma unroll
+        for (int p = 0; p < F::PIECES; ++p) {
+            const uint4 piece = queries[p * WARP + lane];
+            const auto& columns = reinterpret_cast<const T(&)[F::EACH]>(piece);
+#pragma unroll
+            for (int i = 0; i < F::EACH; ++i) sum = fmaf(float(columns[i]), float(columns[i]), sum);
+        }
+        sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
+        return c.reach * sqrtf(sum);
+    }
+    /// Nothing where that is beyond the type.
+    __device__ __forceinline__ static float beyond_mean(float reach, float spread) {
+        return reach * spread < INFINITY ? reach * spread : 0;
+    }
+
     /// Lane (g, t)'s pieces of the keys of a tile, whose row i is at `row(i)`.
     template <class Row>
     __device__ __forceinline__ void load_keys(uint4 (&v)[F::TALL][F::PIECES], Row row) const {
@@ -68,35 +90,60 @@ struct Unit {
         }
     }
 
-    /// Scores of this block's mean keys.
-    __device__ __forceinline__ void score_means() const {
+    /// Bounds of the scores of this block's clusters: the mean key's, and more for clusters that are spread out.
+    __device__ __forceinline__ void bound_scores() const {
 #pragma unroll 1
         for (int from = 0; from < c.group; from += HEADS) {
             if (from) {
                 __syncthreads();
                 load_queries(from);
             }
-            uint4 keys[F::TALL][F::PIECES];
+            Codes<F::EACH> codes[F::TALL][F::PIECES];
+            float scales[F::TALL][2], spreads[F::TALL][2];
             const auto load = [&](int at) {
-                if (at < end) load_keys(keys, [&](int i) { return mean_keys + int64_t(min(at + i, end - 1)) * D; });
+                if (at >= end) return;
+#pragma unroll
+                for (int i = 0; i < F::TALL; ++i) {
+                    const uint8_t* const row = row_of_codes(c.mean_keys, min(at + 8 * i + g, end - 1)) + t * F::EACH;
+#pragma unroll
+                    for (int p = 0; p < F::PIECES; ++p) codes[i][p] = load_codes<F::EACH>(row + p * 4 * F::EACH);
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const int j = min(at + 8 * i + 2 * t + e, end - 1);
+                        scales[i][e] = __ldg(c.key_scales + first_cluster + j);
+                        spreads[i][e] = __ldg(c.spreads + first_cluster + j);
+                    }
+                }
             };
             int at = begin + warp * ROWS;
             load(at);
             cp_async_wait<0>();
             __syncthreads();
             const bool live = from + g < c.group;
+            const float reach = this->reach();
             float2 top = {-INFINITY, 0};
 #pragma unroll 1
             while (at < end) {
                 float s[F::TALL][2];
+                uint4 keys[F::TALL][F::PIECES];
+#pragma unroll
+                for (int i = 0; i < F::TALL; ++i) {
+#pragma unroll
+                    for (int p = 0; p < F::PIECES; ++p) keys[i][p] = decode<T>(codes[i][p]);
+                }
                 score_tile<T, D>(s, keys, queries, c.scale);
+#pragma unroll
+                for (int i = 0; i < F::TALL; ++i) {
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) s[i][e] = s[i][e] * scales[i][e] + beyond_mean(reach, spreads[i][e]);
+                }
                 const int here = at;
                 load(at += WARPS * ROWS);
                 float most = top.x;
 #pragma unroll
                 for (int i = 0; i < F::TALL; ++i) {
                     const int j = here + 8 * i + 2 * t;
-                    float* const to = scores + int64_t(from + g) * c.width + j;
+                    float* const to = bounds + int64_t(from + g) * c.width + j;
                     if (j < end && live) *reinterpret_cast<float2*>(to) = make_float2(s[i][0], s[i][1]);
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
@@ -116,23 +163,23 @@ struct Unit {
         }
     }
 
-    /// Ranks of all clusters: the score, as an integer of the same order, or the sum of the softmaxes, which is not
+    /// Ranks of all clusters: the bound, as an integer of the same order, or the sum of the softmaxes, which is not
     /// negative, so that its bits are ordered as it is; a sum of NaN is none. Returns the least and the largest of this
     /// thread.
     __device__ __forceinline__ uint2 rank_clusters() const {
         const int pairs = c.width / 2;
-        const float2* const scores = reinterpret_cast<const float2*>(this->scores);
-        uint2 bounds = {UINT32_MAX, 0};
+        const float2* const two = reinterpret_cast<const float2*>(bounds);
+        uint2 range = {UINT32_MAX, 0};
         const auto rank = [&](int j, uint32_t key) {
-            if (j < c.k) ranks[j] = key, bounds.x = min(bounds.x, key), bounds.y = max(bounds.y, key);
+            if (j < c.k) ranks[j] = key, range.x = min(range.x, key), range.y = max(range.y, key);
         };
         if (c.group == 1) {
 #pragma unroll 1
             for (int i = threadIdx.x; i < pairs; i += BLOCK) {
-                const float2 s = __ldcg(scores + i);
+                const float2 s = __ldcg(two + i);
                 rank(2 * i, rank_of(s.x)), rank(2 * i + 1, rank_of(s.y));
             }
-            return bounds;
+            return range;
         }
         __shared__ float2 softmax[HEADS];  // the largest score, and what to multiply weights by
 #pragma unroll 1
@@ -146,7 +193,7 @@ struct Unit {
 #pragma unroll
                     for (int h = 0; h < HEADS; ++h) {
                         const bool inside = i + p * BLOCK < pairs && from + h < c.group;
-                        if (inside) s[h][p] = __ldcg(scores + int64_t(from + h) * pairs + i + p * BLOCK);
+                        if (inside) s[h][p] = __ldcg(two + int64_t(from + h) * pairs + i + p * BLOCK);
                     }
                 }
             };
@@ -200,11 +247,11 @@ struct Unit {
                 }
             }
         }
-        return bounds;
+        return range;
     }
 
     /// Reads this block's share of the rows, for all query heads, after the ranks of this thread.
-    __device__ __forceinline__ void read(uint2 bounds) const {
+    __device__ __forceinline__ void read(uint2 range) const {
         __shared__ SelectState state;
         // Exact are the sinks, the listed tokens and those after the clustered ones.
         const int exact = c.tokens - c.clustered + c.budget;
@@ -212,7 +259,7 @@ struct Unit {
         const int64_t head = unit / uint32_t(c.units);
         __syncthreads();
         const uint32_t rank =
-            radix_select_weighted(ranks, c.k, bounds.x, bounds.y, c.budget, [&](int j) { return size(j); }, state);
+            radix_select_weighted(ranks, c.k, range.x, range.y, c.budget, [&](int j) { return size(j); }, state);
         gather_best(
             ranks, c.k, rank, c.budget, begins, max(low - c.sinks, 0), min(low + count - c.sinks, c.budget), state,
             [&](int j, uint32_t listed) { ranks[j] = listed; },
@@ -240,45 +287,48 @@ struct Unit {
             }
             const int live = min(c.group - from, HEADS);
             Running<T, D> running;
+            int tile = warp;
 #pragma unroll 1
-            for (int tile = warp; tile < tiles; tile += WARPS) {
-                const bool tokens = tile < of_tokens;
+            for (; tile < of_tokens; tile += WARPS) {
+                const int at = tile * ROWS;
                 float s[F::TALL][2];
-                uint32_t left[F::VALUES];  // tokens that a row stands for
                 uint4 k[F::TALL][F::PIECES], v[F::PARTS][F::VALUES];
-                uint32_t of_row[F::VALUES];
-                if (tokens) {
-                    const int at = tile * ROWS;
-                    load_keys(k, [&](int i) { return keys + int64_t(rows[min(at + i, count - 1)]) * D; });
-#pragma unroll
-                    for (int r = 0; r < F::VALUES; ++r) {
-                        const int i = at + r / 2 * 8 + 2 * t + r % 2;
-                        left[r] = i < count;
-                        of_row[r] = rows[min(i, count - 1)];
-                    }
-                } else {
-#pragma unroll
-                    for (int r = 0; r < F::VALUES; ++r) {
-                        const int i = begin + (tile - of_tokens) * ROWS + r / 2 * 8 + 2 * t + r % 2;
-                        const int j = min(i, end - 1);
-                        left[r] = i < end ? size(j) - ranks[j] : 0;
-                        of_row[r] = uint32_t(j);
-                        s[r / 2][r % 2] = __ldcg(scores + int64_t(min(from + g, c.group - 1)) * c.width + j);
-                    }
-                }
+                load_keys(k, [&](int i) { return keys + int64_t(rows[min(at + i, count - 1)]) * D; });
 #pragma unroll
                 for (int r = 0; r < F::VALUES; ++r) {
-                    const T* const row = (tokens ? values : mean_values) + int64_t(of_row[r]) * D + g * F::EACH;
+                    const int i = at + r / 2 * 8 + 2 * t + r % 2;
+                    const T* const row = values + int64_t(rows[min(i, count - 1)]) * D + g * F::EACH;
 #pragma unroll
                     for (int p = 0; p < F::PARTS; ++p) {
-                        v[p][r] = left[r] ? load_piece(row + p * 8 * F::EACH) : uint4{};
+                        v[p][r] = i < count ? load_piece(row + p * 8 * F::EACH) : uint4{};
                     }
                 }
-                if (tokens) score_tile<T, D>(s, k, queries, c.scale);
+                score_tile<T, D>(s, k, queries, c.scale);
 #pragma unroll
                 for (int r = 0; r < F::VALUES; ++r) {
+                    if (at + r / 2 * 8 + 2 * t + r % 2 >= count) s[r / 2][r % 2] = -INFINITY;
+                }
+                running.add(s, v);
+            }
+            const float reach = this->reach();
+#pragma unroll 1
+            for (; tile < tiles; tile += WARPS) {
+                float s[F::TALL][2];
+                uint4 v[F::PARTS][F::VALUES];
+#pragma unroll
+                for (int r = 0; r < F::VALUES; ++r) {
+                    const int i = begin + (tile - of_tokens) * ROWS + r / 2 * 8 + 2 * t + r % 2, j = min(i, end - 1);
+                    const uint32_t left = i < end ? size(j) - ranks[j] : 0;  // tokens that the mean stands for
+                    const float bound = __ldcg(bounds + int64_t(min(from + g, c.group - 1)) * c.width + j);
+                    const float score = bound - beyond_mean(reach, __ldg(c.spreads + first_cluster + j));
                     // The logarithm of none is -inf, of one 0.
-                    s[r / 2][r % 2] = left[r] ? s[r / 2][r % 2] + __logf(float(left[r])) : -INFINITY;
+                    s[r / 2][r % 2] = left ? score + __logf(float(left)) : -INFINITY;
+                    const float value_scale = __ldg(c.value_scales + first_cluster + j);
+                    const uint8_t* const row = row_of_codes(c.mean_values, j) + g * F::EACH;
+#pragma unroll
+                    for (int p = 0; p < F::PARTS; ++p) {
+                        v[p][r] = left ? decode<T>(load_codes<F::EACH>(row + p * 8 * F::EACH), value_scale) : uint4{};
+                    }
                 }
                 running.add(s, v);
             }
@@ -378,9 +428,8 @@ __device__ __forceinline__ void attend(const Cache& c) {
                           reinterpret_cast<float*>(dynamic + kept),
                           queries,
                           tops,
-                          c.scores + int64_t(unit) * c.group * c.width,
-                          static_cast<const T*>(c.mean_keys) + head * c.k * D,
-                          static_cast<const T*>(c.mean_values) + head * c.k * D,
+                          c.bounds + int64_t(unit) * c.group * c.width,
+                          head * c.k,
                           __shfl_sync(~0u, int(threadIdx.x) / WARP, 0),
                           lane,
                           lane / 4,
@@ -392,14 +441,14 @@ __device__ __forceinline__ void attend(const Cache& c) {
         for (int j = threadIdx.x; j <= c.k; j += BLOCK) cp_async_4(u.begins + j, offsets + j);
         u.load_queries(0);
         // The mean values are read last; they can be on their way.
-        const char* const values = reinterpret_cast<const char*>(u.mean_values + int64_t(begin) * D);
-        const int64_t bytes = c.estimate ? int64_t(end - begin) * D * int64_t(sizeof(T)) : 0;
+        const uint8_t* const values = u.row_of_codes(c.mean_values, begin);
+        const int64_t bytes = c.estimate ? int64_t(end - begin) * D : 0;
 #pragma unroll 1
         for (int64_t at = int64_t(threadIdx.x) * 128; at < bytes; at += BLOCK * 128) {
             asm volatile("prefetch.global.L2 [%0];" ::"l"(values + at));
         }
     }
-    if (c.first <= 1) u.score_means();
+    if (c.first <= 1) u.bound_scores();
     if (c.first <= 1 && c.last > 1) wait_for_unit();
     if (c.first <= 2 && c.last >= 2) {
         if (c.first == 2) cp_async_wait<0>();
@@ -411,7 +460,7 @@ __device__ __forceinline__ void attend(const Cache& c) {
 }
 
 #define KERNEL(D, suffix, T)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(BLOCK) attend_##D##_##suffix(const __grid_constant__ Cache c) {       \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 1) attend_##D##_##suffix(const __grid_constant__ Cache c) {       \
         attend<T, D>(c);                                                                                               \
     }
 #define KERNELS(D) KERNEL(D, f16, __half) KERNEL(D, bf16, __nv_bfloat16) KERNEL(D, f32, float)

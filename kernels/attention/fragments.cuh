@@ -22,6 +22,70 @@ struct Fragments {
 
 __device__ __forceinline__ uint4 load_piece(const void* from) { return __ldg(reinterpret_cast<const uint4*>(from)); }
 
+/// The codes of a piece's columns, a byte each: a whole number and 128.
+template <int EACH>
+struct Codes {
+    uint32_t bytes[EACH / 4];
+};
+template <int EACH>
+__device__ __forceinline__ Codes<EACH> load_codes(const uint8_t* from) {
+    Codes<EACH> codes;
+    if constexpr (EACH == 8) {
+        const uint2 two = __ldg(reinterpret_cast<const uint2*>(from));
+        codes.bytes[0] = two.x, codes.bytes[1] = two.y;
+    } else {
+        codes.bytes[0] = __ldg(reinterpret_cast<const uint32_t*>(from));
+    }
+    return codes;
+}
+
+/// The piece of four codes, as numbers. The byte is the last of the 24 bits of a float from 2^23 on.
+__device__ __forceinline__ float4 numbers_of(uint32_t bytes) {
+    constexpr uint32_t POWER = 0x4b000000;
+    constexpr float ZERO = 8388608.0f + 128;
+    const auto number = [&](uint32_t selected) { return __uint_as_float(__byte_perm(bytes, POWER, selected)) - ZERO; };
+    return make_float4(number(0x7440), number(0x7441), number(0x7442), number(0x7443));
+}
+
+/// The piece that codes stand for, `scale` to a whole number.
+template <class T>
+__device__ __forceinline__ uint4 decode(const Codes<16 / sizeof(T)>& codes, float scale) {
+    uint32_t words[4];
+    if constexpr (sizeof(T) == 4) {
+        const float4 n = numbers_of(codes.bytes[0]);
+        words[0] = __float_as_uint(n.x * scale), words[1] = __float_as_uint(n.y * scale);
+        words[2] = __float_as_uint(n.z * scale), words[3] = __float_as_uint(n.w * scale);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float4 n = numbers_of(codes.bytes[i]);
+            const T four[] = {T(n.x * scale), T(n.y * scale), T(n.z * scale), T(n.w * scale)};
+            words[2 * i] = reinterpret_cast<const uint32_t(&)[2]>(four)[0];
+            words[2 * i + 1] = reinterpret_cast<const uint32_t(&)[2]>(four)[1];
+        }
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+/// The same for a scale of 1: all types hold these numbers.
+template <class T>
+__device__ __forceinline__ uint4 decode(const Codes<16 / sizeof(T)>& codes) {
+    if constexpr (std::is_same<T, __half>::value) {
+        // The byte is the last of the 11 bits of a half from 2^10 on.
+        const __half2 zero = __half2half2(__ushort_as_half(0x6480));
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t pair = __byte_perm(codes.bytes[i / 2], 0x64646464, i % 2 ? 0x4342 : 0x4140);
+            const __half2 numbers = __hsub2(reinterpret_cast<const __half2&>(pair), zero);
+            words[i] = reinterpret_cast<const uint32_t&>(numbers);
+        }
+        return make_uint4(words[0], words[1], words[2], words[3]);
+    } else {
+        return decode<T>(codes, 1);
+    }
+}
+
 /// Adds the products of 16 bytes of a query head and of a key row.
 template <class T>
 __device__ __forceinline__ void add_scores(float (&s)[4], uint4 q, uint4 key) {

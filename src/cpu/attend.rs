@@ -10,14 +10,14 @@
 use super::{
     clusters::{logs, Clusters},
     scalar::Scalar,
-    softmax::{clear, join, padded, state_len, weigh, Lane, Scores, Tile, TILE},
+    softmax::{clear, join, padded, state_len, weigh, CodedRows, Lane, Scores, Tile, TILE},
     tensors::{lock, or, tensor, typed, Element, View},
 };
 use crate::{
     error::Result,
     host, launches,
     operand::{Operand, Readable},
-    request::Attention,
+    request::{Attention, Clustered},
     rows::Rows,
     tiles::CPU_ATTEND_ROWS,
 };
@@ -30,26 +30,35 @@ const OP: &str = "attend";
 pub(crate) fn attend(a: &Attention<'_>) -> Result<Option<Tensor>> {
     let (b, q_heads, _) = a.q.dims3()?;
     let rows = |t: &Tensor| Rows::of(Operand::from(t));
-    let means = a.clusters.map_or([a.keys, a.values], |c| [c.mean_keys, c.mean_values]);
-    let [Some(q), Some(keys), Some(values), Some(mean_keys), Some(mean_values)] =
-        [a.q, a.keys, a.values, means[0], means[1]].map(rows)
-    else {
+    let [Some(q), Some(keys), Some(values)] = [a.q, a.keys, a.values].map(rows) else {
         return Ok(None);
     };
-    let lists = a.clusters.map(|c| [&c.order.order, &c.order.offsets]);
-    if lists.is_some_and(|lists| lists.iter().any(|t| !t.is_contiguous())) {
+    let parts: [for<'c> fn(Clustered<'c>) -> &'c Tensor; 7] = [
+        |c| c.mean_keys.bytes,
+        |c| c.mean_keys.scales,
+        |c| c.mean_values.bytes,
+        |c| c.mean_values.scales,
+        |c| c.spreads,
+        |c| &c.order.order,
+        |c| &c.order.offsets,
+    ];
+    if a.clusters.is_some_and(|c| parts.iter().any(|part| !part(c).is_contiguous())) {
         return Ok(None);
     }
     typed!(a.q.dtype(), T => {
-        let [order, offsets] = [0, 1].map(|i| or(lists.map(|lists| lists[i]), a.q));
-        let inputs: [&dyn Readable; 7] =
-            [&q.operand, &keys.operand, &values.operand, &mean_keys.operand, &mean_values.operand, order, offsets];
-        let [qs, ks, vs, mks, mvs, order, offsets] = lock(inputs);
+        let inputs: [&dyn Readable; 10] = std::array::from_fn(|i| match i {
+            0 => &q.operand as &dyn Readable,
+            1 => &keys.operand,
+            2 => &values.operand,
+            _ => or(a.clusters.map(parts[i - 3]), a.q),
+        });
+        let [qs, ks, vs, key_bytes, key_scales, value_bytes, value_scales, spreads, order, offsets] = lock(inputs);
         let group = q_heads * b / keys.b;
         let clusters = match a.clusters {
             Some(c) => Some(Clusters {
-                keys: mks.view::<T>(&mean_keys)?,
-                values: mvs.view::<T>(&mean_values)?,
+                keys: CodedRows::<<T as Element>::Filter> { bytes: key_bytes.flat()?, scales: key_scales.flat()?, n: c.order.k(), d: keys.d },
+                values: CodedRows { bytes: value_bytes.flat()?, scales: value_scales.flat()?, n: c.order.k(), d: values.d },
+                spreads: spreads.flat()?,
                 order: order.flat()?,
                 offsets: offsets.flat()?,
                 units: if c.shared { 1 } else { group },
@@ -58,7 +67,7 @@ pub(crate) fn attend(a: &Attention<'_>) -> Result<Option<Tensor>> {
             }),
             None => None,
         };
-        let cache = Cache { q: queries(&qs.view::<T>(&q)?, a.scale)?, keys: ks.view(&keys)?, values: vs.view(&values)?, tokens: a.tokens, group, clusters };
+        let cache = Cache::<T> { q: queries(&qs.view::<T>(&q)?, a.scale)?, keys: ks.view(&keys)?, values: vs.view(&values)?, tokens: a.tokens, group, clusters };
         launches::record(OP, a.q.dtype().as_str());
         Ok(Some(tensor(cache.attend()?, (b, q_heads, values.d))?))
     })
@@ -82,7 +91,7 @@ struct Cache<'a, T: Element> {
     tokens: usize,
     /// Query heads of a key head.
     group: usize,
-    clusters: Option<Clusters<'a, T>>,
+    clusters: Option<Clusters<'a, T::Filter>>,
 }
 
 /// The part of a problem that one task reads.
@@ -112,7 +121,7 @@ where
         let choice = match &self.clusters {
             Some(c) => {
                 let scores = self.scores(c)?;
-                Choice { lists: c.choose(&scores, self.group)?, scores }
+                Choice { lists: c.choose(&self.q, &scores, self.group)?, scores }
             }
             None => Choice { scores: vec![], lists: vec![] },
         };
@@ -172,13 +181,13 @@ where
             parts.extend(listed.map(|part| (part, unit * heads..(unit + 1) * heads)));
         }
         if c.of.estimate {
-            parts.extend(pieces(0..c.keys.rows.n, CPU_ATTEND_ROWS).map(|r| (Part::Means(r), all.clone())));
+            parts.extend(pieces(0..c.keys.n, CPU_ATTEND_ROWS).map(|r| (Part::Means(r), all.clone())));
         }
         parts
     }
 
     /// The scores of all mean keys, minus infinity for clusters without tokens.
-    fn scores(&self, c: &Clusters<'_, T>) -> Result<Vec<Scores<T::Filter>>> {
+    fn scores(&self, c: &Clusters<'_, T::Filter>) -> Result<Vec<Scores<T::Filter>>> {
         let (problems, group, tiles) = (self.keys.rows.b, self.group, c.tiles());
         let mut scores = host::filled(OP, problems * tiles * group, [T::Filter::of(0.0); TILE])?;
         let piece_len = CPU_ATTEND_ROWS / TILE * group;
@@ -186,7 +195,7 @@ where
             <[_]>::chunks_mut(scores, piece_len).enumerate().map(move |(piece, scores)| (p, piece, scores))
         };
         let tasks = scores.chunks_mut(tiles * group).enumerate().flat_map(pieces).collect();
-        let steps = CPU_ATTEND_ROWS.min(c.keys.rows.n) * self.keys.rows.d / 2;
+        let steps = CPU_ATTEND_ROWS.min(c.keys.n) * self.keys.rows.d / 2;
         host::for_each(
             tasks,
             steps,
@@ -227,7 +236,7 @@ struct Scratch<E> {
 /// Scores mean keys from `first` on, for all heads. It is a struct for the reason that `Pack` in assign.rs is one.
 struct Score<'a, 'b, T: Element> {
     cache: &'a Cache<'b, T>,
-    clusters: &'a Clusters<'b, T>,
+    clusters: &'a Clusters<'b, T::Filter>,
     p: usize,
     first: usize,
     scores: &'a mut [Scores<T::Filter>],
@@ -243,7 +252,7 @@ where
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { cache, clusters: c, p, first, scores, scratch } = self;
-        let (k, queries) = (c.keys.rows.n, cache.queries(p, &(0..cache.group)));
+        let (k, queries) = (c.keys.n, cache.queries(p, &(0..cache.group)));
         let tile = |first: usize| Tile::of(&c.keys, p, first.min(k) as u32..k as u32);
         for (first, scores) in (first..).step_by(TILE).zip(scores.chunks_mut(cache.group)) {
             tile(first).score(simd, queries, &tile(first + TILE), &mut scratch.rows, scores);
@@ -285,25 +294,31 @@ where
             (Part::Tokens(range), _) => (range, None, None),
             _ => unreachable!("only clusters have means and lists"),
         };
-        let (queries, of) = (cache.queries(p, &heads), means.map_or(&cache.values, |c| &c.values));
+        let rows = &mut scratch.rows;
+        if let Some(c) = means {
+            let tile = |start: usize| Tile::of(&c.values, p, start.min(range.end) as u32..range.end as u32);
+            tile(range.start).prefetch(0..TILE);
+            for start in range.clone().step_by(TILE) {
+                choice.estimate(c, p, start, scores);
+                weigh(simd, &tile(start), &tile(start + TILE), scores, [rows, fades], state);
+            }
+            return;
+        }
+        let queries = cache.queries(p, &heads);
         let token = |i: usize| list.map_or(i as u32, |(first, list)| first + list[i]);
         let tile = |of, start: usize| Tile::of(of, p, (start.min(range.end)..range.end).map(token));
-        tile(if means.is_some() { of } else { &cache.keys }, range.start).prefetch(0..TILE);
+        tile(&cache.keys, range.start).prefetch(0..TILE);
         for start in range.clone().step_by(TILE) {
-            let values = tile(of, start);
-            match means {
-                Some(c) => choice.estimate(c, p, start, scores),
-                None => tile(&cache.keys, start).score(simd, queries, &values, &mut scratch.rows, scores),
-            }
-            let next = tile(if means.is_some() { of } else { &cache.keys }, start + TILE);
-            weigh(simd, &values, &next, scores, [&mut scratch.rows, fades], state);
+            let values = tile(&cache.values, start);
+            tile(&cache.keys, start).score(simd, queries, &values, rows, scores);
+            weigh(simd, &values, &tile(&cache.keys, start + TILE), scores, [rows, fades], state);
         }
     }
 }
 
 impl<E: Lane> Choice<E> {
     /// The scores of the clusters' means from `first` on, a tile, for the tokens that they have left.
-    fn estimate<T: Element<Filter = E>>(&self, c: &Clusters<'_, T>, p: usize, first: usize, scores: &mut [Scores<E>]) {
+    fn estimate(&self, c: &Clusters<'_, E>, p: usize, first: usize, scores: &mut [Scores<E>]) {
         let group = scores.len();
         scores.copy_from_slice(&self.scores[(p * c.tiles() + first / TILE) * group..][..group]);
         for (head, scores) in scores.iter_mut().enumerate() {

@@ -1,58 +1,72 @@
 //! The clusters of a cache, and which of them a token's queries read.
 
-use super::{
-    softmax::{fold, larger, Lane, Scores, TILE},
-    tensors::{Element, View},
-};
+use super::softmax::{fold, larger, CodedRows, Lane, Scores, TILE};
 use crate::{error::Result, host, request::Clustered};
 use std::ops::Range;
 
-pub(super) struct Clusters<'a, T: Element> {
-    pub(super) keys: View<'a, T>,
-    pub(super) values: View<'a, T>,
+pub(super) struct Clusters<'a, E> {
+    pub(super) keys: CodedRows<'a, E>,
+    pub(super) values: CodedRows<'a, E>,
+    pub(super) spreads: &'a [E],
     pub(super) order: &'a [u32],
     pub(super) offsets: &'a [u32],
     /// The number of choices that a group's heads make: one together, or one each.
     pub(super) units: usize,
     pub(super) of: Clustered<'a>,
-    pub(super) logs: Vec<T::Filter>,
+    pub(super) logs: Vec<E>,
 }
 
-impl<T: Element> Clusters<'_, T>
-where
-    T::Filter: Lane,
-{
+impl<E: Lane> Clusters<'_, E> {
     pub(super) fn tiles(&self) -> usize {
-        self.keys.rows.n.div_ceil(TILE)
+        self.keys.n.div_ceil(TILE)
+    }
+
+    fn problems(&self) -> usize {
+        self.spreads.len() / self.keys.n
     }
 
     pub(super) fn clustered(&self) -> usize {
-        self.order.len() / self.keys.rows.b
+        self.order.len() / self.problems()
     }
 
     /// The places of a cluster's tokens in the order.
     pub(super) fn members(&self, p: usize, j: usize) -> Range<usize> {
-        let offsets = &self.offsets[p * (self.keys.rows.n + 1) + j..];
+        let offsets = &self.offsets[p * (self.keys.n + 1) + j..];
         offsets[0] as usize..offsets[1] as usize
     }
 
     /// The numbers of tokens that a unit leaves of each cluster, and the tokens that it reads.
     pub(super) fn list<'l>(&self, lists: &'l [u32], p: usize, unit: usize) -> (&'l [u32], &'l [u32]) {
-        let len = self.keys.rows.n + self.of.budget;
-        lists[(p * self.units + unit) * len..][..len].split_at(self.keys.rows.n)
+        let len = self.keys.n + self.of.budget;
+        lists[(p * self.units + unit) * len..][..len].split_at(self.keys.n)
     }
 
     /// The logarithm of a number of tokens.
-    pub(super) fn log(&self, tokens: u32) -> T::Filter {
+    pub(super) fn log(&self, tokens: u32) -> E {
         self.logs.get(tokens as usize).copied().unwrap_or_else(|| log(tokens))
     }
 
-    /// The lists of all units, which [`list`](Self::list) takes apart.
-    pub(super) fn choose(&self, scores: &[Scores<T::Filter>], group: usize) -> Result<Vec<u32>> {
-        let (problems, k, tiles) = (self.keys.rows.b, self.keys.rows.n, self.tiles());
+    /// What a head's query, scaled and padded, adds to the scores of problem `p` for clusters that are spread out. Nothing where that is
+    /// beyond the type.
+    fn bounds<'b>(&self, p: usize, query: &[E]) -> impl Fn(usize, Scores<E>) -> Scores<E> + Clone + use<'_, 'b, E> {
+        let norm = query.iter().map(|v| v.widen() * v.widen()).sum::<f64>().sqrt();
+        let reach = E::of(norm * self.of.reach);
+        let spreads = &self.spreads[p * self.keys.n..][..self.keys.n];
+        move |tile, mut scores| {
+            for (score, &spread) in scores.iter_mut().zip(&spreads[tile * TILE..]) {
+                let beyond = reach.mul(spread);
+                *score = if beyond < E::INFINITY { score.add(beyond) } else { *score };
+            }
+            scores
+        }
+    }
+
+    /// The lists of all units, which [`list`](Self::list) takes apart, for scaled and padded `queries` and the `scores` of all clusters.
+    pub(super) fn choose(&self, queries: &[E], scores: &[Scores<E>], group: usize) -> Result<Vec<u32>> {
+        let (problems, k, tiles) = (self.problems(), self.keys.n, self.tiles());
         let mut lists = host::filled("attend", problems * self.units * (k + self.of.budget), 0u32)?;
         let units = lists.chunks_mut(k + self.of.budget).enumerate().collect();
-        let choose = |ranks: &mut Ranks<T::Filter>, (i, list): (usize, &mut [u32])| {
+        let choose = |ranks: &mut Ranks<E>, (i, list): (usize, &mut [u32])| {
             let (p, unit) = (i / self.units, i % self.units);
             let (left, read) = list.split_at_mut(k);
             let offsets = &self.offsets[p * (k + 1)..][..k + 1];
@@ -60,12 +74,16 @@ where
             if read.is_empty() {
                 return Ok(());
             }
-            let scores = scores[p * tiles * group..][..tiles * group].chunks(group);
-            if self.of.shared {
-                ranks.add_softmaxes(scores, group);
-            } else {
-                ranks.of.clear();
-                ranks.of.extend(scores.map(|tile| tile[unit]));
+            let scores = scores[p * tiles * group..][..tiles * group].chunks(group).enumerate();
+            let query_len = queries.len() / problems / group;
+            let of_head = |head: usize| {
+                let bounds = self.bounds(p, &queries[(p * group + head) * query_len..][..query_len]);
+                scores.clone().map(move |(i, tile)| bounds(i, tile[head]))
+            };
+            ranks.of.clear();
+            match self.of.shared {
+                true => (0..group).for_each(|head| ranks.add_softmax(of_head(head))),
+                false => ranks.of.extend(of_head(unit)),
             }
             let order = &self.order[p * self.clustered()..][..self.clustered()];
             let mut room = read;
@@ -97,6 +115,8 @@ fn log<E: Lane>(tokens: u32) -> E {
 struct Ranks<E> {
     /// By tiles.
     of: Vec<Scores<E>>,
+    /// Of one head.
+    weights: Vec<Scores<E>>,
     /// The largest of each tile, and some order of them.
     largest: Vec<E>,
     sorted: Vec<E>,
@@ -105,25 +125,24 @@ struct Ranks<E> {
 
 impl<E> Default for Ranks<E> {
     fn default() -> Self {
-        Self { of: vec![], largest: vec![], sorted: vec![], keys: vec![] }
+        Self { of: vec![], weights: vec![], largest: vec![], sorted: vec![], keys: vec![] }
     }
 }
 
 impl<E: Lane> Ranks<E> {
-    /// Sums of the softmaxes of a group's heads.
-    fn add_softmaxes<'s>(&mut self, scores: impl Iterator<Item = &'s [Scores<E>]> + Clone, group: usize) {
-        let (zero, least) = (E::of(0.0), E::of(f64::NEG_INFINITY));
-        self.of.clear();
-        self.of.resize(scores.clone().count(), [zero; TILE]);
-        for head in 0..group {
-            let of_head = || scores.clone().map(|tile| tile[head]);
-            let max = of_head().fold(least, |max, tile| larger(fold(tile, larger), max));
-            let weights = || of_head().map(|tile| tile.map(|score| score.sub(max).exp()));
-            let total = weights().fold(zero, |sum, tile| sum.add(fold(tile, E::add)));
-            let share = E::of(1.0 / total.widen());
-            for (rank, weight) in self.of.iter_mut().flatten().zip(weights().flatten()) {
-                *rank = rank.add(weight.mul(share));
-            }
+    /// Adds the softmax of a head's `scores`, by tiles.
+    fn add_softmax(&mut self, scores: impl Iterator<Item = Scores<E>> + Clone) {
+        let zero = E::of(0.0);
+        self.weights.clear();
+        self.weights.extend(scores);
+        self.of.resize(self.weights.len(), [zero; TILE]);
+        let max = self.weights.iter().fold(E::of(f64::NEG_INFINITY), |max, &tile| larger(fold(tile, larger), max));
+        let weigh = |score: &mut E| *score = score.sub(max).exp();
+        self.weights.iter_mut().for_each(|tile| tile.iter_mut().for_each(weigh));
+        let total = self.weights.iter().fold(zero, |sum, &tile| sum.add(fold(tile, E::add)));
+        let share = E::of(1.0 / total.widen());
+        for (rank, weight) in self.of.iter_mut().flatten().zip(self.weights.iter().flatten()) {
+            *rank = rank.add(weight.mul(share));
         }
     }
 

@@ -10,8 +10,9 @@
 
 use super::{
     scalar::Scalar,
-    tensors::{Element, View},
+    tensors::{prefetch, Element, View},
 };
+use crate::request::Codes;
 use pulp::Simd;
 use std::ops::Range;
 
@@ -45,6 +46,8 @@ pub(super) trait Lane: Scalar {
     fn times<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     fn mul_add<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>, c: Self::Vector<S>) -> Self::Vector<S>;
     fn total<S: Simd>(simd: S, v: Self::Vector<S>) -> Self;
+    /// A number of few bits.
+    fn small(number: i32) -> Self;
     /// `e^self` of what is at most 0 or NaN; 0 where that is no normal number.
     fn exp(self) -> Self;
 }
@@ -78,6 +81,10 @@ macro_rules! lane {
                 simd.$sum(v)
             }
             #[inline(always)]
+            fn small(number: i32) -> Self {
+                number as $t
+            }
+            #[inline(always)]
             fn exp(self) -> Self {
                 $exp(self)
             }
@@ -109,22 +116,86 @@ fn exp_f32(x: f32) -> f32 {
     }
 }
 
+/// Rows of problems, as numbers that a type of lanes has.
+pub(super) trait TileRows<E> {
+    fn columns(&self) -> usize;
+    fn prefetch(&self, p: usize, row: usize);
+    /// The row, padded with zeros: where it lies if it is, or widened in `scratch`.
+    fn padded<'s>(&'s self, p: usize, row: usize, scratch: &'s mut [E]) -> &'s [E];
+}
+
+impl<T: Element> TileRows<T::Filter> for View<'_, T>
+where
+    T::Filter: Lane,
+{
+    #[inline(always)]
+    fn columns(&self) -> usize {
+        self.rows.d
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, p: usize, row: usize) {
+        View::prefetch(self, p, row);
+    }
+
+    #[inline(always)]
+    fn padded<'s>(&'s self, p: usize, row: usize, scratch: &'s mut [T::Filter]) -> &'s [T::Filter] {
+        let row = self.row(p, row);
+        match T::as_filter(row) {
+            Some(row) if row.len() == scratch.len() => row,
+            _ => {
+                T::filter_row(row, &mut scratch[..row.len()]);
+                scratch[row.len()..].fill(T::Filter::of(0.0));
+                scratch
+            }
+        }
+    }
+}
+
+/// Rows that are [`Codes`]: `(problems, n, d)` and `(problems, n)`.
+pub(super) struct CodedRows<'a, E> {
+    pub(super) bytes: &'a [u8],
+    pub(super) scales: &'a [E],
+    pub(super) n: usize,
+    pub(super) d: usize,
+}
+
+impl<E: Lane> TileRows<E> for CodedRows<'_, E> {
+    #[inline(always)]
+    fn columns(&self) -> usize {
+        self.d
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, p: usize, row: usize) {
+        prefetch(&self.bytes[(p * self.n + row) * self.d..][..self.d]);
+    }
+
+    #[inline(always)]
+    fn padded<'s>(&'s self, p: usize, row: usize, scratch: &'s mut [E]) -> &'s [E] {
+        let at = p * self.n + row;
+        let (bytes, scale) = (&self.bytes[at * self.d..][..self.d], self.scales[at]);
+        for (to, &byte) in scratch.iter_mut().zip(bytes) {
+            *to = E::small(i32::from(byte) - i32::from(Codes::ZERO)).mul(scale);
+        }
+        scratch[self.d..].fill(E::of(0.0));
+        scratch
+    }
+}
+
 /// A tile of rows of problem `p`.
 #[derive(Clone, Copy)]
-pub(super) struct Tile<'a, T> {
-    pub(super) of: &'a View<'a, T>,
+pub(super) struct Tile<'a, R> {
+    pub(super) of: &'a R,
     pub(super) p: usize,
     pub(super) rows: [u32; TILE],
     pub(super) count: usize,
 }
 
-impl<'a, T: Element> Tile<'a, T>
-where
-    T::Filter: Lane,
-{
+impl<'a, R> Tile<'a, R> {
     /// Up to a tile of `rows`.
     #[inline(always)]
-    pub(super) fn of(of: &'a View<'a, T>, p: usize, rows: impl ExactSizeIterator<Item = u32>) -> Self {
+    pub(super) fn of(of: &'a R, p: usize, rows: impl ExactSizeIterator<Item = u32>) -> Self {
         let (mut tile, count) = ([0; TILE], rows.len().min(TILE));
         tile.iter_mut().zip(rows).for_each(|(to, row)| *to = row);
         Self { of, p, rows: tile, count }
@@ -132,27 +203,26 @@ where
 
     /// Asks for some of the rows ahead of their turn.
     #[inline(always)]
-    pub(super) fn prefetch(&self, rows: Range<usize>) {
+    pub(super) fn prefetch<E>(&self, rows: Range<usize>)
+    where
+        R: TileRows<E>,
+    {
         for &row in &self.rows[rows.start.min(self.count)..rows.end.min(self.count)] {
             self.of.prefetch(self.p, row as usize);
         }
     }
 
-    /// The rows, padded: where they lie if they are, or widened in `scratch`. Beyond their number empty.
+    /// The rows, padded. Beyond their number empty.
     #[inline(always)]
-    fn padded<'s>(&'s self, scratch: &'s mut [T::Filter]) -> [&'s [T::Filter]; TILE] {
-        let (d, step) = (self.of.rows.d, padded(self.of.rows.d));
+    fn padded<'s, E: Lane>(&'s self, scratch: &'s mut [E]) -> [&'s [E]; TILE]
+    where
+        R: TileRows<E>,
+    {
+        let step = padded(self.of.columns());
         let mut rows = [&[][..]; TILE];
-        let read = self.rows[..self.count].iter().map(|&row| self.of.row(self.p, row as usize));
-        for ((to, row), scratch) in rows.iter_mut().zip(read).zip(scratch.chunks_exact_mut(step)) {
-            *to = match T::as_filter(row) {
-                Some(row) if d == step => row,
-                _ => {
-                    T::filter_row(row, &mut scratch[..d]);
-                    scratch[d..].fill(T::Filter::of(0.0));
-                    scratch
-                }
-            };
+        let read = rows.iter_mut().zip(&self.rows[..self.count]).zip(scratch.chunks_exact_mut(step));
+        for ((to, &row), scratch) in read {
+            *to = self.of.padded(self.p, row as usize, scratch);
         }
         rows
     }
@@ -160,15 +230,17 @@ where
     /// The products of the rows with padded `queries`, one for each of `scores`; minus infinity beyond the rows. Those of the tile `ahead`
     /// are asked for one by one meanwhile, as [`weigh`] does too, so that memory never waits for arithmetic.
     #[inline(always)]
-    pub(super) fn score<S: Simd>(
+    pub(super) fn score<S: Simd, E: Lane>(
         &self,
         simd: S,
-        queries: &[T::Filter],
-        ahead: &Self,
-        scratch: &mut [T::Filter],
-        scores: &mut [Scores<T::Filter>],
-    ) {
-        let (rows, step) = (self.padded(scratch), padded(self.of.rows.d));
+        queries: &[E],
+        ahead: &Tile<'_, impl TileRows<E>>,
+        scratch: &mut [E],
+        scores: &mut [Scores<E>],
+    ) where
+        R: TileRows<E>,
+    {
+        let (rows, step) = (self.padded(scratch), padded(self.of.columns()));
         let rows = &rows[..self.count];
         for (group, (queries, scores)) in queries.chunks(HEADS * step).zip(scores.chunks_mut(HEADS)).enumerate() {
             let ask = |rows| {
@@ -183,7 +255,7 @@ where
                 _ => score_rows::<S, _, HEADS>(simd, queries, rows, ask, scores),
             }
         }
-        scores.iter_mut().for_each(|s| s[self.count..].fill(T::Filter::of(f64::NEG_INFINITY)));
+        scores.iter_mut().for_each(|s| s[self.count..].fill(E::of(f64::NEG_INFINITY)));
     }
 }
 
@@ -243,17 +315,15 @@ fn products<S: Simd, E: Lane, const H: usize, const R: usize>(
 
 /// Turns `scores` into weights and adds the tile's rows by them to the `state` of each head.
 #[inline(always)]
-pub(super) fn weigh<S: Simd, T: Element>(
+pub(super) fn weigh<S: Simd, E: Lane>(
     simd: S,
-    values: &Tile<'_, T>,
-    ahead: &Tile<'_, T>,
-    scores: &mut [Scores<T::Filter>],
-    [scratch, fades]: [&mut [T::Filter]; 2],
-    state: &mut [T::Filter],
-) where
-    T::Filter: Lane,
-{
-    let width = padded(values.of.rows.d);
+    values: &Tile<'_, impl TileRows<E>>,
+    ahead: &Tile<'_, impl TileRows<E>>,
+    scores: &mut [Scores<E>],
+    [scratch, fades]: [&mut [E]; 2],
+    state: &mut [E],
+) {
+    let width = padded(values.of.columns());
     for ((scores, fade), state) in scores.iter_mut().zip(&mut *fades).zip(state.chunks_exact_mut(width + PAD)) {
         let [max, sum] = [state[width], state[width + 1]];
         let new = larger(fold(*scores, larger), max);
@@ -262,7 +332,7 @@ pub(super) fn weigh<S: Simd, T: Element>(
         for score in scores.iter_mut() {
             *score = score.sub(shift).exp();
         }
-        (state[width], state[width + 1]) = (new, sum.mul(*fade).add(fold(*scores, T::Filter::add)));
+        (state[width], state[width + 1]) = (new, sum.mul(*fade).add(fold(*scores, E::add)));
     }
     let rows = values.padded(scratch);
     let rows = &rows[..values.count];

@@ -302,16 +302,21 @@ impl<'a, T> View<'a, T> {
     /// Asks for a row ahead of its turn.
     #[inline(always)]
     pub fn prefetch(&self, batch: usize, i: usize) {
-        let row = self.row(batch, i);
-        #[cfg(target_arch = "x86_64")]
-        for line in (0..size_of_val(row)).step_by(64) {
-            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
-            // SAFETY: a prefetch is a hint that cannot fault, and the address lies inside `row`.
-            unsafe { _mm_prefetch(row.as_ptr().cast::<i8>().add(line), _MM_HINT_T0) };
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = row;
+        prefetch(self.row(batch, i));
     }
+}
+
+/// Asks for what is in `row` ahead of its turn.
+#[inline(always)]
+pub(super) fn prefetch<T>(row: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of_val(row)).step_by(64) {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        // SAFETY: a prefetch is a hint that cannot fault, and the address lies inside `row`.
+        unsafe { _mm_prefetch(row.as_ptr().cast::<i8>().add(line), _MM_HINT_T0) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = row;
 }
 
 /// So many zeros.

@@ -30,11 +30,13 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
     let Some(c) = &a.clusters else { return Ok(None) };
     let dev = device(a.q)?;
     let (b, heads, room, d) = a.keys.dims4()?;
-    let (q_heads, k, clustered) = (a.q.dim(1)?, c.mean_keys.dim(2)?, c.order.order.dim(1)?);
-    // Rows are read 16 bytes at a time.
-    let floats = [a.keys, a.values, c.mean_keys, c.mean_values];
-    let here = floats.iter().all(|&t| t.is_contiguous() && in_eights(t))
-        && [a.q, &c.order.order, &c.order.offsets].into_iter().all(Tensor::is_contiguous);
+    let (q_heads, k, clustered) = (a.q.dim(1)?, c.spreads.dim(2)?, c.order.order.dim(1)?);
+    // Rows are read eight columns at a time.
+    let rows = [a.keys, a.values, c.mean_keys.bytes, c.mean_values.bytes];
+    let numbers = [c.mean_keys.scales, c.mean_values.scales, c.spreads];
+    let lists = [&c.order.order, &c.order.offsets];
+    let here = rows.iter().all(|&t| t.is_contiguous() && in_eights(t))
+        && numbers.into_iter().chain(lists).chain([a.q]).all(Tensor::is_contiguous);
     let counted = a.tokens.max(clustered).saturating_add(k) < 1 << 31;
     let name = match d {
         64 => "attend_64",
@@ -71,7 +73,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
 
         let mut scratch = ArenaLayout::default();
         let width = k.next_multiple_of(2);
-        let scores = scratch.unwritten::<f32>(elements(&[all, group, width]));
+        let bounds = scratch.unwritten::<f32>(elements(&[all, group, width]));
         let of_means = scratch.unwritten::<[f32; 2]>(elements(&[all, blocks, WARPS, group]));
         let partial = scratch.unwritten::<f32>(elements(&[all, blocks, group, d + 4]));
         let scratch = scratch.scratch(dev, OP, memory)?;
@@ -79,23 +81,31 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
 
         // The addresses, and what orders the launches with other streams while they are queued.
         let stream = &kernel.stream;
-        let floats = [&q, a.keys, a.values, c.mean_keys, c.mean_values].map(read);
-        let lists = [&c.order.order, &c.order.offsets].map(read);
+        let floats = [&q, a.keys, a.values].map(read);
+        let bytes = [c.mean_keys.bytes, c.mean_values.bytes].map(read);
+        let (numbers, lists) = (numbers.map(read), lists.map(read));
         let floats = floats.iter().map(|input| input.view::<T>()).collect::<Result<Vec<_>>>()?;
+        let bytes = bytes.iter().map(|input| input.view::<u8>()).collect::<Result<Vec<_>>>()?;
+        let numbers = numbers.iter().map(|input| input.view::<f32>()).collect::<Result<Vec<_>>>()?;
         let lists = lists.iter().map(|input| input.view::<u32>()).collect::<Result<Vec<_>>>()?;
         let floats: Vec<_> = floats.iter().map(|view| view.device_ptr(stream)).collect();
+        let bytes: Vec<_> = bytes.iter().map(|view| view.device_ptr(stream)).collect();
+        let numbers: Vec<_> = numbers.iter().map(|view| view.device_ptr(stream)).collect();
         let lists: Vec<_> = lists.iter().map(|view| view.device_ptr(stream)).collect();
         let written = out.device_ptr_mut(stream);
         let mut of = Cache {
             q: floats[0].0,
             keys: floats[1].0,
             values: floats[2].0,
-            mean_keys: floats[3].0,
-            mean_values: floats[4].0,
+            mean_keys: bytes[0].0,
+            mean_values: bytes[1].0,
+            key_scales: numbers[0].0,
+            value_scales: numbers[1].0,
+            spreads: numbers[2].0,
             order: lists[0].0,
             offsets: lists[1].0,
             out: written.0,
-            scores: scratch.ptr(scores),
+            bounds: scratch.ptr(bounds),
             of_means: scratch.ptr(of_means),
             partial: scratch.ptr(partial),
             head_stride: (room * d) as i64,
@@ -114,6 +124,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
             last: STAGES,
             estimate: c.estimate as i32,
             scale: a.scale as f32,
+            reach: (c.reach * a.scale.abs()) as f32,
         };
         if cluster.is_some() {
             kernel.run_clusters(&of, grid, ATTEND_THREADS, shared, Some(blocks))?;

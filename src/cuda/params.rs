@@ -147,10 +147,13 @@ pub(super) struct Cache {
     pub(super) values: u64,
     pub(super) mean_keys: u64,
     pub(super) mean_values: u64,
+    pub(super) key_scales: u64,
+    pub(super) value_scales: u64,
+    pub(super) spreads: u64,
     pub(super) order: u64,
     pub(super) offsets: u64,
     pub(super) out: u64,
-    pub(super) scores: DevicePtr<f32>,
+    pub(super) bounds: DevicePtr<f32>,
     pub(super) of_means: DevicePtr<[f32; 2]>,
     pub(super) partial: DevicePtr<f32>,
     pub(super) head_stride: i64,
@@ -169,9 +172,10 @@ pub(super) struct Cache {
     pub(super) last: i32,
     pub(super) estimate: i32,
     pub(super) scale: f32,
+    pub(super) reach: f32,
 }
 
-layout!(Cache, 160, scale: 152);
+layout!(Cache, 184, reach: 180);
 
 #[repr(C)]
 pub(super) struct Route {

@@ -2,7 +2,7 @@
 
 use crate::{cache, common::*};
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget, KvClusters};
+use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget, KvClusters, KvMeans};
 use candle_flash_kmeans::{testing, Error};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -36,6 +36,7 @@ fn spec(cache: &ClusteredKvCache, q: &Tensor, budget: (usize, bool, bool)) -> Ve
     let (queries, n) = (problems(q), keys[0].len());
     let (group, rows) = (queries.len() / keys.len(), queries[0].len());
     let labels = cache.clusters().map(|c| (u32s(&c.labels), c.labels.dims()[2], c.sizes.dims()[2]));
+    let coded = cache.clusters().map(|c| [&c.mean_keys, &c.mean_values].map(decoded));
     let mut output = vec![];
     for (p, query) in queries.iter().enumerate() {
         let (keys, values) = (&keys[p / group], &values[p / group]);
@@ -45,13 +46,21 @@ fn spec(cache: &ClusteredKvCache, q: &Tensor, budget: (usize, bool, bool)) -> Ve
                     let mine = labels[p / group * m..][..*m].iter().enumerate().filter(move |(_, l)| **l == j as u32);
                     mine.map(|(token, _)| SINKS + token).collect::<Vec<_>>()
                 };
-                ((0..*k).map(of).filter(|c| !c.is_empty()).collect::<Vec<_>>(), SINKS + m)
+                ((0..*k).map(|j| (j, of(j))).filter(|(_, c)| !c.is_empty()).collect::<Vec<_>>(), SINKS + m)
             }
             None => (vec![], SINKS),
         };
-        let means: Vec<_> = clusters.iter().map(|c| (mean(keys, c), mean(values, c))).collect();
+        // Their means are tested by `check`; what they make of tokens is told here.
+        let coded = |of: usize, j: usize| coded.as_ref().expect("there are clusters")[of][p / group][j].clone();
+        let means: Vec<_> = clusters.iter().map(|&(j, _)| (coded(0, j), coded(1, j))).collect();
+        let clusters: Vec<_> = clusters.into_iter().map(|(_, c)| c).collect();
+        let spreads: Vec<_> = clusters.iter().map(|c| spread(keys, c)).collect();
         for row in 0..rows {
-            let scores = |q: &[f64]| means.iter().map(|(k, _)| dot(q, k) * SCALE).collect::<Vec<_>>();
+            let scores = |q: &[f64]| {
+                let bound =
+                    |((k, _), spread): (&(Vec<f64>, _), _)| SCALE * (dot(q, k) + 3.0 * dot(q, q).sqrt() * spread);
+                means.iter().zip(&spreads).map(bound).collect::<Vec<_>>()
+            };
             let rank: Vec<f64> = if shared {
                 let all = (0..group).map(|g| {
                     let weights: Vec<f64> =
@@ -82,6 +91,24 @@ fn spec(cache: &ClusteredKvCache, q: &Tensor, budget: (usize, bool, bool)) -> Ve
         }
     }
     output
+}
+
+/// The standard deviation of tokens' keys from their mean, over all columns.
+fn spread(keys: &[Vec<f64>], tokens: &[usize]) -> f64 {
+    let centre = mean(keys, tokens);
+    let squares = tokens.iter().flat_map(|&t| keys[t].iter().zip(&centre).map(|(a, b)| (a - b) * (a - b)));
+    (sum(squares) / (tokens.len() * centre.len()) as f64).sqrt()
+}
+
+/// Means by their codes, by problem.
+fn decoded(means: &KvMeans) -> Vec<Vec<Vec<f64>>> {
+    let (codes, scales) = (problems(&means.codes.to_dtype(DType::U32).unwrap()), f64s(&means.scales));
+    let k = means.scales.dims()[2];
+    let row = |i: usize, codes: Vec<f64>| codes.into_iter().map(|code| (code - 128.0) * scales[i]).collect();
+    let head = |(p, rows): (usize, Vec<Vec<f64>>)| {
+        rows.into_iter().enumerate().map(|(j, codes)| row(p * k + j, codes)).collect()
+    };
+    codes.into_iter().enumerate().map(head).collect()
 }
 
 fn tolerance(dtype: DType) -> f64 {
@@ -123,9 +150,9 @@ fn attends_to_everything_that_the_budget_allows() {
     }
 }
 
-/// A cluster of one token estimates it exactly, so every budget gives dense attention.
+/// A cluster of one token estimates it but for the rounding of its code, so every budget gives nearly dense attention.
 #[test]
-fn estimates_single_tokens_exactly() {
+fn estimates_single_tokens_nearly() {
     for (device, dtype) in devices().into_iter().flat_map(|device| DTYPES.map(|t| (device.clone(), t))) {
         let mut rng = rng(51);
         let mut cache = empty().cluster_size(1);
@@ -138,7 +165,7 @@ fn estimates_single_tokens_exactly() {
             for shared in [false, true] {
                 let out = cache.attend(&q, SCALE, budget((tokens, true, shared))).unwrap();
                 let what = format!("{dtype:?} budget {tokens}, shared {shared}");
-                assert_near(&out, &dense, tolerance(dtype), &what);
+                assert_near(&out, &dense, tolerance(dtype).max(2e-2), &what);
             }
         }
     }
@@ -388,9 +415,9 @@ fn check(clusters: &KvClusters, cache: &ClusteredKvCache) {
     let (m, k) = (clusters.labels.dims()[2], clusters.sizes.dims()[2]);
     let (keys, values) = (problems(&cache.k().unwrap().unwrap()), problems(&cache.v().unwrap().unwrap()));
     let (labels, order, offsets) = (u32s(&clusters.labels), u32s(&clusters.order), u32s(&clusters.offsets));
-    let (sizes, mean_keys) = (f64s(&clusters.sizes), problems(&clusters.mean_keys));
-    let mean_values = problems(&clusters.mean_values);
-    let near = match clusters.mean_keys.dtype() {
+    let (sizes, spreads) = (f64s(&clusters.sizes), f64s(&clusters.spreads));
+    let [mean_keys, mean_values] = [&clusters.mean_keys, &clusters.mean_values].map(decoded);
+    let near = match cache.k().unwrap().unwrap().dtype() {
         // A mean is rounded once, where attention rounds more often.
         half @ (DType::F16 | DType::BF16) => tolerance(half) / 5.0,
         _ => 1e-6,
@@ -406,8 +433,14 @@ fn check(clusters: &KvClusters, cache: &ClusteredKvCache) {
             assert_eq!(sizes[p * k + j] as usize, of.len());
             let tokens: Vec<usize> = of.iter().map(|t| SINKS + t).collect();
             for (means, rows) in [(&mean_keys, &keys), (&mean_values, &values)] {
-                let off = means[p][j].iter().zip(mean(&rows[p], &tokens)).map(|(a, b)| (a - b).abs());
-                assert!(largest(off) < near, "mean of cluster {j}");
+                let expected = mean(&rows[p], &tokens);
+                let step = largest(expected.iter().map(|v| v.abs())) / 127.0;
+                let off = means[p][j].iter().zip(&expected).map(|(a, b)| (a - b).abs());
+                assert!(largest(off) <= step / 2.0 + near, "mean of cluster {j}");
+                assert!((largest(means[p][j].iter().map(|v| v.abs())) - 127.0 * step).abs() <= near, "scale of {j}");
+            }
+            if !tokens.is_empty() {
+                assert!((spreads[p * k + j] - spread(&keys[p], &tokens)).abs() <= near, "spread of cluster {j}");
             }
         }
     }
@@ -485,8 +518,7 @@ fn layers_together_are_layers_alone() {
                 assert_same(&x.order, &y.order, "order");
                 assert_same(&x.offsets, &y.offsets, "offsets");
                 assert_same(&x.sizes, &y.sizes, "sizes");
-                assert_same(&x.mean_keys, &y.mean_keys, "mean keys");
-                assert_same(&x.mean_values, &y.mean_values, "mean values");
+                assert_same_means(x, y, "layers");
                 let [k, v] = [(); 2].map(|_| random([2, 2, 20, 8], dtype, &device, &mut rng));
                 a.append(&k, &v).unwrap();
                 b.append(&k, &v).unwrap();
@@ -554,8 +586,16 @@ fn assert_same_clusters(a: &ClusteredKvCache, b: &ClusteredKvCache, what: &str) 
     assert_same(&a.order, &b.order, &format!("{what}: order"));
     assert_same(&a.offsets, &b.offsets, &format!("{what}: offsets"));
     assert_same(&a.sizes, &b.sizes, &format!("{what}: sizes"));
-    assert_same(&a.mean_keys, &b.mean_keys, &format!("{what}: mean keys"));
-    assert_same(&a.mean_values, &b.mean_values, &format!("{what}: mean values"));
+    assert_same_means(a, b, what);
+}
+
+fn assert_same_means(a: &KvClusters, b: &KvClusters, what: &str) {
+    assert_same(&a.spreads, &b.spreads, &format!("{what}: spreads"));
+    for (a, b, of) in [(&a.mean_keys, &b.mean_keys, "mean keys"), (&a.mean_values, &b.mean_values, "mean values")] {
+        let codes = |means: &KvMeans| means.codes.to_dtype(DType::U32).unwrap();
+        assert_same(&codes(a), &codes(b), &format!("{what}: {of}"));
+        assert_same(&a.scales, &b.scales, &format!("{what}: scales of {of}"));
+    }
 }
 
 /// What is left of a cache, wherever it is cut, is one that never had the others and was given the same labels.
@@ -912,7 +952,7 @@ fn clusters_beat_pages_on_real_keys() {
         let q = real.queries.reshape((1, heads * 3, recent, dim)).unwrap();
         let q = q.narrow(2, recent - 32, 32).unwrap();
         let new = || {
-            let mut cache = ClusteredKvCache::new(4096).recent(recent).segment(1);
+            let mut cache = ClusteredKvCache::new(4096).recent(recent).cluster_size(16).segment(1);
             cache.append(&keys, &values).unwrap();
             cache
         };

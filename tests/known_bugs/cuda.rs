@@ -294,7 +294,7 @@ mod gpu {
                     results.extend([
                         bits(&cache.attend(&q, 0.2, KvBudget::new(300)).unwrap()),
                         bits(&cache.k().unwrap().unwrap().contiguous().unwrap()),
-                        bits(&cache.clusters().unwrap().mean_values),
+                        bits(&cache.clusters().unwrap().mean_values.scales),
                         bits(&batch.centroids().unwrap()),
                         bits(batch.counts()),
                         bits(ema.codebook().centroids()),

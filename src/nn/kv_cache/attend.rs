@@ -18,6 +18,10 @@ use std::ops::Range;
 /// Elements that a block of query rows may gather and score: 64 MB of f32.
 const BLOCK: usize = 1 << 24;
 
+/// A cluster ranks by its mean key's score and so many standard deviations of its keys: by the best that it may hold, as arms of a bandit do
+/// by their upper confidence bound (Lai and Robbins 1985). A cluster that is spread out hides tokens that its mean does not show.
+pub(super) const REACH: f64 = 3.0;
+
 /// The product of a query and a key becomes a score by these, before the softmax.
 #[derive(Clone, Copy, Default)]
 pub(in crate::nn) struct Scoring<'a> {
@@ -35,8 +39,8 @@ impl ClusteredKvCache {
     /// `(batch, heads, rows, width)`, of as many columns as the values have.
     ///
     /// `heads` is a multiple of the cache's; neighbouring ones share a key head. Sinks and recent tokens are read exactly.
-    /// Clusters are ranked by the score of their mean key, and their tokens read in that order, exactly
-    /// [`tokens`](KvBudget::new) of them, the last cluster in part. What remains of the others enters the same softmax with the
+    /// Clusters are ranked by a bound of their tokens' scores, that of the mean key and 3 standard deviations of the keys along the query as
+    /// if all columns had the same, and their tokens read in that order, exactly [`tokens`](KvBudget::new) of them, the last cluster in part. What remains of the others enters the same softmax with the
     /// mean key, the mean value and the number of tokens left. Where the budget suffices for all tokens, as before the
     /// first segment, this is attention.
     ///
@@ -119,8 +123,10 @@ impl ClusteredKvCache {
             clusters: clustered.as_ref().map(|(c, order)| Clustered {
                 sinks: self.settings.sinks,
                 order,
-                mean_keys: &c.mean_keys,
-                mean_values: &c.mean_values,
+                mean_keys: c.mean_keys.codes(),
+                mean_values: c.mean_values.codes(),
+                spreads: &c.spreads,
+                reach: REACH,
                 budget: budget.tokens,
                 shared: budget.shared,
                 estimate: budget.estimate,

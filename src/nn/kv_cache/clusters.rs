@@ -1,13 +1,15 @@
 //! The clusters of tokens, a segment at a time.
 
-use super::{ClusteredKvCache, Settings, Stored, MAX_TOKENS};
+use super::{ClusteredKvCache, KvMeans, Settings, Stored, MAX_TOKENS};
 use crate::{
     error::{Error, Result},
     functional::{self, sort_by_cluster},
     kmeans::{Init, KMeans},
+    metric::Metric,
     nn::parts::{check_like, dims4_float},
     primitives, problem,
     request::Order,
+    rows::Rows,
 };
 use candle_core::{DType, Tensor};
 use std::ops::Range;
@@ -24,10 +26,13 @@ pub struct KvClusters {
     pub offsets: Tensor,
     /// f32 `(batch, kv_heads, k)`: tokens in each cluster.
     pub sizes: Tensor,
-    /// `(batch, kv_heads, k, d)` in the keys' dtype.
-    pub mean_keys: Tensor,
-    /// `(batch, kv_heads, k, d)`, by the same labels.
-    pub mean_values: Tensor,
+    /// `(batch, kv_heads, k)`, f32, of f64 f64: the standard deviation of each cluster's keys from their mean, over all columns. A key that
+    /// is not finite does not count.
+    pub spreads: Tensor,
+    /// `(batch, kv_heads, k, d)`.
+    pub mean_keys: KvMeans,
+    /// `(batch, kv_heads, k, width)`, by the same labels.
+    pub mean_values: KvMeans,
 }
 
 impl KvClusters {
@@ -38,7 +43,10 @@ impl KvClusters {
         let labels = labels.contiguous()?;
         let sorted = Order::of_heads(&labels, &order, &offsets)?;
         let [mean_keys, mean_values] = [keys, values].map(|t| functional::means_by_order(t, &sorted));
-        Ok(Self { labels, order, offsets, sizes, mean_keys: mean_keys?, mean_values: mean_values? })
+        let mean_keys = mean_keys?;
+        let spreads = spreads(keys, &mean_keys, &sorted, &sizes)?;
+        let [mean_keys, mean_values] = [&mean_keys, &mean_values?].map(KvMeans::new);
+        Ok(Self { labels, order, offsets, sizes, spreads, mean_keys: mean_keys?, mean_values: mean_values? })
     }
 
     /// The clusters of the tokens `kept` alone, whose keys and values are given. Clusters at the ends that have no token left in any head
@@ -60,8 +68,9 @@ impl KvClusters {
             order: f(&self.order)?,
             offsets: f(&self.offsets)?,
             sizes: f(&self.sizes)?,
-            mean_keys: f(&self.mean_keys)?,
-            mean_values: f(&self.mean_values)?,
+            spreads: f(&self.spreads)?,
+            mean_keys: self.mean_keys.map(&f)?,
+            mean_values: self.mean_values.map(&f)?,
         })
     }
 
@@ -75,8 +84,9 @@ impl KvClusters {
             order: join(&self.order, &after(&next.order, m)?)?,
             offsets: join(&self.offsets, &after(&offsets, m)?)?,
             sizes: join(&self.sizes, &next.sizes)?,
-            mean_keys: join(&self.mean_keys, &next.mean_keys)?,
-            mean_values: join(&self.mean_values, &next.mean_values)?,
+            spreads: join(&self.spreads, &next.spreads)?,
+            mean_keys: self.mean_keys.followed_by(&next.mean_keys)?,
+            mean_values: self.mean_values.followed_by(&next.mean_values)?,
         })
     }
 }
@@ -186,6 +196,16 @@ impl ClusteredKvCache {
         layers.iter_mut().zip(parts).for_each(|(layer, part)| layer.clusters = Some(part));
         Ok(())
     }
+}
+
+/// The standard deviation of clusters, `(batch, kv_heads, k)`, of `keys` and their means, `(batch, kv_heads, any, d)`.
+fn spreads(keys: &Tensor, means: &Tensor, order: &Order, sizes: &Tensor) -> Result<Tensor> {
+    let (rows, centres) = (Rows::new(keys)?, Rows::new(means)?);
+    let distances = primitives::distances(&rows, &centres, &order.labels, Metric::SquaredEuclidean)?;
+    let sums = primitives::cluster_sums(&distances, Some(order))?.reshape(sizes.shape())?;
+    let counts = (sizes.maximum(1.0)?.to_dtype(DType::F64)? * rows.d.max(1) as f64)?;
+    let dtype = if keys.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    Ok((sums / counts)?.sqrt()?.to_dtype(dtype)?)
 }
 
 /// The clusters of keys `(batch, kv_heads, m, d)`, cut into as few segments as may be, and how many clusters those are. The first key is

@@ -5,6 +5,7 @@ mod budget;
 mod clusters;
 mod file;
 mod forget;
+mod means;
 mod padding;
 mod reference;
 mod stored;
@@ -18,6 +19,7 @@ pub(super) use attend::Scoring;
 pub use budget::KvBudget;
 use candle_core::Tensor;
 pub use clusters::KvClusters;
+pub use means::KvMeans;
 use padding::Padding;
 use std::{ops::Range, sync::Arc};
 use stored::{room_for, write_tokens, Stored};
@@ -96,10 +98,10 @@ struct Settings {
 }
 
 impl ClusteredKvCache {
-    /// An empty cache with room for `max_seq_len` tokens, growing by as many. 4 sinks, at least 64 recent tokens, 16 tokens
+    /// An empty cache with room for `max_seq_len` tokens, growing by as many. 4 sinks, at least 64 recent tokens, 8 tokens
     /// a cluster on average, segments of 128 to 4,096 tokens, 4 passes of k-means.
     pub fn new(max_seq_len: usize) -> Self {
-        let settings = Settings { sinks: 4, recent: 64, cluster_size: 16, segment: 128, max_segment: 4096, passes: 4 };
+        let settings = Settings { sinks: 4, recent: 64, cluster_size: 8, segment: 128, max_segment: 4096, passes: 4 };
         let (fence, memory) = (Fence::default(), Memory::kept());
         Self { fence, settings, max_seq_len, stored: None, clusters: None, padding: None, evicted: 0, memory }
     }

@@ -1,6 +1,6 @@
 //! Attention to chosen tokens by Candle's ops: where there is no kernel for it, and what kernels are tested against.
 
-use super::{KvBudget, KvClusters, Stored};
+use super::{attend::REACH, KvBudget, KvClusters, Stored};
 use crate::{
     error::Result,
     nn::parts::{chosen_tokens, masked_fill, to_accumulate_dtype},
@@ -43,13 +43,15 @@ impl Choice {
         let flat = queries.flatten(1, 2)?;
         let sizes = clusters.sizes.flatten(0, 1)?.contiguous()?;
         let k = sizes.dims()[1];
-        let scores = capped(&flat.matmul(&clusters.mean_keys.flatten(0, 1)?.transpose(1, 2)?)?, softcap)?;
+        let mean_keys = clusters.mean_keys.dequantize(flat.dtype())?.flatten(0, 1)?;
+        let scores = to_accumulate_dtype(&flat.matmul(&mean_keys.transpose(1, 2)?)?)?;
         let empty = sizes.eq(0f32)?.unsqueeze(1)?;
         let units = if budget.shared { rows } else { rows * group };
         let sizes = sizes.unsqueeze(1)?.broadcast_as((p, units, k))?.contiguous()?;
         let (mut read, mut left) = (None, sizes.clone());
         if budget.tokens > 0 {
-            let mut rank = masked_fill(&empty, &scores, f64::NEG_INFINITY)?;
+            let bounds = (&scores + beyond_means(&flat, &clusters.spreads.flatten(0, 1)?)?)?;
+            let mut rank = masked_fill(&empty, &capped(&bounds, softcap)?, f64::NEG_INFINITY)?;
             if budget.shared {
                 rank = softmax_last_dim(&rank)?.reshape((p, rows, group, k))?.sum(2)?;
             }
@@ -63,13 +65,21 @@ impl Choice {
         }
         let estimate = if budget.estimate {
             let left = left.to_dtype(scores.dtype())?.log()?.reshape((p, rows, units / rows, k))?;
-            let scores = scores.reshape((p, rows, group, k))?.broadcast_add(&left)?.flatten(1, 2)?;
-            Some(Estimate { scores, values: clusters.mean_values.flatten(0, 1)? })
+            let scores = capped(&scores, softcap)?.reshape((p, rows, group, k))?.broadcast_add(&left)?.flatten(1, 2)?;
+            Some(Estimate { scores, values: clusters.mean_values.dequantize(queries.dtype())?.flatten(0, 1)? })
         } else {
             None
         };
         Ok(Self { read, estimate })
     }
+}
+
+/// What ranks a cluster above its mean key, `(p, n, k)`: [`REACH`] for scaled `queries` `(p, n, d)` and `spreads` `(p, k)`. Nothing where that
+/// is beyond the type.
+fn beyond_means(queries: &Tensor, spreads: &Tensor) -> Result<Tensor> {
+    let norms = queries.to_dtype(spreads.dtype())?.sqr()?.sum_keepdim(2)?.sqrt()?;
+    let beyond = (norms * REACH)?.broadcast_mul(&spreads.unsqueeze(1)?)?;
+    Ok(beyond.lt(f64::INFINITY)?.where_cond(&beyond, &beyond.zeros_like()?)?)
 }
 
 /// Attention of `queries` `(p, rows, group, d)` to `pieces` of the tokens, to the tokens of a choice, counted from `offset`, and to its
