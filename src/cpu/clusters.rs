@@ -94,9 +94,9 @@ fn log<E: Lane>(tokens: u32) -> E {
 }
 
 /// A task uses this from unit to unit.
-struct Ranks<E> {
+pub(super) struct Ranks<E> {
     /// By tiles.
-    of: Vec<Scores<E>>,
+    pub(super) of: Vec<Scores<E>>,
     /// The largest of each tile, and some order of them.
     largest: Vec<E>,
     sorted: Vec<E>,
@@ -111,7 +111,7 @@ impl<E> Default for Ranks<E> {
 
 impl<E: Lane> Ranks<E> {
     /// Sums of the softmaxes of a group's heads.
-    fn add_softmaxes<'s>(&mut self, scores: impl Iterator<Item = &'s [Scores<E>]> + Clone, group: usize) {
+    pub(super) fn add_softmaxes<'s>(&mut self, scores: impl Iterator<Item = &'s [Scores<E>]> + Clone, group: usize) {
         let (zero, least) = (E::of(0.0), E::of(f64::NEG_INFINITY));
         self.of.clear();
         self.of.resize(scores.clone().count(), [zero; TILE]);
@@ -128,7 +128,7 @@ impl<E: Lane> Ranks<E> {
     }
 
     /// The best clusters in order, so many of those that have tokens, `sizes`, that they have `budget`; an index in the last bits of each.
-    fn best(&mut self, sizes: &[u32], budget: usize) -> &[u128] {
+    pub(super) fn best(&mut self, sizes: &[u32], budget: usize) -> &[u128] {
         let least = E::of(f64::NEG_INFINITY);
         // NaN is one of minus infinity.
         self.of.iter_mut().flatten().for_each(|rank| *rank = larger(*rank, least));
