@@ -10,7 +10,7 @@ use crate::{
     operand::{Readable, Target},
     plan::{arch::Arch, on_chip::FitResident, sort::Sort},
     ranks::{Ranks, Rendezvous},
-    request::{Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Routed, Update},
+    request::{Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
     staging::{buffer, Buffer, Copies, Lane},
@@ -136,6 +136,11 @@ pub(crate) trait Backend {
 
     /// None where there is no kernel for it.
     fn attend(&self, _: &Attention<'_>, _: &Memory) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// None where there is no kernel for it.
+    fn attend_coded(&self, _: &CodedAttention<'_>) -> Result<Option<Tensor>> {
         Ok(None)
     }
 

@@ -224,6 +224,42 @@ pub(crate) struct Clustered<'a> {
     pub estimate: bool,
 }
 
+/// A cache whose clustered tokens are product codes, and how the queries of one token read it.
+pub(crate) struct CodedAttention<'a> {
+    /// `(b, q_heads, d)`, of the dtype of everything that is no code.
+    pub q: &'a Tensor,
+    /// Tokens that are no codes, `(b, heads, room, d)`, of which the first `tokens` are there and are read.
+    pub keys: &'a Tensor,
+    /// `(b, heads, room, width)`.
+    pub values: &'a Tensor,
+    pub tokens: usize,
+    pub scale: f64,
+    pub coded_keys: Coded<'a>,
+    pub coded_values: Coded<'a>,
+    /// Where the codes of each cluster begin, u32 `(b, heads, k + 1)`.
+    pub offsets: &'a Tensor,
+    /// As [`Clustered`] has them.
+    pub spreads: &'a Tensor,
+    pub reach: f64,
+    /// Coded tokens that are read, at most all there are.
+    pub budget: usize,
+    /// Whether the query heads of a key head choose together.
+    pub shared: bool,
+    /// Whether clusters stand in for their tokens that are not read.
+    pub estimate: bool,
+}
+
+/// The keys or the values of a [`CodedAttention`], cluster by cluster: a row is its cluster's mean and an entry for each of its pieces.
+#[derive(Clone, Copy)]
+pub(crate) struct Coded<'a> {
+    /// u8 `(b, heads, m, bytes)`: a code for each piece, of 8 bits or of 4, the earlier piece in the low ones.
+    pub codes: &'a Tensor,
+    /// `(b, heads, pieces, entries, columns)`, of 256 or 16 entries.
+    pub entries: &'a Tensor,
+    /// The mean rows, `(b, heads, k, d)`.
+    pub means: Codes<'a>,
+}
+
 /// Queries, keys and values, and how the queries read them.
 pub(crate) struct Routed<'a> {
     /// `(b, heads, m, d)`, of the keys' dtype.

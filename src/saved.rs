@@ -277,6 +277,11 @@ impl Saved {
         self.tensors.contains_key(name)
     }
 
+    /// Whether it has such a setting.
+    pub fn states(&self, key: &str) -> bool {
+        self.metadata.contains_key(key)
+    }
+
     /// A tensor of a dtype that this crate saves, all of whose floats are finite.
     pub fn take(&mut self, name: &str) -> Result<Tensor> {
         let t = self.on_host(name)?;

@@ -74,7 +74,7 @@ pub(crate) fn attend(a: &Attention<'_>) -> Result<Option<Tensor>> {
 }
 
 /// All queries, scaled and padded.
-fn queries<T: Element>(q: &View<'_, T>, scale: f64) -> Result<Vec<T::Filter>> {
+pub(super) fn queries<T: Element>(q: &View<'_, T>, scale: f64) -> Result<Vec<T::Filter>> {
     let Rows { b, n, d, .. } = *q.rows;
     let mut out = host::filled(OP, b * n * padded(d), T::Filter::of(0.0))?;
     for (i, out) in out.chunks_exact_mut(padded(d)).enumerate() {

@@ -46,21 +46,6 @@ impl<E: Lane> Clusters<'_, E> {
         self.logs.get(tokens as usize).copied().unwrap_or_else(|| log(tokens))
     }
 
-    /// What a head's query, scaled and padded, adds to the scores of problem `p` for clusters that are spread out. Nothing where that is
-    /// beyond the type.
-    fn bounds<'b>(&self, p: usize, query: &[E]) -> impl Fn(usize, Scores<E>) -> Scores<E> + Clone + use<'_, 'b, E> {
-        let norm = query.iter().map(|v| v.widen() * v.widen()).sum::<f64>().sqrt();
-        let reach = E::of(norm * self.of.reach);
-        let spreads = &self.spreads[p * self.keys.n..][..self.keys.n];
-        move |tile, mut scores| {
-            for (score, &spread) in scores.iter_mut().zip(&spreads[tile * TILE..]) {
-                let beyond = reach.mul(spread);
-                *score = if beyond < E::INFINITY { score.add(beyond) } else { *score };
-            }
-            scores
-        }
-    }
-
     /// The lists of all units, which [`list`](Self::list) takes apart, for scaled and padded `queries` and the `scores` of all clusters.
     pub(super) fn choose(&self, queries: &[E], scores: &[Scores<E>], group: usize) -> Result<Vec<u32>> {
         let (problems, k, tiles) = (self.problems(), self.keys.n, self.tiles());
@@ -77,7 +62,8 @@ impl<E: Lane> Clusters<'_, E> {
             let scores = scores[p * tiles * group..][..tiles * group].chunks(group).enumerate();
             let query_len = queries.len() / problems / group;
             let of_head = |head: usize| {
-                let bounds = self.bounds(p, &queries[(p * group + head) * query_len..][..query_len]);
+                let query = &queries[(p * group + head) * query_len..][..query_len];
+                let bounds = bounds(query, self.of.reach, &self.spreads[p * k..][..k]);
                 scores.clone().map(move |(i, tile)| bounds(i, tile[head]))
             };
             ranks.of.clear();
@@ -102,6 +88,24 @@ impl<E: Lane> Clusters<'_, E> {
     }
 }
 
+/// Adds to the scores of a tile what clusters that are spread out may hold beyond their means, for a scaled and padded query. Nothing where
+/// that is beyond the type.
+pub(super) fn bounds<'s, E: Lane>(
+    query: &[E],
+    reach: f64,
+    spreads: &'s [E],
+) -> impl Fn(usize, Scores<E>) -> Scores<E> + Clone + use<'s, E> {
+    let norm = query.iter().map(|v| v.widen() * v.widen()).sum::<f64>().sqrt();
+    let reach = E::of(norm * reach);
+    move |tile, mut scores| {
+        for (score, &spread) in scores.iter_mut().zip(&spreads[tile * TILE..]) {
+            let beyond = reach.mul(spread);
+            *score = if beyond < E::INFINITY { score.add(beyond) } else { *score };
+        }
+        scores
+    }
+}
+
 /// The logarithms of numbers of tokens that clusters mostly have.
 pub(super) fn logs<E: Lane>() -> Vec<E> {
     (0..256).map(log).collect()
@@ -112,9 +116,9 @@ fn log<E: Lane>(tokens: u32) -> E {
 }
 
 /// A task uses this from unit to unit.
-struct Ranks<E> {
+pub(super) struct Ranks<E> {
     /// By tiles.
-    of: Vec<Scores<E>>,
+    pub(super) of: Vec<Scores<E>>,
     /// Of one head.
     weights: Vec<Scores<E>>,
     /// The largest of each tile, and some order of them.
@@ -131,7 +135,7 @@ impl<E> Default for Ranks<E> {
 
 impl<E: Lane> Ranks<E> {
     /// Adds the softmax of a head's `scores`, by tiles.
-    fn add_softmax(&mut self, scores: impl Iterator<Item = Scores<E>> + Clone) {
+    pub(super) fn add_softmax(&mut self, scores: impl Iterator<Item = Scores<E>> + Clone) {
         let zero = E::of(0.0);
         self.weights.clear();
         self.weights.extend(scores);
@@ -147,7 +151,7 @@ impl<E: Lane> Ranks<E> {
     }
 
     /// The best clusters in order, so many of those that have tokens, `sizes`, that they have `budget`; an index in the last bits of each.
-    fn best(&mut self, sizes: &[u32], budget: usize) -> &[u128] {
+    pub(super) fn best(&mut self, sizes: &[u32], budget: usize) -> &[u128] {
         let least = E::of(f64::NEG_INFINITY);
         // NaN is one of minus infinity.
         self.of.iter_mut().flatten().for_each(|rank| *rank = larger(*rank, least));

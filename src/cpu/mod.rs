@@ -2,10 +2,12 @@
 
 pub(crate) mod assign;
 mod attend;
+mod attend_coded;
 mod candidates;
 mod clusters;
 mod filter;
 mod median;
+mod product_codes;
 mod rows;
 mod scalar;
 mod seed;
@@ -23,7 +25,7 @@ use crate::{
     metric::Metric,
     operand::{Readable, Target},
     plan::{arch::Arch, sort::Sort},
-    request::{Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Update},
+    request::{Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, OnChipFit, Update},
     rng::Draw,
     rows::Rows,
 };
@@ -130,5 +132,9 @@ impl Backend for Cpu {
 
     fn attend(&self, a: &Attention<'_>, _: &Memory) -> Result<Option<Tensor>> {
         attend::attend(a)
+    }
+
+    fn attend_coded(&self, a: &CodedAttention<'_>) -> Result<Option<Tensor>> {
+        attend_coded::attend_coded(a)
     }
 }

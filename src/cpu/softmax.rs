@@ -374,7 +374,7 @@ pub(super) fn larger<E: Lane>(a: E, b: E) -> E {
 }
 
 /// The score that others are compared with: `max`, unless all weigh nothing, whose differences would be NaN.
-fn shift<E: Lane>(max: E) -> E {
+pub(super) fn shift<E: Lane>(max: E) -> E {
     if max == E::of(f64::NEG_INFINITY) {
         E::of(0.0)
     } else {

@@ -11,5 +11,5 @@ pub use codebook::{
     codebook_encode, Codebook, Ema, EmaCodebook, GainShapeQuantizer, ProductQuantizer, Quantized, ResidualQuantizer,
     Usage,
 };
-pub use kv_cache::{ClusteredKvCache, KvBudget, KvClusters, KvMeans};
+pub use kv_cache::{ClusteredKvCache, KvBudget, KvClusters, KvCodes, KvMeans};
 pub use routing::{Grouping, KeyBudget, RoutedAttention};

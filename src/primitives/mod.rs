@@ -25,8 +25,8 @@ use crate::{
     problem,
     ranks::{Ranks, Rendezvous},
     request::{
-        Accumulator, Assignment, Attention, Finish, KmeansppStep, Labels, OnChipFit, Order, Reduction, Routed,
-        Summands, Update,
+        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, Labels, OnChipFit, Order, Reduction,
+        Routed, Summands, Update,
     },
     rng::Draw,
     rows::Rows,
@@ -350,6 +350,14 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
         return Ok(None);
     }
     on(a.q.device(), "attend")?.attend(a, memory)
+}
+
+/// The same where clustered tokens are codes.
+pub(crate) fn attend_coded(a: &CodedAttention<'_>) -> Result<Option<Tensor>> {
+    if forced() {
+        return Ok(None);
+    }
+    on(a.q.device(), "attend_coded")?.attend_coded(a)
 }
 
 /// Attends from each query to the list of its group, `(b, heads, m, d)`; nothing where there is no kernel for it.

@@ -7,16 +7,16 @@ use candle_flash_kmeans::{testing, Error};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
-const SINKS: usize = 3;
-const RECENT: usize = 10;
-const SCALE: f64 = 0.3;
+pub const SINKS: usize = 3;
+pub const RECENT: usize = 10;
+pub const SCALE: f64 = 0.3;
 
-fn empty() -> ClusteredKvCache {
+pub fn empty() -> ClusteredKvCache {
     // Room for less than a test stores, so that it has to grow.
     ClusteredKvCache::new(40).sinks(SINKS).recent(RECENT).cluster_size(5).segment(1)
 }
 
-fn random(shape: [usize; 4], dtype: DType, device: &Device, rng: &mut ChaCha8Rng) -> Tensor {
+pub fn random(shape: [usize; 4], dtype: DType, device: &Device, rng: &mut ChaCha8Rng) -> Tensor {
     uniform(&shape, 0.0, 2.0, dtype, rng).to_device(device).unwrap()
 }
 
@@ -30,7 +30,7 @@ fn append(cache: &mut ClusteredKvCache, n: usize, dtype: DType, device: &Device,
 }
 
 /// `attend` promises this, token by token: `(tokens, estimate, shared)`.
-fn spec(cache: &ClusteredKvCache, q: &Tensor, budget: (usize, bool, bool)) -> Vec<f64> {
+pub fn spec(cache: &ClusteredKvCache, q: &Tensor, budget: (usize, bool, bool)) -> Vec<f64> {
     let (tokens, estimate, shared) = budget;
     let (keys, values) = (problems(&cache.k().unwrap().unwrap()), problems(&cache.v().unwrap().unwrap()));
     let (queries, n) = (problems(q), keys[0].len());
@@ -111,7 +111,7 @@ fn decoded(means: &KvMeans) -> Vec<Vec<Vec<f64>>> {
     codes.into_iter().enumerate().map(head).collect()
 }
 
-fn tolerance(dtype: DType) -> f64 {
+pub fn tolerance(dtype: DType) -> f64 {
     match dtype {
         DType::F16 => 1e-2,
         DType::BF16 => 8e-2,
@@ -121,7 +121,7 @@ fn tolerance(dtype: DType) -> f64 {
 }
 
 /// A budget that is kept whatever it costs.
-fn budget((tokens, estimate, shared): (usize, bool, bool)) -> KvBudget {
+pub fn budget((tokens, estimate, shared): (usize, bool, bool)) -> KvBudget {
     KvBudget::new(tokens).estimate(estimate).shared(shared).dense_if_cheaper(false)
 }
 
@@ -773,7 +773,7 @@ fn damaged_files_are_refused() {
 }
 
 #[track_caller]
-fn refused<T: std::fmt::Debug>(result: Result<T, Error>, variant: &str, parts: &[&str]) {
+pub fn refused<T: std::fmt::Debug>(result: Result<T, Error>, variant: &str, parts: &[&str]) {
     let error = result.unwrap_err();
     let (name, text) = (format!("{error:?}"), error.to_string());
     assert!(name.starts_with(variant), "{name} is no {variant}");

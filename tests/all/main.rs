@@ -21,6 +21,7 @@ mod fit;
 mod gradients;
 mod kernels;
 mod kv_cache;
+mod kv_codes;
 mod labels;
 #[cfg(feature = "nccl")]
 mod launched;

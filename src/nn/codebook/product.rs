@@ -8,6 +8,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     kmeans::KMeans,
+    metric::Metric,
     problem::{check_device, check_dtype, Problem},
     row_weights,
 };
@@ -32,6 +33,11 @@ impl ProductQuantizer {
             return Err(Error::Rank { argument: "centroids", expected: 3, shape });
         }
         Ok(Self { codebook })
+    }
+
+    /// From `(..batch, m, k, d / m)` entries that are known to be finite, for which nothing waits.
+    pub(in crate::nn) fn of_entries(centroids: Tensor) -> Self {
+        Self { codebook: Codebook { centroids, metric: Metric::SquaredEuclidean } }
     }
 
     /// Clusters the `m` pieces of the rows of `x` `(..batch, n, d)`, all of them and all problems in one call. Given centroids

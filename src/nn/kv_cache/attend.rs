@@ -1,7 +1,8 @@
 //! Attention over a cache.
 
 use super::{
-    reference::{read_chosen, Choice, Piece},
+    coded::CodedTokens,
+    reference::{read_chosen, Choice, Lists, Piece},
     stored::Stored,
     ClusteredKvCache, KvBudget, KvClusters,
 };
@@ -9,11 +10,11 @@ use crate::{
     error::{Error, Result},
     nn::parts::{check_like, check_scale, dims4_float},
     primitives,
-    request::{Attention, Clustered, Order},
+    request::{Attention, Clustered, CodedAttention, Order},
     select::empty,
 };
 use candle_core::{Device, Tensor};
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 /// Elements that a block of query rows may gather and score: 64 MB of f32.
 const BLOCK: usize = 1 << 24;
@@ -53,6 +54,8 @@ impl ClusteredKvCache {
     /// One row on a CPU is one kernel, of any dtype and columns, over clusters or all tokens: it reads tokens where they lie, scores and
     /// weighs in f32 (f64 for f64), and has the same bits for any number of threads. On a GPU one row that reads clusters is, of f16, bf16 or
     /// f32 with 64 or 128 columns, of keys and of values: a launch with thread block clusters (from Hopper on; three launches elsewhere).
+    /// Of a cache with [`codes`](Self::codes) one row on a CPU is a kernel that reads them by tables, for any budget; elsewhere the codes of the
+    /// tokens that are read are decoded first, those of all where all are read.
     /// Others, several rows and batches with padding go through Candle's ops, a block of rows at a time, with scores in the cache's dtype.
     /// Nothing is read by the host, and no gradient flows. Without queries the result is empty.
     ///
@@ -80,9 +83,12 @@ impl ClusteredKvCache {
         check_like("q", q, &stored.keys, [batch, q_heads, rows, columns])?;
         let units = if budget.shared { 1 } else { q_heads / kv_heads };
         let dense = primitives::attends_to_all(q.device())?;
-        let less = |c: &&KvClusters| budget.reads_less(self.clustered().len(), c.sizes.dims()[2], units, dense);
+        let (len, m) = (self.current_seq_len(), self.clustered().len());
+        let less = |c: &&KvClusters| budget.reads_less(m, c.sizes.dims()[2], units, dense);
         let clusters = self.clusters.as_ref().filter(less);
-        let free = if clusters.is_some() { stored.len - self.clustered().end } else { stored.len };
+        // There is no kernel for all of what has to be decoded before.
+        let coded = self.coded.as_ref().filter(|c| budget.reads_less(m, c.k(), units, false));
+        let free = if clusters.is_some() || coded.is_some() { len - self.clustered().end } else { len };
         if rows > free {
             return Err(Error::Range { argument: "q rows", got: rows, min: 0, max: free });
         }
@@ -90,14 +96,58 @@ impl ClusteredKvCache {
             return empty(&[batch, q_heads, rows, width], q.dtype(), q.device());
         }
         self.shown()?;
-        let q = self.without_padding(&q.detach(), stored.len - rows)?;
+        let q = self.without_padding(&q.detach(), len - rows)?;
         let plain = scoring.softcap.is_none() && scoring.mask.is_none() && self.padding.is_none();
-        if rows == 1 && plain {
+        if let Some(all) = self.coded.as_ref().filter(|_| rows == 1 && plain && scoring.window.is_none()) {
+            if let Some(output) = self.attend_coded(&q, stored, all, budget, scoring.scale)? {
+                return Ok(output);
+            }
+        }
+        let decoded = match &self.coded {
+            Some(_) if coded.is_none() => {
+                let (keys, values) = (self.k()?.expect("it holds tokens"), self.v()?.expect("it holds tokens"));
+                Some(Stored { keys, values, len, shared: Arc::default() })
+            }
+            _ => None,
+        };
+        let stored = decoded.as_ref().unwrap_or(stored);
+        if rows == 1 && plain && coded.is_none() {
             if let Some(output) = self.attend_fused(&q, stored, clusters, budget, scoring)? {
                 return Ok(output);
             }
         }
-        self.attend_in_blocks(&q, stored, clusters, budget, scoring)
+        let of_codes = coded.map(CodedTokens::clusters).transpose()?;
+        let clusters = of_codes.as_ref().or(clusters);
+        self.attend_in_blocks(&q, stored, clusters, coded, budget, scoring)
+    }
+
+    /// One row that reads codes by a kernel, if there is one for it.
+    fn attend_coded(
+        &self,
+        q: &Tensor,
+        stored: &Stored,
+        coded: &CodedTokens,
+        budget: KvBudget,
+        scale: f64,
+    ) -> Result<Option<Tensor>> {
+        let ((batch, q_heads, _, d), width) = (q.dims4()?, stored.values.dims()[3]);
+        let attention = CodedAttention {
+            q: &q.reshape((batch, q_heads, d))?.contiguous()?,
+            keys: &stored.keys,
+            values: &stored.values,
+            tokens: stored.len,
+            scale,
+            coded_keys: coded.keys.request(),
+            coded_values: coded.values.request(),
+            offsets: &coded.offsets,
+            spreads: &coded.spreads,
+            reach: REACH,
+            budget: budget.tokens.min(coded.len()),
+            shared: budget.shared,
+            estimate: budget.estimate && budget.tokens < coded.len(),
+        };
+        let output = primitives::attend_coded(&attention)?;
+        Ok(output.map(|output| output.reshape((batch, q_heads, 1, width))).transpose()?)
     }
 
     /// One row by a kernel, if there is one for it.
@@ -142,15 +192,17 @@ impl ClusteredKvCache {
         q: &Tensor,
         stored: &Stored,
         clusters: Option<&KvClusters>,
+        coded: Option<&CodedTokens>,
         budget: KvBudget,
         scoring: Scoring,
     ) -> Result<Tensor> {
         let (batch, q_heads, rows, d) = q.dims4()?;
+        let len = self.current_seq_len();
         let (kv_heads, width) = (stored.keys.dims()[1], stored.values.dims()[3]);
         // Tokens that are not clustered, or are to be read anyway, are read where they are.
         let exact = match clusters {
-            Some(_) => [0..self.lead(), self.clustered().end..stored.len],
-            None => [0..0, 0..stored.len],
+            Some(_) => [0..self.lead(), self.clustered().end..len],
+            None => [0..0, 0..len],
         };
         let group = q_heads / kv_heads;
         // Rows outside, heads of a group inside: the queries of a choice are neighbours, whether it is shared or not.
@@ -163,13 +215,19 @@ impl ClusteredKvCache {
         for start in (0..rows).step_by(step) {
             let count = step.min(rows - start);
             let queries = queries.narrow(1, start, count)?.contiguous()?;
-            let pieces = match scoring.mask {
-                Some(mask) => vec![Piece { tokens: 0..stored.len, mask: Some(mask.narrow(2, start, count)?) }],
-                None => self.pieces(&exact, stored.len - rows + start, count, window, queries.device())?,
+            let mut pieces = match scoring.mask {
+                Some(mask) => vec![Piece { tokens: 0..len, mask: Some(mask.narrow(2, start, count)?) }],
+                None => self.pieces(&exact, len - rows + start, count, window, queries.device())?,
             };
+            if coded.is_some() {
+                pieces.iter_mut().for_each(|piece| piece.tokens = self.stored_rows(piece.tokens.clone()));
+            }
             let choice = clusters.map(|c| Choice::new(c, &queries, &budget, scoring.softcap)).transpose()?;
-            let offset = self.lead();
-            outputs.push(read_chosen(&queries, stored, &pieces, scoring.softcap, choice.as_ref(), offset)?);
+            let lists = match (coded, clusters) {
+                (Some(coded), Some(clusters)) => Lists::Coded(coded, &clusters.labels),
+                _ => Lists::Stored(self.lead()),
+            };
+            outputs.push(read_chosen(&queries, stored, &pieces, scoring.softcap, choice.as_ref(), &lists)?);
         }
         let output = Tensor::cat(&outputs, 1)?.transpose(1, 2)?;
         Ok(output.reshape((batch, q_heads, rows, width))?)

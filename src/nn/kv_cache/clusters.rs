@@ -1,6 +1,9 @@
 //! The clusters of tokens, a segment at a time.
 
-use super::{ClusteredKvCache, KvMeans, Settings, Stored, MAX_TOKENS};
+use super::{
+    coded::{CodedTokens, Segment, SEGMENT_CLUSTERS},
+    ClusteredKvCache, KvMeans, Settings, Stored, MAX_TOKENS,
+};
 use crate::{
     error::{Error, Result},
     functional::{self, sort_by_cluster},
@@ -13,6 +16,9 @@ use crate::{
 };
 use candle_core::{DType, Tensor};
 use std::ops::Range;
+
+/// Tokens that are coded first, for each entry of a piece, at least.
+const ROWS_PER_ENTRY: usize = 4;
 
 /// The clusters of a cache, segment by segment. Labels and offsets of a segment continue those before it.
 #[derive(Clone, Debug)]
@@ -62,6 +68,13 @@ impl KvClusters {
         Self::new(keys, values, &labels.broadcast_sub(&first)?, k)
     }
 
+    pub(super) fn tensors(&self) -> [&Tensor; 9] {
+        let (keys, values) = (&self.mean_keys, &self.mean_values);
+        let means = [&keys.codes, &keys.scales, &values.codes, &values.scales];
+        let [a, b, c, d] = means;
+        [&self.labels, &self.order, &self.offsets, &self.sizes, &self.spreads, a, b, c, d]
+    }
+
     pub(super) fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
         Ok(Self {
             labels: f(&self.labels)?,
@@ -99,8 +112,8 @@ impl ClusteredKvCache {
     ///
     /// # Errors
     /// Refuses clusters and segments of no tokens, and non-finite keys, by their token and the batch element among all heads:
-    /// those have to be taken back by [`truncate`](Self::truncate) or [`reset`](Self::reset). Fails as [`KMeans::fit`]. The
-    /// cache is as before then.
+    /// those have to be taken back by [`truncate`](Self::truncate) or [`reset`](Self::reset). With [`codes`](Self::codes) it refuses
+    /// values that are not finite, too. Fails as [`KMeans::fit`]. The cache is as before then.
     pub fn cluster(&mut self) -> Result<bool> {
         Self::cluster_layers([self])
     }
@@ -113,7 +126,8 @@ impl ClusteredKvCache {
     pub fn cluster_layers<'a>(layers: impl IntoIterator<Item = &'a mut Self>) -> Result<bool> {
         let mut layers: Vec<_> = layers.into_iter().collect();
         let Some(first) = layers.first() else { return Ok(false) };
-        let Settings { cluster_size, max_segment, segment, .. } = first.settings;
+        let Settings { cluster_size, segment, .. } = first.settings;
+        let max_segment = first.settings.max_segment();
         for (argument, got) in [("cluster_size", cluster_size), ("max_segment", max_segment)] {
             if got == 0 {
                 return Err(Error::Range { argument, got, min: 1, max: MAX_TOKENS });
@@ -122,7 +136,8 @@ impl ClusteredKvCache {
         let waiting = first.waiting();
         layers[1..].iter().try_for_each(|layer| first.check_alike(layer))?;
         let none = first.stored.as_ref().is_none_or(|stored| stored.keys.elem_count() == 0);
-        if none || waiting.is_empty() || waiting.len() < segment {
+        let least = if first.clustered().is_empty() { segment.max(first.settings.trained_on()) } else { segment };
+        if none || waiting.is_empty() || waiting.len() < least {
             return Ok(false);
         }
         for layer in &layers {
@@ -130,7 +145,8 @@ impl ClusteredKvCache {
         }
         let keys = stacked(&layers, |s| &s.keys, &waiting)?;
         let (labels, k) = segment_labels(&keys, &layers[0].settings, waiting.start)?;
-        Self::add_segments(&mut layers, &keys, &labels, k)?;
+        let segments = segments(waiting.len(), &layers[0].settings);
+        Self::add_segments(&mut layers, &keys, &labels, k, segments)?;
         Ok(true)
     }
 
@@ -139,15 +155,16 @@ impl ClusteredKvCache {
     /// of the labels. Keys are not searched: one that is not finite counts as zeros in its cluster's mean.
     ///
     /// # Errors
-    /// Refuses labels of another shape, dtype or device, or not below `k`, more than 2^24 clusters, and fails where there is
-    /// nothing to group.
+    /// Refuses labels of another shape, dtype or device, or not below `k`, more than 2^24 clusters, of a cache with
+    /// [`codes`](Self::codes) more than 256 and tokens that are not finite, and fails where there is nothing to group.
     pub fn group(&mut self, labels: &Tensor, k: usize) -> Result<()> {
         let waiting = self.waiting();
         let Some(stored) = self.stored.as_ref().filter(|_| !waiting.is_empty()) else {
             return Err(Error::Range { argument: "tokens to group", got: 0, min: 1, max: MAX_TOKENS });
         };
-        if k > MAX_TOKENS {
-            return Err(Error::TooLarge { argument: "k", got: k, limit: MAX_TOKENS });
+        let limit = if self.settings.codes.is_some() { SEGMENT_CLUSTERS } else { MAX_TOKENS };
+        if k > limit {
+            return Err(Error::TooLarge { argument: "k", got: k, limit });
         }
         problem::check_device("labels", labels, stored.keys.device())?;
         let expected = [&stored.keys.dims()[..2], &[waiting.len()]].concat();
@@ -155,8 +172,10 @@ impl ClusteredKvCache {
             return Err(Error::Shape { argument: "labels", got: labels.dims().to_vec(), expected });
         }
         self.fence.write(labels.device())?;
-        let keys = stored.keys.narrow(2, waiting.start, waiting.len())?;
-        Self::add_segments(&mut [self], &keys, labels, k)
+        let rows = self.stored_rows(waiting.clone());
+        let keys = stored.keys.narrow(2, rows.start, rows.len())?;
+        let segment = Segment { tokens: waiting.len(), clusters: k };
+        Self::add_segments(&mut [self], &keys, labels, k, vec![segment])
     }
 
     fn check_alike(&self, other: &Self) -> Result<()> {
@@ -182,18 +201,42 @@ impl ClusteredKvCache {
         Ok(())
     }
 
-    /// Adds the segments of the waiting tokens, `k` clusters in all, to each layer; `keys` and `labels` are stacked along the batch.
-    fn add_segments(layers: &mut [&mut Self], keys: &Tensor, labels: &Tensor, k: usize) -> Result<()> {
-        let values = stacked(layers, |s| &s.values, &layers[0].waiting())?;
+    /// Adds the `segments` of the waiting tokens, `k` clusters in all, to each layer; `keys` and `labels` are stacked along the batch.
+    fn add_segments(
+        layers: &mut [&mut Self],
+        keys: &Tensor,
+        labels: &Tensor,
+        k: usize,
+        segments: Vec<Segment>,
+    ) -> Result<()> {
+        let waiting = layers[0].waiting();
+        let values = stacked(layers, |s| &s.values, &waiting)?;
         let all = KvClusters::new(keys, &values, labels, k)?;
         let batch = all.labels.dims()[0] / layers.len();
-        let parts = (0..layers.len()).map(|i| {
-            let part = all.map(|t| Ok(t.narrow(0, i * batch, batch)?))?;
-            layers[i].clusters.as_ref().map_or(Ok(part.clone()), |before| before.followed_by(&part))
+        let of_layer = |t: &Tensor, i: usize| Ok(t.narrow(0, i * batch, batch)?);
+        let parts = layers.iter().enumerate().map(|(i, layer)| {
+            let part = all.map(|t| of_layer(t, i))?;
+            let Some(codes) = layer.settings.codes else {
+                return Ok(Part::Clusters(layer.clusters.as_ref().map_or(Ok(part.clone()), |b| b.followed_by(&part))?));
+            };
+            let tokens = [of_layer(keys, i)?.contiguous()?, of_layer(&values, i)?.contiguous()?];
+            check_finite(&tokens, waiting.start)?;
+            let tokens = [&tokens[0], &tokens[1]];
+            let coded = CodedTokens::new(segments.clone(), &part, tokens, codes, layer.coded.as_ref())?;
+            let stored = layer.stored.as_ref().expect("tokens wait");
+            let gone = layer.stored_rows(waiting.clone());
+            let dims = [&stored.keys, &stored.values].map(|t| t.dims()[3]);
+            let room = layer.room(stored.len - gone.len(), batch * keys.dims()[1] * dims[0].max(dims[1]))?;
+            Ok(Part::Codes(coded, stored.without(gone, room)?))
         });
         // All of them before any is kept, so that an error leaves the layers alike.
         let parts = parts.collect::<Result<Vec<_>>>()?;
-        layers.iter_mut().zip(parts).for_each(|(layer, part)| layer.clusters = Some(part));
+        for (layer, part) in layers.iter_mut().zip(parts) {
+            match part {
+                Part::Clusters(clusters) => layer.clusters = Some(clusters),
+                Part::Codes(coded, stored) => (layer.coded, layer.stored) = (Some(coded), Some(stored)),
+            }
+        }
         Ok(())
     }
 }
@@ -208,11 +251,50 @@ fn spreads(keys: &Tensor, means: &Tensor, order: &Order, sizes: &Tensor) -> Resu
     Ok((sums / counts)?.sqrt()?.to_dtype(dtype)?)
 }
 
+/// What a layer holds once its waiting tokens are clustered.
+enum Part {
+    Clusters(KvClusters),
+    Codes(CodedTokens, Stored),
+}
+
+impl Settings {
+    /// The most tokens of a segment, of which codes allow so many clusters.
+    fn max_segment(&self) -> usize {
+        match self.codes {
+            Some(_) => self.max_segment.min(self.cluster_size.saturating_mul(SEGMENT_CLUSTERS)),
+            None => self.max_segment,
+        }
+    }
+
+    /// The fewest tokens that are coded first, for entries that are more than copies of rows.
+    fn trained_on(&self) -> usize {
+        self.codes.map_or(0, |codes| ROWS_PER_ENTRY << codes.keys.bits.max(codes.values.bits))
+    }
+}
+
+/// Refuses keys and values `(batch, kv_heads, n, d)`, from token `first` on, that no code stands for.
+fn check_finite(tokens: &[Tensor; 2], first: usize) -> Result<()> {
+    for (argument, t) in ["k", "v"].into_iter().zip(tokens) {
+        let first_nonfinite = primitives::max_abs_and_first_nonfinite(&Rows::new(t)?)?.1.to_vec1::<u32>()?;
+        if let Some((batch, &row)) = first_nonfinite.iter().enumerate().find(|(_, row)| **row != u32::MAX) {
+            return Err(Error::NonFinite { argument, batch, row: first + row as usize });
+        }
+    }
+    Ok(())
+}
+
+/// The segments that `m` tokens become: as few as may be, whose lengths differ by one at most.
+fn segments(m: usize, settings: &Settings) -> Vec<Segment> {
+    let count = m.div_ceil(settings.max_segment());
+    let segment = |tokens: usize| Segment { tokens, clusters: tokens.div_ceil(settings.cluster_size) };
+    (0..count).map(|i| segment(m / count + usize::from(i < m % count))).collect()
+}
+
 /// The clusters of keys `(batch, kv_heads, m, d)`, cut into as few segments as may be, and how many clusters those are. The first key is
 /// the token `first` of the cache.
 fn segment_labels(keys: &Tensor, settings: &Settings, first: usize) -> Result<(Tensor, usize)> {
     let (batch, kv_heads, m, d) = keys.dims4()?;
-    let count = m.div_ceil(settings.max_segment);
+    let count = m.div_ceil(settings.max_segment());
     let (len, longer) = (m / count, m % count);
     let (mut labels, mut start, mut k) = (vec![], 0, 0);
     for (segments, len) in [(longer, len + 1), (count - longer, len)] {
@@ -248,7 +330,7 @@ fn named_by_token(error: Error, segments: usize, len: usize, first: usize) -> Er
 fn stacked(layers: &[&mut ClusteredKvCache], pick: fn(&Stored) -> &Tensor, range: &Range<usize>) -> Result<Tensor> {
     let of = |layer: &&mut ClusteredKvCache| {
         let stored = layer.stored.as_ref().expect("tokens wait");
-        Ok(pick(stored).narrow(2, range.start, range.len())?)
+        Ok(pick(stored).narrow(2, layer.stored_rows(range.clone()).start, range.len())?)
     };
     match layers {
         [layer] => Ok(of(layer)?.contiguous()?),

@@ -1,9 +1,6 @@
 //! A cache forgets tokens, and goes on with other sequences.
 
-use super::{
-    stored::{room_for, write_tokens, Stored},
-    ClusteredKvCache, KvClusters, Padding,
-};
+use super::{stored::Stored, ClusteredKvCache, CodedTokens, KvClusters, Padding};
 use crate::{
     error::{Error, Result},
     memory::{Fence, Memory},
@@ -18,7 +15,8 @@ impl ClusteredKvCache {
     pub fn reset(&mut self) {
         // First, so that what other threads do to the tensors is over.
         self.fence = Fence::default();
-        (self.stored, self.clusters, self.padding, self.memory) = (None, None, None, Memory::kept());
+        (self.stored, self.clusters, self.coded) = (None, None, None);
+        (self.padding, self.memory) = (None, Memory::kept());
         self.evicted = 0;
     }
 
@@ -73,13 +71,15 @@ impl ClusteredKvCache {
         };
         let (keys, values) = (taken(&stored.keys)?, taken(&stored.values)?);
         let clusters = self.clusters.as_ref().map(|clusters| clusters.map(taken)).transpose()?;
+        let coded = self.coded.as_ref().map(|coded| coded.map(taken)).transpose()?;
         self.stored = Some(Stored { keys, values, len: stored.len, shared: Arc::new(()) });
-        (self.clusters, self.padding) = (clusters, padding);
+        (self.clusters, self.coded, self.padding) = (clusters, coded, padding);
         Ok(())
     }
 
     /// Forgets all tokens but the first `len`: what a model guessed and then took back, or the end of a conversation. Tokens that are
-    /// clustered leave their clusters, whose means are then those of the tokens that are left, to the bit; for that the host waits.
+    /// clustered leave their clusters, whose means are then those of the tokens that are left, to the bit; for that the host waits. With [`codes`](Self::codes) means stay as
+    /// they are, by which what is left is coded.
     ///
     /// # Errors
     /// Refuses to keep more than there are, and less than the sinks where tokens after them were evicted. Fails where a device does;
@@ -91,11 +91,13 @@ impl ClusteredKvCache {
             return Err(Error::Range { argument: "len", got: len, min, max });
         }
         if len < clustered.end {
-            let stored = self.stored.as_ref().expect("what is clustered is stored");
-            self.clusters = self.cut(stored, 0..len.saturating_sub(clustered.start))?;
+            let (kept, stored) =
+                (0..len.saturating_sub(clustered.start), self.stored.as_ref().expect("it holds tokens"));
+            (self.clusters, self.coded) = (self.cut(stored, kept.clone())?, self.cut_codes(kept)?);
         }
+        let coded = self.coded.as_ref().map_or(0, CodedTokens::len);
         if let Some(stored) = &mut self.stored {
-            stored.len = len;
+            stored.len = len - coded;
         }
         Ok(())
     }
@@ -107,23 +109,20 @@ impl ClusteredKvCache {
     /// # Errors
     /// Refuses to forget more than there are. Fails where a device does; the cache is as before then.
     pub fn evict(&mut self, tokens: usize) -> Result<()> {
-        let (lead, len, m) = (self.lead(), self.current_seq_len(), self.clustered().len());
-        let max = len.saturating_sub(lead);
+        let (lead, m) = (self.lead(), self.clustered().len());
+        let max = self.current_seq_len().saturating_sub(lead);
         if tokens > max {
             return Err(Error::Range { argument: "tokens", got: tokens, min: 0, max });
         }
         let Some(old) = self.stored.as_ref().filter(|_| tokens > 0) else { return Ok(()) };
         self.fence.write(old.keys.device())?;
-        let (left, dims) = (len - tokens, old.keys.dims());
-        let room = self.room(left, dims[0] * dims[1] * dims[3].max(old.values.dims()[3]))?;
-        let kept = |t: &Tensor| {
-            let new = room_for([dims[0], dims[1], room, t.dims()[3]], t)?;
-            write_tokens(&new, Some(&t.narrow(2, 0, lead)?), 0)?;
-            write_tokens(&new, Some(&t.narrow(2, lead + tokens, left - lead)?), lead)?;
-            Ok::<_, Error>(new)
-        };
-        let stored = Stored { keys: kept(&old.keys)?, values: kept(&old.values)?, len: left, shared: Arc::new(()) };
-        self.clusters = self.cut(&stored, tokens.min(m)..m)?;
+        // Codes go first, and then what is stored.
+        let coded = self.coded.as_ref().map_or(0, CodedTokens::len);
+        let gone = lead..lead + tokens.saturating_sub(coded);
+        let dims = old.keys.dims();
+        let room = self.room(old.len - gone.len(), dims[0] * dims[1] * dims[3].max(old.values.dims()[3]))?;
+        let (stored, kept) = (old.without(gone, room)?, tokens.min(m)..m);
+        (self.clusters, self.coded) = (self.cut(&stored, kept.clone())?, self.cut_codes(kept)?);
         self.stored = Some(stored);
         self.evicted += tokens;
         Ok(())
@@ -146,5 +145,12 @@ impl ClusteredKvCache {
         self.fence.write(stored.keys.device())?;
         let tokens = |t: &Tensor| t.narrow(2, self.lead(), kept.len());
         Ok(Some(clusters.cut(kept.clone(), &tokens(&stored.keys)?, &tokens(&stored.values)?)?))
+    }
+
+    /// The codes of the tokens `kept`, counted in the same way.
+    fn cut_codes(&self, kept: Range<usize>) -> Result<Option<CodedTokens>> {
+        let Some(coded) = self.coded.as_ref().filter(|_| !kept.is_empty()) else { return Ok(None) };
+        self.fence.write(coded.labels.device())?;
+        Ok(Some(if kept.len() == coded.len() { coded.clone() } else { coded.cut(kept)? }))
     }
 }

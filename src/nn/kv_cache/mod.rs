@@ -3,6 +3,8 @@
 mod attend;
 mod budget;
 mod clusters;
+mod coded;
+mod codes;
 mod file;
 mod forget;
 mod means;
@@ -19,6 +21,9 @@ pub(super) use attend::Scoring;
 pub use budget::KvBudget;
 use candle_core::Tensor;
 pub use clusters::KvClusters;
+use coded::CodedTokens;
+use codes::CodedRows;
+pub use codes::KvCodes;
 pub use means::KvMeans;
 use padding::Padding;
 use std::{ops::Range, sync::Arc};
@@ -39,6 +44,8 @@ const MAX_ELEMENTS: usize = u32::MAX as usize - 1024;
 /// [`append`](Self::append) only stores. [`cluster`](Self::cluster) groups what has grown old since it last did, as new
 /// segments with clusters of their own, and [`cluster_layers`](Self::cluster_layers) does so for all layers of a model in one
 /// batched call: once after the prompt, then once a step. Keys are those that queries meet, after any rotation by position.
+///
+/// With [`codes`](Self::codes) clustered tokens are kept in few bits, in about a quarter of the memory or less.
 ///
 /// A clone goes on by itself: it shares what is stored until either writes, which copies first, so that any number of clones of a
 /// prompt that have not written take the memory of one. [`reorder`](Self::reorder) moves the sequences of a batch, as the beams of
@@ -73,6 +80,8 @@ pub struct ClusteredKvCache {
     max_seq_len: usize,
     stored: Option<Stored>,
     clusters: Option<KvClusters>,
+    /// In the place of `clusters`, and of what is clustered in `stored`.
+    coded: Option<CodedTokens>,
     padding: Option<Padding>,
     /// Tokens that were stored between the sinks and those that are left.
     evicted: usize,
@@ -82,8 +91,9 @@ pub struct ClusteredKvCache {
 /// With scratch memory of its own.
 impl Clone for ClusteredKvCache {
     fn clone(&self) -> Self {
-        let (stored, clusters, padding) = (self.stored.clone(), self.clusters.clone(), self.padding.clone());
-        Self { fence: self.fence.clone(), stored, clusters, padding, memory: Memory::kept(), ..*self }
+        let (stored, clusters, coded) = (self.stored.clone(), self.clusters.clone(), self.coded.clone());
+        let (fence, padding) = (self.fence.clone(), self.padding.clone());
+        Self { fence, stored, clusters, coded, padding, memory: Memory::kept(), ..*self }
     }
 }
 
@@ -95,15 +105,18 @@ struct Settings {
     segment: usize,
     max_segment: usize,
     passes: usize,
+    codes: Option<KvCodes>,
 }
 
 impl ClusteredKvCache {
     /// An empty cache with room for `max_seq_len` tokens, growing by as many. 4 sinks, at least 64 recent tokens, 8 tokens
     /// a cluster on average, segments of 128 to 4,096 tokens, 4 passes of k-means.
     pub fn new(max_seq_len: usize) -> Self {
-        let settings = Settings { sinks: 4, recent: 64, cluster_size: 8, segment: 128, max_segment: 4096, passes: 4 };
+        let (segment, max_segment) = (128, 4096);
+        let settings = Settings { sinks: 4, recent: 64, cluster_size: 8, segment, max_segment, passes: 4, codes: None };
         let (fence, memory) = (Fence::default(), Memory::kept());
-        Self { fence, settings, max_seq_len, stored: None, clusters: None, padding: None, evicted: 0, memory }
+        let (stored, clusters, coded, padding) = (None, None, None, None);
+        Self { fence, settings, max_seq_len, stored, clusters, coded, padding, evicted: 0, memory }
     }
 
     /// The first tokens, which every query reads: models park attention there.
@@ -143,12 +156,21 @@ impl ClusteredKvCache {
         self
     }
 
+    /// Keeps tokens as `codes` from when they are clustered on, and frees their keys and values: sinks and what is not clustered yet
+    /// stay as they are. Clusters' means are kept in 8 bits. Segments have at most 256 clusters then, whatever
+    /// [`max_segment`](Self::max_segment) says, and room is made for a segment at a time. Entries come from the tokens that are clustered
+    /// first, so that a prompt should be clustered before what follows it.
+    pub fn codes(mut self, codes: KvCodes) -> Self {
+        self.settings.codes = Some(codes);
+        self
+    }
+
     /// Stores further tokens, keys `(batch, kv_heads, n, d)` and values `(batch, kv_heads, n, width)`, and returns all there are, as
-    /// views. No tokens (`n` = 0) and a batch of no sequences are stored like any others.
+    /// views; with [`codes`](Self::codes) those that are no codes, which are the first and the last ones. No tokens (`n` = 0) and a batch of no sequences are stored like any others.
     ///
     /// # Errors
     /// Refuses shapes, dtypes and devices that differ from each other or from what is stored, no heads or columns, another batch
-    /// than that of the [`left_padding`](Self::left_padding), and more than 2^24 tokens.
+    /// than that of the [`left_padding`](Self::left_padding), more than 2^24 tokens, and codes that do not fit the columns.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let ([batch, kv_heads, n, d], len) = (dims4_float("k", k)?, self.current_seq_len());
         let [_, _, _, width] = dims4_float("v", v)?;
@@ -165,7 +187,12 @@ impl ClusteredKvCache {
             }
         }
         self.check_padding(batch)?;
-        let room = self.room(len + n, batch * kv_heads * d.max(width))?;
+        self.settings.codes.map_or(Ok(()), |codes| codes.check(d, width))?;
+        let at = self.stored.as_ref().map_or(0, |s| s.len);
+        let room = self.room(at + n, batch * kv_heads * d.max(width))?;
+        if len + n > MAX_TOKENS {
+            return Err(Error::TooLarge { argument: "k", got: len + n, limit: MAX_TOKENS });
+        }
         self.fence.write(k.device())?;
         let (k, v) = (&self.without_padding(k, len)?, &self.without_padding(v, len)?);
         let writable = |s: &mut Stored| s.keys.dims()[2] >= room && Arc::get_mut(&mut s.shared).is_some();
@@ -175,19 +202,23 @@ impl ClusteredKvCache {
                 write_tokens(&new, old.as_ref(), 0)?;
                 Ok::<_, Error>(new)
             };
-            let (keys, values) = (grown(k, self.k()?)?, grown(v, self.v()?)?);
-            self.stored = Some(Stored { keys, values, len, shared: Arc::new(()) });
+            let [old_keys, old_values] =
+                self.stored.as_ref().map(Stored::rows).transpose()?.map_or([None, None], |o| o.map(Some));
+            let (keys, values) = (grown(k, old_keys)?, grown(v, old_values)?);
+            self.stored = Some(Stored { keys, values, len: at, shared: Arc::new(()) });
         }
         let stored = self.stored.as_mut().expect("just made");
-        write_tokens(&stored.keys, Some(k), len)?;
-        write_tokens(&stored.values, Some(v), len)?;
-        stored.len = len + n;
-        Ok((stored.keys.narrow(2, 0, stored.len)?, stored.values.narrow(2, 0, stored.len)?))
+        write_tokens(&stored.keys, Some(k), at)?;
+        write_tokens(&stored.values, Some(v), at)?;
+        stored.len = at + n;
+        let [keys, values] = stored.rows()?;
+        Ok((keys, values))
     }
 
     /// Room for so many tokens, each of `elements` over all heads.
     fn room(&self, tokens: usize, elements: usize) -> Result<usize> {
-        let most = self.max_seq_len.max(1);
+        let step = if self.settings.codes.is_some() { self.settings.segment } else { usize::MAX };
+        let most = self.max_seq_len.min(step).max(1);
         let room = tokens.div_ceil(most).saturating_mul(most).max(tokens);
         // Candle's copies count the elements of all heads in 32 bits.
         let limit = MAX_TOKENS.min(MAX_ELEMENTS / elements.max(1));
@@ -197,21 +228,38 @@ impl ClusteredKvCache {
         }
     }
 
-    /// All keys, `(batch, kv_heads, n, d)`: a view, which shows what is written after a [`truncate`](Self::truncate).
+    /// All keys, `(batch, kv_heads, n, d)`: a view, which shows what is written after a [`truncate`](Self::truncate). Of a cache with
+    /// [`codes`](Self::codes) a copy, in which clustered keys are what their codes stand for.
     pub fn k(&self) -> Result<Option<Tensor>> {
         self.shown()?;
-        Ok(self.stored.as_ref().map(|s| s.keys.narrow(2, 0, s.len)).transpose()?)
+        self.stored.as_ref().map(|s| self.whole(&s.keys.narrow(2, 0, s.len)?, |coded| &coded.keys)).transpose()
     }
 
     /// All values, `(batch, kv_heads, n, width)`, as [`k`](Self::k).
     pub fn v(&self) -> Result<Option<Tensor>> {
         self.shown()?;
-        Ok(self.stored.as_ref().map(|s| s.values.narrow(2, 0, s.len)).transpose()?)
+        self.stored.as_ref().map(|s| self.whole(&s.values.narrow(2, 0, s.len)?, |coded| &coded.values)).transpose()
+    }
+
+    /// All tokens, from those that are no codes.
+    fn whole(&self, rows: &Tensor, pick: fn(&CodedTokens) -> &CodedRows) -> Result<Tensor> {
+        let Some(coded) = &self.coded else { return Ok(rows.clone()) };
+        let (lead, len) = (self.lead(), rows.dims()[2]);
+        Ok(Tensor::cat(&[rows.narrow(2, 0, lead)?, coded.decoded(pick)?, rows.narrow(2, lead, len - lead)?], 2)?)
     }
 
     /// Tokens stored.
     pub fn current_seq_len(&self) -> usize {
-        self.stored.as_ref().map_or(0, |s| s.len)
+        self.stored.as_ref().map_or(0, |s| s.len) + self.coded.as_ref().map_or(0, CodedTokens::len)
+    }
+
+    /// The memory of all tensors that hold tokens and clusters, with room for more, in bytes. Clones that share them count them
+    /// too.
+    pub fn bytes(&self) -> usize {
+        let stored = self.stored.iter().flat_map(|s| [&s.keys, &s.values]);
+        let clusters = self.clusters.iter().flat_map(KvClusters::tensors);
+        let coded = self.coded.iter().flat_map(|c| c.tensors().map(|(_, t)| t));
+        stored.chain(clusters).chain(coded).map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
     }
 
     /// Tokens that were forgotten by [`evict`](Self::evict): those after the sinks have come that much later in the sequence.
@@ -219,7 +267,7 @@ impl ClusteredKvCache {
         self.evicted
     }
 
-    /// The clusters so far; `None` before there are any.
+    /// The clusters so far; `None` before there are any, and of a cache with [`codes`](Self::codes), which keeps them in another form.
     pub fn clusters(&self) -> Option<&KvClusters> {
         if let Some(clusters) = &self.clusters {
             self.fence.show(clusters.labels.device());
@@ -240,7 +288,15 @@ impl ClusteredKvCache {
     /// The tokens that are clustered.
     fn clustered(&self) -> Range<usize> {
         let start = self.lead();
-        start..start + self.clusters.as_ref().map_or(0, |c| c.labels.dims()[2])
+        let uncoded = self.clusters.as_ref().map_or(0, |c| c.labels.dims()[2]);
+        start..start + self.coded.as_ref().map_or(uncoded, CodedTokens::len)
+    }
+
+    /// Where tokens are stored that are sinks or come after the clusters.
+    fn stored_rows(&self, tokens: Range<usize>) -> Range<usize> {
+        let coded = self.coded.as_ref().map_or(0, CodedTokens::len);
+        let before = if tokens.start < self.clustered().end { 0 } else { coded };
+        tokens.start - before..tokens.end - before
     }
 
     /// The tokens that are neither clustered nor sinks nor recent.

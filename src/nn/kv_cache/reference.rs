@@ -1,6 +1,6 @@
 //! Attention to chosen tokens by Candle's ops: where there is no kernel for it, and what kernels are tested against.
 
-use super::{attend::REACH, KvBudget, KvClusters, Stored};
+use super::{attend::REACH, CodedTokens, KvBudget, KvClusters, Stored};
 use crate::{
     error::Result,
     nn::parts::{chosen_tokens, masked_fill, to_accumulate_dtype},
@@ -82,7 +82,15 @@ fn beyond_means(queries: &Tensor, spreads: &Tensor) -> Result<Tensor> {
     Ok(beyond.lt(f64::INFINITY)?.where_cond(&beyond, &beyond.zeros_like()?)?)
 }
 
-/// Attention of `queries` `(p, rows, group, d)` to `pieces` of the tokens, to the tokens of a choice, counted from `offset`, and to its
+/// The tokens that choices count.
+pub(super) enum Lists<'a> {
+    /// Stored ones from this on.
+    Stored(usize),
+    /// Codes, with the cluster of each.
+    Coded(&'a CodedTokens, &'a Tensor),
+}
+
+/// Attention of `queries` `(p, rows, group, d)` to `pieces` of what is stored, to the tokens of a choice from `lists`, and to its
 /// estimates, in one softmax.
 pub(super) fn read_chosen(
     queries: &Tensor,
@@ -90,7 +98,7 @@ pub(super) fn read_chosen(
     pieces: &[Piece],
     softcap: Option<f64>,
     choice: Option<&Choice>,
-    offset: usize,
+    lists: &Lists<'_>,
 ) -> Result<Tensor> {
     let (p, rows, group, d) = queries.dims4()?;
     let (n, width, dtype) = (rows * group, stored.values.dims()[3], queries.dtype());
@@ -107,15 +115,24 @@ pub(super) fn read_chosen(
     let mut gathered = None;
     if let Some(index) = choice.and_then(|c| c.read.as_ref()) {
         let (_, units, tokens) = index.dims3()?;
-        let room = stored.keys.dims()[2];
-        let base: Vec<u32> = (0..p).map(|i| (i * room + offset) as u32).collect();
-        let base = Tensor::from_vec(base, (p, 1, 1), index.device())?;
-        let index = index.broadcast_add(&base)?.flatten_all()?;
-        let rows = |t: &Tensor| t.flatten(0, 1)?.index_select(&index, 0)?.reshape((p * units, tokens, ()));
+        let [keys, values] = match lists {
+            Lists::Stored(first) => {
+                let room = stored.keys.dims()[2];
+                let base: Vec<u32> = (0..p).map(|i| (i * room + first) as u32).collect();
+                let base = Tensor::from_vec(base, (p, 1, 1), index.device())?;
+                let index = index.broadcast_add(&base)?.flatten_all()?;
+                [keys.flatten(0, 1)?.index_select(&index, 0)?, values.flatten(0, 1)?.index_select(&index, 0)?]
+            }
+            Lists::Coded(coded, labels) => {
+                let heads = stored.keys.dims()[1];
+                coded.decoded_at(&index.reshape((p / heads, heads, units * tokens))?, labels)?
+            }
+        };
+        let rows = |t: Tensor| t.reshape((p * units, tokens, ()));
         let of_unit = flat.reshape((p * units, n / units, d))?;
-        let chosen = of_unit.matmul(&rows(&keys)?.transpose(1, 2)?)?;
+        let chosen = of_unit.matmul(&rows(keys)?.transpose(1, 2)?)?;
         scores.push(capped(&chosen.reshape((p, n, tokens))?, softcap)?);
-        gathered = Some((rows(&values)?, units, tokens));
+        gathered = Some((rows(values)?, units, tokens));
     }
     let estimate = choice.and_then(|c| c.estimate.as_ref());
     scores.extend(estimate.map(|e| e.scores.clone()));

@@ -1,0 +1,133 @@
+//! Rows that are a mean and product codes of the rest (Jegou et al. 2011), as they lie in memory.
+
+use super::{
+    scalar::Scalar,
+    softmax::{padded, CodedRows, Lane, TileRows},
+    tensors::Element,
+};
+use crate::{error::Result, request::Coded};
+use std::ops::Range;
+
+/// Values of a byte, and of half of one.
+pub(super) const BYTE: usize = 256;
+const HALF: usize = 16;
+
+/// The coded rows of all problems.
+pub(super) struct CodedView<'a, T: Element> {
+    codes: &'a [u8],
+    entries: &'a [T],
+    means: CodedRows<'a, T::Filter>,
+    /// Bytes of a row's codes, and codes of a problem.
+    pub(super) bytes: usize,
+    tokens: usize,
+    /// Entries of a piece, and their columns.
+    count: usize,
+    columns: usize,
+    /// Columns of a row.
+    d: usize,
+}
+
+impl<'a, T: Element> CodedView<'a, T>
+where
+    T::Filter: Lane,
+{
+    pub(super) fn new(
+        of: &Coded<'_>,
+        codes: &'a [u8],
+        entries: &'a [T],
+        means: CodedRows<'a, T::Filter>,
+    ) -> Result<Self> {
+        let ((_, _, tokens, bytes), d) = (of.codes.dims4()?, means.d);
+        let (_, _, _, count, columns) = of.entries.dims5()?;
+        Ok(Self { codes, entries, means, bytes, tokens, count, columns, d })
+    }
+
+    /// The mean row of a cluster, padded.
+    #[inline(always)]
+    pub(super) fn mean(&self, p: usize, j: usize, out: &mut [T::Filter]) {
+        let len = padded(self.d);
+        self.means.padded(p, j, &mut out[..len]);
+    }
+
+    /// The codes of some tokens, in the order of the clusters, row by row.
+    #[inline(always)]
+    pub(super) fn rows(&self, p: usize, tokens: Range<usize>) -> std::slice::ChunksExact<'a, u8> {
+        let first = p * self.tokens + tokens.start;
+        self.codes[first * self.bytes..][..tokens.len() * self.bytes].chunks_exact(self.bytes)
+    }
+
+    /// The entries of a problem, piece by piece.
+    #[inline(always)]
+    pub(super) fn entries(&self, p: usize, out: &mut Vec<T::Filter>) {
+        let len = self.d * self.count;
+        out.resize(len, T::Filter::of(0.0));
+        T::filter_row(&self.entries[p * len..][..len], out);
+    }
+
+    /// The products of a query with what each byte of a row can stand for: a table of 256 for each.
+    #[inline(always)]
+    pub(super) fn products(&self, query: &[T::Filter], entries: &[T::Filter], tables: &mut Vec<T::Filter>) {
+        let zero = T::Filter::of(0.0);
+        tables.clear();
+        let piece = |(query, entries): (&[T::Filter], &[T::Filter]), out: &mut [T::Filter]| {
+            for (out, entry) in out.iter_mut().zip(entries.chunks_exact(self.columns)) {
+                *out = entry.iter().zip(query).fold(zero, |sum, (a, b)| sum.add(a.mul(*b)));
+            }
+        };
+        let mut pieces =
+            query[..self.d].chunks_exact(self.columns).zip(entries.chunks_exact(self.count * self.columns));
+        if self.count == BYTE {
+            for of in pieces {
+                let start = tables.len();
+                tables.resize(start + BYTE, zero);
+                piece(of, &mut tables[start..]);
+            }
+            return;
+        }
+        let [mut low, mut high] = [[zero; HALF]; 2];
+        while let (Some(first), Some(second)) = (pieces.next(), pieces.next()) {
+            piece(first, &mut low);
+            piece(second, &mut high);
+            tables.extend(high.iter().flat_map(|&high| low.map(|low| low.add(high))));
+        }
+    }
+
+    /// Adds the entries to a sum of rows, each times the weight of the bytes that stand for it: 256 for each byte of a row.
+    #[inline(always)]
+    pub(super) fn add_entries(&self, weights: &[T::Filter], entries: &[T::Filter], sums: &mut [T::Filter]) {
+        let mut pieces =
+            sums[..self.d].chunks_exact_mut(self.columns).zip(entries.chunks_exact(self.count * self.columns));
+        let mut add = |weights: &[T::Filter]| {
+            let (sums, entries) = pieces.next().expect("a piece for each code");
+            for (&weight, entry) in weights.iter().zip(entries.chunks_exact(self.columns)) {
+                sums.iter_mut().zip(entry).for_each(|(sum, v)| *sum = sum.add(weight.mul(*v)));
+            }
+        };
+        for weights in weights.chunks_exact(BYTE) {
+            if self.count == BYTE {
+                add(weights);
+                continue;
+            }
+            let [mut low, mut high] = [[T::Filter::of(0.0); HALF]; 2];
+            for (high, weights) in high.iter_mut().zip(weights.chunks_exact(HALF)) {
+                for (low, &weight) in low.iter_mut().zip(weights) {
+                    (*low, *high) = (low.add(weight), high.add(weight));
+                }
+            }
+            add(&low);
+            add(&high);
+        }
+    }
+}
+
+/// The sum of what the tables say of each code.
+#[inline(always)]
+pub(super) fn look_up<E: Lane>(codes: &[u8], tables: &[E]) -> E {
+    let mut sums = [E::of(0.0); 4];
+    for (codes, tables) in codes.chunks(4).zip(tables.chunks(4 * BYTE)) {
+        for ((&code, table), sum) in codes.iter().zip(tables.chunks_exact(BYTE)).zip(&mut sums) {
+            *sum = sum.add(table[usize::from(code)]);
+        }
+    }
+    sums[0].add(sums[1]).add(sums[2].add(sums[3]))
+}

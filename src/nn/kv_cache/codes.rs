@@ -1,0 +1,216 @@
+//! Keys or values as product codes of what they differ by from the mean of their cluster.
+
+use super::KvMeans;
+use crate::{
+    error::{Error, Result},
+    functional::rows_of,
+    kmeans::{Init, KMeans},
+    nn::{parts::to_accumulate_dtype, ProductQuantizer},
+    request::Coded,
+};
+use candle_core::{DType, Tensor};
+
+/// Updates of the entries.
+const PASSES: usize = 8;
+/// The same from a grid: more of them would draw in the entries for values far out.
+const PASSES_FROM_GRID: usize = 4;
+/// Rows of a head that its entries are trained on, at most.
+const TRAINED_ON: usize = 4096;
+/// Rows that are encoded or decoded at once: unpacked codes take several times the memory of packed ones.
+const AT_ONCE: usize = 4096;
+
+/// How a [`ClusteredKvCache`](super::ClusteredKvCache) keeps clustered tokens as codes: product quantisation (Jegou et al. 2011) of what a
+/// key or a value differs by from the mean of its cluster. Rows are cut into pieces of neighbouring columns, and each piece becomes
+/// the nearest of the 16 or 256 entries that k-means finds for it on the tokens that are clustered first, for each head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvCodes {
+    pub(super) keys: Pieces,
+    pub(super) values: Pieces,
+}
+
+/// The pieces of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Pieces {
+    pub(super) columns: usize,
+    /// Of a code.
+    pub(super) bits: usize,
+}
+
+impl Default for KvCodes {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl KvCodes {
+    /// 4 bits for each column of a key, whose errors the softmax enlarges, and for two columns of a value.
+    pub const fn new() -> Self {
+        Self { keys: Pieces { columns: 1, bits: 4 }, values: Pieces { columns: 2, bits: 4 } }
+    }
+
+    /// Codes of `bits`, 4 or 8, for pieces of so many columns of keys. One column begins with entries evenly spaced over its values,
+    /// more with evenly spaced rows.
+    pub const fn keys(mut self, columns: usize, bits: usize) -> Self {
+        self.keys = Pieces { columns, bits };
+        self
+    }
+
+    /// The same for values.
+    pub const fn values(mut self, columns: usize, bits: usize) -> Self {
+        self.values = Pieces { columns, bits };
+        self
+    }
+
+    /// Refuses what does not fit keys of `d` columns and values of `width`.
+    pub(super) fn check(&self, d: usize, width: usize) -> Result<()> {
+        for (what, Pieces { columns, bits }, d) in [("keys", self.keys, d), ("values", self.values, width)] {
+            if ![4, 8].contains(&bits) {
+                return Err(Error::Value { argument: "codes", got: bits as f64, expected: "4 or 8 bits" });
+            }
+            // Two codes of 4 bits make a byte.
+            let of = columns.saturating_mul(8 / bits);
+            if of == 0 || !d.is_multiple_of(of) {
+                let (got, with) =
+                    (format!("{bits} bits for {columns} columns"), format!("{what} of {d}, not of whole bytes"));
+                return Err(Error::Conflict { argument: "codes", got, with });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Rows in the order of their clusters, each as its cluster's mean and codes.
+#[derive(Clone, Debug)]
+pub(super) struct CodedRows {
+    /// u8 `(batch, kv_heads, m, bytes)`: of 4 bits two in a byte, the earlier in the low half.
+    pub(super) codes: Tensor,
+    pub(super) quantizer: ProductQuantizer,
+    pub(super) means: KvMeans,
+}
+
+impl CodedRows {
+    /// The tensors' names in a file.
+    pub(super) const NAMES: [&'static str; 4] = ["codes", "entries", "means", "scales"];
+
+    /// Codes rows `x` `(batch, kv_heads, n, d)`, whose clusters have these `means`: taken in the u32 `order`
+    /// `(batch, kv_heads, n)` they have the ascending `labels`. Without a quantiser one is trained.
+    pub(super) fn new(
+        x: &Tensor,
+        means: &KvMeans,
+        [order, labels]: [&Tensor; 2],
+        pieces: Pieces,
+        quantizer: Option<&ProductQuantizer>,
+    ) -> Result<Self> {
+        let known = means.dequantize(x.dtype())?;
+        let rest = |order: &Tensor, labels: &Tensor| Ok::<_, Error>((rows_of(x, order)? - rows_of(&known, labels)?)?);
+        let n = order.dims()[2];
+        let quantizer = match quantizer {
+            Some(quantizer) => quantizer.clone(),
+            None => {
+                let count = n.min(TRAINED_ON);
+                let spaced = Tensor::from_iter((0..count).map(|i| (i * n / count) as u32), x.device())?;
+                let of = |t: &Tensor| t.index_select(&spaced, 2);
+                trained(&rest(&of(order)?, &of(labels)?)?, pieces)?
+            }
+        };
+        let codes = (0..n).step_by(AT_ONCE).map(|start| {
+            let of = |t: &Tensor| t.narrow(2, start, AT_ONCE.min(n - start))?.contiguous();
+            packed(&quantizer.encode_u8(&rest(&of(order)?, &of(labels)?)?)?, pieces)
+        });
+        let codes = Tensor::cat(&codes.collect::<Result<Vec<_>>>()?, 2)?;
+        Ok(Self { codes, quantizer, means: means.clone() })
+    }
+
+    /// The clusters of `next` after those that are here. Both have the same entries.
+    pub(super) fn followed_by(&self, next: &Self) -> Result<Self> {
+        let join = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 2);
+        let (codes, quantizer) = (join(&self.codes, &next.codes)?, self.quantizer.clone());
+        Ok(Self { codes, quantizer, means: self.means.followed_by(&next.means)? })
+    }
+
+    /// The same of other sequences of the batch.
+    pub(super) fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let quantizer = ProductQuantizer::of_entries(f(self.quantizer.codebook().centroids())?);
+        Ok(Self { codes: f(&self.codes)?, quantizer, means: self.means.map(&f)? })
+    }
+
+    /// The codes at the places `at`, u32 `(batch, kv_heads, n)`, of this order.
+    pub(super) fn codes_at(&self, at: &Tensor) -> Result<Tensor> {
+        let ((b, h, m, bytes), (_, _, n)) = (self.codes.dims4()?, at.dims3()?);
+        let first = Tensor::from_iter((0..b * h).map(|i| (i * m) as u32), at.device())?.reshape((b, h, 1))?;
+        let at = at.broadcast_add(&first)?.flatten_all()?;
+        Ok(self.codes.flatten(0, 2)?.index_select(&at, 0)?.reshape((b, h, n, bytes))?)
+    }
+
+    /// The rows that `codes` `(batch, kv_heads, n, bytes)` stand for in the clusters `labels`, u32 `(batch, kv_heads, n)`.
+    pub(super) fn decode(&self, codes: &Tensor, labels: &Tensor) -> Result<Tensor> {
+        let (entries, n) = (self.quantizer.codebook().centroids(), labels.dims()[2]);
+        let means = self.means.dequantize(entries.dtype())?;
+        let rows = (0..n).step_by(AT_ONCE).map(|start| {
+            let of = |t: &Tensor| t.narrow(2, start, AT_ONCE.min(n - start))?.contiguous();
+            let rest = self.quantizer.decode(&unpacked(&of(codes)?, self.quantizer.m())?)?;
+            Ok((rest + rows_of(&means, &of(labels)?)?)?)
+        });
+        Ok(Tensor::cat(&rows.collect::<Result<Vec<_>>>()?, 2)?)
+    }
+
+    pub(super) fn request(&self) -> Coded<'_> {
+        let entries = self.quantizer.codebook().centroids();
+        Coded { codes: &self.codes, entries, means: self.means.codes() }
+    }
+
+    pub(super) fn tensors(&self) -> [&Tensor; 4] {
+        [&self.codes, self.quantizer.codebook().centroids(), &self.means.codes, &self.means.scales]
+    }
+}
+
+/// Entries for the pieces of rows `(batch, kv_heads, n, d)`.
+fn trained(x: &Tensor, Pieces { columns, bits }: Pieces) -> Result<ProductQuantizer> {
+    let (batch, kv_heads, n, d) = x.dims4()?;
+    let (m, k) = (d / columns, n.min(1 << bits));
+    let kmeans = match columns {
+        1 => {
+            let wide = to_accumulate_dtype(x)?;
+            let (low, high) = (wide.min(2)?, wide.max(2)?);
+            let places = Tensor::from_iter((0..k).map(|i| (i as f64 + 0.5) / k as f64), x.device())?;
+            let places = places.to_dtype(wide.dtype())?;
+            let grid = (high - &low)?.unsqueeze(3)?.broadcast_mul(&places)?.broadcast_add(&low.unsqueeze(3)?)?;
+            let grid = grid.reshape((batch, kv_heads, m, k, 1))?.to_dtype(x.dtype())?;
+            KMeans::new(k).init(Init::Given(grid)).max_iters(PASSES_FROM_GRID)
+        }
+        _ => KMeans::new(k).init(Init::Even).max_iters(PASSES),
+    };
+    let trained = ProductQuantizer::train(x, m, &kmeans.tol(0.0))?;
+    let entries = trained.codebook().centroids();
+    // Fewer rows than entries: the last one stands in for those that are missing, so that no code is of none.
+    let missing = (1 << bits) - k;
+    let last = entries.narrow(3, k - 1, 1)?.broadcast_as((batch, kv_heads, m, missing, columns))?;
+    Ok(match missing {
+        0 => trained,
+        _ => ProductQuantizer::of_entries(Tensor::cat(&[entries, &last.contiguous()?], 3)?),
+    })
+}
+
+/// u8 codes `(.., m)` in bytes.
+fn packed(codes: &Tensor, Pieces { bits, .. }: Pieces) -> Result<Tensor> {
+    if bits == 8 {
+        return Ok(codes.clone());
+    }
+    let (b, h, n, m) = codes.dims4()?;
+    let halves = codes.reshape((b, h, n, m / 2, 2))?;
+    let half = |i| halves.narrow(4, i, 1)?.squeeze(4)?.contiguous();
+    Ok((half(0)? + (half(1)? * 16.0)?)?)
+}
+
+/// The reverse, u32 `(.., m)`.
+fn unpacked(bytes: &Tensor, m: usize) -> Result<Tensor> {
+    let (b, h, n, len) = bytes.dims4()?;
+    if len == m {
+        return Ok(bytes.clone());
+    }
+    // Candle's integers have no remainder; f32 is exact here.
+    let wide = bytes.to_dtype(DType::F32)?;
+    let high = (&wide / 16.0)?.floor()?;
+    let low = (wide - (&high * 16.0)?)?;
+    Ok(Tensor::stack(&[low, high], 4)?.reshape((b, h, n, m))?.to_dtype(DType::U32)?)
+}

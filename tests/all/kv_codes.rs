@@ -1,0 +1,382 @@
+//! Clustered tokens as codes: what is read of them against the tokens that they stand for, and what they take.
+
+use super::kv_cache::{budget, empty, random, refused, spec, tolerance, RECENT, SCALE, SINKS};
+use crate::common::*;
+use candle_core::{DType, Device, Tensor};
+use candle_flash_kmeans::nn::{ClusteredAttention, ClusteredKvCache, KvBudget, KvCodes};
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+
+const CODES: [KvCodes; 3] = [
+    KvCodes::new().keys(1, 4).values(2, 4),
+    KvCodes::new().keys(4, 8).values(2, 8),
+    KvCodes::new().keys(2, 4).values(4, 8),
+];
+/// Pairs of tokens of a segment.
+const PAIRS: usize = 20;
+const CLUSTERS: usize = 11;
+
+/// Keys and values `(2, 2, 2 * PAIRS, 8)` that codes hold but for rounding, and the labels of their clusters: a token is a mean, in whole
+/// steps of its largest number, and a difference that is one of two in four columns; its partner has the opposite one.
+fn exact_tokens(device: &Device, rng: &mut ChaCha8Rng) -> [Tensor; 3] {
+    let mut of_head = || {
+        let labels: Vec<usize> = (0..PAIRS).map(|_| rng.random_range(0..CLUSTERS - 2)).collect();
+        let mut rows = || {
+            let mean = |column: usize, rng: &mut ChaCha8Rng| match column {
+                0 => 127,
+                _ => rng.random_range(-127..128),
+            };
+            let means: Vec<[f64; 8]> = (0..CLUSTERS)
+                .map(|_| std::array::from_fn(|column| f64::from(mean(column, rng)) * 2.0 / 127.0))
+                .collect();
+            let signs: Vec<[f64; 2]> =
+                (0..PAIRS).map(|_| std::array::from_fn(|_| [-0.125, 0.125][rng.random_range(0..2)])).collect();
+            let token = |i: usize, sign: f64| -> [f64; 8] {
+                std::array::from_fn(|column| means[labels[i]][column] + sign * signs[i][column / 4])
+            };
+            (0..PAIRS).map(|i| token(i, 1.0)).chain((0..PAIRS).map(|i| token(i, -1.0))).flatten().collect::<Vec<_>>()
+        };
+        let (keys, values) = (rows(), rows());
+        (keys, values, labels.repeat(2))
+    };
+    let heads: Vec<_> = (0..4).map(|_| of_head()).collect();
+    let rows = |pick: fn(&(Vec<f64>, Vec<f64>, Vec<usize>)) -> &Vec<f64>| {
+        let all = heads.iter().flat_map(|head| pick(head).clone());
+        Tensor::from_iter(all, device).unwrap().reshape((2, 2, 2 * PAIRS, 8)).unwrap()
+    };
+    let labels = heads.iter().flat_map(|head| head.2.iter().map(|&label| label as u32));
+    let labels = Tensor::from_iter(labels, device).unwrap().reshape((2, 2, 2 * PAIRS)).unwrap();
+    [rows(|head| &head.0), rows(|head| &head.1), labels]
+}
+
+/// The same tokens in two segments of a cache with codes and of one without, and some that are not clustered.
+fn twins(codes: KvCodes, dtype: DType, device: &Device, rng: &mut ChaCha8Rng) -> [ClusteredKvCache; 2] {
+    let mut twins = [empty().codes(codes), empty()];
+    let mut append = |keys: &Tensor, values: &Tensor, twins: &mut [ClusteredKvCache; 2]| {
+        for cache in twins {
+            cache.append(&keys.to_dtype(dtype).unwrap(), &values.to_dtype(dtype).unwrap()).unwrap();
+        }
+    };
+    let mut random = |n| random([2, 2, n, 8], DType::F64, device, rng);
+    append(&random(SINKS), &random(SINKS), &mut twins);
+    let near = [random(RECENT), random(RECENT), random(5), random(5)];
+    for segment in 0..2 {
+        let [keys, values, labels] = exact_tokens(device, rng);
+        append(&keys, &values, &mut twins);
+        append(&near[0], &near[1], &mut twins);
+        twins.iter_mut().for_each(|cache| cache.group(&labels, CLUSTERS).unwrap());
+        // The recent ones of the first segment would be clustered with the second.
+        if segment == 0 {
+            let n = twins[0].current_seq_len() - RECENT;
+            twins.iter_mut().for_each(|cache| cache.truncate(n).unwrap());
+        }
+    }
+    append(&near[2], &near[3], &mut twins);
+    twins
+}
+
+/// Tokens that codes hold are read as if there were no codes, by one row and by several, whatever the budget.
+#[test]
+fn codes_are_read_as_what_they_stand_for() {
+    for (device, codes) in devices().into_iter().flat_map(|device| CODES.map(|codes| (device.clone(), codes))) {
+        for dtype in [DType::F64, DType::F32] {
+            let mut rng = rng(80);
+            let [coded, plain] = twins(codes, dtype, &device, &mut rng);
+            assert!(coded.clusters().is_none());
+            for rows in [1, 4] {
+                let q = random([2, 6, rows, 8], dtype, &device, &mut rng);
+                for tokens in [0, 1, 7, 30, 79, 80] {
+                    for (estimate, shared) in [(true, false), (false, false), (true, true), (false, true)] {
+                        let all = (tokens, estimate, shared);
+                        let out = coded.attend(&q, SCALE, budget(all)).unwrap();
+                        let what = format!("{codes:?} {dtype:?} {rows} rows, {all:?}");
+                        assert_near(&out, &spec(&plain, &q, all), tolerance(dtype), &what);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The same with everything read, in every dtype, where tokens were forgotten and sequences moved.
+#[test]
+fn codes_are_forgotten_and_moved_as_tokens_are() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DTYPES.map(|t| (device.clone(), t))) {
+        let mut rng = rng(81);
+        let all = twins(CODES[0], dtype, &device, &mut rng);
+        let n = all[0].current_seq_len();
+        assert_eq!(n, SINKS + 4 * PAIRS + RECENT + 5);
+        let index = Tensor::new(&[1u32, 0, 1], &device).unwrap();
+        let changes: [(&str, &dyn Fn(&mut ClusteredKvCache)); 9] = [
+            ("nothing", &|_| {}),
+            ("recent tokens cut", &|c| c.truncate(n - 4).unwrap()),
+            ("a segment cut", &|c| c.truncate(SINKS + 3 * PAIRS + 1).unwrap()),
+            ("a segment and more cut", &|c| c.truncate(SINKS + PAIRS).unwrap()),
+            ("all clusters cut", &|c| c.truncate(SINKS).unwrap()),
+            ("some evicted", &|c| c.evict(7).unwrap()),
+            ("a segment and more evicted", &|c| c.evict(2 * PAIRS + 9).unwrap()),
+            ("all clusters and more evicted", &|c| c.evict(4 * PAIRS + 2).unwrap()),
+            ("reordered", &|c| c.reorder(&index).unwrap()),
+        ];
+        for (what, change) in changes {
+            let what = format!("{what}, {dtype:?}");
+            let [mut coded, mut plain] = all.clone();
+            [&mut coded, &mut plain].map(change);
+            assert_eq!(coded.current_seq_len(), plain.current_seq_len(), "{what}");
+            for (a, b) in [(coded.k(), plain.k()), (coded.v(), plain.v())] {
+                assert_near(&a.unwrap().unwrap(), &f64s(&b.unwrap().unwrap()), tolerance(dtype), &what);
+            }
+            let batch = plain.k().unwrap().unwrap().dims()[0];
+            for rows in [1, 3] {
+                let q = random([batch, 4, rows, 8], dtype, &device, &mut rng);
+                let [a, b] = [&coded, &plain].map(|c| c.attend(&q, SCALE, KvBudget::new(usize::MAX)).unwrap());
+                assert_near(&a, &f64s(&b), tolerance(dtype), &format!("{what}, {rows} rows"));
+            }
+            // It goes on.
+            let [k, v] = [(); 2].map(|_| random([batch, 2, 90, 8], dtype, &device, &mut rng));
+            coded.append(&k, &v).unwrap();
+            assert!(coded.cluster().unwrap(), "{what}");
+            assert_eq!(coded.k().unwrap().unwrap().dims()[2], plain.current_seq_len() + 90, "{what}");
+        }
+        // What was cloned has not changed.
+        let q = random([2, 4, 1, 8], dtype, &device, &mut rng);
+        let [a, b] = all.each_ref().map(|c| c.attend(&q, SCALE, KvBudget::new(usize::MAX)).unwrap());
+        assert_near(&a, &f64s(&b), tolerance(dtype), "the clones' source");
+    }
+}
+
+/// A cache with codes of `n` random tokens, `(1, 2, n, 64)`, clustered.
+fn coded(codes: KvCodes, n: usize, dtype: DType, device: &Device, rng: &mut ChaCha8Rng) -> ClusteredKvCache {
+    let mut cache = ClusteredKvCache::new(n).cluster_size(16).segment(1).codes(codes);
+    let [k, v] = [(); 2].map(|_| random([1, 2, n, 64], dtype, device, rng));
+    cache.append(&k, &v).unwrap();
+    assert!(cache.cluster().unwrap());
+    cache
+}
+
+/// Random keys keep all but a hundredth of their variance in 4 bits, and all but a tenth in 2.
+#[test]
+fn codes_are_near() {
+    for device in devices() {
+        for (codes, most) in [(KvCodes::new().keys(1, 4), 0.01), (KvCodes::new().keys(4, 8), 0.1)] {
+            let mut rng = rng(82);
+            let mut cache = ClusteredKvCache::new(4000).codes(codes);
+            let k = random([1, 2, 4000, 64], DType::F32, &device, &mut rng);
+            cache.append(&k, &k).unwrap();
+            assert!(cache.cluster().unwrap());
+            let mean = |t: Tensor| t.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap() as f64;
+            let lost = mean((cache.k().unwrap().unwrap() - &k).unwrap()) / mean(k);
+            assert!((most / 10.0..most).contains(&lost), "{codes:?}: {lost}");
+        }
+    }
+}
+
+/// One row by a kernel is one of several by Candle's ops, and has the same bits for any number of threads.
+#[test]
+fn one_row_is_one_of_many() {
+    for device in devices() {
+        for codes in [KvCodes::new(), KvCodes::new().keys(2, 8).values(4, 8), KvCodes::new().keys(4, 4).values(1, 4)] {
+            let mut rng = rng(83);
+            let cache = coded(codes, 3000, DType::F32, &device, &mut rng);
+            let q = random([1, 6, 2, 64], DType::F32, &device, &mut rng);
+            for all in
+                [(700, true, false), (700, true, true), (0, true, false), (700, false, false), (5000, true, false)]
+            {
+                let both = cache.attend(&q, SCALE, budget(all)).unwrap().narrow(2, 1, 1).unwrap();
+                let last = q.narrow(2, 1, 1).unwrap();
+                let one = cache.attend(&last, SCALE, budget(all)).unwrap();
+                assert_near(&one, &f64s(&both), 1e-4, &format!("{codes:?} {all:?}"));
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+                let again = pool.install(|| cache.attend(&last, SCALE, budget(all)).unwrap());
+                assert_same(&again, &one, "three threads");
+            }
+        }
+    }
+}
+
+/// Layers that are clustered together have the codes that they would have alone, and so have the sequences of a batch.
+#[test]
+fn codes_do_not_depend_on_neighbours() {
+    for device in devices() {
+        let mut rng = rng(84);
+        let tokens: Vec<_> = (0..3).map(|_| random([2, 2, 160, 8], DType::F32, &device, &mut rng)).collect();
+        let new = || ClusteredKvCache::new(160).segment(1).max_segment(40).codes(KvCodes::new());
+        let filled = |k: &Tensor, v: &Tensor| {
+            let mut cache = new();
+            cache.append(k, v).unwrap();
+            cache
+        };
+        let mut together: Vec<_> = tokens.iter().map(|t| filled(t, &(t * 2.0).unwrap())).collect();
+        assert!(ClusteredKvCache::cluster_layers(&mut together).unwrap());
+        for (layer, t) in together.iter().zip(&tokens) {
+            for sequence in 0..2 {
+                let of = |t: &Tensor| t.narrow(0, sequence, 1).unwrap();
+                let mut alone = filled(&of(t), &of(&(t * 2.0).unwrap()));
+                assert!(alone.cluster().unwrap());
+                for (a, b) in [(alone.k(), layer.k()), (alone.v(), layer.v())] {
+                    assert_same(&a.unwrap().unwrap(), &of(&b.unwrap().unwrap()), "tokens");
+                }
+            }
+        }
+    }
+}
+
+/// In a batch with padding the sequences read what they would read alone.
+#[test]
+fn padded_sequences_have_codes() {
+    for device in devices() {
+        let mut rng = rng(85);
+        let [k, v, q] = [160, 160, 1].map(|n| random([2, 2, n, 8], DType::F32, &device, &mut rng));
+        let new = || ClusteredKvCache::new(160).segment(1).codes(KvCodes::new());
+        let mut both = new();
+        both.left_padding(&Tensor::new(&[0u32, 9], &device).unwrap()).unwrap();
+        both.append(&k, &v).unwrap();
+        assert!(both.cluster().unwrap());
+        let out = both.attend(&q, SCALE, KvBudget::new(usize::MAX)).unwrap();
+        let [keys, values] = [both.k(), both.v()].map(|t| t.unwrap().unwrap());
+        for (sequence, start) in [(0, 0), (1, 9)] {
+            let of = |t: &Tensor| t.narrow(0, sequence, 1).unwrap();
+            let mut alone = ClusteredKvCache::new(160);
+            let seen = |t: &Tensor| of(t).narrow(2, start, 160 - start).unwrap();
+            alone.append(&seen(&keys), &seen(&values)).unwrap();
+            let expected = alone.attend(&of(&q), SCALE, KvBudget::new(0)).unwrap();
+            assert_near(&of(&out), &f64s(&expected), 2e-5, &format!("sequence {sequence}"));
+        }
+    }
+}
+
+/// A file gives back a cache with codes to the bit, which goes on as the one that was written.
+#[test]
+fn files_hold_codes() {
+    let folder = Folder::new("kv-codes");
+    let path = folder.0.join("cache.safetensors");
+    for (device, dtype) in devices().into_iter().flat_map(|device| DTYPES.map(|t| (device.clone(), t))) {
+        for (evicted, n) in [(0, 60), (0, 120), (5, 120), (110, 120)] {
+            let mut rng = rng(86);
+            let mut cache = empty().max_segment(50).codes(CODES[0]);
+            let [k, v] = [8, 10].map(|columns| random([2, 2, n + 60, columns], dtype, &device, &mut rng));
+            let part = |t: &Tensor, start, len| t.narrow(2, start, len).unwrap();
+            cache.append(&part(&k, 0, n), &part(&v, 0, n)).unwrap();
+            assert_eq!(cache.cluster().unwrap(), n > 100);
+            cache.evict(evicted).unwrap();
+            cache.save(&path).unwrap();
+            let mut back = ClusteredKvCache::load(&path, &device).unwrap();
+            let q = random([2, 4, 1, 8], dtype, &device, &mut rng);
+            for more in 0..2 {
+                assert_eq!((cache.current_seq_len(), cache.bytes()), (back.current_seq_len(), back.bytes()));
+                assert_same(&cache.v().unwrap().unwrap(), &back.v().unwrap().unwrap(), "values");
+                let [a, b] = [&cache, &back].map(|c| c.attend(&q, SCALE, KvBudget::new(9)).unwrap());
+                assert_same(&a, &b, "attention");
+                for cache in [&mut cache, &mut back] {
+                    cache.append(&part(&k, n + 30 * more, 30), &part(&v, n + 30 * more, 30)).unwrap();
+                    cache.cluster().unwrap();
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn damaged_codes_are_refused() {
+    let (folder, mut rng) = (Folder::new("kv-codes-damaged"), rng(87));
+    let path = folder.0.join("cache.safetensors");
+    let cache = coded(KvCodes::new(), 140, DType::F32, &Device::Cpu, &mut rng);
+    cache.save(&path).unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    for at in (0..bytes.len()).step_by(997) {
+        let mut damaged = bytes.clone();
+        damaged[at] ^= 1 << (at % 8);
+        std::fs::write(&path, damaged).unwrap();
+        assert!(ClusteredKvCache::load(&path, &Device::Cpu).is_err(), "byte {at}");
+    }
+}
+
+/// Of a long sequence codes take less than a quarter of f16, all counted.
+#[test]
+fn codes_take_a_quarter() {
+    for device in devices() {
+        let mut rng = rng(88);
+        let (n, d) = (12_000, 64);
+        let cache = coded(KvCodes::new(), n, DType::F16, &device, &mut rng);
+        let clusters: usize = [3976, 3976, 3976].map(|tokens: usize| tokens.div_ceil(16)).iter().sum();
+        let m = n - 4 - 64;
+        // Codes; labels; means, with scales of keys and values; spreads and offsets; entries; what is no code.
+        let of_head = m * (d * 4 / 8 + d * 4 / 16)
+            + m
+            + clusters * (2 * d + 2 * 4)
+            + 4 * (2 * clusters + 1)
+            + 2 * 2 * d * 16
+            + 2 * 2 * d * 69;
+        assert_eq!(m, 11_932);
+        assert_eq!(cache.bytes(), 2 * of_head);
+        assert!(4 * cache.bytes() < 2 * n * 2 * d * 2);
+    }
+}
+
+/// A query that is not finite spoils its head alone; keys and values that are not become no codes.
+#[test]
+fn nan_stays_out_of_codes() {
+    for device in devices() {
+        let mut rng = rng(89);
+        let cache = coded(KvCodes::new(), 500, DType::F32, &device, &mut rng);
+        let q = random([1, 6, 1, 64], DType::F32, &device, &mut rng);
+        let spoilt = f64s(&q).into_iter().enumerate().map(|(i, v)| if i == 70 { f32::NAN } else { v as f32 });
+        let spoilt = Tensor::from_iter(spoilt, &device).unwrap().reshape((1, 6, 1, 64)).unwrap();
+        let [fine, out] = [&q, &spoilt].map(|q| f64s(&cache.attend(q, SCALE, budget((100, true, false))).unwrap()));
+        for (head, (fine, out)) in fine.chunks(64).zip(out.chunks(64)).enumerate() {
+            match head {
+                1 => assert!(out.iter().all(|v| v.is_nan())),
+                _ => assert_eq!(out, fine, "head {head}"),
+            }
+        }
+        let mut cache = ClusteredKvCache::new(500).segment(1).codes(KvCodes::new());
+        let k = random([1, 2, 500, 64], DType::F32, &device, &mut rng);
+        let spoilt =
+            f64s(&k).into_iter().enumerate().map(|(i, v)| if i == (500 + 77) * 64 { f32::INFINITY } else { v as f32 });
+        let v = Tensor::from_iter(spoilt, &device).unwrap().reshape((1, 2, 500, 64)).unwrap();
+        cache.append(&k, &v).unwrap();
+        refused(cache.cluster(), "NonFinite", &["v", "row 77", "element 1"]);
+        assert_eq!(cache.current_seq_len(), 500);
+        cache.truncate(77).unwrap();
+    }
+}
+
+#[test]
+fn refusals_of_codes_are_typed() {
+    for device in devices() {
+        let mut rng = rng(90);
+        let [k, v] = [64, 10].map(|d| random([1, 2, 100, d], DType::F32, &device, &mut rng));
+        let append = |codes| ClusteredKvCache::new(100).codes(codes).append(&k, &v).map(|_| ());
+        refused(append(KvCodes::new().keys(1, 5)), "Value", &["codes", "5", "4 or 8"]);
+        refused(append(KvCodes::new().keys(0, 8)), "Conflict", &["codes", "0 columns", "keys of 64"]);
+        refused(append(KvCodes::new().values(4, 8)), "Conflict", &["codes", "4 columns", "values of 10"]);
+        refused(append(KvCodes::new().values(2, 4)), "Conflict", &["codes", "4 bits for 2 columns", "values of 10"]);
+        append(KvCodes::new().values(5, 4)).unwrap();
+        let mut cache = ClusteredKvCache::new(100).recent(0).sinks(0).codes(KvCodes::new().values(5, 4));
+        cache.append(&k, &v).unwrap();
+        let labels = Tensor::zeros((1, 2, 100), DType::U32, &device).unwrap();
+        refused(cache.group(&labels, 257), "TooLarge", &["k", "257", "256"]);
+        cache.group(&labels, 256).unwrap();
+    }
+}
+
+/// Steps of a model over codes: a prompt, then token by token, in segments as they come.
+#[test]
+fn steps_go_on_over_codes() {
+    for device in devices() {
+        let mut rng = rng(91);
+        let cache = || ClusteredKvCache::new(400).segment(40);
+        let budget = KvBudget::new(100).dense_if_cheaper(false);
+        let mut layers = [cache().codes(KvCodes::new()), cache()].map(|cache| ClusteredAttention::new(cache, budget));
+        let random = |heads, n, rng: &mut ChaCha8Rng| random([2, heads, n, 16], DType::F32, &device, rng);
+        for step in 0..100 {
+            let n = if step == 0 { 300 } else { 1 };
+            let [q, k, v] = [4, 2, 2].map(|heads| random(heads, n, &mut rng));
+            let offset = layers[0].offset();
+            let [a, b] = layers.each_mut().map(|layer| layer.forward(&q, &k, &v, offset).unwrap());
+            assert_near(&a, &f64s(&b), if step == 0 { 1e-5 } else { 0.15 }, &format!("step {step}"));
+        }
+        let [a, b] = layers.each_ref().map(|layer| layer.cache().bytes());
+        assert!(2 * a < b, "{a} bytes with codes, {b} without");
+    }
+}
