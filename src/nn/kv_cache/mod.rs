@@ -159,7 +159,7 @@ impl ClusteredKvCache {
     /// Keeps tokens as `codes` from when they are clustered on, and frees their keys and values: sinks and what is not clustered yet
     /// stay as they are. Clusters' means are kept in 8 bits. Segments have at most 256 clusters then, whatever
     /// [`max_segment`](Self::max_segment) says, and room is made for a segment at a time. Entries come from the tokens that are clustered
-    /// first, so that a prompt should be clustered before what follows it.
+    /// first, of which there have to be four for each, so that a prompt should be clustered before what follows it.
     pub fn codes(mut self, codes: KvCodes) -> Self {
         self.settings.codes = Some(codes);
         self
