@@ -62,10 +62,10 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
         // take turns, the sums of its warps.
         let tile = 32 / size_of::<T>();
         let (clusters, rows) = (k.div_ceil(blocks * tile) * tile, (a.tokens - clustered + c.budget).div_ceil(blocks));
-        let lists = (4 * (2 * k + 1 + rows)).next_multiple_of(16);
+        let list_bytes = (4 * (2 * k + 1 + rows)).next_multiple_of(16);
         let sums = 4 * WARPS * group.min(ATTEND_HEADS) * (d + 4);
         let queries = ATTEND_HEADS * d * size_of::<T>();
-        let shared = queries + if group > ATTEND_HEADS { lists + sums } else { lists.max(sums) };
+        let shared = queries + if group > ATTEND_HEADS { list_bytes + sums } else { list_bytes.max(sums) };
         let grid = elements(&[all, blocks]);
         if shared > most || grid > i32::MAX as usize {
             return Ok(None);
