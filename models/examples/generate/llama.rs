@@ -26,6 +26,25 @@ pub mod patched {
             self.layers.iter_mut().map(|layer| &mut layer.kv_cache)
         }
 
+        /// The same with the weights of its blocks in f32: a prompt reads each weight many times, and Candle's products with quantized
+        /// weights take a row at a time. Experts stay as they are.
+        pub fn dequantized(&self, device: &Device) -> Result<Self> {
+            let mut model = self.clone();
+            for layer in &mut model.layers {
+                let LayerWeights { attention_wq, attention_wk, attention_wv, attention_wo, mlp_or_moe, .. } = layer;
+                let mut products = vec![attention_wq, attention_wk, attention_wv, attention_wo];
+                if let MlpOrMoe::Mlp(mlp) = mlp_or_moe {
+                    products.extend([&mut mlp.feed_forward_w1, &mut mlp.feed_forward_w2, &mut mlp.feed_forward_w3]);
+                }
+                for product in products {
+                    if let candle::quantized::QMatMul::QTensor(weights) = &product.inner {
+                        product.inner = candle::quantized::QMatMul::Tensor(weights.dequantize(device)?);
+                    }
+                }
+            }
+            Ok(model)
+        }
+
         /// The logits after some tokens, and then the clusters of what waits for it, of all layers in one call.
         pub fn forward_and_cluster(&mut self, ids: &Tensor, offset: usize) -> Result<Tensor> {
             let logits = self.forward(ids, offset)?;

@@ -21,6 +21,7 @@ use clap::Parser;
 use llama::{original, patched};
 use models::{
     backend::Backend,
+    chart,
     decode::{likeliest, share_read, Written},
     progress::progress,
     smollm2,
@@ -93,38 +94,53 @@ fn main() -> Result<()> {
     let mut model = patched::ModelWeights::from_gguf(content()?, &mut Cursor::new(&bytes), &device)?;
     let first = read_prompt(&mut model, &ids[..args.tokens], &device)?;
     let write = |forward: &mut Forward| write(&tokenizer, first, &args, &device, forward);
-    let mut lines = vec![];
-
     println!("\n-- all tokens");
     let mut reading = model.clone();
     let full = write(&mut |ids, offset| reading.forward(ids, offset))?;
-    lines.push(Line { name: "all tokens".into(), share: 1.0, rate: full.rate, agreement: 1.0, parts: None });
+    // The steps of `forced` are only taken where the texts part.
+    let compare = |name: String, share, written: Written, forced: &mut Forward| {
+        let parts = full.first_difference(&written);
+        let agreement = parts.map_or(Ok(1.0), |_| full.agreement(steps(&device, args.tokens, forced)));
+        anyhow::Ok(Line { name, share, rate: written.rate, agreement: agreement?, parts })
+    };
 
     println!("\n-- all tokens, candle-transformers as it is");
     let mut own = original::ModelWeights::from_gguf(content()?, &mut Cursor::new(&bytes), &device)?;
     own.set_caches(model.caches()?);
-    let mut again = own.clone();
+    let mut forced = own.clone();
     let written = write(&mut |ids, offset| own.forward(ids, offset))?;
-    let agreement = full.agreement(steps(&device, args.tokens, &mut |ids, offset| again.forward(ids, offset)))?;
-    let parts = full.first_difference(&written);
-    lines.push(Line { name: "candle-transformers".into(), share: 1.0, rate: written.rate, agreement, parts });
+    let own = compare("candle-transformers".into(), 1.0, written, &mut |ids, offset| forced.forward(ids, offset))?;
 
     let heads = heads(&content()?)?;
+    let mut lines = vec![];
     for &budget in &args.budgets {
         println!("\n-- {budget} tokens");
         let mut reading = model.clone();
         reading.layers_mut().for_each(|layer| layer.set_budget(KvBudget::new(budget).dense_if_cheaper(false)));
-        let mut again = reading.clone();
+        let mut forced = reading.clone();
         let written = write(&mut |ids, offset| reading.forward_and_cluster(ids, offset))?;
-        let mut forced = |ids: &Tensor, offset| again.forward_and_cluster(ids, offset);
-        let agreement = full.agreement(steps(&device, args.tokens, &mut forced))?;
         let layer = reading.layers().next().context("the model has no layers")?;
         let share = share_read(layer.cache(), budget, heads)?;
-        let parts = full.first_difference(&written);
-        lines.push(Line { name: format!("{budget} tokens"), share, rate: written.rate, agreement, parts });
+        let mut forced = |ids: &Tensor, offset| forced.forward_and_cluster(ids, offset);
+        lines.push(compare(budget.to_string(), share, written, &mut forced)?);
     }
-    println!("\n| reads | share of the cache | tokens/s | same next token | texts part after |\n|---|---|---|---|---|");
-    lines.iter().for_each(Line::print);
+    println!(
+        "\n| tokens read | share of the cache | tokens/s | same next token | texts part after |\n|---|---|---|---|---|"
+    );
+    let all = Line { name: "all".into(), share: 1.0, rate: full.rate, agreement: 1.0, parts: None };
+    [&own, &all].into_iter().chain(&lines).for_each(Line::print);
+
+    let across = |line: &Line| args.budgets.iter().map(|&budget| (budget as f64, line.rate)).collect();
+    let budgets = args.budgets.iter().zip(&lines).map(|(&budget, line)| (budget as f64, line.rate)).collect();
+    let drawn = [("a budget", budgets), ("all tokens", across(&all)), ("candle-transformers as it is", across(&own))];
+    let title = format!("Tokens a second after a prompt of {}", args.tokens);
+    let budget = chart::Axis {
+        name: "tokens that a query head reads besides sinks and recent ones",
+        ticks: (4..14).map(|power| f64::from(1 << power)).collect(),
+        label: f64::to_string,
+    };
+    chart::draw(&args.out, &title, budget, "tokens/s", &drawn)?;
+    println!("\n{}", args.out.display());
     Ok(())
 }
 
@@ -143,16 +159,18 @@ fn steps<'a>(device: &'a Device, offset: usize, forward: &'a mut Forward<'a>) ->
 /// Reads and clusters the prompt, shows how it ends, and returns the likeliest token after it.
 fn read_prompt(model: &mut patched::ModelWeights, ids: &[u32], device: &Device) -> Result<u32> {
     let bar = progress(ids.len(), "prompt")?;
+    let mut reading = model.dequantized(device)?;
     let (first, took) = seconds(device, || {
         let mut first = 0;
         for (i, ids) in ids.chunks(CHUNK).enumerate() {
-            first = likeliest(&model.forward(&Tensor::new(ids, device)?.unsqueeze(0)?, i * CHUNK)?)?;
+            first = likeliest(&reading.forward(&Tensor::new(ids, device)?.unsqueeze(0)?, i * CHUNK)?)?;
             bar.inc(ids.len() as u64);
         }
         Ok(first)
     })?;
     bar.finish_and_clear();
-    let (_, clustering) = seconds(device, || Ok(ClusteredAttention::cluster_layers(model.layers_mut())?))?;
+    let (_, clustering) = seconds(device, || Ok(ClusteredAttention::cluster_layers(reading.layers_mut())?))?;
+    model.layers_mut().zip(reading.layers()).for_each(|(layer, read)| layer.clone_from(read));
     println!("prompt of {} tokens: read in {took:.1} s, clustered in {clustering:.2} s", ids.len());
     Ok(first)
 }
