@@ -1,7 +1,15 @@
 //! Applies `drop_in/*.patch` to the models of candle-transformers, from its own sources, for `tests/drop_in.rs` and the example
 //! `generate`. A patch that does not fit ends the build.
 
-use std::{env, fs, path::PathBuf, process::Command};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// The example `generate` has one of the models read more positions than its tables have.
+const LONG: &str = "quantized_llama";
+const POSITIONS: [&str; 2] = ["pub const MAX_SEQ_LEN: usize = 4096;", "pub const MAX_SEQ_LEN: usize = 8192;"];
 
 fn main() {
     println!("cargo::rerun-if-changed=drop_in");
@@ -18,10 +26,21 @@ fn main() {
         let patched = diffy::Patch::from_str(&text).map_err(|e| e.to_string());
         let patched = patched.and_then(|patch| diffy::apply(&original, &patch).map_err(|e| e.to_string()));
         let patched = patched.unwrap_or_else(|e| panic!("{} does not fit {}: {e}", path.display(), source.display()));
-        // Inside a module that includes the text, comments on the whole are none.
-        let lines: Vec<_> = patched.lines().filter(|line| !line.starts_with("//!")).collect();
-        fs::write(out.join(format!("{name}.rs")), lines.join("\n")).unwrap();
+        write(&out.join(format!("{name}.rs")), &patched);
+        if name == LONG {
+            for (text, kind) in [(&original, "original"), (&patched, "patched")] {
+                let [was, now] = POSITIONS;
+                assert_eq!(text.matches(was).count(), 1, "{}: {was}", source.display());
+                write(&out.join(format!("long_{kind}_{name}.rs")), &text.replace(was, now));
+            }
+        }
     }
+}
+
+/// Inside a module that includes the text, comments on the whole are none.
+fn write(path: &Path, text: &str) {
+    let lines: Vec<_> = text.lines().filter(|line| !line.starts_with("//!")).collect();
+    fs::write(path, lines.join("\n")).unwrap();
 }
 
 /// The folder of models of the candle-transformers that the workspace builds with, wherever cargo has it.

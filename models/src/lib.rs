@@ -4,6 +4,7 @@
 pub mod backend;
 #[path = "../../examples/common/chart.rs"]
 pub mod chart;
+pub mod decode;
 pub mod progress;
 pub mod score;
 pub mod smollm2;

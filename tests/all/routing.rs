@@ -24,12 +24,13 @@ struct Case {
     estimate: bool,
     keys: Grouping,
     queries: Grouping,
+    causal_choice: bool,
 }
 
 impl Case {
     fn attention(&self) -> RoutedAttention {
         let attention = RoutedAttention::new(self.read).keys(self.keys).queries(self.queries);
-        attention.sinks(SINKS).recent(RECENT).estimate(self.estimate).passes(5, 2)
+        attention.sinks(SINKS).recent(RECENT).estimate(self.estimate).passes(5, 2).causal_choice(self.causal_choice)
     }
 
     fn run(&self) -> Tensor {
@@ -75,7 +76,12 @@ impl Case {
         };
         let rows = |t: &Tensor| t.narrow(2, start, grouped).unwrap().contiguous().unwrap();
         let (labels, k) = labelled(&rows(&self.k), self.keys);
-        let (query_labels, units) = labelled(&self.q, self.queries);
+        let causal_choice = self.causal && self.causal_choice;
+        let (Grouping::Clusters(size) | Grouping::Blocks(size) | Grouping::Random(size)) = self.queries else {
+            panic!("{:?}", self.queries)
+        };
+        let (query_labels, units) =
+            labelled(&self.q, if causal_choice { Grouping::Blocks(size) } else { self.queries });
         let means = |t: &Tensor| problems(&cluster_means(&rows(t), &labels, k).unwrap());
         let (mean_keys, mean_values) = (means(&self.k), means(&self.v));
         let (labels, query_labels) = (u32s(&labels), u32s(&query_labels));
@@ -89,11 +95,18 @@ impl Case {
             let clusters: Vec<_> = (0..k).map(of_cluster).collect();
             for unit in 0..units {
                 let mine: Vec<usize> = (0..m).filter(|i| query_labels[p * m + i] == unit as u32).collect();
+                // The block before and the first query of this one, or only that if there is one query to a block.
+                let choosers = match mine[..] {
+                    [first, ..] if causal_choice => {
+                        (first.saturating_sub(if size == 1 { 0 } else { size })..=first).collect()
+                    }
+                    _ => mine.clone(),
+                };
                 let mut rank = vec![0.0; k];
-                for &i in &mine {
+                for &i in &choosers {
                     let score = |j: usize| (dot(&query[i], &mean_keys[h][j]) * SCALE).exp();
                     let all = sum((0..k).map(|j| score(j) * clusters[j].len() as f64));
-                    rank.iter_mut().enumerate().for_each(|(j, r)| *r += score(j) / all / mine.len() as f64);
+                    rank.iter_mut().enumerate().for_each(|(j, r)| *r += score(j) / all / choosers.len() as f64);
                 }
                 let mut order: Vec<usize> = (0..k).filter(|&j| !clusters[j].is_empty()).collect();
                 order.sort_by(|&a, &b| rank[b].total_cmp(&rank[a]));
@@ -160,12 +173,16 @@ fn groups_read_what_matters_to_them_and_estimate_the_rest() {
                 (Grouping::Clusters(7), Grouping::Clusters(9)),
                 (Grouping::Blocks(7), Grouping::Clusters(16)),
                 (Grouping::Clusters(5), Grouping::Blocks(16)),
+                (Grouping::Clusters(5), Grouping::Blocks(1)),
             ] {
                 for (read, estimate) in READS.into_iter().flat_map(|read| [(read, true), (read, false)]) {
-                    let (q, k, v) = (q.clone(), k.clone(), v.clone());
-                    let case = Case { q, k, v, causal, read, estimate, keys, queries };
-                    let what = format!("{keys:?} {queries:?} {read:?}, estimate {estimate}, causal {causal}");
-                    assert_near(&case.run(), &case.spec(), 1e-6, &what);
+                    for causal_choice in [false, true] {
+                        let (q, k, v) = (q.clone(), k.clone(), v.clone());
+                        let case = Case { q, k, v, causal, read, estimate, keys, queries, causal_choice };
+                        let set = format!("estimate {estimate}, causal {causal}, causal choice {causal_choice}");
+                        let what = format!("{keys:?} {queries:?} {read:?}, {set}");
+                        assert_near(&case.run(), &case.spec(), 1e-6, &what);
+                    }
                 }
             }
         }
@@ -186,7 +203,7 @@ fn rows_of_many_columns() {
                 for (read, estimate) in READS.into_iter().zip([true, false, true, true, false]) {
                     let (q, k, v) = (q.clone(), k.clone(), v.clone());
                     let (keys, queries) = (Grouping::Clusters(9), Grouping::Clusters(query_group));
-                    let case = Case { q, k, v, causal, read, estimate, keys, queries };
+                    let case = Case { q, k, v, causal, read, estimate, keys, queries, causal_choice: false };
                     testing::launches();
                     let out = case.run();
                     let fused = testing::launches().iter().any(|l| l.starts_with("route_attend"));
@@ -209,7 +226,7 @@ fn reading_everything_is_attention() {
             let [q, k, v] = [(4, 90), (2, 140), (2, 140)].map(|(h, n)| random([1, h, n, 64], dtype, &device, &mut rng));
             let read = KeyBudget::Share(1.0);
             let (keys, queries) = (Grouping::Clusters(16), Grouping::Clusters(32));
-            let case = Case { q, k, v, causal, read, estimate: true, keys, queries };
+            let case = Case { q, k, v, causal, read, estimate: true, keys, queries, causal_choice: false };
             let (queries, keys, values) = (problems(&case.q), problems(&case.k), problems(&case.v));
             let mut dense = vec![];
             for (p, query) in queries.iter().enumerate() {
@@ -255,6 +272,46 @@ fn chunks_start_warm_and_repeat() {
         let all = run(&mut RoutedAttention::new(KeyBudget::Share(1.0)));
         let near = |t: &Tensor| t.narrow(2, 0, chunk).unwrap();
         assert_near(&near(&first), &f64s(&near(&all)), 2e-3, "the first chunk");
+    }
+}
+
+/// What comes later changes no bit of an output, be it in the same chunk or in another.
+#[test]
+fn a_causal_choice_depends_on_no_later_row() {
+    let (n, chunk) = (320, 64);
+    for (device, dtype) in devices().into_iter().flat_map(|d| [DType::F32, DType::F16].map(|t| (d.clone(), t))) {
+        let mut rng = rng(75);
+        let rows = [4, 2, 2].map(|h| random([1, h, n, 64], dtype, &device, &mut rng));
+        let others = [4, 2, 2].map(|h| random([1, h, n, 64], dtype, &device, &mut rng));
+        // The rows before `same`, and others from there on.
+        let mixed = |same: usize| {
+            [0, 1, 2].map(|i| {
+                let [a, b] = [(&rows[i], 0, same), (&others[i], same, n - same)]
+                    .map(|(t, start, len): (&Tensor, _, _)| t.narrow(2, start, len).unwrap());
+                Tensor::cat(&[a, b], 2).unwrap()
+            })
+        };
+        let run = |[q, k, v]: [Tensor; 3], queries, causal_choice| {
+            let attention = RoutedAttention::new(KeyBudget::Share(0.1)).queries(queries).sinks(SINKS).recent(RECENT);
+            let mut attention = attention.causal_choice(causal_choice);
+            let outputs = (0..n).step_by(chunk).map(|start| {
+                let [k, v] = [&k, &v].map(|t| t.narrow(2, 0, start + chunk).unwrap());
+                attention.forward_causal(&q.narrow(2, start, chunk).unwrap(), &k, &v, SCALE).unwrap()
+            });
+            Tensor::cat(&outputs.collect::<Vec<_>>(), 2).unwrap()
+        };
+        for queries in [Grouping::Blocks(1), Grouping::Blocks(16), Grouping::Clusters(24)] {
+            let whole = run(rows.clone(), queries, true);
+            for same in [1, 64, 129, 200, 207, 208, 319] {
+                let earlier = |t: &Tensor| t.narrow(2, 0, same).unwrap();
+                let other = run(mixed(same), queries, true);
+                assert_same(&earlier(&other), &earlier(&whole), &format!("{dtype:?} {queries:?}, up to {same}"));
+            }
+        }
+        // Groups that choose together do depend on what comes later.
+        let earlier = |t: &Tensor| bits(&t.narrow(2, 0, 200).unwrap());
+        let [a, b] = [rows.clone(), mixed(200)].map(|rows| run(rows, Grouping::Clusters(24), false));
+        assert!(earlier(&a) != earlier(&b), "{dtype:?}");
     }
 }
 

@@ -53,16 +53,26 @@ struct Method {
     queries: Grouping,
     keys: Grouping,
     estimate: bool,
+    /// No later query has a say in what a query reads.
+    causal_choice: bool,
 }
 
 impl Method {
     const fn new(name: &'static str, queries: Grouping, keys: Grouping, estimate: bool) -> Self {
-        Self { name, queries, keys, estimate }
+        Self { name, queries, keys, estimate, causal_choice: false }
     }
 
-    const ALL: [Self; 6] = [
+    /// Blocks of so many queries, for which queries up to their first choose among clusters.
+    const fn causal(name: &'static str, queries: usize) -> Self {
+        let (queries, keys) = (Grouping::Blocks(queries), Grouping::Clusters(KEYS));
+        Self { name, queries, keys, estimate: true, causal_choice: true }
+    }
+
+    const ALL: [Self; 8] = [
         Self::new("clusters + estimate", Grouping::Clusters(QUERIES), Grouping::Clusters(KEYS), true),
         Self::new("clusters", Grouping::Clusters(QUERIES), Grouping::Clusters(KEYS), false),
+        Self::causal("causal choice of each query + estimate", 1),
+        Self::causal("causal choice of query blocks + estimate", QUERIES),
         Self::new("query blocks, key clusters + estimate", Grouping::Blocks(QUERIES), Grouping::Clusters(KEYS), true),
         Self::new("blocks + estimate", Grouping::Blocks(QUERIES), Grouping::Blocks(KEYS), true),
         Self::new("blocks", Grouping::Blocks(QUERIES), Grouping::Blocks(KEYS), false),
@@ -70,7 +80,8 @@ impl Method {
     ];
 
     fn attention(&self, read: KeyBudget) -> RoutedAttention {
-        RoutedAttention::new(read).queries(self.queries).keys(self.keys).estimate(self.estimate)
+        let attention = RoutedAttention::new(read).queries(self.queries).keys(self.keys).estimate(self.estimate);
+        attention.causal_choice(self.causal_choice)
     }
 }
 
