@@ -62,11 +62,11 @@ pub fn share_read(cache: &ClusteredKvCache, budget: usize, heads: usize) -> Resu
     let (tokens, columns) = (keys.dims()[2], keys.dims()[3] + values.dims()[3]);
     let token = columns * keys.dtype().size_in_bytes();
     let Some(clusters) = cache.clusters() else { return Ok(1.0) };
-    let (clustered, k) = (clusters.labels.dims()[2], clusters.sizes.dims()[2]);
+    let clustered = clusters.labels.dims()[2];
     if budget >= clustered {
         return Ok(1.0);
     }
     let position = size_of::<u32>();
-    let read = (tokens - clustered) * token + k * (token + position) + heads * budget * (token + position);
+    let read = (tokens - clustered) * token + clusters.index_bytes() + heads * budget * (token + position);
     Ok(read as f64 / (tokens * token) as f64)
 }

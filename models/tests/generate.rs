@@ -57,9 +57,10 @@ fn a_share_counts_tokens_means_and_positions() -> Result<()> {
     cache.append(&random(8)?, &random(4)?)?;
     assert_eq!(share_read(&cache, 5, 3)?, 1.0);
     cache.cluster()?;
-    // A token has 48 bytes. Ten are in no cluster; 23 clusters have means, each found by a position, as each listed token is.
-    assert_eq!(share_read(&cache, 5, 3)?, (10 * 48 + 23 * 52 + 3 * 5 * 52) as f64 / 4800.0);
-    assert_eq!(share_read(&cache, 89, 1)?, (10 * 48 + 23 * 52 + 89 * 52) as f64 / 4800.0);
+    // A token has 48 bytes. Ten are in no cluster; 23 clusters have two means of a byte a column, two scales, a spread and a position, and
+    // each listed token has a position.
+    assert_eq!(share_read(&cache, 5, 3)?, (10 * 48 + 23 * 28 + 3 * 5 * 52) as f64 / 4800.0);
+    assert_eq!(share_read(&cache, 89, 1)?, (10 * 48 + 23 * 28 + 89 * 52) as f64 / 4800.0);
     assert_eq!(share_read(&cache, 90, 1)?, 1.0);
     Ok(())
 }

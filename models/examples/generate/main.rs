@@ -58,7 +58,7 @@ struct Args {
     #[arg(long, value_delimiter = ',', default_values_t = [64, 128, 256, 512])]
     budgets: Vec<usize>,
     /// Tokens in a cluster, on average
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 8)]
     group: usize,
     #[arg(long, default_value = "cpu")]
     device: Backend,

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use candle_core::{DType, Tensor, D};
-use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget, KvCodes};
+use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget, KvClusters, KvCodes};
 use candle_nn::ops::softmax_last_dim;
 use indicatif::ProgressBar;
 use models::{
@@ -118,15 +118,14 @@ impl Prompt {
 
     /// What a query head reads of the prompt in one block, in kB: tokens, and what it chooses and estimates others by.
     pub fn kilobytes(&self, method: Method, budget: usize) -> f64 {
-        let d = self.head_dim;
-        let token = 2 * d * self.dtype.size_in_bytes();
+        let token = 2 * self.head_dim * self.dtype.size_in_bytes();
         let groups = (self.tokens - SINKS - RECENT).div_ceil(self.group);
-        // A mean is a byte a column and a scale; a cluster has a spread and an offset, too.
-        let (mean, cluster) = (d + 4, 8);
+        let clusters = self.clusters[0].clusters().map_or(0, KvClusters::index_bytes);
         let index = match method {
             Method::Full => return (token * self.tokens) as f64 / 1e3,
-            Method::ClustersAndEstimate | Method::Codes | Method::PagesAndEstimate => groups * (2 * mean + cluster),
-            Method::Clusters => groups * (mean + cluster),
+            Method::ClustersAndEstimate | Method::Codes | Method::PagesAndEstimate => clusters,
+            // No mean values.
+            Method::Clusters => clusters - groups * (self.head_dim + size_of::<f32>()),
             Method::Quest => groups * token,
             Method::Recent => 0,
         };

@@ -55,6 +55,15 @@ impl KvClusters {
         Ok(Self { labels, order, offsets, sizes, spreads, mean_keys: mean_keys?, mean_values: mean_values? })
     }
 
+    /// Bytes of a head's clusters that each of its queries reads to choose among them and to estimate by them: means with their scales,
+    /// spreads, and where each begins.
+    pub fn index_bytes(&self) -> usize {
+        let k = self.sizes.dims()[2];
+        let columns = |means: &KvMeans| means.codes.dims()[3];
+        let numbers = 3 * self.spreads.dtype().size_in_bytes() + size_of::<u32>();
+        k * (columns(&self.mean_keys) + columns(&self.mean_values) + numbers)
+    }
+
     /// The clusters of the tokens `kept` alone, whose keys and values are given. Clusters at the ends that have no token left in any head
     /// are gone, and the others numbered from 0.
     pub(super) fn cut(&self, kept: Range<usize>, keys: &Tensor, values: &Tensor) -> Result<Self> {
