@@ -1,7 +1,7 @@
 //! The time of one token's attention on a CPU: Candle's ops, and `ClusteredKvCache` with budgets from all tokens down.
 //!
 //! ```text
-//! cargo run --release --example decode [-- --tokens 2048,32768 --budgets 1024,256,64 --dtypes f32,f16,bf16]
+//! cargo run --release --example decode [-- --tokens 2048,32768 --budgets 1024,256,64 --dtypes f32,f16,bf16 --codes]
 //! ```
 //! The shapes are those of SmolLM2-135M (9 query heads, 3 key heads, 64 columns) and of an 8B model (32, 8, 128). Everything is called in
 //! turns in one process, so that whatever else the machine does slows all alike, and the least of the milliseconds is
@@ -10,7 +10,7 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, D};
-use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget};
+use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget, KvCodes};
 use candle_nn::ops::softmax_last_dim;
 use clap::Parser;
 use std::time::Instant;
@@ -33,6 +33,9 @@ struct Args {
     /// Whether the query heads of a key head choose together
     #[arg(long)]
     shared: bool,
+    /// Time a cache that keeps clustered tokens as codes, too
+    #[arg(long)]
+    codes: bool,
     /// Print one JSON line a case
     #[arg(long)]
     json: bool,
@@ -45,7 +48,7 @@ fn main() -> Result<()> {
         let [q_heads, kv_heads, d] = sizes[..] else { anyhow::bail!("{heads} is not as 32x8x128") };
         for &n in &args.tokens {
             for dtype in &args.dtypes {
-                let step = Step::new([q_heads, kv_heads, n, d], dtype.parse()?)?;
+                let step = Step::new([q_heads, kv_heads, n, d], dtype.parse()?, args.codes)?;
                 step.time(&args, &format!("{heads}, {n} tokens, {dtype}"))?;
             }
         }
@@ -60,20 +63,26 @@ type Call<'a> = Box<dyn Fn() -> Result<Tensor> + 'a>;
 struct Step {
     q: Tensor,
     cache: ClusteredKvCache,
+    /// The same tokens as codes.
+    coded: Option<ClusteredKvCache>,
     scale: f64,
 }
 
 impl Step {
-    fn new([q_heads, kv_heads, n, d]: [usize; 4], dtype: DType) -> Result<Self> {
+    fn new([q_heads, kv_heads, n, d]: [usize; 4], dtype: DType, codes: bool) -> Result<Self> {
         let random = |heads, n| Tensor::randn(0f32, 1f32, (1, heads, n, d), &Device::Cpu)?.to_dtype(dtype);
         // Too few passes and tokens for good clusters, but as many as a cache has.
         let mut cache = ClusteredKvCache::new(n).passes(1);
+        let mut coded = codes.then(|| cache.clone().codes(KvCodes::new()));
         for start in (0..n).step_by(4096) {
             let n = (n - start).min(4096);
-            cache.append(&random(kv_heads, n)?, &random(kv_heads, n)?)?;
-            cache.cluster()?;
+            let (keys, values) = (random(kv_heads, n)?, random(kv_heads, n)?);
+            for cache in [Some(&mut cache), coded.as_mut()].into_iter().flatten() {
+                cache.append(&keys, &values)?;
+                cache.cluster()?;
+            }
         }
-        Ok(Self { q: random(q_heads, 1)?, cache, scale: 1.0 / (d as f64).sqrt() })
+        Ok(Self { q: random(q_heads, 1)?, cache, coded, scale: 1.0 / (d as f64).sqrt() })
     }
 
     /// Attention as models have it, which repeat the key heads.
@@ -109,6 +118,10 @@ impl Step {
             let budget = KvBudget::new(tokens).shared(args.shared);
             calls.push((format!("{tokens} as asked"), attend(budget.dense_if_cheaper(false))));
             calls.push((tokens.to_string(), attend(budget)));
+            if let Some(coded) = &self.coded {
+                let of_codes = move || Ok(coded.attend(&self.q, self.scale, budget)?);
+                calls.push((format!("{tokens} of codes"), Box::new(of_codes)));
+            }
         }
         // Rounded weights and scores put the halves this far apart.
         let apart = (calls[0].1()? - calls[2].1()?)?.to_dtype(DType::F32)?.abs()?.flatten_all()?.max(D::Minus1)?;

@@ -4,7 +4,7 @@
 mod common;
 
 use candle_core::{DType, Tensor};
-use candle_flash_kmeans::nn::{ClusteredAttention, ClusteredKvCache, KvBudget};
+use candle_flash_kmeans::nn::{ClusteredAttention, ClusteredKvCache, KvBudget, KvCodes};
 use candle_flash_kmeans::{EmptyClusters, Init, KMeans, Metric, Source, StoredType, StreamOptions};
 use common::*;
 use std::{
@@ -168,6 +168,24 @@ fn caches_share_their_prompt(wrong: &mut Vec<String>) {
     }
 }
 
+/// Once they are codes, tokens take what the cache says, and less than a quarter of f16.
+fn codes_free_their_tokens(wrong: &mut Vec<String>) {
+    let (heads, n, d) = (2, 12_000, 64);
+    let x = uniform(&[1, heads, n, d], 0.0, 1.0, DType::F16, &mut rng(73));
+    let before = USED.load(SeqCst);
+    let mut cache = ClusteredKvCache::new(n).codes(KvCodes::new());
+    cache.append(&x, &x).unwrap();
+    cache.cluster().unwrap();
+    let (used, says) = (USED.load(SeqCst) - before, cache.bytes());
+    // Besides tensors a cache has some words of its own.
+    if used < says || used > says + 16_384 {
+        wrong.push(format!("a cache with codes: {used} bytes, and it says {says}"));
+    }
+    if 4 * used > 2 * 2 * heads * n * d {
+        wrong.push(format!("a cache with codes: {used} bytes, and in f16 {}", 2 * 2 * heads * n * d));
+    }
+}
+
 // One test, so that nothing else allocates meanwhile.
 #[test]
 fn peak_is_within_the_plan() {
@@ -224,6 +242,7 @@ fn peak_is_within_the_plan() {
     streams_keep_to_their_memory(&mut wrong);
     labels_in_a_file_take_no_memory(&mut wrong);
     caches_share_their_prompt(&mut wrong);
+    codes_free_their_tokens(&mut wrong);
     starts_keep_to_their_plan(&mut wrong);
     // Ties and outliers leave many candidates for a row, and the memory for them is as limited.
     for (b, n, k, d) in [(1, 1_000, 1_000, 3), (2, 1_000, 200, 8), (1, 8_000, 40, 5)] {

@@ -13,8 +13,9 @@ use super::{
     clusters::{logs, Ranks},
     product_codes::{look_up, CodedView, BYTE},
     scalar::Scalar,
-    softmax::{clear, join, larger, padded, shift, state_len, Lane, Scores, TILE},
+    softmax::{clear, join, padded, state_len, Lane, Scores, TILE},
     tensors::{lock, tensor, typed, Element, View},
+    weigh::{add, add_to_heads, dot, weigh_heads},
 };
 use crate::{
     error::Result,
@@ -124,7 +125,8 @@ where
             Ok(())
         };
         let steps = CPU_ATTEND_ROWS * (self.coded_keys.bytes + self.coded_values.bytes);
-        host::for_each(tasks.collect(), steps, Scratch::default, read)?;
+        let scratch = || Scratch { row: vec![], scores: vec![], entries: vec![], tables: vec![] };
+        host::for_each(tasks.collect(), steps, scratch, read)?;
 
         let mut out = host::filled(OP, problems * self.group * width, T::narrow(0.0))?;
         let heads = out.chunks_mut(width).enumerate().collect();
@@ -250,12 +252,6 @@ struct Scratch<E> {
     entries: Vec<E>,
     /// 256 numbers for each byte of a row.
     tables: Vec<E>,
-}
-
-impl<E> Default for Scratch<E> {
-    fn default() -> Self {
-        Self { row: vec![], scores: vec![], entries: vec![], tables: vec![] }
-    }
 }
 
 /// Scores the mean keys of a tile. It is a struct for the reason that `Pack` in assign.rs is one.
@@ -396,43 +392,5 @@ where
             }
             cache.coded_values.add_entries(tables, entries, state);
         }
-    }
-}
-
-/// The product of two padded rows.
-#[inline(always)]
-fn dot<S: Simd, E: Lane>(simd: S, a: &[E], b: &[E]) -> E {
-    let rows = E::vectors::<S>(a).iter().zip(E::vectors::<S>(b));
-    E::total(simd, rows.fold(E::splat(simd, E::of(0.0)), |sum, (a, b)| E::mul_add(simd, *a, *b, sum)))
-}
-
-/// Adds a padded row by its weight.
-#[inline(always)]
-fn add<S: Simd, E: Lane>(simd: S, weight: E, row: &[E], sums: &mut [E]) {
-    let weight = E::splat(simd, weight);
-    for (sum, v) in E::vectors_mut::<S>(sums).iter_mut().zip(E::vectors::<S>(row)) {
-        *sum = E::mul_add(simd, weight, *v, *sum);
-    }
-}
-
-/// Turns the `scores` of each head, `rows` of them, into weights, with which its state begins.
-#[inline(always)]
-fn weigh_heads<E: Lane>(scores: &mut [E], rows: usize, state: &mut [E], width: usize) {
-    for (scores, state) in scores.chunks_exact_mut(rows).zip(state.chunks_exact_mut(state_len(width))) {
-        let max = scores.iter().fold(E::of(f64::NEG_INFINITY), |max, &score| larger(score, max));
-        let shift = shift(max);
-        for score in scores.iter_mut() {
-            *score = score.sub(shift).exp();
-        }
-        let sum = scores.iter().fold(E::of(0.0), |sum, &weight| sum.add(weight));
-        (state[padded(width)], state[padded(width) + 1]) = (max, sum);
-    }
-}
-
-/// Adds a padded row to the state of each head, whose weights of it are `rows` apart.
-#[inline(always)]
-fn add_to_heads<S: Simd, E: Lane>(simd: S, weights: &[E], rows: usize, row: &[E], state: &mut [E], width: usize) {
-    for (&weight, state) in weights.iter().step_by(rows).zip(state.chunks_exact_mut(state_len(width))) {
-        add(simd, weight, &row[..padded(width)], &mut state[..padded(width)]);
     }
 }

@@ -17,6 +17,7 @@ mod sorted_1d;
 mod sums;
 mod tensors;
 mod update;
+mod weigh;
 
 use crate::{
     backend::Backend,

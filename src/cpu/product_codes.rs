@@ -78,7 +78,8 @@ where
                 *out = entry.iter().zip(query).fold(zero, |sum, (a, b)| sum.add(a.mul(*b)));
             }
         };
-        let mut pieces = query[..self.d].chunks_exact(self.columns).zip(entries.chunks_exact(self.count * self.columns));
+        let mut pieces =
+            query[..self.d].chunks_exact(self.columns).zip(entries.chunks_exact(self.count * self.columns));
         if self.count == BYTE {
             for of in pieces {
                 let start = tables.len();
@@ -98,7 +99,8 @@ where
     /// Adds the entries to a sum of rows, each times the weight of the bytes that stand for it: 256 for each byte of a row.
     #[inline(always)]
     pub(super) fn add_entries(&self, weights: &[T::Filter], entries: &[T::Filter], sums: &mut [T::Filter]) {
-        let mut pieces = sums[..self.d].chunks_exact_mut(self.columns).zip(entries.chunks_exact(self.count * self.columns));
+        let mut pieces =
+            sums[..self.d].chunks_exact_mut(self.columns).zip(entries.chunks_exact(self.count * self.columns));
         let mut add = |weights: &[T::Filter]| {
             let (sums, entries) = pieces.next().expect("a piece for each code");
             for (&weight, entry) in weights.iter().zip(entries.chunks_exact(self.columns)) {

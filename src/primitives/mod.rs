@@ -25,8 +25,8 @@ use crate::{
     problem,
     ranks::{Ranks, Rendezvous},
     request::{
-        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, Labels, OnChipFit, Order, Reduction, Routed,
-        Summands, Update,
+        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, Labels, OnChipFit, Order, Reduction,
+        Routed, Summands, Update,
     },
     rng::Draw,
     rows::Rows,

@@ -4,11 +4,17 @@ use super::kv_cache::{budget, empty, random, refused, spec, tolerance, RECENT, S
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::nn::{ClusteredAttention, ClusteredKvCache, KvBudget, KvCodes};
+use candle_flash_kmeans::testing;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
-const CODES: [KvCodes; 3] =
-    [KvCodes::new().keys(1, 4).values(2, 4), KvCodes::new().keys(4, 8).values(2, 8), KvCodes::new().keys(2, 4).values(4, 8)];
+const CODES: [KvCodes; 3] = [
+    KvCodes::new().keys(1, 4).values(2, 4),
+    KvCodes::new().keys(4, 8).values(2, 8),
+    KvCodes::new().keys(2, 4).values(4, 8),
+];
+/// Codes for whose entries few tokens are enough.
+const FEW: KvCodes = CODES[0];
 /// Pairs of tokens of a segment.
 const PAIRS: usize = 20;
 const CLUSTERS: usize = 11;
@@ -19,7 +25,8 @@ fn exact_tokens(device: &Device, rng: &mut ChaCha8Rng) -> [Tensor; 3] {
     let mut of_head = || {
         let labels: Vec<usize> = (0..PAIRS).map(|_| rng.random_range(0..CLUSTERS - 2)).collect();
         let mut rows = || {
-            let mean = |column: usize, rng: &mut ChaCha8Rng| [0, 255].get(column).copied().unwrap_or(rng.random_range(0..256));
+            let mean =
+                |column: usize, rng: &mut ChaCha8Rng| [0, 255].get(column).copied().unwrap_or(rng.random_range(0..256));
             let means: Vec<[f64; 8]> = (0..CLUSTERS)
                 .map(|_| std::array::from_fn(|column| f64::from(mean(column, rng)) * 4.0 / 255.0 - 2.0))
                 .collect();
@@ -97,7 +104,7 @@ fn codes_are_read_as_what_they_stand_for() {
 fn codes_are_forgotten_and_moved_as_tokens_are() {
     for (device, dtype) in devices().into_iter().flat_map(|device| DTYPES.map(|t| (device.clone(), t))) {
         let mut rng = rng(81);
-        let all = twins(CODES[0], dtype, &device, &mut rng);
+        let all = twins(FEW, dtype, &device, &mut rng);
         let n = all[0].current_seq_len();
         assert_eq!(n, SINKS + 4 * PAIRS + RECENT + 5);
         let index = Tensor::new(&[1u32, 0, 1], &device).unwrap();
@@ -173,10 +180,14 @@ fn one_row_is_one_of_many() {
             let mut rng = rng(83);
             let cache = coded(codes, 3000, DType::F32, &device, &mut rng);
             let q = random([1, 6, 2, 64], DType::F32, &device, &mut rng);
-            for all in [(700, true, false), (700, true, true), (0, true, false), (700, false, false), (5000, true, false)] {
+            for all in
+                [(700, true, false), (700, true, true), (0, true, false), (700, false, false), (5000, true, false)]
+            {
                 let both = cache.attend(&q, SCALE, budget(all)).unwrap().narrow(2, 1, 1).unwrap();
                 let last = q.narrow(2, 1, 1).unwrap();
+                testing::launches();
                 let one = cache.attend(&last, SCALE, budget(all)).unwrap();
+                assert_eq!(testing::launches().contains(&"attend_coded_f32".into()), device.is_cpu());
                 assert_near(&one, &f64s(&both), 1e-4, &format!("{codes:?} {all:?}"));
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
                 let again = pool.install(|| cache.attend(&last, SCALE, budget(all)).unwrap());
@@ -192,7 +203,7 @@ fn codes_do_not_depend_on_neighbours() {
     for device in devices() {
         let mut rng = rng(84);
         let tokens: Vec<_> = (0..3).map(|_| random([2, 2, 160, 8], DType::F32, &device, &mut rng)).collect();
-        let new = || ClusteredKvCache::new(160).segment(1).max_segment(40).codes(KvCodes::new());
+        let new = || ClusteredKvCache::new(160).segment(1).max_segment(40).codes(FEW);
         let filled = |k: &Tensor, v: &Tensor| {
             let mut cache = new();
             cache.append(k, v).unwrap();
@@ -219,7 +230,7 @@ fn padded_sequences_have_codes() {
     for device in devices() {
         let mut rng = rng(85);
         let [k, v, q] = [160, 160, 1].map(|n| random([2, 2, n, 8], DType::F32, &device, &mut rng));
-        let new = || ClusteredKvCache::new(160).segment(1).codes(KvCodes::new());
+        let new = || ClusteredKvCache::new(160).segment(1).codes(FEW);
         let mut both = new();
         both.left_padding(&Tensor::new(&[0u32, 9], &device).unwrap()).unwrap();
         both.append(&k, &v).unwrap();
@@ -245,8 +256,8 @@ fn files_hold_codes() {
     for (device, dtype) in devices().into_iter().flat_map(|device| DTYPES.map(|t| (device.clone(), t))) {
         for (evicted, n) in [(0, 60), (0, 120), (5, 120), (110, 120)] {
             let mut rng = rng(86);
-            let mut cache = empty().max_segment(50).codes(CODES[0]);
-            let [k, v] = [8, 10].map(|columns| random([2, 2, n + 60, columns], dtype, &device, &mut rng));
+            let mut cache = empty().max_segment(50).codes(FEW);
+            let [k, v] = [8, 12].map(|columns| random([2, 2, n + 60, columns], dtype, &device, &mut rng));
             let part = |t: &Tensor, start, len| t.narrow(2, start, len).unwrap();
             cache.append(&part(&k, 0, n), &part(&v, 0, n)).unwrap();
             assert_eq!(cache.cluster().unwrap(), n > 100);
@@ -272,7 +283,7 @@ fn files_hold_codes() {
 fn damaged_codes_are_refused() {
     let (folder, mut rng) = (Folder::new("kv-codes-damaged"), rng(87));
     let path = folder.0.join("cache.safetensors");
-    let cache = coded(KvCodes::new(), 140, DType::F32, &Device::Cpu, &mut rng);
+    let cache = coded(FEW, 140, DType::F32, &Device::Cpu, &mut rng);
     cache.save(&path).unwrap();
     let bytes = std::fs::read(&path).unwrap();
     for at in (0..bytes.len()).step_by(997) {
@@ -297,8 +308,9 @@ fn codes_take_a_quarter() {
             + m
             + clusters * (2 * d + 2 * 2 * 2)
             + 4 * (clusters + 1)
-            + 2 * 2 * d * 16
-            + 2 * 2 * d * 69;
+            + 2 * d * 16
+            + 2 * d * 256
+            + 2 * 2 * d * 68;
         assert_eq!(m, 11_932);
         assert_eq!(cache.bytes(), 2 * of_head);
         assert!(4 * cache.bytes() < 2 * n * 2 * d * 2);
@@ -310,7 +322,7 @@ fn codes_take_a_quarter() {
 fn nan_stays_out_of_codes() {
     for device in devices() {
         let mut rng = rng(89);
-        let cache = coded(KvCodes::new(), 500, DType::F32, &device, &mut rng);
+        let cache = coded(FEW, 500, DType::F32, &device, &mut rng);
         let q = random([1, 6, 1, 64], DType::F32, &device, &mut rng);
         let spoilt = f64s(&q).into_iter().enumerate().map(|(i, v)| if i == 70 { f32::NAN } else { v as f32 });
         let spoilt = Tensor::from_iter(spoilt, &device).unwrap().reshape((1, 6, 1, 64)).unwrap();
@@ -321,9 +333,10 @@ fn nan_stays_out_of_codes() {
                 _ => assert_eq!(out, fine, "head {head}"),
             }
         }
-        let mut cache = ClusteredKvCache::new(500).segment(1).codes(KvCodes::new());
+        let mut cache = ClusteredKvCache::new(500).segment(1).codes(FEW);
         let k = random([1, 2, 500, 64], DType::F32, &device, &mut rng);
-        let spoilt = f64s(&k).into_iter().enumerate().map(|(i, v)| if i == (500 + 77) * 64 { f32::INFINITY } else { v as f32 });
+        let spoilt =
+            f64s(&k).into_iter().enumerate().map(|(i, v)| if i == (500 + 77) * 64 { f32::INFINITY } else { v as f32 });
         let v = Tensor::from_iter(spoilt, &device).unwrap().reshape((1, 2, 500, 64)).unwrap();
         cache.append(&k, &v).unwrap();
         refused(cache.cluster(), "NonFinite", &["v", "row 77", "element 1"]);
@@ -348,6 +361,11 @@ fn refusals_of_codes_are_typed() {
         let labels = Tensor::zeros((1, 2, 100), DType::U32, &device).unwrap();
         refused(cache.group(&labels, 257), "TooLarge", &["k", "257", "256"]);
         cache.group(&labels, 256).unwrap();
+        let mut cache = ClusteredKvCache::new(100).recent(40).segment(1);
+        cache.append(&k, &v).unwrap();
+        cache.cluster().unwrap();
+        let mut cache = cache.recent(0).codes(FEW.values(5, 4));
+        refused(cache.cluster(), "Conflict", &["codes", "56 tokens"]);
     }
 }
 
@@ -357,8 +375,8 @@ fn steps_go_on_over_codes() {
     for device in devices() {
         let mut rng = rng(91);
         let cache = || ClusteredKvCache::new(400).segment(40);
-        let budget = KvBudget::new(100).dense_if_cheaper(false);
-        let mut layers = [cache().codes(KvCodes::new()), cache()].map(|cache| ClusteredAttention::new(cache, budget));
+        let budget = KvBudget::new(usize::MAX);
+        let mut layers = [cache().codes(FEW), cache()].map(|cache| ClusteredAttention::new(cache, budget));
         let random = |heads, n, rng: &mut ChaCha8Rng| random([2, heads, n, 16], DType::F32, &device, rng);
         for step in 0..100 {
             let n = if step == 0 { 300 } else { 1 };
@@ -369,5 +387,22 @@ fn steps_go_on_over_codes() {
         }
         let [a, b] = layers.each_ref().map(|layer| layer.cache().bytes());
         assert!(2 * a < b, "{a} bytes with codes, {b} without");
+    }
+}
+
+/// Entries are trained on four tokens each, at least: fewer wait, and later segments need not.
+#[test]
+fn codes_wait_for_enough_tokens() {
+    for device in devices() {
+        let mut rng = rng(92);
+        let mut cache = ClusteredKvCache::new(2000).sinks(0).recent(0).codes(KvCodes::new());
+        let mut append = |n, cache: &mut ClusteredKvCache| {
+            let k = random([1, 1, n, 64], DType::F32, &device, &mut rng);
+            cache.append(&k, &k).unwrap();
+            cache.cluster().unwrap()
+        };
+        assert!(!append(4 * 256 - 1, &mut cache));
+        assert!(append(1, &mut cache));
+        assert!(!append(127, &mut cache) && append(1, &mut cache));
     }
 }

@@ -7,11 +7,19 @@
 //! the prompt four sinks, 64 recent tokens and a budget of others, which each method spends in its own way. With `--passkey`
 //! it is asked for five digits hidden in the prompt instead.
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use candle_core::DType;
+use candle_flash_kmeans::nn::KvCodes;
 use clap::Parser;
 use methods::{Grouping, Method, Prompt, RECENT, SINKS};
-use models::{backend::Backend, chart, progress::progress, score::Score, smollm2::SmolLm2, CODE};
+use models::{
+    backend::Backend,
+    chart,
+    progress::progress,
+    score::Score,
+    smollm2::{Dims, SmolLm2},
+    CODE,
+};
 use std::{fs, path::PathBuf};
 
 mod methods;
@@ -41,6 +49,9 @@ struct Args {
     /// Most tokens of the prompt that are clustered together
     #[arg(long, default_value_t = 4096)]
     max_segment: usize,
+    /// Keep clustered tokens as codes, too: columns of a piece and bits of its code, of keys and of values, as 4x8,4x8
+    #[arg(long, value_name = "KEYS,VALUES", value_parser = codes)]
+    codes: Option<KvCodes>,
     /// Ask for hidden digits in so many prompts instead
     #[arg(long, value_name = "CASES")]
     passkey: Option<usize>,
@@ -53,8 +64,15 @@ struct Args {
 
 impl Args {
     fn grouping(&self) -> Grouping {
-        Grouping { group: self.group, max_segment: self.max_segment }
+        Grouping { group: self.group, max_segment: self.max_segment, codes: self.codes }
     }
+}
+
+/// Columns and bits of keys and of values.
+fn codes(text: &str) -> Result<KvCodes> {
+    let numbers = text.split([',', 'x']).map(str::parse).collect::<Result<Vec<usize>, _>>()?;
+    let [columns, bits, value_columns, value_bits] = numbers[..] else { bail!("{text} is not as 4x8,4x8") };
+    Ok(KvCodes::new().keys(columns, bits).values(value_columns, value_bits))
 }
 
 fn main() -> Result<()> {
@@ -88,20 +106,35 @@ fn score(model: &SmolLm2, ids: &[u32], args: &Args, dtype: DType) -> Result<()> 
     let full = prompt.follow(model, follows, Method::Full, 0)?;
     bar.inc(1);
     let reference = Score::new(&full, &full, next)?;
-    let mut lines = vec![];
+    let (mut lines, mut uncoded) = (vec![], vec![]);
     println!("\n| tokens read | method | KL to full attention | perplexity | top-1 agreement |\n|---|---|---|---|---|");
     bar.suspend(|| reference.print(&format!("all {tokens}"), Method::Full.name()));
     for method in Method::ALL {
         let mut points = vec![];
         for &budget in &args.budgets {
-            let score = Score::new(&full, &prompt.follow(model, follows, method, budget)?, next)?;
+            let predicted = prompt.follow(model, follows, method, budget)?;
+            let score = Score::new(&full, &predicted, next)?;
             bar.inc(1);
             bar.suspend(|| score.print(&format!("{SINKS} + {RECENT} + {budget}"), method.name()));
             points.push((budget as f64 / tokens as f64, score.divergence));
+            uncoded.extend((method == Method::ClustersAndEstimate).then_some(predicted));
         }
         lines.push((method.name(), points));
     }
     bar.finish_and_clear();
+    if args.codes.is_some() {
+        let Dims { key_heads, head_dim, .. } = model.dims;
+        println!("\n{:.1} bytes a token and key head, {} in f16", prompt.coded_bytes(key_heads), 4 * head_dim);
+        println!(
+            "| tokens read | KL of codes to clusters without | KL to full attention | perplexity |\n|---|---|---|---|"
+        );
+        for (&budget, uncoded) in args.budgets.iter().zip(&uncoded) {
+            let predicted = prompt.follow(model, follows, Method::Codes, budget)?;
+            let [own, all] = [uncoded, &full].map(|reference| Score::new(reference, &predicted, next));
+            let (own, all) = (own?, all?);
+            println!("| {budget} | {:.4} | {:.4} | {:.3} |", own.divergence, all.divergence, all.perplexity);
+        }
+    }
     let title = "What SmolLM2 loses by reading a part of its cache";
     let share = chart::Axis {
         name: "share of the prompt read by budget",

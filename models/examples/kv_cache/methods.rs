@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use candle_core::{DType, Tensor, D};
-use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget};
+use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget, KvCodes};
 use candle_nn::ops::softmax_last_dim;
 use indicatif::ProgressBar;
 use models::{
@@ -17,6 +17,8 @@ pub const RECENT: usize = 64;
 pub enum Method {
     Full,
     ClustersAndEstimate,
+    /// The same, of tokens that are kept as codes.
+    Codes,
     Clusters,
     PagesAndEstimate,
     /// Pages by the largest score that the bounds of their keys allow (Tang et al. 2024).
@@ -25,7 +27,7 @@ pub enum Method {
 }
 
 impl Method {
-    /// Those that spend a budget.
+    /// Those that spend a budget on tokens as they are.
     pub const ALL: [Self; 5] =
         [Self::ClustersAndEstimate, Self::Clusters, Self::PagesAndEstimate, Self::Quest, Self::Recent];
 
@@ -33,6 +35,7 @@ impl Method {
         match self {
             Self::Full => "full attention",
             Self::ClustersAndEstimate => "clusters + estimate",
+            Self::Codes => "clusters + estimate, codes",
             Self::Clusters => "clusters",
             Self::PagesAndEstimate => "page means + estimate",
             Self::Quest => "Quest pages",
@@ -48,6 +51,8 @@ pub struct Grouping {
     pub group: usize,
     /// Most tokens that are clustered together.
     pub max_segment: usize,
+    /// How clustered tokens are kept as codes as well.
+    pub codes: Option<KvCodes>,
 }
 
 /// A prompt, in a cache for every block.
@@ -57,6 +62,9 @@ pub struct Prompt {
     group: usize,
     clusters: Vec<ClusteredKvCache>,
     pages: Vec<ClusteredKvCache>,
+    /// In f16, as codes are meant to replace.
+    coded: Vec<ClusteredKvCache>,
+    dtype: DType,
     pub prefill_seconds: f64,
     pub clustering_seconds: f64,
 }
@@ -66,7 +74,7 @@ impl Prompt {
     pub fn new(
         model: &SmolLm2,
         ids: &[u32],
-        Grouping { group, max_segment }: Grouping,
+        Grouping { group, max_segment, codes }: Grouping,
         dtype: DType,
         room: usize,
         bar: &ProgressBar,
@@ -77,16 +85,23 @@ impl Prompt {
         };
         let caches = || (0..model.dims.layers).map(|_| new()).collect::<Vec<_>>();
         let (mut clusters, mut pages) = (caches(), caches());
+        let of_codes = |codes| caches().into_iter().map(|cache| cache.codes(codes)).collect();
+        let mut coded: Vec<_> = codes.map_or_else(Vec::new, of_codes);
         let device = model.embedding.device();
         let (_, prefill_seconds) = seconds(device, || {
             model.forward(ids, 0, |layer, heads| {
                 let [_, keys, values] = stored(heads, dtype)?;
                 clusters[layer].append(&keys, &values)?;
+                if let Some(cache) = coded.get_mut(layer) {
+                    let [_, keys, values] = stored(heads, DType::F16)?;
+                    cache.append(&keys, &values)?;
+                }
                 bar.inc(1);
                 attend(heads)
             })
         })?;
         let (_, clustering_seconds) = seconds(device, || Ok(ClusteredKvCache::cluster_layers(&mut clusters)?))?;
+        ClusteredKvCache::cluster_layers(&mut coded)?;
         for (cache, clustered) in pages.iter_mut().zip(&clusters) {
             let (Some(keys), Some(values), Some(found)) = (clustered.k()?, clustered.v()?, clustered.clusters()) else {
                 anyhow::bail!("{} tokens are too few for a cluster", ids.len());
@@ -96,16 +111,25 @@ impl Prompt {
             let page = Tensor::from_iter((0..tokens).map(|token| (token / group) as u32), device)?;
             cache.group(&page.broadcast_as(found.labels.shape())?.contiguous()?, tokens.div_ceil(group))?;
         }
-        Ok(Self { tokens: ids.len(), group, clusters, pages, prefill_seconds, clustering_seconds })
+        Ok(Self { tokens: ids.len(), group, clusters, pages, coded, dtype, prefill_seconds, clustering_seconds })
+    }
+
+    /// The bytes of a token and key head in codes, all counted.
+    pub fn coded_bytes(&self, key_heads: usize) -> f64 {
+        let bytes: usize = self.coded.iter().map(ClusteredKvCache::bytes).sum();
+        bytes as f64 / (self.tokens * key_heads * self.coded.len()) as f64
     }
 
     /// The logarithms of the next tokens' probabilities, (tokens, vocabulary), after each of `ids`, which follow the prompt.
     /// They see each other exactly, and of the prompt what the method reads.
     pub fn follow(&mut self, model: &SmolLm2, ids: &[u32], method: Method, budget: usize) -> Result<Tensor> {
-        let caches = if method == Method::PagesAndEstimate { &mut self.pages } else { &mut self.clusters };
+        let (caches, dtype) = match method {
+            Method::PagesAndEstimate => (&mut self.pages, self.dtype),
+            Method::Codes => (&mut self.coded, DType::F16),
+            _ => (&mut self.clusters, self.dtype),
+        };
         let hidden = model.forward(ids, self.tokens, |layer, heads| {
             let cache = &mut caches[layer];
-            let dtype = cache.k()?.map_or(DType::F32, |keys| keys.dtype());
             let [queries, keys, values] = stored(heads, dtype)?;
             let scale = 1.0 / (model.dims.head_dim as f64).sqrt();
             let (keys, values) = cache.append(&keys, &values)?;
@@ -114,7 +138,9 @@ impl Prompt {
             let output = match method {
                 Method::Full => cache.attend(&queries, scale, KvBudget::new(usize::MAX))?,
                 Method::Clusters => cache.attend(&queries, scale, kept.estimate(false))?,
-                Method::ClustersAndEstimate | Method::PagesAndEstimate => cache.attend(&queries, scale, kept)?,
+                Method::ClustersAndEstimate | Method::Codes | Method::PagesAndEstimate => {
+                    cache.attend(&queries, scale, kept)?
+                }
                 Method::Quest | Method::Recent => {
                     masked(&(queries * scale)?, &keys, &values, self.tokens, |queries, keys| match method {
                         Method::Quest => quest(queries, keys, budget, self.group),

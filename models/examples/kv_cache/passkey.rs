@@ -21,9 +21,12 @@ const AFTER: &str = "\n\nWhat is the pass key?<|im_end|>\n<|im_start|>assistant\
 pub fn run(model: &SmolLm2, text: &[u32], args: &Args, cases: usize, dtype: DType) -> Result<()> {
     let Args { tokens, ref budgets, .. } = *args;
     ensure!(cases > 0, "--passkey 0: there is nothing to measure");
+    let codes = args.codes.map(|_| Method::Codes);
     let settings: Vec<_> = [(Method::Full, tokens)]
         .into_iter()
-        .chain(Method::ALL.into_iter().flat_map(|method| budgets.iter().map(move |&budget| (method, budget))))
+        .chain(
+            Method::ALL.into_iter().chain(codes).flat_map(|method| budgets.iter().map(move |&budget| (method, budget))),
+        )
         .collect();
     let mut right = vec![0; settings.len()];
     let (before, after) = (model.encode(BEFORE)?, model.encode(AFTER)?);

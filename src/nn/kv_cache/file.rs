@@ -37,7 +37,8 @@ impl ClusteredKvCache {
         ];
         let codes = codes.map(|codes| numbers_of(codes.keys, codes.values)).into_iter().flatten();
         let kind = ("kind".to_string(), KIND.to_string());
-        let settings = numbers.into_iter().chain(codes).map(|(key, number)| (key.to_string(), number.to_string())).chain([kind]);
+        let settings =
+            numbers.into_iter().chain(codes).map(|(key, number)| (key.to_string(), number.to_string())).chain([kind]);
         let starts = match &self.padding {
             Some(padding) => Some(Tensor::from_iter(padding.starts.iter().map(|&start| start as u32), &Device::Cpu)?),
             None => None,
@@ -164,11 +165,22 @@ impl ClusteredKvCache {
             };
             let entries = floats(&entries, &[batch, heads, pieces, 1 << bits, columns])?;
             let (ranges, quantizer) = (floats(&ranges, &[batch, heads, k, 2])?, ProductQuantizer::of_entries(entries));
-            Ok::<_, Error>(CodedRows { codes: codes.to_device(device)?, quantizer, means: means.to_device(device)?, ranges })
+            Ok::<_, Error>(CodedRows {
+                codes: codes.to_device(device)?,
+                quantizer,
+                means: means.to_device(device)?,
+                ranges,
+            })
         };
         let (keys, values) = (rows("keys", d, codes.keys)?, rows("values", width, codes.values)?);
         let offsets = file.exactly("offsets", DType::U32, Some(&[batch, heads, k + 1]))?;
-        let coded = CodedTokens { keys, values, offsets: offsets.to_device(device)?, labels: labels.to_device(device)?, segments };
+        let coded = CodedTokens {
+            keys,
+            values,
+            offsets: offsets.to_device(device)?,
+            labels: labels.to_device(device)?,
+            segments,
+        };
         let [own, read] = [&coded.order()?.1, &offsets].map(|t| t.flatten_all()?.to_vec1::<u32>());
         match own? == read? {
             true => Ok(coded),

@@ -91,7 +91,8 @@ impl ClusteredKvCache {
             return Err(Error::Range { argument: "len", got: len, min, max });
         }
         if len < clustered.end {
-            let (kept, stored) = (0..len.saturating_sub(clustered.start), self.stored.as_ref().expect("it holds tokens"));
+            let (kept, stored) =
+                (0..len.saturating_sub(clustered.start), self.stored.as_ref().expect("it holds tokens"));
             (self.clusters, self.coded) = (self.cut(stored, kept.clone())?, self.cut_codes(kept)?);
         }
         let coded = self.coded.as_ref().map_or(0, CodedTokens::len);

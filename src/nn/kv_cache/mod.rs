@@ -51,7 +51,7 @@ const MAX_ELEMENTS: usize = u32::MAX as usize - 1024;
 /// [`left_padding`](Self::left_padding) is for sequences of different lengths. [`ClusteredAttention`](super::ClusteredAttention) is
 /// the cache as a model's attention.
 ///
-/// Values, keys and queries are not searched for NaN or infinities, but for the keys that [`cluster`](Self::cluster) groups. One
+/// Values, keys and queries are not searched for NaN or infinities, but for the keys that [`cluster`](Self::cluster) groups and what becomes codes. One
 /// that is not finite makes the outputs that read it so, of its own head and batch element alone.
 ///
 /// Sources: exact reads and estimates inside one softmax as in Chen et al. 2025 (RetroInfer) and Hooper et al. 2025
@@ -111,7 +111,8 @@ impl ClusteredKvCache {
     /// a cluster on average, segments of 128 to 4,096 tokens, 4 passes of k-means.
     pub fn new(max_seq_len: usize) -> Self {
         let (segment, max_segment) = (128, 4096);
-        let settings = Settings { sinks: 4, recent: 64, cluster_size: 16, segment, max_segment, passes: 4, codes: None };
+        let settings =
+            Settings { sinks: 4, recent: 64, cluster_size: 16, segment, max_segment, passes: 4, codes: None };
         let (fence, memory) = (Fence::default(), Memory::kept());
         let (stored, clusters, coded, padding) = (None, None, None, None);
         Self { fence, settings, max_seq_len, stored, clusters, coded, padding, evicted: 0, memory }
@@ -157,7 +158,7 @@ impl ClusteredKvCache {
     /// Keeps tokens as `codes` from when they are clustered on, and frees their keys and values: sinks and what is not clustered yet
     /// stay as they are. Clusters' means are kept in 8 bits. Segments have at most 256 clusters then, whatever
     /// [`max_segment`](Self::max_segment) says, and room is made for a segment at a time. Entries come from the tokens that are clustered
-    /// first, so that a prompt should be clustered before what follows it.
+    /// first, of which there have to be four for each, so that a prompt should be clustered before what follows it.
     pub fn codes(mut self, codes: KvCodes) -> Self {
         self.settings.codes = Some(codes);
         self
@@ -200,7 +201,8 @@ impl ClusteredKvCache {
                 write_tokens(&new, old.as_ref(), 0)?;
                 Ok::<_, Error>(new)
             };
-            let [old_keys, old_values] = self.stored.as_ref().map(Stored::rows).transpose()?.map_or([None, None], |o| o.map(Some));
+            let [old_keys, old_values] =
+                self.stored.as_ref().map(Stored::rows).transpose()?.map_or([None, None], |o| o.map(Some));
             let (keys, values) = (grown(k, old_keys)?, grown(v, old_values)?);
             self.stored = Some(Stored { keys, values, len: at, shared: Arc::new(()) });
         }
