@@ -131,7 +131,7 @@ impl ClusteredKvCache {
     /// call for each, to the bit.
     ///
     /// # Errors
-    /// As [`cluster`](Self::cluster). Refuses caches that differ in settings, shape, tokens, dtype or device.
+    /// As [`cluster`](Self::cluster). Refuses codes that were asked for after there were clusters, and caches that differ in settings, shape, tokens, dtype or device.
     pub fn cluster_layers<'a>(layers: impl IntoIterator<Item = &'a mut Self>) -> Result<bool> {
         let mut layers: Vec<_> = layers.into_iter().collect();
         let Some(first) = layers.first() else { return Ok(false) };
@@ -218,6 +218,12 @@ impl ClusteredKvCache {
         k: usize,
         segments: Vec<Segment>,
     ) -> Result<()> {
+        for layer in layers.iter() {
+            if let (Some(codes), Some(clusters)) = (layer.settings.codes, &layer.clusters) {
+                let with = format!("{} tokens that were clustered without", clusters.labels.dims()[2]);
+                return Err(Error::Conflict { argument: "codes", got: format!("{codes:?}"), with });
+            }
+        }
         let waiting = layers[0].waiting();
         let values = stacked(layers, |s| &s.values, &waiting)?;
         let all = KvClusters::new(keys, &values, labels, k)?;
