@@ -362,6 +362,11 @@ fn refusals_of_codes_are_typed() {
         let labels = Tensor::zeros((1, 2, 100), DType::U32, &device).unwrap();
         refused(cache.group(&labels, 257), "TooLarge", &["k", "257", "256"]);
         cache.group(&labels, 256).unwrap();
+        let mut cache = ClusteredKvCache::new(100).recent(40).segment(1);
+        cache.append(&k, &v).unwrap();
+        cache.cluster().unwrap();
+        let mut cache = cache.recent(0).codes(FEW.values(5, 4));
+        refused(cache.cluster(), "Conflict", &["codes", "56 tokens"]);
     }
 }
 

@@ -53,7 +53,7 @@ const MAX_ELEMENTS: usize = u32::MAX as usize - 1024;
 /// [`left_padding`](Self::left_padding) is for sequences of different lengths. [`ClusteredAttention`](super::ClusteredAttention) is
 /// the cache as a model's attention.
 ///
-/// Values, keys and queries are not searched for NaN or infinities, but for the keys that [`cluster`](Self::cluster) groups. One
+/// Values, keys and queries are not searched for NaN or infinities, but for the keys that [`cluster`](Self::cluster) groups and what becomes codes. One
 /// that is not finite makes the outputs that read it so, of its own head and batch element alone.
 ///
 /// Sources: exact reads and estimates inside one softmax as in Chen et al. 2025 (RetroInfer) and Hooper et al. 2025
