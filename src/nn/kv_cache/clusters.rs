@@ -118,9 +118,18 @@ impl ClusteredKvCache {
         for layer in &layers {
             layer.stored.as_ref().map_or(Ok(()), |s| layer.fence.write(s.keys.device()))?;
         }
-        let keys = stacked(&layers, |s| &s.keys, &waiting)?;
-        let (labels, k) = segment_labels(&keys, &layers[0].settings, waiting.start)?;
-        Self::add_segments(&mut layers, &keys, &labels, k)?;
+        // A CPU reads each layer where it lies, which is faster than a copy of all; to a GPU a call costs more than a copy.
+        let on_cpu = layers[0].stored.as_ref().is_some_and(|stored| stored.keys.device().is_cpu());
+        let together = if on_cpu { 1 } else { layers.len() };
+        let mut parts = Vec::with_capacity(layers.len());
+        for (i, layers) in layers.chunks(together).enumerate() {
+            let keys = stacked(layers, |s| &s.keys, &waiting)?;
+            let heads = i * together * keys.dims()[0] * keys.dims()[1];
+            let labelled = segment_labels(&keys, &layers[0].settings, waiting.start);
+            let (labels, k) = labelled.map_err(|error| error.of_batch(heads))?;
+            parts.extend(Self::with_segments(layers, &keys, &labels, k)?);
+        }
+        Self::keep(&mut layers, parts);
         Ok(true)
     }
 
@@ -146,7 +155,9 @@ impl ClusteredKvCache {
         }
         self.fence.write(labels.device())?;
         let keys = stored.keys.narrow(2, waiting.start, waiting.len())?;
-        Self::add_segments(&mut [self], &keys, labels, k)
+        let parts = Self::with_segments(&[&mut *self], &keys, labels, k)?;
+        Self::keep(&mut [self], parts);
+        Ok(())
     }
 
     fn check_alike(&self, other: &Self) -> Result<()> {
@@ -172,19 +183,22 @@ impl ClusteredKvCache {
         Ok(())
     }
 
-    /// Adds the segments of the waiting tokens, `k` clusters in all, to each layer; `keys` and `labels` are stacked along the batch.
-    fn add_segments(layers: &mut [&mut Self], keys: &Tensor, labels: &Tensor, k: usize) -> Result<()> {
+    /// The clusters of each layer with the segments of the waiting tokens, `k` clusters in all; `keys` and `labels` are stacked along
+    /// the batch.
+    fn with_segments(layers: &[&mut Self], keys: &Tensor, labels: &Tensor, k: usize) -> Result<Vec<KvClusters>> {
         let values = stacked(layers, |s| &s.values, &layers[0].waiting())?;
         let all = KvClusters::new(keys, &values, labels, k)?;
         let batch = all.labels.dims()[0] / layers.len();
-        let parts = (0..layers.len()).map(|i| {
+        let parts = layers.iter().enumerate().map(|(i, layer)| {
             let part = all.map(|t| Ok(t.narrow(0, i * batch, batch)?))?;
-            layers[i].clusters.as_ref().map_or(Ok(part.clone()), |before| before.followed_by(&part))
+            layer.clusters.as_ref().map_or(Ok(part.clone()), |before| before.followed_by(&part))
         });
-        // All of them before any is kept, so that an error leaves the layers alike.
-        let parts = parts.collect::<Result<Vec<_>>>()?;
+        parts.collect()
+    }
+
+    /// Keeps what [`with_segments`](Self::with_segments) gave for all layers, so that an error before leaves them alike.
+    fn keep(layers: &mut [&mut Self], parts: Vec<KvClusters>) {
         layers.iter_mut().zip(parts).for_each(|(layer, part)| layer.clusters = Some(part));
-        Ok(())
     }
 }
 
@@ -199,16 +213,26 @@ fn segment_labels(keys: &Tensor, settings: &Settings, first: usize) -> Result<(T
         if segments == 0 {
             continue;
         }
-        let rows = keys.narrow(2, start, segments * len)?.reshape((batch, kv_heads, segments, len, d))?;
         let of_each = len.div_ceil(settings.cluster_size);
-        // Evenly spaced keys, and not random ones: they do not depend on which layers and segments are clustered together.
-        let kmeans = KMeans::new(of_each).init(Init::Even).max_iters(settings.passes);
-        let mut fit = kmeans.prepare(rows.shape(), rows.dtype(), rows.device())?;
-        fit.run(&rows).map_err(|error| named_by_token(error, segments, len, first + start))?;
-        let before = Tensor::from_iter((0..segments).map(|i| (k + i * of_each) as u32), rows.device())?;
-        let numbered = fit.labels().broadcast_add(&before.reshape((segments, 1))?)?;
-        labels.push(numbered.reshape((batch, kv_heads, segments * len))?);
-        (start, k) = (start + segments * len, k + segments * of_each);
+        // A CPU reads keys where they lie, again and again while a segment is in its cache; a GPU takes all segments of a length in one
+        // batched call.
+        let together = if keys.device().is_cpu() { 1 } else { segments };
+        // Evenly spaced keys, and not random ones: they do not depend on which layers and segments are clustered together. Nor do so
+        // few passes wait for convergence, whose threshold takes another one.
+        let kmeans = KMeans::new(of_each).init(Init::Even).max_iters(settings.passes).tol(0.0);
+        let mut fit = kmeans.prepare((batch, kv_heads, together, len, d), keys.dtype(), keys.device())?;
+        for _ in 0..segments / together {
+            let rows = keys.narrow(2, start, together * len)?;
+            let rows = match together {
+                1 => rows.unsqueeze(2)?,
+                _ => rows.reshape((batch, kv_heads, together, len, d))?,
+            };
+            fit.run_for_labels(&rows).map_err(|error| named_by_token(error, together, len, first + start))?;
+            let before = Tensor::from_iter((0..together).map(|i| (k + i * of_each) as u32), keys.device())?;
+            let numbered = fit.labels().broadcast_add(&before.reshape((together, 1))?)?;
+            labels.push(numbered.reshape((batch, kv_heads, together * len))?);
+            (start, k) = (start + together * len, k + together * of_each);
+        }
     }
     Ok((Tensor::cat(&labels, 2)?, k))
 }
@@ -231,7 +255,7 @@ fn stacked(layers: &[&mut ClusteredKvCache], pick: fn(&Stored) -> &Tensor, range
         Ok(pick(stored).narrow(2, range.start, range.len())?)
     };
     match layers {
-        [layer] => Ok(of(layer)?.contiguous()?),
+        [layer] => of(layer),
         _ => Ok(Tensor::cat(&layers.iter().map(of).collect::<Result<Vec<_>>>()?, 0)?),
     }
 }
