@@ -2,7 +2,7 @@
 
 use super::{
     filter::{Block, Slack},
-    scalar::{Scalar, LANES},
+    scalar::{fold, Scalar, LANES},
 };
 
 /// A distance by the definition, and the centroid that is as far.
@@ -51,9 +51,7 @@ impl<S: Scalar> Candidates<S> {
                 low[l] = smaller(chunk[l], low[l]);
             }
         }
-        for s in low {
-            lowest = smaller(s, lowest);
-        }
+        lowest = smaller(fold(low, smaller), lowest);
         let error = block.error(self.slack);
         self.upper = self.upper.min(lowest.widen() + error);
         let cut = S::of(self.upper * self.slack.factor + error);
@@ -79,16 +77,17 @@ impl<S: Scalar> Candidates<S> {
                 self.list.push((S::of(s.widen() - error), (at + l) as u32));
             }
         };
-        let chunks = scores.chunks_exact(LANES);
-        let tail = chunks.remainder();
-        for (c, chunk) in chunks.enumerate() {
-            // No early exit: one comparison of the whole chunk.
-            let near = chunk.iter().fold(false, |near, &s| near | (s <= cut));
-            if near {
-                take(chunk, from + c * LANES);
+        // No early exit: one comparison of many.
+        let near = |scores: &[S]| scores.iter().fold(false, |near, &s| near | (s <= cut));
+        for (many, from) in scores.chunks(4 * LANES).zip((from..).step_by(4 * LANES)) {
+            if near(many) {
+                for (few, from) in many.chunks(LANES).zip((from..).step_by(LANES)) {
+                    if near(few) {
+                        take(few, from);
+                    }
+                }
             }
         }
-        take(tail, from + scores.len() - tail.len());
     }
 
     /// Makes room in a full list.

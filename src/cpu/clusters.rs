@@ -1,7 +1,8 @@
 //! The clusters of a cache, and which of them a token's queries read.
 
 use super::{
-    softmax::{fold, larger, Lane, Scores, TILE},
+    scalar::fold,
+    softmax::{larger, Lane, Scores, TILE},
     tensors::{Element, View},
 };
 use crate::{error::Result, host, request::Clustered};

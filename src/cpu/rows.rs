@@ -100,8 +100,13 @@ impl<T: Element> NullaryFnOnce for Scan<'_, T> {
         let mut row = vec![Scalar::of(0.0); self.x.rows.d];
         let mut seen = (0.0, u32::MAX);
         for i in self.rows {
-            T::filter_row(self.x.row(self.b, i), &mut row);
-            let (max_abs, finite) = magnitude(&row);
+            let (max_abs, finite) = match T::as_filter(self.x.row(self.b, i)) {
+                Some(row) => magnitude(row),
+                None => {
+                    T::filter_row(self.x.row(self.b, i), &mut row);
+                    magnitude(&row)
+                }
+            };
             seen = (max_abs.widen().max(seen.0), if finite { seen.1 } else { seen.1.min(i as u32) });
         }
         seen

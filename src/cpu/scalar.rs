@@ -79,7 +79,18 @@ pub(super) fn lanes<S: Scalar>(a: &[S], b: &[S], f: impl Fn(S, S, S) -> S) -> S 
             acc[l] = f(acc[l], x[l], y[l]);
         }
     }
-    acc.into_iter().fold(tail, S::add)
+    fold(acc, S::add).add(tail)
+}
+
+/// All lanes in one, halves of them by halves, so that the compiler may vectorise.
+#[inline(always)]
+pub(super) fn fold<E: Copy>(mut of: [E; LANES], f: impl Fn(E, E) -> E) -> E {
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            of[i] = f(of[i], of[i + half]);
+        }
+    }
+    of[0]
 }
 
 /// The largest finite magnitude, and whether all are finite.
@@ -96,8 +107,7 @@ pub(super) fn magnitude<S: Scalar>(row: &[S]) -> (S, bool) {
             *p = p.add(v.sub(*v));
         }
     }
-    let largest = largest.into_iter().fold(zero, |a, b| if b > a { b } else { a });
-    (largest, poison.into_iter().fold(zero, S::add) == zero)
+    (fold(largest, |a, b| if b > a { b } else { a }), fold(poison, S::add) == zero)
 }
 
 /// A number for a row, in independent chains as [`lanes`].
