@@ -85,12 +85,14 @@ pub(super) fn lanes<S: Scalar>(a: &[S], b: &[S], f: impl Fn(S, S, S) -> S) -> S 
 /// All lanes in one, halves of them by halves, so that the compiler may vectorise.
 #[inline(always)]
 pub(super) fn fold<E: Copy>(mut of: [E; LANES], f: impl Fn(E, E) -> E) -> E {
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            of[i] = f(of[i], of[i + half]);
-        }
+    // Loops of constant length, which a loop over these lengths would not be.
+    for i in 0..8 {
+        of[i] = f(of[i], of[i + 8]);
     }
-    of[0]
+    for i in 0..4 {
+        of[i] = f(of[i], of[i + 4]);
+    }
+    f(f(of[0], of[2]), f(of[1], of[3]))
 }
 
 /// The largest finite magnitude, and whether all are finite.

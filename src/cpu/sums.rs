@@ -2,6 +2,7 @@
 
 use super::{
     median::median,
+    rows::Scan,
     scalar::Scalar,
     tensors::{Element, View},
 };
@@ -41,7 +42,12 @@ impl<T: Element> Sorted<'_, T> {
 
     /// Whether a row counts, which it does if all of its values are finite.
     fn counts(&self, b: usize, row: usize) -> bool {
-        self.first_nonfinite[b] == u32::MAX || self.x.row(b, row).iter().all(|v| v.wide().is_finite())
+        self.all_count(b) || self.x.row(b, row).iter().fold(true, |all, v| all & v.wide().is_finite())
+    }
+
+    /// Whether all rows of a problem are known to count.
+    pub(super) fn all_count(&self, b: usize) -> bool {
+        self.first_nonfinite[b] == u32::MAX
     }
 
     /// The rows of a cluster that count.
@@ -54,11 +60,10 @@ impl<T: Element> Sorted<'_, T> {
         self.factor.map_or(1.0, |factor| factor[b * self.x.rows.n + row])
     }
 
-    /// The sum of a cluster's weights, and its grid.
-    pub(super) fn weight(&self, b: usize, j: usize) -> (Sums, Grid) {
+    /// The sum of a cluster's weights, of whose rows `all` count or some may not, and its grid.
+    pub(super) fn weight(&self, b: usize, j: usize, all: bool) -> (Sums, Grid) {
         let mut sum = Sums::new(1);
         let Some(max_weight) = self.max_weight else {
-            let all = self.first_nonfinite[b] == u32::MAX;
             let rows = if all { self.range(b, j).len() } else { self.members(b, j).count() };
             sum.first()[0] = rows as i128;
             return (sum, UNITS);
@@ -68,6 +73,23 @@ impl<T: Element> Sorted<'_, T> {
             sum.add(0, self.row_weight(b, row), grid);
         }
         (sum, grid)
+    }
+
+    /// A bound on the terms at some positions, and whether all of the rows count: what is known of the problem, or else of these.
+    fn bounds(&self, b: usize, Range { start, end }: Range<usize>) -> Result<(f64, bool)> {
+        if self.max_abs[b] < f64::INFINITY {
+            return Ok((self.max_abs[b], self.all_count(b)));
+        }
+        let part = |p: usize| {
+            let places = start + p * CPU_SUM_ROWS..end.min(start + (p + 1) * CPU_SUM_ROWS);
+            let rows = places.map(|place| self.row(b, place));
+            let (max_abs, first_nonfinite) = pulp::Arch::new().dispatch(Scan { x: &self.x, b, rows });
+            (max_abs, first_nonfinite == u32::MAX)
+        };
+        let parts = (end - start).div_ceil(CPU_SUM_ROWS);
+        let join = |a: (f64, bool), b: (f64, bool)| (a.0.max(b.0), a.1 & b.1);
+        let found = host::reduce(parts, CPU_SUM_ROWS * self.x.rows.d / 4, part, join)?;
+        Ok(found.unwrap_or((0.0, true)))
     }
 
     /// The grid of sums of terms up to `max_abs`.
@@ -90,21 +112,22 @@ impl<T: Element> Sorted<'_, T> {
         self.order.map_or(place, |order| order[b * self.x.rows.n + place] as usize)
     }
 
-    /// The sums of the columns; none of no rows.
-    pub(super) fn sums(&self, b: usize, j: usize, scratch: &mut Scratch) -> Result<Option<Totals>> {
+    /// The sums of the columns, and whether all of the rows count; none of no rows.
+    pub(super) fn sums(&self, b: usize, j: usize, scratch: &mut Scratch) -> Result<Option<(Totals, bool)>> {
         let Range { start, end } = self.range(b, j);
         if (1..=CPU_SUM_WHOLE).contains(&(end - start)) {
             let mut sums = vec![0.0; self.x.rows.d];
             let add = AddInF64 { rows: self, b, positions: start..end, scratch, sums: &mut sums };
             if pulp::Arch::new().dispatch(add) {
-                return Ok(Some(Totals::Exact(sums)));
+                return Ok(Some((Totals::Exact(sums), true)));
             }
         }
-        let grid = self.grid(self.max_abs[b]);
+        let (max_abs, all) = self.bounds(b, start..end)?;
+        let grid = self.grid(max_abs);
         let part = |p: usize| self.sum(b, start + p * CPU_SUM_ROWS..end.min(start + (p + 1) * CPU_SUM_ROWS), grid);
         let parts = (end - start).div_ceil(CPU_SUM_ROWS);
         let sums = host::reduce(parts, CPU_SUM_ROWS * self.x.rows.d, part, Sums::join)?;
-        Ok(sums.map(|sums| Totals::Digits(sums, grid)))
+        Ok(sums.map(|sums| (Totals::Digits(sums, grid), all)))
     }
 
     /// Sums as digits of their grid.
@@ -335,7 +358,7 @@ impl<T: Element> NullaryFnOnce for AddRows<'_, T> {
     #[inline(always)]
     fn call(self) {
         let Self { rows, b, positions, grid, rounders, limbs, sums } = self;
-        let (n, d, dirty) = (rows.x.rows.n, rows.x.rows.d, rows.first_nonfinite[b] != u32::MAX);
+        let (n, d, dirty) = (rows.x.rows.n, rows.x.rows.d, !rows.all_count(b));
         let row = |p: usize| rows.row(b, p);
         let (mut values, mut rest) = (vec![Scalar::of(0.0); d], vec![0f64; d]);
         let mut scratch = Scratch::new(d);

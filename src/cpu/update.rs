@@ -55,13 +55,13 @@ pub(crate) fn accumulate(u: &Update<'_>, to: &Accumulator) -> Result<()> {
             let active = all.filter(|(i, _)| !converged.get(i / k).is_some_and(|&c| c)).collect();
             let add = |scratch: &mut Scratch, (i, mut planes): (usize, Vec<&mut [i64]>)| {
                 let (b, j) = (i / k, i % k);
-                let Some(sums) = clusters.sums(b, j, scratch)? else { return Ok(()) };
+                let Some((sums, all)) = clusters.sums(b, j, scratch)? else { return Ok(()) };
                 let sums = clusters.digits(b, sums);
                 for (to, sums) in planes.iter_mut().zip(&sums.0) {
                     to.chunks_exact_mut(2).zip(sums).for_each(|(to, &sum)| store(to, load(to) + sum));
                 }
                 if reduction == Reduction::Mean {
-                    let (weight, _) = clusters.weight(b, j);
+                    let (weight, _) = clusters.weight(b, j, all);
                     for (to, weight) in planes.iter_mut().zip(&weight.0) {
                         let to = &mut to[2 * x.d..];
                         store(to, load(to) + weight[0]);
@@ -205,24 +205,25 @@ fn replace<T: Element>(
     row: &mut [T],
     scratch: &mut Scratch,
 ) -> Result<f64> {
-    let weight = || {
-        let (weight, grid) = clusters.weight(b, j);
-        weight.rounded(grid)[0]
-    };
     let values = match clusters.kernel {
         UpdateKernel::CpuMedians => clusters.medians(b, j),
-        _ => match clusters.sums(b, j, scratch)? {
-            None => None,
-            Some(Totals::Digits(sums, grid)) => divided(reduction, sums.rounded(grid), weight),
-            Some(Totals::Exact(sums)) if reduction == Reduction::Sum => Some(sums),
-            Some(Totals::Exact(mut sums)) if reduction == Reduction::Mean => {
-                // A quotient of two numbers that f64 holds is rounded once by itself.
-                let weight = weight().value();
-                sums.iter_mut().for_each(|sum| *sum /= weight);
-                Some(sums)
+        _ => clusters.sums(b, j, scratch)?.and_then(|(sums, all)| {
+            let weight = || {
+                let (weight, grid) = clusters.weight(b, j, all);
+                weight.rounded(grid)[0]
+            };
+            match sums {
+                Totals::Digits(sums, grid) => divided(reduction, sums.rounded(grid), weight),
+                Totals::Exact(sums) if reduction == Reduction::Sum => Some(sums),
+                Totals::Exact(mut sums) if reduction == Reduction::Mean => {
+                    // A quotient of two numbers that f64 holds is rounded once by itself.
+                    let weight = weight().value();
+                    sums.iter_mut().for_each(|sum| *sum /= weight);
+                    Some(sums)
+                }
+                Totals::Exact(sums) => divided(reduction, sums.into_iter().map(Scaled::of_f64).collect(), weight),
             }
-            Some(Totals::Exact(sums)) => divided(reduction, sums.into_iter().map(Scaled::of_f64).collect(), weight),
-        },
+        }),
     };
     Ok(values.map_or(0.0, |values| write_centroid(row, values)))
 }

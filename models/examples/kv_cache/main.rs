@@ -38,9 +38,9 @@ struct Args {
     /// Tokens in a page, and in a cluster on average
     #[arg(long, default_value_t = 16)]
     group: usize,
-    /// Most tokens of the prompt that are clustered together
-    #[arg(long, default_value_t = 4096)]
-    max_segment: usize,
+    /// Most tokens of the prompt that are clustered together; of several, clusters of each are compared
+    #[arg(long, value_delimiter = ',', default_values_t = [4096])]
+    max_segment: Vec<usize>,
     /// Ask for hidden digits in so many prompts instead
     #[arg(long, value_name = "CASES")]
     passkey: Option<usize>,
@@ -53,7 +53,7 @@ struct Args {
 
 impl Args {
     fn grouping(&self) -> Grouping {
-        Grouping { group: self.group, max_segment: self.max_segment }
+        Grouping { group: self.group, max_segment: self.max_segment[0] }
     }
 }
 
@@ -61,7 +61,7 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let near = SINKS + RECENT;
     ensure!(args.group > 0, "--group 0: a cluster has tokens");
-    ensure!(args.max_segment > 0, "--max-segment 0: a segment has tokens");
+    ensure!(args.max_segment.iter().all(|&most| most > 0), "--max-segment 0: a segment has tokens");
     ensure!(args.tokens >= near + args.group, "--tokens {}: at least {} are needed", args.tokens, near + args.group);
     ensure!(args.scored > 0, "--scored 0: there is nothing to measure");
     ensure!(args.budgets.iter().all(|&b| b >= args.group), "--budgets: a page has {} tokens", args.group);
@@ -91,6 +91,19 @@ fn score(model: &SmolLm2, ids: &[u32], args: &Args, dtype: DType) -> Result<()> 
     let mut lines = vec![];
     println!("\n| tokens read | method | KL to full attention | perplexity | top-1 agreement |\n|---|---|---|---|---|");
     bar.suspend(|| reference.print(&format!("all {tokens}"), Method::Full.name()));
+    if args.max_segment.len() > 1 {
+        for &most in &args.max_segment {
+            let seconds = prompt.cluster_again(most)?;
+            for &budget in &args.budgets {
+                let method = Method::ClustersAndEstimate;
+                let score = Score::new(&full, &prompt.follow(model, follows, method, budget)?, next)?;
+                let read = format!("{SINKS} + {RECENT} + {budget}, at most {most} a segment ({seconds:.3} s)");
+                bar.suspend(|| score.print(&read, method.name()));
+            }
+        }
+        bar.finish_and_clear();
+        return Ok(());
+    }
     for method in Method::ALL {
         let mut points = vec![];
         for &budget in &args.budgets {

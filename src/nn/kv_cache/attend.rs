@@ -76,7 +76,9 @@ impl ClusteredKvCache {
         check_like("q", q, &stored.keys, [batch, q_heads, rows, columns])?;
         let units = if budget.shared { 1 } else { q_heads / kv_heads };
         let dense = primitives::attends_to_all(q.device())?;
-        let less = |c: &&KvClusters| budget.reads_less(self.clustered().len(), c.sizes.dims()[2], units, dense);
+        let clustered = self.clustered().len();
+        let bytes = batch * kv_heads * clustered * (columns + width) * q.dtype().size_in_bytes();
+        let less = |c: &&KvClusters| budget.reads_less([clustered, bytes], c.sizes.dims()[2], units, dense);
         let clusters = self.clusters.as_ref().filter(less);
         let free = if clusters.is_some() { stored.len - self.clustered().end } else { stored.len };
         if rows > free {
