@@ -2,7 +2,7 @@
 
 use super::{
     filter::{Block, Slack},
-    scalar::{fold, Scalar, LANES},
+    scalar::{fold_lanes, Scalar, LANES},
 };
 
 /// A distance by the definition, and the centroid that is as far.
@@ -51,7 +51,7 @@ impl<S: Scalar> Candidates<S> {
                 low[l] = smaller(chunk[l], low[l]);
             }
         }
-        lowest = smaller(fold(low, smaller), lowest);
+        lowest = smaller(fold_lanes(&low, smaller), lowest);
         let error = block.error(self.slack);
         self.upper = self.upper.min(lowest.widen() + error);
         let cut = S::of(self.upper * self.slack.factor + error);
@@ -136,5 +136,5 @@ fn candidates<S: Scalar>(scores: &[S], cut: S) -> (u32, u32) {
         counts[l] += is_candidate;
         places[l] = places[l].wrapping_add(is_candidate * (scores.len() - tail.len() + l) as u32);
     }
-    (fold(counts, |a, b| a + b), fold(places, u32::wrapping_add))
+    (fold_lanes(&counts, |a, b| a + b), fold_lanes(&places, u32::wrapping_add))
 }

@@ -1,8 +1,7 @@
 //! The clusters of a cache, and which of them a token's queries read.
 
 use super::{
-    scalar::fold,
-    softmax::{larger, Lane, Scores, TILE},
+    softmax::{fold, larger, Lane, Scores, TILE},
     tensors::{Element, View},
 };
 use crate::{error::Result, host, request::Clustered};

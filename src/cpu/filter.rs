@@ -30,7 +30,7 @@
 //! is set apart ([`Centroids::apart_may_win`]).
 
 use super::{
-    scalar::{hash, lanes, magnitude, Scalar},
+    scalar::{hash, lanes, magnitude, Scalar, LANES},
     tensors::{Element, View},
 };
 use crate::{error::Result, host, metric::Metric, tiles::CPU_CENTROIDS};
@@ -337,8 +337,10 @@ fn median<T: Element>(c: &View<'_, T>, batch: usize, kept: &[u32]) -> Vec<T::Fil
 /// Rows of `d` columns as columns.
 fn transpose<S: Scalar>(rows: &[S], d: usize, columns: &mut [S]) {
     let n = rows.len() / d;
-    for (i, row) in rows.chunks_exact(d).enumerate() {
-        row.iter().enumerate().for_each(|(c, &v)| columns[c * n + i] = v);
+    for (few, first) in rows.chunks(LANES * d).zip((0..).step_by(LANES)) {
+        for (c, column) in columns.chunks_exact_mut(n).enumerate() {
+            column[first..].iter_mut().zip(few.chunks_exact(d)).for_each(|(to, row)| *to = row[c]);
+        }
     }
 }
 

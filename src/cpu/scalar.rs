@@ -79,13 +79,13 @@ pub(super) fn lanes<S: Scalar>(a: &[S], b: &[S], f: impl Fn(S, S, S) -> S) -> S 
             acc[l] = f(acc[l], x[l], y[l]);
         }
     }
-    fold(acc, S::add).add(tail)
+    fold_lanes(&acc, S::add).add(tail)
 }
 
-/// All lanes in one, halves of them by halves, so that the compiler may vectorise.
-#[inline(always)]
-pub(super) fn fold<E: Copy>(mut of: [E; LANES], f: impl Fn(E, E) -> E) -> E {
-    // Loops of constant length, which a loop over these lengths would not be.
+/// All lanes in one, halves of them by halves. It is not inlined, since that makes the compiler take narrower vectors for the loop before.
+#[inline(never)]
+pub(super) fn fold_lanes<E: Copy>(lanes: &[E; LANES], f: impl Fn(E, E) -> E) -> E {
+    let mut of = *lanes;
     for i in 0..8 {
         of[i] = f(of[i], of[i + 8]);
     }
@@ -109,7 +109,7 @@ pub(super) fn magnitude<S: Scalar>(row: &[S]) -> (S, bool) {
             *p = p.add(v.sub(*v));
         }
     }
-    (fold(largest, |a, b| if b > a { b } else { a }), fold(poison, S::add) == zero)
+    (fold_lanes(&largest, |a, b| if b > a { b } else { a }), fold_lanes(&poison, S::add) == zero)
 }
 
 /// A number for a row, in independent chains as [`lanes`].

@@ -9,14 +9,14 @@
 //! are widened and padded in scratch before.
 
 use super::{
-    scalar::{fold, Scalar, LANES},
+    scalar::Scalar,
     tensors::{Element, View},
 };
 use pulp::Simd;
 use std::ops::Range;
 
 /// Rows of a tile.
-pub(super) const TILE: usize = LANES;
+pub(super) const TILE: usize = 16;
 /// Rows in scratch are padded to so many elements, which are whole vectors of any length.
 const PAD: usize = 16;
 /// Query heads that read a row together: as many as leave registers for their sums.
@@ -280,6 +280,17 @@ pub(super) fn weigh<S: Simd, T: Element>(
             _ => add_rows::<S, _, HEADS>(simd, weights, fades, rows, ask, state),
         }
     }
+}
+
+/// All of a tile in one, halves of it by halves, so that the compiler may vectorise.
+#[inline(always)]
+pub(super) fn fold<E: Lane>(mut of: Scores<E>, f: impl Fn(E, E) -> E) -> E {
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            of[i] = f(of[i], of[i + half]);
+        }
+    }
+    of[0]
 }
 
 /// The larger of two numbers; `b` if `a` is none.

@@ -152,7 +152,8 @@ fn sums_do_not_depend_on_how_they_are_added() {
     let mut rng = rng(17);
     let apart = |step: i32| (0..).map(move |i: i32| 2f32.powi(step * (i % 4)));
     for (n, d) in [(1, 1), (5, 3), (64, 16), (65, 7), (255, 40), (257, 33), (700, 128), (9000, 2)] {
-        let normal: Vec<f32> = f64s(&uniform(&[n, d], 0.0, 1.0, DType::F32, &mut rng)).iter().map(|&v| v as f32).collect();
+        let normal: Vec<f32> =
+            f64s(&uniform(&[n, d], 0.0, 1.0, DType::F32, &mut rng)).iter().map(|&v| v as f32).collect();
         let scaled = |step| normal.iter().zip(apart(step)).map(|(v, by)| v * by).collect::<Vec<_>>();
         let mut rows = vec![normal.clone(), scaled(8), scaled(20), scaled(-30)];
         // One term of a column, far from the others: large, subnormal, and cancelled.
