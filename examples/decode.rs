@@ -6,7 +6,8 @@
 //! The shapes are those of SmolLM2-135M (9 query heads, 3 key heads, 64 columns) and of an 8B model (32, 8, 128). Everything is called in
 //! turns in one process, so that whatever else the machine does slows all alike, and the least of the milliseconds is
 //! printed; in brackets those of all cores. Budgets are timed as they are asked for (`as asked`), and as they are by default, where all
-//! tokens are read if that costs no more.
+//! tokens are read if that costs no more. With `--segments` the time of clustering all tokens at once is printed instead, for each number of
+//! tokens that a segment may have at most.
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, D};
@@ -36,6 +37,9 @@ struct Args {
     /// Time a cache that keeps clustered tokens as codes, too
     #[arg(long)]
     codes: bool,
+    /// Time how long all tokens take to cluster instead, so many at most together
+    #[arg(long, value_delimiter = ',')]
+    segments: Vec<usize>,
     /// Print one JSON line a case
     #[arg(long)]
     json: bool,
@@ -48,9 +52,39 @@ fn main() -> Result<()> {
         let [q_heads, kv_heads, d] = sizes[..] else { anyhow::bail!("{heads} is not as 32x8x128") };
         for &n in &args.tokens {
             for dtype in &args.dtypes {
-                let step = Step::new([q_heads, kv_heads, n, d], dtype.parse()?, args.codes)?;
-                step.time(&args, &format!("{heads}, {n} tokens, {dtype}"))?;
+                let (name, dtype) = (format!("{heads}, {n} tokens, {dtype}"), dtype.parse()?);
+                if args.segments.is_empty() {
+                    Step::new([q_heads, kv_heads, n, d], dtype, args.codes)?.time(&args, &name)?;
+                } else {
+                    time_clustering(&args, [kv_heads, n, d], dtype, &name)?;
+                }
             }
+        }
+    }
+    Ok(())
+}
+
+/// The time in which a prompt of random keys is clustered.
+fn time_clustering(args: &Args, [kv_heads, n, d]: [usize; 3], dtype: DType, name: &str) -> Result<()> {
+    let random = || Tensor::randn(0f32, 1f32, (1, kv_heads, n, d), &Device::Cpu)?.to_dtype(dtype);
+    let (keys, values) = (random()?, random()?);
+    for &tokens in &args.segments {
+        let mut least = [f64::INFINITY; 2];
+        for _ in 0..args.rounds {
+            let mut cache = ClusteredKvCache::new(n).max_segment(tokens);
+            cache.append(&keys, &values)?;
+            let (start, cpu) = (Instant::now(), cpu_seconds());
+            cache.cluster()?;
+            let took = [start.elapsed().as_secs_f64(), cpu_seconds() - cpu];
+            least.iter_mut().zip(took).for_each(|(least, took)| *least = least.min(took * 1e3));
+        }
+        let [ms, cpu_ms] = least;
+        if args.json {
+            println!(
+                r#"{{"case": "{name}", "most tokens of a segment": {tokens}, "ms": {ms:.1}, "cpu_ms": {cpu_ms:.1}}}"#
+            );
+        } else {
+            println!("{name}, at most {tokens} a segment {ms:9.1} ms [{cpu_ms:9.1}]");
         }
     }
     Ok(())

@@ -76,6 +76,11 @@ impl Scaled {
         Self::new(q.unsigned_abs(), -s, q < 0)
     }
 
+    /// A finite number of an f64.
+    pub fn of_f64(v: f64) -> Self {
+        parts(v).map_or(Self::of(0, 0), |(mantissa, e)| Self::new(mantissa.into(), e, v.is_sign_negative()))
+    }
+
     pub fn is_positive(self) -> bool {
         self.significand > 0.0
     }
@@ -98,7 +103,7 @@ impl Scaled {
     /// The `totals` as f64, and their norm, which makes a unit vector of them; both times a power of two if squares would leave the
     /// range of f64. None for zeros.
     pub fn direction(totals: &[Self]) -> Option<(Vec<f64>, f64)> {
-        let squares = |values: &[f64]| striped(values.iter().map(|v| v * v));
+        let squares = |values: &[f64]| striped(&values.iter().map(|v| v * v).collect::<Vec<_>>());
         let values: Vec<_> = totals.iter().map(|t| t.value()).collect();
         let square = squares(&values);
         if (SQUARES.0..=SQUARES.1).contains(&square) {
@@ -142,6 +147,11 @@ impl Grid {
     /// With planes for every f64 that is no larger.
     pub fn of_f64(max_abs: f64, n: usize) -> Self {
         Self::down_to(-1074, max_abs, n)
+    }
+
+    /// The exponent of the last plane's unit.
+    pub fn unit(self) -> i32 {
+        -self.scale - PLANE_BITS * (self.planes as i32 - 1)
     }
 
     /// Calls `add(plane, integer)` with the digits of `v`, rounded down to the unit of the last plane; a NaN or an infinity has
@@ -210,9 +220,11 @@ const fn power_of_two(e: i32) -> f64 {
 
 /// The sum of `terms` as 32 lanes add it up: lane `p` takes the terms `p`, `p + 32`, .. in turn, then lanes 16, 8, 4, 2 and
 /// 1 apart are added. Norms and shifts of centroids are such sums on every device.
-pub(crate) fn striped(terms: impl Iterator<Item = f64>) -> f64 {
+pub(crate) fn striped(terms: &[f64]) -> f64 {
     let mut lanes = [0f64; 32];
-    terms.enumerate().for_each(|(i, t)| lanes[i % 32] += t);
+    for terms in terms.chunks(32) {
+        lanes.iter_mut().zip(terms).for_each(|(lane, t)| *lane += t);
+    }
     for step in [16, 8, 4, 2, 1] {
         (0..step).for_each(|i| lanes[i] += lanes[i + step]);
     }

@@ -32,9 +32,9 @@ pub(crate) struct Turn<'a> {
 pub(crate) struct Summands {
     /// The factor of each row, f64 `(b, n)`; none for 1.
     pub row_scale: Option<Tensor>,
-    /// A bound on the magnitude of the terms, f64 `(b,)`.
+    /// A bound on the magnitude of the terms, f64 `(b,)`; on the CPU infinity where none is known.
     pub max_abs: Tensor,
-    /// The first row that has a NaN or an infinity, u32 `(b,)`; `u32::MAX` for none.
+    /// No row before this one has a NaN or an infinity, u32 `(b,)`; `u32::MAX` where none has.
     pub first_nonfinite: Tensor,
     /// The largest factor, f64 `(b,)`, where factors are weights.
     pub max_weight: Option<Tensor>,

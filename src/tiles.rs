@@ -11,6 +11,9 @@ pub const CPU_CENTROIDS: usize = 512;
 /// Sorted rows that one CPU task sums.
 pub const CPU_SUM_ROWS: usize = 8192;
 
+/// Rows of a cluster that are tried together as terms of one f64 sum.
+pub const CPU_SUM_BLOCK: usize = 64;
+
 /// Tokens, or means, that one CPU task of attention reads.
 pub const CPU_ATTEND_ROWS: usize = 512;
 

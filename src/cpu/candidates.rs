@@ -2,7 +2,7 @@
 
 use super::{
     filter::{Block, Slack},
-    scalar::{Scalar, LANES},
+    scalar::{fold_lanes, Scalar, LANES},
 };
 
 /// A distance by the definition, and the centroid that is as far.
@@ -51,14 +51,18 @@ impl<S: Scalar> Candidates<S> {
                 low[l] = smaller(chunk[l], low[l]);
             }
         }
-        for s in low {
-            lowest = smaller(s, lowest);
-        }
+        lowest = smaller(fold_lanes(&low, smaller), lowest);
         let error = block.error(self.slack);
         self.upper = self.upper.min(lowest.widen() + error);
         let cut = S::of(self.upper * self.slack.factor + error);
         if lowest <= cut {
-            self.collect(scores, cut, error, block.scored.start, compare);
+            // Most rows have one candidate in a block. Without a branch its place is found as the sum of those of all candidates.
+            match candidates(scores, cut) {
+                (1, place) if self.list.len() < MOST => {
+                    self.list.push((S::of(lowest.widen() - error), block.scored.start as u32 + place));
+                }
+                _ => self.collect(scores, cut, error, block.scored.start, compare),
+            }
         }
     }
 
@@ -79,16 +83,17 @@ impl<S: Scalar> Candidates<S> {
                 self.list.push((S::of(s.widen() - error), (at + l) as u32));
             }
         };
-        let chunks = scores.chunks_exact(LANES);
-        let tail = chunks.remainder();
-        for (c, chunk) in chunks.enumerate() {
-            // No early exit: one comparison of the whole chunk.
-            let near = chunk.iter().fold(false, |near, &s| near | (s <= cut));
-            if near {
-                take(chunk, from + c * LANES);
+        // No early exit: one comparison of many.
+        let near = |scores: &[S]| scores.iter().fold(false, |near, &s| near | (s <= cut));
+        for (many, from) in scores.chunks(4 * LANES).zip((from..).step_by(4 * LANES)) {
+            if near(many) {
+                for (few, from) in many.chunks(LANES).zip((from..).step_by(LANES)) {
+                    if near(few) {
+                        take(few, from);
+                    }
+                }
             }
         }
-        take(tail, from + scores.len() - tail.len());
     }
 
     /// Makes room in a full list.
@@ -112,4 +117,24 @@ impl<S: Scalar> Candidates<S> {
     pub fn cutoff(&self) -> f64 {
         self.upper * self.slack.factor
     }
+}
+
+/// The number of scores up to `cut`, and the sum of their places.
+#[inline(always)]
+fn candidates<S: Scalar>(scores: &[S], cut: S) -> (u32, u32) {
+    let (mut counts, mut places) = ([0u32; LANES], [0u32; LANES]);
+    let (chunks, tail) = scores.as_chunks::<LANES>();
+    for (first, chunk) in (0..).step_by(LANES).zip(chunks) {
+        for l in 0..LANES {
+            let is_candidate = u32::from(chunk[l] <= cut);
+            counts[l] += is_candidate;
+            places[l] = places[l].wrapping_add(is_candidate * (first + l as u32));
+        }
+    }
+    for (l, &score) in tail.iter().enumerate() {
+        let is_candidate = u32::from(score <= cut);
+        counts[l] += is_candidate;
+        places[l] = places[l].wrapping_add(is_candidate * (scores.len() - tail.len() + l) as u32);
+    }
+    (fold_lanes(&counts, |a, b| a + b), fold_lanes(&places, u32::wrapping_add))
 }

@@ -14,7 +14,6 @@ use crate::{
 };
 use candle_core::{Tensor, WithDType};
 use pulp::NullaryFnOnce;
-use std::ops::Range;
 
 /// `f(batch, row)` for every row, each about so many steps.
 pub(super) fn per_row<R: WithDType>(
@@ -74,7 +73,8 @@ pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> 
         let xs = xs.view::<T>(x)?;
         let worse = |a: (f64, u32), b: (f64, u32)| (a.0.max(b.0), a.1.min(b.1));
         let part = |b, part: usize| {
-            pulp::Arch::new().dispatch(Scan { x: &xs, b, rows: part * CPU_ROWS..x.n.min((part + 1) * CPU_ROWS) })
+            let rows = part * CPU_ROWS..x.n.min((part + 1) * CPU_ROWS);
+            pulp::Arch::new().dispatch(Scan { x: &xs, b, rows })
         };
         let parts = x.n.div_ceil(CPU_ROWS);
         let problem = |b| host::reduce(parts, CPU_ROWS.min(x.n) * x.d / 4, |p| part(b, p), worse);
@@ -86,13 +86,13 @@ pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> 
 }
 
 /// The largest finite magnitude of some rows and the first that is not finite.
-struct Scan<'a, T> {
-    x: &'a View<'a, T>,
-    b: usize,
-    rows: Range<usize>,
+pub(super) struct Scan<'a, T, I> {
+    pub(super) x: &'a View<'a, T>,
+    pub(super) b: usize,
+    pub(super) rows: I,
 }
 
-impl<T: Element> NullaryFnOnce for Scan<'_, T> {
+impl<T: Element, I: Iterator<Item = usize>> NullaryFnOnce for Scan<'_, T, I> {
     type Output = (f64, u32);
 
     #[inline(always)]
@@ -100,8 +100,13 @@ impl<T: Element> NullaryFnOnce for Scan<'_, T> {
         let mut row = vec![Scalar::of(0.0); self.x.rows.d];
         let mut seen = (0.0, u32::MAX);
         for i in self.rows {
-            T::filter_row(self.x.row(self.b, i), &mut row);
-            let (max_abs, finite) = magnitude(&row);
+            let (max_abs, finite) = match T::as_filter(self.x.row(self.b, i)) {
+                Some(row) => magnitude(row),
+                None => {
+                    T::filter_row(self.x.row(self.b, i), &mut row);
+                    magnitude(&row)
+                }
+            };
             seen = (max_abs.widen().max(seen.0), if finite { seen.1 } else { seen.1.min(i as u32) });
         }
         seen

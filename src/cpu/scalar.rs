@@ -79,7 +79,20 @@ pub(super) fn lanes<S: Scalar>(a: &[S], b: &[S], f: impl Fn(S, S, S) -> S) -> S 
             acc[l] = f(acc[l], x[l], y[l]);
         }
     }
-    acc.into_iter().fold(tail, S::add)
+    fold_lanes(&acc, S::add).add(tail)
+}
+
+/// All lanes in one, halves of them by halves. It is not inlined, since that makes the compiler take narrower vectors for the loop before.
+#[inline(never)]
+pub(super) fn fold_lanes<E: Copy>(lanes: &[E; LANES], f: impl Fn(E, E) -> E) -> E {
+    let mut of = *lanes;
+    for i in 0..8 {
+        of[i] = f(of[i], of[i + 8]);
+    }
+    for i in 0..4 {
+        of[i] = f(of[i], of[i + 4]);
+    }
+    f(f(of[0], of[2]), f(of[1], of[3]))
 }
 
 /// The largest finite magnitude, and whether all are finite.
@@ -96,8 +109,7 @@ pub(super) fn magnitude<S: Scalar>(row: &[S]) -> (S, bool) {
             *p = p.add(v.sub(*v));
         }
     }
-    let largest = largest.into_iter().fold(zero, |a, b| if b > a { b } else { a });
-    (largest, poison.into_iter().fold(zero, S::add) == zero)
+    (fold_lanes(&largest, |a, b| if b > a { b } else { a }), fold_lanes(&poison, S::add) == zero)
 }
 
 /// A number for a row, in independent chains as [`lanes`].

@@ -47,6 +47,8 @@ pub(crate) trait Element: Stored {
     fn filter_row(row: &[Self], out: &mut [Self::Filter]);
     /// The row, where it is in that type.
     fn as_filter(row: &[Self]) -> Option<&[Self::Filter]>;
+    /// The row in f32, where that has all of its values: itself, or in `scratch`.
+    fn as_f32<'r>(row: &'r [Self], scratch: &'r mut [f32]) -> Option<&'r [f32]>;
     fn narrow(v: f64) -> Self;
 }
 
@@ -62,7 +64,7 @@ fn round_to_odd(v: f64) -> f32 {
 }
 
 macro_rules! element {
-    ($t:ty, $filter:ty, $wide:expr, $filter_row:expr, $as_filter:expr, $narrow:expr) => {
+    ($t:ty, $filter:ty, $wide:expr, $filter_row:expr, $as_filter:expr, $as_f32:expr, $narrow:expr) => {
         impl Element for $t {
             type Filter = $filter;
             #[inline(always)]
@@ -78,16 +80,20 @@ macro_rules! element {
                 $as_filter(row)
             }
             #[inline(always)]
+            fn as_f32<'r>(row: &'r [Self], scratch: &'r mut [f32]) -> Option<&'r [f32]> {
+                $as_f32(row, scratch)
+            }
+            #[inline(always)]
             fn narrow(v: f64) -> Self {
                 $narrow(v)
             }
         }
     };
 }
-element!(f16, f32, f16::to_f64, f16_row, |_| None, |v| f16::from_f32(round_to_odd(v)));
-element!(bf16, f32, bf16::to_f64, bf16_row, |_| None, |v| bf16::from_f32(round_to_odd(v)));
-element!(f32, f32, |v| v as f64, copy_row, Some, |v| v as f32);
-element!(f64, f64, |v| v, copy_row, Some, |v| v);
+element!(f16, f32, f16::to_f64, f16_row, |_| None, f16_in_scratch, |v| f16::from_f32(round_to_odd(v)));
+element!(bf16, f32, bf16::to_f64, bf16_row, |_| None, bf16_in_scratch, |v| bf16::from_f32(round_to_odd(v)));
+element!(f32, f32, |v| v as f64, copy_row, Some, f32_itself, |v| v as f32);
+element!(f64, f64, |v| v, copy_row, Some, f64_in_no_f32, |v| v);
 
 /// By integers, in a loop that vectorises with what the processor has: `half` converts eight at a time, by a call.
 #[inline(always)]
@@ -111,6 +117,28 @@ fn f16_row(row: &[f16], out: &mut [f32]) {
 #[inline(always)]
 fn bf16_row(row: &[bf16], out: &mut [f32]) {
     out.iter_mut().zip(row).for_each(|(out, v)| *out = f32::from_bits(u32::from(v.to_bits()) << 16));
+}
+
+#[inline(always)]
+fn f16_in_scratch<'r>(row: &'r [f16], scratch: &'r mut [f32]) -> Option<&'r [f32]> {
+    f16_row(row, scratch);
+    Some(scratch)
+}
+
+#[inline(always)]
+fn bf16_in_scratch<'r>(row: &'r [bf16], scratch: &'r mut [f32]) -> Option<&'r [f32]> {
+    bf16_row(row, scratch);
+    Some(scratch)
+}
+
+#[inline(always)]
+fn f32_itself<'r>(row: &'r [f32], _: &'r mut [f32]) -> Option<&'r [f32]> {
+    Some(row)
+}
+
+#[inline(always)]
+fn f64_in_no_f32<'r>(_: &'r [f64], _: &'r mut [f32]) -> Option<&'r [f32]> {
+    None
 }
 
 #[inline(always)]

@@ -3,7 +3,7 @@
 
 use super::{
     sort::order,
-    sums::{grid, Sorted, UNITS},
+    sums::{grid, Scratch, Sorted, Totals, UNITS},
     tensors::{converged, lock, or, read_and_write, typed, write, Element, Stored},
 };
 use crate::{
@@ -27,11 +27,11 @@ pub(crate) fn update(u: &Update<'_>, centroids: Target<'_>) -> Result<()> {
             let mut shifts = host::filled("update", b * k, 0.0)?;
             let all = centroids.chunks_mut(d).zip(&mut shifts).enumerate();
             let active = all.filter(|(i, _)| !converged.get(i / k).is_some_and(|&c| c)).collect();
-            let replace = |_: &mut (), (i, (row, shift)): (usize, (&mut [T], &mut f64))| {
-                *shift = replace(clusters, [i / k, i % k], reduction, row)?;
+            let replace = |scratch: &mut Scratch, (i, (row, shift)): (usize, (&mut [T], &mut f64))| {
+                *shift = replace(clusters, [i / k, i % k], reduction, row, scratch)?;
                 Ok(())
             };
-            host::for_each(active, d * (8 + 2 * (x.n / k)), || (), replace)?;
+            host::for_each(active, d * (8 + x.n / k / 2), || Scratch::new(d), replace)?;
             Ok(shifts)
         })?;
         decide_convergence(turn, &converged, &shifts)
@@ -53,14 +53,15 @@ pub(crate) fn accumulate(u: &Update<'_>, to: &Accumulator) -> Result<()> {
             }
             let all = all.into_iter().enumerate();
             let active = all.filter(|(i, _)| !converged.get(i / k).is_some_and(|&c| c)).collect();
-            let add = |_: &mut (), (i, mut planes): (usize, Vec<&mut [i64]>)| {
+            let add = |scratch: &mut Scratch, (i, mut planes): (usize, Vec<&mut [i64]>)| {
                 let (b, j) = (i / k, i % k);
-                let Some((sums, _)) = clusters.sums(b, j)? else { return Ok(()) };
+                let Some((sums, all)) = clusters.sums(b, j, scratch)? else { return Ok(()) };
+                let sums = clusters.digits(b, sums);
                 for (to, sums) in planes.iter_mut().zip(&sums.0) {
                     to.chunks_exact_mut(2).zip(sums).for_each(|(to, &sum)| store(to, load(to) + sum));
                 }
                 if reduction == Reduction::Mean {
-                    let (weight, _) = clusters.weight(b, j);
+                    let (weight, _) = clusters.weight(b, j, all);
                     for (to, weight) in planes.iter_mut().zip(&weight.0) {
                         let to = &mut to[2 * x.d..];
                         store(to, load(to) + weight[0]);
@@ -68,7 +69,7 @@ pub(crate) fn accumulate(u: &Update<'_>, to: &Accumulator) -> Result<()> {
                 }
                 Ok(())
             };
-            host::for_each(active, x.d * (8 + 2 * (x.n / k)), || (), add)
+            host::for_each(active, x.d * (8 + x.n / k / 2), || Scratch::new(x.d), add)
         })
     })
 }
@@ -197,14 +198,31 @@ fn sorted(labels: &dyn Readable, k: usize) -> Result<Vec<u32>> {
 }
 
 /// Replaces the centroid `row` of cluster `j`, unless that has no weight, and returns the square of its shift.
-fn replace<T: Element>(clusters: &Sorted<T>, [b, j]: [usize; 2], reduction: Reduction, row: &mut [T]) -> Result<f64> {
+fn replace<T: Element>(
+    clusters: &Sorted<T>,
+    [b, j]: [usize; 2],
+    reduction: Reduction,
+    row: &mut [T],
+    scratch: &mut Scratch,
+) -> Result<f64> {
     let values = match clusters.kernel {
         UpdateKernel::CpuMedians => clusters.medians(b, j),
-        _ => clusters.sums(b, j)?.and_then(|(sums, grid)| {
-            divided(reduction, sums.rounded(grid), || {
-                let (weight, grid) = clusters.weight(b, j);
+        _ => clusters.sums(b, j, scratch)?.and_then(|(sums, all)| {
+            let weight = || {
+                let (weight, grid) = clusters.weight(b, j, all);
                 weight.rounded(grid)[0]
-            })
+            };
+            match sums {
+                Totals::Digits(sums, grid) => divided(reduction, sums.rounded(grid), weight),
+                Totals::Exact(sums) if reduction == Reduction::Sum => Some(sums),
+                Totals::Exact(mut sums) if reduction == Reduction::Mean => {
+                    // A quotient of two numbers that f64 holds is rounded once by itself.
+                    let weight = weight().value();
+                    sums.iter_mut().for_each(|sum| *sum /= weight);
+                    Some(sums)
+                }
+                Totals::Exact(sums) => divided(reduction, sums.into_iter().map(Scaled::of_f64).collect(), weight),
+            }
         }),
     };
     Ok(values.map_or(0.0, |values| write_centroid(row, values)))
@@ -226,13 +244,13 @@ fn divided(reduction: Reduction, sums: Vec<Scaled>, weight: impl FnOnce() -> Sca
 }
 
 /// Puts `values` in the place of a centroid, and returns the square of its shift.
-fn write_centroid<T: Element>(row: &mut [T], values: Vec<f64>) -> f64 {
-    let shift = fixed::striped(row.iter_mut().zip(values).map(|(old, v)| {
-        let new = T::narrow(v);
+fn write_centroid<T: Element>(row: &mut [T], mut values: Vec<f64>) -> f64 {
+    for (old, v) in row.iter_mut().zip(&mut values) {
+        let new = T::narrow(*v);
         let t = if new.wide() == old.wide() { 0.0 } else { new.wide() - old.wide() };
-        *old = new;
-        t * t
-    }));
+        (*old, *v) = (new, t * t);
+    }
+    let shift = fixed::striped(&values);
     if shift.is_nan() {
         f64::INFINITY
     } else {

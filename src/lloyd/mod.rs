@@ -175,6 +175,13 @@ impl PreparedFit {
     /// # Errors
     /// As [`KMeans::fit`]. After an error the results are of no use; the next run starts afresh.
     pub fn run(&mut self, x: &Tensor) -> Result<()> {
+        self.run_for_labels(x)?;
+        self.close().inspect_err(|_| self.iterations = None)
+    }
+
+    /// [`run`](Self::run) for the labels and centroids: on every device the inertia is left to be computed from the rows as they are
+    /// when a result is asked for.
+    pub(crate) fn run_for_labels(&mut self, x: &Tensor) -> Result<()> {
         let expected = self.p.shape(&[self.p.n, self.p.d]);
         if x.dims() != expected {
             return Err(Error::Shape { argument: "x", got: x.dims().to_vec(), expected });
@@ -187,7 +194,7 @@ impl PreparedFit {
             let with = "a first run, which allocates: run once before".into();
             return Err(Error::Conflict { argument: "stream", got: "a capture".into(), with });
         }
-        let run = self.load(x).and_then(|()| self.lloyd(0, &Alone)).and_then(|_| self.close());
+        let run = self.load(x).and_then(|()| self.lloyd(0, &Alone));
         if run.is_err() {
             self.iterations = None;
             if !captured {
@@ -195,7 +202,7 @@ impl PreparedFit {
                 self.memory = Memory::kept();
             }
         }
-        run
+        run.map(|_| ())
     }
 
     /// A run of the loop from where it starts. `Break` says that the callback ended it.

@@ -45,7 +45,7 @@ impl<'a> Labelled<'a> {
     /// The same in the place of what is there, which stays for clusters without rows.
     pub fn reduce_to(&self, to: Target<'_>, reduction: Reduction) -> Result<()> {
         let x = Rows::from_operand(&self.x)?;
-        let (summands, labels) = (Summands::from_rows(&x)?, Some(Labels::Unsorted(&self.labels)));
+        let (summands, labels) = (Summands::unsearched(&x)?, Some(Labels::Unsorted(&self.labels)));
         primitives::update(&Update::new(&x, &summands, labels, reduction, self.p.k)?, to, &Memory::default())
     }
 

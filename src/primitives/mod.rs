@@ -150,6 +150,17 @@ impl Summands {
         let (max_abs, first_nonfinite) = max_abs_and_first_nonfinite(x)?;
         Ok(Self { row_scale: None, max_abs, first_nonfinite, max_weight: None, finite: false })
     }
+
+    /// The same for one reduction. On the CPU nothing is searched before it: sums find bounds where they need them, of rows that they have
+    /// read.
+    pub fn unsearched(x: &Rows) -> Result<Self> {
+        if !x.device().is_cpu() || x.dtype() == DType::F64 {
+            return Self::from_rows(x);
+        }
+        let max_abs = Tensor::full(f64::INFINITY, x.b, x.device())?;
+        let first_nonfinite = Tensor::zeros(x.b, DType::U32, x.device())?;
+        Ok(Self { row_scale: None, max_abs, first_nonfinite, max_weight: None, finite: false })
+    }
 }
 
 impl<'a> Assignment<'a> {
@@ -382,7 +393,7 @@ pub(crate) fn cluster_sizes(offsets: &Tensor) -> Result<Tensor> {
 pub(crate) fn reduce(x: &Rows, order: Option<&Order>, reduction: Reduction) -> Result<Tensor> {
     let k = order.map_or(1, Order::k);
     let reduced = host::zeros("clusters", (x.b, k, x.d), x.dtype(), x.device())?;
-    let (summands, labels) = (Summands::from_rows(x)?, order.map(Labels::Sorted));
+    let (summands, labels) = (Summands::unsearched(x)?, order.map(Labels::Sorted));
     update(&Update::new(x, &summands, labels, reduction, k)?, (&reduced).into(), &Memory::default())?;
     Ok(reduced)
 }

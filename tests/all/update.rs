@@ -145,6 +145,46 @@ fn halves_are_rounded_once() {
 }
 
 /// A term that is added and taken away again leaves no trace, however large it is.
+/// Sums of single precision are tried in f64, which holds them exactly or not, as the terms of a column lie; those of the same rows in f64
+/// are added up otherwise.
+#[test]
+fn sums_do_not_depend_on_how_they_are_added() {
+    let mut rng = rng(17);
+    let apart = |step: i32| (0..).map(move |i: i32| 2f32.powi(step * (i % 4)));
+    for (n, d) in [(1, 1), (5, 3), (64, 16), (65, 7), (255, 40), (257, 33), (700, 128), (9000, 2)] {
+        let normal: Vec<f32> =
+            f64s(&uniform(&[n, d], 0.0, 1.0, DType::F32, &mut rng)).iter().map(|&v| v as f32).collect();
+        let scaled = |step| normal.iter().zip(apart(step)).map(|(v, by)| v * by).collect::<Vec<_>>();
+        let mut rows = vec![normal.clone(), scaled(8), scaled(20), scaled(-30)];
+        // One term of a column, far from the others: large, subnormal, and cancelled.
+        for odd in [1e30, 1e-42, f32::MAX] {
+            let mut x = normal.clone();
+            x[n / 2 * d] = odd;
+            x[(n - 1) * d] = -odd;
+            rows.push(x);
+        }
+        // Halves of even integers, of which the bits below the last that f64 holds decide.
+        rows.push((0..n * d).map(|i| if i < d { 2f32.powi(60) } else { 1.0 + i as f32 * 2f32.powi(-20) }).collect());
+        rows.push(vec![-0.0; n * d]);
+        // A row that does not count.
+        let mut x = normal.clone();
+        x[n / 3 * d + d - 1] = f32::NAN;
+        rows.push(x);
+        for (case, x) in rows.into_iter().enumerate() {
+            let x = Tensor::from_vec(x, (n, d), &Device::Cpu).unwrap();
+            for k in [1, 3] {
+                let labels = random_labels(1, n, k, &mut rng).flatten_all().unwrap();
+                let wide = x.to_dtype(DType::F64).unwrap();
+                for reduce in [cluster_sums, cluster_means] {
+                    let want = reduce(&wide, &labels, k).unwrap().to_dtype(DType::F32).unwrap();
+                    let got = reduce(&x, &labels, k).unwrap();
+                    assert_same(&got, &want, &format!("{n} rows of {d} columns, case {case}, {k} clusters"));
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn huge_terms_cancel() {
     for device in devices() {

@@ -46,9 +46,9 @@ struct Args {
     /// Tokens in a page, and in a cluster on average
     #[arg(long, default_value_t = 8)]
     group: usize,
-    /// Most tokens of the prompt that are clustered together
-    #[arg(long, default_value_t = 4096)]
-    max_segment: usize,
+    /// Most tokens of the prompt that are clustered together; of several, clusters of each are compared
+    #[arg(long, value_delimiter = ',', default_values_t = [4096])]
+    max_segment: Vec<usize>,
     /// Keep clustered tokens as codes, too: columns of a piece and bits of its code, of keys and of values, as 4x8,4x8
     #[arg(long, value_name = "KEYS,VALUES", value_parser = codes)]
     codes: Option<KvCodes>,
@@ -64,7 +64,7 @@ struct Args {
 
 impl Args {
     fn grouping(&self) -> Grouping {
-        Grouping { group: self.group, max_segment: self.max_segment, codes: self.codes }
+        Grouping { group: self.group, max_segment: self.max_segment[0], codes: self.codes }
     }
 }
 
@@ -79,7 +79,7 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let near = SINKS + RECENT;
     ensure!(args.group > 0, "--group 0: a cluster has tokens");
-    ensure!(args.max_segment > 0, "--max-segment 0: a segment has tokens");
+    ensure!(args.max_segment.iter().all(|&most| most > 0), "--max-segment 0: a segment has tokens");
     ensure!(args.tokens >= near + args.group, "--tokens {}: at least {} are needed", args.tokens, near + args.group);
     ensure!(args.scored > 0, "--scored 0: there is nothing to measure");
     ensure!(args.budgets.iter().all(|&b| b >= args.group), "--budgets: a page has {} tokens", args.group);
@@ -113,6 +113,22 @@ fn score(model: &SmolLm2, ids: &[u32], args: &Args, dtype: DType) -> Result<()> 
     bar.suspend(|| {
         reference.print(&format!("all {tokens} | {:.1}", prompt.kilobytes(Method::Full, tokens)), Method::Full.name())
     });
+    if args.max_segment.len() > 1 {
+        for &most in &args.max_segment {
+            let seconds = prompt.cluster_again(most)?;
+            for &budget in &args.budgets {
+                let method = Method::ClustersAndEstimate;
+                let score = Score::new(&full, &prompt.follow(model, follows, method, budget)?, next)?;
+                let read = format!(
+                    "{budget}, at most {most} a segment ({seconds:.3} s) | {:.1}",
+                    prompt.kilobytes(method, budget)
+                );
+                bar.suspend(|| score.print(&read, method.name()));
+            }
+        }
+        bar.finish_and_clear();
+        return Ok(());
+    }
     for method in Method::ALL {
         let mut points = vec![];
         for &budget in &args.budgets {

@@ -1,7 +1,7 @@
 //! A query reads part of a cached prompt, method by method.
 
 use anyhow::Result;
-use candle_core::{DType, Tensor, D};
+use candle_core::{DType, Device, Tensor, D};
 use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget, KvClusters, KvCodes};
 use candle_nn::ops::softmax_last_dim;
 use indicatif::ProgressBar;
@@ -136,6 +136,22 @@ impl Prompt {
     pub fn coded_bytes(&self, key_heads: usize) -> f64 {
         let bytes: usize = self.coded.iter().map(ClusteredKvCache::bytes).sum();
         bytes as f64 / (self.tokens * key_heads * self.coded.len()) as f64
+    }
+
+    /// Clusters the keys anew, so many tokens at most together, and returns the seconds that it took.
+    pub fn cluster_again(&mut self, max_segment: usize) -> Result<f64> {
+        let again = |cache: &ClusteredKvCache| {
+            let (Some(keys), Some(values)) = (cache.k()?, cache.v()?) else { anyhow::bail!("a cache without tokens") };
+            let room = keys.dim(2)?;
+            let new = ClusteredKvCache::new(room).sinks(SINKS).recent(RECENT).cluster_size(self.group);
+            let mut new = new.segment(1).max_segment(max_segment);
+            new.append(&keys, &values)?;
+            Ok(new)
+        };
+        self.clusters = self.clusters.iter().map(again).collect::<Result<Vec<_>>>()?;
+        let device = self.clusters[0].k()?.map_or(Device::Cpu, |keys| keys.device().clone());
+        let (_, seconds) = seconds(&device, || Ok(ClusteredKvCache::cluster_layers(&mut self.clusters)?))?;
+        Ok(seconds)
     }
 
     /// The logarithms of the next tokens' probabilities, (tokens, vocabulary), after each of `ids`, which follow the prompt.

@@ -84,10 +84,11 @@ impl ClusteredKvCache {
         let units = if budget.shared { 1 } else { q_heads / kv_heads };
         let dense = primitives::attends_to_all(q.device())?;
         let (len, m) = (self.current_seq_len(), self.clustered().len());
-        let less = |c: &&KvClusters| budget.reads_less(m, c.sizes.dims()[2], units, dense);
+        let bytes = batch * kv_heads * m * (columns + width) * q.dtype().size_in_bytes();
+        let less = |c: &&KvClusters| budget.reads_less([m, bytes], c.sizes.dims()[2], units, dense);
         let clusters = self.clusters.as_ref().filter(less);
         // There is no kernel for all of what has to be decoded before.
-        let coded = self.coded.as_ref().filter(|c| budget.reads_less(m, c.k(), units, false));
+        let coded = self.coded.as_ref().filter(|c| budget.reads_less([m, bytes], c.k(), units, false));
         let free = if clusters.is_some() || coded.is_some() { len - self.clustered().end } else { len };
         if rows > free {
             return Err(Error::Range { argument: "q rows", got: rows, min: 0, max: free });

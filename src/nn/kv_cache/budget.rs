@@ -1,10 +1,15 @@
 //! The budget of tokens that are read of a cache.
 
-/// The cost of a cluster, whose mean is scored, ranked and weighed, in tokens that are read in a row.
+/// The cost of a cluster, whose mean is scored, ranked and weighed, in tokens that are read in a row. This and the others were measured on a
+/// CPU (`examples/decode.rs`; `benches/record/decode-cpu-*.jsonl`).
 const CLUSTER: f64 = 1.5;
-/// The same for a token that is read by its place, by one query head. Both were measured on a CPU (`examples/decode.rs`, 32,768 tokens of 8
-/// heads of 128 columns in f32, four query heads to each): 1.3, and 1.4 to 1.8.
-const LISTED: f64 = 2.0;
+/// The same for a token that is read by its place, by one query head, where all tokens do not fit in a processor's last cache: rows that lie
+/// anywhere wait for memory, each by itself.
+const LISTED: f64 = 2.5;
+/// The same where they may fit: a row of all tokens is scored by several heads then, and one that is listed by one.
+const LISTED_IN_CACHE: f64 = 1.0;
+/// Keys and values of so many bytes may fit in a processor's last cache.
+const CACHE: usize = 32 << 20;
 
 /// [`ClusteredKvCache::attend`](super::ClusteredKvCache::attend) may read so much besides the sinks and the recent tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,17 +40,24 @@ impl KvBudget {
     }
 
     /// Has a CPU read all tokens where the budget would cost no less (default: yes), which is exact. A cluster counts as 1.5
-    /// of the clustered tokens, and each token of the budget as 2, once for each query head that chooses by itself. Without it a budget is
-    /// kept whatever it costs, as where its error is measured. On a GPU, which has a kernel for clusters alone, it always is.
+    /// of the clustered tokens, and each token of the budget, once for each query head that chooses by itself, as one or, where all keys
+    /// and values take more than 32 MiB, as 2.5. Without it a budget is kept whatever it costs, as where its error is measured. On a GPU, which has a kernel for clusters alone, it always is.
     pub fn dense_if_cheaper(mut self, yes: bool) -> Self {
         self.dense_if_cheaper = yes;
         self
     }
 
-    /// Whether this reads less than all of the `clustered` tokens of a key head whose query heads choose in so many `units`, where to
-    /// read all has a kernel (`dense`) or has none. One row counts, so that what rows see does not depend on their number.
-    pub(super) fn reads_less(&self, clustered: usize, clusters: usize, units: usize, dense: bool) -> bool {
-        let cost = CLUSTER * clusters as f64 + LISTED * self.tokens as f64 * units as f64;
+    /// Whether this reads less than all of the `clustered` tokens of a key head, of `bytes` in all heads, whose query heads choose in so many
+    /// `units`, where to read all has a kernel (`dense`) or has none. One row counts, so that what rows see does not depend on their number.
+    pub(super) fn reads_less(
+        &self,
+        [clustered, bytes]: [usize; 2],
+        clusters: usize,
+        units: usize,
+        dense: bool,
+    ) -> bool {
+        let listed = if bytes > CACHE { LISTED } else { LISTED_IN_CACHE };
+        let cost = CLUSTER * clusters as f64 + listed * self.tokens as f64 * units as f64;
         self.tokens < clustered && (!(self.dense_if_cheaper && dense) || cost < clustered as f64)
     }
 }

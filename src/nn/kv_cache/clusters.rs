@@ -152,10 +152,19 @@ impl ClusteredKvCache {
         for layer in &layers {
             layer.stored.as_ref().map_or(Ok(()), |s| layer.fence.write(s.keys.device()))?;
         }
-        let keys = stacked(&layers, |s| &s.keys, &waiting)?;
-        let (labels, k) = segment_labels(&keys, &layers[0].settings, waiting.start)?;
+        // A CPU reads each layer where it lies, which is faster than a copy of all; to a GPU a call costs more than a copy.
+        let on_cpu = layers[0].stored.as_ref().is_some_and(|stored| stored.keys.device().is_cpu());
+        let together = if on_cpu { 1 } else { layers.len() };
         let segments = segments(waiting.len(), &layers[0].settings);
-        Self::add_segments(&mut layers, &keys, &labels, k, segments)?;
+        let mut parts = Vec::with_capacity(layers.len());
+        for (i, layers) in layers.chunks(together).enumerate() {
+            let keys = stacked(layers, |s| &s.keys, &waiting)?;
+            let heads = i * together * keys.dims()[0] * keys.dims()[1];
+            let labelled = segment_labels(&keys, &layers[0].settings, waiting.start);
+            let (labels, k) = labelled.map_err(|error| error.of_batch(heads))?;
+            parts.extend(Self::with_segments(layers, &keys, &labels, k, &segments)?);
+        }
+        Self::keep(&mut layers, parts);
         Ok(true)
     }
 
@@ -184,7 +193,9 @@ impl ClusteredKvCache {
         let rows = self.stored_rows(waiting.clone());
         let keys = stored.keys.narrow(2, rows.start, rows.len())?;
         let segment = Segment { tokens: waiting.len(), clusters: k };
-        Self::add_segments(&mut [self], &keys, labels, k, vec![segment])
+        let parts = Self::with_segments(&[&mut *self], &keys, labels, k, &[segment])?;
+        Self::keep(&mut [self], parts);
+        Ok(())
     }
 
     fn check_alike(&self, other: &Self) -> Result<()> {
@@ -210,14 +221,14 @@ impl ClusteredKvCache {
         Ok(())
     }
 
-    /// Adds the `segments` of the waiting tokens, `k` clusters in all, to each layer; `keys` and `labels` are stacked along the batch.
-    fn add_segments(
-        layers: &mut [&mut Self],
+    /// What each layer holds with the `segments` of the waiting tokens, `k` clusters in all; `keys` and `labels` are stacked along the batch.
+    fn with_segments(
+        layers: &[&mut Self],
         keys: &Tensor,
         labels: &Tensor,
         k: usize,
-        segments: Vec<Segment>,
-    ) -> Result<()> {
+        segments: &[Segment],
+    ) -> Result<Vec<Part>> {
         for layer in layers.iter() {
             if let (Some(codes), Some(clusters)) = (layer.settings.codes, &layer.clusters) {
                 let with = format!("{} tokens that were clustered without", clusters.labels.dims()[2]);
@@ -237,22 +248,24 @@ impl ClusteredKvCache {
             let tokens = [of_layer(keys, i)?.contiguous()?, of_layer(&values, i)?.contiguous()?];
             check_finite(&tokens, waiting.start)?;
             let tokens = [&tokens[0], &tokens[1]];
-            let coded = CodedTokens::new(segments.clone(), &part, tokens, codes, layer.coded.as_ref())?;
+            let coded = CodedTokens::new(segments.to_vec(), &part, tokens, codes, layer.coded.as_ref())?;
             let stored = layer.stored.as_ref().expect("tokens wait");
             let gone = layer.stored_rows(waiting.clone());
             let dims = [&stored.keys, &stored.values].map(|t| t.dims()[3]);
             let room = layer.room(stored.len - gone.len(), batch * keys.dims()[1] * dims[0].max(dims[1]))?;
             Ok(Part::Codes(coded, stored.without(gone, room)?))
         });
-        // All of them before any is kept, so that an error leaves the layers alike.
-        let parts = parts.collect::<Result<Vec<_>>>()?;
+        parts.collect()
+    }
+
+    /// Keeps what [`with_segments`](Self::with_segments) gave for all layers, so that an error before leaves them alike.
+    fn keep(layers: &mut [&mut Self], parts: Vec<Part>) {
         for (layer, part) in layers.iter_mut().zip(parts) {
             match part {
                 Part::Clusters(clusters) => layer.clusters = Some(clusters),
                 Part::Codes(coded, stored) => (layer.coded, layer.stored) = (Some(coded), Some(stored)),
             }
         }
-        Ok(())
     }
 }
 
@@ -316,16 +329,26 @@ fn segment_labels(keys: &Tensor, settings: &Settings, first: usize) -> Result<(T
         if segments == 0 {
             continue;
         }
-        let rows = keys.narrow(2, start, segments * len)?.reshape((batch, kv_heads, segments, len, d))?;
         let of_each = len.div_ceil(settings.cluster_size);
-        // Evenly spaced keys, and not random ones: they do not depend on which layers and segments are clustered together.
-        let kmeans = KMeans::new(of_each).init(Init::Even).max_iters(settings.passes);
-        let mut fit = kmeans.prepare(rows.shape(), rows.dtype(), rows.device())?;
-        fit.run(&rows).map_err(|error| named_by_token(error, segments, len, first + start))?;
-        let before = Tensor::from_iter((0..segments).map(|i| (k + i * of_each) as u32), rows.device())?;
-        let numbered = fit.labels().broadcast_add(&before.reshape((segments, 1))?)?;
-        labels.push(numbered.reshape((batch, kv_heads, segments * len))?);
-        (start, k) = (start + segments * len, k + segments * of_each);
+        // A CPU reads keys where they lie, again and again while a segment is in its cache; a GPU takes all segments of a length in one
+        // batched call.
+        let together = if keys.device().is_cpu() { 1 } else { segments };
+        // Evenly spaced keys, and not random ones: they do not depend on which layers and segments are clustered together. Nor do so
+        // few passes wait for convergence, whose threshold takes another one.
+        let kmeans = KMeans::new(of_each).init(Init::Even).max_iters(settings.passes).tol(0.0);
+        let mut fit = kmeans.prepare((batch, kv_heads, together, len, d), keys.dtype(), keys.device())?;
+        for _ in 0..segments / together {
+            let rows = keys.narrow(2, start, together * len)?;
+            let rows = match together {
+                1 => rows.unsqueeze(2)?,
+                _ => rows.reshape((batch, kv_heads, together, len, d))?,
+            };
+            fit.run_for_labels(&rows).map_err(|error| named_by_token(error, together, len, first + start))?;
+            let before = Tensor::from_iter((0..together).map(|i| (k + i * of_each) as u32), keys.device())?;
+            let numbered = fit.labels().broadcast_add(&before.reshape((together, 1))?)?;
+            labels.push(numbered.reshape((batch, kv_heads, together * len))?);
+            (start, k) = (start + together * len, k + together * of_each);
+        }
     }
     Ok((Tensor::cat(&labels, 2)?, k))
 }
@@ -348,7 +371,7 @@ fn stacked(layers: &[&mut ClusteredKvCache], pick: fn(&Stored) -> &Tensor, range
         Ok(pick(stored).narrow(2, layer.stored_rows(range.clone()).start, range.len())?)
     };
     match layers {
-        [layer] => Ok(of(layer)?.contiguous()?),
+        [layer] => of(layer),
         _ => Ok(Tensor::cat(&layers.iter().map(of).collect::<Result<Vec<_>>>()?, 0)?),
     }
 }
