@@ -9,9 +9,11 @@
 
 use super::{
     clusters::{logs, Clusters},
+    lanes::Lane,
     scalar::Scalar,
-    softmax::{clear, join, padded, state_len, weigh, CodedRows, Lane, Scores, Tile, TILE},
+    softmax::{clear, join, score, state_len, weigh},
     tensors::{lock, or, tensor, typed, Element, View},
+    tile::{padded, CodedRows, Scores, Tile, TILE},
 };
 use crate::{
     error::Result,
@@ -255,7 +257,7 @@ where
         let (k, queries) = (c.keys.n, cache.queries(p, &(0..cache.group)));
         let tile = |first: usize| Tile::of(&c.keys, p, first.min(k) as u32..k as u32);
         for (first, scores) in (first..).step_by(TILE).zip(scores.chunks_mut(cache.group)) {
-            tile(first).score(simd, queries, &tile(first + TILE), &mut scratch.rows, scores);
+            score(simd, &tile(first), queries, &tile(first + TILE), &mut scratch.rows, scores);
             for t in (0..TILE).filter(|t| first + t < k && c.members(p, first + t).is_empty()) {
                 scores.iter_mut().for_each(|s| s[t] = T::Filter::of(f64::NEG_INFINITY));
             }
@@ -310,7 +312,7 @@ where
         tile(&cache.keys, range.start).prefetch(0..TILE);
         for start in range.clone().step_by(TILE) {
             let values = tile(&cache.values, start);
-            tile(&cache.keys, start).score(simd, queries, &values, rows, scores);
+            score(simd, &tile(&cache.keys, start), queries, &values, rows, scores);
             weigh(simd, &values, &tile(&cache.keys, start + TILE), scores, [rows, fades], state);
         }
     }

@@ -11,10 +11,12 @@
 use super::{
     attend::queries,
     clusters::{bounds, logs, Ranks},
+    lanes::Lane,
     product_codes::{look_up, CodedView, BYTE},
     scalar::Scalar,
-    softmax::{clear, join, padded, state_len, CodedRows, Lane, Scores, TILE},
+    softmax::{clear, join, state_len},
     tensors::{lock, tensor, typed, Element, View},
+    tile::{padded, CodedRows, Scores, TILE},
     weigh::{add, add_to_heads, dot, weigh_heads},
 };
 use crate::{

@@ -1,6 +1,10 @@
 //! The clusters of a cache, and which of them a token's queries read.
 
-use super::softmax::{fold, larger, CodedRows, Lane, Scores, TILE};
+use super::{
+    lanes::Lane,
+    softmax::{fold, larger},
+    tile::{CodedRows, Scores, TILE},
+};
 use crate::{error::Result, host, request::Clustered};
 use std::ops::Range;
 

@@ -6,6 +6,7 @@ mod attend_coded;
 mod candidates;
 mod clusters;
 mod filter;
+mod lanes;
 mod median;
 mod product_codes;
 mod rows;
@@ -16,6 +17,7 @@ mod sort;
 mod sorted_1d;
 mod sums;
 mod tensors;
+mod tile;
 mod update;
 mod weigh;
 

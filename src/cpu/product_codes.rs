@@ -1,9 +1,10 @@
 //! Rows that are a mean and product codes of the rest (Jegou et al. 2011), as they lie in memory.
 
 use super::{
+    lanes::Lane,
     scalar::Scalar,
-    softmax::{padded, CodedRows, Lane, TileRows},
     tensors::Element,
+    tile::{padded, CodedRows, TileRows},
 };
 use crate::{error::Result, request::Coded};
 use std::ops::Range;

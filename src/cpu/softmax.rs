@@ -9,254 +9,47 @@
 //! are widened and padded in scratch before.
 
 use super::{
-    scalar::Scalar,
-    tensors::{prefetch, Element, View},
+    lanes::Lane,
+    tile::{padded, Scores, Tile, TileRows, PAD, TILE},
 };
-use crate::request::Codes;
 use pulp::Simd;
 use std::ops::Range;
 
-/// Rows of a tile.
-pub(super) const TILE: usize = 16;
-/// Rows in scratch are padded to so many elements, which are whole vectors of any length.
-const PAD: usize = 16;
 /// Query heads that read a row together: as many as leave registers for their sums.
 const HEADS: usize = 4;
-
-/// The scores of a tile, or their weights.
-pub(super) type Scores<E> = [E; TILE];
-
-/// Elements of a padded row.
-pub(super) fn padded(columns: usize) -> usize {
-    columns.next_multiple_of(PAD)
-}
 
 /// Elements of a head's state.
 pub(super) fn state_len(width: usize) -> usize {
     padded(width) + PAD
 }
 
-/// Numbers that vectors have as lanes.
-pub(super) trait Lane: Scalar {
-    type Vector<S: Simd>: Copy;
-    /// A padded row.
-    fn vectors<S: Simd>(row: &[Self]) -> &[Self::Vector<S>];
-    fn vectors_mut<S: Simd>(row: &mut [Self]) -> &mut [Self::Vector<S>];
-    fn splat<S: Simd>(simd: S, v: Self) -> Self::Vector<S>;
-    fn times<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
-    fn mul_add<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>, c: Self::Vector<S>) -> Self::Vector<S>;
-    fn total<S: Simd>(simd: S, v: Self::Vector<S>) -> Self;
-    /// A number of few bits.
-    fn small(number: i32) -> Self;
-    /// `e^self` of what is at most 0 or NaN; 0 where that is no normal number.
-    fn exp(self) -> Self;
-}
-
-macro_rules! lane {
-    ($t:ident, $vector:ident, $as_simd:ident, $as_mut_simd:ident, $splat:ident, $mul:ident, $mul_add:ident, $sum:ident, $exp:expr) => {
-        impl Lane for $t {
-            type Vector<S: Simd> = S::$vector;
-            #[inline(always)]
-            fn vectors<S: Simd>(row: &[Self]) -> &[S::$vector] {
-                S::$as_simd(row).0
-            }
-            #[inline(always)]
-            fn vectors_mut<S: Simd>(row: &mut [Self]) -> &mut [S::$vector] {
-                S::$as_mut_simd(row).0
-            }
-            #[inline(always)]
-            fn splat<S: Simd>(simd: S, v: Self) -> S::$vector {
-                simd.$splat(v)
-            }
-            #[inline(always)]
-            fn times<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
-                simd.$mul(a, b)
-            }
-            #[inline(always)]
-            fn mul_add<S: Simd>(simd: S, a: S::$vector, b: S::$vector, c: S::$vector) -> S::$vector {
-                simd.$mul_add(a, b, c)
-            }
-            #[inline(always)]
-            fn total<S: Simd>(simd: S, v: S::$vector) -> Self {
-                simd.$sum(v)
-            }
-            #[inline(always)]
-            fn small(number: i32) -> Self {
-                number as $t
-            }
-            #[inline(always)]
-            fn exp(self) -> Self {
-                $exp(self)
-            }
-        }
-    };
-}
-lane!(f32, f32s, as_simd_f32s, as_mut_simd_f32s, splat_f32s, mul_f32s, mul_add_e_f32s, reduce_sum_f32s, exp_f32);
-lane!(f64, f64s, as_simd_f64s, as_mut_simd_f64s, splat_f64s, mul_f64s, mul_add_e_f64s, reduce_sum_f64s, f64::exp);
-
-/// By Cody and Waite (1980): `2^n e^r` with `|r|` at most half of `ln 2`, of which Taylor's series takes seven terms to an f32's last bit.
-/// Nothing branches, so that loops of it vectorise.
+/// The products of `keys` with padded `queries`, one for each of `scores`; minus infinity beyond the rows. Those of the tile `ahead`
+/// are asked for one by one meanwhile, as [`weigh`] does too, so that memory never waits for arithmetic.
 #[inline(always)]
-fn exp_f32(x: f32) -> f32 {
-    /// Added to a number it leaves the nearest integer in the last bits.
-    const ROUND: f32 = 12_582_912.0;
-    /// `ln 2` as a number of few bits, whose products with small integers are exact, and the rest.
-    const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
-    const TERMS: [f32; 7] = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0];
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = (x - n * LN_2[0]) - n * LN_2[1];
-    let e = TERMS.iter().fold(0.0, |sum, term| sum * r + term) * r + 1.0;
-    let e = f32::from_bits(e.to_bits().wrapping_add(shifted.to_bits() << 23));
-    let e = if x < -87.0 { 0.0 } else { e };
-    if x.is_nan() {
-        x
-    } else {
-        e
-    }
-}
-
-/// Rows of problems, as numbers that a type of lanes has.
-pub(super) trait TileRows<E> {
-    fn columns(&self) -> usize;
-    fn prefetch(&self, p: usize, row: usize);
-    /// The row, padded with zeros: where it lies if it is, or widened in `scratch`.
-    fn padded<'s>(&'s self, p: usize, row: usize, scratch: &'s mut [E]) -> &'s [E];
-}
-
-impl<T: Element> TileRows<T::Filter> for View<'_, T>
-where
-    T::Filter: Lane,
-{
-    #[inline(always)]
-    fn columns(&self) -> usize {
-        self.rows.d
-    }
-
-    #[inline(always)]
-    fn prefetch(&self, p: usize, row: usize) {
-        View::prefetch(self, p, row);
-    }
-
-    #[inline(always)]
-    fn padded<'s>(&'s self, p: usize, row: usize, scratch: &'s mut [T::Filter]) -> &'s [T::Filter] {
-        let row = self.row(p, row);
-        match T::as_filter(row) {
-            Some(row) if row.len() == scratch.len() => row,
-            _ => {
-                T::filter_row(row, &mut scratch[..row.len()]);
-                scratch[row.len()..].fill(T::Filter::of(0.0));
-                scratch
+pub(super) fn score<S: Simd, E: Lane>(
+    simd: S,
+    keys: &Tile<'_, impl TileRows<E>>,
+    queries: &[E],
+    ahead: &Tile<'_, impl TileRows<E>>,
+    scratch: &mut [E],
+    scores: &mut [Scores<E>],
+) {
+    let (rows, step) = (keys.padded(scratch), padded(keys.of.columns()));
+    let rows = &rows[..keys.count];
+    for (group, (queries, scores)) in queries.chunks(HEADS * step).zip(scores.chunks_mut(HEADS)).enumerate() {
+        let ask = |rows| {
+            if group == 0 {
+                ahead.prefetch(rows)
             }
+        };
+        match scores.len() {
+            1 => score_rows::<S, _, 1>(simd, queries, rows, ask, scores),
+            2 => score_rows::<S, _, 2>(simd, queries, rows, ask, scores),
+            3 => score_rows::<S, _, 3>(simd, queries, rows, ask, scores),
+            _ => score_rows::<S, _, HEADS>(simd, queries, rows, ask, scores),
         }
     }
-}
-
-/// Rows that are [`Codes`]: `(problems, n, d)` and `(problems, n)`.
-pub(super) struct CodedRows<'a, E> {
-    pub(super) bytes: &'a [u8],
-    pub(super) scales: &'a [E],
-    pub(super) n: usize,
-    pub(super) d: usize,
-}
-
-impl<E: Lane> TileRows<E> for CodedRows<'_, E> {
-    #[inline(always)]
-    fn columns(&self) -> usize {
-        self.d
-    }
-
-    #[inline(always)]
-    fn prefetch(&self, p: usize, row: usize) {
-        prefetch(&self.bytes[(p * self.n + row) * self.d..][..self.d]);
-    }
-
-    #[inline(always)]
-    fn padded<'s>(&'s self, p: usize, row: usize, scratch: &'s mut [E]) -> &'s [E] {
-        let at = p * self.n + row;
-        let (bytes, scale) = (&self.bytes[at * self.d..][..self.d], self.scales[at]);
-        for (to, &byte) in scratch.iter_mut().zip(bytes) {
-            *to = E::small(i32::from(byte) - i32::from(Codes::ZERO)).mul(scale);
-        }
-        scratch[self.d..].fill(E::of(0.0));
-        scratch
-    }
-}
-
-/// A tile of rows of problem `p`.
-#[derive(Clone, Copy)]
-pub(super) struct Tile<'a, R> {
-    pub(super) of: &'a R,
-    pub(super) p: usize,
-    pub(super) rows: [u32; TILE],
-    pub(super) count: usize,
-}
-
-impl<'a, R> Tile<'a, R> {
-    /// Up to a tile of `rows`.
-    #[inline(always)]
-    pub(super) fn of(of: &'a R, p: usize, rows: impl ExactSizeIterator<Item = u32>) -> Self {
-        let (mut tile, count) = ([0; TILE], rows.len().min(TILE));
-        tile.iter_mut().zip(rows).for_each(|(to, row)| *to = row);
-        Self { of, p, rows: tile, count }
-    }
-
-    /// Asks for some of the rows ahead of their turn.
-    #[inline(always)]
-    pub(super) fn prefetch<E>(&self, rows: Range<usize>)
-    where
-        R: TileRows<E>,
-    {
-        for &row in &self.rows[rows.start.min(self.count)..rows.end.min(self.count)] {
-            self.of.prefetch(self.p, row as usize);
-        }
-    }
-
-    /// The rows, padded. Beyond their number empty.
-    #[inline(always)]
-    fn padded<'s, E: Lane>(&'s self, scratch: &'s mut [E]) -> [&'s [E]; TILE]
-    where
-        R: TileRows<E>,
-    {
-        let step = padded(self.of.columns());
-        let mut rows = [&[][..]; TILE];
-        let read = rows.iter_mut().zip(&self.rows[..self.count]).zip(scratch.chunks_exact_mut(step));
-        for ((to, &row), scratch) in read {
-            *to = self.of.padded(self.p, row as usize, scratch);
-        }
-        rows
-    }
-
-    /// The products of the rows with padded `queries`, one for each of `scores`; minus infinity beyond the rows. Those of the tile `ahead`
-    /// are asked for one by one meanwhile, as [`weigh`] does too, so that memory never waits for arithmetic.
-    #[inline(always)]
-    pub(super) fn score<S: Simd, E: Lane>(
-        &self,
-        simd: S,
-        queries: &[E],
-        ahead: &Tile<'_, impl TileRows<E>>,
-        scratch: &mut [E],
-        scores: &mut [Scores<E>],
-    ) where
-        R: TileRows<E>,
-    {
-        let (rows, step) = (self.padded(scratch), padded(self.of.columns()));
-        let rows = &rows[..self.count];
-        for (group, (queries, scores)) in queries.chunks(HEADS * step).zip(scores.chunks_mut(HEADS)).enumerate() {
-            let ask = |rows| {
-                if group == 0 {
-                    ahead.prefetch(rows)
-                }
-            };
-            match scores.len() {
-                1 => score_rows::<S, _, 1>(simd, queries, rows, ask, scores),
-                2 => score_rows::<S, _, 2>(simd, queries, rows, ask, scores),
-                3 => score_rows::<S, _, 3>(simd, queries, rows, ask, scores),
-                _ => score_rows::<S, _, HEADS>(simd, queries, rows, ask, scores),
-            }
-        }
-        scores.iter_mut().for_each(|s| s[self.count..].fill(E::of(f64::NEG_INFINITY)));
-    }
+    scores.iter_mut().for_each(|s| s[keys.count..].fill(E::of(f64::NEG_INFINITY)));
 }
 
 #[inline(always)]

@@ -1,7 +1,11 @@
 //! Rows of a part weighed by a softmax at once, for each of some heads. The states are those of [`softmax`](super::softmax), where rows that
 //! are read where they lie are weighed tile by tile.
 
-use super::softmax::{larger, padded, shift, state_len, Lane};
+use super::{
+    lanes::Lane,
+    softmax::{larger, shift, state_len},
+    tile::padded,
+};
 use pulp::Simd;
 
 /// The product of two padded rows.
