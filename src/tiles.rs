@@ -13,6 +13,8 @@ pub const CPU_SUM_ROWS: usize = 8192;
 
 /// Rows of a cluster that are tried together as terms of one f64 sum.
 pub const CPU_SUM_BLOCK: usize = 64;
+/// The most rows of a cluster whose sums are tried in f64 as they are.
+pub const CPU_SUM_WHOLE: usize = 4 * CPU_SUM_BLOCK;
 
 /// Tokens, or means, that one CPU task of attention reads.
 pub const CPU_ATTEND_ROWS: usize = 512;

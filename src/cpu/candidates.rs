@@ -56,13 +56,7 @@ impl<S: Scalar> Candidates<S> {
         self.upper = self.upper.min(lowest.widen() + error);
         let cut = S::of(self.upper * self.slack.factor + error);
         if lowest <= cut {
-            // Most rows have one candidate in a block. Without a branch its place is found as the sum of those of all candidates.
-            match candidates(scores, cut) {
-                (1, place) if self.list.len() < MOST => {
-                    self.list.push((S::of(lowest.widen() - error), block.scored.start as u32 + place));
-                }
-                _ => self.collect(scores, cut, error, block.scored.start, compare),
-            }
+            self.collect(scores, cut, error, block.scored.start, compare);
         }
     }
 
@@ -117,24 +111,4 @@ impl<S: Scalar> Candidates<S> {
     pub fn cutoff(&self) -> f64 {
         self.upper * self.slack.factor
     }
-}
-
-/// The number of scores up to `cut`, and the sum of their places.
-#[inline(always)]
-fn candidates<S: Scalar>(scores: &[S], cut: S) -> (u32, u32) {
-    let (mut counts, mut places) = ([0u32; LANES], [0u32; LANES]);
-    let (chunks, tail) = scores.as_chunks::<LANES>();
-    for (first, chunk) in (0..).step_by(LANES).zip(chunks) {
-        for l in 0..LANES {
-            let is_candidate = u32::from(chunk[l] <= cut);
-            counts[l] += is_candidate;
-            places[l] = places[l].wrapping_add(is_candidate * (first + l as u32));
-        }
-    }
-    for (l, &score) in tail.iter().enumerate() {
-        let is_candidate = u32::from(score <= cut);
-        counts[l] += is_candidate;
-        places[l] = places[l].wrapping_add(is_candidate * (scores.len() - tail.len() + l) as u32);
-    }
-    (fold_lanes(&counts, |a, b| a + b), fold_lanes(&places, u32::wrapping_add))
 }

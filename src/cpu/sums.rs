@@ -11,7 +11,7 @@ use crate::{
     fixed::{self, Grid, Scaled},
     host,
     plan::update::UpdateKernel,
-    tiles::{CPU_SUM_BLOCK, CPU_SUM_ROWS},
+    tiles::{CPU_SUM_BLOCK, CPU_SUM_ROWS, CPU_SUM_WHOLE},
 };
 use pulp::NullaryFnOnce;
 use std::ops::Range;
@@ -248,9 +248,6 @@ impl Sums {
         }
     }
 }
-
-/// The most rows of a cluster whose sums are tried in f64 as they are.
-const CPU_SUM_WHOLE: usize = 4 * CPU_SUM_BLOCK;
 
 /// A thread uses this from cluster to cluster.
 pub(super) struct Scratch {
