@@ -69,27 +69,26 @@ where
     #[inline(always)]
     pub(super) fn products(&self, query: &[T::Filter], entries: &[T::Filter], tables: &mut Vec<T::Filter>) {
         let zero = T::Filter::of(0.0);
-        tables.clear();
-        let piece = |(query, entries): (&[T::Filter], &[T::Filter]), out: &mut [T::Filter]| {
+        tables.resize(self.bytes * BYTE, zero);
+        let pieces = query[..self.d].chunks_exact(self.columns);
+        let mut pieces = pieces.zip(entries.chunks_exact(self.count * self.columns));
+        let mut next = |out: &mut [T::Filter]| {
+            let (query, entries) = pieces.next().expect("a piece for each code");
             for (out, entry) in out.iter_mut().zip(entries.chunks_exact(self.columns)) {
                 *out = entry.iter().zip(query).fold(zero, |sum, (a, b)| sum.add(a.mul(*b)));
             }
         };
-        let mut pieces =
-            query[..self.d].chunks_exact(self.columns).zip(entries.chunks_exact(self.count * self.columns));
-        if self.count == BYTE {
-            for of in pieces {
-                let start = tables.len();
-                tables.resize(start + BYTE, zero);
-                piece(of, &mut tables[start..]);
+        for table in tables.chunks_exact_mut(BYTE) {
+            if self.count == BYTE {
+                next(table);
+                continue;
             }
-            return;
-        }
-        let [mut low, mut high] = [[zero; HALF]; 2];
-        while let (Some(first), Some(second)) = (pieces.next(), pieces.next()) {
-            piece(first, &mut low);
-            piece(second, &mut high);
-            tables.extend(high.iter().flat_map(|&high| low.map(|low| low.add(high))));
+            let [mut low, mut high] = [[zero; HALF]; 2];
+            next(&mut low);
+            next(&mut high);
+            for (table, high) in table.chunks_exact_mut(HALF).zip(high) {
+                table.iter_mut().zip(low).for_each(|(out, low)| *out = low.add(high));
+            }
         }
     }
 

@@ -55,7 +55,7 @@ fn exact_tokens(device: &Device, rng: &mut ChaCha8Rng) -> [Tensor; 3] {
 /// The same tokens in two segments of a cache with codes and of one without, and some that are not clustered.
 fn twins(codes: KvCodes, dtype: DType, device: &Device, rng: &mut ChaCha8Rng) -> [ClusteredKvCache; 2] {
     let mut twins = [empty().codes(codes), empty()];
-    let mut append = |keys: &Tensor, values: &Tensor, twins: &mut [ClusteredKvCache; 2]| {
+    let append = |keys: &Tensor, values: &Tensor, twins: &mut [ClusteredKvCache; 2]| {
         for cache in twins {
             cache.append(&keys.to_dtype(dtype).unwrap(), &values.to_dtype(dtype).unwrap()).unwrap();
         }
@@ -124,7 +124,8 @@ fn codes_are_forgotten_and_moved_as_tokens_are() {
         for (what, change) in changes {
             let what = format!("{what}, {dtype:?}");
             let [mut coded, mut plain] = all.clone();
-            [&mut coded, &mut plain].map(change);
+            change(&mut coded);
+            change(&mut plain);
             assert_eq!(coded.current_seq_len(), plain.current_seq_len(), "{what}");
             for (a, b) in [(coded.k(), plain.k()), (coded.v(), plain.v())] {
                 assert_near(&a.unwrap().unwrap(), &f64s(&b.unwrap().unwrap()), tolerance(dtype), &what);
@@ -377,14 +378,14 @@ fn steps_go_on_over_codes() {
         let mut rng = rng(91);
         let cache = || ClusteredKvCache::new(400).segment(40);
         let budget = KvBudget::new(usize::MAX);
-        let mut layers = [cache().codes(FEW), cache()].map(|cache| ClusteredAttention::new(cache, budget));
+        let mut layers = [cache().codes(FEW.values(1, 4)), cache()].map(|cache| ClusteredAttention::new(cache, budget));
         let random = |heads, n, rng: &mut ChaCha8Rng| random([2, heads, n, 16], DType::F32, &device, rng);
         for step in 0..100 {
             let n = if step == 0 { 300 } else { 1 };
             let [q, k, v] = [4, 2, 2].map(|heads| random(heads, n, &mut rng));
             let offset = layers[0].offset();
             let [a, b] = layers.each_mut().map(|layer| layer.forward(&q, &k, &v, offset).unwrap());
-            assert_near(&a, &f64s(&b), if step == 0 { 1e-5 } else { 0.15 }, &format!("step {step}"));
+            assert_near(&a, &f64s(&b), if step == 0 { 1e-5 } else { 0.1 }, &format!("step {step}"));
         }
         let [a, b] = layers.each_ref().map(|layer| layer.cache().bytes());
         assert!(2 * a < b, "{a} bytes with codes, {b} without");
