@@ -71,8 +71,8 @@ impl Method {
     const ALL: [Self; 8] = [
         Self::new("clusters + estimate", Grouping::Clusters(QUERIES), Grouping::Clusters(KEYS), true),
         Self::new("clusters", Grouping::Clusters(QUERIES), Grouping::Clusters(KEYS), false),
-        Self::causal("causal choice of each query + estimate", 1),
-        Self::causal("causal choice of query blocks + estimate", QUERIES),
+        Self::causal("causal choice by query + estimate", 1),
+        Self::causal("causal choice by block + estimate", QUERIES),
         Self::new("query blocks, key clusters + estimate", Grouping::Blocks(QUERIES), Grouping::Clusters(KEYS), true),
         Self::new("blocks + estimate", Grouping::Blocks(QUERIES), Grouping::Blocks(KEYS), true),
         Self::new("blocks", Grouping::Blocks(QUERIES), Grouping::Blocks(KEYS), false),

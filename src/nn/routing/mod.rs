@@ -181,13 +181,16 @@ impl RoutedAttention {
     ///
     /// Otherwise the queries of a chunk are grouped together and choose together, so that a query's output changes with later
     /// queries of its chunk, though it sees no later key or value: no harm to a prompt that is there as a whole, but a leak to
-    /// training and to the evaluation of predictions. With it, the groups are blocks of neighbouring queries, as many as
+    /// training and to the evaluation of predictions, as of every routing that ranks rows against each other (Roy et al. 2021, Routing
+    /// Transformer; Zhou et al. 2022, expert choice). With it, the groups are blocks of neighbouring queries, as many as
     /// [`queries`](Self::queries) says in whatever grouping, and a block reads what the block before it and its own first query
     /// choose; the first block of a chunk what its first query chooses, and a block of one what that chooses.
     ///
     /// At a tenth of the keys (16 a cluster) of SmolLM2's activations in `assets/` the output's relative error is 0.051 with
     /// blocks of 1 query, 0.090 with 2, 0.111 with 4 and 0.130 with 16, where clusters of 16 queries that choose together have
-    /// 0.071 and blocks of 16 have 0.084. Small blocks cost time: a GPU reads each list for at least 64 queries.
+    /// 0.071 and blocks of 16 have 0.084. Small blocks cost time: a GPU reads each list for at least 64 queries. Where a model copies
+    /// token by token, as SmolLM2 does code, only blocks of 1 are of use (`docs/routed_attention.md`): what the block before has read is
+    /// not what the next query looks for.
     pub fn causal_choice(mut self, causal: bool) -> Self {
         self.causal_choice = causal;
         self
