@@ -100,6 +100,6 @@ fn models_go_on_from_one_prompt() -> Result<()> {
         layer.cache().clusters().expect("there are clusters").labels.dims()[2]
     };
     assert!(clustered(&few) > clustered(&model));
-    assert!(likeliest(&Tensor::new(&[[0f32, 3.0, 2.0]], &Device::Cpu)?)? == 1);
+    assert_eq!(likeliest(&Tensor::new(&[[0f32, 3.0, 2.0]], &Device::Cpu)?)?, 1);
     Ok(())
 }

@@ -26,7 +26,7 @@ use models::{
     progress::progress,
     smollm2,
     timing::seconds,
-    CODE,
+    PROSE,
 };
 use std::{
     fs,
@@ -46,7 +46,7 @@ struct Args {
     #[arg(long, default_value = "SmolLM2-135M-Instruct.Q4_1.gguf")]
     model: PathBuf,
     /// The text to continue
-    #[arg(long, default_value = CODE)]
+    #[arg(long, default_value = PROSE)]
     text: PathBuf,
     /// Its tokens that are read
     #[arg(long, default_value_t = 2000)]
