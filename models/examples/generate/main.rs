@@ -3,10 +3,10 @@
 //! ```text
 //! RUSTFLAGS="-C target-cpu=native" cargo run --release -p models --example generate -- --model SmolLM2-135M-Instruct.Q4_1.gguf
 //! ```
-//! The prompt is read once. Each text goes on from there with the likeliest tokens. Then each budget is asked for the next token along the
-//! full cache's text, too, since one token that differs makes another text of the rest. Candle's products with quantized weights use vector
-//! instructions only where they are compiled for them, and round activations to eight bits, which makes of any difference in a last bit one
-//! of that size: the texts of the two full caches can part as well.
+//! The prompt is read once. Each text goes on from there with the likeliest token. Then each budget is asked for the next token along the
+//! full cache's text, too, since one token that differs makes another text of the rest. Candle's products with quantized weights round
+//! activations to eight bits, which makes of any difference in a last bit one of that size: the texts of the two full caches can part as
+//! well.
 
 // The models name these as parts of their own crate.
 extern crate candle_core as candle;
