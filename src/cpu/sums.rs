@@ -326,11 +326,11 @@ fn add_rows<const R: usize>(rows: &[&[f32]; R], sums: &mut [f64], least: &mut [u
     }
     for c in 0..d {
         let (mut sum, mut low, mut high) = (0.0, least[c], most[c]);
-        for r in 0..R {
-            let magnitude = of[r][c].to_bits() & 0x7fff_ffff;
+        for row in of {
+            let magnitude = row[c].to_bits() & 0x7fff_ffff;
             low = low.min(magnitude.wrapping_sub(1));
             high = high.max(magnitude);
-            sum += of[r][c] as f64;
+            sum += row[c] as f64;
         }
         sums[c] += sum;
         (least[c], most[c]) = (low, high);
