@@ -15,6 +15,10 @@ const CODES: [KvCodes; 3] = [
 ];
 /// Codes for whose entries few tokens are enough.
 const FEW: KvCodes = CODES[0];
+/// Keys, values and labels.
+type Head = (Vec<f64>, Vec<f64>, Vec<usize>);
+type Change<'a> = &'a dyn Fn(&mut ClusteredKvCache);
+
 /// Pairs of tokens of a segment.
 const PAIRS: usize = 20;
 const CLUSTERS: usize = 11;
@@ -43,7 +47,7 @@ fn exact_tokens(device: &Device, rng: &mut ChaCha8Rng) -> [Tensor; 3] {
         (keys, values, labels.repeat(2))
     };
     let heads: Vec<_> = (0..4).map(|_| of_head()).collect();
-    let rows = |pick: fn(&(Vec<f64>, Vec<f64>, Vec<usize>)) -> &Vec<f64>| {
+    let rows = |pick: fn(&Head) -> &Vec<f64>| {
         let all = heads.iter().flat_map(|head| pick(head).clone());
         Tensor::from_iter(all, device).unwrap().reshape((2, 2, 2 * PAIRS, 8)).unwrap()
     };
@@ -110,7 +114,7 @@ fn codes_are_forgotten_and_moved_as_tokens_are() {
         let n = all[0].current_seq_len();
         assert_eq!(n, SINKS + 4 * PAIRS + RECENT + 5);
         let index = Tensor::new(&[1u32, 0, 1], &device).unwrap();
-        let changes: [(&str, &dyn Fn(&mut ClusteredKvCache)); 9] = [
+        let changes: [(&str, Change); 9] = [
             ("nothing", &|_| {}),
             ("recent tokens cut", &|c| c.truncate(n - 4).unwrap()),
             ("a segment cut", &|c| c.truncate(SINKS + 3 * PAIRS + 1).unwrap()),
