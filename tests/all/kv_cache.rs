@@ -57,8 +57,8 @@ pub fn spec(cache: &ClusteredKvCache, q: &Tensor, budget: (usize, bool, bool)) -
         let spreads: Vec<_> = clusters.iter().map(|c| spread(keys, c)).collect();
         for row in 0..rows {
             let scores = |q: &[f64]| {
-                let bound =
-                    |((k, _), spread): (&(Vec<f64>, _), _)| SCALE * (dot(q, k) + 3.0 * dot(q, q).sqrt() * spread);
+                let reach = if estimate { 3.0 * dot(q, q).sqrt() } else { 0.0 };
+                let bound = |((k, _), spread): (&(Vec<f64>, _), _)| SCALE * (dot(q, k) + reach * spread);
                 means.iter().zip(&spreads).map(bound).collect::<Vec<_>>()
             };
             let rank: Vec<f64> = if shared {

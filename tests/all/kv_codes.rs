@@ -46,7 +46,7 @@ fn exact_tokens(device: &Device, rng: &mut ChaCha8Rng) -> [Tensor; 3] {
         let (keys, values) = (rows(), rows());
         (keys, values, labels.repeat(2))
     };
-    let heads: Vec<_> = (0..4).map(|_| of_head()).collect();
+    let heads: Vec<Head> = (0..4).map(|_| of_head()).collect();
     let rows = |pick: fn(&Head) -> &Vec<f64>| {
         let all = heads.iter().flat_map(|head| pick(head).clone());
         Tensor::from_iter(all, device).unwrap().reshape((2, 2, 2 * PAIRS, 8)).unwrap()

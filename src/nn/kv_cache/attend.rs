@@ -21,7 +21,18 @@ const BLOCK: usize = 1 << 24;
 
 /// A cluster ranks by its mean key's score and so many standard deviations of its keys: by the best that it may hold, as arms of a bandit do
 /// by their upper confidence bound (Lai and Robbins 1985). A cluster that is spread out hides tokens that its mean does not show.
-pub(super) const REACH: f64 = 3.0;
+const REACH: f64 = 3.0;
+
+impl KvBudget {
+    /// Standard deviations by which clusters rank. Where nothing is estimated, what is read has to be what weighs most, and a cluster that is
+    /// spread out is mostly tokens that weigh little: the mean alone ranks it.
+    pub(super) fn reach(&self) -> f64 {
+        match self.estimate {
+            true => REACH,
+            false => 0.0,
+        }
+    }
+}
 
 /// The product of a query and a key becomes a score by these, before the softmax.
 #[derive(Clone, Copy, Default)]
@@ -41,7 +52,7 @@ impl ClusteredKvCache {
     ///
     /// `heads` is a multiple of the cache's; neighbouring ones share a key head. Sinks and recent tokens are read exactly.
     /// Clusters are ranked by a bound of their tokens' scores, that of the mean key and 3 standard deviations of the keys along the query as
-    /// if all columns had the same, and their tokens read in that order, exactly [`tokens`](KvBudget::new) of them, the last cluster in part. What remains of the others enters the same softmax with the
+    /// if all columns had the same (without estimates by the mean key alone), and their tokens read in that order, exactly [`tokens`](KvBudget::new) of them, the last cluster in part. What remains of the others enters the same softmax with the
     /// mean key, the mean value and the number of tokens left. Where the budget suffices for all tokens, as before the
     /// first segment, this is attention.
     ///
@@ -142,7 +153,7 @@ impl ClusteredKvCache {
             coded_values: coded.values.request(),
             offsets: &coded.offsets,
             spreads: &coded.spreads,
-            reach: REACH,
+            reach: budget.reach(),
             budget: budget.tokens.min(coded.len()),
             shared: budget.shared,
             estimate: budget.estimate && budget.tokens < coded.len(),
@@ -177,7 +188,7 @@ impl ClusteredKvCache {
                 mean_keys: c.mean_keys.codes(),
                 mean_values: c.mean_values.codes(),
                 spreads: &c.spreads,
-                reach: REACH,
+                reach: budget.reach(),
                 budget: budget.tokens,
                 shared: budget.shared,
                 estimate: budget.estimate,

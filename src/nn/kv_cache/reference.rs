@@ -1,6 +1,6 @@
 //! Attention to chosen tokens by Candle's ops: where there is no kernel for it, and what kernels are tested against.
 
-use super::{attend::REACH, CodedTokens, KvBudget, KvClusters, Stored};
+use super::{CodedTokens, KvBudget, KvClusters, Stored};
 use crate::{
     error::Result,
     nn::parts::{chosen_tokens, masked_fill, to_accumulate_dtype},
@@ -50,7 +50,7 @@ impl Choice {
         let sizes = sizes.unsqueeze(1)?.broadcast_as((p, units, k))?.contiguous()?;
         let (mut read, mut left) = (None, sizes.clone());
         if budget.tokens > 0 {
-            let bounds = (&scores + beyond_means(&flat, &clusters.spreads.flatten(0, 1)?)?)?;
+            let bounds = (&scores + beyond_means(&flat, &clusters.spreads.flatten(0, 1)?, budget.reach())?)?;
             let mut rank = masked_fill(&empty, &capped(&bounds, softcap)?, f64::NEG_INFINITY)?;
             if budget.shared {
                 rank = softmax_last_dim(&rank)?.reshape((p, rows, group, k))?.sum(2)?;
@@ -74,11 +74,11 @@ impl Choice {
     }
 }
 
-/// What ranks a cluster above its mean key, `(p, n, k)`: [`REACH`] for scaled `queries` `(p, n, d)` and `spreads` `(p, k)`. Nothing where that
+/// What ranks a cluster above its mean key, `(p, n, k)`: so many standard deviations, for scaled `queries` `(p, n, d)` and `spreads` `(p, k)`. Nothing where that
 /// is beyond the type.
-fn beyond_means(queries: &Tensor, spreads: &Tensor) -> Result<Tensor> {
+fn beyond_means(queries: &Tensor, spreads: &Tensor, reach: f64) -> Result<Tensor> {
     let norms = queries.to_dtype(spreads.dtype())?.sqr()?.sum_keepdim(2)?.sqrt()?;
-    let beyond = (norms * REACH)?.broadcast_mul(&spreads.unsqueeze(1)?)?;
+    let beyond = (norms * reach)?.broadcast_mul(&spreads.unsqueeze(1)?)?;
     Ok(beyond.lt(f64::INFINITY)?.where_cond(&beyond, &beyond.zeros_like()?)?)
 }
 
