@@ -47,7 +47,7 @@ struct Args {
     #[arg(long, default_value_t = 8)]
     group: usize,
     /// Most tokens of the prompt that are clustered together; of several, clusters of each are compared
-    #[arg(long, value_delimiter = ',', default_values_t = [4096])]
+    #[arg(long, value_delimiter = ',', default_values_t = [2048])]
     max_segment: Vec<usize>,
     /// Keep clustered tokens as codes, too: columns of a piece and bits of its code, of keys and of values, as 4x8,4x8
     #[arg(long, value_name = "KEYS,VALUES", value_parser = codes)]

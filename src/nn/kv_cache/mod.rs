@@ -110,9 +110,9 @@ struct Settings {
 
 impl ClusteredKvCache {
     /// An empty cache with room for `max_seq_len` tokens, growing by as many. 4 sinks, at least 64 recent tokens, 8 tokens
-    /// a cluster on average, segments of 128 to 4,096 tokens, 4 passes of k-means.
+    /// a cluster on average, segments of 128 to 2,048 tokens, 4 passes of k-means.
     pub fn new(max_seq_len: usize) -> Self {
-        let (segment, max_segment) = (128, 4096);
+        let (segment, max_segment) = (128, 2048);
         let settings = Settings { sinks: 4, recent: 64, cluster_size: 8, segment, max_segment, passes: 4, codes: None };
         let (fence, memory) = (Fence::default(), Memory::kept());
         let (stored, clusters, coded, padding) = (None, None, None, None);
