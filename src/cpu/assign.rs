@@ -254,11 +254,11 @@ impl<T: Element> NullaryFnOnce for Offer<'_, T> {
     }
 }
 
-/// `out = rows * values`, row-major, on this thread alone: the rows of a tile already run in parallel.
+/// `out = rows * values^T`, row-major, on this thread alone: the rows of a tile already run in parallel.
 fn multiply<S: Scalar>(rows: &[S], values: &[S], d: usize, out: &mut [S]) {
     let (m, width) = (rows.len() / d, values.len() / d);
     assert_eq!(out.len(), m * width);
-    // SAFETY: the three slices hold m x d, d x width and m x width elements with the strides given, and `out` is
+    // SAFETY: the three slices hold m x d, width x d and m x width elements with the strides given, and `out` is
     // borrowed mutably, so it overlaps neither operand.
     unsafe {
         gemm::gemm(
@@ -273,8 +273,8 @@ fn multiply<S: Scalar>(rows: &[S], values: &[S], d: usize, out: &mut [S]) {
             1,
             d as isize,
             values.as_ptr(),
+            d as isize,
             1,
-            width as isize,
             S::of(0.0),
             S::of(1.0),
             false,

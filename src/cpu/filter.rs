@@ -30,7 +30,7 @@
 //! is set apart ([`Centroids::apart_may_win`]).
 
 use super::{
-    scalar::{hash, lanes, magnitude, Scalar, LANES},
+    scalar::{hash, lanes, magnitude, Scalar},
     tensors::{Element, View},
 };
 use crate::{error::Result, host, metric::Metric, tiles::CPU_CENTROIDS};
@@ -42,7 +42,7 @@ pub(crate) struct Centroids<S> {
     centre: Vec<S>,
     /// Then rows are multiplied by this power of two, so that squares neither overflow nor vanish.
     scale: Option<S>,
-    /// `(scored, d)`: centred and scaled, or normalised. For products each block is transposed, as they read it.
+    /// `(scored, d)`: centred and scaled, or normalised.
     pub values: Vec<S>,
     /// Half the squared norms; zero for the other metrics.
     pub bias: Vec<S>,
@@ -136,14 +136,6 @@ impl<S: Scalar> Centroids<S> {
                 let largest = block.iter().map(norm_of).fold(0.0, f64::max);
                 blocks.push(Block::new::<S>(from..from + block.len(), largest, metric, d));
             }
-        }
-        if metric != Metric::Manhattan {
-            let mut transposed = host::filled("assign", values.len(), S::of(0.0))?;
-            for Block { scored, .. } in &blocks {
-                let range = scored.start * d..scored.end * d;
-                transpose(&values[range.clone()], d, &mut transposed[range]);
-            }
-            values = transposed;
         }
         // Only the length of a difference says which are too far away.
         let by_length = matches!(metric, Metric::SquaredEuclidean | Metric::Manhattan);
@@ -332,16 +324,6 @@ fn median<T: Element>(c: &View<'_, T>, batch: usize, kept: &[u32]) -> Vec<T::Fil
     let half = T::Filter::of(0.5);
     let (low, high) = (&rows[few.saturating_sub(1) / 2 * d..], &rows[few / 2 * d..]);
     low.iter().zip(high).take(d).map(|(a, b)| a.mul(half).add(b.mul(half))).collect()
-}
-
-/// Rows of `d` columns as columns.
-fn transpose<S: Scalar>(rows: &[S], d: usize, columns: &mut [S]) {
-    let n = rows.len() / d;
-    for (few, first) in rows.chunks(LANES * d).zip((0..).step_by(LANES)) {
-        for (c, column) in columns.chunks_exact_mut(n).enumerate() {
-            column[first..].iter_mut().zip(few.chunks_exact(d)).for_each(|(to, row)| *to = row[c]);
-        }
-    }
 }
 
 /// A square that an eighth of them are below: what is far above it may be data, and what is far below next to nothing.

@@ -316,8 +316,9 @@ fn codes_take_a_quarter() {
             + m
             + clusters * (2 * d + 2 * 4)
             + 4 * (2 * clusters + 1)
-            + 2 * 2 * d * 16
-            + 2 * 2 * d * 69;
+            + 2 * d * 16
+            + 2 * d * 256
+            + 2 * 2 * d * 68;
         assert_eq!(m, 11_932);
         assert_eq!(cache.bytes(), 2 * of_head);
         assert!(4 * cache.bytes() < 2 * n * 2 * d * 2);

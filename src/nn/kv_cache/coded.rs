@@ -58,8 +58,9 @@ impl CodedTokens {
                 codes.values,
                 before.map(|b| &b.values.quantizer),
             )?,
-            offsets: clusters.offsets.contiguous()?,
-            spreads: clusters.spreads.contiguous()?,
+            // Copies: what these are parts of would stay with them.
+            offsets: clusters.offsets.force_contiguous()?,
+            spreads: clusters.spreads.force_contiguous()?,
             labels: clusters.labels.broadcast_sub(&first_clusters(&segments, keys)?)?.to_dtype(DType::U8)?,
             segments: segments.into(),
         };
@@ -122,6 +123,7 @@ impl CodedTokens {
         let labels = self.labels.narrow(2, kept.start, kept.len())?.contiguous()?;
         let whole = labels.to_dtype(DType::U32)?.broadcast_add(&first_clusters(&segments, &labels)?)?;
         let (kept_order, offsets) = sort_by_cluster(&whole, clusters.len())?;
+        let offsets = offsets.force_contiguous()?;
         // Where each token that is left was in the order, in the order that is left.
         let start = Tensor::new(kept.start as u32, labels.device())?;
         let at = inverse_order(&order)?.gather(&kept_order.broadcast_add(&start)?, 2)?;
