@@ -197,7 +197,6 @@ pub(crate) struct Codes<'a> {
 }
 
 impl Codes<'_> {
-    #[cfg_attr(feature = "cuda", allow(dead_code))]
     pub const ZERO: u8 = 128;
 }
 

@@ -2,9 +2,9 @@
 // means.
 //
 // The blocks of a unit share its clusters and the rows it reads. They (1) bound the scores of the clusters' keys by
-// their means and spreads, (2) each rank all clusters, choose the best up to a budget of tokens, and read keys and values of their share
-// of the listed tokens where they lie, and the mean values of their clusters, and (3) add up what they have (Dao et al.
-// 2023, "Flash-Decoding"). Between these stages they wait for each other: as a thread block cluster in one launch where
+// their means and spreads, (2) each rank all clusters, choose the best up to a budget of tokens, and read keys and
+// values of their share of the listed tokens where they lie, and the mean values of their clusters, and (3) add up what
+// they have (Dao et al. 2023, "Flash-Decoding"). Between these stages they wait for each other: as a thread block cluster in one launch where
 // there are such, else every stage is a launch. Traffic: the mean keys and mean values, a byte a column, and the listed
 // keys and values, once for all query heads that share them.
 #include "attention/fragments.cuh"

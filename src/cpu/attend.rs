@@ -10,8 +10,9 @@
 use super::{
     clusters::{logs, Clusters},
     lanes::Lane,
+    parts::{attend_parts, Heads},
     scalar::Scalar,
-    softmax::{clear, join, score, state_len, weigh},
+    softmax::{clear, score, weigh},
     tensors::{lock, or, tensor, typed, Element, View},
     tile::{padded, CodedRows, Scores, Tile, TILE},
 };
@@ -119,7 +120,6 @@ where
     T::Filter: Lane,
 {
     fn attend(&self) -> Result<Vec<T>> {
-        let (problems, width, state) = (self.keys.rows.b, self.values.rows.d, state_len(self.values.rows.d));
         let choice = match &self.clusters {
             Some(c) => {
                 let scores = self.scores(c)?;
@@ -127,45 +127,12 @@ where
             }
             None => Choice { scores: vec![], lists: vec![] },
         };
-        // The heads that read each part, and where their states lie, in the same order for each problem.
-        let parts = self.parts();
-        let len = parts.iter().map(|(_, heads)| heads.len() * state).sum::<usize>();
-        let mut states = host::filled(OP, problems * len, T::Filter::of(0.0))?;
-        let tasks = states.chunks_mut(len).enumerate().flat_map(|(p, mut states)| {
-            let task = |(part, heads): &(Part, Range<usize>)| {
-                let (mine, rest) = std::mem::take(&mut states).split_at_mut(heads.len() * state);
-                states = rest;
-                (p, part.clone(), heads.clone(), mine)
-            };
-            parts.iter().map(task).collect::<Vec<_>>()
-        });
-        let steps = CPU_ATTEND_ROWS.min(self.tokens) * (self.keys.rows.d + width) / 2;
-        host::for_each(
-            tasks.collect(),
-            steps,
-            || self.scratch(),
-            |scratch, (p, part, heads, state)| {
-                pulp::Arch::new().dispatch(Read { cache: self, choice: &choice, p, part, heads, state, scratch });
-                Ok(())
-            },
-        )?;
-
-        let mut out = host::filled(OP, problems * self.group * width, T::narrow(0.0))?;
-        let heads = out.chunks_mut(width).enumerate().collect();
-        let join = |sums: &mut Vec<T::Filter>, (i, out): (usize, &mut [T])| {
-            let (of, head) = (&states[i / self.group * len..][..len], i % self.group);
-            let mut at = 0;
-            let states = parts.iter().filter_map(|(_, heads)| {
-                let start = at + head.wrapping_sub(heads.start).wrapping_mul(state);
-                at += heads.len() * state;
-                heads.contains(&head).then(|| &of[start..start + state])
-            });
-            join(states.collect::<Vec<_>>().iter().copied(), sums);
-            out.iter_mut().zip(sums).for_each(|(out, sum)| *out = T::narrow(sum.widen()));
-            Ok(())
+        let read = |scratch: &mut Scratch<T::Filter>, p, part, heads, state: &mut [T::Filter]| {
+            pulp::Arch::new().dispatch(Read { cache: self, choice: &choice, p, part, heads, state, scratch });
         };
-        host::for_each(heads, parts.len() * width / 4, || vec![T::Filter::of(0.0); width], join)?;
-        Ok(out)
+        let heads = Heads { problems: self.keys.rows.b, group: self.group, width: self.values.rows.d };
+        let steps = CPU_ATTEND_ROWS.min(self.tokens) * (self.keys.rows.d + heads.width) / 2;
+        attend_parts(OP, heads, &self.parts(), steps, || self.scratch(), read)
     }
 
     fn parts(&self) -> Vec<(Part, Range<usize>)> {

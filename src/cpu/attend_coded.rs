@@ -12,9 +12,10 @@ use super::{
     attend::queries,
     clusters::{bounds, logs, Ranks},
     lanes::Lane,
+    parts::{attend_parts, Heads},
     product_codes::{look_up, CodedView, BYTE},
     scalar::Scalar,
-    softmax::{clear, join, state_len},
+    softmax::{clear, state_len},
     tensors::{lock, tensor, typed, Element, View},
     tile::{padded, CodedRows, Scores, TILE},
     weigh::{add, add_to_heads, dot, weigh_heads},
@@ -90,7 +91,7 @@ struct Cache<'a, T: Element> {
     of: &'a CodedAttention<'a>,
 }
 
-/// What a unit reads.
+/// A unit reads this of the codes.
 #[derive(Default)]
 struct Choice {
     /// Clusters, and how many of their tokens, the first ones.
@@ -114,46 +115,16 @@ where
     T::Filter: Lane,
 {
     fn attend(&self) -> Result<Vec<T>> {
-        let (problems, width, state) = (self.keys.rows.b, self.values.rows.d, state_len(self.values.rows.d));
         let scores = self.scores()?;
         let choices = self.choose(&scores)?;
-        // The heads that read each part, and where their states lie, in the same order for each problem.
-        let parts = self.parts();
-        let len = parts.iter().map(|(_, heads)| heads.len() * state).sum::<usize>();
-        let mut states = host::filled(OP, problems * len, T::Filter::of(0.0))?;
-        let tasks = states.chunks_mut(len).enumerate().flat_map(|(p, mut states)| {
-            let task = |(part, heads): &(Part, Range<usize>)| {
-                let (mine, rest) = std::mem::take(&mut states).split_at_mut(heads.len() * state);
-                states = rest;
-                (p, part.clone(), heads.clone(), mine)
-            };
-            parts.iter().map(task).collect::<Vec<_>>()
-        });
-        let read = |scratch: &mut Scratch<T::Filter>, (p, part, heads, state): (_, _, _, &mut [_])| {
+        let read = |scratch: &mut Scratch<T::Filter>, p, part, heads, state: &mut [T::Filter]| {
             let (scores, choices) = (&scores, &choices);
             pulp::Arch::new().dispatch(Read { cache: self, scores, choices, p, part, heads, state, scratch });
-            Ok(())
         };
         let steps = CPU_ATTEND_ROWS * (self.coded_keys.bytes + self.coded_values.bytes);
         let scratch = || Scratch { row: vec![], scores: vec![], entries: vec![], tables: vec![] };
-        host::for_each(tasks.collect(), steps, scratch, read)?;
-
-        let mut out = host::filled(OP, problems * self.group * width, T::narrow(0.0))?;
-        let heads = out.chunks_mut(width).enumerate().collect();
-        let join = |sums: &mut Vec<T::Filter>, (i, out): (usize, &mut [T])| {
-            let (of, head) = (&states[i / self.group * len..][..len], i % self.group);
-            let mut at = 0;
-            let states = parts.iter().filter_map(|(_, heads)| {
-                let start = at + head.wrapping_sub(heads.start).wrapping_mul(state);
-                at += heads.len() * state;
-                heads.contains(&head).then(|| &of[start..start + state])
-            });
-            join(states.collect::<Vec<_>>().iter().copied(), sums);
-            out.iter_mut().zip(sums).for_each(|(out, sum)| *out = T::narrow(sum.widen()));
-            Ok(())
-        };
-        host::for_each(heads, parts.len() * width / 4, || vec![T::Filter::of(0.0); width], join)?;
-        Ok(out)
+        let heads = Heads { problems: self.keys.rows.b, group: self.group, width: self.values.rows.d };
+        attend_parts(OP, heads, &self.parts(), steps, scratch, read)
     }
 
     fn parts(&self) -> Vec<(Part, Range<usize>)> {
@@ -189,7 +160,7 @@ where
         Ok(scores)
     }
 
-    /// What each unit reads of each problem.
+    /// The choices of the units of each problem.
     fn choose(&self, scores: &[Scores<T::Filter>]) -> Result<Vec<Choice>> {
         let (k, tiles, group) = (self.k, self.tiles(), self.group);
         let mut choices: Vec<Choice> = (0..self.keys.rows.b * self.units).map(|_| Choice::default()).collect();
@@ -222,7 +193,7 @@ where
         Ok(choices)
     }
 
-    /// Where the scores of the tile of a cluster are.
+    /// The index of the scores of a cluster's tile.
     #[inline(always)]
     fn tile(&self, p: usize, j: usize, head: usize) -> usize {
         (p * self.tiles() + j / TILE) * self.group + head

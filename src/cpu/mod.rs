@@ -8,6 +8,7 @@ mod clusters;
 mod filter;
 mod lanes;
 mod median;
+mod parts;
 mod product_codes;
 mod rows;
 mod scalar;

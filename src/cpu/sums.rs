@@ -45,7 +45,7 @@ impl<T: Element> Sorted<'_, T> {
         self.all_count(b) || self.x.row(b, row).iter().fold(true, |all, v| all & v.wide().is_finite())
     }
 
-    /// Whether all rows of a problem are known to count.
+    /// True if all rows of a problem are known to count.
     pub(super) fn all_count(&self, b: usize) -> bool {
         self.first_nonfinite[b] == u32::MAX
     }
@@ -290,14 +290,15 @@ impl<T: Element> NullaryFnOnce for AddInF64<'_, T> {
         for first in positions.clone().step_by(TOGETHER) {
             rows.prefetch(b, first + AHEAD..first + AHEAD + TOGETHER);
             let mut together = [&[][..]; TOGETHER];
-            let there = (positions.end - first).min(TOGETHER);
-            for (i, (row, widened)) in together.iter_mut().zip(widened.chunks_exact_mut(d)).enumerate().take(there) {
+            let rows_left = (positions.end - first).min(TOGETHER);
+            for (i, (row, widened)) in together.iter_mut().zip(widened.chunks_exact_mut(d)).enumerate().take(rows_left)
+            {
                 *row = T::as_f32(rows.x.row(b, rows.row(b, first + i)), widened).expect("not f64");
             }
-            if there == TOGETHER {
+            if rows_left == TOGETHER {
                 add_rows(&together, sums, least, most);
             } else {
-                together[..there].iter().for_each(|&row| add_rows(&[row], sums, least, most));
+                together[..rows_left].iter().for_each(|&row| add_rows(&[row], sums, least, most));
             }
         }
         // By exponents, of which those of subnormal numbers are that of the least normal one.
@@ -309,7 +310,7 @@ impl<T: Element> NullaryFnOnce for AddInF64<'_, T> {
             most_bits = most_bits.max(most - least.min(most));
             (largest, lowest) = (largest.max(most), lowest.min(least));
         }
-        // What is not finite has the largest exponent. A sum of few planes rounds terms below them down, one by one.
+        // NaN and infinities have the largest exponent. A sum of few planes rounds terms below them down, one by one.
         let unit = rows.planes.map_or(i32::MIN, |_| rows.grid(rows.max_abs[b]).unit());
         most_bits + bits <= f64::MANTISSA_DIGITS && largest < 255 && lowest as i32 - 150 >= unit
     }

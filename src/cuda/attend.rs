@@ -35,7 +35,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
     let rows = [a.keys, a.values, c.mean_keys.bytes, c.mean_values.bytes];
     let numbers = [c.mean_keys.scales, c.mean_values.scales, c.spreads];
     let lists = [&c.order.order, &c.order.offsets];
-    let here = rows.iter().all(|&t| t.is_contiguous() && in_eights(t))
+    let readable = rows.iter().all(|&t| t.is_contiguous() && in_eights(t))
         && numbers.into_iter().chain(lists).chain([a.q]).all(Tensor::is_contiguous);
     let counted = a.tokens.max(clustered).saturating_add(k) < 1 << 31;
     let name = match d {
@@ -43,7 +43,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
         128 => "attend_128",
         _ => return Ok(None),
     };
-    if a.q.dtype() == DType::F64 || a.values.dim(3)? != d || c.budget == 0 || !here || !counted {
+    if a.q.dtype() == DType::F64 || a.values.dim(3)? != d || c.budget == 0 || !readable || !counted {
         return Ok(None);
     }
     let q = if in_eights(a.q) { a.q.clone() } else { a.q.force_contiguous()? };

@@ -47,7 +47,7 @@ impl KvBudget {
         self
     }
 
-    /// Whether this reads less than all of the `clustered` tokens of a key head, of `bytes` in all heads, whose query heads choose in so many
+    /// True if this reads less than all of the `clustered` tokens of a key head, of `bytes` in all heads, whose query heads choose in so many
     /// `units`, where to read all has a kernel (`dense`) or has none. One row counts, so that what rows see does not depend on their number.
     pub(super) fn reads_less(
         &self,

@@ -221,7 +221,7 @@ impl ClusteredKvCache {
         Ok(())
     }
 
-    /// What each layer holds with the `segments` of the waiting tokens, `k` clusters in all; `keys` and `labels` are stacked along the batch.
+    /// The clusters or codes of each layer with the `segments` of the waiting tokens, `k` clusters in all; `keys` and `labels` are stacked along the batch.
     fn with_segments(
         layers: &[&mut Self],
         keys: &Tensor,
@@ -279,7 +279,7 @@ fn spreads(keys: &Tensor, means: &Tensor, order: &Order, sizes: &Tensor) -> Resu
     Ok((sums / counts)?.sqrt()?.to_dtype(dtype)?)
 }
 
-/// What a layer holds once its waiting tokens are clustered.
+/// A layer holds one of these once its waiting tokens are clustered.
 enum Part {
     Clusters(KvClusters),
     Codes(CodedTokens, Stored),
@@ -366,12 +366,12 @@ fn named_by_token(error: Error, segments: usize, len: usize, first: usize) -> Er
 
 /// The tokens `range` of all layers, stacked along the batch.
 fn stacked(layers: &[&mut ClusteredKvCache], pick: fn(&Stored) -> &Tensor, range: &Range<usize>) -> Result<Tensor> {
-    let of = |layer: &&mut ClusteredKvCache| {
+    let rows = |layer: &&mut ClusteredKvCache| {
         let stored = layer.stored.as_ref().expect("tokens wait");
         Ok(pick(stored).narrow(2, layer.stored_rows(range.clone()).start, range.len())?)
     };
     match layers {
-        [layer] => of(layer),
-        _ => Ok(Tensor::cat(&layers.iter().map(of).collect::<Result<Vec<_>>>()?, 0)?),
+        [layer] => rows(layer),
+        _ => Ok(Tensor::cat(&layers.iter().map(rows).collect::<Result<Vec<_>>>()?, 0)?),
     }
 }

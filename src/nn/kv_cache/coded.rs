@@ -154,8 +154,8 @@ impl CodedTokens {
     /// The keys and values at the places `at`, u32 `(batch, kv_heads, n)`, of tokens with these `labels` there.
     pub(super) fn decoded_at(&self, at: &Tensor, labels: &Tensor) -> Result<[Tensor; 2]> {
         let labels = &labels.contiguous()?.gather(at, 2)?;
-        let of = |rows: &CodedRows| rows.decode(&rows.codes_at(at)?, labels);
-        Ok([of(&self.keys)?, of(&self.values)?])
+        let decoded = |rows: &CodedRows| rows.decode(&rows.codes_at(at)?, labels);
+        Ok([decoded(&self.keys)?, decoded(&self.values)?])
     }
 
     /// The keys or the values of all tokens, in the order of the sequence.
@@ -182,8 +182,8 @@ impl CodedTokens {
 
     /// The tensors of a file, by name.
     pub(super) fn tensors(&self) -> impl Iterator<Item = (String, &Tensor)> {
-        let of = |rows: &'static str, names: [&'static str; 4]| names.map(|name| format!("{rows}_{name}"));
-        let names = ["keys", "values"].map(|rows| of(rows, CodedRows::NAMES));
+        let prefixed = |rows: &'static str, names: [&'static str; 4]| names.map(|name| format!("{rows}_{name}"));
+        let names = ["keys", "values"].map(|rows| prefixed(rows, CodedRows::NAMES));
         let rows = names.into_iter().zip([&self.keys, &self.values]);
         let rows = rows.flat_map(|(names, rows)| names.into_iter().zip(rows.tensors()));
         rows.chain(

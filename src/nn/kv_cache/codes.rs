@@ -69,8 +69,8 @@ impl KvCodes {
                 return Err(Error::Value { argument: "codes", got: bits as f64, expected: "4 or 8 bits" });
             }
             // Two codes of 4 bits make a byte.
-            let of = columns.saturating_mul(8 / bits);
-            if of == 0 || !d.is_multiple_of(of) {
+            let per_byte = columns.saturating_mul(8 / bits);
+            if per_byte == 0 || !d.is_multiple_of(per_byte) {
                 let (got, with) =
                     (format!("{bits} bits for {columns} columns"), format!("{what} of {d}, not of whole bytes"));
                 return Err(Error::Conflict { argument: "codes", got, with });
@@ -110,13 +110,13 @@ impl CodedRows {
             None => {
                 let count = n.min(TRAINED_ON);
                 let spaced = Tensor::from_iter((0..count).map(|i| (i * n / count) as u32), x.device())?;
-                let of = |t: &Tensor| t.index_select(&spaced, 2);
-                trained(&rest(&of(order)?, &of(labels)?)?, pieces)?
+                let sample = |t: &Tensor| t.index_select(&spaced, 2);
+                trained(&rest(&sample(order)?, &sample(labels)?)?, pieces)?
             }
         };
         let codes = (0..n).step_by(AT_ONCE).map(|start| {
-            let of = |t: &Tensor| t.narrow(2, start, AT_ONCE.min(n - start))?.contiguous();
-            packed(&quantizer.encode_u8(&rest(&of(order)?, &of(labels)?)?)?, pieces)
+            let block = |t: &Tensor| t.narrow(2, start, AT_ONCE.min(n - start))?.contiguous();
+            packed(&quantizer.encode_u8(&rest(&block(order)?, &block(labels)?)?)?, pieces)
         });
         let codes = Tensor::cat(&codes.collect::<Result<Vec<_>>>()?, 2)?;
         Ok(Self { codes, quantizer, means: means.clone() })
@@ -148,9 +148,9 @@ impl CodedRows {
         let (entries, n) = (self.quantizer.codebook().centroids(), labels.dims()[2]);
         let means = self.means.dequantize(entries.dtype())?;
         let rows = (0..n).step_by(AT_ONCE).map(|start| {
-            let of = |t: &Tensor| t.narrow(2, start, AT_ONCE.min(n - start))?.contiguous();
-            let rest = self.quantizer.decode(&unpacked(&of(codes)?, self.quantizer.m())?)?;
-            Ok((rest + rows_of(&means, &of(labels)?)?)?)
+            let block = |t: &Tensor| t.narrow(2, start, AT_ONCE.min(n - start))?.contiguous();
+            let rest = self.quantizer.decode(&unpacked(&block(codes)?, self.quantizer.m())?)?;
+            Ok((rest + rows_of(&means, &block(labels)?)?)?)
         });
         Ok(Tensor::cat(&rows.collect::<Result<Vec<_>>>()?, 2)?)
     }

@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor, D};
 /// The largest whole number that a byte holds beside its negative.
 const MOST: f64 = 127.0;
 /// Bytes have no sign: a code is a number and this.
-const ZERO: f64 = 128.0;
+const ZERO: f64 = Codes::ZERO as f64;
 
 /// Means of clusters, quantised to 8 bits by the largest magnitude of each (symmetric absmax quantisation, as in Dettmers et al. 2022): all
 /// of them are read for every query, and half of an f16's bytes say where clusters are just as well.
