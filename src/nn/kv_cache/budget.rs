@@ -41,7 +41,8 @@ impl KvBudget {
 
     /// Has a CPU read all tokens where the budget would cost no less (default: yes), which is exact. A cluster counts as 1.5
     /// of the clustered tokens, and each token of the budget, once for each query head that chooses by itself, as one or, where all keys
-    /// and values take more than 32 MiB, as 2.5. Without it a budget is kept whatever it costs, as where its error is measured. On a GPU, which has a kernel for clusters alone, it always is.
+    /// and values take more than 32 MiB, as 2.5. Without it a budget is kept whatever it costs, as where its error is measured. On a GPU,
+    /// which has a kernel for clusters alone, it always is.
     pub fn dense_if_cheaper(mut self, yes: bool) -> Self {
         self.dense_if_cheaper = yes;
         self
