@@ -8,13 +8,13 @@
 //! A key head costs `tokens - clustered + budget * units` reads of a key and a value, and one of each mean.
 
 use super::{
-    clusters::{logs, Clusters},
+    clusters::{add_logs, logs, Clusters},
     lanes::Lane,
-    parts::{attend_parts, Heads},
+    parts::{attend_parts, narrowed, Heads},
     scalar::Scalar,
-    softmax::{clear, score, weigh},
-    tensors::{lock, or, tensor, typed, Element, View},
-    tile::{padded, CodedRows, Scores, Tile, TILE},
+    softmax::{clear, read_tokens, read_values, Score, Scratch},
+    tensors::{lock, or, typed, Element, View},
+    tile::{padded, Scores, Tile, TileRows, TILE},
 };
 use crate::{
     error::Result,
@@ -59,8 +59,8 @@ pub(crate) fn attend(a: &Attention<'_>) -> Result<Option<Tensor>> {
         let group = q_heads * b / keys.b;
         let clusters = match a.clusters {
             Some(c) => Some(Clusters {
-                keys: CodedRows::<<T as Element>::Filter> { bytes: key_bytes.flat()?, scales: key_scales.flat()?, n: c.order.k(), d: keys.d },
-                values: CodedRows { bytes: value_bytes.flat()?, scales: value_scales.flat()?, n: c.order.k(), d: values.d },
+                keys: TileRows::of_codes(key_bytes.flat()?, key_scales.flat()?, c.order.k(), keys.d),
+                values: TileRows::of_codes(value_bytes.flat()?, value_scales.flat()?, c.order.k(), values.d),
                 spreads: spreads.flat()?,
                 order: order.flat()?,
                 offsets: offsets.flat()?,
@@ -70,9 +70,10 @@ pub(crate) fn attend(a: &Attention<'_>) -> Result<Option<Tensor>> {
             }),
             None => None,
         };
-        let cache = Cache::<T> { q: queries(&qs.view::<T>(&q)?, a.scale)?, keys: ks.view(&keys)?, values: vs.view(&values)?, tokens: a.tokens, group, clusters };
+        let rows = [TileRows::of(&ks.view::<T>(&keys)?), TileRows::of(&vs.view::<T>(&values)?)];
+        let cache = Cache { q: queries(&qs.view::<T>(&q)?, a.scale)?, keys: rows[0], values: rows[1], tokens: a.tokens, group, clusters };
         launches::record(OP, a.q.dtype().as_str());
-        Ok(Some(tensor(cache.attend()?, (b, q_heads, values.d))?))
+        Ok(Some(narrowed::<T>(OP, cache.attend()?, (b, q_heads, values.d))?))
     })
 }
 
@@ -87,14 +88,14 @@ pub(super) fn queries<T: Element>(q: &View<'_, T>, scale: f64) -> Result<Vec<T::
 }
 
 /// Problems are key heads.
-struct Cache<'a, T: Element> {
-    q: Vec<T::Filter>,
-    keys: View<'a, T>,
-    values: View<'a, T>,
+struct Cache<'a, E> {
+    q: Vec<E>,
+    keys: TileRows<'a, E>,
+    values: TileRows<'a, E>,
     tokens: usize,
     /// Query heads of a key head.
     group: usize,
-    clusters: Option<Clusters<'a, T::Filter>>,
+    clusters: Option<Clusters<'a, E>>,
 }
 
 /// The part of a problem that one task reads.
@@ -115,11 +116,8 @@ struct Choice<E> {
     lists: Vec<u32>,
 }
 
-impl<T: Element> Cache<'_, T>
-where
-    T::Filter: Lane,
-{
-    fn attend(&self) -> Result<Vec<T>> {
+impl<E: Lane> Cache<'_, E> {
+    fn attend(&self) -> Result<Vec<E>> {
         let choice = match &self.clusters {
             Some(c) => {
                 let scores = self.scores(c)?;
@@ -127,11 +125,11 @@ where
             }
             None => Choice { scores: vec![], lists: vec![] },
         };
-        let read = |scratch: &mut Scratch<T::Filter>, p, part, heads, state: &mut [T::Filter]| {
-            pulp::Arch::new().dispatch(Read { cache: self, choice: &choice, p, part, heads, state, scratch });
+        let read = |scratch: &mut Scratch<E>, p, part, heads, state: &mut [E]| {
+            E::dispatch(Read { cache: self, choice: &choice, p, part, heads, state, scratch });
         };
-        let heads = Heads { problems: self.keys.rows.b, group: self.group, width: self.values.rows.d };
-        let steps = CPU_ATTEND_ROWS.min(self.tokens) * (self.keys.rows.d + heads.width) / 2;
+        let heads = Heads { problems: self.keys.problems, group: self.group, width: self.values.d };
+        let steps = CPU_ATTEND_ROWS.min(self.tokens) * (self.keys.d + heads.width) / 2;
         attend_parts(OP, heads, &self.parts(), steps, || self.scratch(), read)
     }
 
@@ -156,22 +154,22 @@ where
     }
 
     /// The scores of all mean keys, minus infinity for clusters without tokens.
-    fn scores(&self, c: &Clusters<'_, T::Filter>) -> Result<Vec<Scores<T::Filter>>> {
-        let (problems, group, tiles) = (self.keys.rows.b, self.group, c.tiles());
-        let mut scores = host::filled(OP, problems * tiles * group, [T::Filter::of(0.0); TILE])?;
+    fn scores(&self, c: &Clusters<'_, E>) -> Result<Vec<Scores<E>>> {
+        let (problems, group, tiles) = (self.keys.problems, self.group, c.tiles());
+        let mut scores = host::filled(OP, problems * tiles * group, [E::of(0.0); TILE])?;
         let piece_len = CPU_ATTEND_ROWS / TILE * group;
         let pieces = |(p, scores)| {
             <[_]>::chunks_mut(scores, piece_len).enumerate().map(move |(piece, scores)| (p, piece, scores))
         };
         let tasks = scores.chunks_mut(tiles * group).enumerate().flat_map(pieces).collect();
-        let steps = CPU_ATTEND_ROWS.min(c.keys.n) * self.keys.rows.d / 2;
+        let steps = CPU_ATTEND_ROWS.min(c.keys.n) * self.keys.d / 2;
         host::for_each(
             tasks,
             steps,
-            || self.scratch(),
-            |scratch, (p, piece, scores)| {
+            || vec![E::of(0.0); TILE * padded(self.keys.d)],
+            |rows, (p, piece, scores)| {
                 let first = piece * CPU_ATTEND_ROWS;
-                pulp::Arch::new().dispatch(Score { cache: self, clusters: c, p, first, scores, scratch });
+                E::dispatch(ScoreMeans { cache: self, clusters: c, p, first, scores, rows });
                 Ok(())
             },
         )?;
@@ -179,123 +177,87 @@ where
     }
 
     /// The queries of some heads.
-    fn queries(&self, p: usize, heads: &Range<usize>) -> &[T::Filter] {
-        let step = padded(self.keys.rows.d);
+    fn queries(&self, p: usize, heads: &Range<usize>) -> &[E] {
+        let step = padded(self.keys.d);
         &self.q[(p * self.group + heads.start) * step..][..heads.len() * step]
     }
 
-    fn scratch(&self) -> Scratch<T::Filter> {
-        let zero = T::Filter::of(0.0);
-        let columns = padded(self.keys.rows.d.max(self.values.rows.d));
-        Scratch {
-            rows: vec![zero; TILE * columns],
-            scores: vec![[zero; TILE]; self.group],
-            fades: vec![zero; self.group],
-        }
+    fn scratch(&self) -> Scratch<E> {
+        Scratch::new(&self.keys, &self.values, self.group)
     }
 }
 
-/// A task uses this from tile to tile.
-struct Scratch<E> {
-    rows: Vec<E>,
-    scores: Vec<Scores<E>>,
-    fades: Vec<E>,
-}
-
 /// Scores mean keys from `first` on, for all heads. It is a struct for the reason that `Pack` in assign.rs is one.
-struct Score<'a, 'b, T: Element> {
-    cache: &'a Cache<'b, T>,
-    clusters: &'a Clusters<'b, T::Filter>,
+struct ScoreMeans<'a, 'b, E> {
+    cache: &'a Cache<'b, E>,
+    clusters: &'a Clusters<'b, E>,
     p: usize,
     first: usize,
-    scores: &'a mut [Scores<T::Filter>],
-    scratch: &'a mut Scratch<T::Filter>,
+    scores: &'a mut [Scores<E>],
+    rows: &'a mut [E],
 }
 
-impl<T: Element> WithSimd for Score<'_, '_, T>
-where
-    T::Filter: Lane,
-{
+impl<E: Lane> WithSimd for ScoreMeans<'_, '_, E> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { cache, clusters: c, p, first, scores, scratch } = self;
+        let Self { cache, clusters: c, p, first, scores, rows } = self;
         let (k, queries) = (c.keys.n, cache.queries(p, &(0..cache.group)));
         let tile = |first: usize| Tile::of(&c.keys, p, first.min(k) as u32..k as u32);
         for (first, scores) in (first..).step_by(TILE).zip(scores.chunks_mut(cache.group)) {
-            score(simd, &tile(first), queries, &tile(first + TILE), &mut scratch.rows, scores);
+            let [keys, ahead] = [first, first + TILE].map(tile);
+            simd.vectorize(Score { keys: &keys, queries, ahead: &ahead, rows, scores });
             for t in (0..TILE).filter(|t| first + t < k && c.members(p, first + t).is_empty()) {
-                scores.iter_mut().for_each(|s| s[t] = T::Filter::of(f64::NEG_INFINITY));
+                scores.iter_mut().for_each(|s| s[t] = E::of(f64::NEG_INFINITY));
             }
         }
     }
 }
 
 /// Reads a part, for some heads.
-struct Read<'a, 'b, T: Element> {
-    cache: &'a Cache<'b, T>,
-    choice: &'a Choice<T::Filter>,
+struct Read<'a, 'b, E> {
+    cache: &'a Cache<'b, E>,
+    choice: &'a Choice<E>,
     p: usize,
     part: Part,
     heads: Range<usize>,
-    state: &'a mut [T::Filter],
-    scratch: &'a mut Scratch<T::Filter>,
+    state: &'a mut [E],
+    scratch: &'a mut Scratch<E>,
 }
 
-impl<T: Element> WithSimd for Read<'_, '_, T>
-where
-    T::Filter: Lane,
-{
+impl<E: Lane> WithSimd for Read<'_, '_, E> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { cache, choice, p, part, heads, state, scratch } = self;
-        clear(state, cache.values.rows.d);
-        let scores = &mut scratch.scores[..heads.len()];
-        let fades = &mut scratch.fades[..heads.len()];
-        let (range, list, means) = match (part, &cache.clusters) {
-            (Part::Means(range), Some(c)) => (range, None, Some(c)),
-            (Part::Listed(unit, range), Some(c)) => {
-                (range, Some((c.of.sinks as u32, c.list(&choice.lists, p, unit).1)), None)
+        clear(state, cache.values.d);
+        let (range, list) = match (part, &cache.clusters) {
+            (Part::Means(range), Some(c)) => {
+                let estimate = |first, scores: &mut [_]| choice.estimate(c, p, first, scores);
+                return read_values(simd, &c.values, p, range, estimate, scratch, state);
             }
-            (Part::Tokens(range), _) => (range, None, None),
+            (Part::Listed(unit, range), Some(c)) => {
+                (range, Some((c.of.sinks as u32, c.list(&choice.lists, p, unit).1)))
+            }
+            (Part::Tokens(range), _) => (range, None),
             _ => unreachable!("only clusters have means and lists"),
         };
-        let rows = &mut scratch.rows;
-        if let Some(c) = means {
-            let tile = |start: usize| Tile::of(&c.values, p, start.min(range.end) as u32..range.end as u32);
-            tile(range.start).prefetch(0..TILE);
-            for start in range.clone().step_by(TILE) {
-                choice.estimate(c, p, start, scores);
-                weigh(simd, &tile(start), &tile(start + TILE), scores, [rows, fades], state);
-            }
-            return;
-        }
-        let queries = cache.queries(p, &heads);
         let token = |i: usize| list.map_or(i as u32, |(first, list)| first + list[i]);
-        let tile = |of, start: usize| Tile::of(of, p, (start.min(range.end)..range.end).map(token));
-        tile(&cache.keys, range.start).prefetch(0..TILE);
-        for start in range.clone().step_by(TILE) {
-            let values = tile(&cache.values, start);
-            score(simd, &tile(&cache.keys, start), queries, &values, rows, scores);
-            weigh(simd, &values, &tile(&cache.keys, start + TILE), scores, [rows, fades], state);
-        }
+        let queries = cache.queries(p, &heads);
+        read_tokens(simd, [&cache.keys, &cache.values], p, (range, token), queries, scratch, state);
     }
 }
 
 impl<E: Lane> Choice<E> {
     /// The scores of the clusters' means from `first` on, a tile, for the tokens that they have left.
+    #[inline(always)]
     fn estimate(&self, c: &Clusters<'_, E>, p: usize, first: usize, scores: &mut [Scores<E>]) {
         let group = scores.len();
         scores.copy_from_slice(&self.scores[(p * c.tiles() + first / TILE) * group..][..group]);
         for (head, scores) in scores.iter_mut().enumerate() {
-            let left = c.list(&self.lists, p, head * c.units / group).0;
-            for (score, &left) in scores.iter_mut().zip(&left[first..]) {
-                let left = c.log(left);
-                *score = if left > E::of(f64::NEG_INFINITY) { score.add(left) } else { left };
-            }
+            add_logs(scores, &c.list(&self.lists, p, head * c.units / group).0[first..], &c.logs);
         }
     }
 }

@@ -10,15 +10,13 @@
 
 use super::{
     attend::queries,
-    clusters::{bounds, logs, Ranks},
+    clusters::{add_logs, bounds, logs, Ranks},
     lanes::Lane,
-    parts::{attend_parts, Heads},
+    parts::{attend_parts, narrowed, Heads},
     product_codes::{look_up, CodedView, BYTE},
-    scalar::Scalar,
-    softmax::{clear, state_len},
-    tensors::{lock, tensor, typed, Element, View},
-    tile::{padded, CodedRows, Scores, TILE},
-    weigh::{add, add_to_heads, dot, weigh_heads},
+    softmax::{add, clear, read_tokens, read_values, state_len, weigh, Score, Scratch},
+    tensors::{lock, typed},
+    tile::{padded, Scores, Tile, TileRows, TILE},
 };
 use crate::{
     error::Result,
@@ -51,16 +49,16 @@ pub(crate) fn attend_coded(a: &CodedAttention<'_>) -> Result<Option<Tensor>> {
             [&q.operand, &keys.operand, &values.operand, offsets, spreads, k1, k2, k3, k4, v1, v2, v3, v4];
         let [qs, ks, vs, offsets, spreads, k1, k2, k3, k4, v1, v2, v3, v4] = lock(inputs);
         let (group, n) = (q_heads * b / keys.b, a.offsets.dims()[2] - 1);
-        let mean_keys = CodedRows::<<T as Element>::Filter> { bytes: k3.flat()?, scales: k4.flat()?, n, d: keys.d };
-        let mean_values = CodedRows { bytes: v3.flat()?, scales: v4.flat()?, n, d: values.d };
-        let cache = Cache::<T> {
+        let mean_keys = TileRows::of_codes(k3.flat()?, k4.flat()?, n, keys.d);
+        let mean_values = TileRows::of_codes(v3.flat()?, v4.flat()?, n, values.d);
+        let cache = Cache {
             q: queries(&qs.view::<T>(&q)?, a.scale)?,
-            keys: ks.view(&keys)?,
-            values: vs.view(&values)?,
+            keys: TileRows::of(&ks.view::<T>(&keys)?),
+            values: TileRows::of(&vs.view::<T>(&values)?),
             offsets: offsets.flat()?,
             spreads: spreads.flat()?,
-            coded_keys: CodedView::new(&ck, k1.flat()?, k2.flat()?, mean_keys)?,
-            coded_values: CodedView::new(&cv, v1.flat()?, v2.flat()?, mean_values)?,
+            coded_keys: CodedView::new(&ck, k1.flat()?, k2.flat::<T>()?, mean_keys)?,
+            coded_values: CodedView::new(&cv, v1.flat()?, v2.flat::<T>()?, mean_values)?,
             k: n,
             group,
             units: if a.shared { 1 } else { group },
@@ -68,26 +66,26 @@ pub(crate) fn attend_coded(a: &CodedAttention<'_>) -> Result<Option<Tensor>> {
             of: a,
         };
         launches::record(OP, a.q.dtype().as_str());
-        Ok(Some(tensor(cache.attend()?, (b, q_heads, values.d))?))
+        Ok(Some(narrowed::<T>(OP, cache.attend()?, (b, q_heads, values.d))?))
     })
 }
 
 /// Problems are key heads.
-struct Cache<'a, T: Element> {
-    q: Vec<T::Filter>,
-    keys: View<'a, T>,
-    values: View<'a, T>,
-    coded_keys: CodedView<'a, T>,
-    coded_values: CodedView<'a, T>,
+struct Cache<'a, E> {
+    q: Vec<E>,
+    keys: TileRows<'a, E>,
+    values: TileRows<'a, E>,
+    coded_keys: CodedView<'a, E>,
+    coded_values: CodedView<'a, E>,
     offsets: &'a [u32],
-    spreads: &'a [T::Filter],
+    spreads: &'a [E],
     /// Clusters of a problem.
     k: usize,
     /// Query heads of a key head.
     group: usize,
     /// The number of choices that a group's heads make: one together, or one each.
     units: usize,
-    logs: Vec<T::Filter>,
+    logs: Vec<E>,
     of: &'a CodedAttention<'a>,
 }
 
@@ -110,20 +108,24 @@ enum Part {
     Means(Range<usize>),
 }
 
-impl<T: Element> Cache<'_, T>
-where
-    T::Filter: Lane,
-{
-    fn attend(&self) -> Result<Vec<T>> {
+impl<E: Lane> Cache<'_, E> {
+    fn attend(&self) -> Result<Vec<E>> {
         let scores = self.scores()?;
         let choices = self.choose(&scores)?;
-        let read = |scratch: &mut Scratch<T::Filter>, p, part, heads, state: &mut [T::Filter]| {
+        let read = |scratch: &mut CodesScratch<E>, p, part, heads, state: &mut [E]| {
             let (scores, choices) = (&scores, &choices);
-            pulp::Arch::new().dispatch(Read { cache: self, scores, choices, p, part, heads, state, scratch });
+            E::dispatch(Read { cache: self, scores, choices, p, part, heads, state, scratch });
         };
         let steps = CPU_ATTEND_ROWS * (self.coded_keys.bytes + self.coded_values.bytes);
-        let scratch = || Scratch { row: vec![], scores: vec![], entries: vec![], tables: vec![] };
-        let heads = Heads { problems: self.keys.rows.b, group: self.group, width: self.values.rows.d };
+        let zero = E::of(0.0);
+        let scratch = || CodesScratch {
+            tiles: Scratch::new(&self.keys, &self.values, self.group),
+            row: vec![zero; padded(self.values.d)],
+            scores: vec![],
+            entries: vec![],
+            tables: vec![],
+        };
+        let heads = Heads { problems: self.keys.problems, group: self.group, width: self.values.d };
         attend_parts(OP, heads, &self.parts(), steps, scratch, read)
     }
 
@@ -146,25 +148,31 @@ where
     }
 
     /// The scores of all mean keys, minus infinity for clusters without tokens: a tile's, for each head, for each tile and problem.
-    fn scores(&self) -> Result<Vec<Scores<T::Filter>>> {
-        let least = T::Filter::of(f64::NEG_INFINITY);
-        let mut scores = host::filled(OP, self.keys.rows.b * self.tiles() * self.group, [least; TILE])?;
+    fn scores(&self) -> Result<Vec<Scores<E>>> {
+        let mut scores = host::filled(OP, self.keys.problems * self.tiles() * self.group, [E::of(0.0); TILE])?;
         let tasks = scores.chunks_mut(self.group).enumerate().collect();
-        let d = padded(self.keys.rows.d);
-        let score = |row: &mut Vec<T::Filter>, (tile, scores): (usize, &mut [Scores<T::Filter>])| {
+        let d = padded(self.keys.d);
+        let score = |rows: &mut Vec<E>, (tile, scores): (usize, &mut [Scores<E>])| {
             let (p, first) = (tile / self.tiles(), tile % self.tiles() * TILE);
-            pulp::Arch::new().dispatch(ScoreMeans { cache: self, p, first, row, scores });
+            let tile = |first: usize| Tile::of(self.coded_keys.means(), p, first.min(self.k) as u32..self.k as u32);
+            let queries = self.queries(p, &(0..self.group));
+            let [keys, ahead] = [first, first + TILE].map(tile);
+            E::dispatch(Score { keys: &keys, queries, ahead: &ahead, rows, scores });
+            let offsets = &self.offsets[p * (self.k + 1)..][..self.k + 1];
+            for t in (0..TILE).filter(|t| first + t < self.k && offsets[first + t] == offsets[first + t + 1]) {
+                scores.iter_mut().for_each(|s| s[t] = E::of(f64::NEG_INFINITY));
+            }
             Ok(())
         };
-        host::for_each(tasks, TILE * d * (1 + self.group) / 8, || vec![T::Filter::of(0.0); d], score)?;
+        host::for_each(tasks, TILE * d * (1 + self.group) / 8, || vec![E::of(0.0); TILE * d], score)?;
         Ok(scores)
     }
 
     /// The choices of the units of each problem.
-    fn choose(&self, scores: &[Scores<T::Filter>]) -> Result<Vec<Choice>> {
+    fn choose(&self, scores: &[Scores<E>]) -> Result<Vec<Choice>> {
         let (k, tiles, group) = (self.k, self.tiles(), self.group);
-        let mut choices: Vec<Choice> = (0..self.keys.rows.b * self.units).map(|_| Choice::default()).collect();
-        let choose = |ranks: &mut Ranks<T::Filter>, (i, choice): (usize, &mut Choice)| {
+        let mut choices: Vec<Choice> = (0..self.keys.problems * self.units).map(|_| Choice::default()).collect();
+        let choose = |ranks: &mut Ranks<E>, (i, choice): (usize, &mut Choice)| {
             let (p, unit) = (i / self.units, i % self.units);
             choice.left = self.offsets[p * (k + 1)..][..k + 1].windows(2).map(|ends| ends[1] - ends[0]).collect();
             let mut room = self.of.budget;
@@ -199,11 +207,6 @@ where
         (p * self.tiles() + j / TILE) * self.group + head
     }
 
-    /// The logarithm of a number of tokens.
-    fn log(&self, tokens: u32) -> T::Filter {
-        self.logs.get(tokens as usize).copied().unwrap_or_else(|| T::Filter::of(f64::from(tokens).ln()))
-    }
-
     /// The codes of a part of what a unit reads: clusters, and which of a problem's codes are read of each.
     fn runs<'c>(
         &'c self,
@@ -222,143 +225,85 @@ where
     }
 
     /// The query of a head, padded.
-    fn query(&self, p: usize, head: usize) -> &[T::Filter] {
-        let step = padded(self.keys.rows.d);
-        &self.q[(p * self.group + head) * step..][..step]
+    fn query(&self, p: usize, head: usize) -> &[E] {
+        self.queries(p, &(head..head + 1))
+    }
+
+    /// The queries of some heads.
+    fn queries(&self, p: usize, heads: &Range<usize>) -> &[E] {
+        let step = padded(self.keys.d);
+        &self.q[(p * self.group + heads.start) * step..][..heads.len() * step]
     }
 }
 
 /// A task uses this from part to part.
-struct Scratch<E> {
+struct CodesScratch<E> {
+    tiles: Scratch<E>,
     row: Vec<E>,
-    /// Of a part's rows, for each head.
+    /// Of a part's codes.
     scores: Vec<E>,
     entries: Vec<E>,
     /// 256 numbers for each byte of a row.
     tables: Vec<E>,
 }
 
-/// Scores the mean keys of a tile. It is a struct for the reason that `Pack` in assign.rs is one.
-struct ScoreMeans<'a, 'b, T: Element> {
-    cache: &'a Cache<'b, T>,
-    p: usize,
-    first: usize,
-    row: &'a mut [T::Filter],
-    scores: &'a mut [Scores<T::Filter>],
-}
-
-impl<T: Element> WithSimd for ScoreMeans<'_, '_, T>
-where
-    T::Filter: Lane,
-{
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let Self { cache, p, first, row, scores } = self;
-        let offsets = &cache.offsets[p * (cache.k + 1)..][..cache.k + 1];
-        for j in (first..cache.k.min(first + TILE)).filter(|&j| offsets[j] < offsets[j + 1]) {
-            cache.coded_keys.mean(p, j, row);
-            for (head, scores) in scores.iter_mut().enumerate() {
-                scores[j - first] = dot(simd, cache.query(p, head), row);
-            }
-        }
-    }
-}
-
-/// Reads a part, for some heads.
-struct Read<'a, 'b, T: Element> {
-    cache: &'a Cache<'b, T>,
-    scores: &'a [Scores<T::Filter>],
+/// Reads a part, for some heads. It is a struct for the reason that `Pack` in assign.rs is one.
+struct Read<'a, 'b, E> {
+    cache: &'a Cache<'b, E>,
+    scores: &'a [Scores<E>],
     choices: &'a [Choice],
     p: usize,
     part: Part,
     heads: Range<usize>,
-    state: &'a mut [T::Filter],
-    scratch: &'a mut Scratch<T::Filter>,
+    state: &'a mut [E],
+    scratch: &'a mut CodesScratch<E>,
 }
 
-impl<T: Element> WithSimd for Read<'_, '_, T>
-where
-    T::Filter: Lane,
-{
+impl<E: Lane> WithSimd for Read<'_, '_, E> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        let (d, width) = (self.cache.keys.rows.d, self.cache.values.rows.d);
-        clear(self.state, width);
-        self.scratch.row.clear();
-        self.scratch.row.resize(padded(d.max(width)), T::Filter::of(0.0));
+        let (cache, p) = (self.cache, self.p);
+        clear(self.state, cache.values.d);
         match self.part.clone() {
-            Part::Tokens(range) => self.tokens(simd, range),
+            Part::Tokens(range) => {
+                let (rows, queries) = ([&cache.keys, &cache.values], cache.queries(p, &self.heads));
+                let token = |i: usize| i as u32;
+                read_tokens(simd, rows, p, (range, token), queries, &mut self.scratch.tiles, self.state);
+            }
             Part::Codes(unit, range) => self.codes(simd, unit, range),
-            Part::Means(range) => self.means(simd, range),
+            Part::Means(range) => {
+                let estimate = |first: usize, scores: &mut [Scores<E>]| {
+                    scores.copy_from_slice(&self.scores[cache.tile(p, first, 0)..][..cache.group]);
+                    for (head, scores) in scores.iter_mut().enumerate() {
+                        let left = &self.choices[p * cache.units + head * cache.units / cache.group].left;
+                        add_logs(scores, &left[first..], &cache.logs);
+                    }
+                };
+                let tiles = &mut self.scratch.tiles;
+                read_values(simd, cache.coded_values.means(), p, range, estimate, tiles, self.state);
+            }
         }
     }
 }
 
-impl<T: Element> Read<'_, '_, T>
-where
-    T::Filter: Lane,
-{
-    #[inline(always)]
-    fn tokens<S: Simd>(&mut self, simd: S, range: Range<usize>) {
-        let Self { cache, p, heads, state, scratch: Scratch { row, scores, .. }, .. } = self;
-        let (d, width, zero) = (cache.keys.rows.d, cache.values.rows.d, T::Filter::of(0.0));
-        scores.clear();
-        scores.resize(range.len() * heads.len(), zero);
-        for (i, token) in range.clone().enumerate() {
-            T::filter_row(cache.keys.row(*p, token), &mut row[..d]);
-            for (head, scores) in heads.clone().zip(scores.chunks_exact_mut(range.len())) {
-                scores[i] = dot(simd, cache.query(*p, head), &row[..padded(d)]);
-            }
-        }
-        row.fill(zero);
-        weigh_heads(scores, range.len(), state, width);
-        for (i, token) in range.clone().enumerate() {
-            T::filter_row(cache.values.row(*p, token), &mut row[..width]);
-            add_to_heads(simd, &scores[i..], range.len(), row, state, width);
-        }
-    }
-
-    #[inline(always)]
-    fn means<S: Simd>(&mut self, simd: S, range: Range<usize>) {
-        let Self { cache, choices, p, state, scratch: Scratch { row, scores, .. }, .. } = self;
-        let (group, width) = (cache.group, cache.values.rows.d);
-        scores.clear();
-        for head in 0..group {
-            let left = &choices[*p * cache.units + head * cache.units / group].left;
-            scores.extend(range.clone().map(|j| match left[j] {
-                0 => T::Filter::of(f64::NEG_INFINITY),
-                left => self.scores[cache.tile(*p, j, head)][j % TILE].add(cache.log(left)),
-            }));
-        }
-        weigh_heads(scores, range.len(), state, width);
-        for (i, j) in range.clone().enumerate() {
-            cache.coded_values.mean(*p, j, row);
-            add_to_heads(simd, &scores[i..], range.len(), row, state, width);
-        }
-    }
-
+impl<E: Lane> Read<'_, '_, E> {
     #[inline(always)]
     fn codes<S: Simd>(&mut self, simd: S, unit: usize, range: Range<usize>) {
         let Self { cache, choices, p, heads, state, scratch, .. } = self;
-        let Scratch { row, scores, entries, tables } = &mut **scratch;
-        let (p, width, zero) = (*p, cache.values.rows.d, T::Filter::of(0.0));
+        let CodesScratch { row, scores, entries, tables, .. } = &mut **scratch;
+        let (p, width, zero) = (*p, cache.values.d, E::of(0.0));
         let runs = cache.runs(p, &choices[p * cache.units + unit], range);
         for (head, state) in heads.clone().zip(state.chunks_exact_mut(state_len(width))) {
-            cache.coded_keys.entries(p, entries);
-            cache.coded_keys.products(cache.query(p, head), entries, tables);
+            cache.coded_keys.products(cache.query(p, head), cache.coded_keys.entries(p, entries), tables);
             scores.clear();
             for (j, run) in runs.clone() {
                 let mean = self.scores[cache.tile(p, j, head)][j % TILE];
                 scores.extend(cache.coded_keys.rows(p, run).map(|codes| mean.add(look_up(codes, tables))));
             }
-            let rows = scores.len();
-            weigh_heads(scores, rows, state, width);
+            weigh(scores, state, width);
 
-            cache.coded_values.entries(p, entries);
             tables.clear();
             tables.resize(cache.coded_values.bytes * BYTE, zero);
             let mut weights = scores.iter();
@@ -374,7 +319,7 @@ where
                 cache.coded_values.mean(p, j, row);
                 add(simd, total, &row[..padded(width)], &mut state[..padded(width)]);
             }
-            cache.coded_values.add_entries(tables, entries, state);
+            cache.coded_values.add_entries(tables, cache.coded_values.entries(p, entries), state);
         }
     }
 }

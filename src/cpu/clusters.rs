@@ -3,14 +3,14 @@
 use super::{
     lanes::Lane,
     softmax::{fold, larger},
-    tile::{CodedRows, Scores, TILE},
+    tile::{Scores, TileRows, TILE},
 };
 use crate::{error::Result, host, request::Clustered};
 use std::ops::Range;
 
 pub(super) struct Clusters<'a, E> {
-    pub(super) keys: CodedRows<'a, E>,
-    pub(super) values: CodedRows<'a, E>,
+    pub(super) keys: TileRows<'a, E>,
+    pub(super) values: TileRows<'a, E>,
     pub(super) spreads: &'a [E],
     pub(super) order: &'a [u32],
     pub(super) offsets: &'a [u32],
@@ -43,11 +43,6 @@ impl<E: Lane> Clusters<'_, E> {
     pub(super) fn list<'l>(&self, lists: &'l [u32], p: usize, unit: usize) -> (&'l [u32], &'l [u32]) {
         let len = self.keys.n + self.of.budget;
         lists[(p * self.units + unit) * len..][..len].split_at(self.keys.n)
-    }
-
-    /// The logarithm of a number of tokens.
-    pub(super) fn log(&self, tokens: u32) -> E {
-        self.logs.get(tokens as usize).copied().unwrap_or_else(|| log(tokens))
     }
 
     /// The lists of all units, which [`list`](Self::list) takes apart, for scaled and padded `queries` and the `scores` of all clusters.
@@ -113,6 +108,15 @@ pub(super) fn bounds<'s, E: Lane>(
 /// The logarithms of numbers of tokens that clusters mostly have.
 pub(super) fn logs<E: Lane>() -> Vec<E> {
     (0..256).map(log).collect()
+}
+
+/// Makes of the scores of clusters' means, a tile, those of the tokens that are `left` of each, all at the mean; minus infinity of none.
+#[inline(always)]
+pub(super) fn add_logs<E: Lane>(scores: &mut Scores<E>, left: &[u32], logs: &[E]) {
+    for (score, &left) in scores.iter_mut().zip(left) {
+        let log = logs.get(left as usize).copied().unwrap_or_else(|| log(left));
+        *score = if log > E::of(f64::NEG_INFINITY) { score.add(log) } else { log };
+    }
 }
 
 fn log<E: Lane>(tokens: u32) -> E {

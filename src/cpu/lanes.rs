@@ -1,11 +1,13 @@
 //! Numbers as vectors have them, with what a softmax needs of them.
 
 use super::scalar::Scalar;
-use pulp::Simd;
+use pulp::{Simd, WithSimd};
 
 /// Numbers that vectors have as lanes.
-pub(super) trait Lane: Scalar {
+pub(super) trait Lane: Scalar + From<f32> + From<i16> {
     type Vector<S: Simd>: Copy;
+    /// Runs `op` with vectors that this processor has.
+    fn dispatch<O: WithSimd>(op: O) -> O::Output;
     /// A padded row.
     fn vectors<S: Simd>(row: &[Self]) -> &[Self::Vector<S>];
     fn vectors_mut<S: Simd>(row: &mut [Self]) -> &mut [Self::Vector<S>];
@@ -13,16 +15,18 @@ pub(super) trait Lane: Scalar {
     fn times<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     fn mul_add<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>, c: Self::Vector<S>) -> Self::Vector<S>;
     fn total<S: Simd>(simd: S, v: Self::Vector<S>) -> Self;
-    /// A number of few bits.
-    fn small(number: i32) -> Self;
     /// `e^self` of what is at most 0 or NaN; 0 where that is no normal number.
     fn exp(self) -> Self;
 }
 
 macro_rules! lane {
-    ($t:ident, $vector:ident, $as_simd:ident, $as_mut_simd:ident, $splat:ident, $mul:ident, $mul_add:ident, $sum:ident, $exp:expr) => {
+    ($t:ident, $vector:ident, $as_simd:ident, $as_mut_simd:ident, $splat:ident, $mul:ident, $sum:ident, $mul_add:expr, $dispatch:expr, $exp:expr) => {
         impl Lane for $t {
             type Vector<S: Simd> = S::$vector;
+            #[inline(always)]
+            fn dispatch<O: WithSimd>(op: O) -> O::Output {
+                $dispatch(op)
+            }
             #[inline(always)]
             fn vectors<S: Simd>(row: &[Self]) -> &[S::$vector] {
                 S::$as_simd(row).0
@@ -41,15 +45,11 @@ macro_rules! lane {
             }
             #[inline(always)]
             fn mul_add<S: Simd>(simd: S, a: S::$vector, b: S::$vector, c: S::$vector) -> S::$vector {
-                simd.$mul_add(a, b, c)
+                $mul_add(simd, a, b, c)
             }
             #[inline(always)]
             fn total<S: Simd>(simd: S, v: S::$vector) -> Self {
                 simd.$sum(v)
-            }
-            #[inline(always)]
-            fn small(number: i32) -> Self {
-                number as $t
             }
             #[inline(always)]
             fn exp(self) -> Self {
@@ -58,8 +58,31 @@ macro_rules! lane {
         }
     };
 }
-lane!(f32, f32s, as_simd_f32s, as_mut_simd_f32s, splat_f32s, mul_f32s, mul_add_e_f32s, reduce_sum_f32s, exp_f32);
-lane!(f64, f64s, as_simd_f64s, as_mut_simd_f64s, splat_f64s, mul_f64s, mul_add_e_f64s, reduce_sum_f64s, f64::exp);
+lane!(
+    f32,
+    f32s,
+    as_simd_f32s,
+    as_mut_simd_f32s,
+    splat_f32s,
+    mul_f32s,
+    reduce_sum_f32s,
+    S::mul_add_e_f32s,
+    |op| pulp::Arch::new().dispatch(op),
+    exp_f32
+);
+// Models compute in f32, so f64 is compiled once, for vectors that every processor has in parts. Fused, some of them would add by calls.
+lane!(
+    f64,
+    f64s,
+    as_simd_f64s,
+    as_mut_simd_f64s,
+    splat_f64s,
+    mul_f64s,
+    reduce_sum_f64s,
+    |simd: S, a, b, c| simd.add_f64s(simd.mul_f64s(a, b), c),
+    |op: O| op.with_simd(pulp::Scalar512b),
+    f64::exp
+);
 
 /// By Cody and Waite (1980): `2^n e^r` with `|r|` at most half of `ln 2`, of which Taylor's series takes seven terms to an f32's last bit.
 /// Nothing branches, so that loops of it vectorise.

@@ -20,7 +20,6 @@ mod sums;
 mod tensors;
 mod tile;
 mod update;
-mod weigh;
 
 use crate::{
     backend::Backend,

@@ -2,9 +2,8 @@
 
 use super::{
     lanes::Lane,
-    scalar::Scalar,
     tensors::Element,
-    tile::{padded, CodedRows, TileRows},
+    tile::{padded, TileRows},
 };
 use crate::{error::Result, request::Coded};
 use std::ops::Range;
@@ -14,10 +13,11 @@ pub(super) const BYTE: usize = 256;
 const HALF: usize = 16;
 
 /// The coded rows of all problems.
-pub(super) struct CodedView<'a, T: Element> {
+pub(super) struct CodedView<'a, E> {
     codes: &'a [u8],
-    entries: &'a [T],
-    means: CodedRows<'a, T::Filter>,
+    /// A row for each problem.
+    entries: TileRows<'a, E>,
+    means: TileRows<'a, E>,
     /// Bytes of a row's codes, and codes of a problem.
     pub(super) bytes: usize,
     tokens: usize,
@@ -28,24 +28,26 @@ pub(super) struct CodedView<'a, T: Element> {
     d: usize,
 }
 
-impl<'a, T: Element> CodedView<'a, T>
-where
-    T::Filter: Lane,
-{
+impl<'a, E: Lane> CodedView<'a, E> {
     pub(super) fn new(
         of: &Coded<'_>,
         codes: &'a [u8],
-        entries: &'a [T],
-        means: CodedRows<'a, T::Filter>,
+        entries: &'a [impl Element<Filter = E>],
+        means: TileRows<'a, E>,
     ) -> Result<Self> {
         let ((_, _, tokens, bytes), d) = (of.codes.dims4()?, means.d);
-        let (_, _, _, count, columns) = of.entries.dims5()?;
+        let (batch, heads, pieces, count, columns) = of.entries.dims5()?;
+        let entries = TileRows::contiguous(entries, [batch * heads, 1, pieces * count * columns]);
         Ok(Self { codes, entries, means, bytes, tokens, count, columns, d })
+    }
+
+    pub(super) fn means(&self) -> &TileRows<'a, E> {
+        &self.means
     }
 
     /// The mean row of a cluster, padded.
     #[inline(always)]
-    pub(super) fn mean(&self, p: usize, j: usize, out: &mut [T::Filter]) {
+    pub(super) fn mean(&self, p: usize, j: usize, out: &mut [E]) {
         let len = padded(self.d);
         self.means.padded(p, j, &mut out[..len]);
     }
@@ -59,20 +61,19 @@ where
 
     /// The entries of a problem, piece by piece.
     #[inline(always)]
-    pub(super) fn entries(&self, p: usize, out: &mut Vec<T::Filter>) {
-        let len = self.d * self.count;
-        out.resize(len, T::Filter::of(0.0));
-        T::filter_row(&self.entries[p * len..][..len], out);
+    pub(super) fn entries<'s>(&'s self, p: usize, scratch: &'s mut Vec<E>) -> &'s [E] {
+        scratch.resize(self.entries.d, E::of(0.0));
+        self.entries.padded(p, 0, scratch)
     }
 
     /// The products of a query with what each byte of a row can stand for: a table of 256 for each.
     #[inline(always)]
-    pub(super) fn products(&self, query: &[T::Filter], entries: &[T::Filter], tables: &mut Vec<T::Filter>) {
-        let zero = T::Filter::of(0.0);
+    pub(super) fn products(&self, query: &[E], entries: &[E], tables: &mut Vec<E>) {
+        let zero = E::of(0.0);
         tables.resize(self.bytes * BYTE, zero);
         let pieces = query[..self.d].chunks_exact(self.columns);
         let mut pieces = pieces.zip(entries.chunks_exact(self.count * self.columns));
-        let mut next = |out: &mut [T::Filter]| {
+        let mut next = |out: &mut [E]| {
             let (query, entries) = pieces.next().expect("a piece for each code");
             for (out, entry) in out.iter_mut().zip(entries.chunks_exact(self.columns)) {
                 *out = entry.iter().zip(query).fold(zero, |sum, (a, b)| sum.add(a.mul(*b)));
@@ -94,10 +95,10 @@ where
 
     /// Adds the entries to a sum of rows, each times the weight of the bytes that stand for it: 256 for each byte of a row.
     #[inline(always)]
-    pub(super) fn add_entries(&self, weights: &[T::Filter], entries: &[T::Filter], sums: &mut [T::Filter]) {
+    pub(super) fn add_entries(&self, weights: &[E], entries: &[E], sums: &mut [E]) {
         let mut pieces =
             sums[..self.d].chunks_exact_mut(self.columns).zip(entries.chunks_exact(self.count * self.columns));
-        let mut add = |weights: &[T::Filter]| {
+        let mut add = |weights: &[E]| {
             let (sums, entries) = pieces.next().expect("a piece for each code");
             for (&weight, entry) in weights.iter().zip(entries.chunks_exact(self.columns)) {
                 sums.iter_mut().zip(entry).for_each(|(sum, v)| *sum = sum.add(weight.mul(*v)));
@@ -108,7 +109,7 @@ where
                 add(weights);
                 continue;
             }
-            let [mut low, mut high] = [[T::Filter::of(0.0); HALF]; 2];
+            let [mut low, mut high] = [[E::of(0.0); HALF]; 2];
             for (high, weights) in high.iter_mut().zip(weights.chunks_exact(HALF)) {
                 for (low, &weight) in low.iter_mut().zip(weights) {
                     (*low, *high) = (low.add(weight), high.add(weight));

@@ -12,7 +12,7 @@ use super::{
     lanes::Lane,
     tile::{padded, Scores, Tile, TileRows, PAD, TILE},
 };
-use pulp::Simd;
+use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
 /// Query heads that read a row together: as many as leave registers for their sums.
@@ -23,33 +23,103 @@ pub(super) fn state_len(width: usize) -> usize {
     padded(width) + PAD
 }
 
-/// The products of `keys` with padded `queries`, one for each of `scores`; minus infinity beyond the rows. Those of the tile `ahead`
-/// are asked for one by one meanwhile, as [`weigh`] does too, so that memory never waits for arithmetic.
-#[inline(always)]
-pub(super) fn score<S: Simd, E: Lane>(
-    simd: S,
-    keys: &Tile<'_, impl TileRows<E>>,
-    queries: &[E],
-    ahead: &Tile<'_, impl TileRows<E>>,
-    scratch: &mut [E],
-    scores: &mut [Scores<E>],
-) {
-    let (rows, step) = (keys.padded(scratch), padded(keys.of.columns()));
-    let rows = &rows[..keys.count];
-    for (group, (queries, scores)) in queries.chunks(HEADS * step).zip(scores.chunks_mut(HEADS)).enumerate() {
-        let ask = |rows| {
-            if group == 0 {
-                ahead.prefetch(rows)
-            }
-        };
-        match scores.len() {
-            1 => score_rows::<S, _, 1>(simd, queries, rows, ask, scores),
-            2 => score_rows::<S, _, 2>(simd, queries, rows, ask, scores),
-            3 => score_rows::<S, _, 3>(simd, queries, rows, ask, scores),
-            _ => score_rows::<S, _, HEADS>(simd, queries, rows, ask, scores),
-        }
+/// A task uses this from tile to tile.
+pub(super) struct Scratch<E> {
+    rows: Vec<E>,
+    scores: Vec<Scores<E>>,
+    fades: Vec<E>,
+}
+
+impl<E: Lane> Scratch<E> {
+    pub(super) fn new(keys: &TileRows<'_, E>, values: &TileRows<'_, E>, heads: usize) -> Self {
+        let zero = E::of(0.0);
+        let columns = padded(keys.d.max(values.d));
+        Self { rows: vec![zero; TILE * columns], scores: vec![[zero; TILE]; heads], fades: vec![zero; heads] }
     }
-    scores.iter_mut().for_each(|s| s[keys.count..].fill(E::of(f64::NEG_INFINITY)));
+}
+
+/// Adds values of problem `p` to the `state` of each head by their keys' products with its query: the rows that `token` names of those in
+/// `range`.
+#[inline(always)]
+pub(super) fn read_tokens<S: Simd, E: Lane>(
+    simd: S,
+    [keys, values]: [&TileRows<'_, E>; 2],
+    p: usize,
+    (range, token): (Range<usize>, impl Fn(usize) -> u32),
+    queries: &[E],
+    Scratch { rows, scores, fades }: &mut Scratch<E>,
+    state: &mut [E],
+) {
+    let heads = queries.len() / padded(keys.d);
+    let (scores, fades) = (&mut scores[..heads], &mut fades[..heads]);
+    let tile = |of, start: usize| Tile::of(of, p, (start.min(range.end)..range.end).map(&token));
+    let mut keys_now = tile(keys, range.start);
+    keys_now.prefetch(0..TILE);
+    for start in range.clone().step_by(TILE) {
+        let (values_now, ahead) = (tile(values, start), tile(keys, start + TILE));
+        simd.vectorize(Score { keys: &keys_now, queries, ahead: &values_now, rows, scores });
+        simd.vectorize(Weigh { values: &values_now, ahead: &ahead, scores, rows, fades, state });
+        keys_now = ahead;
+    }
+}
+
+/// Adds `values` of problem `p`, those in `range`, to the `state` of each head by scores that are known: `score` writes those of the tile
+/// that begins at a row.
+#[inline(always)]
+pub(super) fn read_values<S: Simd, E: Lane>(
+    simd: S,
+    values: &TileRows<'_, E>,
+    p: usize,
+    range: Range<usize>,
+    score: impl Fn(usize, &mut [Scores<E>]),
+    Scratch { rows, scores, fades }: &mut Scratch<E>,
+    state: &mut [E],
+) {
+    let tile = |start: usize| Tile::of(values, p, start.min(range.end) as u32..range.end as u32);
+    let mut now = tile(range.start);
+    now.prefetch(0..TILE);
+    for start in range.clone().step_by(TILE) {
+        let ahead = tile(start + TILE);
+        score(start, scores);
+        simd.vectorize(Weigh { values: &now, ahead: &ahead, scores, rows, fades, state });
+        now = ahead;
+    }
+}
+
+/// The products of `keys` with padded `queries`, one for each of `scores`; minus infinity beyond the rows. Those of the tile `ahead`
+/// are asked for one by one meanwhile, as [`Weigh`] does too, so that memory never waits for arithmetic. Both are structs for the reason that
+/// `Pack` in assign.rs is one, and calls of their own, so that they are compiled once for all who read tiles.
+pub(super) struct Score<'a, E> {
+    pub(super) keys: &'a Tile<'a, E>,
+    pub(super) queries: &'a [E],
+    pub(super) ahead: &'a Tile<'a, E>,
+    pub(super) rows: &'a mut [E],
+    pub(super) scores: &'a mut [Scores<E>],
+}
+
+impl<E: Lane> WithSimd for Score<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { keys, queries, ahead, rows, scores } = self;
+        let (rows, step) = (keys.padded(rows), padded(keys.of.d));
+        let rows = &rows[..keys.count];
+        for (group, (queries, scores)) in queries.chunks(HEADS * step).zip(scores.chunks_mut(HEADS)).enumerate() {
+            let ask = |rows| {
+                if group == 0 {
+                    ahead.prefetch(rows)
+                }
+            };
+            match scores.len() {
+                1 => score_rows::<S, _, 1>(simd, queries, rows, ask, scores),
+                2 => score_rows::<S, _, 2>(simd, queries, rows, ask, scores),
+                3 => score_rows::<S, _, 3>(simd, queries, rows, ask, scores),
+                _ => score_rows::<S, _, HEADS>(simd, queries, rows, ask, scores),
+            }
+        }
+        scores.iter_mut().for_each(|s| s[keys.count..].fill(E::of(f64::NEG_INFINITY)));
+    }
 }
 
 #[inline(always)]
@@ -107,16 +177,22 @@ fn products<S: Simd, E: Lane, const H: usize, const R: usize>(
 }
 
 /// Turns `scores` into weights and adds the tile's rows by them to the `state` of each head.
-#[inline(always)]
-pub(super) fn weigh<S: Simd, E: Lane>(
-    simd: S,
-    values: &Tile<'_, impl TileRows<E>>,
-    ahead: &Tile<'_, impl TileRows<E>>,
-    scores: &mut [Scores<E>],
-    [scratch, fades]: [&mut [E]; 2],
-    state: &mut [E],
-) {
-    let width = padded(values.of.columns());
+struct Weigh<'a, E> {
+    values: &'a Tile<'a, E>,
+    ahead: &'a Tile<'a, E>,
+    scores: &'a mut [Scores<E>],
+    rows: &'a mut [E],
+    fades: &'a mut [E],
+    state: &'a mut [E],
+}
+
+impl<E: Lane> WithSimd for Weigh<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+    let Self { values, ahead, scores, rows, fades, state } = self;
+    let width = padded(values.of.d);
     for ((scores, fade), state) in scores.iter_mut().zip(&mut *fades).zip(state.chunks_exact_mut(width + PAD)) {
         let [max, sum] = [state[width], state[width + 1]];
         let new = larger(fold(*scores, larger), max);
@@ -127,7 +203,7 @@ pub(super) fn weigh<S: Simd, E: Lane>(
         }
         (state[width], state[width + 1]) = (new, sum.mul(*fade).add(fold(*scores, E::add)));
     }
-    let rows = values.padded(scratch);
+    let rows = values.padded(rows);
     let rows = &rows[..values.count];
     let heads = scores.chunks(HEADS).zip(fades.chunks(HEADS)).zip(state.chunks_mut(HEADS * (width + PAD)));
     for (group, ((weights, fades), state)) in heads.enumerate() {
@@ -142,6 +218,26 @@ pub(super) fn weigh<S: Simd, E: Lane>(
             3 => add_rows::<S, _, 3>(simd, weights, fades, rows, ask, state),
             _ => add_rows::<S, _, HEADS>(simd, weights, fades, rows, ask, state),
         }
+    }
+}
+}
+
+/// Turns the `scores` of one head into weights, with which its state begins.
+#[inline(always)]
+pub(super) fn weigh<E: Lane>(scores: &mut [E], state: &mut [E], width: usize) {
+    let max = scores.iter().fold(E::of(f64::NEG_INFINITY), |max, &score| larger(score, max));
+    let shift = shift(max);
+    scores.iter_mut().for_each(|score| *score = score.sub(shift).exp());
+    let sum = scores.iter().fold(E::of(0.0), |sum, &weight| sum.add(weight));
+    (state[padded(width)], state[padded(width) + 1]) = (max, sum);
+}
+
+/// Adds a padded row by its weight.
+#[inline(always)]
+pub(super) fn add<S: Simd, E: Lane>(simd: S, weight: E, row: &[E], sums: &mut [E]) {
+    let weight = E::splat(simd, weight);
+    for (sum, v) in E::vectors_mut::<S>(sums).iter_mut().zip(E::vectors::<S>(row)) {
+        *sum = E::mul_add(simd, weight, *v, *sum);
     }
 }
 

@@ -47,9 +47,19 @@ pub(crate) trait Element: Stored {
     fn filter_row(row: &[Self], out: &mut [Self::Filter]);
     /// The row, where it is in that type.
     fn as_filter(row: &[Self]) -> Option<&[Self::Filter]>;
+    fn numbers(all: &[Self]) -> Numbers<'_, Self::Filter>;
     /// The row in f32, where that has all of its values: itself, or in `scratch`.
     fn as_f32<'r>(row: &'r [Self], scratch: &'r mut [f32]) -> Option<&'r [f32]>;
     fn narrow(v: f64) -> Self;
+}
+
+/// Stored numbers, as a value rather than a type: what reads them is compiled once for all that are computed with in `F`.
+#[derive(Clone, Copy)]
+pub(crate) enum Numbers<'a, F> {
+    F16(&'a [f16]),
+    BF16(&'a [bf16]),
+    /// Those that are computed with.
+    Same(&'a [F]),
 }
 
 /// Rounds to f32 toward zero and marks inexactness in the last bit ("to odd"), after which one more rounding, to a type
@@ -64,7 +74,7 @@ fn round_to_odd(v: f64) -> f32 {
 }
 
 macro_rules! element {
-    ($t:ty, $filter:ty, $wide:expr, $filter_row:expr, $as_filter:expr, $as_f32:expr, $narrow:expr) => {
+    ($t:ty, $filter:ty, $numbers:ident, $wide:expr, $filter_row:expr, $as_filter:expr, $as_f32:expr, $narrow:expr) => {
         impl Element for $t {
             type Filter = $filter;
             #[inline(always)]
@@ -79,6 +89,9 @@ macro_rules! element {
             fn as_filter(row: &[Self]) -> Option<&[$filter]> {
                 $as_filter(row)
             }
+            fn numbers(all: &[Self]) -> Numbers<'_, $filter> {
+                Numbers::$numbers(all)
+            }
             #[inline(always)]
             fn as_f32<'r>(row: &'r [Self], scratch: &'r mut [f32]) -> Option<&'r [f32]> {
                 $as_f32(row, scratch)
@@ -90,14 +103,14 @@ macro_rules! element {
         }
     };
 }
-element!(f16, f32, f16::to_f64, f16_row, |_| None, f16_in_scratch, |v| f16::from_f32(round_to_odd(v)));
-element!(bf16, f32, bf16::to_f64, bf16_row, |_| None, bf16_in_scratch, |v| bf16::from_f32(round_to_odd(v)));
-element!(f32, f32, |v| v as f64, copy_row, Some, f32_itself, |v| v as f32);
-element!(f64, f64, |v| v, copy_row, Some, f64_in_no_f32, |v| v);
+element!(f16, f32, F16, f16::to_f64, f16_row, |_| None, f16_in_scratch, |v| f16::from_f32(round_to_odd(v)));
+element!(bf16, f32, BF16, bf16::to_f64, bf16_row, |_| None, bf16_in_scratch, |v| bf16::from_f32(round_to_odd(v)));
+element!(f32, f32, Same, |v| v as f64, copy_row, Some, f32_itself, |v| v as f32);
+element!(f64, f64, Same, |v| v, copy_row, Some, f64_in_no_f32, |v| v);
 
 /// By integers, in a loop that vectorises with what the processor has: `half` converts eight at a time, by a call.
 #[inline(always)]
-fn f16_row(row: &[f16], out: &mut [f32]) {
+pub(super) fn f16_row<E: From<f32>>(row: &[f16], out: &mut [E]) {
     /// The difference of an exponent in f32, and one more: the least exponent of normal numbers, at which a subnormal one is a difference.
     const BIAS: u32 = 112 << 23;
     const ONE: u32 = 1 << 23;
@@ -110,13 +123,13 @@ fn f16_row(row: &[f16], out: &mut [f32]) {
             m if m >= 31 * ONE => m + 2 * BIAS,
             m => m + BIAS,
         };
-        *out = f32::from_bits(magnitude | (bits & 0x8000) << 16);
+        *out = f32::from_bits(magnitude | (bits & 0x8000) << 16).into();
     }
 }
 
 #[inline(always)]
-fn bf16_row(row: &[bf16], out: &mut [f32]) {
-    out.iter_mut().zip(row).for_each(|(out, v)| *out = f32::from_bits(u32::from(v.to_bits()) << 16));
+pub(super) fn bf16_row<E: From<f32>>(row: &[bf16], out: &mut [E]) {
+    out.iter_mut().zip(row).for_each(|(out, v)| *out = f32::from_bits(u32::from(v.to_bits()) << 16).into());
 }
 
 #[inline(always)]
@@ -325,6 +338,14 @@ impl<'a, T> View<'a, T> {
     pub fn row(&self, batch: usize, i: usize) -> &'a [T] {
         let start = batch * self.rows.batch_stride + i * self.rows.row_stride;
         &self.data[start..start + self.rows.d]
+    }
+
+    /// All that the rows are in.
+    pub fn numbers(&self) -> Numbers<'a, T::Filter>
+    where
+        T: Element,
+    {
+        T::numbers(self.data)
     }
 
     /// Asks for a row ahead of its turn.
