@@ -135,6 +135,11 @@ pub(crate) trait Backend {
     }
 
     /// None where there is no kernel for it.
+    fn byte_codes(&self, _: &Rows) -> Result<Option<(Tensor, Tensor)>> {
+        Ok(None)
+    }
+
+    /// None where there is no kernel for it.
     fn attend(&self, _: &Attention<'_>, _: &Memory) -> Result<Option<Tensor>> {
         Ok(None)
     }

@@ -11,7 +11,7 @@ use rayon::{prelude::*, ThreadPool, ThreadPoolBuilder};
 use std::{
     cell::Cell,
     cmp::Ordering,
-    mem::transmute,
+    mem::{transmute, MaybeUninit},
     panic::{catch_unwind, resume_unwind, AssertUnwindSafe},
     sync::{mpsc, Arc, Mutex, PoisonError},
 };
@@ -66,9 +66,15 @@ pub(crate) fn map<R: Send>(
     let (least, mut out) = (items_per_task(steps), buffer(op, count)?);
     if count <= least {
         out.extend((0..count).map(f));
-    } else {
-        run(|| (0..count).into_par_iter().with_min_len(least).map(f).collect_into_vec(&mut out))?;
+        return Ok(out);
     }
+    let len = piece_len(count, least);
+    let pieces = out.spare_capacity_mut()[..count].chunks_mut(len).enumerate().collect();
+    each_piece(pieces, |(piece, out): (usize, &mut [MaybeUninit<R>])| {
+        out.iter_mut().zip(piece * len..).for_each(|(out, i)| _ = out.write(f(i)));
+    })?;
+    // SAFETY: the pieces were these elements of the buffer's room, and all of each has been written, or there would have been a panic.
+    unsafe { out.set_len(count) };
     Ok(out)
 }
 
@@ -83,7 +89,12 @@ pub(crate) fn reduce<R: Send>(
     if count <= least {
         return Ok((0..count).map(f).reduce(add));
     }
-    run(|| (0..count).into_par_iter().with_min_len(least).map(f).reduce_with(add))
+    let len = piece_len(count, least);
+    let mut sums: Vec<Option<R>> = (0..count.div_ceil(len)).map(|_| None).collect();
+    each_piece(sums.iter_mut().enumerate().collect(), |(piece, sum): (usize, &mut Option<R>)| {
+        *sum = (piece * len..count.min((piece + 1) * len)).map(&f).reduce(&add);
+    })?;
+    Ok(sums.into_iter().flatten().reduce(add))
 }
 
 /// Calls `f` with each of the `items`, each about so many steps. A task makes its `scratch` first, and uses it again.
@@ -98,7 +109,20 @@ pub(crate) fn for_each<T: Send, S>(
         let mut scratch = scratch();
         return items.into_iter().try_for_each(|item| f(&mut scratch, item));
     }
-    run(|| items.into_par_iter().with_min_len(least).try_for_each_init(scratch, f))?
+    let len = piece_len(items.len(), least);
+    let mut items = items.into_iter();
+    let pieces = (0..items.len().div_ceil(len)).map(|_| items.by_ref().take(len).collect()).collect();
+    let failed = Mutex::new(None);
+    each_piece(pieces, |items: Vec<T>| {
+        let failed = || failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if failed().is_none() {
+            let mut scratch = scratch();
+            if let Err(error) = items.into_iter().try_for_each(|item| f(&mut scratch, item)) {
+                *failed() = Some(error);
+            }
+        }
+    })?;
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
 /// Sorts `items`, equal ones in any order.
@@ -108,16 +132,38 @@ pub(crate) fn sort<T: Send>(items: &mut [T], by: impl Fn(&T, &T) -> Ordering + S
         items.sort_unstable_by(by);
         return Ok(());
     }
-    run(|| items.par_sort_unstable_by(by))
+    run(&mut || items.par_sort_unstable_by(&by))
+}
+
+/// Pieces of `count` items for each thread, of which some may take longer than others.
+const PIECES_PER_THREAD: usize = 8;
+
+/// The items of a piece, at least so many. Nobody sees how many pieces there are.
+fn piece_len(count: usize, least: usize) -> usize {
+    count.div_ceil(PIECES_PER_THREAD * rayon::current_num_threads()).max(least)
+}
+
+/// Calls `f` with each of the `pieces`. It and what calls it are thin: rayon's machinery is compiled once, for [`each_index`].
+fn each_piece<P: Send>(pieces: Vec<P>, f: impl Fn(P) + Sync) -> Result<()> {
+    let pieces: Vec<_> = pieces.into_iter().map(|piece| Mutex::new(Some(piece))).collect();
+    each_index(pieces.len(), &|i| {
+        let piece = pieces[i].lock().unwrap_or_else(PoisonError::into_inner).take();
+        piece.into_iter().for_each(&f);
+    })
+}
+
+fn each_index(count: usize, f: &(dyn Fn(usize) + Sync)) -> Result<()> {
+    run(&mut || (0..count).into_par_iter().for_each(f))
 }
 
 thread_local!(static OURS: Cell<bool> = const { Cell::new(false) });
 
 /// Runs `work` on the pool, while this thread sleeps. On a thread of the pool, at once.
-fn run<R: Send>(work: impl FnOnce() -> R + Send) -> Result<R> {
+fn run(work: &mut (dyn FnMut() + Send)) -> Result<()> {
     // Without threads there is nobody to wait for.
     if OURS.get() || cfg!(target_family = "wasm") {
-        return Ok(work());
+        work();
+        return Ok(());
     }
     let pool = pool(rayon::current_num_threads())?;
     let (done, wait) = mpsc::sync_channel(1);

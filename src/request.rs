@@ -198,6 +198,8 @@ pub(crate) struct Codes<'a> {
 
 impl Codes<'_> {
     pub const ZERO: u8 = 128;
+    /// The largest whole number that a byte holds beside its negative.
+    pub const MOST: f64 = 127.0;
 }
 
 /// The clusters of a cache, and which of their tokens are read. All tokens before and after them are.

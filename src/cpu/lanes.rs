@@ -1,6 +1,7 @@
 //! Numbers as vectors have them, with what a softmax needs of them.
 
 use super::scalar::Scalar;
+use crate::request::Codes;
 use pulp::{Simd, WithSimd};
 
 /// Numbers that vectors have as lanes.
@@ -17,6 +18,11 @@ pub(super) trait Lane: Scalar + From<f32> + From<i16> {
     fn total<S: Simd>(simd: S, v: Self::Vector<S>) -> Self;
     /// `e^self` of what is at most 0 or NaN; 0 where that is no normal number.
     fn exp(self) -> Self;
+    /// The scale of [`Codes`] whose largest magnitude is 1, and the least that numbers are divided by.
+    const BYTE: Self;
+    const LEAST: Self;
+    /// The code of a number by its row's scale, as Candle's ops have it.
+    fn byte(self, scale: Self) -> u8;
 }
 
 macro_rules! lane {
@@ -54,6 +60,12 @@ macro_rules! lane {
             #[inline(always)]
             fn exp(self) -> Self {
                 $exp(self)
+            }
+            const BYTE: Self = (1.0 / Codes::MOST) as $t;
+            const LEAST: Self = f32::MIN_POSITIVE as $t;
+            #[inline(always)]
+            fn byte(self, scale: Self) -> u8 {
+                ((self / scale).round() + $t::from(Codes::ZERO)) as u8
             }
         }
     };

@@ -3,6 +3,7 @@
 pub(crate) mod assign;
 mod attend;
 mod attend_coded;
+mod byte_codes;
 mod candidates;
 mod clusters;
 mod filter;
@@ -131,6 +132,10 @@ impl Backend for Cpu {
 
     fn attends_to_all(&self) -> bool {
         true
+    }
+
+    fn byte_codes(&self, x: &Rows) -> Result<Option<(Tensor, Tensor)>> {
+        byte_codes::byte_codes(x).map(Some)
     }
 
     fn attend(&self, a: &Attention<'_>, _: &Memory) -> Result<Option<Tensor>> {

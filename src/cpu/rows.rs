@@ -14,6 +14,7 @@ use crate::{
 };
 use candle_core::{Tensor, WithDType};
 use pulp::NullaryFnOnce;
+use std::ops::Range;
 
 /// `f(batch, row)` for every row, each about so many steps.
 pub(super) fn per_row<R: WithDType>(
@@ -74,7 +75,7 @@ pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> 
         let worse = |a: (f64, u32), b: (f64, u32)| (a.0.max(b.0), a.1.min(b.1));
         let part = |b, part: usize| {
             let rows = part * CPU_ROWS..x.n.min((part + 1) * CPU_ROWS);
-            pulp::Arch::new().dispatch(Scan { x: &xs, b, rows })
+            pulp::Arch::new().dispatch(Scan { x: &xs, b, order: None, places: rows })
         };
         let parts = x.n.div_ceil(CPU_ROWS);
         let problem = |b| host::reduce(parts, CPU_ROWS.min(x.n) * x.d / 4, |p| part(b, p), worse);
@@ -86,20 +87,23 @@ pub(crate) fn max_abs_and_first_nonfinite(x: &Rows) -> Result<(Tensor, Tensor)> 
 }
 
 /// The largest finite magnitude of some rows and the first that is not finite.
-pub(super) struct Scan<'a, T, I> {
+pub(super) struct Scan<'a, T> {
     pub(super) x: &'a View<'a, T>,
     pub(super) b: usize,
-    pub(super) rows: I,
+    /// The rows at places; without it they are where they are.
+    pub(super) order: Option<&'a [u32]>,
+    pub(super) places: Range<usize>,
 }
 
-impl<T: Element, I: Iterator<Item = usize>> NullaryFnOnce for Scan<'_, T, I> {
+impl<T: Element> NullaryFnOnce for Scan<'_, T> {
     type Output = (f64, u32);
 
     #[inline(always)]
     fn call(self) -> (f64, u32) {
         let mut row = vec![Scalar::of(0.0); self.x.rows.d];
         let mut seen = (0.0, u32::MAX);
-        for i in self.rows {
+        for place in self.places {
+            let i = self.order.map_or(place, |order| order[place] as usize);
             let (max_abs, finite) = match T::as_filter(self.x.row(self.b, i)) {
                 Some(row) => magnitude(row),
                 None => {

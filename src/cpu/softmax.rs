@@ -191,35 +191,35 @@ impl<E: Lane> WithSimd for Weigh<'_, E> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-    let Self { values, ahead, scores, rows, fades, state } = self;
-    let width = padded(values.of.d);
-    for ((scores, fade), state) in scores.iter_mut().zip(&mut *fades).zip(state.chunks_exact_mut(width + PAD)) {
-        let [max, sum] = [state[width], state[width + 1]];
-        let new = larger(fold(*scores, larger), max);
-        let shift = shift(new);
-        *fade = max.sub(shift).exp();
-        for score in scores.iter_mut() {
-            *score = score.sub(shift).exp();
-        }
-        (state[width], state[width + 1]) = (new, sum.mul(*fade).add(fold(*scores, E::add)));
-    }
-    let rows = values.padded(rows);
-    let rows = &rows[..values.count];
-    let heads = scores.chunks(HEADS).zip(fades.chunks(HEADS)).zip(state.chunks_mut(HEADS * (width + PAD)));
-    for (group, ((weights, fades), state)) in heads.enumerate() {
-        let ask = |rows| {
-            if group == 0 {
-                ahead.prefetch(rows)
+        let Self { values, ahead, scores, rows, fades, state } = self;
+        let width = padded(values.of.d);
+        for ((scores, fade), state) in scores.iter_mut().zip(&mut *fades).zip(state.chunks_exact_mut(width + PAD)) {
+            let [max, sum] = [state[width], state[width + 1]];
+            let new = larger(fold(*scores, larger), max);
+            let shift = shift(new);
+            *fade = max.sub(shift).exp();
+            for score in scores.iter_mut() {
+                *score = score.sub(shift).exp();
             }
-        };
-        match weights.len() {
-            1 => add_rows::<S, _, 1>(simd, weights, fades, rows, ask, state),
-            2 => add_rows::<S, _, 2>(simd, weights, fades, rows, ask, state),
-            3 => add_rows::<S, _, 3>(simd, weights, fades, rows, ask, state),
-            _ => add_rows::<S, _, HEADS>(simd, weights, fades, rows, ask, state),
+            (state[width], state[width + 1]) = (new, sum.mul(*fade).add(fold(*scores, E::add)));
+        }
+        let rows = values.padded(rows);
+        let rows = &rows[..values.count];
+        let heads = scores.chunks(HEADS).zip(fades.chunks(HEADS)).zip(state.chunks_mut(HEADS * (width + PAD)));
+        for (group, ((weights, fades), state)) in heads.enumerate() {
+            let ask = |rows| {
+                if group == 0 {
+                    ahead.prefetch(rows)
+                }
+            };
+            match weights.len() {
+                1 => add_rows::<S, _, 1>(simd, weights, fades, rows, ask, state),
+                2 => add_rows::<S, _, 2>(simd, weights, fades, rows, ask, state),
+                3 => add_rows::<S, _, 3>(simd, weights, fades, rows, ask, state),
+                _ => add_rows::<S, _, HEADS>(simd, weights, fades, rows, ask, state),
+            }
         }
     }
-}
 }
 
 /// Turns the `scores` of one head into weights, with which its state begins.

@@ -32,13 +32,17 @@ pub(super) fn fit(fit: &OnChipFit<'_>) -> Result<bool> {
             let starts = &*all;
             let fit = |b| {
                 let weights = factor.zip(max_weight).map(|(f, w)| (&f[b * x.n..][..x.n], w[b]));
-                let line = Line::new((0..x.n).map(|i| view.row(b, i)[0].wide()), max_abs[b], weights, x.b == 1)?;
-                Ok::<_, Error>(line.and_then(|line| line.lloyd(&starts[b * k..][..k], thresholds[b], max_iters)))
+                let values = &mut (0..x.n).map(|i| view.row(b, i)[0].wide());
+                let centroids = starts[b * k..][..k].iter().map(|c| c.wide()).collect();
+                let round = &|mean| T::narrow(mean).wide();
+                let line = Line::new(values, max_abs[b], weights, x.b == 1)?;
+                Ok::<_, Error>(line.and_then(|line| line.lloyd(centroids, thresholds[b], max_iters, round)))
             };
             let fits = host::map("fit", x.b, 32 * x.n, fit)?;
             let fits = fits.into_iter().collect::<Result<Option<Vec<_>>>>()?;
             if let Some(fits) = &fits {
-                all.chunks_mut(k).zip(fits).for_each(|(row, fit)| row.copy_from_slice(&fit.centroids));
+                let centroids = fits.iter().flat_map(|fit| &fit.centroids);
+                all.iter_mut().zip(centroids).for_each(|(to, &c)| *to = T::narrow(c));
             }
             Ok::<_, Error>(fits)
         })??;
@@ -46,7 +50,7 @@ pub(super) fn fit(fit: &OnChipFit<'_>) -> Result<bool> {
         launches::record(plan.name(), x.dtype().as_str());
         write(labels, |all: &mut [u32]| {
             let rows = all.chunks_mut(x.n).zip(&fits).collect();
-            let copy = |_: &mut (), (row, fit): (&mut [u32], &Fitted<T>)| {
+            let copy = |_: &mut (), (row, fit): (&mut [u32], &Fitted)| {
                 row.copy_from_slice(&fit.labels);
                 Ok(())
             };
@@ -70,8 +74,9 @@ struct Line {
     weights: Option<(Vec<i128>, i32)>,
 }
 
-struct Fitted<T> {
-    centroids: Vec<T>,
+struct Fitted {
+    /// As they are stored, widened.
+    centroids: Vec<f64>,
     labels: Vec<u32>,
     /// The iteration in which it converged.
     stop: Option<u32>,
@@ -81,7 +86,7 @@ impl Line {
     /// `max_abs` bounds the terms; weights come with the largest of them. None where a term is no integer of the scale. A problem
     /// that is `alone` is sorted by all threads; one that waited for others would meanwhile begin with a third.
     fn new(
-        values: impl Iterator<Item = f64>,
+        values: &mut dyn Iterator<Item = f64>,
         max_abs: f64,
         weights: Option<(&[f64], f64)>,
         alone: bool,
@@ -115,16 +120,22 @@ impl Line {
         Ok(Some(Self { sums, weights: of_weights, values, rows }))
     }
 
-    fn lloyd<T: Element>(&self, start: &[T], threshold: f64, max_iters: usize) -> Option<Fitted<T>> {
-        let mut centroids = start.to_vec();
+    /// `round` rounds to the stored type.
+    fn lloyd(
+        &self,
+        mut centroids: Vec<f64>,
+        threshold: f64,
+        max_iters: usize,
+        round: &dyn Fn(f64) -> f64,
+    ) -> Option<Fitted> {
         let mut ends = self.assign(&centroids)?;
         let mut stop = None;
         for iteration in 1..=max_iters {
             let mut most = 0f64;
             for &(j, begin, end) in &ends {
                 let Some(mean) = self.mean(begin, end) else { continue };
-                let (old, new) = (centroids[j].wide(), T::narrow(mean));
-                most = most.max((new.wide() - old) * (new.wide() - old));
+                let (old, new) = (centroids[j], round(mean));
+                most = most.max((new - old) * (new - old));
                 centroids[j] = new;
             }
             ends = self.assign(&centroids)?;
@@ -149,8 +160,8 @@ impl Line {
 
     /// The range of each centroid that has rows. None where a centroid is no number, or neighbouring ones are so near each other that their distances
     /// to a far value may round to the same: ranges end where distances cross only if they are different elsewhere.
-    fn assign<T: Element>(&self, centroids: &[T]) -> Option<Vec<(usize, usize, usize)>> {
-        let mut sorted: Vec<(f64, usize)> = centroids.iter().map(|c| c.wide()).zip(0..).collect();
+    fn assign(&self, centroids: &[f64]) -> Option<Vec<(usize, usize, usize)>> {
+        let mut sorted: Vec<(f64, usize)> = centroids.iter().copied().zip(0..).collect();
         if sorted.iter().any(|(c, _)| !c.is_finite()) {
             return None;
         }

@@ -82,8 +82,8 @@ impl<T: Element> Sorted<'_, T> {
         }
         let part = |p: usize| {
             let places = start + p * CPU_SUM_ROWS..end.min(start + (p + 1) * CPU_SUM_ROWS);
-            let rows = places.map(|place| self.row(b, place));
-            let (max_abs, first_nonfinite) = pulp::Arch::new().dispatch(Scan { x: &self.x, b, rows });
+            let order = self.order.map(|order| &order[b * self.x.rows.n..]);
+            let (max_abs, first_nonfinite) = pulp::Arch::new().dispatch(Scan { x: &self.x, b, order, places });
             (max_abs, first_nonfinite == u32::MAX)
         };
         let parts = (end - start).div_ceil(CPU_SUM_ROWS);

@@ -10,7 +10,7 @@ use crate::{
 };
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor, WithDType};
 use half::{bf16, f16};
-use std::{cell::RefCell, marker::PhantomData, rc::Rc};
+use std::{cell::RefCell, rc::Rc};
 
 /// Runs `$body` with `$t` standing for the Rust type of a float dtype.
 macro_rules! typed {
@@ -180,7 +180,7 @@ enum StorageGuard<'a> {
 pub(crate) fn lock<const N: usize>(inputs: [&dyn Readable; N]) -> [Guard<'_>; N] {
     let addresses = inputs.map(address);
     let mut locked = Locked(vec![]);
-    locked.add(inputs, addresses, |_| true);
+    locked.add(&inputs, &addresses, &|_| true);
     locked.guards(inputs, addresses)
 }
 
@@ -197,9 +197,9 @@ pub(crate) fn read_and_write<T: Stored, R, const N: usize>(
         return Err(Error::Conflict { argument: "x", got, with });
     }
     let mut locked = Locked(vec![]);
-    locked.add(inputs, addresses, |at| at < own);
+    locked.add(&inputs, &addresses, &|at| at < own);
     write(out, |data| {
-        locked.add(inputs, addresses, |at| at > own);
+        locked.add(&inputs, &addresses, &|at| at > own);
         f(locked.guards(inputs, addresses), data)
     })
 }
@@ -222,13 +222,13 @@ struct Locked<'a>(Vec<(Option<usize>, Rc<StorageRef<'a>>)>);
 
 impl<'a> Locked<'a> {
     /// Locks those at addresses that are `wanted`, in order.
-    fn add<const N: usize>(
+    fn add(
         &mut self,
-        inputs: [&'a dyn Readable; N],
-        addresses: [Option<usize>; N],
-        wanted: impl Fn(Option<usize>) -> bool,
+        inputs: &[&'a dyn Readable],
+        addresses: &[Option<usize>],
+        wanted: &dyn Fn(Option<usize>) -> bool,
     ) {
-        let mut order: [usize; N] = std::array::from_fn(|i| i);
+        let mut order: Vec<usize> = (0..inputs.len()).collect();
         order.sort_unstable_by_key(|&i| addresses[i]);
         for i in order.into_iter().filter(|&i| wanted(addresses[i])) {
             if let Source::Tensor(t) = inputs[i].source() {
@@ -240,15 +240,15 @@ impl<'a> Locked<'a> {
     }
 
     fn guards<const N: usize>(&self, inputs: [&'a dyn Readable; N], addresses: [Option<usize>; N]) -> [Guard<'a>; N] {
-        std::array::from_fn(|i| {
-            let storage = match inputs[i].source() {
-                Source::Cpu(storage) => StorageGuard::ByCandle(storage),
-                _ => StorageGuard::Here(
-                    self.0.iter().find(|&&(at, _)| at == addresses[i]).expect("it is locked").1.clone(),
-                ),
-            };
-            Guard { storage, start: inputs[i].layout().start_offset(), len: inputs[i].elem_count() }
-        })
+        std::array::from_fn(|i| self.guard(inputs[i], addresses[i]))
+    }
+
+    fn guard(&self, input: &'a dyn Readable, address: Option<usize>) -> Guard<'a> {
+        let storage = match input.source() {
+            Source::Cpu(storage) => StorageGuard::ByCandle(storage),
+            _ => StorageGuard::Here(self.0.iter().find(|&&(at, _)| at == address).expect("it is locked").1.clone()),
+        };
+        Guard { storage, start: input.layout().start_offset(), len: input.elem_count() }
     }
 }
 
@@ -304,26 +304,33 @@ fn elements<'a, T: Stored>(storage: &'a mut CpuStorage, layout: &Layout) -> cand
 
 /// Lets `f` write the elements of a target.
 pub(crate) fn write<'a, T: Stored, R>(to: impl Into<Target<'a>>, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
-    struct Write<T, F, R>(RefCell<(Option<F>, Option<R>)>, PhantomData<T>);
-    impl<T: Stored, R, F: FnOnce(&mut [T]) -> R> InplaceOp1 for Write<T, F, R> {
+    let (mut f, mut out) = (Some(f), None);
+    write_storage(to.into(), &mut |storage, layout| {
+        let data = elements(storage, layout)?;
+        out = f.take().map(|f| f(data));
+        Ok(())
+    })?;
+    Ok(out.expect("written, or there would have been an error"))
+}
+
+/// What is done with a storage that is locked for writing, once.
+type WriteStorage<'f> = &'f mut dyn FnMut(&mut CpuStorage, &Layout) -> candle_core::Result<()>;
+
+fn write_storage(to: Target<'_>, f: WriteStorage<'_>) -> Result<()> {
+    struct Write<'f>(RefCell<WriteStorage<'f>>);
+    impl InplaceOp1 for Write<'_> {
         fn name(&self) -> &'static str {
             "write"
         }
         fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-            let data = elements(storage, layout)?;
-            let (f, out) = &mut *self.0.borrow_mut();
-            *out = f.take().map(|f| f(data));
-            Ok(())
+            self.0.borrow_mut()(storage, layout)
         }
     }
-    let t = match to.into() {
-        Target::Tensor(t) => t,
-        Target::Cpu(storage, layout) => return Ok(f(elements(storage, &layout)?)),
+    match to {
+        Target::Tensor(t) => Ok(t.inplace_op1(&Write(RefCell::new(f)))?),
+        Target::Cpu(storage, layout) => Ok(f(storage, &layout)?),
         Target::Cuda(..) => unreachable!("primitives.rs sends CPU storages here"),
-    };
-    let op = Write(RefCell::new((Some(f), None)), PhantomData);
-    t.inplace_op1(&op)?;
-    Ok(op.0.into_inner().1.expect("written, or there would have been an error"))
+    }
 }
 
 /// Typed access to the rows of [`Rows`].

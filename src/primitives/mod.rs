@@ -355,6 +355,14 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
     on(fit.x.device(), "fit_on_chip")?.fit_on_chip(fit, memory)
 }
 
+/// Rows as [`Codes`](crate::request::Codes), u8 `(b, n, d)` and their scales `(b, n)`; nothing where there is no kernel for it.
+pub(crate) fn byte_codes(x: &Rows) -> Result<Option<(Tensor, Tensor)>> {
+    if forced() {
+        return Ok(None);
+    }
+    on(x.device(), "byte_codes")?.byte_codes(x)
+}
+
 /// Attends from each query head to the cache, `(b, q_heads, d)`; nothing where there is no kernel for it.
 pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     if forced() {

@@ -1,10 +1,8 @@
 //! The means of clusters, in a byte a column.
 
-use crate::{error::Result, nn::parts::to_accumulate_dtype, request::Codes};
+use crate::{error::Result, nn::parts::to_accumulate_dtype, primitives, request::Codes, rows::Rows};
 use candle_core::{DType, Tensor, D};
 
-/// The largest whole number that a byte holds beside its negative.
-const MOST: f64 = 127.0;
 /// Bytes have no sign: a code is a number and this.
 const ZERO: f64 = Codes::ZERO as f64;
 
@@ -20,9 +18,14 @@ pub struct KvMeans {
 }
 
 impl KvMeans {
+    /// A CPU codes all rows at once, by [`primitives::byte_codes`]; Candle's ops, of which each is a pass over all means on one thread,
+    /// give the same bits.
     pub(super) fn new(means: &Tensor) -> Result<Self> {
+        if let Some((codes, scales)) = primitives::byte_codes(&Rows::new(means)?)? {
+            return Ok(Self { codes: codes.reshape(means.shape())?, scales: scales.reshape(&means.dims()[..3])? });
+        }
         let means = to_accumulate_dtype(means)?;
-        let scales = (means.abs()?.max_keepdim(D::Minus1)? / MOST)?;
+        let scales = (means.abs()?.max_keepdim(D::Minus1)? / Codes::MOST)?;
         // A scale of 0 has numbers of 0.
         let divisors = scales.maximum(f64::from(f32::MIN_POSITIVE))?;
         let codes = (means.broadcast_div(&divisors)?.round()? + ZERO)?.to_dtype(DType::U8)?;
