@@ -1,7 +1,7 @@
 //! One token's attention over a long cache, read by clusters, beside attention over all of it.
 //!
 //! ```text
-//! cargo run --release --example attention [--device cpu|cuda] [--tokens 32768,65536,131072] [--batch 1,4,16]
+//! cargo run --release --example attention [--device cpu|cuda] [--tokens 32768,65536,131072] [--batch 1,4,16] [--caches 8] [--codes]
 //! ```
 //! The shapes are those of an 8B model: 8 key heads, 32 query heads, 128 columns. Keys lie in blobs and queries near
 //! some of them, so that attention has something to find; values are random. Printed are the time to cluster, the time of
@@ -10,13 +10,13 @@
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor, D};
-use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget};
+use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget, KvCodes};
 use candle_nn::ops::softmax_last_dim;
 use clap::Parser;
 use common::backend::Backend;
 use common::memory;
 use indicatif::{ProgressBar, ProgressStyle};
-use std::time::Instant;
+use std::{cell::Cell, time::Instant};
 
 mod common {
     pub mod backend;
@@ -44,6 +44,12 @@ struct Args {
     /// The share of the tokens that is read
     #[arg(long, default_value_t = 0.02)]
     share: f64,
+    /// Keep clustered tokens as codes
+    #[arg(long)]
+    codes: bool,
+    /// Caches that steps read in turn, as layers do: what several hold is not in a GPU's L2 cache
+    #[arg(long, default_value_t = 1)]
+    caches: usize,
     /// Timed steps
     #[arg(long, default_value_t = 50)]
     steps: usize,
@@ -84,15 +90,23 @@ fn main() -> Result<()> {
             for &size in &args.cluster_size {
                 let budget = (n as f64 * args.share) as usize;
                 // A blob's tokens are anywhere in the sequence, which no segment of it would see together.
-                let mut cache = ClusteredKvCache::new(n).cluster_size(size).max_segment(n).passes(4);
-                cache.append(&step.keys, &step.values)?;
+                let mut empty = ClusteredKvCache::new(n).cluster_size(size).max_segment(n).passes(4);
+                if args.codes {
+                    empty = empty.codes(KvCodes::new());
+                }
+                let mut caches = vec![empty; args.caches];
+                caches.iter_mut().try_for_each(|cache| cache.append(&step.keys, &step.values).map(drop))?;
                 device.synchronize()?;
                 let start = Instant::now();
-                ensure!(cache.cluster()?, "{n} tokens are too few for clusters");
+                for cache in &mut caches {
+                    ensure!(cache.cluster()?, "{n} tokens are too few for clusters");
+                }
                 device.synchronize()?;
-                let clustering = start.elapsed().as_secs_f64() * 1e3;
+                let clustering = start.elapsed().as_secs_f64() * 1e3 / args.caches as f64;
                 let scale = 1.0 / (COLUMNS as f64).sqrt();
+                let turn = Cell::new(0);
                 let read = |estimate| {
+                    let cache = &caches[turn.replace(turn.get() + 1) % caches.len()];
                     Ok(cache.attend(&step.q, scale, KvBudget::new(budget).shared(true).estimate(estimate))?)
                 };
                 let (with, ms, host_ms) = step.timed(args.steps, || read(true))?;

@@ -66,6 +66,14 @@ struct UnprovenRow {
 };
 LAYOUT(UnprovenRow, 8, cutoff, 4);
 
+/// Rows as product codes, a piece of so many columns the entry of its code.
+struct ProductCodes {
+    const uint8_t* codes;  // (key heads, tokens, bytes): codes of 8 bits, or of 4, the earlier in the low ones
+    const void* entries;   // (key heads, pieces, 2^bits, columns)
+    int columns, bits;
+};
+LAYOUT(ProductCodes, 24, bits, 20);
+
 /// A cache and the queries of one token. A unit is what chooses alone: the query heads of a key head together, or each
 /// of them. Means are codes in bytes, whole numbers and 128, each row's times a scale.
 struct Cache {
@@ -87,8 +95,11 @@ struct Cache {
     int estimate;                  // whether means stand in for tokens that are not listed
     float scale;
     float reach;                   // a cluster ranks by its score and this, times the query's norm and its spread
+    ProductCodes key_codes, value_codes;  // of clustered tokens in the order of their clusters, if they are codes
+    int entries;                   // their place in shared memory, in 16 bytes, or 0 where they have none
+    int team;                      // whether the blocks of a unit are a thread block cluster that ranks as a team
 };
-LAYOUT(Cache, 184, reach, 180);
+LAYOUT(Cache, 240, team, 236);
 
 /// Queries, keys and values. Strides are in elements; queries and means are dense.
 struct Route {

@@ -145,7 +145,7 @@ pub(crate) trait Backend {
     }
 
     /// None where there is no kernel for it.
-    fn attend_coded(&self, _: &CodedAttention<'_>) -> Result<Option<Tensor>> {
+    fn attend_coded(&self, _: &CodedAttention<'_>, _: &Memory) -> Result<Option<Tensor>> {
         Ok(None)
     }
 

@@ -149,6 +149,10 @@ pub const ATTEND_THREADS: usize = 384;
 pub const ATTEND_BLOCKS: usize = 8;
 /// Query heads that one pass of it takes.
 pub const ATTEND_HEADS: usize = 8;
+/// Clusters from which on blocks rank them together.
+pub const ATTEND_TEAM: usize = 4_000;
+/// Bytes of mean values of a block that it asks for before it reads mean keys.
+pub const ATTEND_PREFETCHED: usize = 65_536;
 /// Threads of a block of `select.cu`, which ranks the clusters of a unit.
 pub const SELECT_THREADS: usize = 1024;
 /// The same where units are many, so that blocks share a multiprocessor.

@@ -1,8 +1,7 @@
 // Rows as the lanes of a warp hold them for products, and the attention that a warp has of them so far, by an online
 // softmax (Milakov and Gimelshein 2018).
 #pragma once
-#include "arch/mma.cuh"
-#include "exact/common.cuh"
+#include "attention/codes.cuh"
 
 /// A row in pieces of 16 bytes, as lanes (g = lane / 4, t = lane % 4) hold them for products with mma.sync. For scores
 /// lane t has every fourth piece of the key rows g, g + 8.., and the same of query head g: columns may be in any order
@@ -19,72 +18,6 @@ struct Fragments {
     static constexpr int PARTS = D / EACH / 8;   // pieces of a value row of a lane
     static constexpr int TILES = D / 16;         // accumulators: two columns of two heads each
 };
-
-__device__ __forceinline__ uint4 load_piece(const void* from) { return __ldg(reinterpret_cast<const uint4*>(from)); }
-
-/// The codes of a piece's columns, a byte each: a whole number and 128.
-template <int EACH>
-struct Codes {
-    uint32_t bytes[EACH / 4];
-};
-template <int EACH>
-__device__ __forceinline__ Codes<EACH> load_codes(const uint8_t* from) {
-    Codes<EACH> codes;
-    if constexpr (EACH == 8) {
-        const uint2 two = __ldg(reinterpret_cast<const uint2*>(from));
-        codes.bytes[0] = two.x, codes.bytes[1] = two.y;
-    } else {
-        codes.bytes[0] = __ldg(reinterpret_cast<const uint32_t*>(from));
-    }
-    return codes;
-}
-
-/// The piece of four codes, as numbers. The byte is the last of the 24 bits of a float from 2^23 on.
-__device__ __forceinline__ float4 numbers_of(uint32_t bytes) {
-    constexpr uint32_t POWER = 0x4b000000;
-    constexpr float ZERO = 8388608.0f + 128;
-    const auto number = [&](uint32_t selected) { return __uint_as_float(__byte_perm(bytes, POWER, selected)) - ZERO; };
-    return make_float4(number(0x7440), number(0x7441), number(0x7442), number(0x7443));
-}
-
-/// The piece that codes stand for, `scale` to a whole number.
-template <class T>
-__device__ __forceinline__ uint4 decode(const Codes<16 / sizeof(T)>& codes, float scale) {
-    uint32_t words[4];
-    if constexpr (sizeof(T) == 4) {
-        const float4 n = numbers_of(codes.bytes[0]);
-        words[0] = __float_as_uint(n.x * scale), words[1] = __float_as_uint(n.y * scale);
-        words[2] = __float_as_uint(n.z * scale), words[3] = __float_as_uint(n.w * scale);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float4 n = numbers_of(codes.bytes[i]);
-            const T four[] = {T(n.x * scale), T(n.y * scale), T(n.z * scale), T(n.w * scale)};
-            words[2 * i] = reinterpret_cast<const uint32_t(&)[2]>(four)[0];
-            words[2 * i + 1] = reinterpret_cast<const uint32_t(&)[2]>(four)[1];
-        }
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-/// The same for a scale of 1: all types hold these numbers.
-template <class T>
-__device__ __forceinline__ uint4 decode(const Codes<16 / sizeof(T)>& codes) {
-    if constexpr (std::is_same<T, __half>::value) {
-        // The byte is the last of the 11 bits of a half from 2^10 on.
-        const __half2 zero = __half2half2(__ushort_as_half(0x6480));
-        uint32_t words[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t pair = __byte_perm(codes.bytes[i / 2], 0x64646464, i % 2 ? 0x4342 : 0x4140);
-            const __half2 numbers = __hsub2(reinterpret_cast<const __half2&>(pair), zero);
-            words[i] = reinterpret_cast<const uint32_t&>(numbers);
-        }
-        return make_uint4(words[0], words[1], words[2], words[3]);
-    } else {
-        return decode<T>(codes, 1);
-    }
-}
 
 /// Adds the products of 16 bytes of a query head and of a key row.
 template <class T>
@@ -121,8 +54,8 @@ struct Running {
     float most = -INFINITY, sum = 0;
     float acc[F::TILES][4] = {};
 
-    /// Adds rows with scores s[i][e] (head g, row 8 * i + 2t + e) and values of the rows 8 * i + 2t + e.
-    __device__ __forceinline__ void add(float (&s)[F::TALL][2], const uint4 (&v)[F::PARTS][F::VALUES]) {
+    /// Turns the scores s[i][e] (head g, row 8 * i + 2t + e) into weights, and adds these up.
+    __device__ __forceinline__ void weigh(float (&s)[F::TALL][2]) {
         const int lane = threadIdx.x % WARP, t = lane % 4;
         float top = most;
 #pragma unroll
@@ -142,8 +75,12 @@ struct Running {
 #pragma unroll
             for (int e = 0; e < 2; ++e) s[i][e] = __expf(s[i][e] - from + ROOM), sum += s[i][e];
         }
+    }
+
+    /// Adds the rows 8 * i + 2t + e with these weights (head g).
+    __device__ __forceinline__ void add(const float (&weights)[F::TALL][2], const uint4 (&v)[F::PARTS][F::VALUES]) {
         if constexpr (sizeof(T) == 4) {
-            const uint32_t w0 = __float_as_uint(s[0][0]), w1 = __float_as_uint(s[0][1]);
+            const uint32_t w0 = __float_as_uint(weights[0][0]), w1 = __float_as_uint(weights[0][1]);
 #pragma unroll
             for (int part = 0; part < F::PARTS; ++part) {
                 const uint32_t x[2][4] = {{v[part][0].x, v[part][0].y, v[part][0].z, v[part][0].w},
@@ -161,7 +98,7 @@ struct Running {
         } else {
             uint32_t w[2], left[2];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) split_pair<T>(s[i][0], s[i][1], w[i], left[i]);
+            for (int i = 0; i < 2; ++i) split_pair<T>(weights[i][0], weights[i][1], w[i], left[i]);
 #pragma unroll
             for (int part = 0; part < F::PARTS; ++part) {
                 const uint4(&r)[4] = v[part];
@@ -179,20 +116,62 @@ struct Running {
             }
         }
     }
+
+    /// The same of codes with these scales. A scale goes with the row's weight, so that codes are numbers as they are; and as
+    /// such weights have no bound, they are in bf16, which has the exponents for them.
+    __device__ __forceinline__ void add_scaled(const float (&of_rows)[F::TALL][2], const float (&scales)[F::TALL][2],
+                                               const Codes<F::EACH> (&v)[F::PARTS][F::VALUES]) {
+        float weights[F::TALL][2];
+#pragma unroll
+        for (int i = 0; i < F::TALL; ++i) {
+            weights[i][0] = of_rows[i][0] * scales[i][0], weights[i][1] = of_rows[i][1] * scales[i][1];
+        }
+        if constexpr (sizeof(T) == 4) {
+            const uint32_t w0 = __float_as_uint(weights[0][0]), w1 = __float_as_uint(weights[0][1]);
+#pragma unroll
+            for (int part = 0; part < F::PARTS; ++part) {
+                const uint4 r0 = decode<T>(v[part][0]), r1 = decode<T>(v[part][1]);
+                const uint32_t a[2][4] = {{r0.x, r0.y, r1.x, r1.y}, {r0.z, r0.w, r1.z, r1.w}};
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    mma(acc[2 * part + i], a[i], high(w0), high(w1), T());
+                    mma(acc[2 * part + i], a[i], low(w0), low(w1), T());
+                }
+            }
+        } else {
+            using B = __nv_bfloat16;
+            uint32_t w[2], left[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) split_pair<B>(weights[i][0], weights[i][1], w[i], left[i]);
+#pragma unroll
+            for (int part = 0; part < F::PARTS; ++part) {
+                const auto(&r)[4] = v[part];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    // A column's bytes of two rows beside each other.
+                    const uint32_t order = i % 2 ? 0x7362 : 0x5140;
+                    const uint32_t above = __byte_perm(r[0].bytes[i / 2], r[1].bytes[i / 2], order);
+                    const uint32_t below = __byte_perm(r[2].bytes[i / 2], r[3].bytes[i / 2], order);
+                    const uint32_t a[] = {two_numbers<B>(above, false), two_numbers<B>(above, true),
+                                          two_numbers<B>(below, false), two_numbers<B>(below, true)};
+                    mma(acc[4 * part + i], a, w[0], w[1], B());
+                    mma(acc[4 * part + i], a, left[0], left[1], B());
+                }
+            }
+        }
+    }
 };
 
-/// The scores of a tile of key rows for head g: s[i][e] of row 8 * i + 2t + e.
-template <class T, int D>
-__device__ __forceinline__ void score_tile(float (&s)[Fragments<T, D>::TALL][2],
-                                           const uint4 (&keys)[Fragments<T, D>::TALL][Fragments<T, D>::PIECES],
-                                           const uint4* q, float scale) {
+/// The scores of a tile of key rows for head g: s[i][e] of row 8 * i + 2t + e. `key(i, p)` is a lane's piece p of its key row i.
+template <class T, int D, class Key>
+__device__ __forceinline__ void score_tile(float (&s)[Fragments<T, D>::TALL][2], Key key, const uint4* q, float scale) {
     using F = Fragments<T, D>;
     float acc[F::TALL][4] = {};
 #pragma unroll
     for (int p = 0; p < F::PIECES; ++p) {
         const uint4 head = q[p * WARP + threadIdx.x % WARP];
 #pragma unroll
-        for (int i = 0; i < F::TALL; ++i) add_scores<T>(acc[i], head, keys[i][p]);
+        for (int i = 0; i < F::TALL; ++i) add_scores<T>(acc[i], head, key(i, p));
     }
 #pragma unroll
     for (int i = 0; i < F::TALL; ++i) {

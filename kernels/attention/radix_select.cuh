@@ -18,6 +18,32 @@ __device__ __forceinline__ uint32_t rank_of(float score) {
     return ordered(__float_as_uint(score == score ? score + 0.0f : -INFINITY));
 }
 
+/// The highest digit at which the bins from the top on have `wanted` weight, of which what is above it is taken; 0 if they never
+/// do. Every warp finds it, a lane among EACH of the bins, the highest first.
+__device__ __forceinline__ uint32_t find_digit(const uint32_t* bins, uint32_t& wanted) {
+    constexpr int EACH = BINS / WARP;
+    const int lane = threadIdx.x % WARP;
+    uint32_t own[EACH], sum = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i += 4) {
+        const uint4 four = reinterpret_cast<const uint4*>(bins)[(BINS - EACH * (lane + 1) + i) / 4];
+        own[EACH - 1 - i] = four.x, own[EACH - 2 - i] = four.y, own[EACH - 3 - i] = four.z,
+                       own[EACH - 4 - i] = four.w;
+        sum += four.x + four.y + four.z + four.w;
+    }
+    uint32_t before = warp_scan(sum) - sum;
+    const uint32_t owners = __ballot_sync(~0u, before < wanted && before + sum >= wanted);
+    int bin = BINS - 1 - EACH * lane;
+#pragma unroll
+    for (int i = 0; i < EACH - 1; ++i) {
+        const bool past = before + own[i] < wanted && bin == BINS - 1 - EACH * lane - i;
+        before += past ? own[i] : 0, bin -= past;
+    }
+    const int owner = __ffs(owners) - 1;
+    wanted -= owners ? __shfl_sync(~0u, before, max(owner, 0)) : 0;
+    return owners ? __shfl_sync(~0u, bin, max(owner, 0)) : 0;
+}
+
 /// The rank at which the clusters from the best on have `wanted` weight, or the least of all if they never do. A thread
 /// knows ranks between `least` and `most`, and together they know all. Ranks are told apart by their distance from the
 /// least, DIGIT bits at a time from the top: how much clusters have whose distance begins as found so far, by their
@@ -25,7 +51,6 @@ __device__ __forceinline__ uint32_t rank_of(float score) {
 template <class Weight>
 __device__ uint32_t radix_select_weighted(const uint32_t* ranks, int k, uint32_t least, uint32_t most, uint32_t wanted,
                                           Weight weight, SelectState& s) {
-    constexpr int EACH = BINS / WARP;
     const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     least = __reduce_min_sync(~0u, least), most = __reduce_max_sync(~0u, most);
     if (lane == 0) s.bounds[threadIdx.x / WARP] = make_uint2(least, most);
@@ -45,26 +70,7 @@ __device__ uint32_t radix_select_weighted(const uint32_t* ranks, int k, uint32_t
             if (candidate(away)) atomicAdd(&s.bins[away >> shift & (BINS - 1)], weight(j));
         }
         __syncthreads();
-        // Every warp finds the bin, a lane among EACH of them, the highest first.
-        uint32_t own[EACH], sum = 0;
-#pragma unroll
-        for (int i = 0; i < EACH; i += 4) {
-            const uint4 four = reinterpret_cast<const uint4*>(s.bins)[(BINS - EACH * (lane + 1) + i) / 4];
-            own[EACH - 1 - i] = four.x, own[EACH - 2 - i] = four.y, own[EACH - 3 - i] = four.z,
-                           own[EACH - 4 - i] = four.w;
-            sum += four.x + four.y + four.z + four.w;
-        }
-        uint32_t before = warp_scan(sum) - sum;
-        const uint32_t here = __ballot_sync(~0u, before < wanted && before + sum >= wanted);
-        int bin = BINS - 1 - EACH * lane;
-#pragma unroll
-        for (int i = 0; i < EACH - 1; ++i) {
-            const bool past = before + own[i] < wanted && bin == BINS - 1 - EACH * lane - i;
-            before += past ? own[i] : 0, bin -= past;
-        }
-        const int owner = __ffs(here) - 1;
-        distance |= here ? uint32_t(__shfl_sync(~0u, bin, max(owner, 0))) << shift : 0;
-        wanted -= here ? __shfl_sync(~0u, before, max(owner, 0)) : 0;
+        distance |= find_digit(s.bins, wanted) << shift;
         above = shift;
         if (above == 0) break;
 #pragma unroll 2
@@ -100,11 +106,12 @@ __device__ uint32_t radix_select_weighted(const uint32_t* ranks, int k, uint32_t
 
 /// The best clusters as a list of `budget` tokens: those above `rank` come first, then those of it as long as there is
 /// room; clusters of one rank go by their index. `taken(j, count)` for every cluster: how many of its tokens are
-/// listed, and `take(place, at)` for the places in [from, to) and the tokens' places in the order. A warp goes through
-/// a part of the clusters.
-template <class Taken, class Take>
+/// listed, and `take(place, at, j)` for the places in [from, to), the tokens' places in the order and their clusters. A
+/// warp goes through a part of the clusters. `places(all)`, of the weights above the rank and of it, are the first places
+/// of both.
+template <class Places, class Taken, class Take>
 __device__ void gather_best(const uint32_t* ranks, int k, uint32_t rank, uint32_t budget, const uint32_t* begins,
-                            int from, int to, SelectState& s, Taken taken, Take take) {
+                            int from, int to, uint2* sums, Places places, Taken taken, Take take) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const int each = (k + warps * WARP - 1) / (warps * WARP) * WARP;
     const int begin = min(warp * each, k), end = min(begin + each, k);
@@ -114,12 +121,14 @@ __device__ void gather_best(const uint32_t* ranks, int k, uint32_t rank, uint32_
         above += key > rank ? size : 0, same += key == rank ? size : 0;
     }
     above = __reduce_add_sync(~0u, above), same = __reduce_add_sync(~0u, same);
-    if (lane == 0) s.sums[warp] = make_uint2(above, same);
+    if (lane == 0) sums[warp] = make_uint2(above, same);
     __syncthreads();
     // The next places for those above the rank, and for those of it.
-    const uint2 of_warp = lane < warps ? s.sums[lane] : uint2{};
-    above = __reduce_add_sync(~0u, lane < warp ? of_warp.x : 0);
-    same = __reduce_add_sync(~0u, of_warp.x + (lane < warp ? of_warp.y : 0));
+    const uint2 of_warp = lane < warps ? sums[lane] : uint2{};
+    const uint2 first_places =
+        places(make_uint2(__reduce_add_sync(~0u, of_warp.x), __reduce_add_sync(~0u, of_warp.y)));
+    above = first_places.x + __reduce_add_sync(~0u, lane < warp ? of_warp.x : 0);
+    same = first_places.y + __reduce_add_sync(~0u, lane < warp ? of_warp.y : 0);
 #pragma unroll 1
     for (int first = begin; first < end; first += WARP) {
         const int j = first + lane;
@@ -145,7 +154,10 @@ __device__ void gather_best(const uint32_t* ranks, int k, uint32_t rank, uint32_
             const int owner = __ffs(some) - 1, at = __shfl_sync(~0u, int(place), owner);
             const int last = min(to, __shfl_sync(~0u, stop, owner)), offset = int(__shfl_sync(~0u, start, owner)) - at;
 #pragma unroll 1
-            for (int i = max(at, from) + lane; i < last; i += WARP) take(i, offset + i);
+            for (int i = max(at, from) + lane; i < last; i += WARP) take(i, offset + i, first + owner);
         }
     }
 }
+
+/// Those of it come after all that are above it.
+__device__ __forceinline__ uint2 places_of_block(uint2 all) { return make_uint2(0, all.x); }

@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS, 1)
     if (threadIdx.x == 0) listed[unit] = budget;
     const uint32_t rank = radix_select_weighted(ranks, k, least, most, budget, size, state);
     gather_best(
-        ranks, k, rank, budget, begins, 0, int(budget), state,
+        ranks, k, rank, budget, begins, 0, int(budget), state.sums, places_of_block,
         [&](int j, uint32_t count) { left[j] = size(j) - count; },
-        [&](int place, int at) { chosen[place] = order[at]; });
+        [&](int place, int at, int) { chosen[place] = order[at]; });
 }

@@ -142,7 +142,7 @@ impl Backend for Cpu {
         attend::attend(a)
     }
 
-    fn attend_coded(&self, a: &CodedAttention<'_>) -> Result<Option<Tensor>> {
+    fn attend_coded(&self, a: &CodedAttention<'_>, _: &Memory) -> Result<Option<Tensor>> {
         attend_coded::attend_coded(a)
     }
 }

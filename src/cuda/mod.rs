@@ -35,7 +35,7 @@ use crate::{
     metric::Metric,
     operand::{Readable, Target},
     plan::{arch::Arch, on_chip::FitResident, sort::Sort},
-    request::{Accumulator, Assignment, Attention, Finish, KmeansppStep, OnChipFit, Routed, Update},
+    request::{Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, OnChipFit, Routed, Update},
     rng::Draw,
     rows::Rows,
     staging::{Buffer, Lane},
@@ -192,6 +192,10 @@ impl Backend for Cuda {
 
     fn attend(&self, a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor>> {
         attend::attend(a, memory)
+    }
+
+    fn attend_coded(&self, a: &CodedAttention<'_>, memory: &Memory) -> Result<Option<Tensor>> {
+        attend::attend_coded(a, memory)
     }
 
     fn route(&self, r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {

@@ -141,6 +141,20 @@ pub(super) struct UnprovenRow {
 layout!(UnprovenRow, 8, cutoff: 4);
 
 #[repr(C)]
+pub(super) struct ProductCodes {
+    pub(super) codes: u64,
+    pub(super) entries: u64,
+    pub(super) columns: i32,
+    pub(super) bits: i32,
+}
+
+impl ProductCodes {
+    pub(super) const NONE: Self = Self { codes: 0, entries: 0, columns: 0, bits: 0 };
+}
+
+layout!(ProductCodes, 24, bits: 20);
+
+#[repr(C)]
 pub(super) struct Cache {
     pub(super) q: u64,
     pub(super) keys: u64,
@@ -173,9 +187,13 @@ pub(super) struct Cache {
     pub(super) estimate: i32,
     pub(super) scale: f32,
     pub(super) reach: f32,
+    pub(super) key_codes: ProductCodes,
+    pub(super) value_codes: ProductCodes,
+    pub(super) entries: i32,
+    pub(super) team: i32,
 }
 
-layout!(Cache, 184, reach: 180);
+layout!(Cache, 240, team: 236);
 
 #[repr(C)]
 pub(super) struct Route {

@@ -372,11 +372,11 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
 }
 
 /// The same where clustered tokens are codes.
-pub(crate) fn attend_coded(a: &CodedAttention<'_>) -> Result<Option<Tensor>> {
+pub(crate) fn attend_coded(a: &CodedAttention<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     if forced() {
         return Ok(None);
     }
-    on(a.q.device(), "attend_coded")?.attend_coded(a)
+    on(a.q.device(), "attend_coded")?.attend_coded(a, memory)
 }
 
 /// Attends from each query to the list of its group, `(b, heads, m, d)`; nothing where there is no kernel for it.

@@ -65,8 +65,9 @@ impl ClusteredKvCache {
     /// One row on a CPU is one kernel, of any dtype and columns, over clusters or all tokens: it reads tokens where they lie, scores and
     /// weighs in f32 (f64 for f64), and has the same bits for any number of threads. On a GPU one row that reads clusters is, of f16, bf16 or
     /// f32 with 64 or 128 columns, of keys and of values: a launch with thread block clusters (from Hopper on; three launches elsewhere).
-    /// Of a cache with [`codes`](Self::codes) one row on a CPU is a kernel that reads them by tables, for any budget; elsewhere the codes of the
-    /// tokens that are read are decoded first, those of all where all are read.
+    /// Of a cache with [`codes`](Self::codes) one row is a kernel that reads them by tables: on a CPU for any budget, on a GPU where the other
+    /// kernel would be and pieces have a power of two of columns, at most 16 bytes. Elsewhere the codes of the tokens that are read are
+    /// decoded first, those of all where all are read.
     /// Others, several rows and batches with padding go through Candle's ops, a block of rows at a time, with scores in the cache's dtype.
     /// Nothing is read by the host, and no gradient flows. Without queries the result is empty.
     ///
@@ -158,7 +159,7 @@ impl ClusteredKvCache {
             shared: budget.shared,
             estimate: budget.estimate && budget.tokens < coded.len(),
         };
-        let output = primitives::attend_coded(&attention)?;
+        let output = primitives::attend_coded(&attention, &self.memory)?;
         Ok(output.map(|output| output.reshape((batch, q_heads, 1, width))).transpose()?)
     }
 
