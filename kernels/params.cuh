@@ -94,10 +94,10 @@ struct Cache {
     int first, last;               // stages of this launch
     int estimate;                  // whether means stand in for tokens that are not listed
     float scale;
-    float reach;                   // a cluster ranks by its score and this, times the query's norm and its spread
+    float reach;  // a cluster ranks by its score and this, times the query's norm and its spread
     ProductCodes key_codes, value_codes;  // of clustered tokens in the order of their clusters, if they are codes
-    int entries;                   // their place in shared memory, in 16 bytes, or 0 where they have none
-    int team;                      // whether the blocks of a unit are a thread block cluster that ranks as a team
+    int entries;                          // their place in shared memory, in 16 bytes, or 0 where they have none
+    int team;  // whether the blocks of a unit are a thread block cluster that ranks as a team
 };
 LAYOUT(Cache, 240, team, 236);
 
@@ -165,8 +165,8 @@ struct Clusters {
 };
 LAYOUT(Clusters<float>, 112, planes, 108);
 
-/// The pieces that warps take of the sorted places, which are cut after every `rows`, but for clusters of at most `whole` rows, which belong to the
-/// piece that they begin in.
+/// The pieces that warps take of the sorted places, which are cut after every `rows`, but for clusters of at most
+/// `whole` rows, which belong to the piece that they begin in.
 struct Pieces {
     uint32_t rows, whole;
 
@@ -211,7 +211,8 @@ struct alignas(16) PreparedCentroid {
 };
 LAYOUT(PreparedCentroid, 32, hash, 20);
 
-/// The sums of a team, to which each of its blocks adds its own: zeros but for an iteration under way. One of each to a team.
+/// The sums of a team, to which each of its blocks adds its own: zeros but for an iteration under way. One of each to a
+/// team.
 struct Common {
     unsigned long long* limbs;       // (LIMBS, k, whole lines), columns in the order of `place_of`
     unsigned long long* remainders;  // (k, d, 2): what limbs could not take; null for f16 without factors

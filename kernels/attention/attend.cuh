@@ -2,11 +2,12 @@
 // means.
 //
 // The blocks of a unit share its clusters and the rows it reads. They (1) bound the scores of the clusters' keys by
-// their means and spreads, (2) rank clusters, choose the best up to a budget of tokens, and read keys and values of their
-// share of the listed tokens where they lie, and the mean values of their clusters, and (3) add up what they have (Dao et
-// al. 2023, "Flash-Decoding"). Between these stages they wait for each other: as a thread block cluster in one launch, which
-// ranks as a team, where there are such; else every stage is a launch, and each block ranks all. Traffic: the mean keys and mean values, a byte a column, and the listed
-// keys and values, or their codes, once for all query heads that share them.
+// their means and spreads, (2) rank clusters, choose the best up to a budget of tokens, and read keys and values of
+// their share of the listed tokens where they lie, and the mean values of their clusters, and (3) add up what they have
+// (Dao et al. 2023, "Flash-Decoding"). Between these stages they wait for each other: as a thread block cluster in one
+// launch, which ranks many clusters as a team, where there are such; else every stage is a launch, and each block ranks
+// all. Traffic: the mean keys and mean values, a byte a column, and the listed keys and values, or their codes, once
+// for all query heads that share them.
 #pragma once
 #include "attention/bound.cuh"
 #include "attention/read.cuh"

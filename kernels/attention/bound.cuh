@@ -42,7 +42,7 @@ __device__ __forceinline__ void Unit<T, D, CODED>::bound_scores() const {
         int at = begin + warp * ROWS;
         load(at);
         // Only the first queries come before the entries of codes.
-        CODED && from == 0 ? cp_async_wait<1>() : cp_async_wait<0>();
+        CODED&& from == 0 ? cp_async_wait<1>() : cp_async_wait<0>();
         __syncthreads();
         const bool live = from + g < c.group;
         const float reach = this->reach();
@@ -78,8 +78,7 @@ __device__ __forceinline__ void Unit<T, D, CODED>::bound_scores() const {
         }
         if (c.group == 1) continue;
         top = over_lanes<4>(top);
-        if (t == 0 && live)
-            c.of_means[((int64_t(unit) * c.blocks + block) * WARPS + warp) * c.group + from + g] = top;
+        if (t == 0 && live) c.of_means[((int64_t(unit) * c.blocks + block) * WARPS + warp) * c.group + from + g] = top;
     }
 }
 

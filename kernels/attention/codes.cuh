@@ -40,7 +40,8 @@ __device__ __forceinline__ uint32_t two_numbers(uint32_t bytes, bool upper) {
         const __half2 numbers = __hsub2(reinterpret_cast<const __half2&>(pair), __half2half2(__ushort_as_half(0x6480)));
         return reinterpret_cast<const uint32_t&>(numbers);
     } else {
-        // Seven bits are the last of the 8 of a number from 2^7 on; the eighth says whether that is 2^7 or 2^8 too much.
+        // Seven bits are the last of the 8 of a number from 2^7 on; the eighth says whether that is 2^7 or 2^8 too
+        // much.
         const uint32_t pair = __byte_perm(bytes, 0, upper ? 0x4342 : 0x4140);
         const uint32_t most = (pair & 0x007f007f) | 0x43004300, excess = (pair & 0x00800080) ^ 0x43804380;
         const __nv_bfloat162 numbers =
@@ -78,9 +79,10 @@ __device__ __forceinline__ uint4 look_up(const uint8_t* codes, const T* entries,
     } else {
         words[0] = __ldg(from) >> first * BITS % 8;
     }
-    using Entry = std::conditional_t<COLUMNS * sizeof(T) == 16, uint4,
-                  std::conditional_t<COLUMNS * sizeof(T) == 8, uint2,
-                  std::conditional_t<COLUMNS * sizeof(T) == 4, uint32_t, uint16_t>>>;
+    using Entry =
+        std::conditional_t<COLUMNS * sizeof(T) == 16, uint4,
+                           std::conditional_t<COLUMNS * sizeof(T) == 8, uint2,
+                                              std::conditional_t<COLUMNS * sizeof(T) == 4, uint32_t, uint16_t>>>;
     const Entry* const table = reinterpret_cast<const Entry*>(entries) + first * ENTRIES;
     union {
         Entry entries[COUNT];

@@ -117,8 +117,8 @@ struct Running {
         }
     }
 
-    /// The same of codes with these scales. A scale goes with the row's weight, so that codes are numbers as they are; and as
-    /// such weights have no bound, they are in bf16, which has the exponents for them.
+    /// The same of codes with these scales. A scale goes with the row's weight, so that codes are numbers as they are;
+    /// and as such weights have no bound, they are in bf16, which has the exponents for them.
     __device__ __forceinline__ void add_scaled(const float (&of_rows)[F::TALL][2], const float (&scales)[F::TALL][2],
                                                const Codes<F::EACH> (&v)[F::PARTS][F::VALUES]) {
         float weights[F::TALL][2];
@@ -162,7 +162,8 @@ struct Running {
     }
 };
 
-/// The scores of a tile of key rows for head g: s[i][e] of row 8 * i + 2t + e. `key(i, p)` is a lane's piece p of its key row i.
+/// The scores of a tile of key rows for head g: s[i][e] of row 8 * i + 2t + e. `key(i, p)` is a lane's piece p of its
+/// key row i.
 template <class T, int D, class Key>
 __device__ __forceinline__ void score_tile(float (&s)[Fragments<T, D>::TALL][2], Key key, const uint4* q, float scale) {
     using F = Fragments<T, D>;

@@ -18,8 +18,8 @@ __device__ __forceinline__ uint32_t rank_of(float score) {
     return ordered(__float_as_uint(score == score ? score + 0.0f : -INFINITY));
 }
 
-/// The highest digit at which the bins from the top on have `wanted` weight, of which what is above it is taken; 0 if they never
-/// do. Every warp finds it, a lane among EACH of the bins, the highest first.
+/// The highest digit at which the bins from the top on have `wanted` weight, of which what is above it is taken; 0 if
+/// they never do. Every warp finds it, a lane among EACH of the bins, the highest first.
 __device__ __forceinline__ uint32_t find_digit(const uint32_t* bins, uint32_t& wanted) {
     constexpr int EACH = BINS / WARP;
     const int lane = threadIdx.x % WARP;
@@ -27,8 +27,7 @@ __device__ __forceinline__ uint32_t find_digit(const uint32_t* bins, uint32_t& w
 #pragma unroll
     for (int i = 0; i < EACH; i += 4) {
         const uint4 four = reinterpret_cast<const uint4*>(bins)[(BINS - EACH * (lane + 1) + i) / 4];
-        own[EACH - 1 - i] = four.x, own[EACH - 2 - i] = four.y, own[EACH - 3 - i] = four.z,
-                       own[EACH - 4 - i] = four.w;
+        own[EACH - 1 - i] = four.x, own[EACH - 2 - i] = four.y, own[EACH - 3 - i] = four.z, own[EACH - 4 - i] = four.w;
         sum += four.x + four.y + four.z + four.w;
     }
     uint32_t before = warp_scan(sum) - sum;
@@ -107,8 +106,8 @@ __device__ uint32_t radix_select_weighted(const uint32_t* ranks, int k, uint32_t
 /// The best clusters as a list of `budget` tokens: those above `rank` come first, then those of it as long as there is
 /// room; clusters of one rank go by their index. `taken(j, count)` for every cluster: how many of its tokens are
 /// listed, and `take(place, at, j)` for the places in [from, to), the tokens' places in the order and their clusters. A
-/// warp goes through a part of the clusters. `places(all)`, of the weights above the rank and of it, are the first places
-/// of both.
+/// warp goes through a part of the clusters. `places(all)`, of the weights above the rank and of it, are the first
+/// places of both.
 template <class Places, class Taken, class Take>
 __device__ void gather_best(const uint32_t* ranks, int k, uint32_t rank, uint32_t budget, const uint32_t* begins,
                             int from, int to, uint2* sums, Places places, Taken taken, Take take) {
@@ -125,8 +124,7 @@ __device__ void gather_best(const uint32_t* ranks, int k, uint32_t rank, uint32_
     __syncthreads();
     // The next places for those above the rank, and for those of it.
     const uint2 of_warp = lane < warps ? sums[lane] : uint2{};
-    const uint2 first_places =
-        places(make_uint2(__reduce_add_sync(~0u, of_warp.x), __reduce_add_sync(~0u, of_warp.y)));
+    const uint2 first_places = places(make_uint2(__reduce_add_sync(~0u, of_warp.x), __reduce_add_sync(~0u, of_warp.y)));
     above = first_places.x + __reduce_add_sync(~0u, lane < warp ? of_warp.x : 0);
     same = first_places.y + __reduce_add_sync(~0u, lane < warp ? of_warp.y : 0);
 #pragma unroll 1

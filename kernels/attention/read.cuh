@@ -2,8 +2,9 @@
 #pragma once
 #include "attention/unit.cuh"
 
-/// Lists this block's share of the tokens that are read, `count` from the place `first` of all on, after the ranks of this thread. Exact
-/// are the sinks, those of the best clusters, and those after the clustered ones. Returns how many of the share are rows.
+/// Lists this block's share of the tokens that are read, `count` from the place `first` of all on, after the ranks of
+/// this thread. Exact are the sinks, those of the best clusters, and those after the clustered ones. Returns how many
+/// of the share are rows.
 template <class T, int D, bool CODED>
 __device__ __forceinline__ int Unit<T, D, CODED>::list_rows(uint2 range, int first, int count) const {
     const auto weight = [&](int j) { return begins[j + 1] - begins[j]; };
@@ -90,8 +91,8 @@ __device__ __forceinline__ int Unit<T, D, CODED>::add_tokens(Running<T, D>& runn
     return tile;
 }
 
-/// Adds the tokens of the list from `first` on, which are codes: the score of one is its cluster's, which is known, and that of its key's
-/// entries, and its value the cluster's mean and its entries.
+/// Adds the tokens of the list from `first` on, which are codes: the score of one is its cluster's, which is known, and
+/// that of its key's entries, and its value the cluster's mean and its entries.
 template <class T, int D, bool CODED>
 __device__ __forceinline__ int Unit<T, D, CODED>::add_coded(Running<T, D>& running, int tile, int first, int count,
                                                             int from) const {
@@ -139,7 +140,8 @@ __device__ __forceinline__ int Unit<T, D, CODED>::add_coded(Running<T, D>& runni
                 const uint8_t* const row = c.value_codes.codes + place * (D / COLUMNS * BITS / 8);
 #pragma unroll
                 for (int p = 0; p < F::PARTS; ++p) {
-                    v[p][r] = i < count ? look_up<T, COLUMNS, BITS>(row, value_entries, (p * 8 + g) * F::EACH) : uint4{};
+                    v[p][r] =
+                        i < count ? look_up<T, COLUMNS, BITS>(row, value_entries, (p * 8 + g) * F::EACH) : uint4{};
                 }
             }
         });

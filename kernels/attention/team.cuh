@@ -35,7 +35,8 @@ struct TeamState {
     uint32_t range[2], taken[2];
 };
 
-/// As radix_select_weighted, of the clusters of all blocks: each counts its own in bins, and all add up the bins of each.
+/// As radix_select_weighted, of the clusters of all blocks: each counts its own in bins, and all add up the bins of
+/// each.
 template <class Weight>
 __device__ uint32_t radix_select_by_team(const uint32_t* ranks, int k, uint32_t least, uint32_t most, uint32_t wanted,
                                          Weight weight, TeamState& s, const Team& team) {

@@ -15,17 +15,17 @@ struct Unit {
     static constexpr int STRIDE = D + 4;  // of a head's sums, so that lanes write to different banks
     const Cache& c;
     uint32_t unit, block;
-    int begin, end;                // clusters of this block
-    int low, high;                 // those that it ranks: its own in a team, else all
-    uint32_t* ranks;               // (high - low): of clusters, and then how many of their tokens are listed
-    uint32_t *begins, *rows;       // (high - low + 1): their offsets; and the tokens that this block reads
-    uint32_t* clusters;            // of those, where they are codes
-    float* sums;                   // (WARPS, at most HEADS, STRIDE)
-    uint4* queries;                // (PIECES, WARP): as the lanes hold them
-    float2 (*tops)[HEADS];         // (WARPS, HEADS)
+    int begin, end;           // clusters of this block
+    int low, high;            // those that it ranks: its own in a team, else all
+    uint32_t* ranks;          // (high - low): of clusters, and then how many of their tokens are listed
+    uint32_t *begins, *rows;  // (high - low + 1): their offsets; and the tokens that this block reads
+    uint32_t* clusters;       // of those, where they are codes
+    float* sums;              // (WARPS, at most HEADS, STRIDE)
+    uint4* queries;           // (PIECES, WARP): as the lanes hold them
+    float2 (*tops)[HEADS];    // (WARPS, HEADS)
     const T *key_entries, *value_entries;
-    float* bounds;                 // (group, width)
-    int64_t first_cluster;         // of the key head
+    float* bounds;          // (group, width)
+    int64_t first_cluster;  // of the key head
     int warp, lane, g, t;
 
     /// Begins to load the queries from a head on.
@@ -67,7 +67,7 @@ struct Unit {
             for (int i = 0; i < F::EACH; ++i) sum = fmaf(float(columns[i]), float(columns[i]), sum);
         }
         sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
-            float norm;
+        float norm;
         asm("sqrt.approx.f32 %0, %1;" : "=f"(norm) : "f"(sum));
         return c.reach * norm;
     }
