@@ -780,6 +780,24 @@ pub fn refused<T: std::fmt::Debug>(result: Result<T, Error>, variant: &str, part
     parts.iter().for_each(|p| assert!(text.contains(p), "{text:?} lacks {p:?}"));
 }
 
+/// So many clusters are ranked by the blocks of a GPU together, and are no less those of the specification.
+#[test]
+fn many_clusters_are_ranked_together() {
+    for (device, dtype) in devices().into_iter().flat_map(|d| [DType::F32, DType::F16].map(|t| (d.clone(), t))) {
+        let mut rng = rng(67);
+        let mut cache = ClusteredKvCache::new(0).sinks(SINKS).recent(RECENT).cluster_size(4).passes(1);
+        let [k, v] = [(); 2].map(|_| random([1, 1, 18_000, 64], dtype, &device, &mut rng));
+        cache.append(&k, &v).unwrap();
+        assert!(cache.cluster().unwrap());
+        assert!(cache.clusters().unwrap().sizes.dims()[2] > 4000);
+        let q = random([1, 3, 1, 64], dtype, &device, &mut rng);
+        for all in [(1, true, false), (700, true, true), (3000, false, false), (17_000, true, true)] {
+            let out = cache.attend(&q, SCALE, budget(all)).unwrap();
+            assert_near(&out, &spec(&cache, &q, all), tolerance(dtype), &format!("{dtype:?} {all:?}"));
+        }
+    }
+}
+
 #[test]
 fn refusals_are_typed() {
     for device in devices() {

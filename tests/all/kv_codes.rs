@@ -209,6 +209,24 @@ fn one_row_is_one_of_many() {
     }
 }
 
+/// The same of so many clusters that the blocks of a GPU rank them together.
+#[test]
+fn one_row_over_many_clusters_is_one_of_many() {
+    for device in devices() {
+        let mut rng = rng(88);
+        let mut cache = ClusteredKvCache::new(0).cluster_size(4).passes(1).codes(KvCodes::new());
+        let [k, v] = [(); 2].map(|_| random([1, 1, 18_000, 64], DType::F32, &device, &mut rng));
+        cache.append(&k, &v).unwrap();
+        assert!(cache.cluster().unwrap());
+        let q = random([1, 3, 2, 64], DType::F32, &device, &mut rng);
+        for all in [(700, true, false), (3000, true, true), (17_000, false, false)] {
+            let both = cache.attend(&q, SCALE, budget(all)).unwrap().narrow(2, 1, 1).unwrap();
+            let one = cache.attend(&q.narrow(2, 1, 1).unwrap(), SCALE, budget(all)).unwrap();
+            assert_near(&one, &f64s(&both), 1e-4, &format!("{all:?}"));
+        }
+    }
+}
+
 /// Layers that are clustered together have the codes that they would have alone, and so have the sequences of a batch.
 #[test]
 fn codes_do_not_depend_on_neighbours() {
