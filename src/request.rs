@@ -1,13 +1,16 @@
 //! Requests: plain values by which an op is asked.
 
 use crate::{
+    error::Result,
+    host,
     metric::Metric,
     operand::Readable,
     plan::{assign::AssignPlan, on_chip::OnChip, update::UpdatePlan},
     rng::Draw,
     rows::Rows,
 };
-use candle_core::{Result, Tensor};
+use candle_core::Tensor;
+use std::sync::Mutex;
 
 /// The progress of a fit's problems.
 pub(crate) struct Progress {
@@ -110,6 +113,16 @@ pub(crate) enum Labels<'a> {
     Sorted(&'a Order),
 }
 
+impl<'a> Labels<'a> {
+    /// The labels themselves.
+    pub fn readable(self) -> &'a dyn Readable {
+        match self {
+            Self::Unsorted(labels) => labels,
+            Self::Sorted(order) => &order.labels,
+        }
+    }
+}
+
 /// Rows to be reduced by clusters.
 pub(crate) struct Update<'a> {
     pub plan: UpdatePlan,
@@ -119,6 +132,38 @@ pub(crate) struct Update<'a> {
     pub labels: Option<Labels<'a>>,
     pub reduction: Reduction,
     pub turn: Option<Turn<'a>>,
+    /// What the last update of these rows has left for this one. The CPU's.
+    pub kept: Option<&'a Mutex<KeptSums>>,
+}
+
+/// Sums that an update leaves for the next one of the same rows, which adds those that have come to a cluster and takes away those that
+/// have left it.
+#[derive(Debug)]
+pub(crate) struct KeptSums {
+    /// The cluster whose sums have a row, `(b, n)`.
+    pub labels: Vec<u32>,
+    /// Whether the sums of a problem are there, `(b)`: where its terms are whole numbers of the scale that its bounds give.
+    pub known: Vec<bool>,
+    /// `(b, k, d + 1)`: of each column and, last, of the weight.
+    pub sums: Vec<i128>,
+    /// The rows that changed their cluster before the last update.
+    pub changed: usize,
+}
+
+impl KeptSums {
+    /// For `b` problems of `n` rows of `d` columns in `k` clusters.
+    pub fn new([b, n, k, d]: [usize; 4]) -> Result<Self> {
+        let sums = host::filled("fit", b * k * (d + 1), 0)?;
+        let (labels, known) = (host::filled("fit", b * n, u32::MAX)?, host::filled("fit", b, false)?);
+        Ok(Self { labels, known, sums, changed: b * n })
+    }
+
+    /// Forgets the rows.
+    pub fn reset(&mut self) {
+        self.labels.fill(u32::MAX);
+        self.known.fill(false);
+        self.changed = self.labels.len();
+    }
 }
 
 /// Sums by cluster that blocks of rows and ranks add to. They are integers, the digits of Kulisch accumulators, so that sums of

@@ -17,7 +17,7 @@ use crate::{
 };
 pub use crate::{
     launches::launches,
-    plan::assign::force,
+    plan::{assign::force, skip::force_skipping},
     stages::{on_read, on_stage},
 };
 use candle_core::{DType, Device, Tensor};
@@ -60,7 +60,7 @@ impl Update {
     fn run_by(&self, labels: Labels<'_>) -> Result<Tensor> {
         let Self { x, summands, plan, centroids, memory } = self;
         let (labels, reduction) = (Some(labels), Reduction::Mean);
-        let u = request::Update { plan: *plan, x, summands, labels, reduction, turn: None };
+        let u = request::Update { plan: *plan, x, summands, labels, reduction, turn: None, kept: None };
         primitives::update(&u, centroids.into(), memory)?;
         Ok(centroids.clone())
     }

@@ -16,6 +16,9 @@ pub const CPU_SUM_BLOCK: usize = 64;
 /// The most rows of a cluster whose sums are tried in f64 as they are.
 pub const CPU_SUM_WHOLE: usize = 4 * CPU_SUM_BLOCK;
 
+/// An update adds only the rows that have changed their cluster where they are at most one of so many.
+pub const CPU_CHANGED: usize = 4;
+
 /// Tokens, or means, that one CPU task of attention reads.
 pub const CPU_ATTEND_ROWS: usize = 512;
 

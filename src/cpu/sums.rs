@@ -33,7 +33,7 @@ pub(super) struct Sorted<'a, T> {
 }
 
 impl<T: Element> Sorted<'_, T> {
-    fn range(&self, b: usize, j: usize) -> Range<usize> {
+    pub(super) fn range(&self, b: usize, j: usize) -> Range<usize> {
         match self.offsets {
             Some(offsets) => offsets[b * (self.k + 1) + j] as usize..offsets[b * (self.k + 1) + j + 1] as usize,
             None => 0..self.x.rows.n,
@@ -93,7 +93,7 @@ impl<T: Element> Sorted<'_, T> {
     }
 
     /// The grid of sums of terms up to `max_abs`.
-    fn grid(&self, max_abs: f64) -> Grid {
+    pub(super) fn grid(&self, max_abs: f64) -> Grid {
         grid(max_abs, self.grid_rows, self.planes)
     }
 
@@ -210,7 +210,7 @@ pub(super) enum Totals {
 pub(super) struct Sums(pub(super) Vec<Vec<i128>>);
 
 impl Sums {
-    fn new(d: usize) -> Self {
+    pub(super) fn new(d: usize) -> Self {
         Self(vec![vec![0; d]])
     }
 

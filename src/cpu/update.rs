@@ -2,38 +2,72 @@
 //! no order.
 
 use super::{
+    incremental::{add_to_kept, Changes},
+    means::{divided, write_centroid},
     sort::order,
-    sums::{grid, Scratch, Sorted, Totals, UNITS},
+    sums::{grid, Scratch, Sorted, Sums, Totals, UNITS},
     tensors::{converged, lock, or, read_and_write, typed, write, Element, Stored},
 };
 use crate::{
     error::{Error, Result},
-    fixed::{self, Grid, Scaled},
+    fixed::{Grid, Scaled},
     host, launches,
     operand::{Readable, Target},
     plan::update::UpdateKernel,
     request::{Accumulator, Finish, Labels, Reduction, Turn, Update},
 };
 use candle_core::{CpuStorage, Layout, Tensor, WithDType};
+use std::{
+    iter::repeat_with,
+    sync::{
+        atomic::{AtomicBool, Ordering::Relaxed},
+        PoisonError,
+    },
+};
 
 /// Replaces the centroids, `(..batch, k, d)`, by the reduction of their clusters' rows, and decides which problems have converged.
-pub(crate) fn update(u: &Update<'_>, centroids: Target<'_>) -> Result<()> {
-    let &Update { plan, x, reduction, turn, .. } = u;
+pub(crate) fn update(u: &Update<'_>, mut centroids: Target<'_>) -> Result<()> {
+    let &Update { plan, x, labels, reduction, turn, kept, .. } = u;
     launches::record(plan.kernel.name(), x.dtype().as_str());
-    let (b, k, d) = (x.b, centroids.dims()[centroids.dims().len() - 2], x.d);
+    let (b, n, k, d) = (x.b, x.n, centroids.dims()[centroids.dims().len() - 2], x.d);
     typed!(x.dtype(), T => {
         let converged = converged(turn)?;
-        let shifts: Vec<f64> = with_sorted(u, k, None, centroids, |clusters, centroids: &mut [T]| {
-            let mut shifts = host::filled("update", b * k, 0.0)?;
-            let all = centroids.chunks_mut(d).zip(&mut shifts).enumerate();
-            let active = all.filter(|(i, _)| !converged.get(i / k).is_some_and(|&c| c)).collect();
-            let replace = |scratch: &mut Scratch, (i, (row, shift)): (usize, (&mut [T], &mut f64))| {
-                *shift = replace(clusters, [i / k, i % k], reduction, row, scratch)?;
+        let mut shifts = host::filled("update", b * k, 0.0)?;
+        // The problems of which all rows are added up.
+        let mut whole: Vec<_> = (0..b).map(|b| !converged.get(b).is_some_and(|&c| c)).collect();
+        let mut kept = kept.map(|kept| kept.lock().unwrap_or_else(PoisonError::into_inner));
+        if let (Some(kept), Some(labels)) = (&mut kept, labels) {
+            let [labels] = lock([labels.readable()]);
+            let changes = Changes::new(kept, labels.flat()?, [b, n, k], &whole)?;
+            drop(labels);
+            if changes.few.contains(&true) {
+                launches::record("cpu_sums_changed", x.dtype().as_str());
+                let sorted = Some((&changes.order[..], &changes.offsets[..]));
+                with_rows(u, 2 * k, sorted, None, centroids.by_ref(), |rows, centroids: &mut [T]| {
+                    changes.apply(rows, kept, reduction, &mut whole, centroids.chunks_mut(d).zip(&mut shifts))
+                })?;
+            }
+        }
+        if whole.contains(&true) {
+            with_sorted(u, k, None, centroids, |clusters, centroids: &mut [T]| {
+                let odd: Vec<_> = whole.iter().map(|_| AtomicBool::new(false)).collect();
+                let sums = kept.iter_mut().flat_map(|kept| kept.sums.chunks_mut(d + 1)).map(Some);
+                let all = centroids.chunks_mut(d).zip(&mut shifts).zip(sums.chain(repeat_with(|| None))).enumerate();
+                type Cluster<'a, T> = (usize, ((&'a mut [T], &'a mut f64), Option<&'a mut [i128]>));
+                let replace = |scratch: &mut Scratch, (i, ((row, shift), kept)): Cluster<'_, T>| {
+                    let (b, j) = (i / k, i % k);
+                    *shift = replace(clusters, [b, j], reduction, row, kept.map(|kept| (kept, &odd[b])), scratch)?;
+                    Ok(())
+                };
+                let active = all.filter(|(i, _)| whole[i / k]).collect();
+                host::for_each(active, d * (8 + n / k / 2), || Scratch::new(d), replace)?;
+                if let Some(kept) = &mut kept {
+                    let problems = kept.known.iter_mut().zip(odd).zip(&whole).filter(|&(_, &whole)| whole);
+                    problems.for_each(|((known, odd), _)| *known = !odd.into_inner());
+                }
                 Ok(())
-            };
-            host::for_each(active, d * (8 + x.n / k / 2), || Scratch::new(d), replace)?;
-            Ok(shifts)
-        })?;
+            })?;
+        }
         decide_convergence(turn, &converged, &shifts)
     })
 }
@@ -141,7 +175,7 @@ fn with_sorted<T: Element, O: Stored, R>(
     target: Target<'_>,
     f: impl FnOnce(&Sorted<'_, T>, &mut [O]) -> Result<R>,
 ) -> Result<R> {
-    let &Update { x, summands, labels, .. } = u;
+    let &Update { x, labels, .. } = u;
     let (own, given) = match labels {
         None => (None, None),
         Some(Labels::Unsorted(labels)) => (Some(sorted(labels, k)?), None),
@@ -150,7 +184,19 @@ fn with_sorted<T: Element, O: Stored, R>(
     };
     let own = own.as_ref().map(|sorted| sorted.split_at(x.b * x.n));
     let given = given.as_ref().map(|[order, offsets]| Ok::<_, Error>((order.flat()?, offsets.flat()?))).transpose()?;
-    let sorted = own.or(given);
+    with_rows(u, k, own.or(given), to, target, f)
+}
+
+/// The same of rows that are in order, beside the offsets of clusters.
+fn with_rows<T: Element, O: Stored, R>(
+    u: &Update<'_>,
+    k: usize,
+    sorted: Option<(&[u32], &[u32])>,
+    to: Option<&Accumulator>,
+    target: Target<'_>,
+    f: impl FnOnce(&Sorted<'_, T>, &mut [O]) -> Result<R>,
+) -> Result<R> {
+    let &Update { x, summands, .. } = u;
     let (max_abs, max_weight) =
         to.map_or((&summands.max_abs, &summands.max_weight), |to| (&to.max_abs, &to.max_weight));
     let ([max_abs, first_nonfinite], max_weight) =
@@ -197,21 +243,28 @@ fn sorted(labels: &dyn Readable, k: usize) -> Result<Vec<u32>> {
     Ok(u32::cpu_storage_data(sorted)?)
 }
 
-/// Replaces the centroid `row` of cluster `j`, unless that has no weight, and returns the square of its shift.
+/// Replaces the centroid `row` of cluster `j`, unless that has no weight, and returns the square of its shift. Notes its sums for the next
+/// update, or that they are none to be kept.
 fn replace<T: Element>(
     clusters: &Sorted<T>,
     [b, j]: [usize; 2],
     reduction: Reduction,
     row: &mut [T],
+    mut kept: Option<(&mut [i128], &AtomicBool)>,
     scratch: &mut Scratch,
 ) -> Result<f64> {
+    if let Some((kept, _)) = &mut kept {
+        kept.fill(0);
+    }
     let values = match clusters.kernel {
         UpdateKernel::CpuMedians => clusters.medians(b, j),
         _ => clusters.sums(b, j, scratch)?.and_then(|(sums, all)| {
-            let weight = || {
-                let (weight, grid) = clusters.weight(b, j, all);
-                weight.rounded(grid)[0]
-            };
+            let (weight, grid) =
+                if reduction == Reduction::Mean { clusters.weight(b, j, all) } else { (Sums::new(1), UNITS) };
+            if let Some((kept, odd)) = kept {
+                odd.fetch_or(!add_to_kept(clusters, b, (&sums, &weight), 1, kept), Relaxed);
+            }
+            let weight = || weight.rounded(grid)[0];
             match sums {
                 Totals::Digits(sums, grid) => divided(reduction, sums.rounded(grid), weight),
                 Totals::Exact(sums) if reduction == Reduction::Sum => Some(sums),
@@ -226,34 +279,4 @@ fn replace<T: Element>(
         }),
     };
     Ok(values.map_or(0.0, |values| write_centroid(row, values)))
-}
-
-/// The values that the sums of a cluster are reduced to, if it has the weight for it.
-fn divided(reduction: Reduction, sums: Vec<Scaled>, weight: impl FnOnce() -> Scaled) -> Option<Vec<f64>> {
-    match reduction {
-        Reduction::Sum => Some(sums.into_iter().map(Scaled::value).collect()),
-        Reduction::Direction => {
-            let (values, norm) = Scaled::direction(&sums)?;
-            Some(values.into_iter().map(|v| v / norm).collect())
-        }
-        _ => {
-            let weight = weight();
-            weight.is_positive().then(|| sums.into_iter().map(|s| s.over(weight)).collect())
-        }
-    }
-}
-
-/// Puts `values` in the place of a centroid, and returns the square of its shift.
-fn write_centroid<T: Element>(row: &mut [T], mut values: Vec<f64>) -> f64 {
-    for (old, v) in row.iter_mut().zip(&mut values) {
-        let new = T::narrow(*v);
-        let t = if new.wide() == old.wide() { 0.0 } else { new.wide() - old.wide() };
-        (*old, *v) = (new, t * t);
-    }
-    let shift = fixed::striped(&values);
-    if shift.is_nan() {
-        f64::INFINITY
-    } else {
-        shift
-    }
 }

@@ -83,7 +83,7 @@ enum To<'a, T> {
 
 fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memory) -> Result<()> {
     const OP: &str = "update";
-    let &Update { plan, x, summands, labels, reduction, turn } = u;
+    let &Update { plan, x, summands, labels, reduction, turn, .. } = u;
     let dev = device(&x.operand)?;
     let (b, n, d) = (x.b, x.n, x.d);
     let active = Active::of(turn)?;

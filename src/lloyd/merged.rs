@@ -313,6 +313,7 @@ impl<'a> Merged<'a> {
             progress: &progress,
             memory: &memory,
             sums: Some(&sums),
+            kept: None,
         };
         let mut outcome = Outcome::new(*whole, found, terms, &start_centroids)?;
         let (flow, iterations) = lloyd.run(feed, &mut |block| outcome.add(block, &centroids), watch)?;

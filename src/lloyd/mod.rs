@@ -25,7 +25,7 @@ use crate::{
     primitives,
     problem::{self, Problem},
     ranks::{Alone, Ranks},
-    request::{Accumulator, Assignment, Finish, Labels, OnChipFit, Progress, Reduction, Turn, Update},
+    request::{Accumulator, Assignment, Finish, KeptSums, Labels, OnChipFit, Progress, Reduction, Turn, Update},
     rows::{RowLayout, Rows},
     seeding,
     stages::reach_work,
@@ -35,7 +35,12 @@ use feed::{Block, Feed, Pass, Resident};
 use prepared::{Data, PreparedFit, RUNNING};
 use relocate::{relocate, SizesSoFar};
 use state::{Added, State, Watch};
-use std::{mem::take, ops::ControlFlow, path::Path};
+use std::{
+    mem::take,
+    ops::ControlFlow,
+    path::Path,
+    sync::{Mutex, PoisonError},
+};
 use weights::counted_sizes;
 
 impl KMeans {
@@ -231,8 +236,12 @@ impl PreparedFit {
         }
         let asks_every = asks.then_some(QUEUED);
         let begin = Begin { iteration: 0, rows: 0, over: max_iters == 0 };
+        let kept = self.kept_sums.as_ref();
+        if let Some(kept) = kept {
+            kept.lock().unwrap_or_else(PoisonError::into_inner).reset();
+        }
         let lloyd =
-            Lloyd { settings, run, batch, begin, max_iters, asks_every, centroids, progress, memory, sums: None };
+            Lloyd { settings, run, batch, begin, max_iters, asks_every, centroids, progress, memory, sums: None, kept };
         let (flow, iterations) =
             lloyd.run(&mut Resident(self.block(x, summands)), &mut |_| Ok(()), &mut |_, _| Ok(()))?;
         if self.plan.steps.on_chip.is_some_and(|plan| plan != OnChip::CpuLine) {
@@ -269,6 +278,8 @@ struct Lloyd<'a> {
     memory: &'a Memory,
     /// The sums that blocks and ranks add to. Where there are none, all rows are in one block, whose update is one op.
     sums: Option<&'a Accumulator>,
+    /// What the updates of that one block leave each other, where the plan says so.
+    kept: Option<&'a Mutex<KeptSums>>,
 }
 
 impl Lloyd<'_> {
@@ -390,7 +401,7 @@ impl Lloyd<'_> {
     fn add(&self, block: Block<'_>, labels: Labels<'_>, turn: Turn<'_>) -> Result<()> {
         let (reduction, turn) = (Reduction::of(self.settings.metric), Some(turn));
         let Block { x, summands, update: plan, .. } = block;
-        let u = Update { plan, x, summands, labels: Some(labels), reduction, turn };
+        let u = Update { plan, x, summands, labels: Some(labels), reduction, turn, kept: self.kept };
         match self.sums {
             Some(sums) => primitives::accumulate(&u, sums, self.memory),
             None => primitives::update(&u, self.centroids.into(), self.memory),

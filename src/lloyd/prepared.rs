@@ -16,12 +16,12 @@ use crate::{
     plan::{announce, Plan},
     primitives,
     problem::{self, Problem},
-    request::{Progress, Summands},
+    request::{KeptSums, Progress, Summands},
     rows::Rows,
     seeding,
 };
 use candle_core::{DType, Device, Tensor};
-use std::fmt;
+use std::{fmt, sync::Mutex};
 
 /// [`Progress::stop`] of a problem that has not converged.
 pub(super) const RUNNING: u32 = u32::MAX;
@@ -77,6 +77,8 @@ pub struct PreparedFit {
     /// The rows to start from, if they do not depend on the data.
     pub(super) drawn: Option<Tensor>,
     pub(super) memory: Memory,
+    /// The sums that updates leave each other, where the plan says so.
+    pub(super) kept_sums: Option<Mutex<KeptSums>>,
     /// The copy of rows that cannot be read where they lie.
     pub(super) copy: Option<Tensor>,
     pub(super) data: Option<Data>,
@@ -127,6 +129,8 @@ impl PreparedFit {
         };
         let shown = [centroids.reshape(p.shape(&[p.k, p.d]))?, labels.reshape(p.shape(&[p.n]))?];
         let (device, memory) = (device.clone(), Memory::kept());
+        let kept_sums =
+            plan.steps.skip.keep_sums.then(|| KeptSums::new([p.b, p.n, p.k, p.d]).map(Mutex::new)).transpose()?;
         let mut fit = Self {
             fence,
             settings,
@@ -141,6 +145,7 @@ impl PreparedFit {
             weights,
             drawn: None,
             memory,
+            kept_sums,
             copy: None,
             data: None,
             captured: vec![],

@@ -35,7 +35,7 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
     let packed = if pack { bn * eights } else { 0 };
     // Which rows count, as bytes and as numbers; and, once, what is found of each row.
     let ragged = if ragged { bn * if cpu { 112 } else { 48 } } else { 0 };
-    let kept = 4 * bn + b * k * d * size + weighed + ragged + packed + 64 * b;
+    let kept = 4 * bn + b * k * d * size + weighed + ragged + packed + steps.skip.bytes(p) + 64 * b;
     // Then one after another. First the distances to what is chosen and their keys; the rows that k-means|| draws,
     // their prepared copy and its labels.
     // On a GPU also what assigns rows to those, and all that is held of each row meanwhile.

@@ -4,6 +4,7 @@ pub(crate) mod arch;
 pub(crate) mod assign;
 pub(crate) mod bytes;
 pub(crate) mod on_chip;
+pub(crate) mod skip;
 pub(crate) mod sort;
 pub(crate) mod update;
 
@@ -18,6 +19,7 @@ use arch::Arch;
 use assign::AssignPlan;
 use bytes::bytes;
 use on_chip::{FitResident, OnChip};
+use skip::SkipPlan;
 use std::{collections::HashSet, fmt, sync::Mutex};
 use update::UpdatePlan;
 
@@ -54,6 +56,7 @@ pub(crate) struct Steps {
     pub on_chip: Option<OnChip>,
     pub assign: AssignPlan,
     pub update: UpdatePlan,
+    pub skip: SkipPlan,
 }
 
 impl Plan {
@@ -81,7 +84,8 @@ impl Plan {
             false => OnChip::new(p.dtype, p.metric, sizes, layout, factors, arch, runs_at_once)?,
         };
         let update = UpdatePlan::new(p.dtype, sizes, layout, p.metric == Metric::Manhattan, factors, arch);
-        let steps = Steps { given, layout, on_chip, assign: assign(layout), update };
+        let skip = SkipPlan::new(p, on_chip, arch);
+        let steps = Steps { given, layout, on_chip, assign: assign(layout), update, skip };
         Ok(Self::from_steps(p, steps, pack, bytes(p, &steps, pack, settings, arch)))
     }
 

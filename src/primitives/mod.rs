@@ -184,7 +184,7 @@ impl<'a> Update<'a> {
         let (medians, weighted) = (reduction == Reduction::Median, summands.row_scale.is_some());
         let sizes = [x.b, x.n, k, x.d];
         let plan = UpdatePlan::new(x.dtype(), sizes, x.layout(), medians, weighted, arch(x.device())?);
-        Ok(Self { plan, x, summands, labels, reduction, turn: None })
+        Ok(Self { plan, x, summands, labels, reduction, turn: None, kept: None })
     }
 }
 

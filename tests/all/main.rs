@@ -44,6 +44,7 @@ mod saved;
 mod seeding;
 mod segments;
 mod select;
+mod skipping;
 mod source;
 #[cfg(feature = "arrow")]
 mod source_columns;

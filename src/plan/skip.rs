@@ -1,0 +1,43 @@
+//! What an iteration may leave out because the one before it has done it. Nothing that is left out can change a bit.
+
+use super::{arch::Arch, on_chip::OnChip};
+use crate::{metric::Metric, problem::Problem};
+use std::cell::Cell;
+
+/// The work that the iterations of a fit of rows in one block, on the CPU, save each other. GPUs, streams and ranks do all of it in every
+/// iteration: this is the one place that says so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct SkipPlan {
+    /// Whether updates keep their sums, which then take only the rows that have changed their cluster. Sums are integers: their bits do
+    /// not depend on how often a row has come and gone.
+    pub keep_sums: bool,
+}
+
+/// Fewer values than these are added up before they are compared.
+const VALUES: usize = 1 << 18;
+
+impl SkipPlan {
+    pub fn new(p: &Problem, on_chip: Option<OnChip>, arch: Arch) -> Self {
+        let fits = arch == Arch::Cpu && on_chip.is_none() && p.metric != Metric::Manhattan;
+        let values = p.b.saturating_mul(p.n).saturating_mul(p.d);
+        // Sums take sixteen bytes a column of a cluster: no more than a few times the rows.
+        Self { keep_sums: fits && FORCED.get().unwrap_or(values >= VALUES && p.n / 4 >= p.k) }
+    }
+
+    /// The bytes that updates keep.
+    pub fn bytes(self, p: &Problem) -> u64 {
+        let (b, n, k, d) = (p.b as u64, p.n as u64, p.k as u64, p.d as u64);
+        if self.keep_sums {
+            b * (16 * k * (d + 2) + 4 * n + 1)
+        } else {
+            0
+        }
+    }
+}
+
+thread_local!(static FORCED: Cell<Option<bool>> = const { Cell::new(None) });
+
+/// Makes this thread plan fits that save work wherever they can, or nowhere; or, by default, where it pays.
+pub fn force_skipping(skip: Option<bool>) {
+    FORCED.set(skip);
+}
