@@ -25,6 +25,11 @@ pub enum Init {
     /// sequence are often alike, so that keys of a KV cache start well from these (RetroInfer, Chen et al. 2025), and nothing is
     /// read or drawn.
     Even,
+    /// The means of a globally optimal clustering, which rows of one column have by squared Euclidean distance: dynamic programming over
+    /// the sorted values (Wang and Song 2011), in `k n log n` steps of the host, which reads the values and the weights. The fit keeps it.
+    /// Of clusterings that are equally good it is the one that cuts lowest, and values count as if on a grid of at least 2^37 steps (of weights
+    /// 2^24 steps) between the least and the largest. From a sample for a stream.
+    Optimal,
     /// These centroids, `(..batch, k, d)` or `(k, d)` for every problem: a warm start.
     Given(Tensor),
 }

@@ -60,6 +60,7 @@ mod minibatch;
 pub mod nn;
 mod operand;
 pub mod ops;
+mod optimal;
 mod plan;
 mod primitives;
 mod problem;

@@ -6,7 +6,7 @@ use crate::{
     kmeans::{Init, OVERSAMPLING, ROUNDS},
     memory::Memory,
     metric::Metric,
-    primitives,
+    optimal, primitives,
     problem::Problem,
     request::KmeansppStep,
     rng::Draw,
@@ -32,6 +32,7 @@ pub(crate) fn centroids(
     let index = match init {
         Init::KMeansPlusPlus => plus_plus(x, k, weights, metric, draw)?,
         Init::KMeansParallel => return parallel(x, k, weights, metric, draw),
+        Init::Optimal => return optimal::means(x, k, weights),
         _ => weighted(x, k, weights, draw)?,
     };
     primitives::gather(x, &index)
@@ -78,8 +79,12 @@ pub(crate) fn draw(
     Ok(Some(Tensor::from_vec(chosen, (p.b, p.k), device)?))
 }
 
-/// Checks given centroids against the data.
+/// Checks given centroids against the data, and whether an optimum can be found.
 pub(crate) fn check(init: &Init, p: &Problem, device: &Device) -> Result<()> {
+    if matches!(init, Init::Optimal) && (p.d != 1 || p.metric != Metric::SquaredEuclidean) {
+        let with = format!("rows of {} columns by {:?}, not of one by SquaredEuclidean", p.d, p.metric);
+        return Err(Error::Conflict { argument: "init", got: "Optimal".into(), with });
+    }
     let Init::Given(c) = init else { return Ok(()) };
     p.centroids(c, device)?;
     let k = c.dims()[c.rank() - 2];

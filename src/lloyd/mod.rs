@@ -152,6 +152,7 @@ impl KMeans {
         let alike = match self.init {
             Init::Given(_) => Some("given centroids"),
             Init::Even => Some("evenly spaced rows"),
+            Init::Optimal => Some("an optimum"),
             _ => None,
         };
         if let (2.., Some(seeds)) = (self.n_init, alike) {

@@ -36,7 +36,7 @@ pub(super) const RUNNING: u32 = u32::MAX;
 /// # CUDA graphs
 /// A run can be captured and replayed on new values in the same input tensor if the settings ask the host for nothing:
 /// [`check_finite(false)`](KMeans::check_finite), no [`on_iteration`](KMeans::on_iteration), no
-/// [`EmptyClusters::Relocate`](crate::EmptyClusters::Relocate), and an [`Init`] other than k-means|| or weighted random rows.
+/// [`EmptyClusters::Relocate`](crate::EmptyClusters::Relocate), and an [`Init`] other than k-means||, an optimum or weighted random rows.
 /// Run once before the capture, on the same thread if the device is of [`Device::new_cuda`], so that all memory is there, and
 /// keep the input and this value alive as long as the graph. A capture holds every iteration up to
 /// [`max_iters`](KMeans::max_iters), of which it takes at most 65,536.

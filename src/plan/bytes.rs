@@ -48,6 +48,9 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
             (drawn, rows + drawn * (d * (size + filter) + eights + 64))
         }
         Init::Random if settings.weights.is_some() && !cpu => (k, 16 * bn),
+        // Values and where clusters may begin, of the problems at work.
+        Init::Optimal if cpu => (k, 32 * bn + (128 + 4 * k) * n * (rayon::current_num_threads() as u64 + 1).min(b)),
+        Init::Optimal => (k, (4 + size) * bn),
         _ => (k, 0),
     };
     // The weights of rows as seeds, and the memory that finds them.

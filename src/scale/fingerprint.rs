@@ -28,6 +28,7 @@ impl Fingerprint {
             Init::KMeansPlusPlus => "k-means++".into(),
             Init::KMeansParallel => "k-means||".into(),
             Init::Even => "even".into(),
+            Init::Optimal => "optimal".into(),
             Init::Given(centroids) => format!("given, of hash {:016x}", hash_values(centroids)?),
         };
         let weights = match weights {

@@ -1,8 +1,9 @@
 //! Where fits start: different rows, by their weights, the same for the same seed.
 
+use super::kv_cache::refused;
 use crate::common::{self, *};
-use candle_core::{DType, Tensor};
-use candle_flash_kmeans::{Init, KMeans};
+use candle_core::{DType, Device, Tensor};
+use candle_flash_kmeans::{Init, KMeans, Metric};
 
 #[test]
 fn weights_work_on_every_device_and_init() {
@@ -133,5 +134,104 @@ fn even_seeds_are_evenly_spaced() {
                 assert_eq!(problems(prepared.centroids()), want, "prepared");
             }
         }
+    }
+}
+
+/// The least cost of `k` ranges of sorted values with weights, by trying all cuts.
+fn least_cost(points: &[(f64, f64)], k: usize) -> f64 {
+    let cost = |own: &[(f64, f64)]| {
+        let weight: f64 = own.iter().map(|p| p.1).sum();
+        let mean = own.iter().map(|p| p.0 * p.1).sum::<f64>() / weight;
+        own.iter().map(|p| p.1 * (p.0 - mean) * (p.0 - mean)).sum::<f64>()
+    };
+    match (points.len(), k) {
+        (0, _) => 0.0,
+        (_, 1) => cost(points),
+        (n, _) => {
+            (1..=n).map(|cut| cost(&points[..cut]) + least_cost(&points[cut..], k - 1)).fold(f64::INFINITY, f64::min)
+        }
+    }
+}
+
+/// Rows of one column start, and stay, at the least cost of all clusterings: batches, weights, equal values, values that lie far from 0 or from
+/// the others, and fewer values than clusters.
+#[test]
+fn an_optimum_is_the_least_cost_of_all() {
+    let mut rng = rng(45);
+    let spreads: [fn(f64, usize) -> f64; 4] =
+        [|v, _| v, |v, _| (v * 4.0).round(), |v, _| v + 1e4, |v, i| if i % 5 == 0 { 1e5 + v } else { v * 1e-3 }];
+    for (case, spread) in spreads.into_iter().enumerate() {
+        for (n, k, dtype) in [(9, 3, DType::F32), (12, 4, DType::F64), (7, 2, DType::F16), (3, 5, DType::F32)] {
+            let values = f64s(&uniform(&[3, n, 1], 1.0, 1.0, DType::F64, &mut rng));
+            let values = values.into_iter().enumerate().map(|(i, v)| spread(v, i)).collect::<Vec<_>>();
+            let x = Tensor::from_vec(values, (3, n, 1), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            if k > n || dtype == DType::F16 && case > 1 {
+                continue;
+            }
+            let weights = uniform(&[n], 1.0, 1.0, DType::F64, &mut rng).abs().unwrap();
+            for weights in [None, Some(weights)] {
+                let mut fits = vec![];
+                for device in devices() {
+                    let mut settings = KMeans::new(k).init(Init::Optimal);
+                    if let Some(weights) = &weights {
+                        settings = settings.sample_weights(&weights.to_device(&device).unwrap());
+                    }
+                    let fit = settings.fit(&x.to_device(&device).unwrap()).unwrap();
+                    fits.push((bits(&fit.centroids), u32s(&fit.labels), f64s(&fit.inertia)));
+                }
+                assert!(fits.windows(2).all(|f| f[0] == f[1]), "case {case}, {dtype:?}: devices differ");
+                for (rows, inertia) in problems(&x).iter().zip(&fits[0].2) {
+                    let weight = |i: usize| weights.as_ref().map_or(1.0, |w| f64s(w)[i]);
+                    let mut points: Vec<_> = rows.iter().enumerate().map(|(i, row)| (row[0], weight(i))).collect();
+                    points.sort_by(|a, b| a.0.total_cmp(&b.0));
+                    let (least, size) = (least_cost(&points, k), points[n - 1].0.abs().max(points[0].0.abs()));
+                    // Centroids are rounded to the dtype.
+                    let rounding = match dtype {
+                        DType::F16 => 1e-3,
+                        DType::F32 => 1e-7,
+                        _ => 1e-15,
+                    };
+                    let most = least * (1.0 + 1e-6) + n as f64 * (rounding * size).powi(2);
+                    assert!(
+                        *inertia <= most,
+                        "case {case}, {dtype:?}, {n} values, {k} clusters: {inertia}, not {least}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// A start without a choice.
+#[test]
+fn an_optimum_of_few_values() {
+    for device in devices() {
+        let start = |values: &[f32], k: usize| {
+            let x = Tensor::from_slice(values, (values.len(), 1), &device).unwrap();
+            f64s(&KMeans::new(k).init(Init::Optimal).max_iters(0).fit(&x).unwrap().centroids)
+        };
+        assert_eq!(start(&[3.0, 1.0, 3.0, 1.0], 3), [1.0, 3.0, 3.0]);
+        assert_eq!(start(&[2.0, 0.0, 1.0], 3), [0.0, 1.0, 2.0]);
+        // Of two cuts that are equally good the first.
+        assert_eq!(start(&[0.0, 1.0, 2.0], 2), [0.0, 1.5]);
+        assert_eq!(start(&[-0.0, 0.0, 8.0], 2), [0.0, 8.0]);
+        let x = Tensor::from_slice(&[1f32, 2.0, 4.0, 9.0], (4, 1), &device).unwrap();
+        let weights = Tensor::new(&[0f32, 1.0, 1.0, 0.0], &device).unwrap();
+        let settings = KMeans::new(2).init(Init::Optimal).max_iters(0);
+        assert_eq!(f64s(&settings.clone().sample_weights(&weights).fit(&x).unwrap().centroids), [2.0, 4.0]);
+        let x = Tensor::from_slice(&[1f32, f32::NAN, 4.0, 9.0], (4, 1), &device).unwrap();
+        assert_eq!(f64s(&settings.check_finite(false).fit(&x).unwrap().centroids), [2.5, 9.0]);
+    }
+}
+
+#[test]
+fn an_optimum_of_other_rows_is_refused() {
+    for device in devices() {
+        let x = Tensor::zeros((8, 2), DType::F32, &device).unwrap();
+        let optimal = KMeans::new(2).init(Init::Optimal);
+        refused(optimal.fit(&x), "Conflict", &["init", "Optimal", "rows of 2 columns"]);
+        let x = x.narrow(1, 0, 1).unwrap();
+        refused(optimal.clone().metric(Metric::Manhattan).fit(&x), "Conflict", &["init", "Optimal", "Manhattan"]);
+        refused(optimal.n_init(2).fit(&x), "Conflict", &["n_init", "an optimum"]);
     }
 }
