@@ -94,7 +94,9 @@ fn codes_are_read_as_what_they_stand_for() {
             let mut rng = rng(80);
             let [coded, plain] = twins(codes, d, dtype, &device, &mut rng);
             assert!(coded.clusters().is_none());
-            for rows in [1, 4] {
+            // Several rows rank clusters by scores of their dtype.
+            let rows: &[usize] = if dtype.size_in_bytes() < 4 { &[1] } else { &[1, 4] };
+            for &rows in rows {
                 let q = random([2, heads, rows, d], dtype, &device, &mut rng);
                 for tokens in [0, 1, 7, 30, 79, 80] {
                     for (estimate, shared) in [(true, false), (false, false), (true, true), (false, true)] {
