@@ -177,7 +177,10 @@ fn run(work: &mut (dyn FnMut() + Send)) -> Result<()> {
     let task: Box<dyn FnOnce() + Send + 'static> = unsafe { transmute(task) };
     pool.spawn(task);
     match wait.recv() {
-        Ok(result) => Ok(result.unwrap_or_else(|panic| resume_unwind(panic))),
+        Ok(result) => {
+            result.unwrap_or_else(|panic| resume_unwind(panic));
+            Ok(())
+        }
         Err(_) => unreachable!("the pool is never dropped, and a task always sends"),
     }
 }

@@ -84,7 +84,8 @@ impl Changes {
             whole[b] = !kept.known[b];
         }
         let all = centroids.zip(kept.sums.chunks(d + 1)).enumerate();
-        let replace = |_: &mut (), (i, ((row, shift), sums)): (usize, ((&mut [T], &mut f64), &[i128]))| {
+        type Centroid<'a, T> = (&'a mut [T], &'a mut f64);
+        let replace = |_: &mut (), (i, ((row, shift), sums)): (usize, (Centroid<'_, T>, &[i128]))| {
             let (b, (columns, weight)) = (i / k, sums.split_at(d));
             let scale = rows.grid(rows.max_abs[b]).scale;
             let of_weight = rows.max_weight.map_or(UNITS, |most| rows.grid(most[b])).scale;

@@ -26,7 +26,7 @@ pub(super) fn for_each_head(numbers: Vec<u32>, x: &Tensor) -> Result<Tensor> {
 /// The same groups for each head of `x`, of rows that are in order as they are: their labels, and where groups begin and end.
 fn in_place(labels: Vec<u32>, offsets: Vec<u32>, x: &Tensor) -> Result<Order> {
     let order = for_each_head((0..labels.len() as u32).collect(), x)?;
-    Ok(Order::of_heads(&for_each_head(labels, x)?, &order, &for_each_head(offsets, x)?)?)
+    Order::of_heads(&for_each_head(labels, x)?, &order, &for_each_head(offsets, x)?)
 }
 
 /// Groups of `size` neighbouring rows of `x` `(b, heads, n, d)`.
