@@ -100,7 +100,7 @@ impl Costs {
         ((squares - centre * (sum + rest)) as f64 - beyond * beyond / weight as f64).max(0.0)
     }
 
-    /// Where each of `k` clusters ends, of more values than that.
+    /// The ends of `k` clusters of more values than that.
     fn ends(&self, k: usize) -> Vec<usize> {
         let n = self.before.len() - 1;
         // The least cost of the first values in so many clusters, and where the last of these begins.

@@ -132,7 +132,7 @@ pub(crate) struct Update<'a> {
     pub labels: Option<Labels<'a>>,
     pub reduction: Reduction,
     pub turn: Option<Turn<'a>>,
-    /// What the last update of these rows has left for this one. The CPU's.
+    /// The sums that the last update of these rows has left for this one. The CPU's.
     pub kept: Option<&'a Mutex<KeptSums>>,
 }
 
@@ -142,7 +142,7 @@ pub(crate) struct Update<'a> {
 pub(crate) struct KeptSums {
     /// The cluster whose sums have a row, `(b, n)`.
     pub labels: Vec<u32>,
-    /// Whether the sums of a problem are there, `(b)`: where its terms are whole numbers of the scale that its bounds give.
+    /// True of a problem whose sums are there, `(b)`: where its terms are whole numbers of the scale that its bounds give.
     pub known: Vec<bool>,
     /// `(b, k, d + 1)`: of each column and, last, of the weight.
     pub sums: Vec<i128>,

@@ -1,4 +1,4 @@
-// What the blocks of a unit have of its clusters and of the rows that it reads.
+// The state of a block: its share of a unit's clusters and of the rows that the unit reads.
 #pragma once
 #include "attention/fragments.cuh"
 #include "attention/team.cuh"
@@ -56,7 +56,7 @@ struct Unit {
         if (lane < ROWS + 2 && at + ROWS <= end) asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
     }
 
-    /// Of the query head g that is loaded: a cluster's spread adds so much to the score of its mean key.
+    /// A cluster's spread adds so much to the score of its mean key, by the query head g that is loaded.
     __device__ __forceinline__ float reach() const {
         float sum = 0;
 #pragma unroll
@@ -76,12 +76,12 @@ struct Unit {
         return reach * spread < INFINITY ? reach * spread : 0;
     }
 
-    /// What a lane has of a tile of clusters to score their mean keys.
+    /// A lane's part of a tile of clusters whose mean keys are scored.
     struct MeanKeys {
         Codes<F::EACH> codes[F::TALL][F::PIECES];
         float scales[F::TALL][2], spreads[F::TALL][2];
     };
-    /// What it has to add their mean values.
+    /// A lane's part of a tile of clusters whose mean values are added.
     struct MeanValues {
         Codes<F::EACH> codes[F::PARTS][F::VALUES];
         float2 bounds[F::TALL];

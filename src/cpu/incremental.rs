@@ -21,7 +21,7 @@ pub(super) struct Changes {
     pub order: Vec<u32>,
     /// `(b, 2 k + 1)`.
     pub offsets: Vec<u32>,
-    /// Whether a problem's sums are known and so few of its rows have changed that they are added alone.
+    /// True of a problem whose sums are known and of whose rows so few have changed that they are added alone.
     pub few: Vec<bool>,
 }
 

@@ -1,4 +1,4 @@
-//! What sums become: new centroids.
+//! Sums become new centroids.
 
 use super::tensors::Element;
 use crate::{

@@ -47,7 +47,7 @@ pub(crate) fn attend(a: &Attention<'_>, memory: &Memory) -> Result<Option<Tensor
 pub(crate) fn attend_coded(a: &CodedAttention<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     let clustered = a.coded_keys.codes.dim(2)?;
     let budget = Budget { reach: a.reach, tokens: a.budget, shared: a.shared, estimate: a.estimate };
-    // What is stored comes first, and is all read as sinks are.
+    // Stored tokens come first, and are all read as sinks are.
     let cached = Cached {
         stored: [a.q, a.keys, a.values],
         scale: a.scale,
@@ -238,7 +238,7 @@ impl Tokens<'_> {
         }
     }
 
-    /// Whether lanes can load these: a piece of a row is as many whole codes, of a power of two of columns.
+    /// True if lanes can load these: a piece of a row is as many whole codes, of a power of two of columns.
     fn readable(&self, dtype: DType) -> bool {
         match self {
             Self::Rows(order) => order.is_contiguous(),

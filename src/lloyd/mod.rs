@@ -279,7 +279,7 @@ struct Lloyd<'a> {
     memory: &'a Memory,
     /// The sums that blocks and ranks add to. Where there are none, all rows are in one block, whose update is one op.
     sums: Option<&'a Accumulator>,
-    /// What the updates of that one block leave each other, where the plan says so.
+    /// The sums that the updates of that one block leave each other, where the plan says so.
     kept: Option<&'a Mutex<KeptSums>>,
 }
 

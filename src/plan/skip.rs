@@ -1,4 +1,4 @@
-//! What an iteration may leave out because the one before it has done it. Nothing that is left out can change a bit.
+//! The work that an iteration may leave out because the one before it has done it. Nothing that is left out can change a bit.
 
 use super::{arch::Arch, on_chip::OnChip};
 use crate::{metric::Metric, problem::Problem};
@@ -8,7 +8,7 @@ use std::cell::Cell;
 /// iteration: this is the one place that says so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct SkipPlan {
-    /// Whether updates keep their sums, which then take only the rows that have changed their cluster. Sums are integers: their bits do
+    /// True if updates keep their sums, which then take only the rows that have changed their cluster. Sums are integers: their bits do
     /// not depend on how often a row has come and gone.
     pub keep_sums: bool,
 }

@@ -780,7 +780,7 @@ pub fn refused<T: std::fmt::Debug>(result: Result<T, Error>, variant: &str, part
     parts.iter().for_each(|p| assert!(text.contains(p), "{text:?} lacks {p:?}"));
 }
 
-/// So many clusters are ranked by the blocks of a GPU together, and are no less those of the specification.
+/// The blocks of a GPU rank so many clusters together, and choose those of the specification.
 #[test]
 fn many_clusters_are_ranked_together() {
     for (device, dtype) in devices().into_iter().flat_map(|d| [DType::F32, DType::F16].map(|t| (d.clone(), t))) {
