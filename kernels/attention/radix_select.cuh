@@ -62,11 +62,11 @@ __device__ uint32_t radix_select_weighted(const uint32_t* ranks, int k, uint32_t
     while (above) {
         const int shift = max(above - DIGIT, 0);
         if (threadIdx.x == 0) s.count = 0;
-        const auto candidate = [&](uint32_t away) { return above == 32 || (away ^ distance) >> above == 0; };
+        const auto candidate = [&](uint32_t offset) { return above == 32 || (offset ^ distance) >> above == 0; };
 #pragma unroll 2
         for (int j = threadIdx.x; j < k; j += blockDim.x) {
-            const uint32_t away = ranks[j] - least;
-            if (candidate(away)) atomicAdd(&s.bins[away >> shift & (BINS - 1)], weight(j));
+            const uint32_t offset = ranks[j] - least;
+            if (candidate(offset)) atomicAdd(&s.bins[offset >> shift & (BINS - 1)], weight(j));
         }
         __syncthreads();
         distance |= find_digit(s.bins, wanted) << shift;
@@ -74,10 +74,10 @@ __device__ uint32_t radix_select_weighted(const uint32_t* ranks, int k, uint32_t
         if (above == 0) break;
 #pragma unroll 2
         for (int j = threadIdx.x; j < k; j += blockDim.x) {
-            const uint32_t away = ranks[j] - least;
-            if (!candidate(away)) continue;
+            const uint32_t offset = ranks[j] - least;
+            if (!candidate(offset)) continue;
             const uint32_t at = atomicAdd(&s.count, 1);
-            if (at < COMPARED) s.compared[at] = make_uint2(away, weight(j));
+            if (at < COMPARED) s.compared[at] = make_uint2(offset, weight(j));
         }
         if (threadIdx.x == 0) s.found = distance;
         __syncthreads();
@@ -157,5 +157,5 @@ __device__ void gather_best(const uint32_t* ranks, int k, uint32_t rank, uint32_
     }
 }
 
-/// Those of it come after all that are above it.
+/// A block lists the clusters of the rank after all that are above it.
 __device__ __forceinline__ uint2 places_of_block(uint2 all) { return make_uint2(0, all.x); }

@@ -59,9 +59,9 @@ __device__ uint32_t radix_select_by_team(const uint32_t* ranks, int k, uint32_t 
         uint32_t *const own = s.bins[turn], *const all = s.bins[turn ^ 1];
 #pragma unroll 2
         for (int j = threadIdx.x; j < k; j += blockDim.x) {
-            const uint32_t away = ranks[j] - least;
-            const bool candidate = above == 32 || (away ^ distance) >> above == 0;
-            if (candidate) atomicAdd(own + (away >> shift & (BINS - 1)), weight(j));
+            const uint32_t offset = ranks[j] - least;
+            const bool candidate = above == 32 || (offset ^ distance) >> above == 0;
+            if (candidate) atomicAdd(own + (offset >> shift & (BINS - 1)), weight(j));
         }
         team.sync();
         // The other bins, which all blocks have read by now, take the sums, and are the next to count in.

@@ -58,7 +58,7 @@ pub(crate) trait Element: Stored {
 pub(crate) enum Numbers<'a, F> {
     F16(&'a [f16]),
     BF16(&'a [bf16]),
-    /// Those that are computed with.
+    /// Numbers of the type that is computed in.
     Same(&'a [F]),
 }
 
@@ -313,7 +313,7 @@ pub(crate) fn write<'a, T: Stored, R>(to: impl Into<Target<'a>>, f: impl FnOnce(
     Ok(out.expect("written, or there would have been an error"))
 }
 
-/// What is done with a storage that is locked for writing, once.
+/// The one use of a storage that is locked for writing.
 type WriteStorage<'f> = &'f mut dyn FnMut(&mut CpuStorage, &Layout) -> candle_core::Result<()>;
 
 fn write_storage(to: Target<'_>, f: WriteStorage<'_>) -> Result<()> {
