@@ -57,14 +57,6 @@ fn blocks_and_ranks_have_the_bits_of_the_fused_fit() {
     }
 }
 
-/// Centroids of which all but one are the same, far away: their clusters are empty.
-fn crowded(x: &Tensor, k: usize) -> Tensor {
-    let first = x.narrow(x.rank() - 2, 0, 1).unwrap();
-    let away = first.ones_like().unwrap().affine(100.0, 0.0).unwrap();
-    let all: Vec<_> = std::iter::once(&first).chain((1..k).map(|_| &away)).collect();
-    Tensor::cat(&all, x.rank() - 2).unwrap()
-}
-
 /// Terms that no integer of one scale holds, in some blocks and not in others, and rows that are not finite.
 #[test]
 fn terms_of_all_magnitudes_merge() {

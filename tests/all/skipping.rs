@@ -50,14 +50,6 @@ fn work_that_is_saved_changes_no_bit() {
     }
 }
 
-/// Centroids of which all but one are the same, far away: their clusters are empty.
-fn crowded(x: &Tensor, k: usize) -> Tensor {
-    let first = x.narrow(x.rank() - 2, 0, 1).unwrap();
-    let away = first.ones_like().unwrap().affine(100.0, 0.0).unwrap();
-    let all: Vec<_> = std::iter::once(&first).chain((1..k).map(|_| &away)).collect();
-    Tensor::cat(&all, x.rank() - 2).unwrap()
-}
-
 /// Points of a lattice, each several times: most distances have equals, and so have many centroids.
 #[test]
 fn ties_are_decided_alike() {

@@ -87,6 +87,14 @@ pub fn uniform(shape: &[usize], offset: f64, scale: f64, dtype: DType, rng: &mut
     tensor(shape, dtype, |_| offset + scale * rng.random_range(-1.0..1.0))
 }
 
+/// Centroids of which all but one are the same, far away: their clusters are empty.
+pub fn crowded(x: &Tensor, k: usize) -> Tensor {
+    let first = x.narrow(x.rank() - 2, 0, 1).unwrap();
+    let away = first.ones_like().unwrap().affine(100.0, 0.0).unwrap();
+    let all: Vec<_> = std::iter::once(&first).chain((1..k).map(|_| &away)).collect();
+    Tensor::cat(&all, x.rank() - 2).unwrap()
+}
+
 /// Whole numbers of magnitude at most `limit`: with a small one, every sum and product is exact in every type.
 pub fn integers(shape: &[usize], limit: i64, dtype: DType, rng: &mut ChaCha8Rng) -> Tensor {
     tensor(shape, dtype, |_| rng.random_range(-limit..=limit) as f64)
