@@ -118,7 +118,7 @@ pub fn chosen(x: &Tensor, k: usize, metric: Metric) -> Result<&'static str> {
 /// The compute capability of a GPU, 90 for 9.0; 0 of the CPU.
 pub fn capability(device: &Device) -> Result<u32> {
     Ok(match primitives::arch(device)? {
-        Arch::Cpu => 0,
+        Arch::Cpu { .. } => 0,
         Arch::Cuda { capability, .. } => capability,
     })
 }

@@ -8,6 +8,10 @@ pub const STATIC_SHARED: usize = 4096;
 pub const CPU_ROWS: usize = 256;
 /// Centroids in one block of CPU scores.
 pub const CPU_CENTROIDS: usize = 512;
+/// Rows that the matrix unit of a CPU scores at a time: two of its tiles.
+pub const AMX_ROWS: usize = 32;
+/// Centroids that it scores them against at a time: the scores stay in L1.
+pub const AMX_CENTROIDS: usize = 256;
 /// Sorted rows that one CPU task sums.
 pub const CPU_SUM_ROWS: usize = 8192;
 

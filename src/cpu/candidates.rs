@@ -1,7 +1,7 @@
 //! Which centroids could still be the nearest to a row.
 
 use super::{
-    filter::{Block, Slack},
+    filter::{Bound, Slack},
     scalar::{fold_lanes, Scalar, LANES},
 };
 
@@ -36,9 +36,20 @@ impl<S: Scalar> Candidates<S> {
         (self.upper, self.compared, self.slack) = (f64::INFINITY, NONE, slack);
     }
 
-    /// Takes the scores of a block. `compare` finds the nearest among centroids and what has been found before.
+    /// Says that nothing is known of the row.
+    pub fn give_up(&mut self) {
+        self.reset(Slack::NONE);
+    }
+
+    /// Takes the scores of a block, of centroids `from` on. `compare` finds the nearest among centroids and what has been found before.
     #[inline(always)]
-    pub fn offer(&mut self, scores: &[S], block: &Block, compare: impl FnMut(Found, &[(S, u32)]) -> Found) {
+    pub fn offer(
+        &mut self,
+        scores: &[S],
+        bound: &Bound,
+        from: usize,
+        compare: impl FnMut(Found, &[(S, u32)]) -> Found,
+    ) {
         let smaller = |a: S, b: S| if a < b { a } else { b };
         let chunks = scores.chunks_exact(LANES);
         let mut lowest = S::INFINITY;
@@ -52,12 +63,28 @@ impl<S: Scalar> Candidates<S> {
             }
         }
         lowest = smaller(fold_lanes(&low, smaller), lowest);
-        let error = block.error(self.slack);
-        self.upper = self.upper.min(lowest.widen() + error);
-        let cut = S::of(self.upper * self.slack.factor + error);
+        let error = bound.error(self.slack);
+        let cut = self.cut(lowest, error);
         if lowest <= cut {
-            self.collect(scores, cut, error, block.scored.start, compare);
+            self.collect(scores, cut, error, from, compare);
         }
+    }
+
+    /// The score that a candidate of a block has at most, of whose scores this is the lowest.
+    #[inline(always)]
+    pub fn cut(&mut self, lowest: S, error: f64) -> S {
+        self.upper = self.upper.min(lowest.widen() + error);
+        S::of(self.upper * self.slack.factor + error)
+    }
+
+    /// Takes a candidate, if there is room.
+    #[inline(always)]
+    pub fn keep(&mut self, score: S, scored: u32, error: f64) -> bool {
+        let room = self.list.len() < MOST || self.finish().len() <= MOST / 2;
+        if room {
+            self.list.push((S::of(score.widen() - error), scored));
+        }
+        room
     }
 
     #[inline(always)]
@@ -71,10 +98,11 @@ impl<S: Scalar> Candidates<S> {
     ) {
         let mut take = |scores: &[S], at: usize| {
             for (l, &s) in scores.iter().enumerate().filter(|(_, &s)| s <= cut) {
-                if self.list.len() == MOST {
-                    self.shorten(&mut compare);
+                if !self.keep(s, (at + l) as u32, error) {
+                    self.compared = compare(self.compared, &self.list);
+                    self.list.clear();
+                    self.keep(s, (at + l) as u32, error);
                 }
-                self.list.push((S::of(s.widen() - error), (at + l) as u32));
             }
         };
         // No early exit: one comparison of many.
@@ -87,16 +115,6 @@ impl<S: Scalar> Candidates<S> {
                     }
                 }
             }
-        }
-    }
-
-    /// Makes room in a full list.
-    #[cold]
-    fn shorten(&mut self, compare: &mut impl FnMut(Found, &[(S, u32)]) -> Found) {
-        self.finish();
-        if self.list.len() > MOST / 2 {
-            self.compared = compare(self.compared, &self.list);
-            self.list.clear();
         }
     }
 

@@ -30,7 +30,8 @@
 //! is set apart ([`Centroids::apart_may_win`]).
 
 use super::{
-    scalar::{hash, lanes, magnitude, Scalar},
+    origin::{distinct, median, scale, typical},
+    scalar::{lanes, Scalar},
     tensors::{Element, View},
 };
 use crate::{error::Result, host, metric::Metric, tiles::CPU_CENTROIDS};
@@ -46,6 +47,8 @@ pub(crate) struct Centroids<S> {
     pub values: Vec<S>,
     /// Half the squared norms; zero for the other metrics.
     pub bias: Vec<S>,
+    /// Bounds on their norms.
+    norms: Vec<f64>,
     /// The index of each scored centroid.
     index: Vec<u32>,
     /// The lowest of those.
@@ -64,8 +67,16 @@ pub(crate) struct Centroids<S> {
 /// Centroids that are scored together and share an error bound.
 pub(crate) struct Block {
     pub scored: Range<usize>,
-    /// The error of a score: this times the norm of the row,
+    pub bound: Bound,
+}
+
+/// The error of scores against some centroids.
+#[derive(Clone, Copy)]
+pub(crate) struct Bound {
+    /// This times the norm of the row,
     linear: f64,
+    /// this times the norm of what rounding has left of it,
+    residue: f64,
     /// and this, and the row's own part.
     constant: f64,
 }
@@ -74,7 +85,7 @@ pub(crate) struct Block {
 const LEVEL: f64 = 32.0;
 
 /// `(d + 8) u / (1 - (d + 8) u)`.
-fn gamma(d: usize, u: f64) -> f64 {
+pub(super) fn gamma(d: usize, u: f64) -> f64 {
     let units = (d as f64 + 8.0) * u;
     if units < 1.0 {
         units / (1.0 - units)
@@ -134,7 +145,8 @@ impl<S: Scalar> Centroids<S> {
             for block in level.chunks(CPU_CENTROIDS) {
                 let from = blocks.last().map_or(0, |b| b.scored.end);
                 let largest = block.iter().map(norm_of).fold(0.0, f64::max);
-                blocks.push(Block::new::<S>(from..from + block.len(), largest, metric, d));
+                let bound = Bound::new(largest, 0.0, metric, gamma(d, S::UNIT), gamma(d, f64::EPSILON));
+                blocks.push(Block { scored: from..from + block.len(), bound });
             }
         }
         // Only the length of a difference says which are too far away.
@@ -144,6 +156,7 @@ impl<S: Scalar> Centroids<S> {
             reach: far.iter().map(known).fold(f64::INFINITY, |a, b| if b < a || b.is_nan() { b } else { a }),
             largest: order.iter().map(norm_of).fold(0.0, f64::max),
             bias: order.iter().map(bias).collect(),
+            norms: order.iter().map(norm_of).collect(),
             first: order.iter().map(|&(_, p)| kept[p as usize]).min(),
             index: order.iter().map(|&(_, p)| kept[p as usize]).collect(),
             apart: far.into_iter().map(|p| kept[p as usize]).collect(),
@@ -166,6 +179,30 @@ impl<S: Scalar> Centroids<S> {
     /// All centroids that may be the nearest to some row.
     pub fn all(&self) -> impl Iterator<Item = u32> + '_ {
         self.index.iter().chain(&self.apart).copied()
+    }
+
+    /// The bound of scores of some of them that are rounded, by the units of `g`, and of which at most `left` is left out.
+    pub(super) fn rounded_bound(&self, scored: Range<usize>, g: f64, left: f64) -> Bound {
+        let largest = self.norms[scored].iter().copied().fold(0.0, f64::max);
+        Bound::new(largest, left, self.metric, g, gamma(self.d, f64::EPSILON))
+    }
+
+    /// The bound of a centroid's score.
+    #[inline(always)]
+    pub(super) fn bound(&self, scored: u32) -> &Bound {
+        let block = self.blocks.partition_point(|block| block.scored.end <= scored as usize);
+        &self.blocks[block].bound
+    }
+
+    /// The score of a packed row against one centroid, for metrics that are inner products.
+    #[inline(always)]
+    pub(super) fn score(&self, row: &[S], scored: u32) -> S {
+        let value = &self.values[scored as usize * self.d..][..self.d];
+        self.bias[scored as usize].sub(lanes(row, value, |s, a, b| s.add(a.mul(b))))
+    }
+
+    pub(super) fn columns(&self) -> usize {
+        self.d
     }
 
     /// The lowest index of those that are scored.
@@ -218,7 +255,7 @@ impl<S: Scalar> Centroids<S> {
             // All terms are positive, so errors are relative.
             let norm = (square + d * S::TINY).sqrt() * (1.0 + g);
             let usable = norm + c < S::HUGE / d && 4.0 * g < 1.0;
-            return if usable { Slack { norm, bound: tiny, factor: 1.0 + 4.0 * g } } else { Slack::NONE };
+            return if usable { Slack { norm, residue: 0.0, bound: tiny, factor: 1.0 + 4.0 * g } } else { Slack::NONE };
         }
         let by_products = self.metric != Metric::SquaredEuclidean;
         if by_products && square == 0.0 && row.iter().all(|&v| v == S::of(0.0)) {
@@ -231,7 +268,7 @@ impl<S: Scalar> Centroids<S> {
         }
         let bound = tiny + 2.0 * definition * if by_products { x } else { x * x };
         if x * c + c * c + x < S::HUGE && (g + bound + 16.0 * x * x).is_finite() {
-            Slack { norm: x, bound, factor: 1.0 }
+            Slack { norm: x, residue: 0.0, bound, factor: 1.0 }
         } else {
             Slack::NONE
         }
@@ -247,103 +284,22 @@ impl<S: Scalar> Centroids<S> {
     }
 }
 
-impl Block {
-    /// For centroids of which `c` is the largest norm.
-    fn new<S: Scalar>(scored: Range<usize>, c: f64, metric: Metric, d: usize) -> Self {
-        let (g, definition) = (gamma(d, S::UNIT), gamma(d, f64::EPSILON));
+impl Bound {
+    /// For centroids of which `c` is the largest norm, and `left` that of what rounding has left of one, by the `gamma` of the scores
+    /// and that of the definition.
+    fn new(c: f64, left: f64, metric: Metric, g: f64, definition: f64) -> Self {
         let (linear, constant) = match metric {
             Metric::SquaredEuclidean => (g * c, (0.5 * g + 2.0 * definition) * c * c),
             Metric::Manhattan => (0.0, 0.0),
             _ => ((g + 2.0 * definition) * c, 0.0),
         };
-        Self { scored, linear, constant }
+        // A rounded row may be a little longer.
+        Self { linear: linear + 1.01 * left, residue: c, constant }
     }
 
     #[inline(always)]
     pub(super) fn error(&self, slack: Slack) -> f64 {
-        slack.norm * self.linear + self.constant + slack.bound
-    }
-}
-
-/// The centroids that can be the nearest to any row: numbers that are finite (for inner products, no NaN), and of equal ones
-/// the first.
-fn distinct<T: Element>(c: &View<'_, T>, batch: usize, metric: Metric) -> Result<Vec<u32>> {
-    let k = c.rows.n;
-    let mut row = vec![T::Filter::of(0.0); c.rows.d];
-    let (mut kept, mut hashes) = (host::buffer("assign", k)?, host::buffer("assign", k)?);
-    // Open addressing, at most half full.
-    let mut table = host::filled("assign", (2 * k).next_power_of_two(), u32::MAX)?;
-    let equal = |i: u32, j: u32| {
-        let (a, b) = (c.row(batch, i as usize), c.row(batch, j as usize));
-        a.iter().zip(b).all(|(a, b)| a.wide() == b.wide())
-    };
-    for j in 0..k as u32 {
-        T::filter_row(c.row(batch, j as usize), &mut row);
-        let (_, finite) = magnitude(&row);
-        if !finite && (metric != Metric::Dot || row.iter().any(|v| v.widen().is_nan())) {
-            continue;
-        }
-        let hash = hash(&row);
-        let mut at = hash as usize & (table.len() - 1);
-        let copy = loop {
-            match table[at] {
-                u32::MAX => break false,
-                p if hashes[p as usize] == hash && equal(kept[p as usize], j) => break true,
-                _ => at = (at + 1) & (table.len() - 1),
-            }
-        };
-        if !copy {
-            table[at] = kept.len() as u32;
-            kept.push(j);
-            hashes.push(hash);
-        }
-    }
-    Ok(kept)
-}
-
-/// The median of each column over a few of the centroids `kept`, which single ones far away do not move.
-fn median<T: Element>(c: &View<'_, T>, batch: usize, kept: &[u32]) -> Vec<T::Filter> {
-    const FEW: usize = 31;
-    let (d, n) = (c.rows.d, kept.len());
-    let few = n.min(FEW);
-    let mut rows = vec![T::Filter::of(0.0); few.max(1) * d];
-    for (i, row) in rows.chunks_exact_mut(d).take(few).enumerate() {
-        // One of each part, at no regular distance.
-        let place = (i * n + i.wrapping_mul(0x9e37_79b1) % n) / few;
-        T::filter_row(c.row(batch, kept[place] as usize), row);
-    }
-    // Odd-even transposition sorts all columns at once.
-    for pass in 0..few {
-        for pair in rows[pass % 2 * d..few * d].chunks_exact_mut(2 * d) {
-            let (low, high) = pair.split_at_mut(d);
-            for (a, b) in low.iter_mut().zip(high) {
-                (*a, *b) = if *b < *a { (*b, *a) } else { (*a, *b) };
-            }
-        }
-    }
-    let half = T::Filter::of(0.5);
-    let (low, high) = (&rows[few.saturating_sub(1) / 2 * d..], &rows[few / 2 * d..]);
-    low.iter().zip(high).take(d).map(|(a, b)| a.mul(half).add(b.mul(half))).collect()
-}
-
-/// A square that an eighth of them are below: what is far above it may be data, and what is far below next to nothing.
-fn typical(squares: &[f64]) -> f64 {
-    let (mut squares, at) = (squares.to_vec(), (squares.len() / 8).max(1));
-    if squares.len() <= at {
-        return squares.into_iter().fold(0.0, f64::max);
-    }
-    *squares.select_nth_unstable_by(at, f64::total_cmp).1
-}
-
-/// The power of two that brings a `typical` norm to 1, where its square is not well inside the range of an f32.
-fn scale<S: Scalar>(typical: f64, metric: Metric) -> f64 {
-    let far = typical > 0.0 && typical.is_finite() && !(2f64.powi(-30)..=2f64.powi(30)).contains(&typical);
-    // The definition cannot square what an f64 cannot.
-    let narrow = S::HUGE < f64::MAX.sqrt();
-    if far && narrow && metric != Metric::Cosine {
-        2f64.powi((-typical.log2().round() as i32).clamp(-120, 120))
-    } else {
-        1.0
+        slack.norm * self.linear + slack.residue * self.residue + self.constant + slack.bound
     }
 }
 
@@ -352,6 +308,8 @@ fn scale<S: Scalar>(typical: f64, metric: Metric) -> f64 {
 pub(crate) struct Slack {
     /// Bound on the norm of the row.
     norm: f64,
+    /// Bound on the norm of what rounding has left of it.
+    residue: f64,
     /// The row's own part of the error.
     bound: f64,
     /// By Manhattan, what the errors that are relative make of a cutoff.
@@ -360,9 +318,14 @@ pub(crate) struct Slack {
 
 impl Slack {
     /// Nothing is known; centroids must be compared by the definition.
-    pub const NONE: Self = Self { norm: f64::NAN, bound: f64::NAN, factor: f64::NAN };
+    pub const NONE: Self = Self { norm: f64::NAN, residue: f64::NAN, bound: f64::NAN, factor: f64::NAN };
 
     pub fn usable(self) -> bool {
         !self.bound.is_nan()
+    }
+
+    /// The same of the rounded row, of which `residue` is left, where sums may lose `flushed` to zeros.
+    pub(super) fn rounded(self, residue: f64, flushed: f64) -> Self {
+        Self { residue, bound: self.bound + flushed, ..self }
     }
 }

@@ -1,5 +1,10 @@
 //! The CPU backend: fixed tiles on the threads of `host`, and no N x K matrix.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+#[path = "no_amx.rs"]
+mod amx;
 pub(crate) mod assign;
 mod attend;
 mod attend_coded;
@@ -8,11 +13,16 @@ mod candidates;
 mod clusters;
 mod filter;
 mod incremental;
+mod label;
+mod label_rounded;
 mod lanes;
+mod lines;
 mod means;
 mod median;
+mod origin;
 mod parts;
 mod product_codes;
+mod rounded;
 mod rows;
 mod scalar;
 mod seed;
@@ -43,7 +53,7 @@ pub(crate) struct Cpu;
 
 impl Backend for Cpu {
     fn arch(&self, _: &Device) -> Result<Arch> {
-        Ok(Arch::Cpu)
+        Ok(Arch::Cpu { amx: amx::Amx::find().is_some() })
     }
 
     fn allocate(&self, op: &'static str, len: usize, dtype: DType, _: &Device) -> Result<Storage> {

@@ -38,6 +38,28 @@ macro_rules! typed {
 }
 pub(crate) use typed;
 
+/// The same for those types that are computed with in f32.
+macro_rules! single {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F16 => {
+                type $t = half::f16;
+                $body
+            }
+            candle_core::DType::BF16 => {
+                type $t = half::bf16;
+                $body
+            }
+            candle_core::DType::F32 => {
+                type $t = f32;
+                $body
+            }
+            got => Err($crate::error::Error::DType { argument: "x", got, expected: "F16, BF16 or F32".into() }),
+        }
+    };
+}
+pub(crate) use single;
+
 /// A stored number. Conversions up are exact; `narrow` rounds to nearest even, once.
 pub(crate) trait Element: Stored {
     /// The type that scores are filtered in.

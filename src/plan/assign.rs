@@ -22,7 +22,7 @@ impl AssignPlan {
     pub fn new(dtype: DType, metric: Metric, sizes: [usize; 4], copies: usize, layout: RowLayout, arch: Arch) -> Self {
         let kernel = Assign::choose(dtype, metric, sizes, arch);
         let prepare_all = match arch {
-            Arch::Cpu => false,
+            Arch::Cpu { .. } => false,
             Arch::Cuda { processors, .. } => sizes[2] <= tiles::PREPARE_CENTROIDS && copies <= processors,
         };
         Self { kernel, pack: kernel.in_eights(dtype) && !layout.is_aligned(8), prepare_all }
@@ -33,6 +33,8 @@ impl AssignPlan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Assign {
     CpuGemm,
+    /// The same with a first pass on the matrix unit.
+    CpuAmx,
     CpuManhattan,
     SimtDot,
     SimtManhattan,
@@ -50,6 +52,7 @@ impl Assign {
     pub fn name(self) -> &'static str {
         match self {
             Self::CpuGemm => "cpu_gemm",
+            Self::CpuAmx => "cpu_amx",
             Self::CpuManhattan => "cpu_manhattan",
             Self::SimtDot => "assign_simt_dot",
             Self::SimtManhattan => "assign_simt_manhattan",
@@ -63,7 +66,7 @@ impl Assign {
     /// Rows and centroids of a tile, for `d` columns.
     pub(super) fn tile(self, d: usize) -> (usize, usize) {
         match self {
-            Self::CpuGemm | Self::CpuManhattan => (tiles::CPU_ROWS, tiles::CPU_CENTROIDS),
+            Self::CpuGemm | Self::CpuAmx | Self::CpuManhattan => (tiles::CPU_ROWS, tiles::CPU_CENTROIDS),
             Self::SimtDot | Self::SimtManhattan => (tiles::SIMT_ROWS, tiles::SIMT_CENTROIDS),
             Self::Narrow => (tiles::NARROW_TILE, tiles::NARROW_GROUP),
             Self::Sm80 | Self::Small => (tiles::SM80_ROWS, tiles::SM80_CENTROIDS),
@@ -83,8 +86,11 @@ impl Assign {
 
     /// Every kernel that can do this, the one that is chosen first.
     pub fn candidates(dtype: DType, metric: Metric, [k, d]: [usize; 2], arch: Arch) -> Vec<Self> {
-        let Arch::Cuda { capability: arch, .. } = arch else {
-            return vec![if metric == Metric::Manhattan { Self::CpuManhattan } else { Self::CpuGemm }];
+        let arch = match arch {
+            Arch::Cpu { .. } if metric == Metric::Manhattan => return vec![Self::CpuManhattan],
+            Arch::Cpu { amx: true } if dtype != DType::F64 => return vec![Self::CpuAmx, Self::CpuGemm],
+            Arch::Cpu { .. } => return vec![Self::CpuGemm],
+            Arch::Cuda { capability, .. } => capability,
         };
         let mut all = vec![];
         all.extend(narrow_shared(dtype, k, d).is_some().then_some(Self::Narrow));
@@ -120,10 +126,14 @@ impl Assign {
             DType::F32 => products > 1 << 30 && k <= 64,
             _ => products <= 5_000_000 && d < 64,
         };
+        // Too few for tiles of the unit, most of which would be empty.
+        let narrow = k < AMX_LEAST[0] || d < AMX_LEAST[1];
         // Too little for two launches to be worth their while.
         let small = products <= 1 << 28 && k <= tiles::PREPARE_CENTROIDS;
         if candidates[0] == Self::Narrow {
             Self::Narrow
+        } else if narrow && candidates.contains(&Self::CpuAmx) {
+            Self::CpuGemm
         } else if little && candidates.contains(&Self::SimtDot) {
             Self::SimtDot
         } else if small && candidates.contains(&Self::Small) {
@@ -170,6 +180,8 @@ pub(crate) fn split_rows(d: usize) -> usize {
 
 /// Most rows, centroids or problems that `assign_sm90.cu` reaches: whole tiles below 2^31.
 const SM90_MOST: usize = i32::MAX as usize - 4096;
+/// Fewer centroids, or columns, are scored without the matrix unit of a CPU.
+const AMX_LEAST: [usize; 2] = [16, 32];
 /// Most columns that `assign_sm90.cu` is compiled for.
 pub(crate) const SM90_COLUMNS: usize = 512;
 
@@ -181,6 +193,37 @@ pub(crate) fn sm90_shape(d: usize) -> (usize, usize) {
         9..=16 => (steps.next_multiple_of(2), 3),
         _ => (steps.next_multiple_of(4), 2),
     }
+}
+
+/// The bytes of a thread's scratch where rows of problems of `n` are assigned on the CPU, to `k` centroids each.
+pub(super) fn cpu_tile_bytes(kernel: Assign, dtype: DType, [n, k, d]: [u64; 3]) -> u64 {
+    let (rows, centroids) = kernel.tile(d as usize);
+    let (rows, filter) = ((rows as u64).min(n), if dtype == DType::F64 { 8 } else { 4 });
+    let candidates = 96 + 16 * k.min(64);
+    let full = rows * (filter * (2 * d + k.min(centroids as u64)) + candidates);
+    match kernel {
+        // In full, at worst, and beside it a pair of the unit's tiles.
+        Assign::CpuAmx => {
+            let pair = tiles::AMX_ROWS as u64;
+            full + pair * (4 * d + amx_row_bytes(d) + 2 * candidates + 4 * tiles::AMX_CENTROIDS as u64)
+        }
+        _ => full,
+    }
+}
+
+/// The bytes of `k` centroids that are ready to be scored on the CPU.
+pub(super) fn cpu_centroid_bytes(kernel: Assign, dtype: DType, [k, d]: [u64; 2]) -> u64 {
+    let full = k * (if dtype == DType::F64 { 8 } else { 4 } * d + 72);
+    match kernel {
+        // Blocks end with whole tiles, and there are few levels of norms.
+        Assign::CpuAmx => full + (k + tiles::AMX_ROWS as u64 * k.min(64)) * (amx_row_bytes(d) + 8),
+        _ => full,
+    }
+}
+
+/// A row, or a centroid, as bf16 in tiles of 32 columns.
+fn amx_row_bytes(d: u64) -> u64 {
+    2 * d.next_multiple_of(32)
 }
 
 /// The bytes that it takes on a GPU to assign the rows of `b` problems, which lie so, to `k` centroids each.

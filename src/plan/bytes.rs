@@ -2,7 +2,7 @@
 
 use super::{
     arch::Arch,
-    assign::{assign_scratch, AssignPlan},
+    assign::{assign_scratch, cpu_centroid_bytes, cpu_tile_bytes, AssignPlan},
     on_chip::OnChip,
     sort::Sort,
     Steps,
@@ -13,6 +13,7 @@ use crate::{
     metric::Metric,
     problem::Problem,
     rows::RowLayout,
+    tiles::CPU_ROWS,
 };
 use candle_core::DType;
 
@@ -20,10 +21,9 @@ use candle_core::DType;
 pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, arch: Arch) -> u64 {
     let ragged = settings.lengths.is_some();
     let weighted = ragged || settings.weights.is_some();
-    let cpu = arch == Arch::Cpu;
+    let cpu = arch.is_cpu();
     let filter = if p.dtype == DType::F64 { 8 } else { 4 };
     let (b, n, k, d) = (p.b as u64, p.n as u64, p.k as u64, p.d as u64);
-    let (rows, centroids) = steps.assign.kernel.tile(p.d);
     let (bn, size) = (b * n, p.dtype.size_in_bytes() as u64);
     let eights = 2 * p.d.next_multiple_of(8) as u64;
     // A fit has from beginning to end: labels, centroids, weights and factors, rows in eights.
@@ -36,6 +36,8 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
     // Which rows count, as bytes and as numbers; and, once, what is found of each row.
     let ragged = if ragged { bn * if cpu { 112 } else { 48 } } else { 0 };
     let kept = 4 * bn + b * k * d * size + weighed + ragged + packed + steps.skip.bytes(p) + 64 * b;
+    let kernel_for =
+        |k: u64| AssignPlan::new(p.dtype, p.metric, [p.b, p.n, k as usize, p.d], p.b, steps.layout, arch).kernel;
     // Then one after another. First the distances to what is chosen and their keys; the rows that k-means|| draws,
     // their prepared copy and its labels.
     // On a GPU also what assigns rows to those, and all that is held of each row meanwhile.
@@ -45,7 +47,12 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
             let drawn = drawn(k).min(n);
             let joined = b * k * d * size;
             let rows = if cpu { 56 * n } else { 64 * n + joined + assign_scratch(p, 1, drawn, steps.layout, arch) };
-            (drawn, rows + drawn * (d * (size + filter) + eights + 64))
+            let prepared = if cpu {
+                cpu_centroid_bytes(kernel_for(drawn), p.dtype, [drawn, d])
+            } else {
+                drawn * (d * filter + 64)
+            };
+            (drawn, rows + drawn * (d * size + eights) + prepared)
         }
         Init::Random if settings.weights.is_some() && !cpu => (k, 16 * bn),
         // Values and where clusters may begin, of the problems at work.
@@ -65,14 +72,17 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
     // The loop: what assigns.
     let (assigns, updates) = if cpu {
         let threads = rayon::current_num_threads() as u64 + 1;
-        let rows = rows.min(p.n) as u64;
-        let tile = rows * (filter * (2 * d + drawn.min(centroids as u64)) + 96 + 16 * drawn.min(64));
+        let tile = cpu_tile_bytes(kernel_for(drawn), p.dtype, [n, drawn, d]);
+        let prepared = cpu_centroid_bytes(steps.assign.kernel, p.dtype, [k, d]);
         // Clusters of one problem share its rows, and each problem at work may have them all in one cluster.
         let medians = if p.metric == Metric::Manhattan { 64 * n * threads.min(b) } else { 0 };
         let moves = if settings.empty == EmptyClusters::Relocate { 24 * bn + 8 * n } else { 0 };
         // The sums of a part, and those that no integer of its scale holds.
         let sums = threads * (128 + 1280) * d;
-        (threads * tile + (b + threads.min(b)) * k * (filter * d + 64) + 64 * bn.div_ceil(rows), moves + medians + sums)
+        (
+            threads * tile + (b + threads.min(b)) * prepared + 64 * bn.div_ceil(n.min(CPU_ROWS as u64)),
+            moves + medians + sums,
+        )
     } else {
         (assign_scratch(p, b, k, steps.layout, arch), 0)
     };
@@ -115,7 +125,7 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
 /// An upper bound on the memory, in bytes, that k-means|| takes on the device of rows in blocks beside these, of which it looks at `piece`
 /// rows at a time, which lie as `layout` says. For the CPU it has what the host has, too.
 pub(crate) fn parallel_start_bytes(p: &Problem, piece: u64, layout: RowLayout, settings: &KMeans, arch: Arch) -> u64 {
-    let cpu = arch == Arch::Cpu;
+    let cpu = arch.is_cpu();
     let (n, k, d, size) = (p.n as u64, p.k as u64, p.d as u64, p.dtype.size_in_bytes() as u64);
     let filter = if p.dtype == DType::F64 { 8 } else { 4 };
     let (drawn, round) = (drawn(k).min(n), drawn_in(1, k).min(n));
@@ -124,16 +134,17 @@ pub(crate) fn parallel_start_bytes(p: &Problem, piece: u64, layout: RowLayout, s
     let of_piece = piece * (if cpu { 56 } else { 72 } + seeds);
     // Candidates, at last side by side as well; what compares rows with them; and the sums of the weights that each of them has.
     let planes = if settings.weights.is_some() { Grid::down_to(-1074, 1.0, p.n).planes as u64 } else { 2 };
-    let of_candidate = 2 * d * size + d * filter + 2 * d.next_multiple_of(8) + 128 + 32 * planes;
+    let of_candidate = 2 * d * size + 2 * d.next_multiple_of(8) + 128 + 32 * planes;
     // The rows of a round as numbers that ranks exchange, on the host but for one copy.
     let of_drawn = if cpu { 80 * d + 256 } else { 8 * d };
     let scratch = if cpu {
         let threads = rayon::current_num_threads() as u64 + 1;
-        let (rows, centroids) =
-            AssignPlan::new(p.dtype, p.metric, [1, piece as usize, p.k, p.d], 1, layout, arch).kernel.tile(p.d);
-        threads * rows as u64 * (filter * (2 * d + drawn.min(centroids as u64)) + 96 + 16 * drawn.min(64))
+        let sizes = [1, piece as usize, drawn as usize, p.d];
+        let AssignPlan { kernel, .. } = AssignPlan::new(p.dtype, p.metric, sizes, 1, layout, arch);
+        let tile = cpu_tile_bytes(kernel, p.dtype, [u64::MAX, drawn, d]);
+        threads * tile + cpu_centroid_bytes(kernel, p.dtype, [drawn, d])
     } else {
-        assign_scratch(&Problem { n: piece as usize, ..p.clone() }, 1, drawn, layout, arch)
+        drawn * d * filter + assign_scratch(&Problem { n: piece as usize, ..p.clone() }, 1, drawn, layout, arch)
     };
     of_piece + drawn * of_candidate + round * of_drawn + k * d * size + scratch + 65536
 }

@@ -33,7 +33,7 @@ impl OnChip {
         if forced() {
             return Ok(None);
         }
-        if arch == Arch::Cpu {
+        if arch.is_cpu() {
             // Squares of f64 can underflow to ties.
             let line = sizes[3] == 1 && metric == Metric::SquaredEuclidean && dtype != DType::F64;
             return Ok(line.then_some(Self::CpuLine));

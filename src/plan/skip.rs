@@ -18,7 +18,7 @@ const VALUES: usize = 1 << 18;
 
 impl SkipPlan {
     pub fn new(p: &Problem, on_chip: Option<OnChip>, arch: Arch) -> Self {
-        let fits = arch == Arch::Cpu && on_chip.is_none() && p.metric != Metric::Manhattan;
+        let fits = arch.is_cpu() && on_chip.is_none() && p.metric != Metric::Manhattan;
         let values = p.b.saturating_mul(p.n).saturating_mul(p.d);
         // Sums take sixteen bytes a column of a cluster: no more than a few times the rows.
         Self { keep_sums: fits && FORCED.get().unwrap_or(values >= VALUES && p.n / 4 >= p.k) }

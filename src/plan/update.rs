@@ -57,8 +57,8 @@ impl UpdatePlan {
         let each = 16 / dtype.size_in_bytes();
         let narrow = !layout.is_aligned(each) || !d.is_multiple_of(each) || layout.stride > u32::MAX as usize;
         let kernel = match (arch, medians) {
-            (Arch::Cpu, false) => UpdateKernel::CpuSums,
-            (Arch::Cpu, true) => UpdateKernel::CpuMedians,
+            (Arch::Cpu { .. }, false) => UpdateKernel::CpuSums,
+            (Arch::Cpu { .. }, true) => UpdateKernel::CpuMedians,
             (_, false) => UpdateKernel::Sums { narrow, weighted },
             (_, true) => UpdateKernel::Medians,
         };

@@ -49,7 +49,7 @@ fn on(device: &Device, op: &'static str) -> Result<&'static dyn Backend> {
 
 /// The arch of a device, by which kernels are chosen. (A device without a back end is refused by what would run there.)
 pub(crate) fn arch(device: &Device) -> Result<Arch> {
-    on(device, "arch").map_or(Ok(Arch::Cpu), |backend| backend.arch(device))
+    on(device, "arch").map_or(Ok(Arch::CPU), |backend| backend.arch(device))
 }
 
 /// Whether the blocks of this launch, for rows of this type, all run at once.

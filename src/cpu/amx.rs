@@ -1,0 +1,294 @@
+//! AMX, the matrix unit of some x86 processors: products of bf16 in tiles of registers (Intel, Architecture Instruction Set Extensions
+//! Programming Reference, chapter 3). Rust has no stable intrinsics for it, but stable inline assembly.
+
+use super::lines::{pair_lines, Line, PAIR};
+use raw_cpuid::CpuId;
+use std::{
+    arch::{asm, x86_64::*},
+    sync::OnceLock,
+};
+
+/// The unit, which whoever has this may use, with AVX-512.
+#[derive(Clone, Copy)]
+pub(super) struct Amx(());
+
+/// Eight tiles of 16 rows of 64 bytes: palette 1, which has no others.
+#[repr(C, align(64))]
+struct Config([u8; 64]);
+
+static CONFIG: Config = {
+    let (mut config, mut tile) = ([0; 64], 0);
+    config[0] = 1;
+    while tile < 8 {
+        (config[16 + 2 * tile], config[48 + tile]) = (64, 16);
+        tile += 1;
+    }
+    Config(config)
+};
+
+impl Amx {
+    /// The unit, if this processor has it and this process may use it.
+    pub(super) fn find() -> Option<Self> {
+        static FOUND: OnceLock<bool> = OnceLock::new();
+        let found = || is_x86_feature_detected!("avx512f") && has_tiles() && permitted();
+        FOUND.get_or_init(found).then_some(Self(()))
+    }
+
+    /// The least of the scores of a row, of pairs of tiles.
+    #[inline(always)]
+    pub(super) fn lowest(self, scores: &[f32]) -> f32 {
+        // SAFETY: this was made where AVX-512 is.
+        unsafe { lowest(scores) }
+    }
+
+    /// Calls `keep` with each of these scores that is at most `cut`, and its place, until one returns false, and returns that.
+    #[inline(always)]
+    pub(super) fn all_at_most(self, scores: &[f32], cut: f32, keep: impl FnMut(usize, f32) -> bool) -> bool {
+        // SAFETY: as above.
+        unsafe { all_at_most(scores, cut, keep) }
+    }
+
+    /// `out[i][j] = bias[j] + row_i . centroid_j` for a pair of tiles of rows and as many centroids as there are biases, in whole pairs.
+    pub(super) fn product(self, rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &mut [f32]) {
+        product(rows, centroids, bias, steps, out)
+    }
+}
+
+/// Whether the processor says that it has tiles of bf16.
+fn has_tiles() -> bool {
+    let features = CpuId::new().get_extended_feature_info();
+    features.is_some_and(|features| features.has_amx_tile() && features.has_amx_bf16())
+}
+
+/// Asks Linux for the registers' state, which a process has only on request, and only where the system saves them with the others.
+fn permitted() -> bool {
+    const ARCH_REQ_XCOMP_PERM: libc::c_ulong = 0x1023;
+    const XTILEDATA: libc::c_ulong = 18;
+    // SAFETY: the call takes two numbers and touches no memory of ours. Where it is unknown it fails.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0 }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn lowest(scores: &[f32]) -> f32 {
+    let mut least = [_mm512_set1_ps(f32::INFINITY); 2];
+    for pair in scores.as_chunks::<PAIR>().0 {
+        for (least, tile) in least.iter_mut().zip(pair.as_chunks::<16>().0) {
+            *least = _mm512_min_ps(load(tile), *least);
+        }
+    }
+    _mm512_reduce_min_ps(_mm512_min_ps(least[0], least[1]))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn all_at_most(scores: &[f32], cut: f32, mut keep: impl FnMut(usize, f32) -> bool) -> bool {
+    let cut = _mm512_set1_ps(cut);
+    for (i, pair) in scores.as_chunks::<PAIR>().0.iter().enumerate() {
+        let [low, high] = [&pair[..16], &pair[16..]].map(|tile| {
+            let tile = tile.first_chunk().expect("a tile has sixteen columns");
+            u32::from(_mm512_cmp_ps_mask::<_CMP_LE_OQ>(load(tile), cut))
+        });
+        let mut kept = low | high << 16;
+        while kept != 0 {
+            let column = kept.trailing_zeros() as usize;
+            if !keep(i * PAIR + column, pair[column]) {
+                return false;
+            }
+            kept &= kept - 1;
+        }
+    }
+    true
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load(tile: &[f32; 16]) -> __m512 {
+    // SAFETY: these are 64 bytes, and the load asks for no alignment.
+    unsafe { _mm512_loadu_ps(tile.as_ptr()) }
+}
+
+fn product(rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &mut [f32]) {
+    let (pairs, lines) = (bias.len() / PAIR, pair_lines(steps));
+    assert!(steps > 0 && pairs > 0 && bias.len() == pairs * PAIR);
+    assert!(rows.len() == lines && centroids.len() == pairs * lines && out.len() == PAIR * bias.len());
+    let row_bytes = 4 * bias.len();
+    // SAFETY: an `Amx` is made only where the unit is there. Tiles are loaded from the lines of `rows`, 2,048 bytes a step, once for each pair of centroids; of
+    // `centroids`, as many a step and pair; and from 128 bytes of `bias` a pair, sixteen times the same (no index: a stride of 0).
+    // They are stored to 128 bytes of each of the 32 rows of `out` a pair. These are all the bytes that the slices have, as asserted.
+    // The block leaves tile registers as the process had them, in their initial state, and touches no other that is not named.
+    unsafe {
+        asm!(
+            "ldtilecfg [{row}]",
+            "2:",
+            "mov {row}, {rows}",
+            "mov {step}, {steps}",
+            "tileloadd tmm0, [{bias}]",
+            "tileloadd tmm1, [{bias} + 64]",
+            "tileloadd tmm2, [{bias}]",
+            "tileloadd tmm3, [{bias} + 64]",
+            "3:",
+            "tileloadd tmm4, [{row} + {line}*1]",
+            "tileloadd tmm6, [{centroid} + {line}*1]",
+            "tileloadd tmm7, [{centroid} + {line}*1 + 1024]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm5, [{row} + {line}*1 + 1024]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {row}, 2048",
+            "add {centroid}, 2048",
+            "dec {step}",
+            "jnz 3b",
+            "tilestored [{out} + {row_bytes}*1], tmm0",
+            "tilestored [{out} + {row_bytes}*1 + 64], tmm1",
+            "tilestored [{lower} + {row_bytes}*1], tmm2",
+            "tilestored [{lower} + {row_bytes}*1 + 64], tmm3",
+            "add {out}, 128",
+            "add {lower}, 128",
+            "add {bias}, 128",
+            "dec {pairs}",
+            "jnz 2b",
+            "tilerelease",
+            row = inout(reg) &CONFIG => _,
+            rows = in(reg) rows.as_ptr(),
+            centroid = inout(reg) centroids.as_ptr() => _,
+            bias = inout(reg) bias.as_ptr() => _,
+            line = in(reg) size_of::<Line>(),
+            steps = in(reg) steps,
+            step = out(reg) _,
+            pairs = inout(reg) pairs => _,
+            lower = inout(reg) out[PAIR / 2 * bias.len()..].as_mut_ptr() => _,
+            out = inout(reg) out.as_mut_ptr() => _,
+            row_bytes = in(reg) row_bytes,
+            options(nostack),
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::lines::{steps, write_centroid, write_row, FLUSHED, STEP, STEP_UNITS},
+        *,
+    };
+    use half::bf16;
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+    use std::array::from_fn;
+
+    /// The unit; tests of it say where it is not here.
+    fn unit() -> Option<Amx> {
+        let unit = Amx::find();
+        if unit.is_none() {
+            eprintln!("this machine has no matrix unit, or its system does not lend it: nothing is tested here");
+        }
+        unit
+    }
+
+    fn tiles(values: &[Vec<bf16>], write: impl Fn(&mut [Line], usize, usize, [u16; STEP])) -> Vec<Line> {
+        let of_pair = pair_lines(steps(values[0].len()));
+        let mut lines = vec![Line::ZERO; values.len() / PAIR * of_pair];
+        for (i, row) in values.iter().enumerate() {
+            let pair = &mut lines[i / PAIR * of_pair..][..of_pair];
+            for (step, values) in row.chunks(STEP).enumerate() {
+                write(pair, i % PAIR, step, from_fn(|i| values.get(i).map_or(0, |v| v.to_bits())));
+            }
+        }
+        lines
+    }
+
+    /// Scores of 32 rows against centroids, each with its bias.
+    fn scores(unit: Amx, rows: &[Vec<bf16>], centroids: &[Vec<bf16>], bias: &[f32]) -> Vec<f32> {
+        let mut out = vec![f32::NAN; PAIR * bias.len()];
+        unit.product(&tiles(rows, write_row), &tiles(centroids, write_centroid), bias, steps(rows[0].len()), &mut out);
+        out
+    }
+
+    fn matrix(n: usize, mut value: impl FnMut(usize) -> Vec<f32>) -> Vec<Vec<bf16>> {
+        (0..n).map(|i| value(i).into_iter().map(bf16::from_f32).collect()).collect()
+    }
+
+    /// Products of whole numbers, which are exact.
+    #[test]
+    fn every_place_of_a_product() {
+        let Some(unit) = unit() else { return };
+        for (d, k) in [(1, 32), (31, 32), (32, 64), (33, 96), (64, 256), (100, 32), (257, 64)] {
+            let rows = matrix(PAIR, |i| (0..d).map(|col| ((i * 7 + col * 3) % 11) as f32 - 5.0).collect());
+            let centroids = matrix(k, |j| (0..d).map(|col| ((j * 5 + col * 2) % 13) as f32 - 6.0).collect());
+            let bias: Vec<f32> = (0..k).map(|j| j as f32 * 0.5).collect();
+            let got = scores(unit, &rows, &centroids, &bias);
+            for (i, row) in rows.iter().enumerate() {
+                for (j, centroid) in centroids.iter().enumerate() {
+                    let product: f32 = row.iter().zip(centroid).map(|(a, b)| a.to_f32() * b.to_f32()).sum();
+                    assert_eq!(got[i * k + j], bias[j] + product, "row {i}, centroid {j}, {d} columns");
+                }
+            }
+        }
+    }
+
+    /// The score of 32 terms from a start.
+    fn one(unit: Amx, start: f32, terms: impl Fn(usize) -> (f32, f32)) -> f32 {
+        let row = |side: &dyn Fn(usize) -> f32| matrix(PAIR, |_| (0..STEP).map(side).collect());
+        scores(unit, &row(&|i| terms(i).0), &row(&|i| terms(i).1), &[start; PAIR])[0]
+    }
+
+    #[test]
+    fn sums_round_as_the_bound_assumes() {
+        let Some(unit) = unit() else { return };
+        let one = |start, terms: &dyn Fn(usize) -> (f32, f32)| one(unit, start, terms);
+        let (tiny, ulps) = ((2f32.powi(-12), 2f32.powi(-13)), 2f32.powi(-20));
+        // Chains start from zero: 32 terms of 2^-25 are whole before they meet a 1, and half of them are lost behind a 1 in their chain.
+        assert_eq!(one(1.0, &|_| tiny), 1.0 + ulps);
+        assert_eq!(one(0.0, &|i| if i == 0 { (1.0, 1.0) } else { tiny }), 1.0 + ulps / 2.0);
+        assert_eq!(one(0.0, &|i| if i == 31 { (1.0, 1.0) } else { tiny }), 1.0 + ulps * 31.0 / 32.0);
+        assert_eq!(
+            one(1.0, &|i| if i == 0 { (3.0 * tiny.0, tiny.1) } else { (0.0, 0.0) }),
+            1.0 + f32::EPSILON,
+            "to nearest"
+        );
+        // What is below the least normal number is zero: a result, an input, a start.
+        let only = |a: f32, b: f32| move |i| if i == 0 { (a, b) } else { (0.0, 0.0) };
+        assert_eq!(one(0.0, &only(2f32.powi(-70), 2f32.powi(-70))), 0.0);
+        assert_eq!(one(0.0, &only(2f32.powi(-130), 2f32.powi(20))), 0.0);
+        assert_eq!(one(2f32.powi(-140), &only(0.0, 0.0)), 0.0);
+        // Random terms of many magnitudes, in units of the bound of a step.
+        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        for _ in 0..2000 {
+            let terms: Vec<(f32, f32)> = (0..STEP)
+                .map(|_| {
+                    let mut term = || rng.random_range(-1.0f32..1.0) * 2f32.powi(rng.random_range(-12..12));
+                    (bf16::from_f32(term()).to_f32(), bf16::from_f32(term()).to_f32())
+                })
+                .collect();
+            let start = rng.random_range(-1.0f32..1.0) * 2f32.powi(rng.random_range(-24..24));
+            let products = || terms.iter().map(|&(a, b)| f64::from(a) * f64::from(b));
+            let (exact, sizes) = (f64::from(start) + products().sum::<f64>(), products().map(f64::abs).sum::<f64>());
+            let bound =
+                2f64.powi(-24) * (STEP_UNITS as f64 * sizes + f64::from(start.abs())) + 2.0 * STEP as f64 * FLUSHED;
+            let got = f64::from(one(start, &|i| terms[i]));
+            assert!((got - exact).abs() <= bound, "{got:e} for {exact:e}, {bound:e} is allowed");
+        }
+    }
+
+    #[test]
+    fn scores_are_searched_as_one_by_one() {
+        let Some(unit) = unit() else { return };
+        let mut rng = ChaCha8Rng::seed_from_u64(8);
+        for width in [32, 64, 96, 256] {
+            let mut scores: Vec<f32> = (0..width).map(|_| rng.random_range(-9i8..9).into()).collect();
+            scores[width - 1] = f32::INFINITY;
+            let least = scores.iter().copied().fold(f32::INFINITY, f32::min);
+            assert_eq!(unit.lowest(&scores), least);
+            for cut in [least - 1.0, least, 0.0, 100.0, f32::INFINITY] {
+                let want: Vec<_> = scores.iter().copied().enumerate().filter(|&(_, score)| score <= cut).collect();
+                let mut got = vec![];
+                let all = unit.all_at_most(&scores, cut, |i, score| {
+                    got.push((i, score));
+                    got.len() < 20
+                });
+                assert_eq!((got.as_slice(), all), (&want[..want.len().min(20)], want.len() < 20), "{width}, {cut}");
+            }
+        }
+    }
+}
