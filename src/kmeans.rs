@@ -18,6 +18,11 @@ pub enum Init {
     /// k-means++ (Arthur and Vassilvitskii 2007): each next row with probability proportional to its weight times its
     /// distance to the nearest row already chosen. `k` passes over the data.
     KMeansPlusPlus,
+    /// Greedy k-means++, as scikit-learn has it: k-means++ that draws `2 + floor(ln(k))` different rows for each centroid but the first, and
+    /// keeps the one after which the sum of weights times distances is least. It is in Arthur and Vassilvitskii's paper of 2007 as a
+    /// variant, and analysed by Bhattacharya et al. (2020) and Grunau et al. (2023). As many passes over the data as k-means++, in each of which all
+    /// that were drawn are met at once.
+    GreedyKMeansPlusPlus,
     /// k-means|| (Bahmani et al. 2012): five rounds that each draw about `2k` rows, then weighted k-means++ among them.
     /// Fewer passes than k-means++ for large `k`. The host reads a sum and a count of each round of each problem.
     KMeansParallel,

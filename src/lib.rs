@@ -76,6 +76,7 @@ mod scale;
 mod seeding;
 mod segments;
 mod select;
+mod spread;
 mod stages;
 mod staging;
 #[doc(hidden)]

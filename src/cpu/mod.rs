@@ -8,6 +8,7 @@ mod candidates;
 mod clusters;
 mod filter;
 mod incremental;
+mod kmeanspp;
 mod lanes;
 mod means;
 mod median;
@@ -101,7 +102,7 @@ impl Backend for Cpu {
     }
 
     fn kmeanspp_step(&self, p: &KmeansppStep<'_>, _: &Memory) -> Result<()> {
-        seed::kmeanspp_step(p)
+        kmeanspp::kmeanspp_step(p)
     }
 
     fn max_label(&self, labels: &dyn Readable) -> Result<u32> {

@@ -19,7 +19,8 @@ use crate::{
     request::{Accumulator, Finish, Labels, Reduction, Summands, Update},
     rng::{Draw, RACED},
     rows::Rows,
-    seeding::{self, positive, spread},
+    seeding::{self, positive},
+    spread::spread,
 };
 use candle_core::{DType, Tensor};
 

@@ -13,6 +13,7 @@ use crate::{
     metric::Metric,
     problem::Problem,
     rows::RowLayout,
+    spread::trials,
 };
 use candle_core::DType;
 
@@ -39,8 +40,11 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
     // Then one after another. First the distances to what is chosen and their keys; the rows that k-means|| draws,
     // their prepared copy and its labels.
     // On a GPU also what assigns rows to those, and all that is held of each row meanwhile.
+    // Of each row its key, its norm and what is left with each row that is tried; the rows that are tried, and which parts have drawn.
+    let tried = |trials: u64| (24 + 9 * trials) * bn + b * (trials * (d * filter + 64) + 256);
     let (drawn, begins) = match settings.init {
-        Init::KMeansPlusPlus => (k, 16 * bn),
+        Init::KMeansPlusPlus => (k, tried(1)),
+        Init::GreedyKMeansPlusPlus => (k, tried(trials(p.k) as u64)),
         Init::KMeansParallel => {
             let drawn = drawn(k).min(n);
             let joined = b * k * d * size;

@@ -26,6 +26,7 @@ impl Fingerprint {
         let init = match init {
             Init::Random => "random".into(),
             Init::KMeansPlusPlus => "k-means++".into(),
+            Init::GreedyKMeansPlusPlus => "greedy k-means++".into(),
             Init::KMeansParallel => "k-means||".into(),
             Init::Even => "even".into(),
             Init::Optimal => "optimal".into(),
