@@ -87,8 +87,8 @@ mod tiles;
 pub use error::{Error, Result};
 pub use fit::Fit;
 pub use functional::{
-    assign, assign_with_distances, cluster_means, cluster_sizes, cluster_sums, inverse_order, quantize, residuals,
-    sort_by_cluster,
+    assign, assign_with_distances, cluster_means, cluster_sizes, cluster_sums, inverse_order, nearest, quantize,
+    residuals, sort_by_cluster,
 };
 pub use kmeans::{Devices, EmptyClusters, Init, IntoControlFlow, Iteration, KMeans};
 pub use lloyd::{feed::Pass, prepared::PreparedFit};

@@ -12,6 +12,8 @@ mod kmeanspp;
 mod lanes;
 mod means;
 mod median;
+mod nearest;
+mod pairwise;
 mod parts;
 mod product_codes;
 mod rows;
@@ -64,7 +66,11 @@ impl Backend for Cpu {
     }
 
     fn pairwise(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-        rows::pairwise(x, c, metric)
+        pairwise::pairwise(x, c, metric)
+    }
+
+    fn nearest(&self, x: &Rows, c: &Rows, m: usize, metric: Metric) -> Result<(Tensor, Tensor)> {
+        nearest::nearest(x, c, m, metric)
     }
 
     fn gather(&self, x: &Rows, index: &dyn Readable, to: Target<'_>) -> Result<()> {
