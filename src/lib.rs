@@ -3,7 +3,7 @@
 //! [`KMeans`] clusters the rows of a tensor, any number of problems at once, on the tensor's device. [`assign`],
 //! [`assign_with_distances`], [`sort_by_cluster`], [`cluster_means`] and [`quantize`] are its parts, each an op of its own.
 //! Layers are made of these and of [`cluster_sums`], [`cluster_sizes`], [`inverse_order`], [`residuals`],
-//! [`select_clusters`] and [`top_rows_per_centroid`]; sequences that grow are followed by [`MiniBatch`] and [`Segments`].
+//! [`nearest`], [`select_clusters`] and [`top_rows_per_centroid`]; sequences that grow are followed by [`MiniBatch`] and [`Segments`].
 //! Rows that memory does not hold are read piece by piece from a [`Source`], files of many formats among them, by
 //! [`KMeans::fit_stream`], [`Fit::predict_stream`] and what is made of these.
 //! [`nn`] has such layers. The parts with one result are also values for [`Tensor::apply_op2`](candle_core::Tensor::apply_op2)
@@ -90,7 +90,7 @@ pub use functional::{
     assign, assign_with_distances, cluster_means, cluster_sizes, cluster_sums, inverse_order, nearest, quantize,
     residuals, sort_by_cluster,
 };
-pub use kmeans::{Devices, EmptyClusters, Init, IntoControlFlow, Iteration, KMeans};
+pub use kmeans::{Devices, EmptyClusters, Init, IntoControlFlow, Iteration, KMeans, Seeding};
 pub use lloyd::{feed::Pass, prepared::PreparedFit};
 pub use metric::Metric;
 pub use minibatch::MiniBatch;

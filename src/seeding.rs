@@ -9,7 +9,7 @@ use crate::{
     optimal, primitives,
     problem::Problem,
     request::KmeansppStep,
-    rng::Draw,
+    rng::{Draw, RACED},
     rows::Rows,
     spread::{spread, trials},
 };
@@ -21,7 +21,8 @@ use rand_chacha::ChaCha8Rng;
 const DRAW_STEPS: usize = 20;
 
 /// The first centroids, `(b, k, d)`, of an initialisation that looks at the data. `weights` are f64 `(b, n)`: what is not above 0
-/// weighs nothing, and below 0 it is chosen last. The draw is that of the first round.
+/// weighs nothing, and below 0 it is chosen last. The draw is that of the first round. `watch` is told, where seeds are chosen one after
+/// another, how many there are, but of the last one.
 pub(crate) fn centroids(
     init: &Init,
     x: &Rows,
@@ -29,10 +30,11 @@ pub(crate) fn centroids(
     weights: Option<&Tensor>,
     metric: Metric,
     draw: Draw,
+    watch: Option<&dyn Fn(usize)>,
 ) -> Result<Tensor> {
     let index = match init {
-        Init::KMeansPlusPlus => plus_plus(x, k, 1, weights, metric, draw)?,
-        Init::GreedyKMeansPlusPlus => plus_plus(x, k, trials(k), weights, metric, draw)?,
+        Init::KMeansPlusPlus => plus_plus(x, k, 1, weights, metric, draw, watch)?,
+        Init::GreedyKMeansPlusPlus => plus_plus(x, k, trials(k), weights, metric, draw, watch)?,
         Init::KMeansParallel => return parallel(x, k, weights, metric, draw),
         Init::Optimal => return optimal::means(x, k, weights),
         _ => weighted(x, k, weights, draw)?,
@@ -120,6 +122,7 @@ fn plus_plus(
     weights: Option<&Tensor>,
     metric: Metric,
     first: Draw,
+    watch: Option<&dyn Fn(usize)>,
 ) -> Result<Tensor> {
     let device = x.device();
     let nearest = host::zeros("k-means++", (x.b, x.n, trials), DType::F64, device)?;
@@ -134,6 +137,11 @@ fn plus_plus(
             &KmeansppStep { x, nearest, slot, norms, weights, chosen, i, metric, draw },
             &memory,
         )?;
+        if let Some(watch) = watch.filter(|_| i + 1 < count) {
+            // Of what is read there is a seed.
+            chosen.narrow(1, i, 1)?.flatten_all()?.to_vec1::<u32>()?;
+            watch(i + 1);
+        }
     }
     Ok(chosen)
 }
@@ -153,7 +161,7 @@ fn mix_batch(seed: u64, b: usize) -> u64 {
 fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, seed: u64) -> Result<Tensor> {
     let by = spread(metric);
     let draw = |round| Draw { seed, round, first_problem: 0 };
-    let mut candidates = plus_plus(x, 1, 1, weights, metric, draw(0))?;
+    let mut candidates = plus_plus(x, 1, 1, weights, metric, draw(0), None)?;
     let everywhere = |v: f64| Tensor::new(v, x.device())?.broadcast_as((1, x.n));
     let taken = everywhere(-1.0)?;
     // A row that was drawn is at -1 from then on, whatever its distance to itself is rounded to.
@@ -206,14 +214,15 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
 /// The centroids that weighted k-means++ chooses from candidates of k-means||, whose weights are f64 `(1, n)`.
 pub(crate) fn choose(candidates: &Rows, k: usize, weights: &Tensor, metric: Metric, seed: u64) -> Result<Tensor> {
     let draw = Draw { seed, round: 0, first_problem: 0 };
-    let chosen = plus_plus(candidates, k, 1, Some(weights), metric, draw)?;
+    let chosen = plus_plus(candidates, k, 1, Some(weights), metric, draw, None)?;
     primitives::gather(candidates, &chosen)
 }
 
 /// Rows with a key below this are those of a round, given the total of what they are drawn by. A key is below t with probability
-/// 1 - exp(-t p), the Poisson form of the paper's min(1, l p / total).
+/// 1 - exp(-t p), the Poisson form of the paper's min(1, l p / total). Rows that nothing is drawn by have larger keys, however small the
+/// total is.
 pub(crate) fn below(k: usize, total: f64) -> f64 {
-    OVERSAMPLING * k as f64 / total
+    (OVERSAMPLING * k as f64 / total).min(RACED)
 }
 
 /// Numbers above 0, and 0 in the place of others.

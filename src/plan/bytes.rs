@@ -107,7 +107,10 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
     // Rows move by their distances while the loop's memory is held, and so do all later starts and results.
     let relocates = if !cpu && settings.empty == EmptyClusters::Relocate { ends } else { 0 };
     let result = 4 * bn + b * k * (d * size + 4) + 64 * b;
-    let (loops, held) = (loops + relocates, if cpu { 0 } else { loops });
+    // What an iteration is measured by: its distances, and the centroids before.
+    let measures =
+        if settings.measures && settings.on_iteration.is_some() { ends + b * k * (d * size + 24) } else { 0 };
+    let (loops, held) = (loops + relocates + measures, if cpu { 0 } else { loops });
     let more = match settings.n_init {
         0..=1 => begins.max(ends).max(loops),
         // The best result and the last one, and of these the better of each problem.

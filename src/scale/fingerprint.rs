@@ -24,6 +24,7 @@ impl Fingerprint {
     pub fn new(settings: &KMeans, p: &Problem) -> Result<Self> {
         let KMeans { k, metric, init, n_init, max_iters, tol, seed, weights, empty, check_finite, .. } = settings;
         let init = match init {
+            Init::Auto => "auto".into(),
             Init::Random => "random".into(),
             Init::KMeansPlusPlus => "k-means++".into(),
             Init::GreedyKMeansPlusPlus => "greedy k-means++".into(),

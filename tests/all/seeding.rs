@@ -295,6 +295,24 @@ fn rows_of_no_direction_and_of_no_weight_are_no_seeds() {
     }
 }
 
+/// Rows so near each other that their distances vanish beside one are drawn as others are, and those that weigh nothing still are not.
+#[test]
+fn rows_of_no_weight_are_no_seeds_among_tiny_distances() {
+    let mut rng = rng(49);
+    let x = uniform(&[200, 2], 0.0, 1e-160, DType::F64, &mut rng);
+    let weights = tensor(&[200], DType::F64, |i| if i % 2 == 1 { 1.0 } else { 0.0 });
+    let weighted: Rows = problems(&x).remove(0).into_iter().skip(1).step_by(2).collect();
+    for device in devices() {
+        let (x, weights) = (x.to_device(&device).unwrap(), weights.to_device(&device).unwrap());
+        for (init, seed) in DRAWN.into_iter().flat_map(|init| (0..4).map(move |seed| (init.clone(), seed))) {
+            let settings = KMeans::new(12).init(init.clone()).seed(seed).sample_weights(&weights);
+            for start in starts(&settings, &x) {
+                assert!(start.iter().all(|c| weighted.contains(c)), "{init:?}: a row of no weight");
+            }
+        }
+    }
+}
+
 /// No row is taken twice, where values repeat either: each value is a seed at most as often as it is a row.
 #[test]
 fn rows_are_taken_once() {
