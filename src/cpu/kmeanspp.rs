@@ -2,7 +2,7 @@
 
 use super::{
     rows::distance,
-    scalar::{fold_lanes, Scalar, LANES as HALF},
+    scalar::Scalar,
     tensors::{or, read_and_write, tensor, typed, Element, View},
 };
 use crate::{
@@ -256,24 +256,39 @@ impl<T: Element> Trial<'_, T> {
 /// below zero and what is rounded to nearest keeps its order.
 #[inline(always)]
 fn sum<S: Scalar>(x: &[S], c: &[S], enough: f64, limits: &Limits, term: impl Fn(S, S) -> S) -> f64 {
-    let (mut lanes, mut total) = ([S::of(0.0); LANES], 0.0);
-    for (x, c) in x.chunks(CHECKED).zip(c.chunks(CHECKED)) {
-        let (xs, cs) = (x.chunks_exact(LANES), c.chunks_exact(LANES));
-        let rest = xs.remainder().iter().zip(cs.remainder());
-        for (x, c) in xs.zip(cs) {
-            for l in 0..LANES {
-                lanes[l] = lanes[l].add(term(x[l], c[l]));
-            }
-        }
-        lanes.iter_mut().zip(rest).for_each(|(lane, (&x, &c))| *lane = lane.add(term(x, c)));
-        let mut halves = [S::of(0.0); HALF];
-        for l in 0..HALF {
-            halves[l] = lanes[l].add(lanes[l + HALF]);
-        }
-        total = fold_lanes(&halves, S::add).widen();
+    let (mut lanes, mut x, mut c) = ([S::of(0.0); LANES], x, c);
+    while x.len() > CHECKED {
+        let (first, others) = (x.split_at(CHECKED), c.split_at(CHECKED));
+        lanes = added(lanes, first.0, others.0, &term);
+        let total = folded(&lanes).widen();
         if total >= enough && total > limits.least && total < limits.most / 2.0 {
-            break;
+            return total;
+        }
+        (x, c) = (first.1, others.1);
+    }
+    let mut lanes = added(lanes, x, c, &term);
+    let (rest, others) = (x.as_chunks::<LANES>().1, c.as_chunks::<LANES>().1);
+    lanes.iter_mut().zip(rest.iter().zip(others)).for_each(|(lane, (&x, &c))| *lane = lane.add(term(x, c)));
+    folded(&lanes).widen()
+}
+
+/// The lanes with the terms of columns that fill them. They come and go as values, which the compiler keeps in registers.
+#[inline(always)]
+fn added<S: Scalar>(mut lanes: [S; LANES], x: &[S], c: &[S], term: impl Fn(S, S) -> S) -> [S; LANES] {
+    for (x, c) in x.as_chunks::<LANES>().0.iter().zip(c.as_chunks::<LANES>().0) {
+        for l in 0..LANES {
+            lanes[l] = lanes[l].add(term(x[l], c[l]));
         }
     }
-    total
+    lanes
+}
+
+/// All lanes in one. It is not inlined, since that makes the compiler take narrower vectors for the loop before.
+#[inline(never)]
+fn folded<S: Scalar>(lanes: &[S; LANES]) -> S {
+    let mut of = *lanes;
+    for step in [16, 8, 4, 2, 1] {
+        (0..step).for_each(|i| of[i] = of[i].add(of[i + step]));
+    }
+    of[0]
 }
