@@ -22,8 +22,8 @@
 //! checked ([`sort_by_cluster`], [`cluster_means`], [`cluster_sums`], [`cluster_sizes`], [`residuals`],
 //! [`nn::ClusteredKvCache::group`], [`nn::ClusteredKvCache::cluster`], [`nn::Codebook::usage`]), weights and lengths are
 //! ([`KMeans::sample_weights`], [`KMeans::lengths`]), rows are drawn by weight or by [`Init::KMeansParallel`], iterations are
-//! watched ([`KMeans::on_iteration`], [`EmptyClusters::Relocate`]), blocks of rows come and go ([`KMeans::fit_stream`],
-//! [`Fit::predict_stream`]), and after every 128 iterations of a fit that may have more.
+//! watched ([`KMeans::on_iteration`], [`EmptyClusters::Relocate`]), and so are seeds ([`KMeans::on_seed`]), blocks of rows come and go
+//! ([`KMeans::fit_stream`], [`Fit::predict_stream`]), and after every 128 iterations of a fit that may have more.
 //!
 //! Tensors of another device are refused, and two handles of one GPU are two devices. A layer or a [`PreparedFit`] may move
 //! between threads, be shared by them and be dropped on any. Programs with several threads, such as servers, should give all of

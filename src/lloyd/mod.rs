@@ -116,7 +116,7 @@ impl KMeans {
 
     /// A fit with its memory, for rows of one shape `(n, d)` or `(..batch, n, d)`: run it on new rows as often as you like, or
     /// capture a run in a CUDA graph; see [`PreparedFit`]. Weights, lengths and given centroids are copied: what becomes of
-    /// them afterwards changes no run.
+    /// them afterwards changes no run. It starts from random rows unless an [`Init`] says otherwise.
     ///
     /// # Errors
     /// As [`fit`](Self::fit). Refuses `n_init` above 1, which keeps more than one result.

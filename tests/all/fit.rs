@@ -190,6 +190,35 @@ fn transform_is_the_distance_to_every_centroid() {
     }
 }
 
+/// The bits of the definition however many rows and centroids meet at once, rows and centroids of zeros among them.
+#[test]
+fn transform_is_the_definition_for_any_sizes() {
+    let mut rng = rng(40);
+    for (dtype, metric) in DTYPES.into_iter().flat_map(|dtype| METRICS.map(|metric| (dtype, metric))) {
+        for (n, k, d) in [(1, 1, 1), (3, 16, 3), (5, 17, 33), (39, 33, 7), (70, 50, 130)] {
+            let mut with_zeros = |n: usize| {
+                let values = f64s(&uniform(&[2, n, d], 0.1, 1.0, dtype, &mut rng));
+                tensor(&[2, n, d], dtype, |i| if i / d % 7 == 3 { 0.0 } else { values[i] })
+            };
+            let (x, c) = (with_zeros(n), with_zeros(k));
+            let (rows, centroids) = (problems(&x), problems(&c));
+            let stored = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+            let pairs = rows
+                .iter()
+                .zip(&centroids)
+                .flat_map(|(x, c)| x.iter().flat_map(move |x| c.iter().map(move |c| (x, c))));
+            let expected: Vec<_> = pairs.map(|(x, c)| round(naive::distance(x, c, metric), stored).to_bits()).collect();
+            for device in devices() {
+                let c = c.to_device(&device).unwrap();
+                let settings = KMeans::new(k).metric(metric).init(Init::Given(c.clone())).max_iters(0);
+                let got = settings.fit(&c).unwrap().transform(&x.to_device(&device).unwrap()).unwrap();
+                assert_eq!((got.dims(), got.dtype()), (&[2, n, k][..], stored));
+                assert_eq!(bits(&got), expected, "{dtype:?} {metric:?} {n} {k} {d}");
+            }
+        }
+    }
+}
+
 #[test]
 fn given_centroids_of_any_batch() {
     let mut rng = rng(43);
