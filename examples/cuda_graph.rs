@@ -7,7 +7,7 @@ use candle_core::{
     cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode},
     DType, Device, Tensor,
 };
-use candle_flash_kmeans::KMeans;
+use candle_flash_kmeans::{Init, KMeans};
 use clap::Parser;
 use std::time::Instant;
 
@@ -39,7 +39,7 @@ fn main() -> Result<()> {
     let stream = gpu.cuda_stream();
 
     // Nothing may ask the host: no check for NaN.
-    let settings = KMeans::new(k).max_iters(iters).tol(0.0).check_finite(false);
+    let settings = KMeans::new(k).init(Init::Random).max_iters(iters).tol(0.0).check_finite(false);
     let mut prepared = settings.prepare((b, n, d), DType::F16, &device)?;
     let input = Tensor::randn(0f32, 1.0, (b, n, d), &device)?.to_dtype(DType::F16)?;
     device.synchronize()?;

@@ -1,9 +1,11 @@
 // The draws of the initialisation: the distance to the nearest seed, the race for the next one, and its winner.
 //
 // A weighted draw is an exponential race (Efraimidis and Spirakis 2006): every row has a key of its own, and the least
-// wins. A distance is one sequential f64 chain, so one thread walks a whole row. Traffic: X once and one number a row,
-// read and written, for each seed.
+// wins. For each seed of k-means++ X is read once, by a warp for each row, and L + 2 numbers a row, read and written, L
+// being the rows that are tried for it; where a distance is the definition's, one sequential f64 chain, one thread walks
+// a whole row.
 #include "exact/argmin.cuh"
+#include "exact/spread.cuh"
 
 __device__ __forceinline__ double nothing_near() { return __longlong_as_double(0x7ff0000000000000); }
 
@@ -14,8 +16,7 @@ __device__ __forceinline__ double nearer_by(double nearest, const T* x, const Ro
                                             int64_t seed, int metric) {
     if (seed == row) return -1;
     if (nearest < 0 || seed >= r.n) return nearest;
-    const double t =
-        distance(metric == DOT ? SQUARED_EUCLIDEAN : metric, row_of(x, r, b, row), row_of(x, r, b, seed), r.d);
+    const double t = distance(spread_by(metric), row_of(x, r, b, row), row_of(x, r, b, seed), r.d);
     return fmin(nearest, t > 0 ? t : 0);
 }
 
@@ -113,47 +114,181 @@ __device__ Lowest block_lowest(Lowest low) {
     return low;
 }
 
-/// Pick `i` of k-means++ for each problem: distances to the last pick are folded into `nearest`, and all rows race. A
-/// block takes `rows` rows; the last block of a problem finds the winner. Nothing is in `nearest` at a `start`;
-/// `arrived` is zeros and left so.
-template <class T>
-__device__ void pick(const T* x, const Rows& r, double* nearest, const double* weights, uint32_t* chosen, int64_t count,
-                     int64_t i, bool start, int metric, uint64_t seed, uint64_t round, int64_t first_problem, int64_t rows,
-                     uint64_t* keys, uint32_t* winners, uint32_t* arrived) {
+/// Whether `b` comes after `a` in a race.
+__device__ __forceinline__ bool after(Lowest a, Lowest b) { return a.key < b.key || (a.key == b.key && a.row < b.row); }
+
+/// The same lowest row to all threads.
+__device__ Lowest block_winner(Lowest low) {
+    __shared__ Lowest winner;
+    low = block_lowest(low);
+    if (threadIdx.x == 0) winner = low;
+    __syncthreads();
+    low = winner;
+    __syncthreads();
+    return low;
+}
+
+/// The race of step `i` of k-means++: the `count` rows of each problem with the lowest keys, in their order, to
+/// `drawn` `(b, trials)`, but UINT32_MAX for those behind the first that nothing is drawn by; the first also to
+/// `chosen`. `most` is the largest that a row is drawn by. A block takes `rows` rows; the last block of a problem
+/// merges what each has found. `arrived` is zeros and left so.
+__device__ void race_rows(const double* nearest, int64_t trials, const uint32_t* slot, const double* weights, int64_t b_all,
+                          int64_t n, int64_t i, uint64_t seed, uint64_t round, int64_t first_problem, int64_t rows,
+                          uint64_t* keys, uint64_t* part_keys, uint32_t* part_rows, double* part_most,
+                          uint32_t* arrived, uint32_t* drawn, double* most, uint32_t* chosen, int64_t chosen_stride) {
+    constexpr double RACED = 1e300;
     __shared__ bool last;
-    const int64_t parts = (r.n + rows - 1) / rows;
-    for (int64_t tile = blockIdx.x; tile < r.b * parts; tile += gridDim.x) {
-        const int64_t b = tile / parts, begin = tile % parts * rows, end = min(begin + rows, r.n);
-        const int64_t newest = i ? chosen[b * count + i - 1] : -1;
-        Lowest low = {UINT64_MAX, UINT32_MAX};
+    __shared__ double largest;
+    const int64_t parts = (n + rows - 1) / rows, count = i ? trials : 1;
+    const Lowest none = {UINT64_MAX, UINT32_MAX};
+    for (int64_t tile = blockIdx.x; tile < b_all * parts; tile += gridDim.x) {
+        const int64_t b = tile / parts, begin = tile % parts * rows, end = min(begin + rows, n);
+        double own_most = 0;
+        if (threadIdx.x == 0) largest = 0;
+        __syncthreads();
         for (int64_t row = begin + threadIdx.x; row < end; row += blockDim.x) {
-            const int64_t at = b * r.n + row;
-            double v = 1;
-            if (i) {
-                v = start && i == 1 ? nothing_near() : nearest[at];
-                v = nearer_by(v, x, r, b, row, newest, metric);
-                nearest[at] = v;
-            } else if (!start) {
-                v = nearest[at];
-            }
-            const double key = race_key(seed, round, first_problem + b, row, v, weights ? weights[at] : 1.0);
-            low = lower(low, {ordered<uint64_t>(__double_as_longlong(key)), uint32_t(row)});
+            const int64_t at = b * n + row;
+            const double near = i ? nearest[at * trials + slot[b]] : 1, weight = weights ? weights[at] : 1.0;
+            const double key = race_key(seed, round, first_problem + b, row, near, weight);
+            keys[at] = ordered<uint64_t>(__double_as_longlong(key));
+            const double p = __dmul_rn(near, weight);
+            if (near > 0 && p > own_most) own_most = p;
         }
-        low = block_lowest(low);
+        for (int lane = WARP / 2; lane; lane /= 2) own_most = fmax(own_most, __shfl_xor_sync(~0u, own_most, lane));
+        if (threadIdx.x % WARP == 0) atomic_max(&largest, own_most);
+        Lowest before = {0, 0};
+        for (int64_t t = 0; t < count; ++t) {
+            Lowest low = none;
+            for (int64_t row = begin + threadIdx.x; row < end; row += blockDim.x) {
+                const Lowest own = {keys[b * n + row], uint32_t(row)};
+                if (t == 0 || after(before, own)) low = lower(low, own);
+            }
+            before = block_winner(low);
+            if (threadIdx.x == 0) part_keys[tile * trials + t] = before.key, part_rows[tile * trials + t] = before.row;
+        }
         if (threadIdx.x == 0) {
-            keys[tile] = low.key, winners[tile] = low.row;
+            part_most[tile] = largest;
             __threadfence();
             last = atomicAdd(&arrived[b], 1) + 1 == parts;
         }
         __syncthreads();
         if (last) {
             __threadfence();
-            low = {UINT64_MAX, UINT32_MAX};
-            for (int64_t part = b * parts + threadIdx.x; part < (b + 1) * parts; part += blockDim.x) {
-                low = lower(low, {__ldcg(&keys[part]), __ldcg(&winners[part])});
+            for (int64_t t = 0; t < count; ++t) {
+                Lowest low = none;
+                for (int64_t e = threadIdx.x; e < parts * count; e += blockDim.x) {
+                    const int64_t at = (b * parts + e / count) * trials + e % count;
+                    const Lowest own = {__ldcg(&part_keys[at]), __ldcg(&part_rows[at])};
+                    if (t == 0 || after(before, own)) low = lower(low, own);
+                }
+                before = block_winner(low);
+                if (threadIdx.x == 0) {
+                    const bool by_weight = before.key <= ordered<uint64_t>(__double_as_longlong(RACED));
+                    drawn[b * trials + t] = t == 0 || by_weight ? before.row : UINT32_MAX;
+                    if (t == 0) chosen[b * chosen_stride + i] = before.row;
+                }
             }
-            low = block_lowest(low);
-            if (threadIdx.x == 0) chosen[b * count + i] = low.row, arrived[b] = 0;
+            if (threadIdx.x == 0) {
+                double all = 0;
+                for (int64_t part = 0; part < parts; ++part) all = fmax(all, __ldcg(&part_most[b * parts + part]));
+                most[b] = all, arrived[b] = 0;
+            }
+        }
+        __syncthreads();
+    }
+}
+
+/// Most rows that are tried: 2 + ln(2^32).
+constexpr int MOST_TRIALS = 32;
+/// Of these a warp meets so many at once.
+constexpr int TRIED = 8;
+
+/// The trial of step `i`: `nearest` `(b, n, trials)` becomes each row's distance to the nearest seed with each of the
+/// rows that were `drawn`, of which the one with the least potential goes to `chosen`, and its number to `slot`. A warp
+/// takes a row, a block `rows` rows; the last block of a problem decides. Potentials and `arrived` are zeros and left
+/// so.
+template <class T>
+__device__ void try_rows(const T* x, const Rows& r, double* nearest, int64_t trials, uint32_t* slot,
+                         const double* weights, const double* norms, const uint32_t* drawn, const double* most,
+                         uint32_t* chosen, int64_t chosen_stride, int64_t i, int metric, int64_t rows,
+                         unsigned long long* potentials, uint32_t* arrived) {
+    __shared__ unsigned long long own_potentials[MOST_TRIALS];
+    __shared__ bool last;
+    using F = Filter<T>;
+    const int lane = threadIdx.x % WARP, by = spread_by(metric);
+    const int64_t parts = (r.n + rows - 1) / rows, count = i ? trials : 1;
+    for (int64_t tile = blockIdx.x; tile < r.b * parts; tile += gridDim.x) {
+        const int64_t b = tile / parts, begin = tile % parts * rows, end = min(begin + rows, r.n);
+        const double units = potential_units(most[b], r.n);
+        const uint32_t before = slot[b];
+        const uint32_t* const tried = drawn + b * trials;
+        if (threadIdx.x < MOST_TRIALS) own_potentials[threadIdx.x] = 0;
+        __syncthreads();
+        for (int64_t row = begin + threadIdx.x / WARP; row < end; row += blockDim.x / WARP) {
+            const int64_t at = b * r.n + row;
+            const double near = i ? nearest[at * trials + before] : nothing_near();
+            const double weight = weights ? weights[at] : 1.0;
+            // Else nothing is drawn by its distance.
+            const bool counts = near > 0 && weight > 0;
+            const T* const own = row_of(x, r, b, row);
+            const F of_x = norms && counts ? reciprocal<F>(norms[at]) : F(1);
+            __syncwarp();
+            for (int64_t t0 = 0; t0 < count; t0 += TRIED) {
+                const T* c[TRIED];
+                F of_c[TRIED], sums[TRIED];
+#pragma unroll
+                for (int e = 0; e < TRIED; ++e) {
+                    const bool there = t0 + e < count && tried[t0 + e] != UINT32_MAX;
+                    const int64_t seed = there ? tried[t0 + e] : row;
+                    c[e] = row_of(x, r, b, seed), sums[e] = 0;
+                    of_c[e] = norms && counts ? reciprocal<F>(norms[b * r.n + seed]) : F(1);
+                }
+                if (counts) {
+                    // One row to try is all that plain k-means++ has.
+                    if (count == 1) {
+                        const T* const one[] = {c[0]};
+                        const F of_one[] = {of_c[0]};
+                        F sum[1];
+                        spread_sums(by, own, one, r.d, norms != nullptr, of_x, of_one, sum);
+                        sums[0] = sum[0];
+                    } else {
+                        spread_sums(by, own, c, r.d, norms != nullptr, of_x, of_c, sums);
+                    }
+                }
+                F sum = 0;
+#pragma unroll
+                for (int e = 0; e < TRIED; ++e) sum = lane == e ? sums[e] : sum;
+                const int64_t t = t0 + lane;
+                if (lane < TRIED && t < count) {
+                    const uint32_t seed = tried[t];
+                    double found = near;
+                    if (seed == row) {
+                        found = -1;
+                    } else if (counts && seed != UINT32_MAX) {
+                        found = fmin(near, spread_distance(by, double(sum), own, row_of(x, r, b, seed), r.d));
+                        // One alone is chosen whatever it leaves.
+                        if (count > 1) atomicAdd(&own_potentials[t], whole(__dmul_rn(found, weight), units));
+                    }
+                    nearest[at * trials + t] = found;
+                }
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x < count) atomicAdd(&potentials[b * trials + threadIdx.x], own_potentials[threadIdx.x]);
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            last = atomicAdd(&arrived[b], 1) + 1 == parts;
+            if (last) {
+                __threadfence();
+                int64_t best = 0;
+                for (int64_t t = 1; t < count; ++t) {
+                    const bool less = __ldcg(&potentials[b * trials + t]) < __ldcg(&potentials[b * trials + best]);
+                    if (tried[t] != UINT32_MAX && less) best = t;
+                }
+                for (int64_t t = 0; t < count; ++t) potentials[b * trials + t] = 0;
+                chosen[b * chosen_stride + i] = tried[best], slot[b] = uint32_t(best), arrived[b] = 0;
+            }
         }
         __syncthreads();
     }
@@ -168,12 +303,13 @@ __device__ void pick(const T* x, const Rows& r, double* nearest, const double* w
                                              int metric, double* out) {                                                \
         nearer(x, r, nearest, newest, metric, out);                                                                    \
     }                                                                                                                  \
-    extern "C" __global__ void pick_##name(const T* x, Rows r, double* nearest, const double* weights,                 \
-                                           uint32_t* chosen, int64_t count, int64_t i, int start, int metric,          \
-                                           uint64_t seed, uint64_t round, int64_t first_problem, int64_t rows,         \
-                                           uint64_t* keys, uint32_t* winners, uint32_t* arrived) {                     \
-        pick(x, r, nearest, weights, chosen, count, i, start, metric, seed, round, first_problem, rows, keys, winners, \
-             arrived);                                                                                                 \
+    extern "C" __global__ void try_##name(const T* x, Rows r, double* nearest, int64_t trials, uint32_t* slot,         \
+                                          const double* weights, const double* norms, const uint32_t* drawn,           \
+                                          const double* most, uint32_t* chosen, int64_t chosen_stride, int64_t i,      \
+                                          int metric, int64_t rows, unsigned long long* potentials,                    \
+                                          uint32_t* arrived) {                                                         \
+        try_rows(x, r, nearest, trials, slot, weights, norms, drawn, most, chosen, chosen_stride, i, metric, rows,     \
+                 potentials, arrived);                                                                                 \
     }
 FOR_EACH_TYPE(INSTANCE)
 #undef INSTANCE
@@ -181,4 +317,13 @@ FOR_EACH_TYPE(INSTANCE)
 extern "C" __global__ void race_keys(const double* nearest, const double* weights, int64_t b, int64_t n, int64_t first,
                                      uint64_t seed, uint64_t round, int64_t first_problem, double* out) {
     race(nearest, weights, b, n, first, seed, round, first_problem, out);
+}
+
+extern "C" __global__ void race_kmeanspp(const double* nearest, int64_t trials, const uint32_t* slot, const double* weights, int64_t b,
+                                      int64_t n, int64_t i, uint64_t seed, uint64_t round, int64_t first_problem,
+                                      int64_t rows, uint64_t* keys, uint64_t* part_keys, uint32_t* part_rows,
+                                      double* part_most, uint32_t* arrived, uint32_t* drawn, double* most,
+                                      uint32_t* chosen, int64_t chosen_stride) {
+    race_rows(nearest, trials, slot, weights, b, n, i, seed, round, first_problem, rows, keys, part_keys, part_rows,
+              part_most, arrived, drawn, most, chosen, chosen_stride);
 }

@@ -103,6 +103,7 @@ pub(crate) trait Backend {
     fn assign_into(&self, a: Assignment<'_>, labels: Target<'_>, memory: &Memory) -> Result<()>;
     fn distances(&self, x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor>;
     fn pairwise(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor>;
+    fn nearest(&self, x: &Rows, c: &Rows, m: usize, metric: Metric) -> Result<(Tensor, Tensor)>;
     fn gather(&self, x: &Rows, index: &dyn Readable, to: Target<'_>) -> Result<()>;
     fn max_abs_and_first_nonfinite(&self, x: &Rows) -> Result<(Tensor, Tensor)>;
     fn min_magnitude(&self, x: &Rows) -> Result<Tensor>;

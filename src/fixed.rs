@@ -214,7 +214,7 @@ impl Grid {
 
 /// `2^e` for `-1022 <= e <= 1023`.
 #[inline]
-const fn power_of_two(e: i32) -> f64 {
+pub(crate) const fn power_of_two(e: i32) -> f64 {
     f64::from_bits(((e + 1023) as u64) << 52)
 }
 

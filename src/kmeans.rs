@@ -11,13 +11,22 @@ use std::{fmt, ops::ControlFlow, sync::Arc};
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub enum Init {
+    /// By the number of clusters: [greedy k-means++](Self::GreedyKMeansPlusPlus) of at most 32, whose passes over the rows are about as many as
+    /// those of the iterations and which finds separate groups of rows where random ones mostly do not, and [random](Self::Random) rows of
+    /// more. A fit that is [prepared](KMeans::prepare) starts from random rows in any case, which take no pass.
+    #[default]
+    Auto,
     /// `k` different rows, uniformly, or with probability proportional to the sample weights, for which the host reads a number a
     /// row.
-    #[default]
     Random,
     /// k-means++ (Arthur and Vassilvitskii 2007): each next row with probability proportional to its weight times its
     /// distance to the nearest row already chosen. `k` passes over the data.
     KMeansPlusPlus,
+    /// Greedy k-means++, as scikit-learn has it: k-means++ that draws `2 + floor(ln(k))` different rows for each centroid but the first, and
+    /// keeps the one after which the sum of weights times distances is least. It is in Arthur and Vassilvitskii's paper of 2007 as a
+    /// variant, and analysed by Bhattacharya et al. (2020) and Grunau et al. (2023). As many passes over the data as k-means++, in each of which all
+    /// that were drawn are met at once.
+    GreedyKMeansPlusPlus,
     /// k-means|| (Bahmani et al. 2012): five rounds that each draw about `2k` rows, then weighted k-means++ among them.
     /// Fewer passes than k-means++ for large `k`. The host reads a sum and a count of each round of each problem.
     KMeansParallel,
@@ -60,6 +69,9 @@ pub enum Devices {
     Launched,
 }
 
+/// The most clusters of a fit that greedy k-means++ starts unless another start is asked for.
+pub(crate) const GREEDY_CLUSTERS: usize = 32;
+
 /// Rounds of k-means||, and rows drawn in each as a multiple of `k`, as its authors recommend.
 pub(crate) const ROUNDS: u64 = 5;
 pub(crate) const OVERSAMPLING: f64 = 2.0;
@@ -79,8 +91,40 @@ pub(crate) fn drawn_in(rounds: u64, k: u64) -> u64 {
     (mean + 8.0 * mean.sqrt()) as u64 + 1
 }
 
-/// One iteration of a running fit, as [`KMeans::on_iteration`] sees it.
+/// How many of its first centroids a run has chosen, as [`KMeans::on_seed`] sees it. Its [`Display`](fmt::Display) is a line of text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Seeding {
+    /// Run, from 0, of `n_init`.
+    pub run: usize,
+    /// Seeds that have been chosen, of each problem.
+    pub seeds: usize,
+    /// Seeds that are to be chosen: the number of clusters.
+    pub of: usize,
+}
+
+impl fmt::Display for Seeding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.run > 0 {
+            write!(f, "run {}, ", self.run + 1)?;
+        }
+        write!(f, "{} of {} seeds", self.seeds, self.of)
+    }
+}
+
+/// A callback of [`KMeans::on_seed`].
+#[derive(Clone)]
+pub(crate) struct OnSeed(Arc<dyn Fn(Seeding) + Send + Sync>);
+
+impl fmt::Debug for OnSeed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Fn(Seeding)")
+    }
+}
+
+/// One iteration of a running fit, as [`KMeans::on_iteration`] sees it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Iteration {
     /// Run, from 0, of `n_init`.
     pub run: usize,
@@ -88,6 +132,12 @@ pub struct Iteration {
     pub iteration: usize,
     /// Problems of the batch that have converged.
     pub converged: usize,
+    /// If iterations are [measured](KMeans::measure_iterations): the weighted distances of all problems' rows to the centroids that the iteration
+    /// began with, in total, to within rounding. So it is of the centroids that the iteration before has made. None also in the iteration
+    /// that goes on from the midst of a pass, from a [`Checkpoint`](crate::Checkpoint).
+    pub inertia: Option<f64>,
+    /// Likewise, the largest Euclidean distance that a centroid of any problem has moved in the iteration.
+    pub shift: Option<f64>,
 }
 
 /// A callback of [`KMeans::on_iteration`] may return this: nothing, or whether the fit goes on.
@@ -152,11 +202,13 @@ pub struct KMeans {
     pub(crate) empty: EmptyClusters,
     pub(crate) check_finite: bool,
     pub(crate) on_iteration: Option<OnIteration>,
+    pub(crate) measures: bool,
+    pub(crate) on_seed: Option<OnSeed>,
     pub(crate) devices: Option<Devices>,
 }
 
 impl KMeans {
-    /// `k` clusters by squared Euclidean distance from random rows, at most 25 iterations, `tol` 1e-4, seed 0.
+    /// `k` clusters by squared Euclidean distance from where [`Init::Auto`] says, at most 25 iterations, `tol` 1e-4, seed 0.
     pub fn new(k: usize) -> Self {
         Self {
             k,
@@ -171,6 +223,8 @@ impl KMeans {
             empty: EmptyClusters::default(),
             check_finite: true,
             on_iteration: None,
+            measures: false,
+            on_seed: None,
             devices: None,
         }
     }
@@ -179,6 +233,15 @@ impl KMeans {
     pub fn metric(mut self, metric: Metric) -> Self {
         self.metric = metric;
         self
+    }
+
+    /// The same with the start that [`Init::Auto`] stands for.
+    pub(crate) fn started(&self, prepared: bool) -> Self {
+        match self.init {
+            Init::Auto if prepared || self.k > GREEDY_CLUSTERS => self.clone().init(Init::Random),
+            Init::Auto => self.clone().init(Init::GreedyKMeansPlusPlus),
+            _ => self.clone(),
+        }
     }
 
     /// Sets the choice of the first centroids.
@@ -306,5 +369,46 @@ impl KMeans {
     pub fn on_iteration<R: IntoControlFlow>(mut self, f: impl Fn(Iteration) -> R + Send + Sync + 'static) -> Self {
         self.on_iteration = Some(OnIteration(Arc::new(move |iteration| f(iteration).into_control_flow())));
         self
+    }
+
+    /// Whether [`on_iteration`](Self::on_iteration) is told [`Iteration::inertia`] and [`Iteration::shift`] (default: no), which take another pass over the
+    /// rows in each iteration. Without a callback nothing is measured.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_flash_kmeans::KMeans;
+    ///
+    /// let x = Tensor::rand(0f32, 1f32, (500, 4), &Device::Cpu)?;
+    /// let show = |i: candle_flash_kmeans::Iteration| println!("{}: {:?}, {:?}", i.iteration, i.inertia, i.shift);
+    /// KMeans::new(8).on_iteration(show).measure_iterations(true).fit(&x)?;
+    /// # Ok::<_, candle_flash_kmeans::Error>(())
+    /// ```
+    pub fn measure_iterations(mut self, measure: bool) -> Self {
+        self.measures = measure;
+        self
+    }
+
+    /// Calls `f` with each centroid that k-means++, greedy or not, has chosen for a run, and once when any other [`Init`] is done: for progress
+    /// bars. The host waits for each, but of a run that a CUDA graph captures, whose end alone is told.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_flash_kmeans::{Init, KMeans};
+    ///
+    /// let x = Tensor::rand(0f32, 1f32, (500, 4), &Device::Cpu)?;
+    /// let kmeans = KMeans::new(50).init(Init::KMeansPlusPlus).on_seed(|seeding| println!("{seeding}"));
+    /// kmeans.fit(&x)?;
+    /// # Ok::<_, candle_flash_kmeans::Error>(())
+    /// ```
+    pub fn on_seed(mut self, f: impl Fn(Seeding) + Send + Sync + 'static) -> Self {
+        self.on_seed = Some(OnSeed(Arc::new(f)));
+        self
+    }
+
+    /// Tells the callback, if there is one.
+    pub(crate) fn tell(&self, seeding: Seeding) {
+        if let Some(OnSeed(f)) = &self.on_seed {
+            f(seeding);
+        }
     }
 }

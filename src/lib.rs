@@ -3,7 +3,7 @@
 //! [`KMeans`] clusters the rows of a tensor, any number of problems at once, on the tensor's device. [`assign`],
 //! [`assign_with_distances`], [`sort_by_cluster`], [`cluster_means`] and [`quantize`] are its parts, each an op of its own.
 //! Layers are made of these and of [`cluster_sums`], [`cluster_sizes`], [`inverse_order`], [`residuals`],
-//! [`select_clusters`] and [`top_rows_per_centroid`]; sequences that grow are followed by [`MiniBatch`] and [`Segments`].
+//! [`nearest`], [`select_clusters`] and [`top_rows_per_centroid`]; sequences that grow are followed by [`MiniBatch`] and [`Segments`].
 //! Rows that memory does not hold are read piece by piece from a [`Source`], files of many formats among them, by
 //! [`KMeans::fit_stream`], [`Fit::predict_stream`] and what is made of these.
 //! [`nn`] has such layers. The parts with one result are also values for [`Tensor::apply_op2`](candle_core::Tensor::apply_op2)
@@ -22,8 +22,8 @@
 //! checked ([`sort_by_cluster`], [`cluster_means`], [`cluster_sums`], [`cluster_sizes`], [`residuals`],
 //! [`nn::ClusteredKvCache::group`], [`nn::ClusteredKvCache::cluster`], [`nn::Codebook::usage`]), weights and lengths are
 //! ([`KMeans::sample_weights`], [`KMeans::lengths`]), rows are drawn by weight or by [`Init::KMeansParallel`], iterations are
-//! watched ([`KMeans::on_iteration`], [`EmptyClusters::Relocate`]), blocks of rows come and go ([`KMeans::fit_stream`],
-//! [`Fit::predict_stream`]), and after every 128 iterations of a fit that may have more.
+//! watched ([`KMeans::on_iteration`], [`EmptyClusters::Relocate`]), and so are seeds ([`KMeans::on_seed`]), blocks of rows come and go
+//! ([`KMeans::fit_stream`], [`Fit::predict_stream`]), and after every 128 iterations of a fit that may have more.
 //!
 //! Tensors of another device are refused, and two handles of one GPU are two devices. A layer or a [`PreparedFit`] may move
 //! between threads, be shared by them and be dropped on any. Programs with several threads, such as servers, should give all of
@@ -76,6 +76,7 @@ mod scale;
 mod seeding;
 mod segments;
 mod select;
+mod spread;
 mod stages;
 mod staging;
 #[doc(hidden)]
@@ -86,10 +87,10 @@ mod tiles;
 pub use error::{Error, Result};
 pub use fit::Fit;
 pub use functional::{
-    assign, assign_with_distances, cluster_means, cluster_sizes, cluster_sums, inverse_order, quantize, residuals,
-    sort_by_cluster,
+    assign, assign_with_distances, cluster_means, cluster_sizes, cluster_sums, inverse_order, nearest, quantize,
+    residuals, sort_by_cluster,
 };
-pub use kmeans::{Devices, EmptyClusters, Init, IntoControlFlow, Iteration, KMeans};
+pub use kmeans::{Devices, EmptyClusters, Init, IntoControlFlow, Iteration, KMeans, Seeding};
 pub use lloyd::{feed::Pass, prepared::PreparedFit};
 pub use metric::Metric;
 pub use minibatch::MiniBatch;

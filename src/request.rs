@@ -202,18 +202,22 @@ pub(crate) struct OnChipFit<'a> {
     pub labels: &'a Tensor,
 }
 
-/// Step `i` of k-means++ (Arthur and Vassilvitskii 2007): a row is drawn, which goes to column `i` of `chosen`.
+/// Step `i` of k-means++ (Arthur and Vassilvitskii 2007), greedy where there are several trials: so many rows are drawn, the first of all
+/// alone, and the one that leaves the least potential (of equal ones the one drawn first) goes to column `i` of `chosen`.
 pub(crate) struct KmeansppStep<'a> {
     pub x: &'a Rows<'a>,
-    /// The distance of each row to the nearest of those drawn before, f64 `(b, n)`.
+    /// The distance of each row to the nearest seed with each row that the last step tried ([`spread`](crate::spread)), f64 `(b, n, trials)`:
+    /// -1 of seeds. Nothing is in it before the first step.
     pub nearest: &'a Tensor,
-    /// f64 `(b, n)`.
+    /// The trial that the last step chose, u32 `(b,)`: zeros before the first.
+    pub slot: &'a Tensor,
+    /// The rows' norms, f64 `(b, n)`, by cosine.
+    pub norms: Option<&'a Tensor>,
+    /// f64 `(b, n)`. Rows that weigh nothing are drawn only where nothing else is left.
     pub weights: Option<&'a Tensor>,
     /// u32 `(b, count)`.
     pub chosen: &'a Tensor,
     pub i: usize,
-    /// Whether nothing was drawn before the first column.
-    pub start: bool,
     pub metric: Metric,
     pub draw: Draw,
 }

@@ -9,8 +9,9 @@ use crate::{
     optimal, primitives,
     problem::Problem,
     request::KmeansppStep,
-    rng::Draw,
+    rng::{Draw, RACED},
     rows::Rows,
+    spread::{spread, trials},
 };
 use candle_core::{DType, Device, Tensor};
 use rand::{seq::index, SeedableRng};
@@ -20,7 +21,8 @@ use rand_chacha::ChaCha8Rng;
 const DRAW_STEPS: usize = 20;
 
 /// The first centroids, `(b, k, d)`, of an initialisation that looks at the data. `weights` are f64 `(b, n)`: what is not above 0
-/// weighs nothing, and below 0 it is chosen last. The draw is that of the first round.
+/// weighs nothing, and below 0 it is chosen last. The draw is that of the first round. `watch` is told, where seeds are chosen one after
+/// another, how many there are, but of the last one.
 pub(crate) fn centroids(
     init: &Init,
     x: &Rows,
@@ -28,9 +30,11 @@ pub(crate) fn centroids(
     weights: Option<&Tensor>,
     metric: Metric,
     draw: Draw,
+    watch: Option<&dyn Fn(usize)>,
 ) -> Result<Tensor> {
     let index = match init {
-        Init::KMeansPlusPlus => plus_plus(x, k, weights, metric, draw)?,
+        Init::KMeansPlusPlus => plus_plus(x, k, 1, weights, metric, draw, watch)?,
+        Init::GreedyKMeansPlusPlus => plus_plus(x, k, trials(k), weights, metric, draw, watch)?,
         Init::KMeansParallel => return parallel(x, k, weights, metric, draw),
         Init::Optimal => return optimal::means(x, k, weights),
         _ => weighted(x, k, weights, draw)?,
@@ -110,30 +114,34 @@ fn weighted(x: &Rows, k: usize, weights: Option<&Tensor>, draw: Draw) -> Result<
     Ok(Tensor::from_vec(chosen, (x.b, k), x.device())?)
 }
 
-fn plus_plus(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, draw: Draw) -> Result<Tensor> {
-    let nearest = Tensor::zeros((x.b, x.n), DType::F64, x.device())?;
-    pick(x, k, &nearest, weights, metric, draw)
-}
-
-/// Picks `count` rows, u32 `(b, count)`: the first ones in round 0, else more, given each row's distance to the nearest one
-/// so far.
-fn pick(
+/// Picks `count` rows, u32 `(b, count)`.
+fn plus_plus(
     x: &Rows,
     count: usize,
-    nearest: &Tensor,
+    trials: usize,
     weights: Option<&Tensor>,
     metric: Metric,
     first: Draw,
+    watch: Option<&dyn Fn(usize)>,
 ) -> Result<Tensor> {
-    let chosen = Tensor::zeros((x.b, count), DType::U32, x.device())?;
+    let device = x.device();
+    let nearest = host::zeros("k-means++", (x.b, x.n, trials), DType::F64, device)?;
+    let slot = Tensor::zeros(x.b, DType::U32, device)?;
+    let norms = (metric == Metric::Cosine).then(|| primitives::norms(x)).transpose()?;
+    let chosen = Tensor::zeros((x.b, count), DType::U32, device)?;
     let memory = Memory::default();
     for i in 0..count {
         let draw = Draw { round: first.round + i as u64, ..first };
-        let start = first.round == 0;
+        let (nearest, slot, norms, chosen) = (&nearest, &slot, norms.as_ref(), &chosen);
         primitives::kmeanspp_step(
-            &KmeansppStep { x, nearest, weights, chosen: &chosen, i, start, metric, draw },
+            &KmeansppStep { x, nearest, slot, norms, weights, chosen, i, metric, draw },
             &memory,
         )?;
+        if let Some(watch) = watch.filter(|_| i + 1 < count) {
+            // Of what is read there is a seed.
+            chosen.narrow(1, i, 1)?.flatten_all()?.to_vec1::<u32>()?;
+            watch(i + 1);
+        }
     }
     Ok(chosen)
 }
@@ -151,9 +159,9 @@ fn mix_batch(seed: u64, b: usize) -> u64 {
 }
 
 fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, seed: u64) -> Result<Tensor> {
-    let spread = spread(metric);
+    let by = spread(metric);
     let draw = |round| Draw { seed, round, first_problem: 0 };
-    let mut candidates = plus_plus(x, 1, weights, metric, draw(0))?;
+    let mut candidates = plus_plus(x, 1, 1, weights, metric, draw(0), None)?;
     let everywhere = |v: f64| Tensor::new(v, x.device())?.broadcast_as((1, x.n));
     let taken = everywhere(-1.0)?;
     // A row that was drawn is at -1 from then on, whatever its distance to itself is rounded to.
@@ -177,21 +185,25 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
         }
         let drawn = order.narrow(1, 0, count)?.contiguous()?;
         let rows = Rows::new(&primitives::gather(x, &drawn)?)?;
-        let to_drawn = positive(&primitives::distances(x, &rows, &primitives::assign(x, &rows, spread)?, spread)?)?;
+        let to_drawn = positive(&primitives::distances(x, &rows, &primitives::assign(x, &rows, by)?, by)?)?;
         nearest = skipped.where_cond(&nearest.minimum(&to_drawn)?, &taken)?;
         candidates = Tensor::cat(&[&candidates, &drawn], 1)?;
     }
     let count = candidates.dim(1)?;
     if count <= k {
         // Too few distinct rows were drawn; go on as k-means++ does, never taking a row twice.
-        if count < k {
-            let more = pick(x, k - count, &nearest, weights, metric, draw(ROUNDS + 1))?;
-            candidates = Tensor::cat(&[&candidates, &more], 1)?;
+        for round in (ROUNDS + 1..).take(k - count) {
+            let keys = primitives::exponential_race_keys(&nearest, weights, draw(round), 0)?.flatten_all()?;
+            let keys = keys.to_vec1::<f64>()?;
+            let first = (0..x.n).min_by(|&i, &j| keys[i].total_cmp(&keys[j])).expect("a problem has rows");
+            let first = Tensor::new(&[first as u32], x.device())?;
+            nearest = primitives::min_distance_with(x, &nearest, &first, metric)?;
+            candidates = Tensor::cat(&[&candidates, &first.unsqueeze(0)?], 1)?;
         }
         return primitives::gather(x, &candidates);
     }
     let rows = Rows::new(&primitives::gather(x, &candidates)?)?;
-    let order = primitives::grouped(&primitives::assign(x, &rows, spread)?, count)?;
+    let order = primitives::grouped(&primitives::assign(x, &rows, by)?, count)?;
     let share = match weights {
         Some(w) => primitives::cluster_sums(&positive(w)?, Some(&order))?,
         None => primitives::cluster_sizes(&order.offsets)?.to_dtype(DType::F64)?,
@@ -202,23 +214,15 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
 /// The centroids that weighted k-means++ chooses from candidates of k-means||, whose weights are f64 `(1, n)`.
 pub(crate) fn choose(candidates: &Rows, k: usize, weights: &Tensor, metric: Metric, seed: u64) -> Result<Tensor> {
     let draw = Draw { seed, round: 0, first_problem: 0 };
-    let chosen = plus_plus(candidates, k, Some(weights), metric, draw)?;
+    let chosen = plus_plus(candidates, k, 1, Some(weights), metric, draw, None)?;
     primitives::gather(candidates, &chosen)
 }
 
-/// The metric of the distances that rows are drawn by: a dot product is no spread.
-pub(crate) fn spread(metric: Metric) -> Metric {
-    if metric == Metric::Dot {
-        Metric::SquaredEuclidean
-    } else {
-        metric
-    }
-}
-
 /// Rows with a key below this are those of a round, given the total of what they are drawn by. A key is below t with probability
-/// 1 - exp(-t p), the Poisson form of the paper's min(1, l p / total).
+/// 1 - exp(-t p), the Poisson form of the paper's min(1, l p / total). Rows that nothing is drawn by have larger keys, however small the
+/// total is.
 pub(crate) fn below(k: usize, total: f64) -> f64 {
-    OVERSAMPLING * k as f64 / total
+    (OVERSAMPLING * k as f64 / total).min(RACED)
 }
 
 /// Numbers above 0, and 0 in the place of others.

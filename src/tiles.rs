@@ -174,6 +174,8 @@ pub const ROUTE_KEYS: usize = 64;
 pub const THREADS: usize = 256;
 /// Cells that one block walks in a pass over a matrix, and keys or labels in a pass over a list.
 pub const PASS: usize = 16384;
+/// Most nearest centroids that are asked for: two to a lane of `nearest.cu`.
+pub const NEAREST: usize = 64;
 /// Most blocks that race the rows of a problem for a pick of k-means++.
 pub const PICK_PARTS: usize = 4096;
 /// Blocks that share the rows left to recheck: enough to fill any device, and cheap when there are none.

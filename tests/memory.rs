@@ -220,11 +220,13 @@ fn peak_is_within_the_plan() {
                 (plain.clone().init(Init::Random), &x, 0, "random"),
                 (plain.clone().init(Init::KMeansParallel), &x, 0, "k-means||"),
                 (plain.clone().init(Init::KMeansPlusPlus), &x, 0, "k-means++"),
+                (plain.clone().init(Init::GreedyKMeansPlusPlus), &x, 0, "greedy k-means++"),
                 (relocated, &x, 0, "relocated"),
                 (plain, &x.transpose(1, 2).unwrap().contiguous().unwrap().transpose(1, 2).unwrap(), copy, "copied"),
             ];
             // The middle ones cost seconds where there are thousands of clusters.
-            let slow = |what: &str| ["random", "k-means||", "k-means++", "relocated"].contains(&what);
+            let slow =
+                |what: &str| ["random", "k-means||", "k-means++", "greedy k-means++", "relocated"].contains(&what);
             for (settings, x, more, what) in all.into_iter().filter(|c| k <= 64 || !slow(c.3)) {
                 // Every thread may need scratch, and on many of them most never do.
                 for (threads, of_use) in [(&two, true), (&sixteen, false)] {

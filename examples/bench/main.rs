@@ -71,6 +71,8 @@ pub(crate) enum Start {
     Even,
     #[value(name = "kmeans++")]
     KMeansPlusPlus,
+    #[value(name = "greedy")]
+    GreedyKMeansPlusPlus,
     #[value(name = "kmeans||")]
     KMeansParallel,
 }
@@ -189,6 +191,7 @@ impl Start {
             Self::Random => Some(Init::Random),
             Self::Even => Some(Init::Even),
             Self::KMeansPlusPlus => Some(Init::KMeansPlusPlus),
+            Self::GreedyKMeansPlusPlus => Some(Init::GreedyKMeansPlusPlus),
             Self::KMeansParallel => Some(Init::KMeansParallel),
         }
     }

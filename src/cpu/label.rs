@@ -226,7 +226,7 @@ impl<T: Element> NullaryFnOnce for Offer<'_, T> {
 }
 
 /// `out = rows * values^T`, row-major, on this thread alone: the rows of a tile already run in parallel.
-fn multiply<S: Scalar>(rows: &[S], values: &[S], d: usize, out: &mut [S]) {
+pub(super) fn multiply<S: Scalar>(rows: &[S], values: &[S], d: usize, out: &mut [S]) {
     let (m, width) = (rows.len() / d, values.len() / d);
     assert_eq!(out.len(), m * width);
     // SAFETY: the three slices hold m x d, width x d and m x width elements with the strides given, and `out` is

@@ -13,13 +13,16 @@ mod candidates;
 mod clusters;
 mod filter;
 mod incremental;
+mod kmeanspp;
 mod label;
 mod label_rounded;
 mod lanes;
 mod lines;
 mod means;
 mod median;
+mod nearest;
 mod origin;
+mod pairwise;
 mod parts;
 mod product_codes;
 mod rounded;
@@ -73,7 +76,11 @@ impl Backend for Cpu {
     }
 
     fn pairwise(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-        rows::pairwise(x, c, metric)
+        pairwise::pairwise(x, c, metric)
+    }
+
+    fn nearest(&self, x: &Rows, c: &Rows, m: usize, metric: Metric) -> Result<(Tensor, Tensor)> {
+        nearest::nearest(x, c, m, metric)
     }
 
     fn gather(&self, x: &Rows, index: &dyn Readable, to: Target<'_>) -> Result<()> {
@@ -111,7 +118,7 @@ impl Backend for Cpu {
     }
 
     fn kmeanspp_step(&self, p: &KmeansppStep<'_>, _: &Memory) -> Result<()> {
-        seed::kmeanspp_step(p)
+        kmeanspp::kmeanspp_step(p)
     }
 
     fn max_label(&self, labels: &dyn Readable) -> Result<u32> {

@@ -40,19 +40,6 @@ pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> 
     })
 }
 
-pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    typed!(x.dtype(), T => {
-        let [xs, cs] = lock([&x.operand, &c.operand]);
-        let (xs, cs) = (xs.view::<T>(x)?, cs.view::<T>(c)?);
-        let (n, k) = (x.n, c.n);
-        let pair = |i: usize| {
-            let (b, j) = (i / (n * k), i % k);
-            <T as Element>::Filter::of(distance(xs.row(b, i / k % n), cs.row(b, j), metric))
-        };
-        tensor(host::map("pairwise", x.b * n * k, x.d, pair)?, (x.b, n, k))
-    })
-}
-
 pub(crate) fn gather(x: &Rows, index: &dyn Readable, to: Target<'_>) -> Result<()> {
     let m = index.dims()[1];
     typed!(x.dtype(), T => read_and_write([&x.operand, index], to, |[xs, at], out: &mut [T]| {

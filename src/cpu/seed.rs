@@ -2,15 +2,15 @@
 
 use super::{
     rows::{distance, per_row},
-    tensors::{lock, or, read_and_write, tensor, typed, Element, View},
+    tensors::{lock, or, tensor, typed, Element, View},
 };
 use crate::{
     error::Result,
     host,
     metric::Metric,
-    request::KmeansppStep,
     rng::{race_key, Draw},
     rows::Rows,
+    spread::spread,
 };
 use candle_core::Tensor;
 
@@ -44,13 +44,12 @@ pub(crate) fn usable_seeds(x: &Rows, weights: Option<&Tensor>, chosen: &Tensor, 
 
 /// The distance of row `i` to the nearest seed, with one more seed: see [`primitives::min_distance_with`](crate::primitives::min_distance_with).
 fn nearer_by<T: Element>(x: &View<'_, T>, b: usize, i: usize, nearest: f64, seed: u32, metric: Metric) -> f64 {
-    let metric = if metric == Metric::Dot { Metric::SquaredEuclidean } else { metric };
     if seed as usize == i {
         -1.0
     } else if nearest < 0.0 || seed == u32::MAX {
         nearest
     } else {
-        let d = distance(x.row(b, i), x.row(b, seed as usize), metric);
+        let d = distance(x.row(b, i), x.row(b, seed as usize), spread(metric));
         nearest.min(if d > 0.0 { d } else { 0.0 })
     }
 }
@@ -79,41 +78,3 @@ pub(crate) fn exponential_race_keys(
 
 /// Steps that a race's key takes.
 const RACE_STEPS: usize = 32;
-
-pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>) -> Result<()> {
-    let &KmeansppStep { x, nearest, weights, chosen, i: pick, start, metric, draw } = p;
-    let before = if pick > 0 { chosen.narrow(1, pick - 1, 1)?.flatten_all()?.to_vec1::<u32>()? } else { vec![] };
-    let n = x.n;
-    let picked = typed!(x.dtype(), T => {
-        read_and_write([&x.operand, or(weights, &x.operand)], nearest.into(), |[xs, each], nearest: &mut [f64]| {
-            let (xs, weights) = (xs.view::<T>(x)?, weights.map(|_| each.flat::<f64>()).transpose()?);
-            let key = |b: usize, i: usize, nearest: &mut f64| {
-                let now = match (start, pick) {
-                    (true, 0) => 1.0,
-                    (false, 0) => *nearest,
-                    (_, pick) => {
-                        let old = if start && pick == 1 { f64::INFINITY } else { *nearest };
-                        *nearest = nearer_by(&xs, b, i, old, before[b], metric);
-                        *nearest
-                    }
-                };
-                (race_key(draw, b, i, now, weights.map_or(1.0, |w| w[b * n + i])), i as u32)
-            };
-            let earlier = |x: &(f64, u32), y: &(f64, u32)| x.0.total_cmp(&y.0).then(x.1.cmp(&y.1));
-            // Each task has its rows, and leaves the first of them to arrive.
-            let rows = host::items_per_task(x.d + RACE_STEPS).min(n);
-            let mut first = vec![(0.0, 0); x.b * n.div_ceil(rows)];
-            let parts = nearest.chunks_mut(n).flat_map(|nearest| nearest.chunks_mut(rows)).zip(&mut first);
-            let parts = parts.enumerate().map(|(p, (nearest, first))| (p / n.div_ceil(rows), p % n.div_ceil(rows), nearest, first));
-            host::for_each(parts.collect(), rows * (x.d + RACE_STEPS), || (), |_, (b, part, nearest, first)| {
-                let keys = nearest.iter_mut().zip(part * rows..).map(|(nearest, i)| key(b, i, nearest));
-                *first = keys.min_by(earlier).expect("no part is empty");
-                Ok(())
-            })?;
-            let parts = first.chunks(n.div_ceil(rows));
-            Ok(parts.map(|parts| parts.iter().copied().min_by(earlier).map_or(0, |(_, row)| row)).collect::<Vec<_>>())
-        })?
-    })?;
-    chosen.slice_set(&tensor(picked, (x.b, 1))?, 1, pick)?;
-    Ok(())
-}

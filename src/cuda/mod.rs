@@ -14,6 +14,7 @@ pub(crate) mod memory;
 mod module;
 #[cfg(feature = "nccl")]
 mod nccl;
+mod nearest;
 mod on_chip;
 mod params;
 mod route;
@@ -122,6 +123,10 @@ impl Backend for Cuda {
 
     fn pairwise(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
         rows::pairwise(x, c, metric)
+    }
+
+    fn nearest(&self, x: &Rows, c: &Rows, m: usize, metric: Metric) -> Result<(Tensor, Tensor)> {
+        nearest::nearest(x, c, m, metric)
     }
 
     fn gather(&self, x: &Rows, index: &dyn Readable, to: Target<'_>) -> Result<()> {

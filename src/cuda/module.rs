@@ -15,6 +15,7 @@ use std::{
 pub(super) enum Image {
     Rows,
     Seed,
+    Nearest,
     Prepare,
     Split,
     AssignSimt,
@@ -37,6 +38,7 @@ impl Image {
         match self {
             Self::Rows => include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")),
             Self::Seed => include_bytes!(concat!(env!("OUT_DIR"), "/seed.fatbin")),
+            Self::Nearest => include_bytes!(concat!(env!("OUT_DIR"), "/nearest.fatbin")),
             Self::Prepare => include_bytes!(concat!(env!("OUT_DIR"), "/prepare.fatbin")),
             Self::Split => include_bytes!(concat!(env!("OUT_DIR"), "/split.fatbin")),
             Self::AssignSimt => include_bytes!(concat!(env!("OUT_DIR"), "/assign_simt.fatbin")),

@@ -2,7 +2,7 @@
 
 use super::{
     device::device,
-    kernel::{launch, Nullable},
+    kernel::{launch, Nullable, WARP},
     memory::{alloc, elements, ArenaLayout, Memory},
     params::shape,
     tensors::{own, read, tensor, typed, Element},
@@ -62,20 +62,37 @@ pub(crate) fn exponential_race_keys(
 }
 
 pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>, memory: &Memory) -> Result<()> {
-    const OP: &str = "pick";
-    let &KmeansppStep { x, nearest, weights, chosen, i, start, metric, draw } = p;
-    let dev = device(&x.operand)?;
+    const OP: &str = "k-means++";
+    let &KmeansppStep { x, nearest, slot, norms, weights, chosen, i, metric, draw } = p;
+    let (dev, trials, count) = (device(&x.operand)?, nearest.dim(2)?, chosen.dim(1)?);
     let rows = THREADS.max(x.n / PICK_PARTS).next_multiple_of(THREADS);
     let parts = elements(&[x.b, x.n.div_ceil(rows)]);
+    // A warp takes a row where a thread races one.
+    let tried_rows = (rows / WARP).max(x.n.div_ceil(PICK_PARTS));
+    let tried_parts = elements(&[x.b, x.n.div_ceil(tried_rows)]);
     let (mut scratch, mut zeros) = (ArenaLayout::default(), ArenaLayout::default());
-    let (keys, winners) = (scratch.unwritten::<u64>(parts), scratch.unwritten::<u32>(parts));
-    let arrived = zeros.zeroed::<u32>(x.b);
+    let (keys, part_most) = (scratch.unwritten::<u64>(elements(&[x.b, x.n])), scratch.unwritten::<f64>(parts));
+    let of_parts = elements(&[parts, trials]);
+    let (part_keys, part_rows) = (scratch.unwritten::<u64>(of_parts), scratch.unwritten::<u32>(of_parts));
+    let of_trials = elements(&[x.b, trials]);
+    let (drawn, most) = (scratch.unwritten::<u32>(of_trials), scratch.unwritten::<f64>(x.b));
+    let (arrived, potentials) = (zeros.zeroed::<u32>(x.b), zeros.zeroed::<u64>(of_trials));
     let (scratch, zeros) = (scratch.scratch(dev, OP, memory)?, zeros.zeros(dev, OP, memory)?);
-    let (xs, weights) = (read(&x.operand), weights.map(read));
+    let (xs, weights, norms) = (read(&x.operand), weights.map(read), norms.map(read));
     let weights = weights.as_ref().map(|w| w.view::<f64>()).transpose()?;
-    let (nearest, chosen_at, count) = (own::<f64>(nearest)?, own::<u32>(chosen)?, chosen.dim(1)? as i64);
-    typed!(x.dtype(), T => launch!(dev, Seed, "pick", T::SUFFIX, parts, THREADS;
-        &xs.view::<T>()?, &shape(x), &nearest, Nullable(&weights), &chosen_at, &count, &(i as i64), &(start as i32),
-        &(metric as i32), &draw.seed, &draw.round, &(draw.first_problem as i64), &(rows as i64), &scratch.ptr(keys), &scratch.ptr(winners),
-        &zeros.ptr(arrived)))
+    let norms = norms.as_ref().map(|n| n.view::<f64>()).transpose()?;
+    let (nearest, slot, chosen) = (own::<f64>(nearest)?, own::<u32>(slot)?, own::<u32>(chosen)?);
+    launch!(dev, Seed, "race_kmeanspp", "", parts, THREADS;
+        &nearest, &(trials as i64), &slot, Nullable(&weights), &(x.b as i64), &(x.n as i64), &(i as i64), &draw.seed,
+        &draw.round, &(draw.first_problem as i64), &(rows as i64), &scratch.ptr(keys), &scratch.ptr(part_keys),
+        &scratch.ptr(part_rows), &scratch.ptr(part_most), &zeros.ptr(arrived), &scratch.ptr(drawn),
+        &scratch.ptr(most), &chosen, &(count as i64))?;
+    if i + 1 == count && (trials == 1 || i == 0) {
+        // A distance to the last seed is nobody's probability.
+        return Ok(());
+    }
+    typed!(x.dtype(), T => launch!(dev, Seed, "try", T::SUFFIX, tried_parts, THREADS;
+        &xs.view::<T>()?, &shape(x), &nearest, &(trials as i64), &slot, Nullable(&weights), Nullable(&norms),
+        &scratch.ptr(drawn), &scratch.ptr(most), &chosen, &(count as i64), &(i as i64), &(metric as i32),
+        &(tried_rows as i64), &zeros.ptr(potentials), &zeros.ptr(arrived)))
 }

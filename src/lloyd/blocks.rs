@@ -56,7 +56,7 @@ impl PreparedFit {
     /// Fits rows that are cut into so many `blocks` for each of so many `ranks`, from the centroids that a run on all of them
     /// starts from.
     pub(crate) fn fit_in_blocks(settings: &KMeans, x: &Tensor, blocks: usize, ranks: usize) -> Result<Fit> {
-        let p = Problem::fit(x, settings.k, settings.metric)?;
+        let (settings, p) = (&settings.started(false), Problem::fit(x, settings.k, settings.metric)?);
         settings.check(&p, x.device())?;
         let plan = settings.plan_of(&p, Rows::of(x.into()).map(|rows| rows.layout()), x.device())?;
         let prepared = Self::new(settings, p, plan, x.device())?;

@@ -17,9 +17,10 @@ use crate::{
     operand::Readable,
     primitives,
     request::{Accumulator, Finish, Labels, Reduction, Summands, Update},
-    rng::{Draw, RACED},
+    rng::Draw,
     rows::Rows,
-    seeding::{self, positive, spread},
+    seeding::{self, positive},
+    spread::spread,
 };
 use candle_core::{DType, Tensor};
 
@@ -208,15 +209,11 @@ impl Sampler<'_> {
 
     /// Adds the rows of a round. Whether there may be more.
     fn draw_round(&mut self, feed: &mut dyn Feed, round: u64) -> Result<bool> {
-        let (total, mut drawn) = self.draw(feed, round, None)?;
+        let (total, mut drawn) = self.draw(feed, round)?;
         if total <= 0.0 {
             return Ok(false);
         }
         let below = seeding::below(self.whole.p.k, total);
-        if below > RACED {
-            // Rows that nothing is drawn by are drawn, too.
-            (_, drawn) = self.draw(feed, round, Some(below))?;
-        }
         drawn.retain(|raced| raced.key < below);
         self.add(feed, drawn)?;
         Ok(true)
@@ -224,7 +221,7 @@ impl Sampler<'_> {
 
     /// The sum of what rows are drawn by, and this rank's rows whose key is `below` that. While the sum is not known they are those below
     /// what the part so far gives, which is no less: all that will be, and after each piece about as many as a round has.
-    fn draw(&mut self, feed: &mut dyn Feed, round: u64, below: Option<f64>) -> Result<(f64, Vec<Raced>)> {
+    fn draw(&mut self, feed: &mut dyn Feed, round: u64) -> Result<(f64, Vec<Raced>)> {
         let (Whole { p, device, .. }, memory) = (self.whole, &Memory::default());
         let most = Tensor::full(f64::MAX, 1, device)?;
         let total = Total::new(most, p.n, Grid::of_f64(f64::MAX, p.n).planes)?;
@@ -234,7 +231,7 @@ impl Sampler<'_> {
             let odds = (positive(&nearest)? * positive(&piece.weights)?)?;
             total.add(&odds, None, memory)?;
             so_far += primitives::total(&odds)?.to_vec1::<f64>()?[0];
-            let below = below.unwrap_or_else(|| seeding::below(p.k, so_far * BELOW_ROUNDING).min(RACED));
+            let below = seeding::below(p.k, so_far * BELOW_ROUNDING);
             let keys = sampler.keys(&piece, &nearest, round)?;
             let at: Vec<_> = (0..keys.len()).filter(|&i| keys[i] < below).map(|i| i as u32).collect();
             drawn.retain(|raced: &Raced| raced.key < below);

@@ -312,6 +312,7 @@ impl<'a> Merged<'a> {
             centroids: &centroids,
             progress: &progress,
             memory: &memory,
+            weights: whole.weights,
             sums: Some(&sums),
             kept: None,
         };

@@ -4,6 +4,7 @@ mod accumulate;
 mod blocks;
 pub(crate) mod feed;
 pub(crate) mod kmeans_parallel;
+mod measures;
 pub(crate) mod merged;
 mod outcome;
 pub(crate) mod prepared;
@@ -32,6 +33,7 @@ use crate::{
 };
 use candle_core::{DType, Device, Shape, Tensor};
 use feed::{Block, Feed, Pass, Resident};
+use measures::Measures;
 use prepared::{Data, PreparedFit, RUNNING};
 use relocate::{relocate, SizesSoFar};
 use state::{Added, State, Watch};
@@ -41,7 +43,7 @@ use std::{
     path::Path,
     sync::{Mutex, PoisonError},
 };
-use weights::counted_sizes;
+use weights::{counted_sizes, Weights};
 
 impl KMeans {
     /// Says what a fit of `x` would run and how much memory it would take, without running it.
@@ -49,7 +51,7 @@ impl KMeans {
     /// # Errors
     /// Refuses what [`fit`](Self::fit) refuses without looking at values.
     pub fn plan(&self, x: &Tensor) -> Result<Plan> {
-        self.planned(x).map(|(_, plan)| plan)
+        self.started(false).planned(x).map(|(_, plan)| plan)
     }
 
     fn planned(&self, x: &Tensor) -> Result<(Problem, Plan)> {
@@ -72,9 +74,10 @@ impl KMeans {
 
     /// The same of some problems of a batch, the first of which has this number there. The ranks have the whole batch.
     pub(crate) fn fit_problems(&self, x: &Tensor, first_problem: usize, batch: &dyn Ranks) -> Result<Fit> {
-        let (p, plan) = self.planned(x)?;
+        let settings = self.started(false);
+        let (p, plan) = settings.planned(x)?;
         let p = Problem { first_problem, ..p };
-        let mut prepared = PreparedFit::new(self, p, plan, x.device())?;
+        let mut prepared = PreparedFit::new(&settings, p, plan, x.device())?;
         prepared.load(x)?;
         if self.n_init == 1 {
             let _ = prepared.lloyd(0, batch)?;
@@ -113,7 +116,7 @@ impl KMeans {
 
     /// A fit with its memory, for rows of one shape `(n, d)` or `(..batch, n, d)`: run it on new rows as often as you like, or
     /// capture a run in a CUDA graph; see [`PreparedFit`]. Weights, lengths and given centroids are copied: what becomes of
-    /// them afterwards changes no run.
+    /// them afterwards changes no run. It starts from random rows unless an [`Init`] says otherwise.
     ///
     /// # Errors
     /// As [`fit`](Self::fit). Refuses `n_init` above 1, which keeps more than one result.
@@ -124,8 +127,9 @@ impl KMeans {
             let with = "a prepared fit, which keeps one result".into();
             return Err(Error::Conflict { argument: "n_init", got: self.n_init.to_string(), with });
         }
-        let plan = self.plan_of(&p, Some(RowLayout::packed(p.d)), device)?;
-        PreparedFit::new(self, p, plan, device)
+        let settings = self.started(true);
+        let plan = settings.plan_of(&p, Some(RowLayout::packed(p.d)), device)?;
+        PreparedFit::new(&settings, p, plan, device)
     }
 
     /// Reads what [`Fit::save`] wrote, onto `device`.
@@ -241,8 +245,21 @@ impl PreparedFit {
         if let Some(kept) = kept {
             kept.lock().unwrap_or_else(PoisonError::into_inner).reset();
         }
-        let lloyd =
-            Lloyd { settings, run, batch, begin, max_iters, asks_every, centroids, progress, memory, sums: None, kept };
+        let weights = self.weights.as_ref();
+        let lloyd = Lloyd {
+            settings,
+            run,
+            batch,
+            begin,
+            max_iters,
+            asks_every,
+            centroids,
+            progress,
+            memory,
+            weights,
+            sums: None,
+            kept,
+        };
         let (flow, iterations) =
             lloyd.run(&mut Resident(self.block(x, summands)), &mut |_| Ok(()), &mut |_, _| Ok(()))?;
         if self.plan.steps.on_chip.is_some_and(|plan| plan != OnChip::CpuLine) {
@@ -277,6 +294,8 @@ struct Lloyd<'a> {
     centroids: &'a Tensor,
     progress: &'a Progress,
     memory: &'a Memory,
+    /// What the weights of blocks are parts of.
+    weights: Option<&'a Weights>,
     /// The sums that blocks and ranks add to. Where there are none, all rows are in one block, whose update is one op.
     sums: Option<&'a Accumulator>,
     /// The sums that the updates of that one block leave each other, where the plan says so.
@@ -306,7 +325,10 @@ impl Lloyd<'_> {
             let next = Turn { progress, iteration };
             let sizes = || SizesSoFar::new([progress.stop.elem_count(), k], device);
             let (mut sizes, mut orders) = (relocates.then(sizes).transpose()?, vec![]);
-            // The first rows, as far as the sums have them.
+            // The first rows, as far as the sums have them, have been measured by nobody.
+            let measured = self.settings.measures && self.settings.on_iteration.is_some() && !last && before == 0;
+            let measures = || Measures::begin(self.settings, self.weights, self.centroids);
+            let mut measures = measured.then(measures).transpose()?;
             let mut added = take(&mut before);
             feed.begin_pass(if last { Pass::Labels { run } } else { Pass::Iteration { run, iteration, max_iters } });
             feed.for_each_block(&mut |block| {
@@ -317,6 +339,9 @@ impl Lloyd<'_> {
                 }
                 self.assign(block, turn)?;
                 reach_work("block assigned")?;
+                if let Some(measures) = &mut measures {
+                    measures.add(&block)?;
+                }
                 match (last, &mut sizes) {
                     (true, _) => close(block),
                     (false, Some(sizes)) => {
@@ -368,8 +393,11 @@ impl Lloyd<'_> {
                     let counts = self.batch.gather(vec![running as f64, stop.len() as f64])?;
                     let sum = |i: usize| counts.iter().map(|of_rank| of_rank[i] as usize).sum::<usize>();
                     running = sum(0);
-                    let iteration = Iteration { run: self.run, iteration, converged: sum(1) - running };
-                    flow = call(f, iteration, [self.batch, feed.ranks()])?;
+                    let all = [feed.ranks(), self.batch];
+                    let measured = measures.map(|measures| measures.finish(self.centroids, all)).transpose()?;
+                    let [inertia, shift] = [0, 1].map(|i| measured.map(|measured| measured[i]));
+                    let converged = sum(1) - running;
+                    flow = call(f, Iteration { run: self.run, iteration, converged, inertia, shift }, all)?;
                 }
                 last |= running == 0 || flow.is_break();
             }

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     error::Result,
-    kmeans::{Init, KMeans},
+    kmeans::{Init, KMeans, Seeding},
     metric::Metric,
     primitives,
     rng::Draw,
@@ -16,6 +16,13 @@ use crate::{
 use candle_core::Tensor;
 
 impl PreparedFit {
+    /// Tells the callback how many seeds there are: whoever has the first problem of a batch, for all who have others.
+    fn tell(&self, run: usize, seeds: usize) {
+        if self.p.first_problem == 0 {
+            self.settings.tell(Seeding { run, seeds, of: self.p.k });
+        }
+    }
+
     /// Sets the centroids to those that a run starts from.
     pub(super) fn seed(&self, x: &Rows, run: usize, seed: u64) -> Result<()> {
         let again = match run {
@@ -36,10 +43,17 @@ impl PreparedFit {
             _ => {
                 let weights = self.weights.as_ref().map(|w| &w.values);
                 let draw = Draw { seed, round: 0, first_problem: self.p.first_problem };
-                seeding::centroids(init, x, k, seed_weights(x, weights, &self.settings)?.as_ref(), metric, draw)?
+                let weights = seed_weights(x, weights, &self.settings)?;
+                let watch = |seeds| self.tell(run, seeds);
+                // The host waits for no part of a capture.
+                let watched = self.settings.on_seed.is_some() && !primitives::capturing(&self.device)?;
+                let watch: Option<&dyn Fn(usize)> = watched.then_some(&watch);
+                seeding::centroids(init, x, k, weights.as_ref(), metric, draw, watch)?
             }
         };
-        primitives::overwrite(&self.centroids, &start)
+        primitives::overwrite(&self.centroids, &start)?;
+        self.tell(run, k);
+        Ok(())
     }
 }
 

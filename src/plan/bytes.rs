@@ -13,6 +13,7 @@ use crate::{
     metric::Metric,
     problem::Problem,
     rows::RowLayout,
+    spread::trials,
     tiles::CPU_ROWS,
 };
 use candle_core::DType;
@@ -41,8 +42,11 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
     // Then one after another. First the distances to what is chosen and their keys; the rows that k-means|| draws,
     // their prepared copy and its labels.
     // On a GPU also what assigns rows to those, and all that is held of each row meanwhile.
+    // Of each row its key, its norm and what is left with each row that is tried; the rows that are tried, and which parts have drawn.
+    let tried = |trials: u64| (24 + 9 * trials) * bn + b * (trials * (d * filter + 64) + 256);
     let (drawn, begins) = match settings.init {
-        Init::KMeansPlusPlus => (k, 16 * bn),
+        Init::KMeansPlusPlus => (k, tried(1)),
+        Init::GreedyKMeansPlusPlus => (k, tried(trials(p.k) as u64)),
         Init::KMeansParallel => {
             let drawn = drawn(k).min(n);
             let joined = b * k * d * size;
@@ -113,7 +117,10 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
     // Rows move by their distances while the loop's memory is held, and so do all later starts and results.
     let relocates = if !cpu && settings.empty == EmptyClusters::Relocate { ends } else { 0 };
     let result = 4 * bn + b * k * (d * size + 4) + 64 * b;
-    let (loops, held) = (loops + relocates, if cpu { 0 } else { loops });
+    // What an iteration is measured by: its distances, and the centroids before.
+    let measures =
+        if settings.measures && settings.on_iteration.is_some() { ends + b * k * (d * size + 24) } else { 0 };
+    let (loops, held) = (loops + relocates + measures, if cpu { 0 } else { loops });
     let more = match settings.n_init {
         0..=1 => begins.max(ends).max(loops),
         // The best result and the last one, and of these the better of each problem.

@@ -230,6 +230,12 @@ pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
     on(x.device(), "pairwise")?.pairwise(x, c, metric)
 }
 
+/// The `m` nearest centroids of each row, at most [`NEAREST`](crate::tiles::NEAREST), by distance and then by index, a NaN being as far as can
+/// be: u32 `(b, n, m)`, and their distances, f64 `(b, n, m)`, with infinity for NaN.
+pub(crate) fn nearest(x: &Rows, c: &Rows, m: usize, metric: Metric) -> Result<(Tensor, Tensor)> {
+    on(x.device(), "nearest")?.nearest(x, c, m, metric)
+}
+
 /// Rows `index` (u32 `(b, m)`) of each problem: `(b, m, d)`.
 pub(crate) fn gather(x: &Rows, index: &impl Readable) -> Result<Tensor> {
     let (b, m) = (index.dims()[0], index.dims()[1]);
@@ -281,8 +287,7 @@ pub(crate) fn exponential_race_keys(
     on(nearest.device(), "exponential_race_keys")?.exponential_race_keys(nearest, weights, draw, first)
 }
 
-/// A pick of k-means++: the one before is folded into `nearest` as [`min_distance_with`] does, and all rows race. At a `start` nothing is
-/// nearest yet, and the first pick is uniform.
+/// A step of k-means++: rows race by their distance to the nearest seed, and of those that win one becomes a seed.
 pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>, memory: &Memory) -> Result<()> {
     on(p.x.device(), "kmeanspp_step")?.kmeanspp_step(p, memory)
 }

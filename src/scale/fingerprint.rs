@@ -24,8 +24,10 @@ impl Fingerprint {
     pub fn new(settings: &KMeans, p: &Problem) -> Result<Self> {
         let KMeans { k, metric, init, n_init, max_iters, tol, seed, weights, empty, check_finite, .. } = settings;
         let init = match init {
+            Init::Auto => "auto".into(),
             Init::Random => "random".into(),
             Init::KMeansPlusPlus => "k-means++".into(),
+            Init::GreedyKMeansPlusPlus => "greedy k-means++".into(),
             Init::KMeansParallel => "k-means||".into(),
             Init::Even => "even".into(),
             Init::Optimal => "optimal".into(),

@@ -50,7 +50,7 @@ impl KMeans {
             error => error,
         })?;
         drop(x);
-        let labelling = Self { n_init: 1, on_iteration: None, ..self.clone() };
+        let labelling = Self { n_init: 1, on_iteration: None, on_seed: None, ..self.clone() };
         let all = labelling.init(Init::Given(fit.centroids)).max_iters(0).tol(0.0).fit_stream(source, options)?;
         let [n_iter, converged] = [fit.n_iter, fit.converged].map(|t| t.to_device(&Device::Cpu));
         Ok(Fit { n_iter: n_iter?, converged: converged?, ..all })

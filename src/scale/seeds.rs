@@ -4,7 +4,7 @@ use super::{reads::read_rows, source::Source};
 use crate::{
     error::Result,
     fit::refuse_non_finite,
-    kmeans::{Init, KMeans},
+    kmeans::{Init, KMeans, Seeding},
     lloyd::{seeds::seed_weights, weights::Weights},
     metric::Metric,
     primitives,
@@ -41,6 +41,12 @@ pub(super) struct Seeds<'a> {
 impl Seeds<'_> {
     /// The centroids, `(1, k, d)`, of a run.
     pub fn centroids(&self, run: usize) -> Result<Tensor> {
+        let centroids = self.choose(run)?;
+        self.settings.tell(Seeding { run, seeds: self.p.k, of: self.p.k });
+        Ok(centroids)
+    }
+
+    fn choose(&self, run: usize) -> Result<Tensor> {
         let Self { settings: KMeans { init, seed, metric, .. }, p, .. } = *self;
         let seed = seed.wrapping_add(run as u64);
         if let Init::Given(c) = init {
@@ -67,7 +73,9 @@ impl Seeds<'_> {
         let x = Rows::new(&x)?;
         let weights = seed_weights(&x, weights.as_ref(), self.settings)?;
         let draw = Draw { seed, round: 0, first_problem: 0 };
-        seeding::centroids(init, &x, p.k, weights.as_ref(), *metric, draw)
+        let watch = |seeds| self.settings.tell(Seeding { run, seeds, of: p.k });
+        let watch: Option<&dyn Fn(usize)> = self.settings.on_seed.is_some().then_some(&watch);
+        seeding::centroids(init, &x, p.k, weights.as_ref(), *metric, draw, watch)
     }
 
     /// These rows, `(1, rows, d)`.

@@ -148,22 +148,24 @@ impl KMeans {
     /// ```
     pub fn plan_stream(&self, source: &Source<'_>, options: &StreamOptions) -> Result<StreamPlan> {
         let options = &options.opened()?;
-        let p = check_stream(&self.starting_on(options.device())?, source, options)?;
+        let settings = &self.starting_on(options.device())?;
+        let p = check_stream(settings, source, options)?;
         let of_device = |(device, rows)| {
-            let whole = Whole { settings: self, p: &p, device, weights: None, all_counted: true };
+            let whole = Whole { settings, p: &p, device, weights: None, all_counted: true };
             DevicePlan::new(&whole, source, options, rows)
         };
         let devices = options.place().shares(p.n).map(of_device).collect::<Result<_>>()?;
-        Ok(StreamPlan::new(devices, Passes::of_fit(self)))
+        Ok(StreamPlan::new(devices, Passes::of_fit(settings)))
     }
 }
 
 impl KMeans {
-    /// The same with given centroids on this device: where they are does not matter to rows that are elsewhere.
+    /// The same with given centroids on this device, since where they are does not matter to rows that are elsewhere, or with the start that
+    /// [`Init::Auto`] stands for.
     pub(super) fn starting_on(&self, device: &Device) -> Result<Self> {
         Ok(match &self.init {
             Init::Given(c) => self.clone().init(Init::Given(c.to_device(device)?)),
-            _ => self.clone(),
+            _ => self.started(false),
         })
     }
 }

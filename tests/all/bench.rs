@@ -196,7 +196,7 @@ fn every_kind_of_data_is_timed_and_right() {
         run(&format!("fit-tol --b 3 --n 3000 --k 3 --d 2 --reps 1 --iters 40 --check --json --metric {metric}"))
             .unwrap();
     }
-    for init in ["random", "even", "kmeans++", "kmeans||"] {
+    for init in ["random", "even", "kmeans++", "greedy", "kmeans||"] {
         run(&format!("fit {sizes} --init {init} --data outlier,normal --beside normal")).unwrap();
     }
     for labels in ["uniform", "hot"] {

@@ -213,7 +213,7 @@ fn work_is_not_done_twice() {
         for (rows, left) in [(50, 4), (1, 200)] {
             folder.emptied("fit");
             let with = |rows| options(&device, &source, rows, 0).checkpoint(always(&dir));
-            let settings = KMeans::new(20).tol(0.0).max_iters(1);
+            let settings = KMeans::new(20).init(Init::Random).tol(0.0).max_iters(1);
             fail_at("block added", 3, EIO);
             settings.fit_stream(&source, &with(50)).unwrap_err();
             on_stage(None);
@@ -238,7 +238,7 @@ fn checkpoints_of_another_fit_are_refused() {
     let folder = Folder::new("checkpoint-other");
     let x = blobs(&[120, 3], 5, DType::F32, &mut rng(6));
     let source = Source::from_tensor(&x).unwrap();
-    let settings = KMeans::new(5).tol(0.0).max_iters(9);
+    let settings = KMeans::new(5).init(Init::Random).tol(0.0).max_iters(9);
     let dir = ended(&folder, &settings, &source);
     let files = || FILES.map(|name| fs::read(dir.join(name)).unwrap());
     let before = files();
@@ -301,7 +301,7 @@ fn checkpoints_of_another_fit_are_refused() {
 fn a_fit_whose_reads_fail_goes_on() {
     let folder = Folder::new("checkpoint-reads");
     let x = blobs(&[200, 3], 5, DType::F32, &mut rng(8));
-    let settings = KMeans::new(6).tol(1e-6).max_iters(4);
+    let settings = KMeans::new(6).init(Init::Random).tol(1e-6).max_iters(4);
     let (reads, failing) = (AtomicUsize::new(0), AtomicUsize::new(usize::MAX));
     let data: Vec<u8> = f64s(&x).into_iter().flat_map(|v| (v as f32).to_ne_bytes()).collect();
     let source = Source::from_fn(200, 3, StoredType::F32, |rows, into| {

@@ -190,6 +190,35 @@ fn transform_is_the_distance_to_every_centroid() {
     }
 }
 
+/// The bits of the definition however many rows and centroids meet at once, rows and centroids of zeros among them.
+#[test]
+fn transform_is_the_definition_for_any_sizes() {
+    let mut rng = rng(40);
+    for (dtype, metric) in DTYPES.into_iter().flat_map(|dtype| METRICS.map(|metric| (dtype, metric))) {
+        for (n, k, d) in [(1, 1, 1), (3, 16, 3), (5, 17, 33), (39, 33, 7), (70, 50, 130)] {
+            let mut with_zeros = |n: usize| {
+                let values = f64s(&uniform(&[2, n, d], 0.1, 1.0, dtype, &mut rng));
+                tensor(&[2, n, d], dtype, |i| if i / d % 7 == 3 { 0.0 } else { values[i] })
+            };
+            let (x, c) = (with_zeros(n), with_zeros(k));
+            let (rows, centroids) = (problems(&x), problems(&c));
+            let stored = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+            let pairs = rows
+                .iter()
+                .zip(&centroids)
+                .flat_map(|(x, c)| x.iter().flat_map(move |x| c.iter().map(move |c| (x, c))));
+            let expected: Vec<_> = pairs.map(|(x, c)| round(naive::distance(x, c, metric), stored).to_bits()).collect();
+            for device in devices() {
+                let c = c.to_device(&device).unwrap();
+                let settings = KMeans::new(k).metric(metric).init(Init::Given(c.clone())).max_iters(0);
+                let got = settings.fit(&c).unwrap().transform(&x.to_device(&device).unwrap()).unwrap();
+                assert_eq!((got.dims(), got.dtype()), (&[2, n, k][..], stored));
+                assert_eq!(bits(&got), expected, "{dtype:?} {metric:?} {n} {k} {d}");
+            }
+        }
+    }
+}
+
 #[test]
 fn given_centroids_of_any_batch() {
     let mut rng = rng(43);
@@ -220,6 +249,64 @@ fn iterations_are_reported() {
     let seen = seen.lock().unwrap();
     assert!(seen.iter().any(|i| i.run == 1) && seen.iter().filter(|i| i.converged == 2).count() == 2);
     assert!(*u32s(&got.n_iter).iter().max().unwrap() as usize <= seen.iter().map(|i| i.iteration).max().unwrap());
+}
+
+/// By hand: the inertia of what an iteration begins with, and how far it moves a centroid; nothing of either unless it is asked for.
+#[test]
+fn iterations_are_measured_where_that_is_asked_for() {
+    let x = tensor(&[2, 4, 1], DType::F32, |i| [0.0, 2.0, 10.0, 16.0, 1.0, 1.0, 5.0, 5.0][i]);
+    let weights = tensor(&[4], DType::F32, |i| [1.0, 1.0, 3.0, 1.0][i]);
+    for device in devices() {
+        let (x, weights) = (x.to_device(&device).unwrap(), weights.to_device(&device).unwrap());
+        for (measure, weighted) in [(false, false), (true, false), (true, true)] {
+            let seen = std::sync::Arc::new(std::sync::Mutex::new(vec![]));
+            let log = seen.clone();
+            let mut settings = KMeans::new(2).init(Init::Even).tol(0.0).measure_iterations(measure);
+            if weighted {
+                settings = settings.sample_weights(&weights);
+            }
+            let fit = settings.on_iteration(move |i| log.lock().unwrap().push((i.inertia, i.shift))).fit(&x).unwrap();
+            let seen = seen.lock().unwrap();
+            match (measure, weighted) {
+                (false, _) => assert!(seen.iter().all(|&i| i == (None, None))),
+                // From 0 and 10, and from 1 and 5: 4 and 36. Then from 1 and 13: 1, 1, 9 and 9.
+                (true, false) => assert_eq!(seen[..2], [(Some(40.0), Some(3.0)), (Some(20.0), Some(0.0))]),
+                // The mean of three times 10 and of 16 is 11.5.
+                (true, true) => assert_eq!(seen[..2], [(Some(40.0), Some(1.5)), (Some(2.0 + 6.75 + 20.25), Some(0.0))]),
+            }
+            let total = f64s(&fit.inertia).iter().sum::<f64>();
+            assert!(!measure || seen.last().unwrap().0 == Some(total));
+        }
+    }
+}
+
+/// Each seed of k-means++ is reported, and the end of every other start.
+#[test]
+fn seeds_are_reported() {
+    let x = blobs(&[2, 60, 2], 3, DType::F32, &mut rng(42));
+    for device in devices() {
+        let x = x.to_device(&device).unwrap();
+        for (init, steps) in [
+            (Init::Auto, true),
+            (Init::KMeansPlusPlus, true),
+            (Init::GreedyKMeansPlusPlus, true),
+            (Init::KMeansParallel, false),
+            (Init::Random, false),
+            (Init::Even, false),
+        ] {
+            let runs = if matches!(init, Init::Even) { 1 } else { 2 };
+            let seen = std::sync::Arc::new(std::sync::Mutex::new(vec![]));
+            let log = seen.clone();
+            let settings = KMeans::new(5).init(init).n_init(runs);
+            let told = settings.clone().on_seed(move |s| log.lock().unwrap().push((s.run, s.seeds, s.to_string())));
+            assert_same_fit(&told.fit(&x).unwrap(), &settings.fit(&x).unwrap(), "told of seeds");
+            let in_run = |run: usize| if run > 0 { format!("run {}, ", run + 1) } else { String::new() };
+            let all = |run: usize| {
+                if steps { 1..=5 } else { 5..=5 }.map(move |s| (run, s, format!("{}{s} of 5 seeds", in_run(run))))
+            };
+            assert_eq!(*seen.lock().unwrap(), (0..runs).flat_map(all).collect::<Vec<_>>());
+        }
+    }
 }
 
 /// Rows of one column take another way, sorted, unless iterations are watched: to the same bits, ties and equal or far

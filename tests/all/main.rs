@@ -27,6 +27,7 @@ mod labels;
 mod launched;
 mod layouts;
 mod minibatch;
+mod nearest;
 mod numbers;
 mod ops;
 mod order;

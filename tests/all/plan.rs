@@ -123,7 +123,7 @@ fn plans_name_what_is_forced() {
             (DType::F32, 1, false),
         ] {
             let x = uniform(&[300, d], 0.0, 1.0, dtype, &mut rng(36)).to_device(&device).unwrap();
-            let settings = KMeans::new(5).max_iters(2).tol(0.0);
+            let settings = KMeans::new(5).init(Init::Random).max_iters(2).tol(0.0);
             for kernel in testing::candidates(&x, 5, Metric::SquaredEuclidean).unwrap() {
                 testing::force(Some(kernel));
                 let (plan, mut prepared) = (settings.plan(&x).unwrap(), settings.prepare(x.shape(), dtype, &device));

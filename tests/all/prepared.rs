@@ -15,7 +15,7 @@ fn settings(rng: &mut rand_chacha::ChaCha8Rng, device: &Device, n: usize) -> Vec
     let weights = uniform(&[n], 1.0, 1.0, DType::F64, rng).to_device(device).unwrap();
     let mut all = vec![];
     for metric in METRICS {
-        let plain = KMeans::new(7).metric(metric).max_iters(9);
+        let plain = KMeans::new(7).init(Init::Random).metric(metric).max_iters(9);
         all.push(plain.clone().tol(0.0));
         all.push(plain.clone().init(Init::KMeansPlusPlus).tol(1e-2));
         all.push(plain.clone().sample_weights(&weights).init(Init::KMeansPlusPlus));
@@ -184,7 +184,7 @@ fn refusals() {
     for device in devices() {
         let zeros = |shape: &[usize], dtype| Tensor::zeros(shape, dtype, &device).unwrap();
         let prepare = |settings: KMeans| settings.prepare((2, 30, 4), DType::F32, &device);
-        let mut prepared = prepare(KMeans::new(3)).unwrap();
+        let mut prepared = prepare(KMeans::new(3).init(Init::Random)).unwrap();
         assert!(matches!(prepared.fit(), Err(Error::Conflict { argument: "fit", .. })));
         let wrong = prepared.run(&zeros(&[2, 31, 4], DType::F32)).unwrap_err().to_string();
         assert!(wrong.contains("[2, 31, 4]") && wrong.contains("[2, 30, 4]"), "{wrong}");
@@ -200,7 +200,10 @@ fn refusals() {
         let bad = good.affine(f64::INFINITY, 0.0).unwrap();
         assert!(matches!(prepared.run(&bad), Err(Error::NonFinite { argument: "x", .. })));
         prepared.run(&good).unwrap();
-        assert_eq!(all_bits(&prepared.fit().unwrap()), all_bits(&KMeans::new(3).fit(&good).unwrap()));
+        assert_eq!(
+            all_bits(&prepared.fit().unwrap()),
+            all_bits(&KMeans::new(3).init(Init::Random).fit(&good).unwrap())
+        );
     }
 }
 

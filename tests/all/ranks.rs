@@ -187,14 +187,14 @@ fn one_rank_asks_whether_the_fit_goes_on() {
     for (_, options) in shared(3) {
         let asked = Arc::new(AtomicUsize::new(0));
         let count = asked.clone();
-        let settings =
-            KMeans::new(4).tol(0.0).max_iters(50).on_iteration(move |_| match count.fetch_add(1, Ordering::SeqCst) {
-                2 => ControlFlow::Break(()),
-                _ => ControlFlow::Continue(()),
-            });
+        let plain = KMeans::new(4).init(Init::Random).tol(0.0);
+        let settings = plain.clone().max_iters(50).on_iteration(move |_| match count.fetch_add(1, Ordering::SeqCst) {
+            2 => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        });
         let fit = settings.fit_stream(&source, &options).unwrap();
         assert_eq!(asked.load(Ordering::SeqCst), 3);
-        let three = KMeans::new(4).tol(0.0).max_iters(3).fit(&x).unwrap();
+        let three = plain.max_iters(3).fit(&x).unwrap();
         assert_same(&fit.labels, &three.labels, "three iterations");
     }
 }

@@ -101,7 +101,7 @@ fn a_hundred_times_on_every_path() {
         ] {
             let x = blobs(&[b, n, d], k / 2, dtype, &mut rng).to_device(&device).unwrap();
             let weights = uniform(&[b, n], 1.0, 0.5, DType::F64, &mut rng).to_device(&device).unwrap();
-            let plain = KMeans::new(k).metric(metric).max_iters(5).tol(0.0).check_finite(false);
+            let plain = KMeans::new(k).init(Init::Random).metric(metric).max_iters(5).tol(0.0).check_finite(false);
             for settings in [plain.clone(), plain.sample_weights(&weights)] {
                 let mut first = None;
                 let forced = testing::candidates(&x, k, metric).unwrap().into_iter().map(Some);

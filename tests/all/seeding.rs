@@ -1,9 +1,14 @@
 //! Where fits start: different rows, by their weights, the same for the same seed.
 
 use super::kv_cache::refused;
-use crate::common::{self, *};
+use crate::common::{self, naive, *};
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::{Init, KMeans, Metric};
+use candle_flash_kmeans::{Init, KMeans, Metric, Source, StreamOptions};
+use rand::Rng;
+
+/// All that draw rows.
+const DRAWN: [Init; 5] =
+    [Init::Random, Init::Even, Init::KMeansPlusPlus, Init::GreedyKMeansPlusPlus, Init::KMeansParallel];
 
 #[test]
 fn weights_work_on_every_device_and_init() {
@@ -11,7 +16,7 @@ fn weights_work_on_every_device_and_init() {
     let x = blobs(&[2, 300, 4], 5, DType::F32, &mut rng);
     let weights = uniform(&[300], 1.0, 1.0, DType::F32, &mut rng);
     for metric in METRICS {
-        for init in [Init::Random, Init::KMeansPlusPlus, Init::KMeansParallel, Init::Even] {
+        for init in DRAWN {
             let mut costs = vec![];
             for device in devices() {
                 let settings = KMeans::new(5)
@@ -32,7 +37,7 @@ fn initialisations() {
     for dtype in [DType::F16, DType::F32] {
         let x = blobs(&[2, 900, 3], 30, dtype, &mut rng);
         let mut cost = vec![];
-        for init in [Init::Random, Init::KMeansPlusPlus, Init::KMeansParallel] {
+        for init in [Init::Random, Init::KMeansPlusPlus, Init::KMeansParallel, Init::GreedyKMeansPlusPlus] {
             let start = |seed: u64| fit(&KMeans::new(30).init(init.clone()).seed(seed).max_iters(0), &x);
             assert_eq!(bits(&start(1).centroids), bits(&start(1).centroids), "{init:?}: same seed");
             assert_ne!(bits(&start(1).centroids), bits(&start(2).centroids), "{init:?}: other seed");
@@ -46,6 +51,7 @@ fn initialisations() {
             cost.push((0..8).map(|s| f64s(&start(s).inertia).iter().sum::<f64>()).sum::<f64>());
         }
         assert!(cost[1] < 0.7 * cost[0] && cost[2] < 0.7 * cost[0], "seeding should beat random rows: {cost:?}");
+        assert!(cost[3] < 0.95 * cost[1], "greedy seeding should beat one draw: {cost:?}");
     }
 }
 
@@ -64,7 +70,7 @@ fn n_init_keeps_the_best_of_each_problem() {
 #[test]
 fn as_many_clusters_as_rows() {
     let x = tensor(&[2, 40, 1], DType::F32, |i| i as f64);
-    for init in [Init::Random, Init::KMeansPlusPlus, Init::KMeansParallel] {
+    for init in [Init::Random, Init::KMeansPlusPlus, Init::KMeansParallel, Init::GreedyKMeansPlusPlus] {
         for seed in 0..5 {
             let got = fit(&KMeans::new(40).init(init.clone()).seed(seed), &x);
             assert_eq!((f64s(&got.inertia), u32s(&got.counts)), (vec![0.0; 2], vec![1; 80]), "{init:?}");
@@ -79,7 +85,7 @@ fn rows_of_no_weight_are_labelled_and_ignored() {
     let all = Tensor::cat(&[&x, &far], 0).unwrap();
     let weights = tensor(&[130], DType::F32, |i| if i < 100 { 1.0 } else { 0.0 });
     for metric in METRICS {
-        for init in [Init::Random, Init::KMeansPlusPlus, Init::KMeansParallel] {
+        for init in DRAWN {
             let settings = KMeans::new(4).metric(metric).init(init).tol(0.0);
             let got = settings.sample_weights(&weights).fit(&all).unwrap();
             assert_same(&got.labels, &got.predict(&all).unwrap(), "pairing");
@@ -112,6 +118,222 @@ fn draws_follow_their_probabilities() {
     near(share(plus.clone(), |start| start == [3.0, 0.0]), 9.0 / 13.0 / 3.0);
     // The same with weights: from 1, 0 or 3 by 1 to 20.
     near(share(plus.sample_weights(&weights), |start| start == [1.0, 3.0]), 2.0 / 8.0 * 20.0 / 21.0);
+}
+
+/// SplitMix64's finaliser.
+fn mix(z: u64) -> u64 {
+    let z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// The rows that k-means++ starts problem `b` from: of the winners of each race the one that leaves the least potential.
+fn plus_plus(x: &Rows, w: &[f64], k: usize, trials: usize, metric: Metric, [seed, b]: [u64; 2]) -> Vec<usize> {
+    let by = if metric == Metric::Dot { Metric::SquaredEuclidean } else { metric };
+    let (mut near, mut chosen) = (vec![1.0; x.len()], vec![]);
+    for i in 0..k {
+        let key = |row: usize| {
+            let h = mix(mix(mix(mix(seed) ^ i as u64) ^ b) ^ row as u64);
+            -(((h >> 12) as f64 + 0.5) / 2f64.powi(52)).ln() / (near[row] * w[row])
+        };
+        let mut drawn: Vec<usize> = (0..x.len()).filter(|&row| near[row] * w[row] > 0.0).collect();
+        drawn.sort_by(|&i, &j| key(i).total_cmp(&key(j)));
+        drawn.truncate(if i == 0 { 1 } else { trials });
+        let with = |seed: usize| -> Vec<f64> {
+            let old = |row: usize| if i == 0 { f64::INFINITY } else { near[row] };
+            let to = |row: usize| if row == seed { 0.0 } else { naive::distance(&x[row], &x[seed], by) };
+            (0..x.len()).map(|row| old(row).min(to(row))).collect()
+        };
+        let potential = |&seed: &usize| sum(with(seed).iter().zip(w).map(|(near, w)| near * w));
+        let best = drawn.into_iter().min_by(|i, j| potential(i).total_cmp(&potential(j))).unwrap();
+        near = with(best);
+        chosen.push(best);
+    }
+    chosen
+}
+
+/// Both kinds of k-means++ start from the rows of their specification, in all types, at magnitudes whose squares f32 does not hold, by any
+/// number of threads, and whatever else is in the batch.
+#[test]
+fn draws_of_k_means_plus_plus_are_those_of_the_specification() {
+    let mut rng = rng(46);
+    for (d, dtype, scale, k) in [
+        (1, DType::F32, 1.0, 5),
+        (31, DType::F16, 1.0, 8),
+        (32, DType::BF16, 1.0, 4),
+        (33, DType::F32, 1e24, 9),
+        (33, DType::F32, 1e-24, 9),
+        (150, DType::F32, 1.0, 25),
+        (300, DType::F64, 1e160, 6),
+        (257, DType::F64, 1.0, 6),
+    ] {
+        let x = blobs(&[3, 220, d], 12, DType::F64, &mut rng).affine(scale, 0.0).unwrap().to_dtype(dtype).unwrap();
+        let weights = uniform(&[3, 220], 1.0, 1.0, DType::F64, &mut rng);
+        // Squares beyond f64 say nothing, and one column has but two directions.
+        let told = |metric| if scale > 1e100 { metric == Metric::Manhattan } else { d > 1 || metric != Metric::Cosine };
+        for metric in METRICS.into_iter().filter(|&metric| told(metric)) {
+            for (init, trials) in
+                [(Init::KMeansPlusPlus, 1), (Init::GreedyKMeansPlusPlus, 2 + f64::from(k).ln().floor() as usize)]
+            {
+                for weights in [None, Some(&weights)] {
+                    let mut settings = KMeans::new(k as usize).metric(metric).init(init.clone()).seed(9).max_iters(0);
+                    let flat = weights.map_or(vec![1.0; 660], f64s);
+                    let expected: Vec<Rows> = (problems(&x).iter().enumerate())
+                        .map(|(b, x)| {
+                            let w = &flat[220 * b..][..220];
+                            let rows = plus_plus(x, w, k as usize, trials, metric, [9, b as u64]);
+                            rows.into_iter().map(|row| x[row].clone()).collect()
+                        })
+                        .collect();
+                    for device in devices() {
+                        if let Some(weights) = weights {
+                            settings = settings.sample_weights(&weights.to_device(&device).unwrap());
+                        }
+                        let x = x.to_device(&device).unwrap();
+                        for threads in [1, 3] {
+                            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                            let start = pool.install(|| settings.fit(&x).unwrap().centroids);
+                            assert_eq!(problems(&start), expected, "{init:?} {metric:?} {dtype:?} {d} {scale}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What is tried and left is drawn again: of two rows that are left both are tried, and the better one is always taken.
+#[test]
+fn greedy_seeds_are_the_best_of_what_was_drawn() {
+    let x = tensor(&[3, 1], DType::F64, |i| [0.0, 1.0, 3.0][i]);
+    for seed in 0..200 {
+        let start = fit(&KMeans::new(2).init(Init::GreedyKMeansPlusPlus).seed(seed).max_iters(0), &x);
+        let start = f64s(&start.centroids);
+        assert!(start[0] == 3.0 || start[1] == 3.0, "{start:?}");
+    }
+}
+
+/// Gaussian blobs, to which one draw for each centroid leads some of 20 starts, and greedy k-means++ all but one.
+#[test]
+fn greedy_starts_find_separate_blobs() {
+    let mut rng = rng(47);
+    let (n, d, blobs) = (1000, 96, 20);
+    let centres: Vec<f64> = (0..blobs * d).map(|_| rng.random_range(-10.0..10.0)).collect();
+    // A sum of twelve uniform variates is about Gaussian, of variance 1.
+    let mut gaussian = || (0..12).map(|_| rng.random_range(-0.5..0.5)).sum::<f64>();
+    let x = tensor(&[n, d], DType::F32, |i| centres[i / d % blobs * d + i % d] + gaussian());
+    let costs = |init: Init| -> Vec<f64> {
+        let settings = KMeans::new(blobs).init(init).tol(0.0).max_iters(100);
+        let mut costs: Vec<_> =
+            (0..20).map(|seed| f64s(&settings.clone().seed(seed).fit(&x).unwrap().inertia)[0]).collect();
+        costs.sort_by(f64::total_cmp);
+        costs
+    };
+    let (greedy, plain) = (costs(Init::GreedyKMeansPlusPlus), costs(Init::KMeansPlusPlus));
+    let centres = Tensor::from_vec(centres, (blobs, d), &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+    let best = f64s(&KMeans::new(blobs).init(Init::Given(centres)).tol(0.0).fit(&x).unwrap().inertia)[0];
+    let exact = |costs: &[f64]| costs.iter().filter(|&&cost| cost <= best * (1.0 + 1e-9)).count();
+    assert!(greedy[10] <= best * (1.0 + 1e-9) && exact(&greedy) >= 19, "{best}: {greedy:?}");
+    assert!(exact(&plain) < exact(&greedy), "{best}: {plain:?}");
+}
+
+/// The centroids that rows in memory, prepared and of a stream start from.
+fn starts(settings: &KMeans, x: &Tensor) -> Vec<Rows> {
+    let settings = settings.clone().max_iters(0);
+    let start = |fit: candle_flash_kmeans::Fit| problems(&fit.centroids).remove(0);
+    let mut prepared = settings.prepare(x.shape(), x.dtype(), x.device()).unwrap();
+    prepared.run(x).unwrap();
+    let source = Source::from_tensor(&x.to_device(&Device::Cpu).unwrap()).unwrap();
+    let options = StreamOptions::new(x.device()).block_rows(64);
+    vec![
+        start(settings.fit(x).unwrap()),
+        problems(prepared.centroids()).remove(0),
+        start(settings.fit_stream(&source, &options).unwrap()),
+    ]
+}
+
+/// Rows without a direction, and those that weigh nothing, are no seeds while there are as many others as clusters, and the first to be where
+/// there are not.
+#[test]
+fn rows_of_no_direction_and_of_no_weight_are_no_seeds() {
+    let mut rng = rng(48);
+    let n = 300;
+    for dtype in [DType::F32, DType::F64] {
+        let zero = |i: usize| i.is_multiple_of(3) || i < 40;
+        let values = f64s(&uniform(&[n, 3], 0.0, 1.0, dtype, &mut rng));
+        let x = tensor(&[n, 3], dtype, |i| if zero(i / 3) { 0.0 } else { values[i] });
+        let weights = tensor(&[n], DType::F32, |i| if i % 4 == 1 || i > 260 { 0.0 } else { 0.5 + i as f64 });
+        let (directed, all) = (problems(&x).remove(0), f64s(&weights));
+        for device in devices() {
+            let (x, weights) = (x.to_device(&device).unwrap(), weights.to_device(&device).unwrap());
+            for (init, seed) in DRAWN.into_iter().flat_map(|init| (0..4).map(move |seed| (init.clone(), seed))) {
+                let cosine = KMeans::new(20).metric(Metric::Cosine).init(init.clone()).seed(seed);
+                for start in starts(&cosine, &x) {
+                    assert!(start.iter().all(|c| c.iter().any(|&v| v != 0.0)), "{init:?}: a row of no direction");
+                }
+                let weighted = KMeans::new(20).init(init.clone()).seed(seed).sample_weights(&weights);
+                let weighted_rows: Rows = (0..n).filter(|&i| all[i] > 0.0).map(|i| directed[i].clone()).collect();
+                for start in starts(&weighted, &x) {
+                    assert!(start.iter().all(|c| weighted_rows.contains(c)), "{init:?}: a row of no weight");
+                }
+                let both = weighted.metric(Metric::Cosine);
+                for start in starts(&both, &x) {
+                    let good = |c: &Vec<f64>| weighted_rows.contains(c) && c.iter().any(|&v| v != 0.0);
+                    assert!(start.iter().all(good), "{init:?}: a row of no weight or direction");
+                }
+            }
+            // More clusters than rows that weigh something: all of these are seeds.
+            let few = tensor(&[n], DType::F32, |i| if i % 50 == 1 { 1.0 } else { 0.0 }).to_device(&device).unwrap();
+            for init in DRAWN {
+                for start in starts(&KMeans::new(20).init(init.clone()).sample_weights(&few), &x) {
+                    let missing = (0..n).filter(|i| i % 50 == 1).find(|&i| !start.contains(&directed[i]));
+                    assert_eq!(missing, None, "{init:?}");
+                }
+            }
+        }
+    }
+}
+
+/// Rows so near each other that their distances vanish beside one are drawn as others are, and those that weigh nothing still are not.
+#[test]
+fn rows_of_no_weight_are_no_seeds_among_tiny_distances() {
+    let mut rng = rng(49);
+    let x = uniform(&[200, 2], 0.0, 1e-160, DType::F64, &mut rng);
+    let weights = tensor(&[200], DType::F64, |i| if i % 2 == 1 { 1.0 } else { 0.0 });
+    let weighted: Rows = problems(&x).remove(0).into_iter().skip(1).step_by(2).collect();
+    for device in devices() {
+        let (x, weights) = (x.to_device(&device).unwrap(), weights.to_device(&device).unwrap());
+        for (init, seed) in DRAWN.into_iter().flat_map(|init| (0..4).map(move |seed| (init.clone(), seed))) {
+            let settings = KMeans::new(12).init(init.clone()).seed(seed).sample_weights(&weights);
+            for start in starts(&settings, &x) {
+                assert!(start.iter().all(|c| weighted.contains(c)), "{init:?}: a row of no weight");
+            }
+        }
+    }
+}
+
+/// No row is taken twice, where values repeat either: each value is a seed at most as often as it is a row.
+#[test]
+fn rows_are_taken_once() {
+    let values = |i: usize| (i / 3) as f64 * (i / 3) as f64;
+    let x = tensor(&[60, 1], DType::F32, values);
+    for device in devices() {
+        let x = x.to_device(&device).unwrap();
+        for (init, k) in DRAWN.into_iter().flat_map(|init| [19, 20, 25, 40, 60].map(|k| (init.clone(), k))) {
+            for seed in 0..6 {
+                for start in starts(&KMeans::new(k).init(init.clone()).seed(seed), &x) {
+                    let often = |v: f64| start.iter().filter(|c| c[0] == v).count();
+                    assert!((0..60).all(|i| often(values(i)) <= 3), "{init:?} {k}: {start:?}");
+                    let spread = !matches!(init, Init::Random | Init::Even);
+                    assert!(
+                        !spread || (0..60).all(|i| often(values(i)) >= usize::from(k >= 20)),
+                        "{init:?} {k}: {start:?}"
+                    );
+                }
+            }
+        }
+    }
 }
 
 /// Row `i * n / k` for cluster `i` of every problem, with weights too and in a prepared fit.

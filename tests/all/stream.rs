@@ -312,11 +312,11 @@ fn only_what_does_not_stay_is_read_again() {
         devices().into_iter().flat_map(|device| [0, 3, 10].map(|staying| (device.clone(), staying)))
     {
         for (settings, passes, at_start) in [
-            (KMeans::new(3).tol(0.0).max_iters(0), 1, 3),
-            (KMeans::new(3).tol(1e-9).max_iters(0), 2, 4),
-            (KMeans::new(3).tol(0.0).max_iters(2), 3, 3),
+            (KMeans::new(3).init(Init::Random).tol(0.0).max_iters(0), 1, 3),
+            (KMeans::new(3).init(Init::Random).tol(1e-9).max_iters(0), 2, 4),
+            (KMeans::new(3).init(Init::Random).tol(0.0).max_iters(2), 3, 3),
             (KMeans::new(3).tol(0.0).max_iters(2).init(Init::KMeansPlusPlus), 3, 100),
-            (KMeans::new(3).tol(0.0).max_iters(2).n_init(2), 6, 6),
+            (KMeans::new(3).init(Init::Random).tol(0.0).max_iters(2).n_init(2), 6, 6),
             (KMeans::new(3).tol(0.0).max_iters(2).init(Init::KMeansParallel), 7 + 3, 0),
             (KMeans::new(3).tol(0.0).max_iters(2).init(Init::KMeansParallel).n_init(2), 2 * (7 + 3), 0),
         ] {

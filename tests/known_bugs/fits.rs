@@ -239,7 +239,7 @@ fn later_changes_change_nothing() {
         for dtype in [DType::F64, DType::F32] {
             let x = blobs(&[2, 50, 3], 3, DType::F32, &mut rng(2)).to_device(&device).unwrap();
             let weights = uniform(&[2, 50], 1.0, 1.0, dtype, &mut rng(3)).to_device(&device).unwrap();
-            let settings = KMeans::new(3).sample_weights(&weights);
+            let settings = KMeans::new(3).init(Init::Random).sample_weights(&weights);
             let want = settings.fit(&x).unwrap();
             let fit = settings.fit(&x).unwrap();
             let mut prepared = settings.prepare((2, 50, 3), DType::F32, &device).unwrap();
@@ -262,12 +262,12 @@ fn later_changes_change_nothing() {
 #[test]
 fn a_run_that_failed_has_no_result() {
     let x = blobs(&[20, 3], 3, DType::F32, &mut rng(4));
-    let mut prepared = KMeans::new(3).prepare((20, 3), DType::F32, &Device::Cpu).unwrap();
+    let mut prepared = KMeans::new(3).init(Init::Random).prepare((20, 3), DType::F32, &Device::Cpu).unwrap();
     prepared.run(&x).unwrap();
     prepared.run(&x.affine(f64::NAN, 0.0).unwrap()).unwrap_err();
     assert!(matches!(prepared.fit(), Err(Error::Conflict { argument: "fit", .. })));
     prepared.run(&x).unwrap();
-    assert_same_fit(&prepared.fit().unwrap(), &KMeans::new(3).fit(&x).unwrap(), "afterwards");
+    assert_same_fit(&prepared.fit().unwrap(), &KMeans::new(3).init(Init::Random).fit(&x).unwrap(), "afterwards");
 }
 
 // ---- Settings at their extremes.
@@ -542,7 +542,7 @@ fn a_callback_can_stop_a_fit() {
     for (device, metric) in devices().into_iter().flat_map(|d| METRICS.map(|m| (d.clone(), m))) {
         for shape in [vec![400, 3], vec![3, 200, 1], vec![2, 2, 150, 16]] {
             let x = uniform(&shape, 0.5, 1.0, DType::F32, &mut rng(11)).to_device(&device).unwrap();
-            let settings = KMeans::new(9).metric(metric).tol(0.0).max_iters(60);
+            let settings = KMeans::new(9).init(Init::Random).metric(metric).tol(0.0).max_iters(60);
             let stop = |after: usize| {
                 settings.clone().on_iteration(move |i| {
                     if i.iteration == after {

@@ -1,0 +1,93 @@
+//! The distances that k-means++ draws rows by, and the potentials that it compares: of the metric, in arithmetic of its own.
+//!
+//! A distance here is a probability, for which a few digits are enough, but every device has to draw the same rows. So it is no
+//! sequential chain in f64, as the definition of [`Metric`] is, but a sum in the type that scores are computed in (f32; f64 of f64 rows),
+//! each operation rounded by itself: 32 lanes take the columns 32 apart in turn, and lanes 16, 8, 4, 2 and 1 apart are added, as in
+//! [`striped`](crate::fixed::striped). A warp does that in one go, and so do vectors of any length. Its terms are `(x - c)^2` or, by
+//! Manhattan, `|x - c|`; by cosine half of `(x / |x| - c / |c|)^2`, which is `1 - cos` without the cancellation, each value being
+//! multiplied by the reciprocal of its row's norm, rounded to the type. No term is below zero, so the sum of `d` of them is off by a share
+//! of at most `d / 32 + 12` roundings. What is not between [`Limits`], beyond which the type is short of range, is the definition instead.
+//!
+//! A *potential* is the sum of all rows' weights times their distance to the nearest seed (Arthur and Vassilvitskii 2007). Each term is
+//! rounded to a whole number of units, of which the largest term of all before has up to 2^51, so that potentials are integers, the same
+//! in any order. `kernels/exact/spread.cuh` holds the same functions.
+
+use crate::{
+    fixed::{exponent, power_of_two},
+    metric::Metric,
+};
+
+/// Lanes that a distance is added up in.
+pub(crate) const LANES: usize = 32;
+
+/// Sums between these have lost nothing to the range of their type.
+pub(crate) struct Limits {
+    pub least: f64,
+    pub most: f64,
+}
+
+impl Limits {
+    pub const F32: Self = Self { least: 1e-30, most: 1e37 };
+    pub const F64: Self = Self { least: 1e-290, most: 1e300 };
+
+    #[inline(always)]
+    pub fn hold(&self, sum: f64) -> bool {
+        sum > self.least && sum < self.most
+    }
+}
+
+/// The metric of the distances that rows are drawn by: a dot product is no spread.
+pub(crate) fn spread(metric: Metric) -> Metric {
+    if metric == Metric::Dot {
+        Metric::SquaredEuclidean
+    } else {
+        metric
+    }
+}
+
+/// The rows that greedy k-means++ tries for each centroid but the first.
+pub(crate) fn trials(k: usize) -> usize {
+    2 + (k as f64).ln() as usize
+}
+
+/// Terms of a potential count as no more than this.
+const LARGEST: f64 = power_of_two(1000);
+/// Added to a number of at most 2^51, it leaves the nearest whole number in the last bits.
+const ROUND: f64 = power_of_two(52);
+
+/// Units of a potential in 1, for `n` terms, none above `most`.
+pub(crate) fn units(most: f64, n: usize) -> f64 {
+    let bits = (63 - (usize::BITS - n.leading_zeros()) as i32).min(51);
+    power_of_two((bits - exponent(most.min(LARGEST))).clamp(-1022, 1023))
+}
+
+/// A term as a whole number of them.
+#[inline(always)]
+pub(crate) fn whole(term: f64, units: f64) -> u64 {
+    (term.min(LARGEST) * units + ROUND).to_bits() - ROUND.to_bits()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn potentials_are_whole_numbers_that_do_not_overflow() {
+        for most in [5e-324, 1e-300, 0.7, 1.0, 3e9, 1e300, f64::MAX, f64::INFINITY] {
+            for n in [1, 2, 1000, 50_000, u32::MAX as usize] {
+                let units = units(most, n);
+                assert!(u128::from(whole(most, units)) * n as u128 <= 1 << 63, "{most} {n}");
+                assert_eq!(whole(0.0, units), 0);
+                if (1e-280..1e290).contains(&most) {
+                    let half = whole(most / 2.0, units);
+                    assert!(half >= 1 << 29 && whole(most, units).abs_diff(2 * half) <= 1, "{most} {n}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn trials_are_as_many_as_the_logarithm_says() {
+        assert_eq!([1, 2, 3, 8, 20, 500].map(trials), [2, 2, 3, 4, 4, 8]);
+    }
+}
