@@ -225,7 +225,8 @@ fn peak_is_within_the_plan() {
                 (plain, &x.transpose(1, 2).unwrap().contiguous().unwrap().transpose(1, 2).unwrap(), copy, "copied"),
             ];
             // The middle ones cost seconds where there are thousands of clusters.
-            let slow = |what: &str| ["random", "k-means||", "k-means++", "greedy k-means++", "relocated"].contains(&what);
+            let slow =
+                |what: &str| ["random", "k-means||", "k-means++", "greedy k-means++", "relocated"].contains(&what);
             for (settings, x, more, what) in all.into_iter().filter(|c| k <= 64 || !slow(c.3)) {
                 // Every thread may need scratch, and on many of them most never do.
                 for (threads, of_use) in [(&two, true), (&sixteen, false)] {
