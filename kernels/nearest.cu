@@ -39,8 +39,8 @@ struct Nearby {
 };
 
 template <class T>
-__device__ void nearest(const T* x, const Rows& r, const T* c, const Rows& cr, int metric, int64_t m,
-                        uint32_t* indices, double* distances) {
+__device__ void nearest(const T* x, const Rows& r, const T* c, const Rows& cr, int metric, int64_t m, uint32_t* indices,
+                        double* distances) {
     __shared__ double listed_distances[THREADS / WARP][NEAREST];
     __shared__ uint32_t listed_indices[THREADS / WARP][NEAREST];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;

@@ -2,8 +2,8 @@
 //
 // A weighted draw is an exponential race (Efraimidis and Spirakis 2006): every row has a key of its own, and the least
 // wins. For each seed of k-means++ X is read once, by a warp for each row, and L + 2 numbers a row, read and written, L
-// being the rows that are tried for it; where a distance is the definition's, one sequential f64 chain, one thread walks
-// a whole row.
+// being the rows that are tried for it; where a distance is the definition's, one sequential f64 chain, one thread
+// walks a whole row.
 #include "exact/argmin.cuh"
 #include "exact/spread.cuh"
 
@@ -132,9 +132,9 @@ __device__ Lowest block_winner(Lowest low) {
 /// `drawn` `(b, trials)`, but UINT32_MAX for those behind the first that nothing is drawn by; the first also to
 /// `chosen`. `most` is the largest that a row is drawn by. A block takes `rows` rows; the last block of a problem
 /// merges what each has found. `arrived` is zeros and left so.
-__device__ void race_rows(const double* nearest, int64_t trials, const uint32_t* slot, const double* weights, int64_t b_all,
-                          int64_t n, int64_t i, uint64_t seed, uint64_t round, int64_t first_problem, int64_t rows,
-                          uint64_t* keys, uint64_t* part_keys, uint32_t* part_rows, double* part_most,
+__device__ void race_rows(const double* nearest, int64_t trials, const uint32_t* slot, const double* weights,
+                          int64_t b_all, int64_t n, int64_t i, uint64_t seed, uint64_t round, int64_t first_problem,
+                          int64_t rows, uint64_t* keys, uint64_t* part_keys, uint32_t* part_rows, double* part_most,
                           uint32_t* arrived, uint32_t* drawn, double* most, uint32_t* chosen, int64_t chosen_stride) {
     constexpr double RACED = 1e300;
     __shared__ bool last;
@@ -303,11 +303,10 @@ __device__ void try_rows(const T* x, const Rows& r, double* nearest, int64_t tri
                                              int metric, double* out) {                                                \
         nearer(x, r, nearest, newest, metric, out);                                                                    \
     }                                                                                                                  \
-    extern "C" __global__ void try_##name(const T* x, Rows r, double* nearest, int64_t trials, uint32_t* slot,         \
-                                          const double* weights, const double* norms, const uint32_t* drawn,           \
-                                          const double* most, uint32_t* chosen, int64_t chosen_stride, int64_t i,      \
-                                          int metric, int64_t rows, unsigned long long* potentials,                    \
-                                          uint32_t* arrived) {                                                         \
+    extern "C" __global__ void try_##name(                                                                             \
+        const T* x, Rows r, double* nearest, int64_t trials, uint32_t* slot, const double* weights,                    \
+        const double* norms, const uint32_t* drawn, const double* most, uint32_t* chosen, int64_t chosen_stride,       \
+        int64_t i, int metric, int64_t rows, unsigned long long* potentials, uint32_t* arrived) {                      \
         try_rows(x, r, nearest, trials, slot, weights, norms, drawn, most, chosen, chosen_stride, i, metric, rows,     \
                  potentials, arrived);                                                                                 \
     }
@@ -319,11 +318,11 @@ extern "C" __global__ void race_keys(const double* nearest, const double* weight
     race(nearest, weights, b, n, first, seed, round, first_problem, out);
 }
 
-extern "C" __global__ void race_kmeanspp(const double* nearest, int64_t trials, const uint32_t* slot, const double* weights, int64_t b,
-                                      int64_t n, int64_t i, uint64_t seed, uint64_t round, int64_t first_problem,
-                                      int64_t rows, uint64_t* keys, uint64_t* part_keys, uint32_t* part_rows,
-                                      double* part_most, uint32_t* arrived, uint32_t* drawn, double* most,
-                                      uint32_t* chosen, int64_t chosen_stride) {
+extern "C" __global__ void race_kmeanspp(const double* nearest, int64_t trials, const uint32_t* slot,
+                                         const double* weights, int64_t b, int64_t n, int64_t i, uint64_t seed,
+                                         uint64_t round, int64_t first_problem, int64_t rows, uint64_t* keys,
+                                         uint64_t* part_keys, uint32_t* part_rows, double* part_most, uint32_t* arrived,
+                                         uint32_t* drawn, double* most, uint32_t* chosen, int64_t chosen_stride) {
     race_rows(nearest, trials, slot, weights, b, n, i, seed, round, first_problem, rows, keys, part_keys, part_rows,
               part_most, arrived, drawn, most, chosen, chosen_stride);
 }

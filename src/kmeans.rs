@@ -1,8 +1,11 @@
 //! The settings of a fit. What they do is beside the loop, in `lloyd`.
 
-use crate::metric::Metric;
+use crate::{
+    callbacks::{IntoControlFlow, Iteration, OnIteration, OnSeed, Seeding},
+    metric::Metric,
+};
 use candle_core::Tensor;
-use std::{fmt, ops::ControlFlow, sync::Arc};
+use std::sync::Arc;
 
 /// The choice of a fit's first centroids.
 ///
@@ -89,90 +92,6 @@ pub(crate) fn drawn(k: u64) -> u64 {
 pub(crate) fn drawn_in(rounds: u64, k: u64) -> u64 {
     let mean = rounds as f64 * OVERSAMPLING * k as f64;
     (mean + 8.0 * mean.sqrt()) as u64 + 1
-}
-
-/// How many of its first centroids a run has chosen, as [`KMeans::on_seed`] sees it. Its [`Display`](fmt::Display) is a line of text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Seeding {
-    /// Run, from 0, of `n_init`.
-    pub run: usize,
-    /// Seeds that have been chosen, of each problem.
-    pub seeds: usize,
-    /// Seeds that are to be chosen: the number of clusters.
-    pub of: usize,
-}
-
-impl fmt::Display for Seeding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.run > 0 {
-            write!(f, "run {}, ", self.run + 1)?;
-        }
-        write!(f, "{} of {} seeds", self.seeds, self.of)
-    }
-}
-
-/// A callback of [`KMeans::on_seed`].
-#[derive(Clone)]
-pub(crate) struct OnSeed(Arc<dyn Fn(Seeding) + Send + Sync>);
-
-impl fmt::Debug for OnSeed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Fn(Seeding)")
-    }
-}
-
-/// One iteration of a running fit, as [`KMeans::on_iteration`] sees it.
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct Iteration {
-    /// Run, from 0, of `n_init`.
-    pub run: usize,
-    /// Iterations finished in this run, from 1.
-    pub iteration: usize,
-    /// Problems of the batch that have converged.
-    pub converged: usize,
-    /// If iterations are [measured](KMeans::measure_iterations): the weighted distances of all problems' rows to the centroids that the iteration
-    /// began with, in total, to within rounding. So it is of the centroids that the iteration before has made. None also in the iteration
-    /// that goes on from the midst of a pass, from a [`Checkpoint`](crate::Checkpoint).
-    pub inertia: Option<f64>,
-    /// Likewise, the largest Euclidean distance that a centroid of any problem has moved in the iteration.
-    pub shift: Option<f64>,
-}
-
-/// A callback of [`KMeans::on_iteration`] may return this: nothing, or whether the fit goes on.
-pub trait IntoControlFlow {
-    /// [`ControlFlow::Break`] ends the fit.
-    fn into_control_flow(self) -> ControlFlow<()>;
-}
-
-impl IntoControlFlow for () {
-    fn into_control_flow(self) -> ControlFlow<()> {
-        ControlFlow::Continue(())
-    }
-}
-
-impl IntoControlFlow for ControlFlow<()> {
-    fn into_control_flow(self) -> ControlFlow<()> {
-        self
-    }
-}
-
-/// A callback of [`KMeans::on_iteration`].
-#[derive(Clone)]
-pub(crate) struct OnIteration(Arc<dyn Fn(Iteration) -> ControlFlow<()> + Send + Sync>);
-
-impl OnIteration {
-    /// Whether the fit goes on.
-    pub fn call(&self, iteration: Iteration) -> ControlFlow<()> {
-        (self.0)(iteration)
-    }
-}
-
-impl fmt::Debug for OnIteration {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Fn(Iteration)")
-    }
 }
 
 /// Lloyd's k-means, configured: exact labels, reproducible to the bit.
@@ -349,7 +268,7 @@ impl KMeans {
     /// Calls `f` after every iteration: for progress bars, and to stop early. The host waits for each iteration then; on a GPU
     /// it does not otherwise.
     ///
-    /// `f` returns nothing, or a [`ControlFlow`]: `Break` ends the fit, further runs of [`n_init`](Self::n_init) included. Labels
+    /// `f` returns nothing, or a [`ControlFlow`](std::ops::ControlFlow): `Break` ends the fit, further runs of [`n_init`](Self::n_init) included. Labels
     /// belong to the centroids then as they always do, and problems that were still moving are not
     /// [`converged`](crate::Fit::converged).
     ///

@@ -42,6 +42,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod backend;
+mod callbacks;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -84,13 +85,14 @@ pub mod testing;
 #[allow(dead_code)] // `build.rs` reads the kernels' share.
 mod tiles;
 
+pub use callbacks::{IntoControlFlow, Iteration, Seeding};
 pub use error::{Error, Result};
 pub use fit::Fit;
 pub use functional::{
     assign, assign_with_distances, cluster_means, cluster_sizes, cluster_sums, inverse_order, nearest, quantize,
     residuals, sort_by_cluster,
 };
-pub use kmeans::{Devices, EmptyClusters, Init, IntoControlFlow, Iteration, KMeans, Seeding};
+pub use kmeans::{Devices, EmptyClusters, Init, KMeans};
 pub use lloyd::{feed::Pass, prepared::PreparedFit};
 pub use metric::Metric;
 pub use minibatch::MiniBatch;

@@ -15,9 +15,10 @@ mod threshold;
 pub(crate) mod weights;
 
 use crate::{
+    callbacks::{Iteration, OnIteration},
     error::{Error, Result},
     fit::Fit,
-    kmeans::{EmptyClusters, Init, Iteration, KMeans, OnIteration},
+    kmeans::{EmptyClusters, Init, KMeans},
     memory::Memory,
     plan::{
         on_chip::{FitResident, OnChip},

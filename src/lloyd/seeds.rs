@@ -5,8 +5,9 @@ use super::{
     weights::{directed_rows, finite_rows},
 };
 use crate::{
+    callbacks::Seeding,
     error::Result,
-    kmeans::{Init, KMeans, Seeding},
+    kmeans::{Init, KMeans},
     metric::Metric,
     primitives,
     rng::Draw,

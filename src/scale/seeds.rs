@@ -2,9 +2,10 @@
 
 use super::{reads::read_rows, source::Source};
 use crate::{
+    callbacks::Seeding,
     error::Result,
     fit::refuse_non_finite,
-    kmeans::{Init, KMeans, Seeding},
+    kmeans::{Init, KMeans},
     lloyd::{seeds::seed_weights, weights::Weights},
     metric::Metric,
     primitives,
