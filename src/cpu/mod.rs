@@ -9,6 +9,7 @@ mod clusters;
 mod filter;
 mod incremental;
 mod lanes;
+mod lut;
 mod means;
 mod median;
 mod parts;
@@ -31,7 +32,9 @@ use crate::{
     metric::Metric,
     operand::{Readable, Target},
     plan::{arch::Arch, sort::Sort},
-    request::{Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, OnChipFit, Update},
+    request::{
+        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, LutProduct, OnChipFit, Update,
+    },
     rng::Draw,
     rows::Rows,
 };
@@ -146,5 +149,9 @@ impl Backend for Cpu {
 
     fn attend_coded(&self, a: &CodedAttention<'_>, _: &Memory) -> Result<Option<Tensor>> {
         attend_coded::attend_coded(a)
+    }
+
+    fn lut_product(&self, p: &LutProduct<'_>) -> Result<Option<Tensor>> {
+        lut::product(p).map(Some)
     }
 }

@@ -3,6 +3,7 @@
 mod attention;
 mod codebook;
 mod kv_cache;
+mod lut;
 mod parts;
 mod routing;
 
@@ -12,4 +13,5 @@ pub use codebook::{
     Usage,
 };
 pub use kv_cache::{ClusteredKvCache, KvBudget, KvClusters, KvCodes, KvMeans};
+pub use lut::{LutConfig, LutLinear, LutWeights};
 pub use routing::{Grouping, KeyBudget, RoutedAttention};

@@ -26,6 +26,7 @@ mod labels;
 #[cfg(feature = "nccl")]
 mod launched;
 mod layouts;
+mod lut;
 mod minibatch;
 mod numbers;
 mod ops;
