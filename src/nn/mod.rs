@@ -9,8 +9,9 @@ mod routing;
 
 pub use attention::ClusteredAttention;
 pub use codebook::{
-    codebook_encode, Codebook, Ema, EmaCodebook, GainShapeQuantizer, ProductQuantizer, Quantized, ResidualQuantizer,
-    Usage,
+    codebook_encode, rotate_to, Codebook, Ema, EmaCodebook, EmaResidualQuantizer, Fsq, GainShapeQuantizer,
+    LearnableCodebook, Lfq, LfqConfig, ProductQuantizer, Quantized, ResidualQuantized,
+    ResidualQuantizer, Usage,
 };
 pub use kv_cache::{ClusteredKvCache, KvBudget, KvClusters, KvCodes, KvMeans};
 pub use lut::{LutConfig, LutLinear, LutWeights};

@@ -51,3 +51,4 @@ mod source;
 mod source_columns;
 mod stream;
 mod update;
+mod vq;

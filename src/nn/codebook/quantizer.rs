@@ -133,6 +133,14 @@ pub(super) fn wide(dtype: DType) -> DType {
     }
 }
 
+/// Rows of half types in f32, in the graph, where that is the type of the entries.
+pub(super) fn widened(x: &Tensor, entries: DType) -> Result<Tensor> {
+    match (x.dtype(), entries) {
+        (DType::F16 | DType::BF16, DType::F32) => Ok(x.to_dtype(DType::F32)?),
+        _ => Ok(x.clone()),
+    }
+}
+
 pub(super) fn save(
     path: &Path,
     kind: &str,
