@@ -39,6 +39,7 @@ mod ragged;
 mod ranks;
 mod refusals;
 mod reproducible;
+mod rotation;
 mod routing;
 mod sample;
 mod saved;
