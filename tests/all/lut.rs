@@ -188,6 +188,24 @@ fn outliers_are_what_counts_most_and_nearly_exact() {
 }
 
 #[test]
+fn importance_that_is_no_number_above_0_is_none() {
+    let w = normal(&[3, 80], &mut rng(7));
+    let config = LutConfig { bits: 2, outliers: 3, ..LutConfig::default() };
+    let quantized = |none: f64| {
+        let importance = tensor(&[80], DType::F32, |i| if i % 4 == 1 { none } else { 1.0 + (i % 3) as f64 });
+        LutWeights::quantize(&w, Some(&importance), &config).unwrap()
+    };
+    let zero = quantized(0.0);
+    for none in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1.0] {
+        assert_eq!(spec_weights(&quantized(none)), spec_weights(&zero), "{none}");
+    }
+    // Weights of the largest magnitudes, on both sides, stay finite.
+    let ends = tensor(&[2, 70], DType::F32, |i| if i % 2 == 0 { 65504.0 } else { -65504.0 + i as f64 });
+    let all = LutWeights::quantize(&ends, None, &LutConfig { outliers: 70, ..config }).unwrap();
+    assert!(spec_weights(&all).concat().iter().all(|w| w.is_finite()));
+}
+
+#[test]
 fn a_layer_is_a_linear_layer() {
     let mut rng = rng(4);
     for device in devices() {

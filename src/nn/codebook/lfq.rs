@@ -47,7 +47,7 @@ impl Default for LfqConfig {
 /// entropy_loss_weight (mean over rows of H(p) - diversity_gamma H(mean over rows of p)) + commitment_loss_weight mean (x - value)^2
 /// ```
 /// in natural logarithms. A row's `p` is a product over its bits, so that its entropy costs `d`; the codebook's takes memory for
-/// `2^d` numbers a row where it has a weight.
+/// `2^d` numbers a row where it has a weight, and the usage of codes for as many of a batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Lfq {
     d: usize,

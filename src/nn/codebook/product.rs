@@ -95,6 +95,9 @@ impl ProductQuantizer {
     pub fn train_with(x: &Tensor, config: &ProductConfig, kmeans: &KMeans) -> Result<Self> {
         let m = config.pieces;
         split(x, m)?;
+        let p = Problem::of(x.dims(), x.dtype(), kmeans.k, kmeans.metric)?;
+        kmeans.weights.as_ref().map_or(Ok(()), |weights| p.weights(weights, x.device()))?;
+        kmeans.lengths.as_ref().map_or(Ok(()), |lengths| p.lengths(lengths, x.device()))?;
         if let (true, Some(lengths)) = (config.shared, &kmeans.lengths) {
             let (got, with) = (format!("{:?}", lengths.dims()), "a codebook that all pieces share".into());
             return Err(Error::Conflict { argument: "lengths", got, with });
@@ -117,7 +120,6 @@ impl ProductQuantizer {
         let (pieces, mut kmeans) = (split(x, m)?, kmeans.clone());
         let (batch, n) = (&x.dims()[..x.rank() - 2], x.dims()[x.rank() - 2]);
         if let Some(weights) = kmeans.weights.take() {
-            Problem::of(x.dims(), x.dtype(), kmeans.k, kmeans.metric)?.weights(&weights, x.device())?;
             let each = weights.unsqueeze(weights.rank() - 1)?.broadcast_as([batch, &[m, n]].concat())?.contiguous()?;
             kmeans.weights = Some(each.reshape([batch, &[m * n]].concat())?);
         }

@@ -143,7 +143,9 @@ impl Output<'_> {
             let (i, scale) = (c as usize, self.scales[c as usize / group].to_f64());
             let level = self.levels[i / served * config.levels() + usize::from(codes[i])].to_f64();
             *column = c;
-            *value = f16::from_f64(f64::from(self.weights[i]) - level * scale);
+            // A weight and its level may be at both ends of what f16 holds.
+            let most = f16::MAX.to_f64();
+            *value = f16::from_f64((f64::from(self.weights[i]) - level * scale).clamp(-most, most));
         }
         debug_assert!(columns.is_multiple_of(LutProduct::BLOCK));
     }

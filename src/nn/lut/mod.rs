@@ -63,7 +63,9 @@ impl LutWeights {
         if let Some(w) = weights.iter().find(|w| w.abs() > f16::MAX.to_f32()) {
             return Err(Error::Value { argument: "weight", got: f64::from(*w), expected: "within 65504, as f16 is" });
         }
-        let importance = importance.map(on_host).transpose()?;
+        let mut importance = importance.map(on_host).transpose()?;
+        let counts = |v: &f32| *v > 0.0 && v.is_finite();
+        importance.iter_mut().flatten().filter(|v| !counts(v)).for_each(|v| *v = 0.0);
         let stored = fit::fit(&weights, importance.as_deref(), inputs, config)?;
         let (group, columns) = config.columns(inputs);
         let (groups, device) = (columns / group, weight.device());
