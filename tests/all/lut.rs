@@ -29,7 +29,7 @@ fn spec_weights(w: &LutWeights) -> Rows {
     let mut weights: Rows = (0..w.outputs())
         .map(|o| {
             let weight = |c: usize| {
-                let group = if group_size == 0 { 0 } else { c / group_size };
+                let group = c.checked_div(group_size).unwrap_or(0);
                 levels[o][if levels_per_group { group } else { 0 }][code(o, c)] * scales[o][group]
             };
             (0..w.inputs()).map(weight).collect()
@@ -125,7 +125,7 @@ fn levels_are_an_optimum_by_scales_and_importance() {
             let (spec, exact) = (spec_weights(&weights), &problems(&w)[0]);
             let counts = importance.map_or(vec![1.0; inputs], f64s);
             let scales = weights.scales().to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
-            let group = |c: usize| if config.group_size == 0 { 0 } else { c / config.group_size };
+            let group = |c: usize| c.checked_div(config.group_size).unwrap_or(0);
             for o in 0..outputs {
                 // A scale is the largest magnitude of its group.
                 for (g, scale) in scales[o].iter().enumerate() {

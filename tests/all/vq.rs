@@ -28,7 +28,7 @@ fn var(t: &Tensor, device: &Device) -> Var {
 /// What is rounded, of a value and its levels.
 fn spec_bounded(z: f64, l: usize) -> f64 {
     let half = (l - 1) as f64 * 1.001 / 2.0;
-    let offset = if l % 2 == 0 { 0.5 } else { 0.0 };
+    let offset = if l.is_multiple_of(2) { 0.5 } else { 0.0 };
     half * (z + (offset / half).atanh()).tanh() - offset
 }
 
@@ -181,8 +181,8 @@ fn a_rotation_takes_gradients_along() {
             let w = unit(&u.iter().zip(&v).map(|(a, b)| a + b).collect::<Vec<_>>());
             let turn = |i: usize, j: usize| f64::from(i == j) - 2.0 * w[i] * w[j] + 2.0 * v[i] * u[j];
             // It is a rotation, and takes one direction to the other.
-            for i in 0..d {
-                assert!((sum((0..d).map(|j| turn(i, j) * u[j])) - v[i]).abs() < 1e-12);
+            for (i, v) in v.iter().enumerate() {
+                assert!((sum((0..d).map(|j| turn(i, j) * u[j])) - v).abs() < 1e-12);
                 for j in 0..d {
                     let product = sum((0..d).map(|c| turn(i, c) * turn(j, c)));
                     assert!((product - f64::from(i == j)).abs() < 1e-12);
