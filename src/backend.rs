@@ -10,7 +10,9 @@ use crate::{
     operand::{Readable, Target},
     plan::{arch::Arch, on_chip::FitResident, sort::Sort},
     ranks::{Ranks, Rendezvous},
-    request::{Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, OnChipFit, Routed, Update},
+    request::{
+        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, LutProduct, OnChipFit, Routed, Update,
+    },
     rng::Draw,
     rows::Rows,
     staging::{buffer, Buffer, Copies, Lane},
@@ -152,6 +154,11 @@ pub(crate) trait Backend {
 
     /// None where there is no kernel for it.
     fn route(&self, _: &Routed<'_>, _: &Memory) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// None where there is no kernel for it.
+    fn lut_product(&self, _: &LutProduct<'_>) -> Result<Option<Tensor>> {
         Ok(None)
     }
 }

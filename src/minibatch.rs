@@ -11,7 +11,7 @@ use crate::{
     problem::{self, Problem},
     row_weights::{self, RowWeights},
     rows::Rows,
-    running_means::{check_centroids, check_running, RunningMeans},
+    running_means::{check_centroids, check_running, unit_vectors, RunningMeans},
     saved::{self, Saved},
 };
 use candle_core::{DType, Device, Tensor};
@@ -47,9 +47,23 @@ pub struct MiniBatch {
     fence: Fence,
     p: Problem,
     running: RunningMeans,
+    reassignment: Option<Reassignment>,
+    /// Steps so far, and rows of a problem since centroids were last reassigned.
+    steps: u64,
+    seen: usize,
     /// The weights as they are shown, f64 `(..batch, k)`.
     counts: Tensor,
 }
+
+/// Which centroids start again from rows of a batch.
+#[derive(Clone, Copy, Debug)]
+struct Reassignment {
+    ratio: f64,
+    seed: u64,
+}
+
+/// Centroids of little weight wait for so many rows for each centroid, as in scikit-learn.
+const ROWS_PER_CENTROID: usize = 10;
 
 impl MiniBatch {
     /// From centroids `(..batch, k, d)` of rows not yet seen: the first rows of each replace it.
@@ -66,7 +80,36 @@ impl MiniBatch {
         fence.write(centroids.device())?;
         let means = centroids.detach().to_dtype(DType::F64)?.force_contiguous()?.reshape((p.b, k, p.d))?;
         let weights = Tensor::zeros((p.b, k), DType::F64, centroids.device())?;
-        Self { fence, counts: weights.clone(), running: RunningMeans { metric, means, weights }, p }.with_weights(None)
+        let running = RunningMeans { metric, means, weights };
+        Self { fence, counts: running.weights.clone(), running, p, reassignment: None, steps: 0, seen: 0 }
+            .with_weights(None)
+    }
+
+    /// From where `kmeans` would start on `x` `(..batch, n, d)`: its [`Init`](crate::Init), which of several is the best
+    /// ([`KMeans::n_init`]), and no iteration. These rows count for nothing yet: give them to [`step`](Self::step), too, as scikit-learn's
+    /// `MiniBatchKMeans` does.
+    ///
+    /// # Errors
+    /// As [`train`](Self::train).
+    pub fn start(x: &Tensor, kmeans: &KMeans) -> Result<Self> {
+        check_running(kmeans.metric, "a mini-batch")?;
+        let fit = row_weights::fit(x, &kmeans.clone().max_iters(0))?;
+        Self::new(&fit.centroids, fit.metric)
+    }
+
+    /// Lets dead centroids start again from rows of a batch (scikit-learn's `reassignment_ratio`, 0.01 there; 0: never, which is the default). At
+    /// the end of a step a centroid that has had no row moves to one of the step's rows that count, and so does, each time that ten rows for each
+    /// centroid have come, one of less than `ratio` times the largest weight in its problem. Such rows are evenly spaced from a random start, by
+    /// `seed` and the number of the step. A moved centroid weighs as much as the lightest of those that stay, or as none if all move.
+    ///
+    /// # Errors
+    /// Refuses a ratio outside of 0 and 1.
+    pub fn reassignment_ratio(mut self, ratio: f64, seed: u64) -> Result<Self> {
+        if !(0.0..=1.0).contains(&ratio) {
+            return Err(Error::Value { argument: "reassignment_ratio", got: ratio, expected: "between 0 and 1" });
+        }
+        self.reassignment = (ratio > 0.0).then_some(Reassignment { ratio, seed });
+        Ok(self)
     }
 
     /// From the centroids of a fit and the weights of its clusters: the sample weights of their rows if the fit had any, and
@@ -136,8 +179,43 @@ impl MiniBatch {
         let weights = RowWeights::new(&Rows::new(&x)?, given.as_ref(), p.metric)?;
         let rows = Rows::new(&primitives::elementwise([&x], |[x]| x.to_dtype(DType::F64))?)?;
         self.running.add(&weights.clusters(&rows, &labels.reshape((p.b, p.n))?, p.k)?, 1.0, 1.0)?;
+        self.seen = self.seen.saturating_add(p.n);
+        if let Some(reassignment) = self.reassignment {
+            self.reassign(reassignment, &weights, &rows)?;
+        }
+        self.steps = self.steps.wrapping_add(1);
         self.counts = self.running.weights.reshape(self.p.shape(&[p.k]))?;
         Ok(labels)
+    }
+
+    /// Moves dead centroids to rows of a batch, f64 `(b, n, d)`. Nothing is read back.
+    fn reassign(
+        &mut self,
+        Reassignment { ratio, seed }: Reassignment,
+        weights: &RowWeights,
+        rows: &Rows,
+    ) -> Result<()> {
+        let (b, k, d) = self.running.means.dims3()?;
+        let had = &self.running.weights;
+        let mut dead = had.eq(0.0)?;
+        if self.seen >= ROWS_PER_CENTROID * k {
+            self.seen = 0;
+            dead = had.broadcast_lt(&(had.max_keepdim(1)? * ratio)?)?.maximum(&dead)?;
+        }
+        let (index, any) = weights.at_shares(&row_weights::shares(seed, self.steps, (b, k), rows.device())?)?;
+        // Where no row counts, there is nothing to start again from.
+        let dead = any.broadcast_as((b, k))?.where_cond(&dead, &dead.zeros_like()?)?;
+        let mut drawn = primitives::gather(rows, &index)?;
+        if self.p.metric == Metric::Cosine {
+            drawn = unit_vectors(&drawn)?;
+        }
+        let none = (had.ones_like()? * f64::INFINITY)?;
+        let least = dead.where_cond(&none, had)?.min_keepdim(1)?;
+        let least = least.lt(f64::INFINITY)?.where_cond(&least, &least.zeros_like()?)?;
+        let moved = dead.unsqueeze(2)?.broadcast_as((b, k, d))?;
+        self.running.means = moved.where_cond(&drawn, &self.running.means)?;
+        self.running.weights = dead.where_cond(&least.broadcast_as((b, k))?.contiguous()?, had)?;
+        Ok(())
     }
 
     /// The centroids, `(..batch, k, d)` in the rows' dtype.
@@ -179,7 +257,7 @@ impl MiniBatch {
         let fence = Fence::default();
         fence.write(device)?;
         let (running, counts) = (self.running.to_device(device)?, self.counts.to_device(device)?);
-        Ok(Self { fence, running, counts, p: self.p.clone() })
+        Ok(Self { fence, running, counts, ..self.clone() })
     }
 
     /// Writes the means and their weights as a safetensors file, whole or not at all.
@@ -191,8 +269,17 @@ impl MiniBatch {
         let p = &self.p;
         let means = self.running.means.reshape(p.shape(&[p.k, p.d]))?;
         let tensors = [("means", &means), ("weights", &self.counts)].map(|(name, t)| (name.to_string(), t));
-        let settings = [("kind", KIND), ("metric", p.metric.name()), ("dtype", p.dtype.as_str())];
-        saved::write(path.as_ref(), tensors, settings.map(|(key, value)| (key.to_string(), value.to_string())))
+        let Reassignment { ratio, seed } = self.reassignment.unwrap_or(Reassignment { ratio: 0.0, seed: 0 });
+        let settings = [
+            ("kind", KIND.to_string()),
+            ("metric", p.metric.name().to_string()),
+            ("dtype", p.dtype.as_str().to_string()),
+            ("reassignment_ratio", ratio.to_string()),
+            ("seed", seed.to_string()),
+            ("steps", self.steps.to_string()),
+            ("seen", self.seen.to_string()),
+        ];
+        saved::write(path.as_ref(), tensors, settings.map(|(key, value)| (key.to_string(), value)))
     }
 
     /// Reads what [`save`](Self::save) wrote, onto `device`: steps go on as if they had not stopped.
@@ -216,7 +303,15 @@ impl MiniBatch {
         let running = RunningMeans { metric, means, weights }.checked(&file, &[p.b, k, p.d])?;
         let fence = Fence::default();
         fence.write(device)?;
-        Self { fence, counts: running.weights.clone(), running, p }.with_weights(None)
+        let mut loaded =
+            Self { fence, counts: running.weights.clone(), running, p, reassignment: None, steps: 0, seen: 0 };
+        // Files of before have none of these.
+        if file.states("reassignment_ratio") {
+            let (ratio, seed) = (file.setting("reassignment_ratio")?, file.setting("seed")?);
+            (loaded.steps, loaded.seen) = (file.setting("steps")?, file.setting("seen")?);
+            loaded = loaded.reassignment_ratio(ratio, seed).map_err(|e| file.bad(e.to_string()))?;
+        }
+        loaded.with_weights(None)
     }
 }
 

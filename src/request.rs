@@ -341,3 +341,43 @@ pub(crate) struct RoutedGroups {
     /// The queries that choose for each group, `(b, heads, any, d)`, and whose they are, if not those of the group.
     pub choosers: Option<(Tensor, Order)>,
 }
+
+/// Rows to be multiplied by a matrix of weights that are looked up: a weight is the level that its code names in a table of its row, times
+/// the scale of its group.
+///
+/// The codes of [`BLOCK`](Self::BLOCK) columns of an output lie in `8 * bits` bytes. Eight fields of as many bits as a code make a number,
+/// the first in the low bits; field `i` of number `t` is the code of column `8 i + t`. Codes of three bits are fields of two for their low
+/// bits, in numbers of 16, and after these fields of one, in bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct LutProduct<'a> {
+    /// `(1, m, inputs)`.
+    pub x: &'a Rows<'a>,
+    /// Of a code: 2, 3 or 4.
+    pub bits: usize,
+    /// u8 `(outputs, bytes)`: whole blocks. Columns from `inputs` on count for nothing.
+    pub codes: &'a Tensor,
+    /// f16 `(outputs, tables, 2^bits)`: each for as many blocks.
+    pub levels: &'a Tensor,
+    /// f16 `(outputs, groups)`: each for as many blocks.
+    pub scales: &'a Tensor,
+    pub outliers: Option<Outliers<'a>>,
+}
+
+/// What some weights of each output are more than their levels say.
+#[derive(Clone, Copy)]
+pub(crate) struct Outliers<'a> {
+    /// u32 `(outputs, any)`: different ones of an output.
+    pub columns: &'a Tensor,
+    /// f16.
+    pub values: &'a Tensor,
+}
+
+impl LutProduct<'_> {
+    /// Columns whose codes lie together.
+    pub const BLOCK: usize = 64;
+
+    /// Columns of an output, whole blocks.
+    pub fn columns(&self) -> usize {
+        self.codes.dims()[1] * 8 / self.bits
+    }
+}

@@ -16,6 +16,8 @@ use crate::{
     rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
+use rand::{seq::SliceRandom, Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 /// The weight of each row of a batch.
 pub(crate) struct RowWeights {
@@ -97,6 +99,22 @@ impl RowWeights {
         let places = places.broadcast_mul(&count)?.minimum(&last)?.to_dtype(DType::U32)?;
         Ok((order.gather(&places, 1)?, count.gt(0.0)?))
     }
+}
+
+/// A share for each of `k` that start again from a row of the batch, f64 `(b, k)` in [0, 1): evenly spaced from a random start, in random order,
+/// by a seed and the number of the step.
+pub(crate) fn shares(seed: u64, step: u64, (b, k): (usize, usize), device: &Device) -> Result<Tensor> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(step);
+    let mut all = Vec::with_capacity(b * k);
+    for _ in 0..b {
+        // Halfway between multiples of 2^-20, so that shares that are whole numbers of rows apart stay so when rounded.
+        let start = (rng.random_range(0..1u32 << 20) as f64 + 0.5) * 2f64.powi(-20);
+        let mut shares: Vec<_> = (0..k).map(|i| (i as f64 + start) / k as f64).collect();
+        shares.shuffle(&mut rng);
+        all.append(&mut shares);
+    }
+    Ok(Tensor::from_vec(all, (b, k), device)?)
 }
 
 /// A bound on the magnitudes of each row that is finite, f64 `(b, n)`, and whether it is, u8 `(b, n)`.
@@ -196,8 +214,8 @@ pub(crate) fn marked(x: &Tensor, kmeans: &KMeans) -> Result<(Tensor, KMeans)> {
     Ok((silent.where_cond(&nan, &x)?, kmeans.clone().check_finite(false)))
 }
 
-/// The weight of each cluster of a fit's labels, f64 `(b, k)`, over the rows that count.
-pub(crate) fn cluster_weights(x: &Tensor, kmeans: &KMeans, fit: &Fit) -> Result<Tensor> {
+/// The weight of each row of a fit, f64 `(b, n)`: 0 for those that do not count.
+pub(crate) fn weights_of(x: &Tensor, kmeans: &KMeans) -> Result<Tensor> {
     let p = Problem::fit(x, kmeans.k, kmeans.metric)?;
     let given = kmeans.weights.as_ref().map(|w| sample_weights(&p, w, x.device())).transpose()?;
     let mut weights = RowWeights::new(&Rows::new(x)?, given.as_ref(), p.metric)?.weights;
@@ -206,6 +224,12 @@ pub(crate) fn cluster_weights(x: &Tensor, kmeans: &KMeans, fit: &Fit) -> Result<
         let places = Tensor::arange(0, p.n as u32, x.device())?.broadcast_as(shape)?;
         weights = masked(&weights, &places.lt(&ends.broadcast_as(shape)?)?)?;
     }
+    Ok(weights)
+}
+
+/// The weight of each cluster of a fit's labels, f64 `(b, k)`, over the rows that count.
+pub(crate) fn cluster_weights(x: &Tensor, kmeans: &KMeans, fit: &Fit) -> Result<Tensor> {
+    let (p, weights) = (Problem::fit(x, kmeans.k, kmeans.metric)?, weights_of(x, kmeans)?);
     let order = primitives::grouped(&fit.labels.contiguous()?.reshape((p.b, p.n))?, p.k)?;
     primitives::cluster_sums(&weights, Some(&order))
 }

@@ -26,6 +26,11 @@ pub const CPU_CHANGED: usize = 4;
 /// Tokens, or means, that one CPU task of attention reads.
 pub const CPU_ATTEND_ROWS: usize = 512;
 
+/// Rows that weights which are looked up are multiplied with as they are decoded; more are multiplied with a decoded tile.
+pub const CPU_LUT_ROWS: usize = 4;
+/// Outputs of that tile.
+pub const CPU_LUT_OUTPUTS: usize = 32;
+
 /// Rows of a thread block's tile in `assign_simt.cu`.
 pub const SIMT_ROWS: usize = 64;
 /// Centroids of a thread block's tile in `assign_simt.cu`.

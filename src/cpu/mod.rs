@@ -18,6 +18,8 @@ mod label;
 mod label_rounded;
 mod lanes;
 mod lines;
+mod lut;
+mod matmul;
 mod means;
 mod median;
 mod nearest;
@@ -44,7 +46,9 @@ use crate::{
     metric::Metric,
     operand::{Readable, Target},
     plan::{arch::Arch, sort::Sort},
-    request::{Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, OnChipFit, Update},
+    request::{
+        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, LutProduct, OnChipFit, Update,
+    },
     rng::Draw,
     rows::Rows,
 };
@@ -163,5 +167,9 @@ impl Backend for Cpu {
 
     fn attend_coded(&self, a: &CodedAttention<'_>, _: &Memory) -> Result<Option<Tensor>> {
         attend_coded::attend_coded(a)
+    }
+
+    fn lut_product(&self, p: &LutProduct<'_>) -> Result<Option<Tensor>> {
+        lut::product(p).map(Some)
     }
 }

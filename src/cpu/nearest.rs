@@ -9,7 +9,7 @@
 use super::{
     candidates::Found,
     filter::{Block, Centroids, Slack},
-    label::multiply,
+    matmul::multiply,
     pairwise::{distances_to, FEW},
     scalar::{hash, Scalar, LANES},
     tensors::{lock, tensor, typed, Element, View},

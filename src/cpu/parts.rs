@@ -49,9 +49,9 @@ pub(super) fn attend_parts<E: Lane, P: Clone + Send + Sync, S>(
     let heads = out.chunks_mut(width).enumerate().collect();
     let join = |_: &mut (), (i, out): (usize, &mut [E])| {
         let (states, head) = (&states[i / group * len..][..len], i % group);
-        let mut at = 0;
+        let mut at = 0usize;
         let states = parts.iter().filter_map(|(_, heads)| {
-            let start = at + head.wrapping_sub(heads.start).wrapping_mul(state);
+            let start = at.wrapping_add(head.wrapping_sub(heads.start).wrapping_mul(state));
             at += heads.len() * state;
             heads.contains(&head).then(|| &states[start..start + state])
         });

@@ -3,13 +3,16 @@
 mod attention;
 mod codebook;
 mod kv_cache;
+mod lut;
 mod parts;
 mod routing;
 
 pub use attention::ClusteredAttention;
 pub use codebook::{
-    codebook_encode, Codebook, Ema, EmaCodebook, GainShapeQuantizer, ProductQuantizer, Quantized, ResidualQuantizer,
-    Usage,
+    codebook_encode, rotate_to, Codebook, Ema, EmaCodebook, EmaResidualQuantizer, Fsq, GainShapeQuantizer,
+    LearnableCodebook, Lfq, LfqConfig, ProductConfig, ProductQuantizer, Quantized, ResidualQuantized,
+    ResidualQuantizer, Rotation, Usage,
 };
 pub use kv_cache::{ClusteredKvCache, KvBudget, KvClusters, KvCodes, KvMeans};
+pub use lut::{LutConfig, LutLinear, LutWeights};
 pub use routing::{Grouping, KeyBudget, RoutedAttention};

@@ -25,8 +25,8 @@ use crate::{
     problem,
     ranks::{Ranks, Rendezvous},
     request::{
-        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, Labels, OnChipFit, Order, Reduction,
-        Routed, Summands, Update,
+        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, Labels, LutProduct, OnChipFit, Order,
+        Reduction, Routed, Summands, Update,
     },
     rng::Draw,
     rows::Rows,
@@ -390,6 +390,14 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
         return Ok(None);
     }
     on(r.q.device(), "route")?.route(r, memory)
+}
+
+/// The products of rows `(1, m, inputs)` with weights that are codes, f32 `(m, outputs)`; nothing where there is no kernel for it.
+pub(crate) fn lut_product(p: &LutProduct<'_>) -> Result<Option<Tensor>> {
+    if forced() {
+        return Ok(None);
+    }
+    on(p.x.device(), "lut_product")?.lut_product(p)
 }
 
 /// Rows in each cluster, u32 `(..batch, k)`, by where clusters begin and end in their order, u32 `(..batch, k + 1)`.

@@ -155,3 +155,81 @@ fn saved_means_go_on() {
     assert!(matches!(MiniBatch::load(&path, &Device::Cpu), Err(Error::Format { .. })));
     std::fs::remove_file(&path).unwrap();
 }
+
+/// Dead centroids against scikit-learn's rule in plain loops, but for which rows they move to.
+#[test]
+fn dead_centroids_start_again_from_rows() {
+    for (device, metric) in devices().into_iter().flat_map(|d| RUNNING.map(|m| (d.clone(), m))) {
+        let x = blobs(&[2, 400, 4], 5, DType::F64, &mut rng(113)).to_device(&device).unwrap();
+        // The last two are far from all rows, by any metric.
+        let far = (x.narrow(1, 0, 2).unwrap() * if metric == Metric::Dot { 0.0 } else { -30.0 }).unwrap();
+        let start = Tensor::cat(&[&x.narrow(1, 0, 6).unwrap(), &far], 1).unwrap();
+        let (ratio, k) = (0.2, 8);
+        let mut running = MiniBatch::new(&start, metric).unwrap().reassignment_ratio(ratio, 3).unwrap();
+        let mut seen = 0;
+        let mut moved = 0;
+        for at in (0..400).step_by(50) {
+            let batch = x.narrow(1, at, 50).unwrap();
+            let mut plain = running.clone().reassignment_ratio(0.0, 0).unwrap();
+            let labels = running.step(&batch).unwrap();
+            assert_same(&plain.step(&batch).unwrap(), &labels, "labels are those of before");
+            seen += 50;
+            let due = seen >= 10 * k;
+            seen = if due { 0 } else { seen };
+            let (was, is) = (problems(&plain.centroids().unwrap()), problems(&running.centroids().unwrap()));
+            let (had, has) = (f64s(plain.counts()), f64s(running.counts()));
+            for b in 0..2 {
+                let own = &had[b * k..][..k];
+                let most = own.iter().copied().fold(0.0, f64::max);
+                let dead: Vec<_> = own.iter().map(|&w| w == 0.0 || due && w < ratio * most).collect();
+                let stay = own.iter().zip(&dead).filter(|(_, dead)| !**dead).map(|(w, _)| *w);
+                let least = stay.fold(f64::INFINITY, f64::min);
+                for j in 0..k {
+                    if !dead[j] {
+                        assert_eq!((&is[b][j], has[b * k + j]), (&was[b][j], own[j]), "centroid {j} stays");
+                        continue;
+                    }
+                    moved += 1;
+                    let row = |x: &Vec<f64>| if metric == Metric::Cosine { unit(x) } else { x.clone() };
+                    let near = |x: &Vec<f64>| row(x).iter().zip(&is[b][j]).all(|(a, b)| (a - b).abs() <= 1e-12);
+                    assert!(problems(&batch)[b].iter().any(near), "centroid {j} is a row");
+                    assert_eq!(has[b * k + j], least, "it weighs as the lightest that stays");
+                }
+            }
+        }
+        assert!(moved >= 2, "{moved} moved");
+
+        // The same rows and seed do the same, and a file goes on.
+        let folder = Folder::new("minibatch");
+        let path = folder.0.join("running.safetensors");
+        running.save(&path).unwrap();
+        let mut loaded = MiniBatch::load(&path, &device).unwrap();
+        for at in [0, 150] {
+            let batch = (x.narrow(1, at, 50).unwrap() * 40.0).unwrap();
+            assert_same(&loaded.step(&batch).unwrap(), &running.step(&batch).unwrap(), "labels");
+            assert_same(&loaded.centroids().unwrap(), &running.centroids().unwrap(), "centroids");
+        }
+    }
+    let error =
+        MiniBatch::new(&ones(&[2, 2], DType::F32, &Device::Cpu), Metric::Dot).unwrap().reassignment_ratio(2.0, 0);
+    assert_eq!(error.unwrap_err().to_string(), "reassignment_ratio: 2 is not between 0 and 1");
+}
+
+#[test]
+fn a_start_counts_no_rows() {
+    for device in devices() {
+        let x = blobs(&[2, 100, 3], 4, DType::F32, &mut rng(114)).to_device(&device).unwrap();
+        for init in [Init::KMeansPlusPlus, Init::Random] {
+            let kmeans = KMeans::new(4).init(init).seed(5);
+            let started = MiniBatch::start(&x, &kmeans).unwrap();
+            let seeds = kmeans.clone().max_iters(0).fit(&x).unwrap().centroids;
+            assert_same(&started.centroids().unwrap(), &seeds, "where a fit starts");
+            assert!(f64s(started.counts()).iter().all(|w| *w == 0.0));
+            assert_same(
+                MiniBatch::start(&x, &kmeans.max_iters(7)).unwrap().counts(),
+                started.counts(),
+                "no iteration, whatever the settings",
+            );
+        }
+    }
+}

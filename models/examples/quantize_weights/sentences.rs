@@ -15,7 +15,12 @@ The model is a folder in a Python package and on Hugging Face:
   https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2";
 
 /// These weights are not quantised yet, so that four bits are a fair measure.
-const METHODS: [Method; 3] = [Method::Rounded { bits: 4 }, Method::Nf4, Method::Table { entries: 16, weighted: false }];
+const METHODS: [Method; 4] = [
+    Method::Rounded { bits: 4 },
+    Method::Nf4,
+    Method::Row { entries: 16 },
+    Method::Table { entries: 16, weighted: false },
+];
 const NEIGHBOURS: usize = 10;
 /// Of a sentence, at least.
 const WORDS: usize = 5;
@@ -56,18 +61,18 @@ pub fn run(weights: &Path, text: &Path, device: &Device) -> Result<()> {
     bar.suspend(|| {
         println!("{} linear layers, {} sentences\n", matrices.len(), sentences.len());
         println!(
-            "| | bits a weight | error of a cosine | same {NEIGHBOURS} nearest | clustered in |\n|---|---|---|---|---|"
+            "| | bits a weight | error of the weights | of a cosine | same {NEIGHBOURS} nearest | clustered in |\n|---|---|---|---|---|---|"
         );
     });
     for method in METHODS {
         let quantized = method.quantize(&matrices)?;
-        let (bits, time) = (quantized.bits, quantized.clustered_in());
+        let (bits, off, time) = (quantized.bits, quantized.error, quantized.clustered_in());
         let changed = names.iter().map(|name| name.to_string()).zip(quantized.weights);
         let found = similarities(tensors.clone().into_iter().chain(changed).collect())?;
         let error = (&found - &exact)?.abs()?.mean_all()?.to_scalar::<f32>()?;
         let same = 100.0 * overlap(&nearest(&exact)?, &nearest(&found)?);
         let name = method.name();
-        bar.suspend(|| println!("| {name} | {bits:.2} | {error:.4} | {same:.1} % | {time} |"));
+        bar.suspend(|| println!("| {name} | {bits:.2} | {off:.4} | {error:.4} | {same:.1} % | {time} |"));
     }
     bar.finish_and_clear();
     Ok(())

@@ -59,3 +59,15 @@ pub(super) fn check_places(codes: &Tensor, expected: usize) -> Result<()> {
     }
     Ok(())
 }
+
+/// Checks that `x` `(.., d)` has so many columns of floats.
+pub(super) fn check_float_columns(x: &Tensor, expected: usize) -> Result<()> {
+    if !matches!(x.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
+        return Err(Error::DType { argument: "x", got: x.dtype(), expected: "F16, BF16, F32 or F64".into() });
+    }
+    match x.dims().last() {
+        Some(&got) if got != expected => Err(Error::Size { argument: "x", what: "columns", got, expected }),
+        Some(_) => Ok(()),
+        None => Err(Error::Size { argument: "x", what: "number of dimensions", got: 0, expected: 1 }),
+    }
+}

@@ -1,7 +1,9 @@
 //! Codebooks that learn while a model trains.
 
 use super::{
-    quantizer::{commitment, load_codebook, open, save},
+    quantized::{Quantized, Usage},
+    quantizer::{commitment, load_codebook, open, save, widened},
+    rotation::rotate_to,
     Codebook,
 };
 use crate::{
@@ -12,14 +14,12 @@ use crate::{
     metric::Metric,
     primitives,
     problem::{Problem, MAX_ROWS},
-    row_weights::{self, RowWeights},
+    row_weights::{self, Clusters, RowWeights},
     rows::Rows,
     running_means::{check_running, unit_vectors, RunningMeans},
 };
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
-use rand::{seq::SliceRandom, Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use std::path::Path;
 
 /// Settings of a codebook that learns while a model trains. Names and defaults are those of vector-quantize-pytorch.
@@ -36,11 +36,20 @@ pub struct Ema {
     pub commitment_weight: f64,
     /// The seed of the rows that dead entries move to (0).
     pub seed: u64,
+    /// Whether gradients pass by [`rotate_to`](crate::nn::rotate_to), rather than unchanged (no).
+    pub rotation_trick: bool,
 }
 
 impl Default for Ema {
     fn default() -> Self {
-        Self { decay: 0.8, eps: 1e-5, threshold_ema_dead_code: 0.0, commitment_weight: 1.0, seed: 0 }
+        Self {
+            decay: 0.8,
+            eps: 1e-5,
+            threshold_ema_dead_code: 0.0,
+            commitment_weight: 1.0,
+            seed: 0,
+            rotation_trick: false,
+        }
     }
 }
 
@@ -90,6 +99,8 @@ impl Ema {
 /// code in range and its entry for a value, but no part in the codebook, the usage, the loss and its gradient, and no dead entry
 /// moves to them: the codebook is to the bit as without them. So it is with rows of weight 0, such as padding.
 ///
+/// Rows of half types may have entries in f32: they are widened, the loss is f32, and values come in the rows' type.
+///
 /// The averages are kept in f64. A step queues work and reads nothing back. The same rows and seed give the same codebook. To
 /// encode and decode, ask the [`codebook`](Self::codebook).
 #[derive(Clone, Debug)]
@@ -100,43 +111,6 @@ pub struct EmaCodebook {
     /// `N`, and `m / N`.
     running: RunningMeans,
     steps: u64,
-}
-
-/// [`EmaCodebook::step`] makes this of a batch.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct Quantized {
-    /// Each row's nearest entry before the step, shaped and typed as the rows, with a straight-through gradient.
-    pub values: Tensor,
-    /// The entries' numbers, u32 `(..batch, n)`: always in range.
-    pub codes: Tensor,
-    /// The commitment loss times its weight, a scalar: over the rows that count, by their weights.
-    pub loss: Tensor,
-    /// The share of the codebook that the rows that count used.
-    pub usage: Usage,
-}
-
-/// The share of a codebook that some codes use.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct Usage {
-    /// Entries in use, u32 `(..batch)`.
-    pub codes_used: Tensor,
-    /// The exponential of the entropy of the codes, f64 `(..batch)`: `k` if all are used alike, 1 if one is, 0 if none is.
-    pub perplexity: Tensor,
-}
-
-impl Usage {
-    /// From the weights of the clusters, f64 `(b, k)`.
-    pub(super) fn of(weights: &Tensor, batch: &[usize]) -> Result<Self> {
-        let total = functional::totals(weights)?;
-        let share = weights.broadcast_div(&row_weights::or_one(&total)?.unsqueeze(1)?)?;
-        // The logarithm of the smallest normal number stands in for that of 0, which its factor 0 drops.
-        let entropy = functional::totals(&(&share * share.maximum(f64::MIN_POSITIVE)?.log()?)?)?.neg()?;
-        let perplexity = (entropy.exp()? * total.gt(0.0)?.to_dtype(DType::F64)?)?;
-        let used = functional::totals(&weights.gt(0.0)?.to_dtype(DType::F64)?)?;
-        Ok(Self { codes_used: used.to_dtype(DType::U32)?.reshape(batch)?, perplexity: perplexity.reshape(batch)? })
-    }
 }
 
 impl EmaCodebook {
@@ -216,17 +190,45 @@ impl EmaCodebook {
         self.learn(x, Some(sample_weights))
     }
 
-    fn learn(&mut self, x: &Tensor, sample_weights: Option<&Tensor>) -> Result<Quantized> {
+    /// Quantises `x` as [`step`](Self::step) does, and leaves the codebook as it is: for validation, and for one that is frozen.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn quantize(&self, x: &Tensor) -> Result<Quantized> {
+        self.fence.read(self.running.means.device())?;
+        Ok(self.pass(x, None)?.0)
+    }
+
+    /// The same with weights, as [`step_weighted`](Self::step_weighted) takes them.
+    ///
+    /// # Errors
+    /// As [`step_weighted`](Self::step_weighted).
+    pub fn quantize_weighted(&self, x: &Tensor, sample_weights: &Tensor) -> Result<Quantized> {
+        self.fence.read(self.running.means.device())?;
+        Ok(self.pass(x, Some(sample_weights))?.0)
+    }
+
+    /// The steps so far.
+    pub(super) fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// What training sees of `x`, its rows in f64, which of them count, and their means by entry.
+    fn pass(
+        &self,
+        x: &Tensor,
+        sample_weights: Option<&Tensor>,
+    ) -> Result<(Quantized, Rows<'static>, RowWeights, Clusters)> {
+        let (x, dtype) = (&widened(x, self.codebook.centroids.dtype())?, x.dtype());
         let p = Problem::assign(x, &self.codebook.centroids, self.codebook.metric)?;
         if x.elem_count() == 0 {
             return Err(Error::Range { argument: "x rows", got: 0, min: 1, max: usize::MAX });
         }
         primitives::check_counted("x", x)?;
-        self.fence.write(self.running.means.device())?;
         let (b, k, d) = self.running.means.dims3()?;
         let n = p.b * p.n / b;
         let given = sample_weights.map(|w| row_weights::sample_weights(&p, w, x.device())?.reshape((b, n)));
-        let (values, codes) = quantize(x, &self.codebook.centroids, self.codebook.metric)?;
+        let (mut values, codes) = quantize(x, &self.codebook.centroids, self.codebook.metric)?;
         let flat = x.detach().reshape((b, n, d))?;
         let weights = RowWeights::new(&Rows::new(&flat)?, given.transpose()?.as_ref(), p.metric)?;
         // Means are rounded to the rows' type.
@@ -234,15 +236,27 @@ impl EmaCodebook {
         let loss = (commitment(x, &values, weights.weights())? * self.ema.commitment_weight)?;
         let batch = weights.clusters(&rows, &codes.reshape((b, n))?, k)?;
         let usage = Usage::of(&batch.weights, &self.codebook.centroids.dims()[..self.codebook.centroids.rank() - 2])?;
+        if self.ema.rotation_trick {
+            values = rotate_to(x, &values)?;
+        }
+        let values = values.to_dtype(dtype)?;
+        Ok((Quantized { values, codes, loss, usage }, rows, weights, batch))
+    }
 
+    /// A step, with weights of the rows or without.
+    pub(super) fn learn(&mut self, x: &Tensor, sample_weights: Option<&Tensor>) -> Result<Quantized> {
+        self.fence.write(self.running.means.device())?;
+        let (quantized, rows, weights, batch) = self.pass(x, sample_weights)?;
+        let (b, k, d) = self.running.means.dims3()?;
         let Ema { decay, threshold_ema_dead_code: threshold, .. } = self.ema;
         let mut running = self.running.clone();
         let learned = running.add(&batch, decay, 1.0 - decay)?;
         let mut entries = self.entries(&running, &learned)?;
         if threshold > 0.0 {
-            let (index, any) = weights.at_shares(&self.draw(b, k, x.device())?)?;
+            let (index, any) =
+                weights.at_shares(&row_weights::shares(self.ema.seed, self.steps, (b, k), x.device())?)?;
             let mut drawn = primitives::gather(&rows, &index)?;
-            if p.metric == Metric::Cosine {
+            if running.metric == Metric::Cosine {
                 drawn = unit_vectors(&drawn)?;
             }
             // Where no row counts, there is nothing to start again from.
@@ -254,10 +268,11 @@ impl EmaCodebook {
             let size = (running.weights.ones_like()? * threshold)?;
             running.weights = dead.where_cond(&size, &running.weights)?;
         }
-        self.codebook.centroids = entries.to_dtype(x.dtype())?.reshape(self.codebook.centroids.shape())?;
+        let entries = entries.to_dtype(self.codebook.centroids.dtype())?;
+        self.codebook.centroids = entries.reshape(self.codebook.centroids.shape())?;
         self.running = running;
         self.steps = self.steps.wrapping_add(1);
-        Ok(Quantized { values, codes, loss, usage })
+        Ok(quantized)
     }
 
     /// The entries of new averages where `learned` is set, and else as they are, f64 `(b, k, d)`.
@@ -280,21 +295,6 @@ impl EmaCodebook {
             (running.means.broadcast_mul(&scale.unsqueeze(2)?)?.clamp(-most, most)?, learned.clone())
         };
         Ok(moved.unsqueeze(2)?.broadcast_as(shape)?.where_cond(&new, &old)?)
-    }
-
-    /// A place for each entry to start again from, f64 `(b, k)` in [0, 1): evenly spaced from a random start, in random order.
-    fn draw(&self, b: usize, k: usize, device: &Device) -> Result<Tensor> {
-        let mut rng = ChaCha8Rng::seed_from_u64(self.ema.seed);
-        rng.set_stream(self.steps);
-        let mut places = Vec::with_capacity(b * k);
-        for _ in 0..b {
-            // Halfway between multiples of 2^-20, so that places that are whole numbers of rows apart stay so when rounded.
-            let start = (rng.random_range(0..1u32 << 20) as f64 + 0.5) * 2f64.powi(-20);
-            let mut entries: Vec<_> = (0..k).map(|i| (i as f64 + start) / k as f64).collect();
-            entries.shuffle(&mut rng);
-            places.append(&mut entries);
-        }
-        Ok(Tensor::from_vec(places, (b, k), device)?)
     }
 
     /// The same with entries of another float dtype, each rounded once, for rows of that dtype.
@@ -323,7 +323,7 @@ impl EmaCodebook {
     /// [`Error::Io`] if it cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         self.fence.read(self.running.means.device())?;
-        let Ema { decay, eps, threshold_ema_dead_code, commitment_weight, seed } = self.ema;
+        let Ema { decay, eps, threshold_ema_dead_code, commitment_weight, seed, rotation_trick } = self.ema;
         let state = [("means", &self.running.means), ("weights", &self.running.weights)];
         let settings = [
             ("decay", decay.to_string()),
@@ -331,6 +331,7 @@ impl EmaCodebook {
             ("threshold_ema_dead_code", threshold_ema_dead_code.to_string()),
             ("commitment_weight", commitment_weight.to_string()),
             ("seed", seed.to_string()),
+            ("rotation_trick", rotation_trick.to_string()),
             ("steps", self.steps.to_string()),
         ];
         save(path.as_ref(), "ema_codebook", &[&self.codebook], &state, &settings)
@@ -348,6 +349,8 @@ impl EmaCodebook {
             threshold_ema_dead_code: file.setting("threshold_ema_dead_code")?,
             commitment_weight: file.setting("commitment_weight")?,
             seed: file.setting("seed")?,
+            // Files of before have none.
+            rotation_trick: file.states("rotation_trick") && file.setting("rotation_trick")?,
         };
         let (steps, codebook) = (file.setting("steps")?, load_codebook(&mut file, 0)?);
         let mut loaded = Self::new(codebook, ema).map_err(|e| file.bad(e.to_string()))?;

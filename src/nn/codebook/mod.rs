@@ -19,14 +19,28 @@ use quantizer::Quantizer;
 
 mod codes;
 mod ema;
+mod ema_residual;
+mod fsq;
 mod gain_shape;
+mod learnable;
+mod lfq;
+mod orthogonal;
 mod product;
+mod quantized;
 mod quantizer;
 mod residual;
-pub use ema::{Ema, EmaCodebook, Quantized, Usage};
+mod rotation;
+pub use ema::{Ema, EmaCodebook};
+pub use ema_residual::{EmaResidualQuantizer, ResidualQuantized};
+pub use fsq::Fsq;
 pub use gain_shape::GainShapeQuantizer;
+pub use learnable::LearnableCodebook;
+pub use lfq::{Lfq, LfqConfig};
+pub use orthogonal::{ProductConfig, Rotation};
 pub use product::ProductQuantizer;
+pub use quantized::{Quantized, Usage};
 pub use residual::ResidualQuantizer;
+pub use rotation::rotate_to;
 
 /// The index of the entry of `codebook` `(k, d)` nearest to each row of `x` `(n, d)`, u32 `(n)`, by squared Euclidean distance;
 /// the lowest one at the smallest distance. Leading dimensions of `x` are kept.

@@ -2,6 +2,7 @@
 
 use super::{
     codes::{check_places, check_u8, checked_codes, empty, in_bytes},
+    orthogonal::{check_rotation, rotated, ProductConfig},
     quantizer::Quantizer,
     Codebook,
 };
@@ -16,10 +17,17 @@ use candle_core::{DType, Tensor};
 
 /// Rows cut into `m` equal pieces, each with a codebook of its own: product quantisation (Jegou et al. 2011). `k^m` different
 /// rows at the price of `m` codes.
+///
+/// Rows may be rotated before they are cut, and pieces may share a codebook ([`train_with`](Self::train_with)): a rotation spreads what columns
+/// say over the pieces.
 #[derive(Clone, Debug)]
 pub struct ProductQuantizer {
     /// `(..batch, m, k, d / m)`.
     codebook: Codebook,
+    /// `(d, d)` or `(..batch, d, d)`.
+    rotation: Option<Tensor>,
+    /// Whether the codebooks of all pieces are one.
+    shared: bool,
 }
 
 impl ProductQuantizer {
@@ -32,12 +40,12 @@ impl ProductQuantizer {
             let shape = codebook.centroids.dims().to_vec();
             return Err(Error::Rank { argument: "centroids", expected: 3, shape });
         }
-        Ok(Self { codebook })
+        Ok(Self { codebook, rotation: None, shared: false })
     }
 
     /// From `(..batch, m, k, d / m)` entries that are known to be finite, for which nothing waits.
     pub(in crate::nn) fn of_entries(centroids: Tensor) -> Self {
-        Self { codebook: Codebook { centroids, metric: Metric::SquaredEuclidean } }
+        Self { codebook: Codebook { centroids, metric: Metric::SquaredEuclidean }, rotation: None, shared: false }
     }
 
     /// Clusters the `m` pieces of the rows of `x` `(..batch, n, d)`, all of them and all problems in one call. Given centroids
@@ -72,10 +80,64 @@ impl ProductQuantizer {
         }
         row_weights::check_fit(&kmeans, pieces.dims(), x.dtype(), x.device())?;
         if kmeans.check_finite {
-            return Ok(Self { codebook: Codebook::train(&pieces, &kmeans)? });
+            return Self::new(Codebook::train(&pieces, &kmeans)?);
         }
         let (x, _) = row_weights::marked(x, &KMeans::new(kmeans.k).check_finite(false))?;
-        Ok(Self { codebook: Codebook::train(&split(&x, m)?, &kmeans)? })
+        Self::new(Codebook::train(&split(&x, m)?, &kmeans)?)
+    }
+
+    /// The same of rows that are rotated first, or with one codebook for all pieces, which learns from all of them; given centroids are
+    /// `(k, d / m)` or `(..batch, k, d / m)` then.
+    ///
+    /// # Errors
+    /// As [`train`](Self::train). Refuses given rotations of other shapes and matrices that are not orthogonal, and
+    /// [`KMeans::lengths`] with a shared codebook.
+    pub fn train_with(x: &Tensor, config: &ProductConfig, kmeans: &KMeans) -> Result<Self> {
+        let m = config.pieces;
+        split(x, m)?;
+        let p = Problem::of(x.dims(), x.dtype(), kmeans.k, kmeans.metric)?;
+        kmeans.weights.as_ref().map_or(Ok(()), |weights| p.weights(weights, x.device()))?;
+        kmeans.lengths.as_ref().map_or(Ok(()), |lengths| p.lengths(lengths, x.device()))?;
+        if let (true, Some(lengths)) = (config.shared, &kmeans.lengths) {
+            let (got, with) = (format!("{:?}", lengths.dims()), "a codebook that all pieces share".into());
+            return Err(Error::Conflict { argument: "lengths", got, with });
+        }
+        let (x, kmeans) = match kmeans.check_finite {
+            true => (x.detach(), kmeans.clone()),
+            false => (row_weights::marked(x, &KMeans::new(kmeans.k).check_finite(false))?.0, kmeans.clone()),
+        };
+        let rotation = config.rotation.matrix(&x, m, &kmeans)?;
+        let x = rotation.as_ref().map_or_else(|| Ok(x.clone()), |r| rotated(&x, r, false))?;
+        let trained = match config.shared {
+            true => Self::train_shared(&x, m, &kmeans)?,
+            false => Self::train(&x, m, &kmeans)?,
+        };
+        trained.with_extras(rotation, config.shared)
+    }
+
+    /// Clusters all pieces of a problem's rows together.
+    fn train_shared(x: &Tensor, m: usize, kmeans: &KMeans) -> Result<Self> {
+        let (pieces, mut kmeans) = (split(x, m)?, kmeans.clone());
+        let (batch, n) = (&x.dims()[..x.rank() - 2], x.dims()[x.rank() - 2]);
+        if let Some(weights) = kmeans.weights.take() {
+            let each = weights.unsqueeze(weights.rank() - 1)?.broadcast_as([batch, &[m, n]].concat())?.contiguous()?;
+            kmeans.weights = Some(each.reshape([batch, &[m * n]].concat())?);
+        }
+        let all = pieces.contiguous()?.reshape([batch, &[m * n, pieces.dims()[x.rank()]]].concat())?;
+        let one = Codebook::train(&all, &kmeans)?;
+        let (k, width) = (one.k(), one.d());
+        let each = one.centroids.unsqueeze(batch.len())?.broadcast_as([batch, &[m, k, width]].concat())?;
+        Self::new(Codebook { centroids: each.contiguous()?, metric: one.metric })
+    }
+
+    /// What rows are multiplied by before they are cut into pieces, f32, or f64 for such rows: `(d, d)` or `(..batch, d, d)`.
+    pub fn rotation(&self) -> Option<&Tensor> {
+        self.rotation.as_ref()
+    }
+
+    /// Whether all pieces have the same codebook. In memory and in files it is there for each of them.
+    pub fn is_shared(&self) -> bool {
+        self.shared
     }
 
     /// The codebooks, `(..batch, m, k, d / m)`.
@@ -93,14 +155,17 @@ impl ProductQuantizer {
         self.m() * self.codebook.d()
     }
 
-    /// The pieces of rows `(..batch, n, d)`, `(..batch, m, n, d / m)`: what the codebooks are codebooks of, as to an
-    /// [`EmaCodebook`](crate::nn::EmaCodebook).
+    /// The pieces of rows `(..batch, n, d)`, rotated if there is a rotation, `(..batch, m, n, d / m)`: what the codebooks are codebooks of, as
+    /// to an [`EmaCodebook`](crate::nn::EmaCodebook).
     ///
     /// # Errors
     /// Refuses other numbers of columns.
     pub fn split(&self, x: &Tensor) -> Result<Tensor> {
         self.check_columns(x)?;
-        split(x, self.m())
+        match &self.rotation {
+            Some(rotation) if x.elem_count() > 0 => split(&rotated(x, rotation, false)?, self.m()),
+            _ => split(x, self.m()),
+        }
     }
 
     /// The reverse of [`split`](Self::split).
@@ -117,7 +182,8 @@ impl ProductQuantizer {
         if pieces.elem_count() == 0 {
             return empty(shape, pieces.dtype(), pieces.device());
         }
-        Ok(pieces.transpose(rank - 3, rank - 2)?.reshape(shape)?)
+        let rows = pieces.transpose(rank - 3, rank - 2)?.reshape(shape)?;
+        self.rotation.as_ref().map_or_else(|| Ok(rows.clone()), |rotation| rotated(&rows, rotation, true))
     }
 
     /// The exact nearest entry of each piece of each row of `x` `(..batch, n, d)`: u32 `(..batch, n, m)`.
@@ -165,9 +231,11 @@ impl ProductQuantizer {
         self.codebook.bits_per_value()
     }
 
-    /// The same with each problem's codebooks as stored spread over `rows` rows.
+    /// The same with each problem's codebooks as stored, a shared one once, spread over `rows` rows. A rotation is not counted.
     pub fn bits_per_value_with_codebook(&self, rows: usize) -> f64 {
-        self.codebook.bits_per_value_with_codebook(rows)
+        let codebooks = if self.shared { self.m() } else { 1 };
+        let stored = self.codebook.bits_per_value_with_codebook(rows) - self.bits_per_value();
+        self.bits_per_value() + stored / codebooks as f64
     }
 
     /// Whether there is nothing to do for `x`, which is checked if so.
@@ -226,6 +294,18 @@ impl Quantizer for ProductQuantizer {
 
     fn from_codebooks(mut codebooks: Vec<Codebook>) -> Result<Self> {
         Self::new(codebooks.remove(0))
+    }
+
+    fn extras(&self) -> (Option<&Tensor>, bool) {
+        (self.rotation.as_ref(), self.shared)
+    }
+
+    fn with_extras(self, rotation: Option<Tensor>, shared: bool) -> Result<Self> {
+        let dims = self.codebook.centroids.dims();
+        if let Some(rotation) = &rotation {
+            check_rotation(rotation, &dims[..dims.len() - 3], self.d())?;
+        }
+        Ok(Self { rotation, shared, ..self })
     }
 
     fn reconstruct(&self, x: &Tensor) -> Result<Tensor> {

@@ -28,10 +28,23 @@ pub(super) trait Quantizer: Sized {
     /// Replaces `x` `(..batch, n, d)` by what its codes stand for, in its shape. No gradient flows.
     fn reconstruct(&self, x: &Tensor) -> Result<Tensor>;
 
+    /// What a product quantiser has besides: a rotation of rows, and whether codebooks are one.
+    fn extras(&self) -> (Option<&Tensor>, bool) {
+        (None, false)
+    }
+
+    fn with_extras(self, _rotation: Option<Tensor>, _shared: bool) -> Result<Self> {
+        Ok(self)
+    }
+
     /// The same with other entries.
     fn map(&self, entries: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> Result<Self> {
         let codebooks = self.codebooks().into_iter().map(|c| Codebook::new(&entries(&c.centroids)?, c.metric));
-        Self::from_codebooks(codebooks.collect::<Result<_>>()?)
+        let codebooks = codebooks.collect::<Result<Vec<_>>>()?;
+        let device = codebooks[0].centroids.device().clone();
+        let (rotation, shared) = self.extras();
+        let rotation = rotation.map(|rotation| rotation.to_device(&device)).transpose()?;
+        Self::from_codebooks(codebooks)?.with_extras(rotation, shared)
     }
 }
 
@@ -76,7 +89,10 @@ macro_rules! quantizer {
             pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
                 let codebooks = self.codebooks();
                 let count = Self::CODEBOOKS.is_none().then(|| ("stages", codebooks.len().to_string()));
-                save(path.as_ref(), Self::KIND, &codebooks, &[], &count.into_iter().collect::<Vec<_>>())
+                let (rotation, shared) = self.extras();
+                let settings = count.into_iter().chain(shared.then(|| ("shared", shared.to_string())));
+                let state: Vec<_> = rotation.into_iter().map(|rotation| ("rotation", rotation)).collect();
+                save(path.as_ref(), Self::KIND, &codebooks, &state, &settings.collect::<Vec<_>>())
             }
 
             /// Reads what [`save`](Self::save) wrote, onto `device`.
@@ -88,7 +104,10 @@ macro_rules! quantizer {
                 let count = Self::CODEBOOKS.map_or_else(|| file.setting("stages"), Ok)?;
                 // One by one, so that a damaged count ends at the first that is missing.
                 let codebooks = (0..count).map(|i| load_codebook(&mut file, i)).collect::<Result<_>>()?;
-                Self::from_codebooks(codebooks).map_err(|e| file.bad(e.to_string()))
+                let rotation = file.holds("rotation").then(|| file.take("rotation")).transpose()?;
+                let shared = file.states("shared") && file.setting("shared")?;
+                let whole = Self::from_codebooks(codebooks).and_then(|all: Self| all.with_extras(rotation, shared));
+                whole.map_err(|e| file.bad(e.to_string()))
             }
         }
 
@@ -130,6 +149,14 @@ pub(super) fn wide(dtype: DType) -> DType {
         DType::F64
     } else {
         DType::F32
+    }
+}
+
+/// Rows of half types in f32, in the graph, where that is the type of the entries.
+pub(super) fn widened(x: &Tensor, entries: DType) -> Result<Tensor> {
+    match (x.dtype(), entries) {
+        (DType::F16 | DType::BF16, DType::F32) => Ok(x.to_dtype(DType::F32)?),
+        _ => Ok(x.clone()),
     }
 }
 

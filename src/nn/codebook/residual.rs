@@ -173,9 +173,9 @@ impl Quantizer for ResidualQuantizer {
 }
 
 /// Stages of a residual quantiser, at most: far beyond what an f64 has bits for.
-const MAX_STAGES: usize = 1024;
+pub(super) const MAX_STAGES: usize = 1024;
 
-fn check_stages(got: usize, max: usize) -> Result<()> {
+pub(super) fn check_stages(got: usize, max: usize) -> Result<()> {
     if got == 0 || got > max {
         return Err(Error::Range { argument: "stages", got, min: 1, max });
     }
