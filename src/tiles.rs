@@ -91,6 +91,12 @@ pub const SM90_ROWS: usize = 64;
 pub const SM90_CENTROIDS: usize = 128;
 /// Shared memory of a thread block of `assign_sm90.cu`, in bytes: all that Hopper gives one.
 pub const SM90_SHARED: usize = 232_448;
+/// Rows of a thread block of `assign_wide_sm90.cu`: two searching warpgroups.
+pub const WIDE_ROWS: usize = 128;
+/// Blocks of a cluster of it, which bring each other centroids: a tile has as many of `assign_sm90.cu`'s.
+pub const WIDE_CLUSTER: usize = 2;
+/// Threads of its block.
+pub const WIDE_THREADS: usize = 384;
 /// Centroids that tensor-core kernels take `start` and `scale` of are padded to whole tiles of any of them.
 pub const TENSOR_CENTROIDS: usize = 128;
 /// Rows that one wave of blocks of `assign_sm90.cu` takes on 132 multiprocessors.
@@ -175,6 +181,12 @@ pub const SELECT_MANY: usize = 1024;
 pub const ROUTE_THREADS: usize = 128;
 /// Keys of a tile there.
 pub const ROUTE_KEYS: usize = 64;
+/// Rows that `lut.cu` multiplies at most.
+pub const LUT_ROWS: usize = 4;
+/// Outputs that a thread block of it has under way at once.
+pub const LUT_OUTPUTS: usize = 4;
+/// Such blocks of a multiprocessor.
+pub const LUT_BLOCKS: usize = 4;
 /// Threads of a block of every other kernel.
 pub const THREADS: usize = 256;
 /// Cells that one block walks in a pass over a matrix, and keys or labels in a pass over a list.

@@ -42,6 +42,19 @@ __device__ __forceinline__ void mbarrier_expect_tx(uint32_t barrier, uint32_t by
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+/// Arrives at the same barrier of another block of the cluster.
+__device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t block) {
+    asm volatile(
+        "{\n.reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+        "r"(block)
+        : "memory");
+}
+/// Waits for all threads of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 /// Completes the thread's accesses to shared memory before it lets the copy engine or the products at it: an arrival
 /// alone overtakes loads under way, and what they read may be overwritten first.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -83,6 +96,15 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, ui
         "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(problem)
         : "memory");
 }
+/// The same to the same place of every block of the cluster, and of `barrier`, that is in the mask.
+__device__ __forceinline__ void tma_load_multicast(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column,
+                                                   int row, int problem, uint16_t blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(problem), "h"(blocks)
+        : "memory");
+}
 __device__ __forceinline__ void tma_load_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(barrier)
@@ -116,6 +138,12 @@ __device__ __forceinline__ void pin(float (&acc)[N]) {
 #define NUMBERS_32 NUMBERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define NUMBERS_48 NUMBERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define NUMBERS_64 NUMBERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NUMBERS_80 NUMBERS_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define NUMBERS_96 NUMBERS_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define NUMBERS_112                                                                                                    \
+    NUMBERS_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define NUMBERS_128                                                                                                    \
+    NUMBERS_112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define EIGHT(acc, i)                                                                                                  \
     "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]), "+f"(acc[i + 5]),            \
         "+f"(acc[i + 6]), "+f"(acc[i + 7])
@@ -123,6 +151,9 @@ __device__ __forceinline__ void pin(float (&acc)[N]) {
 #define SCORES_32(acc) SCORES_16(acc), EIGHT(acc, 16), EIGHT(acc, 24)
 #define SCORES_48(acc) SCORES_32(acc), EIGHT(acc, 32), EIGHT(acc, 40)
 #define SCORES_64(acc) SCORES_48(acc), EIGHT(acc, 48), EIGHT(acc, 56)
+#define SCORES_128(acc)                                                                                                \
+    SCORES_64(acc), EIGHT(acc, 64), EIGHT(acc, 72), EIGHT(acc, 80), EIGHT(acc, 88), EIGHT(acc, 96), EIGHT(acc, 104),   \
+        EIGHT(acc, 112), EIGHT(acc, 120)
 #define PRODUCT(T, type, width, scores, operands)                                                                      \
     template <>                                                                                                        \
     __device__ __forceinline__ void wgmma<T>(float(&acc)[scores], const uint32_t(&a)[4], uint64_t b) {                 \
@@ -140,6 +171,26 @@ __device__ __forceinline__ void pin(float (&acc)[N]) {
 /// acc += a b^T for 64 rows in registers and N / 64 * 128 rows in shared memory, 16 columns of each.
 template <class T, int N>
 __device__ __forceinline__ void wgmma(float (&acc)[N], const uint32_t (&a)[4], uint64_t b);
+PRODUCTS(__half, "f16")
+PRODUCTS(__nv_bfloat16, "bf16")
+#undef PRODUCTS
+#undef PRODUCT
+
+#define PRODUCT(T, type, width, scores, operands)                                                                      \
+    template <>                                                                                                        \
+    __device__ __forceinline__ void wgmma_shared<T>(float(&acc)[scores], uint64_t a, uint64_t b) {                     \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #width "k16.f32." type "." type " {" NUMBERS_##scores         \
+                     "}, " operands ", 1, 1, 1, 0, 0;"                                                                 \
+                     : SCORES_##scores(acc)                                                                            \
+                     : "l"(a), "l"(b));                                                                                \
+    }
+#define PRODUCTS(T, type)                                                                                              \
+    PRODUCT(T, type, 128, 64, "%64, %65")                                                                              \
+    PRODUCT(T, type, 256, 128, "%128, %129")
+
+/// The same with the 64 rows in shared memory, too.
+template <class T, int N>
+__device__ __forceinline__ void wgmma_shared(float (&acc)[N], uint64_t a, uint64_t b);
 PRODUCTS(__half, "f16")
 PRODUCTS(__nv_bfloat16, "bf16")
 #undef PRODUCTS

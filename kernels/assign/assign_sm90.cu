@@ -18,6 +18,7 @@
 // Traffic of a block and tile of R rows: X once; 2 k d bytes of centroids from L2 for 2 R k d flops, or, if all tiles
 // of a problem fit in the ring, none: they stay there, and a block's row tiles are neighbours.
 #include "assign/sm90.cuh"
+#include "assign/sm90_epilogue.cuh"
 #include "assign/sm90_search.cuh"
 
 // ---- Two threads are producers.
@@ -66,56 +67,6 @@ __device__ void produce_centroids(const Shared<S>& s, const CUtensorMap* map, co
                 tma_load_bytes(s.start + vector.at * S::VECTOR_BYTES, start + at, S::VECTOR_BYTES, full);
                 if (scale) tma_load_bytes(s.scale + vector.at * S::VECTOR_BYTES, scale + at, S::VECTOR_BYTES, full);
             }
-        }
-    }
-}
-
-// ---- Warps 2 and 3 are the epilogue, a lane to a row.
-
-template <class S>
-__device__ void epilogue(const Shared<S>& s, const Rows& r, const Active& active, const float* own,
-                         const Bounds* bounds, int64_t padded, int64_t copies, int64_t k, const float* row_error,
-                         uint32_t* labels, UnprovenRow* list, uint32_t* listed) {
-    const int band = (threadIdx.x / 32 - EPILOGUE) * 32 + threadIdx.x % 32;  // the lane's row of a slot
-    static_assert(EPILOGUE_WARPS * 32 == SLOT, "a lane to a row");
-    int parity = 0;
-    for (TileScheduler<S> work(r, active, centroids_resident<S>((k + CENTROIDS - 1) / CENTROIDS)); work.more();
-         work.next(), parity ^= 1) {
-        const int64_t at = work.at, b = active.problem(at);
-        // Read again for each row: there are few registers here.
-        const Bounds& row_bounds = bounds[work.copy(copies)];
-#pragma unroll 1
-        for (int group = 0; group < S::GROUPS; ++group) {
-            const uint32_t from = s.found + (group * SLOT + band) * S::RESULT_BYTES;
-            mbarrier_wait(s.found_full(group), parity);
-            const float4 f = load_floats4(from);
-            float top = f.x, second = f.y;
-            int place = 0, level = 0;
-#pragma unroll
-            for (int p = 0; p < S::PLACES; p += 4) {
-                const float4 v = load_floats4(from + sizeof(RowResult) + 4 * p);
-                const float best_of[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    if (best_of[i] == top) place = p + i, ++level;
-                    else second = fmaxf(second, best_of[i]);
-                }
-            }
-            fence_proxy_async();
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) mbarrier_arrive(s.found_empty(group));
-            const int64_t row = work.first_row() + group * SLOT + band;
-            if (row >= r.n) continue;
-            // The thread's columns are pairs, eight apart. A tie may name a column that is not there.
-            const int column = __float_as_int(f.z) + 8 * (place / 2) + place % 2;
-            labels[b * r.n + row] = label_of(top, column, k);
-            float error = error_bound(f.w, r.d, row_bounds) + (row_error ? __ldg(&row_error[at * r.n + row]) : 0);
-            const float ahead = level == 1 ? top - second : 0;
-            if (ahead > error && row_bounds.inverse == 0) continue;
-            const float* widened = own ? own + work.copy(copies) * padded + labels[b * r.n + row] : nullptr;
-            const bool far = beyond(error, widened, f.w, r.d, row_bounds);
-            if ((ahead > error && !far) || nowhere(top, f.w, row_bounds)) continue;
-            list[at * r.n + atomicAdd(&listed[at], 1)] = {uint32_t(row), top - error};
         }
     }
 }

@@ -19,6 +19,7 @@ struct RowResult {
 template <int STEPS_, int GROUPS_>
 struct Shape {
     static constexpr int STEPS = STEPS_, GROUPS = GROUPS_, ROWS = GROUPS * SLOT, BLOCK = 128 * (GROUPS + 1);
+    static constexpr int CLUSTER = 1, WIDTH = CENTROIDS;
     static constexpr int PLACES = STEPS <= 8 ? 16 : 8;
     static constexpr int BOXES = (STEPS + 3) / 4;
     // A stage of the ring is a tile, or one of its boxes where a tile is large.
@@ -64,7 +65,8 @@ struct Shared {
     __device__ uint32_t found_empty(int group) const { return found_full(S::GROUPS + group); }
 
     __device__ void init() const {
-        for (int i = 0; i < S::STAGES; ++i) mbarrier_init(full(i), 1), mbarrier_init(empty(i), 4 * S::GROUPS);
+        for (int i = 0; i < S::STAGES; ++i)
+            mbarrier_init(full(i), 1), mbarrier_init(empty(i), 4 * S::GROUPS * S::CLUSTER);
         for (int g = 0; g < S::GROUPS; ++g) {
             mbarrier_init(rows_full(g), 1), mbarrier_init(rows_empty(g), 4);
             mbarrier_init(found_full(g), 4), mbarrier_init(found_empty(g), EPILOGUE_WARPS);
@@ -89,18 +91,19 @@ __device__ __forceinline__ bool centroids_resident(int tiles) {
     return S::PARTS == 1 && tiles <= S::STAGES;
 }
 
-/// Walks the block's share of the row tiles of all problems: neighbours if centroids stay, else far apart, so that all
-/// blocks want the same centroids at a time.
+/// Walks the share of the row tiles of all problems that a block has, or a cluster, whose blocks take a tile each at a
+/// time: neighbours if centroids stay, else far apart, so that all blocks want the same centroids at a time.
 template <class S>
 struct TileScheduler {
     int left;  // to come, this one included
     int per_problem, at, tile, problems_step, tiles_step;
 
     __device__ TileScheduler(const Rows& r, const Active& active, bool neighbours)
-        : per_problem((r.n + S::ROWS - 1) / S::ROWS) {
-        const int64_t all = active.problems(r.b) * per_problem, step = neighbours ? 1 : gridDim.x;
-        const int64_t first = neighbours ? all * blockIdx.x / gridDim.x : blockIdx.x;
-        const int64_t end = neighbours ? all * (blockIdx.x + 1) / gridDim.x : all;
+        : per_problem((r.n + S::CLUSTER * S::ROWS - 1) / (S::CLUSTER * S::ROWS)) {
+        const int64_t clusters = gridDim.x / S::CLUSTER, cluster = blockIdx.x / S::CLUSTER;
+        const int64_t all = active.problems(r.b) * per_problem, step = neighbours ? 1 : clusters;
+        const int64_t first = neighbours ? all * cluster / clusters : cluster;
+        const int64_t end = neighbours ? all * (cluster + 1) / clusters : all;
         left = (end - first + step - 1) / step;
         at = first / per_problem, tile = first % per_problem;
         problems_step = step / per_problem, tiles_step = step % per_problem;
@@ -110,7 +113,9 @@ struct TileScheduler {
         --left, at += problems_step, tile += tiles_step;
         if (tile >= per_problem) tile -= per_problem, ++at;
     }
-    __device__ __forceinline__ int first_row() const { return tile * S::ROWS; }
+    __device__ __forceinline__ int first_row() const {
+        return (tile * S::CLUSTER + int(blockIdx.x) % S::CLUSTER) * S::ROWS;
+    }
     /// Of `copies` of centroids, the one for this tile.
     __device__ __forceinline__ int copy(int64_t copies) const { return copies > 1 ? at : 0; }
     /// Whether no later tile of a walk over neighbours wants the same centroids.

@@ -164,8 +164,8 @@ __device__ __forceinline__ float row_norm_above(float squares, int64_t d) {
     return sqrtf(squares + 1e-37f * d) * (1 + (d + 16) * 0x1p-23f);
 }
 
-/// The error bound of a row: two scores that differ by more order its distances. It is twice the error of one. `squares` is the row's sum
-/// of squares or more, added up in f32 in any order.
+/// The error bound of a row: two scores that differ by more order its distances. It is twice the error of one.
+/// `squares` is the row's sum of squares or more, added up in f32 in any order.
 __device__ __forceinline__ float error_bound(float squares, int64_t d, const Bounds& bounds) {
     const float ulps = LOSS * ((d + 15) / 16) + 4, tiny = 1e-37f * d * fmaxf(bounds.scale, 1.0f);
     const float x = row_norm_above(squares, d);

@@ -10,6 +10,7 @@ pub(crate) mod fence;
 pub(crate) mod kernel;
 #[cfg(feature = "nccl")]
 mod launched;
+mod lut;
 pub(crate) mod memory;
 mod module;
 #[cfg(feature = "nccl")]
@@ -36,7 +37,9 @@ use crate::{
     metric::Metric,
     operand::{Readable, Target},
     plan::{arch::Arch, on_chip::FitResident, sort::Sort},
-    request::{Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, OnChipFit, Routed, Update},
+    request::{
+        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, LutProduct, OnChipFit, Routed, Update,
+    },
     rng::Draw,
     rows::Rows,
     staging::{Buffer, Lane},
@@ -205,5 +208,9 @@ impl Backend for Cuda {
 
     fn route(&self, r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
         route::route(r, memory)
+    }
+
+    fn lut_product(&self, p: &LutProduct<'_>) -> Result<Option<Tensor>> {
+        lut::lut_product(p)
     }
 }

@@ -46,6 +46,8 @@ pub(crate) enum Assign {
     Small,
     /// TMA and WGMMA, for f16, bf16 and split f32 on Hopper.
     Sm90,
+    /// The same for more columns than stay on chip.
+    WideSm90,
 }
 
 impl Assign {
@@ -60,6 +62,7 @@ impl Assign {
             Self::Sm80 => "assign_sm80",
             Self::Small => "assign_small",
             Self::Sm90 => "assign_sm90",
+            Self::WideSm90 => "assign_wide",
         }
     }
 
@@ -71,17 +74,18 @@ impl Assign {
             Self::Narrow => (tiles::NARROW_TILE, tiles::NARROW_GROUP),
             Self::Sm80 | Self::Small => (tiles::SM80_ROWS, tiles::SM80_CENTROIDS),
             Self::Sm90 => (tiles::SM90_ROWS * sm90_shape(d).1, tiles::SM90_CENTROIDS),
+            Self::WideSm90 => (tiles::WIDE_ROWS, tiles::WIDE_CLUSTER * tiles::SM90_CENTROIDS),
         }
     }
 
     /// Whether it reads rows in pieces of eight columns, which have to be aligned. (f32 rows are split on the way.)
     pub fn in_eights(self, dtype: DType) -> bool {
-        dtype != DType::F32 && matches!(self, Self::Sm80 | Self::Small | Self::Sm90)
+        dtype != DType::F32 && matches!(self, Self::Sm80 | Self::Small | Self::Sm90 | Self::WideSm90)
     }
 
     /// Whether rows pass through it as halves.
     fn splits(self, dtype: DType) -> bool {
-        dtype == DType::F32 && matches!(self, Self::Sm80 | Self::Sm90)
+        dtype == DType::F32 && matches!(self, Self::Sm80 | Self::Sm90 | Self::WideSm90)
     }
 
     /// Every kernel that can do this, the one that is chosen first.
@@ -99,7 +103,7 @@ impl Assign {
             return all;
         }
         if dtype != DType::F64 {
-            all.extend((arch == 90 && d <= SM90_COLUMNS).then_some(Self::Sm90));
+            all.extend((arch == 90).then_some(if d <= SM90_COLUMNS { Self::Sm90 } else { Self::WideSm90 }));
             all.extend((arch >= 80).then_some(Self::Sm80));
             all.extend((arch >= 80 && dtype != DType::F32).then_some(Self::Small));
         }
@@ -113,7 +117,7 @@ impl Assign {
         let mut candidates = Self::candidates(dtype, metric, [k, d], arch);
         // The copy engine's coordinates are 32-bit integers. (f32 rows come to it a piece at a time.)
         if k.max(b) > SM90_MOST || (n > SM90_MOST && dtype != DType::F32) {
-            candidates.retain(|&c| c != Self::Sm90);
+            candidates.retain(|&c| !matches!(c, Self::Sm90 | Self::WideSm90));
         }
         if let Some(name) = FORCED.get() {
             return candidates.iter().copied().find(|c| c.name() == name).unwrap_or(candidates[0]);
@@ -237,8 +241,8 @@ pub(super) fn assign_scratch(p: &Problem, b: u64, k: u64, layout: RowLayout, arc
     let tensor = b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights.max(halves) + 64);
     let split = (halves + 16) * bn.min(split_rows(p.d) as u64);
     let scratch = match (assign, assign.splits(p.dtype)) {
-        (Assign::Sm80 | Assign::Sm90, true) => tensor + split,
-        (Assign::Sm80 | Assign::Sm90, false) => tensor + 8 * bn,
+        (Assign::Sm80 | Assign::Sm90 | Assign::WideSm90, true) => tensor + split,
+        (Assign::Sm80 | Assign::Sm90 | Assign::WideSm90, false) => tensor + 8 * bn,
         (Assign::Small, _) => tensor,
         (Assign::Narrow, _) => 0,
         _ => b * (k + 1) * (d + 1) * filter + 4 * bn,

@@ -27,12 +27,12 @@ pub(crate) fn assign_into(a: Assignment<'_>, labels: Target<'_>, memory: &Memory
     }
     let dev = device(&x.operand)?;
     typed!(x.dtype(), T => write(labels, |to| match (plan.kernel, T::HALF) {
-        (Assign::Sm80 | Assign::Small | Assign::Sm90, Some(half)) => {
+        (Assign::Sm80 | Assign::Small | Assign::Sm90 | Assign::WideSm90, Some(half)) => {
             let packed = if plan.pack { Some(packed::<T>(dev, x)?) } else { None };
             let a = Assignment { x: packed.as_ref().unwrap_or(x), ..a };
             tensor_core::assign::<T>(dev, half, a, to, memory)
         }
-        (Assign::Sm80 | Assign::Sm90, None) => split::assign(dev, a, to, memory),
+        (Assign::Sm80 | Assign::Sm90 | Assign::WideSm90, None) => split::assign(dev, a, to, memory),
         (Assign::Narrow, _) => simt::assign_narrow::<T>(dev, a, to),
         _ => simt::assign::<T>(dev, a, to, memory),
     }))

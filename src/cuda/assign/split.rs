@@ -1,6 +1,6 @@
 //! Labels of f32 rows on tensor cores, by way of halves: `kernels/assign/split.cu`.
 
-use super::tensor_core::{sm90_name, sweep_shared, Table, RECHECK_SHARED};
+use super::tensor_core::{sm90_name, sweep_shared, wide_blocks, Table, RECHECK_SHARED};
 use crate::{
     cuda::device::processors,
     cuda::kernel::{launch, warps, WARP},
@@ -12,7 +12,7 @@ use crate::{
     plan::assign::{sm90_shape, split_rows, Assign},
     request::Assignment,
     rows::Rows,
-    tiles::{SM80_ROWS, SM90_CENTROIDS, SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS},
+    tiles::{SM80_ROWS, SM90_CENTROIDS, SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS, WIDE_ROWS, WIDE_THREADS},
 };
 use candle_core::cuda_backend::{
     cudarc::driver::{sys::CUtensorMapDataType, PushKernelArg},
@@ -97,6 +97,15 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: DevicePtr<u32>
             let map = TensorMap::new(half, moved.address, [own, k, d], [k * both, both], SM90_CENTROIDS)?;
             let tiles = elements(&[problems, rows.div_ceil(SM90_ROWS * groups)]).min(processors);
             launch!(dev, AssignSm90, sm90_name(steps), "f16", tiles, 128 * (groups + 1), SM90_SHARED;
+                &row_map, &map, &shape(&split), &active, &start, &none, &none, &high, &k64, &padded64, &copies64, &slack,
+                &labels, &list, &listed)?;
+        } else if plan.kernel == Assign::WideSm90 {
+            let half = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+            let row_map = TensorMap::new(half, halves.address, [problems, rows, d], [rows * both, both], WIDE_ROWS)?;
+            let own = if copies > 1 { problems } else { 1 };
+            let map = TensorMap::new(half, moved.address, [own, k, d], [k * both, both], SM90_CENTROIDS)?;
+            let blocks = wide_blocks([problems, rows], processors);
+            launch!(dev, AssignWideSm90, "assign_wide", "f16", blocks, WIDE_THREADS, SM90_SHARED;
                 &row_map, &map, &shape(&split), &active, &start, &none, &none, &high, &k64, &padded64, &copies64, &slack,
                 &labels, &list, &listed)?;
         } else {

@@ -13,7 +13,8 @@ use crate::{
     rows::Rows,
     tiles::{
         MOVE_LANES, ORIGIN_COLUMNS, ORIGIN_THREADS, RECHECK_BYTES, RECHECK_QUEUE, SM80_CENTROIDS, SM80_COLUMNS,
-        SM80_ROWS, SM80_STAGES, SM90_CENTROIDS, SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS,
+        SM80_ROWS, SM80_STAGES, SM90_CENTROIDS, SM90_ROWS, SM90_SHARED, TENSOR_CENTROIDS, THREADS, WIDE_CLUSTER,
+        WIDE_ROWS, WIDE_THREADS,
     },
 };
 use candle_core::{
@@ -131,6 +132,14 @@ pub(super) fn assign<T: Element>(
         launch!(dev, AssignSm90, sm90_name(steps), T::SUFFIX, tiles, 128 * (groups + 1), SM90_SHARED;
             &row_map, &map, &shape(x), &active, &start, &scale, &own, &bounds, &k64, &padded64, &copies64, &no_slack,
             &labels, &list, &listed)?;
+    } else if kernel == Assign::WideSm90 {
+        let from = xs.device_ptr(&dev.cuda_stream()).0;
+        let row_map = TensorMap::new(half, from, [x.b, x.n, d], [x.batch_stride, x.row_stride], WIDE_ROWS)?;
+        let map = TensorMap::new(half, moved.address, [copies, k, d], [k * pitch, pitch], SM90_CENTROIDS)?;
+        let blocks = wide_blocks([x.b, x.n], processors);
+        launch!(dev, AssignWideSm90, "assign_wide", T::SUFFIX, blocks, WIDE_THREADS, SM90_SHARED;
+            &row_map, &map, &shape(x), &active, &start, &scale, &own, &bounds, &k64, &padded64, &copies64, &no_slack,
+            &labels, &list, &listed)?;
     } else {
         let tiles = elements(&[x.b, x.n.div_ceil(SM80_ROWS)]);
         launch!(dev, AssignSm80, "assign_sm80", T::SUFFIX, tiles, SM80_ROWS, sweep_shared(d);
@@ -164,6 +173,12 @@ pub(super) fn sm90_name(steps: usize) -> &'static str {
     static NAMES: LazyLock<Vec<String>> =
         LazyLock::new(|| (0..=SM90_COLUMNS / 16).map(|steps| format!("assign_sm90_{steps}")).collect());
     &NAMES[steps]
+}
+
+/// The thread blocks of `assign_wide_sm90.cu`, in whole clusters, for problems of so many rows.
+pub(super) fn wide_blocks([problems, rows]: [usize; 2], processors: usize) -> usize {
+    let clusters = elements(&[problems, rows.div_ceil(WIDE_CLUSTER * WIDE_ROWS)]);
+    WIDE_CLUSTER * clusters.min(processors / WIDE_CLUSTER).max(1)
 }
 
 /// Shared memory that a block of `recheck.cu` adds for the rows of a tile and its queues.

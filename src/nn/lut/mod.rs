@@ -139,7 +139,8 @@ impl LutWeights {
     }
 
     /// The products of `x` `(.., inputs)` with each output, in the dtype of `x`, f16, bf16 or f32: `(.., outputs)`. Sums are in f32. On a
-    /// CPU codes are read as they lie; elsewhere as many outputs as have 16 million weights are decoded at a time. No gradient flows.
+    /// CPU, and of at most 4 rows on a GPU, codes are read as they lie; else as many outputs as have 16 million weights are decoded at a time. No
+    /// gradient flows.
     ///
     /// # Errors
     /// Refuses other numbers of columns, dtypes and devices.
