@@ -2,7 +2,7 @@
 // weight is ever written.
 //
 // A warp takes 256 columns at a time, four blocks of 64: eight lanes have a block, and each of them a number with the
-// codes of eight columns (LutProduct in request.rs). The levels of a block's table lie in the same eight lanes, two to
+// codes of eight columns (LutMatrix in request.rs). The levels of a block's table lie in the same eight lanes, two to
 // a lane where there are sixteen, and a shuffle looks one up. The warps of a thread block share the columns, whose
 // values they keep while they go through the block's outputs.
 //
@@ -14,7 +14,7 @@ constexpr int LUT_WARPS = THREADS / WARP;
 constexpr int LUT_BLOCK = 64;                   // columns whose codes lie together
 constexpr int LUT_STEP = WARP / 8 * LUT_BLOCK;  // columns of a warp at a time
 
-/// Weights as `LutProduct` has them.
+/// Weights as `LutMatrix` has them.
 struct LutWeights {
     const uint8_t* codes;    // (outputs, 8 bits / 64 columns)
     const __half* levels;    // (outputs, tables, 2^bits)
@@ -24,34 +24,46 @@ struct LutWeights {
     int64_t outputs, inputs, columns, tables, groups, outliers;
 };
 
-/// The codes of eight columns, eight apart, of a block: those of lane `t` of its eight.
-template <int BITS>
-__device__ __forceinline__ uint32_t load_codes(const uint8_t* block, int t) {
-    if constexpr (BITS == 4) return __ldcs(reinterpret_cast<const uint32_t*>(block) + t);
-    const uint32_t low = __ldcs(reinterpret_cast<const uint16_t*>(block) + t);
-    if constexpr (BITS == 2) return low;
-    return low | uint32_t(__ldcs(block + 16 + t)) << 16;
-}
+/// Where a block of columns is in what each output has.
+struct Place {
+    int64_t block = -1;  // none beyond the last column
+    int64_t table, group;
 
-template <int BITS>
-__device__ __forceinline__ int code_at(uint32_t codes, int i) {
-    if constexpr (BITS == 3) return (codes >> 2 * i & 3) | (codes >> (16 + i) & 1) << 2;
-    return codes >> BITS * i & ((1 << BITS) - 1);
-}
+    __device__ __forceinline__ Place() {}
+    __device__ __forceinline__ Place(const LutWeights& w, int64_t at) {
+        const int64_t blocks = w.columns / LUT_BLOCK;
+        if (at < blocks) block = at, table = at / (blocks / w.tables), group = at / (blocks / w.groups);
+    }
+};
 
-/// The part of a table that lane `t` of eight keeps: a level, or with the eighth one after it another.
+/// What lane `t` of the eight that have a block knows of it, for one output.
 template <int BITS>
-__device__ __forceinline__ uint32_t load_levels(const __half* table, int t) {
-    const uint16_t* bits = reinterpret_cast<const uint16_t*>(table);
-    const uint32_t low = __ldg(bits + t % (1 << BITS));
-    return BITS == 4 ? low | uint32_t(__ldg(bits + 8 + t)) << 16 : low;
-}
+struct Codes {
+    uint32_t codes = 0;   // of the columns t, 8 + t, 16 + t, ..
+    uint32_t levels = 0;  // level t of the table, and level 8 + t, if there is one
+    float scale = 0;
 
-template <int BITS>
-__device__ __forceinline__ float level(uint32_t levels, int code) {
-    const uint32_t two = __shfl_sync(~0u, levels, code % 8, 8);
-    return __half2float(__ushort_as_half(uint16_t(BITS == 4 && code >= 8 ? two >> 16 : two)));
-}
+    __device__ __forceinline__ void load(const LutWeights& w, int64_t output, const Place& place, int t) {
+        if (place.block < 0 || output >= w.outputs) return;
+        const uint8_t* block = w.codes + (output * (w.columns / LUT_BLOCK) + place.block) * (8 * BITS);
+        if constexpr (BITS == 4) codes = __ldcs(reinterpret_cast<const uint32_t*>(block) + t);
+        else codes = __ldcs(reinterpret_cast<const uint16_t*>(block) + t);
+        if constexpr (BITS == 3) codes |= uint32_t(__ldcs(block + 16 + t)) << 16;
+        const auto* table =
+            reinterpret_cast<const uint16_t*>(w.levels + (output * w.tables + place.table) * (1 << BITS));
+        levels = __ldg(table + t % (1 << BITS));
+        if constexpr (BITS == 4) levels |= uint32_t(__ldg(table + 8 + t)) << 16;
+        scale = __half2float(w.scales[output * w.groups + place.group]);
+    }
+
+    /// The level of column 8 i + t. All lanes ask at once.
+    __device__ __forceinline__ float level(int i) const {
+        int code = codes >> BITS * i & ((1 << BITS) - 1);
+        if constexpr (BITS == 3) code = (codes >> 2 * i & 3) | (codes >> (16 + i) & 1) << 2;
+        const uint32_t two = __shfl_sync(~0u, levels, code % 8, 8);
+        return __half2float(__ushort_as_half(uint16_t(BITS == 4 && code >= 8 ? two >> 16 : two)));
+    }
+};
 
 template <class T, int BITS, int ROWS>
 __device__ void lut_product(const T* x, const Rows& r, const LutWeights& w, float* out) {
@@ -59,18 +71,18 @@ __device__ void lut_product(const T* x, const Rows& r, const LutWeights& w, floa
     constexpr int STEPS = ROWS <= 2 ? 2 : 1, SPAN = STEPS * LUT_WARPS * LUT_STEP;
     __shared__ float sums[2][LUT_WARPS][LUT_OUTPUTS * ROWS];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, t = lane % 8;
-    const int64_t bytes = w.columns / 8 * BITS;
     const int64_t blocks_a_table = w.columns / LUT_BLOCK / w.tables, blocks_a_group = w.columns / LUT_BLOCK / w.groups;
     int turn = 0;
     for (int64_t begin = 0; begin < w.columns; begin += SPAN) {
         float values[STEPS][8][ROWS];
-        int64_t block[STEPS];
+        Place place[STEPS];
 #pragma unroll
         for (int s = 0; s < STEPS; ++s) {
-            block[s] = begin / LUT_BLOCK + (s * LUT_WARPS + warp) * (LUT_STEP / LUT_BLOCK) + lane / 8;
+            const int64_t block = begin / LUT_BLOCK + (s * LUT_WARPS + warp) * (LUT_STEP / LUT_BLOCK) + lane / 8;
+            place[s] = Place(w, block);
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                const int64_t column = block[s] * LUT_BLOCK + 8 * i + t;
+                const int64_t column = block * LUT_BLOCK + 8 * i + t;
 #pragma unroll
                 for (int row = 0; row < ROWS; ++row) {
                     const bool is = column < w.inputs && row < r.n;
@@ -82,29 +94,21 @@ __device__ void lut_product(const T* x, const Rows& r, const LutWeights& w, floa
             float partial[LUT_OUTPUTS][ROWS] = {};
 #pragma unroll
             for (int s = 0; s < STEPS; ++s) {
-                const bool is = block[s] * LUT_BLOCK < w.columns;
-                uint32_t codes[LUT_OUTPUTS] = {}, levels[LUT_OUTPUTS] = {};
-                float scale[LUT_OUTPUTS] = {};
+                Codes<BITS> codes[LUT_OUTPUTS];
 #pragma unroll
-                for (int j = 0; j < LUT_OUTPUTS; ++j) {
-                    const int64_t o = tile * LUT_OUTPUTS + j;
-                    if (!is || o >= w.outputs) continue;
-                    codes[j] = load_codes<BITS>(w.codes + o * bytes + block[s] * (8 * BITS), t);
-                    const int64_t table = o * w.tables + block[s] / blocks_a_table;
-                    levels[j] = load_levels<BITS>(w.levels + table * (1 << BITS), t);
-                    scale[j] = __half2float(w.scales[o * w.groups + block[s] / blocks_a_group]);
-                }
+                for (int j = 0; j < LUT_OUTPUTS; ++j) codes[j].load(w, tile * LUT_OUTPUTS + j, place[s], t);
 #pragma unroll
                 for (int j = 0; j < LUT_OUTPUTS; ++j) {
                     float sum[ROWS] = {};
 #pragma unroll
                     for (int i = 0; i < 8; ++i) {
-                        const float v = level<BITS>(levels[j], code_at<BITS>(codes[j], i));
+                        const float v = codes[j].level(i);
 #pragma unroll
                         for (int row = 0; row < ROWS; ++row) sum[row] = fmaf(v, values[s][i][row], sum[row]);
                     }
 #pragma unroll
-                    for (int row = 0; row < ROWS; ++row) partial[j][row] = fmaf(sum[row], scale[j], partial[j][row]);
+                    for (int row = 0; row < ROWS; ++row)
+                        partial[j][row] = fmaf(sum[row], codes[j].scale, partial[j][row]);
                 }
             }
             for (int64_t e = threadIdx.x; begin == 0 && e < w.outliers; e += THREADS) {
@@ -142,12 +146,39 @@ __device__ void lut_product(const T* x, const Rows& r, const LutWeights& w, floa
     }
 }
 
+/// The weights of `count` outputs from `first` on, f32 `(count, inputs)`, for products of many rows. A warp takes an
+/// output.
+template <int BITS>
+__device__ void lut_decode(const LutWeights& w, int64_t first, int64_t count, float* out) {
+    const int lane = threadIdx.x % WARP, t = lane % 8;
+    for (int64_t at = global_thread() / WARP; at < count; at += all_threads() / WARP) {
+        float* const row = out + at * w.inputs;
+        for (int64_t begin = 0; begin < w.columns; begin += LUT_STEP) {
+            const Place place(w, begin / LUT_BLOCK + lane / 8);
+            Codes<BITS> codes;
+            codes.load(w, first + at, place, t);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const float v = codes.level(i) * codes.scale;
+                const int64_t column = place.block * LUT_BLOCK + 8 * i + t;
+                if (place.block >= 0 && column < w.inputs) row[column] = v;
+            }
+        }
+        __syncwarp();
+        for (int64_t e = lane; e < w.outliers; e += WARP) {
+            const int64_t of = (first + at) * w.outliers + e;
+            row[w.places[of]] += __half2float(w.extra[of]);
+        }
+    }
+}
+
 #define KERNEL(name, T, bits, rows)                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS) lut_product_##bits##_##rows##_##name(                        \
         const T* x, Rows r, const uint8_t* codes, const __half* levels, const __half* scales, const uint32_t* places,  \
-        const __half* extra, int64_t outputs, int64_t columns, int64_t tables, int64_t groups, int64_t outliers,       \
-        float* out) {                                                                                                  \
-        const LutWeights w = {codes, levels, scales, places, extra, outputs, r.d, columns, tables, groups, outliers};  \
+        const __half* extra, int64_t outputs, int64_t inputs, int64_t columns, int64_t tables, int64_t groups,         \
+        int64_t outliers, float* out) {                                                                                \
+        const LutWeights w = {                                                                                         \
+            codes, levels, scales, places, extra, outputs, inputs, columns, tables, groups, outliers};                 \
         lut_product<T, bits, rows>(x, r, w, out);                                                                      \
     }
 #define WIDTHS(name, T, bits) KERNEL(name, T, bits, 1) KERNEL(name, T, bits, 2) KERNEL(name, T, bits, 4)
@@ -155,4 +186,18 @@ __device__ void lut_product(const T* x, const Rows& r, const LutWeights& w, floa
 FOR_EACH_TYPE(INSTANCE)
 #undef INSTANCE
 #undef WIDTHS
+#undef KERNEL
+
+#define KERNEL(bits)                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        lut_decode_##bits(const uint8_t* codes, const __half* levels, const __half* scales, const uint32_t* places,    \
+                          const __half* extra, int64_t outputs, int64_t inputs, int64_t columns, int64_t tables,       \
+                          int64_t groups, int64_t outliers, int64_t first, int64_t count, float* out) {                \
+        const LutWeights w = {                                                                                         \
+            codes, levels, scales, places, extra, outputs, inputs, columns, tables, groups, outliers};                 \
+        lut_decode<bits>(w, first, count, out);                                                                        \
+    }
+KERNEL(2)
+KERNEL(3)
+KERNEL(4)
 #undef KERNEL

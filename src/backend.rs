@@ -11,7 +11,7 @@ use crate::{
     plan::{arch::Arch, on_chip::FitResident, sort::Sort},
     ranks::{Ranks, Rendezvous},
     request::{
-        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, LutProduct, OnChipFit, Routed, Update,
+        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, LutMatrix, OnChipFit, Routed, Update,
     },
     rng::Draw,
     rows::Rows,
@@ -19,6 +19,7 @@ use crate::{
 };
 use candle_core::{DType, Device, Storage, Tensor};
 use std::cell::Cell;
+use std::ops::Range;
 
 thread_local!(static SORTS: Cell<u64> = const { Cell::new(0) });
 
@@ -158,7 +159,12 @@ pub(crate) trait Backend {
     }
 
     /// None where there is no kernel for it.
-    fn lut_product(&self, _: &LutProduct<'_>) -> Result<Option<Tensor>> {
+    fn lut_product(&self, _: &Rows, _: &LutMatrix<'_>) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// None where there is no kernel for it.
+    fn lut_decode(&self, _: &LutMatrix<'_>, _: Range<usize>) -> Result<Option<Tensor>> {
         Ok(None)
     }
 }

@@ -342,19 +342,20 @@ pub(crate) struct RoutedGroups {
     pub choosers: Option<(Tensor, Order)>,
 }
 
-/// Rows to be multiplied by a matrix of weights that are looked up: a weight is the level that its code names in a table of its row, times
+/// A matrix of weights that are looked up: a weight is the level that its code names in a table of its row, times
 /// the scale of its group.
 ///
 /// The codes of [`BLOCK`](Self::BLOCK) columns of an output lie in `8 * bits` bytes. Eight fields of as many bits as a code make a number,
 /// the first in the low bits; field `i` of number `t` is the code of column `8 i + t`. Codes of three bits are fields of two for their low
 /// bits, in numbers of 16, and after these fields of one, in bytes.
 #[derive(Clone, Copy)]
-pub(crate) struct LutProduct<'a> {
-    /// `(1, m, inputs)`.
-    pub x: &'a Rows<'a>,
+pub(crate) struct LutMatrix<'a> {
+    /// Columns that count; those after them are zeros.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub inputs: usize,
     /// Of a code: 2, 3 or 4.
     pub bits: usize,
-    /// u8 `(outputs, bytes)`: whole blocks. Columns from `inputs` on count for nothing.
+    /// u8 `(outputs, bytes)`: whole blocks.
     pub codes: &'a Tensor,
     /// f16 `(outputs, tables, 2^bits)`: each for as many blocks.
     pub levels: &'a Tensor,
@@ -372,7 +373,7 @@ pub(crate) struct Outliers<'a> {
     pub values: &'a Tensor,
 }
 
-impl LutProduct<'_> {
+impl LutMatrix<'_> {
     /// Columns whose codes lie together.
     pub const BLOCK: usize = 64;
 

@@ -10,7 +10,8 @@ use super::{
 use crate::{
     error::Result,
     host,
-    request::LutProduct,
+    request::LutMatrix,
+    rows::Rows,
     tiles::{CPU_LUT_OUTPUTS, CPU_LUT_ROWS},
 };
 use candle_core::Tensor;
@@ -22,40 +23,40 @@ use pulp::{cast, x86::V3};
 use std::arch::x86_64::{__m256, __m256i};
 
 const OP: &str = "lut_product";
-/// Columns whose codes lie together, as [`LutProduct`] has them: eight vectors.
-const BLOCK: usize = LutProduct::BLOCK;
+/// Columns whose codes lie together, as [`LutMatrix`] has them: eight vectors.
+const BLOCK: usize = LutMatrix::BLOCK;
 const LANES: usize = 8;
 /// Levels of a table, at most.
 const LEVELS: usize = 16;
 
-pub(super) fn product(p: &LutProduct<'_>) -> Result<Tensor> {
-    let (m, columns) = (p.x.n, p.columns());
-    let (few, none) = (m <= CPU_LUT_ROWS, p.levels);
-    let [x, codes, levels, scales, places, extra] = lock([
-        &p.x.operand,
-        p.codes,
-        p.levels,
-        p.scales,
-        or(p.outliers.map(|o| o.columns), none),
-        or(p.outliers.map(|o| o.values), none),
+pub(super) fn product(x: &Rows, w: &LutMatrix<'_>) -> Result<Tensor> {
+    let (m, columns) = (x.n, w.columns());
+    let (few, none) = (m <= CPU_LUT_ROWS, w.levels);
+    let [xs, codes, levels, scales, places, extra] = lock([
+        &x.operand,
+        w.codes,
+        w.levels,
+        w.scales,
+        or(w.outliers.map(|o| o.columns), none),
+        or(w.outliers.map(|o| o.values), none),
     ]);
-    let rows = typed!(p.x.dtype(), T => padded::<T>(&x.view(p.x)?, columns))?;
-    let outliers = match p.outliers {
+    let rows = typed!(x.dtype(), T => padded::<T>(&xs.view(x)?, columns))?;
+    let outliers = match w.outliers {
         Some(_) => (places.flat::<u32>()?, extra.flat::<f16>()?),
         None => (&[][..], &[][..]),
     };
     let weights = Weights {
-        bits: p.bits,
+        bits: w.bits,
         columns,
         codes: codes.flat()?,
         levels: levels.flat()?,
         scales: scales.flat()?,
-        tables: p.levels.dims()[1],
-        groups: p.scales.dims()[1],
+        tables: w.levels.dims()[1],
+        groups: w.scales.dims()[1],
         outliers,
-        outliers_each: p.outliers.map_or(Ok(0), |o| o.columns.dim(1))?,
+        outliers_each: w.outliers.map_or(Ok(0), |o| o.columns.dim(1))?,
     };
-    let outputs = p.codes.dims()[0];
+    let outputs = w.codes.dims()[0];
     let mut out = host::filled(OP, outputs * m, 0f32)?;
     let tiles = out.chunks_mut(CPU_LUT_OUTPUTS * m).zip((0..).step_by(CPU_LUT_OUTPUTS)).collect();
     let scratch = || if few { vec![] } else { vec![0f32; CPU_LUT_OUTPUTS * columns] };
@@ -94,7 +95,7 @@ fn padded<T: Element>(x: &View<'_, T>, columns: usize) -> Result<Vec<f32>> {
     Ok(rows)
 }
 
-/// Weights as [`LutProduct`] has them, in memory.
+/// Weights as [`LutMatrix`] has them, in memory.
 struct Weights<'a> {
     bits: usize,
     /// Columns of a row, whole blocks.

@@ -46,9 +46,7 @@ use crate::{
     metric::Metric,
     operand::{Readable, Target},
     plan::{arch::Arch, sort::Sort},
-    request::{
-        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, LutProduct, OnChipFit, Update,
-    },
+    request::{Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, LutMatrix, OnChipFit, Update},
     rng::Draw,
     rows::Rows,
 };
@@ -169,7 +167,7 @@ impl Backend for Cpu {
         attend_coded::attend_coded(a)
     }
 
-    fn lut_product(&self, p: &LutProduct<'_>) -> Result<Option<Tensor>> {
-        lut::product(p).map(Some)
+    fn lut_product(&self, x: &Rows, w: &LutMatrix<'_>) -> Result<Option<Tensor>> {
+        lut::product(x, w).map(Some)
     }
 }

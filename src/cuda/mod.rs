@@ -38,7 +38,7 @@ use crate::{
     operand::{Readable, Target},
     plan::{arch::Arch, on_chip::FitResident, sort::Sort},
     request::{
-        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, LutProduct, OnChipFit, Routed, Update,
+        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, LutMatrix, OnChipFit, Routed, Update,
     },
     rng::Draw,
     rows::Rows,
@@ -46,6 +46,7 @@ use crate::{
 };
 use candle_core::{DType, Device, Storage, Tensor};
 use staging::{is_page_locked, Copies, PageLocked};
+use std::ops::Range;
 use tensors::typed;
 
 /// An NVIDIA GPU.
@@ -210,7 +211,11 @@ impl Backend for Cuda {
         route::route(r, memory)
     }
 
-    fn lut_product(&self, p: &LutProduct<'_>) -> Result<Option<Tensor>> {
-        lut::lut_product(p)
+    fn lut_product(&self, x: &Rows, w: &LutMatrix<'_>) -> Result<Option<Tensor>> {
+        lut::lut_product(x, w)
+    }
+
+    fn lut_decode(&self, w: &LutMatrix<'_>, outputs: Range<usize>) -> Result<Option<Tensor>> {
+        lut::lut_decode(w, outputs).map(Some)
     }
 }

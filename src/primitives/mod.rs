@@ -25,7 +25,7 @@ use crate::{
     problem,
     ranks::{Ranks, Rendezvous},
     request::{
-        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, Labels, LutProduct, OnChipFit, Order,
+        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, Labels, LutMatrix, OnChipFit, Order,
         Reduction, Routed, Summands, Update,
     },
     rng::Draw,
@@ -36,6 +36,7 @@ use candle_core::{DType, Device, Shape, Storage, Tensor};
 pub(crate) use pieces::{
     check_count, check_counted, contiguous, contiguous_operand, copy, elementwise, overwrite, pieces,
 };
+use std::ops::Range;
 
 /// The back end of a device, which is asked for `op`.
 fn on(device: &Device, op: &'static str) -> Result<&'static dyn Backend> {
@@ -393,11 +394,19 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
 }
 
 /// The products of rows `(1, m, inputs)` with weights that are codes, f32 `(m, outputs)`; nothing where there is no kernel for it.
-pub(crate) fn lut_product(p: &LutProduct<'_>) -> Result<Option<Tensor>> {
+pub(crate) fn lut_product(x: &Rows, w: &LutMatrix<'_>) -> Result<Option<Tensor>> {
     if forced() {
         return Ok(None);
     }
-    on(p.x.device(), "lut_product")?.lut_product(p)
+    on(x.device(), "lut_product")?.lut_product(x, w)
+}
+
+/// The weights of some outputs, f32 `(some, inputs)`; nothing where there is no kernel for it.
+pub(crate) fn lut_decode(w: &LutMatrix<'_>, outputs: Range<usize>) -> Result<Option<Tensor>> {
+    if forced() {
+        return Ok(None);
+    }
+    on(w.codes.device(), "lut_decode")?.lut_decode(w, outputs)
 }
 
 /// Rows in each cluster, u32 `(..batch, k)`, by where clusters begin and end in their order, u32 `(..batch, k + 1)`.

@@ -238,9 +238,13 @@ fn greedy_starts_find_separate_blobs() {
     assert!(exact(&plain) < exact(&greedy), "{best}: {plain:?}");
 }
 
-/// The centroids that rows in memory, prepared and of a stream start from.
-fn starts(settings: &KMeans, x: &Tensor) -> Vec<Rows> {
+/// The centroids that rows in memory, prepared and of a stream start from, with these weights.
+fn starts(settings: &KMeans, weights: Option<&Tensor>, x: &Tensor) -> Vec<Rows> {
     let settings = settings.clone().max_iters(0);
+    let weigh = |weights: &Tensor| settings.clone().sample_weights(weights);
+    // A stream's are on the host.
+    let streamed = weights.map_or(settings.clone(), |w| weigh(&w.to_device(&Device::Cpu).unwrap()));
+    let settings = weights.map_or(settings.clone(), |w| weigh(&w.to_device(x.device()).unwrap()));
     let start = |fit: candle_flash_kmeans::Fit| problems(&fit.centroids).remove(0);
     let mut prepared = settings.prepare(x.shape(), x.dtype(), x.device()).unwrap();
     prepared.run(x).unwrap();
@@ -249,7 +253,7 @@ fn starts(settings: &KMeans, x: &Tensor) -> Vec<Rows> {
     vec![
         start(settings.fit(x).unwrap()),
         problems(prepared.centroids()).remove(0),
-        start(settings.fit_stream(&source, &options).unwrap()),
+        start(streamed.fit_stream(&source, &options).unwrap()),
     ]
 }
 
@@ -269,16 +273,16 @@ fn rows_of_no_direction_and_of_no_weight_are_no_seeds() {
             let (x, weights) = (x.to_device(&device).unwrap(), weights.to_device(&device).unwrap());
             for (init, seed) in DRAWN.into_iter().flat_map(|init| (0..4).map(move |seed| (init.clone(), seed))) {
                 let cosine = KMeans::new(20).metric(Metric::Cosine).init(init.clone()).seed(seed);
-                for start in starts(&cosine, &x) {
+                for start in starts(&cosine, None, &x) {
                     assert!(start.iter().all(|c| c.iter().any(|&v| v != 0.0)), "{init:?}: a row of no direction");
                 }
-                let weighted = KMeans::new(20).init(init.clone()).seed(seed).sample_weights(&weights);
+                let weighted = KMeans::new(20).init(init.clone()).seed(seed);
                 let weighted_rows: Rows = (0..n).filter(|&i| all[i] > 0.0).map(|i| directed[i].clone()).collect();
-                for start in starts(&weighted, &x) {
+                for start in starts(&weighted, Some(&weights), &x) {
                     assert!(start.iter().all(|c| weighted_rows.contains(c)), "{init:?}: a row of no weight");
                 }
                 let both = weighted.metric(Metric::Cosine);
-                for start in starts(&both, &x) {
+                for start in starts(&both, Some(&weights), &x) {
                     let good = |c: &Vec<f64>| weighted_rows.contains(c) && c.iter().any(|&v| v != 0.0);
                     assert!(start.iter().all(good), "{init:?}: a row of no weight or direction");
                 }
@@ -286,7 +290,7 @@ fn rows_of_no_direction_and_of_no_weight_are_no_seeds() {
             // More clusters than rows that weigh something: all of these are seeds.
             let few = tensor(&[n], DType::F32, |i| if i % 50 == 1 { 1.0 } else { 0.0 }).to_device(&device).unwrap();
             for init in DRAWN {
-                for start in starts(&KMeans::new(20).init(init.clone()).sample_weights(&few), &x) {
+                for start in starts(&KMeans::new(20).init(init.clone()), Some(&few), &x) {
                     let missing = (0..n).filter(|i| i % 50 == 1).find(|&i| !start.contains(&directed[i]));
                     assert_eq!(missing, None, "{init:?}");
                 }
@@ -305,8 +309,8 @@ fn rows_of_no_weight_are_no_seeds_among_tiny_distances() {
     for device in devices() {
         let (x, weights) = (x.to_device(&device).unwrap(), weights.to_device(&device).unwrap());
         for (init, seed) in DRAWN.into_iter().flat_map(|init| (0..4).map(move |seed| (init.clone(), seed))) {
-            let settings = KMeans::new(12).init(init.clone()).seed(seed).sample_weights(&weights);
-            for start in starts(&settings, &x) {
+            let settings = KMeans::new(12).init(init.clone()).seed(seed);
+            for start in starts(&settings, Some(&weights), &x) {
                 assert!(start.iter().all(|c| weighted.contains(c)), "{init:?}: a row of no weight");
             }
         }
@@ -322,7 +326,7 @@ fn rows_are_taken_once() {
         let x = x.to_device(&device).unwrap();
         for (init, k) in DRAWN.into_iter().flat_map(|init| [19, 20, 25, 40, 60].map(|k| (init.clone(), k))) {
             for seed in 0..6 {
-                for start in starts(&KMeans::new(k).init(init.clone()).seed(seed), &x) {
+                for start in starts(&KMeans::new(k).init(init.clone()).seed(seed), None, &x) {
                     let often = |v: f64| start.iter().filter(|c| c[0] == v).count();
                     assert!((0..60).all(|i| often(values(i)) <= 3), "{init:?} {k}: {start:?}");
                     let spread = !matches!(init, Init::Random | Init::Even);

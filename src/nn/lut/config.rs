@@ -2,7 +2,7 @@
 
 use crate::{
     error::{Error, Result},
-    request::LutProduct,
+    request::LutMatrix,
 };
 
 /// Settings of weights that are looked up.
@@ -30,8 +30,8 @@ impl LutConfig {
         if !(2..=4).contains(&bits) {
             return Err(Error::Range { argument: "bits", got: bits, min: 2, max: 4 });
         }
-        if !group_size.is_multiple_of(LutProduct::BLOCK) {
-            let with = format!("codes of {} columns that lie together", LutProduct::BLOCK);
+        if !group_size.is_multiple_of(LutMatrix::BLOCK) {
+            let with = format!("codes of {} columns that lie together", LutMatrix::BLOCK);
             return Err(Error::Conflict { argument: "group_size", got: group_size.to_string(), with });
         }
         if outliers > inputs {
@@ -47,7 +47,7 @@ impl LutConfig {
     /// The columns of a group, and those that an output of so many has codes for: whole groups.
     pub(super) fn columns(&self, inputs: usize) -> (usize, usize) {
         let group = match self.group_size {
-            0 => inputs.next_multiple_of(LutProduct::BLOCK),
+            0 => inputs.next_multiple_of(LutMatrix::BLOCK),
             size => size,
         };
         (group, inputs.next_multiple_of(group))

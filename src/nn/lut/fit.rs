@@ -1,13 +1,13 @@
 //! Weights of an output become scales, levels and codes.
 
 use super::{pack::pack, LutConfig};
-use crate::{error::Result, host, optimal::Solver, request::LutProduct};
+use crate::{error::Result, host, optimal::Solver, request::LutMatrix};
 use half::f16;
 
 /// Steps that a weight of a level takes, in those of [`host::for_each`].
 const STEPS: usize = 30;
 
-/// What is stored of all outputs, as [`LutProduct`] has it.
+/// What is stored of all outputs, as [`LutMatrix`] has it.
 pub(super) struct Stored {
     pub codes: Vec<u8>,
     pub levels: Vec<f16>,
@@ -147,6 +147,6 @@ impl Output<'_> {
             let most = f16::MAX.to_f64();
             *value = f16::from_f64((f64::from(self.weights[i]) - level * scale).clamp(-most, most));
         }
-        debug_assert!(columns.is_multiple_of(LutProduct::BLOCK));
+        debug_assert!(columns.is_multiple_of(LutMatrix::BLOCK));
     }
 }

@@ -3,7 +3,7 @@
 use crate::{
     error::{Error, Result},
     primitives, problem,
-    request::{LutProduct, Outliers},
+    request::{LutMatrix, Outliers},
     rows::Rows,
     saved::{all_finite, Saved},
 };
@@ -32,7 +32,7 @@ const DECODED: usize = 1 << 24;
 pub struct LutWeights {
     config: LutConfig,
     inputs: usize,
-    /// As [`LutProduct`] has them.
+    /// As [`LutMatrix`] has them.
     codes: Tensor,
     levels: Tensor,
     scales: Tensor,
@@ -172,10 +172,13 @@ impl LutWeights {
 
     /// By the kernel of a device, if it has one.
     fn looked_up(&self, rows: &Tensor) -> Result<Option<Tensor>> {
+        primitives::lut_product(&Rows::new(&rows.unsqueeze(0)?)?, &self.matrix())
+    }
+
+    fn matrix(&self) -> LutMatrix<'_> {
         let outliers = self.outliers.as_ref().map(|(columns, values)| Outliers { columns, values });
-        let Self { codes, levels, scales, .. } = self;
-        let x = Rows::new(&rows.unsqueeze(0)?)?;
-        primitives::lut_product(&LutProduct { x: &x, bits: self.config.bits, codes, levels, scales, outliers })
+        let Self { inputs, codes, levels, scales, .. } = self;
+        LutMatrix { inputs: *inputs, bits: self.config.bits, codes, levels, scales, outliers }
     }
 
     /// By Candle's products with weights that are decoded tile by tile.
@@ -192,6 +195,9 @@ impl LutWeights {
 
     /// The weights of so many outputs, f32.
     fn decoded(&self, first: usize, count: usize) -> Result<Tensor> {
+        if let Some(weights) = primitives::lut_decode(&self.matrix(), first..first + count)? {
+            return Ok(weights);
+        }
         let part = |t: &Tensor| t.narrow(0, first, count)?.contiguous();
         let [levels, scales] = [&self.levels, &self.scales].map(|t| part(t)?.to_dtype(DType::F32));
         let (levels, scales) = (levels?, scales?);

@@ -1,6 +1,6 @@
-//! Codes as they lie in memory ([`LutProduct`]).
+//! Codes as they lie in memory ([`LutMatrix`]).
 
-use crate::{error::Result, request::LutProduct};
+use crate::{error::Result, request::LutMatrix};
 use candle_core::{DType, Tensor};
 
 /// Numbers of a block, each of as many fields.
@@ -16,7 +16,7 @@ const fn planes(bits: usize) -> &'static [usize] {
 
 /// Writes codes, whole blocks, to bytes that are zeros.
 pub(super) fn pack(codes: &[u8], bits: usize, bytes: &mut [u8]) {
-    let blocks = codes.chunks_exact(LutProduct::BLOCK).zip(bytes.chunks_exact_mut(LANES * bits));
+    let blocks = codes.chunks_exact(LutMatrix::BLOCK).zip(bytes.chunks_exact_mut(LANES * bits));
     for (codes, bytes) in blocks {
         let (mut first_byte, mut first_bit) = (0, 0);
         for &width in planes(bits) {
@@ -51,7 +51,7 @@ pub(super) fn unpack(bytes: &Tensor, bits: usize) -> Result<Tensor> {
         codes = (codes + (Tensor::stack(&fields, 2)? * (1u32 << first_bit) as f64)?)?;
         (first_byte, first_bit) = (first_byte + LANES * width, first_bit + width);
     }
-    Ok(codes.reshape((outputs, blocks * LutProduct::BLOCK))?.to_dtype(DType::U32)?)
+    Ok(codes.reshape((outputs, blocks * LutMatrix::BLOCK))?.to_dtype(DType::U32)?)
 }
 
 #[cfg(test)]
