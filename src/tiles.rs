@@ -183,10 +183,10 @@ pub const ROUTE_THREADS: usize = 128;
 pub const ROUTE_KEYS: usize = 64;
 /// Rows that `lut.cu` multiplies at most.
 pub const LUT_ROWS: usize = 4;
-/// Outputs that a thread block of it has under way at once.
-pub const LUT_OUTPUTS: usize = 4;
+/// Columns of a row whose values a thread block of it keeps at a time.
+pub const LUT_COLUMNS: usize = 4096;
 /// Such blocks of a multiprocessor.
-pub const LUT_BLOCKS: usize = 4;
+pub const LUT_BLOCKS: usize = 2;
 /// Threads of a block of every other kernel.
 pub const THREADS: usize = 256;
 /// Cells that one block walks in a pass over a matrix, and keys or labels in a pass over a list.

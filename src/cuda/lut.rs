@@ -11,7 +11,7 @@ use crate::{
     error::Result,
     request::LutMatrix,
     rows::Rows,
-    tiles::{LUT_BLOCKS, LUT_OUTPUTS, LUT_ROWS, THREADS},
+    tiles::{LUT_BLOCKS, LUT_COLUMNS, LUT_ROWS, THREADS},
 };
 use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, Tensor};
 use half::f16;
@@ -19,7 +19,7 @@ use std::ops::Range;
 
 /// The sizes of a matrix, and where it lies, for a launch.
 macro_rules! launch_lut {
-    ($w:ident, $dev:ident, $name:expr, $suffix:expr, $grid:expr; $($before:expr),*; $($after:expr),*) => {{
+    ($w:ident, $dev:ident, $name:expr, $suffix:expr, $grid:expr, $shared:expr; $($before:expr),*; $($after:expr),*) => {{
         let (codes, levels, scales) = (read($w.codes), read($w.levels), read($w.scales));
         let outliers = $w.outliers.map(|o| (read(o.columns), read(o.values)));
         let places = outliers.as_ref().map(|(columns, _)| columns.view::<u32>()).transpose()?;
@@ -27,7 +27,7 @@ macro_rules! launch_lut {
         let each = $w.outliers.map_or(Ok(0), |o| o.columns.dim(1))? as i64;
         let (outputs, inputs, columns) = ($w.codes.dims()[0] as i64, $w.inputs as i64, $w.columns() as i64);
         let (tables, groups) = ($w.levels.dims()[1] as i64, $w.scales.dims()[1] as i64);
-        launch!($dev, Lut, $name, $suffix, $grid, THREADS;
+        launch!($dev, Lut, $name, $suffix, $grid, THREADS, $shared;
             $($before,)* &codes.view::<u8>()?, &levels.view::<f16>()?, &scales.view::<f16>()?, Nullable(&places),
             Nullable(&extra), &outputs, &inputs, &columns, &tables, &groups, &each, $($after),*)
     }};
@@ -42,8 +42,9 @@ pub(crate) fn lut_product(x: &Rows, w: &LutMatrix<'_>) -> Result<Option<Tensor>>
         let dev = device(&x.operand)?;
         let mut out = alloc::<f32>(dev, "lut_product", elements(&[x.n, outputs]))?;
         let xs = read(&x.operand);
-        let blocks = outputs.div_ceil(LUT_OUTPUTS).min(LUT_BLOCKS * processors(dev)?);
-        launch_lut!(w, dev, product_name(w.bits, x.n.next_power_of_two()), T::SUFFIX, blocks;
+        let rows = x.n.next_power_of_two();
+        let (blocks, shared) = (warps(outputs).min(LUT_BLOCKS * processors(dev)?), 4 * LUT_COLUMNS * rows);
+        launch_lut!(w, dev, product_name(w.bits, rows), T::SUFFIX, blocks, shared;
             &xs.view::<T>()?, &shape(x); &mut out)?;
         Ok(Some(tensor(dev, out, (x.n, outputs))))
     })
@@ -54,7 +55,7 @@ pub(crate) fn lut_decode(w: &LutMatrix<'_>, outputs: Range<usize>) -> Result<Ten
     let mut out = alloc::<f32>(dev, "lut_decode", elements(&[outputs.len(), w.inputs]))?;
     let name = ["lut_decode_2", "lut_decode_3", "lut_decode_4"][w.bits - 2];
     let (first, count) = (outputs.start as i64, outputs.len() as i64);
-    launch_lut!(w, dev, name, "", warps(outputs.len()); ; &first, &count, &mut out)?;
+    launch_lut!(w, dev, name, "", warps(outputs.len()), 0; ; &first, &count, &mut out)?;
     Ok(tensor(dev, out, (outputs.len(), w.inputs)))
 }
 
