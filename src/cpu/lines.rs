@@ -13,7 +13,7 @@ pub(super) const PAIR: usize = AMX_ROWS;
 pub(super) const STEP: usize = 32;
 /// Least normal magnitude: numbers below it are zeros to the unit.
 pub(super) const FLUSHED: f64 = f32::MIN_POSITIVE as f64;
-/// In units of `2^-24`: what a step is off by of its products, and what each step adds to that.
+/// The error of one step, in units of `2^-24` of its products' magnitudes. Each step adds a unit of the accumulator's.
 pub(super) const STEP_UNITS: usize = 18;
 
 /// A row of a tile register.
