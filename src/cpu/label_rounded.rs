@@ -70,8 +70,9 @@ impl<T: Element<Filter = f32>> Tile<'_, T> {
         if places.is_empty() {
             return Ok(compared);
         }
+        // Other problems may have had fewer centroids to score.
         let most = CPU_ROWS * CPU_CENTROIDS.min(self.centroids.bias.len());
-        if scores.is_empty() {
+        if scores.len() < most {
             *scores = host::filled("assign", most, 0.0)?;
         }
         let candidates = &mut candidates[..places.len()];

@@ -92,6 +92,22 @@ fn batches_and_layouts() {
     }
 }
 
+/// Problems of a batch that score different numbers of centroids, since some repeat each other, for rows that are near hundreds of
+/// them: in two groups so far apart and so tight that what is rounded says little.
+#[test]
+fn crowded_problems_of_different_sizes() {
+    let mut rng = rng(39);
+    let (b, n, k, d) = (18, 300, 900, 32);
+    let groups = |shape: &[usize], rng: &mut ChaCha8Rng| {
+        let values = f64s(&uniform(shape, 0.0, 0.25, DType::F32, rng));
+        tensor(shape, DType::F32, |i| values[i] + if i / d % 2 == 0 { 100.0 } else { -100.0 })
+    };
+    let (x, all) = (groups(&[b, n, d], &mut rng), groups(&[1, k, d], &mut rng));
+    let some = all.narrow(1, 0, k / 6).unwrap().repeat((1, 6, 1)).unwrap();
+    let turns: Vec<_> = (0..b).map(|i| if i % 2 == 0 { &some } else { &all }).collect();
+    check(&x, &Tensor::cat(&turns, 0).unwrap(), Metric::SquaredEuclidean, "crowded");
+}
+
 /// Codebooks that stay on chip while a block goes through several problems, and last tiles of every width.
 #[test]
 fn small_codebooks() {
