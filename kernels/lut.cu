@@ -199,8 +199,8 @@ __device__ void lut_decode(const LutWeights& w, int64_t first, int64_t count, fl
         }
         __syncwarp();
         for (int64_t e = lane; e < w.outliers; e += WARP) {
-            const int64_t of = (first + at) * w.outliers + e;
-            row[w.places[of]] += __half2float(w.extra[of]);
+            const int64_t outlier = (first + at) * w.outliers + e;
+            row[w.places[outlier]] += __half2float(w.extra[outlier]);
         }
     }
 }

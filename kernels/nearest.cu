@@ -5,7 +5,7 @@
 // Traffic: X once, the centroids once for each row, from the caches, and m numbers and indices a row.
 #include "exact/argmin.cuh"
 
-/// Whether `a` is nearer, or as near and of a lower index.
+/// True if `a` is nearer than `b`, or as near and of a lower index.
 __device__ __forceinline__ bool before(const Best& a, const Best& b) {
     return a.distance < b.distance || (a.distance == b.distance && a.index < b.index);
 }

@@ -114,7 +114,7 @@ __device__ Lowest block_lowest(Lowest low) {
     return low;
 }
 
-/// Whether `b` comes after `a` in a race.
+/// True if `b` comes after `a` in a race.
 __device__ __forceinline__ bool after(Lowest a, Lowest b) { return a.key < b.key || (a.key == b.key && a.row < b.row); }
 
 /// The same lowest row to all threads.
@@ -238,8 +238,8 @@ __device__ void try_rows(const T* x, const Rows& r, double* nearest, int64_t tri
                 F of_c[TRIED], sums[TRIED];
 #pragma unroll
                 for (int e = 0; e < TRIED; ++e) {
-                    const bool there = t0 + e < count && tried[t0 + e] != UINT32_MAX;
-                    const int64_t seed = there ? tried[t0 + e] : row;
+                    const bool drawn = t0 + e < count && tried[t0 + e] != UINT32_MAX;
+                    const int64_t seed = drawn ? tried[t0 + e] : row;
                     c[e] = row_of(x, r, b, seed), sums[e] = 0;
                     of_c[e] = norms && counts ? reciprocal<F>(norms[b * r.n + seed]) : F(1);
                 }

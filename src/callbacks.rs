@@ -1,8 +1,8 @@
-//! What the callbacks of a fit are told.
+//! The callbacks of a fit, and the progress that they are told.
 
 use std::{fmt, ops::ControlFlow, sync::Arc};
 
-/// How many of its first centroids a run has chosen, as [`KMeans::on_seed`](crate::KMeans::on_seed) sees it. Its [`Display`](fmt::Display) is a line of text.
+/// The progress of a run's seeding: the first centroids that it has chosen so far, as [`KMeans::on_seed`](crate::KMeans::on_seed) sees it. Its [`Display`](fmt::Display) is a line of text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Seeding {
@@ -74,7 +74,7 @@ impl IntoControlFlow for ControlFlow<()> {
 pub(crate) struct OnIteration(pub(crate) Arc<dyn Fn(Iteration) -> ControlFlow<()> + Send + Sync>);
 
 impl OnIteration {
-    /// Whether the fit goes on.
+    /// Calls it, and returns its word on going on.
     pub fn call(&self, iteration: Iteration) -> ControlFlow<()> {
         (self.0)(iteration)
     }

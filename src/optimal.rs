@@ -213,11 +213,11 @@ impl WithSimd for Cuts<'_> {
                     continue;
                 }
                 let last = (lasts.start + lasts.end) / 2;
-                let here = firsts.start..firsts.end.min(last + 1);
-                let (before, rough) = (&least[here.start - 1..here.end - 1], &mut rough[..here.len()]);
-                let limit = costs.rough(here.clone(), last + 1, before, rough) + costs.slack;
-                let mut best = here.start;
-                for (first, rough) in here.step_by(LANES).zip(rough.chunks(LANES)) {
+                let tried = firsts.start..firsts.end.min(last + 1);
+                let (before, rough) = (&least[tried.start - 1..tried.end - 1], &mut rough[..tried.len()]);
+                let limit = costs.rough(tried.clone(), last + 1, before, rough) + costs.slack;
+                let mut best = tried.start;
+                for (first, rough) in tried.step_by(LANES).zip(rough.chunks(LANES)) {
                     if !rough.iter().fold(false, |any, &cost| any | (cost <= limit)) {
                         continue;
                     }

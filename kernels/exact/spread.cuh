@@ -13,7 +13,7 @@ __device__ __forceinline__ double times(double a, double b) { return __dmul_rn(a
 /// A dot product is no spread.
 __device__ __forceinline__ int spread_by(int metric) { return metric == DOT ? SQUARED_EUCLIDEAN : metric; }
 
-/// Whether a sum has lost nothing to the range of its type.
+/// True if a sum has lost nothing to the range of its type.
 template <class F>
 __device__ __forceinline__ bool within_limits(double sum) {
     return sizeof(F) == 4 ? sum > 1e-30 && sum < 1e37 : sum > 1e-290 && sum < 1e300;

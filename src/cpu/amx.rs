@@ -54,7 +54,7 @@ impl Amx {
     }
 }
 
-/// Whether the processor says that it has tiles of bf16.
+/// Asks the processor for tiles of bf16.
 fn has_tiles() -> bool {
     let features = CpuId::new().get_extended_feature_info();
     features.is_some_and(|features| features.has_amx_tile() && features.has_amx_bf16())
@@ -247,7 +247,7 @@ mod tests {
             1.0 + f32::EPSILON,
             "to nearest"
         );
-        // What is below the least normal number is zero: a result, an input, a start.
+        // Numbers below the least normal one are zeros: a result, an input, a start.
         let only = |a: f32, b: f32| move |i| if i == 0 { (a, b) } else { (0.0, 0.0) };
         assert_eq!(one(0.0, &only(2f32.powi(-70), 2f32.powi(-70))), 0.0);
         assert_eq!(one(0.0, &only(2f32.powi(-130), 2f32.powi(20))), 0.0);

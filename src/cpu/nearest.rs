@@ -59,8 +59,8 @@ fn nearest_of_all<T: Element>(
         nearby: vec![Nearby::new(m); CPU_ROWS.min(n)],
     };
     let tile = |s: &mut Scratch<T::Filter>, (b, part, out): (usize, usize, (&mut [u32], &mut [f64]))| {
-        let of = &scored[b.min(problems - 1)];
-        Tile { x, c, b, first: part * CPU_ROWS, m, of, metric }.find(s, out);
+        let scored = &scored[b.min(problems - 1)];
+        Tile { x, c, b, first: part * CPU_ROWS, m, scored, metric }.find(s, out);
         Ok(())
     };
     host::for_each(tiles.collect(), CPU_ROWS.min(n) * d * (4 + k / 16), scratch, tile)?;
@@ -203,13 +203,13 @@ struct Tile<'a, T: Element> {
     b: usize,
     first: usize,
     m: usize,
-    of: &'a Scored<T::Filter>,
+    scored: &'a Scored<T::Filter>,
     metric: Metric,
 }
 
 impl<T: Element> Tile<'_, T> {
     fn find(self, s: &mut Scratch<T::Filter>, (indices, distances): (&mut [u32], &mut [f64])) {
-        let (count, d, centroids) = (indices.len() / self.m, self.x.rows.d, &self.of.centroids);
+        let (count, d, centroids) = (indices.len() / self.m, self.x.rows.d, &self.scored.centroids);
         let (rows, nearby) = (&mut s.rows[..count * d], &mut s.nearby[..count]);
         let simd = pulp::Arch::new();
         simd.dispatch(Pack { tile: self, rows, nearby });
@@ -232,7 +232,7 @@ impl<T: Element> Tile<'_, T> {
 
     /// Finds the nearest of row `i` of the tile.
     fn settle(&self, i: usize, nearby: &mut Nearby<T::Filter>) {
-        let centroids = &self.of.centroids;
+        let centroids = &self.scored.centroids;
         if nearby.slack.usable() {
             nearby.shorten();
             if centroids.apart_may_win(nearby.slack, nearby.cutoff()) {
@@ -249,13 +249,13 @@ impl<T: Element> Tile<'_, T> {
     /// Compares the candidates of row `i` that are listed.
     fn compare_listed(&self, i: usize, nearby: &mut Nearby<T::Filter>) {
         let mut list = std::mem::take(&mut nearby.list);
-        self.compare(i, list.drain(..).map(|(_, scored)| self.of.centroids.index(scored)), nearby);
+        self.compare(i, list.drain(..).map(|(_, scored)| self.scored.centroids.index(scored)), nearby);
         nearby.list = list;
     }
 
     /// Compares some centroids and their copies.
     fn compare(&self, i: usize, some: impl Iterator<Item = u32>, nearby: &mut Nearby<T::Filter>) {
-        let copies = |j: &u32| self.of.copies.get(j).map_or(&[][..], |copies| copies);
+        let copies = |j: &u32| self.scored.copies.get(j).map_or(&[][..], |copies| copies);
         self.compare_each(i, some.flat_map(|j| std::iter::once(j).chain(copies(&j).iter().copied())), nearby);
     }
 
@@ -296,9 +296,9 @@ impl<T: Element> NullaryFnOnce for Pack<'_, T> {
 
     #[inline(always)]
     fn call(self) {
-        let Tile { x, b, first, of, .. } = self.tile;
+        let Tile { x, b, first, scored, .. } = self.tile;
         for (i, (packed, nearby)) in self.rows.chunks_exact_mut(x.rows.d).zip(self.nearby).enumerate() {
-            nearby.reset(of.centroids.pack(x.row(b, first + i), packed));
+            nearby.reset(scored.centroids.pack(x.row(b, first + i), packed));
         }
     }
 }
@@ -318,7 +318,7 @@ impl<T: Element> NullaryFnOnce for Offer<'_, T> {
     #[inline(always)]
     fn call(self) {
         let Self { tile, rows, block, scores, nearby } = self;
-        let (d, centroids, scored) = (tile.x.rows.d, &tile.of.centroids, block.scored.clone());
+        let (d, centroids, scored) = (tile.x.rows.d, &tile.scored.centroids, block.scored.clone());
         for (i, (scores, nearby)) in scores.chunks_exact_mut(scored.len()).zip(nearby).enumerate() {
             if !nearby.slack.usable() {
                 continue;

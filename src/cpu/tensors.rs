@@ -12,35 +12,12 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage,
 use half::{bf16, f16};
 use std::{cell::RefCell, rc::Rc};
 
-/// Runs `$body` with `$t` standing for the Rust type of a float dtype.
-macro_rules! typed {
-    ($dtype:expr, $t:ident => $body:expr) => {
-        match $dtype {
-            candle_core::DType::F16 => {
-                type $t = half::f16;
-                $body
-            }
-            candle_core::DType::BF16 => {
-                type $t = half::bf16;
-                $body
-            }
-            candle_core::DType::F32 => {
-                type $t = f32;
-                $body
-            }
-            candle_core::DType::F64 => {
-                type $t = f64;
-                $body
-            }
-            got => Err($crate::error::Error::DType { argument: "x", got, expected: "F16, BF16, F32 or F64".into() }),
-        }
-    };
-}
-pub(crate) use typed;
-
-/// The same for those types that are computed with in f32.
+/// Runs `$body` with `$t` standing for the Rust type of a float dtype that is computed with in f32.
 macro_rules! single {
     ($dtype:expr, $t:ident => $body:expr) => {
+        $crate::cpu::tensors::single!($dtype, "F16, BF16 or F32", $t => $body)
+    };
+    ($dtype:expr, $expected:literal, $t:ident => $body:expr) => {
         match $dtype {
             candle_core::DType::F16 => {
                 type $t = half::f16;
@@ -54,11 +31,25 @@ macro_rules! single {
                 type $t = f32;
                 $body
             }
-            got => Err($crate::error::Error::DType { argument: "x", got, expected: "F16, BF16 or F32".into() }),
+            got => Err($crate::error::Error::DType { argument: "x", got, expected: $expected.into() }),
         }
     };
 }
 pub(crate) use single;
+
+/// The same for all float dtypes.
+macro_rules! typed {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F64 => {
+                type $t = f64;
+                $body
+            }
+            dtype => $crate::cpu::tensors::single!(dtype, "F16, BF16, F32 or F64", $t => $body),
+        }
+    };
+}
+pub(crate) use typed;
 
 /// A stored number. Conversions up are exact; `narrow` rounds to nearest even, once.
 pub(crate) trait Element: Stored {

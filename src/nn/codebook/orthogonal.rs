@@ -65,8 +65,8 @@ impl Rotation {
             Self::Random { seed } => Tensor::from_vec(random(d, *seed), (d, d), x.device())?,
             Self::Pca => {
                 let covariances = covariances(x, kmeans)?.to_vec3::<f64>()?;
-                let of = |b: usize| principal(&covariances[b].concat(), d, pieces);
-                let all = host::map("pca", covariances.len(), EIGEN_STEPS * d * d * d, of)?;
+                let components = |b: usize| principal(&covariances[b].concat(), d, pieces);
+                let all = host::map("pca", covariances.len(), EIGEN_STEPS * d * d * d, components)?;
                 Tensor::from_vec(all.concat(), [batch, &[d, d]].concat(), x.device())?
             }
             Self::Given(matrix) => {
