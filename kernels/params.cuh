@@ -49,13 +49,20 @@ struct Bounds {
     float scale;     // of `scale`: 0 if no centroid can be the nearest of any row
     float inverse;   // of R: 0 if all centroids are in reach and none carries its own loss
     float rounded;   // as `residual`, of the centroids that carry it themselves
+    float typical;   // of most rows' norms, if scores are shifted; else 0
+
+    /// All scores of a problem are higher by this, so that the best one of most rows is above zero.
+    __device__ __forceinline__ float shift() const { return typical > 0 ? start + typical * moved : 0; }
 };
-LAYOUT(Bounds, 28, rounded, 24);
+LAYOUT(Bounds, 32, typical, 28);
 
 /// `rows`: R, within which most rows are. `centroids`: norm above which a centroid is the nearest of none of those.
 /// Infinities if nothing is known of the rows.
 struct Reach {
     float rows = INFINITY, centroids = INFINITY;
+
+    /// The norm that most rows do not exceed, of which R is a multiple.
+    __device__ __forceinline__ float typical() const { return rows < INFINITY ? fmaxf(rows / 4, 1e-30f) : 1e-30f; }
 };
 LAYOUT(Reach, 8, centroids, 4);
 
@@ -65,6 +72,20 @@ struct UnprovenRow {
     float cutoff;
 };
 LAYOUT(UnprovenRow, 8, cutoff, 4);
+
+/// Rows of f32 are assigned a part at a time. Whether the first pass over a part is worth its while is decided by the
+/// part before it.
+struct Gate {
+    const uint32_t* count;  // as in `Active` of this part's first pass: zero if it is passed over; null if it is not
+    uint32_t* next;         // and of the next part's
+
+    __device__ __forceinline__ bool passed_over() const { return count && *count == 0; }
+    /// `active` are the problems that there are to do.
+    __device__ __forceinline__ void decide(const Active& active, bool pass_over) const {
+        *next = pass_over ? 0 : active.count ? *active.count : 1;
+    }
+};
+LAYOUT(Gate, 16, next, 8);
 
 /// Rows as product codes, a piece of so many columns the entry of its code.
 struct ProductCodes {
@@ -149,6 +170,7 @@ struct Clusters {
     uint32_t* odd_count;        // (2): how many are in all, and how many of them are done, likewise
     uint64_t* odd_list;         // (b k): which ones
     double* shift;              // (b,): the largest squared shift of the iteration, likewise; null if not wanted
+    uint32_t* kept;  // (2, b): `Changes::known` and `Changes::odd` if slots keep what is in them; null if not
     int64_t problems, k, d;
     int64_t rows;  // that sums have room for
     int divisor;
@@ -162,8 +184,26 @@ struct Clusters {
     __device__ __forceinline__ void mark_odd(int64_t b, int64_t cluster) const;
     __device__ __forceinline__ __int128 split(int64_t b, int64_t cluster, int64_t column, double v, int scale) const;
     __device__ __forceinline__ bool is_odd(int64_t b, int64_t cluster) const { return __ldcg(&odd[b * k + cluster]); }
+    __device__ __forceinline__ uint32_t* known_of(int64_t b) const { return kept + b; }
+    __device__ __forceinline__ uint32_t* odd_kept_of(int64_t b) const { return kept + problems + b; }
 };
-LAYOUT(Clusters<float>, 112, planes, 108);
+LAYOUT(Clusters<float>, 120, planes, 116);
+
+/// The rows that have changed their cluster since sums were added up, and what the last update has left of each
+/// problem (update/changes.cu).
+struct Changes {
+    uint32_t* labels;       // (b, n): by which rows were added up
+    uint32_t* known;        // (b,): whether changes are added to the sums; of the update under way once it has decided
+    uint32_t* odd;          // (b,): whether a cluster of the last update of all rows is none that sums are known of
+    uint32_t* added_whole;  // (b,): whether that was the last update
+    uint32_t* changed;      // (b,): how many rows there are; zeros but for an update under way
+    uint32_t* next;         // (b, 2 k): their numbers by cluster, or where the next one goes; likewise
+    uint32_t* offsets;      // (b, 2 k + 1): where those of a cluster begin
+    uint2* rows;            // (b, room): them, and the labels that they had
+    uint32_t *whole, *whole_count;  // the problems of which all rows are added up, as in `Active`
+    int64_t k, room;
+};
+LAYOUT(Changes, 96, room, 88);
 
 /// The pieces that warps take of the sorted places, which are cut after every `rows`, but for clusters of at most
 /// `whole` rows, which belong to the piece that they begin in.

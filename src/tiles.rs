@@ -59,6 +59,12 @@ pub const FIT_THREADS_4: usize = 512;
 pub const FIT_PROBLEMS: usize = 64;
 /// Rows times centroids of a problem that needs no more than a block.
 pub const FIT_SMALL: usize = 65_536;
+/// Threads of `fit_line.cu` that a multiprocessor should hold.
+pub const LINE_THREADS: usize = 768;
+/// Shared memory of a row of its block, in bytes: its prefix sum, its value and its number.
+pub const LINE_BYTES: usize = 14;
+/// And of a problem beside them, at most.
+pub const LINE_FIXED: usize = 64;
 /// Threads of a block of `fit_resident.cu`.
 pub const TEAM_THREADS: usize = 512;
 /// Rows that such a block is to have at least, where several share a problem.
@@ -137,6 +143,12 @@ pub const SUM_BLOCKS: usize = 11;
 pub const SUM_BLOCKS_LIMBS: usize = 10;
 /// If they sum products.
 pub const SUM_BLOCKS_WEIGHTED: usize = 8;
+/// Rows of a chunk of which a block finds those that have changed their cluster.
+pub const CHANGES_ROWS: usize = 4096;
+/// An update on a GPU adds only these where they are at most one of so many.
+pub const CHANGES_FEW: usize = 4;
+/// The rows that are read in the time that the atomics take which change the sums of a cluster.
+pub const CHANGES_CLUSTER: usize = 16;
 /// Threads of a block that adds up clusters with terms beyond the scale of their problem.
 pub const LEFT_THREADS: usize = 512;
 /// Columns of it, of which the last one is the weight.

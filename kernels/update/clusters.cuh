@@ -13,6 +13,7 @@ __device__ __forceinline__ void Clusters<T>::moved(int64_t b, double squared) co
 template <class T>
 __device__ __forceinline__ void Clusters<T>::mark_odd(int64_t b, int64_t cluster) const {
     if (atomicExch(&odd[b * k + cluster], 1)) return;
+    if (kept) *odd_kept_of(b) = 1;
     atomicAdd(&odd_of[b], 1);
     odd_list[atomicAdd(odd_count, 1)] = b * k + cluster;
 }
@@ -54,8 +55,8 @@ __device__ __forceinline__ __int128 Clusters<T>::split(int64_t b, int64_t cluste
     return first;
 }
 
-/// Replaces the centroid of a cluster by its sums, `total(column)` of `d` columns, divided as the reduction says, and notes its
-/// shift. A centroid without anything to divide by stays. By a warp.
+/// Replaces the centroid of a cluster by its sums, `total(column)` of `d` columns, divided as the reduction says, and
+/// notes its shift. A centroid without anything to divide by stays. By a warp.
 template <class T, class Total>
 __device__ __forceinline__ void replace(const Clusters<T>& to, int64_t b, int64_t cluster, const int64_t& d, int lane,
                                         const Scaled& weight, const Total& total) {

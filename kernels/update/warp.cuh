@@ -7,10 +7,18 @@
 static_assert(SUM_THREADS % WARP == 0, "whole warps");
 static_assert(SUM_ROWS <= 1024, "limbs have room for 2^10 terms");
 
+/// What becomes of the sums that a warp adds up.
+enum SumsMode {
+    PASSING,  // they make centroids, or are added to those of other blocks of rows
+    KEPT,     // they make centroids and stay in their slots
+    CHANGED,  // they change sums that are there: rows are in as many clusters again as there are, and those of the
+              // second half are taken away
+};
+
 /// A warp on its way through a piece of the sorted places, with `EACH` columns a lane and as many rows at a time as
 /// lanes are left for. So many rows are a step, SUM_STEPS steps a batch; while one batch is added up the next one is on
 /// its way. Each lane fills and empties the ring of batches for itself.
-template <class T, int EACH, bool FACTOR>
+template <class T, int EACH, bool FACTOR, SumsMode MODE = PASSING>
 struct PieceWarp {
     /// All f16 values are whole numbers of 2^-24 below 2^16: 40 bits, so an f64 adds them exactly without limbs.
     static constexpr bool EXACT = std::is_same<T, __half>::value && !FACTOR;
@@ -292,11 +300,23 @@ struct PieceWarp {
                 }
                 __syncwarp();
                 const bool remainder = !EXACT && __any_sync(~0u, any_remainder);
-                if (shared.odd && lane == 0 && !to.planes) to.mark_odd(b, cluster);
                 weight = total_weight(weight, stop - place);
+                if constexpr (MODE == CHANGED) {
+                    // Then all rows are added up instead.
+                    if (shared.odd && lane == 0) *to.known_of(b) = 0;
+                    const bool left = cluster >= to.k;
+                    unsigned long long* const slot = to.slot(b, left ? cluster - to.k : cluster);
+                    flush_to_slot(slot + 2 * first, min(r.d - first, int64_t(COLUMNS)), remainder, left);
+                    if (lane == 0 && first == 0) atomic_add(slot + 2 * r.d, left ? -weight : weight);
+                    clear_remainders(remainder);
+                    place = stop;
+                    continue;
+                }
+                if (shared.odd && lane == 0 && !to.planes) to.mark_odd(b, cluster);
                 const bool whole = begin <= top && bottom - begin <= count;
                 if (whole && r.d <= COLUMNS && !to.planes) {
                     if (!shared.odd) finish(cluster, as_weight(weight), [&](int64_t c) { return total(c, remainder); });
+                    if constexpr (MODE == KEPT) keep(to.slot(b, cluster), weight, remainder);
                 } else {
                     unsigned long long* const slot = to.slot(b, cluster);
                     flush_to_slot(slot + 2 * first, min(r.d - first, int64_t(COLUMNS)), remainder);
@@ -312,10 +332,21 @@ struct PieceWarp {
         }
     }
 
-    /// Adds the sums of `columns` columns to a slot.
-    __device__ __forceinline__ void flush_to_slot(unsigned long long* slot, uint32_t columns, bool remainder) const {
+    /// Adds the sums of `columns` columns to a slot, or takes them away.
+    __device__ __forceinline__ void flush_to_slot(unsigned long long* slot, uint32_t columns, bool remainder,
+                                                  bool away = false) const {
 #pragma unroll 1
-        for (uint32_t c = lane; c < columns; c += WARP) atomic_add(slot + 2 * c, sum(c, remainder));
+        for (uint32_t c = lane; c < columns; c += WARP) {
+            const __int128 q = sum(c, remainder);
+            atomic_add(slot + 2 * c, away ? -q : q);
+        }
+    }
+
+    /// Leaves the sums of a whole cluster to the next update.
+    __device__ __forceinline__ void keep(unsigned long long* slot, __int128 weight, bool remainder) const {
+#pragma unroll 1
+        for (uint32_t c = lane; c < r.d; c += WARP) reinterpret_cast<__int128*>(slot)[c] = sum(c, remainder);
+        if (lane == 0) reinterpret_cast<__int128*>(slot)[r.d] = weight;
     }
 
     /// Finishes a cluster if its slot now holds all of its `pieces`.
@@ -333,8 +364,9 @@ struct PieceWarp {
             finish(cluster, as_weight(at(r.d)), [&](int64_t c) { return fixed_value(at(c), units.scale); });
         }
         __syncwarp();
+        if (lane == 0) *added = 0;
+        if (MODE == KEPT) return;
 #pragma unroll 1
         for (int64_t c = lane; c < 2 * (r.d + 1); c += WARP) slot[c] = 0;
-        if (lane == 0) *added = 0;
     }
 };

@@ -28,6 +28,8 @@ pub(crate) struct Memory {
     scratch: Mutex<Option<Block>>,
     /// Zeros whenever no op is under way.
     zeros: Mutex<Option<Block>>,
+    /// What an update of a fit leaves for the next one.
+    sums: Mutex<Option<Block>>,
 }
 
 impl Memory {
@@ -115,7 +117,7 @@ impl ArenaLayout {
     /// Scratch for one op, which the next one takes over.
     pub(super) fn scratch<'a>(self, dev: &CudaDevice, op: &'static str, memory: &'a Memory) -> Result<Arena<'a>> {
         let bytes = self.zeroed.saturating_add(self.rest);
-        let mut held = BlockGuard::of(memory, dev, op, bytes, false)?;
+        let mut held = BlockGuard::of(memory, &memory.scratch, dev, op, bytes, false)?;
         let block = held.block();
         if self.zeroed > 0 {
             dev.cuda_stream().memset_zeros(&mut block.bytes.slice_mut(..self.zeroed)).w()?;
@@ -126,9 +128,16 @@ impl ArenaLayout {
 
     /// Zeros, which the op has to leave as zeros.
     pub(super) fn zeros<'a>(self, dev: &CudaDevice, op: &'static str, memory: &'a Memory) -> Result<Arena<'a>> {
-        let mut held = BlockGuard::of(memory, dev, op, self.zeroed, true)?;
+        let mut held = BlockGuard::of(memory, &memory.zeros, dev, op, self.zeroed, true)?;
         let address = held.block().bytes.device_ptr(&dev.cuda_stream()).0;
         Ok(Arena { _held: held, address, zeroed: self.zeroed })
+    }
+
+    /// What stays from one update to the next, with its layout.
+    pub(super) fn sums<'a>(self, dev: &CudaDevice, op: &'static str, memory: &'a Memory) -> Result<Arena<'a>> {
+        let mut held = BlockGuard::of(memory, &memory.sums, dev, op, self.rest, false)?;
+        let address = held.block().bytes.device_ptr(&dev.cuda_stream()).0;
+        Ok(Arena { _held: held, address, zeroed: 0 })
     }
 }
 
@@ -141,8 +150,14 @@ enum BlockGuard<'a> {
 
 impl<'a> BlockGuard<'a> {
     /// At least so many bytes of the device's stream: those that are there, or new ones.
-    fn of(memory: &'a Memory, dev: &CudaDevice, op: &'static str, bytes: usize, zeroed: bool) -> Result<Self> {
-        let slot = if zeroed { &memory.zeros } else { &memory.scratch };
+    fn of(
+        memory: &Memory,
+        slot: &'a Mutex<Option<Block>>,
+        dev: &CudaDevice,
+        op: &'static str,
+        bytes: usize,
+        zeroed: bool,
+    ) -> Result<Self> {
         let mut held = slot.lock().unwrap_or_else(|e| e.into_inner());
         let stream = dev.cuda_stream();
         match &mut *held {

@@ -5,6 +5,7 @@
 
 pub(crate) mod assign;
 mod attend;
+mod changes;
 pub(crate) mod device;
 pub(crate) mod fence;
 pub(crate) mod kernel;

@@ -22,9 +22,11 @@ pub(super) enum Image {
     AssignNarrow,
     AssignSm80,
     AssignSm90,
+    AssignSplitSm90,
     AssignWideSm90,
     Attend,
     AttendCoded,
+    FitLine,
     FitNarrow,
     FitResident,
     Lut,
@@ -33,6 +35,7 @@ pub(super) enum Image {
     Select,
     Sort,
     Update,
+    UpdateChanges,
 }
 
 impl Image {
@@ -47,9 +50,11 @@ impl Image {
             Self::AssignNarrow => include_bytes!(concat!(env!("OUT_DIR"), "/assign_narrow.fatbin")),
             Self::AssignSm80 => include_bytes!(concat!(env!("OUT_DIR"), "/assign_sm80.fatbin")),
             Self::AssignSm90 => include_bytes!(concat!(env!("OUT_DIR"), "/assign_sm90.fatbin")),
+            Self::AssignSplitSm90 => include_bytes!(concat!(env!("OUT_DIR"), "/assign_split_sm90.fatbin")),
             Self::AssignWideSm90 => include_bytes!(concat!(env!("OUT_DIR"), "/assign_wide_sm90.fatbin")),
             Self::Attend => include_bytes!(concat!(env!("OUT_DIR"), "/attend.fatbin")),
             Self::AttendCoded => include_bytes!(concat!(env!("OUT_DIR"), "/attend_coded.fatbin")),
+            Self::FitLine => include_bytes!(concat!(env!("OUT_DIR"), "/fit_line.fatbin")),
             Self::FitNarrow => include_bytes!(concat!(env!("OUT_DIR"), "/fit_narrow.fatbin")),
             Self::FitResident => include_bytes!(concat!(env!("OUT_DIR"), "/fit_resident.fatbin")),
             Self::Lut => include_bytes!(concat!(env!("OUT_DIR"), "/lut.fatbin")),
@@ -58,6 +63,7 @@ impl Image {
             Self::Select => include_bytes!(concat!(env!("OUT_DIR"), "/select.fatbin")),
             Self::Sort => include_bytes!(concat!(env!("OUT_DIR"), "/sort.fatbin")),
             Self::Update => include_bytes!(concat!(env!("OUT_DIR"), "/update.fatbin")),
+            Self::UpdateChanges => include_bytes!(concat!(env!("OUT_DIR"), "/changes.fatbin")),
         }
     }
 }

@@ -120,9 +120,10 @@ pub(super) struct Bounds {
     pub(super) scale: f32,
     pub(super) inverse: f32,
     pub(super) rounded: f32,
+    pub(super) typical: f32,
 }
 
-layout!(Bounds, 28, rounded: 24);
+layout!(Bounds, 32, typical: 28);
 
 #[repr(C)]
 pub(super) struct Reach {
@@ -139,6 +140,15 @@ pub(super) struct UnprovenRow {
 }
 
 layout!(UnprovenRow, 8, cutoff: 4);
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Gate {
+    pub(super) count: DevicePtr<u32>,
+    pub(super) next: DevicePtr<u32>,
+}
+
+layout!(Gate, 16, next: 8);
 
 #[repr(C)]
 pub(super) struct ProductCodes {
@@ -252,6 +262,7 @@ pub(super) struct Clusters {
     pub(super) odd_count: DevicePtr<u32>,
     pub(super) odd_list: DevicePtr<u64>,
     pub(super) shift: DevicePtr<f64>,
+    pub(super) kept: DevicePtr<u32>,
     pub(super) problems: i64,
     pub(super) k: i64,
     pub(super) d: i64,
@@ -260,7 +271,26 @@ pub(super) struct Clusters {
     pub(super) planes: i32,
 }
 
-layout!(Clusters, 112, planes: 108);
+layout!(Clusters, 120, planes: 116);
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Changes {
+    pub(super) labels: DevicePtr<u32>,
+    pub(super) known: DevicePtr<u32>,
+    pub(super) odd: DevicePtr<u32>,
+    pub(super) added_whole: DevicePtr<u32>,
+    pub(super) changed: DevicePtr<u32>,
+    pub(super) next: DevicePtr<u32>,
+    pub(super) offsets: DevicePtr<u32>,
+    pub(super) rows: DevicePtr<[u32; 2]>,
+    pub(super) whole: DevicePtr<u32>,
+    pub(super) whole_count: DevicePtr<u32>,
+    pub(super) k: i64,
+    pub(super) room: i64,
+}
+
+layout!(Changes, 96, room: 88);
 
 impl Clusters {
     /// Of so many problems and clusters, whose sums have room for `rows` rows; with none of what is added up or written.
@@ -275,6 +305,7 @@ impl Clusters {
             odd_count: DevicePtr::NULL,
             odd_list: DevicePtr::NULL,
             shift: DevicePtr::NULL,
+            kept: DevicePtr::NULL,
             problems: problems as i64,
             k: k as i64,
             d: d as i64,

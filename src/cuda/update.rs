@@ -1,7 +1,8 @@
 //! Sort-Inverse Update: `kernels/update/update.cu`.
 
 use super::{
-    device::device,
+    changes::ChangesLayout,
+    device::{device, processors},
     kernel::{launch, warps, Nullable, WARP},
     memory::{elements, ArenaLayout, Memory},
     params::{divisor, shape, Active, Clusters, Pieces, Verdict},
@@ -13,7 +14,10 @@ use crate::{
     operand::Target,
     plan::update::UpdateKernel,
     request::{Accumulator, Finish, Labels, Update},
-    tiles::{LEFT_BLOCKS, LEFT_COLUMNS, LEFT_THREADS, MEDIAN_COLUMNS, SUM_ROWS, SUM_THREADS, THREADS},
+    tiles::{
+        CHANGES_ROWS, LEFT_BLOCKS, LEFT_COLUMNS, LEFT_THREADS, MEDIAN_COLUMNS, SORT_THREADS, SUM_BLOCKS_WEIGHTED,
+        SUM_ROWS, SUM_THREADS, THREADS,
+    },
 };
 use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, DType, Tensor};
 
@@ -102,8 +106,11 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
     let order = scratch.unwritten::<u32>(if sorting.is_some() { elements(&[b, n]) } else { 0 });
     let offsets = scratch.unwritten::<u32>(elements(&[b, k + 1]));
     let medians = plan.kernel == UpdateKernel::Medians;
+    let keep = plan.keep_sums && sorting.is_some() && accumulator.is_none();
+    let changes = keep.then(|| ChangesLayout::new([b, n, k, d], &mut scratch, &mut zeros));
     let old = scratch.unwritten::<T>(if medians { elements(&[b, k, d]) } else { 0 });
-    let slots = zeros.zeroed::<[u64; 2]>(if medians || accumulator.is_some() { 0 } else { elements(&[b, k, d + 1]) });
+    let own_slots = !medians && !keep && accumulator.is_none();
+    let slots = zeros.zeroed::<[u64; 2]>(if own_slots { elements(&[b, k, d + 1]) } else { 0 });
     let added = zeros.zeroed::<u32>(elements(&[b, k]));
     let [arrived, finished, odd_of] = [(); 3].map(|_| zeros.zeroed::<u32>(b));
     let (odd, odd_count) = (zeros.zeroed::<u32>(elements(&[b, k])), zeros.zeroed::<u32>(2));
@@ -112,21 +119,19 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
     let (scratch, zeros) = (scratch.scratch(dev, OP, memory)?, zeros.zeros(dev, OP, memory)?);
     let (mut offsets, shift) = (scratch.ptr(offsets), zeros.ptr(shift));
 
+    let kept = changes.map(|changes| changes.keep(dev, turn, &scratch, &zeros, memory)).transpose()?;
     let (mut order_at, mut labels_at) = (DevicePtr::NULL, DevicePtr::NULL);
-    match (&sorting, labels) {
-        (Some(sorting), Some(Labels::Unsorted(labels))) => {
-            (order_at, labels_at) = (scratch.ptr(order), own(labels)?);
-            let next = if turn.is_some() { verdict.count } else { DevicePtr::NULL };
-            sorting.run(dev, &scratch, labels_at, active, [zeros.ptr(arrived), next, order_at, offsets])?;
-        }
-        (_, Some(Labels::Sorted(order))) => {
+    let next = if turn.is_some() { verdict.count } else { DevicePtr::NULL };
+    match labels {
+        Some(Labels::Unsorted(labels)) => (order_at, labels_at) = (scratch.ptr(order), own(labels)?),
+        Some(Labels::Sorted(order)) => {
             (labels_at, order_at, offsets) = (own(&order.labels)?, own(&order.order)?, own(&order.offsets)?);
             if turn.is_some() {
                 // A sort would have cleared it on the way.
                 verdict.count.clear(dev, 1)?;
             }
         }
-        _ => {}
+        None => {}
     }
 
     let (max_abs, max_weight) = accumulator
@@ -142,7 +147,7 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
         centroids: centroids.address,
         slots: match accumulator {
             Some(to) => own::<i64>(&to.sums)?.cast(),
-            None => zeros.ptr(slots),
+            None => kept.as_ref().map_or(zeros.ptr(slots), |kept| kept.slots),
         },
         added: zeros.ptr(added),
         finished: zeros.ptr(finished),
@@ -151,10 +156,33 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
         odd_count: zeros.ptr(odd_count),
         odd_list: scratch.ptr(odd_list),
         shift: if turn.is_some() { shift } else { DevicePtr::NULL },
+        kept: kept.as_ref().map_or(DevicePtr::NULL, |kept| kept.changes.known),
         divisor: divisor(reduction),
         planes: accumulator.map_or(Ok(0), |to| to.sums.dim(0))? as i32,
         ..Clusters::new([b, k, d], accumulator.map_or(n, |to| to.rows))
     };
+    let pieces = Pieces { rows: plan.piece as u32, whole: (2 * plan.piece).min(SUM_ROWS) as u32 };
+    let (mut active, mut next) = (active, next);
+    if let Some(kept) = &kept {
+        let (b64, n64, changes) = (b as i64, n as i64, &kept.changes);
+        launch!(dev, UpdateChanges, "find_changes", "", elements(&[b, n.div_ceil(CHANGES_ROWS)]), THREADS;
+            &labels_at, &b64, &n64, &active, changes, &next)?;
+        launch!(dev, UpdateChanges, "scan_changes", "", b, SORT_THREADS; &b64, &n64, &active, changes)?;
+        launch!(dev, UpdateChanges, "place_changes", "", elements(&[b, kept.room.div_ceil(CHANGES_ROWS)]), THREADS;
+            &labels_at, &b64, &n64, &active, changes, &order_at)?;
+        let blocks =
+            elements(&[b, (2 * kept.room).div_ceil(SUM_THREADS / WARP)]).min(SUM_BLOCKS_WEIGHTED * processors(dev)?);
+        launch!(dev, UpdateChanges, plan.kernel.kept()[1], T::SUFFIX, blocks, SUM_THREADS;
+            &xs, &shape(x), Nullable(&factor), &max_abs, Nullable(&max_weight), &first_nonfinite, &order_at, &pieces, &to,
+            &active, changes)?;
+        launch!(dev, UpdateChanges, "finish_changes", T::SUFFIX, warps(elements(&[b, k])), THREADS;
+            &max_abs, Nullable(&max_weight), &to, &active, &verdict, changes)?;
+        // What follows adds up the rows of the problems that these leave.
+        (active, next) = (kept.whole(), DevicePtr::NULL);
+    }
+    if let Some(sorting) = &sorting {
+        sorting.run(dev, &scratch, labels_at, active, [zeros.ptr(arrived), next, order_at, offsets])?;
+    }
     if medians {
         let (b64, old) = (b as i64, scratch.ptr(old));
         old.copy_from(dev, centroids, elements(&[b, k, d]))?;
@@ -168,11 +196,19 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
         }
         return Ok(());
     }
-    let pieces = Pieces { rows: plan.piece as u32, whole: (2 * plan.piece).min(SUM_ROWS) as u32 };
     let blocks = elements(&[b, n.div_ceil(plan.piece)]).div_ceil(SUM_THREADS / WARP);
-    launch!(dev, Update, plan.kernel.name(), T::SUFFIX, blocks, SUM_THREADS;
-        &xs, &shape(x), Nullable(&factor), &max_abs, Nullable(&max_weight), &first_nonfinite, &labels_at, &order_at,
-        &offsets, &pieces, &to, &active, &verdict)?;
+    macro_rules! sum {
+        ($image:ident, $name:expr) => {
+            launch!(dev, $image, $name, T::SUFFIX, blocks, SUM_THREADS;
+                &xs, &shape(x), Nullable(&factor), &max_abs, Nullable(&max_weight), &first_nonfinite, &labels_at, &order_at,
+                &offsets, &pieces, &to, &active, &verdict)
+        };
+    }
+    if keep {
+        sum!(UpdateChanges, plan.kernel.kept()[0])?;
+    } else {
+        sum!(Update, plan.kernel.name())?;
+    }
     if accumulator.is_some() || (x.dtype() == DType::F16 && factor.is_none() && summands.finite) {
         // Sums have planes for all terms, and all halves are integers of the scale: nothing is left.
         return Ok(());

@@ -77,7 +77,7 @@ pub struct PreparedFit {
     /// The rows to start from, if they do not depend on the data.
     pub(super) drawn: Option<Tensor>,
     pub(super) memory: Memory,
-    /// The sums that updates leave each other, where the plan says so.
+    /// The sums that updates leave each other on the CPU, where the plan says so.
     pub(super) kept_sums: Option<Mutex<KeptSums>>,
     /// The copy of rows that cannot be read where they lie.
     pub(super) copy: Option<Tensor>,
@@ -129,8 +129,9 @@ impl PreparedFit {
         };
         let shown = [centroids.reshape(p.shape(&[p.k, p.d]))?, labels.reshape(p.shape(&[p.n]))?];
         let (device, memory) = (device.clone(), Memory::kept());
-        let kept_sums =
-            plan.steps.skip.keep_sums.then(|| KeptSums::new([p.b, p.n, p.k, p.d]).map(Mutex::new)).transpose()?;
+        let skip = plan.steps.skip;
+        let kept_sums = (skip.keep_sums && !skip.on_gpu).then(|| KeptSums::new([p.b, p.n, p.k, p.d]).map(Mutex::new));
+        let kept_sums = kept_sums.transpose()?;
         let mut fit = Self {
             fence,
             settings,

@@ -79,12 +79,13 @@ impl Plan {
         };
         let factors = settings.weights.is_some() || settings.lengths.is_some() || p.metric == Metric::Cosine;
         let watched = settings.on_iteration.is_some() || settings.empty == EmptyClusters::Relocate;
-        let on_chip = match watched {
+        let on_chip = match watched || skip::forced() {
             true => None,
             false => OnChip::new(p.dtype, p.metric, sizes, layout, factors, arch, runs_at_once)?,
         };
+        let skip = SkipPlan::new(p, on_chip, settings.empty, arch);
         let update = UpdatePlan::new(p.dtype, sizes, layout, p.metric == Metric::Manhattan, factors, arch);
-        let skip = SkipPlan::new(p, on_chip, arch);
+        let update = UpdatePlan { keep_sums: skip.keep_sums && skip.on_gpu, ..update };
         let steps = Steps { given, layout, on_chip, assign: assign(layout), update, skip };
         Ok(Self::from_steps(p, steps, pack, bytes(p, &steps, pack, settings, arch)))
     }
@@ -95,10 +96,10 @@ impl Plan {
     }
 
     fn from_steps(p: &Problem, steps: Steps, pack: bool, bytes: u64) -> Self {
-        let (kernel, reduces) = (steps.assign.kernel, steps.update.kernel);
+        let kernel = steps.assign.kernel;
         let (assign, update, (rows, centroids)) = match steps.on_chip {
             Some(fit) => (fit.name(), fit.name(), fit.tile(p.n, p.k)),
-            None => (kernel.name(), reduces.name(), kernel.tile(p.d)),
+            None => (kernel.name(), steps.update.name(), kernel.tile(p.d)),
         };
         Self { assign, rows, centroids, pack, update, bytes, steps }
     }

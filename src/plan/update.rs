@@ -13,6 +13,8 @@ pub(crate) struct UpdatePlan {
     pub sort: Sort,
     /// Rows of the order that a warp adds up. A GPU's.
     pub piece: usize,
+    /// True if the updates of a fit keep their sums on a GPU, which then take only the rows that have changed their cluster.
+    pub keep_sums: bool,
 }
 
 /// A kernel that reduces rows in the order of their labels.
@@ -38,6 +40,18 @@ impl UpdateKernel {
             Self::Sums { narrow: true, weighted: false } => "update_narrow",
             Self::Sums { narrow: true, weighted: true } => "update_narrow_weighted",
             Self::Medians => "medians",
+        }
+    }
+
+    /// The kernel that adds up all rows and keeps the sums, and that which adds only the rows that have changed their cluster.
+    pub fn kept(self) -> [&'static str; 2] {
+        match self {
+            Self::Sums { narrow: false, weighted: true } => ["update_kept_weighted", "add_changes_weighted"],
+            Self::Sums { narrow: true, weighted: false } => ["update_kept_narrow", "add_changes_narrow"],
+            Self::Sums { narrow: true, weighted: true } => {
+                ["update_kept_narrow_weighted", "add_changes_narrow_weighted"]
+            }
+            _ => ["update_kept", "add_changes"],
         }
     }
 }
@@ -67,6 +81,15 @@ impl UpdatePlan {
         let all = b.saturating_mul(n);
         let piece = (all / tiles::SUM_WARPS).max((n / k).min(tiles::SUM_CLUSTER).min(all / tiles::SUM_WARPS_LEAST));
         let piece = piece.clamp(tiles::SUM_ROWS_LEAST, tiles::SUM_ROWS).next_power_of_two();
-        Self { kernel, sort: Sort::new([b, n, k], false, arch), piece }
+        Self { kernel, sort: Sort::new([b, n, k], false, arch), piece, keep_sums: false }
+    }
+
+    /// The name of the kernel that adds up all rows.
+    pub fn name(&self) -> &'static str {
+        if self.keep_sums {
+            self.kernel.kept()[0]
+        } else {
+            self.kernel.name()
+        }
     }
 }
