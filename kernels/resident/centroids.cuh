@@ -136,7 +136,7 @@ __device__ __forceinline__ Bounds Fit<T, FACTOR>::bounds_of(const PreparedCentro
     start = prepared.start, own = 0;
     // A start may also be -inf because squares leave f32: such a centroid unproves rows, as all do whose squares do.
     if (start == -INFINITY && prepared.stored == 0) return {};
-    Bounds own_bounds = {prepared.moved, fabsf(start), prepared.residual, prepared.stored, prepared.scale, 0, 0};
+    Bounds own_bounds = {prepared.moved, fabsf(start), prepared.residual, prepared.stored, prepared.scale, 0, 0, 0};
     confine_to_reach(own_bounds, reach, metric, prepared.stored, start, own);
     return own_bounds;
 }
@@ -168,8 +168,9 @@ __device__ void Fit<T, FACTOR>::prepare() const {
         const Bounds bounds_here = bounds_of(prepared, reach, start, own);
         s.start[j] = start, s.scale[j] = prepared.scale, s.hashes[j] = prepared.hash;
         // The bits of numbers that are not negative are ordered as they are, and those of a NaN above them.
-        const float values[BOUNDS] = {bounds_here.moved, bounds_here.start,   bounds_here.residual, bounds_here.stored,
-                                      bounds_here.scale, bounds_here.inverse, bounds_here.rounded};
+        const float values[BOUNDS] = {bounds_here.moved,   bounds_here.start,  bounds_here.residual,
+                                      bounds_here.stored,  bounds_here.scale,  bounds_here.inverse,
+                                      bounds_here.rounded, bounds_here.typical};
         uint32_t most = 0;
 #pragma unroll
         for (int i = 0; i < BOUNDS; ++i) {

@@ -231,9 +231,9 @@ __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const 
 }
 
 template <class T, int D>
-__device__ void fit(const T* x, const Rows& r, const Summands& summands, int metric, int divisor, int64_t max_iters,
-                    const double* threshold, int64_t narrow_bytes, uint32_t* stop, int64_t k, T* centroids,
-                    uint32_t* labels) {
+__device__ void fit(const T* x, const Rows& r, const Active& active, const Summands& summands, int metric, int divisor,
+                    int64_t max_iters, const double* threshold, int64_t narrow_bytes, uint32_t* stop, int64_t k,
+                    T* centroids, uint32_t* labels) {
     extern __shared__ __align__(16) uint8_t raw[];
     __shared__ double shift;
     __shared__ bool odd;
@@ -241,7 +241,9 @@ __device__ void fit(const T* x, const Rows& r, const Summands& summands, int met
     const OnChip<T, D> s(raw + narrow_bytes, r.n, k);
     const Rows here = {0, D, 1, r.n, r.d};
     const int d = int(r.d);
-    for (int64_t b = blockIdx.x; b < r.b; b += gridDim.x) {
+    const int64_t problems = active.problems(r.b);
+    for (int64_t at = blockIdx.x; at < problems; at += gridDim.x) {
+        const int64_t b = active.problem(at);
         T* const c = centroids + b * k * d;
         const double* const factor = summands.row_scale ? summands.row_scale + b * r.n : nullptr;
         const Units<T> units(summands.max_abs[b], summands.max_weight ? summands.max_weight[b] : 1, r.n,
@@ -278,10 +280,11 @@ __device__ void fit(const T* x, const Rows& r, const Summands& summands, int met
 #define KERNEL(name, T, D)                                                                                             \
     extern "C" __global__ void __launch_bounds__(D == 4 ? FIT_THREADS_4 : FIT_THREADS,                                 \
                                                  D > 2 || sizeof(T) == 8 ? 1 : 2)                                      \
-        fit_narrow_##D##_##name(const T* x, Rows r, Summands summands, int metric, int divisor, int64_t max_iters,     \
-                                const double* threshold, int64_t narrow_bytes, uint32_t* stop, int64_t k,              \
-                                T* centroids, uint32_t* labels) {                                                      \
-        fit<T, D>(x, r, summands, metric, divisor, max_iters, threshold, narrow_bytes, stop, k, centroids, labels);    \
+        fit_narrow_##D##_##name(const T* x, Rows r, Active active, Summands summands, int metric, int divisor,         \
+                                int64_t max_iters, const double* threshold, int64_t narrow_bytes, uint32_t* stop,      \
+                                int64_t k, T* centroids, uint32_t* labels) {                                           \
+        fit<T, D>(x, r, active, summands, metric, divisor, max_iters, threshold, narrow_bytes, stop, k, centroids,     \
+                  labels);                                                                                             \
     }
 #define INSTANCE(name, T) KERNEL(name, T, 1) KERNEL(name, T, 2) KERNEL(name, T, 4) KERNEL(name, T, 8)
 FOR_EACH_TYPE(INSTANCE)

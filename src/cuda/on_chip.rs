@@ -1,18 +1,18 @@
-//! All of a fit at once: `kernels/resident/fit_narrow.cu` and `kernels/resident/fit_resident.cu`.
+//! All of a fit at once: `kernels/resident/fit_line.cu`, `kernels/resident/fit_narrow.cu` and `kernels/resident/fit_resident.cu`.
 
 use super::{
-    device::device,
+    device::{device, processors},
     kernel::{launch, Kernel},
     memory::{elements, ArenaLayout, Memory},
     module::Image,
-    params::{divisor, shape, Common, Shares, Summands},
+    params::{divisor, shape, Active, Common, Shares, Summands},
     tensors::{own, read, typed, write, DevicePtr, Element},
 };
 use crate::{
     error::{Error, Result},
     plan::{
         assign::narrow_columns,
-        on_chip::{FitResident, OnChip},
+        on_chip::{FitLine, FitNarrow, FitResident, OnChip},
     },
     request::OnChipFit,
     tiles::{TEAM_LINE, TEAM_THREADS},
@@ -46,18 +46,36 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
     let launched = typed!(x.dtype(), T => write::<T>(centroids, |centroids| write::<u32>(labels, |labels| {
         let xs = read(&x.operand);
         let xs = xs.view::<T>()?;
+        let fit_narrow = |plan: &FitNarrow, active: Active, blocks: usize| {
+            let name = match narrow_columns(x.d) {
+                1 => "fit_narrow_1",
+                2 => "fit_narrow_2",
+                4 => "fit_narrow_4",
+                _ => "fit_narrow_8",
+            };
+            launch!(dev, FitNarrow, name, T::SUFFIX, blocks, plan.threads, plan.shared;
+                &xs, &shape(x), &active, &summands, &metric, &divisor, &max_iters, &threshold, &(plan.centroids as i64), &stop,
+                &k64, &centroids, &labels)
+        };
         let plan = match plan {
             OnChip::Resident(plan) => plan,
-            OnChip::Narrow(plan) => {
-                let name = match narrow_columns(x.d) {
-                    1 => "fit_narrow_1",
-                    2 => "fit_narrow_2",
-                    4 => "fit_narrow_4",
-                    _ => "fit_narrow_8",
+            OnChip::Narrow(plan) => return fit_narrow(plan, Active::of(None)?, x.b),
+            OnChip::Line(FitLine { threads, rows, problems, shared, others }) => {
+                let mut scratch = ArenaLayout::default();
+                let left = scratch.zeroed::<u32>(x.b + 1);
+                let scratch = scratch.scratch(dev, OP, memory)?;
+                let left = scratch.ptr(left);
+                let name = match rows {
+                    512 => "fit_line_512",
+                    1024 => "fit_line_1024",
+                    2048 => "fit_line_2048",
+                    4096 => "fit_line_4096",
+                    _ => "fit_line_8192",
                 };
-                return launch!(dev, FitNarrow, name, T::SUFFIX, x.b, plan.threads, plan.shared;
-                    &xs, &shape(x), &summands, &metric, &divisor, &max_iters, &threshold, &(plan.centroids as i64), &stop, &k64,
-                    &centroids, &labels);
+                launch!(dev, FitLine, name, T::SUFFIX, x.b.div_ceil(*problems), *threads, *shared;
+                    &xs, &shape(x), &summands, &max_iters, &threshold, &stop, &k64, &centroids, &labels, &left)?;
+                let left = Active { list: left.from(1), count: left, first: 0 };
+                return fit_narrow(others, left, x.b.min(2 * processors(dev)?));
             }
             OnChip::CpuLine => return Err(Error::Unsupported { op: plan.name(), device: "CUDA".into() }),
         };

@@ -12,6 +12,8 @@ use candle_core::DType;
 pub(crate) enum OnChip {
     /// `cpu::sorted_1d`: rows of one column, sorted once.
     CpuLine,
+    /// `fit_line.cu`: the same on a GPU, a block to a problem.
+    Line(FitLine),
     /// `fit_narrow.cu`: a block to a problem.
     Narrow(FitNarrow),
     /// `fit_resident.cu`: a team of blocks to a problem.
@@ -38,6 +40,9 @@ impl OnChip {
             let line = sizes[3] == 1 && metric == Metric::SquaredEuclidean && dtype != DType::F64;
             return Ok(line.then_some(Self::CpuLine));
         }
+        if let Some(line) = FitLine::new(dtype, metric, weighted, sizes, arch) {
+            return Ok(Some(Self::Line(line)));
+        }
         if let Some(narrow) = FitNarrow::new(dtype, metric, sizes, arch) {
             return Ok(Some(Self::Narrow(narrow)));
         }
@@ -50,6 +55,7 @@ impl OnChip {
     pub fn name(&self) -> &'static str {
         match self {
             Self::CpuLine => "cpu_line",
+            Self::Line(_) => "fit_line",
             Self::Narrow(_) => "fit_narrow",
             Self::Resident(fit) => fit.name(),
         }
@@ -58,11 +64,48 @@ impl OnChip {
     /// Rows and centroids that a block, or a thread of the CPU, works on, of problems of `n` rows and `k` centroids.
     pub(super) fn tile(&self, n: usize, k: usize) -> (usize, usize) {
         match self {
-            Self::CpuLine | Self::Narrow(_) => (n, k),
+            Self::CpuLine | Self::Line(_) | Self::Narrow(_) => (n, k),
             Self::Resident(fit) => (fit.rows, fit.padded),
         }
     }
 }
+
+/// The launch of `fit_line.cu`, for rows of one column.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) struct FitLine {
+    /// Threads of a block, the rows of a problem that they sort at most, and problems of a block.
+    pub threads: usize,
+    pub rows: usize,
+    pub problems: usize,
+    /// Shared memory of a block.
+    pub shared: usize,
+    /// The launch for problems whose values are not for this one.
+    pub others: FitNarrow,
+}
+
+impl FitLine {
+    /// For problems whose rows a block sorts at once, without factors.
+    fn new(dtype: DType, metric: Metric, weighted: bool, sizes: [usize; 4], arch: Arch) -> Option<Self> {
+        let [b, n, k, d] = sizes;
+        // Squares of f64 can underflow to ties.
+        if d != 1 || metric != Metric::SquaredEuclidean || dtype == DType::F64 || weighted {
+            return None;
+        }
+        let [threads, rows, problems] = LINE_BLOCKS.into_iter().find(|&[_, rows, _]| n <= rows)?;
+        // Of a centroid its value, its place and the end of its rows.
+        let shared = problems * (rows * tiles::LINE_BYTES + tiles::LINE_FIXED + 16 * k);
+        let others = FitNarrow::launch(dtype, metric, sizes, arch)?;
+        // A centroid is compared with all others to find its place.
+        let worth_it = k <= n && (b >= tiles::FIT_PROBLEMS || k <= LINE_CENTROIDS);
+        (shared <= shared_memory(arch)? && worth_it).then_some(Self { threads, items, shared, others })
+    }
+}
+
+/// The blocks that `fit_line.cu` is compiled for: threads, rows of a problem, and problems.
+const LINE_BLOCKS: [[usize; 3]; 5] = [[64, 512, 2], [128, 1024, 4], [256, 2048, 4], [512, 4096, 2], [512, 8192, 1]];
+/// Most centroids of few problems.
+const LINE_CENTROIDS: usize = 1024;
 
 /// The launch of `fit_narrow.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -75,9 +118,14 @@ pub(crate) struct FitNarrow {
 }
 
 impl FitNarrow {
-    /// For `b` problems of `n` rows that fit in a block's shared memory, and of which there are enough, or which are small
-    /// enough, not to be shared by several blocks.
-    fn new(dtype: DType, metric: Metric, [b, n, k, d]: [usize; 4], arch: Arch) -> Option<Self> {
+    /// For `b` problems of `n` rows of which there are enough, or which are small enough, not to be shared by several blocks.
+    fn new(dtype: DType, metric: Metric, sizes: [usize; 4], arch: Arch) -> Option<Self> {
+        let worth_it = sizes[0] >= tiles::FIT_PROBLEMS || sizes[1] * sizes[2] <= tiles::FIT_SMALL;
+        Self::launch(dtype, metric, sizes, arch).filter(|_| worth_it)
+    }
+
+    /// For problems whose rows fit in a block's shared memory.
+    fn launch(dtype: DType, metric: Metric, [b, n, k, d]: [usize; 4], arch: Arch) -> Option<Self> {
         let most = shared_memory(arch)?;
         let centroids = narrow_shared(dtype, k, d)?.next_multiple_of(16);
         let columns = narrow_columns(d);
@@ -85,7 +133,6 @@ impl FitNarrow {
         let sums = 16 * k * (columns + 1) + 16 * k * columns;
         let rows = n.checked_mul(columns)?.checked_next_multiple_of(8)?.checked_mul(dtype.size_in_bytes())?;
         let shared = rows.checked_add(centroids + sums + 4 * (2 * k + 1))?.checked_add(4 * n)?;
-        let worth_it = b >= tiles::FIT_PROBLEMS || n * k <= tiles::FIT_SMALL;
         let fits = metric != Metric::Manhattan && n <= 1 << 16 && shared <= most;
         // As many threads to a multiprocessor as its registers are for, in as many blocks as its shared memory is for.
         let threads = if columns == 4 { tiles::FIT_THREADS_4 } else { tiles::FIT_THREADS };
@@ -93,7 +140,7 @@ impl FitNarrow {
         let blocks = (most + tiles::STATIC_SHARED) / (shared + BLOCK_SHARED);
         let many = (resident / blocks.max(1) / 32 * 32).clamp(32, threads);
         let threads = if b < tiles::FIT_PROBLEMS { threads } else { many }.min(n.next_multiple_of(32));
-        (fits && worth_it).then_some(Self { threads, shared, centroids })
+        fits.then_some(Self { threads, shared, centroids })
     }
 }
 

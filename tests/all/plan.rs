@@ -23,10 +23,13 @@ fn planned(launch: &str) -> Option<String> {
     (of_a_loop && name != "update_exact").then(|| name.to_string())
 }
 
-/// Whether this is a fit by the plan: one kernel, or assignments and between them updates, at least one.
+/// Whether this is a fit by the plan: one kernel, or assignments and between them updates, at least one. What is not for rows on a line
+/// is left to another kernel, which is launched in any case.
 fn follows(plan: &Plan, ran: &[String]) -> bool {
-    if plan.assign == plan.update {
-        return ran == [plan.update];
+    match (plan.assign == plan.update, plan.update) {
+        (true, "fit_line") => return ran == ["fit_line", "fit_narrow"],
+        (true, one) => return ran == [one],
+        _ => {}
     }
     let named = |i: usize| if i.is_multiple_of(2) { plan.assign } else { plan.update };
     ran.len() >= 3 && ran.len() % 2 == 1 && ran.iter().enumerate().all(|(i, name)| name == named(i))
@@ -95,6 +98,7 @@ fn plans_name_what_runs() {
                 "assign_narrow",
                 "assign_simt_dot",
                 "assign_simt_manhattan",
+                "fit_line",
                 "fit_narrow",
                 "fit_resident",
                 "fit_resident_weighted",

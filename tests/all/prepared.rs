@@ -171,6 +171,58 @@ fn a_block_to_a_problem_is_a_fit() {
     one_launch_is_many(&DTYPES, &[1, 2, 3, 4, 7, 8], 64, "assign_narrow");
 }
 
+/// Rows of one column, of which a block sorts up to 8,192: equal ones, and more centroids than different rows; values that take more than
+/// 64 bits to add, and starts that are no numbers, are left to another kernel.
+#[test]
+fn rows_on_a_line_are_a_fit() {
+    let mut rng = rng(89);
+    for dtype in [DType::F16, DType::BF16, DType::F32] {
+        for (b, n, k) in [(3, 1, 1), (70, 111, 7), (2, 513, 30), (1, 1024, 16), (1, 2049, 60), (1, 4100, 9)] {
+            for kind in ["uniform", "equal", "wide", "zero", "start"] {
+                let x = tensor(&[b, n, 1], dtype, |i| match kind {
+                    "equal" => f64::from(rng.random_range(-9i32..9)),
+                    "wide" => {
+                        rng.random_range(-1.0..1.0)
+                            * 2f64.powi(rng.random_range(-12..3) * if dtype == DType::F32 { 9 } else { 1 })
+                    }
+                    "zero" if i / n == 0 => {
+                        if i % 2 == 0 {
+                            0.0
+                        } else {
+                            -0.0
+                        }
+                    }
+                    _ => rng.random_range(-1.0..1.0),
+                });
+                let start = tensor(&[b, k, 1], dtype, |i| match kind {
+                    "start" if i % 11 == 3 => f64::INFINITY,
+                    _ => rng.random_range(-1.0..1.0),
+                });
+                for (tol, max_iters) in [(0.0, 9), (1e-3, 4)] {
+                    let mut fits = vec![];
+                    for device in devices() {
+                        let settings = KMeans::new(k).max_iters(max_iters).tol(tol).check_finite(kind != "start");
+                        let settings = settings.init(Init::Given(start.to_device(&device).unwrap()));
+                        let x = x.to_device(&device).unwrap();
+                        let line = if device.is_cuda() { "fit_line" } else { "cpu_line" };
+                        if kind != "start" || k > 3 {
+                            fits.push((
+                                settings.plan(&x).unwrap().update == line,
+                                all_bits(&settings.fit(&x).unwrap()),
+                            ));
+                        }
+                        testing::force(Some("cpu_gemm"));
+                        fits.push((true, all_bits(&settings.fit(&x).unwrap())));
+                        testing::force(None);
+                    }
+                    let same = fits.iter().all(|(planned, bits)| *planned && *bits == fits[0].1);
+                    assert!(same, "{dtype:?} {b} {n} {k} {kind}, tol {tol}");
+                }
+            }
+        }
+    }
+}
+
 /// Blocks that share a problem; the last case has more problems than teams, so that each does several.
 #[test]
 fn blocks_that_share_problems_are_a_fit() {
