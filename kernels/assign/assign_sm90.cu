@@ -6,9 +6,10 @@
 // They take turns at the tensor cores, so that some reduce their scores while one multiplies.
 //
 // An accumulator starts at `start[j]` (tensor.cuh), so a score costs no addition. To find the largest, the second
-// largest and its column in about 2.25 operations a score instead of five, the columns of a thread are seen as a matrix
-// with PLACES columns. The maximum of each of its rows is compared with the best and the second-best row so far; across
-// all rows, tiles included, a maximum is kept of each place. The place whose maximum is the best score is the
+// largest and its column in about 1.3 operations a score instead of five, scores are compared three at a time, as
+// integers (sm90_search.cuh), and the columns of a thread are seen as a matrix with PLACES columns. The maximum of each
+// of its rows is compared with the best and the second-best row so far; across all rows, tiles included, a maximum is
+// kept of each place. The place whose maximum is the best score is the
 // winner's, and any other score is in another row or in another place: the larger of the second-best row and the other
 // places bounds it from above. Comparisons run at half the rate of other instructions and are what the searching groups
 // have least room for, so the thread with a row's best score leaves its places to the finishing warps, where a row
@@ -85,7 +86,8 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
         setmaxnreg_dec<S::PRODUCER_REGISTERS>();
         const int warp = threadIdx.x / 32;
         if (warp >= EPILOGUE)
-            epilogue<S>(s, r, active, own, bounds, padded, copies, k, row_error, labels, list, listed);
+            epilogue(s, TileScheduler<S>(r, active, centroids_resident<S>(tiles)), active, own, bounds, padded, copies,
+                     k, r.n, r.d, row_error, labels, list, listed);
         if (threadIdx.x == 32 * PRODUCE_ROWS) produce_rows<S>(s, row_map, r, active, row_error != nullptr, tiles);
         if (threadIdx.x == 32 * PRODUCE_CENTROIDS) {
             produce_centroids<S>(s, centroid_map, r, active, start, scale, tiles, padded, copies);

@@ -109,7 +109,8 @@ struct WideConsumer {
     /// Searches the next tile, of which the first COUNT centroids count. The first one of a row tile adds up the rows'
     /// squares, too.
     template <int COUNT>
-    __device__ __forceinline__ void search(int column, bool first, float& squares, Search<Wide::PLACES> (&found)[2]) {
+    __device__ __forceinline__ void search(int column, bool first, float& squares,
+                                           KeySearch<Wide::PLACES> (&found)[2]) {
         const uint32_t start = s.start + vector.at * Wide::VECTOR_BYTES + 8 * (lane % 4);
         float acc[COUNT / 2];
         int done = stage.at;
@@ -148,7 +149,7 @@ __device__ void search_wide(const Shared<Wide>& s, const Rows& r, const Active& 
     const int whole = tiles - (last <= CENTROIDS);
     int held = 0;
     for (TileScheduler<Wide> work(r, active, false); work.more(); work.next(), held ^= 1) {
-        Search<Wide::PLACES> found[2];
+        KeySearch<Wide::PLACES> found[2];
         float squares = 0;
         int t = 0;
         for (; t < whole; ++t) g.template search<Wide::WIDTH>(t * Wide::WIDTH, t == 0, squares, found);
@@ -182,7 +183,8 @@ __device__ __forceinline__ void assign_wide(const CUtensorMap* row_map, const CU
     if (threadIdx.x < 128) {
         setmaxnreg_dec<Wide::PRODUCER_REGISTERS>();
         if (threadIdx.x / 32 >= EPILOGUE)
-            epilogue<Wide>(s, r, active, own, bounds, padded, copies, k, row_error, labels, list, listed);
+            epilogue(s, TileScheduler<Wide>(r, active, false), active, own, bounds, padded, copies, k, r.n, r.d,
+                     row_error, labels, list, listed);
         if (threadIdx.x == 0) {
             produce(s, row_map, centroid_map, r, active, row_error != nullptr, start, scale, tiles, padded, copies);
         }

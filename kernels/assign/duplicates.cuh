@@ -37,21 +37,29 @@ __device__ __forceinline__ bool same_row(const T* one, const T* two, int64_t d) 
     return q == d;
 }
 
-/// Lets centroid `j` of problem `p` not win if it repeats an earlier one: it starts from -inf. `b` is the problem's
-/// place.
+/// Settles what the scores of place `j` of problem `p` start from: `shift` more than before, and -inf for a centroid
+/// that repeats an earlier one, which so cannot win. In a first pass no centroid out of reach wins either, whose scores
+/// are NaN for the recheck. `b` is the problem's place.
 template <class T>
-__device__ __forceinline__ void drop_duplicate(const T* c, const Rows& r, int64_t p, int64_t b, int64_t j,
-                                               int64_t padded, const Table& table, const uint32_t* slot, float* start) {
-    const int64_t first = uint32_t(~__ldcg(&table.first[b * table.slots + slot[b * r.n + j]]));
-    if (first >= j) return;
-    if (same_row(row_of(c, r, p, j), row_of(c, r, p, first), r.d)) start[b * padded + j] = -INFINITY;
+__device__ __forceinline__ void settle_start(const T* c, const Rows& r, int64_t p, int64_t b, int64_t j, int64_t padded,
+                                             const Table& table, const uint32_t* slot, float shift, float* start,
+                                             float* search_start) {
+    float from = start[b * padded + j] + shift;
+    if (j < r.n) {
+        const int64_t first = uint32_t(~__ldcg(&table.first[b * table.slots + slot[b * r.n + j]]));
+        if (first < j && same_row(row_of(c, r, p, j), row_of(c, r, p, first), r.d)) from = -INFINITY;
+    }
+    start[b * padded + j] = from, search_start[b * padded + j] = from == from ? from : -INFINITY;
 }
 
+/// A thread to each place.
 template <class T>
-__device__ void drop_duplicates(const T* c, const Rows& r, const Active& active, int64_t padded, const Table& table,
-                                const uint32_t* slot, float* start) {
-    const int64_t all = active.problems(r.b) * r.n;
+__device__ void settle_starts(const T* c, const Rows& r, const Active& active, int64_t padded, const Table& table,
+                              const uint32_t* slot, const Bounds* bounds, float* start, float* search_start) {
+    const int64_t all = active.problems(r.b) * padded;
     for (int64_t i = global_thread(); i < all; i += all_threads()) {
-        drop_duplicate(c, r, active.problem(i / r.n), i / r.n, i % r.n, padded, table, slot, start);
+        const int64_t b = i / padded;
+        settle_start(c, r, active.problem(b), b, i % padded, padded, table, slot, bounds[b].shift(), start,
+                     search_start);
     }
 }

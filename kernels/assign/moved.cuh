@@ -12,7 +12,7 @@ __device__ __forceinline__ void confine_to_reach(Bounds& bounds, const Reach& re
                                                  float& start, float& own) {
     if (metric != SQUARED_EUCLIDEAN) return;
     if (norm > reach.centroids) {
-        start = NAN, bounds = {0, 0, 0, 0, 0, 1 / reach.rows, 0};
+        start = NAN, bounds = {0, 0, 0, 0, 0, 1 / reach.rows, 0, 0};
     } else if (bounds.residual > 0x1p-20f * bounds.moved && reach.rows < INFINITY) {
         const float loss = bounds.residual * reach.rows;
         start = __fadd_ru(start, 1.0001f * loss), own = 2.002f * loss;
@@ -94,6 +94,7 @@ struct Sums {
                 __double2float_ru(sqrt(lost)) * rounding * scale,
                 norm * scale * rounding,
                 scale,
+                0,
                 0,
                 0};
     }

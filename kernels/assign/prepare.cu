@@ -146,9 +146,7 @@ __device__ __forceinline__ float row_squares(const T* row, int64_t d) {
 /// The reach of the centroids of problem `p`, by the whole block: that of its rows, or of all rows if they share the
 /// centroids.
 template <class T>
-__device__ Reach reach(const T* x, const Rows& xr, const T* c, const Rows& r, const Active& active, int64_t p,
-                       int metric) {
-    if (metric != SQUARED_EUCLIDEAN) return {};
+__device__ Reach reach(const T* x, const Rows& xr, const T* c, const Rows& r, const Active& active, int64_t p) {
     const bool own = r.b > 1 || xr.b == 1;
     const int64_t rows = own ? xr.n : active.problems(xr.b) * xr.n;
     float largest;
@@ -189,23 +187,25 @@ __device__ void move(const T* c, const Rows& r, int64_t p, int64_t b, int64_t fi
     if (live) {
         from_here = sums.start(metric), factor = sums.scale(metric);
         Bounds own_bounds = sums.bounds(metric, r.d, from_here, factor);
-        if (sums.nowhere(metric)) {
-            from_here = -INFINITY, factor = 1, own_bounds = {};
+        if (sums.nowhere(metric)) from_here = -INFINITY, factor = 1, own_bounds = {};
+        else confine_to_reach(own_bounds, reach, metric, sums.norm(), from_here, wider);
+        if (!(from_here > -INFINITY)) {
+            // Nothing that overflows takes part in products: as integers, NaN are above all scores.
             uint4* const to = reinterpret_cast<uint4*>(moved + (b * r.n + j) * pitch);
             for (int64_t piece = part; piece < pitch / PIECE; piece += LANES) to[piece] = {0, 0, 0, 0};
-        } else {
-            confine_to_reach(own_bounds, reach, metric, sums.norm(), from_here, wider);
         }
+        own_bounds.typical = reach.typical();
         // A lane to each.
-        static_assert(BOUNDS == 7 && offsetof(Bounds, residual) == 8, "in order");
+        static_assert(BOUNDS == MOVE_LANES && offsetof(Bounds, residual) == 8, "in order");
         const float bound = part == 0   ? own_bounds.moved
                             : part == 1 ? own_bounds.start
                             : part == 2 ? own_bounds.residual
                             : part == 3 ? own_bounds.stored
                             : part == 4 ? own_bounds.scale
                             : part == 5 ? own_bounds.inverse
-                                        : own_bounds.rounded;
-        if (part < BOUNDS) raise(&bounds[part], bound);
+                            : part == 6 ? own_bounds.rounded
+                                        : own_bounds.typical;
+        raise(&bounds[part], bound);
     }
     if (part == 0) {
         start[i] = from_here;
@@ -226,7 +226,7 @@ __device__ __forceinline__ void origins(const T* x, const Rows& xr, const T* c, 
         if (group + 1 < groups) {
             origin(c, cr, p, b, group * ORIGIN_COLUMNS, metric == SQUARED_EUCLIDEAN, mu);
         } else {
-            const Reach found = reach(x, xr, c, cr, active, p, metric);
+            const Reach found = reach(x, xr, c, cr, active, p);
             if (threadIdx.x == 0) reaches[b] = found;
         }
     }
@@ -255,7 +255,8 @@ __device__ __forceinline__ void move_all(const T* c, const Rows& cr, const Activ
 template <class T>
 __device__ void prepare(const T* x, const Rows& xr, const T* c, const Rows& r, const Active& active, int64_t p,
                         int64_t b, int metric, T* mu, int64_t pitch, int64_t padded, T* moved, float* start,
-                        float* scale, float* own, Bounds* bounds, const Table& table, uint32_t* slot) {
+                        float* search_start, float* scale, float* own, Bounds* bounds, const Table& table,
+                        uint32_t* slot) {
     for (int64_t i = threadIdx.x; i < table.slots; i += blockDim.x) {
         table.keys[b * table.slots + i] = 0, table.first[b * table.slots + i] = 0;
     }
@@ -264,26 +265,31 @@ __device__ void prepare(const T* x, const Rows& xr, const T* c, const Rows& r, c
     for (int64_t first = 0; first < r.d; first += ORIGIN_COLUMNS) {
         origin(c, r, p, b, first, metric == SQUARED_EUCLIDEAN, mu);
     }
-    const Reach found = reach(x, xr, c, r, active, p, metric);
+    const Reach found = reach(x, xr, c, r, active, p);
     for (int64_t first = 0; first < padded; first += ORIGIN_THREADS / MOVE_LANES) {
         move(c, r, p, b, first, metric, mu, found, pitch, padded, moved, start, scale, own, block_bounds, table, slot);
     }
     __syncthreads();
     if (threadIdx.x < BOUNDS) (&bounds[b].moved)[threadIdx.x] = block_bounds[threadIdx.x];
-    for (int64_t j = threadIdx.x; j < r.n; j += blockDim.x) drop_duplicate(c, r, p, b, j, padded, table, slot, start);
+    __syncthreads();
+    const float shift = bounds[b].shift();
+    for (int64_t j = threadIdx.x; j < padded; j += blockDim.x) {
+        settle_start(c, r, p, b, j, padded, table, slot, shift, start, search_start);
+    }
 }
 
 /// A block to each problem. `listed` (lists) becomes zeros.
 template <class T>
 __device__ __forceinline__ void prepare_all(const T* x, const Rows& xr, const T* c, const Rows& cr,
                                             const Active& active, int metric, T* mu, int64_t pitch, int64_t padded,
-                                            T* moved, float* start, float* scale, float* own, Bounds* bounds,
-                                            const Table& table, uint32_t* slot, int64_t lists, uint32_t* listed) {
+                                            T* moved, float* start, float* search_start, float* scale, float* own,
+                                            Bounds* bounds, const Table& table, uint32_t* slot, int64_t lists,
+                                            uint32_t* listed) {
     const int64_t problems = active.problems(cr.b);
     for (int64_t i = global_thread(); i < lists; i += all_threads()) listed[i] = 0;
     for (int64_t b = blockIdx.x; b < problems; b += gridDim.x) {
-        prepare(x, xr, c, cr, active, active.problem(b), b, metric, mu, pitch, padded, moved, start, scale, own, bounds,
-                table, slot);
+        prepare(x, xr, c, cr, active, active.problem(b), b, metric, mu, pitch, padded, moved, start, search_start,
+                scale, own, bounds, table, slot);
     }
 }
 
@@ -334,8 +340,8 @@ static_assert(TENSOR_CENTROIDS % (ORIGIN_THREADS / MOVE_LANES) == 0 && TENSOR_CE
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(ORIGIN_THREADS, 1)                                                    \
         prepare_all_##name(const T* x, Rows xr, const T* c, Rows cr, Active active, int metric, MOVED(T),              \
-                           int64_t lists, uint32_t* listed) {                                                          \
-        prepare_all(x, xr, c, cr, active, metric, mu, pitch, padded, moved, start, scale, own, bounds,                 \
+                           float* search_start, int64_t lists, uint32_t* listed) {                                     \
+        prepare_all(x, xr, c, cr, active, metric, mu, pitch, padded, moved, start, search_start, scale, own, bounds,   \
                     {keys, first_of, slots}, slot, lists, listed);                                                     \
     }                                                                                                                  \
     extern "C" __global__ void pack_##name(const T* x, Rows r, int64_t pitch, int64_t rows, T* out) {                  \
@@ -346,13 +352,13 @@ HALF_INSTANCE(bf16, __nv_bfloat16)
 #undef HALF_INSTANCE
 #undef MOVED
 
-#define DUPLICATES(name, T)                                                                                            \
-    extern "C" __global__ void drop_duplicates_##name(const T* c, Rows cr, Active active, int64_t padded,              \
-                                                      unsigned long long* keys, uint32_t* first, int64_t slots,        \
-                                                      const uint32_t* slot, float* start) {                            \
-        drop_duplicates(c, cr, active, padded, {keys, first, slots}, slot, start);                                     \
+#define STARTS(name, T)                                                                                                \
+    extern "C" __global__ void settle_starts_##name(                                                                   \
+        const T* c, Rows cr, Active active, int64_t padded, unsigned long long* keys, uint32_t* first, int64_t slots,  \
+        const uint32_t* slot, const Bounds* bounds, float* start, float* search_start) {                               \
+        settle_starts(c, cr, active, padded, {keys, first, slots}, slot, bounds, start, search_start);                 \
     }
-DUPLICATES(f16, __half)
-DUPLICATES(bf16, __nv_bfloat16)
-DUPLICATES(f32, float)
-#undef DUPLICATES
+STARTS(f16, __half)
+STARTS(bf16, __nv_bfloat16)
+STARTS(f32, float)
+#undef STARTS

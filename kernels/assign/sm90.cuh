@@ -116,6 +116,11 @@ struct TileScheduler {
     __device__ __forceinline__ int first_row() const {
         return (tile * S::CLUSTER + int(blockIdx.x) % S::CLUSTER) * S::ROWS;
     }
+    /// The number of the i-th row of the tile, of `n` in all, or -1 if there is none.
+    __device__ __forceinline__ int row(int i, int64_t n) const {
+        const int row = first_row() + i;
+        return row < n ? row : -1;
+    }
     /// Of `copies` of centroids, the one for this tile.
     __device__ __forceinline__ int copy(int64_t copies) const { return copies > 1 ? at : 0; }
     /// Whether no later tile of a walk over neighbours wants the same centroids.

@@ -3,15 +3,14 @@
 #pragma once
 #include "assign/sm90.cuh"
 
-template <class S>
-__device__ void epilogue(const Shared<S>& s, const Rows& r, const Active& active, const float* own,
-                         const Bounds* bounds, int64_t padded, int64_t copies, int64_t k, const float* row_error,
+/// `work` walks the rows of the block; a row's error bound is that of so many `columns`.
+template <class S, class Walk>
+__device__ void epilogue(const Shared<S>& s, Walk work, const Active& active, const float* own, const Bounds* bounds,
+                         int64_t padded, int64_t copies, int64_t k, int64_t n, int64_t columns, const float* row_error,
                          uint32_t* labels, UnprovenRow* list, uint32_t* listed) {
     const int band = (threadIdx.x / 32 - EPILOGUE) * 32 + threadIdx.x % 32;  // the lane's row of a slot
     static_assert(EPILOGUE_WARPS * 32 == SLOT, "a lane to a row");
-    int parity = 0;
-    for (TileScheduler<S> work(r, active, centroids_resident<S>((k + S::WIDTH - 1) / S::WIDTH)); work.more();
-         work.next(), parity ^= 1) {
+    for (int parity = 0; work.more(); work.next(), parity ^= 1) {
         const int64_t at = work.at, b = active.problem(at);
         // Read again for each row: there are few registers here.
         const Bounds& row_bounds = bounds[work.copy(copies)];
@@ -35,18 +34,18 @@ __device__ void epilogue(const Shared<S>& s, const Rows& r, const Active& active
             fence_proxy_async();
             __syncwarp();
             if (threadIdx.x % 32 == 0) mbarrier_arrive(s.found_empty(group));
-            const int64_t row = work.first_row() + group * SLOT + band;
-            if (row >= r.n) continue;
+            const int64_t row = work.row(group * SLOT + band, n);
+            if (row < 0) continue;
             // The thread's columns are pairs, eight apart. A tie may name a column that is not there.
             const int column = __float_as_int(f.z) + 8 * (place / 2) + place % 2;
-            labels[b * r.n + row] = label_of(top, column, k);
-            float error = error_bound(f.w, r.d, row_bounds) + (row_error ? __ldg(&row_error[at * r.n + row]) : 0);
+            labels[b * n + row] = label_of(top, column, k);
+            float error = error_bound(f.w, columns, row_bounds) + (row_error ? __ldg(&row_error[at * n + row]) : 0);
             const float ahead = level == 1 ? top - second : 0;
             if (ahead > error && row_bounds.inverse == 0) continue;
-            const float* widened = own ? own + work.copy(copies) * padded + labels[b * r.n + row] : nullptr;
-            const bool far = beyond(error, widened, f.w, r.d, row_bounds);
+            const float* widened = own ? own + work.copy(copies) * padded + labels[b * n + row] : nullptr;
+            const bool far = beyond(error, widened, f.w, columns, row_bounds);
             if ((ahead > error && !far) || nowhere(top, f.w, row_bounds)) continue;
-            list[at * r.n + atomicAdd(&listed[at], 1)] = {uint32_t(row), top - error};
+            list[at * n + atomicAdd(&listed[at], 1)] = {uint32_t(row), top - error};
         }
     }
 }

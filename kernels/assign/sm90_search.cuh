@@ -1,26 +1,75 @@
 // The warpgroups of assign_sm90.cu that search. A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16, and of
 // a tile the columns 8 j + 2 (lane % 4) and the next, j < 16.
 #pragma once
+#include <climits>
 #include <type_traits>
 
 #include "assign/sm90.cuh"
 
+// ---- Scores as integers.
+//
+// The order of floats above zero is that of their bits as integers, which Hopper compares three at a time (VIMNMX3). So
+// that nearly all best scores are above zero, all start from as much more (`Bounds::shift`). Among scores below zero
+// the order is another, and a NaN may be above all: a best score that is not above zero proves nothing (it is still
+// none that is too high to start a recheck from), and a second best one counts as zero at least.
+
+template <int N>
+__device__ __forceinline__ int largest_key(const int (&keys)[N]) {
+    int most = keys[0];
+#pragma unroll
+    for (int i = 1; i + 1 < N; i += 2) most = __vimax3_s32(most, keys[i], keys[i + 1]);
+    return N % 2 ? most : max(most, keys[N - 1]);
+}
+
+/// A thread knows this of a row whose scores it sees as a matrix with PLACES columns: the best, the second best of the
+/// matrix's rows, and the best of each of its columns.
+template <int PLACES>
+struct KeySearch {
+    int top = INT_MIN, second = INT_MIN, best_of[PLACES];
+    int column = 0;  // the first of the best row of places
+
+    __device__ __forceinline__ KeySearch() {
+#pragma unroll
+        for (int p = 0; p < PLACES; ++p) best_of[p] = INT_MIN;
+    }
+
+    __device__ __forceinline__ void rank(int most, int at) {
+        second = max(second, min(top, most));
+        if (most > top) column = at;
+        top = max(top, most);
+    }
+    /// A row of places, or the first few of one.
+    template <int COUNT>
+    __device__ __forceinline__ void add(const int (&keys)[COUNT], int at) {
+#pragma unroll
+        for (int p = 0; p < COUNT; ++p) best_of[p] = max(best_of[p], keys[p]);
+        rank(largest_key(keys), at);
+    }
+    /// Two rows of places, each with its first column.
+    __device__ __forceinline__ void add(const int (&keys)[PLACES], int at, const int (&more)[PLACES], int next) {
+#pragma unroll
+        for (int p = 0; p < PLACES; ++p) best_of[p] = __vimax3_s32(best_of[p], keys[p], more[p]);
+        rank(largest_key(keys), at), rank(largest_key(more), next);
+    }
+};
+
 /// Of the four threads that share a row, the first with the best score leaves what is known.
 template <int PLACES>
-__device__ __forceinline__ void publish(const Search<PLACES>& found, uint32_t to, float squares, int lane) {
-    const float best = fmaxf(found.top, __shfl_xor_sync(~0u, found.top, 1));
-    const float most = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+__device__ __forceinline__ void publish(const KeySearch<PLACES>& found, uint32_t to, float squares, int lane) {
+    const int best = max(found.top, __shfl_xor_sync(~0u, found.top, 1));
+    const int most = max(best, __shfl_xor_sync(~0u, best, 2));
     const uint32_t level = __ballot_sync(~0u, found.top == most) >> (lane & ~3) & 15;
     const bool first = (level & ((2 << lane % 4) - 1)) == 1 << lane % 4;
-    float others = first ? found.second : found.top;
-    others = fmaxf(others, __shfl_xor_sync(~0u, others, 1));
-    others = fmaxf(others, __shfl_xor_sync(~0u, others, 2));
+    int others = first ? found.second : found.top;
+    others = max(others, __shfl_xor_sync(~0u, others, 1));
+    others = max(others, __shfl_xor_sync(~0u, others, 2));
     if (!first) return;
-    store_shared(to, most, others, __int_as_float(found.column), squares);
+    const auto score = [](int key) { return __int_as_float(key); };
+    store_shared(to, score(most), score(max(others, 0)), __int_as_float(found.column), squares);
 #pragma unroll
     for (int p = 0; p < PLACES; p += 4) {
-        const float* best = found.best_of + p;
-        store_shared(to + sizeof(RowResult) + 4 * p, best[0], best[1], best[2], best[3]);
+        const int* keys = found.best_of + p;
+        store_shared(to + sizeof(RowResult) + 4 * p, score(keys[0]), score(keys[1]), score(keys[2]), score(keys[3]));
     }
 }
 
@@ -31,6 +80,15 @@ __device__ __forceinline__ void load_rows(uint32_t (&a)[S::STEPS][4], uint32_t s
 #pragma unroll
     for (int step = 0; step < S::STEPS; ++step) {
         ldmatrix_x4(a[step], (first ^ step % 4 * 32) + (step / 4) * (SLOT * 128));
+    }
+}
+
+/// Waits for rows on their way to registers.
+template <int STEPS>
+__device__ __forceinline__ void pin_rows(uint32_t (&a)[STEPS][4]) {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        asm volatile("" : "+r"(a[step][0]), "+r"(a[step][1]), "+r"(a[step][2]), "+r"(a[step][3])::"memory");
     }
 }
 
@@ -51,26 +109,37 @@ __device__ __forceinline__ void rescale(float (&acc)[SCORES], uint32_t start, ui
     }
 }
 
-template <int COUNT, int SCORES, int PLACES>
-__device__ __forceinline__ void reduce_some(const float (&acc)[SCORES], int first, int column, Search<PLACES>& low,
-                                            Search<PLACES>& high) {
-    float u[COUNT], v[COUNT];
+/// COUNT of the thread's columns of a tile from its `first` one on: of its lower row, and of its higher one.
+template <int COUNT, int SCORES>
+__device__ __forceinline__ void keys_of(const float (&acc)[SCORES], int first, int (&low)[COUNT], int (&high)[COUNT]) {
 #pragma unroll
     for (int p = 0; p < COUNT; ++p) {
         const int at = (first + p) / 2 * 4 + p % 2;
-        u[p] = acc[at], v[p] = acc[at + 2];
+        low[p] = __float_as_int(acc[at]), high[p] = __float_as_int(acc[at + 2]);
     }
-    low.add(u, column + 4 * first);
-    high.add(v, column + 4 * first);
 }
 
 template <int SCORES, int PLACES>
-__device__ __forceinline__ void reduce(const float (&acc)[SCORES], int column, Search<PLACES>& low,
-                                       Search<PLACES>& high) {
-    constexpr int WHOLE = SCORES / 2 / PLACES * PLACES;
+__device__ __forceinline__ void reduce(const float (&acc)[SCORES], int column, KeySearch<PLACES>& low,
+                                       KeySearch<PLACES>& high) {
+    constexpr int ALL = SCORES / 2, PAIRED = ALL / (2 * PLACES) * 2 * PLACES, WHOLE = ALL / PLACES * PLACES;
 #pragma unroll
-    for (int first = 0; first < WHOLE; first += PLACES) reduce_some<PLACES>(acc, first, column, low, high);
-    if constexpr (WHOLE < SCORES / 2) reduce_some<SCORES / 2 - WHOLE>(acc, WHOLE, column, low, high);
+    for (int first = 0; first < PAIRED; first += 2 * PLACES) {
+        int u[PLACES], v[PLACES], u_next[PLACES], v_next[PLACES];
+        keys_of(acc, first, u, v), keys_of(acc, first + PLACES, u_next, v_next);
+        const int at = column + 4 * first, next = at + 4 * PLACES;
+        low.add(u, at, u_next, next), high.add(v, at, v_next, next);
+    }
+    if constexpr (PAIRED < WHOLE) {
+        int u[PLACES], v[PLACES];
+        keys_of(acc, PAIRED, u, v);
+        low.add(u, column + 4 * PAIRED), high.add(v, column + 4 * PAIRED);
+    }
+    if constexpr (WHOLE < ALL) {
+        int u[ALL - WHOLE], v[ALL - WHOLE];
+        keys_of(acc, WHOLE, u, v);
+        low.add(u, column + 4 * WHOLE), high.add(v, column + 4 * WHOLE);
+    }
 }
 
 /// At least the sums of squares of the thread's two rows. 16 additions in the rows' own type lose at most 16 units of
@@ -136,7 +205,7 @@ struct Consumer {
 
     /// Searches the next tile, of which the first WIDTH centroids count, and lets go of it unless to `keep` it.
     template <int WIDTH>
-    __device__ __forceinline__ void search(int column, bool keep, Search<S::PLACES> (&found)[2]) {
+    __device__ __forceinline__ void search(int column, bool keep, KeySearch<S::PLACES> (&found)[2]) {
         const int quad = lane % 4, own_turn = 1 + index, next_turn = 1 + (index + 1) % S::GROUPS;
         const uint32_t start = s.start + vector.at * S::VECTOR_BYTES + 8 * quad;
         float acc[WIDTH / 2];
@@ -192,7 +261,7 @@ __device__ void search(const Shared<S>& s, const Rows& r, const Active& active, 
         __syncwarp();
         if (g.lane == 0) mbarrier_arrive(s.rows_empty(g.index));
 
-        Search<S::PLACES> found[2];
+        KeySearch<S::PLACES> found[2];
         const bool keep = stay && !work.last_of_copy(copies);
         const auto stage = g.stage;
         const auto vector = g.vector;

@@ -169,7 +169,7 @@ __device__ __forceinline__ float row_norm_above(float squares, int64_t d) {
 __device__ __forceinline__ float error_bound(float squares, int64_t d, const Bounds& bounds) {
     const float ulps = LOSS * ((d + 15) / 16) + 4, tiny = 1e-37f * d * fmaxf(bounds.scale, 1.0f);
     const float x = row_norm_above(squares, d);
-    const float top = x * bounds.moved + bounds.start;
+    const float top = x * bounds.moved + bounds.start + bounds.shift();
     if (!(top < 1e37f && x < 1e18f)) return INFINITY;
     const float definition = (d + 16) * 0x1p-50f * (x + bounds.stored) * (x + bounds.stored);
     return 2.001f * (ulps * 0x1p-23f * top + x * bounds.residual + definition + tiny);

@@ -238,8 +238,9 @@ pub(super) fn assign_scratch(p: &Problem, b: u64, k: u64, layout: RowLayout, arc
     let sizes = [b as usize, p.n, k as usize, p.d];
     let AssignPlan { kernel: assign, pack, .. } = AssignPlan::new(p.dtype, p.metric, sizes, p.b, layout, arch);
     // Moved centroids and the table of their hashes, halves of rows, and the list of rows left to recheck.
-    let tensor = b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights.max(halves) + 64);
-    let split = (halves + 16) * bn.min(split_rows(p.d) as u64);
+    let tensor = b * (k + tiles::TENSOR_CENTROIDS as u64) * (eights.max(halves) + 72);
+    // With the rows that a second pass lists once more, and the counters of all parts.
+    let split = (halves + 28) * bn.min(split_rows(p.d) as u64) + 16 * b * (p.n as u64).div_ceil(split_rows(p.d) as u64);
     let scratch = match (assign, assign.splits(p.dtype)) {
         (Assign::Sm80 | Assign::Sm90 | Assign::WideSm90, true) => tensor + split,
         (Assign::Sm80 | Assign::Sm90 | Assign::WideSm90, false) => tensor + 8 * bn,

@@ -3,7 +3,7 @@
 use crate::common::*;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::{assign_with_distances, quantize, Metric};
+use candle_flash_kmeans::{assign_with_distances, quantize, testing, Metric};
 use rand::Rng;
 use std::collections::BTreeSet;
 
@@ -90,6 +90,30 @@ fn every_shape_type_and_metric() {
             _ => uniform(&shape, 3.0, 1.0, dtype, rng),
         });
         check(&x, &c, metric, &devices, &format!("case {seed}, k {k}"));
+    }
+}
+
+/// Rows and centroids on opposite sides of the origin, whose scores are all below zero, or would be if they started from nothing.
+#[test]
+fn rows_that_look_away_from_all_centroids() {
+    let mut rng = rng(3);
+    for dtype in [DType::F16, DType::BF16, DType::F32] {
+        for (n, k, d) in [(500, 300, 24), (300, 700, 64), (260, 130, 130), (140, 90, 600)] {
+            for shared in [0.0, 1.0, 30.0] {
+                let x = tensor(&[n, d], dtype, |i| {
+                    -shared - if i / d % 5 == 0 { 9.0 } else { 1.0 } * rng.random_range(0.1..1.0)
+                });
+                let c = tensor(&[k, d], dtype, |_| shared + rng.random_range(0.1..1.0));
+                for (metric, device) in METRICS.into_iter().flat_map(|m| devices().into_iter().map(move |d| (m, d))) {
+                    let on_device = x.to_device(&device).unwrap();
+                    for kernel in testing::candidates(&on_device, k, metric).unwrap() {
+                        testing::force(Some(kernel));
+                        check(&x, &c, metric, &[device.clone()], &format!("{kernel}, {shared} apart"));
+                        testing::force(None);
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -45,19 +45,20 @@ impl Table {
         Self { keys, first, slot: layout.unwritten(elements(&[copies, k])), slots, padded }
     }
 
-    /// Lets no centroid win that repeats an earlier one, once all are in the table.
-    pub(super) fn drop_duplicates<T: Element>(
+    /// Settles what scores start from, once all centroids are in the table: in a recheck, and in a first pass.
+    pub(super) fn settle_starts<T: Element>(
         &self,
         dev: &CudaDevice,
         w: &Arena<'_>,
-        cs: &CudaView<'_, T>,
-        c: &Rows,
+        (cs, c): (&CudaView<'_, T>, &Rows),
         active: Active,
-        start: DevicePtr<f32>,
+        bounds: DevicePtr<Bounds>,
+        [start, search_start]: [DevicePtr<f32>; 2],
     ) -> Result<()> {
-        launch!(dev, Prepare, "drop_duplicates", T::SUFFIX, elements(&[c.b, c.n]).div_ceil(THREADS), THREADS;
+        let places = elements(&[c.b, self.padded]);
+        launch!(dev, Prepare, "settle_starts", T::SUFFIX, places.div_ceil(THREADS), THREADS;
             cs, &shape(c), &active, &(self.padded as i64), &w.ptr(self.keys), &w.ptr(self.first), &(self.slots as i64),
-            &w.ptr(self.slot), &start)
+            &w.ptr(self.slot), &bounds, &start, &search_start)
     }
 }
 
@@ -84,14 +85,15 @@ pub(super) fn assign<T: Element>(
     let list = layout.unwritten::<UnprovenRow>(if kernel == Assign::Small { 0 } else { elements(&[x.b, x.n]) });
     let mu = layout.unwritten::<T>(elements(&[copies, d]));
     let moved = layout.unwritten::<T>(elements(&[copies, k, pitch]));
-    let start = layout.unwritten::<f32>(elements(&[copies, padded]));
+    let [start, search_start] = [(); 2].map(|_| layout.unwritten::<f32>(elements(&[copies, padded])));
     let scaled = metric == Metric::Cosine;
     let scale = scaled.then(|| layout.unwritten::<f32>(elements(&[copies, padded])));
     let centred = metric == Metric::SquaredEuclidean;
     let own = centred.then(|| layout.unwritten::<f32>(elements(&[copies, padded])));
     let reaches = layout.unwritten::<Reach>(if prepare_all { 0 } else { copies });
     let w = layout.scratch(dev, "labels", memory)?;
-    let (mu, moved, start, bounds) = (w.ptr(mu), w.ptr(moved), w.ptr(start), w.ptr(bounds));
+    let (mu, moved, bounds) = (w.ptr(mu), w.ptr(moved), w.ptr(bounds));
+    let [start, search_start] = [start, search_start].map(|place| w.ptr(place));
     let [scale, own] = [scale, own].map(|place| place.map_or(DevicePtr::NULL, |place| w.ptr(place)));
     let (listed, list) = (w.ptr(listed), w.ptr(list));
 
@@ -101,7 +103,7 @@ pub(super) fn assign<T: Element>(
     if prepare_all {
         launch!(dev, Prepare, "prepare_all", T::SUFFIX, copies, ORIGIN_THREADS;
             &xs, &shape(x), &cs, &shape(&one), &active, &metric_id, &mu, &pitch64, &padded64, &moved, &start, &scale, &own,
-            &bounds, &keys, &first, &slots, &slot, &(x.b as i64), &listed)?;
+            &bounds, &keys, &first, &slots, &slot, &search_start, &(x.b as i64), &listed)?;
     } else {
         let groups = elements(&[copies, d.div_ceil(ORIGIN_COLUMNS) + 1]);
         let reaches = w.ptr(reaches);
@@ -111,7 +113,7 @@ pub(super) fn assign<T: Element>(
         launch!(dev, Prepare, "prepare_moved", T::SUFFIX, blocks, THREADS;
             &cs, &shape(&one), &active, &metric_id, &reaches, &mu, &pitch64, &padded64, &moved, &start, &scale, &own,
             &bounds, &keys, &first, &slots, &slot)?;
-        table.drop_duplicates(dev, &w, &cs, &one, active, start)?;
+        table.settle_starts(dev, &w, (&cs, &one), active, bounds, [start, search_start])?;
     }
 
     let processors = processors(dev)?;
@@ -130,7 +132,7 @@ pub(super) fn assign<T: Element>(
         let map = TensorMap::new(half, moved.address, [copies, k, d], [k * pitch, pitch], SM90_CENTROIDS)?;
         let tiles = elements(&[x.b, x.n.div_ceil(SM90_ROWS * groups)]).min(processors);
         launch!(dev, AssignSm90, sm90_name(steps), T::SUFFIX, tiles, 128 * (groups + 1), SM90_SHARED;
-            &row_map, &map, &shape(x), &active, &start, &scale, &own, &bounds, &k64, &padded64, &copies64, &no_slack,
+            &row_map, &map, &shape(x), &active, &search_start, &scale, &own, &bounds, &k64, &padded64, &copies64, &no_slack,
             &labels, &list, &listed)?;
     } else if kernel == Assign::WideSm90 {
         let from = xs.device_ptr(&dev.cuda_stream()).0;
@@ -138,12 +140,12 @@ pub(super) fn assign<T: Element>(
         let map = TensorMap::new(half, moved.address, [copies, k, d], [k * pitch, pitch], SM90_CENTROIDS)?;
         let blocks = wide_blocks([x.b, x.n], processors);
         launch!(dev, AssignWideSm90, "assign_wide", T::SUFFIX, blocks, WIDE_THREADS, SM90_SHARED;
-            &row_map, &map, &shape(x), &active, &start, &scale, &own, &bounds, &k64, &padded64, &copies64, &no_slack,
+            &row_map, &map, &shape(x), &active, &search_start, &scale, &own, &bounds, &k64, &padded64, &copies64, &no_slack,
             &labels, &list, &listed)?;
     } else {
         let tiles = elements(&[x.b, x.n.div_ceil(SM80_ROWS)]);
         launch!(dev, AssignSm80, "assign_sm80", T::SUFFIX, tiles, SM80_ROWS, sweep_shared(d);
-            &xs, &shape(x), &active, &moved, &start, &scale, &own, &bounds, &k64, &pitch64, &padded64, &copies64,
+            &xs, &shape(x), &active, &moved, &search_start, &scale, &own, &bounds, &k64, &pitch64, &padded64, &copies64,
             &labels, &list, &listed, &no_slack)?;
     }
     launch!(dev, Recheck, "recheck_tensor", T::SUFFIX, 2 * processors, SM80_ROWS, shared;
