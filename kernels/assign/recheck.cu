@@ -28,18 +28,19 @@ INSTANCE(bf16, __nv_bfloat16)
 #undef INSTANCE
 
 /// `halves` holds the rows of `x` that are rechecked, (b, n, pitch), each h and then l as in `moved`, by problems'
-/// places in the list like all scratch. The first pass's bounds lie before `bounds`. `pitch` is that of both, twice
-/// that of one half.
+/// places in the list like all scratch. The bounds by which they were listed lie `first_copies` before `bounds`.
+/// `pitch` is that of both, twice that of one half.
 extern "C" __global__ void __launch_bounds__(BLOCK, RECHECK_RESIDENT)
     recheck_split_f32(const __half* halves, const float* x, Rows r, Active active, const float* centroids, Rows cr,
                       const __half* moved, const float* start, const Bounds* bounds, int64_t k, int64_t pitch,
                       int64_t padded, int64_t copies, int metric, uint32_t* labels, const UnprovenRow* list,
-                      const uint32_t* listed, const float* row_error, const float* first_row_error) {
+                      const uint32_t* listed, const float* row_error, const float* first_row_error,
+                      int64_t first_copies) {
     extern __shared__ __align__(128) uint8_t raw[];
     const auto prepared = [&](int64_t at) {
         return ScoredCentroids<__half>(moved, start, nullptr, nullptr, bounds, k, pitch, padded, copies, at);
     };
     recheck<true>(raw, halves, Rows{r.n * pitch, pitch, r.b, r.n, r.d}, active,
-                  Originals<float>{x, centroids, r, cr, 0}, prepared, row_error, {first_row_error, copies}, metric,
-                  labels, list, listed);
+                  Originals<float>{x, centroids, r, cr, 0}, prepared, row_error, {first_row_error, first_copies},
+                  metric, labels, list, listed);
 }

@@ -159,7 +159,8 @@ extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, Active a
         const bool nowhere = squares != squares || (metric != DOT && !(squares < nothing().distance));
         const bool far = centred && !nowhere && sqrt(squares) > power * reach.centroids;
         const float from_here = nowhere ? -INFINITY : far ? NAN : centred ? float(-squares / 2) : 0;
-        for (int64_t q = lane; nowhere && q < pitch; q += WARP) to[q] = to[pitch + q] = __half(0.0f);
+        // Products with what overflows would be NaN, which are above all scores where these are compared as integers.
+        for (int64_t q = lane; (nowhere || far) && q < pitch; q += WARP) to[q] = to[pitch + q] = __half(0.0f);
         if (lane == 0) start[i] = from_here, slot[b * cr.n + j] = Table{keys, first, slots}.enter(b, j, hash);
         // A lane to a bound.
         const double high = sqrt(high_squares), from_above = fabs(double(from_here)), stored = sqrt(squares);
@@ -173,6 +174,8 @@ extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, Active a
                                  sqrt(lost_split) * (1 + 0x1p-11) + 0x1p-11 * sqrt(low_squares),
                                  metric == COSINE ? power : stored,
                                  1};
+        // A row that has a power of its own has its largest element in [2^6, 2^7).
+        const double typical = centred ? power * reach.typical() : 64 * sqrt(double(cr.d));
         constexpr int PROVEN = 5;
         static_assert(offsetof(Bounds, inverse) == PROVEN * sizeof(float) && offsetof(Bounds, residual) == 8,
                       "as `values`");
@@ -184,6 +187,7 @@ extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, Active a
         } else if (lane < 2 * PROVEN) {
             raise(&bounds[lane / PROVEN * cr.b + b].moved + lane % PROVEN, bound);
         }
+        if (lane < 2) raise(&bounds[lane * cr.b + b].typical, typical);
     }
 }
 

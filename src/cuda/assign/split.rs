@@ -5,7 +5,7 @@ use crate::{
     cuda::device::processors,
     cuda::kernel::{launch, warps, WARP},
     cuda::memory::{elements, ArenaLayout, Memory},
-    cuda::params::{one_copy, shape, Active, Bounds, Reach, UnprovenRow},
+    cuda::params::{one_copy, shape, Active, Bounds, Gate, Reach, UnprovenRow},
     cuda::tensors::{read, DevicePtr, TensorMap},
     error::Result,
     metric::Metric,
@@ -40,17 +40,25 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: DevicePtr<u32>
     let largest = layout.zeroed::<f32>(copies);
     // For one half alone, then for both.
     let bounds = layout.zeroed::<Bounds>(elements(&[2, copies]));
-    let listed = layout.zeroed::<u32>(elements(&[x.b, x.n.div_ceil(most)]));
+    let counters = elements(&[x.b, x.n.div_ceil(most)]);
+    let listed = layout.zeroed::<u32>(counters);
+    // Where a second pass comes between, it lists rows once more, and decides whether the first one is worth its while.
+    let second = plan.kernel == Assign::Sm90 && d <= SPLIT_COLUMNS;
+    let left_count = layout.zeroed::<u32>(if second { counters } else { 0 });
+    let gates = layout.unwritten::<u32>(if second { counters + 1 } else { 0 });
     let table = Table::new(&mut layout, copies, k, true);
     let list = layout.unwritten::<UnprovenRow>(most);
+    let left = layout.unwritten::<UnprovenRow>(if second { most } else { 0 });
     let moved = layout.unwritten::<half::f16>(elements(&[copies, k, both]));
-    let start = layout.unwritten::<f32>(elements(&[copies, padded]));
+    let starts = [(); 2].map(|_| layout.unwritten::<f32>(elements(&[copies, padded])));
     let halves = layout.unwritten::<half::f16>(elements(&[most, both]));
     let slacks = [(); 2].map(|_| layout.unwritten::<f32>(most));
     let reaches = layout.unwritten::<Reach>(copies);
     let w = layout.scratch(dev, "labels", memory)?;
-    let (mu, largest, moved, start, bounds) = (w.ptr(mu), w.ptr(largest), w.ptr(moved), w.ptr(start), w.ptr(bounds));
+    let (mu, largest, moved, bounds) = (w.ptr(mu), w.ptr(largest), w.ptr(moved), w.ptr(bounds));
+    let [start, search_start] = starts.map(|place| w.ptr(place));
     let (mut listed, list, halves) = (w.ptr(listed), w.ptr(list), w.ptr(halves));
+    let (mut left_count, left, mut gate) = (w.ptr(left_count), w.ptr(left), w.ptr(gates));
     let [slack, slack_split] = slacks.map(|s| w.ptr(s));
 
     let (metric_id, none, reaches) = (metric as i32, DevicePtr::<f32>::NULL, w.ptr(reaches));
@@ -68,7 +76,7 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: DevicePtr<u32>
     launch!(dev, Split, "split_centroids", "f32", warps(elements(&[copies, padded])), THREADS;
         &cs, &shape(&one), &active, &metric_id, &mu, &largest, &reaches, &pitch64, &padded64, &moved, &start, &bounds,
         &w.ptr(table.keys), &w.ptr(table.first), &(table.slots as i64), &w.ptr(table.slot))?;
-    table.drop_duplicates(dev, &w, &cs, &one, active, start)?;
+    table.settle_starts(dev, &w, (&cs, &one), active, bounds, [start, search_start])?;
 
     let processors = processors(dev)?;
     let mut first = 0;
@@ -84,11 +92,14 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: DevicePtr<u32>
 
         let part = Rows { b: problems, n: rows, ..x.clone() };
         let split = Rows { b: problems, n: rows, batch_stride: rows * both, row_stride: both, ..x.clone() };
-        let (start, moved) = (start.from(copy * padded), moved.from(copy * k * both));
+        let moved = moved.from(copy * k * both);
+        let [start, search_start] = [start, search_start].map(|all| all.from(copy * padded));
         let (high, low) = (bounds.from(copy), bounds.from(copies + copy));
         // By a list, problems are found from the first one on.
         let (from, skip) = if active.list.is_null() { (b, 0) } else { (0, b) };
         let (active, labels) = (active.after(skip), labels.from(from * x.n + row));
+        let passes_over = second && first > 0;
+        let gated = if passes_over { Active { count: gate, ..active } } else { active };
         if plan.kernel == Assign::Sm90 {
             let half = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
             let (steps, groups) = sm90_shape(d);
@@ -97,7 +108,7 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: DevicePtr<u32>
             let map = TensorMap::new(half, moved.address, [own, k, d], [k * both, both], SM90_CENTROIDS)?;
             let tiles = elements(&[problems, rows.div_ceil(SM90_ROWS * groups)]).min(processors);
             launch!(dev, AssignSm90, sm90_name(steps), "f16", tiles, 128 * (groups + 1), SM90_SHARED;
-                &row_map, &map, &shape(&split), &active, &start, &none, &none, &high, &k64, &padded64, &copies64, &slack,
+                &row_map, &map, &shape(&split), &gated, &search_start, &none, &none, &high, &k64, &padded64, &copies64, &slack,
                 &labels, &list, &listed)?;
         } else if plan.kernel == Assign::WideSm90 {
             let half = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
@@ -106,21 +117,55 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: DevicePtr<u32>
             let map = TensorMap::new(half, moved.address, [own, k, d], [k * both, both], SM90_CENTROIDS)?;
             let blocks = wide_blocks([problems, rows], processors);
             launch!(dev, AssignWideSm90, "assign_wide", "f16", blocks, WIDE_THREADS, SM90_SHARED;
-                &row_map, &map, &shape(&split), &active, &start, &none, &none, &high, &k64, &padded64, &copies64, &slack,
+                &row_map, &map, &shape(&split), &active, &search_start, &none, &none, &high, &k64, &padded64, &copies64, &slack,
                 &labels, &list, &listed)?;
         } else {
             let tiles = elements(&[problems, rows.div_ceil(SM80_ROWS)]);
             launch!(dev, AssignSm80, "assign_sm80", "f16", tiles, SM80_ROWS, sweep_shared(d);
-                &halves, &shape(&split), &active, &moved, &start, &none, &none, &high, &k64, &both64, &padded64, &copies64,
+                &halves, &shape(&split), &active, &moved, &search_start, &none, &none, &high, &k64, &both64, &padded64, &copies64,
                 &labels, &list, &listed, &slack)?;
         }
+        let (mut unproven, mut unproven_count, mut first_error) = (list, listed, (slack, copies64));
+        if second {
+            let half = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+            let own = if copies > 1 { problems } else { 1 };
+            let maps = [0, pitch]
+                .map(|at| TensorMap::new(half, moved.from(at).address, [own, k, d], [k * both, both], SM90_CENTROIDS));
+            let [high_map, low_map] = maps;
+            let here = Gate { count: if passes_over { gate } else { DevicePtr::NULL }, next: gate.from(1) };
+            let blocks = elements(&[problems, rows.div_ceil(2 * SM90_ROWS)]).min(processors);
+            launch!(dev, AssignSplitSm90, split_name(d), "f32", blocks, 3 * 128, SM90_SHARED;
+                &high_map?, &low_map?, &halves, &shape(&split), &active, &here, &search_start, &low, &k64, &pitch64,
+                &padded64, &copies64, &slack_split, &labels, &list, &listed, &left, &left_count)?;
+            (unproven, unproven_count, first_error) = (left, left_count, (slack_split, 0));
+            (left_count, gate) = (left_count.from(problems), gate.from(1));
+        }
+        let (first_slack, first_copies) = first_error;
         let originals = xs.slice(from * x.batch_stride + row * x.row_stride..);
         let centroids = cs.slice(from * c.batch_stride..);
         let shared = sweep_shared(2 * d) + RECHECK_SHARED;
         launch!(dev, Recheck, "recheck_split", "f32", 2 * processors, SM80_ROWS, shared;
             &halves, &originals, &shape(&part), &active, &centroids, &shape(c), &moved, &start, &low, &k64, &both64, &padded64,
-            &copies64, &metric_id, &labels, &list, &listed, &slack_split, &slack)?;
+            &copies64, &metric_id, &labels, &unproven, &unproven_count, &slack_split, &first_slack, &first_copies)?;
         (first, listed) = (first + count, listed.from(problems));
     }
     Ok(())
+}
+
+/// Most columns that the second pass of `assign_split_sm90.cu` is compiled for.
+const SPLIT_COLUMNS: usize = 128;
+
+/// Its instance for `d` columns.
+fn split_name(d: usize) -> &'static str {
+    const NAMES: [&str; SPLIT_COLUMNS / 16] = [
+        "search_split_1",
+        "search_split_2",
+        "search_split_3",
+        "search_split_4",
+        "search_split_5",
+        "search_split_6",
+        "search_split_7",
+        "search_split_8",
+    ];
+    NAMES[(d - 1) / 16]
 }
