@@ -5,12 +5,12 @@ use crate::{
     host,
     metric::Metric,
     operand::Readable,
-    plan::{assign::AssignPlan, on_chip::OnChip, update::UpdatePlan},
+    plan::{assign::AssignPlan, on_chip::OnChip, skip::SkipPlan, update::UpdatePlan},
     rng::Draw,
     rows::Rows,
 };
-use candle_core::Tensor;
-use std::sync::Mutex;
+use candle_core::{DType, Device, Tensor};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The progress of a fit's problems.
 pub(crate) struct Progress {
@@ -78,6 +78,71 @@ pub(crate) struct Assignment<'a> {
     pub c: &'a Rows<'a>,
     pub metric: Metric,
     pub turn: Option<Turn<'a>>,
+    /// What the last assignment of these rows has left for this one, whose labels have to be those it has made.
+    #[cfg_attr(feature = "cuda", allow(dead_code))]
+    pub bounds: Option<&'a KeptBounds>,
+}
+
+/// Bounds on distances, in the data's own units, that an assignment leaves for the next one of the same rows. That one skips the groups
+/// of centroids which the triangle inequality proves to be too far from a row to have its nearest centroid (Elkan 2003, Hamerly 2010;
+/// by groups: Yinyang k-means, Ding et al. 2015).
+pub(crate) struct KeptBounds {
+    /// The group of each centroid, u32 `(b, k)`.
+    pub group: Tensor,
+    /// f32 `(b, n, groups)`: less what the bounds of the group have fallen, no centroid of it but the row's own is nearer.
+    pub lower: Tensor,
+    /// f32 `(b, n)`: the row's own centroid of the last assignment is not farther.
+    pub upper: Tensor,
+    /// How far the bounds of each group have fallen since they were made, by the moves of its centroids, f32 `(b, groups)`.
+    pub fallen: Tensor,
+    /// The centroids of the last assignment, `(b, k, d)`.
+    pub before: Tensor,
+    /// Says how many groups there are, and when they are skipped.
+    pub skip: SkipPlan,
+    /// Whether bounds are of use, of each problem.
+    pub problems: Mutex<Vec<BoundsState>>,
+}
+
+/// Whether bounds are of use.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct BoundsState {
+    /// Assignments of the fit.
+    pub passes: usize,
+    /// The last one that compared all centroids and made bounds anew, if nothing has made these useless since.
+    pub made: Option<usize>,
+    /// No pass before this one is to make bounds.
+    pub next: usize,
+}
+
+impl KeptBounds {
+    /// For `b` problems of `n` rows of `d` columns and `k` centroids.
+    pub fn new([b, n, k, d]: [usize; 4], skip: SkipPlan, dtype: DType, device: &Device) -> Result<Self> {
+        let zeros = |shape: &[usize], dtype| host::zeros("fit", shape, dtype, device);
+        let groups = skip.groups;
+        Ok(Self {
+            group: zeros(&[b, k], DType::U32)?,
+            lower: zeros(&[b, n, groups], DType::F32)?,
+            upper: zeros(&[b, n], DType::F32)?,
+            fallen: zeros(&[b, groups], DType::F32)?,
+            before: zeros(&[b, k, d], dtype)?,
+            skip,
+            problems: Mutex::new(vec![BoundsState::default(); b]),
+        })
+    }
+
+    /// Begins a fit.
+    pub fn reset(&self) {
+        self.states().fill(BoundsState::default());
+    }
+
+    /// Says that labels are not those of the last assignment.
+    pub fn forget(&self) {
+        self.states().iter_mut().for_each(|state| state.made = None);
+    }
+
+    pub fn states(&self) -> MutexGuard<'_, Vec<BoundsState>> {
+        self.problems.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Labels, and the order that brings clusters together. Cluster `j` is `order[offsets[j]..offsets[j + 1]]`.

@@ -9,16 +9,22 @@ use super::{
     tensors::{converged, read_and_write, single, typed, Element, View},
 };
 use crate::{
-    error::Result, host, launches, metric::Metric, operand::Target, plan::assign::Assign, request::Assignment,
+    error::Result,
+    host,
+    launches::{self, PassWork},
+    metric::Metric,
+    operand::Target,
+    plan::assign::Assign,
+    request::Assignment,
     tiles::CPU_ROWS,
 };
 use std::{
     cell::Cell,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
 };
 
 pub(crate) fn assign_into(a: Assignment<'_>, labels: Target<'_>) -> Result<()> {
-    let Assignment { plan, x, c, metric, turn } = a;
+    let Assignment { plan, x, c, metric, turn, .. } = a;
     let converged = converged(turn)?;
     if x.b == 0 || x.n == 0 {
         return Ok(());
@@ -96,17 +102,22 @@ fn label_all<T: Element, P: Send + Sync, S>(
     let (n, d, k) = (x.rows.n, x.rows.d, c.rows.n);
     let centroids = host::map("assign", problems, 8 * k * d, prepared)?;
     let centroids = centroids.into_iter().collect::<Result<Vec<_>>>()?;
-    let compared = AtomicU64::new(0);
+    let (compared, moved) = (AtomicU64::new(0), AtomicUsize::new(0));
     let tile = |s: &mut S, (b, part, labels): (usize, usize, &mut [u32])| {
         if let Some(centroids) = &centroids[b.min(problems - 1)] {
+            let mut before = [0; CPU_ROWS];
+            before[..labels.len()].copy_from_slice(labels);
             compared.fetch_add(label(s, (b, part * CPU_ROWS), centroids, labels)?, Relaxed);
+            moved.fetch_add(labels.iter().zip(&before).filter(|(now, before)| now != before).count(), Relaxed);
         }
         Ok(())
     };
     let tiles = labels.chunks_mut(n).enumerate().filter(|&(b, _)| !skipped(b));
+    let rows = (0..x.rows.b).filter(|&b| !skipped(b)).count() * n;
     let tiles = tiles.flat_map(|(b, l)| l.chunks_mut(CPU_ROWS).enumerate().map(move |(p, o)| (b, p, o))).collect();
     // A multiplication in a product of matrices is a small part of a step.
     host::for_each(tiles, CPU_ROWS.min(n) * d * (4 + k / 16), scratch, tile)?;
     COMPARED.set(COMPARED.get() + compared.into_inner());
+    launches::record_pass(|| PassWork { products: 1.0, moved: moved.into_inner() as f64 / rows.max(1) as f64 });
     Ok(())
 }

@@ -16,7 +16,7 @@ use crate::{
     plan::{announce, Plan},
     primitives,
     problem::{self, Problem},
-    request::{KeptSums, Progress, Summands},
+    request::{KeptBounds, KeptSums, Progress, Summands},
     rows::Rows,
     seeding,
 };
@@ -79,6 +79,8 @@ pub struct PreparedFit {
     pub(super) memory: Memory,
     /// The sums that updates leave each other, where the plan says so.
     pub(super) kept_sums: Option<Mutex<KeptSums>>,
+    /// The bounds that assignments leave each other, where the plan says so.
+    pub(super) bounds: Option<KeptBounds>,
     /// The copy of rows that cannot be read where they lie.
     pub(super) copy: Option<Tensor>,
     pub(super) data: Option<Data>,
@@ -131,6 +133,9 @@ impl PreparedFit {
         let (device, memory) = (device.clone(), Memory::kept());
         let kept_sums =
             plan.steps.skip.keep_sums.then(|| KeptSums::new([p.b, p.n, p.k, p.d]).map(Mutex::new)).transpose()?;
+        let skip = plan.steps.skip;
+        let bounds = || KeptBounds::new([p.b, p.n, p.k, p.d], skip, p.dtype, &device);
+        let bounds = (skip.groups > 0).then(bounds).transpose()?;
         let mut fit = Self {
             fence,
             settings,
@@ -146,6 +151,7 @@ impl PreparedFit {
             drawn: None,
             memory,
             kept_sums,
+            bounds,
             copy: None,
             data: None,
             captured: vec![],
