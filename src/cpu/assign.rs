@@ -2,17 +2,17 @@
 
 use super::{
     amx::Amx,
+    bounded::label_bounded,
     filter::Centroids,
-    label::{Scratch, Tile},
+    label::{Scratch, Views},
     label_rounded::RoundedScratch,
     rounded::RoundedCentroids,
-    tensors::{converged, read_and_write, single, typed, Element, View},
+    tensors::{converged, read_and_write, single, typed, Element},
 };
 use crate::{
     error::Result,
     host,
     launches::{self, PassWork},
-    metric::Metric,
     operand::Target,
     plan::assign::Assign,
     request::Assignment,
@@ -24,14 +24,26 @@ use std::{
 };
 
 pub(crate) fn assign_into(a: Assignment<'_>, labels: Target<'_>) -> Result<()> {
-    let Assignment { plan, x, c, metric, turn, .. } = a;
+    let Assignment { plan, x, c, metric, turn, bounds } = a;
     let converged = converged(turn)?;
     if x.b == 0 || x.n == 0 {
         return Ok(());
     }
     launches::record(plan.kernel.name(), x.dtype().as_str());
-    match (plan.kernel, Amx::find()) {
-        (Assign::CpuAmx, Some(amx)) => single!(x.dtype(), T => {
+    let amx = Amx::find().filter(|_| plan.kernel == Assign::CpuAmx);
+    if let Some(kept) = bounds {
+        return single!(x.dtype(), T => {
+            let compared = read_and_write([&x.operand, &c.operand], labels, |[xs, cs], labels| {
+                let (x, c) = (xs.view::<T>(x)?, cs.view::<T>(c)?);
+                let views = Views { x: &x, c: &c, kernel: plan.kernel, metric, converged: &converged };
+                label_bounded(&views, amx, kept, labels)
+            })??;
+            COMPARED.set(COMPARED.get() + compared);
+            Ok(())
+        });
+    }
+    match amx {
+        Some(amx) => single!(x.dtype(), T => {
             read_and_write([&x.operand, &c.operand], labels, |[xs, cs], labels| {
                 let (x, c) = (xs.view::<T>(x)?, cs.view::<T>(c)?);
                 label_rounded(&Views { x: &x, c: &c, kernel: plan.kernel, metric, converged: &converged }, amx, labels)
@@ -53,26 +65,11 @@ pub(crate) fn compared() -> u64 {
     COMPARED.get()
 }
 
-/// What an assignment reads.
-struct Views<'a, T: Element> {
-    x: &'a View<'a, T>,
-    c: &'a View<'a, T>,
-    kernel: Assign,
-    metric: Metric,
-    converged: &'a [bool],
-}
-
-impl<'a, T: Element> Views<'a, T> {
-    /// The tile of problem `b` from row `first` on.
-    fn tile(&self, (b, first): (usize, usize), centroids: &'a Centroids<T::Filter>) -> Tile<'a, T> {
-        let &Self { x, c, kernel, metric, .. } = self;
-        Tile { x, c, b, first, centroids, kernel, metric }
-    }
-}
-
 fn label<T: Element>(views: &Views<'_, T>, labels: &mut [u32]) -> Result<()> {
     let scratch = || Scratch::new([views.x.rows.n, views.x.rows.d, views.c.rows.n]);
-    label_all(views, labels, Ok, scratch, |s, place, centroids, out| Ok(views.tile(place, centroids).label(s, out)))
+    label_all(views, labels, Ok, scratch, |s, place, centroids, out| {
+        Ok(views.tile(place, centroids).label(s, out, None))
+    })
 }
 
 /// With a first pass on the matrix unit.
@@ -80,7 +77,7 @@ fn label_rounded<T: Element<Filter = f32>>(views: &Views<'_, T>, amx: Amx, label
     let prepare = |full: Centroids<f32>| RoundedCentroids::new(&full, amx).map(|rounded| (full, rounded));
     let scratch = || RoundedScratch::new(views.x.rows.d);
     label_all(views, labels, prepare, scratch, |s, place, (full, rounded), out| {
-        views.tile(place, full).label_rounded(rounded, s, out)
+        views.tile(place, full).label_rounded(rounded, s, out, None)
     })
 }
 

@@ -31,6 +31,8 @@ pub(super) struct RoundedCentroids {
 pub(super) struct RoundedBlock {
     pub(super) scored: Range<usize>,
     pub(super) bound: Bound,
+    /// The group that all of them are in.
+    pub(super) group: u32,
     /// Where its biases are.
     padded: Range<usize>,
 }
@@ -89,7 +91,7 @@ impl RoundedCentroids {
                 end = padded.end;
                 // Of none yet.
                 let bound = c.rounded_bound(scored.clone(), g, 0.0);
-                blocks.push(RoundedBlock { scored, bound, padded });
+                blocks.push(RoundedBlock { scored, bound, group: full.group, padded });
             }
         }
         let mut lines = host::filled("assign", end * steps, Line::ZERO)?;

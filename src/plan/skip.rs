@@ -1,7 +1,12 @@
 //! The work that an iteration may leave out because the one before it has done it. Nothing that is left out can change a bit.
 
 use super::{arch::Arch, on_chip::OnChip};
-use crate::{metric::Metric, problem::Problem};
+use crate::{
+    metric::Metric,
+    problem::Problem,
+    tiles::{CPU_GROUP, CPU_SKIP_ROWS},
+};
+use candle_core::DType;
 use std::cell::Cell;
 
 /// The work that the iterations of a fit of rows in one block, on the CPU, save each other. GPUs, streams and ranks do all of it in every
@@ -20,6 +25,12 @@ pub(crate) struct SkipPlan {
 
 /// Fewer values than these are added up before they are compared.
 const VALUES: usize = 1 << 18;
+/// Fewer products of values than these are computed sooner than planned.
+const PRODUCTS: usize = 1 << 28;
+/// Of fewer groups too many are needed.
+const GROUPS: usize = 4;
+/// Groups of which skipping is seen to be right.
+const GROUPED: usize = 16;
 
 impl SkipPlan {
     pub fn new(p: &Problem, on_chip: Option<OnChip>, arch: Arch) -> Self {
@@ -27,7 +38,19 @@ impl SkipPlan {
         let values = p.b.saturating_mul(p.n).saturating_mul(p.d);
         // Sums take sixteen bytes a column of a cluster: no more than a few times the rows.
         let keep_sums = fits && FORCED.get().unwrap_or(values >= VALUES && p.n / 4 >= p.k);
-        Self { keep_sums, groups: 0, always: FORCED.get() == Some(true) }
+        // Bounds take a number a group and row: no more than a few times the rows.
+        let (size, all, by_work) =
+            (p.dtype.size_in_bytes(), p.k.div_ceil(CPU_GROUP), values.saturating_mul(p.k) >= PRODUCTS);
+        let pays = all >= GROUPS && all < p.d.saturating_mul(size) && p.n / 4 >= p.k && by_work;
+        let euclidean = fits && p.metric == Metric::SquaredEuclidean && p.dtype != DType::F64;
+        let groups = match FORCED.get() {
+            // As many as make a difference.
+            Some(true) => all.max(p.k.div_ceil(8).min(GROUPED)),
+            Some(false) => 0,
+            None if pays => all,
+            None => 0,
+        };
+        Self { keep_sums, groups: if euclidean { groups } else { 0 }, always: FORCED.get() == Some(true) }
     }
 
     /// The bytes that are kept between iterations.
@@ -36,6 +59,11 @@ impl SkipPlan {
         let (groups, size) = (self.groups as u64, p.dtype.size_in_bytes() as u64);
         let sums = b * (16 * k * (d + 2) + 4 * n + 1);
         let bounds = b * (n * (4 * groups + 4) + k * (4 + d * size) + 4 * groups + 64);
+        // What is known of centroids, and a thread's rows that are listed, as they are scored and with their candidates.
+        let known = b * (k * (4 * d + 16) + 16 * groups);
+        let of_row = 4 * d.next_multiple_of(32) + 4 * groups + 64 + 96 + 16 * k.min(64);
+        let listed = (rayon::current_num_threads() as u64 + 1) * 2 * n.min(CPU_SKIP_ROWS as u64) * of_row;
+        let bounds = bounds + known + listed;
         [(self.keep_sums, sums), (groups > 0, bounds)]
             .into_iter()
             .filter(|&(kept, _)| kept)
