@@ -2,7 +2,7 @@
 
 use crate::{
     error::Result,
-    host,
+    kept::{KeptBounds, KeptSums},
     metric::Metric,
     operand::Readable,
     plan::{assign::AssignPlan, on_chip::OnChip, update::UpdatePlan},
@@ -78,6 +78,9 @@ pub(crate) struct Assignment<'a> {
     pub c: &'a Rows<'a>,
     pub metric: Metric,
     pub turn: Option<Turn<'a>>,
+    /// What the last assignment of these rows has left for this one, whose labels have to be those it has made.
+    #[cfg_attr(feature = "cuda", allow(dead_code))]
+    pub bounds: Option<&'a KeptBounds>,
 }
 
 /// Labels, and the order that brings clusters together. Cluster `j` is `order[offsets[j]..offsets[j + 1]]`.
@@ -134,36 +137,6 @@ pub(crate) struct Update<'a> {
     pub turn: Option<Turn<'a>>,
     /// The sums that the last update of these rows has left for this one. The CPU's.
     pub kept: Option<&'a Mutex<KeptSums>>,
-}
-
-/// Sums that an update leaves for the next one of the same rows, which adds those that have come to a cluster and takes away those that
-/// have left it.
-#[derive(Debug)]
-pub(crate) struct KeptSums {
-    /// The cluster whose sums have a row, `(b, n)`.
-    pub labels: Vec<u32>,
-    /// True of a problem whose sums are there, `(b)`: where its terms are whole numbers of the scale that its bounds give.
-    pub known: Vec<bool>,
-    /// `(b, k, d + 1)`: of each column and, last, of the weight.
-    pub sums: Vec<i128>,
-    /// The rows that changed their cluster before the last update.
-    pub changed: usize,
-}
-
-impl KeptSums {
-    /// For `b` problems of `n` rows of `d` columns in `k` clusters.
-    pub fn new([b, n, k, d]: [usize; 4]) -> Result<Self> {
-        let sums = host::filled("fit", b * k * (d + 1), 0)?;
-        let (labels, known) = (host::filled("fit", b * n, u32::MAX)?, host::filled("fit", b, false)?);
-        Ok(Self { labels, known, sums, changed: b * n })
-    }
-
-    /// Forgets the rows.
-    pub fn reset(&mut self) {
-        self.labels.fill(u32::MAX);
-        self.known.fill(false);
-        self.changed = self.labels.len();
-    }
 }
 
 /// Sums by cluster that blocks of rows and ranks add to. They are integers, the digits of Kulisch accumulators, so that sums of

@@ -16,7 +16,7 @@ use crate::{
     scale::options::StreamOptions,
 };
 pub use crate::{
-    launches::launches,
+    launches::{launches, passes, PassWork},
     plan::{assign::force, skip::force_skipping},
     stages::{on_read, on_stage},
 };

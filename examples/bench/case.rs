@@ -8,6 +8,9 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::time::{Duration, Instant};
 
+/// More iterations than any fit takes.
+const UNTIL_CONVERGED: usize = 1 << 20;
+
 pub struct Case {
     x: Tensor,
     metric: Metric,
@@ -44,7 +47,8 @@ impl Case {
         let seeds = settings.clone().init(args.init.init().unwrap_or_default()).max_iters(0);
         let centroids = source.centroids(args, seeds.fit(&x)?.centroids)?;
         let init = args.init.init().unwrap_or_else(|| Init::Given(centroids.clone()));
-        let mut settings = settings.init(init).max_iters(args.iters);
+        let most = if args.until_converged { UNTIL_CONVERGED } else { args.iters };
+        let mut settings = settings.init(init).max_iters(most);
         if args.op != Op::FitTol {
             settings = settings.tol(0.0);
         }
@@ -119,6 +123,13 @@ impl Case {
     /// Summed over problems, where the op is a fit.
     pub fn inertia(&self) -> Result<Option<f64>> {
         Ok(self.fit()?.map(|fit| fit.inertia.sum_all()?.to_scalar()).transpose()?)
+    }
+
+    /// The work of each pass of a fit, which runs once more.
+    pub fn passes(&mut self) -> Result<Vec<testing::PassWork>> {
+        testing::passes();
+        self.run()?;
+        Ok(testing::passes())
     }
 
     /// Runs twice more, and compares the results with each other and with the definition.

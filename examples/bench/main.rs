@@ -89,6 +89,8 @@ Each case is one line, with --json an object that also has the plan:
   ms, ms_min     median and minimum of the repeats; cpu_ms: CPU time of all threads of the process, median
   ratio          minimum of the repeats over that of --beside's case, both timed in turns; of fit-tol over that of fit,
                  whose medians are fit_ms and fit_cpu_ms
+  products       of a fit, pass by pass: the share of the products of rows and centroids that were computed; the last pass only labels
+  moved          the share of the rows whose label a pass has changed, of the first from what was there
   wrong          with --check: labels, centroid components, counts and inertias that are not what the definition says in
                  f64, out of `checked`. The exit code is 1 if there is one, or if two runs differ
   max_regret     of labels: by how much the distance to a wrong label's centroid exceeds the nearest one's, relatively
@@ -122,6 +124,9 @@ pub(crate) struct Args {
     /// Iterations of a fit
     #[arg(long, default_value_t = 10, value_parser = at_least_one())]
     iters: usize,
+    /// Run a fit until no centroid moves
+    #[arg(long, conflicts_with = "iters")]
+    until_converged: bool,
     /// Where centroids start; of a fit, any but `given` is timed with it
     #[arg(long, default_value = "given")]
     init: Start,
@@ -267,6 +272,9 @@ fn measured(args: &Args, dtype: DType, source: &Source, device: &Device) -> Resu
         line["iters"] = json!(iterations);
         line["ms_per_iter"] = json!(each);
         line["inertia"] = json!(case.inertia()?);
+        let passes = case.passes()?;
+        line["products"] = passes.iter().map(|pass| pass.products).collect();
+        line["moved"] = passes.iter().map(|pass| pass.moved).collect();
     }
     let verdict = if args.check { Some(case.verdict()?) } else { None };
     if let (Some(verdict), Some(line)) = (&verdict, line.as_object_mut()) {
@@ -294,6 +302,10 @@ fn sentence(line: &Value, verdict: Option<&Verdict>) -> String {
         all += &format!(", {} iterations of {:.3}", number("iters"), number("ms_per_iter"));
     }
     all += &format!(", {:.3} TFLOP/s", number("tflops"));
+    if let Some(products) = line["products"].as_array().filter(|products| !products.is_empty()) {
+        let sum: f64 = products.iter().filter_map(Value::as_f64).sum();
+        all += &format!(", {:.3} of all products", sum / products.len() as f64);
+    }
     if line["ratio"].is_number() {
         all += &format!(", {:.2} times {}", number("ratio"), text("beside"));
     }

@@ -2,30 +2,48 @@
 
 use super::{
     amx::Amx,
+    bounded::label_bounded,
     filter::Centroids,
-    label::{Scratch, Tile},
+    label::{Scratch, Views},
     label_rounded::RoundedScratch,
     rounded::RoundedCentroids,
-    tensors::{converged, read_and_write, single, typed, Element, View},
+    tensors::{converged, read_and_write, single, typed, Element},
 };
 use crate::{
-    error::Result, host, launches, metric::Metric, operand::Target, plan::assign::Assign, request::Assignment,
+    error::Result,
+    host,
+    launches::{self, PassWork},
+    operand::Target,
+    plan::assign::Assign,
+    request::Assignment,
     tiles::CPU_ROWS,
 };
 use std::{
     cell::Cell,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
 };
 
 pub(crate) fn assign_into(a: Assignment<'_>, labels: Target<'_>) -> Result<()> {
-    let Assignment { plan, x, c, metric, turn } = a;
+    let Assignment { plan, x, c, metric, turn, bounds } = a;
     let converged = converged(turn)?;
     if x.b == 0 || x.n == 0 {
         return Ok(());
     }
     launches::record(plan.kernel.name(), x.dtype().as_str());
-    match (plan.kernel, Amx::find()) {
-        (Assign::CpuAmx, Some(amx)) => single!(x.dtype(), T => {
+    let amx = Amx::find().filter(|_| plan.kernel == Assign::CpuAmx);
+    if let Some(kept) = bounds {
+        return single!(x.dtype(), T => {
+            let compared = read_and_write([&x.operand, &c.operand], labels, |[xs, cs], labels| {
+                let (x, c) = (xs.view::<T>(x)?, cs.view::<T>(c)?);
+                let views = Views { x: &x, c: &c, kernel: plan.kernel, metric, converged: &converged };
+                label_bounded(&views, amx, kept, labels)
+            })??;
+            COMPARED.set(COMPARED.get() + compared);
+            Ok(())
+        });
+    }
+    match amx {
+        Some(amx) => single!(x.dtype(), T => {
             read_and_write([&x.operand, &c.operand], labels, |[xs, cs], labels| {
                 let (x, c) = (xs.view::<T>(x)?, cs.view::<T>(c)?);
                 label_rounded(&Views { x: &x, c: &c, kernel: plan.kernel, metric, converged: &converged }, amx, labels)
@@ -47,26 +65,11 @@ pub(crate) fn compared() -> u64 {
     COMPARED.get()
 }
 
-/// What an assignment reads.
-struct Views<'a, T: Element> {
-    x: &'a View<'a, T>,
-    c: &'a View<'a, T>,
-    kernel: Assign,
-    metric: Metric,
-    converged: &'a [bool],
-}
-
-impl<'a, T: Element> Views<'a, T> {
-    /// The tile of problem `b` from row `first` on.
-    fn tile(&self, (b, first): (usize, usize), centroids: &'a Centroids<T::Filter>) -> Tile<'a, T> {
-        let &Self { x, c, kernel, metric, .. } = self;
-        Tile { x, c, b, first, centroids, kernel, metric }
-    }
-}
-
 fn label<T: Element>(views: &Views<'_, T>, labels: &mut [u32]) -> Result<()> {
     let scratch = || Scratch::new([views.x.rows.n, views.x.rows.d, views.c.rows.n]);
-    label_all(views, labels, Ok, scratch, |s, place, centroids, out| Ok(views.tile(place, centroids).label(s, out)))
+    label_all(views, labels, Ok, scratch, |s, place, centroids, out| {
+        Ok(views.tile(place, centroids).label(s, out, None))
+    })
 }
 
 /// With a first pass on the matrix unit.
@@ -74,7 +77,7 @@ fn label_rounded<T: Element<Filter = f32>>(views: &Views<'_, T>, amx: Amx, label
     let prepare = |full: Centroids<f32>| RoundedCentroids::new(&full, amx).map(|rounded| (full, rounded));
     let scratch = || RoundedScratch::new(views.x.rows.d);
     label_all(views, labels, prepare, scratch, |s, place, (full, rounded), out| {
-        views.tile(place, full).label_rounded(rounded, s, out)
+        views.tile(place, full).label_rounded(rounded, s, out, None)
     })
 }
 
@@ -96,17 +99,22 @@ fn label_all<T: Element, P: Send + Sync, S>(
     let (n, d, k) = (x.rows.n, x.rows.d, c.rows.n);
     let centroids = host::map("assign", problems, 8 * k * d, prepared)?;
     let centroids = centroids.into_iter().collect::<Result<Vec<_>>>()?;
-    let compared = AtomicU64::new(0);
+    let (compared, moved) = (AtomicU64::new(0), AtomicUsize::new(0));
     let tile = |s: &mut S, (b, part, labels): (usize, usize, &mut [u32])| {
         if let Some(centroids) = &centroids[b.min(problems - 1)] {
+            let mut before = [0; CPU_ROWS];
+            before[..labels.len()].copy_from_slice(labels);
             compared.fetch_add(label(s, (b, part * CPU_ROWS), centroids, labels)?, Relaxed);
+            moved.fetch_add(labels.iter().zip(&before).filter(|(now, before)| now != before).count(), Relaxed);
         }
         Ok(())
     };
     let tiles = labels.chunks_mut(n).enumerate().filter(|&(b, _)| !skipped(b));
+    let rows = (0..x.rows.b).filter(|&b| !skipped(b)).count() * n;
     let tiles = tiles.flat_map(|(b, l)| l.chunks_mut(CPU_ROWS).enumerate().map(move |(p, o)| (b, p, o))).collect();
     // A multiplication in a product of matrices is a small part of a step.
     host::for_each(tiles, CPU_ROWS.min(n) * d * (4 + k / 16), scratch, tile)?;
     COMPARED.set(COMPARED.get() + compared.into_inner());
+    launches::record_pass(|| PassWork { products: 1.0, moved: moved.into_inner() as f64 / rows.max(1) as f64 });
     Ok(())
 }

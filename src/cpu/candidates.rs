@@ -14,6 +14,24 @@ pub(crate) const NONE: Found = (f64::INFINITY, u32::MAX);
 /// Candidates of one row that are kept before some are compared.
 const MOST: usize = 64;
 
+/// The lowest of these scores.
+#[inline(always)]
+pub(crate) fn lowest<S: Scalar>(scores: &[S]) -> S {
+    let smaller = |a: S, b: S| if a < b { a } else { b };
+    let chunks = scores.chunks_exact(LANES);
+    let mut lowest = S::INFINITY;
+    for &s in chunks.remainder() {
+        lowest = smaller(s, lowest);
+    }
+    let mut low = [S::INFINITY; LANES];
+    for chunk in chunks {
+        for l in 0..LANES {
+            low[l] = smaller(chunk[l], low[l]);
+        }
+    }
+    smaller(fold_lanes(&low, smaller), lowest)
+}
+
 /// Centroids of one row that could still be the nearest.
 #[derive(Clone)]
 pub(crate) struct Candidates<S> {
@@ -36,6 +54,11 @@ impl<S: Scalar> Candidates<S> {
         (self.upper, self.compared, self.slack) = (f64::INFINITY, NONE, slack);
     }
 
+    /// Says that no true value of the nearest centroid is above.
+    pub fn within(&mut self, upper: f64) {
+        self.upper = self.upper.min(upper);
+    }
+
     /// Says that nothing is known of the row.
     pub fn give_up(&mut self) {
         self.reset(Slack::NONE);
@@ -50,19 +73,19 @@ impl<S: Scalar> Candidates<S> {
         from: usize,
         compare: impl FnMut(Found, &[(S, u32)]) -> Found,
     ) {
-        let smaller = |a: S, b: S| if a < b { a } else { b };
-        let chunks = scores.chunks_exact(LANES);
-        let mut lowest = S::INFINITY;
-        for &s in chunks.remainder() {
-            lowest = smaller(s, lowest);
-        }
-        let mut low = [S::INFINITY; LANES];
-        for chunk in chunks {
-            for l in 0..LANES {
-                low[l] = smaller(chunk[l], low[l]);
-            }
-        }
-        lowest = smaller(fold_lanes(&low, smaller), lowest);
+        self.offer_from(lowest(scores), scores, bound, from, compare);
+    }
+
+    /// The same of scores whose lowest is known.
+    #[inline(always)]
+    pub fn offer_from(
+        &mut self,
+        lowest: S,
+        scores: &[S],
+        bound: &Bound,
+        from: usize,
+        compare: impl FnMut(Found, &[(S, u32)]) -> Found,
+    ) {
         let error = bound.error(self.slack);
         let cut = self.cut(lowest, error);
         if lowest <= cut {

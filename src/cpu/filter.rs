@@ -68,6 +68,8 @@ pub(crate) struct Centroids<S> {
 pub(crate) struct Block {
     pub scored: Range<usize>,
     pub bound: Bound,
+    /// The group that all of them are in.
+    pub group: u32,
 }
 
 /// The error of scores against some centroids.
@@ -96,6 +98,16 @@ pub(super) fn gamma(d: usize, u: f64) -> f64 {
 
 impl<S: Scalar> Centroids<S> {
     pub fn new<T: Element<Filter = S>>(c: &View<'_, T>, batch: usize, metric: Metric) -> Result<Self> {
+        Self::in_groups(c, batch, metric, |_| 0)
+    }
+
+    /// With no two groups in one block, for centroids that `group` says the groups of.
+    pub(super) fn in_groups<T: Element<Filter = S>>(
+        c: &View<'_, T>,
+        batch: usize,
+        metric: Metric,
+        group: impl Fn(u32) -> u32,
+    ) -> Result<Self> {
         let d = c.rows.d;
         let kept = distinct(c, batch, metric)?;
         let centre = if metric == Metric::SquaredEuclidean { median(c, batch, &kept) } else { vec![] };
@@ -128,25 +140,26 @@ impl<S: Scalar> Centroids<S> {
         // Squares, and with them the products of rows that are not much longer, are far from overflow.
         let (near, far): (Vec<u32>, Vec<u32>) =
             (0..kept.len() as u32).partition(|&p| squares[p as usize] < S::HUGE / 16.0);
-        let mut order: Vec<(u32, u32)> = near.into_iter().map(|p| (level(norm(p)), p)).collect();
+        let place = |p: u32| (level(norm(p)), group(kept[p as usize]), p);
+        let mut order: Vec<(u32, u32, u32)> = near.into_iter().map(place).collect();
         order.sort_unstable();
-        if scale != 1.0 || !order.iter().map(|&(_, p)| p).eq(0..kept.len() as u32) {
+        if scale != 1.0 || !order.iter().map(|&(.., p)| p).eq(0..kept.len() as u32) {
             let mut sorted = host::buffer("assign", order.len() * d)?;
             let by = S::of(scale);
-            order.iter().for_each(|&(_, p)| sorted.extend(values[p as usize * d..][..d].iter().map(|v| v.mul(by))));
+            order.iter().for_each(|&(.., p)| sorted.extend(values[p as usize * d..][..d].iter().map(|v| v.mul(by))));
             values = sorted;
         }
-        let norm_of = |&(_, p): &(u32, u32)| norm(p);
-        let bias = |&(_, p): &(u32, u32)| {
+        let norm_of = |&(.., p): &(u32, u32, u32)| norm(p);
+        let bias = |&(.., p): &(u32, u32, u32)| {
             S::of(if metric == Metric::SquaredEuclidean { 0.5 * squares[p as usize] } else { 0.0 })
         };
         let mut blocks: Vec<Block> = vec![];
-        for level in order.chunk_by(|a, b| a.0 == b.0) {
-            for block in level.chunks(CPU_CENTROIDS) {
+        for alike in order.chunk_by(|a, b| (a.0, a.1) == (b.0, b.1)) {
+            for block in alike.chunks(CPU_CENTROIDS) {
                 let from = blocks.last().map_or(0, |b| b.scored.end);
                 let largest = block.iter().map(norm_of).fold(0.0, f64::max);
                 let bound = Bound::new(largest, 0.0, metric, gamma(d, S::UNIT), gamma(d, f64::EPSILON));
-                blocks.push(Block { scored: from..from + block.len(), bound });
+                blocks.push(Block { scored: from..from + block.len(), bound, group: alike[0].1 });
             }
         }
         // Only the length of a difference says which are too far away.
@@ -157,8 +170,8 @@ impl<S: Scalar> Centroids<S> {
             largest: order.iter().map(norm_of).fold(0.0, f64::max),
             bias: order.iter().map(bias).collect(),
             norms: order.iter().map(norm_of).collect(),
-            first: order.iter().map(|&(_, p)| kept[p as usize]).min(),
-            index: order.iter().map(|&(_, p)| kept[p as usize]).collect(),
+            first: order.iter().map(|&(.., p)| kept[p as usize]).min(),
+            index: order.iter().map(|&(.., p)| kept[p as usize]).collect(),
             apart: far.into_iter().map(|p| kept[p as usize]).collect(),
             // A product's order does not change with the rows' scale.
             scale: (scale != 1.0 && metric != Metric::Dot).then(|| S::of(scale)),
@@ -199,6 +212,24 @@ impl<S: Scalar> Centroids<S> {
     pub(super) fn score(&self, row: &[S], scored: u32) -> S {
         let value = &self.values[scored as usize * self.d..][..self.d];
         self.bias[scored as usize].sub(lanes(row, value, |s, a, b| s.add(a.mul(b))))
+    }
+
+    /// The indices of scored centroids, in order.
+    pub(super) fn indices(&self) -> &[u32] {
+        &self.index
+    }
+
+    /// The data's distance that is 1 between packed rows.
+    pub(super) fn unit(&self) -> f64 {
+        self.scale.map_or(1.0, |scale| 1.0 / scale.widen())
+    }
+
+    /// The square of a packed row's norm is not below this: `slack` has the norm rounded up by `g` and by half a `g` of its square, and with
+    /// what underflow may have taken.
+    #[inline(always)]
+    pub(super) fn square_below(&self, slack: Slack) -> f64 {
+        let d = self.d as f64;
+        slack.norm * slack.norm * (1.0 - 4.0 * gamma(self.d, S::UNIT)) - 2.0 * d * S::TINY
     }
 
     pub(super) fn columns(&self) -> usize {

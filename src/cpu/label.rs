@@ -1,7 +1,8 @@
 //! Exact labels of a tile of rows: fast scores, their bound, and a recheck by the definition.
 
 use super::{
-    candidates::{Candidates, Found, NONE},
+    bounds::Renewal,
+    candidates::{lowest, Candidates, Found, NONE},
     filter::{Block, Centroids},
     matmul::multiply,
     rows::distance,
@@ -56,6 +57,23 @@ impl<S: Scalar> Scratch<S> {
     }
 }
 
+/// What an assignment reads.
+pub(super) struct Views<'a, T: Element> {
+    pub x: &'a View<'a, T>,
+    pub c: &'a View<'a, T>,
+    pub kernel: Assign,
+    pub metric: Metric,
+    pub converged: &'a [bool],
+}
+
+impl<'a, T: Element> Views<'a, T> {
+    /// The tile of problem `b` from row `first` on.
+    pub fn tile(&self, (b, first): (usize, usize), centroids: &'a Centroids<T::Filter>) -> Tile<'a, T> {
+        let &Self { x, c, kernel, metric, .. } = self;
+        Tile { x, c, b, first, centroids, kernel, metric }
+    }
+}
+
 /// Rows of problem `b` from `first` on, and the centroids that they are assigned to.
 pub(super) struct Tile<'a, T: Element> {
     pub(super) x: &'a View<'a, T>,
@@ -70,12 +88,18 @@ pub(super) struct Tile<'a, T: Element> {
 impl<T: Element> Tile<'_, T> {
     /// FlashAssign: score a block of centroids, keep the few that could win, settle ties in f64. Returns how many centroids
     /// were compared by the definition.
-    pub(super) fn label(&self, s: &mut Scratch<T::Filter>, out: &mut [u32]) -> u64 {
+    pub(super) fn label(&self, s: &mut Scratch<T::Filter>, out: &mut [u32], mut renewal: Option<Renewal<'_>>) -> u64 {
         let (rows, candidates) = (&mut s.rows[..out.len() * self.x.rows.d], &mut s.candidates[..out.len()]);
         self.pack(rows, candidates);
-        let mut compared = self.score(rows, candidates, &|i| i, &mut s.scores);
+        if let Some(renewal) = &mut renewal {
+            renewal.begin(0, candidates.iter().map(|candidates| candidates.slack));
+        }
+        let mut compared = self.score(rows, candidates, &|i| i, &mut s.scores, renewal.as_mut());
         for (i, (label, candidates)) in out.iter_mut().zip(candidates).enumerate() {
             *label = self.settle(i, candidates, &mut compared);
+        }
+        if let Some(renewal) = renewal {
+            renewal.finish(out, self.centroids);
         }
         compared
     }
@@ -98,6 +122,7 @@ impl<T: Element> Tile<'_, T> {
         candidates: &mut [Candidates<T::Filter>],
         row: &dyn Fn(usize) -> usize,
         scores: &mut [T::Filter],
+        mut renewal: Option<&mut Renewal<'_>>,
     ) -> u64 {
         let (d, centroids, mut compared) = (self.x.rows.d, self.centroids, 0);
         for block in &centroids.blocks {
@@ -106,8 +131,8 @@ impl<T: Element> Tile<'_, T> {
             if self.kernel != Assign::CpuManhattan {
                 multiply(rows, &centroids.values[start * d..end * d], d, scores);
             }
-            let (candidates, compared) = (&mut *candidates, &mut compared);
-            pulp::Arch::new().dispatch(Offer { tile: self, rows, row, block, scores, candidates, compared });
+            let (candidates, compared, renewal) = (&mut *candidates, &mut compared, renewal.as_deref_mut());
+            pulp::Arch::new().dispatch(Offer { tile: self, rows, row, block, scores, candidates, compared, renewal });
         }
         compared
     }
@@ -156,13 +181,14 @@ impl<T: Element> Tile<'_, T> {
         }
     }
 
-    fn nearest(&self, i: usize, before: Found, among: impl Iterator<Item = u32>) -> Found {
+    /// The nearest to row `i` of the tile, of what was found before and of these.
+    pub(super) fn nearest(&self, i: usize, before: Found, among: impl Iterator<Item = u32>) -> Found {
         nearest(self.x.row(self.b, self.first + i), self.c, self.b, self.metric, before, among)
     }
 }
 
 /// If no centroid is nearer than infinitely far away, all are as near as each other, those that were left out too.
-fn label_of((distance, index): Found) -> u32 {
+pub(super) fn label_of((distance, index): Found) -> u32 {
     if distance == f64::INFINITY {
         0
     } else {
@@ -191,7 +217,7 @@ impl<T: Element> NullaryFnOnce for Pack<'_, T> {
 }
 
 /// Turns the products of a tile (for Manhattan, nothing yet) into scores and offers them.
-struct Offer<'a, T: Element> {
+struct Offer<'a, 'r, T: Element> {
     tile: &'a Tile<'a, T>,
     rows: &'a [T::Filter],
     row: &'a dyn Fn(usize) -> usize,
@@ -199,14 +225,15 @@ struct Offer<'a, T: Element> {
     scores: &'a mut [T::Filter],
     candidates: &'a mut [Candidates<T::Filter>],
     compared: &'a mut u64,
+    renewal: Option<&'a mut Renewal<'r>>,
 }
 
-impl<T: Element> NullaryFnOnce for Offer<'_, T> {
+impl<T: Element> NullaryFnOnce for Offer<'_, '_, T> {
     type Output = ();
 
     #[inline(always)]
     fn call(self) {
-        let Self { tile, rows, row, block, scores, candidates, compared } = self;
+        let Self { tile, rows, row, block, scores, candidates, compared, mut renewal } = self;
         let (d, centroids, scored) = (tile.x.rows.d, tile.centroids, block.scored.clone());
         for (i, (scores, candidates)) in scores.chunks_exact_mut(scored.len()).zip(candidates).enumerate() {
             if !candidates.slack.usable() {
@@ -217,6 +244,9 @@ impl<T: Element> NullaryFnOnce for Offer<'_, T> {
             } else {
                 let bias = &centroids.bias[scored.clone()];
                 scores.iter_mut().zip(bias).for_each(|(s, &b)| *s = b.sub(*s));
+            }
+            if let Some(renewal) = &mut renewal {
+                renewal.note(i, (block.group, &scored), |slack| block.bound.error(slack), scores, lowest);
             }
             candidates.offer(scores, &block.bound, scored.start, |before, list| {
                 *compared += list.len() as u64;

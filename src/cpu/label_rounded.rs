@@ -5,6 +5,7 @@
 
 use super::{
     amx::Amx,
+    bounds::Renewal,
     candidates::Candidates,
     label::Tile,
     lines::{pair_lines, steps, Line, PAIR},
@@ -59,28 +60,37 @@ impl<T: Element<Filter = f32>> Tile<'_, T> {
         rounded: &RoundedCentroids,
         s: &mut RoundedScratch,
         out: &mut [u32],
+        mut renewal: Option<Renewal<'_>>,
     ) -> Result<u64> {
         s.crowded.places.clear();
         s.crowded.rows.clear();
         let mut compared = 0;
         for (pair, out) in out.chunks_mut(PAIR).enumerate() {
-            self.part(pair * PAIR).label_pair(rounded, s, pair * PAIR, out, &mut compared);
+            self.part(pair * PAIR).label_pair(rounded, s, pair * PAIR, out, &mut compared, renewal.as_mut());
         }
-        let Crowded { places, rows, candidates, scores } = &mut s.crowded;
-        if places.is_empty() {
-            return Ok(compared);
+        if !s.crowded.places.is_empty() {
+            self.label_crowded(&mut s.crowded, out, &mut compared)?;
         }
+        if let Some(renewal) = renewal {
+            renewal.finish(out, self.centroids);
+        }
+        Ok(compared)
+    }
+
+    /// Labels the rows that have many candidates.
+    fn label_crowded(&self, crowded: &mut Crowded, out: &mut [u32], compared: &mut u64) -> Result<()> {
+        let Crowded { places, rows, candidates, scores } = crowded;
         // Other problems may have had fewer centroids to score.
         let most = CPU_ROWS * CPU_CENTROIDS.min(self.centroids.bias.len());
         if scores.len() < most {
             *scores = host::filled("assign", most, 0.0)?;
         }
         let candidates = &mut candidates[..places.len()];
-        compared += self.score(rows, candidates, &|place| places[place], scores);
+        *compared += self.score(rows, candidates, &|place| places[place], scores, None);
         for (&row, candidates) in places.iter().zip(candidates) {
-            out[row] = self.settle(row, candidates, &mut compared);
+            out[row] = self.settle(row, candidates, compared);
         }
-        Ok(compared)
+        Ok(())
     }
 
     /// Labels a pair, but for crowded rows, which are `first` and so on in their tile.
@@ -91,15 +101,20 @@ impl<T: Element<Filter = f32>> Tile<'_, T> {
         first: usize,
         out: &mut [u32],
         compared: &mut u64,
+        mut renewal: Option<&mut Renewal<'_>>,
     ) {
         let (m, d, simd) = (out.len(), self.x.rows.d, pulp::Arch::new());
         let (rows, full, close) = (&mut s.rows[..m * d], &mut s.full[..m], &mut s.close[..m]);
         self.pack(rows, full);
         simd.dispatch(Round { rows, full, lines: &mut s.lines, close });
+        if let Some(renewal) = &mut renewal {
+            renewal.begin(first, close.iter().map(|close| close.slack));
+        }
         for block in &rounded.blocks {
             let scores = &mut s.scores[..PAIR * block.width()];
             rounded.score(block, &s.lines, scores);
-            simd.dispatch(Offer { amx: rounded.amx, block, scores, close });
+            let renewal = renewal.as_deref_mut().map(|renewal| (first, renewal));
+            simd.dispatch(Offer { amx: rounded.amx, block, scores, close, renewal });
         }
         for (i, (label, row)) in out.iter_mut().zip(rows.chunks_exact(d)).enumerate() {
             let (close, full) = (&mut close[i], &mut full[i]);
@@ -111,12 +126,19 @@ impl<T: Element<Filter = f32>> Tile<'_, T> {
                 match close.finish() {
                     &[(_, only)] if self.centroids.apart().is_empty() => *label = self.centroids.index(only),
                     few => {
-                        simd.dispatch(Look { tile: self, row, few, full });
+                        self.look(row, few, full);
                         *label = self.settle(i, full, compared);
                     }
                 }
             }
         }
+    }
+}
+
+impl<T: Element<Filter = f32>> Tile<'_, T> {
+    /// Scores the few candidates of a packed row in f32, and keeps those that are left.
+    pub(super) fn look(&self, row: &[f32], few: &[(f32, u32)], full: &mut Candidates<f32>) {
+        pulp::Arch::new().dispatch(Look { tile: self, row, few, full });
     }
 }
 
@@ -153,20 +175,26 @@ impl NullaryFnOnce for Round<'_> {
 }
 
 /// Offers the scores of a pair of rows. A row with too many candidates loses its bound.
-struct Offer<'a> {
+struct Offer<'a, 'r> {
     amx: Amx,
     block: &'a RoundedBlock,
-    scores: &'a [f32],
+    scores: &'a mut [f32],
     close: &'a mut [Candidates<f32>],
+    /// With the place of the first row.
+    renewal: Option<(usize, &'a mut Renewal<'r>)>,
 }
 
-impl NullaryFnOnce for Offer<'_> {
+impl NullaryFnOnce for Offer<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn call(self) {
-        let Self { amx, block, scores, close } = self;
-        for (scores, close) in scores.chunks_exact(block.width()).zip(close) {
+        let Self { amx, block, scores, close, mut renewal } = self;
+        for (i, (scores, close)) in scores.chunks_exact_mut(block.width()).zip(close).enumerate() {
+            if let Some((first, renewal)) = &mut renewal {
+                let (place, error) = ((block.group, &block.scored), |slack| block.bound.error(slack));
+                renewal.note(*first + i, place, error, scores, |scores| amx.lowest(scores));
+            }
             if !close.slack.usable() {
                 continue;
             }

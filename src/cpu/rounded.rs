@@ -31,6 +31,8 @@ pub(super) struct RoundedCentroids {
 pub(super) struct RoundedBlock {
     pub(super) scored: Range<usize>,
     pub(super) bound: Bound,
+    /// The group that all of them are in.
+    pub(super) group: u32,
     /// Where its biases are.
     padded: Range<usize>,
 }
@@ -89,7 +91,7 @@ impl RoundedCentroids {
                 end = padded.end;
                 // Of none yet.
                 let bound = c.rounded_bound(scored.clone(), g, 0.0);
-                blocks.push(RoundedBlock { scored, bound, padded });
+                blocks.push(RoundedBlock { scored, bound, group: full.group, padded });
             }
         }
         let mut lines = host::filled("assign", end * steps, Line::ZERO)?;
@@ -131,8 +133,13 @@ impl RoundedBlock {
 /// the bound.
 #[inline(always)]
 pub(super) fn pack(row: &[f32], slack: Slack, lines: &mut [Line], i: usize) -> Slack {
-    const SIGN: u16 = 1 << 15;
-    let residue = round_row(row, |step, values| write_row(lines, i, step, values.map(|v| v ^ SIGN)));
+    let residue = round_row(row, |step, mut values| {
+        // A map of the array would be a call.
+        for v in &mut values {
+            *v ^= 1 << 15;
+        }
+        write_row(lines, i, step, values);
+    });
     let flushed = 4.0 * row.len().next_multiple_of(STEP) as f64 * FLUSHED;
     slack.rounded(residue, flushed)
 }

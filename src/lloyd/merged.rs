@@ -315,6 +315,7 @@ impl<'a> Merged<'a> {
             weights: whole.weights,
             sums: Some(&sums),
             kept: None,
+            bounds: None,
         };
         let mut outcome = Outcome::new(*whole, found, terms, &start_centroids)?;
         let (flow, iterations) = lloyd.run(feed, &mut |block| outcome.add(block, &centroids), watch)?;

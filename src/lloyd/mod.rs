@@ -18,12 +18,13 @@ pub(crate) mod weights;
 use crate::{
     callbacks::{Iteration, OnIteration},
     error::{Error, Result},
+    kept::{KeptBounds, KeptSums},
     kmeans::{EmptyClusters, KMeans},
     memory::Memory,
     plan::on_chip::OnChip,
     primitives, problem,
     ranks::{Alone, Ranks},
-    request::{Accumulator, Assignment, Finish, KeptSums, Labels, OnChipFit, Progress, Reduction, Turn, Update},
+    request::{Accumulator, Assignment, Finish, Labels, OnChipFit, Progress, Reduction, Turn, Update},
     rows::Rows,
     stages::reach_work,
 };
@@ -112,6 +113,10 @@ impl PreparedFit {
         if let Some(kept) = kept {
             kept.lock().unwrap_or_else(PoisonError::into_inner).reset();
         }
+        let bounds = self.bounds.as_ref();
+        if let Some(bounds) = bounds {
+            bounds.reset();
+        }
         let weights = self.weights.as_ref();
         let lloyd = Lloyd {
             settings,
@@ -126,6 +131,7 @@ impl PreparedFit {
             weights,
             sums: None,
             kept,
+            bounds,
         };
         let (flow, iterations) =
             lloyd.run(&mut Resident(self.block(x, summands)), &mut |_| Ok(()), &mut |_, _| Ok(()))?;
@@ -167,6 +173,8 @@ struct Lloyd<'a> {
     sums: Option<&'a Accumulator>,
     /// The sums that the updates of that one block leave each other, where the plan says so.
     kept: Option<&'a Mutex<KeptSums>>,
+    /// The bounds that its assignments leave each other, where the plan says so.
+    bounds: Option<&'a KeptBounds>,
 }
 
 impl Lloyd<'_> {
@@ -234,6 +242,9 @@ impl Lloyd<'_> {
                 let (sizes, mut relocations) = (sizes.gather(feed.ranks())?, None);
                 if let Some(lacking) = self.lacking(&sizes)? {
                     orders.clear();
+                    if let Some(bounds) = self.bounds {
+                        bounds.forget();
+                    }
                     feed.begin_pass(Pass::Relocation { run, iteration, max_iters });
                     relocations = Some(self.relocations(feed, sizes, &lacking)?);
                 }
@@ -288,7 +299,7 @@ impl Lloyd<'_> {
     /// it keep their labels.
     fn assign(&self, block: Block<'_>, turn: Option<Turn<'_>>) -> Result<()> {
         let (c, metric) = (&Rows::new(self.centroids)?, self.settings.metric);
-        let a = Assignment { plan: block.assign, x: block.x, c, metric, turn };
+        let a = Assignment { plan: block.assign, x: block.x, c, metric, turn, bounds: self.bounds };
         primitives::assign_into(a, block.labels.into(), self.memory)
     }
 

@@ -10,13 +10,14 @@ use crate::{
     error::{Error, Result},
     fit::{refuse_non_finite, Fit},
     host,
+    kept::{KeptBounds, KeptSums},
     kmeans::{Init, KMeans},
     memory::{Fence, Memory},
     metric::Metric,
     plan::{announce, Plan},
     primitives,
     problem::{self, Problem},
-    request::{KeptSums, Progress, Summands},
+    request::{Progress, Summands},
     rows::Rows,
     seeding,
 };
@@ -79,6 +80,8 @@ pub struct PreparedFit {
     pub(super) memory: Memory,
     /// The sums that updates leave each other on the CPU, where the plan says so.
     pub(super) kept_sums: Option<Mutex<KeptSums>>,
+    /// The bounds that assignments leave each other, where the plan says so.
+    pub(super) bounds: Option<KeptBounds>,
     /// The copy of rows that cannot be read where they lie.
     pub(super) copy: Option<Tensor>,
     pub(super) data: Option<Data>,
@@ -132,6 +135,8 @@ impl PreparedFit {
         let skip = plan.steps.skip;
         let kept_sums = (skip.keep_sums && !skip.on_gpu).then(|| KeptSums::new([p.b, p.n, p.k, p.d]).map(Mutex::new));
         let kept_sums = kept_sums.transpose()?;
+        let bounds = || KeptBounds::new([p.b, p.n, p.k, p.d], skip, p.dtype, &device);
+        let bounds = (skip.groups > 0).then(bounds).transpose()?;
         let mut fit = Self {
             fence,
             settings,
@@ -147,6 +152,7 @@ impl PreparedFit {
             drawn: None,
             memory,
             kept_sums,
+            bounds,
             copy: None,
             data: None,
             captured: vec![],

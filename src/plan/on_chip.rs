@@ -98,7 +98,7 @@ impl FitLine {
         let others = FitNarrow::launch(dtype, metric, sizes, arch)?;
         // A centroid is compared with all others to find its place.
         let worth_it = k <= n && (b >= tiles::FIT_PROBLEMS || k <= LINE_CENTROIDS);
-        (shared <= shared_memory(arch)? && worth_it).then_some(Self { threads, items, shared, others })
+        (shared <= shared_memory(arch)? && worth_it).then_some(Self { threads, rows, problems, shared, others })
     }
 }
 

@@ -108,7 +108,7 @@ fn rows_that_look_away_from_all_centroids() {
                     let on_device = x.to_device(&device).unwrap();
                     for kernel in testing::candidates(&on_device, k, metric).unwrap() {
                         testing::force(Some(kernel));
-                        check(&x, &c, metric, &[device.clone()], &format!("{kernel}, {shared} apart"));
+                        check(&x, &c, metric, std::slice::from_ref(&device), &format!("{kernel}, {shared} apart"));
                         testing::force(None);
                     }
                 }

@@ -22,7 +22,7 @@ use candle_core::cuda_backend::{
 /// f32 rows by way of halves: `kernels/assign/split.cu`. Rows are split a rectangle at a time, part of one problem or whole
 /// problems, so that the halves take no more memory than [`SPLIT_BYTES`] and stay in L2 for the most part.
 pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: DevicePtr<u32>, memory: &Memory) -> Result<()> {
-    let Assignment { plan, x, c, metric, turn } = a;
+    let Assignment { plan, x, c, metric, turn, .. } = a;
     let active = Active::of(turn)?;
     let (xs, cs) = (read(&x.operand), read(&c.operand));
     let (xs, cs) = (xs.view::<f32>()?, cs.view::<f32>()?);

@@ -69,7 +69,7 @@ pub(super) fn assign<T: Element>(
     labels: DevicePtr<u32>,
     memory: &Memory,
 ) -> Result<()> {
-    let Assignment { plan: AssignPlan { kernel, prepare_all, .. }, x, c, metric, turn } = a;
+    let Assignment { plan: AssignPlan { kernel, prepare_all, .. }, x, c, metric, turn, .. } = a;
     let active = Active::of(turn)?;
     let (xs, cs) = (read(&x.operand), read(&c.operand));
     let (xs, cs) = (xs.view::<T>()?, cs.view::<T>()?);

@@ -1,0 +1,358 @@
+//! Assignments of a fit that leave each other bounds on the distances of rows to groups of centroids, and skip what these allow.
+//!
+//! The first pass compares all centroids, and so does the second, which leaves bounds. From then on a pass looks at a sample of the rows
+//! first: what they need says whether skipping pays. Where it does not yet, bounds are made again after as many passes more.
+
+use super::{
+    amx::Amx,
+    bounds::{Grouping, Moved, Renewal},
+    filter::Centroids,
+    groups::group_centroids,
+    label::{Scratch, Views},
+    label_rounded::RoundedScratch,
+    rounded::RoundedCentroids,
+    skipping::{RowBounds, SkipScratch, SkipTile, Work},
+    tensors::{write, Element, Stored, View},
+};
+use crate::{
+    error::Result,
+    host,
+    kept::{BoundsState, KeptBounds},
+    launches::{self, PassWork},
+    plan::skip::{skip_rows, SkipPlan},
+    tiles::{CPU_ROWS, CPU_SAMPLE},
+};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// The largest share of the products that is worth gathering rows for.
+const PAYS: f64 = 0.5;
+/// A share that may be small enough in the next pass.
+const NEARLY: f64 = 0.75;
+/// The first pass that leaves bounds: before it centroids move too far.
+const FIRST: usize = 2;
+
+/// What is kept of a problem.
+struct Kept<'a, T> {
+    state: &'a mut BoundsState,
+    /// `(k)`.
+    group: &'a mut [u32],
+    /// `(n, groups)`.
+    lower: &'a mut [f32],
+    /// `(n)`.
+    upper: &'a mut [f32],
+    /// `(groups)`.
+    fallen: &'a mut [f32],
+    /// `(k, d)`.
+    before: &'a mut [T],
+}
+
+/// What a pass does with the rows of a problem.
+enum Pass {
+    /// Compares all centroids,
+    Plain,
+    /// and leaves bounds.
+    Renew(Grouping),
+    Skip(Grouping, Moved),
+}
+
+/// A problem in this pass.
+struct Prepared {
+    pass: Pass,
+    centroids: Centroids<f32>,
+    rounded: Option<RoundedCentroids>,
+}
+
+/// Rows of a problem that one task labels.
+struct Rows<'a> {
+    b: usize,
+    first: usize,
+    labels: &'a mut [u32],
+    bounds: RowBounds<'a>,
+}
+
+/// As an assignment without bounds, but for the time that it takes.
+pub(super) fn label_bounded<T: Element<Filter = f32>>(
+    views: &Views<'_, T>,
+    amx: Option<Amx>,
+    kept: &KeptBounds,
+    labels: &mut [u32],
+) -> Result<u64> {
+    let &Views { x, c, .. } = views;
+    let (n, d, k, groups) = (x.rows.n, x.rows.d, c.rows.n, kept.skip.groups);
+    with_kept(kept, [n, k, d], |mut of: Vec<Kept<'_, T>>| {
+        let mut prepared = host::buffer("assign", x.rows.b)?;
+        prepared.resize_with(x.rows.b, || None);
+        let active = of.iter_mut().zip(labels.chunks(n)).zip(&mut prepared).enumerate();
+        let active = active.filter(|(b, _)| !views.converged.get(*b).is_some_and(|&over| over)).collect();
+        type Problem<'a, 'k, T> = ((&'a mut Kept<'k, T>, &'a [u32]), &'a mut Option<Prepared>);
+        let prepare = |_: &mut (), (b, ((of, labels), prepared)): (usize, Problem<'_, '_, T>)| {
+            *prepared = Some(of.prepare(views, amx, kept.skip, b, labels)?);
+            Ok(())
+        };
+        host::for_each(active, 8 * k * d, || (), prepare)?;
+        let mut tiles = vec![];
+        for ((b, labels), of) in labels.chunks_mut(n).enumerate().zip(&mut of) {
+            let Some(prepared) = &prepared[b] else { continue };
+            let len = if matches!(prepared.pass, Pass::Skip(..)) { skip_rows(d) } else { CPU_ROWS };
+            let bounds = of.lower.chunks_mut(len * groups).zip(of.upper.chunks_mut(len));
+            let bounds = bounds.map(|(lower, upper)| RowBounds { lower, upper });
+            let parts = labels.chunks_mut(len).zip(bounds).enumerate();
+            tiles.extend(parts.map(|(i, (labels, bounds))| Rows { b, first: i * len, labels, bounds }));
+        }
+        let [compared, products, moved, all] = [(); 4].map(|()| AtomicU64::new(0));
+        let label = |s: &mut Scratches, rows: Rows<'_>| {
+            let (Some(prepared), before) = (&prepared[rows.b], rows.labels.to_vec()) else { return Ok(()) };
+            let (size, now) = (before.len() as u64, &mut *rows.labels);
+            let done = prepared.label(views, s, (rows.b, rows.first), now, &before, rows.bounds)?;
+            compared.fetch_add(done.compared, Relaxed);
+            products.fetch_add(done.products, Relaxed);
+            all.fetch_add(size * k as u64, Relaxed);
+            moved.fetch_add(now.iter().zip(&before).filter(|(now, before)| now != before).count() as u64, Relaxed);
+            Ok(())
+        };
+        host::for_each(tiles, CPU_ROWS.min(n) * d * (4 + k / 16), Scratches::default, label)?;
+        launches::record_pass(|| {
+            let share = |part: AtomicU64, of: f64| part.into_inner() as f64 / of.max(1.0);
+            let all = all.into_inner() as f64;
+            PassWork { products: share(products, all), moved: share(moved, all / k as f64) }
+        });
+        Ok(compared.into_inner())
+    })
+}
+
+/// Lets `f` write what is kept of each problem.
+fn with_kept<T: Stored, R>(
+    kept: &KeptBounds,
+    [n, k, d]: [usize; 3],
+    f: impl FnOnce(Vec<Kept<'_, T>>) -> Result<R>,
+) -> Result<R> {
+    let (KeptBounds { group, lower, upper, fallen, before, .. }, groups) = (kept, kept.skip.groups);
+    let each = |group: &mut [u32], lower: &mut [f32], upper: &mut [f32], fallen: &mut [f32], before: &mut [T]| {
+        let mut states = kept.states();
+        let of_rows = lower.chunks_mut(n * groups).zip(upper.chunks_mut(n));
+        let of_centroids = group.chunks_mut(k).zip(fallen.chunks_mut(groups)).zip(before.chunks_mut(k * d));
+        let all = states.iter_mut().zip(of_rows.zip(of_centroids));
+        let of_problem = all.map(|(state, ((lower, upper), ((group, fallen), before)))| Kept {
+            state,
+            group,
+            lower,
+            upper,
+            fallen,
+            before,
+        });
+        f(of_problem.collect())
+    };
+    // Nobody else has these tensors, so that the order of their locks does not matter.
+    write(group, |group| {
+        write(lower, |lower| {
+            write(upper, |upper| {
+                write(fallen, |fallen| write(before, |before| each(group, lower, upper, fallen, before)))
+            })
+        })
+    })?????
+}
+
+/// One thread reuses these from tile to tile.
+#[derive(Default)]
+struct Scratches {
+    plain: Option<Scratch<f32>>,
+    rounded: Option<RoundedScratch>,
+    skip: SkipScratch,
+}
+
+impl Prepared {
+    fn label<T: Element<Filter = f32>>(
+        &self,
+        views: &Views<'_, T>,
+        s: &mut Scratches,
+        place: (usize, usize),
+        labels: &mut [u32],
+        before: &[u32],
+        bounds: RowBounds<'_>,
+    ) -> Result<Work> {
+        let (tile, [n, d, k]) = (views.tile(place, &self.centroids), [views.x.rows.n, views.x.rows.d, views.c.rows.n]);
+        let renewal = match &self.pass {
+            Pass::Skip(grouping, moved) => {
+                let tile = SkipTile { tile, grouping, moved, rounded: self.rounded.as_ref() };
+                return tile.label(&mut s.skip, labels, bounds);
+            }
+            Pass::Renew(grouping) => {
+                // The next pass finds the distance to the own centroid where it is asked for.
+                bounds.upper.fill(f32::INFINITY);
+                Some(Renewal::new(grouping, bounds.lower, before))
+            }
+            Pass::Plain => None,
+        };
+        let products = (labels.len() * k) as u64;
+        let compared = match &self.rounded {
+            Some(rounded) => {
+                let s = s.rounded.get_or_insert_with(|| RoundedScratch::new(d));
+                tile.label_rounded(rounded, s, labels, renewal)?
+            }
+            None => tile.label(s.plain.get_or_insert_with(|| Scratch::new([n, d, k])), labels, renewal),
+        };
+        Ok(Work { compared, products })
+    }
+}
+
+impl<T: Element<Filter = f32>> Kept<'_, T> {
+    /// Decides what a pass does with a problem, whose rows have these labels, and prepares its centroids for that.
+    fn prepare(
+        &mut self,
+        views: &Views<'_, T>,
+        amx: Option<Amx>,
+        skip: SkipPlan,
+        b: usize,
+        labels: &[u32],
+    ) -> Result<Prepared> {
+        let &Views { c, metric, .. } = views;
+        let Self { state, group, lower, upper, fallen, before } = self;
+        state.passes += 1;
+        let mut moved = None;
+        if let Some(made) = state.made {
+            let known = Moved::new(c, b, before, group, fallen)?;
+            let share = needed(views.x, b, labels, (lower, upper), &known)?;
+            if skip.always || share <= PAYS {
+                moved = Some(known);
+            } else if made + 1 == state.passes && share > NEARLY {
+                // Bounds could not be tighter.
+                (state.made, state.next) = (None, 2 * made);
+            }
+        }
+        let renews = moved.is_none() && (state.made.is_some() || state.passes >= state.next.max(FIRST));
+        let rounded = |full: &Centroids<f32>| amx.map(|amx| RoundedCentroids::new(full, amx)).transpose();
+        if renews {
+            group_centroids(c, b, skip.groups, group)?;
+        }
+        if renews || moved.is_some() {
+            let centroids = Centroids::in_groups(c, b, metric, |j| group[j as usize])?;
+            // A centroid too far out to be scored has no place in a group.
+            if centroids.apart().is_empty() {
+                let grouping = Grouping::new(group, skip.groups, &centroids);
+                let rounded = rounded(&centroids)?;
+                before.chunks_exact_mut(c.rows.d).enumerate().for_each(|(j, to)| to.copy_from_slice(c.row(b, j)));
+                let pass = match moved {
+                    Some(moved) => Pass::Skip(grouping, moved),
+                    None => {
+                        fallen.fill(0.0);
+                        state.made = Some(state.passes);
+                        Pass::Renew(grouping)
+                    }
+                };
+                return Ok(Prepared { pass, centroids, rounded });
+            }
+        }
+        if renews || moved.is_some() {
+            state.made = None;
+        }
+        let centroids = Centroids::new(c, b, metric)?;
+        Ok(Prepared { pass: Pass::Plain, rounded: rounded(&centroids)?, centroids })
+    }
+}
+
+/// The share of rows and groups that a sample of the rows needs.
+fn needed<T: Element<Filter = f32>>(
+    x: &View<'_, T>,
+    b: usize,
+    labels: &[u32],
+    (lower, upper): (&[f32], &[f32]),
+    moved: &Moved,
+) -> Result<f64> {
+    let (n, groups) = (labels.len(), moved.fallen.len());
+    let sampled = n.div_ceil(CPU_SAMPLE);
+    let of_row = |i: usize| {
+        // One of each run of rows, at no regular distance.
+        let row = (i * CPU_SAMPLE + i.wrapping_mul(0x9e37_79b1) % CPU_SAMPLE).min(n - 1);
+        let (label, lower) = (labels[row], &lower[row * groups..][..groups]);
+        if !moved.any_needed(lower, Moved::cut(moved.after_move(upper[row], label))) {
+            return 0;
+        }
+        let mut values = vec![0.0; x.rows.d];
+        T::filter_row(x.row(b, row), &mut values);
+        let cut = Moved::cut(moved.above(moved.square(&values, label)));
+        lower.iter().zip(&moved.fallen).filter(|&(&lower, &fallen)| Moved::needed(lower, fallen, cut)).count()
+    };
+    let needed = host::reduce(sampled, x.rows.d + 8 * groups, of_row, |a, b| a + b)?;
+    Ok(needed.unwrap_or(0) as f64 / (sampled * groups).max(1) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{cpu::assign::assign_into, metric::Metric, request::Assignment, rows::Rows as View};
+    use candle_core::{DType, Device, Tensor};
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    /// The number nearest to `v` that a dtype has.
+    fn stored(values: &[f64], shape: [usize; 3], dtype: DType) -> (Tensor, Vec<f64>) {
+        let tensor = Tensor::from_slice(values, &shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        let values = tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        (tensor, values)
+    }
+
+    /// Bounds and labels of several passes, by exact distances, while centroids move, jump, repeat each other and are lost.
+    #[test]
+    fn bounds_are_on_their_side_of_every_distance() {
+        const GROUPS: usize = 6;
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        let shapes = [[400, 45, 40], [400, 45, 5], [90, 20, 33]];
+        let offsets = [0.0, 300.0];
+        for (dtype, [n, k, d]) in [DType::F32, DType::F16, DType::BF16].into_iter().flat_map(|t| shapes.map(|s| (t, s)))
+        {
+            for offset in offsets {
+                let values: Vec<f64> = (0..n * d).map(|_| offset + rng.random_range(-4.0..4.0)).collect();
+                let (x, xs) = stored(&values, [1, n, d], dtype);
+                let skip = SkipPlan { keep_sums: false, on_gpu: false, groups: GROUPS, always: true };
+                let kept = KeptBounds::new([1, n, k, d], skip, dtype, &Device::Cpu).unwrap();
+                let labels = Tensor::zeros((1, n), DType::U32, &Device::Cpu).unwrap();
+                let (mut c, mut settled, mut skipped) = (values[..k * d].to_vec(), 0, 0);
+                for turn in 0..9 {
+                    match turn {
+                        5 => c.copy_within(20 * d / 2..20 * d / 2 + d, 3 * d),
+                        6 => c[7 * d..8 * d].iter_mut().for_each(|v| *v -= 9.0),
+                        7 => c[8 * d] = f64::NAN,
+                        _ => c.iter_mut().for_each(|v| *v += rng.random_range(-0.1..0.1)),
+                    }
+                    let (tensor, cs) = stored(&c, [1, k, d], dtype);
+                    let (rows, centroids) = (View::new(&x).unwrap(), View::new(&tensor).unwrap());
+                    let a = Assignment::new(&rows, &centroids, Metric::SquaredEuclidean).unwrap();
+                    assign_into(Assignment { bounds: Some(&kept), ..a }, (&labels).into()).unwrap();
+
+                    let square = |i: usize, j: usize| {
+                        let pairs = xs[i * d..][..d].iter().zip(&cs[j * d..][..d]);
+                        let square = pairs.fold(0.0, |s: f64, (x, c)| s + (x - c) * (x - c));
+                        if square.is_nan() {
+                            f64::INFINITY
+                        } else {
+                            square
+                        }
+                    };
+                    let distance = |i: usize, j: usize| square(i, j).sqrt();
+                    let f32s = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                    let (lower, upper, fallen) = (f32s(&kept.lower), f32s(&kept.upper), f32s(&kept.fallen));
+                    let group = kept.group.flatten_all().unwrap().to_vec1::<u32>().unwrap();
+                    for (i, &label) in labels.flatten_all().unwrap().to_vec1::<u32>().unwrap().iter().enumerate() {
+                        let label = label as usize;
+                        let nearest = (0..k).min_by(|&a, &b| square(i, a).total_cmp(&square(i, b))).unwrap();
+                        let what = format!("{dtype:?} {n} {k} {d} offset {offset} turn {turn} row {i}");
+                        assert_eq!(label, nearest, "{what}");
+                        if kept.states()[0].made.is_none() {
+                            continue;
+                        }
+                        settled += usize::from(upper[i].is_finite());
+                        assert!(f64::from(upper[i]) >= distance(i, label), "{what}: upper {}", upper[i]);
+                        for j in (0..k).filter(|&j| j != label) {
+                            let g = group[j] as usize;
+                            let bound = f64::from(lower[i * GROUPS + g]) - f64::from(fallen[g]);
+                            let far = distance(i, j);
+                            assert!(bound <= far, "{what}: {bound} for {far} of centroid {j} in group {g}");
+                            skipped += usize::from(bound > f64::from(upper[i]));
+                        }
+                    }
+                }
+                assert!(settled > n && skipped > n, "{dtype:?} {n} {k} {d} {offset}: {settled} and {skipped} are few");
+            }
+        }
+    }
+}

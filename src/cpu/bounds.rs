@@ -1,0 +1,273 @@
+//! Bounds on the distances of rows to groups of centroids (Yinyang k-means, Ding et al. 2015), certified like scores.
+//!
+//! # The bounds
+//! A score `s` of the packed row `x` and a centroid is within `E` of half the squared distance less `|x|^2 / 2` (`filter.rs`): so the distance
+//! is at least `sqrt(2 (s - E) + |x|^2)`, of the lowest score of a group for all of it, and with a square that is not above the row's. If no
+//! centroid of the group has moved farther than `m` since, then by the triangle inequality it is at least that less `m`. What is kept is
+//! rounded away from the truth: distances to groups down, and moves and the distance to the row's own centroid up.
+//!
+//! A group is skipped if its bound is above the distance to the row's own centroid, of which the same holds by the definition, whose error
+//! [`above`] has in it: then no centroid of the group is as near as the row's own, and none can win, nor tie. The own centroid is left out
+//! of the bound of its group, which would else be of no use.
+
+use super::{
+    filter::{gamma, Centroids, Slack},
+    scalar::{lanes, Scalar},
+    tensors::{Element, View},
+};
+use crate::{error::Result, host};
+use pulp::NullaryFnOnce;
+use std::ops::Range;
+
+/// More than the roundings of what is compared with it, of numbers as f32.
+const ROUNDINGS: f64 = 1.0 / (1 << 21) as f64;
+
+/// A number that is not above `v`, which is not negative, by little; zero for what is next to nothing.
+#[inline(always)]
+pub(super) fn down(v: f64) -> f32 {
+    let near = (v * (1.0 - ROUNDINGS)).min(f64::from(f32::MAX)) as f32;
+    if near > 1e-30 {
+        near
+    } else {
+        0.0
+    }
+}
+
+/// The next number above the nearest of `v`.
+#[inline(always)]
+fn up(v: f64) -> f32 {
+    (v as f32).next_up()
+}
+
+/// The groups of a problem's centroids, as these are scored.
+pub(super) struct Grouping {
+    /// The group of each centroid.
+    pub group: Vec<u32>,
+    /// The place of each centroid among those that are scored, or [`UNSCORED`].
+    pub scored: Vec<u32>,
+    /// What no bound to each group is above: zero if a centroid of it is not scored, since nothing is known of that one.
+    pub most: Vec<f32>,
+}
+
+/// A place that no scored centroid has.
+pub(super) const UNSCORED: u32 = u32::MAX;
+
+impl Grouping {
+    pub fn new<S: Scalar>(group: &[u32], count: usize, centroids: &Centroids<S>) -> Self {
+        let (mut scored, mut most) = (vec![UNSCORED; group.len()], vec![f32::INFINITY; count]);
+        for (&j, at) in centroids.indices().iter().zip(0..) {
+            scored[j as usize] = at;
+        }
+        for (&g, _) in group.iter().zip(&scored).filter(|&(_, &at)| at == UNSCORED) {
+            most[g as usize] = 0.0;
+        }
+        Self { group: group.to_vec(), scored, most }
+    }
+
+    pub fn count(&self) -> usize {
+        self.most.len()
+    }
+}
+
+/// What is known of a problem since the last assignment.
+pub(super) struct Moved {
+    /// The centroids of this assignment, `(k, d)`.
+    values: Vec<f32>,
+    d: usize,
+    /// How far each centroid has moved, at most.
+    moves: Vec<f32>,
+    /// How far the bounds to each group have fallen.
+    pub fallen: Vec<f32>,
+}
+
+impl Moved {
+    /// Adds the moves from the centroids `before` to what bounds have `fallen`.
+    pub fn new<T: Element<Filter = f32>>(
+        c: &View<'_, T>,
+        b: usize,
+        before: &[T],
+        group: &[u32],
+        fallen: &mut [f32],
+    ) -> Result<Self> {
+        let (k, d) = (c.rows.n, c.rows.d);
+        let mut values = host::filled("assign", k * d, 0.0)?;
+        let (mut moves, mut largest) = (host::buffer("assign", k)?, vec![0f32; fallen.len()]);
+        for (j, (value, before)) in values.chunks_exact_mut(d).zip(before.chunks_exact(d)).enumerate() {
+            let now = c.row(b, j);
+            T::filter_row(now, value);
+            let square = |(a, b): (&T, &T)| (a.wide() - b.wide()) * (a.wide() - b.wide());
+            let square: f64 = now.iter().zip(before).map(square).sum();
+            // Nothing is known of what has been, or become, no number.
+            let far = up(square.sqrt() * (1.0 + gamma(d, f64::EPSILON)));
+            let far = if far.is_nan() { f32::INFINITY } else { far };
+            let far = if square == 0.0 { 0.0 } else { far };
+            let most = &mut largest[group[j] as usize];
+            *most = most.max(far);
+            moves.push(far);
+        }
+        let fall = |(fallen, &far): (&mut f32, &f32)| {
+            if far > 0.0 {
+                *fallen = up(f64::from(*fallen) + f64::from(far));
+            }
+        };
+        fallen.iter_mut().zip(&largest).for_each(fall);
+        Ok(Self { values, d, moves, fallen: fallen.to_vec() })
+    }
+
+    /// A bound on the distance to the own centroid, which was at most `upper`.
+    #[inline(always)]
+    pub fn after_move(&self, upper: f32, label: u32) -> f32 {
+        up(f64::from(upper) + f64::from(self.moves[label as usize]))
+    }
+
+    /// The squared distance of a row to a centroid, in f32: within `gamma` of it, but for what underflow takes.
+    #[inline(always)]
+    pub fn square(&self, row: &[f32], label: u32) -> f64 {
+        let value = &self.values[label as usize * self.d..][..self.d];
+        lanes(row, value, |s, a, b| s.add(a.sub(b).mul(a.sub(b)))).widen()
+    }
+
+    /// A number that the distance of this square, and the one by the definition, is not above.
+    #[inline(always)]
+    pub fn above(&self, square: f64) -> f32 {
+        let (g, definition) = (gamma(self.d, f32::UNIT), gamma(self.d, f64::EPSILON));
+        up(((square + self.d as f64 * f32::TINY) * (1.0 + 2.0 * g)).sqrt() * (1.0 + 2.0 * definition))
+    }
+
+    /// A number that the distance of this square is not below.
+    #[inline(always)]
+    pub fn below(&self, square: f64) -> f64 {
+        let below = (square * (1.0 - 2.0 * gamma(self.d, f32::UNIT))).max(0.0).sqrt();
+        if below.is_finite() {
+            below
+        } else {
+            0.0
+        }
+    }
+
+    /// What the bounds to groups have to be above, less what they have fallen, for these to be skipped: the own centroid is not farther than `upper`.
+    #[inline(always)]
+    pub fn cut(upper: f32) -> f32 {
+        up(f64::from(upper) * (1.0 + ROUNDINGS))
+    }
+
+    /// Whether a group may have the nearest centroid.
+    #[inline(always)]
+    #[allow(clippy::neg_cmp_op_on_partial_ord, reason = "a NaN says nothing, so that the group is needed")]
+    pub fn needed(lower: f32, fallen: f32, cut: f32) -> bool {
+        !(lower - fallen > cut)
+    }
+
+    /// Whether any may.
+    #[inline(always)]
+    pub fn any_needed(&self, lower: &[f32], cut: f32) -> bool {
+        lower.iter().zip(&self.fallen).fold(false, |any, (&l, &f)| any | Self::needed(l, f, cut))
+    }
+}
+
+/// The bounds of a tile's rows, which a pass over all centroids makes anew. They are scores, less their errors, until it ends.
+pub(super) struct Renewal<'a> {
+    grouping: &'a Grouping,
+    /// `(rows, groups)`.
+    lower: &'a mut [f32],
+    /// The labels before.
+    before: &'a [u32],
+    /// The score, less its error, of the centroid of that label.
+    own: Vec<f32>,
+    /// What errors are found by.
+    slacks: Vec<Slack>,
+}
+
+impl<'a> Renewal<'a> {
+    pub fn new(grouping: &'a Grouping, lower: &'a mut [f32], before: &'a [u32]) -> Self {
+        lower.fill(f32::INFINITY);
+        Self {
+            grouping,
+            lower,
+            before,
+            own: vec![f32::INFINITY; before.len()],
+            slacks: vec![Slack::NONE; before.len()],
+        }
+    }
+
+    /// Begins with the rows from `first` on.
+    pub fn begin(&mut self, first: usize, slacks: impl Iterator<Item = Slack>) {
+        self.slacks[first..].iter_mut().zip(slacks).for_each(|(to, slack)| *to = slack);
+    }
+
+    /// Takes the scores of row `i` against a block, of which `lowest` finds the least.
+    #[inline(always)]
+    pub fn note<S: Scalar>(
+        &mut self,
+        i: usize,
+        (group, scored): (u32, &Range<usize>),
+        error: impl FnOnce(Slack) -> f64,
+        scores: &mut [S],
+        lowest: impl FnOnce(&[S]) -> S,
+    ) {
+        let own = self.grouping.scored[self.before[i] as usize] as usize;
+        let error = error(self.slacks[i]);
+        let at = &mut self.lower[i * self.grouping.count() + group as usize];
+        let least = if scored.contains(&own) {
+            let score = std::mem::replace(&mut scores[own - scored.start], S::INFINITY);
+            let least = lowest(scores);
+            scores[own - scored.start] = score;
+            self.own[i] = (score.widen() - error) as f32;
+            least
+        } else {
+            lowest(scores)
+        };
+        *at = at.min((least.widen() - error) as f32);
+    }
+
+    /// Makes bounds of the scores, for rows that have these labels.
+    pub fn finish<S: Scalar>(self, labels: &[u32], centroids: &Centroids<S>) {
+        pulp::Arch::new().dispatch(MakeBounds { renewal: self, labels, centroids });
+    }
+}
+
+struct MakeBounds<'a, S> {
+    renewal: Renewal<'a>,
+    labels: &'a [u32],
+    centroids: &'a Centroids<S>,
+}
+
+impl<S: Scalar> NullaryFnOnce for MakeBounds<'_, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { renewal: Renewal { grouping, lower, before, own, slacks }, labels, centroids } = self;
+        let unit = centroids.unit();
+        let rows = lower.chunks_exact_mut(grouping.count()).zip(labels.iter().zip(before)).zip(own.iter().zip(slacks));
+        for ((lower, (&label, &before)), (&own, slack)) in rows {
+            if !slack.usable() {
+                lower.fill(0.0);
+                continue;
+            }
+            if label != before {
+                let to = &mut lower[grouping.group[before as usize] as usize];
+                *to = to.min(own);
+            }
+            let square = centroids.square_below(slack);
+            for (lower, &most) in lower.iter_mut().zip(&grouping.most) {
+                let score = f64::from(*lower);
+                let rounded = score.abs().min(f64::from(f32::MAX)) * ROUNDINGS;
+                *lower = down(distance_below(score - rounded, square) * unit).min(most);
+            }
+        }
+    }
+}
+
+/// The least distance of a packed row, of at least such a `square`, whose score is at least this.
+#[inline(always)]
+pub(super) fn distance_below(score: f64, square: f64) -> f64 {
+    (2.0 * score + square).max(0.0).sqrt()
+}
+
+/// A score that the centroid at a distance of at most `upper` packed units is not above.
+#[inline(always)]
+pub(super) fn score_above(upper: f64, square: f64) -> f64 {
+    let (far, error) = (upper * upper, 1e-12);
+    0.5 * (far - square) + error * (far + square.abs())
+}
