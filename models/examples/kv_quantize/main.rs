@@ -5,7 +5,7 @@
 //! ```
 //! The prompt is read exactly and then stored by each method. The model is scored on the tokens that follow, all at
 //! once, which see the stored prompt, four exact tokens at its start, and each other exactly. Codebooks are trained on
-//! the prompt's own keys, before their rotation by position, and values: all layers, heads and pieces in one call.
+//! the prompt's own keys, before their rotation by position, and values: all layers, heads and pieces of either in one call.
 
 use anyhow::{ensure, Result};
 use candle_flash_kmeans::Init;
@@ -25,21 +25,20 @@ mod scalar;
 const FEWEST: usize = SINKS + MOST_ENTRIES;
 
 /// What is compared where nothing else is asked for.
-const METHODS: [&str; 14] = [
+const METHODS: [&str; 13] = [
     "int2",
     "int3",
     "int4",
     "turbo2",
     "turbo3",
     "turbo4",
-    "4x64",
     "4x256",
-    "8x256",
-    "4x256+pca",
-    "8x256+pca",
-    "8x256+pca+read",
-    "8x256+pca+read/4x256+pca+read",
-    "4x256+pca+read",
+    "4x256+shared",
+    "4x256+pca-of-other+shared",
+    "8x256+pca-of-other+shared+read",
+    "4x64+pca-of-other+shared+read",
+    "4x256+pca-of-other+shared+read",
+    "4x256x2+pca-of-other+shared+read",
 ];
 
 #[derive(Parser)]
@@ -54,7 +53,7 @@ struct Args {
     /// The other text, of which codebooks and components can be
     #[arg(long, default_value = PROSE)]
     other_text: PathBuf,
-    /// Tokens of the prompt, and of the other text; codebooks cost a short prompt more than they save
+    /// Tokens of the prompt, and of the other text; a codebook for each piece costs a short prompt more than it saves
     #[arg(long, default_value_t = 2048)]
     tokens: usize,
     /// Tokens after it that are scored
