@@ -12,6 +12,7 @@ mod common;
 
 mod assign;
 mod attention;
+mod beam;
 mod bench;
 mod blocks;
 mod checkpoint;

@@ -17,6 +17,7 @@ use candle_core::{DType, Tensor};
 use codes::{check_u8, checked_codes, code_bits, empty, in_bytes, stored_bits};
 use quantizer::Quantizer;
 
+mod beam;
 mod codes;
 mod ema;
 mod ema_residual;
