@@ -20,6 +20,7 @@ mod codebook;
 mod epochs;
 mod fit;
 mod gradients;
+mod grouped;
 mod kernels;
 mod kv_cache;
 mod kv_codes;

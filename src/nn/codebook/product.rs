@@ -56,34 +56,8 @@ impl ProductQuantizer {
     /// # Errors
     /// As [`KMeans::fit`]. Refuses columns that `m` does not divide.
     pub fn train(x: &Tensor, m: usize, kmeans: &KMeans) -> Result<Self> {
-        let pieces = split(x, m)?;
-        let p = Problem::of(x.dims(), x.dtype(), kmeans.k, kmeans.metric)?;
-        if let Some(weights) = &kmeans.weights {
-            p.weights(weights, x.device())?;
-        }
-        if let Some(lengths) = &kmeans.lengths {
-            p.lengths(lengths, x.device())?;
-        }
-        let mut kmeans = kmeans.clone();
-        // Each piece of a problem has what the problem has; weights `(n)` serve every problem as they are.
-        let each_piece = |t: Tensor, at: usize| {
-            let (batch, tail) = t.dims().split_at(at);
-            let shape = [batch, &[m], tail].concat();
-            Ok::<_, Error>(t.unsqueeze(at)?.broadcast_as(shape)?.contiguous()?)
-        };
-        if let Some(weights) = kmeans.weights.take() {
-            let own = weights.rank() + 1 == x.rank() && weights.rank() > 1;
-            kmeans.weights = Some(if own { each_piece(weights, x.rank() - 2)? } else { weights });
-        }
-        if let Some(lengths) = kmeans.lengths.take() {
-            kmeans.lengths = Some(each_piece(lengths, x.rank() - 2)?);
-        }
-        row_weights::check_fit(&kmeans, pieces.dims(), x.dtype(), x.device())?;
-        if kmeans.check_finite {
-            return Self::new(Codebook::train(&pieces, &kmeans)?);
-        }
-        let (x, _) = row_weights::marked(x, &KMeans::new(kmeans.k).check_finite(false))?;
-        Self::new(Codebook::train(&split(&x, m)?, &kmeans)?)
+        let (pieces, kmeans) = pieces_to_train(x, m, kmeans)?;
+        Self::new(Codebook::train(&pieces, &kmeans)?)
     }
 
     /// The same of rows that are rotated first, or with one codebook for all pieces, which learns from all of them; given centroids are
@@ -347,8 +321,41 @@ impl Quantizer for ProductQuantizer {
     }
 }
 
+/// The `m` pieces of rows `x` `(..batch, n, d)`, and what `kmeans` says of the rows for each of them. A row that is not finite, where that is
+/// let in, is so in all pieces.
+pub(super) fn pieces_to_train(x: &Tensor, m: usize, kmeans: &KMeans) -> Result<(Tensor, KMeans)> {
+    let pieces = split(x, m)?;
+    let p = Problem::of(x.dims(), x.dtype(), kmeans.k, kmeans.metric)?;
+    if let Some(weights) = &kmeans.weights {
+        p.weights(weights, x.device())?;
+    }
+    if let Some(lengths) = &kmeans.lengths {
+        p.lengths(lengths, x.device())?;
+    }
+    let mut kmeans = kmeans.clone();
+    // Each piece of a problem has what the problem has; weights `(n)` serve every problem as they are.
+    let each_piece = |t: Tensor, at: usize| {
+        let (batch, tail) = t.dims().split_at(at);
+        let shape = [batch, &[m], tail].concat();
+        Ok::<_, Error>(t.unsqueeze(at)?.broadcast_as(shape)?.contiguous()?)
+    };
+    if let Some(weights) = kmeans.weights.take() {
+        let own = weights.rank() + 1 == x.rank() && weights.rank() > 1;
+        kmeans.weights = Some(if own { each_piece(weights, x.rank() - 2)? } else { weights });
+    }
+    if let Some(lengths) = kmeans.lengths.take() {
+        kmeans.lengths = Some(each_piece(lengths, x.rank() - 2)?);
+    }
+    row_weights::check_fit(&kmeans, pieces.dims(), x.dtype(), x.device())?;
+    if kmeans.check_finite {
+        return Ok((pieces, kmeans));
+    }
+    let (x, _) = row_weights::marked(x, &KMeans::new(kmeans.k).check_finite(false))?;
+    Ok((split(&x, m)?, kmeans))
+}
+
 /// `(..batch, n, d)` to `(..batch, m, n, d / m)`.
-fn split(x: &Tensor, m: usize) -> Result<Tensor> {
+pub(super) fn split(x: &Tensor, m: usize) -> Result<Tensor> {
     if x.rank() < 2 {
         return Err(Error::Rank { argument: "x", expected: 2, shape: x.dims().to_vec() });
     }

@@ -1,6 +1,6 @@
 //! All quantisers have these: a loss, a layer, another dtype or device, and files.
 
-use super::{Codebook, GainShapeQuantizer, ProductQuantizer, ResidualQuantizer};
+use super::{Codebook, GainShapeQuantizer, GroupedResidualQuantizer, ProductQuantizer, ResidualQuantizer};
 use crate::{
     error::Result,
     functional,
@@ -126,6 +126,7 @@ quantizer!(Codebook);
 quantizer!(ProductQuantizer);
 quantizer!(ResidualQuantizer);
 quantizer!(GainShapeQuantizer);
+quantizer!(GroupedResidualQuantizer);
 
 /// The mean of the squared differences over the rows of `x` `(..batch, n, d)`, by weights f64 `(b, n)` that are finite; 0 where
 /// there is no weight. Rows of none have no part in the gradient either, whatever they hold.
