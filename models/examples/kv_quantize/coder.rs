@@ -61,11 +61,11 @@ impl Coder {
     fn line(self) -> String {
         match self {
             Self::Exact => "f16".into(),
-            Self::Integers { before, .. } => format!("int{}", if before { ", keys before the rotation" } else { "" }),
-            Self::Turbo { before, .. } => format!("turbo{}", if before { ", keys before the rotation" } else { "" }),
+            Self::Integers { before, .. } => format!("int{}", if before { "+before" } else { "" }),
+            Self::Turbo { before, .. } => format!("turbo{}", if before { "+before" } else { "" }),
             Self::Product(product) => {
-                let codes = if product.stages > 1 { format!("{} codes for ", product.stages) } else { String::new() };
-                format!("{codes}{} values{}", product.columns, product.words())
+                let stages = if product.stages > 1 { format!("x{}", product.stages) } else { String::new() };
+                format!("{}xK{stages}{}", product.columns, product.words())
             }
         }
     }
