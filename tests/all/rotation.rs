@@ -168,6 +168,15 @@ fn pieces_may_share_a_codebook() {
                 assert_eq!(loaded.codebook().centroids().elem_count(), stored, "entries");
                 let codes = pq.encode(&x).unwrap();
                 assert_same(&loaded.encode(&x).unwrap(), &codes, "codes");
+                if shared {
+                    let bytes = std::fs::read(&path).unwrap();
+                    let (setting, damaged) = (br#""pieces":"2""#, br#""pieces":"0""#);
+                    let at = bytes.windows(setting.len()).position(|text| text == setting).unwrap();
+                    let none = [&bytes[..at], damaged, &bytes[at + setting.len()..]].concat();
+                    std::fs::write(&path, none).unwrap();
+                    let error = ProductQuantizer::load(&path, &device).unwrap_err();
+                    assert!(matches!(error, Error::Format { .. }), "{error}");
+                }
                 let decoded = pq.decode(&codes).unwrap();
                 assert_same(&loaded.decode(&codes).unwrap(), &decoded, "decoded");
                 assert_eq!(decoded.dtype(), dtype);
