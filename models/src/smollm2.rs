@@ -264,24 +264,34 @@ impl Rotation {
 /// Causal attention in blocks of query rows, whose tokens are the last ones; returns (tokens, query heads x head_dim).
 pub fn attend(heads: &Heads) -> Result<Tensor> {
     let (key_heads, group, tokens, head_dim) = heads.queries.dims4()?;
-    let past = heads.keys.dim(1)? - tokens;
-    let scale = 1.0 / (head_dim as f64).sqrt();
     let mut outputs = Vec::new();
     for (start, rows) in row_blocks(tokens) {
-        let seen = past + start + rows;
-        let queries = (heads.queries.narrow(2, start, rows)? * scale)?.reshape((key_heads, group * rows, head_dim))?;
-        let scores = queries.matmul(&heads.keys.narrow(1, 0, seen)?.transpose(1, 2)?)?;
-        let scores = scores.reshape((key_heads, group, rows, seen))?.broadcast_add(&causal_mask(
-            past + start,
-            rows,
-            scores.device(),
-        )?)?;
-        let weights = ops::softmax_last_dim(&scores)?.reshape((key_heads, group * rows, seen))?;
-        let output = weights.matmul(&heads.values.narrow(1, 0, seen)?)?;
+        let weights = weights(heads, start, rows)?;
+        let output = weights.matmul(&heads.values.narrow(1, 0, weights.dim(2)?)?)?;
         let output = output.reshape((key_heads * group, rows, head_dim))?.transpose(0, 1)?;
         outputs.push(output.reshape((rows, key_heads * group * head_dim))?);
     }
     Ok(Tensor::cat(&outputs, 0)?)
+}
+
+/// What the attention of the last `rows` tokens gives to each token, summed over them and the query heads of a group:
+/// (key heads, tokens).
+pub fn received(heads: &Heads, rows: usize) -> Result<Tensor> {
+    let tokens = heads.queries.dim(2)?;
+    let rows = rows.min(tokens);
+    Ok(weights(heads, tokens - rows, rows)?.sum(1)?)
+}
+
+/// Attention weights of the query rows from `start`, (key heads, group x rows, tokens up to the last of these).
+fn weights(heads: &Heads, start: usize, rows: usize) -> Result<Tensor> {
+    let (key_heads, group, tokens, head_dim) = heads.queries.dims4()?;
+    let past = heads.keys.dim(1)? - tokens;
+    let (scale, seen) = (1.0 / (head_dim as f64).sqrt(), past + start + rows);
+    let queries = (heads.queries.narrow(2, start, rows)? * scale)?.reshape((key_heads, group * rows, head_dim))?;
+    let scores = queries.matmul(&heads.keys.narrow(1, 0, seen)?.transpose(1, 2)?)?;
+    let mask = causal_mask(past + start, rows, scores.device())?;
+    let scores = scores.reshape((key_heads, group, rows, seen))?.broadcast_add(&mask)?;
+    Ok(ops::softmax_last_dim(&scores)?.reshape((key_heads, group * rows, seen))?)
 }
 
 /// (rows, start + rows): minus infinity where the key comes after the query.

@@ -10,8 +10,8 @@ mod routing;
 pub use attention::ClusteredAttention;
 pub use codebook::{
     codebook_encode, rotate_to, Codebook, Ema, EmaCodebook, EmaResidualQuantizer, Fsq, GainShapeQuantizer,
-    LearnableCodebook, Lfq, LfqConfig, ProductConfig, ProductQuantizer, Quantized, ResidualQuantized,
-    ResidualQuantizer, Rotation, Usage,
+    GroupedResidualQuantizer, LearnableCodebook, Lfq, LfqConfig, ProductConfig, ProductQuantizer, Quantized,
+    ResidualQuantized, ResidualQuantizer, Rotation, Usage,
 };
 pub use kv_cache::{ClusteredKvCache, KvBudget, KvClusters, KvCodes, KvMeans};
 pub use lut::{LutConfig, LutLinear, LutWeights};

@@ -12,6 +12,7 @@ mod common;
 
 mod assign;
 mod attention;
+mod beam;
 mod bench;
 mod blocks;
 mod checkpoint;
@@ -19,6 +20,7 @@ mod codebook;
 mod epochs;
 mod fit;
 mod gradients;
+mod grouped;
 mod kernels;
 mod kv_cache;
 mod kv_codes;

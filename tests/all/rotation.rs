@@ -140,11 +140,18 @@ fn pieces_may_share_a_codebook() {
                 one = one.sample_weights(&Tensor::cat(&[&weights, &weights, &weights], 0).unwrap());
             }
             let one = Codebook::train(&pieces.reshape((2, 180, 2)).unwrap(), &one).unwrap();
-            for piece in 0..3 {
-                let own = pq.codebook().centroids().narrow(1, piece, 1).unwrap().squeeze(1).unwrap();
-                assert_same(&own, one.centroids(), "of all pieces");
-            }
+            // It is there once, and each piece has the codes and values that it has by the codebook alone.
+            assert_same(pq.codebook().centroids(), &one.centroids().unsqueeze(1).unwrap(), "of all pieces");
             assert!(pq.is_shared());
+            assert_eq!((pq.m(), pq.d()), (3, 6));
+            let codes = pq.encode(&x).unwrap();
+            for piece in 0..3 {
+                let own = pieces.narrow(1, piece, 1).unwrap().squeeze(1).unwrap().contiguous().unwrap();
+                let of = |t: &Tensor, width| t.narrow(2, piece * width, width).unwrap();
+                assert_same(&of(&codes, 1).squeeze(2).unwrap(), &one.encode(&own).unwrap(), "codes of a piece");
+                assert_same(&of(&pq.decode(&codes).unwrap(), 2), &one.forward(&own).unwrap(), "values of a piece");
+                assert_same(&of(&pq.forward(&x).unwrap(), 2), &one.forward(&own).unwrap(), "the layer's");
+            }
             assert_eq!(pq.bits_per_value_with_codebook(60), 1.5 + (5.0 * 2.0 * 64.0) / (60.0 * 6.0));
         }
         for (rotation, shared) in [(Rotation::Pca, true), (Rotation::Random { seed: 4 }, false), (Rotation::Pca, false)]
@@ -156,9 +163,20 @@ fn pieces_may_share_a_codebook() {
                 let path = folder.0.join("pq.safetensors");
                 pq.save(&path).unwrap();
                 let loaded = ProductQuantizer::load(&path, &device).unwrap();
-                assert_eq!(loaded.is_shared(), shared);
+                assert_eq!((loaded.is_shared(), loaded.m()), (shared, 2));
+                let stored = if shared { 1 } else { 2 } * 2 * 4 * 3;
+                assert_eq!(loaded.codebook().centroids().elem_count(), stored, "entries");
                 let codes = pq.encode(&x).unwrap();
                 assert_same(&loaded.encode(&x).unwrap(), &codes, "codes");
+                if shared {
+                    let bytes = std::fs::read(&path).unwrap();
+                    let (setting, damaged) = (br#""pieces":"2""#, br#""pieces":"0""#);
+                    let at = bytes.windows(setting.len()).position(|text| text == setting).unwrap();
+                    let none = [&bytes[..at], damaged, &bytes[at + setting.len()..]].concat();
+                    std::fs::write(&path, none).unwrap();
+                    let error = ProductQuantizer::load(&path, &device).unwrap_err();
+                    assert!(matches!(error, Error::Format { .. }), "{error}");
+                }
                 let decoded = pq.decode(&codes).unwrap();
                 assert_same(&loaded.decode(&codes).unwrap(), &decoded, "decoded");
                 assert_eq!(decoded.dtype(), dtype);
@@ -167,6 +185,29 @@ fn pieces_may_share_a_codebook() {
                 assert_near(&decoded, &f64s(&wide), 4.0 * ulp(most, dtype).max(1e-6), "in f64");
             }
         }
+    }
+}
+
+#[test]
+fn a_shared_codebook_serves_rows_of_any_batch() {
+    for device in devices() {
+        let x = mixed(&[2, 30, 6], 9).to_device(&device).unwrap();
+        let first = x.get(0).unwrap();
+        let pq = ProductQuantizer::train_with(&first, &config(3, Rotation::Random { seed: 1 }, true), &KMeans::new(4))
+            .unwrap();
+        assert_eq!(pq.codebook().centroids().dims(), [1, 4, 2]);
+        let codes = pq.encode(&x).unwrap();
+        assert_eq!(codes.dims(), [2, 30, 3]);
+        for b in 0..2 {
+            let rows = x.get(b).unwrap();
+            assert_same(&codes.get(b).unwrap(), &pq.encode(&rows).unwrap(), "codes");
+            let alone = pq.decode(&codes.get(b).unwrap()).unwrap();
+            assert_same(&pq.decode(&codes).unwrap().get(b).unwrap(), &alone, "decoded");
+            assert_same(&pq.forward(&x).unwrap().get(b).unwrap(), &alone, "the layer");
+        }
+        let none = first.narrow(0, 0, 0).unwrap();
+        assert_eq!(pq.encode(&none).unwrap().dims(), [0, 3]);
+        assert_eq!(pq.decode(&pq.encode(&none).unwrap()).unwrap().dims(), [0, 6]);
     }
 }
 

@@ -22,12 +22,12 @@ use candle_core::{DType, Tensor};
 /// say over the pieces.
 #[derive(Clone, Debug)]
 pub struct ProductQuantizer {
-    /// `(..batch, m, k, d / m)`.
+    /// `(..batch, m, k, d / m)`, or `(..batch, 1, k, d / m)` if pieces share it.
     codebook: Codebook,
     /// `(d, d)` or `(..batch, d, d)`.
     rotation: Option<Tensor>,
-    /// Whether the codebooks of all pieces are one.
-    shared: bool,
+    /// The pieces that share a codebook.
+    shared: Option<usize>,
 }
 
 impl ProductQuantizer {
@@ -40,12 +40,12 @@ impl ProductQuantizer {
             let shape = codebook.centroids.dims().to_vec();
             return Err(Error::Rank { argument: "centroids", expected: 3, shape });
         }
-        Ok(Self { codebook, rotation: None, shared: false })
+        Ok(Self { codebook, rotation: None, shared: None })
     }
 
     /// From `(..batch, m, k, d / m)` entries that are known to be finite, for which nothing waits.
     pub(in crate::nn) fn of_entries(centroids: Tensor) -> Self {
-        Self { codebook: Codebook { centroids, metric: Metric::SquaredEuclidean }, rotation: None, shared: false }
+        Self { codebook: Codebook { centroids, metric: Metric::SquaredEuclidean }, rotation: None, shared: None }
     }
 
     /// Clusters the `m` pieces of the rows of `x` `(..batch, n, d)`, all of them and all problems in one call. Given centroids
@@ -56,34 +56,8 @@ impl ProductQuantizer {
     /// # Errors
     /// As [`KMeans::fit`]. Refuses columns that `m` does not divide.
     pub fn train(x: &Tensor, m: usize, kmeans: &KMeans) -> Result<Self> {
-        let pieces = split(x, m)?;
-        let p = Problem::of(x.dims(), x.dtype(), kmeans.k, kmeans.metric)?;
-        if let Some(weights) = &kmeans.weights {
-            p.weights(weights, x.device())?;
-        }
-        if let Some(lengths) = &kmeans.lengths {
-            p.lengths(lengths, x.device())?;
-        }
-        let mut kmeans = kmeans.clone();
-        // Each piece of a problem has what the problem has; weights `(n)` serve every problem as they are.
-        let each_piece = |t: Tensor, at: usize| {
-            let (batch, tail) = t.dims().split_at(at);
-            let shape = [batch, &[m], tail].concat();
-            Ok::<_, Error>(t.unsqueeze(at)?.broadcast_as(shape)?.contiguous()?)
-        };
-        if let Some(weights) = kmeans.weights.take() {
-            let own = weights.rank() + 1 == x.rank() && weights.rank() > 1;
-            kmeans.weights = Some(if own { each_piece(weights, x.rank() - 2)? } else { weights });
-        }
-        if let Some(lengths) = kmeans.lengths.take() {
-            kmeans.lengths = Some(each_piece(lengths, x.rank() - 2)?);
-        }
-        row_weights::check_fit(&kmeans, pieces.dims(), x.dtype(), x.device())?;
-        if kmeans.check_finite {
-            return Self::new(Codebook::train(&pieces, &kmeans)?);
-        }
-        let (x, _) = row_weights::marked(x, &KMeans::new(kmeans.k).check_finite(false))?;
-        Self::new(Codebook::train(&split(&x, m)?, &kmeans)?)
+        let (pieces, kmeans) = pieces_to_train(x, m, kmeans)?;
+        Self::new(Codebook::train(&pieces, &kmeans)?)
     }
 
     /// The same of rows that are rotated first, or with one codebook for all pieces, which learns from all of them; given centroids are
@@ -112,7 +86,7 @@ impl ProductQuantizer {
             true => Self::train_shared(&x, m, &kmeans)?,
             false => Self::train(&x, m, &kmeans)?,
         };
-        trained.with_extras(rotation, config.shared)
+        trained.with_extras(rotation, config.shared.then_some(m))
     }
 
     /// Clusters all pieces of a problem's rows together.
@@ -125,9 +99,7 @@ impl ProductQuantizer {
         }
         let all = pieces.contiguous()?.reshape([batch, &[m * n, pieces.dims()[x.rank()]]].concat())?;
         let one = Codebook::train(&all, &kmeans)?;
-        let (k, width) = (one.k(), one.d());
-        let each = one.centroids.unsqueeze(batch.len())?.broadcast_as([batch, &[m, k, width]].concat())?;
-        Self::new(Codebook { centroids: each.contiguous()?, metric: one.metric })
+        Self::new(Codebook { centroids: one.centroids.unsqueeze(batch.len())?, metric: one.metric })
     }
 
     /// What rows are multiplied by before they are cut into pieces, f32, or f64 for such rows: `(d, d)` or `(..batch, d, d)`.
@@ -135,19 +107,19 @@ impl ProductQuantizer {
         self.rotation.as_ref()
     }
 
-    /// Whether all pieces have the same codebook. In memory and in files it is there for each of them.
+    /// Whether all pieces have the same codebook, which is there once.
     pub fn is_shared(&self) -> bool {
-        self.shared
+        self.shared.is_some()
     }
 
-    /// The codebooks, `(..batch, m, k, d / m)`.
+    /// The codebooks, `(..batch, m, k, d / m)`, or the one that pieces share, `(..batch, 1, k, d / m)`.
     pub fn codebook(&self) -> &Codebook {
         &self.codebook
     }
 
     /// Pieces of a row.
     pub fn m(&self) -> usize {
-        self.codebook.centroids.dims()[self.codebook.centroids.rank() - 3]
+        self.shared.unwrap_or_else(|| self.codebook.centroids.dims()[self.codebook.centroids.rank() - 3])
     }
 
     /// Values of a row.
@@ -195,7 +167,7 @@ impl ProductQuantizer {
             return empty([&x.dims()[..x.rank() - 1], &[self.m()]].concat(), DType::U32, x.device());
         }
         let (rows, batch) = self.own_batch(x)?;
-        let codes = self.codebook.encode(&self.split(&rows)?)?;
+        let codes = self.apart(&self.codebook.encode(&self.together(&self.split(&rows)?)?)?, &rows)?;
         let rank = codes.rank();
         Ok(codes.transpose(rank - 2, rank - 1)?.contiguous()?.reshape([&batch[..], &[self.m()]].concat())?)
     }
@@ -222,7 +194,8 @@ impl ProductQuantizer {
             return empty([&batch[..], &[self.d()]].concat(), self.codebook.centroids.dtype(), codes.device());
         }
         let rank = codes.rank();
-        let values = self.codebook.decode(&codes.transpose(rank - 2, rank - 1)?.contiguous()?)?;
+        let of_pieces = codes.transpose(rank - 2, rank - 1)?.contiguous()?;
+        let values = self.apart(&self.codebook.decode(&self.together(&of_pieces)?)?, &codes)?;
         Ok(self.join(&values)?.reshape([&batch[..], &[self.d()]].concat())?)
     }
 
@@ -233,7 +206,7 @@ impl ProductQuantizer {
 
     /// The same with each problem's codebooks as stored, a shared one once, spread over `rows` rows. A rotation is not counted.
     pub fn bits_per_value_with_codebook(&self, rows: usize) -> f64 {
-        let codebooks = if self.shared { self.m() } else { 1 };
+        let codebooks = self.shared.unwrap_or(1);
         let stored = self.codebook.bits_per_value_with_codebook(rows) - self.bits_per_value();
         self.bits_per_value() + stored / codebooks as f64
     }
@@ -259,6 +232,22 @@ impl ProductQuantizer {
             return Err(Error::Shape { argument, got: rows.to_vec(), expected: [batch, &[n]].concat() });
         }
         Ok(())
+    }
+
+    /// What the codebooks take of pieces `(..batch, m, n, ..)`: the same, or all as those of one codebook, `(..batch, 1, m * n, ..)`.
+    fn together(&self, pieces: &Tensor) -> Result<Tensor> {
+        let at = self.codebook.centroids.rank() - 3;
+        let Some(m) = self.shared else { return Ok(pieces.clone()) };
+        let (batch, rest) = pieces.dims().split_at(at);
+        Ok(pieces.contiguous()?.reshape([batch, &[1, m * rest[1]], &rest[2..]].concat())?)
+    }
+
+    /// The reverse for what the codebooks make of the pieces of rows `(..batch, n, ..)`.
+    fn apart(&self, t: &Tensor, rows: &Tensor) -> Result<Tensor> {
+        let at = self.codebook.centroids.rank() - 3;
+        let Some(m) = self.shared else { return Ok(t.clone()) };
+        let (batch, rest) = t.dims().split_at(at);
+        Ok(t.reshape([batch, &[m, rows.dims()[at]], &rest[2..]].concat())?)
     }
 
     fn check_columns(&self, x: &Tensor) -> Result<()> {
@@ -296,16 +285,30 @@ impl Quantizer for ProductQuantizer {
         Self::new(codebooks.remove(0))
     }
 
-    fn extras(&self) -> (Option<&Tensor>, bool) {
+    fn extras(&self) -> (Option<&Tensor>, Option<usize>) {
         (self.rotation.as_ref(), self.shared)
     }
 
-    fn with_extras(self, rotation: Option<Tensor>, shared: bool) -> Result<Self> {
-        let dims = self.codebook.centroids.dims();
-        if let Some(rotation) = &rotation {
-            check_rotation(rotation, &dims[..dims.len() - 3], self.d())?;
+    fn with_extras(self, rotation: Option<Tensor>, shared: Option<usize>) -> Result<Self> {
+        if let Some(pieces) = shared {
+            let (got, width) = (self.m(), self.codebook.d());
+            if got != 1 {
+                return Err(Error::Size { argument: "centroids", what: "codebooks", got, expected: 1 });
+            }
+            let limit = usize::MAX / width;
+            if pieces > limit {
+                return Err(Error::TooLarge { argument: "pieces", got: pieces, limit });
+            }
+            if pieces == 0 {
+                return Err(Error::Value { argument: "pieces", got: 0.0, expected: "at least 1" });
+            }
         }
-        Ok(Self { rotation, shared, ..self })
+        let all = Self { rotation, shared, ..self };
+        if let Some(rotation) = &all.rotation {
+            let dims = all.codebook.centroids.dims();
+            check_rotation(rotation, &dims[..dims.len() - 3], all.d())?;
+        }
+        Ok(all)
     }
 
     fn reconstruct(&self, x: &Tensor) -> Result<Tensor> {
@@ -313,13 +316,46 @@ impl Quantizer for ProductQuantizer {
             return empty(x.shape(), x.dtype(), x.device());
         }
         let (rows, _) = self.own_batch(&x.detach())?;
-        let values = self.codebook.quantize(&self.split(&rows)?)?.0;
-        Ok(self.join(&values)?.reshape(x.shape())?)
+        let values = self.codebook.quantize(&self.together(&self.split(&rows)?)?)?.0;
+        Ok(self.join(&self.apart(&values, &rows)?)?.reshape(x.shape())?)
     }
 }
 
+/// The `m` pieces of rows `x` `(..batch, n, d)`, and what `kmeans` says of the rows for each of them. A row that is not finite, where that is
+/// let in, is so in all pieces.
+pub(super) fn pieces_to_train(x: &Tensor, m: usize, kmeans: &KMeans) -> Result<(Tensor, KMeans)> {
+    let pieces = split(x, m)?;
+    let p = Problem::of(x.dims(), x.dtype(), kmeans.k, kmeans.metric)?;
+    if let Some(weights) = &kmeans.weights {
+        p.weights(weights, x.device())?;
+    }
+    if let Some(lengths) = &kmeans.lengths {
+        p.lengths(lengths, x.device())?;
+    }
+    let mut kmeans = kmeans.clone();
+    // Each piece of a problem has what the problem has; weights `(n)` serve every problem as they are.
+    let each_piece = |t: Tensor, at: usize| {
+        let (batch, tail) = t.dims().split_at(at);
+        let shape = [batch, &[m], tail].concat();
+        Ok::<_, Error>(t.unsqueeze(at)?.broadcast_as(shape)?.contiguous()?)
+    };
+    if let Some(weights) = kmeans.weights.take() {
+        let own = weights.rank() + 1 == x.rank() && weights.rank() > 1;
+        kmeans.weights = Some(if own { each_piece(weights, x.rank() - 2)? } else { weights });
+    }
+    if let Some(lengths) = kmeans.lengths.take() {
+        kmeans.lengths = Some(each_piece(lengths, x.rank() - 2)?);
+    }
+    row_weights::check_fit(&kmeans, pieces.dims(), x.dtype(), x.device())?;
+    if kmeans.check_finite {
+        return Ok((pieces, kmeans));
+    }
+    let (x, _) = row_weights::marked(x, &KMeans::new(kmeans.k).check_finite(false))?;
+    Ok((split(&x, m)?, kmeans))
+}
+
 /// `(..batch, n, d)` to `(..batch, m, n, d / m)`.
-fn split(x: &Tensor, m: usize) -> Result<Tensor> {
+pub(super) fn split(x: &Tensor, m: usize) -> Result<Tensor> {
     if x.rank() < 2 {
         return Err(Error::Rank { argument: "x", expected: 2, shape: x.dims().to_vec() });
     }

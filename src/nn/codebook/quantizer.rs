@@ -1,6 +1,6 @@
 //! All quantisers have these: a loss, a layer, another dtype or device, and files.
 
-use super::{Codebook, GainShapeQuantizer, ProductQuantizer, ResidualQuantizer};
+use super::{Codebook, GainShapeQuantizer, GroupedResidualQuantizer, ProductQuantizer, ResidualQuantizer};
 use crate::{
     error::Result,
     functional,
@@ -28,12 +28,12 @@ pub(super) trait Quantizer: Sized {
     /// Replaces `x` `(..batch, n, d)` by what its codes stand for, in its shape. No gradient flows.
     fn reconstruct(&self, x: &Tensor) -> Result<Tensor>;
 
-    /// What a product quantiser has besides: a rotation of rows, and whether codebooks are one.
-    fn extras(&self) -> (Option<&Tensor>, bool) {
-        (None, false)
+    /// What a product quantiser has besides: a rotation of rows, and how many pieces share its codebook.
+    fn extras(&self) -> (Option<&Tensor>, Option<usize>) {
+        (None, None)
     }
 
-    fn with_extras(self, _rotation: Option<Tensor>, _shared: bool) -> Result<Self> {
+    fn with_extras(self, _rotation: Option<Tensor>, _shared: Option<usize>) -> Result<Self> {
         Ok(self)
     }
 
@@ -90,7 +90,7 @@ macro_rules! quantizer {
                 let codebooks = self.codebooks();
                 let count = Self::CODEBOOKS.is_none().then(|| ("stages", codebooks.len().to_string()));
                 let (rotation, shared) = self.extras();
-                let settings = count.into_iter().chain(shared.then(|| ("shared", shared.to_string())));
+                let settings = count.into_iter().chain(shared.map(|pieces| ("pieces", pieces.to_string())));
                 let state: Vec<_> = rotation.into_iter().map(|rotation| ("rotation", rotation)).collect();
                 save(path.as_ref(), Self::KIND, &codebooks, &state, &settings.collect::<Vec<_>>())
             }
@@ -105,7 +105,7 @@ macro_rules! quantizer {
                 // One by one, so that a damaged count ends at the first that is missing.
                 let codebooks = (0..count).map(|i| load_codebook(&mut file, i)).collect::<Result<_>>()?;
                 let rotation = file.holds("rotation").then(|| file.take("rotation")).transpose()?;
-                let shared = file.states("shared") && file.setting("shared")?;
+                let shared = file.states("pieces").then(|| file.setting("pieces")).transpose()?;
                 let whole = Self::from_codebooks(codebooks).and_then(|all: Self| all.with_extras(rotation, shared));
                 whole.map_err(|e| file.bad(e.to_string()))
             }
@@ -126,6 +126,7 @@ quantizer!(Codebook);
 quantizer!(ProductQuantizer);
 quantizer!(ResidualQuantizer);
 quantizer!(GainShapeQuantizer);
+quantizer!(GroupedResidualQuantizer);
 
 /// The mean of the squared differences over the rows of `x` `(..batch, n, d)`, by weights f64 `(b, n)` that are finite; 0 where
 /// there is no weight. Rows of none have no part in the gradient either, whatever they hold.
