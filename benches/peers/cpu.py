@@ -207,4 +207,5 @@ def measure(args, cores):
         print(f"# {path}, in {time.monotonic() - begun:.0f} s")
 
 
-main()
+if __name__ == "__main__":
+    main()
