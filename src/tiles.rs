@@ -156,7 +156,7 @@ pub const CHANGES_ROWS: usize = 4096;
 /// An update on a GPU adds only these where they are at most one of so many.
 pub const CHANGES_FEW: usize = 4;
 /// The rows that are read in the time that the atomics take which change the sums of a cluster.
-pub const CHANGES_CLUSTER: usize = 16;
+pub const CHANGES_CLUSTER: usize = 32;
 /// Threads of a block that adds up clusters with terms beyond the scale of their problem.
 pub const LEFT_THREADS: usize = 512;
 /// Columns of it, of which the last one is the weight.

@@ -19,6 +19,7 @@ template <int STEPS_>
 struct Split {
     static constexpr int STEPS = STEPS_, GROUPS = 2, ROWS = GROUPS * SLOT, BLOCK = 128 * (GROUPS + 1);
     static constexpr int CLUSTER = 1, WIDTH = CENTROIDS, PLACES = 16;
+    static constexpr bool FROM_ZERO = true;
     // A stage of the ring is a box of each half of a tile.
     static constexpr int PARTS = (STEPS + 3) / 4, BOX_BYTES = CENTROIDS * BOX * 2, STAGE_BYTES = 2 * BOX_BYTES;
     static constexpr int SLOT_BYTES = 2 * SLOT * BOX * 2 * PARTS;
@@ -132,38 +133,42 @@ __device__ __forceinline__ void search_tile(const Shared<S>& s, const uint32_t (
                                             const uint32_t (&low)[S::STEPS][4], Rings<S>& at, int column, int lane,
                                             KeySearch<S::PLACES> (&found)[2]) {
     const int quad = lane % 4, index = int(threadIdx.x) / 128 - 1;
+    const uint32_t start = s.start + at.vector.at * S::VECTOR_BYTES + 8 * quad;
     float acc[CENTROIDS / 2];
-    int done = at.stage.at;
-    const auto release = [&] {
-        if (lane == 0) mbarrier_arrive(s.empty(done));
-    };
-    mbarrier_wait(s.full(at.stage.at), at.stage.parity);
-    begin(acc, s.start + at.vector.at * S::VECTOR_BYTES + 8 * quad);
+    uint32_t boxes[S::PARTS], empty[S::PARTS];
+    begin(acc, s.zeros + 8 * quad);
     named_barrier_sync(1 + index, 256);
     pin(acc);
     wgmma_fence();
 #pragma unroll
     for (int part = 0; part < S::PARTS; ++part, at.stage.next()) {
-        if (part) mbarrier_wait(s.full(at.stage.at), at.stage.parity);
-        const uint32_t of_high = s.ring + at.stage.at * S::STAGE_BYTES, of_low = of_high + S::BOX_BYTES;
+        mbarrier_wait(s.full(at.stage.at), at.stage.parity);
+        boxes[part] = s.ring + at.stage.at * S::STAGE_BYTES, empty[part] = s.empty(at.stage.at);
 #pragma unroll
         for (int i = 0; i < 4 && part * 4 + i < S::STEPS; ++i) {
-            const int step = part * 4 + i;
-            wgmma<__half>(acc, high[step], matrix_descriptor(of_high + i * 32));
-            wgmma<__half>(acc, high[step], matrix_descriptor(of_low + i * 32));
-            wgmma<__half>(acc, low[step], matrix_descriptor(of_high + i * 32));
+            wgmma<__half>(acc, high[part * 4 + i], matrix_descriptor(boxes[part] + S::BOX_BYTES + i * 32));
+            wgmma<__half>(acc, low[part * 4 + i], matrix_descriptor(boxes[part] + i * 32));
         }
-        wgmma_commit();
-        if (part == 0) continue;
-        wgmma_wait<1>();
-        release();
-        done = at.stage.at;
     }
+#pragma unroll
+    for (int step = 0; step < S::STEPS; ++step) {
+        wgmma<__half>(acc, high[step], matrix_descriptor(boxes[step / 4] + step % 4 * 32));
+    }
+    wgmma_commit();
     named_barrier_arrive(1 + (index + 1) % S::GROUPS, 256);
     wgmma_wait<0>();
     pin(acc);
+#pragma unroll
+    for (int j = 0; j < CENTROIDS / 8; ++j) {
+        const float2 from = load_floats(start + 32 * j);
+        acc[4 * j] += from.x, acc[4 * j + 1] += from.y, acc[4 * j + 2] += from.x, acc[4 * j + 3] += from.y;
+    }
+    fence_proxy_async();
     __syncwarp();
-    release();
+    if (lane == 0) {
+#pragma unroll
+        for (int part = 0; part < S::PARTS; ++part) mbarrier_arrive(empty[part]);
+    }
     reduce(acc, column + 2 * quad, found[0], found[1]);
     at.vector.next();
 }
@@ -222,9 +227,8 @@ __device__ __forceinline__ void search_split(const CUtensorMap* high, const CUte
         setmaxnreg_dec<S::PRODUCER_REGISTERS>();
         const int warp = threadIdx.x / 32;
         if (warp >= EPILOGUE) {
-            // Three products are as much to add up as three times the columns, in whole steps.
-            epilogue(s, work, active, nullptr, bounds, padded, copies, k, r.n, 3 * ((r.d + 15) / 16 * 16), row_error,
-                     labels, left, left_count);
+            epilogue(s, work, active, nullptr, bounds, padded, copies, k, r.n, r.d + SMALL_PRODUCTS, row_error, labels,
+                     left, left_count);
         }
         if (warp == PRODUCE_ROWS) gather_rows(s, halves, work, pitch);
         if (threadIdx.x == 32 * PRODUCE_CENTROIDS) produce_halves(s, high, low, work, start, tiles, padded, copies);

@@ -21,6 +21,7 @@ struct Wide {
     static constexpr int LINE = 2 * BOX;  // bytes of a row in a stage
     static constexpr int ROW_BYTES = ROWS * LINE, STAGE_BYTES = ROW_BYTES + WIDTH * LINE, STAGES = 4;
     static constexpr int SLOT_BYTES = 0;
+    static constexpr bool FROM_ZERO = false;
     static constexpr int VECTOR_BYTES = WIDTH * 4;
     // `start` and `scale` of a tile are brought with its first stage, when all are past the first stages of the tile
     // before, at least.

@@ -39,7 +39,7 @@ struct RecheckState {
 };
 
 /// The first pass over split rows left the errors of its rows, and its own bounds, which lie so many copies before
-/// those of both halves.
+/// those of both halves: none if a pass over both halves has listed the rows (assign_split_sm90.cu).
 struct FirstPass {
     const float* row_error;
     int64_t copies;
@@ -79,8 +79,11 @@ __device__ __forceinline__ void raise_cutoffs(const RecheckState& state, const T
             error_bound(squares, 3 * ((r.d + 15) / 16 * 16), *c.bounds) + __ldg(&row_error[at_problem * r.n + index]);
         // If scores were level, the label may be any: then the first pass's best score says more, each within its
         // own half of the bounds.
-        const float first_error =
-            error_bound(squares, r.d, c.bounds[-first.copies]) + __ldg(&first.row_error[at_problem * r.n + index]);
+        float first_error = 0;
+        if (first.copies) {
+            first_error =
+                error_bound(squares, r.d, c.bounds[-first.copies]) + __ldg(&first.row_error[at_problem * r.n + index]);
+        }
         const float from_top = state.cutoff[row] + 0.5f * (first_error - error);
         if (part == 0) state.cutoff[row] = fmaxf(dot + __ldg(c.start + label) - error, from_top);
     }

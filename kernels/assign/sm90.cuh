@@ -20,6 +20,7 @@ template <int STEPS_, int GROUPS_>
 struct Shape {
     static constexpr int STEPS = STEPS_, GROUPS = GROUPS_, ROWS = GROUPS * SLOT, BLOCK = 128 * (GROUPS + 1);
     static constexpr int CLUSTER = 1, WIDTH = CENTROIDS;
+    static constexpr bool FROM_ZERO = false;  // accumulators start at `start`
     static constexpr int PLACES = STEPS <= 8 ? 16 : 8;
     static constexpr int BOXES = (STEPS + 3) / 4;
     // A stage of the ring is a tile, or one of its boxes where a tile is large.

@@ -39,7 +39,8 @@ __device__ void epilogue(const Shared<S>& s, Walk work, const Active& active, co
             // The thread's columns are pairs, eight apart. A tie may name a column that is not there.
             const int column = __float_as_int(f.z) + 8 * (place / 2) + place % 2;
             labels[b * n + row] = label_of(top, column, k);
-            float error = error_bound(f.w, columns, row_bounds) + (row_error ? __ldg(&row_error[at * n + row]) : 0);
+            float error =
+                error_bound(f.w, columns, row_bounds, S::FROM_ZERO) + (row_error ? __ldg(&row_error[at * n + row]) : 0);
             const float ahead = level == 1 ? top - second : 0;
             if (ahead > error && row_bounds.inverse == 0) continue;
             const float* widened = own ? own + work.copy(copies) * padded + labels[b * n + row] : nullptr;

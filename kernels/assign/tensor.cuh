@@ -164,15 +164,21 @@ __device__ __forceinline__ float row_norm_above(float squares, int64_t d) {
     return sqrtf(squares + 1e-37f * d) * (1 + (d + 16) * 0x1p-23f);
 }
 
+/// Products of a half and a small half lose, all together, no more than this many columns do: there are twice as many
+/// of them, of up to 2^-10 of the size (split.cu), which are added up before any other.
+constexpr int SMALL_PRODUCTS = 16;
+
 /// The error bound of a row: two scores that differ by more order its distances. It is twice the error of one.
-/// `squares` is the row's sum of squares or more, added up in f32 in any order.
-__device__ __forceinline__ float error_bound(float squares, int64_t d, const Bounds& bounds) {
-    const float ulps = LOSS * ((d + 15) / 16) + 4, tiny = 1e-37f * d * fmaxf(bounds.scale, 1.0f);
+/// `squares` is the row's sum of squares or more, added up in f32 in any order. Accumulators that start from zero, to
+/// which `start` is added last, lose units of products alone but for that addition.
+__device__ __forceinline__ float error_bound(float squares, int64_t d, const Bounds& bounds, bool from_zero = false) {
+    const float steps = LOSS * ((d + 15) / 16), tiny = 1e-37f * d * fmaxf(bounds.scale, 1.0f);
     const float x = row_norm_above(squares, d);
     const float top = x * bounds.moved + bounds.start + bounds.shift();
     if (!(top < 1e37f && x < 1e18f)) return INFINITY;
     const float definition = (d + 16) * 0x1p-50f * (x + bounds.stored) * (x + bounds.stored);
-    return 2.001f * (ulps * 0x1p-23f * top + x * bounds.residual + definition + tiny);
+    const float lost = from_zero ? steps * x * bounds.moved + 4 * top : (steps + 4) * top;
+    return 2.001f * (0x1p-23f * lost + x * bounds.residual + definition + tiny);
 }
 
 /// A row beyond R is not covered by the bounds as they are; then `error` becomes what holds for the
