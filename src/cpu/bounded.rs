@@ -18,6 +18,7 @@ use crate::{
     error::Result,
     host,
     launches::{self, PassWork},
+    plan::skip::SkipPlan,
     request::{BoundsState, KeptBounds},
     tiles::{CPU_ROWS, CPU_SAMPLE, CPU_SKIP_ROWS},
 };
@@ -28,12 +29,18 @@ const PAYS: f64 = 0.5;
 /// The first pass that leaves bounds: before it centroids move too far.
 const FIRST: usize = 2;
 
-/// What is kept, of all problems.
+/// What is kept of a problem.
 struct Kept<'a, T> {
+    state: &'a mut BoundsState,
+    /// `(k)`.
     group: &'a mut [u32],
+    /// `(n, groups)`.
     lower: &'a mut [f32],
+    /// `(n)`.
     upper: &'a mut [f32],
+    /// `(groups)`.
     fallen: &'a mut [f32],
+    /// `(k, d)`.
     before: &'a mut [T],
 }
 
@@ -68,25 +75,24 @@ pub(super) fn label_bounded<T: Element<Filter = f32>>(
     kept: &KeptBounds,
     labels: &mut [u32],
 ) -> Result<u64> {
-    with_kept(kept, |mut of: Kept<'_, T>| {
-        let &Views { x, c, .. } = views;
-        let (n, d, k, groups) = (x.rows.n, x.rows.d, c.rows.n, kept.skip.groups);
-        let mut states = kept.states();
+    let &Views { x, c, .. } = views;
+    let (n, d, k, groups) = (x.rows.n, x.rows.d, c.rows.n, kept.skip.groups);
+    with_kept(kept, [n, k, d], |mut of: Vec<Kept<'_, T>>| {
         let mut prepared = host::buffer("assign", x.rows.b)?;
-        for (b, state) in states.iter_mut().enumerate() {
-            let over = views.converged.get(b).is_some_and(|&over| over);
-            prepared.push(if over {
-                None
-            } else {
-                Some(of.prepare(views, amx, kept, (b, state), &labels[b * n..][..n])?)
-            });
-        }
+        prepared.resize_with(x.rows.b, || None);
+        let active = of.iter_mut().zip(labels.chunks(n)).zip(&mut prepared).enumerate();
+        let active = active.filter(|(b, _)| !views.converged.get(*b).is_some_and(|&over| over)).collect();
+        type Problem<'a, 'k, T> = ((&'a mut Kept<'k, T>, &'a [u32]), &'a mut Option<Prepared>);
+        let prepare = |_: &mut (), (b, ((of, labels), prepared)): (usize, Problem<'_, '_, T>)| {
+            *prepared = Some(of.prepare(views, amx, kept.skip, b, labels)?);
+            Ok(())
+        };
+        host::for_each(active, 8 * k * d, || (), prepare)?;
         let mut tiles = vec![];
-        let bounds = of.lower.chunks_mut(n * groups).zip(of.upper.chunks_mut(n));
-        for ((b, labels), (lower, upper)) in labels.chunks_mut(n).enumerate().zip(bounds) {
+        for ((b, labels), of) in labels.chunks_mut(n).enumerate().zip(&mut of) {
             let Some(prepared) = &prepared[b] else { continue };
             let len = if matches!(prepared.pass, Pass::Skip(..)) { CPU_SKIP_ROWS } else { CPU_ROWS };
-            let bounds = lower.chunks_mut(len * groups).zip(upper.chunks_mut(len));
+            let bounds = of.lower.chunks_mut(len * groups).zip(of.upper.chunks_mut(len));
             let bounds = bounds.map(|(lower, upper)| RowBounds { lower, upper });
             let parts = labels.chunks_mut(len).zip(bounds).enumerate();
             tiles.extend(parts.map(|(i, (labels, bounds))| Rows { b, first: i * len, labels, bounds }));
@@ -112,14 +118,33 @@ pub(super) fn label_bounded<T: Element<Filter = f32>>(
     })
 }
 
-/// Lets `f` write what is kept.
-fn with_kept<T: Stored, R>(kept: &KeptBounds, f: impl FnOnce(Kept<'_, T>) -> Result<R>) -> Result<R> {
-    let KeptBounds { group, lower, upper, fallen, before, .. } = kept;
+/// Lets `f` write what is kept of each problem.
+fn with_kept<T: Stored, R>(
+    kept: &KeptBounds,
+    [n, k, d]: [usize; 3],
+    f: impl FnOnce(Vec<Kept<'_, T>>) -> Result<R>,
+) -> Result<R> {
+    let (KeptBounds { group, lower, upper, fallen, before, .. }, groups) = (kept, kept.skip.groups);
+    let each = |group: &mut [u32], lower: &mut [f32], upper: &mut [f32], fallen: &mut [f32], before: &mut [T]| {
+        let mut states = kept.states();
+        let of_rows = lower.chunks_mut(n * groups).zip(upper.chunks_mut(n));
+        let of_centroids = group.chunks_mut(k).zip(fallen.chunks_mut(groups)).zip(before.chunks_mut(k * d));
+        let all = states.iter_mut().zip(of_rows.zip(of_centroids));
+        let of_problem = all.map(|(state, ((lower, upper), ((group, fallen), before)))| Kept {
+            state,
+            group,
+            lower,
+            upper,
+            fallen,
+            before,
+        });
+        f(of_problem.collect())
+    };
     // Nobody else has these tensors, so that the order of their locks does not matter.
     write(group, |group| {
         write(lower, |lower| {
             write(upper, |upper| {
-                write(fallen, |fallen| write(before, |before| f(Kept { group, lower, upper, fallen, before })))
+                write(fallen, |fallen| write(before, |before| each(group, lower, upper, fallen, before)))
             })
         })
     })?????
@@ -174,21 +199,17 @@ impl<T: Element<Filter = f32>> Kept<'_, T> {
         &mut self,
         views: &Views<'_, T>,
         amx: Option<Amx>,
-        kept: &KeptBounds,
-        (b, state): (usize, &mut BoundsState),
+        skip: SkipPlan,
+        b: usize,
         labels: &[u32],
     ) -> Result<Prepared> {
         let &Views { c, metric, .. } = views;
-        let (k, d, groups) = (c.rows.n, c.rows.d, kept.skip.groups);
-        let (group, fallen) = (&mut self.group[b * k..][..k], &mut self.fallen[b * groups..][..groups]);
-        let before = &mut self.before[b * k * d..][..k * d];
+        let Self { state, group, lower, upper, fallen, before } = self;
         state.passes += 1;
         let mut moved = None;
         if let Some(made) = state.made {
             let known = Moved::new(c, b, before, group, fallen)?;
-            let n = labels.len();
-            let bounds = (&self.lower[b * n * groups..][..n * groups], &self.upper[b * n..][..n]);
-            if kept.skip.always || needed(views.x, b, labels, bounds, &known)? <= PAYS {
+            if skip.always || needed(views.x, b, labels, (lower, upper), &known)? <= PAYS {
                 moved = Some(known);
             } else if made + 1 == state.passes {
                 // Bounds could not be tighter.
@@ -198,15 +219,15 @@ impl<T: Element<Filter = f32>> Kept<'_, T> {
         let renews = moved.is_none() && (state.made.is_some() || state.passes >= state.next.max(FIRST));
         let rounded = |full: &Centroids<f32>| amx.map(|amx| RoundedCentroids::new(full, amx)).transpose();
         if renews {
-            group_centroids(c, b, groups, group)?;
+            group_centroids(c, b, skip.groups, group)?;
         }
         if renews || moved.is_some() {
             let centroids = Centroids::in_groups(c, b, metric, |j| group[j as usize])?;
             // A centroid too far out to be scored has no place in a group.
             if centroids.apart().is_empty() {
-                let grouping = Grouping::new(group, groups, &centroids);
+                let grouping = Grouping::new(group, skip.groups, &centroids);
                 let rounded = rounded(&centroids)?;
-                before.chunks_exact_mut(d).enumerate().for_each(|(j, to)| to.copy_from_slice(c.row(b, j)));
+                before.chunks_exact_mut(c.rows.d).enumerate().for_each(|(j, to)| to.copy_from_slice(c.row(b, j)));
                 let pass = match moved {
                     Some(moved) => Pass::Skip(grouping, moved),
                     None => {
@@ -250,4 +271,85 @@ fn needed<T: Element<Filter = f32>>(
     };
     let needed = host::reduce(sampled, x.rows.d + 8 * groups, of_row, |a, b| a + b)?;
     Ok(needed.unwrap_or(0) as f64 / (sampled * groups).max(1) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{cpu::assign::assign_into, metric::Metric, request::Assignment, rows::Rows as View};
+    use candle_core::{DType, Device, Tensor};
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    /// The number nearest to `v` that a dtype has.
+    fn stored(values: &[f64], shape: [usize; 3], dtype: DType) -> (Tensor, Vec<f64>) {
+        let tensor = Tensor::from_slice(values, &shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        let values = tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        (tensor, values)
+    }
+
+    /// Bounds and labels of several passes, by exact distances, while centroids move, jump, repeat each other and are lost.
+    #[test]
+    fn bounds_are_on_their_side_of_every_distance() {
+        const GROUPS: usize = 6;
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        let shapes = [[400, 45, 40], [400, 45, 5], [90, 20, 33]];
+        let offsets = [0.0, 300.0];
+        for (dtype, [n, k, d]) in [DType::F32, DType::F16, DType::BF16].into_iter().flat_map(|t| shapes.map(|s| (t, s)))
+        {
+            for offset in offsets {
+                let values: Vec<f64> = (0..n * d).map(|_| offset + rng.random_range(-4.0..4.0)).collect();
+                let (x, xs) = stored(&values, [1, n, d], dtype);
+                let skip = SkipPlan { keep_sums: false, groups: GROUPS, always: true };
+                let kept = KeptBounds::new([1, n, k, d], skip, dtype, &Device::Cpu).unwrap();
+                let labels = Tensor::zeros((1, n), DType::U32, &Device::Cpu).unwrap();
+                let (mut c, mut settled, mut skipped) = (values[..k * d].to_vec(), 0, 0);
+                for turn in 0..9 {
+                    match turn {
+                        5 => c.copy_within(20 * d / 2..20 * d / 2 + d, 3 * d),
+                        6 => c[7 * d..8 * d].iter_mut().for_each(|v| *v -= 9.0),
+                        7 => c[8 * d] = f64::NAN,
+                        _ => c.iter_mut().for_each(|v| *v += rng.random_range(-0.1..0.1)),
+                    }
+                    let (tensor, cs) = stored(&c, [1, k, d], dtype);
+                    let (rows, centroids) = (View::new(&x).unwrap(), View::new(&tensor).unwrap());
+                    let a = Assignment::new(&rows, &centroids, Metric::SquaredEuclidean).unwrap();
+                    assign_into(Assignment { bounds: Some(&kept), ..a }, (&labels).into()).unwrap();
+
+                    let square = |i: usize, j: usize| {
+                        let pairs = xs[i * d..][..d].iter().zip(&cs[j * d..][..d]);
+                        let square = pairs.fold(0.0, |s: f64, (x, c)| s + (x - c) * (x - c));
+                        if square.is_nan() {
+                            f64::INFINITY
+                        } else {
+                            square
+                        }
+                    };
+                    let distance = |i: usize, j: usize| square(i, j).sqrt();
+                    let f32s = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                    let (lower, upper, fallen) = (f32s(&kept.lower), f32s(&kept.upper), f32s(&kept.fallen));
+                    let group = kept.group.flatten_all().unwrap().to_vec1::<u32>().unwrap();
+                    for (i, &label) in labels.flatten_all().unwrap().to_vec1::<u32>().unwrap().iter().enumerate() {
+                        let label = label as usize;
+                        let nearest = (0..k).min_by(|&a, &b| square(i, a).total_cmp(&square(i, b))).unwrap();
+                        let what = format!("{dtype:?} {n} {k} {d} offset {offset} turn {turn} row {i}");
+                        assert_eq!(label, nearest, "{what}");
+                        if kept.states()[0].made.is_none() {
+                            continue;
+                        }
+                        settled += usize::from(upper[i].is_finite());
+                        assert!(f64::from(upper[i]) >= distance(i, label), "{what}: upper {}", upper[i]);
+                        for j in (0..k).filter(|&j| j != label) {
+                            let g = group[j] as usize;
+                            let bound = f64::from(lower[i * GROUPS + g]) - f64::from(fallen[g]);
+                            let far = distance(i, j);
+                            assert!(bound <= far, "{what}: {bound} for {far} of centroid {j} in group {g}");
+                            skipped += usize::from(bound > f64::from(upper[i]));
+                        }
+                    }
+                }
+                assert!(settled > n && skipped > n, "{dtype:?} {n} {k} {d} {offset}: {settled} and {skipped} are few");
+            }
+        }
+    }
 }

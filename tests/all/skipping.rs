@@ -122,3 +122,78 @@ fn threads_change_no_bit() {
         assert_same_fit(&fit, &alone, &format!("{threads} threads"));
     }
 }
+
+/// Passes compare fewer and fewer centroids as these come to rest.
+#[test]
+fn later_passes_skip_groups_of_centroids() {
+    // With a matrix unit, where there is one, and without.
+    for (columns, dtype) in [(40, DType::F32), (12, DType::F16)] {
+        let x = blobs(&[3000, columns], 30, dtype, &mut rng(96));
+        let settings = KMeans::new(64).max_iters(12).tol(0.0).init(Init::Even);
+        testing::passes();
+        assert_saves_no_bit(&settings, &x, "clusters");
+        let dense: Vec<f64> = testing::passes().iter().map(|pass| pass.products).take(3).collect();
+        assert_eq!(dense, [1.0; 3]);
+        testing::force_skipping(Some(true));
+        settings.fit(&x).unwrap();
+        testing::force_skipping(None);
+        let passes = testing::passes();
+        assert!(passes[..2].iter().all(|pass| pass.products == 1.0), "{passes:?}");
+        assert!(passes[2..].iter().all(|pass| pass.products < 1.0), "{passes:?}");
+        let last = passes[passes.len() - 1];
+        assert!(last.products < 0.2 && last.moved <= passes[1].moved, "{passes:?}");
+    }
+}
+
+/// Centroids that have no bound, or one that is of no use.
+#[test]
+fn hostile_centroids_are_skipped_by_nobody() {
+    let mut rng = rng(97);
+    for dtype in DTYPES {
+        let far = if dtype == DType::F16 { 6e4 } else { 1e30 };
+        for (n, d, k) in [(700, 40, 48), (700, 6, 48)] {
+            let x = blobs(&[n, d], 20, dtype, &mut rng);
+            let values = f64s(&x);
+            for (what, value) in [("NaN", f64::NAN), ("infinite", f64::INFINITY), ("far", far), ("rather far", 1e3)] {
+                let start = tensor(&[k, d], dtype, |i| if i / d % 9 == 4 && i % 3 == 0 { value } else { values[i] });
+                let plain = KMeans::new(k).max_iters(15).tol(0.0).check_finite(false).init(Init::Given(start));
+                for settings in [plain.clone(), plain.empty_clusters(EmptyClusters::Relocate)] {
+                    assert_saves_no_bit(&settings, &x, &format!("{what} {dtype:?} {d}"));
+                }
+            }
+        }
+    }
+}
+
+/// Distances that differ by less than scores tell apart.
+#[test]
+fn rows_far_from_the_origin_are_labelled_alike() {
+    let mut rng = rng(98);
+    for (dtype, unit, origin) in
+        [(DType::F32, 2f64.powi(-8), 4096.0), (DType::F16, 1.0, 1000.0), (DType::BF16, 1.0, 128.0)]
+    {
+        for d in [3, 36] {
+            let x = tensor(&[800, d], dtype, |_| origin + unit * f64::from(rng.random_range(-3i32..4)));
+            let settings = KMeans::new(50).max_iters(15).tol(0.0);
+            assert_saves_no_bit(&settings, &x, &format!("{dtype:?} {d}"));
+        }
+    }
+}
+
+/// A fit that is run again knows nothing of the rows before.
+#[test]
+fn prepared_fits_begin_anew() {
+    let mut rng = rng(99);
+    for d in [6, 40] {
+        let settings = KMeans::new(40).max_iters(10).tol(0.0);
+        let rows = [(); 3].map(|()| blobs(&[600, d], 25, DType::F32, &mut rng));
+        testing::force_skipping(Some(true));
+        let mut prepared = settings.prepare((600, d), DType::F32, &Device::Cpu).unwrap();
+        testing::force_skipping(None);
+        for x in [&rows[0], &rows[1], &rows[0], &rows[2]] {
+            prepared.run(x).unwrap();
+            let dense = assert_saves_no_bit(&settings, x, "alone");
+            assert_same_fit(&prepared.fit().unwrap(), &dense, "again");
+        }
+    }
+}
