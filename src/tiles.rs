@@ -12,8 +12,10 @@ pub const CPU_CENTROIDS: usize = 512;
 pub const AMX_ROWS: usize = 32;
 /// Centroids that it scores them against at a time: the scores stay in L1.
 pub const AMX_CENTROIDS: usize = 256;
-/// Rows that one CPU task looks up in their bounds, and gathers by the groups that they need.
+/// Most rows that one CPU task looks up in their bounds, and gathers by the groups that they need.
 pub const CPU_SKIP_ROWS: usize = 1024;
+/// Bytes of those that are gathered: they stay in L2.
+pub const CPU_SKIP_BYTES: usize = 1 << 20;
 /// One row of so many says what all need.
 pub const CPU_SAMPLE: usize = 32;
 /// Most centroids of a group to which rows keep bounds.

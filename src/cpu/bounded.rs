@@ -18,14 +18,16 @@ use crate::{
     error::Result,
     host,
     launches::{self, PassWork},
-    plan::skip::SkipPlan,
+    plan::skip::{skip_rows, SkipPlan},
     request::{BoundsState, KeptBounds},
-    tiles::{CPU_ROWS, CPU_SAMPLE, CPU_SKIP_ROWS},
+    tiles::{CPU_ROWS, CPU_SAMPLE},
 };
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// The largest share of the products that is worth gathering rows for.
 const PAYS: f64 = 0.5;
+/// A share that may be small enough in the next pass.
+const NEARLY: f64 = 0.75;
 /// The first pass that leaves bounds: before it centroids move too far.
 const FIRST: usize = 2;
 
@@ -91,7 +93,7 @@ pub(super) fn label_bounded<T: Element<Filter = f32>>(
         let mut tiles = vec![];
         for ((b, labels), of) in labels.chunks_mut(n).enumerate().zip(&mut of) {
             let Some(prepared) = &prepared[b] else { continue };
-            let len = if matches!(prepared.pass, Pass::Skip(..)) { CPU_SKIP_ROWS } else { CPU_ROWS };
+            let len = if matches!(prepared.pass, Pass::Skip(..)) { skip_rows(d) } else { CPU_ROWS };
             let bounds = of.lower.chunks_mut(len * groups).zip(of.upper.chunks_mut(len));
             let bounds = bounds.map(|(lower, upper)| RowBounds { lower, upper });
             let parts = labels.chunks_mut(len).zip(bounds).enumerate();
@@ -209,15 +211,16 @@ impl<T: Element<Filter = f32>> Kept<'_, T> {
         let mut moved = None;
         if let Some(made) = state.made {
             let known = Moved::new(c, b, before, group, fallen)?;
-            if skip.always || needed(views.x, b, labels, (lower, upper), &known)? <= PAYS {
+            let share = needed(views.x, b, labels, (lower, upper), &known)?;
+            if skip.always || share <= PAYS {
                 moved = Some(known);
-            } else if made + 1 == state.passes {
+            } else if made + 1 == state.passes && share > NEARLY {
                 // Bounds could not be tighter.
                 (state.made, state.next) = (None, 2 * made);
             }
         }
         let renews = moved.is_none() && (state.made.is_some() || state.passes >= state.next.max(FIRST));
-        let rounded = |full: &Centroids<f32>| amx.map(|amx| RoundedCentroids::new(full, amx)).transpose();
+        let rounded = |full: &Centroids<f32>, split| amx.map(|amx| RoundedCentroids::new(full, split, amx)).transpose();
         if renews {
             group_centroids(c, b, skip.groups, group)?;
         }
@@ -226,7 +229,7 @@ impl<T: Element<Filter = f32>> Kept<'_, T> {
             // A centroid too far out to be scored has no place in a group.
             if centroids.apart().is_empty() {
                 let grouping = Grouping::new(group, skip.groups, &centroids);
-                let rounded = rounded(&centroids)?;
+                let rounded = rounded(&centroids, true)?;
                 before.chunks_exact_mut(c.rows.d).enumerate().for_each(|(j, to)| to.copy_from_slice(c.row(b, j)));
                 let pass = match moved {
                     Some(moved) => Pass::Skip(grouping, moved),
@@ -243,7 +246,7 @@ impl<T: Element<Filter = f32>> Kept<'_, T> {
             state.made = None;
         }
         let centroids = Centroids::new(c, b, metric)?;
-        Ok(Prepared { pass: Pass::Plain, rounded: rounded(&centroids)?, centroids })
+        Ok(Prepared { pass: Pass::Plain, rounded: rounded(&centroids, false)?, centroids })
     }
 }
 

@@ -9,9 +9,9 @@ use super::{
     candidates::{lowest, Candidates, NONE},
     filter::{Bound, Centroids, Slack},
     label::{label_of, Tile},
-    lines::{pair_lines, steps, Line, PAIR},
+    lines::{pair_lines, Line, PAIR},
     matmul::multiply,
-    rounded::{self, RoundedBlock, RoundedCentroids},
+    rounded::{RoundedBlock, RoundedCentroids},
     tensors::Element,
 };
 use crate::error::Result;
@@ -39,7 +39,9 @@ pub(super) struct SkipScratch {
     row: Vec<f32>,
     packed: Vec<f32>,
     pair: Vec<Line>,
-    /// Rows that need a group,
+    /// Rows that may need a group.
+    open: Vec<usize>,
+    /// Those that need one,
     listed: Vec<Listed>,
     /// as they are scored, with the unit or without it.
     lines: Vec<Line>,
@@ -91,8 +93,12 @@ impl<T: Element<Filter = f32>> SkipTile<'_, T> {
     /// Labels the rows, which have the labels of the last assignment, and brings their bounds up to date.
     pub(super) fn label(&self, s: &mut SkipScratch, labels: &mut [u32], mut bounds: RowBounds<'_>) -> Result<Work> {
         let mut work = Work::default();
-        s.prepare(self.tile.x.rows.d, self.grouping.count());
-        pulp::Arch::new().dispatch(List { of: self, s, labels, bounds: &mut bounds });
+        s.prepare(self.tile.x.rows.d, self.grouping.count(), self.rounded.map_or(0, |rounded| rounded.steps));
+        pulp::Arch::new().dispatch(Open { of: self, open: &mut s.open, labels, bounds: &mut bounds });
+        for at in 0..s.open.len() {
+            let row = s.open[at];
+            self.list(row, labels[row], s, &mut bounds);
+        }
         if !s.listed.is_empty() {
             let parts = self.rounded.map_or(self.tile.centroids.blocks.len(), |rounded| rounded.blocks.len());
             for part in (0..parts).map(|i| self.part(i)) {
@@ -146,10 +152,13 @@ impl<T: Element<Filter = f32>> SkipTile<'_, T> {
         }
         match (self.rounded, part.rounded) {
             (Some(rounded), Some(block)) => {
-                let steps = steps(d);
+                // Of three lines the last is the first again (`rounded.rs`).
+                let kept = rounded.steps / 3 * 2;
                 for (i, &place) in places.iter().enumerate() {
-                    for (step, line) in s.lines[place as usize * steps..][..steps].iter().enumerate() {
-                        s.pair[step * PAIR + i] = *line;
+                    let (two, _) = s.lines[place as usize * kept..][..kept].as_chunks::<2>();
+                    let (three, _) = s.pair.as_chunks_mut::<{ 3 * PAIR }>();
+                    for (from, to) in two.iter().zip(three) {
+                        (to[i], to[PAIR + i], to[2 * PAIR + i]) = (from[0], from[1], from[0]);
                     }
                 }
                 rounded.score(block, &s.pair, &mut s.scores[..PAIR * part.width]);
@@ -202,13 +211,14 @@ impl<T: Element<Filter = f32>> SkipTile<'_, T> {
 }
 
 impl SkipScratch {
-    fn prepare(&mut self, d: usize, groups: usize) {
+    fn prepare(&mut self, d: usize, groups: usize, steps: usize) {
         self.row.resize(d, 0.0);
         self.packed.resize(d, 0.0);
-        self.pair.resize(pair_lines(steps(d)), Line::ZERO);
+        self.pair.resize(pair_lines(steps), Line::ZERO);
         self.lists.resize_with(groups.max(self.lists.len()), Vec::new);
         self.full.resize_with(1, Candidates::new);
         self.lists.iter_mut().for_each(Vec::clear);
+        self.open.clear();
         self.listed.clear();
         self.lines.clear();
         self.rows.clear();
@@ -226,68 +236,112 @@ impl SkipScratch {
     }
 }
 
-/// Finds the rows that need a group, and lists them.
-struct List<'a, 'b, T: Element> {
+/// Finds the rows that may need a group, for all that is known of the distance to their own centroid.
+struct Open<'a, 'b, T: Element> {
     of: &'a SkipTile<'a, T>,
-    s: &'a mut SkipScratch,
+    open: &'a mut Vec<usize>,
     labels: &'a [u32],
     bounds: &'a mut RowBounds<'b>,
 }
 
-impl<T: Element<Filter = f32>> NullaryFnOnce for List<'_, '_, T> {
+impl<T: Element<Filter = f32>> NullaryFnOnce for Open<'_, '_, T> {
     type Output = ();
 
     #[inline(always)]
     fn call(self) {
-        let Self { of: &SkipTile { ref tile, grouping, moved, rounded }, s, labels, bounds } = self;
-        let (groups, d, centroids) = (grouping.count(), tile.x.rows.d, tile.centroids);
-        let rows = bounds.lower.chunks_exact_mut(groups).zip(&mut *bounds.upper).zip(labels).enumerate();
+        let Self { of: SkipTile { grouping, moved, .. }, open, labels, bounds } = self;
+        let rows = bounds.lower.chunks_exact(grouping.count()).zip(&mut *bounds.upper).zip(labels).enumerate();
         for (row, ((lower, upper), &label)) in rows {
             *upper = moved.after_move(*upper, label);
-            if !moved.any_needed(lower, Moved::cut(*upper)) {
-                continue;
-            }
-            let x = tile.x.row(tile.b, tile.first + row);
-            T::filter_row(x, &mut s.row);
-            let square = moved.square(&s.row, label);
-            *upper = moved.above(square);
-            let cut = Moved::cut(*upper);
-            if !moved.any_needed(lower, cut) {
-                continue;
-            }
-            let slack = centroids.pack(x, &mut s.packed);
-            if !slack.usable() {
-                lower.fill(0.0);
-                *upper = f32::INFINITY;
-                s.unusable.push(row);
-                continue;
-            }
-            let square_below = centroids.square_below(slack);
-            let listed =
-                Listed { row, own: grouping.scored[label as usize], below: moved.below(square), square: square_below };
-            let slack = match rounded {
-                Some(_) => {
-                    let slack = rounded::pack(&s.packed, slack, &mut s.pair, 0);
-                    s.lines.extend(s.pair.iter().step_by(PAIR));
-                    slack
-                }
-                None => {
-                    s.rows.extend_from_slice(&s.packed);
-                    slack
-                }
-            };
-            let reach = score_above(f64::from(*upper) / centroids.unit(), square_below);
-            s.candidates(slack).within(reach);
-            let place = s.listed.len() as u32;
-            s.listed.push(listed);
-            for (g, (lower, &fallen)) in lower.iter_mut().zip(&moved.fallen).enumerate() {
-                if Moved::needed(*lower, fallen, cut) {
-                    *lower = grouping.most[g];
-                    s.lists[g].push(place);
-                }
+            if moved.any_needed(lower, Moved::cut(*upper)) {
+                open.push(row);
             }
         }
-        debug_assert!(s.rows.is_empty() || s.rows.len() == s.listed.len() * d);
+    }
+}
+
+/// Finds the squared distance of a row to its own centroid.
+struct Measure<'a, T: Element> {
+    of: &'a SkipTile<'a, T>,
+    row: &'a [T],
+    label: u32,
+    scratch: &'a mut [f32],
+}
+
+impl<T: Element<Filter = f32>> NullaryFnOnce for Measure<'_, T> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn call(self) -> f64 {
+        if let Some(row) = T::as_filter(self.row) {
+            return self.of.moved.square(row, self.label);
+        }
+        T::filter_row(self.row, self.scratch);
+        self.of.moved.square(self.scratch, self.label)
+    }
+}
+
+/// Rounds a packed row.
+struct Round<'a> {
+    rounded: &'a RoundedCentroids,
+    row: &'a [f32],
+    slack: Slack,
+    lines: &'a mut [Line],
+}
+
+impl NullaryFnOnce for Round<'_> {
+    type Output = Slack;
+
+    #[inline(always)]
+    fn call(self) -> Slack {
+        self.rounded.pack(self.row, self.slack, self.lines, 0)
+    }
+}
+
+impl<T: Element<Filter = f32>> SkipTile<'_, T> {
+    /// Lists a row if it needs a group, packed as it is scored.
+    fn list(&self, row: usize, label: u32, s: &mut SkipScratch, bounds: &mut RowBounds<'_>) {
+        let (simd, &Self { ref tile, grouping, moved, rounded }) = (pulp::Arch::new(), self);
+        let (groups, centroids) = (grouping.count(), tile.centroids);
+        let (lower, upper) = (&mut bounds.lower[row * groups..][..groups], &mut bounds.upper[row]);
+        let x = tile.x.row(tile.b, tile.first + row);
+        let square = simd.dispatch(Measure { of: self, row: x, label, scratch: &mut s.row });
+        *upper = moved.above(square);
+        let cut = Moved::cut(*upper);
+        if !moved.any_needed(lower, cut) {
+            return;
+        }
+        tile.part(row).pack(&mut s.packed, &mut s.full);
+        let slack = s.full[0].slack;
+        if !slack.usable() {
+            lower.fill(0.0);
+            *upper = f32::INFINITY;
+            s.unusable.push(row);
+            return;
+        }
+        let (below, square) = (moved.below(square), centroids.square_below(slack));
+        let slack = match rounded {
+            Some(rounded) => {
+                let slack = simd.dispatch(Round { rounded, row: &s.packed, slack, lines: &mut s.pair });
+                let (three, _) = s.pair.as_chunks::<{ 3 * PAIR }>();
+                s.lines.extend(three.iter().flat_map(|three| [three[0], three[PAIR]]));
+                slack
+            }
+            None => {
+                s.rows.extend_from_slice(&s.packed);
+                slack
+            }
+        };
+        let reach = score_above(f64::from(*upper) / centroids.unit(), square);
+        s.candidates(slack).within(reach);
+        let place = s.listed.len() as u32;
+        s.listed.push(Listed { row, own: grouping.scored[label as usize], below, square });
+        for (g, (lower, &fallen)) in lower.iter_mut().zip(&moved.fallen).enumerate() {
+            if Moved::needed(*lower, fallen, cut) {
+                *lower = grouping.most[g];
+                s.lists[g].push(place);
+            }
+        }
     }
 }
 
