@@ -51,6 +51,7 @@ mod fit;
 mod fixed;
 mod functional;
 mod host;
+mod kept;
 mod kmeans;
 mod launches;
 mod lloyd;

@@ -74,7 +74,7 @@ fn label<T: Element>(views: &Views<'_, T>, labels: &mut [u32]) -> Result<()> {
 
 /// With a first pass on the matrix unit.
 fn label_rounded<T: Element<Filter = f32>>(views: &Views<'_, T>, amx: Amx, labels: &mut [u32]) -> Result<()> {
-    let prepare = |full: Centroids<f32>| RoundedCentroids::new(&full, false, amx).map(|rounded| (full, rounded));
+    let prepare = |full: Centroids<f32>| RoundedCentroids::new(&full, amx).map(|rounded| (full, rounded));
     let scratch = || RoundedScratch::new(views.x.rows.d);
     label_all(views, labels, prepare, scratch, |s, place, (full, rounded), out| {
         views.tile(place, full).label_rounded(rounded, s, out, None)

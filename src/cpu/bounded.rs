@@ -17,9 +17,9 @@ use super::{
 use crate::{
     error::Result,
     host,
+    kept::{BoundsState, KeptBounds},
     launches::{self, PassWork},
     plan::skip::{skip_rows, SkipPlan},
-    request::{BoundsState, KeptBounds},
     tiles::{CPU_ROWS, CPU_SAMPLE},
 };
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -220,7 +220,7 @@ impl<T: Element<Filter = f32>> Kept<'_, T> {
             }
         }
         let renews = moved.is_none() && (state.made.is_some() || state.passes >= state.next.max(FIRST));
-        let rounded = |full: &Centroids<f32>, split| amx.map(|amx| RoundedCentroids::new(full, split, amx)).transpose();
+        let rounded = |full: &Centroids<f32>| amx.map(|amx| RoundedCentroids::new(full, amx)).transpose();
         if renews {
             group_centroids(c, b, skip.groups, group)?;
         }
@@ -229,7 +229,7 @@ impl<T: Element<Filter = f32>> Kept<'_, T> {
             // A centroid too far out to be scored has no place in a group.
             if centroids.apart().is_empty() {
                 let grouping = Grouping::new(group, skip.groups, &centroids);
-                let rounded = rounded(&centroids, true)?;
+                let rounded = rounded(&centroids)?;
                 before.chunks_exact_mut(c.rows.d).enumerate().for_each(|(j, to)| to.copy_from_slice(c.row(b, j)));
                 let pass = match moved {
                     Some(moved) => Pass::Skip(grouping, moved),
@@ -246,7 +246,7 @@ impl<T: Element<Filter = f32>> Kept<'_, T> {
             state.made = None;
         }
         let centroids = Centroids::new(c, b, metric)?;
-        Ok(Prepared { pass: Pass::Plain, rounded: rounded(&centroids, false)?, centroids })
+        Ok(Prepared { pass: Pass::Plain, rounded: rounded(&centroids)?, centroids })
     }
 }
 

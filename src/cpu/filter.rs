@@ -232,11 +232,6 @@ impl<S: Scalar> Centroids<S> {
         slack.norm * slack.norm * (1.0 - 4.0 * gamma(self.d, S::UNIT)) - 2.0 * d * S::TINY
     }
 
-    /// A bound on the norms of those that are scored.
-    pub(super) fn largest(&self) -> f64 {
-        self.largest
-    }
-
     pub(super) fn columns(&self) -> usize {
         self.d
     }

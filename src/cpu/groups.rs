@@ -8,11 +8,12 @@ use super::{
     tensors::{Element, View},
 };
 use crate::{error::Result, host};
+use std::ops::Range;
 
 /// Turns of a balanced 2-means.
 const TURNS: usize = 4;
 
-/// Writes to `out` the group below `count` of each centroid of a problem. None has more than the others by one, but for the last, which has the rest.
+/// Writes to `out` the group below `count` of each centroid of a problem: as many to a group, and the last ones have the rest.
 pub(super) fn group_centroids<T: Element<Filter = f32>>(
     c: &View<'_, T>,
     b: usize,
@@ -46,24 +47,19 @@ impl Split<'_> {
     }
 
     /// Shares centroids, each with a place that is written here, out to `groups`.
-    fn halve(&mut self, centroids: &mut [(f32, u32)], groups: std::ops::Range<u32>) {
+    fn halve(&mut self, centroids: &mut [(f32, u32)], groups: Range<u32>) {
         let middle = groups.start + (groups.end - groups.start) / 2;
         let left = (middle - groups.start) as usize * self.size;
-        if left == 0 || left >= centroids.len() {
-            // One group, or too few centroids for more than those on the left.
-            let groups = if left == 0 { groups } else { groups.start..middle };
-            if left == 0 {
-                centroids.iter().for_each(|&(_, j)| self.out[j as usize] = groups.start);
-            } else {
-                self.halve(centroids, groups);
-            }
-            return;
+        if left == 0 {
+            return centroids.iter().for_each(|&(_, j)| self.out[j as usize] = groups.start);
+        }
+        if left >= centroids.len() {
+            return self.halve(centroids, groups.start..middle);
         }
         let mut direction = self.far_apart(centroids);
         for turn in 0..TURNS {
-            let products = |&(_, j): &(f32, u32)| lanes(self.value(j), &direction, |s, a, b| s.add(a.mul(b)));
-            for i in 0..centroids.len() {
-                centroids[i].0 = products(&centroids[i]);
+            for (place, j) in &mut *centroids {
+                *place = lanes(self.value(*j), &direction, |s, a, b| s.add(a.mul(b)));
             }
             centroids.select_nth_unstable_by(left, |a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
             if turn + 1 < TURNS {

@@ -10,7 +10,8 @@ use crate::{
     error::Result,
     fixed::{quantise, Scaled},
     host,
-    request::{KeptSums, Reduction},
+    kept::KeptSums,
+    request::Reduction,
     tiles::CPU_CHANGED,
 };
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};

@@ -8,8 +8,8 @@ use super::{
     bounds::Renewal,
     candidates::Candidates,
     label::Tile,
-    lines::{pair_lines, Line, PAIR},
-    rounded::{RoundedBlock, RoundedCentroids},
+    lines::{pair_lines, steps, Line, PAIR},
+    rounded::{self, RoundedBlock, RoundedCentroids},
     tensors::Element,
 };
 use crate::{
@@ -44,7 +44,7 @@ impl RoundedScratch {
     pub(super) fn new(d: usize) -> Self {
         Self {
             rows: vec![0.0; PAIR * d],
-            lines: vec![],
+            lines: vec![Line::ZERO; pair_lines(steps(d))],
             scores: vec![0.0; PAIR * AMX_CENTROIDS],
             close: vec![Candidates::new(); PAIR],
             full: vec![Candidates::new(); PAIR],
@@ -62,7 +62,6 @@ impl<T: Element<Filter = f32>> Tile<'_, T> {
         out: &mut [u32],
         mut renewal: Option<Renewal<'_>>,
     ) -> Result<u64> {
-        s.lines.resize(pair_lines(rounded.steps), Line::ZERO);
         s.crowded.places.clear();
         s.crowded.rows.clear();
         let mut compared = 0;
@@ -107,7 +106,7 @@ impl<T: Element<Filter = f32>> Tile<'_, T> {
         let (m, d, simd) = (out.len(), self.x.rows.d, pulp::Arch::new());
         let (rows, full, close) = (&mut s.rows[..m * d], &mut s.full[..m], &mut s.close[..m]);
         self.pack(rows, full);
-        simd.dispatch(Round { rounded, rows, full, lines: &mut s.lines, close });
+        simd.dispatch(Round { rows, full, lines: &mut s.lines, close });
         if let Some(renewal) = &mut renewal {
             renewal.begin(first, close.iter().map(|close| close.slack));
         }
@@ -156,7 +155,6 @@ impl Crowded {
 
 /// Rounds a pair of packed rows.
 struct Round<'a> {
-    rounded: &'a RoundedCentroids,
     rows: &'a [f32],
     full: &'a [Candidates<f32>],
     lines: &'a mut [Line],
@@ -171,7 +169,7 @@ impl NullaryFnOnce for Round<'_> {
         let d = self.rows.len() / self.full.len();
         let rows = self.rows.chunks_exact(d).zip(self.full).zip(self.close);
         for (i, ((row, full), close)) in rows.enumerate() {
-            close.reset(self.rounded.pack(row, full.slack, self.lines, i));
+            close.reset(rounded::pack(row, full.slack, self.lines, i));
         }
     }
 }

@@ -7,11 +7,6 @@
 //! here.) The rest is what `lines.rs` says: of `s` steps a score is off by `(18 + s) u` of the products' magnitudes, by Cauchy-Schwarz
 //! `|x'| |c'|`, and by `s u` of the bias. With the eight units that `filter.rs` counts for the same roundings around a product, and `x'` and
 //! `c'` each up to `2^-8` longer, that is the bound of `filter.rs` for a 64th more than `18 + s` columns.
-//!
-//! # Split numbers
-//! For scores that are to make bounds on distances, what rounding leaves is rounded once more: `x = x' + x'' + r` and `c = c' + c'' + q`.
-//! The unit adds up `x'.c' + x''.c' + x'.c''`, in three steps for one, and leaves out `r.c' + x'.q + (x - x').(c - c')`. The last is at most `|x - x'|`,
-//! which is less than `2^-8 |x|` but for numbers that are rounded to zero, times `|c - c'|`. The other two are as above.
 
 use super::{
     amx::Amx,
@@ -28,17 +23,9 @@ pub(super) struct RoundedCentroids {
     /// As [`Centroids::bias`]; infinite where a tile has no centroid.
     bias: Vec<f32>,
     pub(super) blocks: Vec<RoundedBlock>,
-    /// Steps of a product.
     pub(super) steps: usize,
-    /// Whether numbers are split.
-    split: bool,
-    /// What sums may lose to zeros.
-    flushed: f64,
     pub(super) amx: Amx,
 }
-
-/// Products of split numbers for one of others.
-const SPLIT: usize = 3;
 
 /// Centroids that are scored together, and share a bound.
 pub(super) struct RoundedBlock {
@@ -62,26 +49,19 @@ fn round(v: f32) -> u32 {
     }
 }
 
-/// Hands out a packed row as bf16, in columns of a step, and what is left of it, if numbers are split. Returns bounds on the norms of what rounding leaves, and of
-/// what rounding that leaves.
+/// Hands out a packed row as bf16, in columns of a step, and returns a bound on the norm of what rounding leaves of it.
 #[inline(always)]
-fn round_row<const SPLIT: bool>(row: &[f32], mut write: impl FnMut(usize, [u16; STEP], [u16; STEP])) -> [f64; 2] {
-    let (mut squares, mut rests) = ([0.0; STEP], [0.0; STEP]);
+fn round_row(row: &[f32], mut write: impl FnMut(usize, [u16; STEP])) -> f64 {
+    let mut squares = [0.0; STEP];
     let mut round_step = |step: usize, values: &[f32; STEP]| {
-        let (mut high, mut low) = ([0; STEP], [0; STEP]);
+        let mut rounded = [0; STEP];
         for i in 0..STEP {
             let bits = round(values[i]);
             let left = values[i] - f32::from_bits(bits);
             squares[i] += left * left;
-            high[i] = (bits >> 16) as u16;
-            if SPLIT {
-                let bits = round(left);
-                let rest = left - f32::from_bits(bits);
-                rests[i] += rest * rest;
-                low[i] = (bits >> 16) as u16;
-            }
+            rounded[i] = (bits >> 16) as u16;
         }
-        write(step, high, low);
+        write(step, rounded);
     };
     let (whole, rest) = row.as_chunks::<STEP>();
     for (step, values) in whole.iter().enumerate() {
@@ -92,19 +72,14 @@ fn round_row<const SPLIT: bool>(row: &[f32], mut write: impl FnMut(usize, [u16; 
         values[..rest.len()].copy_from_slice(rest);
         round_step(whole.len(), &values);
     }
-    [squares, rests].map(|squares| {
-        let square: f64 = squares.iter().map(|&square| f64::from(square)).sum();
-        // Squares that underflowed are put back.
-        (square + row.len() as f64 * f32::TINY).sqrt() * (1.0 + gamma(row.len(), f32::UNIT))
-    })
+    let square: f64 = squares.iter().map(|&square| f64::from(square)).sum();
+    // Squares that underflowed are put back.
+    (square + row.len() as f64 * f32::TINY).sqrt() * (1.0 + gamma(row.len(), f32::UNIT))
 }
 
 impl RoundedCentroids {
-    /// With split numbers, or not.
-    pub(super) fn new(c: &Centroids<f32>, split: bool, amx: Amx) -> Result<Self> {
-        let d = c.columns();
-        let steps = if split { SPLIT } else { 1 } * steps(d);
-        let flushed = 4.0 * (STEP * steps) as f64 * FLUSHED * if split { 1.0 + c.largest() } else { 1.0 };
+    pub(super) fn new(c: &Centroids<f32>, amx: Amx) -> Result<Self> {
+        let (d, steps) = (c.columns(), steps(c.columns()));
         let units = STEP_UNITS + steps;
         let g = gamma(units + units.div_ceil(64), f32::UNIT);
         let mut blocks: Vec<RoundedBlock> = vec![];
@@ -126,16 +101,12 @@ impl RoundedCentroids {
             let mut left = 0f64;
             for (i, at) in block.scored.clone().zip(block.padded.clone()) {
                 let pair = &mut lines[at / PAIR * pair_lines(steps)..][..pair_lines(steps)];
-                let [of_row, rest] = round_row::<true>(&c.values[i * d..][..d], |step, high, low| {
-                    let values = [high, high, low];
-                    let (first, values) = if split { (SPLIT * step, &values[..]) } else { (step, &values[..1]) };
-                    values.iter().zip(first..).for_each(|(&v, step)| write_centroid(pair, at % PAIR, step, v));
-                });
-                left = left.max(if split { rest + of_row / 256.0 } else { of_row });
+                let write = |step, values| write_centroid(pair, at % PAIR, step, values);
+                left = left.max(round_row(&c.values[i * d..][..d], write));
             }
             block.bound = c.rounded_bound(block.scored.clone(), g, left);
         }
-        Ok(Self { lines, bias, blocks, steps, split, flushed, amx })
+        Ok(Self { lines, bias, blocks, steps, amx })
     }
 
     /// Scores of a pair of rows against a block, row by row; infinite beyond its centroids.
@@ -158,33 +129,17 @@ impl RoundedBlock {
     }
 }
 
-impl RoundedCentroids {
-    /// Writes a packed row, row `i` of its pair, to the pair's lines, less than nothing: a score is a bias less a product. Returns its part of
-    /// the bound.
-    #[inline(always)]
-    pub(super) fn pack(&self, row: &[f32], slack: Slack, lines: &mut [Line], i: usize) -> Slack {
-        let residue = match self.split {
-            true => {
-                let [_, rest] = round_row::<true>(row, |step, high, low| {
-                    let (high, low) = (negative(high), negative(low));
-                    write_row(lines, i, SPLIT * step, high);
-                    write_row(lines, i, SPLIT * step + 1, low);
-                    write_row(lines, i, SPLIT * step + 2, high);
-                });
-                rest
-            }
-            false => round_row::<false>(row, |step, high, _| write_row(lines, i, step, negative(high)))[0],
-        };
-        slack.rounded(residue, self.flushed)
-    }
-}
-
-/// Numbers of bf16, each less than nothing.
+/// Writes a packed row, row `i` of its pair, to the pair's lines, less than nothing: a score is a bias less a product. Returns its part of
+/// the bound.
 #[inline(always)]
-fn negative(mut values: [u16; STEP]) -> [u16; STEP] {
-    // A loop, since a map of the array is called.
-    for v in &mut values {
-        *v ^= 1 << 15;
-    }
-    values
+pub(super) fn pack(row: &[f32], slack: Slack, lines: &mut [Line], i: usize) -> Slack {
+    let residue = round_row(row, |step, mut values| {
+        // A map of the array would be a call.
+        for v in &mut values {
+            *v ^= 1 << 15;
+        }
+        write_row(lines, i, step, values);
+    });
+    let flushed = 4.0 * row.len().next_multiple_of(STEP) as f64 * FLUSHED;
+    slack.rounded(residue, flushed)
 }

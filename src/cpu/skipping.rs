@@ -11,7 +11,7 @@ use super::{
     label::{label_of, Tile},
     lines::{pair_lines, Line, PAIR},
     matmul::multiply,
-    rounded::{RoundedBlock, RoundedCentroids},
+    rounded::{self, RoundedBlock, RoundedCentroids},
     tensors::Element,
 };
 use crate::error::Result;
@@ -152,13 +152,10 @@ impl<T: Element<Filter = f32>> SkipTile<'_, T> {
         }
         match (self.rounded, part.rounded) {
             (Some(rounded), Some(block)) => {
-                // Of three lines the last is the first again (`rounded.rs`).
-                let kept = rounded.steps / 3 * 2;
                 for (i, &place) in places.iter().enumerate() {
-                    let (two, _) = s.lines[place as usize * kept..][..kept].as_chunks::<2>();
-                    let (three, _) = s.pair.as_chunks_mut::<{ 3 * PAIR }>();
-                    for (from, to) in two.iter().zip(three) {
-                        (to[i], to[PAIR + i], to[2 * PAIR + i]) = (from[0], from[1], from[0]);
+                    let lines = &s.lines[place as usize * rounded.steps..][..rounded.steps];
+                    for (line, pair) in lines.iter().zip(s.pair.chunks_exact_mut(PAIR)) {
+                        pair[i] = *line;
                     }
                 }
                 rounded.score(block, &s.pair, &mut s.scores[..PAIR * part.width]);
@@ -283,7 +280,6 @@ impl<T: Element<Filter = f32>> NullaryFnOnce for Measure<'_, T> {
 
 /// Rounds a packed row.
 struct Round<'a> {
-    rounded: &'a RoundedCentroids,
     row: &'a [f32],
     slack: Slack,
     lines: &'a mut [Line],
@@ -294,7 +290,7 @@ impl NullaryFnOnce for Round<'_> {
 
     #[inline(always)]
     fn call(self) -> Slack {
-        self.rounded.pack(self.row, self.slack, self.lines, 0)
+        rounded::pack(self.row, self.slack, self.lines, 0)
     }
 }
 
@@ -321,10 +317,9 @@ impl<T: Element<Filter = f32>> SkipTile<'_, T> {
         }
         let (below, square) = (moved.below(square), centroids.square_below(slack));
         let slack = match rounded {
-            Some(rounded) => {
-                let slack = simd.dispatch(Round { rounded, row: &s.packed, slack, lines: &mut s.pair });
-                let (three, _) = s.pair.as_chunks::<{ 3 * PAIR }>();
-                s.lines.extend(three.iter().flat_map(|three| [three[0], three[PAIR]]));
+            Some(_) => {
+                let slack = simd.dispatch(Round { row: &s.packed, slack, lines: &mut s.pair });
+                s.lines.extend(s.pair.iter().step_by(PAIR));
                 slack
             }
             None => {

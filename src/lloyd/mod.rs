@@ -18,14 +18,13 @@ pub(crate) mod weights;
 use crate::{
     callbacks::{Iteration, OnIteration},
     error::{Error, Result},
+    kept::{KeptBounds, KeptSums},
     kmeans::{EmptyClusters, KMeans},
     memory::Memory,
     plan::on_chip::OnChip,
     primitives, problem,
     ranks::{Alone, Ranks},
-    request::{
-        Accumulator, Assignment, Finish, KeptBounds, KeptSums, Labels, OnChipFit, Progress, Reduction, Turn, Update,
-    },
+    request::{Accumulator, Assignment, Finish, Labels, OnChipFit, Progress, Reduction, Turn, Update},
     rows::Rows,
     stages::reach_work,
 };

@@ -60,9 +60,9 @@ impl SkipPlan {
         let sums = b * (16 * k * (d + 2) + 4 * n + 1);
         let bounds = b * (n * (4 * groups + 4) + k * (4 + d * size) + 4 * groups + 64);
         // What is known of centroids, and a thread's rows that are listed, as they are scored and with their candidates.
-        let known = b * (k * (4 * d + 16 + 12 * d.next_multiple_of(32)) + 16 * groups);
+        let known = b * (k * (4 * d + 16) + 16 * groups);
         let of_row = 4 * d.next_multiple_of(32) + 4 * groups + 160 + 16 * k.min(64);
-        let of_pair = 1024 * d.next_multiple_of(32) + 256 * CPU_GROUP as u64;
+        let of_pair = 256 * (d.next_multiple_of(32) + CPU_GROUP as u64);
         let listed = (rayon::current_num_threads() as u64 + 1) * (2 * n.min(skip_rows(p.d) as u64) * of_row + of_pair);
         let bounds = bounds + known + listed;
         [(self.keep_sums, sums), (groups > 0, bounds)]
@@ -75,7 +75,7 @@ impl SkipPlan {
 
 /// The rows that one CPU task looks up in their bounds.
 pub(crate) fn skip_rows(d: usize) -> usize {
-    (CPU_SKIP_BYTES / (4 * d.next_multiple_of(32))).clamp(CPU_ROWS, CPU_SKIP_ROWS)
+    (CPU_SKIP_BYTES / (2 * d.next_multiple_of(32))).clamp(CPU_ROWS, CPU_SKIP_ROWS)
 }
 
 thread_local!(static FORCED: Cell<Option<bool>> = const { Cell::new(None) });

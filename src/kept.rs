@@ -1,0 +1,97 @@
+//! What the iterations of a fit leave each other, so that later ones have less to do.
+
+use crate::{error::Result, host, plan::skip::SkipPlan};
+use candle_core::{DType, Device, Tensor};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Sums that an update leaves for the next one of the same rows, which adds those that have come to a cluster and takes away those that
+/// have left it.
+#[derive(Debug)]
+pub(crate) struct KeptSums {
+    /// The cluster whose sums have a row, `(b, n)`.
+    pub labels: Vec<u32>,
+    /// True of a problem whose sums are there, `(b)`: where its terms are whole numbers of the scale that its bounds give.
+    pub known: Vec<bool>,
+    /// `(b, k, d + 1)`: of each column and, last, of the weight.
+    pub sums: Vec<i128>,
+    /// The rows that changed their cluster before the last update.
+    pub changed: usize,
+}
+
+impl KeptSums {
+    /// For `b` problems of `n` rows of `d` columns in `k` clusters.
+    pub fn new([b, n, k, d]: [usize; 4]) -> Result<Self> {
+        let sums = host::filled("fit", b * k * (d + 1), 0)?;
+        let (labels, known) = (host::filled("fit", b * n, u32::MAX)?, host::filled("fit", b, false)?);
+        Ok(Self { labels, known, sums, changed: b * n })
+    }
+
+    /// Forgets the rows.
+    pub fn reset(&mut self) {
+        self.labels.fill(u32::MAX);
+        self.known.fill(false);
+        self.changed = self.labels.len();
+    }
+}
+
+/// Bounds on distances, in the data's own units, that an assignment leaves for the next one of the same rows. That one skips the groups
+/// of centroids which the triangle inequality proves to be too far from a row to have its nearest centroid (Elkan 2003, Hamerly 2010;
+/// by groups: Yinyang k-means, Ding et al. 2015).
+pub(crate) struct KeptBounds {
+    /// The group of each centroid, u32 `(b, k)`.
+    pub group: Tensor,
+    /// f32 `(b, n, groups)`: less what the bounds of the group have fallen, no centroid of it but the row's own is nearer.
+    pub lower: Tensor,
+    /// f32 `(b, n)`: the row's own centroid of the last assignment is not farther.
+    pub upper: Tensor,
+    /// How far the bounds of each group have fallen since they were made, by the moves of its centroids, f32 `(b, groups)`.
+    pub fallen: Tensor,
+    /// The centroids of the last assignment, `(b, k, d)`.
+    pub before: Tensor,
+    /// Says how many groups there are, and when they are skipped.
+    pub skip: SkipPlan,
+    /// Whether bounds are of use, of each problem.
+    pub problems: Mutex<Vec<BoundsState>>,
+}
+
+/// Whether bounds are of use.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct BoundsState {
+    /// Assignments of the fit.
+    pub passes: usize,
+    /// The last one that compared all centroids and made bounds anew, if nothing has made these useless since.
+    pub made: Option<usize>,
+    /// No pass before this one is to make bounds.
+    pub next: usize,
+}
+
+impl KeptBounds {
+    /// For `b` problems of `n` rows of `d` columns and `k` centroids.
+    pub fn new([b, n, k, d]: [usize; 4], skip: SkipPlan, dtype: DType, device: &Device) -> Result<Self> {
+        let zeros = |shape: &[usize], dtype| host::zeros("fit", shape, dtype, device);
+        let groups = skip.groups;
+        Ok(Self {
+            group: zeros(&[b, k], DType::U32)?,
+            lower: zeros(&[b, n, groups], DType::F32)?,
+            upper: zeros(&[b, n], DType::F32)?,
+            fallen: zeros(&[b, groups], DType::F32)?,
+            before: zeros(&[b, k, d], dtype)?,
+            skip,
+            problems: Mutex::new(vec![BoundsState::default(); b]),
+        })
+    }
+
+    /// Begins a fit.
+    pub fn reset(&self) {
+        self.states().fill(BoundsState::default());
+    }
+
+    /// Says that labels are not those of the last assignment.
+    pub fn forget(&self) {
+        self.states().iter_mut().for_each(|state| state.made = None);
+    }
+
+    pub fn states(&self) -> MutexGuard<'_, Vec<BoundsState>> {
+        self.problems.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
