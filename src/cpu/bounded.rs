@@ -25,9 +25,9 @@ use crate::{
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// The largest share of the products that is worth gathering rows for.
-const PAYS: f64 = 0.5;
+const PAYS: f64 = 0.3;
 /// A share that may be small enough in the next pass.
-const NEARLY: f64 = 0.75;
+const NEARLY: f64 = 0.5;
 /// The first pass that leaves bounds: before it centroids move too far.
 const FIRST: usize = 2;
 

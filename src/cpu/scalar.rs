@@ -72,9 +72,9 @@ pub(super) const LANES: usize = 16;
 pub(super) fn lanes<S: Scalar>(a: &[S], b: &[S], f: impl Fn(S, S, S) -> S) -> S {
     let zero = S::of(0.0);
     let mut acc = [zero; LANES];
-    let (xs, ys) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail = xs.remainder().iter().zip(ys.remainder()).fold(zero, |s, (&x, &y)| f(s, x, y));
-    for (x, y) in xs.zip(ys) {
+    let ((xs, x_tail), (ys, y_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let tail = x_tail.iter().zip(y_tail).fold(zero, |s, (&x, &y)| f(s, x, y));
+    for (x, y) in xs.iter().zip(ys) {
         for l in 0..LANES {
             acc[l] = f(acc[l], x[l], y[l]);
         }
