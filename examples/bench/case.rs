@@ -1,6 +1,6 @@
 //! One op on one set of rows: how it runs, and how long it takes.
 
-use super::{check, Args, Op, Source, Verdict};
+use super::{check, Args, Op, Skip, Source, Verdict};
 use anyhow::{ensure, Result};
 use candle_core::{Device, Tensor};
 use candle_flash_kmeans::{assign, testing, Fit, Init, KMeans, Metric, PreparedFit};
@@ -37,6 +37,7 @@ impl Case {
     /// For rows `(b, n, d)` of `source`.
     pub fn new(args: &Args, source: &Source, x: Tensor) -> Result<Self> {
         let (metric, device) = (args.metric.metric(), x.device().clone());
+        testing::force_skipping(args.skip.map(|skip| skip == Skip::Always));
         if let Some(name) = &args.kernel {
             let known = testing::candidates(&x, args.k, metric)?;
             let kernel = known.iter().copied().find(|known| known == name);

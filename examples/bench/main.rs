@@ -84,6 +84,12 @@ pub(crate) enum Labels {
     Hot,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Skip {
+    Always,
+    Never,
+}
+
 const OUTPUT: &str = "\
 Each case is one line, with --json an object that also has the plan:
   ms, ms_min     median and minimum of the repeats; cpu_ms: CPU time of all threads of the process, median
@@ -149,6 +155,9 @@ pub(crate) struct Args {
     /// Assign by this kernel; no fit runs on chip then
     #[arg(long)]
     kernel: Option<String>,
+    /// Let the iterations of a fit save each other work wherever they can, or nowhere; by default where it pays
+    #[arg(long)]
+    skip: Option<Skip>,
     /// Seconds that the repeats of a case may take
     #[arg(long, default_value_t = 10.0, value_parser = positive)]
     budget: f64,
