@@ -174,7 +174,7 @@ constexpr int SMALL_PRODUCTS = 16;
 __device__ __forceinline__ float error_bound(float squares, int64_t d, const Bounds& bounds, bool from_zero = false) {
     const float steps = LOSS * ((d + 15) / 16), tiny = 1e-37f * d * fmaxf(bounds.scale, 1.0f);
     const float x = row_norm_above(squares, d);
-    const float top = x * bounds.moved + bounds.start + bounds.shift();
+    const float top = x * bounds.moved + bounds.start + bounds.shift(d);
     if (!(top < 1e37f && x < 1e18f)) return INFINITY;
     const float definition = (d + 16) * 0x1p-50f * (x + bounds.stored) * (x + bounds.stored);
     const float lost = from_zero ? steps * x * bounds.moved + 4 * top : (steps + 4) * top;

@@ -117,6 +117,21 @@ fn rows_that_look_away_from_all_centroids() {
     }
 }
 
+/// Rows of f32 in three parts, of which one half each proves nearly none, or all: the second part and the third are then assigned without that half.
+#[cfg(feature = "cuda")]
+#[test]
+fn parts_that_need_both_halves() {
+    let mut rng = rng(4);
+    for (n, d, near) in [(410_000, 17, 1e-3), (410_000, 128, 1e-3), (210_000, 40, 1.0)] {
+        let centre = uniform(&[8, d], 0.0, 9.0, DType::F64, &mut rng).to_vec2::<f64>().unwrap();
+        let x = tensor(&[n, d], DType::F32, |i| centre[i / d % 8][i % d] + near * rng.random_range(-1.0..1.0));
+        let c = x.narrow(0, 17, 40).unwrap();
+        for device in devices().into_iter().filter(Device::is_cuda) {
+            check(&x, &c, Metric::SquaredEuclidean, &[device], &format!("{near} apart"));
+        }
+    }
+}
+
 #[test]
 fn real_keys() -> Result<()> {
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/smollm2_qkv.safetensors");
