@@ -90,14 +90,17 @@ impl RowWeights {
         Ok(Clusters { means, weights })
     }
 
-    /// Rows that count, u32 `(b, k)`, evenly spaced among them: entry `i` is the one at the share `places[i]`, of `(b, k)` in
-    /// [0, 1), of all that count. And whether there are any, u8 `(b, 1)`.
-    pub fn at_shares(&self, places: &Tensor) -> Result<(Tensor, Tensor)> {
+    /// Rows, u32 `(b, n)`, of which those that count come first, and how many these are, f64 `(b, 1)`.
+    pub fn counting(&self) -> Result<(Tensor, Tensor)> {
         let (order, offsets) = primitives::sorted(&self.weights.eq(0.0)?.to_dtype(DType::U32)?, 2)?;
-        let count = offsets.narrow(1, 1, 1)?.to_dtype(DType::F64)?;
-        let last = (&count - 1.0)?.relu()?.broadcast_as(places.shape())?;
-        let places = places.broadcast_mul(&count)?.minimum(&last)?.to_dtype(DType::U32)?;
-        Ok((order.gather(&places, 1)?, count.gt(0.0)?))
+        Ok((order, offsets.narrow(1, 1, 1)?.to_dtype(DType::F64)?))
+    }
+
+    /// Rows that count, u32 `(b, k)`, evenly spaced among them: entry `i` is the one at the share `shares[i]`, of `(b, k)` in
+    /// [0, 1), of all that count. And whether there are any, u8 `(b, 1)`.
+    pub fn at_shares(&self, shares: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (order, count) = self.counting()?;
+        Ok((order.gather(&places(shares, &count)?.to_dtype(DType::U32)?, 1)?, count.gt(0.0)?))
     }
 }
 
@@ -115,6 +118,12 @@ pub(crate) fn shares(seed: u64, step: u64, (b, k): (usize, usize), device: &Devi
         all.append(&mut shares);
     }
     Ok(Tensor::from_vec(all, (b, k), device)?)
+}
+
+/// Where the shares `(b, k)` of so many things `(b, 1)` are among them, f64 `(b, k)`: the place, rounded down, is a number below theirs.
+pub(crate) fn places(shares: &Tensor, count: &Tensor) -> Result<Tensor> {
+    let last = (count - 1.0)?.relu()?.broadcast_as(shares.shape())?;
+    Ok(shares.broadcast_mul(count)?.minimum(&last)?)
 }
 
 /// A bound on the magnitudes of each row that is finite, f64 `(b, n)`, and whether it is, u8 `(b, n)`.

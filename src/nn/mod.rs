@@ -10,7 +10,7 @@ mod routing;
 pub use attention::ClusteredAttention;
 pub use codebook::{
     codebook_encode, rotate_to, Codebook, Ema, EmaCodebook, EmaResidualQuantizer, Fsq, GainShapeQuantizer,
-    GroupedResidualQuantizer, LearnableCodebook, Lfq, LfqConfig, ProductConfig, ProductQuantizer, Quantized,
+    GroupedResidualQuantizer, LearnableCodebook, Lfq, LfqConfig, ProductConfig, ProductQuantizer, Quantized, Replicas,
     ResidualQuantized, ResidualQuantizer, Rotation, Usage,
 };
 pub use kv_cache::{ClusteredKvCache, KvBudget, KvClusters, KvCodes, KvMeans};

@@ -41,6 +41,7 @@ mod properties;
 mod ragged;
 mod ranks;
 mod refusals;
+mod replicas;
 mod reproducible;
 mod rotation;
 mod routing;

@@ -14,6 +14,8 @@ use std::path::PathBuf;
 
 mod language;
 mod methods;
+#[path = "../common/minilm.rs"]
+mod minilm;
 mod sentences;
 
 #[derive(Parser)]

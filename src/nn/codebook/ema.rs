@@ -3,6 +3,7 @@
 use super::{
     quantized::{Quantized, Usage},
     quantizer::{commitment, load_codebook, open, save, widened},
+    replicas::{Batches, Replicas},
     rotation::rotate_to,
     Codebook,
 };
@@ -20,7 +21,7 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 /// Settings of a codebook that learns while a model trains. Names and defaults are those of vector-quantize-pytorch.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -111,6 +112,7 @@ pub struct EmaCodebook {
     /// `N`, and `m / N`.
     running: RunningMeans,
     steps: u64,
+    batches: Batches,
 }
 
 impl EmaCodebook {
@@ -152,7 +154,21 @@ impl EmaCodebook {
         let running = RunningMeans { metric: codebook.metric, means, weights };
         let fence = Fence::default();
         fence.write(running.means.device())?;
-        Ok(Self { fence, codebook, ema, running, steps: 0 })
+        Ok(Self { fence, codebook, ema, running, steps: 0, batches: Batches::default() })
+    }
+
+    /// Learns from the rows of all replicas from now on: each step adds up the weights and sums of all, and dead entries move to rows of
+    /// any, so that codebooks that were the same stay so, to the bit. They have to start the same (from [`train`](Self::train) on the same rows,
+    /// or a file), and to step together. A step's usage is that of all rows, and its loss that of the replica's own.
+    ///
+    /// Codebooks are those of one process that has the rows of all, in the order of replicas, but for the rounding of f64; where several
+    /// problems, or stages, share one codebook, dead entries draw other rows. [`save`](Self::save) writes no replicas.
+    ///
+    /// # Errors
+    /// Refuses a rank that is none of so many replicas. Steps then also fail as [`Replicas::all_reduce`] does, and refuse what it returns
+    /// in another shape or dtype or on another device.
+    pub fn replicas(self, replicas: Arc<dyn Replicas>) -> Result<Self> {
+        Ok(Self { batches: Batches::of_all(replicas)?, ..self })
     }
 
     /// The codebook as it is now.
@@ -196,7 +212,7 @@ impl EmaCodebook {
     /// As [`step`](Self::step).
     pub fn quantize(&self, x: &Tensor) -> Result<Quantized> {
         self.fence.read(self.running.means.device())?;
-        Ok(self.pass(x, None)?.0)
+        Ok(self.pass(x, None, &Batches::default())?.0)
     }
 
     /// The same with weights, as [`step_weighted`](Self::step_weighted) takes them.
@@ -205,7 +221,7 @@ impl EmaCodebook {
     /// As [`step_weighted`](Self::step_weighted).
     pub fn quantize_weighted(&self, x: &Tensor, sample_weights: &Tensor) -> Result<Quantized> {
         self.fence.read(self.running.means.device())?;
-        Ok(self.pass(x, Some(sample_weights))?.0)
+        Ok(self.pass(x, Some(sample_weights), &Batches::default())?.0)
     }
 
     /// The steps so far.
@@ -213,11 +229,12 @@ impl EmaCodebook {
         self.steps
     }
 
-    /// What training sees of `x`, its rows in f64, which of them count, and their means by entry.
+    /// What training sees of `x`, its rows in f64, which of them count, and the means by entry of all batches.
     fn pass(
         &self,
         x: &Tensor,
         sample_weights: Option<&Tensor>,
+        batches: &Batches,
     ) -> Result<(Quantized, Rows<'static>, RowWeights, Clusters)> {
         let (x, dtype) = (&widened(x, self.codebook.centroids.dtype())?, x.dtype());
         let p = Problem::assign(x, &self.codebook.centroids, self.codebook.metric)?;
@@ -234,7 +251,7 @@ impl EmaCodebook {
         // Means are rounded to the rows' type.
         let rows = Rows::new(&flat.to_dtype(DType::F64)?)?;
         let loss = (commitment(x, &values, weights.weights())? * self.ema.commitment_weight)?;
-        let batch = weights.clusters(&rows, &codes.reshape((b, n))?, k)?;
+        let batch = batches.clusters(weights.clusters(&rows, &codes.reshape((b, n))?, k)?)?;
         let usage = Usage::of(&batch.weights, &self.codebook.centroids.dims()[..self.codebook.centroids.rank() - 2])?;
         if self.ema.rotation_trick {
             values = rotate_to(x, &values)?;
@@ -246,16 +263,15 @@ impl EmaCodebook {
     /// A step, with weights of the rows or without.
     pub(super) fn learn(&mut self, x: &Tensor, sample_weights: Option<&Tensor>) -> Result<Quantized> {
         self.fence.write(self.running.means.device())?;
-        let (quantized, rows, weights, batch) = self.pass(x, sample_weights)?;
+        let (quantized, rows, weights, batch) = self.pass(x, sample_weights, &self.batches)?;
         let (b, k, d) = self.running.means.dims3()?;
         let Ema { decay, threshold_ema_dead_code: threshold, .. } = self.ema;
         let mut running = self.running.clone();
         let learned = running.add(&batch, decay, 1.0 - decay)?;
         let mut entries = self.entries(&running, &learned)?;
         if threshold > 0.0 {
-            let (index, any) =
-                weights.at_shares(&row_weights::shares(self.ema.seed, self.steps, (b, k), x.device())?)?;
-            let mut drawn = primitives::gather(&rows, &index)?;
+            let shares = row_weights::shares(self.ema.seed, self.steps, (b, k), x.device())?;
+            let (mut drawn, any) = self.batches.rows_at(&shares, &rows, &weights)?;
             if running.metric == Metric::Cosine {
                 drawn = unit_vectors(&drawn)?;
             }

@@ -4,6 +4,7 @@ use super::{
     ema::{Ema, EmaCodebook},
     quantized::{Quantized, Usage},
     quantizer::widened,
+    replicas::Replicas,
     residual::{check_stages, MAX_STAGES},
     rotation::rotate_to,
     ResidualQuantizer,
@@ -16,6 +17,7 @@ use crate::{
 use candle_core::Tensor;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::sync::Arc;
 
 /// A [`ResidualQuantizer`] that follows the rows it is given: a stage is an [`EmaCodebook`] of what the stages before it leave over (SoundStream,
 /// Zeghidour et al. 2021). Stages may share one codebook, which then learns from all of them at once, and training may leave out the last ones,
@@ -80,6 +82,16 @@ impl EmaResidualQuantizer {
     pub fn quantize_dropout(self, least: usize, seed: u64) -> Result<Self> {
         check_stages(least, self.stages)?;
         Ok(Self { dropout: Some((least, seed)), ..self })
+    }
+
+    /// Every stage learns from the rows of all replicas from now on, as [`EmaCodebook::replicas`] has it; with dropout all have the same
+    /// stages in a step.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn replicas(self, replicas: Arc<dyn Replicas>) -> Result<Self> {
+        let codebooks = self.codebooks.into_iter().map(|codebook| codebook.replicas(replicas.clone()));
+        Ok(Self { codebooks: codebooks.collect::<Result<_>>()?, ..self })
     }
 
     /// The number of stages.

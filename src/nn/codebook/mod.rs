@@ -30,6 +30,7 @@ mod orthogonal;
 mod product;
 mod quantized;
 mod quantizer;
+mod replicas;
 mod residual;
 mod rotation;
 pub use ema::{Ema, EmaCodebook};
@@ -42,6 +43,7 @@ pub use lfq::{Lfq, LfqConfig};
 pub use orthogonal::{ProductConfig, Rotation};
 pub use product::ProductQuantizer;
 pub use quantized::{Quantized, Usage};
+pub use replicas::Replicas;
 pub use residual::ResidualQuantizer;
 pub use rotation::rotate_to;
 
