@@ -241,9 +241,8 @@ __device__ void fit(const T* x, const Rows& r, const Active& active, const Summa
     const OnChip<T, D> s(raw + narrow_bytes, r.n, k);
     const Rows here = {0, D, 1, r.n, r.d};
     const int d = int(r.d);
-    const int64_t problems = active.problems(r.b);
-    for (int64_t at = blockIdx.x; at < problems; at += gridDim.x) {
-        const int64_t b = active.problem(at);
+    for (uint32_t at = blockIdx.x; at < active.problems(r.b); at += gridDim.x) {
+        const uint32_t b = active.problem(at);
         T* const c = centroids + b * k * d;
         const double* const factor = summands.row_scale ? summands.row_scale + b * r.n : nullptr;
         const Units<T> units(summands.max_abs[b], summands.max_weight ? summands.max_weight[b] : 1, r.n,
