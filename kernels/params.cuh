@@ -51,13 +51,11 @@ struct Bounds {
     float rounded;   // as `residual`, of the centroids that carry it themselves
     float typical;   // of most rows' norms, if scores are shifted; else 0
 
-    /// All scores of a problem are higher by this, and a little more, so that the best one of most rows is above zero.
-    __device__ __forceinline__ float shift() const { return typical > 0 ? start + typical * moved : 0; }
-    /// By so much more, of `d` columns: by more than the definition is rounded and products underflow (`error_bound`),
-    /// also where all centroids are at mu.
-    __device__ __forceinline__ float little_more(int64_t d) const {
-        const float norms = (typical + stored) * (typical + stored), tiny = 4e-37f * d * fmaxf(scale, 1.0f);
-        return typical > 0 ? (d + 16) * 0x1p-48f * norms + tiny : 0;
+    /// All scores of a problem, of `d` columns, are higher by this, so that the best one of most rows is above zero,
+    /// and by more than the definition is rounded (`error_bound`), also where all centroids are at the origin.
+    __device__ __forceinline__ float shift(int64_t d) const {
+        const float norms = (typical + stored) * (typical + stored);
+        return typical > 0 ? start + typical * moved + (d + 16) * 0x1p-46f * norms : 0;
     }
 };
 LAYOUT(Bounds, 32, typical, 28);

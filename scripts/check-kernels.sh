@@ -29,7 +29,7 @@ awk -v arch="sm_$arch" -v most_shared="$most_shared" '
     # which no timing shows.
     # So are those of the f32 recheck, where two words wait for the end of a sweep, and of the update, where what a
     # cluster needs at its end does: more warps hide more latency than that costs (update-versions.md).
-    most = name ~ /^assign_sm90_1[46]_/ ? 116 : name ~ /^assign_sm90_[23]/ ? 44 : name ~ /^recheck_split_/ ? 8 : 0
+    most = name ~ /^assign_sm90_1[46]_/ ? 120 : name ~ /^assign_sm90_[23]/ ? 52 : name ~ /^recheck_split_/ ? 8 : 0
     if (name ~ /^assign_sm90_2_/ || name ~ /^assign_sm90_3_/) most = 0
     if (name ~ /^(update|add_changes)_/) most = 48
     # A few words that are needed at the end of a pass.

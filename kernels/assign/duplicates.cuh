@@ -59,7 +59,7 @@ __device__ void settle_starts(const T* c, const Rows& r, const Active& active, i
     const int64_t all = active.problems(r.b) * padded;
     for (int64_t i = global_thread(); i < all; i += all_threads()) {
         const int64_t b = i / padded;
-        settle_start(c, r, active.problem(b), b, i % padded, padded, table, slot,
-                     bounds[b].shift() + bounds[b].little_more(r.d), start, search_start);
+        settle_start(c, r, active.problem(b), b, i % padded, padded, table, slot, bounds[b].shift(r.d), start,
+                     search_start);
     }
 }

@@ -272,7 +272,7 @@ __device__ void prepare(const T* x, const Rows& xr, const T* c, const Rows& r, c
     __syncthreads();
     if (threadIdx.x < BOUNDS) (&bounds[b].moved)[threadIdx.x] = block_bounds[threadIdx.x];
     __syncthreads();
-    const float shift = bounds[b].shift() + bounds[b].little_more(r.d);
+    const float shift = bounds[b].shift(r.d);
     for (int64_t j = threadIdx.x; j < padded; j += blockDim.x) {
         settle_start(c, r, p, b, j, padded, table, slot, shift, start, search_start);
     }

@@ -174,12 +174,11 @@ constexpr int SMALL_PRODUCTS = 16;
 __device__ __forceinline__ float error_bound(float squares, int64_t d, const Bounds& bounds, bool from_zero = false) {
     const float steps = LOSS * ((d + 15) / 16), tiny = 1e-37f * d * fmaxf(bounds.scale, 1.0f);
     const float x = row_norm_above(squares, d);
-    const float top = x * bounds.moved + bounds.start + bounds.shift();
+    const float top = x * bounds.moved + bounds.start + bounds.shift(d);
     if (!(top < 1e37f && x < 1e18f)) return INFINITY;
-    // Scores are higher by at most four times this and `tiny` than `shift` says, which additions lose units of, too.
-    const float norms = fmaxf(x, bounds.typical) + bounds.stored, definition = (d + 16) * 0x1p-50f * norms * norms;
+    const float definition = (d + 16) * 0x1p-50f * (x + bounds.stored) * (x + bounds.stored);
     const float lost = from_zero ? steps * x * bounds.moved + 4 * top : (steps + 4) * top;
-    return 2.001f * (0x1p-23f * lost + x * bounds.residual + (definition + tiny) * (1 + steps * 0x1p-20f));
+    return 2.001f * (0x1p-23f * lost + x * bounds.residual + definition + tiny);
 }
 
 /// A row beyond R is not covered by the bounds as they are; then `error` becomes what holds for the
