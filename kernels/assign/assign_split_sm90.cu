@@ -5,8 +5,8 @@
 // with cp.async instead of the copy engine. A searching warpgroup has both halves of its 64 rows in registers, and a
 // stage of the ring both halves of a tile of centroids: three products of each step of 16 columns from two loads.
 //
-// Where the rows before these were mostly unproven, the first pass leaves these out: all rows come here then, and it is
-// here that this is decided, for the rows that come next (`Gate`).
+// The first pass leaves out a part of the rows if most of those in the part before it were unproven, and all of them
+// come to this kernel, which decides that for the next part (`Gate`).
 //
 // Traffic of a block and tile of R rows: 4 R d bytes of rows once; 4 k d bytes of centroids from L2 for 6 R k d flops.
 #include "arch/mma.cuh"
@@ -86,8 +86,8 @@ __device__ void gather_rows(const Shared<S>& s, const __half* halves, ListedTile
                         const int box = piece / (BOX / PIECE);
                         const uint32_t to = s.rows + group * S::SLOT_BYTES + box * SLOT * 128 +
                                             swizzled<128>(first + i, piece % (BOX / PIECE));
-                        const bool some = row >= 0 && column < pitch;
-                        cp_async_16(to, some ? from + half * pitch + column : halves, some ? 16 : 0);
+                        const bool inside = row >= 0 && column < pitch;
+                        cp_async_16(to, inside ? from + half * pitch + column : halves, inside ? 16 : 0);
                     }
                 }
             }

@@ -121,7 +121,7 @@ struct Line {
 
     __device__ long long sum_before(uint32_t place) const { return place < n ? s.sums[place] : s.all; }
 
-    /// Whether the order of the centroids, which are all different, is still that of the last iteration.
+    /// True if the centroids, which are all different, are still in the order of the last iteration.
     __device__ bool in_order() const {
         bool rises = s.clusters == k;
         for (int i = lane; i + 1 < k && rises; i += WARP) rises = centroids[sorted[i]] < centroids[sorted[i + 1]];
@@ -260,11 +260,11 @@ __device__ __forceinline__ void fit(const T* x, const Rows& r, const Summands& s
     double* const centroids = reinterpret_cast<double*>(problems + PROBLEMS);
     uint32_t* const places = reinterpret_cast<uint32_t*>(centroids + PROBLEMS * k);
     for (int64_t first = int64_t(blockIdx.x) * PROBLEMS; first < r.b; first += int64_t(gridDim.x) * PROBLEMS) {
-        const int here = min(int64_t(PROBLEMS), r.b - first);
-        for (int i = 0; i < here; ++i) {
+        const int count = min(int64_t(PROBLEMS), r.b - first);
+        for (int i = 0; i < count; ++i) {
             Sort::load(problems[i], x + (first + i) * r.batch_stride, r.row_stride, n);
         }
-        if (warp < here) {
+        if (warp < count) {
             const int64_t b = first + warp;
             T* const stored = all_centroids + b * k;
             const Line<T, Sort::CAPACITY> line = {problems[warp],

@@ -49,7 +49,7 @@ __device__ void find(const uint32_t* labels, int64_t b, int64_t n, const Active&
             const int64_t row = begin + i * THREADS;
             if (row >= n || to[i] == from[i]) continue;
             before[row] = to[i];
-            // What the very first update finds here is no label.
+            // The first update of all finds no labels here.
             if (!room || from[i] >= c.k) continue;
             c.rows[p * c.room + place++] = make_uint2(row, from[i]);
             atomicAdd(&c.next[2 * p * c.k + to[i]], 1);

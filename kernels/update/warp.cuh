@@ -7,7 +7,7 @@
 static_assert(SUM_THREADS % WARP == 0, "whole warps");
 static_assert(SUM_ROWS <= 1024, "limbs have room for 2^10 terms");
 
-/// What becomes of the sums that a warp adds up.
+/// The use of the sums that a warp adds up.
 enum SumsMode {
     PASSING,  // they make centroids, or are added to those of other blocks of rows
     KEPT,     // they make centroids and stay in their slots

@@ -31,7 +31,7 @@ const NEARLY: f64 = 0.5;
 /// The first pass that leaves bounds: before it centroids move too far.
 const FIRST: usize = 2;
 
-/// What is kept of a problem.
+/// The bounds of a problem, and what they were made of.
 struct Kept<'a, T> {
     state: &'a mut BoundsState,
     /// `(k)`.
@@ -46,7 +46,7 @@ struct Kept<'a, T> {
     before: &'a mut [T],
 }
 
-/// What a pass does with the rows of a problem.
+/// The work of a pass on the rows of a problem.
 enum Pass {
     /// Compares all centroids,
     Plain,

@@ -45,7 +45,7 @@ pub(super) struct Grouping {
     pub group: Vec<u32>,
     /// The place of each centroid among those that are scored, or [`UNSCORED`].
     pub scored: Vec<u32>,
-    /// What no bound to each group is above: zero if a centroid of it is not scored, since nothing is known of that one.
+    /// The most that a bound to each group may be: zero if a centroid of it is not scored, since nothing is known of that one.
     pub most: Vec<f32>,
 }
 
@@ -69,7 +69,7 @@ impl Grouping {
     }
 }
 
-/// What is known of a problem since the last assignment.
+/// The moves of a problem's centroids since the last assignment.
 pub(super) struct Moved {
     /// The centroids of this assignment, `(k, d)`.
     values: Vec<f32>,
@@ -145,20 +145,20 @@ impl Moved {
         }
     }
 
-    /// What the bounds to groups have to be above, less what they have fallen, for these to be skipped: the own centroid is not farther than `upper`.
+    /// The number that the bounds to groups have to be above, less what they have fallen, for these to be skipped: the own centroid is not farther than `upper`.
     #[inline(always)]
     pub fn cut(upper: f32) -> f32 {
         up(f64::from(upper) * (1.0 + ROUNDINGS))
     }
 
-    /// Whether a group may have the nearest centroid.
+    /// True if a group may have the nearest centroid.
     #[inline(always)]
     #[allow(clippy::neg_cmp_op_on_partial_ord, reason = "a NaN says nothing, so that the group is needed")]
     pub fn needed(lower: f32, fallen: f32, cut: f32) -> bool {
         !(lower - fallen > cut)
     }
 
-    /// Whether any may.
+    /// True if any may.
     #[inline(always)]
     pub fn any_needed(&self, lower: &[f32], cut: f32) -> bool {
         lower.iter().zip(&self.fallen).fold(false, |any, (&l, &f)| any | Self::needed(l, f, cut))

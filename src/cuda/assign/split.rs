@@ -100,20 +100,18 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: DevicePtr<u32>
         let (active, labels) = (active.after(skip), labels.from(from * x.n + row));
         let passes_over = second && first > 0;
         let gated = if passes_over { Active { count: gate, ..active } } else { active };
+        let half = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+        let own = if copies > 1 { problems } else { 1 };
         if plan.kernel == Assign::Sm90 {
-            let half = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
             let (steps, groups) = sm90_shape(d);
             let row_map = TensorMap::new(half, halves.address, [problems, rows, d], [rows * both, both], SM90_ROWS)?;
-            let own = if copies > 1 { problems } else { 1 };
             let map = TensorMap::new(half, moved.address, [own, k, d], [k * both, both], SM90_CENTROIDS)?;
             let tiles = elements(&[problems, rows.div_ceil(SM90_ROWS * groups)]).min(processors);
             launch!(dev, AssignSm90, sm90_name(steps), "f16", tiles, 128 * (groups + 1), SM90_SHARED;
                 &row_map, &map, &shape(&split), &gated, &search_start, &none, &none, &high, &k64, &padded64, &copies64, &slack,
                 &labels, &list, &listed)?;
         } else if plan.kernel == Assign::WideSm90 {
-            let half = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
             let row_map = TensorMap::new(half, halves.address, [problems, rows, d], [rows * both, both], WIDE_ROWS)?;
-            let own = if copies > 1 { problems } else { 1 };
             let map = TensorMap::new(half, moved.address, [own, k, d], [k * both, both], SM90_CENTROIDS)?;
             let blocks = wide_blocks([problems, rows], processors);
             launch!(dev, AssignWideSm90, "assign_wide", "f16", blocks, WIDE_THREADS, SM90_SHARED;
@@ -127,15 +125,13 @@ pub(super) fn assign(dev: &CudaDevice, a: Assignment<'_>, labels: DevicePtr<u32>
         }
         let (mut unproven, mut unproven_count, mut first_error) = (list, listed, (slack, copies64));
         if second {
-            let half = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-            let own = if copies > 1 { problems } else { 1 };
             let maps = [0, pitch]
                 .map(|at| TensorMap::new(half, moved.from(at).address, [own, k, d], [k * both, both], SM90_CENTROIDS));
             let [high_map, low_map] = maps;
-            let here = Gate { count: if passes_over { gate } else { DevicePtr::NULL }, next: gate.from(1) };
+            let part_gate = Gate { count: if passes_over { gate } else { DevicePtr::NULL }, next: gate.from(1) };
             let blocks = elements(&[problems, rows.div_ceil(2 * SM90_ROWS)]).min(processors);
             launch!(dev, AssignSplitSm90, split_name(d), "f32", blocks, 3 * 128, SM90_SHARED;
-                &high_map?, &low_map?, &halves, &shape(&split), &active, &here, &search_start, &low, &k64, &pitch64,
+                &high_map?, &low_map?, &halves, &shape(&split), &active, &part_gate, &search_start, &low, &k64, &pitch64,
                 &padded64, &copies64, &slack_split, &labels, &list, &listed, &left, &left_count)?;
             (unproven, unproven_count, first_error) = (left, left_count, (slack_split, 0));
             (left_count, gate) = (left_count.from(problems), gate.from(1));
