@@ -65,8 +65,11 @@ LAYOUT(Bounds, 32, typical, 28);
 struct Reach {
     float rows = INFINITY, centroids = INFINITY;
 
-    /// The norm that most rows do not exceed, of which R is a multiple.
-    __device__ __forceinline__ float typical() const { return rows < INFINITY ? fmaxf(rows / 4, 1e-30f) : 1e-30f; }
+    /// The norm, times `scale`, that most rows do not exceed, of which R is a multiple. It is large enough that the
+    /// shift of scores which are all zero is more than what underflows.
+    __device__ __forceinline__ float typical(double scale = 1) const {
+        return rows < INFINITY ? fmaxf(scale * rows / 4, 2e-11f) : 2e-11f;
+    }
 };
 LAYOUT(Reach, 8, centroids, 4);
 

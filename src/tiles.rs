@@ -59,10 +59,16 @@ pub const NARROW_GROUP: usize = 8;
 pub const NARROW_TILE: usize = 1024;
 /// Shared memory that its block takes at most, in bytes: centroids and the table that finds equal ones.
 pub const NARROW_SHARED: usize = 49_152;
-/// Most threads of a block of `fit_narrow.cu`.
-pub const FIT_THREADS: usize = 320;
-/// The same for rows of four columns (or three), which leave registers for more.
+/// The same with centroids for tensor cores.
+pub const NARROW_TENSOR_SHARED: usize = 73_728;
+/// Centroids that each place of a row on tensor cores has two of (`narrow_tensor.cuh`).
+pub const NARROW_ROUND: usize = 64;
+/// Most threads of a block of `fit_narrow.cu`, for rows of more than four columns.
+pub const FIT_THREADS_8: usize = 320;
+/// The same for four columns (or three), which leave registers for more.
 pub const FIT_THREADS_4: usize = 512;
+/// And for one or two, of blocks of which a multiprocessor has registers for two.
+pub const FIT_THREADS_2: usize = 256;
 /// Problems that are enough for a block each.
 pub const FIT_PROBLEMS: usize = 64;
 /// Rows times centroids of a problem that needs no more than a block.

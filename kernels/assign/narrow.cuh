@@ -5,23 +5,27 @@
 
 constexpr int GROUP = NARROW_GROUP;
 
-/// The centroids of one problem in shared memory, `groups` groups of them, and what goes with them.
+/// The centroids of one problem in shared memory, `groups` groups of them, and what goes with them. There is room for
+/// whole rounds of a tensor core's places, of which a place has one, two or a multiple of four (`narrow_padded` in
+/// src/plan/assign.rs).
 template <class F, int D>
 struct Narrow {
-    F* moved;         // (GROUP * groups, D)
-    F* bias;          // (GROUP * groups): +inf for what cannot win
-    uint32_t* table;  // (slots): 1 + the first of equal centroids, by their hash
+    F* moved;         // (padded, D)
+    F* bias;          // (padded): +inf for what cannot win
+    uint32_t* table;  // (slots): of a hash 16 bits, and 1 + the first of equal centroids
     F* mu;            // (D)
-    double* largest;  // norm of a moved centroid
+    double* largest;  // norm of a moved centroid that is scored; squared Euclidean: bias
     ErrorShares* twice;
-    int k, groups, slots;
+    int k, groups, padded, slots;
 
     __device__ Narrow(uint8_t* raw, int64_t k) : k(int(k)), groups(int((k + GROUP - 1) / GROUP)), slots(2) {
         while (slots < 2 * k) slots *= 2;
+        const int rounds = int((k + NARROW_ROUND - 1) / NARROW_ROUND);
+        padded = NARROW_ROUND * (rounds > 2 ? (rounds + 3) / 4 * 4 : rounds);
         largest = reinterpret_cast<double*>(raw), twice = reinterpret_cast<ErrorShares*>(raw + 8);
         moved = reinterpret_cast<F*>(raw + 16);
-        bias = moved + groups * GROUP * D;
-        mu = bias + groups * GROUP;
+        bias = moved + padded * D;
+        mu = bias + padded;
         table = reinterpret_cast<uint32_t*>(mu + D);
     }
 
@@ -53,6 +57,7 @@ struct Narrow {
             const int64_t step = (k + MEAN_SAMPLES - 1) / MEAN_SAMPLES;
             double sum = 0;
             int count = 0;
+#pragma unroll 8
             for (int64_t j = lane * step; q < d && metric == SQUARED_EUCLIDEAN && j < k; j += WARP * step, ++count) {
                 sum += wide(c[j * stride + q]);
             }
@@ -61,7 +66,7 @@ struct Narrow {
         }
         __syncthreads();
         double most = 0;
-        for (int j = threadIdx.x; j < groups * GROUP; j += blockDim.x) {
+        for (int j = threadIdx.x; j < padded; j += blockDim.x) {
             const T* from = c + j * stride;
             double norm = 1, squares = 0;
             if (metric == COSINE && j < k) {
@@ -82,36 +87,24 @@ struct Narrow {
             bias[j] = INFINITY;
             if (j >= k) continue;
             const Scored<F> scored(metric, d, squares, norm);
-            bias[j] = scored.bias, most = fmax(most, scored.norm);
+            bias[j] = scored.bias;
+            if (!scored.dropped) most = fmax(most, metric == SQUARED_EUCLIDEAN ? double(scored.bias) : scored.norm);
 #pragma unroll
             for (int q = 0; q < D; ++q) moved[j * D + q] = scored.dropped ? F(0) : moved[j * D + q];
-            // A hash's slot is the first free one, or that of an equal centroid, which it then shares.
-            int at = int(hash) & (slots - 1);
-            for (;; at = (at + 1) & (slots - 1)) {
-                const uint32_t there = atomicCAS(&table[at], 0, j + 1);
-                if (there == 0) break;
-                if (equal(from, c + (there - 1) * stride, d)) {
-                    atomicMin(&table[at], j + 1);
-                    break;
-                }
-            }
-        }
-        atomic_max(largest, most);
-        __syncthreads();
-        // Of equal centroids the first stays.
-        for (int i = threadIdx.x; i < k; i += blockDim.x) {
-            const T* from = c + i * stride;
-            uint64_t hash = 0;
-            for (int64_t q = 0; q < d; ++q) hash = mix(hash ^ uint64_t(__double_as_longlong(wide(from[q]) + 0.0)));
+            // A hash's slot is the first free one, or that of an equal centroid. Of equal ones the first stays.
+            __threadfence_block();  // a later one, found by another thread, loses its bias after it has got one
+            const uint32_t own = uint32_t(hash >> 48) << 16 | (j + 1);
             for (int at = int(hash) & (slots - 1);; at = (at + 1) & (slots - 1)) {
-                const int first = int(table[at]) - 1;
-                if (first == i) break;
-                if (first < i && equal(from, c + first * stride, d)) {
-                    bias[i] = INFINITY;
+                const uint32_t there = atomicCAS(&table[at], 0, own);
+                if (there == 0) break;
+                if ((there ^ own) >> 16 == 0 && equal(from, c + int64_t((there & 0xffff) - 1) * stride, d)) {
+                    bias[(max(atomicMin(&table[at], own), own) & 0xffff) - 1] = INFINITY;
                     break;
                 }
             }
         }
+        most = warp_max(most);
+        if (lane == 0) atomic_max(largest, most);
         __syncthreads();
     }
 
@@ -137,6 +130,51 @@ template <class F, int COUNT>
 struct alignas(COUNT * sizeof(F) < 16 ? COUNT * sizeof(F) : 16) Several {
     F values[COUNT];
 };
+
+/// Labels the rows of a warp, one a lane, `v` less mu: by `index` where that is `proven`, else by the definition, among
+/// the centroids whose score does not exceed `cutoff`.
+template <class T, int D, bool DIFFERENCES, class Label>
+__device__ __forceinline__ void label_rows(const T* x, const Rows& r, int64_t b, const Filter<T> (&v)[D], int64_t row,
+                                           bool live, bool proven, int index, double cutoff, const T* c, int64_t stride,
+                                           const Narrow<Filter<T>, D>& to, int metric, Label* labels) {
+    using F = Filter<T>;
+    const int lane = threadIdx.x % WARP;
+    if (live && proven) labels[row] = index;
+    // The warp decides the others one at a time.
+    for (uint32_t left = __ballot_sync(~0u, live && !proven); left; left &= left - 1) {
+        const int owner = __ffs(left) - 1;
+        F row_values[D];
+#pragma unroll
+        for (int q = 0; q < D; ++q) row_values[q] = __shfl_sync(~0u, v[q], owner);
+        const double row_cutoff = __shfl_sync(~0u, cutoff, owner);
+        const int64_t unproven = __shfl_sync(~0u, row, owner);
+        double row_squares = 0;
+#pragma unroll
+        for (int q = 0; q < D; ++q) row_squares += double(row_values[q]) * row_values[q];
+        if (nowhere(row_squares) || without_direction<F>(metric, row_squares)) {
+            int first = 0;
+            while (!nowhere(row_squares) && first + 1 < to.k && to.bias[first] == INFINITY) ++first;
+            if (lane == 0) labels[unproven] = first;
+            continue;
+        }
+        Best nearest = nothing();
+        for (int j = lane; j < to.k; j += WARP) {
+            if (to.template score<DIFFERENCES>(row_values, j) > row_cutoff) continue;  // a NaN stays
+            const T *one = row_of(x, r, b, unproven), *other = c + j * stride;
+            double d[1];
+            distances_of(
+                metric,
+                [&](auto take) {
+#pragma unroll 1
+                    for (int64_t q = 0; q < r.d; ++q) take(0, wide(one[q]), wide(other[q]));
+                },
+                d);
+            nearest = better(nearest, candidate(d[0], j));
+        }
+        nearest = warp_best(nearest);
+        if (lane == 0) labels[unproven] = nearest.index;
+    }
+}
 
 /// Labels the rows `[first_row, end)` of problem `b`, by the whole block.
 template <class T, int D, bool DIFFERENCES, class Label>
@@ -210,43 +248,8 @@ __device__ __forceinline__ void assign_rows(const T* x, const Rows& r, int64_t b
             const int64_t row = base + i * blockDim.x + threadIdx.x;
             const F bias = to.bias[min(index, to.k - 1)];
             const double cutoff = score_cutoff<F>(metric, r.d, best[i], norm, *to.largest, bias, *to.twice);
-            const bool live = row < end;
-            const bool proven = second[i] > cutoff;
-            if (live && proven) labels[row] = index;
-            // The warp decides the unproven rows, one at a time.
-            for (uint32_t left = __ballot_sync(~0u, live && !proven); left; left &= left - 1) {
-                const int owner = __ffs(left) - 1;
-                F row_values[D];
-#pragma unroll
-                for (int q = 0; q < D; ++q) row_values[q] = __shfl_sync(~0u, v[i][q], owner);
-                const double row_cutoff = __shfl_sync(~0u, cutoff, owner);
-                const int64_t unproven = __shfl_sync(~0u, row, owner);
-                double row_squares = 0;
-#pragma unroll
-                for (int q = 0; q < D; ++q) row_squares += double(row_values[q]) * row_values[q];
-                if (nowhere(row_squares) || without_direction<F>(metric, row_squares)) {
-                    int first = 0;
-                    while (!nowhere(row_squares) && first + 1 < to.k && to.bias[first] == INFINITY) ++first;
-                    if (lane == 0) labels[unproven] = first;
-                    continue;
-                }
-                Best nearest = nothing();
-                for (int j = lane; j < to.k; j += WARP) {
-                    if (to.template score<DIFFERENCES>(row_values, j) > row_cutoff) continue;  // a NaN stays
-                    const T *one = row_of(x, r, b, unproven), *other = c + j * stride;
-                    double d[1];
-                    distances_of(
-                        metric,
-                        [&](auto take) {
-#pragma unroll 1
-                            for (int64_t q = 0; q < r.d; ++q) take(0, wide(one[q]), wide(other[q]));
-                        },
-                        d);
-                    nearest = better(nearest, candidate(d[0], j));
-                }
-                nearest = warp_best(nearest);
-                if (lane == 0) labels[unproven] = nearest.index;
-            }
+            label_rows<T, D, DIFFERENCES>(x, r, b, v[i], row, row<end, second[i]> cutoff, index, cutoff, c, stride, to,
+                                          metric, labels);
         }
     }
 }

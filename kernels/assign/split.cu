@@ -175,7 +175,7 @@ extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, Active a
                                  metric == COSINE ? power : stored,
                                  1};
         // A row that has a power of its own has its largest element in [2^6, 2^7).
-        const double typical = centred ? power * reach.typical() : 64 * sqrt(double(cr.d));
+        const double typical = centred ? reach.typical(power) : 64 * sqrt(double(cr.d));
         constexpr int PROVEN = 5;
         static_assert(offsetof(Bounds, inverse) == PROVEN * sizeof(float) && offsetof(Bounds, residual) == 8,
                       "as `values`");

@@ -38,6 +38,11 @@ __device__ __forceinline__ double warp_sum(double v) {
     return v;
 }
 
+__device__ __forceinline__ double warp_max(double v) {
+    for (int lane = WARP / 2; lane; lane /= 2) v = fmax(v, __shfl_xor_sync(~0u, v, lane));
+    return v;
+}
+
 /// The rank of the `at`th of `count` values, which is `own`: equal ones by their index.
 template <class Value, class Other>
 __device__ __forceinline__ int rank_among(Value own, int at, int count, Other other) {

@@ -1,12 +1,12 @@
 // A whole fit of rows of at most 8 columns in one launch, for problems that fit in shared memory.
 //
 // A block takes a problem and keeps its rows, labels and sums on chip for all iterations: centroids are prepared and
-// rows labelled as in assign_narrow.cu, rows are brought into cluster order by a counting sort, and each thread adds up
-// an equal share of them, cluster by cluster. Sums are integers (src/fixed.rs), so atomics may finish them in any
+// rows labelled as in assign_narrow.cu, rows are brought into cluster order by a counting sort, and a thread adds up a
+// column of a cluster. Sums are integers (src/fixed.rs), so atomics may finish them in any
 // order. With a term that is no such integer, or a row that is not finite, they are added up once more, by warps. A
 // block that has converged goes on to the next problem. Traffic: X once, labels once, and the centroids, which stay in
 // the cache.
-#include "assign/narrow.cuh"
+#include "assign/narrow_tensor.cuh"
 #include "exact/sums.cuh"
 #include "scan.cuh"
 
@@ -43,78 +43,137 @@ __device__ __forceinline__ double striped_here(double (&terms)[D]) {
     return terms[0];
 }
 
-/// Sorts the rows by label, and clears the sums.
+/// Sorts the rows by label, and clears what is added to where limbs cannot take all.
 template <class T, int D>
 __device__ void sort(const OnChip<T, D>& s, uint32_t n, uint32_t k) {
-    for (uint32_t i = threadIdx.x; i < k * (D + 1); i += blockDim.x) s.remainders[i] = 0;  // and the weights
-    for (uint32_t i = threadIdx.x; i < 2 * k * D; i += blockDim.x) s.limbs[i] = 0;
+    for (uint32_t i = threadIdx.x; i < k * D; i += blockDim.x) s.remainders[i] = 0;
     block_counting_sort<uint32_t>(n, k, blockDim.x, s.labels, [](uint32_t) { return true; }, s.starts, s.next, s.order);
 }
 
-/// Adds up each thread's share of the sorted rows. Sets `odd` if they have to be added up once more.
+/// Rows of a cluster that one thread adds up for a column, and a warp at a time of those beyond: no more than a limb
+/// has room for, which is 2^10.
+constexpr uint32_t OWN_ROWS = 64;
+
+/// The sum of a column over rows of a cluster.
 template <class T, int D>
-__device__ void add(const OnChip<T, D>& s, uint32_t n, uint32_t k, const Units<T>& units, const double* factor,
-                    int weight_scale, int divisor, bool& odd) {
-    constexpr bool EXACT = std::is_same<T, __half>::value;
-    const uint32_t each = (n + blockDim.x - 1) / blockDim.x;
-    const uint32_t end = min((threadIdx.x + 1) * each, n);
-    uint32_t cluster = UINT32_MAX;
-    double sums[2][D];
+struct ColumnSum {
+    const OnChip<T, D>& s;
+    const Units<T>& units;
+    uint32_t cluster, column;
+    double limbs[2] = {0, 0};
     __int128 weight = 0;
-    const auto flush = [&] {
+
+    __device__ ColumnSum(const OnChip<T, D>& s, const Units<T>& units, uint32_t cluster, uint32_t column)
+        : s(s),
+          units(units),
+          cluster(cluster),
+          column(column) {}
+
+    /// A finite term. What limbs cannot take goes to the cluster at once.
+    __device__ __forceinline__ void add(double v, bool& odd) {
 #pragma unroll
-        for (int l = 0; l < 2; ++l) {
-#pragma unroll
-            for (int q = 0; q < D; ++q) {
-                const long long whole = sums[l][q] == 0 ? 0 : __double2ll_rn(sums[l][q] * power_of_two(-units.unit(l)));
-                if (whole) atomicAdd(&s.limbs[(l * k + cluster) * D + q], (unsigned long long)whole);
-            }
-        }
-        if (weight) atomic_add(reinterpret_cast<unsigned long long*>(&s.weights[cluster]), weight);
-    };
-#pragma unroll 1
-    for (uint32_t place = threadIdx.x * each; place < end; ++place) {
-        const uint32_t row = s.order[place], label = s.labels[row];
-        if (label != cluster) {
-            if (cluster != UINT32_MAX) flush();
-            cluster = label, weight = 0;
-#pragma unroll
-            for (int q = 0; q < D; ++q) sums[0][q] = sums[1][q] = 0;
-        }
-        Several<T, D> part = reinterpret_cast<const Several<T, D>*>(s.x)[row];
-        if (!factor && units.dirty) {
-#pragma unroll
-            for (int q = 0; q < D; ++q) {
-                if (!isfinite(wide(part.values[q]))) part.values[q] = T(0.0f), odd = true;
-            }
-        }
-        if (!factor && (EXACT || units.fit(part.values))) {
-#pragma unroll
-            for (int q = 0; q < D; ++q) sums[0][q] += wide(part.values[q]);
-            continue;
-        }
-        const double f = factor ? factor[row] : 1;
+        for (int l = 0; l < 2; ++l) limbs[l] += units.take_limb(l, v);
+        if (v == 0) return;
         __int128 whole;
-        if (factor && divisor == WEIGHT) {
-            if (!fixed_quantise(f, weight_scale, whole)) odd = true;
-            weight += whole;
-        }
+        if (!fixed_quantise(v, units.scale, whole) || units.extreme) odd = true;
+        atomic_add(reinterpret_cast<unsigned long long*>(&s.remainders[cluster * D + column]), whole);
+    }
+    /// COUNT rows from a place of the order on, `step` places apart.
+    template <int COUNT>
+    __device__ __forceinline__ void add_together(uint32_t place, uint32_t step, bool& odd) {
+        T v[COUNT];
 #pragma unroll
-        for (int q = 0; q < D; ++q) {
-            double v = __dmul_rn(wide(part.values[q]), f);
+        for (int i = 0; i < COUNT; ++i) v[i] = s.x[s.order[place + i * step] * D + column];
+        if (units.dirty) {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) {
+                if (!isfinite(wide(v[i]))) v[i] = T(0.0f), odd = true;
+            }
+        }
+        if (std::is_same<T, __half>::value || units.fit(v)) {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) limbs[0] += wide(v[i]);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < COUNT; ++i) {
+                const double value = wide(s.x[s.order[place + i * step] * D + column]);
+                add(isfinite(value) ? value : 0, odd);
+            }
+        }
+    }
+    /// The rows at every so many places.
+    __device__ __forceinline__ void add_rows(uint32_t place, uint32_t end, uint32_t step, bool& odd) {
+        constexpr int TOGETHER = 4;
+        for (; place + (TOGETHER - 1) * step < end; place += TOGETHER * step) add_together<TOGETHER>(place, step, odd);
+        for (; place < end; place += step) add_together<1>(place, step, odd);
+    }
+    /// The same times `factor`, by which the mean divides if it is a weight.
+    __device__ __forceinline__ void add_rows(uint32_t place, uint32_t end, uint32_t step, const double* factor,
+                                             bool weighs, int weight_scale, bool& odd) {
+#pragma unroll 1
+        for (; place < end; place += step) {
+            const uint32_t row = s.order[place];
+            const double f = factor[row];
+            __int128 whole;
+            if (weighs && column == 0) {
+                if (!fixed_quantise(f, weight_scale, whole)) odd = true;
+                weight += whole;
+            }
+            double v = __dmul_rn(wide(s.x[row * D + column]), f);
             if (!isfinite(v)) {
                 v = 0;
                 if (units.dirty && f != 0) odd = true;
             }
+            add(v, odd);
+        }
+    }
+    __device__ __forceinline__ long long limb(int l) const {
+        return limbs[l] == 0 ? 0 : __double2ll_rn(limbs[l] * power_of_two(-units.unit(l)));
+    }
+};
+
+/// Adds up the sorted rows: a thread to a cluster's column, and the warps share what clusters have beyond OWN_ROWS.
+/// Sets `odd` if they have to be added up once more.
+template <class T, int D>
+__device__ void add(const OnChip<T, D>& s, uint32_t k, const Units<T>& units, const double* factor, int weight_scale,
+                    int divisor, bool& odd) {
+    const auto add_rows = [&](ColumnSum<T, D>& sum, uint32_t place, uint32_t end, uint32_t step) {
+        if (factor) sum.add_rows(place, end, step, factor, divisor == WEIGHT, weight_scale, odd);
+        else sum.add_rows(place, end, step, odd);
+    };
+    for (uint32_t i = threadIdx.x; i < k * D; i += blockDim.x) {
+        const uint32_t j = i / D, begin = s.starts[j];
+        ColumnSum<T, D> sum(s, units, j, i % D);
+        add_rows(sum, begin, min(s.starts[j + 1], begin + OWN_ROWS), 1);
+        s.limbs[i] = sum.limb(0), s.limbs[k * D + i] = sum.limb(1);
+        if (i % D == 0) s.weights[j] = sum.weight;
+    }
+    __syncthreads();
+    const uint32_t lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+#pragma unroll 1
+    for (uint32_t first = 0; first < k; first += WARP) {
+        const uint32_t own = min(first + lane, k - 1);
+        uint32_t left = __ballot_sync(~0u, first + lane < k && s.starts[own + 1] - s.starts[own] > OWN_ROWS);
+#pragma unroll 1
+        for (; left; left &= left - 1) {
+            const uint32_t j = first + __ffs(left) - 1, end = s.starts[j + 1];
+#pragma unroll 1
+            for (uint32_t at = s.starts[j] + (1 + (threadIdx.x / WARP + j) % warps) * OWN_ROWS; at < end;
+                 at += warps * OWN_ROWS) {
+                ColumnSum<T, D> sum(s, units, j, lane % D);
+                add_rows(sum, at + lane / D, min(end, at + OWN_ROWS), WARP / D);
 #pragma unroll
-            for (int l = 0; l < 2; ++l) sums[l][q] += units.take_limb(l, v);
-            if (v != 0) {
-                if (!fixed_quantise(v, units.scale, whole) || units.extreme) odd = true;
-                atomic_add(reinterpret_cast<unsigned long long*>(&s.remainders[cluster * D + q]), whole);
+                for (int l = 0; l < 2; ++l) {
+                    for (int offset = D; offset < WARP; offset *= 2) {
+                        sum.limbs[l] += __shfl_xor_sync(~0u, sum.limbs[l], offset);
+                    }
+                    const long long limb = sum.limb(l);
+                    if (limb && lane < D) atomicAdd(&s.limbs[(l * k + j) * D + lane], (unsigned long long)limb);
+                }
+                if (sum.weight) atomic_add(reinterpret_cast<unsigned long long*>(&s.weights[j]), sum.weight);
             }
         }
     }
-    if (cluster != UINT32_MAX) flush();
     __syncthreads();
 }
 
@@ -232,12 +291,14 @@ __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const 
 
 template <class T, int D>
 __device__ void fit(const T* x, const Rows& r, const Active& active, const Summands& summands, int metric, int divisor,
-                    int64_t max_iters, const double* threshold, int64_t narrow_bytes, uint32_t* stop, int64_t k,
-                    T* centroids, uint32_t* labels) {
+                    int64_t max_iters, const double* threshold, int64_t fragment_bytes, int64_t narrow_bytes,
+                    uint32_t* stop, int64_t k, T* centroids, uint32_t* labels) {
     extern __shared__ __align__(16) uint8_t raw[];
     __shared__ double shift;
     __shared__ bool odd;
-    const Narrow<Filter<T>, D> to(raw, k);
+    constexpr bool F32 = std::is_same<Filter<T>, float>::value;
+    const Narrow<Filter<T>, D> to(raw + fragment_bytes, k);
+    const Fragments<D> fragments(raw, to.padded);
     const OnChip<T, D> s(raw + narrow_bytes, r.n, k);
     const Rows here = {0, D, 1, r.n, r.d};
     const int d = int(r.d);
@@ -251,19 +312,28 @@ __device__ void fit(const T* x, const Rows& r, const Active& active, const Summa
         for (int64_t i = threadIdx.x; i < r.n * D; i += blockDim.x) {
             s.x[i] = i % D < d ? row_of(x, r, b, i / D)[i % D] : T(0.0f);
         }
-        bool done = false;
+        bool done = false, tensor = F32 && fragment_bytes;
         for (int64_t iteration = 0;; ++iteration) {
             __syncthreads();
             to.prepare(c, d, d, metric);
-            assign_rows<T, D, false>(s.x, here, 0, 0, r.n, c, d, to, metric, s.labels);
             if (threadIdx.x == 0) shift = 0, odd = false;
-            __syncthreads();
+            if (tensor) {
+                if constexpr (F32) {
+                    fragments.prepare(to);
+                    tensor = most_proven(
+                        assign_rows_tensor<true, T, D>(s.x, here, 0, 0, r.n, c, d, to, fragments, s.labels), r.n);
+                }
+            } else {
+                assign_rows<T, D, false>(s.x, here, 0, 0, r.n, c, d, to, metric, s.labels);
+                __syncthreads();
+            }
             if (done && threadIdx.x == 0) stop[b] = iteration;
             if (done || iteration == max_iters) break;
             sort(s, r.n, k);
-            add(s, r.n, k, units, factor, weight_scale, divisor, odd);
-            const double moved = odd ? 0 : replace(s, c, k, d, units, factor != nullptr, weight_scale, divisor, odd);
-            if (moved > 0) atomic_max(&shift, moved);
+            add(s, k, units, factor, weight_scale, divisor, odd);
+            const double moved =
+                warp_max(odd ? 0 : replace(s, c, k, d, units, factor != nullptr, weight_scale, divisor, odd));
+            if (threadIdx.x % WARP == 0 && moved > 0) atomic_max(&shift, moved);
             __syncthreads();
             if (odd) {
                 replace_exactly(s, c, k, d, units.dirty, factor, divisor, &shift);
@@ -277,13 +347,15 @@ __device__ void fit(const T* x, const Rows& r, const Active& active, const Summa
 }
 
 #define KERNEL(name, T, D)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(D == 4 ? FIT_THREADS_4 : FIT_THREADS,                                 \
+    extern "C" __global__ void __launch_bounds__(D > 4   ? FIT_THREADS_8                                               \
+                                                 : D > 2 ? FIT_THREADS_4                                               \
+                                                         : FIT_THREADS_2,                                              \
                                                  D > 2 || sizeof(T) == 8 ? 1 : 2)                                      \
         fit_narrow_##D##_##name(const T* x, Rows r, Active active, Summands summands, int metric, int divisor,         \
-                                int64_t max_iters, const double* threshold, int64_t narrow_bytes, uint32_t* stop,      \
-                                int64_t k, T* centroids, uint32_t* labels) {                                           \
-        fit<T, D>(x, r, active, summands, metric, divisor, max_iters, threshold, narrow_bytes, stop, k, centroids,     \
-                  labels);                                                                                             \
+                                int64_t max_iters, const double* threshold, int64_t fragment_bytes,                    \
+                                int64_t narrow_bytes, uint32_t* stop, int64_t k, T* centroids, uint32_t* labels) {     \
+        fit<T, D>(x, r, active, summands, metric, divisor, max_iters, threshold, fragment_bytes, narrow_bytes, stop,   \
+                  k, centroids, labels);                                                                               \
     }
 #define INSTANCE(name, T) KERNEL(name, T, 1) KERNEL(name, T, 2) KERNEL(name, T, 4) KERNEL(name, T, 8)
 FOR_EACH_TYPE(INSTANCE)

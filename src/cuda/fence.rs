@@ -5,8 +5,9 @@
 //! those nothing is ordered, neither by Candle nor by cudarc, which records events only where a context has made streams of its
 //! own. A thread cannot name the stream of another one, so that it cannot record an event there when it takes over, and an event
 //! recorded after every op would cost what it may be wanted for once, a microsecond a launch. So memory remembers the thread that
-//! used it last, and where that changes the host waits for the context, which is the one thing that covers the streams of all
-//! threads, also of those that have ended. One thread, or any number of threads on a stream of their own
+//! used it last, and where that changes the host waits for the legacy stream (`CU_STREAM_LEGACY`), which waits for the streams of
+//! all threads ("Stream synchronization behavior" in the driver's manual). A wait for the context would do so, too, and end every
+//! capture on the device. One thread, or any number of threads on a stream of their own
 //! (`Device::new_cuda_with_stream`), compare two numbers and never wait.
 //!
 //! A thread that ends waits for its own stream first ([`finish_before_exit`]): drivers do not get over its end otherwise.
@@ -18,8 +19,9 @@ use crate::error::{Error, Result};
 use candle_core::{
     cuda_backend::{
         cudarc::driver::{
-            sys::{CUresult, CUstreamCaptureStatus},
-            CudaStream, DriverError,
+            result::stream as streams,
+            sys::{CUresult, CUstream, CUstreamCaptureStatus},
+            CudaContext, CudaStream, DriverError,
         },
         WrapErr,
     },
@@ -32,7 +34,8 @@ use std::{
     thread::{self, ThreadId},
 };
 
-/// The handle of `CU_STREAM_PER_THREAD`.
+/// The handles of `CU_STREAM_LEGACY` and `CU_STREAM_PER_THREAD`.
+const LEGACY: usize = 1;
 const PER_THREAD: usize = 2;
 
 /// The thread that this thread's work on a stream has to be told apart by; none where the stream orders the work of all.
@@ -86,7 +89,14 @@ pub(super) fn wait_for_threads(stream: &CudaStream) -> Result<()> {
         let with = "work of another thread before it, which it cannot wait for: use this once on this thread first";
         return Err(Error::Conflict { argument: "stream", got: "a capture".into(), with: with.into() });
     }
-    Ok(stream.context().synchronize().w()?)
+    Ok(wait_for_own_streams(stream.context()).w()?)
+}
+
+/// The same in a destructor, whatever the thread's stream captures.
+pub(super) fn wait_for_own_streams(context: &CudaContext) -> std::result::Result<(), DriverError> {
+    context.bind_to_thread()?;
+    // SAFETY: the handle is there in every context, and the thread's is the one that is asked about.
+    unsafe { streams::synchronize(LEGACY as CUstream) }
 }
 
 /// Which threads have used the tensors that a layer keeps.
@@ -161,7 +171,7 @@ impl Drop for Fence {
         context.record_err(context.bind_to_thread());
         let me = thread::current().id();
         if users.threads.iter().any(|&user| user != me) {
-            context.record_err(context.synchronize());
+            context.record_err(wait_for_own_streams(context));
         }
     }
 }

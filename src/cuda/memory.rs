@@ -71,7 +71,7 @@ impl Drop for Block {
         let context = self.bytes.context();
         context.record_err(context.bind_to_thread());
         if self.thread.is_some_and(|last| last != thread::current().id()) {
-            context.record_err(context.synchronize());
+            context.record_err(fence::wait_for_own_streams(context));
         }
     }
 }

@@ -54,8 +54,8 @@ pub(crate) fn fit_on_chip(fit: &OnChipFit<'_>, memory: &Memory) -> Result<bool> 
                 _ => "fit_narrow_8",
             };
             launch!(dev, FitNarrow, name, T::SUFFIX, blocks, plan.threads, plan.shared;
-                &xs, &shape(x), &active, &summands, &metric, &divisor, &max_iters, &threshold, &(plan.centroids as i64), &stop,
-                &k64, &centroids, &labels)
+                &xs, &shape(x), &active, &summands, &metric, &divisor, &max_iters, &threshold,
+                &(plan.fragments as i64), &(plan.centroids as i64), &stop, &k64, &centroids, &labels)
         };
         let plan = match plan {
             OnChip::Resident(plan) => plan,

@@ -166,14 +166,39 @@ pub(crate) fn narrow_columns(d: usize) -> usize {
     d.next_power_of_two()
 }
 
+/// The centroids that a block of it has room for: whole rounds, one, two or a multiple of four.
+fn narrow_padded(k: usize) -> usize {
+    let rounds = k.div_ceil(tiles::NARROW_ROUND);
+    tiles::NARROW_ROUND.saturating_mul(if rounds > 2 {
+        rounds.checked_next_multiple_of(4).unwrap_or(rounds)
+    } else {
+        rounds
+    })
+}
+
 /// The shared memory of a block of `assign_narrow.cu`; none if it is not for this problem.
 pub(crate) fn narrow_shared(dtype: DType, k: usize, d: usize) -> Option<usize> {
     let size = if dtype == DType::F64 { 8 } else { 4 };
-    // The largest norm, centroids and their biases in groups, mu, and the table that finds equal ones.
-    let centroids = k.next_multiple_of(tiles::NARROW_GROUP).saturating_mul(narrow_columns(d).saturating_add(1));
+    // The largest norm, centroids and their biases, mu, and the table that finds equal ones.
+    let centroids = narrow_padded(k).saturating_mul(narrow_columns(d).saturating_add(1));
     let table = 4 * (2 * k.min(usize::MAX / 16)).next_power_of_two();
     let bytes = centroids.saturating_add(narrow_columns(d)).saturating_mul(size).saturating_add(16 + table);
     (d <= tiles::NARROW_COLUMNS && bytes <= tiles::NARROW_SHARED).then_some(bytes)
+}
+
+/// What a block of `assign_narrow.cu` or `fit_narrow.cu` takes beside that for centroids as tensor cores score them; none
+/// where they do not, or if all would be more than `most`.
+pub(crate) fn narrow_fragments(dtype: DType, metric: Metric, [k, d]: [usize; 2], others: usize, most: usize) -> usize {
+    if dtype == DType::F64 || metric != Metric::SquaredEuclidean {
+        return 0;
+    }
+    // 16 columns of halves, or twice as many, and scales.
+    let bytes = 16 + narrow_padded(k) * if d > 4 { 64 } else { 32 };
+    if others.saturating_add(bytes) <= most {
+        bytes
+    } else {
+        0
+    }
 }
 
 /// Rows of `d` columns that are split into halves at a time.

@@ -2,7 +2,7 @@
 
 use super::{
     arch::{shared_memory, Arch},
-    assign::{forced, narrow_columns, narrow_shared},
+    assign::{forced, narrow_columns, narrow_fragments, narrow_shared},
 };
 use crate::{error::Result, metric::Metric, rows::RowLayout, tiles};
 use candle_core::DType;
@@ -112,9 +112,11 @@ const LINE_CENTROIDS: usize = 1024;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) struct FitNarrow {
     pub threads: usize,
-    /// Shared memory of a block, and of that what its centroids take, which come first.
+    /// Shared memory of a block, and of that what its centroids take, which come first, and what they take as tensor cores
+    /// score them, before all.
     pub shared: usize,
     pub centroids: usize,
+    pub fragments: usize,
 }
 
 impl FitNarrow {
@@ -133,14 +135,20 @@ impl FitNarrow {
         let sums = 16 * k * (columns + 1) + 16 * k * columns;
         let rows = n.checked_mul(columns)?.checked_next_multiple_of(8)?.checked_mul(dtype.size_in_bytes())?;
         let shared = rows.checked_add(centroids + sums + 4 * (2 * k + 1))?.checked_add(4 * n)?;
+        let fragments = narrow_fragments(dtype, metric, [k, d], shared, most);
+        let (shared, centroids) = (shared + fragments, centroids + fragments);
         let fits = metric != Metric::Manhattan && n <= 1 << 16 && shared <= most;
         // As many threads to a multiprocessor as its registers are for, in as many blocks as its shared memory is for.
-        let threads = if columns == 4 { tiles::FIT_THREADS_4 } else { tiles::FIT_THREADS };
+        let threads = match columns {
+            1 | 2 => tiles::FIT_THREADS_2,
+            4 => tiles::FIT_THREADS_4,
+            _ => tiles::FIT_THREADS_8,
+        };
         let resident = if columns > 2 { threads } else { 2 * threads };
         let blocks = (most + tiles::STATIC_SHARED) / (shared + BLOCK_SHARED);
         let many = (resident / blocks.max(1) / 32 * 32).clamp(32, threads);
         let threads = if b < tiles::FIT_PROBLEMS { threads } else { many }.min(n.next_multiple_of(32));
-        fits.then_some(Self { threads, shared, centroids })
+        fits.then_some(Self { threads, shared, centroids, fragments })
     }
 }
 

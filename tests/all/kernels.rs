@@ -121,6 +121,37 @@ fn small_codebooks() {
     }
 }
 
+/// Rows of at most eight columns, whose centroids are scored in rounds of places (`narrow_tensor.cuh`): every number of them, of
+/// any size, crowded, repeated, and with rows and centroids that are far from all others.
+#[test]
+fn narrow_rows() {
+    let mut rng = rng(40);
+    for (i, k) in [1, 2, 7, 8, 9, 33, 63, 64, 65, 128, 129, 192, 256, 257, 300, 513, 700].into_iter().enumerate() {
+        for d in [1 + i % 8, 1 + (i + 3) % 8, 1 + (i + 6) % 8] {
+            let dtype = TYPES[(i + d) % 3];
+            let (least, most) = if dtype == DType::F16 { (1e-3, 30.0) } else { (1e-16, 1e12) };
+            for (j, (kind, x)) in kinds(&[260, d], dtype, &mut rng).into_iter().enumerate() {
+                let c = kinds(&[k, d], dtype, &mut rng).swap_remove(j).1;
+                check(&x, &c, Metric::SquaredEuclidean, kind);
+                for by in [least, most] {
+                    let [x, c] =
+                        [&x, &c].map(|t| (t.to_dtype(DType::F64).unwrap() * by).unwrap().to_dtype(dtype).unwrap());
+                    check(&x, &c, Metric::SquaredEuclidean, kind);
+                }
+                let by = if dtype == DType::F16 { 300.0 } else { 1e7 };
+                check(&with_row(&x, 5, |_, v| v * by), &c, Metric::SquaredEuclidean, "a row far away");
+                check(&x, &with_row(&c, k / 2, |_, v| v * by), Metric::SquaredEuclidean, "a centroid far away");
+            }
+            let [x, c] = [260, k].map(|n| tensor(&[n, d], dtype, |i| (i % d) as f64 - 1.0));
+            check(&x, &c, Metric::SquaredEuclidean, "equal");
+            let [x, c] = [260, k].map(|n| tensor(&[n, d], dtype, |_| 0.0));
+            check(&x, &c, Metric::SquaredEuclidean, "zeros");
+            let x = uniform(&[3, 1500, d], 5.0, 1.0, dtype, &mut rng);
+            check(&x, &x.narrow(1, 0, k.min(1500)).unwrap(), Metric::SquaredEuclidean, "several tiles");
+        }
+    }
+}
+
 /// More problems than a grid has rows, and more centroids than anyone should need.
 #[test]
 fn many_problems_and_many_centroids() {

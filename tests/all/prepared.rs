@@ -124,8 +124,11 @@ fn one_launch_is_many(dtypes: &[DType], columns: &[usize], b: usize, other: &'st
     let one_launch = |settings: &KMeans, x: &Tensor| settings.plan(x).unwrap().update.starts_with("fit_");
     for &dtype in dtypes {
         for &d in columns {
+            let wide = dtype == DType::F32 && matches!(d, 2 | 4 | 8);
             for (n, k, kind) in
                 [(300, 5, "uniform"), (512, 16, "hot"), (333, 40, "wide"), (64, 64, "nan"), (900, 3, "hot")]
+                    .into_iter()
+                    .chain(wide.then_some([(900, 200, "uniform"), (600, 257, "hot")]).into_iter().flatten())
             {
                 let exponents = if dtype == DType::F16 { 12 } else { 60 };
                 let x = tensor(&[b, n, d], dtype, |i| match kind {

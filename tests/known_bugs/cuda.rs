@@ -78,8 +78,8 @@ mod gpu {
         thread,
     };
 
-    /// Whether a GPU is asked for, and the only turn at it: where threads take over from each other the host waits for all that
-    /// a GPU does, which no capture of another test would survive.
+    /// Whether a GPU is asked for, and the only turn at it: where threads take over from each other the host waits for the
+    /// streams of all threads, which no capture of such a stream by another test would survive.
     fn asked_for() -> Option<MutexGuard<'static, ()>> {
         static TURN: Mutex<()> = Mutex::new(());
         devices().iter().any(Device::is_cuda).then(|| TURN.lock().unwrap_or_else(|e| e.into_inner()))
@@ -192,6 +192,41 @@ mod gpu {
                 }
             }
         }
+    }
+
+    /// A capture of a stream of its own goes on while other threads take over from each other on theirs.
+    #[test]
+    fn a_capture_outlives_the_waits_of_other_threads() {
+        let Some(_turn) = asked_for() else { return };
+        let (captured, shared) = (Device::new_cuda_with_stream(0).unwrap(), Device::new_cuda(0).unwrap());
+        // SAFETY: each thread's work is on one stream, and what it takes over is waited for.
+        unsafe { captured.as_cuda_device().unwrap().disable_event_tracking() };
+        let settings = KMeans::new(16).init(Init::Even).max_iters(5).check_finite(false);
+        let [x, y] = [(&captured, 30), (&shared, 31)].map(|(on, seed)| random(&[3, 900, 40], DType::F16, on, seed));
+        let want = [&x, &y].map(|rows| settings.fit(rows).unwrap());
+        let [mut fit, mut moved] =
+            [&captured, &shared].map(|on| settings.prepare(&[3, 900, 40][..], DType::F16, on).unwrap());
+        fit.run(&x).unwrap();
+        moved.run(&y).unwrap();
+        for device in [&captured, &shared] {
+            device.synchronize().unwrap();
+        }
+        let stream = captured.as_cuda_device().unwrap().cuda_stream();
+        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+        let mut moved = elsewhere(|| {
+            moved.run(&y).unwrap();
+            moved
+        });
+        fit.run(&x).unwrap();
+        elsewhere(|| {
+            moved.run(&y).unwrap();
+            assert_same_fit(&moved.fit().unwrap(), &want[1], "another thread's");
+            drop(moved);
+        });
+        let free = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = stream.end_capture(free).unwrap().expect("a graph of what was captured");
+        graph.launch().unwrap();
+        assert_same_fit(&fit.fit().unwrap(), &want[0], "the captured one");
     }
 
     /// A fit that is dropped on another thread than the one whose work with it is under way: nobody gets its memory before.

@@ -8,9 +8,9 @@ use crate::{
     cuda::tensors::{read, DevicePtr, Element},
     error::Result,
     metric::Metric,
-    plan::assign::{narrow_columns, narrow_shared},
+    plan::assign::{narrow_columns, narrow_fragments, narrow_shared},
     request::Assignment,
-    tiles::{NARROW_BLOCKS, NARROW_THREADS, NARROW_TILE, RECHECK_BLOCKS, SIMT_ROWS, THREADS},
+    tiles::{NARROW_BLOCKS, NARROW_TENSOR_SHARED, NARROW_THREADS, NARROW_TILE, RECHECK_BLOCKS, SIMT_ROWS, THREADS},
 };
 use candle_core::cuda_backend::{cudarc::driver::PushKernelArg, CudaDevice};
 
@@ -25,10 +25,12 @@ pub(super) fn assign_narrow<T: Element>(dev: &CudaDevice, a: Assignment<'_>, lab
         _ => "assign_narrow_8",
     };
     let shared = narrow_shared(x.dtype(), c.n, x.d).unwrap_or(usize::MAX);
+    let fragments = narrow_fragments(x.dtype(), metric, [c.n, x.d], shared, NARROW_TENSOR_SHARED);
     // Enough blocks to fill any device, each with centroids of its own to prepare.
     let tiles = elements(&[x.b, x.n.div_ceil(NARROW_TILE)]).min(NARROW_BLOCKS * processors(dev)?);
-    launch!(dev, AssignNarrow, name, T::SUFFIX, tiles, NARROW_THREADS, shared;
-        &xs.view::<T>()?, &shape(x), &active, &cs.view::<T>()?, &shape(c), &(metric as i32), &labels)
+    launch!(dev, AssignNarrow, name, T::SUFFIX, tiles, NARROW_THREADS, shared + fragments;
+        &xs.view::<T>()?, &shape(x), &active, &cs.view::<T>()?, &shape(c), &(metric as i32),
+        &(fragments as i64), &labels)
 }
 
 pub(super) fn assign<T: Element>(
