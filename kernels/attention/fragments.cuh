@@ -7,8 +7,8 @@
 /// lane t has every fourth piece of the key rows g, g + 8.., and the same of query head g: columns may be in any order
 /// that is the same for both. For values lane g has every eighth piece of the rows of lane t in the scores, so that
 /// they meet their weights with no exchange. What weights lose in the tensor cores' type is a second operand, and so is
-/// what queries, keys and values in f32 lose, so that products are as exact as in f32. A row whose pieces do not come out
-/// even has zeros beyond its end.
+/// what queries, keys and values in f32 lose, so that products are as exact as in f32. A row whose pieces do not come
+/// out even has zeros beyond its end.
 template <class T, int D>
 struct Fragments {
     static constexpr int EACH = 16 / sizeof(T);        // columns of a piece

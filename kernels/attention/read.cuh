@@ -71,7 +71,9 @@ __device__ __forceinline__ int Unit<T, D, CODED>::add_tokens(Running<T, D>& runn
         for (int i = 0; i < F::TALL; ++i) {
             const T* const row = keys + int64_t(rows[min(at + 8 * i + g, count - 1)]) * D;
 #pragma unroll
-            for (int p = 0; p < F::PIECES; ++p) k[i][p] = F::has_key(p, t) ? load_piece(row + p * 4 * F::EACH) : uint4{};
+            for (int p = 0; p < F::PIECES; ++p) {
+                k[i][p] = F::has_key(p, t) ? load_piece(row + p * 4 * F::EACH) : uint4{};
+            }
         }
 #pragma unroll
         for (int r = 0; r < F::VALUES; ++r) {

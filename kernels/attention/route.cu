@@ -337,7 +337,11 @@ __device__ void attend_listed(const T* q, const T* keys, const T* values, const 
     }
 #define TILES(suffix, T, D) KERNELS(suffix, T, D, 1) KERNELS(suffix, T, D, 2)
 #define INSTANCES(suffix, T)                                                                                           \
-    TILES(suffix, T, 64) TILES(suffix, T, 80) TILES(suffix, T, 96) TILES(suffix, T, 112) TILES(suffix, T, 128)         \
+    TILES(suffix, T, 64)                                                                                               \
+    TILES(suffix, T, 80)                                                                                               \
+    TILES(suffix, T, 96)                                                                                               \
+    TILES(suffix, T, 112)                                                                                              \
+    TILES(suffix, T, 128)                                                                                              \
     KERNELS(suffix, T, 256, 1)
 INSTANCES(f16, __half)
 INSTANCES(bf16, __nv_bfloat16)

@@ -8,8 +8,8 @@ constexpr int BLOCK = ROUTE_THREADS, WARPS = BLOCK / WARP, KEYS = ROUTE_KEYS;
 constexpr int EIGHTS = KEYS / 8, SIXTEENS = KEYS / 16;
 static_assert(KEYS <= BLOCK && KEYS % 32 == 0, "a thread to each key of a tile");
 
-/// A row lies in shared memory as whole lines of 128 bytes, so that what `ldmatrix` reads spreads over all banks: so many
-/// columns, of which those beyond D are neither written nor read.
+/// A row lies in shared memory as whole lines of 128 bytes, so that what `ldmatrix` reads spreads over all banks: so
+/// many columns, of which those beyond D are neither written nor read.
 template <int D>
 constexpr int PITCH = (D + 63) / 64 * 64;
 
@@ -43,7 +43,9 @@ __device__ __forceinline__ void score(Scores<TALL>& s, uint32_t rows, uint32_t k
     for (int step = 0; step < D / 16; ++step) {
         multiply_step<T>(
             s, [&](int i) { return rows + swizzled<2 * PITCH<D>>(i * 16 + lane % 16, step * 2 + lane / 16); },
-            [&](int j) { return keys + swizzled<2 * PITCH<D>>(j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2); });
+            [&](int j) {
+                return keys + swizzled<2 * PITCH<D>>(j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2);
+            });
     }
 }
 

@@ -16,7 +16,7 @@ __device__ __forceinline__ void Unit<T, D, CODED>::add_warps(const Running<T, D>
     sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
     __syncthreads();
     if (t == 0) tops[warp][g] = make_float2(running.most, sum);
-        // Four columns of a lane at a time, those of other lanes beside them.
+    // Four columns of a lane at a time, those of other lanes beside them.
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
         const int h = 2 * t + e;

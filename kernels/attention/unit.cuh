@@ -12,7 +12,8 @@ struct Unit {
     using F = Fragments<T, D>;
     static constexpr int BLOCK = D > 128 ? ATTEND_THREADS_WIDE : ATTEND_THREADS, WARPS = BLOCK / WARP;
     static constexpr int ROWS = F::ROWS;
-    static constexpr int WIDTH = F::WIDTH, STRIDE = WIDTH + 4;  // of a head's sums, so that lanes write to different banks
+    static constexpr int WIDTH = F::WIDTH;
+    static constexpr int STRIDE = WIDTH + 4;  // of a head's sums, so that lanes write to different banks
     const Cache& c;
     uint32_t unit, block;
     int begin, end;           // clusters of this block
@@ -37,8 +38,8 @@ struct Unit {
             const int p = first + warp;
             const bool inside = F::has_key(p, t);
             if (p < F::PIECES) {
-                cp_async_16(shared_address(queries + first * WARP + threadIdx.x), q + (inside ? p * 4 + t : 0) * F::EACH,
-                            inside && from + g < c.group ? 16 : 0);
+                cp_async_16(shared_address(queries + first * WARP + threadIdx.x),
+                            q + (inside ? p * 4 + t : 0) * F::EACH, inside && from + g < c.group ? 16 : 0);
             }
         }
         cp_async_commit();
