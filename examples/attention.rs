@@ -1,11 +1,12 @@
 //! One token's attention over a long cache, read by clusters, beside attention over all of it.
 //!
 //! ```text
-//! cargo run --release --example attention [--device cpu|cuda] [--tokens 32768,65536,131072] [--batch 1,4,16] [--caches 8] [--codes]
+//! cargo run --release --example attention [--device cpu|cuda] [--tokens 32768,65536,131072] [--batch 1,4,16] [--columns 64,128] \
+//!     [--caches 8] [--codes]
 //! ```
-//! The shapes are those of an 8B model: 8 key heads, 32 query heads, 128 columns. Keys lie in blobs and queries near
-//! some of them, so that attention has something to find; values are random. Printed are the time to cluster, the time of
-//! one step against dense attention by Candle's ops, queued by the host and replayed from a CUDA graph, and the relative
+//! The shapes are those of an 8B model: 8 key heads, 32 query heads, 128 columns unless others are asked for. Keys lie in blobs and
+//! queries near some of them, so that attention has something to find; values are random. Printed are the time to cluster, the
+//! time of one step against dense attention by Candle's ops, queued by the host and replayed from a CUDA graph, and the relative
 //! error of the output.
 
 use anyhow::{ensure, Result};
@@ -25,7 +26,6 @@ mod common {
 
 const HEADS: usize = 8;
 const QUERY_HEADS: usize = 32;
-const COLUMNS: usize = 128;
 /// Tokens of a blob of keys.
 const BLOB: usize = 48;
 
@@ -38,6 +38,9 @@ struct Args {
     tokens: Vec<usize>,
     #[arg(long, value_delimiter = ',')]
     batch: Vec<usize>,
+    /// Columns of a head
+    #[arg(long, value_delimiter = ',', default_values_t = [128])]
+    columns: Vec<usize>,
     /// Tokens of a cluster on average
     #[arg(long, value_delimiter = ',', default_values_t = [16, 32, 64])]
     cluster_size: Vec<usize>,
@@ -73,62 +76,64 @@ fn main() -> Result<()> {
     let tokens = or(&args.tokens, &[4096], &[32_768, 65_536, 131_072]);
     let batches = or(&args.batch, &[1], &[1, 4, 16]);
     if !args.json {
-        println!("  tokens  batch  a cluster  clustering   dense step  clustered   in a graph  times  error, estimates in and out");
+        println!("  tokens  batch  columns  a cluster  clustering   dense step  clustered   in a graph  times  error, estimates in and out");
     }
     // The first fit loads the kernels.
-    let warm = Step::new(1024, 1, dtype, &device)?;
+    let warm = Step::new(1024, 1, args.columns[0], dtype, &device)?;
     let mut cache = ClusteredKvCache::new(1024);
     cache.append(&warm.keys, &warm.values)?;
     cache.cluster()?;
-    let bar = ProgressBar::new((tokens.len() * batches.len() * args.cluster_size.len()) as u64);
+    let shapes: Vec<_> = (tokens.iter())
+        .flat_map(|&n| batches.iter().map(move |&batch| (n, batch)))
+        .flat_map(|(n, batch)| args.columns.iter().map(move |&columns| (n, batch, columns)))
+        .collect();
+    let bar = ProgressBar::new((shapes.len() * args.cluster_size.len()) as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}")?);
-    for &n in &tokens {
-        for &batch in &batches {
-            bar.set_message(format!("{batch} x {n} tokens"));
-            let step = Step::new(n, batch, dtype, &device)?;
-            let (dense, dense_ms, _) = step.timed(args.steps, || step.dense())?;
-            for &size in &args.cluster_size {
-                let budget = (n as f64 * args.share) as usize;
-                // A blob's tokens are anywhere in the sequence, which no segment of it would see together.
-                let mut empty = ClusteredKvCache::new(n).cluster_size(size).max_segment(n).passes(4);
-                if args.codes {
-                    empty = empty.codes(KvCodes::new());
-                }
-                let mut caches = vec![empty; args.caches];
-                caches.iter_mut().try_for_each(|cache| cache.append(&step.keys, &step.values).map(drop))?;
-                device.synchronize()?;
-                let start = Instant::now();
-                for cache in &mut caches {
-                    ensure!(cache.cluster()?, "{n} tokens are too few for clusters");
-                }
-                device.synchronize()?;
-                let clustering = start.elapsed().as_secs_f64() * 1e3 / args.caches as f64;
-                let scale = 1.0 / (COLUMNS as f64).sqrt();
-                let turn = Cell::new(0);
-                let read = |estimate| {
-                    let cache = &caches[turn.replace(turn.get() + 1) % caches.len()];
-                    Ok(cache.attend(&step.q, scale, KvBudget::new(budget).shared(true).estimate(estimate))?)
-                };
-                let (with, ms, host_ms) = step.timed(args.steps, || read(true))?;
-                let graph_ms = graph::replayed(&device, || read(true))?;
-                let [with, without] = [apart(&with, &dense)?, apart(&read(false)?, &dense)?];
-                let times = dense_ms / ms;
-                bar.suspend(|| {
-                    if args.json {
-                        println!(
-                            "{{\"tokens\": {n}, \"batch\": {batch}, \"cluster_size\": {size}, \"budget\": {budget}, \"clustering_ms\": \
-                             {clustering:.3}, \"dense_ms\": {dense_ms:.4}, \"ms\": {ms:.4}, \"host_ms\": {host_ms:.4}, \"graph_ms\": {graph_ms:.4}, \"error\": {with:.5}, \
-                             \"error_without_estimate\": {without:.5}}}"
-                        );
-                    } else {
-                        println!(
-                            "{n:8} {batch:6} {size:10} {clustering:9.1} ms {dense_ms:9.3} ms {ms:7.3} ms {graph_ms:9.3} ms {times:5.1}x  {with:.4}, \
-                             {without:.4}"
-                        );
-                    }
-                });
-                bar.inc(1);
+    for (n, batch, columns) in shapes {
+        bar.set_message(format!("{batch} x {n} tokens of {columns} columns"));
+        let step = Step::new(n, batch, columns, dtype, &device)?;
+        let (dense, dense_ms, _) = step.timed(args.steps, || step.dense())?;
+        for &size in &args.cluster_size {
+            let budget = (n as f64 * args.share) as usize;
+            // A blob's tokens are anywhere in the sequence, which no segment of it would see together.
+            let mut empty = ClusteredKvCache::new(n).cluster_size(size).max_segment(n).passes(4);
+            if args.codes {
+                empty = empty.codes(KvCodes::new());
             }
+            let mut caches = vec![empty; args.caches];
+            caches.iter_mut().try_for_each(|cache| cache.append(&step.keys, &step.values).map(drop))?;
+            device.synchronize()?;
+            let start = Instant::now();
+            for cache in &mut caches {
+                ensure!(cache.cluster()?, "{n} tokens are too few for clusters");
+            }
+            device.synchronize()?;
+            let clustering = start.elapsed().as_secs_f64() * 1e3 / args.caches as f64;
+            let scale = 1.0 / (columns as f64).sqrt();
+            let turn = Cell::new(0);
+            let read = |estimate| {
+                let cache = &caches[turn.replace(turn.get() + 1) % caches.len()];
+                Ok(cache.attend(&step.q, scale, KvBudget::new(budget).shared(true).estimate(estimate))?)
+            };
+            let (with, ms, host_ms) = step.timed(args.steps, || read(true))?;
+            let graph_ms = graph::replayed(&device, || read(true))?;
+            let [with, without] = [apart(&with, &dense)?, apart(&read(false)?, &dense)?];
+            let times = dense_ms / ms;
+            bar.suspend(|| {
+                if args.json {
+                    println!(
+                        "{{\"tokens\": {n}, \"batch\": {batch}, \"columns\": {columns}, \"cluster_size\": {size}, \"budget\": {budget}, \
+                         \"clustering_ms\": {clustering:.3}, \"dense_ms\": {dense_ms:.4}, \"ms\": {ms:.4}, \"host_ms\": {host_ms:.4}, \
+                         \"graph_ms\": {graph_ms:.4}, \"error\": {with:.5}, \"error_without_estimate\": {without:.5}}}"
+                    );
+                } else {
+                    println!(
+                        "{n:8} {batch:6} {columns:8} {size:10} {clustering:9.1} ms {dense_ms:9.3} ms {ms:7.3} ms {graph_ms:9.3} ms \
+                         {times:5.1}x  {with:.4}, {without:.4}"
+                    );
+                }
+            });
+            bar.inc(1);
         }
     }
     bar.finish_and_clear();
@@ -143,7 +148,7 @@ struct Step {
 }
 
 impl Step {
-    fn new(n: usize, batch: usize, dtype: DType, device: &Device) -> Result<Self> {
+    fn new(n: usize, batch: usize, columns: usize, dtype: DType, device: &Device) -> Result<Self> {
         // Candle's generator for the CPU takes no seed.
         if device.is_cuda() {
             device.set_seed(1)?;
@@ -152,16 +157,16 @@ impl Step {
             Ok::<_, anyhow::Error>(Tensor::randn(0f32, std, shape, device)?.to_dtype(dtype)?)
         };
         let blobs = n.div_ceil(BLOB);
-        let centres = random(1.0, (batch, HEADS, blobs, COLUMNS))?;
+        let centres = random(1.0, (batch, HEADS, blobs, columns))?;
         // Neighbouring tokens are of different blobs, so that pages of them would say little.
         let of = Tensor::from_iter((0..n).map(|i| (i * 7919 % blobs) as u32), device)?;
-        let keys = (centres.index_select(&of, 2)? + random(0.6, (batch, HEADS, n, COLUMNS))?)?;
-        let values = random(1.0, (batch, HEADS, n, COLUMNS))?;
+        let keys = (centres.index_select(&of, 2)? + random(0.6, (batch, HEADS, n, columns))?)?;
+        let values = random(1.0, (batch, HEADS, n, columns))?;
         // Each query head looks for one blob.
         let group = QUERY_HEADS / HEADS;
         let wanted = Tensor::from_iter((0..group).map(|g| (g * 31 % blobs) as u32), device)?;
         let q = centres.index_select(&wanted, 2)?.affine(0.7, 0.0)?;
-        let q = (q + random(0.4, (batch, HEADS, group, COLUMNS))?)?.reshape((batch, QUERY_HEADS, 1, COLUMNS))?;
+        let q = (q + random(0.4, (batch, HEADS, group, columns))?)?.reshape((batch, QUERY_HEADS, 1, columns))?;
         Ok(Self { q, keys, values })
     }
 

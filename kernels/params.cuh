@@ -113,7 +113,7 @@ struct Cache {
     void* out;
     float* bounds;                 // (all units, group, width): of the scores of clusters
     float2* of_means;              // (all units, blocks, WARPS, group): the largest score and the sum of weights
-    float* partial;                // (all units, blocks, group, D + 4): sums of a block's rows
+    float* partial;                // (all units, blocks, group, WIDTH + 4): sums of a block's rows
     int64_t head_stride;           // from a key head to the next, in elements; tokens are `d` apart
     int units, group;              // units of a key head, and query heads of a unit
     int sinks, clustered, tokens;  // those before the clusters, those in them, and all

@@ -32,8 +32,11 @@ awk -v arch="sm_$arch" -v most_shared="$most_shared" '
     most = name ~ /^assign_sm90_1[46]_/ ? 120 : name ~ /^assign_sm90_[23]/ ? 52 : name ~ /^recheck_split_/ ? 8 : 0
     if (name ~ /^assign_sm90_2_/ || name ~ /^assign_sm90_3_/) most = 0
     if (name ~ /^(update|add_changes)_/) most = 48
-    # A few words that are needed at the end of a pass.
-    if (name ~ /^attend_coded_128_b?f16/) most = 12
+    # A few words of kernels that fill all registers with rows on their way and accumulators.
+    if (name ~ /^attend_coded_(80|112|128)_/) most = 16
+    if (name ~ /^attend_coded_256_f32/) most = 32
+    if (name ~ /^attend_(80|96)_b?f16/) most = 4
+    if (name ~ /^route_attend_(96_2|112_2|256_1)_/) most = arch == "sm_80" ? 32 : 8
     # These two keep where sums go that others add to as well, which costs nothing (blocks-h200-2026-11-28.csv).
     if (name ~ /^update_(kept_)?f32$/ || name == "update_narrow_bf16") most = 60
     if (name ~ /^prepare_origin_/) most = arch == "sm_80" ? 12 : 0

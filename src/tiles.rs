@@ -189,6 +189,8 @@ pub const SUM_STEPS: usize = 4;
 pub const SUM_BATCHES: usize = 2;
 /// Threads of a block of `attend.cu`.
 pub const ATTEND_THREADS: usize = 384;
+/// The same for rows of more than 128 columns, of which a thread has twice as much in registers.
+pub const ATTEND_THREADS_WIDE: usize = 256;
 /// Most blocks that share what the query heads of a key head read: clusters of so many can run on any GPU that has them.
 pub const ATTEND_BLOCKS: usize = 8;
 /// Query heads that one pass of it takes.

@@ -2,15 +2,18 @@
 """Times what this crate is compared with on a GPU, and what the GPU can do: a line of JSON for each case.
 
   gpu.py [ceiling] [assign] [update] [fit] [stream] [decode] [dense] [--case B,N,K,D,DTYPE]... [--iters 10]
+         [--tokens 32768,65536,131072] [--batch 1,4,16] [--columns 128]
 
 ceiling: PyTorch's 8192^3 f16 matmul and a device copy. assign, update, fit: flash-kmeans and FlashLib, on fresh normal rows.
-decode, dense: PyTorch's scaled_dot_product_attention of one token over a cache, and of all tokens to all. Without names, all.
+decode, dense: PyTorch's attention of one token over a cache (scaled_dot_product_attention by each of its back ends, and two matmuls),
+for each of --tokens, --batch and --columns, and of all tokens to all. Without names, all.
 
 Times are CUDA events, the median of repeats after warm-up. Run it on the machine and in the quarter of an hour in which `bench` and the
 examples `attention` and `video_attention` time this crate, so that a ratio is of one card at one time. Versions: requirements.txt.
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -35,7 +38,8 @@ CASES = {
     "stream": ["1,33554432,1024,128,f32", "1,268435456,16384,128,f16"],
 }
 KEY_HEADS, QUERY_HEADS, HEAD_DIM, ALL_HEADS = 8, 32, 128, 24
-DECODE, DENSE = itertools.product((32_768, 65_536, 131_072), (1, 4, 16)), (32_768, 75_600)
+DENSE = 32_768, 75_600
+CACHED = 1 << 29  # bytes of the caches that calls read in turn, at least: several times a GPU's L2
 
 
 def emit(**values):
@@ -200,25 +204,43 @@ def half(*shape):
     return torch.randn(*shape, device="cuda", dtype=torch.float16)
 
 
-def decode():
-    """The fastest of FlashAttention with grouped query heads, FlashAttention with them as rows, and cuDNN."""
-    group = QUERY_HEADS // KEY_HEADS
-    ways = {
-        "flash, grouped heads": (SDPBackend.FLASH_ATTENTION, (QUERY_HEADS, 1), {"enable_gqa": True}),
-        "flash, heads as rows": (SDPBackend.FLASH_ATTENTION, (KEY_HEADS, group), {}),
-        "cuDNN, grouped heads": (SDPBackend.CUDNN_ATTENTION, (QUERY_HEADS, 1), {"enable_gqa": True}),
-    }
-    for (tokens, batch), (way, (backend, rows, options)) in itertools.product(DECODE, ways.items()):
+def decode(tokens, batches, columns):
+    """Dense attention of one token, in each way that PyTorch can go, and which is the fastest in a CUDA graph.
 
-        def measure():
-            keys, values = (half(batch, KEY_HEADS, tokens, HEAD_DIM) for _ in range(2))
-            query = half(batch, *rows, HEAD_DIM)
-            with sdpa_kernel(backend):
-                call = lambda: scaled_dot_product_attention(query, keys, values, **options)
-                one = median_ms(call, repeats=12)
-                return {"sdpa_events_ms": one, "sdpa_queued_ms": queued_ms(call, 50), "sdpa_graph_ms": graph_ms(call, 20)}
+    Query heads that share a key head are heads of their own, or rows of one head. Calls read caches in turn, as layers do, so that
+    L2 holds nothing of what is read.
+    """
+    shapes = {"grouped heads": (QUERY_HEADS, 1), "heads as rows": (KEY_HEADS, QUERY_HEADS // KEY_HEADS)}
+    backends = {"default": None, "flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION,
+                "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH, "products": None}
+    ways = [(name, heads) for name, heads in itertools.product(backends, shapes)
+            if heads == "heads as rows" or name not in ("efficient", "products")]
+    for n, batch, d in itertools.product(tokens, batches, columns):
+        count = max(2, -(-CACHED // (4 * batch * KEY_HEADS * n * d)))
+        times = {}
+        for name, heads in ways:
+            way = f"{name}, {heads}"
 
-        attempt(measure, op="decode", way=way, tokens=tokens, batch=batch)
+            def measure():
+                caches = itertools.cycle([(half(batch, KEY_HEADS, n, d), half(batch, KEY_HEADS, n, d)) for _ in range(count)])
+                query = half(batch, *shapes[heads], d)
+
+                def call():
+                    keys, values = next(caches)
+                    if name == "products":
+                        return torch.softmax(query @ keys.mT * d**-0.5, -1) @ values
+                    return scaled_dot_product_attention(query, keys, values, enable_gqa=heads == "grouped heads")
+
+                backend = backends[name]
+                with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+                    one = median_ms(call, repeats=12)
+                    queued, times[way] = queued_ms(call, 50), graph_ms(call, 20)
+                return {"sdpa_events_ms": one, "sdpa_queued_ms": queued, "sdpa_graph_ms": times[way]}
+
+            attempt(measure, op="decode", way=way, tokens=n, batch=batch, columns=d, caches=count)
+        if times:
+            fastest = min(times, key=times.get)
+            emit(op="decode", fastest=fastest, tokens=n, batch=batch, columns=d, sdpa_graph_ms=times[fastest])
 
 
 def dense():
@@ -239,6 +261,8 @@ def main():
     args.add_argument("what", nargs="*", help=" ".join(names))
     args.add_argument("--case", action="append", help="B,N,K,D,DTYPE, instead of the records' shapes")
     args.add_argument("--iters", type=int, default=10, help="of a fit")
+    for name, default in {"tokens": "32768,65536,131072", "batch": "1,4,16", "columns": str(HEAD_DIM)}.items():
+        args.add_argument(f"--{name}", type=lambda text: [int(part) for part in text.split(",")], default=default, help="of decode")
     args = args.parse_args()
     if unknown := set(args.what) - set(names):
         sys.exit(f"{' '.join(unknown)}: not one of {' '.join(names)}")
@@ -247,8 +271,10 @@ def main():
             stream(args.case or CASES[what], args.iters)
         elif what in CASES:
             clustering(what, args.case or CASES[what], args.iters)
+        elif what == "decode":
+            decode(args.tokens, args.batch, args.columns)
         else:
-            {"ceiling": ceiling, "decode": decode, "dense": dense}[what]()
+            {"ceiling": ceiling, "dense": dense}[what]()
 
 
 if __name__ == "__main__":

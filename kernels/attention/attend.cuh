@@ -27,7 +27,7 @@ __device__ __forceinline__ void wait_for_inputs() {
 }
 
 /// The entries of a key head's codes, which begin to move to shared memory if they have a place there.
-template <class T, int D>
+template <class T, int D, int BLOCK>
 __device__ __forceinline__ const T* load_entries(const ProductCodes& codes, int64_t head, uint4* place, bool fits) {
     const int bytes = D * int(sizeof(T)) << codes.bits;
     const char* const from = static_cast<const char*>(codes.entries) + head * bytes;
@@ -40,6 +40,7 @@ __device__ __forceinline__ const T* load_entries(const ProductCodes& codes, int6
 template <class T, int D, bool CODED>
 __device__ __forceinline__ void attend(const Cache& c) {
     using F = Fragments<T, D>;
+    constexpr int BLOCK = Unit<T, D, CODED>::BLOCK, WARPS = BLOCK / WARP;
     extern __shared__ uint4 queries[];
     uint4* const dynamic = queries + F::PIECES * WARP;
     __shared__ float2 tops[WARPS][HEADS];
@@ -81,9 +82,9 @@ __device__ __forceinline__ void attend(const Cache& c) {
         u.load_queries(0);
         if constexpr (CODED) {
             uint4* const place = queries + c.entries;
-            u.key_entries = load_entries<T, D>(c.key_codes, head, place, c.entries > 0);
+            u.key_entries = load_entries<T, D, BLOCK>(c.key_codes, head, place, c.entries > 0);
             const int of_keys = D * int(sizeof(T)) / 16 << c.key_codes.bits;
-            u.value_entries = load_entries<T, D>(c.value_codes, head, place + of_keys, c.entries > 0);
+            u.value_entries = load_entries<T, D, BLOCK>(c.value_codes, head, place + of_keys, c.entries > 0);
             cp_async_commit();
         }
         // The mean values are read last; the first of them can be on their way.
@@ -106,13 +107,18 @@ __device__ __forceinline__ void attend(const Cache& c) {
 }
 
 #define KERNEL(name, D, suffix, T, CODED)                                                                              \
-    extern "C" __global__ void __launch_bounds__(BLOCK, 1) name##_##D##_##suffix(const __grid_constant__ Cache c) {    \
+    extern "C" __global__ void __launch_bounds__(Unit<T, D, CODED>::BLOCK, 1)                                          \
+        name##_##D##_##suffix(const __grid_constant__ Cache c) {                                                       \
         attend<T, D, CODED>(c);                                                                                        \
     }
+#define TYPES(name, D, CODED)                                                                                          \
+    KERNEL(name, D, f16, __half, CODED)                                                                                \
+    KERNEL(name, D, bf16, __nv_bfloat16, CODED)                                                                        \
+    KERNEL(name, D, f32, float, CODED)
 #define KERNELS(name, CODED)                                                                                           \
-    KERNEL(name, 64, f16, __half, CODED)                                                                               \
-    KERNEL(name, 64, bf16, __nv_bfloat16, CODED)                                                                       \
-    KERNEL(name, 64, f32, float, CODED)                                                                                \
-    KERNEL(name, 128, f16, __half, CODED)                                                                              \
-    KERNEL(name, 128, bf16, __nv_bfloat16, CODED)                                                                      \
-    KERNEL(name, 128, f32, float, CODED)
+    TYPES(name, 64, CODED)                                                                                             \
+    TYPES(name, 80, CODED)                                                                                             \
+    TYPES(name, 96, CODED)                                                                                             \
+    TYPES(name, 112, CODED)                                                                                            \
+    TYPES(name, 128, CODED)                                                                                            \
+    TYPES(name, 256, CODED)

@@ -11,7 +11,9 @@ __device__ __forceinline__ void Unit<T, D, CODED>::load_mean_keys(MeanKeys& keys
         const int j = at + 8 * i + g, pair = at + 8 * i + 2 * t;
         const uint8_t* const row = mean(c.mean_keys, WHOLE ? j : min(j, end - 1)) + t * F::EACH;
 #pragma unroll
-        for (int p = 0; p < F::PIECES; ++p) keys.codes[i][p] = load_codes<F::EACH>(row + p * 4 * F::EACH);
+        for (int p = 0; p < F::PIECES; ++p) {
+            keys.codes[i][p] = F::has_key(p, t) ? load_codes<F::EACH>(row + p * 4 * F::EACH) : Codes<F::EACH>{};
+        }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const int64_t place = first_cluster + (WHOLE ? pair + e : min(pair + e, end - 1));

@@ -7,16 +7,27 @@
 /// lane t has every fourth piece of the key rows g, g + 8.., and the same of query head g: columns may be in any order
 /// that is the same for both. For values lane g has every eighth piece of the rows of lane t in the scores, so that
 /// they meet their weights with no exchange. What weights lose in the tensor cores' type is a second operand, and so is
-/// what queries, keys and values in f32 lose, so that products are as exact as in f32.
+/// what queries, keys and values in f32 lose, so that products are as exact as in f32. A row whose pieces do not come
+/// out even has zeros beyond its end.
 template <class T, int D>
 struct Fragments {
-    static constexpr int EACH = 16 / sizeof(T);  // columns of a piece
-    static constexpr int ROWS = 4 * EACH / 2;    // of a tile: 16, of f32 8
-    static constexpr int TALL = ROWS / 8;        // rows of keys of a lane
-    static constexpr int PIECES = D / EACH / 4;  // of a key row of a lane
-    static constexpr int VALUES = ROWS / 4;      // rows of values of a lane
-    static constexpr int PARTS = D / EACH / 8;   // pieces of a value row of a lane
-    static constexpr int TILES = D / 16;         // accumulators: two columns of two heads each
+    static constexpr int EACH = 16 / sizeof(T);        // columns of a piece
+    static constexpr int ROWS = 4 * EACH / 2;          // of a tile: 16, of f32 8
+    static constexpr int TALL = ROWS / 8;              // rows of keys of a lane
+    static constexpr int PIECES = (D / EACH + 3) / 4;  // of a key row of a lane
+    static constexpr int VALUES = ROWS / 4;            // rows of values of a lane
+    static constexpr int PARTS = (D / EACH + 7) / 8;   // pieces of a value row of a lane
+    static constexpr int WIDTH = 8 * EACH * PARTS;     // columns of all lanes' parts, D and some beyond a row's end
+    static constexpr int TILES = WIDTH / 16;           // accumulators: two columns of two heads each
+
+    /// Whether lane t's piece p of a key row is in the row: the last may be beyond its end.
+    __device__ __forceinline__ static bool has_key(int p, int t) {
+        return D % (4 * EACH) == 0 || (4 * p + 4) * EACH <= D || (4 * p + t) * EACH < D;
+    }
+    /// The same of lane g's part p of a value row.
+    __device__ __forceinline__ static bool has_value(int p, int g) {
+        return D % (8 * EACH) == 0 || (8 * p + 8) * EACH <= D || (8 * p + g) * EACH < D;
+    }
 };
 
 /// Adds the products of 16 bytes of a query head and of a key row.

@@ -71,14 +71,18 @@ __device__ __forceinline__ int Unit<T, D, CODED>::add_tokens(Running<T, D>& runn
         for (int i = 0; i < F::TALL; ++i) {
             const T* const row = keys + int64_t(rows[min(at + 8 * i + g, count - 1)]) * D;
 #pragma unroll
-            for (int p = 0; p < F::PIECES; ++p) k[i][p] = load_piece(row + p * 4 * F::EACH);
+            for (int p = 0; p < F::PIECES; ++p) {
+                k[i][p] = F::has_key(p, t) ? load_piece(row + p * 4 * F::EACH) : uint4{};
+            }
         }
 #pragma unroll
         for (int r = 0; r < F::VALUES; ++r) {
             const int i = at + r / 2 * 8 + 2 * t + r % 2;
             const T* const row = values + int64_t(rows[min(i, count - 1)]) * D;
 #pragma unroll
-            for (int p = 0; p < F::PARTS; ++p) v[p][r] = i < count ? load_piece(row + p * 8 * F::EACH) : uint4{};
+            for (int p = 0; p < F::PARTS; ++p) {
+                v[p][r] = i < count && F::has_value(p, g) ? load_piece(row + p * 8 * F::EACH) : uint4{};
+            }
         }
         score_tile<T, D>(s, [&](int i, int p) { return k[i][p]; }, queries, c.scale);
 #pragma unroll
@@ -113,7 +117,8 @@ __device__ __forceinline__ int Unit<T, D, CODED>::add_coded(Running<T, D>& runni
                 codes[i] = c.key_codes.codes + place * (D / COLUMNS * BITS / 8);
             }
             const auto key = [&](int i, int p) {
-                return look_up<T, COLUMNS, BITS>(codes[i], key_entries, (p * 4 + t) * F::EACH);
+                const int column = (p * 4 + t) * F::EACH;
+                return F::has_key(p, t) ? look_up<T, COLUMNS, BITS>(codes[i], key_entries, column) : uint4{};
             };
             score_tile<T, D>(s, key, queries, c.scale);
         });
@@ -126,7 +131,9 @@ __device__ __forceinline__ int Unit<T, D, CODED>::add_coded(Running<T, D>& runni
             s[r / 2][r % 2] = i < count ? s[r / 2][r % 2] + score : -INFINITY;
             const uint8_t* const row = mean(c.mean_values, j) + g * F::EACH;
 #pragma unroll
-            for (int p = 0; p < F::PARTS; ++p) means[p][r] = load_codes<F::EACH>(row + p * 8 * F::EACH);
+            for (int p = 0; p < F::PARTS; ++p) {
+                means[p][r] = F::has_value(p, g) ? load_codes<F::EACH>(row + p * 8 * F::EACH) : Codes<F::EACH>{};
+            }
         }
         running.weigh(s);
         running.add_scaled(s, scales, means);
@@ -140,8 +147,9 @@ __device__ __forceinline__ int Unit<T, D, CODED>::add_coded(Running<T, D>& runni
                 const uint8_t* const row = c.value_codes.codes + place * (D / COLUMNS * BITS / 8);
 #pragma unroll
                 for (int p = 0; p < F::PARTS; ++p) {
-                    v[p][r] =
-                        i < count ? look_up<T, COLUMNS, BITS>(row, value_entries, (p * 8 + g) * F::EACH) : uint4{};
+                    const int column = (p * 8 + g) * F::EACH;
+                    const bool inside = i < count && F::has_value(p, g);
+                    v[p][r] = inside ? look_up<T, COLUMNS, BITS>(row, value_entries, column) : uint4{};
                 }
             }
         });
@@ -166,7 +174,10 @@ __device__ __forceinline__ void Unit<T, D, CODED>::load_mean_values(MeanValues& 
             m.scales[i][e] = __ldg(c.value_scales + first_cluster + row);
             const uint8_t* const codes = mean(c.mean_values, row) + g * F::EACH;
 #pragma unroll
-            for (int p = 0; p < F::PARTS; ++p) m.codes[p][2 * i + e] = load_codes<F::EACH>(codes + p * 8 * F::EACH);
+            for (int p = 0; p < F::PARTS; ++p) {
+                m.codes[p][2 * i + e] =
+                    F::has_value(p, g) ? load_codes<F::EACH>(codes + p * 8 * F::EACH) : Codes<F::EACH>{};
+            }
         }
     }
 }

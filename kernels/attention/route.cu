@@ -7,7 +7,7 @@
 // logarithm of what it stands for.
 //
 // Traffic of a block: its queries, and 4 d bytes of each listed row from L2, for 4 ROWS d flops. Shared memory at d =
-// 128: 64 KB, so that two blocks fit a multiprocessor, as their registers do.
+// 128: 64 KB, at 256: 96 KB, so that two blocks fit a multiprocessor, as their registers do.
 #include "attention/listed.cuh"
 #include "attention/route.cuh"
 
@@ -18,14 +18,14 @@ __device__ void score_clusters(const T* q, const T* means, const Route& r, const
     constexpr int ROWS = WARPS * 16 * TALL;
     extern __shared__ __align__(128) uint8_t raw[];
     const uint32_t rows = shared_address(raw);
-    const auto place_of = [=](int tile) { return rows + (ROWS + tile % 2 * KEYS) * D * 2; };
+    const auto place_of = [=](int tile) { return rows + (ROWS + tile % 2 * KEYS) * PITCH<D> * 2; };
     __shared__ float sizes[2][KEYS], sums[WARPS][KEYS];
     const int64_t head = blockIdx.x / r.units, unit = blockIdx.x % r.units, key_head = head / r.group;
     q += head * r.queries * D, order += head * r.queries, means += key_head * r.k * D, offsets += key_head * (r.k + 1);
     query_offsets += head * (r.units + 1) + unit, scores += blockIdx.x * r.k;
     const int64_t begin = query_offsets[0], end = query_offsets[1];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const uint32_t own = rows + warp * 16 * TALL * D * 2;
+    const uint32_t own = rows + warp * 16 * TALL * PITCH<D> * 2;
     const int count = int((r.k + KEYS - 1) / KEYS);
     const auto load = [&](int tile) {
         const int64_t from = int64_t(tile) * KEYS, here = min(int64_t(KEYS), r.k - from);
@@ -172,13 +172,14 @@ __device__ __forceinline__ void attend_tile(const Reading<T>& at, const ReadList
     constexpr int ROWS = WARPS * 16 * TALL;
     const auto [q, keys, values, mean_keys, mean_values, out, order, left, first, end] = at;
     extern __shared__ __align__(128) uint8_t raw[];
-    const uint32_t rows = shared_address(raw), key_tile = rows + ROWS * D * 2, value_tile = key_tile + KEYS * D * 2;
+    const uint32_t rows = shared_address(raw), key_tile = rows + ROWS * PITCH<D> * 2;
+    const uint32_t value_tile = key_tile + KEYS * PITCH<D> * 2;
     __shared__ uint32_t entries[2][KEYS];
     __shared__ float biases[2][KEYS];
     const int tiles = int((listed.rows() + KEYS - 1) / KEYS);
     const int64_t plain = r.sinks + listed.listed;  // rows that every query sees as they are
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const uint32_t own = rows + warp * 16 * TALL * D * 2;
+    const uint32_t own = rows + warp * 16 * TALL * PITCH<D> * 2;
 
     const auto list = [&](int tile) {
         if (threadIdx.x < KEYS) {
@@ -266,7 +267,7 @@ __device__ __forceinline__ void attend_tile(const Reading<T>& at, const ReadList
 #pragma unroll
             for (int t = 0; t < SIXTEENS; ++t) {
                 uint32_t b[4];
-                ldmatrix_x4_trans(b, value_tile + swizzled<2 * D>(t * 16 + lane % 16, c + lane / 16));
+                ldmatrix_x4_trans(b, value_tile + swizzled<2 * PITCH<D>>(t * 16 + lane % 16, c + lane / 16));
 #pragma unroll
                 for (int i = 0; i < TALL; ++i) {
                     mma(acc[i][c], weights[i][t], b[0], b[1], T());
@@ -334,9 +335,16 @@ __device__ void attend_listed(const T* q, const T* keys, const T* values, const 
         attend_listed<T, D, TALL>(q, keys, values, mean_keys, mean_values, r, order, query_offsets, chosen, left,      \
                                   counts, out);                                                                        \
     }
+#define TILES(suffix, T, D) KERNELS(suffix, T, D, 1) KERNELS(suffix, T, D, 2)
 #define INSTANCES(suffix, T)                                                                                           \
-    KERNELS(suffix, T, 64, 1) KERNELS(suffix, T, 64, 2) KERNELS(suffix, T, 128, 1) KERNELS(suffix, T, 128, 2)
+    TILES(suffix, T, 64)                                                                                               \
+    TILES(suffix, T, 80)                                                                                               \
+    TILES(suffix, T, 96)                                                                                               \
+    TILES(suffix, T, 112)                                                                                              \
+    TILES(suffix, T, 128)                                                                                              \
+    KERNELS(suffix, T, 256, 1)
 INSTANCES(f16, __half)
 INSTANCES(bf16, __nv_bfloat16)
 #undef INSTANCES
+#undef TILES
 #undef KERNELS

@@ -8,16 +8,22 @@ constexpr int BLOCK = ROUTE_THREADS, WARPS = BLOCK / WARP, KEYS = ROUTE_KEYS;
 constexpr int EIGHTS = KEYS / 8, SIXTEENS = KEYS / 16;
 static_assert(KEYS <= BLOCK && KEYS % 32 == 0, "a thread to each key of a tile");
 
+/// A row lies in shared memory as whole lines of 128 bytes, so that what `ldmatrix` reads spreads over all banks: so
+/// many columns, of which those beyond D are neither written nor read.
+template <int D>
+constexpr int PITCH = (D + 63) / 64 * 64;
+
 /// Copies COUNT rows, of which `row_at` gives the address (null: zeros).
 template <int D, int COUNT, class RowAt>
 __device__ __forceinline__ void copy_rows(uint32_t to, const void* any, RowAt row_at) {
-    constexpr int PIECES = D / 8, LINES = BLOCK / PIECES;
+    constexpr int PIECES = PITCH<D> / 8, LINES = BLOCK / PIECES;
     const int piece = threadIdx.x % PIECES;
+    if (piece * 8 >= D) return;
 #pragma unroll
     for (int i = 0; i < COUNT / LINES; ++i) {
         const int row = threadIdx.x / PIECES + i * LINES;
         const auto* const from = row_at(row);
-        cp_async_16(to + swizzled<2 * D>(row, piece), from ? from + piece * 8 : any, from ? 16 : 0);
+        cp_async_16(to + swizzled<2 * PITCH<D>>(row, piece), from ? from + piece * 8 : any, from ? 16 : 0);
     }
 }
 
@@ -36,8 +42,10 @@ __device__ __forceinline__ void score(Scores<TALL>& s, uint32_t rows, uint32_t k
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
         multiply_step<T>(
-            s, [&](int i) { return rows + swizzled<2 * D>(i * 16 + lane % 16, step * 2 + lane / 16); },
-            [&](int j) { return keys + swizzled<2 * D>(j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2); });
+            s, [&](int i) { return rows + swizzled<2 * PITCH<D>>(i * 16 + lane % 16, step * 2 + lane / 16); },
+            [&](int j) {
+                return keys + swizzled<2 * PITCH<D>>(j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2);
+            });
     }
 }
 

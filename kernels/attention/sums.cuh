@@ -16,7 +16,7 @@ __device__ __forceinline__ void Unit<T, D, CODED>::add_warps(const Running<T, D>
     sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
     __syncthreads();
     if (t == 0) tops[warp][g] = make_float2(running.most, sum);
-        // Four columns of a lane at a time, those of other lanes beside them.
+    // Four columns of a lane at a time, those of other lanes beside them.
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
         const int h = 2 * t + e;
@@ -31,8 +31,8 @@ __device__ __forceinline__ void Unit<T, D, CODED>::add_warps(const Running<T, D>
     __syncthreads();
     float* const out = sums_of(block) + from * STRIDE;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < live * D; i += BLOCK) {
-        const int h = i / D, slot = i % D;
+    for (int i = threadIdx.x; i < live * WIDTH; i += BLOCK) {
+        const int h = i / WIDTH, slot = i % WIDTH;
         float most = -INFINITY, value = 0, weight = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) most = fmaxf(most, tops[w][h].x);
@@ -44,7 +44,7 @@ __device__ __forceinline__ void Unit<T, D, CODED>::add_warps(const Running<T, D>
             weight = fmaf(shrink, top.y, weight);
         }
         out[h * STRIDE + slot] = value;
-        if (slot == 0) *reinterpret_cast<float2*>(out + h * STRIDE + D) = make_float2(most, weight);
+        if (slot == 0) *reinterpret_cast<float2*>(out + h * STRIDE + WIDTH) = make_float2(most, weight);
     }
 }
 
@@ -53,10 +53,10 @@ template <class T, int D, bool CODED>
 __device__ __forceinline__ void Unit<T, D, CODED>::add_blocks() const {
     T* const out = static_cast<T*>(c.out) + int64_t(unit) * c.group * D;
 #pragma unroll 1
-    for (int i = block * BLOCK + threadIdx.x; i < c.group * D; i += c.blocks * BLOCK) {
-        const int h = i / D, slot = i % D;  // a head has whole warps
+    for (int i = block * BLOCK + threadIdx.x; i < c.group * WIDTH; i += c.blocks * BLOCK) {
+        const int h = i / WIDTH, slot = i % WIDTH;  // a head has whole warps
         float2 own = {-INFINITY, 0};
-        if (lane < c.blocks) own = __ldcg(reinterpret_cast<const float2*>(sums_of(lane) + h * STRIDE + D));
+        if (lane < c.blocks) own = __ldcg(reinterpret_cast<const float2*>(sums_of(lane) + h * STRIDE + WIDTH));
         float parts[BLOCKS];
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) parts[b] = b < c.blocks ? __ldcg(sums_of(b) + h * STRIDE + slot) : 0;
@@ -68,6 +68,6 @@ __device__ __forceinline__ void Unit<T, D, CODED>::add_blocks() const {
         // The column of a lane's value: one of a pair in its piece of a part.
         const int g = slot % 32 / 4, at = slot / 32 * 4 + slot % 4, pair = at / 2, part = pair / (F::EACH / 2);
         const int column = part * 8 * F::EACH + g * F::EACH + pair % (F::EACH / 2) * 2 + at % 2;
-        out[h * D + column] = T(value);
+        if (WIDTH == D || column < D) out[h * D + column] = T(value);
     }
 }

@@ -3,7 +3,6 @@
 #include "attention/fragments.cuh"
 #include "attention/team.cuh"
 
-constexpr int BLOCK = ATTEND_THREADS, WARPS = BLOCK / WARP;
 constexpr int BLOCKS = ATTEND_BLOCKS;  // of a unit, at most
 constexpr int HEADS = ATTEND_HEADS;    // query heads at once: half the rows of a product
 
@@ -11,8 +10,10 @@ constexpr int HEADS = ATTEND_HEADS;    // query heads at once: half the rows of 
 template <class T, int D, bool CODED>
 struct Unit {
     using F = Fragments<T, D>;
+    static constexpr int BLOCK = D > 128 ? ATTEND_THREADS_WIDE : ATTEND_THREADS, WARPS = BLOCK / WARP;
     static constexpr int ROWS = F::ROWS;
-    static constexpr int STRIDE = D + 4;  // of a head's sums, so that lanes write to different banks
+    static constexpr int WIDTH = F::WIDTH;
+    static constexpr int STRIDE = WIDTH + 4;  // of a head's sums, so that lanes write to different banks
     const Cache& c;
     uint32_t unit, block;
     int begin, end;           // clusters of this block
@@ -30,11 +31,16 @@ struct Unit {
 
     /// Begins to load the queries from a head on.
     __device__ __forceinline__ void load_queries(int from) const {
-        if (warp < F::PIECES) {
-            const int head = min(from + g, c.group - 1);
-            const T* const q = static_cast<const T*>(c.q) + (int64_t(unit) * c.group + head) * D;
-            cp_async_16(shared_address(queries + threadIdx.x), q + (warp * 4 + t) * F::EACH,
-                        from + g < c.group ? 16 : 0);
+        const int head = min(from + g, c.group - 1);
+        const T* const q = static_cast<const T*>(c.q) + (int64_t(unit) * c.group + head) * D;
+#pragma unroll
+        for (int first = 0; first < F::PIECES; first += WARPS) {
+            const int p = first + warp;
+            const bool inside = F::has_key(p, t);
+            if (p < F::PIECES) {
+                cp_async_16(shared_address(queries + first * WARP + threadIdx.x),
+                            q + (inside ? p * 4 + t : 0) * F::EACH, inside && from + g < c.group ? 16 : 0);
+            }
         }
         cp_async_commit();
     }
@@ -54,6 +60,9 @@ struct Unit {
         if (lane == ROWS) from = scales + first_cluster + at;
         if (lane == ROWS + 1) from = c.spreads + first_cluster + at;
         if (lane < ROWS + 2 && at + ROWS <= end) asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+        if (D > 128 && lane < ROWS && at + ROWS <= end) {
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(mean(means, at + lane) + 128));
+        }
     }
 
     /// A cluster's spread adds so much to the score of its mean key, by the query head g that is loaded.

@@ -14,14 +14,13 @@ use crate::{
     plan::arch::{shared_memory, Arch},
     request::{Attention, Coded, CodedAttention, Codes},
     rows::in_eights,
-    tiles::{ATTEND_BLOCKS, ATTEND_HEADS, ATTEND_TEAM, ATTEND_THREADS},
+    tiles::{ATTEND_BLOCKS, ATTEND_HEADS, ATTEND_TEAM, ATTEND_THREADS, ATTEND_THREADS_WIDE},
 };
 use candle_core::{
     cuda_backend::cudarc::driver::{DevicePtr as _, DevicePtrMut},
     DType, Tensor,
 };
 
-const WARPS: usize = ATTEND_THREADS / WARP;
 /// Stages of the kernel, before each of which the blocks of a unit wait for each other.
 const STAGES: i32 = 3;
 /// Bytes of a row that a lane loads at once.
@@ -105,13 +104,7 @@ impl Cached<'_> {
             && numbers.into_iter().chain([self.offsets, q]).all(Tensor::is_contiguous)
             && self.clustered.readable(q.dtype());
         let counted = tokens.saturating_add(k) < 1 << 31;
-        let name = match (&self.clustered, d) {
-            (Tokens::Rows(_), 64) => "attend_64",
-            (Tokens::Rows(_), 128) => "attend_128",
-            (Tokens::Codes(_), 64) => "attend_coded_64",
-            (Tokens::Codes(_), 128) => "attend_coded_128",
-            _ => return Ok(None),
-        };
+        let Some(name) = self.clustered.kernel(d) else { return Ok(None) };
         if q.dtype() == DType::F64 || values.dim(3)? != d || budget.tokens == 0 || !readable || !counted {
             return Ok(None);
         }
@@ -124,7 +117,9 @@ impl Cached<'_> {
             let (Arch::Cuda { processors, .. }, Some(most)) = (arch, shared_memory(arch)) else { return Ok(None) };
             let kernel = Kernel::get(dev, self.clustered.image(), name, T::SUFFIX, most)?;
             // As many blocks as run at once.
-            let cluster = kernel.cluster(all, ATTEND_THREADS, ATTEND_BLOCKS)?;
+            let threads = if d > 128 { ATTEND_THREADS_WIDE } else { ATTEND_THREADS };
+            let warps = threads / WARP;
+            let cluster = kernel.cluster(all, threads, ATTEND_BLOCKS)?;
             let blocks = cluster.unwrap_or((processors / all.max(1)).clamp(1, ATTEND_BLOCKS));
 
             // A block holds queries; ranks, offsets and its tokens; in their place, or beside them if the query heads take turns,
@@ -136,8 +131,11 @@ impl Cached<'_> {
             let team = cluster.is_some() && blocks > 1 && k >= ATTEND_TEAM;
             let ranked = if team { clusters } else { k };
             let list_bytes = (4 * (2 * ranked + 1 + self.clustered.lists() * rows)).next_multiple_of(16);
-            let sums = 4 * WARPS * group.min(ATTEND_HEADS) * (d + 4);
-            let queries = ATTEND_HEADS * d * size_of::<T>();
+            // Lanes have whole pieces: four of them a row for scores, and eight for values.
+            let columns = |lanes: usize| d.next_multiple_of(lanes * PIECE / size_of::<T>());
+            let stride = columns(8) + 4;
+            let sums = 4 * warps * group.min(ATTEND_HEADS) * stride;
+            let queries = ATTEND_HEADS * columns(4) * size_of::<T>();
             let lists = queries + if group > ATTEND_HEADS { list_bytes + sums } else { list_bytes.max(sums) };
             let entries = self.clustered.entry_bytes();
             let (place, shared) = if lists + entries <= most { (lists / 16, lists + entries) } else { (0, lists) };
@@ -149,8 +147,8 @@ impl Cached<'_> {
             let mut scratch = ArenaLayout::default();
             let width = k.next_multiple_of(2);
             let bounds = scratch.unwritten::<f32>(elements(&[all, group, width]));
-            let of_means = scratch.unwritten::<[f32; 2]>(elements(&[all, blocks, WARPS, group]));
-            let partial = scratch.unwritten::<f32>(elements(&[all, blocks, group, d + 4]));
+            let of_means = scratch.unwritten::<[f32; 2]>(elements(&[all, blocks, warps, group]));
+            let partial = scratch.unwritten::<f32>(elements(&[all, blocks, group, stride]));
             let scratch = scratch.scratch(dev, op, memory)?;
             let mut out = alloc::<T>(dev, op, elements(&[b, q_heads, d]))?;
 
@@ -217,11 +215,11 @@ impl Cached<'_> {
                 team: team as i32,
             };
             if cluster.is_some() {
-                kernel.run_clusters(&params, grid, ATTEND_THREADS, shared, Some(blocks))?;
+                kernel.run_clusters(&params, grid, threads, shared, Some(blocks))?;
             } else {
                 for stage in 1..=STAGES {
                     (params.first, params.last) = (stage, stage);
-                    kernel.run_clusters(&params, grid, ATTEND_THREADS, shared, None)?;
+                    kernel.run_clusters(&params, grid, threads, shared, None)?;
                 }
             }
             drop(written);
@@ -236,6 +234,20 @@ impl Tokens<'_> {
             Self::Rows(_) => Image::Attend,
             Self::Codes(_) => Image::AttendCoded,
         }
+    }
+
+    /// The kernel for heads of so many columns, if there is one.
+    fn kernel(&self, d: usize) -> Option<&'static str> {
+        macro_rules! kernels {
+            ($rows:literal, $codes:literal; $($columns:literal),+) => {
+                match (self, d) {
+                    $((Self::Rows(_), $columns) => Some(concat!($rows, $columns)),
+                    (Self::Codes(_), $columns) => Some(concat!($codes, $columns)),)+
+                    _ => None,
+                }
+            };
+        }
+        kernels!("attend_", "attend_coded_"; 64, 80, 96, 112, 128, 256)
     }
 
     /// True if lanes can load these: a piece of a row is as many whole codes, of a power of two of columns.

@@ -13,6 +13,7 @@ use crate::{
     error::Result,
     memory::Memory,
     operand::Readable,
+    plan::arch::shared_memory,
     problem::empty,
     request::Routed,
     rows::{in_eights, Rows},
@@ -29,7 +30,14 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     let (k, units) = (groups.mean_keys.dim(2)?, groups.queries.k());
     let clustered = groups.keys.order.dim(1)?;
     let half = matches!(r.q.dtype(), DType::F16 | DType::BF16);
-    if !half || !matches!(d, 64 | 128) || r.scale <= 0.0 || !select::fits(k, arch(dev)?) {
+    // Tiles of 32 queries a warp read keys half as often, and are worth it where groups fill them.
+    let tall = if m > units * ROUTE_THREADS / 2 && d <= 128 { 2 } else { 1 };
+    let Some(kernels) = kernels(d, tall) else { return Ok(None) };
+    let (rows, pitch) = (ROUTE_THREADS / 2 * tall, d.next_multiple_of(64));
+    let shared = (rows + 2 * ROUTE_KEYS) * pitch * 2;
+    let arch = arch(dev)?;
+    let fits = shared_memory(arch).is_some_and(|most| shared <= most) && select::fits(k, arch);
+    if !half || r.scale <= 0.0 || !fits {
         return Ok(None);
     }
     let aligned = |t: &Tensor| if in_eights(t) { Ok(t.clone()) } else { t.force_contiguous() };
@@ -41,15 +49,6 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     let (keys, values) = (rows_in_eights(r.keys)?, rows_in_eights(r.values)?);
 
     let all = elements(&[b, heads, units]);
-    // Tiles of 32 queries a warp read keys half as often, and are worth it where groups fill them.
-    let (tall, kernels) = match (d, m > units * ROUTE_THREADS / 2) {
-        (64, false) => (1, ["route_scores_64_1", "route_attend_64_1"]),
-        (64, true) => (2, ["route_scores_64_2", "route_attend_64_2"]),
-        (_, false) => (1, ["route_scores_128_1", "route_attend_128_1"]),
-        (_, true) => (2, ["route_scores_128_2", "route_attend_128_2"]),
-    };
-    let rows = ROUTE_THREADS / 2 * tall;
-    let shared = (rows + 2 * ROUTE_KEYS) * d * 2;
     let (sinks, others) = (r.sinks, n - r.sinks - clustered);
     let route = Route {
         key_head: keys.batch_stride as i64,
@@ -107,6 +106,22 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
             &mut out)?;
         Ok(Some(tensor(dev, out, (b, heads, m, d))))
     })
+}
+
+/// The kernels that rank clusters and attend, for rows of so many columns and tiles of 16 queries a warp, or so many times as many.
+fn kernels(d: usize, tall: usize) -> Option<[&'static str; 2]> {
+    macro_rules! kernels {
+        ($(($columns:literal, $tall:literal)),+) => {
+            match (d, tall) {
+                $(($columns, $tall) => Some([
+                    concat!("route_scores_", $columns, "_", $tall),
+                    concat!("route_attend_", $columns, "_", $tall),
+                ]),)+
+                _ => None,
+            }
+        };
+    }
+    kernels!((64, 1), (64, 2), (80, 1), (80, 2), (96, 1), (96, 2), (112, 1), (112, 2), (128, 1), (128, 2), (256, 1))
 }
 
 /// Views `t`, or a copy of it, as rows that start at multiples of eight elements.

@@ -200,10 +200,11 @@ fn reads_what_the_budget_says_and_estimates_the_rest() {
     }
 }
 
-/// The shapes that there are kernels for: one row, on a GPU of 64 or 128 columns. Clusters of one token leave halves nothing to
+/// The shapes that there are kernels for: one row, on a GPU of so many columns. Clusters of one token leave halves nothing to
 /// choose, so that rounded ranks cannot matter.
 #[test]
 fn one_row_of_many_columns() {
+    const KERNELS: [usize; 6] = [64, 80, 96, 112, 128, 256];
     for device in devices() {
         let mut rng = rng(57);
         for (d, width, heads) in [
@@ -211,8 +212,16 @@ fn one_row_of_many_columns() {
             (64, 64, 6),
             (128, 128, 8),
             (128, 128, 12),
-            (96, 96, 2),
-            (256, 256, 4),
+            (80, 80, 6),
+            (96, 96, 8),
+            (96, 96, 20),
+            (112, 112, 2),
+            (256, 256, 6),
+            (256, 256, 18),
+            (48, 48, 4),
+            (160, 160, 4),
+            (256, 128, 4),
+            (96, 112, 4),
             (5, 5, 10),
             (33, 64, 6),
             (64, 33, 6),
@@ -244,7 +253,7 @@ fn one_row_of_many_columns() {
                         let ran = testing::launches().iter().any(|l| l.starts_with("attend_"));
                         assert_eq!(
                             ran,
-                            device.is_cpu() || d == width && [64, 128].contains(&d),
+                            device.is_cpu() || d == width && KERNELS.contains(&d),
                             "{d} and {width} columns"
                         );
                         let expected = spec(&cache, &q, (tokens, estimate, shared));
@@ -783,17 +792,18 @@ pub fn refused<T: std::fmt::Debug>(result: Result<T, Error>, variant: &str, part
 /// The blocks of a GPU rank so many clusters together, and choose those of the specification.
 #[test]
 fn many_clusters_are_ranked_together() {
-    for (device, dtype) in devices().into_iter().flat_map(|d| [DType::F32, DType::F16].map(|t| (d.clone(), t))) {
+    let cases = [(DType::F32, 64), (DType::F16, 64), (DType::F16, 96), (DType::BF16, 256)];
+    for (device, (dtype, d)) in devices().into_iter().flat_map(|device| cases.map(|case| (device.clone(), case))) {
         let mut rng = rng(67);
         let mut cache = ClusteredKvCache::new(0).sinks(SINKS).recent(RECENT).cluster_size(4).passes(1);
-        let [k, v] = [(); 2].map(|_| random([1, 1, 18_000, 64], dtype, &device, &mut rng));
+        let [k, v] = [(); 2].map(|_| random([1, 1, 18_000, d], dtype, &device, &mut rng));
         cache.append(&k, &v).unwrap();
         assert!(cache.cluster().unwrap());
         assert!(cache.clusters().unwrap().sizes.dims()[2] > 4000);
-        let q = random([1, 3, 1, 64], dtype, &device, &mut rng);
+        let q = random([1, 3, 1, d], dtype, &device, &mut rng);
         for all in [(1, true, false), (700, true, true), (3000, false, false), (17_000, true, true)] {
             let out = cache.attend(&q, SCALE, budget(all)).unwrap();
-            assert_near(&out, &spec(&cache, &q, all), tolerance(dtype), &format!("{dtype:?} {all:?}"));
+            assert_near(&out, &spec(&cache, &q, all), tolerance(dtype), &format!("{dtype:?} of {d} columns, {all:?}"));
         }
     }
 }

@@ -88,9 +88,20 @@ fn twins(codes: KvCodes, d: usize, dtype: DType, device: &Device, rng: &mut ChaC
 fn codes_are_read_as_what_they_stand_for() {
     for (device, codes) in devices().into_iter().flat_map(|device| CODES.map(|codes| (device.clone(), codes))) {
         // The last has more query heads to a key head than a kernel takes at once.
-        for (dtype, d, heads) in
-            [(DType::F64, 8, 6), (DType::F32, 8, 6), (DType::F32, 64, 6), (DType::F16, 128, 6), (DType::BF16, 64, 20)]
-        {
+        for (dtype, d, heads) in [
+            (DType::F64, 8, 6),
+            (DType::F32, 8, 6),
+            (DType::F32, 64, 6),
+            (DType::F16, 128, 6),
+            (DType::BF16, 64, 20),
+            (DType::F32, 80, 6),
+            (DType::BF16, 80, 6),
+            (DType::F16, 96, 6),
+            (DType::F32, 112, 20),
+            (DType::F16, 112, 6),
+            (DType::F32, 256, 6),
+            (DType::F16, 256, 20),
+        ] {
             let mut rng = rng(80);
             let [coded, plain] = twins(codes, d, dtype, &device, &mut rng);
             assert!(coded.clusters().is_none());
@@ -101,7 +112,11 @@ fn codes_are_read_as_what_they_stand_for() {
                 for tokens in [0, 1, 7, 30, 79, 80] {
                     for (estimate, shared) in [(true, false), (false, false), (true, true), (false, true)] {
                         let all = (tokens, estimate, shared);
+                        testing::launches();
                         let out = coded.attend(&q, SCALE, budget(all)).unwrap();
+                        let kernel = format!("attend_coded_{d}_");
+                        let ran = testing::launches().iter().any(|l| l.starts_with(&kernel));
+                        assert_eq!(ran, device.is_cuda() && rows == 1 && d >= 64 && tokens > 0, "{kernel}");
                         let what = format!("{codes:?} {dtype:?} of {d} columns, {rows} rows, {all:?}");
                         assert_near(&out, &spec(&plain, &q, all), tolerance(dtype), &what);
                     }

@@ -194,9 +194,17 @@ fn groups_read_what_matters_to_them_and_estimate_the_rest() {
 fn rows_of_many_columns() {
     for (device, dtype) in devices().into_iter().flat_map(|d| [DType::F16, DType::BF16].map(|t| (d.clone(), t))) {
         let mut rng = rng(71);
-        for (d, heads, m, n, query_group) in
-            [(64, 2, 70, 300, 128), (64, 6, 33, 257, 8), (128, 2, 150, 400, 60), (128, 4, 1, 200, 1)]
-        {
+        for (d, heads, m, n, query_group) in [
+            (64, 2, 70, 300, 128),
+            (64, 6, 33, 257, 8),
+            (128, 2, 150, 400, 60),
+            (128, 4, 1, 200, 1),
+            (80, 2, 140, 200, 140),
+            (96, 6, 33, 157, 8),
+            (96, 2, 70, 200, 70),
+            (112, 2, 33, 200, 8),
+            (256, 2, 130, 200, 60),
+        ] {
             for causal in [false, true] {
                 let [q, k, v] =
                     [(heads, m), (2, n), (2, n)].map(|(h, n)| random([2, h, n, d], dtype, &device, &mut rng));

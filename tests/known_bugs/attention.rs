@@ -176,7 +176,7 @@ fn shares_that_underflow_rank_before_empty_groups() {
 /// Scores that are NaN or infinite in some clusters are ranked like any, and spoil no other head.
 #[test]
 fn scores_that_are_no_numbers_are_ranked() {
-    for (device, columns) in devices().into_iter().flat_map(|d| [8, 64].map(|columns| (d.clone(), columns))) {
+    for (device, columns) in devices().into_iter().flat_map(|d| [8, 64, 96].map(|columns| (d.clone(), columns))) {
         let (n, far) = (700, 1e30);
         let mut rng = rng(5);
         let keys = f64s(&uniform(&[1, 2, n, columns], 0.0, 1.0, DType::F32, &mut rng));

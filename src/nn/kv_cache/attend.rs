@@ -64,7 +64,8 @@ impl ClusteredKvCache {
     ///
     /// One row on a CPU is one kernel, of any dtype and columns, over clusters or all tokens: it reads tokens where they lie, scores and
     /// weighs in f32 (f64 for f64), and has the same bits for any number of threads. On a GPU one row that reads clusters is, of f16, bf16 or
-    /// f32 with 64 or 128 columns, of keys and of values: a launch with thread block clusters (from Hopper on; three launches elsewhere).
+    /// f32 with 64, 80, 96, 112, 128 or 256 columns, as many of keys as of values: a launch with thread block clusters (from Hopper on;
+    /// three launches elsewhere).
     /// Of a cache with [`codes`](Self::codes) one row is a kernel that reads them by tables: on a CPU for any budget, on a GPU where the other
     /// kernel would be and pieces have a power of two of columns, at most 16 bytes. Elsewhere the codes of the tokens that are read are
     /// decoded first, those of all where all are read.

@@ -76,9 +76,9 @@ pub enum KeyBudget {
 /// not finite. A key or value that is not finite makes the outputs of the queries that read it so. Other heads and batch
 /// elements are not affected, nor is the next call.
 ///
-/// On a GPU, f16 and bf16 rows of 64 or 128 columns are attended by one kernel that reads rows where they lie, in the order of
-/// the groups' lists, so that nothing is permuted or copied and no mask exists. For others, and on the CPU, Candle's products
-/// compute all scores and a mask removes those that are not read, which is no faster than attention. The host waits for
+/// On a GPU, f16 and bf16 rows of 64, 80, 96, 112, 128 or 256 columns (of 256 where blocks have 100 KB of shared memory) are attended by
+/// one kernel that reads rows where they lie, in the order of the groups' lists, so that nothing is permuted or copied and no mask
+/// exists. For others, and on the CPU, Candle's products compute all scores and a mask removes those that are not read, which is no faster than attention. The host waits for
 /// nothing, and no gradient flows. Without queries the result is empty.
 ///
 /// A clone goes on by itself, from the same centroids.
