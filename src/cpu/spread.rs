@@ -2,7 +2,8 @@
 //!
 //! The seeds of a pass stay in a cache, and a row comes from memory once for all of them. What is left is arithmetic, of which folding the
 //! lanes of a distance would be the longer part, since each of its additions waits for the one before: so all seeds' lanes are filled
-//! first, and then folded in a loop of its own, where the additions of one do not wait for those of another.
+//! first, and then folded side by side, where no addition waits for that of another seed. Rows are cut into the columns of all lanes, the
+//! last ones of them zeros, whose terms add zero to what is not below it.
 
 use super::{
     rows::distance,
@@ -17,8 +18,12 @@ use crate::{
 };
 use pulp::NullaryFnOnce;
 
-/// Columns that are added up before a row asks whether a seed is too far to count. It asks again after twice as many, and so on.
-const CHECKED: usize = 4 * LANES;
+/// Columns of each lane that are added up before a row asks whether a seed is too far to count. It asks again after four times as many, and so
+/// on.
+const CHECKED: usize = 4;
+
+/// Seeds whose lanes are folded side by side.
+const FOLDED: usize = 16;
 
 /// Rows of a task at least, of which each has its own potentials.
 const LEAST_ROWS: usize = 16;
@@ -26,8 +31,8 @@ const LEAST_ROWS: usize = 16;
 /// Rows of a problem as seeds.
 pub(super) struct Seeds<S> {
     pub rows: Vec<u32>,
-    /// `(rows, d)`, as distances take them.
-    values: Vec<S>,
+    /// The rows one after another, as distances take them.
+    values: Vec<[S; LANES]>,
 }
 
 /// What distances are measured by: the rows of a problem, and their norms by cosine.
@@ -40,17 +45,26 @@ pub(super) struct Measure<'a, T: Element> {
 
 /// Room for what a row meets.
 pub(super) struct Scratch<S> {
-    row: Vec<S>,
-    lanes: Vec<[S; LANES]>,
+    row: Vec<[S; LANES]>,
+    sums: Sums<S>,
+}
+
+/// Sums of a row and several seeds.
+struct Sums<S> {
     /// The seeds that may still be near enough to count.
     open: Vec<usize>,
+    /// Of each of these, and all of them in one.
+    lanes: Vec<[S; LANES]>,
+    folded: Vec<S>,
+    /// What the sum of each seed has come to.
     found: Vec<f64>,
 }
 
 impl<S: Scalar> Scratch<S> {
     pub fn new(d: usize, seeds: usize) -> Self {
-        let zero = S::of(0.0);
-        Self { row: vec![zero; d], lanes: vec![[zero; LANES]; seeds], open: vec![], found: vec![0.0; seeds] }
+        let (zero, open) = (S::of(0.0), Vec::with_capacity(seeds));
+        let sums = Sums { open, lanes: vec![[zero; LANES]; seeds], folded: vec![zero; seeds], found: vec![0.0; seeds] };
+        Self { row: vec![[zero; LANES]; d.div_ceil(LANES)], sums }
     }
 }
 
@@ -61,9 +75,9 @@ impl<'a, T: Element> Measure<'a, T> {
     }
 
     pub fn seeds(&self, rows: Vec<u32>) -> Seeds<T::Filter> {
-        let d = self.x.rows.d;
-        let mut values = vec![T::Filter::of(0.0); rows.len() * d];
-        for (&row, values) in rows.iter().zip(values.chunks_exact_mut(d)) {
+        let len = self.x.rows.d.div_ceil(LANES);
+        let mut values = vec![[T::Filter::of(0.0); LANES]; rows.len() * len];
+        for (&row, values) in rows.iter().zip(values.chunks_exact_mut(len)) {
             self.widened(row as usize, values);
         }
         Seeds { rows, values }
@@ -71,7 +85,8 @@ impl<'a, T: Element> Measure<'a, T> {
 
     /// A row as distances take it: by its norm where there are norms.
     #[inline(always)]
-    fn widened(&self, i: usize, out: &mut [T::Filter]) {
+    fn widened(&self, i: usize, out: &mut [[T::Filter; LANES]]) {
+        let out = &mut out.as_flattened_mut()[..self.x.rows.d];
         T::filter_row(self.x.row(self.b, i), out);
         if let Some(norms) = self.norms {
             let inverse = T::Filter::of(1.0 / norms[self.b * self.x.rows.n + i]);
@@ -88,10 +103,10 @@ impl<'a, T: Element> Measure<'a, T> {
         seeds: &Seeds<T::Filter>,
         scratch: &'s mut Scratch<T::Filter>,
     ) -> &'s [f64] {
-        let Scratch { row, lanes, open, found } = scratch;
+        let Scratch { row, sums } = scratch;
         let own = self.x.row(self.b, i);
-        let row = match T::as_filter(own).filter(|_| self.norms.is_none()) {
-            Some(row) => row,
+        let row = match T::as_filter(own).map(<[_]>::as_chunks).filter(|row| self.norms.is_none() && row.1.is_empty()) {
+            Some((row, _)) => row,
             None => {
                 self.widened(i, row);
                 &*row
@@ -99,14 +114,13 @@ impl<'a, T: Element> Measure<'a, T> {
         };
         let limits = if T::Filter::UNIT > 1e-10 { Limits::F32 } else { Limits::F64 };
         let part = if self.metric == Metric::Cosine { 0.5 } else { 1.0 };
-        let (lanes, found) = (&mut lanes[..seeds.rows.len()], &mut found[..seeds.rows.len()]);
-        match self.metric {
-            Metric::Manhattan => sums(row, &seeds.values, near, &limits, lanes, open, found, |x, c| x.sub(c).abs()),
-            _ => sums(row, &seeds.values, near / part, &limits, lanes, open, found, |x, c| {
+        let found = match self.metric {
+            Metric::Manhattan => sums.add_up(row, seeds, near, &limits, |x, c| x.sub(c).abs()),
+            _ => sums.add_up(row, seeds, near / part, &limits, |x, c| {
                 let t = x.sub(c);
                 t.mul(t)
             }),
-        }
+        };
         for (found, &seed) in found.iter_mut().zip(&seeds.rows) {
             *found = if limits.hold(*found) {
                 *found * part
@@ -123,63 +137,97 @@ impl<'a, T: Element> Measure<'a, T> {
     }
 }
 
-/// The terms of all columns of `x` and each of the seeds, added up in lanes, to `found`; no more than those of the first ones where they come
-/// to `enough` already, since no term is below zero and what is rounded to nearest keeps its order.
-#[allow(clippy::too_many_arguments)] // Parts of a scratch, which are borrowed one by one.
-#[inline(always)]
-fn sums<S: Scalar>(
-    x: &[S],
-    seeds: &[S],
-    enough: f64,
-    limits: &Limits,
-    lanes: &mut [[S; LANES]],
-    open: &mut Vec<usize>,
-    found: &mut [f64],
-    term: impl Fn(S, S) -> S,
-) {
-    let (d, mut from, mut to) = (x.len(), 0, CHECKED.min(x.len()));
-    lanes.fill([S::of(0.0); LANES]);
-    open.clear();
-    open.extend(0..lanes.len());
-    loop {
-        for &t in &*open {
-            lanes[t] = added(lanes[t], &x[from..to], &seeds[t * d + from..t * d + to], &term);
+impl<S: Scalar> Sums<S> {
+    /// The terms of all columns of `x` and each of the seeds, added up in lanes; no more than those of the first ones where they come to
+    /// `enough` already, since no term is below zero and what is rounded to nearest keeps its order.
+    #[inline(always)]
+    fn add_up(
+        &mut self,
+        x: &[[S; LANES]],
+        seeds: &Seeds<S>,
+        enough: f64,
+        limits: &Limits,
+        term: impl Fn(S, S) -> S,
+    ) -> &mut [f64] {
+        let Self { open, lanes, folded, found } = self;
+        let (count, len) = (seeds.rows.len(), x.len());
+        open.clear();
+        open.extend(0..count);
+        lanes[..count].fill([S::of(0.0); LANES]);
+        let (mut from, mut to) = (0, CHECKED.min(len));
+        while !open.is_empty() {
+            let part = |t: usize| &seeds.values[t * len + from..t * len + to];
+            for (open, lanes) in open.chunks(2).zip(lanes.chunks_mut(2)) {
+                match (open, lanes) {
+                    (&[t, u], [of_t, of_u]) => {
+                        [*of_t, *of_u] = added([*of_t, *of_u], &x[from..to], [part(t), part(u)], &term)
+                    }
+                    (&[t], [of_t, ..]) => [*of_t] = added([*of_t], &x[from..to], [part(t)], &term),
+                    _ => {}
+                }
+            }
+            fold(&lanes[..open.len()], folded);
+            let mut kept = 0;
+            for i in 0..open.len() {
+                let (t, sum) = (open[i], folded[i].widen());
+                found[t] = sum;
+                if to < len && !(sum >= enough && sum > limits.least && sum < limits.most / 2.0) {
+                    open[kept] = t;
+                    if kept < i {
+                        lanes[kept] = lanes[i];
+                    }
+                    kept += 1;
+                }
+            }
+            open.truncate(kept);
+            (from, to) = (to, len.min(4 * to));
         }
-        for &t in &*open {
-            found[t] = folded(&lanes[t]).widen();
-        }
-        if to == d {
-            return;
-        }
-        open.retain(|&t| !(found[t] >= enough && found[t] > limits.least && found[t] < limits.most / 2.0));
-        if open.is_empty() {
-            return;
-        }
-        (from, to) = (to, d.min(2 * to));
+        &mut found[..count]
     }
 }
 
-/// The lanes with the terms of more columns. They come and go as values, which the compiler keeps in registers.
+/// The lanes of some seeds with the terms of more columns. They come and go as values, which the compiler keeps in registers; two seeds at a
+/// time, so that additions to the lanes of one do not wait for each other.
 #[inline(always)]
-fn added<S: Scalar>(mut lanes: [S; LANES], x: &[S], c: &[S], term: impl Fn(S, S) -> S) -> [S; LANES] {
-    let ((x, x_rest), (c, c_rest)) = (x.as_chunks::<LANES>(), c.as_chunks::<LANES>());
-    for (x, c) in x.iter().zip(c) {
-        for l in 0..LANES {
-            lanes[l] = lanes[l].add(term(x[l], c[l]));
+fn added<S: Scalar, const G: usize>(
+    mut lanes: [[S; LANES]; G],
+    x: &[[S; LANES]],
+    c: [&[[S; LANES]]; G],
+    term: impl Fn(S, S) -> S,
+) -> [[S; LANES]; G] {
+    for (i, x) in x.iter().enumerate() {
+        for (lanes, c) in lanes.iter_mut().zip(c) {
+            for ((lane, &x), &c) in lanes.iter_mut().zip(x).zip(&c[i]) {
+                *lane = lane.add(term(x, c));
+            }
         }
     }
-    lanes.iter_mut().zip(x_rest.iter().zip(c_rest)).for_each(|(lane, (&x, &c))| *lane = lane.add(term(x, c)));
     lanes
 }
 
-/// All lanes in one: those 16, 8, 4, 2 and 1 apart.
+/// All lanes of each seed in one: those 16, 8, 4, 2 and 1 apart, each step for all of some seeds, in vectors.
 #[inline(always)]
-fn folded<S: Scalar>(lanes: &[S; LANES]) -> S {
-    let of: [S; 16] = std::array::from_fn(|l| lanes[l].add(lanes[l + 16]));
-    let of: [S; 8] = std::array::from_fn(|l| of[l].add(of[l + 8]));
-    let of: [S; 4] = std::array::from_fn(|l| of[l].add(of[l + 4]));
-    let of: [S; 2] = std::array::from_fn(|l| of[l].add(of[l + 2]));
-    of[0].add(of[1])
+fn fold<S: Scalar>(lanes: &[[S; LANES]], folded: &mut [S]) {
+    let zero = S::of(0.0);
+    for (lanes, folded) in lanes.chunks(FOLDED).zip(folded.chunks_mut(FOLDED)) {
+        let (mut sixteen, mut eight, mut four) = ([[zero; 16]; FOLDED], [[zero; 8]; FOLDED], [[zero; 4]; FOLDED]);
+        let count = lanes.len();
+        halve(lanes, &mut sixteen[..count]);
+        halve(&sixteen[..count], &mut eight[..count]);
+        halve(&eight[..count], &mut four[..count]);
+        for (of, folded) in four[..count].iter().zip(folded) {
+            *folded = of[0].add(of[2]).add(of[1].add(of[3]));
+        }
+    }
+}
+
+#[inline(always)]
+fn halve<S: Scalar, const N: usize, const M: usize>(from: &[[S; N]], to: &mut [[S; M]]) {
+    for (from, to) in from.iter().zip(to) {
+        for l in 0..M {
+            to[l] = from[l].add(from[l + M]);
+        }
+    }
 }
 
 /// Rows of a problem, and the seeds that they meet.
