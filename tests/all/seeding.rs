@@ -228,7 +228,7 @@ fn plus_plus(x: &Rows, w: &[f64], k: usize, metric: Metric, of: [u64; 2]) -> Vec
         let before: Vec<f64> = (0..n).map(|row| if block == 0 { 1.0 } else { near(row, &chosen) }).collect();
         let drawn_by = |row: usize| before[row] * w[row];
         // Number 0 is for the first arrival of a row, the odd ones say whether it is taken, the even ones when it comes again.
-        let wait = |row: usize, again: u64| -uniform_of(of, block + (2 * again << 32), row).ln() / drawn_by(row);
+        let wait = |row: usize, again: u64| -uniform_of(of, block + ((2 * again) << 32), row).ln() / drawn_by(row);
         let mut arrivals: Vec<(f64, usize, u64)> =
             (0..n).filter(|&row| drawn_by(row) > 0.0).map(|row| (wait(row, 0), row, 0)).collect();
         for _ in 0..if block == 0 { 1 } else { DRAWS.min(k - 1) } {
@@ -238,7 +238,7 @@ fn plus_plus(x: &Rows, w: &[f64], k: usize, metric: Metric, of: [u64; 2]) -> Vec
             }
             let (time, row, again) = arrivals[0];
             let left = before[row].min(near(row, &chosen)) / before[row];
-            if block == 0 || uniform_of(of, block + (2 * again + 1 << 32), row) < left {
+            if block == 0 || uniform_of(of, block + ((2 * again + 1) << 32), row) < left {
                 chosen.push(row);
                 arrivals.remove(0);
             } else {
