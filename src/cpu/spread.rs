@@ -22,8 +22,8 @@ use pulp::NullaryFnOnce;
 /// on.
 const CHECKED: usize = 4;
 
-/// Seeds whose lanes are folded side by side.
-const FOLDED: usize = 16;
+/// Seeds whose lanes are folded side by side: so few that the compiler leaves the lanes of a seed together in a vector.
+const FOLDED: usize = 4;
 
 /// Rows of a task at least, of which each has its own potentials.
 const LEAST_ROWS: usize = 16;
@@ -196,9 +196,10 @@ fn added<S: Scalar, const G: usize>(
     term: impl Fn(S, S) -> S,
 ) -> [[S; LANES]; G] {
     for (i, x) in x.iter().enumerate() {
-        for (lanes, c) in lanes.iter_mut().zip(c) {
-            for ((lane, &x), &c) in lanes.iter_mut().zip(x).zip(&c[i]) {
-                *lane = lane.add(term(x, c));
+        for g in 0..G {
+            let c = &c[g][i];
+            for l in 0..LANES {
+                lanes[g][l] = lanes[g][l].add(term(x[l], c[l]));
             }
         }
     }
@@ -224,9 +225,7 @@ fn fold<S: Scalar>(lanes: &[[S; LANES]], folded: &mut [S]) {
 #[inline(always)]
 fn halve<S: Scalar, const N: usize, const M: usize>(from: &[[S; N]], to: &mut [[S; M]]) {
     for (from, to) in from.iter().zip(to) {
-        for l in 0..M {
-            to[l] = from[l].add(from[l + M]);
-        }
+        *to = std::array::from_fn(|l| from[l].add(from[l + M]));
     }
 }
 
