@@ -1,11 +1,12 @@
 // The draws of the initialisation: the distance to the nearest seed, the race for the next one, and its winner.
 //
 // A weighted draw is an exponential race (Efraimidis and Spirakis 2006): every row has a key of its own, and the least
-// wins. For each seed of k-means++ X is read once, by a warp for each row, and L + 2 numbers a row, read and written, L
-// being the rows that are tried for it; where a distance is the definition's, one sequential f64 chain, one thread
-// walks a whole row.
+// wins. For each block of k-means++, or step of the greedy one, X is read once, by a warp for each row, and L + 2
+// numbers a row, read and written, L being the rows that are tried (1 of a block, whose seeds lower one number); where a
+// distance is the definition's, one sequential f64 chain, one thread walks a whole row.
 #include "exact/argmin.cuh"
 #include "exact/spread.cuh"
+#include "race.cuh"
 
 __device__ __forceinline__ double nothing_near() { return __longlong_as_double(0x7ff0000000000000); }
 
@@ -86,122 +87,143 @@ __device__ void race(const double* nearest, const double* weights, int64_t b, in
     }
 }
 
-struct Lowest {
-    uint64_t key;
-    uint32_t row;
-};
+/// Of the rows that become seeds a warp meets so many at once.
+constexpr int TRIED = 8;
 
-__device__ __forceinline__ Lowest lower(Lowest a, Lowest b) {
-    return b.key < a.key || (b.key == a.key && b.row < a.row) ? b : a;
-}
-
-/// The lowest row at the smallest key that any thread of the block has, to the first warp.
-__device__ Lowest block_lowest(Lowest low) {
-    __shared__ Lowest of_warps[WARP];
-    const auto warp_lowest = [](Lowest v) {
-        for (int lane = WARP / 2; lane; lane /= 2) {
-            v = lower(v, {__shfl_xor_sync(~0u, v.key, lane), __shfl_xor_sync(~0u, v.row, lane)});
-        }
-        return v;
-    };
-    low = warp_lowest(low);
-    if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = low;
-    __syncthreads();
-    if (threadIdx.x < WARP) {
-        low = warp_lowest(threadIdx.x < blockDim.x / WARP ? of_warps[threadIdx.x] : Lowest{UINT64_MAX, UINT32_MAX});
+/// The distance of a row to seed `first + lane`, by a warp, to the first `TRIED` of its lanes: no farther than `near`,
+/// and -1 of the row itself. Where the row does not count, and where there is no seed, it is `near`.
+template <class T>
+__device__ double met(const T* x, const Rows& r, int64_t b, int64_t row, double near, bool counts, const double* norms,
+                      const uint32_t* seeds, int64_t first, int64_t count, int by) {
+    using F = Filter<T>;
+    const int lane = threadIdx.x % WARP;
+    const T* const own = row_of(x, r, b, row);
+    const F of_x = norms && counts ? reciprocal<F>(norms[b * r.n + row]) : F(1);
+    const T* c[TRIED];
+    F of_c[TRIED], sums[TRIED];
+#pragma unroll
+    for (int e = 0; e < TRIED; ++e) {
+        const bool drawn = first + e < count && seeds[first + e] != UINT32_MAX;
+        const int64_t seed = drawn ? seeds[first + e] : row;
+        c[e] = row_of(x, r, b, seed), sums[e] = 0;
+        of_c[e] = norms && counts ? reciprocal<F>(norms[b * r.n + seed]) : F(1);
     }
-    __syncthreads();
-    return low;
+    if (counts) {
+        // One seed to meet is all that the first one leaves.
+        if (count == 1) {
+            const T* const one[] = {c[0]};
+            const F of_one[] = {of_c[0]};
+            F sum[1];
+            spread_sums(by, own, one, r.d, norms != nullptr, of_x, of_one, sum);
+            sums[0] = sum[0];
+        } else {
+            spread_sums(by, own, c, r.d, norms != nullptr, of_x, of_c, sums);
+        }
+    }
+    F sum = 0;
+#pragma unroll
+    for (int e = 0; e < TRIED; ++e) sum = lane == e ? sums[e] : sum;
+    const int64_t t = first + lane;
+    const uint32_t seed = lane < TRIED && t < count ? seeds[t] : UINT32_MAX;
+    if (seed == row) return -1;
+    if (!counts || seed == UINT32_MAX) return near;
+    return fmin(near, spread_distance(by, double(sum), own, row_of(x, r, b, seed), r.d));
 }
 
-/// True if `b` comes after `a` in a race.
-__device__ __forceinline__ bool after(Lowest a, Lowest b) { return a.key < b.key || (a.key == b.key && a.row < b.row); }
-
-/// The same lowest row to all threads.
-__device__ Lowest block_winner(Lowest low) {
-    __shared__ Lowest winner;
-    low = block_lowest(low);
-    if (threadIdx.x == 0) winner = low;
-    __syncthreads();
-    low = winner;
-    __syncthreads();
-    return low;
+/// Walks through the draws of a block of k-means++, whose rows `drawn` `(b, count)` are in the order of their first
+/// arrivals: a row that arrives is taken with the share that is left of what it was drawn by, and arrives again
+/// otherwise (src/cpu/kmeanspp.rs says why). Rows that are taken go to the next of `wanted` columns of `chosen` and to
+/// `drawn`, with UINT32_MAX behind them, and `taken` counts them. `apart` `(b, count, count)` is room for the distances
+/// of the rows to each other. A block takes a problem, and a lane of its first warp a row.
+template <class T>
+__device__ void take_rows(const T* x, const Rows& r, const double* nearest, const double* weights, const double* norms,
+                          int start, int metric, uint64_t seed, uint64_t round, int64_t first_problem, uint32_t* drawn,
+                          int64_t count, double* apart, uint32_t* chosen, int64_t wanted, uint32_t* taken) {
+    const int lane = threadIdx.x % WARP, by = spread_by(metric);
+    for (int64_t b = blockIdx.x; b < r.b; b += gridDim.x) {
+        const int64_t before = taken[b];
+        if (before >= wanted) continue;
+        uint32_t* const rows = drawn + b * count;
+        double* const own_apart = apart + b * count * count;
+        const auto near_of = [&](int64_t row) { return start ? 1.0 : nearest[b * r.n + row]; };
+        const auto weight_of = [&](int64_t row) { return weights ? weights[b * r.n + row] : 1.0; };
+        for (int64_t own = threadIdx.x / WARP; own < count; own += blockDim.x / WARP) {
+            const uint32_t row = rows[own];
+            if (row == UINT32_MAX) continue;
+            const double near = near_of(row);
+            for (int64_t first = 0; first < count; first += TRIED) {
+                const double found = met(x, r, b, row, near, near > 0 && weight_of(row) > 0, norms, rows, first, count, by);
+                if (lane < TRIED && first + lane < count) own_apart[own * count + first + lane] = found;
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x < WARP) {
+            bool waits = lane < count && rows[min(int64_t(lane), count - 1)] != UINT32_MAX;
+            const uint32_t row = waits ? rows[lane] : UINT32_MAX;
+            const double near = waits ? near_of(row) : 0, p = waits ? __dmul_rn(near, weight_of(row)) : 0;
+            double arrival = waits ? race_key(seed, round, first_problem + b, row, near, weight_of(row)) : 0;
+            double now = near;
+            // Rows of no probability are all that is left, in their order.
+            const bool certain = __shfl_sync(~0u, arrival, 0) > RACED;
+            uint64_t arrivals = 0;
+            int64_t seeds = before;
+            for (int64_t draw = 0; draw < count && seeds < wanted; ++draw) {
+                const Lowest next = warp_lowest({waits ? ordered_key(arrival) : UINT64_MAX, row});
+                if (next.key == UINT64_MAX) break;
+                const int winner = __ffs(__ballot_sync(~0u, waits && row == next.row)) - 1;
+                bool takes = false;
+                if (lane == winner) {
+                    const double share = uniform(seed, beside(round, 2 * arrivals + 1), first_problem + b, row);
+                    takes = certain || now >= near || __dmul_rn(share, near) < now;
+                }
+                if (__shfl_sync(~0u, takes, winner)) {
+                    if (lane == 0) chosen[b * wanted + seeds] = rows[seeds - before] = next.row;
+                    ++seeds;
+                    waits &= lane != winner;
+                    if (waits) now = fmin(now, own_apart[lane * count + winner]);
+                } else if (lane == winner) {
+                    const double wait = exponential(seed, beside(round, 2 * arrivals + 2), first_problem + b, row);
+                    arrival = fmin(__dadd_rn(arrival, __ddiv_rn(wait, p)), RACED);
+                    ++arrivals;
+                }
+            }
+            __syncwarp();
+            if (lane < count && lane >= seeds - before) rows[lane] = UINT32_MAX;
+            if (lane == 0) taken[b] = uint32_t(seeds);
+        }
+        __syncthreads();
+    }
 }
 
-/// The race of step `i` of k-means++: the `count` rows of each problem with the lowest keys, in their order, to
-/// `drawn` `(b, trials)`, but UINT32_MAX for those behind the first that nothing is drawn by; the first also to
-/// `chosen`. `most` is the largest that a row is drawn by. A block takes `rows` rows; the last block of a problem
-/// merges what each has found. `arrived` is zeros and left so.
-__device__ void race_rows(const double* nearest, int64_t trials, const uint32_t* slot, const double* weights,
-                          int64_t b_all, int64_t n, int64_t i, uint64_t seed, uint64_t round, int64_t first_problem,
-                          int64_t rows, uint64_t* keys, uint64_t* part_keys, uint32_t* part_rows, double* part_most,
-                          uint32_t* arrived, uint32_t* drawn, double* most, uint32_t* chosen, int64_t chosen_stride) {
-    constexpr double RACED = 1e300;
-    __shared__ bool last;
-    __shared__ double largest;
-    const int64_t parts = (n + rows - 1) / rows, count = i ? trials : 1;
-    const Lowest none = {UINT64_MAX, UINT32_MAX};
-    for (int64_t tile = blockIdx.x; tile < b_all * parts; tile += gridDim.x) {
-        const int64_t b = tile / parts, begin = tile % parts * rows, end = min(begin + rows, n);
-        double own_most = 0;
-        if (threadIdx.x == 0) largest = 0;
-        __syncthreads();
-        for (int64_t row = begin + threadIdx.x; row < end; row += blockDim.x) {
-            const int64_t at = b * n + row;
-            const double near = i ? nearest[at * trials + slot[b]] : 1, weight = weights ? weights[at] : 1.0;
-            const double key = race_key(seed, round, first_problem + b, row, near, weight);
-            keys[at] = ordered<uint64_t>(__double_as_longlong(key));
-            const double p = __dmul_rn(near, weight);
-            if (near > 0 && p > own_most) own_most = p;
-        }
-        for (int lane = WARP / 2; lane; lane /= 2) own_most = fmax(own_most, __shfl_xor_sync(~0u, own_most, lane));
-        if (threadIdx.x % WARP == 0) atomic_max(&largest, own_most);
-        Lowest before = {0, 0};
-        for (int64_t t = 0; t < count; ++t) {
-            Lowest low = none;
-            for (int64_t row = begin + threadIdx.x; row < end; row += blockDim.x) {
-                const Lowest own = {keys[b * n + row], uint32_t(row)};
-                if (t == 0 || after(before, own)) low = lower(low, own);
+/// The pass after a block: `nearest` `(b, n)` becomes each row's distance to the nearest seed with those that the block
+/// has taken. A warp takes a row, a block `rows` rows.
+template <class T>
+__device__ void lower_rows(const T* x, const Rows& r, double* nearest, const double* weights, const double* norms,
+                           const uint32_t* seeds, int64_t count, int start, int metric, int64_t rows,
+                           const uint32_t* taken, int64_t wanted) {
+    const int by = spread_by(metric);
+    const int64_t parts = (r.n + rows - 1) / rows;
+    for (int64_t tile = blockIdx.x; tile < r.b * parts; tile += gridDim.x) {
+        const int64_t b = tile / parts, begin = tile % parts * rows, end = min(begin + rows, r.n);
+        // A distance to the last seed is nobody's probability.
+        if (taken[b] >= wanted) continue;
+        for (int64_t row = begin + threadIdx.x / WARP; row < end; row += blockDim.x / WARP) {
+            const int64_t at = b * r.n + row;
+            const double near = start ? nothing_near() : nearest[at];
+            // Else nothing is drawn by its distance.
+            const bool counts = near > 0 && (weights ? weights[at] : 1.0) > 0;
+            double low = near;
+            for (int64_t first = 0; first < count && seeds[b * count + first] != UINT32_MAX; first += TRIED) {
+                low = fmin(low, met(x, r, b, row, near, counts, norms, seeds + b * count, first, count, by));
             }
-            before = block_winner(low);
-            if (threadIdx.x == 0) part_keys[tile * trials + t] = before.key, part_rows[tile * trials + t] = before.row;
+            for (int step = WARP / 2; step; step /= 2) low = fmin(low, __shfl_xor_sync(~0u, low, step));
+            if (threadIdx.x % WARP == 0) nearest[at] = low;
         }
-        if (threadIdx.x == 0) {
-            part_most[tile] = largest;
-            __threadfence();
-            last = atomicAdd(&arrived[b], 1) + 1 == parts;
-        }
-        __syncthreads();
-        if (last) {
-            __threadfence();
-            for (int64_t t = 0; t < count; ++t) {
-                Lowest low = none;
-                for (int64_t e = threadIdx.x; e < parts * count; e += blockDim.x) {
-                    const int64_t at = (b * parts + e / count) * trials + e % count;
-                    const Lowest own = {__ldcg(&part_keys[at]), __ldcg(&part_rows[at])};
-                    if (t == 0 || after(before, own)) low = lower(low, own);
-                }
-                before = block_winner(low);
-                if (threadIdx.x == 0) {
-                    const bool by_weight = before.key <= ordered<uint64_t>(__double_as_longlong(RACED));
-                    drawn[b * trials + t] = t == 0 || by_weight ? before.row : UINT32_MAX;
-                    if (t == 0) chosen[b * chosen_stride + i] = before.row;
-                }
-            }
-            if (threadIdx.x == 0) {
-                double all = 0;
-                for (int64_t part = 0; part < parts; ++part) all = fmax(all, __ldcg(&part_most[b * parts + part]));
-                most[b] = all, arrived[b] = 0;
-            }
-        }
-        __syncthreads();
     }
 }
 
 /// Most rows that are tried: 2 + ln(2^32).
 constexpr int MOST_TRIALS = 32;
-/// Of these a warp meets so many at once.
-constexpr int TRIED = 8;
 
 /// The trial of step `i`: `nearest` `(b, n, trials)` becomes each row's distance to the nearest seed with each of the
 /// rows that were `drawn`, of which the one with the least potential goes to `chosen`, and its number to `slot`. A warp
@@ -214,14 +236,13 @@ __device__ void try_rows(const T* x, const Rows& r, double* nearest, int64_t tri
                          unsigned long long* potentials, uint32_t* arrived) {
     __shared__ unsigned long long own_potentials[MOST_TRIALS];
     __shared__ bool last;
-    using F = Filter<T>;
     const int lane = threadIdx.x % WARP, by = spread_by(metric);
     const int64_t parts = (r.n + rows - 1) / rows, count = i ? trials : 1;
     for (int64_t tile = blockIdx.x; tile < r.b * parts; tile += gridDim.x) {
         const int64_t b = tile / parts, begin = tile % parts * rows, end = min(begin + rows, r.n);
         const double units = potential_units(most[b], r.n);
         const uint32_t before = slot[b];
-        const uint32_t* const tried = drawn + b * trials;
+        const uint32_t* const tried = drawn + b * count;
         if (threadIdx.x < MOST_TRIALS) own_potentials[threadIdx.x] = 0;
         __syncthreads();
         for (int64_t row = begin + threadIdx.x / WARP; row < end; row += blockDim.x / WARP) {
@@ -230,44 +251,14 @@ __device__ void try_rows(const T* x, const Rows& r, double* nearest, int64_t tri
             const double weight = weights ? weights[at] : 1.0;
             // Else nothing is drawn by its distance.
             const bool counts = near > 0 && weight > 0;
-            const T* const own = row_of(x, r, b, row);
-            const F of_x = norms && counts ? reciprocal<F>(norms[at]) : F(1);
             __syncwarp();
-            for (int64_t t0 = 0; t0 < count; t0 += TRIED) {
-                const T* c[TRIED];
-                F of_c[TRIED], sums[TRIED];
-#pragma unroll
-                for (int e = 0; e < TRIED; ++e) {
-                    const bool drawn = t0 + e < count && tried[t0 + e] != UINT32_MAX;
-                    const int64_t seed = drawn ? tried[t0 + e] : row;
-                    c[e] = row_of(x, r, b, seed), sums[e] = 0;
-                    of_c[e] = norms && counts ? reciprocal<F>(norms[b * r.n + seed]) : F(1);
-                }
-                if (counts) {
-                    // One row to try is all that plain k-means++ has.
-                    if (count == 1) {
-                        const T* const one[] = {c[0]};
-                        const F of_one[] = {of_c[0]};
-                        F sum[1];
-                        spread_sums(by, own, one, r.d, norms != nullptr, of_x, of_one, sum);
-                        sums[0] = sum[0];
-                    } else {
-                        spread_sums(by, own, c, r.d, norms != nullptr, of_x, of_c, sums);
-                    }
-                }
-                F sum = 0;
-#pragma unroll
-                for (int e = 0; e < TRIED; ++e) sum = lane == e ? sums[e] : sum;
-                const int64_t t = t0 + lane;
+            for (int64_t first = 0; first < count; first += TRIED) {
+                const double found = met(x, r, b, row, near, counts, norms, tried, first, count, by);
+                const int64_t t = first + lane;
                 if (lane < TRIED && t < count) {
-                    const uint32_t seed = tried[t];
-                    double found = near;
-                    if (seed == row) {
-                        found = -1;
-                    } else if (counts && seed != UINT32_MAX) {
-                        found = fmin(near, spread_distance(by, double(sum), own, row_of(x, r, b, seed), r.d));
-                        // One alone is chosen whatever it leaves.
-                        if (count > 1) atomicAdd(&own_potentials[t], whole(__dmul_rn(found, weight), units));
+                    // One alone is chosen whatever it leaves.
+                    if (count > 1 && counts && tried[t] != UINT32_MAX && tried[t] != row) {
+                        atomicAdd(&own_potentials[t], whole(__dmul_rn(found, weight), units));
                     }
                     nearest[at * trials + t] = found;
                 }
@@ -303,6 +294,18 @@ __device__ void try_rows(const T* x, const Rows& r, double* nearest, int64_t tri
                                              int metric, double* out) {                                                \
         nearer(x, r, nearest, newest, metric, out);                                                                    \
     }                                                                                                                  \
+    extern "C" __global__ void take_##name(                                                                            \
+        const T* x, Rows r, const double* nearest, const double* weights, const double* norms, int start, int metric,  \
+        uint64_t seed, uint64_t round, int64_t first_problem, uint32_t* drawn, int64_t count, double* apart,           \
+        uint32_t* chosen, int64_t wanted, uint32_t* taken) {                                                           \
+        take_rows(x, r, nearest, weights, norms, start, metric, seed, round, first_problem, drawn, count, apart,       \
+                  chosen, wanted, taken);                                                                              \
+    }                                                                                                                  \
+    extern "C" __global__ void lower_##name(                                                                           \
+        const T* x, Rows r, double* nearest, const double* weights, const double* norms, const uint32_t* seeds,        \
+        int64_t count, int start, int metric, int64_t rows, const uint32_t* taken, int64_t wanted) {                   \
+        lower_rows(x, r, nearest, weights, norms, seeds, count, start, metric, rows, taken, wanted);                   \
+    }                                                                                                                  \
     extern "C" __global__ void try_##name(                                                                             \
         const T* x, Rows r, double* nearest, int64_t trials, uint32_t* slot, const double* weights,                    \
         const double* norms, const uint32_t* drawn, const double* most, uint32_t* chosen, int64_t chosen_stride,       \
@@ -318,11 +321,12 @@ extern "C" __global__ void race_keys(const double* nearest, const double* weight
     race(nearest, weights, b, n, first, seed, round, first_problem, out);
 }
 
-extern "C" __global__ void race_kmeanspp(const double* nearest, int64_t trials, const uint32_t* slot,
-                                         const double* weights, int64_t b, int64_t n, int64_t i, uint64_t seed,
-                                         uint64_t round, int64_t first_problem, int64_t rows, uint64_t* keys,
-                                         uint64_t* part_keys, uint32_t* part_rows, double* part_most, uint32_t* arrived,
-                                         uint32_t* drawn, double* most, uint32_t* chosen, int64_t chosen_stride) {
-    race_rows(nearest, trials, slot, weights, b, n, i, seed, round, first_problem, rows, keys, part_keys, part_rows,
-              part_most, arrived, drawn, most, chosen, chosen_stride);
+extern "C" __global__ void race_kmeanspp(const double* nearest, int64_t width, const uint32_t* slot,
+                                         const double* weights, int64_t b, int64_t n, int start, int64_t count,
+                                         uint64_t seed, uint64_t round, int64_t first_problem, int64_t rows,
+                                         uint64_t* keys, uint64_t* part_keys, uint32_t* part_rows, double* part_most,
+                                         uint32_t* arrived, uint32_t* drawn, double* most, const uint32_t* taken,
+                                         int64_t wanted) {
+    race_rows(nearest, width, slot, weights, b, n, start, count, seed, round, first_problem, rows, keys, part_keys,
+              part_rows, part_most, arrived, drawn, most, taken, wanted);
 }

@@ -175,9 +175,32 @@ pub(crate) struct OnChipFit<'a> {
     pub labels: &'a Tensor,
 }
 
-/// Step `i` of k-means++ (Arthur and Vassilvitskii 2007), greedy where there are several trials: so many rows are drawn, the first of all
-/// alone, and the one that leaves the least potential (of equal ones the one drawn first) goes to column `i` of `chosen`.
-pub(crate) struct KmeansppStep<'a> {
+/// A block of k-means++ (Arthur and Vassilvitskii 2007): rows are drawn by their distances to the seeds before the block, and those that are
+/// taken go to the next columns of `chosen`, where there is one left.
+pub(crate) struct KmeansppBlock<'a> {
+    pub x: &'a Rows<'a>,
+    /// The distance of each row to the nearest seed ([`spread`](crate::spread)), f64 `(b, n)`: -1 of seeds. Nothing is in it before the first
+    /// block, and after the last one nothing of use.
+    pub nearest: &'a Tensor,
+    /// The seeds of each problem, u32 `(b,)`: zeros before the first block.
+    pub taken: &'a Tensor,
+    /// The rows' norms, f64 `(b, n)`, by cosine.
+    pub norms: Option<&'a Tensor>,
+    /// f64 `(b, n)`. Rows that weigh nothing are drawn only where nothing else is left.
+    pub weights: Option<&'a Tensor>,
+    /// u32 `(b, count)`.
+    pub chosen: &'a Tensor,
+    /// Whether this is the first block, of one draw by weight alone.
+    pub start: bool,
+    /// The draws of a block, of a warp's lanes at most one each.
+    pub draws: usize,
+    pub metric: Metric,
+    pub draw: Draw,
+}
+
+/// Step `i` of greedy k-means++: so many rows are drawn as there are trials, the first of all alone, and the one that leaves the least
+/// potential (of equal ones the one drawn first) goes to column `i` of `chosen`.
+pub(crate) struct GreedyStep<'a> {
     pub x: &'a Rows<'a>,
     /// The distance of each row to the nearest seed with each row that the last step tried ([`spread`](crate::spread)), f64 `(b, n, trials)`:
     /// -1 of seeds. Nothing is in it before the first step.

@@ -10,6 +10,13 @@ pub(crate) struct Draw {
     pub first_problem: usize,
 }
 
+impl Draw {
+    /// Number `i`, from 1 on, of what is drawn beside the keys of a round, which are fewer than 2^32.
+    pub fn beside(self, i: u64) -> Self {
+        Self { round: self.round.wrapping_add(i << 32), ..self }
+    }
+}
+
 /// SplitMix64's finaliser (Steele, Lea and Flood 2014).
 #[inline]
 fn mix(z: u64) -> u64 {
@@ -21,7 +28,7 @@ fn mix(z: u64) -> u64 {
 
 /// A uniform variate in (0, 1), of a row of problem `batch` of those that are drawn for.
 #[inline]
-fn uniform(draw: Draw, batch: usize, row: usize) -> f64 {
+pub(crate) fn uniform(draw: Draw, batch: usize, row: usize) -> f64 {
     let h = mix(mix(mix(mix(draw.seed) ^ draw.round) ^ (draw.first_problem + batch) as u64) ^ row as u64);
     ((h >> 12) as f64 + 0.5) * 2f64.powi(-52)
 }

@@ -15,6 +15,7 @@
 use crate::{
     fixed::{exponent, power_of_two},
     metric::Metric,
+    tiles::KMEANSPP_DRAWS,
 };
 
 /// Lanes that a distance is added up in.
@@ -43,6 +44,11 @@ pub(crate) fn spread(metric: Metric) -> Metric {
     } else {
         metric
     }
+}
+
+/// The draws of a block of k-means++ but the first, for so many seeds.
+pub(crate) fn draws(count: usize) -> usize {
+    KMEANSPP_DRAWS.min(count - 1).max(1)
 }
 
 /// The rows that greedy k-means++ tries for each centroid but the first.

@@ -221,6 +221,8 @@ pub const THREADS: usize = 256;
 pub const PASS: usize = 16384;
 /// Most nearest centroids that are asked for: two to a lane of `nearest.cu`.
 pub const NEAREST: usize = 64;
+/// Rows that a block of k-means++ draws, of a warp's lanes at most one each.
+pub const KMEANSPP_DRAWS: usize = 16;
 /// Most blocks that race the rows of a problem for a pick of k-means++.
 pub const PICK_PARTS: usize = 4096;
 /// Blocks that share the rows left to recheck: enough to fill any device, and cheap when there are none.

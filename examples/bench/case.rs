@@ -3,7 +3,7 @@
 use super::{check, Args, Op, Skip, Source, Verdict};
 use anyhow::{ensure, Result};
 use candle_core::{Device, Tensor};
-use candle_flash_kmeans::{assign, testing, Fit, Init, KMeans, Metric, PreparedFit};
+use candle_flash_kmeans::{assign, nearest, testing, Fit, Init, KMeans, Metric, PreparedFit};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::time::{Duration, Instant};
@@ -24,6 +24,10 @@ pub struct Case {
 
 enum Work {
     Assign,
+    /// So many for each row.
+    Nearest(usize),
+    /// By a fit that has the centroids.
+    Transform(Box<Fit>),
     Update {
         labels: Tensor,
         update: Box<testing::Update>,
@@ -76,6 +80,11 @@ impl Case {
                 Work::Run(Box::new(settings.clone().check_finite(false).prepare(x.shape(), x.dtype(), &device)?))
             }
             Op::Assign | Op::Tune => Work::Assign,
+            Op::Nearest => Work::Nearest(args.m),
+            Op::Transform => {
+                let given = KMeans::new(args.k).metric(metric).init(Init::Given(centroids.clone()));
+                Work::Transform(Box::new(given.max_iters(0).fit(&x)?))
+            }
         };
         Ok(Self { x, metric, centroids, settings, weights, work })
     }
@@ -88,15 +97,19 @@ impl Case {
     pub fn plan(&self) -> Result<String> {
         Ok(match &self.work {
             Work::Assign => format!("assign {}", testing::chosen(&self.x, self.centroids.dim(1)?, self.metric)?),
+            Work::Nearest(m) => format!("nearest {m}"),
+            Work::Transform(_) => "transform".into(),
             Work::Update { update, .. } => format!("update {}", update.kernel()),
             Work::Fit(_) | Work::Run(_) => self.settings.plan(&self.x)?.to_string(),
         })
     }
 
-    /// Labels of an assignment or means of an update; a fit keeps its result.
+    /// Labels of an assignment, distances of a transform, or means of an update; a fit keeps its result.
     fn run(&mut self) -> Result<Option<Tensor>> {
         match &mut self.work {
             Work::Assign => return Ok(Some(assign(&self.x, &self.centroids, self.metric)?)),
+            Work::Nearest(m) => return Ok(Some(nearest(&self.x, &self.centroids, *m, self.metric)?.0)),
+            Work::Transform(fit) => return Ok(Some(fit.transform(&self.x)?)),
             Work::Update { labels, update } => return Ok(Some(update.run(labels)?)),
             Work::Fit(last) => *last = Some(self.settings.fit(&self.x)?),
             Work::Run(prepared) => prepared.run(&self.x)?,
@@ -144,6 +157,14 @@ impl Case {
             (Some(first), Some(second), Work::Update { labels, .. }) => {
                 verdict.same = check::same_bits(first, second)?;
                 verdict.means(&self.x, labels, first)?;
+            }
+            (Some(first), Some(second), Work::Nearest(_)) => {
+                verdict.same = check::same_bits(first, second)?;
+                verdict.nearest(&self.x, &self.centroids, first, self.metric, check::BUDGET)?;
+            }
+            (Some(first), Some(second), Work::Transform(_)) => {
+                verdict.same = check::same_bits(first, second)?;
+                verdict.distances(&self.x, &self.centroids, first, self.metric, check::BUDGET)?;
             }
             (Some(first), Some(second), _) => {
                 verdict.same = check::same_bits(first, second)?;

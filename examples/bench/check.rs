@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{Fit, KMeans, Metric};
 use rayon::prelude::*;
 use serde_json::{json, Map, Value};
-use std::fmt;
+use std::{cmp::Ordering, fmt};
 
 /// Distances times columns that a check of labels may compute, about ten seconds; beyond, an even sample of rows is checked.
 pub const BUDGET: f64 = 4e10;
@@ -45,15 +45,22 @@ pub struct Verdict {
     /// Two runs gave the same bits
     pub same: bool,
     pub labels: Found,
+    pub distances: Found,
     pub centroids: Found,
     pub counts: Found,
     pub inertia: Found,
 }
 
 impl Verdict {
-    fn kinds(&self) -> [(&'static str, Found); 4] {
-        let Self { labels, centroids, counts, inertia, .. } = *self;
-        [("labels", labels), ("centroids", centroids), ("counts", counts), ("inertia", inertia)]
+    fn kinds(&self) -> [(&'static str, Found); 5] {
+        let Self { labels, distances, centroids, counts, inertia, .. } = *self;
+        [
+            ("labels", labels),
+            ("distances", distances),
+            ("centroids", centroids),
+            ("counts", counts),
+            ("inertia", inertia),
+        ]
     }
 
     pub fn wrong(&self) -> usize {
@@ -96,30 +103,51 @@ impl Verdict {
         metric: Metric,
         budget: f64,
     ) -> Result<()> {
-        let (b, n, d) = x.dims3()?;
-        let k = centroids.dim(1)?;
-        let take = ((budget / (b * k * d) as f64) as usize).clamp(16, n.max(16)).min(n);
-        let rows: Vec<u32> = (0..take).map(|i| (i as u64 * n as u64 / take as u64) as u32).collect();
-        let rows = Tensor::new(&rows[..], x.device())?;
-        let (x, labels) = (host(&x.index_select(&rows, 1)?)?, host(&labels.index_select(&rows, 1)?)?);
-        // (b, d, k): centroids side by side, each summed in the order of the columns.
-        let c = host(&centroids.transpose(1, 2)?)?;
-        let judged = (0..b * take).into_par_iter().map(|i| {
-            let distances = distances(&x[i * d..][..d], &c[i / take * k * d..][..k * d], metric);
-            let (label, nearest) = (labels[i] as usize, nearest(&distances));
+        self.nearest(x, centroids, &labels.unsqueeze(2)?, metric, budget)
+    }
+
+    /// The labels of the nearest centroids, `(b, n, m)`, against those of the definition.
+    pub fn nearest(
+        &mut self,
+        x: &Tensor,
+        centroids: &Tensor,
+        labels: &Tensor,
+        metric: Metric,
+        budget: f64,
+    ) -> Result<()> {
+        self.labels.merge(judged(x, centroids, labels, metric, budget, |labels, distances| {
             let mut found = Found::default();
-            let regret = match distances.get(label) {
-                _ if label == nearest => 0.0,
-                Some(got) => (got - distances[nearest]) / distances[nearest].abs().max(f64::MIN_POSITIVE),
-                None => f64::NAN,
-            };
-            found.add(label != nearest, regret);
+            for (&label, nearest) in labels.iter().zip(nearest(distances, labels.len())) {
+                let regret = match distances.get(label as usize) {
+                    _ if label as usize == nearest => 0.0,
+                    Some(got) => (got - distances[nearest]) / distances[nearest].abs().max(f64::MIN_POSITIVE),
+                    None => f64::NAN,
+                };
+                found.add(label as usize != nearest, regret);
+            }
             found
-        });
-        self.labels.merge(judged.reduce(Found::default, |mut a, b| {
-            a.merge(b);
-            a
-        }));
+        })?);
+        Ok(())
+    }
+
+    /// The distances to all centroids, `(b, n, k)`, against those of the definition, rounded to their type.
+    pub fn distances(
+        &mut self,
+        x: &Tensor,
+        centroids: &Tensor,
+        distances: &Tensor,
+        metric: Metric,
+        budget: f64,
+    ) -> Result<()> {
+        let single = distances.dtype() == DType::F32;
+        self.distances.merge(judged(x, centroids, distances, metric, budget, |got, distances| {
+            let mut found = Found::default();
+            for (&got, &want) in got.iter().zip(distances) {
+                let want = if single { f64::from(want as f32) } else { want };
+                found.add(got != want && !(got.is_nan() && want.is_nan()), (got - want).abs());
+            }
+            found
+        })?);
         Ok(())
     }
 
@@ -263,15 +291,44 @@ fn distances(row: &[f64], c: &[f64], metric: Metric) -> Vec<f64> {
     sum
 }
 
-/// The lowest index at the smallest distance, which is none that is not a number; 0 where all are infinite or not numbers.
-fn nearest(distances: &[f64]) -> usize {
-    let mut nearest = (f64::INFINITY, 0);
-    for (j, &distance) in distances.iter().enumerate() {
-        if distance < nearest.0 {
-            nearest = (distance, j);
-        }
+/// What is found of results `(b, n, any)` beside the distances of each row to all centroids: of an even sample of rows, where the budget
+/// is for no more.
+fn judged(
+    x: &Tensor,
+    centroids: &Tensor,
+    results: &Tensor,
+    metric: Metric,
+    budget: f64,
+    judge: impl Fn(&[f64], &[f64]) -> Found + Sync,
+) -> Result<Found> {
+    let ((b, n, d), (k, each)) = (x.dims3()?, (centroids.dim(1)?, results.dim(2)?));
+    let take = ((budget / (b * k * d) as f64) as usize).clamp(16, n.max(16)).min(n);
+    let rows: Vec<u32> = (0..take).map(|i| (i as u64 * n as u64 / take as u64) as u32).collect();
+    let rows = Tensor::new(&rows[..], x.device())?;
+    let (x, results) = (host(&x.index_select(&rows, 1)?)?, host(&results.index_select(&rows, 1)?)?);
+    // (b, d, k): centroids side by side, each summed in the order of the columns.
+    let c = host(&centroids.transpose(1, 2)?)?;
+    let found = (0..b * take).into_par_iter().map(|i| {
+        let distances = distances(&x[i * d..][..d], &c[i / take * k * d..][..k * d], metric);
+        judge(&results[i * each..][..each], &distances)
+    });
+    Ok(found.reduce(Found::default, |mut a, b| {
+        a.merge(b);
+        a
+    }))
+}
+
+/// The `m` nearest, by distance and then by index; a distance that is not a number is infinite.
+fn nearest(distances: &[f64], m: usize) -> Vec<usize> {
+    let far = |j: &usize| if distances[*j].is_nan() { f64::INFINITY } else { distances[*j] };
+    let by = |i: &usize, j: &usize| far(i).partial_cmp(&far(j)).unwrap_or(Ordering::Equal).then(i.cmp(j));
+    let mut all: Vec<usize> = (0..distances.len()).collect();
+    if m < all.len() {
+        all.select_nth_unstable_by(m, by);
+        all.truncate(m);
     }
-    nearest.1
+    all.sort_unstable_by(by);
+    all
 }
 
 /// The centroid of rows with weights, each component with what f64 may have lost of it; none where nothing has a weight.

@@ -91,7 +91,7 @@ impl Source {
         };
         let n = x.dim(1)?;
         ensure!(args.k <= n, "--k {} is outside 1..={n}, the rows of a problem", args.k);
-        if let (Self::Pattern(Pattern::Outlier), true) = (self, args.op != Op::Assign) {
+        if let (Self::Pattern(Pattern::Outlier), false) = (self, args.op.compares()) {
             x.slice_set(&farther(&x.narrow(1, n - 1, 1)?, args.factor)?, 1, n - 1)?;
         }
         Ok(x)
@@ -108,17 +108,19 @@ impl Source {
         let full = |value: f64| replaced(&|row: &Tensor| Ok(((row * 0.0)? + value)?));
         let given = args.op.fits() && args.init == Start::Given;
         match (pattern, args.op) {
-            (Pattern::Outlier, Op::Assign) => replaced(&|row| farther(row, args.factor)),
-            (Pattern::NanCentroid, Op::Assign) => full(f64::NAN),
-            (Pattern::InfCentroid, Op::Assign) => full(f64::INFINITY),
+            (Pattern::Outlier, op) if op.compares() => replaced(&|row| farther(row, args.factor)),
+            (Pattern::NanCentroid, Op::Assign | Op::Nearest) => full(f64::NAN),
+            (Pattern::InfCentroid, Op::Assign | Op::Nearest) => full(f64::INFINITY),
             (Pattern::NanCentroid | Pattern::InfCentroid, _) => {
-                bail!("--data {self} is for assign: no fit starts from such a centroid")
+                bail!("--data {self} is for assign and nearest: no fit has such a centroid")
             }
-            (Pattern::DuplicateCentroids, op) if op == Op::Assign || given => {
+            (Pattern::DuplicateCentroids, op) if op.compares() || given => {
                 let halves = Tensor::from_iter((0..k as u32).map(|j| j / 2), centroids.device())?;
                 Ok(centroids.index_select(&halves, 1)?)
             }
-            (Pattern::DuplicateCentroids, _) => bail!("--data {self} is for assign, and for fits with --init given"),
+            (Pattern::DuplicateCentroids, _) => {
+                bail!("--data {self} is for what compares rows with centroids, and for fits with --init given")
+            }
             _ => Ok(centroids),
         }
     }

@@ -33,6 +33,10 @@ mod tune;
 pub(crate) enum Op {
     /// Labels of x against k centroids
     Assign,
+    /// The m nearest of k centroids for each row, and their distances
+    Nearest,
+    /// The distance of each row to each of k centroids, as a fit gives it
+    Transform,
     /// The update of a fit for random labels, the sort included
     Update,
     /// A whole fit, never stopped early by `tol`
@@ -46,6 +50,11 @@ pub(crate) enum Op {
 }
 
 impl Op {
+    /// Whether it compares rows with centroids that are there.
+    pub(crate) fn compares(self) -> bool {
+        matches!(self, Self::Assign | Self::Nearest | Self::Transform)
+    }
+
     pub(crate) fn fits(self) -> bool {
         matches!(self, Self::Fit | Self::FitTol | Self::Run)
     }
@@ -97,8 +106,8 @@ Each case is one line, with --json an object that also has the plan:
                  whose medians are fit_ms and fit_cpu_ms
   products       of a fit, pass by pass: the share of the products of rows and centroids that were computed; the last pass only labels
   moved          the share of the rows whose label a pass has changed, of the first from what was there
-  wrong          with --check: labels, centroid components, counts and inertias that are not what the definition says in
-                 f64, out of `checked`. The exit code is 1 if there is one, or if two runs differ
+  wrong          with --check: labels, distances, centroid components, counts and inertias that are not what the
+                 definition says in f64, out of `checked`. The exit code is 1 if there is one, or if two runs differ
   max_regret     of labels: by how much the distance to a wrong label's centroid exceeds the nearest one's, relatively
   max_error      of centroid components: the largest error in units of what rounding allows; right up to 1
 A fit is checked iteration by iteration: its centroids must follow from the labels before them, and labels from their
@@ -117,6 +126,9 @@ pub(crate) struct Args {
     /// Centroids
     #[arg(long, default_value_t = 256, value_parser = at_least_one())]
     k: usize,
+    /// Nearest centroids that are asked for
+    #[arg(long, default_value_t = 8, value_parser = at_least_one())]
+    m: usize,
     /// Columns
     #[arg(long, default_value_t = 64, value_parser = at_least_one())]
     d: usize,

@@ -299,17 +299,28 @@ __device__ inline double negative_ln(double u) {
     return -__dadd_rn(__dmul_rn(e, 0.693147180559945309417), __dmul_rn(__dmul_rn(2.0, s), series));
 }
 
+/// A uniform variate in (0, 1).
+__device__ inline double uniform(uint64_t seed, uint64_t round, uint64_t batch, uint64_t row) {
+    const uint64_t h = mix(mix(mix(mix(seed) ^ round) ^ batch) ^ row);
+    return __dmul_rn(__dadd_rn(__ull2double_rn(h >> 12), 0.5), 0x1p-52);
+}
+
 /// A standard exponential variate.
 __device__ inline double exponential(uint64_t seed, uint64_t round, uint64_t batch, uint64_t row) {
-    const uint64_t h = mix(mix(mix(mix(seed) ^ round) ^ batch) ^ row);
-    return negative_ln(__dmul_rn(__dadd_rn(__ull2double_rn(h >> 12), 0.5), 0x1p-52));
+    return negative_ln(uniform(seed, round, batch, row));
 }
+
+/// The round of number `i`, from 1 on, of what is drawn beside the keys of a round.
+__device__ __forceinline__ uint64_t beside(uint64_t round, uint64_t i) { return round + (i << 32); }
+
+/// The largest key of a row that may be drawn.
+constexpr double RACED = 1e300;
 
 /// The key of a row in an exponential race: see src/rng.rs.
 __device__ inline double race_key(uint64_t seed, uint64_t round, uint64_t batch, uint64_t row, double nearest,
                                   double weight) {
     const double p = __dmul_rn(nearest, weight);
     if (nearest < 0) return __longlong_as_double(0x7ff0000000000000);
-    if (p > 0) return fmin(__ddiv_rn(exponential(seed, round, batch, row), p), 1e300);
+    if (p > 0) return fmin(__ddiv_rn(exponential(seed, round, batch, row), p), RACED);
     return weight > 0 ? 2e300 : weight < 0 ? 4e300 : 3e300;
 }

@@ -14,6 +14,7 @@ mod byte_codes;
 mod candidates;
 mod clusters;
 mod filter;
+mod greedy;
 mod groups;
 mod incremental;
 mod kmeanspp;
@@ -30,6 +31,7 @@ mod origin;
 mod pairwise;
 mod parts;
 mod product_codes;
+mod race;
 mod rounded;
 mod rows;
 mod scalar;
@@ -38,6 +40,7 @@ mod skipping;
 mod softmax;
 mod sort;
 mod sorted_1d;
+mod spread;
 mod sums;
 mod tensors;
 mod tile;
@@ -50,7 +53,10 @@ use crate::{
     metric::Metric,
     operand::{Readable, Target},
     plan::{arch::Arch, sort::Sort},
-    request::{Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, LutMatrix, OnChipFit, Update},
+    request::{
+        Accumulator, Assignment, Attention, CodedAttention, Finish, GreedyStep, KmeansppBlock, LutMatrix, OnChipFit,
+        Update,
+    },
     rng::Draw,
     rows::Rows,
 };
@@ -123,8 +129,11 @@ impl Backend for Cpu {
         seed::exponential_race_keys(nearest, weights, draw, first)
     }
 
-    fn kmeanspp_step(&self, p: &KmeansppStep<'_>, _: &Memory) -> Result<()> {
-        kmeanspp::kmeanspp_step(p)
+    fn kmeanspp_block(&self, p: &KmeansppBlock<'_>, _: &Memory) -> Result<()> {
+        kmeanspp::kmeanspp_block(p)
+    }
+    fn greedy_step(&self, p: &GreedyStep<'_>, _: &Memory) -> Result<()> {
+        greedy::greedy_step(p)
     }
 
     fn max_label(&self, labels: &dyn Readable) -> Result<u32> {

@@ -39,7 +39,8 @@ use crate::{
     operand::{Readable, Target},
     plan::{arch::Arch, on_chip::FitResident, sort::Sort},
     request::{
-        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, LutMatrix, OnChipFit, Routed, Update,
+        Accumulator, Assignment, Attention, CodedAttention, Finish, GreedyStep, KmeansppBlock, LutMatrix, OnChipFit,
+        Routed, Update,
     },
     rng::Draw,
     rows::Rows,
@@ -168,8 +169,11 @@ impl Backend for Cuda {
         seed::exponential_race_keys(nearest, weights, draw, first)
     }
 
-    fn kmeanspp_step(&self, p: &KmeansppStep<'_>, memory: &Memory) -> Result<()> {
-        seed::kmeanspp_step(p, memory)
+    fn kmeanspp_block(&self, p: &KmeansppBlock<'_>, memory: &Memory) -> Result<()> {
+        seed::kmeanspp_block(p, memory)
+    }
+    fn greedy_step(&self, p: &GreedyStep<'_>, memory: &Memory) -> Result<()> {
+        seed::greedy_step(p, memory)
     }
 
     fn max_label(&self, labels: &dyn Readable) -> Result<u32> {

@@ -13,7 +13,7 @@ use crate::{
     metric::Metric,
     problem::Problem,
     rows::RowLayout,
-    spread::trials,
+    spread::{draws, trials},
     tiles::CPU_ROWS,
 };
 use candle_core::DType;
@@ -42,11 +42,16 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
     // Then one after another. First the distances to what is chosen and their keys; the rows that k-means|| draws,
     // their prepared copy and its labels.
     // On a GPU also what assigns rows to those, and all that is held of each row meanwhile.
-    // Of each row its key, its norm and what is left with each row that is tried; the rows that are tried, and which parts have drawn.
-    let tried = |trials: u64| (24 + 9 * trials) * bn + b * (trials * (d * filter + 64) + 256);
+    // Of each row its key, its norm and its distances; the rows that are drawn, each with its values, which parts have drawn it, and how far it is
+    // from the others; and what each thread adds up in.
+    let tried = |distances: u64, draws: u64| {
+        let scratch =
+            if cpu { (rayon::current_num_threads() as u64 + 1) * (d * filter + 32 * filter * draws) } else { 0 };
+        (24 + 8 * distances + draws) * bn + b * (draws * (d * filter + 96 + 8 * draws) + 256) + scratch
+    };
     let (drawn, begins) = match settings.init {
-        Init::KMeansPlusPlus => (k, tried(1)),
-        Init::GreedyKMeansPlusPlus => (k, tried(trials(p.k) as u64)),
+        Init::KMeansPlusPlus => (k, tried(1, draws(p.k) as u64)),
+        Init::GreedyKMeansPlusPlus => (k, tried(trials(p.k) as u64, trials(p.k) as u64)),
         Init::KMeansParallel => {
             let drawn = drawn(k).min(n);
             let joined = b * k * d * size;

@@ -25,8 +25,8 @@ use crate::{
     problem,
     ranks::{Ranks, Rendezvous},
     request::{
-        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppStep, Labels, LutMatrix, OnChipFit, Order,
-        Reduction, Routed, Summands, Update,
+        Accumulator, Assignment, Attention, CodedAttention, Finish, GreedyStep, KmeansppBlock, Labels, LutMatrix,
+        OnChipFit, Order, Reduction, Routed, Summands, Update,
     },
     rng::Draw,
     rows::Rows,
@@ -288,9 +288,14 @@ pub(crate) fn exponential_race_keys(
     on(nearest.device(), "exponential_race_keys")?.exponential_race_keys(nearest, weights, draw, first)
 }
 
-/// A step of k-means++: rows race by their distance to the nearest seed, and of those that win one becomes a seed.
-pub(crate) fn kmeanspp_step(p: &KmeansppStep<'_>, memory: &Memory) -> Result<()> {
-    on(p.x.device(), "kmeanspp_step")?.kmeanspp_step(p, memory)
+/// A block of k-means++: draws from the distances to the seeds so far, of which those that still have their probability are taken.
+pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>, memory: &Memory) -> Result<()> {
+    on(p.x.device(), "kmeanspp_block")?.kmeanspp_block(p, memory)
+}
+
+/// A step of greedy k-means++: rows race by their distance to the nearest seed, and of those that win one becomes a seed.
+pub(crate) fn greedy_step(p: &GreedyStep<'_>, memory: &Memory) -> Result<()> {
+    on(p.x.device(), "greedy_step")?.greedy_step(p, memory)
 }
 
 /// The stable order of contiguous `labels`, u32 `(b, n)`, below `k`.

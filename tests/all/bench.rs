@@ -164,13 +164,21 @@ fn sizes_of_nothing_and_settings_that_do_not_fit_are_refused() {
         "--n 64 --k 4 --d 4 --factor NaN",
         "--n 64 --k 4 --d 4 --data outlier --factor 1e39",
     ];
-    for op in ["assign", "update", "fit", "fit-tol", "run"] {
+    for op in ["assign", "nearest --m 4", "transform", "update", "fit", "fit-tol", "run"] {
         run(&format!("{op} --n 64 --k 4 --d 4 --reps 1")).unwrap();
         for args in refused {
             assert!(run(&format!("{op} {args}")).is_err(), "{op} {args}");
         }
     }
-    for args in ["assign --weighted", "update --weighted", "fit --data nan-centroid", "update --data inf-centroid"] {
+    for args in [
+        "assign --weighted",
+        "nearest",
+        "nearest --m 0",
+        "transform --data nan-centroid",
+        "update --weighted",
+        "fit --data nan-centroid",
+        "update --data inf-centroid",
+    ] {
         assert!(run(&format!("{args} --n 64 --k 4 --d 4")).is_err(), "{args}");
     }
     let error = run("fit-tol --beside blobs --n 64 --k 4 --d 4").unwrap_err();
@@ -188,6 +196,8 @@ fn every_kind_of_data_is_timed_and_right() {
         .unwrap();
     for metric in ["squared_euclidean", "squared-euclidean", "euclidean", "cosine", "dot", "manhattan"] {
         run(&format!("assign {sizes} --metric {metric} --data nan-centroid,outlier")).unwrap();
+        run(&format!("nearest {sizes} --m 3 --metric {metric} --data {data},nan-centroid,inf-centroid")).unwrap();
+        run(&format!("transform {sizes} --metric {metric} --data {data} --dtype f16,f32,f64")).unwrap();
         run(&format!("fit {sizes} --metric {metric} --data {data} --weighted")).unwrap();
         run(&format!("run {sizes} --metric {metric} --dtype f16,f64 --beside normal --data blobs,duplicates")).unwrap();
     }
@@ -274,6 +284,24 @@ fn a_check_finds_wrong_means_and_labels() {
     let verdict = judge(&shifted);
     assert!(verdict.labels.wrong == 100 && verdict.labels.worst > 0.0 && !verdict.is_right(), "{verdict}");
     assert!(!Verdict { same: false, ..Verdict::default() }.is_right());
+
+    let (found, distances) = candle_flash_kmeans::nearest(&x, &c, 3, Metric::Dot).unwrap();
+    let judge = |labels: &Tensor| {
+        let mut verdict = Verdict { same: true, ..Verdict::default() };
+        verdict.nearest(&x, &c, labels, Metric::Dot, 1e9).unwrap();
+        verdict
+    };
+    assert!(judge(&found).is_right() && judge(&found).checked() == 300);
+    let swapped = found.index_select(&Tensor::new(&[0u32, 2, 1], &Device::Cpu).unwrap(), 2).unwrap();
+    assert_eq!(judge(&swapped).labels.wrong, 200);
+    let its_nearest = c.index_select(&found.get(0).unwrap().get(0).unwrap(), 1).unwrap();
+    let judge = |distances: &Tensor| {
+        let mut verdict = Verdict { same: true, ..Verdict::default() };
+        verdict.distances(&x, &its_nearest, &distances.contiguous().unwrap(), Metric::Dot, 1e9).unwrap();
+        verdict.distances.wrong
+    };
+    // Of the first row they are those to the three centroids that are its nearest.
+    assert_eq!(judge(&distances.narrow(1, 0, 1).unwrap().broadcast_as((1, 100, 3)).unwrap()), 297);
 }
 
 #[test]

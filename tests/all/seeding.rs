@@ -120,6 +120,82 @@ fn draws_follow_their_probabilities() {
     near(share(plus.sample_weights(&weights), |start| start == [1.0, 3.0]), 2.0 / 8.0 * 20.0 / 21.0);
 }
 
+/// Seeds of a block are drawn by the distances to all before them, those of the block included: how often each sequence of four rows starts
+/// a fit is what k-means++ one by one says, and most sequences have two rows of a pair of neighbours, which a block has to reject.
+#[test]
+fn seeds_of_a_block_follow_the_law_of_single_ones() {
+    let points = [0.0, 0.5, 6.0, 6.7, 10.0, 15.0f64];
+    let (b, k) = (40_000, 4);
+    let x = tensor(&[b, points.len(), 1], DType::F32, |i| points[i % points.len()]);
+    let weights = [1.0, 2.0, 1.0, 0.5, 3.0, 1.0];
+    let seeded = KMeans::new(k).init(Init::KMeansPlusPlus).seed(3).max_iters(0);
+    for w in [None, Some(weights)] {
+        let w_of = |row: usize| w.map_or(1.0, |w| w[row]);
+        let settings = match w {
+            Some(w) => {
+                seeded.clone().sample_weights(&Tensor::from_slice(&w.map(|w| w as f32), 6, &Device::Cpu).unwrap())
+            }
+            None => seeded.clone(),
+        };
+        let starts = problems(&settings.fit(&x).unwrap().centroids);
+        let mut often = std::collections::HashMap::<Vec<usize>, usize>::new();
+        for start in starts {
+            let row = |c: &Vec<f64>| points.iter().position(|&p| (p - c[0]).abs() < 1e-3).unwrap();
+            *often.entry(start.iter().map(row).collect()).or_default() += 1;
+        }
+        // All sequences, row by row.
+        let mut law = vec![(vec![], 1.0)];
+        for i in 0..k {
+            let longer = |(rows, p): (Vec<usize>, f64)| {
+                let near =
+                    |row: usize| rows.iter().map(|&s| (points[row] - points[s]).powi(2)).fold(f64::INFINITY, f64::min);
+                let mass: Vec<f64> = (0..6).map(|row| w_of(row) * if i == 0 { 1.0 } else { near(row) }).collect();
+                let total: f64 = mass.iter().sum();
+                (0..6).map(|row| ([&rows[..], &[row]].concat(), p * mass[row] / total)).collect::<Vec<_>>()
+            };
+            law = law.into_iter().flat_map(longer).filter(|(_, p)| *p > 0.0).collect();
+        }
+        assert_eq!(law.len(), 6 * 5 * 4 * 3);
+        // Pearson's statistic of n cells has mean n - 1 and a variance of about 2 n; cells of few draws count as one.
+        let (mut statistic, mut cells, mut rest) = (0.0, 0.0, (0.0, 0.0));
+        for (rows, p) in &law {
+            let (got, want) = (often.remove(rows).unwrap_or(0) as f64, p * b as f64);
+            if want < 10.0 {
+                rest = (rest.0 + got, rest.1 + want);
+            } else {
+                statistic += (got - want).powi(2) / want;
+                cells += 1.0;
+            }
+        }
+        assert!(often.is_empty(), "{often:?}");
+        statistic += (rest.0 - rest.1).powi(2) / rest.1;
+        assert!(
+            cells > 100.0 && (statistic - cells).abs() < 5.0 * (2.0 * cells).sqrt(),
+            "{statistic} of {cells} cells"
+        );
+    }
+}
+
+/// Two rows so far out that a block draws hardly anything else, and one of which it has to reject until others are drawn by what is left: all
+/// seeds are found, and each row is one at most once.
+#[test]
+fn a_block_of_rejections_ends() {
+    let mut rng = rng(50);
+    for far in [1e6, 1e12, 1e18] {
+        let values = f64s(&uniform(&[200, 3], 0.0, 1.0, DType::F64, &mut rng));
+        let x = tensor(&[200, 3], DType::F64, |i| values[i] + if i < 6 { far } else { 0.0 });
+        for (k, seed) in [2, 3, 17, 40].into_iter().flat_map(|k| (0..5).map(move |seed| (k, seed))) {
+            let start = fit(&KMeans::new(k).init(Init::KMeansPlusPlus).seed(seed).max_iters(0), &x);
+            let start = problems(&start.centroids).remove(0);
+            let mut rows: Vec<_> = start.iter().map(|c| problems(&x)[0].iter().position(|row| row == c)).collect();
+            rows.sort_unstable();
+            rows.dedup();
+            assert!(rows.len() == k && rows[0].is_some(), "{far} {k}");
+            assert!(start.iter().any(|c| c[0] > 0.5 * far), "{far} {k}: a far row is a seed");
+        }
+    }
+}
+
 /// SplitMix64's finaliser.
 fn mix(z: u64) -> u64 {
     let z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -128,15 +204,57 @@ fn mix(z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The rows that k-means++ starts problem `b` from: of the winners of each race the one that leaves the least potential.
-fn plus_plus(x: &Rows, w: &[f64], k: usize, trials: usize, metric: Metric, [seed, b]: [u64; 2]) -> Vec<usize> {
+/// A uniform variate of a row.
+fn uniform_of([seed, b]: [u64; 2], round: u64, row: usize) -> f64 {
+    let h = mix(mix(mix(mix(seed) ^ round) ^ b) ^ row as u64);
+    ((h >> 12) as f64 + 0.5) / 2f64.powi(52)
+}
+
+/// Draws that k-means++ makes at a time, but of the first seed.
+const DRAWS: usize = 16;
+
+/// The rows that k-means++ starts problem `b` from. Every row arrives again and again, each time after an exponential time, and from the
+/// first arrivals of a block a seed is made if what it was drawn by is still there.
+fn plus_plus(x: &Rows, w: &[f64], k: usize, metric: Metric, of: [u64; 2]) -> Vec<usize> {
+    let by = if metric == Metric::Dot { Metric::SquaredEuclidean } else { metric };
+    let n = x.len();
+    let to = |row: usize, seed: usize| if row == seed { 0.0 } else { naive::distance(&x[row], &x[seed], by) };
+    let mut chosen: Vec<usize> = vec![];
+    for block in 0.. {
+        if chosen.len() == k {
+            break;
+        }
+        let near = |row: usize, seeds: &[usize]| seeds.iter().map(|&s| to(row, s)).fold(f64::INFINITY, f64::min);
+        let before: Vec<f64> = (0..n).map(|row| if block == 0 { 1.0 } else { near(row, &chosen) }).collect();
+        let drawn_by = |row: usize| before[row] * w[row];
+        // Number 0 is for the first arrival of a row, the odd ones say whether it is taken, the even ones when it comes again.
+        let wait = |row: usize, again: u64| -uniform_of(of, block + ((2 * again) << 32), row).ln() / drawn_by(row);
+        let mut arrivals: Vec<(f64, usize, u64)> =
+            (0..n).filter(|&row| drawn_by(row) > 0.0).map(|row| (wait(row, 0), row, 0)).collect();
+        for _ in 0..if block == 0 { 1 } else { DRAWS.min(k - 1) } {
+            arrivals.sort_by(|a, b| a.0.total_cmp(&b.0));
+            if arrivals.is_empty() || chosen.len() == k {
+                break;
+            }
+            let (time, row, again) = arrivals[0];
+            let left = before[row].min(near(row, &chosen)) / before[row];
+            if block == 0 || uniform_of(of, block + ((2 * again + 1) << 32), row) < left {
+                chosen.push(row);
+                arrivals.remove(0);
+            } else {
+                arrivals[0] = (time + wait(row, again + 1), row, again + 1);
+            }
+        }
+    }
+    chosen
+}
+
+/// The rows that greedy k-means++ starts problem `b` from: of the winners of each race the one that leaves the least potential.
+fn greedy(x: &Rows, w: &[f64], k: usize, trials: usize, metric: Metric, of: [u64; 2]) -> Vec<usize> {
     let by = if metric == Metric::Dot { Metric::SquaredEuclidean } else { metric };
     let (mut near, mut chosen) = (vec![1.0; x.len()], vec![]);
     for i in 0..k {
-        let key = |row: usize| {
-            let h = mix(mix(mix(mix(seed) ^ i as u64) ^ b) ^ row as u64);
-            -(((h >> 12) as f64 + 0.5) / 2f64.powi(52)).ln() / (near[row] * w[row])
-        };
+        let key = |row: usize| -uniform_of(of, i as u64, row).ln() / (near[row] * w[row]);
         let mut drawn: Vec<usize> = (0..x.len()).filter(|&row| near[row] * w[row] > 0.0).collect();
         drawn.sort_by(|&i, &j| key(i).total_cmp(&key(j)));
         drawn.truncate(if i == 0 { 1 } else { trials });
@@ -165,6 +283,8 @@ fn draws_of_k_means_plus_plus_are_those_of_the_specification() {
         (33, DType::F32, 1e24, 9),
         (33, DType::F32, 1e-24, 9),
         (150, DType::F32, 1.0, 25),
+        (9, DType::F32, 1.0, 60),
+        (513, DType::F32, 1.0, 20),
         (300, DType::F64, 1e160, 6),
         (257, DType::F64, 1.0, 6),
     ] {
@@ -182,7 +302,11 @@ fn draws_of_k_means_plus_plus_are_those_of_the_specification() {
                     let expected: Vec<Rows> = (problems(&x).iter().enumerate())
                         .map(|(b, x)| {
                             let w = &flat[220 * b..][..220];
-                            let rows = plus_plus(x, w, k as usize, trials, metric, [9, b as u64]);
+                            let of = [9, b as u64];
+                            let rows = match trials {
+                                1 => plus_plus(x, w, k as usize, metric, of),
+                                _ => greedy(x, w, k as usize, trials, metric, of),
+                            };
                             rows.into_iter().map(|row| x[row].clone()).collect()
                         })
                         .collect();
