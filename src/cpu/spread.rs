@@ -296,6 +296,9 @@ impl<T: Element> NullaryFnOnce for Pass<'_, '_, T> {
         let Met { measure, seeds, slot, units } = self.met;
         let (b, n) = (measure.b, measure.x.rows.n);
         for (i, nearest) in (self.first..).zip(self.nearest.chunks_exact_mut(self.trials)) {
+            if i + 1 < n {
+                measure.x.prefetch(b, i + 1);
+            }
             let near = slot.map_or(f64::INFINITY, |slot| nearest[slot]);
             let weight = self.weights.map_or(1.0, |weights| weights[b * n + i]);
             let is = |&seed: &u32| seed as usize == i;
