@@ -17,7 +17,7 @@ template <class T, int D, bool DIFFERENCES>
 __device__ void assign_by(const T* x, const Rows& r, const Active& active, const T* c, const Rows& cr, int metric,
                           int64_t fragment_bytes, uint32_t* labels) {
     extern __shared__ __align__(16) uint8_t raw[];
-    constexpr bool F32 = std::is_same<Filter<T>, float>::value && !DIFFERENCES;
+    constexpr bool TENSOR = scored_by_halves<T, D> && !DIFFERENCES;
     const Narrow<Filter<T>, D> to(raw + fragment_bytes, cr.n);
     const Fragments<D> fragments(raw, to.padded);
     const int64_t tiles = (r.n + NARROW_TILE - 1) / NARROW_TILE, all = active.problems(r.b) * tiles;
@@ -29,14 +29,14 @@ __device__ void assign_by(const T* x, const Rows& r, const Active& active, const
         if (copy != prepared) {
             __syncthreads();
             to.prepare(centroids, cr.row_stride, cr.d, metric);
-            prepared = copy, tensor = F32 && fragment_bytes;
-            if constexpr (F32) {
+            prepared = copy, tensor = TENSOR && fragment_bytes;
+            if constexpr (TENSOR) {
                 if (tensor) fragments.prepare(to);
             }
         }
         const int64_t first = tile % tiles * NARROW_TILE;
         const int64_t end = min(first + NARROW_TILE, r.n);
-        if constexpr (F32) {
+        if constexpr (TENSOR) {
             if (tensor) {
                 tensor = most_proven(assign_rows_tensor<false, T, D>(x, r, b, first, end, centroids, cr.row_stride, to,
                                                                      fragments, labels + b * r.n),

@@ -1,4 +1,4 @@
-// Nearest centroids of rows of at most 8 columns, squared Euclidean, by the tensor cores of Ampere and later.
+// Nearest centroids of rows of 2 to 8 columns, squared Euclidean, by the tensor cores of Ampere and later.
 //
 // One product of 16 columns scores a row of at most four: with h = f16(v) and l = f16(v - h) (split.cu), the row is
 // [h l h 1 1 1 0] and a centroid [H H L s], s three halves that add up to what its scores start from, less half its
@@ -7,14 +7,14 @@
 // scored once more in f32 (narrow.cuh), which names a centroid of it and proves that no other of it is nearer.
 //
 // Why the others are further. All is scaled by 2^s, a power of two, and by 4^s for scores; let X and C be the row and a
-// centroid less mu as f32 has them, C at most `centroid` in norm, |X| <= x, and m = bias - X.C as argmin.cuh has it, in
-// exact arithmetic. The product is off by what it adds up with error, LOSS units of the largest partial sum or less for
-// every 16 columns, and by what halves lose: |X - h - l| <= 2^-22 x + 2^-24 (a half of at most 2^16 loses 2^-11 of
-// itself or 2^-25, in at most 8 columns), the same of C, and l.L, at most 2^-22 x `centroid`; start is off by 2^-24 of
-// itself and 2^-25. With `top`, the most that a partial sum may be, that is less than 2^-23 ((LOSS STEPS + 12) top + x
-// + centroid) for any two scores together that order their m. Where a half overflows, x is not below 2^15 and nothing
-// is proven. argmin.cuh says how far apart m have to be for distances to be in their order; the centroid of the place
-// that has the best score need not be the nearest one, so that the largest share of a centroid stands for its own.
+// centroid less mu as f32 has them, of norms of at most x and `norm`, and m = bias - X.C as argmin.cuh has it, in exact
+// arithmetic. A score is off by what the product adds up with error, LOSS units of `top`, the most that a partial sum
+// may be, for every 16 columns (tensor.cuh), and by what halves lose: a half loses 2^-11 of its value or 2^-25, so that
+// |X - h - l| <= 2^-22 x + 2^-23 in eight columns or fewer, as much of C, and |l.L| <= 2^-22 x norm; the halves of s
+// are off by 2^-24 of it and 2^-25. Together that is less than 2^-23 ((LOSS STEPS + 12) top + x + norm). Where a half
+// overflows, x is not below 2^15 and nothing is proven. argmin.cuh says how far apart m have to be for distances to be
+// in their order; the centroid of the place that has the best score need not be the nearest one, so that the largest
+// share of a centroid stands for its own.
 //
 // A centroid far from most others would cost all rows their precision. Those whose norm is more than FAR times what
 // seven in eight of a sample do not exceed have no score: from a row within 0.43 of that norm, they are further than
@@ -23,6 +23,10 @@
 #include "arch/mma.cuh"
 #include "assign/narrow.cuh"
 #include "assign/tensor.cuh"
+
+/// Rows of one column have so many near ties that halves leave too many unproven.
+template <class T, int D>
+constexpr bool scored_by_halves = std::is_same<Filter<T>, float>::value && D > 1;
 
 /// acc = a b^T for 16 rows of a, 8 of b and 16 columns.
 __device__ __forceinline__ void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -101,7 +105,7 @@ struct Fragments {
             const auto pair = [&](int p) {
                 if (!some || 2 * p >= D) return Halves(0, 0);
                 const float* v = from.moved + j * D + 2 * p;
-                return Halves(v[0] * power, D > 1 ? v[1] * power : 0);
+                return Halves(v[0] * power, v[1] * power);
             };
             const float start = some ? shift - from.bias[j] * power * power : -INFINITY;
             const Halves first(start, 0);
@@ -168,7 +172,7 @@ __device__ __forceinline__ int assign_rows_tensor(const T* x, const Rows& r, int
     const int column = D > 4 ? 2 * quad : 2 * (quad % 2);
     float mu[2];
 #pragma unroll
-    for (int e = 0; e < 2; ++e) mu[e] = column + e < D ? -to.mu[column + e] * power : 0;
+    for (int e = 0; e < 2; ++e) mu[e] = column < D ? -to.mu[column + e] * power : 0;
     const T* const rows = row_of(x, r, b, first_row);
     const int count = int(end - first_row);
     int unproven = 0;

@@ -296,7 +296,7 @@ __device__ void fit(const T* x, const Rows& r, const Active& active, const Summa
     extern __shared__ __align__(16) uint8_t raw[];
     __shared__ double shift;
     __shared__ bool odd;
-    constexpr bool F32 = std::is_same<Filter<T>, float>::value;
+    constexpr bool TENSOR = scored_by_halves<T, D>;
     const Narrow<Filter<T>, D> to(raw + fragment_bytes, k);
     const Fragments<D> fragments(raw, to.padded);
     const OnChip<T, D> s(raw + narrow_bytes, r.n, k);
@@ -312,13 +312,13 @@ __device__ void fit(const T* x, const Rows& r, const Active& active, const Summa
         for (int64_t i = threadIdx.x; i < r.n * D; i += blockDim.x) {
             s.x[i] = i % D < d ? row_of(x, r, b, i / D)[i % D] : T(0.0f);
         }
-        bool done = false, tensor = F32 && fragment_bytes;
+        bool done = false, tensor = TENSOR && fragment_bytes;
         for (int64_t iteration = 0;; ++iteration) {
             __syncthreads();
             to.prepare(c, d, d, metric);
             if (threadIdx.x == 0) shift = 0, odd = false;
             if (tensor) {
-                if constexpr (F32) {
+                if constexpr (TENSOR) {
                     fragments.prepare(to);
                     tensor = most_proven(
                         assign_rows_tensor<true, T, D>(s.x, here, 0, 0, r.n, c, d, to, fragments, s.labels), r.n);

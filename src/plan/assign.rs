@@ -189,7 +189,7 @@ pub(crate) fn narrow_shared(dtype: DType, k: usize, d: usize) -> Option<usize> {
 /// What a block of `assign_narrow.cu` or `fit_narrow.cu` takes beside that for centroids as tensor cores score them; none
 /// where they do not, or if all would be more than `most`.
 pub(crate) fn narrow_fragments(dtype: DType, metric: Metric, [k, d]: [usize; 2], others: usize, most: usize) -> usize {
-    if dtype == DType::F64 || metric != Metric::SquaredEuclidean {
+    if dtype == DType::F64 || metric != Metric::SquaredEuclidean || d == 1 {
         return 0;
     }
     // 16 columns of halves, or twice as many, and scales.
