@@ -33,7 +33,7 @@ awk -v arch="sm_$arch" -v most_shared="$most_shared" '
     if (name ~ /^assign_sm90_2_/ || name ~ /^assign_sm90_3_/) most = 0
     if (name ~ /^(update|add_changes)_/) most = 48
     # A few words of kernels that fill all registers with rows on their way and accumulators.
-    if (name ~ /^attend_coded_(80|112|128)_/) most = 16
+    if (name ~ /^attend_coded_(80|96|112|128)_/) most = 16
     if (name ~ /^attend_coded_256_f32/) most = 32
     if (name ~ /^attend_(80|96)_b?f16/) most = 4
     if (name ~ /^route_attend_(96_2|112_2|256_1)_/) most = arch == "sm_80" ? 32 : 8

@@ -21,9 +21,11 @@ __device__ __forceinline__ int Unit<T, D, CODED>::list_rows(uint2 range, int fir
     if (c.team) {
         TeamState& state = states.of_team;
         const Team team = {uint32_t(c.blocks), block};
-        const uint32_t rank = radix_select_by_team(ranks, ranked, range.x, range.y, c.budget, weight, state, team);
-        const auto places = [&](uint2 own) { return places_in_team(own, state, team); };
-        gather_best(ranks, ranked, rank, c.budget, begins, 0, c.budget, state.sums, places, taken,
+        // A sum of softmaxes has no sign.
+        const int bits = c.group == 1 ? 32 : 31;
+        const TeamRank last = radix_select_by_team(ranks, ranked, bits, c.budget, weight, state, team);
+        const auto places = [&](uint2) { return last.places; };
+        gather_best(ranks, ranked, last.rank, c.budget, begins, 0, c.budget, state.sums, places, taken,
                     [&](int i, int at, int j) {
                         const uint32_t place = uint32_t(i + c.sinks), reader = place / uint32_t(c.rows);
                         team.store(rows + place % uint32_t(c.rows), reader, uint32_t(at));

@@ -28,40 +28,106 @@ struct Team {
     }
 };
 
-/// A block keeps this while its team selects.
+/// Candidates that a block tells all others.
+constexpr int TEAM_COMPARED = COMPARED / ATTEND_BLOCKS;
+static_assert(COMPARED % WARP == 0);  // whole warps load them
+
+/// A block keeps this while its team selects. Candidates are ranks and weights.
 struct TeamState {
     alignas(16) uint32_t bins[2][BINS];
-    uint2 bounds[WARP], sums[WARP];
-    uint32_t range[2], taken[2];
+    uint2 candidates[TEAM_COMPARED], compared[COMPARED], sums[WARP];
+    uint32_t count, above, found, taken[2];
 };
 
-/// As radix_select_weighted, of the clusters of all blocks: each counts its own in bins, and all add up the bins of
-/// each.
+/// The rank of the last cluster that is listed, and where a block lists its clusters above that rank, and those of it:
+/// after those of the blocks before it.
+struct TeamRank {
+    uint32_t rank;
+    uint2 places;
+};
+
+/// Compares the candidates of all blocks with each other, those whose ranks are `rank` but for their last `unknown`
+/// bits, of which `wanted` weight is wanted. Each block tells its own, and how much weight it has above them, so that
+/// all know the places, too. False if a block has more candidates than it can tell.
 template <class Weight>
-__device__ uint32_t radix_select_by_team(const uint32_t* ranks, int k, uint32_t least, uint32_t most, uint32_t wanted,
-                                         Weight weight, TeamState& s, const Team& team) {
-    const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-    least = __reduce_min_sync(~0u, least), most = __reduce_max_sync(~0u, most);
-    if (lane == 0) s.bounds[threadIdx.x / WARP] = make_uint2(least, most);
-    for (int i = threadIdx.x; i < BINS; i += blockDim.x) s.bins[0][i] = 0;
-    __syncthreads();
-    const uint2 bounds = s.bounds[min(lane, warps - 1)];
-    least = __reduce_min_sync(~0u, bounds.x), most = __reduce_max_sync(~0u, bounds.y);
-    if (threadIdx.x == 0) s.range[0] = least, s.range[1] = most;
+__device__ __forceinline__ bool compare_by_team(const uint32_t* ranks, int k, uint32_t rank, int unknown,
+                                                uint32_t wanted, Weight weight, TeamState& s, const Team& team,
+                                                TeamRank& last) {
+    const uint32_t lane = threadIdx.x % WARP, other = min(lane, team.size - 1);
+    uint32_t own_above = 0;
+#pragma unroll 2
+    for (int j = threadIdx.x; j < k; j += blockDim.x) {
+        const uint32_t key = ranks[j];
+        if (key < rank) continue;
+        if (key - rank >> unknown) {
+            own_above += weight(j);
+        } else {
+            const uint32_t at = atomicAdd(&s.count, 1);
+            if (at < TEAM_COMPARED) s.candidates[at] = make_uint2(key, weight(j));
+        }
+    }
+    own_above = __reduce_add_sync(~0u, own_above);
+    if (lane == 0) atomicAdd(&s.above, own_above);
     team.sync();
-    const uint32_t other = min(uint32_t(lane), team.size - 1);
-    least = __reduce_min_sync(~0u, team.load(s.range, other));
-    most = __reduce_max_sync(~0u, team.load(s.range + 1, other));
-    int above = 32 - __clz(most - least);  // bits that are not found yet
-    uint32_t distance = 0;                 // as far as found
-    for (int turn = 0; above; turn ^= 1) {
-        const int shift = max(above - DIGIT, 0);
+    // A lane has what one of the blocks has.
+    const uint32_t count = lane < team.size ? team.load(&s.count, other) : 0;
+    const uint32_t above = lane < team.size ? team.load(&s.above, other) : 0;
+    if (__any_sync(~0u, count > TEAM_COMPARED)) return false;
+    const uint32_t ends = warp_scan(count), total = __shfl_sync(~0u, ends, WARP - 1);
+    const uint32_t from = __shfl_sync(~0u, ends - count, team.block);
+    if (threadIdx.x < COMPARED) {
+        const uint32_t owner = threadIdx.x / TEAM_COMPARED, i = threadIdx.x % TEAM_COMPARED;
+        const uint32_t of_owner = __shfl_sync(~0u, count, owner), end = __shfl_sync(~0u, ends, owner);
+        if (i < of_owner) {
+            const uint32_t* const candidate = &s.candidates[i].x;
+            s.compared[end - of_owner + i] = make_uint2(team.load(candidate, owner), team.load(candidate + 1, owner));
+        }
+    }
+    if (threadIdx.x == 0) s.found = rank;
+    __syncthreads();
+    if (threadIdx.x < total) {
+        const uint32_t own_key = s.compared[threadIdx.x].x;
+        uint32_t higher = 0, same = 0;
+#pragma unroll 4
+        for (uint32_t i = 0; i < total; ++i) {
+            const uint2 candidate = s.compared[i];
+            higher += candidate.x > own_key ? candidate.y : 0, same += candidate.x == own_key ? candidate.y : 0;
+        }
+        if (higher < wanted && higher + same >= wanted) s.found = own_key;
+    }
+    __syncthreads();
+    const uint32_t found = s.found;
+    uint32_t higher = above, before = lane < team.block ? above : 0, same = 0;
+    for (uint32_t i = lane; i < total; i += WARP) {
+        const uint2 candidate = s.compared[i];
+        const uint32_t better = candidate.x > found ? candidate.y : 0;
+        higher += better, before += i < from ? better : 0;
+        same += i < from && candidate.x == found ? candidate.y : 0;
+    }
+    higher = __reduce_add_sync(~0u, higher);
+    last = {found, make_uint2(__reduce_add_sync(~0u, before), higher + __reduce_add_sync(~0u, same))};
+    return true;
+}
+
+/// As radix_select_weighted, of the clusters of all blocks, whose ranks have so many `bits`: each counts its own in
+/// bins, and all add up the bins of each. A digit costs an exchange, and so would the ranks' bounds. So digits are
+/// those of the ranks as they are, and after two, where few candidates are left, these are compared instead.
+template <class Weight>
+__device__ TeamRank radix_select_by_team(const uint32_t* ranks, int k, int bits, uint32_t wanted, Weight weight,
+                                         TeamState& s, const Team& team) {
+    for (int i = threadIdx.x; i < BINS; i += blockDim.x) s.bins[0][i] = 0;
+    if (threadIdx.x == 0) s.count = s.above = 0;
+    __syncthreads();
+    uint32_t rank = 0;   // as far as found
+    int unknown = bits;  // that are not found yet
+    for (int turn = 0; unknown; turn ^= 1) {
+        const int shift = max(unknown - DIGIT, 0);
         uint32_t *const own = s.bins[turn], *const all = s.bins[turn ^ 1];
 #pragma unroll 2
         for (int j = threadIdx.x; j < k; j += blockDim.x) {
-            const uint32_t offset = ranks[j] - least;
-            const bool candidate = above == 32 || (offset ^ distance) >> above == 0;
-            if (candidate) atomicAdd(own + (offset >> shift & (BINS - 1)), weight(j));
+            const uint32_t key = ranks[j];
+            const bool candidate = unknown == 32 || (key ^ rank) >> unknown == 0;
+            if (candidate) atomicAdd(own + (key >> shift & (BINS - 1)), weight(j));
         }
         team.sync();
         // The other bins, which all blocks have read by now, take the sums, and are the next to count in.
@@ -72,23 +138,31 @@ __device__ uint32_t radix_select_by_team(const uint32_t* ranks, int k, uint32_t 
             all[i] = sum;
         }
         __syncthreads();
-        distance |= find_digit(all, wanted) << shift;
-        above = shift;
+        rank |= find_digit(all, wanted) << shift;
+        unknown = shift;
         __syncthreads();
         for (int i = threadIdx.x; i < BINS; i += blockDim.x) all[i] = 0;
         __syncthreads();
+        TeamRank last;
+        if (unknown == bits - 2 * DIGIT && compare_by_team(ranks, k, rank, unknown, wanted, weight, s, team, last)) {
+            return last;
+        }
     }
-    return least + distance;
-}
-
-/// The first places for a block's clusters above the rank, and for those of it: blocks list theirs one after another.
-__device__ __forceinline__ uint2 places_in_team(uint2 own, TeamState& s, const Team& team) {
-    if (threadIdx.x == 0) s.taken[0] = own.x, s.taken[1] = own.y;
-    team.sync();
+    // All digits are found, and the places are not known yet.
+    uint32_t own_above = 0, own_same = 0;
+    for (int j = threadIdx.x; j < k; j += blockDim.x) {
+        const uint32_t key = ranks[j], size = weight(j);
+        own_above += key > rank ? size : 0, own_same += key == rank ? size : 0;
+    }
+    if (threadIdx.x < 2) s.taken[threadIdx.x] = 0;
+    __syncthreads();
+    own_above = __reduce_add_sync(~0u, own_above), own_same = __reduce_add_sync(~0u, own_same);
     const uint32_t lane = threadIdx.x % WARP, other = min(lane, team.size - 1);
+    if (lane == 0) atomicAdd(s.taken, own_above), atomicAdd(s.taken + 1, own_same);
+    team.sync();
     const uint32_t above = lane < team.size ? team.load(s.taken, other) : 0;
     const uint32_t same = lane < team.size ? team.load(s.taken + 1, other) : 0;
-    return make_uint2(__reduce_add_sync(~0u, lane < team.block ? above : 0),
-                      __reduce_add_sync(~0u, above + (lane < team.block ? same : 0)));
+    return {rank, make_uint2(__reduce_add_sync(~0u, lane < team.block ? above : 0),
+                             __reduce_add_sync(~0u, above + (lane < team.block ? same : 0)))};
 }
 #endif

@@ -194,7 +194,7 @@ fn groups_read_what_matters_to_them_and_estimate_the_rest() {
 fn rows_of_many_columns() {
     for (device, dtype) in devices().into_iter().flat_map(|d| [DType::F16, DType::BF16].map(|t| (d.clone(), t))) {
         let mut rng = rng(71);
-        for (d, heads, m, n, query_group) in [
+        let shapes = [
             (64, 2, 70, 300, 128),
             (64, 6, 33, 257, 8),
             (128, 2, 150, 400, 60),
@@ -204,11 +204,17 @@ fn rows_of_many_columns() {
             (96, 2, 70, 200, 70),
             (112, 2, 33, 200, 8),
             (256, 2, 130, 200, 60),
-        ] {
+        ];
+        for (i, (d, heads, m, n, query_group)) in shapes.into_iter().enumerate() {
             for causal in [false, true] {
                 let [q, k, v] =
                     [(heads, m), (2, n), (2, n)].map(|(h, n)| random([2, h, n, d], dtype, &device, &mut rng));
-                for (read, estimate) in READS.into_iter().zip([true, false, true, true, false]) {
+                for (j, (read, estimate)) in READS.into_iter().zip([true, false, true, true, false]).enumerate() {
+                    // The CPU computes all shapes alike, so that there a case of each shape and type is enough.
+                    let picked = j == i % READS.len() && causal == (i % 2 == usize::from(dtype == DType::F16));
+                    if device.is_cpu() && !picked {
+                        continue;
+                    }
                     let (q, k, v) = (q.clone(), k.clone(), v.clone());
                     let (keys, queries) = (Grouping::Clusters(9), Grouping::Clusters(query_group));
                     let case = Case { q, k, v, causal, read, estimate, keys, queries, causal_choice: false };
