@@ -9,6 +9,7 @@
 
 use anyhow::Result;
 use clap::Parser;
+use methods::Method;
 use models::{backend::Backend, CODE, PROSE};
 use std::path::PathBuf;
 
@@ -16,6 +17,7 @@ mod language;
 mod methods;
 #[path = "../common/minilm.rs"]
 mod minilm;
+mod residual;
 mod sentences;
 
 #[derive(Parser)]
@@ -33,9 +35,15 @@ struct Args {
     /// Tokens of each text
     #[arg(long, default_value_t = 256)]
     tokens: usize,
-    /// Levels of a row
-    #[arg(long, value_delimiter = ',', default_values_t = [4, 8, 16])]
-    levels: Vec<usize>,
+    /// Tokens of the calibration
+    #[arg(long, default_value_t = 2048)]
+    calibration_tokens: usize,
+    /// Of a code
+    #[arg(long, value_delimiter = ',', default_values_t = [2, 3, 4])]
+    bits: Vec<usize>,
+    /// Only methods with this in their names
+    #[arg(long, default_value = "")]
+    only: String,
     /// Blocks that are quantised, from the first on
     #[arg(long, default_value_t = 4)]
     layers: usize,
@@ -52,11 +60,17 @@ struct Args {
     out: PathBuf,
 }
 
+impl Args {
+    fn wants(&self, method: &Method) -> bool {
+        method.name().contains(&self.only)
+    }
+}
+
 fn main() -> Result<()> {
     let args = Args::parse();
     let (device, _) = args.device.open()?;
     match &args.minilm {
-        Some(weights) => sentences::run(weights, &args.sentences, &device),
+        Some(weights) => sentences::run(weights, &args, &device),
         None => language::run(&args, &device),
     }
 }
