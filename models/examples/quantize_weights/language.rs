@@ -19,28 +19,23 @@ use std::collections::{BTreeMap, HashMap};
 /// Methods with codes of about so many bits.
 fn methods(bits: usize) -> Vec<Method> {
     const EACH: [By; 3] = [By::Square, By::Importance, By::Hessian];
-    let (others, few): (&[Method], &[usize]) = match bits {
-        2 => (&[Method::Rounded { bits: 2 }, Method::Ggml(GgmlDType::Q2K)], &[0, 16]),
-        3 => (&[Method::Rounded { bits: 3 }, Method::Ggml(GgmlDType::Q3K)], &[0, 8]),
-        // Rounding is left out: the file's weights are integers of four bits, which it would reproduce.
-        _ => (
-            &[
-                Method::Nf4 { group: 64 },
-                Method::Nf4 { group: 32 },
-                Method::Ggml(GgmlDType::Q4_0),
-                Method::Ggml(GgmlDType::Q4K),
-            ],
-            &[0, 8],
-        ),
+    // Rounding to four bits is left out: the file's weights are integers of so many, which it would reproduce.
+    let (others, few): (&[Method], usize) = match bits {
+        2 => (&[Method::Rounded { bits: 2 }, Method::Ggml(GgmlDType::Q2K)], 16),
+        3 => (&[Method::Rounded { bits: 3 }, Method::Ggml(GgmlDType::Q3K)], 8),
+        _ => {
+            let (nf4, q4) =
+                ([64, 32].map(|group| Method::Nf4 { group }), [GgmlDType::Q4_0, GgmlDType::Q4K].map(Method::Ggml));
+            (&[nf4, q4].concat(), 8)
+        }
     };
     let mut methods = others.to_vec();
     for by in EACH {
-        methods.extend([0, 4].map(|outliers| Method::Shared { bits, outliers, by }));
-        methods.extend((by != By::Square).then_some(Method::Own { bits, group: 64, by }));
+        // Without outliers beside NF4 in groups of 64.
+        methods.extend((bits == 4).then_some(Method::Shared { bits, outliers: 0, by }));
+        methods.push(Method::Shared { bits, outliers: 4, by });
     }
-    for by in EACH {
-        methods.extend(few.iter().map(|&few| Method::Residual { stages: bits, few, by }));
-    }
+    methods.extend(EACH.map(|by| Method::Residual { stages: bits, few, by }));
     methods
 }
 

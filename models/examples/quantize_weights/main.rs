@@ -41,9 +41,9 @@ struct Args {
     /// Of a code
     #[arg(long, value_delimiter = ',', default_values_t = [2, 3, 4])]
     bits: Vec<usize>,
-    /// Only methods with this in their names
-    #[arg(long, default_value = "")]
-    only: String,
+    /// Only methods with any of these in their names
+    #[arg(long, value_name = "PART")]
+    only: Vec<String>,
     /// Blocks that are quantised, from the first on
     #[arg(long, default_value_t = 4)]
     layers: usize,
@@ -62,7 +62,7 @@ struct Args {
 
 impl Args {
     fn wants(&self, method: &Method) -> bool {
-        method.name().contains(&self.only)
+        self.only.is_empty() || self.only.iter().any(|part| method.name().contains(part))
     }
 }
 

@@ -88,8 +88,8 @@ pub enum Method {
     Ggml(GgmlDType),
     /// Levels that all rows of a matrix share, the best there are for its scaled weights, and so many outliers a thousand weights
     Shared { bits: usize, outliers: usize, by: By },
-    /// Levels of each row's own, in groups of some size or none
-    Own { bits: usize, group: usize, by: By },
+    /// Levels of each row's own, without groups
+    Own { bits: usize },
     /// Sums of so many entries of 256, and one of a few, for eight weights at a time
     Residual { stages: usize, few: usize, by: By },
 }
@@ -120,10 +120,7 @@ impl Method {
                 let outliers = if outliers > 0 { ", outliers" } else { "" };
                 format!("{} levels{outliers}{}", 1 << bits, calibrated(by))
             }
-            Self::Own { bits, group, by } => {
-                let groups = if group > 0 { "" } else { ", no groups" };
-                format!("{} levels a row{groups}{}", 1 << bits, calibrated(by))
-            }
+            Self::Own { bits } => format!("{} levels a row", 1 << bits),
             Self::Residual { stages, few, by } => {
                 let few = if few > 0 { format!(", 1 of {few}") } else { String::new() };
                 format!("sums of {stages} entries of 256{few}{}", calibrated(by))
@@ -137,10 +134,8 @@ impl Method {
             Self::Rounded { .. } => "rounded",
             Self::Nf4 { .. } => "NF4",
             Self::Ggml(_) => "llama.cpp's types",
-            Self::Shared { by: By::Hessian, .. } | Self::Own { by: By::Hessian, .. } => "optimal levels, Hessian",
-            Self::Shared { by: By::Importance, .. } | Self::Own { by: By::Importance, .. } => {
-                "optimal levels, importance"
-            }
+            Self::Shared { by: By::Hessian, .. } => "optimal levels, Hessian",
+            Self::Shared { by: By::Importance, .. } => "optimal levels, importance",
             Self::Shared { .. } | Self::Own { .. } => "optimal levels",
             Self::Residual { by: By::Hessian, .. } => "residual codes, Hessian",
             Self::Residual { by: By::Importance, .. } => "residual codes, importance",
@@ -206,10 +201,7 @@ impl Method {
                 let config = LutConfig { bits, group_size, levels: Granularity::Tensor, outliers, rounds: ROUNDS };
                 levels(matrix, config, by)
             }
-            Self::Own { bits, group, by } => {
-                let config = LutConfig { bits, group_size: group, rounds: ROUNDS, ..LutConfig::default() };
-                levels(matrix, config, by)
-            }
+            Self::Own { bits } => levels(matrix, LutConfig { bits, ..LutConfig::default() }, By::Square),
             Self::Residual { .. } => unreachable!("all matrices share their entries"),
         }
     }

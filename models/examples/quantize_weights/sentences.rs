@@ -10,26 +10,22 @@ use candle_core::{quantized::GgmlDType, Device, Tensor};
 use models::progress::progress;
 use std::{collections::HashMap, fs, path::Path};
 
-const METHODS: [Method; 20] = [
+const METHODS: [Method; 16] = [
     Method::Rounded { bits: 2 },
     Method::Ggml(GgmlDType::Q2K),
     Method::Shared { bits: 2, outliers: 3, by: By::Square },
-    Method::Residual { stages: 2, few: 0, by: By::Square },
     Method::Residual { stages: 2, few: 16, by: By::Square },
     Method::Rounded { bits: 3 },
     Method::Ggml(GgmlDType::Q3K),
-    Method::Shared { bits: 3, outliers: 0, by: By::Square },
     Method::Shared { bits: 3, outliers: 3, by: By::Square },
-    Method::Residual { stages: 3, few: 0, by: By::Square },
     Method::Residual { stages: 3, few: 8, by: By::Square },
     Method::Rounded { bits: 4 },
     Method::Nf4 { group: 64 },
     Method::Nf4 { group: 32 },
     Method::Ggml(GgmlDType::Q4_0),
     Method::Ggml(GgmlDType::Q4K),
-    Method::Shared { bits: 4, outliers: 0, by: By::Square },
+    Method::Own { bits: 4 },
     Method::Shared { bits: 4, outliers: 3, by: By::Square },
-    Method::Residual { stages: 4, few: 0, by: By::Square },
     Method::Residual { stages: 4, few: 8, by: By::Square },
 ];
 const NEIGHBOURS: usize = 10;

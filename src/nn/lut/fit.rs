@@ -248,15 +248,11 @@ impl Output<'_> {
                 product += counts * level * f64::from(self.weights[c]);
                 square += counts * level * level;
             }
-            self.set_scale(g, product / square);
-        }
-    }
-
-    /// A scale stays as it is where an f16 cannot hold the new one, or nothing counts.
-    pub fn set_scale(&mut self, group: usize, scale: f64) {
-        let scale = as_f16(scale);
-        if scale > 0.0 && scale.is_finite() {
-            self.scales[group] = scale;
+            let scale = as_f16(product / square);
+            // It stays as it is where an f16 cannot hold the new one, or nothing counts.
+            if scale > 0.0 && scale.is_finite() {
+                self.scales[g] = scale;
+            }
         }
     }
 

@@ -142,12 +142,8 @@ impl Hessian {
     fn fit_levels(&self, output: &mut Output, gradient: &[f32]) {
         let sizes = output.sizes;
         let of = |c: usize| c / sizes.served * sizes.entries + usize::from(output.codes[c]);
-        let change = self.least_squares(output, gradient, output.levels.len(), of, |c| output.scales[c / sizes.group]);
-        let Some(change) = change else { return };
-        let levels: Vec<_> = output.levels.iter().zip(&change).map(|(level, change)| as_f16(level + change)).collect();
-        if !levels.iter().all(|level| level.is_finite()) {
-            return;
-        }
+        let levels = self.least_squares(output, gradient, &output.levels, of, |c| output.scales[c / sizes.group]);
+        let Some(levels) = levels else { return };
         output.levels = levels;
         // Levels ascend, which least squares do not know.
         for t in 0..output.levels.len() / sizes.entries {
@@ -168,21 +164,23 @@ impl Hessian {
     /// Scales become the best ones for codes and levels.
     fn fit_scales(&self, output: &mut Output, gradient: &[f32]) {
         let group = output.sizes.group;
-        let change = self.least_squares(output, gradient, output.scales.len(), |c| c / group, |c| output.level(c));
-        for (g, change) in change.iter().flatten().enumerate() {
-            output.set_scale(g, output.scales[g] + change);
+        let scales = self.least_squares(output, gradient, &output.scales, |c| c / group, |c| output.level(c));
+        if let Some(scales) = scales.filter(|scales| scales.iter().all(|scale| *scale > 0.0)) {
+            output.scales = scales;
         }
     }
 
-    /// How much parameters change, of which column `c` is the one that `of` says times a factor.
+    /// What parameters become, of which the value of column `c` is the one that `of` says times a factor. There is nothing better than those
+    /// `before` if rounding to f16 takes more than they gain: all columns of a parameter go the same way, which no others make up for.
     fn least_squares(
         &self,
         output: &Output,
         gradient: &[f32],
-        parameters: usize,
+        before: &[f64],
         of: impl Fn(usize) -> usize,
         factor: impl Fn(usize) -> f64,
     ) -> Option<Vec<f64>> {
+        let parameters = before.len();
         let coded = |c| if output.is_coded(c) { factor(c) as f32 } else { 0.0 };
         let columns: Vec<(usize, f32)> = (0..self.n).map(|c| (of(c), coded(c))).collect();
         let (mut normal, mut right) = (DMatrix::zeros(parameters, parameters), DVector::zeros(parameters));
@@ -200,7 +198,12 @@ impl Hessian {
             right[parameter] += f64::from(factor) * f64::from(gradient[c]);
         }
         let damping = STAY * normal.diagonal().max();
-        (0..parameters).for_each(|p| normal[(p, p)] += damping);
-        Some(Cholesky::new(normal)?.solve(&right).iter().copied().collect())
+        let mut damped = normal.clone();
+        (0..parameters).for_each(|p| damped[(p, p)] += damping);
+        let change = Cholesky::new(damped)?.solve(&right);
+        let after: Vec<f64> = before.iter().zip(&change).map(|(value, change)| as_f16(value + change)).collect();
+        let change = DVector::from_iterator(parameters, after.iter().zip(before).map(|(after, before)| after - before));
+        let gain = 2.0 * change.dot(&right) - change.dot(&(normal * &change));
+        (gain > 0.0 && after.iter().all(|value| value.is_finite())).then_some(after)
     }
 }
