@@ -19,7 +19,7 @@ constexpr int LUT_STEP = WARP / 8 * LUT_BLOCK;  // columns of a warp at a time
 /// Weights as `LutMatrix` has them.
 struct LutWeights {
     const uint8_t* codes;    // (outputs, 8 bits / 64 columns)
-    const __half* levels;    // (outputs, tables, 2^bits)
+    const __half* levels;    // (outputs, tables, 2^bits), or (2^bits) of all outputs, where tables are 0
     const __half* scales;    // (outputs, groups)
     const uint32_t* places;  // (outputs, outliers), or null
     const __half* extra;
@@ -98,7 +98,7 @@ struct Output {
     }
     /// Half of a block more keeps whole numbers of blocks from rounding down.
     __device__ __forceinline__ Table<BITS> table(int block) const {
-        return Table<BITS>(levels + (tables == 1 ? 0 : int((block + 0.5f) * a_table) << BITS));
+        return Table<BITS>(levels + (tables <= 1 ? 0 : int((block + 0.5f) * a_table) << BITS));
     }
     __device__ __forceinline__ float scale(int block) const {
         return __half2float(__ldg(scales + int((block + 0.5f) * a_group)));

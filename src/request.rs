@@ -353,7 +353,7 @@ pub(crate) struct LutMatrix<'a> {
     pub bits: usize,
     /// u8 `(outputs, bytes)`: whole blocks.
     pub codes: &'a Tensor,
-    /// f16 `(outputs, tables, 2^bits)`: each for as many blocks.
+    /// f16 `(outputs, tables, 2^bits)`: each for as many blocks. Or `(1, 1, 2^bits)`: one for all outputs.
     pub levels: &'a Tensor,
     /// f16 `(outputs, groups)`: each for as many blocks.
     pub scales: &'a Tensor,
@@ -372,6 +372,14 @@ pub(crate) struct Outliers<'a> {
 impl LutMatrix<'_> {
     /// Columns whose codes lie together.
     pub const BLOCK: usize = 64;
+
+    /// Tables of levels that an output has of its own; 0 if all outputs share one.
+    pub fn tables(&self) -> usize {
+        match *self.levels.dims() {
+            [outputs, tables, _] if outputs == self.codes.dims()[0] => tables,
+            _ => 0,
+        }
+    }
 
     /// Columns of an output, whole blocks.
     pub fn columns(&self) -> usize {

@@ -51,7 +51,7 @@ pub(super) fn product(x: &Rows, w: &LutMatrix<'_>) -> Result<Tensor> {
         codes: codes.flat()?,
         levels: levels.flat()?,
         scales: scales.flat()?,
-        tables: w.levels.dims()[1],
+        tables: w.tables(),
         groups: w.scales.dims()[1],
         outliers,
         outliers_each: w.outliers.map_or(Ok(0), |o| o.columns.dim(1))?,
@@ -103,7 +103,7 @@ struct Weights<'a> {
     codes: &'a [u8],
     levels: &'a [f16],
     scales: &'a [f16],
-    /// Tables of a row, and scales.
+    /// Tables of a row, or 0 if all rows share one; and scales.
     tables: usize,
     groups: usize,
     outliers: (&'a [u32], &'a [f16]),
@@ -199,13 +199,14 @@ struct Row<'a> {
 impl<'a> Row<'a> {
     #[inline(always)]
     fn new<const BITS: usize>(w: &Weights<'a>, o: usize) -> Self {
-        let (blocks, levels) = (w.columns / BLOCK, w.tables << BITS);
+        let blocks = w.columns / BLOCK;
+        let own = o * (w.tables << BITS)..(o + 1) * (w.tables << BITS);
         let bytes = blocks * BITS * LANES;
         Self {
             codes: &w.codes[o * bytes..][..bytes],
-            levels: &w.levels[o * levels..][..levels],
+            levels: if w.tables > 0 { &w.levels[own] } else { w.levels },
             scales: &w.scales[o * w.groups..][..w.groups],
-            table_blocks: blocks / w.tables,
+            table_blocks: blocks / w.tables.max(1),
             scale_blocks: blocks / w.groups,
             table: [0.0; LEVELS],
         }

@@ -26,7 +26,7 @@ macro_rules! launch_lut {
         let extra = outliers.as_ref().map(|(_, values)| values.view::<f16>()).transpose()?;
         let each = $w.outliers.map_or(Ok(0), |o| o.columns.dim(1))? as i64;
         let (outputs, inputs, columns) = ($w.codes.dims()[0] as i64, $w.inputs as i64, $w.columns() as i64);
-        let (tables, groups) = ($w.levels.dims()[1] as i64, $w.scales.dims()[1] as i64);
+        let (tables, groups) = ($w.tables() as i64, $w.scales.dims()[1] as i64);
         launch!($dev, Lut, $name, $suffix, $grid, THREADS, $shared;
             $($before,)* &codes.view::<u8>()?, &levels.view::<f16>()?, &scales.view::<f16>()?, Nullable(&places),
             Nullable(&extra), &outputs, &inputs, &columns, &tables, &groups, &each, $($after),*)

@@ -14,5 +14,5 @@ pub use codebook::{
     ResidualQuantized, ResidualQuantizer, Rotation, Usage,
 };
 pub use kv_cache::{ClusteredKvCache, KvBudget, KvClusters, KvCodes, KvMeans};
-pub use lut::{LutConfig, LutLinear, LutWeights};
+pub use lut::{Granularity, LutConfig, LutLinear, LutWeights};
 pub use routing::{Grouping, KeyBudget, RoutedAttention};

@@ -3,7 +3,7 @@
 use crate::common::*;
 use candle_core::{DType, Device, Module, Tensor};
 use candle_flash_kmeans::{
-    nn::{LutConfig, LutLinear, LutWeights},
+    nn::{Granularity, LutConfig, LutLinear, LutWeights},
     testing, Error,
 };
 use candle_nn::Linear;
@@ -11,8 +11,8 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 /// Weights as their documentation says that they are stored, in f64, row by row.
-fn spec_weights(w: &LutWeights) -> Rows {
-    let LutConfig { bits, group_size, levels_per_group, .. } = w.config();
+pub fn spec_weights(w: &LutWeights) -> Rows {
+    let LutConfig { bits, group_size, levels: granularity, .. } = w.config();
     let codes = w.codes().to_vec2::<u8>().unwrap();
     let (levels, scales) = (w.levels().to_dtype(DType::F64).unwrap(), w.scales().to_dtype(DType::F64).unwrap());
     let (levels, scales) = (levels.to_vec3::<f64>().unwrap(), scales.to_vec2::<f64>().unwrap());
@@ -30,7 +30,12 @@ fn spec_weights(w: &LutWeights) -> Rows {
         .map(|o| {
             let weight = |c: usize| {
                 let group = c.checked_div(group_size).unwrap_or(0);
-                levels[o][if levels_per_group { group } else { 0 }][code(o, c)] * scales[o][group]
+                let table = match granularity {
+                    Granularity::Tensor => &levels[0][0],
+                    Granularity::Output => &levels[o][0],
+                    Granularity::Group => &levels[o][group],
+                };
+                table[code(o, c)] * scales[o][group]
             };
             (0..w.inputs()).map(weight).collect()
         })
@@ -45,9 +50,18 @@ fn spec_weights(w: &LutWeights) -> Rows {
 }
 
 fn configs() -> impl Iterator<Item = LutConfig> {
+    use Granularity::{Group, Output, Tensor};
     (2..=4).flat_map(|bits| {
-        [(0, false, 0), (64, false, 0), (128, true, 3), (64, true, 0), (0, false, 5)]
-            .map(|(group_size, levels_per_group, outliers)| LutConfig { bits, group_size, levels_per_group, outliers })
+        [
+            (0, Output, 0),
+            (64, Output, 0),
+            (128, Group, 3),
+            (64, Group, 0),
+            (0, Output, 5),
+            (0, Tensor, 0),
+            (64, Tensor, 2),
+        ]
+        .map(|(group_size, levels, outliers)| LutConfig { bits, group_size, levels, outliers, rounds: 0 })
     })
 }
 
@@ -120,7 +134,8 @@ fn levels_are_an_optimum_by_scales_and_importance() {
     let w = normal(&[outputs, inputs], &mut rng);
     let importance = uniform(&[inputs], 2.0, 1.9, DType::F32, &mut rng);
     for importance in [None, Some(&importance)] {
-        for config in configs().filter(|config| config.outliers == 0) {
+        let shared = |config: &LutConfig| config.levels == Granularity::Tensor;
+        for config in configs().filter(|config| config.outliers == 0 && !shared(config)) {
             let weights = LutWeights::quantize(&w, importance, &config).unwrap();
             let (spec, exact) = (spec_weights(&weights), &problems(&w)[0]);
             let counts = importance.map_or(vec![1.0; inputs], f64s);
@@ -133,7 +148,7 @@ fn levels_are_an_optimum_by_scales_and_importance() {
                     assert!((scale - own).abs() <= own * 2f64.powi(-11), "{config:?}: {scale}, {own}");
                 }
                 let got = sum((0..inputs).map(|c| (exact[o][c] - spec[o][c]).powi(2) * counts[c]));
-                let tables = if config.levels_per_group { scales[o].len() } else { 1 };
+                let tables = if config.levels == Granularity::Group { scales[o].len() } else { 1 };
                 let least = sum((0..tables).map(|t| {
                     let own = (0..inputs).filter(|&c| tables == 1 || group(c) == t);
                     let scaled = own.map(|c| {
@@ -149,6 +164,60 @@ fn levels_are_an_optimum_by_scales_and_importance() {
                 assert!(got <= least * (1.0 + 1e-6) + rounding, "{config:?}, output {o}: {got}, not {least}");
             }
         }
+    }
+}
+
+/// All weights share levels, which are an optimum but for a histogram of theirs.
+#[test]
+fn shared_levels_are_nearly_an_optimum() {
+    let mut rng = rng(8);
+    let (outputs, inputs) = (3, 70);
+    let w = normal(&[outputs, inputs], &mut rng);
+    let importance = uniform(&[outputs, inputs], 2.0, 1.9, DType::F32, &mut rng);
+    let (exact, counts) = (&problems(&w)[0], &problems(&importance)[0]);
+    for bits in 2..=4 {
+        for group_size in [0, 64] {
+            let config = LutConfig { bits, group_size, levels: Granularity::Tensor, ..LutConfig::default() };
+            let weights = LutWeights::quantize(&w, Some(&importance), &config).unwrap();
+            assert_eq!(weights.levels().dims(), [1, 1, 1 << bits]);
+            let spec = spec_weights(&weights);
+            let scales = &problems(&weights.scales().to_dtype(DType::F64).unwrap())[0];
+            let all = || (0..outputs).flat_map(|o| (0..inputs).map(move |c| (o, c)));
+            let mut points: Vec<_> = all()
+                .map(|(o, c)| {
+                    let scale = scales[o][c.checked_div(group_size).unwrap_or(0)];
+                    (exact[o][c] / scale, counts[o][c] * scale * scale)
+                })
+                .collect();
+            points.sort_by(|a, b| a.0.total_cmp(&b.0));
+            let got = sum(all().map(|(o, c)| (exact[o][c] - spec[o][c]).powi(2) * counts[o][c]));
+            // A value is less than a bin, a part in 16,383 of the range from -1 to 1, from its bin's mean; and levels have 11 bits.
+            let off = 2.0 * (2.0 / 16383.0) + 2f64.powi(-11);
+            let most = least_cost(&points, 1 << bits).sqrt() + sum(points.iter().map(|p| p.1)).sqrt() * off;
+            assert!(got.sqrt() <= most, "{config:?}: {}, not {most}", got.sqrt());
+        }
+    }
+}
+
+#[test]
+fn rounds_leave_less_error() {
+    let mut rng = rng(9);
+    let w = normal(&[8, 256], &mut rng);
+    let importance = uniform(&[256], 2.0, 1.9, DType::F32, &mut rng);
+    let (exact, counts) = (&problems(&w)[0], f64s(&importance));
+    for config in configs() {
+        let error = |rounds| {
+            let weights = LutWeights::quantize(&w, Some(&importance), &LutConfig { rounds, ..config }).unwrap();
+            let spec = spec_weights(&weights);
+            let row = |o: usize| sum((0..256).map(|c| (exact[o][c] - spec[o][c]).powi(2) * counts[c]));
+            sum((0..8).map(row))
+        };
+        let errors = [0, 1, 4].map(error);
+        // Of one scale an output, or levels of each group, the scale does nothing that levels do not do.
+        let scales_matter =
+            config.levels == Granularity::Tensor || config.levels == Granularity::Output && config.group_size > 0;
+        let most = if scales_matter { 0.999 } else { 1.001 };
+        assert!(errors[1] <= most * errors[0] && errors[2] <= 1.001 * errors[1], "{config:?}: {errors:?}");
     }
 }
 

@@ -1,33 +1,47 @@
 //! Measures what the sentence embeddings of all-MiniLM-L6-v2 lose.
 
 use crate::{
-    methods::{Matrix, Method},
+    methods::{By, Matrix, Method, Quantized},
     minilm::{sentences, MiniLm, BATCH},
+    Args,
 };
 use anyhow::{ensure, Context, Result};
-use candle_core::{Device, Tensor};
+use candle_core::{quantized::GgmlDType, Device, Tensor};
 use models::progress::progress;
 use std::{collections::HashMap, fs, path::Path};
 
-/// These weights are not quantised yet, so that four bits are a fair measure.
-const METHODS: [Method; 4] = [
+const METHODS: [Method; 16] = [
+    Method::Rounded { bits: 2 },
+    Method::Ggml(GgmlDType::Q2K),
+    Method::Shared { bits: 2, outliers: 3, by: By::Square },
+    Method::Residual { stages: 2, few: 16, by: By::Square },
+    Method::Rounded { bits: 3 },
+    Method::Ggml(GgmlDType::Q3K),
+    Method::Shared { bits: 3, outliers: 3, by: By::Square },
+    Method::Residual { stages: 3, few: 8, by: By::Square },
     Method::Rounded { bits: 4 },
-    Method::Nf4,
-    Method::Row { entries: 16 },
-    Method::Table { entries: 16, weighted: false },
+    Method::Nf4 { group: 64 },
+    Method::Nf4 { group: 32 },
+    Method::Ggml(GgmlDType::Q4_0),
+    Method::Ggml(GgmlDType::Q4K),
+    Method::Own { bits: 4 },
+    Method::Shared { bits: 4, outliers: 3, by: By::Square },
+    Method::Residual { stages: 4, few: 8, by: By::Square },
 ];
 const NEIGHBOURS: usize = 10;
 /// Sentences, at most: Candle sorts so many similarities on any GPU.
 const MOST: usize = 1000;
 
-pub fn run(weights: &Path, text: &Path, device: &Device) -> Result<()> {
+pub fn run(weights: &Path, args: &Args, device: &Device) -> Result<()> {
     let model = MiniLm::read(weights, device)?;
     let tensors = &model.weights;
+    let text = &args.sentences;
     let text = fs::read_to_string(text).with_context(|| format!("cannot read {}", text.display()))?;
     let sentences = sentences(&text, MOST);
     ensure!(sentences.len() > NEIGHBOURS, "{} sentences, more than {NEIGHBOURS} are needed", sentences.len());
 
-    let bar = progress((1 + METHODS.len()) * sentences.len().div_ceil(BATCH), "batches")?;
+    let methods: Vec<Method> = METHODS.into_iter().filter(|method| args.wants(method)).collect();
+    let bar = progress((1 + methods.len()) * sentences.len().div_ceil(BATCH), "batches")?;
     let similarities = |tensors: HashMap<String, Tensor>| {
         let embeddings = model.embed(tensors, &sentences, || bar.inc(1))?;
         anyhow::Ok(embeddings.matmul(&embeddings.t()?)?)
@@ -35,23 +49,21 @@ pub fn run(weights: &Path, text: &Path, device: &Device) -> Result<()> {
     let exact = similarities(tensors.clone())?;
     let is_linear = |name: &str| name.starts_with("encoder.") && tensors[name].rank() == 2;
     let names: Vec<&String> = tensors.keys().filter(|name| is_linear(name)).collect();
-    let matrices: Vec<_> =
-        names.iter().map(|name| Matrix { weight: tensors[*name].clone(), importance: None }).collect();
+    let matrices: Vec<_> = names.iter().map(|name| Matrix { weight: tensors[*name].clone(), hessian: None }).collect();
     bar.suspend(|| {
         println!("{} linear layers, {} sentences\n", matrices.len(), sentences.len());
         println!(
-            "| | bits a weight | error of the weights | of a cosine | same {NEIGHBOURS} nearest | clustered in |\n|---|---|---|---|---|---|"
+            "| | bits a weight | error of the weights | of a cosine | same {NEIGHBOURS} nearest | quantised in |\n|---|---|---|---|---|---|"
         );
     });
-    for method in METHODS {
-        let quantized = method.quantize(&matrices)?;
-        let (bits, off, time) = (quantized.bits, quantized.error, quantized.clustered_in());
-        let changed = names.iter().map(|name| name.to_string()).zip(quantized.weights);
+    for method in methods {
+        let Quantized { weights, bits, error: off, seconds } = method.quantize(&matrices)?;
+        let changed = names.iter().map(|name| name.to_string()).zip(weights);
         let found = similarities(tensors.clone().into_iter().chain(changed).collect())?;
         let error = (&found - &exact)?.abs()?.mean_all()?.to_scalar::<f32>()?;
         let same = 100.0 * overlap(&nearest(&exact)?, &nearest(&found)?);
         let name = method.name();
-        bar.suspend(|| println!("| {name} | {bits:.2} | {off:.4} | {error:.4} | {same:.1} % | {time} |"));
+        bar.suspend(|| println!("| {name} | {bits:.3} | {off:.4} | {error:.4} | {same:.1} % | {seconds:.1} s |"));
     }
     bar.finish_and_clear();
     Ok(())

@@ -4,7 +4,6 @@ use super::{codes::empty, ResidualQuantizer};
 use crate::{
     error::{Error, Result},
     functional::{nearest, rows_of},
-    metric::Metric,
     primitives,
     ranking::descending,
     tiles::NEAREST,
@@ -39,11 +38,7 @@ impl ResidualQuantizer {
         if !(1..=NEAREST).contains(&width) {
             return Err(Error::Range { argument: "width", got: width, min: 1, max: NEAREST });
         }
-        if let Some(stage) = self.stages().iter().find(|stage| stage.metric() != Metric::SquaredEuclidean) {
-            let (got, with) =
-                (stage.metric().name().to_string(), "a beam, which adds up squared Euclidean distances".into());
-            return Err(Error::Conflict { argument: "metric", got, with });
-        }
+        self.check_squares("a beam, which adds up squared Euclidean distances")?;
         primitives::check_counted("x", x)?;
         if x.elem_count() == 0 || x.rank() < 2 {
             return self.encode(x);

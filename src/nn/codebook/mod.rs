@@ -30,6 +30,7 @@ mod orthogonal;
 mod product;
 mod quantized;
 mod quantizer;
+mod refit;
 mod replicas;
 mod residual;
 mod rotation;

@@ -9,6 +9,7 @@ use crate::{
     error::{Error, Result},
     functional,
     kmeans::KMeans,
+    metric::Metric,
     primitives,
     problem::{check_device, check_dtype},
     row_weights,
@@ -129,6 +130,17 @@ impl ResidualQuantizer {
     /// The same with each problem's codebooks as stored spread over `rows` rows.
     pub fn bits_per_value_with_codebook(&self, rows: usize) -> f64 {
         self.stages.iter().map(|stage| stage.bits_per_value_with_codebook(rows)).sum()
+    }
+
+    /// Refuses stages whose entries are not the nearest by squared Euclidean distance, for the sake of what needs that.
+    pub(super) fn check_squares(&self, with: &str) -> Result<()> {
+        match self.stages.iter().find(|stage| stage.metric != Metric::SquaredEuclidean) {
+            Some(stage) => {
+                let got = stage.metric.name().to_string();
+                Err(Error::Conflict { argument: "metric", got, with: with.to_string() })
+            }
+            None => Ok(()),
+        }
     }
 
     /// Returns what `x` becomes, and its codes.

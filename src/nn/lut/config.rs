@@ -12,15 +12,44 @@ pub struct LutConfig {
     pub bits: usize,
     /// Neighbouring weights of an output that share a scale, a multiple of 64 (0: all of them).
     pub group_size: usize,
-    /// Whether each group has levels of its own, rather than each output (no).
-    pub levels_per_group: bool,
+    /// What has levels of its own (each output).
+    pub levels: Granularity,
     /// Weights of each output that are kept apart, as what they are more than their levels (0).
     pub outliers: usize,
+    /// Rounds in which scales, levels and codes are chosen again, each for the others (0).
+    pub rounds: usize,
+}
+
+/// What shares the levels of a quantiser.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Granularity {
+    /// All weights: levels take next to no memory, which pays where outputs are short.
+    Tensor,
+    /// The weights of an output.
+    #[default]
+    Output,
+    /// The weights that share a scale.
+    Group,
+}
+
+impl Granularity {
+    /// What files call it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Tensor => "tensor",
+            Self::Output => "output",
+            Self::Group => "group",
+        }
+    }
+
+    pub(super) fn named(name: &str) -> Option<Self> {
+        [Self::Tensor, Self::Output, Self::Group].into_iter().find(|granularity| granularity.name() == name)
+    }
 }
 
 impl Default for LutConfig {
     fn default() -> Self {
-        Self { bits: 4, group_size: 0, levels_per_group: false, outliers: 0 }
+        Self { bits: 4, group_size: 0, levels: Granularity::Output, outliers: 0, rounds: 0 }
     }
 }
 
@@ -40,7 +69,7 @@ impl LutConfig {
         Ok(())
     }
 
-    pub(super) fn levels(&self) -> usize {
+    pub(super) fn entries(&self) -> usize {
         1 << self.bits
     }
 
@@ -51,5 +80,15 @@ impl LutConfig {
             size => size,
         };
         (group, inputs.next_multiple_of(group))
+    }
+
+    /// The shape of the levels of so many outputs.
+    pub(super) fn levels_shape(&self, outputs: usize, inputs: usize) -> [usize; 3] {
+        let (group, columns) = self.columns(inputs);
+        match self.levels {
+            Granularity::Tensor => [1, 1, self.entries()],
+            Granularity::Output => [outputs, 1, self.entries()],
+            Granularity::Group => [outputs, columns / group, self.entries()],
+        }
     }
 }

@@ -57,6 +57,14 @@ impl LutLinear {
         Self::new(LutWeights::quantize(linear.weight(), importance, config)?, linear.bias())
     }
 
+    /// Quantises the weights of a layer, as [`LutWeights::quantize_calibrated`] does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn quantize_calibrated(linear: &Linear, hessian: &Tensor, config: &LutConfig) -> Result<Self> {
+        Self::new(LutWeights::quantize_calibrated(linear.weight(), hessian, config)?, linear.bias())
+    }
+
     /// The weights.
     pub fn weights(&self) -> &LutWeights {
         &self.weights
@@ -81,13 +89,14 @@ impl LutLinear {
     /// # Errors
     /// [`Error::Io`] if it cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let LutConfig { bits, group_size, levels_per_group, outliers } = self.weights.config;
+        let LutConfig { bits, group_size, levels, outliers, rounds } = self.weights.config;
         let settings = [
             ("kind", KIND.to_string()),
             ("bits", bits.to_string()),
             ("group_size", group_size.to_string()),
-            ("levels_per_group", levels_per_group.to_string()),
+            ("levels", levels.name().to_string()),
             ("outliers", outliers.to_string()),
+            ("rounds", rounds.to_string()),
             ("inputs", self.weights.inputs.to_string()),
         ];
         let bias = self.bias.iter().map(|bias| ("bias", bias));

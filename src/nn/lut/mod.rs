@@ -8,12 +8,14 @@ use crate::{
     saved::{all_finite, Saved},
 };
 use candle_core::{DType, Device, Tensor};
-pub use config::LutConfig;
+pub use config::{Granularity, LutConfig};
 use half::f16;
+use hessian::Hessian;
 pub use linear::LutLinear;
 
 mod config;
 mod fit;
+mod hessian;
 mod linear;
 mod pack;
 
@@ -26,7 +28,8 @@ const DECODED: usize = 1 << 24;
 /// A weight is its level times the scale of its group, an f16 that is the largest magnitude there. The levels, f16, are the centroids of
 /// [`Init::Optimal`](crate::Init::Optimal) of the scaled weights. An error counts by the square of the scale and, if it is given, by the
 /// importance of the column: the mean square of what it is multiplied by in a calibration, which is the diagonal of the Hessian of
-/// the layer's squared error. Outliers are the weights of each output whose squares count most; what they are more than
+/// the layer's squared error. In further rounds each scale is the one that is best for its codes, by least squares, and levels and codes
+/// follow. Levels that all outputs share are an optimum of a histogram of 16,384 bins. Outliers are the weights of each output whose squares count most; what they are more than
 /// their levels is kept beside the codes, in f16, with their columns.
 #[derive(Clone, Debug)]
 pub struct LutWeights {
@@ -56,20 +59,54 @@ impl LutWeights {
             }
             check_float("importance", importance)?;
         }
-        let weights = on_host(weight)?;
-        if let Some(i) = weights.iter().position(|w| !w.is_finite()) {
-            return Err(Error::NonFinite { argument: "weight", batch: 0, row: i / inputs });
-        }
-        if let Some(w) = weights.iter().find(|w| w.abs() > f16::MAX.to_f32()) {
-            return Err(Error::Value { argument: "weight", got: f64::from(*w), expected: "within 65504, as f16 is" });
-        }
+        let weights = checked_weights(weight, inputs)?;
         let mut importance = importance.map(on_host).transpose()?;
         let counts = |v: &f32| *v > 0.0 && v.is_finite();
         importance.iter_mut().flatten().filter(|v| !counts(v)).for_each(|v| *v = 0.0);
-        let stored = fit::fit(&weights, importance.as_deref(), inputs, config)?;
+        Self::of(fit::fit(&weights, importance.as_deref(), None, inputs, config)?, weight, config)
+    }
+
+    /// Quantises `weight` `(outputs, inputs)`, on the host, so that what the layer puts out is off by little, rather than each weight.
+    /// `hessian` `(inputs, inputs)` is `X^T X` of rows `X` that the layer reads in a calibration, times any factor; of it the lower triangle is
+    /// read, with a hundredth of the mean of the diagonal added to the diagonal. Outliers, scales and levels start from
+    /// [`quantize`](Self::quantize) with the diagonal as importance. Then codes make up for each other's errors (GPTQ, Frantar et al.
+    /// 2022), and in each of the rounds of `config` levels, unless all outputs share them, scales and codes are fitted to each other by
+    /// the same square. The time grows with `outputs * inputs^2`.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_flash_kmeans::nn::{LutConfig, LutWeights};
+    ///
+    /// // The second column always says what the first one says.
+    /// let x = Tensor::new(&[[1f32, 1.], [-2., -2.], [3., 3.]], &Device::Cpu)?;
+    /// let weight = Tensor::new(&[[0.1f32, 0.5], [-0.9, 0.3], [1.0, -0.2], [-0.4, -0.7], [0.8, 0.6]], &Device::Cpu)?;
+    /// let config = LutConfig { bits: 2, levels: candle_flash_kmeans::nn::Granularity::Tensor, ..LutConfig::default() };
+    /// let off = |w: LutWeights| (w.matmul(&x)? - x.matmul(&weight.t()?)?)?.sqr()?.sum_all()?.to_scalar::<f32>();
+    /// let calibrated = LutWeights::quantize_calibrated(&weight, &x.t()?.matmul(&x)?, &config)?;
+    /// assert!(off(calibrated)? < off(LutWeights::quantize(&weight, None, &config)?)?);
+    /// # Ok::<_, candle_flash_kmeans::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`quantize`](Self::quantize), and refuses a Hessian that is not finite, or that no rows can have.
+    pub fn quantize_calibrated(weight: &Tensor, hessian: &Tensor, config: &LutConfig) -> Result<Self> {
+        let [_, inputs] = dims2_float("weight", weight)?;
+        config.check(inputs)?;
+        check_float("hessian", hessian)?;
+        if hessian.dims() != [inputs, inputs] {
+            let expected = vec![inputs, inputs];
+            return Err(Error::Shape { argument: "hessian", got: hessian.dims().to_vec(), expected });
+        }
+        let weights = checked_weights(weight, inputs)?;
+        let hessian = Hessian::new(finite("hessian", hessian, inputs)?, inputs)?;
+        let stored = fit::fit(&weights, Some(&hessian.diagonal()), Some(&hessian), inputs, config)?;
+        Self::of(stored, weight, config)
+    }
+
+    /// What is stored of `weight`, as tensors on its device.
+    fn of(stored: fit::Stored, weight: &Tensor, config: &LutConfig) -> Result<Self> {
+        let ((outputs, inputs), device) = (weight.dims2()?, weight.device());
         let (group, columns) = config.columns(inputs);
-        let (groups, device) = (columns / group, weight.device());
-        let tables = if config.levels_per_group { groups } else { 1 };
         let outliers = match config.outliers {
             0 => None,
             each => Some((
@@ -81,8 +118,8 @@ impl LutWeights {
             config: *config,
             inputs,
             codes: Tensor::from_vec(stored.codes, (outputs, columns / 8 * config.bits), device)?,
-            levels: Tensor::from_vec(stored.levels, (outputs, tables, config.levels()), device)?,
-            scales: Tensor::from_vec(stored.scales, (outputs, groups), device)?,
+            levels: Tensor::from_vec(stored.levels, &config.levels_shape(outputs, inputs), device)?,
+            scales: Tensor::from_vec(stored.scales, (outputs, columns / group), device)?,
             outliers,
         })
     }
@@ -109,7 +146,7 @@ impl LutWeights {
         &self.codes
     }
 
-    /// The levels, f16 `(outputs, tables, 2^bits)`, ascending: one table, or one for each group.
+    /// The levels, f16 `(outputs, tables, 2^bits)`, ascending: one table, or one for each group; `(1, 1, 2^bits)` if all outputs share them.
     pub fn levels(&self) -> &Tensor {
         &self.levels
     }
@@ -199,9 +236,10 @@ impl LutWeights {
             return Ok(weights);
         }
         let part = |t: &Tensor| t.narrow(0, first, count)?.contiguous();
-        let [levels, scales] = [&self.levels, &self.scales].map(|t| part(t)?.to_dtype(DType::F32));
+        let (_, tables, entries) = self.levels.dims3()?;
+        let levels = self.levels.broadcast_as((self.outputs(), tables, entries))?;
+        let [levels, scales] = [&levels, &self.scales].map(|t| part(t)?.to_dtype(DType::F32));
         let (levels, scales) = (levels?, scales?);
-        let (_, tables, _) = levels.dims3()?;
         let codes = pack::unpack(&part(&self.codes)?, self.config.bits)?;
         let columns = codes.dim(1)?;
         let weights = levels.gather(&codes.reshape((count, tables, columns / tables))?, 2)?;
@@ -245,8 +283,12 @@ impl LutWeights {
         let config = LutConfig {
             bits: file.setting("bits")?,
             group_size: file.setting("group_size")?,
-            levels_per_group: file.setting("levels_per_group")?,
+            levels: {
+                let name: String = file.setting("levels")?;
+                Granularity::named(&name).ok_or_else(|| file.bad(format!("levels: {name} have none")))?
+            },
             outliers: file.setting("outliers")?,
+            rounds: file.setting("rounds")?,
         };
         let inputs: usize = file.setting("inputs")?;
         config.check(inputs).map_err(|e| file.bad(e.to_string()))?;
@@ -262,13 +304,12 @@ impl LutWeights {
         }
         let (outputs, (group, columns)) = (scales.dims()[0], config.columns(inputs));
         let groups = columns / group;
-        let tables = if config.levels_per_group { groups } else { 1 };
         let mut exactly = |name, dtype, shape: [usize; 3]| {
             let shape = if name == "levels" { &shape[..] } else { &shape[..2] };
             file.exactly(name, dtype, Some(shape))
         };
         let codes = exactly("codes", DType::U8, [outputs, columns / 8 * config.bits, 0])?;
-        let levels = exactly("levels", DType::F16, [outputs, tables, config.levels()])?;
+        let levels = exactly("levels", DType::F16, config.levels_shape(outputs, inputs))?;
         let mut outliers = None;
         if config.outliers > 0 {
             let at = exactly("outlier_columns", DType::U32, [outputs, config.outliers, 0])?;
@@ -309,6 +350,24 @@ fn dims2_float(argument: &'static str, t: &Tensor) -> Result<[usize; 2]> {
         [a, b] if a * b > 0 => Ok([a, b]),
         [_, _] => Err(Error::Range { argument: "weight elements", got: 0, min: 1, max: usize::MAX }),
         _ => Err(Error::Size { argument, what: "number of dimensions", got: t.rank(), expected: 2 }),
+    }
+}
+
+/// Weights of so many inputs an output, which fit an f16.
+fn checked_weights(weight: &Tensor, inputs: usize) -> Result<Vec<f32>> {
+    let weights = finite("weight", weight, inputs)?;
+    if let Some(w) = weights.iter().find(|w| w.abs() > f16::MAX.to_f32()) {
+        return Err(Error::Value { argument: "weight", got: f64::from(*w), expected: "within 65504, as f16 is" });
+    }
+    Ok(weights)
+}
+
+/// The values of a matrix, which are finite.
+fn finite(argument: &'static str, t: &Tensor, columns: usize) -> Result<Vec<f32>> {
+    let values = on_host(t)?;
+    match values.iter().position(|v| !v.is_finite()) {
+        Some(i) => Err(Error::NonFinite { argument, batch: 0, row: i / columns }),
+        None => Ok(values),
     }
 }
 
