@@ -27,11 +27,8 @@ fn damped(hessian: &Tensor) -> Rows {
     let mut h = problems(hessian)[0].clone();
     let n = h.len();
     let more = 0.01 * sum((0..n).map(|c| h[c][c])) / n as f64;
-    (0..n).for_each(|c| h[c][c] = f64::from((h[c][c] as f32) + more as f32));
-    for i in 0..n {
-        (0..i).for_each(|j| h[j][i] = h[i][j]);
-    }
-    h
+    h.iter_mut().enumerate().for_each(|(c, row)| row[c] = f64::from(row[c] as f32 + more as f32));
+    (0..n).map(|i| (0..n).map(|j| h[i.max(j)][i.min(j)]).collect()).collect()
 }
 
 /// The square of the products' errors, added up.
@@ -95,8 +92,8 @@ fn codes_are_those_of_the_nearest_plane() {
             let levels = problems(&found.levels().to_dtype(DType::F64).unwrap());
             let scales = &problems(&found.scales().to_dtype(DType::F64).unwrap())[0];
             for (o, got) in spec_weights(&found).iter().enumerate() {
-                let values = (0..150).map(|c| {
-                    let group = if group_size == 0 { 0 } else { c / group_size };
+                let values = (0..150usize).map(|c| {
+                    let group = c.checked_div(group_size).unwrap_or(0);
                     let table = match config.levels {
                         Granularity::Tensor => &levels[0][0],
                         Granularity::Output => &levels[o][0],

@@ -41,9 +41,8 @@ fn eliminate(mut a: Rows, mut b: Vec<f64>) -> Vec<f64> {
         b.swap(i, pivot);
         for row in i + 1..n {
             let factor = a[row][i] / a[i][i];
-            for c in i..n {
-                a[row][c] -= factor * a[i][c];
-            }
+            let taken = a[i].clone();
+            a[row].iter_mut().zip(taken).for_each(|(value, taken)| *value -= factor * taken);
             b[row] -= factor * b[i];
         }
     }

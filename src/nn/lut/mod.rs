@@ -77,10 +77,10 @@ impl LutWeights {
     /// use candle_core::{Device, Tensor};
     /// use candle_flash_kmeans::nn::{LutConfig, LutWeights};
     ///
-    /// // The second column always says what the first one says.
-    /// let x = Tensor::new(&[[1f32, 1.], [-2., -2.], [3., 3.]], &Device::Cpu)?;
-    /// let weight = Tensor::new(&[[0.1f32, 0.5], [-0.9, 0.3], [1.0, -0.2], [-0.4, -0.7], [0.8, 0.6]], &Device::Cpu)?;
-    /// let config = LutConfig { bits: 2, levels: candle_flash_kmeans::nn::Granularity::Tensor, ..LutConfig::default() };
+    /// let uniform = |rows, columns| Tensor::rand(-1f32, 1f32, (rows, columns), &Device::Cpu);
+    /// let x = uniform(64, 4)?.matmul(&uniform(4, 32)?)?; // 32 columns that say what 4 could say
+    /// let weight = uniform(8, 32)?;
+    /// let config = LutConfig { bits: 2, ..LutConfig::default() };
     /// let off = |w: LutWeights| (w.matmul(&x)? - x.matmul(&weight.t()?)?)?.sqr()?.sum_all()?.to_scalar::<f32>();
     /// let calibrated = LutWeights::quantize_calibrated(&weight, &x.t()?.matmul(&x)?, &config)?;
     /// assert!(off(calibrated)? < off(LutWeights::quantize(&weight, None, &config)?)?);
