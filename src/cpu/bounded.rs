@@ -11,7 +11,7 @@ use super::{
     label::{Scratch, Views},
     label_rounded::RoundedScratch,
     rounded::RoundedCentroids,
-    skipping::{RowBounds, SkipScratch, SkipTile, Work},
+    skipping::{Measure, RowBounds, SkipScratch, SkipTile, Work},
     tensors::{write, Element, Stored, View},
 };
 use crate::{
@@ -267,9 +267,8 @@ fn needed<T: Element<Filter = f32>>(
         if !moved.any_needed(lower, Moved::cut(moved.after_move(upper[row], label))) {
             return 0;
         }
-        let mut values = vec![0.0; x.rows.d];
-        T::filter_row(x.row(b, row), &mut values);
-        let cut = Moved::cut(moved.above(moved.square(&values, label)));
+        let own = Measure { moved, row: x.row(b, row), label, scratch: &mut vec![0.0; x.rows.d] };
+        let cut = Moved::cut(moved.above(pulp::Arch::new().dispatch(own)));
         lower.iter().zip(&moved.fallen).filter(|&(&lower, &fallen)| Moved::needed(lower, fallen, cut)).count()
     };
     let needed = host::reduce(sampled, x.rows.d + 8 * groups, of_row, |a, b| a + b)?;

@@ -12,12 +12,15 @@
 
 use super::{
     filter::{gamma, Centroids, Slack},
-    scalar::{lanes, Scalar},
+    scalar::Scalar,
     tensors::{Element, View},
 };
 use crate::{error::Result, host};
-use pulp::NullaryFnOnce;
+use pulp::{NullaryFnOnce, Simd};
 use std::ops::Range;
+
+/// Sums that go on at once, so that none waits for the one before.
+const CHAINS: usize = 4;
 
 /// More than the roundings of what is compared with it, of numbers as f32.
 const ROUNDINGS: f64 = 1.0 / (1 << 21) as f64;
@@ -122,9 +125,24 @@ impl Moved {
 
     /// The squared distance of a row to a centroid, in f32: within `gamma` of it, but for what underflow takes.
     #[inline(always)]
-    pub fn square(&self, row: &[f32], label: u32) -> f64 {
+    pub fn square<S: Simd>(&self, simd: S, row: &[f32], label: u32) -> f64 {
         let value = &self.values[label as usize * self.d..][..self.d];
-        lanes(row, value, |s, a, b| s.add(a.sub(b).mul(a.sub(b)))).widen()
+        let ((xs, x_tail), (ys, y_tail)) = (S::as_simd_f32s(row), S::as_simd_f32s(value));
+        let add = |sum, x, y| {
+            let t = simd.sub_f32s(x, y);
+            simd.mul_add_f32s(t, t, sum)
+        };
+        let ((fours, others), (y_fours, y_others)) = (xs.as_chunks::<CHAINS>(), ys.as_chunks::<CHAINS>());
+        let mut sums = [simd.splat_f32s(0.0); CHAINS];
+        for (x, y) in fours.iter().zip(y_fours) {
+            for i in 0..CHAINS {
+                sums[i] = add(sums[i], x[i], y[i]);
+            }
+        }
+        sums[0] = others.iter().zip(y_others).fold(sums[0], |sum, (&x, &y)| add(sum, x, y));
+        let [a, b, c, d] = sums;
+        let sum = simd.reduce_sum_f32s(simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d)));
+        f64::from(x_tail.iter().zip(y_tail).fold(sum, |sum, (x, y)| sum + (x - y) * (x - y)))
     }
 
     /// A number that the distance of this square, and the one by the definition, is not above.

@@ -53,7 +53,11 @@ fn round(v: f32) -> u32 {
 #[inline(always)]
 fn round_row(row: &[f32], mut write: impl FnMut(usize, [u16; STEP])) -> f64 {
     let mut squares = [0.0; STEP];
-    let mut round_step = |step: usize, values: &[f32; STEP]| {
+    let (whole, rest) = row.as_chunks::<STEP>();
+    let mut last = [0.0; STEP];
+    last[..rest.len()].copy_from_slice(rest);
+    // One loop, so that all of it is inlined where vectors are wide.
+    for (step, values) in whole.iter().chain((!rest.is_empty()).then_some(&last)).enumerate() {
         let mut rounded = [0; STEP];
         for i in 0..STEP {
             let bits = round(values[i]);
@@ -62,15 +66,6 @@ fn round_row(row: &[f32], mut write: impl FnMut(usize, [u16; STEP])) -> f64 {
             rounded[i] = (bits >> 16) as u16;
         }
         write(step, rounded);
-    };
-    let (whole, rest) = row.as_chunks::<STEP>();
-    for (step, values) in whole.iter().enumerate() {
-        round_step(step, values);
-    }
-    if !rest.is_empty() {
-        let mut values = [0.0; STEP];
-        values[..rest.len()].copy_from_slice(rest);
-        round_step(whole.len(), &values);
     }
     let square: f64 = squares.iter().map(|&square| f64::from(square)).sum();
     // Squares that underflowed are put back.

@@ -15,7 +15,7 @@ use super::{
     tensors::Element,
 };
 use crate::error::Result;
-use pulp::NullaryFnOnce;
+use pulp::{NullaryFnOnce, Simd, WithSimd};
 use std::ops::Range;
 
 /// A tile, and what is known of its rows.
@@ -258,23 +258,23 @@ impl<T: Element<Filter = f32>> NullaryFnOnce for Open<'_, '_, T> {
 }
 
 /// Finds the squared distance of a row to its own centroid.
-struct Measure<'a, T: Element> {
-    of: &'a SkipTile<'a, T>,
-    row: &'a [T],
-    label: u32,
-    scratch: &'a mut [f32],
+pub(super) struct Measure<'a, T> {
+    pub moved: &'a Moved,
+    pub row: &'a [T],
+    pub label: u32,
+    pub scratch: &'a mut [f32],
 }
 
-impl<T: Element<Filter = f32>> NullaryFnOnce for Measure<'_, T> {
+impl<T: Element<Filter = f32>> WithSimd for Measure<'_, T> {
     type Output = f64;
 
     #[inline(always)]
-    fn call(self) -> f64 {
+    fn with_simd<S: Simd>(self, simd: S) -> f64 {
         if let Some(row) = T::as_filter(self.row) {
-            return self.of.moved.square(row, self.label);
+            return self.moved.square(simd, row, self.label);
         }
         T::filter_row(self.row, self.scratch);
-        self.of.moved.square(self.scratch, self.label)
+        self.moved.square(simd, self.scratch, self.label)
     }
 }
 
@@ -301,7 +301,7 @@ impl<T: Element<Filter = f32>> SkipTile<'_, T> {
         let (groups, centroids) = (grouping.count(), tile.centroids);
         let (lower, upper) = (&mut bounds.lower[row * groups..][..groups], &mut bounds.upper[row]);
         let x = tile.x.row(tile.b, tile.first + row);
-        let square = simd.dispatch(Measure { of: self, row: x, label, scratch: &mut s.row });
+        let square = simd.dispatch(Measure { moved, row: x, label, scratch: &mut s.row });
         *upper = moved.above(square);
         let cut = Moved::cut(*upper);
         if !moved.any_needed(lower, cut) {
