@@ -5,7 +5,7 @@ use plotters::prelude::*;
 use std::path::Path;
 
 /// Readable in print and for the colour-blind (Okabe and Ito).
-const COLOURS: [RGBColor; 8] = [
+const COLOURS: [RGBColor; 9] = [
     RGBColor(0, 114, 178),
     RGBColor(86, 180, 233),
     RGBColor(0, 158, 115),
@@ -14,6 +14,7 @@ const COLOURS: [RGBColor; 8] = [
     RGBColor(90, 90, 90),
     RGBColor(213, 94, 0),
     RGBColor(0, 0, 0),
+    RGBColor(150, 90, 40),
 ];
 const SIZE: (u32, u32) = (1160, 540);
 /// Of the legend, which stands beside the lines: wherever it lay among them, it would cover some.
