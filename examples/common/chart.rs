@@ -4,7 +4,7 @@ use anyhow::{anyhow, Result};
 use plotters::prelude::*;
 use std::path::Path;
 
-/// Readable in print and for the colour-blind (Okabe and Ito).
+/// Readable in print and for the colour-blind (Okabe and Ito), with a grey and a brown beside theirs.
 const COLOURS: [RGBColor; 9] = [
     RGBColor(0, 114, 178),
     RGBColor(86, 180, 233),
