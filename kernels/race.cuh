@@ -82,7 +82,7 @@ __device__ void race_rows(const double* nearest, int64_t width, const uint32_t* 
             const double p = __dmul_rn(near, weight);
             if (near > 0 && p > own_most) own_most = p;
         }
-        for (int lane = WARP / 2; lane; lane /= 2) own_most = fmax(own_most, __shfl_xor_sync(~0u, own_most, lane));
+        own_most = warp_max(own_most);
         if (threadIdx.x % WARP == 0) atomic_max(&largest, own_most);
         Lowest before = {0, 0};
         for (int64_t t = 0; t < count; ++t) {

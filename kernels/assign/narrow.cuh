@@ -93,12 +93,12 @@ struct Narrow {
             for (int q = 0; q < D; ++q) moved[j * D + q] = scored.dropped ? F(0) : moved[j * D + q];
             // A hash's slot is the first free one, or that of an equal centroid. Of equal ones the first stays.
             __threadfence_block();  // a later one, found by another thread, loses its bias after it has got one
-            const uint32_t own = uint32_t(hash >> 48) << 16 | (j + 1);
+            const uint32_t own_entry = uint32_t(hash >> 48) << 16 | (j + 1);
             for (int at = int(hash) & (slots - 1);; at = (at + 1) & (slots - 1)) {
-                const uint32_t there = atomicCAS(&table[at], 0, own);
-                if (there == 0) break;
-                if ((there ^ own) >> 16 == 0 && equal(from, c + int64_t((there & 0xffff) - 1) * stride, d)) {
-                    bias[(max(atomicMin(&table[at], own), own) & 0xffff) - 1] = INFINITY;
+                const uint32_t entry = atomicCAS(&table[at], 0, own_entry);
+                if (entry == 0) break;
+                if ((entry ^ own_entry) >> 16 == 0 && equal(from, c + int64_t((entry & 0xffff) - 1) * stride, d)) {
+                    bias[(max(atomicMin(&table[at], own_entry), own_entry) & 0xffff) - 1] = INFINITY;
                     break;
                 }
             }
@@ -184,7 +184,6 @@ __device__ __forceinline__ void assign_rows(const T* x, const Rows& r, int64_t b
     using F = Filter<T>;
     constexpr int ROWS = NARROW_ROWS / (sizeof(F) / 4);
     constexpr int AT_ONCE = D > 4 ? 1 : 4;  // centroids in registers
-    const int lane = threadIdx.x % WARP;
     for (int64_t base = first_row; base < end; base += ROWS * blockDim.x) {
         F v[ROWS][D], best[ROWS], second[ROWS];
         int group[ROWS];

@@ -36,8 +36,6 @@ __device__ __forceinline__ void multiply(float (&acc)[4], const uint32_t (&a)[4]
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
 }
 
-__device__ __forceinline__ uint32_t bits_of(__half2 v) { return *reinterpret_cast<const uint32_t*>(&v); }
-
 /// Two values as halves, and what is left of them.
 struct Halves {
     uint32_t high, low;
@@ -101,15 +99,15 @@ struct Fragments {
         for (int i = threadIdx.x; i < rounds * OWN * WARP; i += blockDim.x) {
             const int lane = i % WARP, tile = i / WARP, quad = lane % 4, column = lane / 4;
             const int place = tile % OWN * 4 + column / 2, j = (place * rounds + tile / OWN) * 2 + column % 2;
-            const bool some = from.bias[j] <= (reaches ? largest : far);
+            const bool scored = from.bias[j] <= (reaches ? largest : far);
             const auto pair = [&](int p) {
-                if (!some || 2 * p >= D) return Halves(0, 0);
+                if (!scored || 2 * p >= D) return Halves(0, 0);
                 const float* v = from.moved + j * D + 2 * p;
                 return Halves(v[0] * power, v[1] * power);
             };
-            const float start = some ? shift - from.bias[j] * power * power : -INFINITY;
+            const float start = scored ? shift - from.bias[j] * power * power : -INFINITY;
             const Halves first(start, 0);
-            const float rest = some ? start - __half2float(__float2half_rn(start)) : 0;
+            const float rest = scored ? start - __half2float(__float2half_rn(start)) : 0;
             const Halves others(rest, 0);
             const uint32_t starts[2] = {first.high | others.high << 16, others.low};
             uint32_t to[STEPS][2];
@@ -130,8 +128,8 @@ struct Fragments {
     }
 };
 
-/// What is known of a row: the best score of a place, with the place in its low bits, and that of the others. Scores
-/// above zero are in the order of their bits.
+/// The best score of a row's places, which has its place in the low bits, and the best score of the other places.
+/// Scores above zero are in the order of their bits.
 struct Place {
     int best, second;
 
@@ -207,16 +205,17 @@ __device__ __forceinline__ int assign_rows_tensor(const T* x, const Rows& r, int
         const auto multiply_round = [&](auto first) {
 #pragma unroll
             for (int p = 0; p < OWN; p += 2, fragments += STEPS * WARP) {
-                const uint4 here = fragments[0];
-                uint4 more;
-                if (STEPS > 1) more = fragments[WARP];
+                const uint4 centroid_pair = fragments[0];
+                uint4 second_step;
+                if (STEPS > 1) second_step = fragments[WARP];
                 float acc[TALL][2][4];
 #pragma unroll
                 for (int m = 0; m < TALL; ++m) {
-                    multiply(acc[m][0], a[m][0], here.x, here.y), multiply(acc[m][1], a[m][0], here.z, here.w);
+                    multiply(acc[m][0], a[m][0], centroid_pair.x, centroid_pair.y),
+                        multiply(acc[m][1], a[m][0], centroid_pair.z, centroid_pair.w);
                     if constexpr (STEPS > 1) {
-                        mma(acc[m][0], a[m][1], more.x, more.y, __half());
-                        mma(acc[m][1], a[m][1], more.z, more.w, __half());
+                        mma(acc[m][0], a[m][1], second_step.x, second_step.y, __half());
+                        mma(acc[m][1], a[m][1], second_step.z, second_step.w, __half());
                     }
                 }
 #pragma unroll
@@ -291,8 +290,8 @@ __device__ __forceinline__ int assign_rows_tensor(const T* x, const Rows& r, int
     return unproven;
 }
 
-/// Whether the tensor cores are worth while for more rows, by what they have `left` of a warp's share of `rows`. For
-/// the whole block, which waits.
+/// True if the tensor cores have proven most rows: of no warp's share of `rows` more than one in sixteen is `left`. All
+/// threads of the block call it, and wait.
 __device__ __forceinline__ bool most_proven(int left, int64_t rows) {
     return !__syncthreads_or(16 * left > rows * WARP / blockDim.x);
 }

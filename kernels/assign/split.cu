@@ -193,8 +193,6 @@ extern "C" __global__ void split_centroids_f32(const float* c, Rows cr, Active a
 
 // ---- Rows.
 
-__device__ __forceinline__ uint32_t bits_of(__half2 v) { return *reinterpret_cast<const uint32_t*>(&v); }
-
 /// Twice what a score may lose, for rows that are off by `lost`, beyond what `error_bound` knows.
 __device__ __forceinline__ float row_error_of(float lost, float largest_norm, int64_t d) {
     const float row_error = 2.002f * (lost * largest_norm + (d + 16) * 0x1p-50f * lost * lost);

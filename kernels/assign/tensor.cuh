@@ -128,6 +128,8 @@ __device__ __forceinline__ void load_eight(float (&v)[PIECE], const float* row, 
     for (int i = 0; i < PIECE; ++i) v[i] = column + i < d ? __ldg(from + i) : 0;
 }
 
+__device__ __forceinline__ uint32_t bits_of(__half2 v) { return *reinterpret_cast<const uint32_t*>(&v); }
+
 /// The sum of squares of a piece.
 template <class T>
 __device__ __forceinline__ float piece_squares(uint4 v) {

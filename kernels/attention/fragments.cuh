@@ -20,7 +20,7 @@ struct Fragments {
     static constexpr int WIDTH = 8 * EACH * PARTS;     // columns of all lanes' parts, D and some beyond a row's end
     static constexpr int TILES = WIDTH / 16;           // accumulators: two columns of two heads each
 
-    /// Whether lane t's piece p of a key row is in the row: the last may be beyond its end.
+    /// True if lane t's piece p of a key row is in the row: the last one may lie beyond its end.
     __device__ __forceinline__ static bool has_key(int p, int t) {
         return D % (4 * EACH) == 0 || (4 * p + 4) * EACH <= D || (4 * p + t) * EACH < D;
     }

@@ -60,7 +60,7 @@ struct Candidate {
     /// Its distance to the seeds before the block, and to those that the block has taken as well.
     near: f64,
     now: f64,
-    /// What it is drawn by.
+    /// Its weight times its distance `near`: the rate at which it is drawn.
     p: f64,
     taken: bool,
 }

@@ -9,7 +9,7 @@ use crate::{
 /// Steps that a row of a race takes, most of which end before the logarithm.
 const RACE_STEPS: usize = 12;
 
-/// What a race has drawn.
+/// The rows that a race has drawn.
 pub(super) struct Drawn {
     /// The least keys, and the rows that have them, of equal ones the lower row first.
     pub lowest: Vec<(f64, u32)>,

@@ -35,7 +35,7 @@ pub(super) struct Seeds<S> {
     values: Vec<[S; LANES]>,
 }
 
-/// What distances are measured by: the rows of a problem, and their norms by cosine.
+/// The distances between rows of a problem, by a metric; norms are there by cosine.
 pub(super) struct Measure<'a, T: Element> {
     pub x: &'a View<'a, T>,
     pub b: usize,
@@ -56,7 +56,7 @@ struct Sums<S> {
     /// Of each of these, and all of them in one.
     lanes: Vec<[S; LANES]>,
     folded: Vec<S>,
-    /// What the sum of each seed has come to.
+    /// The sum of each seed, as far as it has been added up.
     found: Vec<f64>,
 }
 
@@ -233,7 +233,7 @@ fn halve<S: Scalar, const N: usize, const M: usize>(from: &[[S; N]], to: &mut [[
 pub(super) struct Met<'a, T: Element> {
     pub measure: Measure<'a, T>,
     pub seeds: Seeds<T::Filter>,
-    /// Which of its columns of `nearest` has the distances to the seeds so far; none before there are any.
+    /// The column of `nearest` that has the distances to the seeds so far; none before there are any.
     pub slot: Option<usize>,
     /// The units of the potentials of seeds that are tried; none of seeds that are taken.
     pub units: Option<f64>,

@@ -141,8 +141,8 @@ impl Hessian {
     /// Levels become the best ones for codes and scales.
     fn fit_levels(&self, output: &mut Output, gradient: &[f32]) {
         let sizes = output.sizes;
-        let of = |c: usize| c / sizes.served * sizes.entries + usize::from(output.codes[c]);
-        let levels = self.least_squares(output, gradient, &output.levels, of, |c| output.scales[c / sizes.group]);
+        let level_of = |c: usize| c / sizes.served * sizes.entries + usize::from(output.codes[c]);
+        let levels = self.least_squares(output, gradient, &output.levels, level_of, |c| output.scales[c / sizes.group]);
         let Some(levels) = levels else { return };
         output.levels = levels;
         // Levels ascend, which least squares do not know.
