@@ -283,8 +283,10 @@ __device__ __forceinline__ void recheck_tile(const Shared& s, const RecheckState
 static_assert(2 * EIGHTS * SLOTS <= 64, "a tile's hits fit a word");
 
 /// Into how many runs of centroids to cut the work on `row_tiles` tiles of rows, for `shares` blocks: one item each
-/// for few rows, a few each for more, so that the last ones do not leave the others idle for long.
+/// for few rows, a few each for more, so that the last ones do not leave the others idle for long. A block alone
+/// leaves nobody idle, and would only wait for each item's rows anew.
 __device__ __forceinline__ int splits_of(int64_t row_tiles, int64_t tiles, int64_t shares) {
+    if (shares == 1) return 1;
     const int64_t wanted = 2 * row_tiles <= shares ? shares / row_tiles : (4 * shares + row_tiles - 1) / row_tiles;
     return max(int64_t(1), min(tiles, wanted));
 }
