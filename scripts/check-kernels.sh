@@ -37,12 +37,16 @@ awk -v arch="sm_$arch" -v most_shared="$most_shared" '
     if (name ~ /^attend_coded_256_f32/) most = 32
     if (name ~ /^attend_(80|96)_b?f16/) most = 4
     if (name ~ /^route_attend_(96_2|112_2|256_1)_/) most = arch == "sm_80" ? 32 : 8
-    # These two keep where sums go that others add to as well, which costs nothing (blocks-h200-2026-11-28.csv).
-    if (name ~ /^update_(kept_)?f32$/ || name == "update_narrow_bf16") most = 60
+    # These keep where sums go that others add to as well, which costs nothing (blocks-h200-2026-11-28.csv).
+    if (name == "update_f32" || name == "update_narrow_bf16") most = 60
+    # And these whether they leave sums, at the end of a cluster too.
+    if (name ~ /^update_kept_(f32|bf16|narrow_bf16)$/) most = 72
     if (name ~ /^prepare_origin_/) most = arch == "sm_80" ? 12 : 0
     # What the phases of an iteration need waits in memory while another phase has all registers; no inner loop loads it.
     if (name ~ /^fit_resident/) most = 400
     if (name ~ /^fit_narrow/) most = 104
+    # What the end of a tile needs waits in memory while its columns are multiplied.
+    if (name ~ /^pairwise_near_/) most = 72
     # Constants of a tile of rows, and what proves them, which no loop over centroids loads.
     if (name ~ /^assign_narrow/) most = 20
     # Its tile and counters take more shared memory than blocks of sm_80 have, so there it is not run.

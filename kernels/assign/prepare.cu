@@ -329,12 +329,12 @@ static_assert(TENSOR_CENTROIDS % (ORIGIN_THREADS / MOVE_LANES) == 0 && TENSOR_CE
         unsigned long long *keys, uint32_t *first_of, int64_t slots, uint32_t *slot
 
 #define HALF_INSTANCE(name, T)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(ORIGIN_THREADS) prepare_origin_##name(                                \
+    extern "C" __global__ void __launch_bounds__(ORIGIN_THREADS, 3) prepare_origin_##name(                             \
         const T* x, Rows xr, const T* c, Rows cr, Active active, int metric, T* mu, Reach* reaches) {                  \
         origins(x, xr, c, cr, active, metric, mu, reaches);                                                            \
     }                                                                                                                  \
-    extern "C" __global__ void prepare_moved_##name(const T* c, Rows cr, Active active, int metric,                    \
-                                                    const Reach* reaches, MOVED(T)) {                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4)                                                           \
+        prepare_moved_##name(const T* c, Rows cr, Active active, int metric, const Reach* reaches, MOVED(T)) {         \
         move_all(c, cr, active, metric, reaches, mu, pitch, padded, moved, start, scale, own, bounds,                  \
                  {keys, first_of, slots}, slot);                                                                       \
     }                                                                                                                  \
