@@ -165,6 +165,10 @@ struct Digit {
 };
 LAYOUT(Digit, 48, mask, 44);
 
+/// What the slots of a problem hold between updates that may keep their sums (update/changes.cu). Of a fit's first
+/// update nothing is known.
+enum SlotState : uint32_t { ANYTHING, ZEROS, ADDED_WHOLE, ADDED_CHANGES };
+
 /// The centroids of a fit, and where they are added up.
 template <class T>
 struct Clusters {
@@ -177,7 +181,7 @@ struct Clusters {
     uint32_t* odd_count;        // (2): how many are in all, and how many of them are done, likewise
     uint64_t* odd_list;         // (b k): which ones
     double* shift;              // (b,): the largest squared shift of the iteration, likewise; null if not wanted
-    uint32_t* kept;  // (2, b): `Changes::known` and `Changes::odd` if slots keep what is in them; null if not
+    uint32_t* kept;  // (3, b): `Changes::known`, `odd` and `state` if slots may keep what is in them; null if not
     int64_t problems, k, d;
     int64_t rows;  // that sums have room for
     int divisor;
@@ -193,24 +197,28 @@ struct Clusters {
     __device__ __forceinline__ bool is_odd(int64_t b, int64_t cluster) const { return __ldcg(&odd[b * k + cluster]); }
     __device__ __forceinline__ uint32_t* known_of(int64_t b) const { return kept + b; }
     __device__ __forceinline__ uint32_t* odd_kept_of(int64_t b) const { return kept + problems + b; }
+    __device__ __forceinline__ bool keeps(int64_t b) const { return kept[2 * problems + b] == ADDED_WHOLE; }
 };
 LAYOUT(Clusters<float>, 120, planes, 116);
 
 /// The rows that have changed their cluster since sums were added up, and what the last update has left of each
 /// problem (update/changes.cu).
 struct Changes {
-    uint32_t* labels;       // (b, n): by which rows were added up
-    uint32_t* known;        // (b,): whether changes are added to the sums; of the update under way once it has decided
-    uint32_t* odd;          // (b,): whether a cluster of the last update of all rows is none that sums are known of
-    uint32_t* added_whole;  // (b,): whether that was the last update
-    uint32_t* changed;      // (b,): how many rows there are; zeros but for an update under way
-    uint32_t* next;         // (b, 2 k): their numbers by cluster, or where the next one goes; likewise
-    uint32_t* offsets;      // (b, 2 k + 1): where those of a cluster begin
-    uint2* rows;            // (b, room): them, and the labels that they had
+    uint32_t* labels;   // (b, n): by which rows were added up
+    uint32_t* known;    // (b,): whether changes are added to the sums; of the update under way once it has decided
+    uint32_t* odd;      // (b,): whether a cluster of the last update of all rows is none that sums are known of
+    uint32_t* state;    // (b,): what the slots hold (`SlotState`), after the update under way once it has decided
+    uint32_t* dirty;    // (b,): whether they are to become zeros if all rows are added up; likewise
+    uint32_t* changed;  // (b,): how many rows there are; zeros but for an update under way
+    uint32_t* next;     // (b, k, 2): of each cluster its gains and losses, or where the next one goes; likewise
+    uint32_t* offsets;  // (b, 2 k + 1): where a cluster's gains, and its losses, begin
+    uint2* rows;        // (b, room): rows that have changed, and the labels that they had
+    uint2* slices;      // (b, most): clusters, and where a slice of their gains and losses begins
+    uint32_t* count;    // (b,): of slices
     uint32_t *whole, *whole_count;  // the problems of which all rows are added up, as in `Active`
-    int64_t k, room;
+    int64_t k, room, most;
 };
-LAYOUT(Changes, 96, room, 88);
+LAYOUT(Changes, 128, most, 120);
 
 /// The pieces that warps take of the sorted places, which are cut after every `rows`, but for clusters of at most
 /// `whole` rows, which belong to the piece that they begin in.

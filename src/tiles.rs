@@ -159,10 +159,19 @@ pub const SUM_BLOCKS_LIMBS: usize = 10;
 pub const SUM_BLOCKS_WEIGHTED: usize = 8;
 /// Rows of a chunk of which a block finds those that have changed their cluster.
 pub const CHANGES_ROWS: usize = 4096;
+/// Rows that a cluster has gained or lost of which a warp takes a slice: as many, or more if a problem would have more slices than
+pub const CHANGES_SLICE: usize = 64;
+/// these, beside one for each cluster; but no more than so many.
+pub const CHANGES_SLICES: usize = 8192;
+pub const CHANGES_SLICE_MOST: usize = 8192;
+/// Blocks of a multiprocessor that add up and finish changes.
+pub const CHANGES_BLOCKS: usize = 3;
+/// Blocks that finish the changes of a problem.
+pub const CHANGES_SHARES: usize = 8;
 /// An update on a GPU adds only these where they are at most one of so many.
 pub const CHANGES_FEW: usize = 4;
-/// The rows that are read in the time that the atomics take which change the sums of a cluster.
-pub const CHANGES_CLUSTER: usize = 32;
+/// The rows that are read in the time in which the sums of a cluster are changed and divided.
+pub const CHANGES_CLUSTER: usize = 8;
 /// Threads of a block that adds up clusters with terms beyond the scale of their problem.
 pub const LEFT_THREADS: usize = 512;
 /// Columns of it, of which the last one is the weight.
@@ -219,10 +228,21 @@ pub const LUT_BLOCKS: usize = 2;
 pub const THREADS: usize = 256;
 /// Cells that one block walks in a pass over a matrix, and keys or labels in a pass over a list.
 pub const PASS: usize = 16384;
+/// Rows of a thread block's tile in `pairwise.cu`.
+pub const PAIR_ROWS: usize = 128;
+/// Centroids of it.
+pub const PAIR_CENTROIDS: usize = 64;
+/// Columns of both that it multiplies at a time.
+pub const PAIR_COLUMNS: usize = 32;
+/// Shared memory for these and the next ones, as f64 and with four columns more.
+pub const PAIR_SHARED: usize = 110_592;
 /// Most nearest centroids that are asked for: two to a lane of `nearest.cu`.
 pub const NEAREST: usize = 64;
 /// Rows that a block of k-means++ draws, of a warp's lanes at most one each.
 pub const KMEANSPP_DRAWS: usize = 16;
+/// Threads of a block whose rows meet seeds, and its rows at least.
+pub const SEED_THREADS: usize = 128;
+pub const SEED_ROWS: usize = 32;
 /// Most blocks that race the rows of a problem for a pick of k-means++.
 pub const PICK_PARTS: usize = 4096;
 /// Blocks that share the rows left to recheck: enough to fill any device, and cheap when there are none.

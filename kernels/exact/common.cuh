@@ -38,6 +38,16 @@ __device__ __forceinline__ double warp_sum(double v) {
     return v;
 }
 
+__device__ __forceinline__ __int128 warp_sum(__int128 v) {
+#pragma unroll
+    for (int lane = WARP / 2; lane; lane /= 2) {
+        const uint64_t low = __shfl_xor_sync(~0u, uint64_t(v), lane);
+        const uint64_t high = __shfl_xor_sync(~0u, uint64_t(v >> 64), lane);
+        v += __int128((unsigned __int128)high << 64 | low);
+    }
+    return v;
+}
+
 __device__ __forceinline__ double warp_max(double v) {
     for (int lane = WARP / 2; lane; lane /= 2) v = fmax(v, __shfl_xor_sync(~0u, v, lane));
     return v;

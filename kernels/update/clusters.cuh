@@ -91,3 +91,31 @@ __device__ __forceinline__ void replace(const Clusters<T>& to, int64_t b, int64_
         if (lane == 0 && !(moved == 0)) to.moved(b, moved);
     }
 }
+
+/// Columns of a lane whose sums are divided together.
+constexpr int AT_ONCE = 4;
+
+/// The same, of sums that f64 measures, by what they are divided by: `total(column)` are f64.
+template <class T, class Total>
+__device__ __forceinline__ void divide(const Clusters<T>& to, int64_t b, int64_t cluster, const int64_t& d, int lane,
+                                       double divisor, const Total& total) {
+    if (!(divisor > 0)) return;
+    T* const row = to.row(b, cluster);
+    double moved = 0;
+#pragma unroll 1
+    for (int64_t first = lane; first < d; first += WARP * AT_ONCE) {
+        T old[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) old[i] = first + i * WARP < d ? row[first + i * WARP] : T(0.0f);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int64_t c = first + i * WARP;
+            if (c >= d) break;
+            const T mean = rounded<T>(__ddiv_rn(total(c), divisor));
+            moved = __dadd_rn(moved, squared(wide(mean), wide(old[i])));
+            row[c] = mean;
+        }
+    }
+    moved = striped(moved);
+    if (lane == 0 && !(moved == 0)) to.moved(b, moved);
+}

@@ -10,9 +10,7 @@ static_assert(SUM_ROWS <= 1024, "limbs have room for 2^10 terms");
 /// The use of the sums that a warp adds up.
 enum SumsMode {
     PASSING,  // they make centroids, or are added to those of other blocks of rows
-    KEPT,     // they make centroids and stay in their slots
-    CHANGED,  // they change sums that are there: rows are in as many clusters again as there are, and those of the
-              // second half are taken away
+    KEPT,     // they make centroids and stay in their slots, of problems that keep them
 };
 
 /// A warp on its way through a piece of the sorted places, with `EACH` columns a lane and as many rows at a time as
@@ -26,7 +24,6 @@ struct PieceWarp {
     static constexpr bool HALVES = sizeof(T) == 2 && EACH > 1 && !FACTOR;
     static constexpr int SCALE = HALVES ? Small<T>::SCALE : 0;  // sums in registers are 2^-SCALE of their value
     static constexpr int UNROLLED = EXACT ? SUM_STEPS : 1;      // steps that are unrolled
-    static constexpr int AT_ONCE = 4;                           // columns of a lane when sums are finished
 
     struct alignas(sizeof(T) * EACH) Part {
         T values[EACH];
@@ -231,37 +228,13 @@ struct PieceWarp {
             }
             divisor = __dsqrt_rn(squares);
         }
-        if (!(divisor > 0)) return;
-        T* const row = to.row(b, cluster);
-        double moved = 0;
-#pragma unroll 1
-        for (int64_t first = lane; first < r.d; first += WARP * AT_ONCE) {
-            T old[AT_ONCE];
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i) old[i] = first + i * WARP < r.d ? row[first + i * WARP] : T(0.0f);
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i) {
-                const int64_t c = first + i * WARP;
-                if (c >= r.d) break;
-                const T mean = rounded<T>(__ddiv_rn(total(c), divisor));
-                moved = __dadd_rn(moved, squared(wide(mean), wide(old[i])));
-                row[c] = mean;
-            }
-        }
-        moved = striped(moved);
-        if (lane == 0 && !(moved == 0)) to.moved(b, moved);
+        divide(to, b, cluster, r.d, lane, divisor, total);
     }
 
     /// The weight of a cluster of `size` rows, from what the lanes have added up.
     __device__ __int128 total_weight(__int128 weight, int64_t size) const {
         if (!FACTOR || to.divisor != WEIGHT) return size;
-#pragma unroll
-        for (int step = WARP / 2; step; step /= 2) {
-            const uint64_t low = __shfl_xor_sync(~0u, uint64_t(weight), step);
-            const uint64_t high = __shfl_xor_sync(~0u, uint64_t(weight >> 64), step);
-            weight += __int128((unsigned __int128)high << 64 | low);
-        }
-        return weight;
+        return warp_sum(weight);
     }
     __device__ double as_weight(__int128 weight) const {
         return FACTOR && to.divisor == WEIGHT ? fixed_value(weight, weight_scale) : double(int64_t(weight));
@@ -301,22 +274,11 @@ struct PieceWarp {
                 __syncwarp();
                 const bool remainder = !EXACT && __any_sync(~0u, any_remainder);
                 weight = total_weight(weight, stop - place);
-                if constexpr (MODE == CHANGED) {
-                    // Then all rows are added up instead.
-                    if (shared.odd && lane == 0) *to.known_of(b) = 0;
-                    const bool left = cluster >= to.k;
-                    unsigned long long* const slot = to.slot(b, left ? cluster - to.k : cluster);
-                    flush_to_slot(slot + 2 * first, min(r.d - first, int64_t(COLUMNS)), remainder, left);
-                    if (lane == 0 && first == 0) atomic_add(slot + 2 * r.d, left ? -weight : weight);
-                    clear_remainders(remainder);
-                    place = stop;
-                    continue;
-                }
                 if (shared.odd && lane == 0 && !to.planes) to.mark_odd(b, cluster);
                 const bool whole = begin <= top && bottom - begin <= count;
                 if (whole && r.d <= COLUMNS && !to.planes) {
                     if (!shared.odd) finish(cluster, as_weight(weight), [&](int64_t c) { return total(c, remainder); });
-                    if constexpr (MODE == KEPT) keep(to.slot(b, cluster), weight, remainder);
+                    if (MODE == KEPT && to.keeps(b)) keep(to.slot(b, cluster), weight, remainder);
                 } else {
                     unsigned long long* const slot = to.slot(b, cluster);
                     flush_to_slot(slot + 2 * first, min(r.d - first, int64_t(COLUMNS)), remainder);
@@ -332,14 +294,10 @@ struct PieceWarp {
         }
     }
 
-    /// Adds the sums of `columns` columns to a slot, or takes them away.
-    __device__ __forceinline__ void flush_to_slot(unsigned long long* slot, uint32_t columns, bool remainder,
-                                                  bool away = false) const {
+    /// Adds the sums of `columns` columns to a slot.
+    __device__ __forceinline__ void flush_to_slot(unsigned long long* slot, uint32_t columns, bool remainder) const {
 #pragma unroll 1
-        for (uint32_t c = lane; c < columns; c += WARP) {
-            const __int128 q = sum(c, remainder);
-            atomic_add(slot + 2 * c, away ? -q : q);
-        }
+        for (uint32_t c = lane; c < columns; c += WARP) atomic_add(slot + 2 * c, sum(c, remainder));
     }
 
     /// Leaves the sums of a whole cluster to the next update.
@@ -365,7 +323,7 @@ struct PieceWarp {
         }
         __syncwarp();
         if (lane == 0) *added = 0;
-        if (MODE == KEPT) return;
+        if (MODE == KEPT && to.keeps(b)) return;
 #pragma unroll 1
         for (int64_t c = lane; c < 2 * (r.d + 1); c += WARP) slot[c] = 0;
     }

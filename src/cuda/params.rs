@@ -279,18 +279,22 @@ pub(super) struct Changes {
     pub(super) labels: DevicePtr<u32>,
     pub(super) known: DevicePtr<u32>,
     pub(super) odd: DevicePtr<u32>,
-    pub(super) added_whole: DevicePtr<u32>,
+    pub(super) state: DevicePtr<u32>,
+    pub(super) dirty: DevicePtr<u32>,
     pub(super) changed: DevicePtr<u32>,
     pub(super) next: DevicePtr<u32>,
     pub(super) offsets: DevicePtr<u32>,
     pub(super) rows: DevicePtr<[u32; 2]>,
+    pub(super) slices: DevicePtr<[u32; 2]>,
+    pub(super) count: DevicePtr<u32>,
     pub(super) whole: DevicePtr<u32>,
     pub(super) whole_count: DevicePtr<u32>,
     pub(super) k: i64,
     pub(super) room: i64,
+    pub(super) most: i64,
 }
 
-layout!(Changes, 96, room: 88);
+layout!(Changes, 128, most: 120);
 
 impl Clusters {
     /// Of so many problems and clusters, whose sums have room for `rows` rows; with none of what is added up or written.

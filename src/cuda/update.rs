@@ -15,8 +15,8 @@ use crate::{
     plan::update::UpdateKernel,
     request::{Accumulator, Finish, Labels, Update},
     tiles::{
-        CHANGES_ROWS, LEFT_BLOCKS, LEFT_COLUMNS, LEFT_THREADS, MEDIAN_COLUMNS, SORT_THREADS, SUM_BLOCKS_WEIGHTED,
-        SUM_ROWS, SUM_THREADS, THREADS,
+        CHANGES_BLOCKS, CHANGES_ROWS, CHANGES_SHARES, LEFT_BLOCKS, LEFT_COLUMNS, LEFT_THREADS, MEDIAN_COLUMNS,
+        SORT_THREADS, SUM_ROWS, SUM_THREADS, THREADS,
     },
 };
 use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, DType, Tensor};
@@ -170,13 +170,14 @@ fn update_of<T: Element>(u: &Update<'_>, k: usize, out: To<'_, T>, memory: &Memo
         launch!(dev, UpdateChanges, "scan_changes", "", b, SORT_THREADS; &b64, &n64, &active, changes)?;
         launch!(dev, UpdateChanges, "place_changes", "", elements(&[b, kept.room.div_ceil(CHANGES_ROWS)]), THREADS;
             &labels_at, &b64, &n64, &active, changes, &order_at)?;
-        let blocks =
-            elements(&[b, (2 * kept.room).div_ceil(SUM_THREADS / WARP)]).min(SUM_BLOCKS_WEIGHTED * processors(dev)?);
-        launch!(dev, UpdateChanges, plan.kernel.kept()[1], T::SUFFIX, blocks, SUM_THREADS;
-            &xs, &shape(x), Nullable(&factor), &max_abs, Nullable(&max_weight), &first_nonfinite, &order_at, &pieces, &to,
-            &active, changes)?;
-        launch!(dev, UpdateChanges, "finish_changes", T::SUFFIX, warps(elements(&[b, k])), THREADS;
-            &max_abs, Nullable(&max_weight), &to, &active, &verdict, changes)?;
+        let most = CHANGES_BLOCKS * processors(dev)?;
+        let blocks = warps(elements(&[b, kept.most])).min(most);
+        launch!(dev, UpdateChanges, plan.kernel.kept()[1], T::SUFFIX, blocks, THREADS;
+            &xs, &shape(x), Nullable(&factor), &max_abs, Nullable(&max_weight), &first_nonfinite, &order_at, &to, &active,
+            &verdict, changes)?;
+        let blocks = elements(&[b, CHANGES_SHARES]).min(most);
+        launch!(dev, UpdateChanges, "finish_changes", T::SUFFIX, blocks, THREADS;
+            Nullable(&factor), &max_abs, Nullable(&max_weight), &first_nonfinite, &to, &active, &verdict, changes)?;
         // What follows adds up the rows of the problems that these leave.
         (active, next) = (kept.whole(), DevicePtr::NULL);
     }

@@ -5,7 +5,10 @@ use crate::{
     kmeans::EmptyClusters,
     metric::Metric,
     problem::Problem,
-    tiles::{CHANGES_FEW, CPU_GROUP, CPU_ROWS, CPU_SKIP_BYTES, CPU_SKIP_ROWS},
+    tiles::{
+        CHANGES_FEW, CHANGES_SLICE, CHANGES_SLICES, CHANGES_SLICE_MOST, CPU_GROUP, CPU_ROWS, CPU_SKIP_BYTES,
+        CPU_SKIP_ROWS,
+    },
 };
 use candle_core::DType;
 use std::cell::Cell;
@@ -24,6 +27,12 @@ pub(crate) struct SkipPlan {
     pub groups: usize,
     /// True if they skip groups however few these are.
     pub always: bool,
+}
+
+/// The most slices of a cluster's gains and losses, on a GPU, in which `n / CHANGES_FEW` rows change.
+pub(crate) fn most_slices(n: usize, k: usize) -> usize {
+    let rows = 2 * (n / CHANGES_FEW);
+    k.saturating_add((rows / CHANGES_SLICE).min(CHANGES_SLICES.max(rows / CHANGES_SLICE_MOST)))
 }
 
 /// Fewer values than these are added up before they are compared: on the CPU,
@@ -69,7 +78,8 @@ impl SkipPlan {
     pub fn bytes(self, p: &Problem) -> u64 {
         let (b, n, k, d) = (p.b as u64, p.n as u64, p.k as u64, p.d as u64);
         let (groups, size) = (self.groups as u64, p.dtype.size_in_bytes() as u64);
-        let changes = if self.on_gpu { b * (8 * (n / CHANGES_FEW as u64) + 16 * k + 64) + 4096 } else { 0 };
+        let slices = 8 * most_slices(p.n, p.k) as u64;
+        let changes = if self.on_gpu { b * (8 * (n / CHANGES_FEW as u64) + slices + 16 * k + 80) + 4096 } else { 0 };
         let sums = b * (16 * k * (d + 2) + 4 * n + 1) + changes;
         let bounds = b * (n * (4 * groups + 4) + k * (4 + d * size) + 4 * groups + 64);
         // What is known of centroids, and a thread's rows that are listed, as they are scored and with their candidates.

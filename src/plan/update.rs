@@ -47,10 +47,8 @@ impl UpdateKernel {
     pub fn kept(self) -> [&'static str; 2] {
         match self {
             Self::Sums { narrow: false, weighted: true } => ["update_kept_weighted", "add_changes_weighted"],
-            Self::Sums { narrow: true, weighted: false } => ["update_kept_narrow", "add_changes_narrow"],
-            Self::Sums { narrow: true, weighted: true } => {
-                ["update_kept_narrow_weighted", "add_changes_narrow_weighted"]
-            }
+            Self::Sums { narrow: true, weighted: true } => ["update_kept_narrow_weighted", "add_changes_weighted"],
+            Self::Sums { narrow: true, weighted: false } => ["update_kept_narrow", "add_changes"],
             _ => ["update_kept", "add_changes"],
         }
     }
