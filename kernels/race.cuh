@@ -21,32 +21,46 @@ __device__ __forceinline__ Lowest warp_lowest(Lowest v) {
     return v;
 }
 
-/// The lowest row at the smallest key that any thread of the block has, to the first warp.
-__device__ Lowest block_lowest(Lowest low) {
-    __shared__ Lowest of_warps[WARP];
-    low = warp_lowest(low);
-    if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = low;
-    __syncthreads();
-    if (threadIdx.x < WARP) {
-        low = warp_lowest(threadIdx.x < blockDim.x / WARP ? of_warps[threadIdx.x] : Lowest{UINT64_MAX, UINT32_MAX});
-    }
-    __syncthreads();
-    return low;
-}
-
 /// True if `b` comes after `a` in a race.
 __device__ __forceinline__ bool after(Lowest a, Lowest b) { return a.key < b.key || (a.key == b.key && a.row < b.row); }
 
-/// The same lowest row to all threads.
-__device__ Lowest block_winner(Lowest low) {
-    __shared__ Lowest winner;
-    low = block_lowest(low);
-    if (threadIdx.x == 0) winner = low;
-    __syncthreads();
-    low = winner;
-    __syncthreads();
-    return low;
-}
+/// The lowest of what the threads of a block have shown so far, in their order.
+struct LowestFew {
+    Lowest kept[WARP], next[WARP], shown[THREADS];
+    int count;
+
+    /// By the whole block, before anything is shown.
+    __device__ __forceinline__ void clear() {
+        if (threadIdx.x < WARP) kept[threadIdx.x] = {UINT64_MAX, UINT32_MAX};
+        if (threadIdx.x == 0) count = 0;
+        __syncthreads();
+    }
+
+    /// Each thread shows one, of which the `most` lowest stay with those that are there: each goes to the place that as
+    /// many are before it as the place says. True to all threads if any stays.
+    __device__ bool keep(int most, Lowest own) {
+        const bool stays = after(own, kept[most - 1]);
+        if (!__syncthreads_or(stays)) return false;
+        if (stays) shown[atomicAdd(&count, 1)] = own;
+        if (threadIdx.x < WARP) next[threadIdx.x] = {UINT64_MAX, UINT32_MAX};
+        __syncthreads();
+        const auto place = [&](Lowest one) {
+            int before = 0;
+#pragma unroll 4
+            for (int i = 0; i < count; ++i) before += after(shown[i], one);
+#pragma unroll 4
+            for (int i = 0; i < most; ++i) before += after(kept[i], one);
+            if (before < most) next[before] = one;
+        };
+        if (threadIdx.x < count) place(shown[threadIdx.x]);
+        if (threadIdx.x < most) place(kept[threadIdx.x]);
+        __syncthreads();
+        if (threadIdx.x < most) kept[threadIdx.x] = next[threadIdx.x];
+        if (threadIdx.x == 0) count = 0;
+        __syncthreads();
+        return true;
+    }
+};
 
 /// A key as an integer of the same order.
 __device__ __forceinline__ uint64_t ordered_key(double key) { return ordered<uint64_t>(__double_as_longlong(key)); }
@@ -66,7 +80,9 @@ __device__ void race_rows(const double* nearest, int64_t width, const uint32_t* 
                           int64_t wanted) {
     __shared__ bool last;
     __shared__ double largest;
+    __shared__ LowestFew few;
     const int64_t parts = (n + rows - 1) / rows;
+    const int most_rows = int(count);
     const Lowest none = {UINT64_MAX, UINT32_MAX};
     for (int64_t tile = blockIdx.x; tile < b_all * parts; tile += gridDim.x) {
         const int64_t b = tile / parts, begin = tile % parts * rows, end = min(begin + rows, n);
@@ -84,16 +100,17 @@ __device__ void race_rows(const double* nearest, int64_t width, const uint32_t* 
         }
         own_most = warp_max(own_most);
         if (threadIdx.x % WARP == 0) atomic_max(&largest, own_most);
-        Lowest before = {0, 0};
-        for (int64_t t = 0; t < count; ++t) {
-            Lowest low = none;
-            for (int64_t row = begin + threadIdx.x; row < end; row += blockDim.x) {
-                const Lowest own = {keys[b * n + row], uint32_t(row)};
-                if (t == 0 || after(before, own)) low = lower(low, own);
-            }
-            before = block_winner(low);
-            if (threadIdx.x == 0) part_keys[tile * count + t] = before.key, part_rows[tile * count + t] = before.row;
+        few.clear();
+        for (int64_t first = begin; first < end; first += blockDim.x) {
+            const int64_t row = first + threadIdx.x;
+            few.keep(most_rows, row < end ? Lowest{keys[b * n + row], uint32_t(row)} : none);
         }
+        if (threadIdx.x < count) {
+            const Lowest own = few.kept[threadIdx.x];
+            part_keys[tile * count + threadIdx.x] = own.key, part_rows[tile * count + threadIdx.x] = own.row;
+        }
+        __threadfence();
+        __syncthreads();
         if (threadIdx.x == 0) {
             part_most[tile] = largest;
             __threadfence();
@@ -102,23 +119,30 @@ __device__ void race_rows(const double* nearest, int64_t width, const uint32_t* 
         __syncthreads();
         if (last) {
             __threadfence();
-            uint64_t most_key = 0;
-            for (int64_t t = 0; t < count; ++t) {
-                Lowest low = none;
-                for (int64_t e = threadIdx.x; e < parts * count; e += blockDim.x) {
-                    const int64_t at = b * parts * count + e;
-                    const Lowest own = {__ldcg(&part_keys[at]), __ldcg(&part_rows[at])};
-                    if (t == 0 || after(before, own)) low = lower(low, own);
+            few.clear();
+            // A part's lowest are in their order: where of no part one more stays, none behind it does.
+            bool any = true;
+            for (int64_t t = 0; any && t < count; ++t) {
+                any = false;
+                for (int64_t first = 0; first < parts; first += blockDim.x) {
+                    const int64_t part = first + threadIdx.x, at = (b * parts + part) * count + t;
+                    any |= few.keep(most_rows,
+                                    part < parts ? Lowest{__ldcg(&part_keys[at]), __ldcg(&part_rows[at])} : none);
                 }
-                before = block_winner(low);
-                if (t == 0) most_key = ordered_key(before.key <= ordered_key(RACED) ? RACED : LARGEST_KEY);
-                if (threadIdx.x == 0) drawn[b * count + t] = before.key <= most_key ? before.row : UINT32_MAX;
             }
-            if (threadIdx.x == 0) {
-                double all = 0;
-                for (int64_t part = 0; part < parts; ++part) all = fmax(all, __ldcg(&part_most[b * parts + part]));
-                most[b] = all, arrived[b] = 0;
+            if (threadIdx.x < count) {
+                const uint64_t most_key = ordered_key(few.kept[0].key <= ordered_key(RACED) ? RACED : LARGEST_KEY);
+                const Lowest own = few.kept[threadIdx.x];
+                drawn[b * count + threadIdx.x] = own.key <= most_key ? own.row : UINT32_MAX;
             }
+            double all = 0;
+            for (int64_t part = threadIdx.x; part < parts; part += blockDim.x) {
+                all = fmax(all, __ldcg(&part_most[b * parts + part]));
+            }
+            all = warp_max(all);
+            if (threadIdx.x % WARP == 0) atomic_max(&largest, all);
+            __syncthreads();
+            if (threadIdx.x == 0) most[b] = largest, arrived[b] = 0;
         }
         __syncthreads();
     }

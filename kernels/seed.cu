@@ -1,9 +1,9 @@
 // The draws of the initialisation: the distance to the nearest seed, the race for the next one, and its winner.
 //
 // A weighted draw is an exponential race (Efraimidis and Spirakis 2006): every row has a key of its own, and the least
-// wins. For each block of k-means++, or step of the greedy one, X is read once, by a warp for each row, and L + 2
-// numbers a row, read and written, L being the rows that are tried (1 of a block, whose seeds lower one number); where a
-// distance is the definition's, one sequential f64 chain, one thread walks a whole row.
+// wins. For each block of k-means++, or step of the greedy one, X is read once, by a warp for some rows, and L + 2
+// numbers a row, read and written, L being the rows that are tried (1 of a block, whose seeds lower one number); where
+// a distance is the definition's, one sequential f64 chain, one thread walks a whole row.
 #include "exact/argmin.cuh"
 #include "exact/spread.cuh"
 #include "race.cuh"
@@ -87,47 +87,39 @@ __device__ void race(const double* nearest, const double* weights, int64_t b, in
     }
 }
 
-/// Of the rows that become seeds a warp meets so many at once.
-constexpr int TRIED = 8;
+/// Of the rows that become seeds so many meet rows at once, and so many rows: a pair to each lane of a warp.
+constexpr int TRIED = 8, TOGETHER = WARP / TRIED;
 
-/// The distance of a row to seed `first + lane`, by a warp, to the first `TRIED` of its lanes: no farther than `near`,
-/// and -1 of the row itself. Where the row does not count, and where there is no seed, it is `near`.
-template <class T>
-__device__ double met(const T* x, const Rows& r, int64_t b, int64_t row, double near, bool counts, const double* norms,
-                      const uint32_t* seeds, int64_t first, int64_t count, int by) {
+/// The distance of row `row_at(lane / TRIED)` to seed `first + lane % TRIED`, by a warp: no farther than `near`, and -1
+/// of the row itself. Where the row does not count, and where there is no seed, it is `near`.
+template <class T, class RowAt>
+__device__ double met(const T* x, const Rows& r, int64_t b, const RowAt& row_at, double near, bool counts,
+                      const double* norms, const uint32_t* seeds, int64_t first, int64_t count, int by) {
     using F = Filter<T>;
     const int lane = threadIdx.x % WARP;
-    const T* const own = row_of(x, r, b, row);
-    const F of_x = norms && counts ? reciprocal<F>(norms[b * r.n + row]) : F(1);
-    const T* c[TRIED];
-    F of_c[TRIED], sums[TRIED];
-#pragma unroll
-    for (int e = 0; e < TRIED; ++e) {
-        const bool drawn = first + e < count && seeds[first + e] != UINT32_MAX;
-        const int64_t seed = drawn ? seeds[first + e] : row;
-        c[e] = row_of(x, r, b, seed), sums[e] = 0;
-        of_c[e] = norms && counts ? reciprocal<F>(norms[b * r.n + seed]) : F(1);
-    }
-    if (counts) {
-        // One seed to meet is all that the first one leaves.
-        if (count == 1) {
-            const T* const one[] = {c[0]};
-            const F of_one[] = {of_c[0]};
-            F sum[1];
-            spread_sums(by, own, one, r.d, norms != nullptr, of_x, of_one, sum);
-            sums[0] = sum[0];
-        } else {
-            spread_sums(by, own, c, r.d, norms != nullptr, of_x, of_c, sums);
-        }
-    }
     F sum = 0;
+    if (__any_sync(~0u, counts)) {
+        const T *own[TOGETHER], *c[TRIED];
+        F of_own[TOGETHER], of_c[TRIED];
+        // A row that does not count may have no norm to divide by: what comes of it is not used.
 #pragma unroll
-    for (int e = 0; e < TRIED; ++e) sum = lane == e ? sums[e] : sum;
-    const int64_t t = first + lane;
-    const uint32_t seed = lane < TRIED && t < count ? seeds[t] : UINT32_MAX;
+        for (int q = 0; q < TOGETHER; ++q) {
+            const int64_t row = row_at(q);
+            own[q] = row_of(x, r, b, row), of_own[q] = norms ? reciprocal<F>(norms[b * r.n + row]) : F(1);
+        }
+#pragma unroll
+        for (int e = 0; e < TRIED; ++e) {
+            const bool drawn = first + e < count && seeds[first + e] != UINT32_MAX;
+            const int64_t seed = drawn ? seeds[first + e] : row_at(0);
+            c[e] = row_of(x, r, b, seed), of_c[e] = norms ? reciprocal<F>(norms[b * r.n + seed]) : F(1);
+        }
+        sum = spread_sum(by, own, c, r.d, norms != nullptr, of_own, of_c);
+    }
+    const int64_t t = first + lane % TRIED, row = row_at(lane / TRIED);
+    const uint32_t seed = t < count ? seeds[t] : UINT32_MAX;
     if (seed == row) return -1;
     if (!counts || seed == UINT32_MAX) return near;
-    return fmin(near, spread_distance(by, double(sum), own, row_of(x, r, b, seed), r.d));
+    return fmin(near, spread_distance(by, double(sum), row_of(x, r, b, row), row_of(x, r, b, seed), r.d));
 }
 
 /// Walks through the draws of a block of k-means++, whose rows `drawn` `(b, count)` are in the order of their first
@@ -147,14 +139,19 @@ __device__ void take_rows(const T* x, const Rows& r, const double* nearest, cons
         double* const own_apart = apart + b * count * count;
         const auto near_of = [&](int64_t row) { return start ? 1.0 : nearest[b * r.n + row]; };
         const auto weight_of = [&](int64_t row) { return weights ? weights[b * r.n + row] : 1.0; };
-        for (int64_t own = threadIdx.x / WARP; own < count; own += blockDim.x / WARP) {
-            const uint32_t row = rows[own];
-            if (row == UINT32_MAX) continue;
-            const double near = near_of(row);
-            for (int64_t first = 0; first < count; first += TRIED) {
-                const double found = met(x, r, b, row, near, near > 0 && weight_of(row) > 0, norms, rows, first, count, by);
-                if (lane < TRIED && first + lane < count) own_apart[own * count + first + lane] = found;
-            }
+        const int64_t across = (count + TRIED - 1) / TRIED, tiles = (count + TOGETHER - 1) / TOGETHER * across;
+        for (int64_t tile = threadIdx.x / WARP; tile < tiles; tile += blockDim.x / WARP) {
+            const int64_t top = tile / across * TOGETHER, first = tile % across * TRIED;
+            const int64_t own = top + lane / TRIED, other = first + lane % TRIED;
+            const bool drawn_here = own < count && rows[own] != UINT32_MAX;
+            const double near = drawn_here ? near_of(rows[own]) : 0;
+            const auto row_at = [&](int q) {
+                const uint32_t row = rows[min(top + q, count - 1)];
+                return int64_t(row == UINT32_MAX ? 0 : row);
+            };
+            const bool counts = near > 0 && weight_of(row_at(lane / TRIED)) > 0;
+            const double found = met(x, r, b, row_at, near, counts, norms, rows, first, count, by);
+            if (drawn_here && other < count) own_apart[own * count + other] = found;
         }
         __syncthreads();
         if (threadIdx.x < WARP) {
@@ -196,7 +193,7 @@ __device__ void take_rows(const T* x, const Rows& r, const double* nearest, cons
 }
 
 /// The pass after a block: `nearest` `(b, n)` becomes each row's distance to the nearest seed with those that the block
-/// has taken. A warp takes a row, a block `rows` rows.
+/// has taken. A warp takes `TOGETHER` rows at a time, a block `rows` rows.
 template <class T>
 __device__ void lower_rows(const T* x, const Rows& r, double* nearest, const double* weights, const double* norms,
                            const uint32_t* seeds, int64_t count, int start, int metric, int64_t rows,
@@ -207,17 +204,19 @@ __device__ void lower_rows(const T* x, const Rows& r, double* nearest, const dou
         const int64_t b = tile / parts, begin = tile % parts * rows, end = min(begin + rows, r.n);
         // A distance to the last seed is nobody's probability.
         if (taken[b] >= wanted) continue;
-        for (int64_t row = begin + threadIdx.x / WARP; row < end; row += blockDim.x / WARP) {
-            const int64_t at = b * r.n + row;
+        const int lane = threadIdx.x % WARP;
+        for (int64_t top = begin + threadIdx.x / WARP * TOGETHER; top < end; top += blockDim.x / TRIED) {
+            const auto row_at = [&](int q) { return min(top + q, end - 1); };
+            const int64_t at = b * r.n + row_at(lane / TRIED);
             const double near = start ? nothing_near() : nearest[at];
             // Else nothing is drawn by its distance.
             const bool counts = near > 0 && (weights ? weights[at] : 1.0) > 0;
             double low = near;
             for (int64_t first = 0; first < count && seeds[b * count + first] != UINT32_MAX; first += TRIED) {
-                low = fmin(low, met(x, r, b, row, near, counts, norms, seeds + b * count, first, count, by));
+                low = fmin(low, met(x, r, b, row_at, near, counts, norms, seeds + b * count, first, count, by));
             }
-            for (int step = WARP / 2; step; step /= 2) low = fmin(low, __shfl_xor_sync(~0u, low, step));
-            if (threadIdx.x % WARP == 0) nearest[at] = low;
+            for (int step = TRIED / 2; step; step /= 2) low = fmin(low, __shfl_xor_sync(~0u, low, step));
+            if (lane % TRIED == 0) nearest[at] = low;
         }
     }
 }
@@ -227,8 +226,8 @@ constexpr int MOST_TRIALS = 32;
 
 /// The trial of step `i`: `nearest` `(b, n, trials)` becomes each row's distance to the nearest seed with each of the
 /// rows that were `drawn`, of which the one with the least potential goes to `chosen`, and its number to `slot`. A warp
-/// takes a row, a block `rows` rows; the last block of a problem decides. Potentials and `arrived` are zeros and left
-/// so.
+/// takes `TOGETHER` rows at a time, a block `rows` rows; the last block of a problem decides. Potentials and `arrived`
+/// are zeros and left so.
 template <class T>
 __device__ void try_rows(const T* x, const Rows& r, double* nearest, int64_t trials, uint32_t* slot,
                          const double* weights, const double* norms, const uint32_t* drawn, const double* most,
@@ -245,17 +244,18 @@ __device__ void try_rows(const T* x, const Rows& r, double* nearest, int64_t tri
         const uint32_t* const tried = drawn + b * count;
         if (threadIdx.x < MOST_TRIALS) own_potentials[threadIdx.x] = 0;
         __syncthreads();
-        for (int64_t row = begin + threadIdx.x / WARP; row < end; row += blockDim.x / WARP) {
-            const int64_t at = b * r.n + row;
+        for (int64_t top = begin + threadIdx.x / WARP * TOGETHER; top < end; top += blockDim.x / TRIED) {
+            const auto row_at = [&](int q) { return min(top + q, end - 1); };
+            const int64_t row = row_at(lane / TRIED), at = b * r.n + row;
             const double near = i ? nearest[at * trials + before] : nothing_near();
             const double weight = weights ? weights[at] : 1.0;
             // Else nothing is drawn by its distance.
-            const bool counts = near > 0 && weight > 0;
+            const bool counts = near > 0 && weight > 0, own = top + lane / TRIED < end;
             __syncwarp();
             for (int64_t first = 0; first < count; first += TRIED) {
-                const double found = met(x, r, b, row, near, counts, norms, tried, first, count, by);
-                const int64_t t = first + lane;
-                if (lane < TRIED && t < count) {
+                const double found = met(x, r, b, row_at, near, counts, norms, tried, first, count, by);
+                const int64_t t = first + lane % TRIED;
+                if (own && t < count) {
                     // One alone is chosen whatever it leaves.
                     if (count > 1 && counts && tried[t] != UINT32_MAX && tried[t] != row) {
                         atomicAdd(&own_potentials[t], whole(__dmul_rn(found, weight), units));
@@ -294,19 +294,19 @@ __device__ void try_rows(const T* x, const Rows& r, double* nearest, int64_t tri
                                              int metric, double* out) {                                                \
         nearer(x, r, nearest, newest, metric, out);                                                                    \
     }                                                                                                                  \
-    extern "C" __global__ void take_##name(                                                                            \
-        const T* x, Rows r, const double* nearest, const double* weights, const double* norms, int start, int metric,  \
-        uint64_t seed, uint64_t round, int64_t first_problem, uint32_t* drawn, int64_t count, double* apart,           \
-        uint32_t* chosen, int64_t wanted, uint32_t* taken) {                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        take_##name(const T* x, Rows r, const double* nearest, const double* weights, const double* norms, int start,  \
+                    int metric, uint64_t seed, uint64_t round, int64_t first_problem, uint32_t* drawn, int64_t count,  \
+                    double* apart, uint32_t* chosen, int64_t wanted, uint32_t* taken) {                                \
         take_rows(x, r, nearest, weights, norms, start, metric, seed, round, first_problem, drawn, count, apart,       \
                   chosen, wanted, taken);                                                                              \
     }                                                                                                                  \
-    extern "C" __global__ void lower_##name(                                                                           \
+    extern "C" __global__ void __launch_bounds__(SEED_THREADS, sizeof(T) > 4 ? 2 : 3) lower_##name(                    \
         const T* x, Rows r, double* nearest, const double* weights, const double* norms, const uint32_t* seeds,        \
         int64_t count, int start, int metric, int64_t rows, const uint32_t* taken, int64_t wanted) {                   \
         lower_rows(x, r, nearest, weights, norms, seeds, count, start, metric, rows, taken, wanted);                   \
     }                                                                                                                  \
-    extern "C" __global__ void try_##name(                                                                             \
+    extern "C" __global__ void __launch_bounds__(SEED_THREADS, sizeof(T) > 4 ? 2 : 3) try_##name(                      \
         const T* x, Rows r, double* nearest, int64_t trials, uint32_t* slot, const double* weights,                    \
         const double* norms, const uint32_t* drawn, const double* most, uint32_t* chosen, int64_t chosen_stride,       \
         int64_t i, int metric, int64_t rows, unsigned long long* potentials, uint32_t* arrived) {                      \

@@ -25,26 +25,52 @@ __device__ __forceinline__ F reciprocal(double norm) {
     return rounded<F>(__ddiv_rn(1.0, norm));
 }
 
-/// The sums of row `x` and each of the rows `c`, by a warp, to all of its lanes. Rows are multiplied by `of_x` and
-/// `of_c` if `scaled`.
-template <int N, class T>
-__device__ __forceinline__ void spread_sums(int metric, const T* x, const T* const (&c)[N], int64_t d, bool scaled,
-                                            Filter<T> of_x, const Filter<T> (&of_c)[N], Filter<T> (&sums)[N]) {
+/// The sums of each of the rows `x` with each of the rows `c`, by a warp: to lane l that of row l / N and l % N. Rows
+/// are multiplied by `of_x` and `of_c` if `scaled`. Lanes that exchange halves of what they have add up what a
+/// butterfly would, in a fifth of its steps.
+template <int R, int N, class T>
+__device__ __forceinline__ Filter<T> spread_sum(int metric, const T* const (&x)[R], const T* const (&c)[N], int64_t d,
+                                                bool scaled, const Filter<T> (&of_x)[R], const Filter<T> (&of_c)[N]) {
+    static_assert(R * N == WARP, "a pair to a lane");
+    using F = Filter<T>;
+    const int lane = threadIdx.x % WARP;
+    F sums[WARP] = {};
+    const auto add = [&](auto scale, auto term) {
+        // Rows come from memory, the others from the cache: a row's next value is on its way while one is added.
+        F next[R];
 #pragma unroll
-    for (int e = 0; e < N; ++e) sums[e] = 0;
-    for (int64_t j = threadIdx.x % WARP; j < d; j += WARP) {
-        const Filter<T> v = scaled ? times(filter(x[j]), of_x) : filter(x[j]);
+        for (int q = 0; q < R; ++q) next[q] = lane < d ? filter(x[q][lane]) : 0;
+#pragma unroll 1
+        for (int64_t j = lane; j < d; j += WARP) {
+            F v[R];
 #pragma unroll
-        for (int e = 0; e < N; ++e) {
-            const Filter<T> w = scaled ? times(filter(c[e][j]), of_c[e]) : filter(c[e][j]);
-            const Filter<T> t = less(v, w);
-            sums[e] = plus(sums[e], metric == MANHATTAN ? (t < 0 ? -t : t) : times(t, t));
+            for (int q = 0; q < R; ++q) {
+                v[q] = scale(next[q], of_x[q]);
+                if (j + WARP < d) next[q] = filter(x[q][j + WARP]);
+            }
+#pragma unroll
+            for (int e = 0; e < N; ++e) {
+                const F w = scale(filter(c[e][j]), of_c[e]);
+#pragma unroll
+                for (int q = 0; q < R; ++q) sums[q * N + e] = plus(sums[q * N + e], term(less(v[q], w)));
+            }
+        }
+    };
+    const auto as_it_is = [](F v, F) { return v; };
+    const auto square = [](F t) { return times(t, t); };
+    if (metric == MANHATTAN) add(as_it_is, [](F t) { return t < 0 ? -t : t; });
+    else if (scaled) add([](F v, F by) { return times(v, by); }, square);
+    else add(as_it_is, square);
+#pragma unroll
+    for (int step = WARP / 2; step; step /= 2) {
+        const bool upper = lane & step;
+#pragma unroll
+        for (int i = 0; i < step; ++i) {
+            const F mine = upper ? sums[i + step] : sums[i], other = upper ? sums[i] : sums[i + step];
+            sums[i] = plus(mine, __shfl_xor_sync(~0u, other, step));
         }
     }
-    for (int step = WARP / 2; step; step /= 2) {
-#pragma unroll
-        for (int e = 0; e < N; ++e) sums[e] = plus(sums[e], __shfl_xor_sync(~0u, sums[e], step));
-    }
+    return sums[0];
 }
 
 /// The distance that a sum is; by the definition where its type is short of range.

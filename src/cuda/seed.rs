@@ -2,7 +2,7 @@
 
 use super::{
     device::device,
-    kernel::{launch, Nullable, WARP},
+    kernel::{launch, Nullable},
     memory::{alloc, elements, ArenaLayout, Memory, Slot},
     params::shape,
     tensors::{own, read, tensor, typed, DevicePtr, Element},
@@ -14,7 +14,7 @@ use crate::{
     rng::Draw,
     rows::Rows,
     spread,
-    tiles::{PICK_PARTS, THREADS},
+    tiles::{PICK_PARTS, SEED_ROWS, SEED_THREADS, THREADS},
 };
 use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, Tensor};
 
@@ -64,9 +64,8 @@ pub(crate) fn exponential_race_keys(
 
 /// How the rows of a problem are cut for blocks of threads: of one that races them, and of one whose warps let them meet seeds.
 fn parts(x: &Rows) -> [usize; 2] {
-    let raced = THREADS.max(x.n / PICK_PARTS).next_multiple_of(THREADS);
-    // A warp takes a row where a thread races one.
-    [raced, (raced / WARP).max(x.n.div_ceil(PICK_PARTS))]
+    let each = x.n.div_ceil(PICK_PARTS);
+    [each.next_multiple_of(THREADS), each.next_multiple_of(SEED_ROWS)]
 }
 
 /// The scratch of a race.
@@ -125,7 +124,7 @@ pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>, memory: &Memory) -> Result<(
             // A distance to the last seed is nobody's probability.
             return Ok(());
         }
-        launch!(dev, Seed, "lower", T::SUFFIX, met_parts, THREADS;
+        launch!(dev, Seed, "lower", T::SUFFIX, met_parts, SEED_THREADS;
             &xs.view::<T>()?, &shape(x), &nearest, Nullable(&weights), Nullable(&norms), &scratch.ptr(race.drawn),
             &(draws as i64), &start, &(metric as i32), &(met_rows as i64), &taken, &(wanted as i64))
     })
@@ -153,7 +152,7 @@ pub(crate) fn greedy_step(p: &GreedyStep<'_>, memory: &Memory) -> Result<()> {
         &scratch.ptr(race.keys), &scratch.ptr(race.part_keys), &scratch.ptr(race.part_rows),
         &scratch.ptr(race.part_most), &zeros.ptr(race.arrived), &scratch.ptr(race.drawn), &scratch.ptr(race.most),
         &DevicePtr::<u32>::NULL, &0i64)?;
-    typed!(x.dtype(), T => launch!(dev, Seed, "try", T::SUFFIX, met_parts, THREADS;
+    typed!(x.dtype(), T => launch!(dev, Seed, "try", T::SUFFIX, met_parts, SEED_THREADS;
         &xs.view::<T>()?, &shape(x), &nearest, &(trials as i64), &slot, Nullable(&weights), Nullable(&norms),
         &scratch.ptr(race.drawn), &scratch.ptr(race.most), &chosen, &(count as i64), &(i as i64), &(metric as i32),
         &(met_rows as i64), &zeros.ptr(potentials), &zeros.ptr(race.arrived)))
