@@ -2,7 +2,7 @@
 //
 // A number that is part of a definition (a norm, a distance) is one sequential f64 chain, so one thread walks a whole
 // row. Passes that only copy or take extrema read cells in memory order. Traffic: each reads X (or what it gathers)
-// once and writes one number a row; `pairwise` writes n k numbers, which is its purpose.
+// once and writes one number a row.
 #include "exact/argmin.cuh"
 
 __device__ void start_scan(int64_t b, double* max_abs, uint32_t* first_nonfinite) {
@@ -112,14 +112,6 @@ __device__ void distances(const T* x, const Rows& r, const T* c, const Rows& cr,
     }
 }
 
-template <class T>
-__device__ void pairwise(const T* x, const Rows& r, const T* c, const Rows& cr, int metric, Filter<T>* out) {
-    for (int64_t i = global_thread(); i < r.b * r.n * cr.n; i += all_threads()) {
-        const int64_t at = i / cr.n, b = at / r.n;
-        out[i] = rounded<Filter<T>>(distance(metric, row_of(x, r, b, at % r.n), row_of(c, cr, b, i % cr.n), r.d));
-    }
-}
-
 /// Each block copies `rows` of the `m` rows that `index` names.
 template <class T>
 __device__ void gather(const T* x, const Rows& r, const uint32_t* index, int64_t m, int64_t rows, T* out) {
@@ -169,9 +161,6 @@ __device__ void copy(const T* x, const Strided& from, int64_t cells, int64_t pit
     extern "C" __global__ void distances_##name(const T* x, Rows r, const T* c, Rows cr, const uint32_t* labels,       \
                                                 int metric, double* out) {                                             \
         distances(x, r, c, cr, labels, metric, out);                                                                   \
-    }                                                                                                                  \
-    extern "C" __global__ void pairwise_##name(const T* x, Rows r, const T* c, Rows cr, int metric, Filter<T>* out) {  \
-        pairwise(x, r, c, cr, metric, out);                                                                            \
     }                                                                                                                  \
     extern "C" __global__ void gather_##name(const T* x, Rows r, const uint32_t* index, int64_t m, int64_t rows,       \
                                              T* out) {                                                                 \

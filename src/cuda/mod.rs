@@ -18,6 +18,7 @@ mod module;
 mod nccl;
 mod nearest;
 mod on_chip;
+mod pairwise;
 mod params;
 mod route;
 mod rows;
@@ -128,7 +129,7 @@ impl Backend for Cuda {
     }
 
     fn pairwise(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-        rows::pairwise(x, c, metric)
+        pairwise::pairwise(x, c, metric)
     }
 
     fn nearest(&self, x: &Rows, c: &Rows, m: usize, metric: Metric) -> Result<(Tensor, Tensor)> {

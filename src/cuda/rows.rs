@@ -75,18 +75,6 @@ pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> 
     })
 }
 
-pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    typed!(x.dtype(), T => {
-        let dev = device(&x.operand)?;
-        let pairs = elements(&[x.b, x.n, c.n]);
-        let mut out = alloc::<<T as Element>::Filter>(dev, "pairwise", pairs)?;
-        let (xs, cs) = (read(&x.operand), read(&c.operand));
-        launch!(dev, Rows, "pairwise", T::SUFFIX, pairs.div_ceil(THREADS), THREADS;
-            &xs.view::<T>()?, &shape(x), &cs.view::<T>()?, &shape(c), &(metric as i32), &mut out)?;
-        Ok(tensor(dev, out, (x.b, x.n, c.n)))
-    })
-}
-
 pub(crate) fn gather(x: &Rows, index: &dyn Readable, to: Target<'_>) -> Result<()> {
     typed!(x.dtype(), T => write::<T>(to, |to| {
         let dev = device(&x.operand)?;
