@@ -16,9 +16,9 @@ struct OnChip {
     __int128* remainders;       // (k, D): what limbs could not take
     __int128* weights;          // (k)
     unsigned long long* limbs;  // (2, k, D), two's complement
-    uint32_t *starts, *next;    // (k + 1) and (k): where clusters begin, and the place of the next row
+    uint32_t *starts, *sizes;   // (k + 1) and (k): where clusters begin, and how many rows they have
     T* x;                       // (n, D), zeros beyond the columns
-    uint16_t *labels, *order;   // (n)
+    uint16_t *labels, *order;   // (n): the rows by cluster, or those that have changed theirs and which it was
 
     __device__ OnChip(uint8_t* raw, int64_t n, int64_t k) {
         remainders = reinterpret_cast<__int128*>(raw);
@@ -26,9 +26,36 @@ struct OnChip {
         limbs = reinterpret_cast<unsigned long long*>(weights + k);
         x = reinterpret_cast<T*>(limbs + 2 * k * D);
         starts = reinterpret_cast<uint32_t*>(x + (n * D + 7) / 8 * 8);
-        next = starts + k + 1;
-        labels = reinterpret_cast<uint16_t*>(next + k);
+        sizes = starts + k + 1;
+        labels = reinterpret_cast<uint16_t*>(sizes + k);
         order = labels + n;
+    }
+};
+
+/// Labels of rows on chip, which list the rows that they change: so many at most, and counts the others too.
+struct ChangedLabels {
+    uint16_t *labels, *rows, *former;  // (n), and of the changes the rows and the labels that they had
+    uint32_t *count, room;
+
+    template <class T, int D>
+    __device__ ChangedLabels(const OnChip<T, D>& s, uint32_t n, uint32_t* count)
+        : labels(s.labels),
+          rows(s.order),
+          former(s.order + n / 2),
+          count(count),
+          room(n / 2) {}
+
+    __device__ __forceinline__ void put(bool live, int64_t row, int index) const {
+        const uint32_t before = live ? labels[row] : index;
+        const uint32_t changed = __ballot_sync(~0u, before != index);
+        if (!changed) return;
+        const int lane = threadIdx.x % WARP, first = __ffs(changed) - 1;
+        uint32_t place = 0;
+        if (lane == first) place = atomicAdd(count, __popc(changed));
+        place = __shfl_sync(~0u, place, first) + __popc(changed & (1u << lane) - 1);
+        if (before == index) return;
+        labels[row] = index;
+        if (place < room) rows[place] = row, former[place] = before;
     }
 };
 
@@ -47,7 +74,7 @@ __device__ __forceinline__ double striped_here(double (&terms)[D]) {
 template <class T, int D>
 __device__ void sort(const OnChip<T, D>& s, uint32_t n, uint32_t k) {
     for (uint32_t i = threadIdx.x; i < k * D; i += blockDim.x) s.remainders[i] = 0;
-    block_counting_sort<uint32_t>(n, k, blockDim.x, s.labels, [](uint32_t) { return true; }, s.starts, s.next, s.order);
+    block_counting_sort<uint32_t>(n, k, blockDim.x, s.labels, [](uint32_t) { return true; }, s.starts, s.sizes, s.order);
 }
 
 /// Rows of a cluster that one thread adds up for a column, and a warp at a time of those beyond: no more than a limb
@@ -78,12 +105,15 @@ struct ColumnSum {
         if (!fixed_quantise(v, units.scale, whole) || units.extreme) odd = true;
         atomic_add(reinterpret_cast<unsigned long long*>(&s.remainders[cluster * D + column]), whole);
     }
-    /// COUNT rows from a place of the order on, `step` places apart.
+    /// COUNT rows from a place of the order on, `step` places apart, as far as they lie before `end`.
     template <int COUNT>
-    __device__ __forceinline__ void add_together(uint32_t place, uint32_t step, bool& odd) {
+    __device__ __forceinline__ void add_together(uint32_t place, uint32_t end, uint32_t step, bool& odd) {
         T v[COUNT];
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) v[i] = s.x[s.order[place + i * step] * D + column];
+        for (int i = 0; i < COUNT; ++i) {
+            const uint32_t row = s.order[min(place + i * step, end - 1)];
+            v[i] = place + i * step < end ? s.x[row * D + column] : T(0.0f);
+        }
         if (units.dirty) {
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) {
@@ -95,17 +125,16 @@ struct ColumnSum {
             for (int i = 0; i < COUNT; ++i) limbs[0] += wide(v[i]);
         } else {
 #pragma unroll 1
-            for (int i = 0; i < COUNT; ++i) {
-                const double value = wide(s.x[s.order[place + i * step] * D + column]);
+            for (uint32_t at = place; at < min(end, place + COUNT * step); at += step) {
+                const double value = wide(s.x[s.order[at] * D + column]);
                 add(isfinite(value) ? value : 0, odd);
             }
         }
     }
     /// The rows at every so many places.
     __device__ __forceinline__ void add_rows(uint32_t place, uint32_t end, uint32_t step, bool& odd) {
-        constexpr int TOGETHER = 4;
-        for (; place + (TOGETHER - 1) * step < end; place += TOGETHER * step) add_together<TOGETHER>(place, step, odd);
-        for (; place < end; place += step) add_together<1>(place, step, odd);
+        constexpr int TOGETHER = 8;
+        for (; place < end; place += TOGETHER * step) add_together<TOGETHER>(place, end, step, odd);
     }
     /// The same times `factor`, by which the mean divides if it is a weight.
     __device__ __forceinline__ void add_rows(uint32_t place, uint32_t end, uint32_t step, const double* factor,
@@ -146,7 +175,7 @@ __device__ void add(const OnChip<T, D>& s, uint32_t k, const Units<T>& units, co
         ColumnSum<T, D> sum(s, units, j, i % D);
         add_rows(sum, begin, min(s.starts[j + 1], begin + OWN_ROWS), 1);
         s.limbs[i] = sum.limb(0), s.limbs[k * D + i] = sum.limb(1);
-        if (i % D == 0) s.weights[j] = sum.weight;
+        if (i % D == 0) s.weights[j] = sum.weight, s.sizes[j] = s.starts[j + 1] - begin;
     }
     __syncthreads();
     const uint32_t lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
@@ -173,6 +202,50 @@ __device__ void add(const OnChip<T, D>& s, uint32_t k, const Units<T>& units, co
                 if (sum.weight) atomic_add(reinterpret_cast<unsigned long long*>(&s.weights[j]), sum.weight);
             }
         }
+    }
+    __syncthreads();
+}
+
+/// Adds to a sum in shared memory, where atomics of 64 bits are loops that compare and swap: by halves, with the carry
+/// that is passed on, as `atomic_add` does.
+__device__ __forceinline__ void add_by_halves(unsigned long long* sum, long long v) {
+    uint32_t* const halves = reinterpret_cast<uint32_t*>(sum);
+    const uint32_t low = uint32_t(v), high = uint32_t(v >> 32);
+    const uint32_t carry = low && atomicAdd(halves, low) > ~low;
+    if (high + carry) atomicAdd(halves + 1, high + carry);
+}
+
+/// Takes the rows that have changed their cluster from the sums of the former one and adds them to the other's, a
+/// thread to a row's column. No term is odd, or the sums would not be known.
+template <class T, int D>
+__device__ void add_changes(const OnChip<T, D>& s, const ChangedLabels& changes, uint32_t k, const Units<T>& units,
+                            const double* factor, int weight_scale, int divisor) {
+    const auto term_of = [](__int128* sums) { return reinterpret_cast<unsigned long long*>(sums); };
+    for (uint32_t i = threadIdx.x; i < *changes.count * D; i += blockDim.x) {
+        const uint32_t column = i % D, row = changes.rows[i / D], from = changes.former[i / D], to = s.labels[row];
+        double v = wide(s.x[row * D + column]);
+        __int128 whole;
+        if (factor) {
+            const double f = factor[row];
+            if (divisor == WEIGHT && column == 0 && fixed_quantise(f, weight_scale, whole)) {
+                atomic_add(term_of(s.weights + from), -whole), atomic_add(term_of(s.weights + to), whole);
+            }
+            v = __dmul_rn(v, f);
+            if (!isfinite(v)) v = 0;
+        }
+#pragma unroll
+        for (int l = 0; l < 2; ++l) {
+            const double taken = units.take_limb(l, v);
+            if (taken == 0) continue;
+            const long long limb = __double2ll_rn(taken * power_of_two(-units.unit(l)));
+            add_by_halves(&s.limbs[(l * k + from) * D + column], -limb);
+            add_by_halves(&s.limbs[(l * k + to) * D + column], limb);
+        }
+        if (v != 0 && fixed_quantise(v, units.scale, whole)) {
+            atomic_add(term_of(s.remainders + from * D + column), -whole);
+            atomic_add(term_of(s.remainders + to * D + column), whole);
+        }
+        if (column == 0) atomicSub(&s.sizes[from], 1), atomicAdd(&s.sizes[to], 1);
     }
     __syncthreads();
 }
@@ -272,7 +345,7 @@ __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const 
             }
             by = __dsqrt_rn(by);
         } else {
-            by = weighted ? fixed_value(s.weights[j], weight_scale) : double(s.starts[j + 1] - s.starts[j]);
+            by = weighted ? fixed_value(s.weights[j], weight_scale) : double(s.sizes[j]);
         }
         if (!(by > 0)) continue;
 #pragma unroll
@@ -296,10 +369,12 @@ __device__ void fit(const T* x, const Rows& r, const Active& active, const Summa
     extern __shared__ __align__(16) uint8_t raw[];
     __shared__ double shift;
     __shared__ bool odd;
+    __shared__ uint32_t changed;
     constexpr bool TENSOR = scored_by_halves<T, D>;
     const Narrow<Filter<T>, D> to(raw + fragment_bytes, k);
     const Fragments<D> fragments(raw, to.padded);
     const OnChip<T, D> s(raw + narrow_bytes, r.n, k);
+    const ChangedLabels changes(s, r.n, &changed);
     const Rows here = {0, D, 1, r.n, r.d};
     const int d = int(r.d);
     for (uint32_t at = blockIdx.x; at < active.problems(r.b); at += gridDim.x) {
@@ -312,30 +387,39 @@ __device__ void fit(const T* x, const Rows& r, const Active& active, const Summa
         for (int64_t i = threadIdx.x; i < r.n * D; i += blockDim.x) {
             s.x[i] = i % D < d ? row_of(x, r, b, i / D)[i % D] : T(0.0f);
         }
-        bool done = false, tensor = TENSOR && fragment_bytes;
+        // Whether the sums are those of the labels before.
+        bool done = false, tensor = TENSOR && fragment_bytes, known = false;
         for (int64_t iteration = 0;; ++iteration) {
             __syncthreads();
+            if (threadIdx.x == 0) changed = 0;
             to.prepare(c, d, d, metric);
             if (threadIdx.x == 0) shift = 0, odd = false;
             if (tensor) {
                 if constexpr (TENSOR) {
                     fragments.prepare(to);
                     tensor = most_proven(
-                        assign_rows_tensor<true, T, D>(s.x, here, 0, 0, r.n, c, d, to, fragments, s.labels), r.n);
+                        assign_rows_tensor<true, T, D>(s.x, here, 0, 0, r.n, c, d, to, fragments, changes), r.n);
                 }
             } else {
-                assign_rows<T, D, false>(s.x, here, 0, 0, r.n, c, d, to, metric, s.labels);
+                assign_rows<T, D, false>(s.x, here, 0, 0, r.n, c, d, to, metric, changes);
                 __syncthreads();
             }
             if (done && threadIdx.x == 0) stop[b] = iteration;
             if (done || iteration == max_iters) break;
-            sort(s, r.n, k);
-            add(s, k, units, factor, weight_scale, divisor, odd);
+            const bool few = known && changed <= changes.room;
+            if (few) {
+                add_changes(s, changes, k, units, factor, weight_scale, divisor);
+            } else {
+                sort(s, r.n, k);
+                add(s, k, units, factor, weight_scale, divisor, odd);
+            }
             const double moved =
                 warp_max(odd ? 0 : replace(s, c, k, d, units, factor != nullptr, weight_scale, divisor, odd));
             if (threadIdx.x % WARP == 0 && moved > 0) atomic_max(&shift, moved);
             __syncthreads();
-            if (odd) {
+            known = !odd;
+            if (!known) {
+                if (few) sort(s, r.n, k);
                 replace_exactly(s, c, k, d, units.dirty, factor, divisor, &shift);
                 __syncthreads();
             }
