@@ -47,13 +47,15 @@ struct Narrow {
         return same;
     }
 
-    /// Fills in the centroids `c`, by the whole block. Sums are in a fixed order: a block's mu is every block's.
+    /// Fills in the centroids `c`, by the whole block. Sums are in a fixed order: a block's mu is every block's. Unless
+    /// `centre`, mu stays what it was, for centroids that have moved a little.
     template <class T>
-    __device__ void prepare(const T* c, int64_t stride, int64_t d, int metric) const {
+    __device__ void prepare(const T* c, int64_t stride, int64_t d, int metric, bool centre = true) const {
         const int lane = threadIdx.x % WARP;
         for (int i = threadIdx.x; i < slots; i += blockDim.x) table[i] = 0;
-        if (threadIdx.x == 0) *largest = 0, *twice = error_shares<F>(d);
-        for (int q = threadIdx.x / WARP; q < D; q += blockDim.x / WARP) {
+        if (threadIdx.x == 0) *largest = 0;
+        if (centre && threadIdx.x == 0) *twice = error_shares<F>(d);
+        for (int q = threadIdx.x / WARP; centre && q < D; q += blockDim.x / WARP) {
             const int64_t step = (k + MEAN_SAMPLES - 1) / MEAN_SAMPLES;
             double sum = 0;
             int count = 0;
