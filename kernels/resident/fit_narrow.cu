@@ -5,8 +5,8 @@
 // column of a cluster. Sums are integers (src/fixed.rs), so atomics may finish them in any order, and once they are
 // known, only rows that have changed their cluster move from one sum to another (as in update/changes.cu), unless more
 // than half of the rows have. With a term that is no such integer, or a row that is not finite, sums are added up once
-// more, by warps, and are not known afterwards. A block that has converged goes on to the next problem. Traffic: X once,
-// labels once, and the centroids, which stay in the cache.
+// more, by warps, and are not known afterwards. A block that has converged goes on to the next problem. Traffic: X
+// once, labels once, and the centroids, which stay in the cache.
 #include "assign/narrow_tensor.cuh"
 #include "resident/narrow_sums.cuh"
 
