@@ -36,15 +36,16 @@ __device__ void assign_by(const T* x, const Rows& r, const Active& active, const
         }
         const int64_t first = tile % tiles * NARROW_TILE;
         const int64_t end = min(first + NARROW_TILE, r.n);
+        const StoredLabels here = {labels + b * r.n};
         if constexpr (TENSOR) {
             if (tensor) {
                 tensor = most_proven(assign_rows_tensor<false, T, D>(x, r, b, first, end, centroids, cr.row_stride, to,
-                                                                     fragments, labels + b * r.n),
+                                                                     fragments, here),
                                      end - first);
                 continue;
             }
         }
-        assign_rows<T, D, DIFFERENCES>(x, r, b, first, end, centroids, cr.row_stride, to, metric, labels + b * r.n);
+        assign_rows<T, D, DIFFERENCES>(x, r, b, first, end, centroids, cr.row_stride, to, metric, here);
     }
 }
 

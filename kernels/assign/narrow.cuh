@@ -47,13 +47,15 @@ struct Narrow {
         return same;
     }
 
-    /// Fills in the centroids `c`, by the whole block. Sums are in a fixed order: a block's mu is every block's.
+    /// Fills in the centroids `c`, by the whole block. Sums are in a fixed order: a block's mu is every block's. Unless
+    /// `centre`, mu stays what it was, for centroids that have moved a little.
     template <class T>
-    __device__ void prepare(const T* c, int64_t stride, int64_t d, int metric) const {
+    __device__ void prepare(const T* c, int64_t stride, int64_t d, int metric, bool centre = true) const {
         const int lane = threadIdx.x % WARP;
         for (int i = threadIdx.x; i < slots; i += blockDim.x) table[i] = 0;
-        if (threadIdx.x == 0) *largest = 0, *twice = error_shares<F>(d);
-        for (int q = threadIdx.x / WARP; q < D; q += blockDim.x / WARP) {
+        if (threadIdx.x == 0) *largest = 0;
+        if (centre && threadIdx.x == 0) *twice = error_shares<F>(d);
+        for (int q = threadIdx.x / WARP; centre && q < D; q += blockDim.x / WARP) {
             const int64_t step = (k + MEAN_SAMPLES - 1) / MEAN_SAMPLES;
             double sum = 0;
             int count = 0;
@@ -131,15 +133,23 @@ struct alignas(COUNT * sizeof(F) < 16 ? COUNT * sizeof(F) : 16) Several {
     F values[COUNT];
 };
 
+/// Labels of rows as they are stored. Another type may do more with a label; `put` is called by all lanes of a warp.
+struct StoredLabels {
+    uint32_t* labels;
+    __device__ __forceinline__ void put(bool live, int64_t row, int index) const {
+        if (live) labels[row] = index;
+    }
+};
+
 /// Labels the rows of a warp, one a lane, `v` less mu: by `index` where that is `proven`, else by the definition, among
 /// the centroids whose score does not exceed `cutoff`.
-template <class T, int D, bool DIFFERENCES, class Label>
+template <class T, int D, bool DIFFERENCES, class Labels>
 __device__ __forceinline__ void label_rows(const T* x, const Rows& r, int64_t b, const Filter<T> (&v)[D], int64_t row,
                                            bool live, bool proven, int index, double cutoff, const T* c, int64_t stride,
-                                           const Narrow<Filter<T>, D>& to, int metric, Label* labels) {
+                                           const Narrow<Filter<T>, D>& to, int metric, const Labels& labels) {
     using F = Filter<T>;
     const int lane = threadIdx.x % WARP;
-    if (live && proven) labels[row] = index;
+    labels.put(live && proven, row, index);
     // The warp decides the others one at a time.
     for (uint32_t left = __ballot_sync(~0u, live && !proven); left; left &= left - 1) {
         const int owner = __ffs(left) - 1;
@@ -154,7 +164,7 @@ __device__ __forceinline__ void label_rows(const T* x, const Rows& r, int64_t b,
         if (nowhere(row_squares) || without_direction<F>(metric, row_squares)) {
             int first = 0;
             while (!nowhere(row_squares) && first + 1 < to.k && to.bias[first] == INFINITY) ++first;
-            if (lane == 0) labels[unproven] = first;
+            labels.put(lane == 0, unproven, first);
             continue;
         }
         Best nearest = nothing();
@@ -172,15 +182,15 @@ __device__ __forceinline__ void label_rows(const T* x, const Rows& r, int64_t b,
             nearest = better(nearest, candidate(d[0], j));
         }
         nearest = warp_best(nearest);
-        if (lane == 0) labels[unproven] = nearest.index;
+        labels.put(lane == 0, unproven, nearest.index);
     }
 }
 
 /// Labels the rows `[first_row, end)` of problem `b`, by the whole block.
-template <class T, int D, bool DIFFERENCES, class Label>
+template <class T, int D, bool DIFFERENCES, class Labels>
 __device__ __forceinline__ void assign_rows(const T* x, const Rows& r, int64_t b, int64_t first_row, int64_t end,
                                             const T* c, int64_t stride, const Narrow<Filter<T>, D>& to, int metric,
-                                            Label* labels) {
+                                            const Labels& labels) {
     using F = Filter<T>;
     constexpr int ROWS = NARROW_ROWS / (sizeof(F) / 4);
     constexpr int AT_ONCE = D > 4 ? 1 : 4;  // centroids in registers

@@ -159,10 +159,10 @@ struct Place {
 
 /// `assign_rows` by tensor cores. PADDED rows have D columns, the last ones zeros. Returns how many rows of the warp
 /// they have not proven.
-template <bool PADDED, class T, int D, class Label>
+template <bool PADDED, class T, int D, class Labels>
 __device__ __forceinline__ int assign_rows_tensor(const T* x, const Rows& r, int64_t b, int64_t first_row, int64_t end,
                                                   const T* c, int64_t stride, const Narrow<float, D>& to,
-                                                  const Fragments<D>& centroids, Label* labels) {
+                                                  const Fragments<D>& centroids, const Labels& labels) {
     constexpr int STEPS = Fragments<D>::STEPS, OWN = Fragments<D>::OWN, TALL = 2;  // tiles of 16 rows
     constexpr uint32_t ONE = 0x3c00, ONES = ONE << 16 | ONE;
     const int lane = threadIdx.x % WARP, quad = lane % 4, d = int(r.d);

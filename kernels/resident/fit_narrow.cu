@@ -2,35 +2,13 @@
 //
 // A block takes a problem and keeps its rows, labels and sums on chip for all iterations: centroids are prepared and
 // rows labelled as in assign_narrow.cu, rows are brought into cluster order by a counting sort, and a thread adds up a
-// column of a cluster. Sums are integers (src/fixed.rs), so atomics may finish them in any
-// order. With a term that is no such integer, or a row that is not finite, they are added up once more, by warps. A
-// block that has converged goes on to the next problem. Traffic: X once, labels once, and the centroids, which stay in
-// the cache.
+// column of a cluster. Sums are integers (src/fixed.rs), so atomics may finish them in any order, and once they are
+// known, only rows that have changed their cluster move from one sum to another (as in update/changes.cu), unless more
+// than half of the rows have. With a term that is no such integer, or a row that is not finite, sums are added up once
+// more, by warps, and are not known afterwards. A block that has converged goes on to the next problem. Traffic: X
+// once, labels once, and the centroids, which stay in the cache.
 #include "assign/narrow_tensor.cuh"
-#include "exact/sums.cuh"
-#include "scan.cuh"
-
-/// A problem's part of shared memory, behind its centroids (`FitNarrow` in src/plan/on_chip.rs).
-template <class T, int D>
-struct OnChip {
-    __int128* remainders;       // (k, D): what limbs could not take
-    __int128* weights;          // (k)
-    unsigned long long* limbs;  // (2, k, D), two's complement
-    uint32_t *starts, *next;    // (k + 1) and (k): where clusters begin, and the place of the next row
-    T* x;                       // (n, D), zeros beyond the columns
-    uint16_t *labels, *order;   // (n)
-
-    __device__ OnChip(uint8_t* raw, int64_t n, int64_t k) {
-        remainders = reinterpret_cast<__int128*>(raw);
-        weights = remainders + k * D;
-        limbs = reinterpret_cast<unsigned long long*>(weights + k);
-        x = reinterpret_cast<T*>(limbs + 2 * k * D);
-        starts = reinterpret_cast<uint32_t*>(x + (n * D + 7) / 8 * 8);
-        next = starts + k + 1;
-        labels = reinterpret_cast<uint16_t*>(next + k);
-        order = labels + n;
-    }
-};
+#include "resident/narrow_sums.cuh"
 
 /// The sum of D terms in the order of `striped` in src/fixed.rs.
 template <int D>
@@ -41,140 +19,6 @@ __device__ __forceinline__ double striped_here(double (&terms)[D]) {
         for (int i = 0; i < step; ++i) terms[i] = __dadd_rn(terms[i], terms[i + step]);
     }
     return terms[0];
-}
-
-/// Sorts the rows by label, and clears what is added to where limbs cannot take all.
-template <class T, int D>
-__device__ void sort(const OnChip<T, D>& s, uint32_t n, uint32_t k) {
-    for (uint32_t i = threadIdx.x; i < k * D; i += blockDim.x) s.remainders[i] = 0;
-    block_counting_sort<uint32_t>(n, k, blockDim.x, s.labels, [](uint32_t) { return true; }, s.starts, s.next, s.order);
-}
-
-/// Rows of a cluster that one thread adds up for a column, and a warp at a time of those beyond: no more than a limb
-/// has room for, which is 2^10.
-constexpr uint32_t OWN_ROWS = 64;
-
-/// The sum of a column over rows of a cluster.
-template <class T, int D>
-struct ColumnSum {
-    const OnChip<T, D>& s;
-    const Units<T>& units;
-    uint32_t cluster, column;
-    double limbs[2] = {0, 0};
-    __int128 weight = 0;
-
-    __device__ ColumnSum(const OnChip<T, D>& s, const Units<T>& units, uint32_t cluster, uint32_t column)
-        : s(s),
-          units(units),
-          cluster(cluster),
-          column(column) {}
-
-    /// A finite term. What limbs cannot take goes to the cluster at once.
-    __device__ __forceinline__ void add(double v, bool& odd) {
-#pragma unroll
-        for (int l = 0; l < 2; ++l) limbs[l] += units.take_limb(l, v);
-        if (v == 0) return;
-        __int128 whole;
-        if (!fixed_quantise(v, units.scale, whole) || units.extreme) odd = true;
-        atomic_add(reinterpret_cast<unsigned long long*>(&s.remainders[cluster * D + column]), whole);
-    }
-    /// COUNT rows from a place of the order on, `step` places apart.
-    template <int COUNT>
-    __device__ __forceinline__ void add_together(uint32_t place, uint32_t step, bool& odd) {
-        T v[COUNT];
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) v[i] = s.x[s.order[place + i * step] * D + column];
-        if (units.dirty) {
-#pragma unroll
-            for (int i = 0; i < COUNT; ++i) {
-                if (!isfinite(wide(v[i]))) v[i] = T(0.0f), odd = true;
-            }
-        }
-        if (std::is_same<T, __half>::value || units.fit(v)) {
-#pragma unroll
-            for (int i = 0; i < COUNT; ++i) limbs[0] += wide(v[i]);
-        } else {
-#pragma unroll 1
-            for (int i = 0; i < COUNT; ++i) {
-                const double value = wide(s.x[s.order[place + i * step] * D + column]);
-                add(isfinite(value) ? value : 0, odd);
-            }
-        }
-    }
-    /// The rows at every so many places.
-    __device__ __forceinline__ void add_rows(uint32_t place, uint32_t end, uint32_t step, bool& odd) {
-        constexpr int TOGETHER = 4;
-        for (; place + (TOGETHER - 1) * step < end; place += TOGETHER * step) add_together<TOGETHER>(place, step, odd);
-        for (; place < end; place += step) add_together<1>(place, step, odd);
-    }
-    /// The same times `factor`, by which the mean divides if it is a weight.
-    __device__ __forceinline__ void add_rows(uint32_t place, uint32_t end, uint32_t step, const double* factor,
-                                             bool weighs, int weight_scale, bool& odd) {
-#pragma unroll 1
-        for (; place < end; place += step) {
-            const uint32_t row = s.order[place];
-            const double f = factor[row];
-            __int128 whole;
-            if (weighs && column == 0) {
-                if (!fixed_quantise(f, weight_scale, whole)) odd = true;
-                weight += whole;
-            }
-            double v = __dmul_rn(wide(s.x[row * D + column]), f);
-            if (!isfinite(v)) {
-                v = 0;
-                if (units.dirty && f != 0) odd = true;
-            }
-            add(v, odd);
-        }
-    }
-    __device__ __forceinline__ long long limb(int l) const {
-        return limbs[l] == 0 ? 0 : __double2ll_rn(limbs[l] * power_of_two(-units.unit(l)));
-    }
-};
-
-/// Adds up the sorted rows: a thread to a cluster's column, and the warps share what clusters have beyond OWN_ROWS.
-/// Sets `odd` if they have to be added up once more.
-template <class T, int D>
-__device__ void add(const OnChip<T, D>& s, uint32_t k, const Units<T>& units, const double* factor, int weight_scale,
-                    int divisor, bool& odd) {
-    const auto add_rows = [&](ColumnSum<T, D>& sum, uint32_t place, uint32_t end, uint32_t step) {
-        if (factor) sum.add_rows(place, end, step, factor, divisor == WEIGHT, weight_scale, odd);
-        else sum.add_rows(place, end, step, odd);
-    };
-    for (uint32_t i = threadIdx.x; i < k * D; i += blockDim.x) {
-        const uint32_t j = i / D, begin = s.starts[j];
-        ColumnSum<T, D> sum(s, units, j, i % D);
-        add_rows(sum, begin, min(s.starts[j + 1], begin + OWN_ROWS), 1);
-        s.limbs[i] = sum.limb(0), s.limbs[k * D + i] = sum.limb(1);
-        if (i % D == 0) s.weights[j] = sum.weight;
-    }
-    __syncthreads();
-    const uint32_t lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-#pragma unroll 1
-    for (uint32_t first = 0; first < k; first += WARP) {
-        const uint32_t own = min(first + lane, k - 1);
-        uint32_t left = __ballot_sync(~0u, first + lane < k && s.starts[own + 1] - s.starts[own] > OWN_ROWS);
-#pragma unroll 1
-        for (; left; left &= left - 1) {
-            const uint32_t j = first + __ffs(left) - 1, end = s.starts[j + 1];
-#pragma unroll 1
-            for (uint32_t at = s.starts[j] + (1 + (threadIdx.x / WARP + j) % warps) * OWN_ROWS; at < end;
-                 at += warps * OWN_ROWS) {
-                ColumnSum<T, D> sum(s, units, j, lane % D);
-                add_rows(sum, at + lane / D, min(end, at + OWN_ROWS), WARP / D);
-#pragma unroll
-                for (int l = 0; l < 2; ++l) {
-                    for (int offset = D; offset < WARP; offset *= 2) {
-                        sum.limbs[l] += __shfl_xor_sync(~0u, sum.limbs[l], offset);
-                    }
-                    const long long limb = sum.limb(l);
-                    if (limb && lane < D) atomicAdd(&s.limbs[(l * k + j) * D + lane], (unsigned long long)limb);
-                }
-                if (sum.weight) atomic_add(reinterpret_cast<unsigned long long*>(&s.weights[j]), sum.weight);
-            }
-        }
-    }
-    __syncthreads();
 }
 
 /// Adds up clusters once more, a column to a warp: to `remainders` and `weights`, as `Scaled`.
@@ -243,47 +87,46 @@ __device__ __noinline__ void replace_exactly(OnChip<T, D> s, T* c, uint32_t k, i
     }
 }
 
-/// Replaces the centroids `c` (k, d) but those of no weight, a thread each; returns the largest squared shift. Sets
-/// `odd` if there is one that squares of f64 cannot measure.
+/// The sum of the terms of D neighbouring lanes in the order of `striped_here`, in all of them.
+template <int D>
+__device__ __forceinline__ double striped_lanes(double term) {
+#pragma unroll
+    for (int step = D / 2; step; step /= 2) term = __dadd_rn(term, __shfl_xor_sync(~0u, term, step));
+    return term;
+}
+
+/// Replaces the centroids `c` (k, d) but those of no weight, a thread to a column; returns the largest squared shift.
+/// Sets `odd` if there is one that squares of f64 cannot measure.
 template <class T, int D>
 __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const Units<T>& units, bool weighted,
                           int weight_scale, int divisor, bool& odd) {
     double most = 0;
+    const uint32_t lane = threadIdx.x % WARP, q = lane % D;
 #pragma unroll 1
-    for (uint32_t j = threadIdx.x; j < k; j += blockDim.x) {
-        double totals[D], terms[D];
-        bool some = false;
+    for (uint32_t first = threadIdx.x - lane; first < k * D; first += blockDim.x) {
+        const uint32_t i = min(first + lane, (k - 1) * D + q), j = i / D;
+        __int128 sum = s.remainders[i];
 #pragma unroll
-        for (int q = 0; q < D; ++q) {
-            __int128 sum = s.remainders[j * D + q];
-#pragma unroll
-            for (int l = 0; l < 2; ++l) {
-                sum += __int128((long long)s.limbs[(l * k + j) * D + q]) << (units.unit(l) + units.scale);
-            }
-            totals[q] = fixed_value(sum, units.scale), terms[q] = __dmul_rn(totals[q], totals[q]);
-            some |= totals[q] != 0;
+        for (int l = 0; l < 2; ++l) {
+            sum += __int128((long long)s.limbs[l * k * D + i]) << (units.unit(l) + units.scale);
         }
+        const double total = fixed_value(sum, units.scale);
         double by = 0;
         if (divisor == NORM) {
-            by = striped_here(terms);
-            if (some && !(LEAST_SQUARES <= by && by <= MOST_SQUARES)) {
-                odd = true;
-                continue;
-            }
-            by = __dsqrt_rn(by);
+            const double squares = striped_lanes<D>(__dmul_rn(total, total));
+            const bool some = __ballot_sync(~0u, total != 0) >> (lane - q) & (1u << D) - 1;
+            if (some && !(LEAST_SQUARES <= squares && squares <= MOST_SQUARES)) odd = true;
+            else by = __dsqrt_rn(squares);
         } else {
-            by = weighted ? fixed_value(s.weights[j], weight_scale) : double(s.starts[j + 1] - s.starts[j]);
+            by = weighted ? fixed_value(s.weights[j], weight_scale) : double(s.sizes[j]);
         }
-        if (!(by > 0)) continue;
-#pragma unroll
-        for (int q = 0; q < D; ++q) {
-            terms[q] = 0;
-            if (q >= d) continue;
-            const T mean = rounded<T>(__ddiv_rn(totals[q], by));
-            terms[q] = squared(wide(mean), wide(c[j * d + q]));
+        double term = 0;
+        if (first + lane < k * D && by > 0 && q < d) {
+            const T mean = rounded<T>(__ddiv_rn(total, by));
+            term = squared(wide(mean), wide(c[j * d + q]));
             c[j * d + q] = mean;
         }
-        const double moved = striped_here(terms);
+        const double moved = striped_lanes<D>(term);
         most = moved == moved ? fmax(most, moved) : INFINITY;
     }
     return most;
@@ -296,10 +139,12 @@ __device__ void fit(const T* x, const Rows& r, const Active& active, const Summa
     extern __shared__ __align__(16) uint8_t raw[];
     __shared__ double shift;
     __shared__ bool odd;
+    __shared__ uint32_t changed;
     constexpr bool TENSOR = scored_by_halves<T, D>;
     const Narrow<Filter<T>, D> to(raw + fragment_bytes, k);
     const Fragments<D> fragments(raw, to.padded);
     const OnChip<T, D> s(raw + narrow_bytes, r.n, k);
+    const ChangedLabels changes(s, r.n, &changed);
     const Rows here = {0, D, 1, r.n, r.d};
     const int d = int(r.d);
     for (uint32_t at = blockIdx.x; at < active.problems(r.b); at += gridDim.x) {
@@ -312,30 +157,42 @@ __device__ void fit(const T* x, const Rows& r, const Active& active, const Summa
         for (int64_t i = threadIdx.x; i < r.n * D; i += blockDim.x) {
             s.x[i] = i % D < d ? row_of(x, r, b, i / D)[i % D] : T(0.0f);
         }
-        bool done = false, tensor = TENSOR && fragment_bytes;
+        // Whether the sums are those of the labels before.
+        bool done = false, tensor = TENSOR && fragment_bytes, known = false;
         for (int64_t iteration = 0;; ++iteration) {
             __syncthreads();
-            to.prepare(c, d, d, metric);
+            if (threadIdx.x == 0) changed = 0;
+            // Centroids move less and less, and mu only has to be near them.
+            to.prepare(c, d, d, metric, (iteration & (iteration - 1)) == 0);
             if (threadIdx.x == 0) shift = 0, odd = false;
             if (tensor) {
                 if constexpr (TENSOR) {
                     fragments.prepare(to);
                     tensor = most_proven(
-                        assign_rows_tensor<true, T, D>(s.x, here, 0, 0, r.n, c, d, to, fragments, s.labels), r.n);
+                        assign_rows_tensor<true, T, D>(s.x, here, 0, 0, r.n, c, d, to, fragments, changes), r.n);
                 }
             } else {
-                assign_rows<T, D, false>(s.x, here, 0, 0, r.n, c, d, to, metric, s.labels);
+                assign_rows<T, D, false>(s.x, here, 0, 0, r.n, c, d, to, metric, changes);
                 __syncthreads();
             }
             if (done && threadIdx.x == 0) stop[b] = iteration;
             if (done || iteration == max_iters) break;
-            sort(s, r.n, k);
-            add(s, k, units, factor, weight_scale, divisor, odd);
-            const double moved =
-                warp_max(odd ? 0 : replace(s, c, k, d, units, factor != nullptr, weight_scale, divisor, odd));
+            const bool few = known && changed <= changes.room;
+            if (few) {
+                add_changes(s, changes, k, units, factor, weight_scale, divisor);
+            } else {
+                sort(s, r.n, k);
+                add(s, k, units, factor, weight_scale, divisor, odd);
+            }
+            // (What a warp finds another one may be about to set.)
+            const double moved = warp_max(__any_sync(~0u, odd) ? 0
+                                                               : replace(s, c, k, d, units, factor != nullptr,
+                                                                         weight_scale, divisor, odd));
             if (threadIdx.x % WARP == 0 && moved > 0) atomic_max(&shift, moved);
             __syncthreads();
-            if (odd) {
+            known = !odd;
+            if (!known) {
+                if (few) sort(s, r.n, k);
                 replace_exactly(s, c, k, d, units.dirty, factor, divisor, &shift);
                 __syncthreads();
             }
