@@ -43,6 +43,7 @@ mod softmax;
 mod sort;
 mod sorted_1d;
 mod spread;
+mod spread_filter;
 mod sums;
 mod tensors;
 mod tile;
