@@ -48,15 +48,22 @@ fn scales(largest: f64) -> [f64; 2] {
 /// Cuts a row, of which `write` takes each slice in columns of a step. Returns its `2^e`.
 #[inline(always)]
 fn cut(row: &[f64], mut write: impl FnMut(usize, usize, [u8; BYTE_STEP])) -> f64 {
-    let mut largest = [0.0f64; 8];
-    for values in row.chunks(8) {
-        largest.iter_mut().zip(values).for_each(|(most, v)| *most = if v.abs() > *most { v.abs() } else { *most });
+    let (steps, rest) = row.as_chunks::<BYTE_STEP>();
+    let mut last = [0.0; BYTE_STEP];
+    last[..rest.len()].copy_from_slice(rest);
+    let steps = || steps.iter().chain((!rest.is_empty()).then_some(&last));
+    let mut largest = [0.0f64; BYTE_STEP];
+    for values in steps() {
+        for l in 0..BYTE_STEP {
+            let v = values[l].abs();
+            largest[l] = if v > largest[l] { v } else { largest[l] };
+        }
     }
     let [unit, scale] = scales(largest.into_iter().fold(0.0, f64::max));
-    for (step, values) in row.chunks(BYTE_STEP).enumerate() {
-        let mut whole = [UNSIGNED; BYTE_STEP];
-        for (to, v) in whole.iter_mut().zip(values) {
-            *to = (v * scale + ROUND).to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(UNSIGNED);
+    for (step, values) in steps().enumerate() {
+        let mut whole = [0; BYTE_STEP];
+        for l in 0..BYTE_STEP {
+            whole[l] = (values[l] * scale + ROUND).to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(UNSIGNED);
         }
         for slice in 0..SLICES {
             let shift = 8 * (SLICES - 1 - slice);

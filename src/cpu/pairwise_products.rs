@@ -29,7 +29,7 @@ use super::{
     lines::ByteLine,
     pairwise::{Columns, LANES},
     rows::distance,
-    scalar::{lanes, Scalar},
+    scalar::{fold_lanes, lanes, Scalar},
     tensors::{Element, View},
 };
 use crate::{error::Result, host, metric::Metric};
@@ -75,12 +75,29 @@ impl Side {
     }
 }
 
+/// The sides of a tile of centroids.
+struct Sides {
+    square: [f64; LANES],
+    norm: [f64; LANES],
+    reach: [f64; LANES],
+    unit: [f64; LANES],
+}
+
+impl Sides {
+    fn new(sides: [Side; LANES]) -> Self {
+        let [square, norm, reach, unit] =
+            [|side: Side| side.square, |side: Side| side.norm, |side: Side| side.reach, |side: Side| side.unit]
+                .map(|of| sides.map(of));
+        Self { square, norm, reach, unit }
+    }
+}
+
 /// The centroids of a problem as products take them.
 pub(super) struct ProvingCentroids {
     /// The common vector of squared distances.
     centre: Vec<f64>,
     factors: Factors,
-    sides: Vec<[Side; LANES]>,
+    sides: Vec<Sides>,
     /// What products are off by, of the reaches.
     lost: f64,
 }
@@ -94,7 +111,8 @@ impl ProvingCentroids {
     pub fn new<T: Element>(c: &View<'_, T>, b: usize, centre: Vec<f64>, metric: Metric) -> Result<Self> {
         let (k, d) = (c.rows.n, c.rows.d);
         let tiles = k.div_ceil(LANES);
-        let amx = Amx::find().filter(|_| d <= MOST_COLUMNS);
+        // Dot products are often far smaller than what those of bytes are off by grows with: too many would be open.
+        let amx = Amx::find().filter(|_| d <= MOST_COLUMNS && metric != Metric::Dot);
         let columns = host::map("pairwise", tiles, LANES * d, |tile| Columns::new(c, b, tile, &centre, metric))?;
         let squares: Vec<_> = columns.iter().map(Columns::squares).collect();
         let factors = match amx {
@@ -116,7 +134,9 @@ impl ProvingCentroids {
             Side::new(square, unit, d, metric)
         };
         let sides = squares.iter().enumerate();
-        let sides = sides.map(|(tile, squares)| std::array::from_fn(|lane| side(tile, lane, squares[lane]))).collect();
+        let sides =
+            sides.map(|(tile, squares)| Sides::new(std::array::from_fn(|lane| side(tile, lane, squares[lane]))));
+        let sides = sides.collect();
         Ok(Self { centre, factors, sides, lost })
     }
 }
@@ -143,9 +163,9 @@ pub(super) struct ProofScratch {
     /// In tiles.
     slices: Vec<ByteLine>,
     levels: Vec<i32>,
+    /// Distances as they are rounded, in whole tiles, which stay in a cache until their rows are done.
+    rounded: Vec<f32>,
     open: Vec<(u32, u32)>,
-    /// A row and a centroid that are looked at alone.
-    alone: [Vec<f64>; 2],
 }
 
 impl<T: Element> WithSimd for Proof<'_, T> {
@@ -156,6 +176,7 @@ impl<T: Element> WithSimd for Proof<'_, T> {
     fn with_simd<S: Simd>(mut self, simd: S) -> bool {
         self.scratch.open.clear();
         self.scratch.sides.resize(ROWS, Side::default());
+        self.scratch.rounded.resize(ROWS * self.stride(), 0.0);
         // So many rows and vectors at once fill the registers that there are.
         let centroids = self.centroids;
         let proven = match (&centroids.factors, S::F64_LANES) {
@@ -174,6 +195,11 @@ impl<T: Element> WithSimd for Proof<'_, T> {
 impl<T: Element> Proof<'_, T> {
     fn count(&self) -> usize {
         self.out.len() / self.c.rows.n
+    }
+
+    /// Distances of a row, in whole tiles.
+    fn stride(&self) -> usize {
+        self.c.rows.n.next_multiple_of(LANES)
     }
 
     /// Whether more is open than is worth a look, when some rows have met so many centroids.
@@ -256,7 +282,7 @@ impl<T: Element> Proof<'_, T> {
                 for i in first..count.min(first + LANES) {
                     let (sides, unit) = (&self.centroids.sides[tile], self.scratch.sides[i].unit);
                     let mut products = joined(&self.scratch.levels, i - first);
-                    products.iter_mut().zip(sides).for_each(|(product, side)| *product *= unit * side.unit);
+                    products.iter_mut().zip(&sides.unit).for_each(|(product, other)| *product *= unit * other);
                     self.round(i, tile, &products);
                 }
             }
@@ -273,14 +299,14 @@ impl<T: Element> Proof<'_, T> {
         let (own, sides, lost) = (self.scratch.sides[i], &self.centroids.sides[tile], self.centroids.lost);
         let g = gamma(self.x.rows.d, f64::UNIT);
         match self.metric {
-            Metric::Dot => self.keep(i, tile, |l| (-products[l], (lost + 2.02 * g) * (own.reach * sides[l].reach))),
+            Metric::Dot => self.keep(i, tile, |l| (-products[l], (lost + 2.02 * g) * (own.reach * sides.reach[l]))),
             Metric::Cosine => self.keep(i, tile, |l| {
-                let cosine = products[l] * (own.norm * sides[l].norm);
-                (1.0 - cosine, lost * (own.reach * sides[l].reach) + 4.04 * g)
+                let cosine = products[l] * (own.norm * sides.norm[l]);
+                (1.0 - cosine, lost * (own.reach * sides.reach[l]) + 4.04 * g)
             }),
             _ => self.keep(i, tile, |l| {
-                let reach = own.reach + sides[l].reach;
-                (own.square + sides[l].square - 2.0 * products[l], (0.5 * lost + 2.02 * g) * (reach * reach))
+                let reach = own.reach + sides.reach[l];
+                (own.square + sides.square[l] - 2.0 * products[l], (0.5 * lost + 2.02 * g) * (reach * reach))
             }),
         }
     }
@@ -296,32 +322,30 @@ impl<T: Element> Proof<'_, T> {
             // A NaN proves nothing, and neither do zeros of both signs.
             differ[l] = (low.to_bits() ^ high.to_bits()) | u32::from(low.is_nan());
         }
-        let width = LANES.min(k - tile * LANES);
-        let out = &mut self.out[i * k + tile * LANES..][..width];
-        out.iter_mut().zip(rounded).for_each(|(to, v)| *to = T::Filter::of(f64::from(v)));
+        let at = i * self.stride() + tile * LANES;
+        self.scratch.rounded[at..at + LANES].copy_from_slice(&rounded);
         if differ.iter().fold(0, |any, differs| any | differs) != 0 {
+            let width = LANES.min(k - tile * LANES);
             for (l, _) in differ.iter().enumerate().take(width).filter(|(_, &differs)| differs != 0) {
                 self.scratch.open.push((i as u32, (tile * LANES + l) as u32));
             }
         }
     }
 
-    /// Looks at what is open, pair by pair.
+    /// Looks at what is open, pair by pair, and writes all distances.
     #[inline(always)]
     fn settle(&mut self) {
-        let (k, d, g) = (self.c.rows.n, self.x.rows.d, gamma(self.x.rows.d, f64::UNIT));
-        let ProofScratch { open, sides, alone: [x, c], .. } = &mut *self.scratch;
-        (x.resize(d, 0.0), c.resize(d, 0.0));
+        let (k, g) = (self.c.rows.n, gamma(self.x.rows.d, f64::UNIT));
+        let stride = self.stride();
+        let ProofScratch { open, sides, rounded, .. } = &mut *self.scratch;
         for &(i, j) in &*open {
             let (row, centroid) = (self.x.row(self.b, self.first + i as usize), self.c.row(self.of, j as usize));
-            x.iter_mut().zip(row).for_each(|(to, v)| *to = v.wide());
-            c.iter_mut().zip(centroid).for_each(|(to, v)| *to = v.wide());
-            let (own, other) = (sides[i as usize], self.centroids.sides[j as usize / LANES][j as usize % LANES]);
+            let norms = sides[i as usize].norm * self.centroids.sides[j as usize / LANES].norm[j as usize % LANES];
             let (f, e) = match self.metric {
-                Metric::Dot => (-lanes(x, c, |s, x, c| s + x * c), 2.02 * g * (own.norm * other.norm)),
-                Metric::Cosine => (1.0 - lanes(x, c, |s, x, c| s + x * c) * (own.norm * other.norm), 4.04 * g),
+                Metric::Dot => (-alone(row, centroid, |s, x, c| s + x * c), 2.02 * g * norms),
+                Metric::Cosine => (1.0 - alone(row, centroid, |s, x, c| s + x * c) * norms, 4.04 * g),
                 _ => {
-                    let square = lanes(x, c, |s, x, c| {
+                    let square = alone(row, centroid, |s, x, c| {
                         let t = x - c;
                         s + t * t
                     });
@@ -330,10 +354,28 @@ impl<T: Element> Proof<'_, T> {
             };
             let (low, high) = ((f - e) as f32, (f + e) as f32);
             let proven = low.to_bits() == high.to_bits() && !low.is_nan();
-            let found = if proven { f64::from(low) } else { distance(row, centroid, self.metric) };
-            self.out[i as usize * k + j as usize] = T::Filter::of(found);
+            // Rounded to the type of the results, which is f32 wherever something is to be proven.
+            rounded[i as usize * stride + j as usize] =
+                if proven { low } else { distance(row, centroid, self.metric) as f32 };
+        }
+        for (out, rounded) in self.out.chunks_exact_mut(k).zip(rounded.chunks_exact(stride)) {
+            out.iter_mut().zip(rounded).for_each(|(to, &v)| *to = T::Filter::of(f64::from(v)));
         }
     }
+}
+
+/// The sum over all columns of a row and a centroid, in several chains.
+#[inline(always)]
+fn alone<T: Element>(x: &[T], c: &[T], f: impl Fn(f64, f64, f64) -> f64) -> f64 {
+    let mut sums = [0.0; LANES];
+    let ((xs, x_rest), (cs, c_rest)) = (x.as_chunks::<LANES>(), c.as_chunks::<LANES>());
+    for (x, c) in xs.iter().zip(cs) {
+        for l in 0..LANES {
+            sums[l] = f(sums[l], x[l].wide(), c[l].wide());
+        }
+    }
+    let rest = x_rest.iter().zip(c_rest).fold(0.0, |sum, (x, c)| f(sum, x.wide(), c.wide()));
+    fold_lanes(&sums, |a, b| a + b) + rest
 }
 
 /// The products of `R` rows and the centroids of a tile, of which `V` vectors at a time.

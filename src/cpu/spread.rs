@@ -363,14 +363,14 @@ fn tile_of_rows<T: Element>(
     let weight_of = |i: usize| weights.map_or(1.0, |weights| weights[b * n + i]);
     let counts = |near: f64, weight: f64| near > 0.0 && weight > 0.0;
     let Scratch { row, sums, all, listed } = scratch;
-    let filtered = filter.as_ref().is_some_and(|filter| {
+    let filtered = filter.is_some();
+    if let Some(filter) = filter {
         let near = nearest.chunks_exact(trials).zip(first..).map(|(nearest, i)| {
             let near = near_of(nearest);
             counts(near, weight_of(i)).then_some(if measure.metric == Metric::Cosine { 2.0 * near } else { near })
         });
         filter.list(first, near, listed);
-        true
-    });
+    }
     for (i, nearest) in (first..).zip(nearest.chunks_exact_mut(trials)) {
         let ahead = if filtered { listed.next(i + 1 - first).map(|next| first + next) } else { Some(i + 1) };
         if let Some(ahead) = ahead.filter(|&ahead| ahead < n) {
