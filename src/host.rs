@@ -36,6 +36,13 @@ pub(crate) fn filled<T: Clone>(op: &'static str, len: usize, value: T) -> Result
     Ok(buffer)
 }
 
+/// `len` zeros, or a typed refusal. Nobody has written them, so that their pages come to be where and when someone does.
+pub(crate) fn zeros_unwritten<T: Clone>(op: &'static str, len: usize, zero: T) -> Result<Vec<T>> {
+    // What is allocated as zeros is there, or the process ends: so it is asked for here first.
+    buffer::<T>(op, len)?;
+    Ok(vec![zero; len])
+}
+
 /// A tensor of zeros. What Candle allocates on the CPU is there, or the process ends: so it is asked for here first.
 pub(crate) fn zeros(op: &'static str, shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
     let shape = shape.into();

@@ -1,8 +1,29 @@
-//! What the iterations of a fit leave each other, so that later ones have less to do.
+//! What the iterations of a fit, and the passes of its start, leave each other, so that later ones have less to do.
 
 use crate::{error::Result, host, plan::skip::SkipPlan};
 use candle_core::{DType, Device, Tensor};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    any::Any,
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
+};
+
+/// What a pass of k-means++ has made of the rows for those after it: only the back end that made it knows what it is.
+#[derive(Default)]
+pub(crate) struct KeptRows(OnceLock<Box<dyn Any + Send + Sync>>);
+
+impl KeptRows {
+    /// What is kept, which `make` makes the first time; none if that was something else.
+    pub fn get_or_make<R: Any + Send + Sync>(&self, make: impl FnOnce() -> Result<R>) -> Result<Option<&R>> {
+        let kept = match self.0.get() {
+            Some(kept) => kept,
+            None => {
+                let made = Box::new(make()?);
+                self.0.get_or_init(|| made)
+            }
+        };
+        Ok(kept.downcast_ref())
+    }
+}
 
 /// Sums that an update leaves for the next one of the same rows, which adds those that have come to a cluster and takes away those that
 /// have left it.

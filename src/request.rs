@@ -2,7 +2,7 @@
 
 use crate::{
     error::Result,
-    kept::{KeptBounds, KeptSums},
+    kept::{KeptBounds, KeptRows, KeptSums},
     metric::Metric,
     operand::Readable,
     plan::{assign::AssignPlan, on_chip::OnChip, update::UpdatePlan},
@@ -196,6 +196,8 @@ pub(crate) struct KmeansppBlock<'a> {
     pub draws: usize,
     pub metric: Metric,
     pub draw: Draw,
+    /// Of the blocks of these rows, by this metric.
+    pub kept: &'a KeptRows,
 }
 
 /// Step `i` of greedy k-means++: so many rows are drawn as there are trials, the first of all alone, and the one that leaves the least
@@ -216,6 +218,8 @@ pub(crate) struct GreedyStep<'a> {
     pub i: usize,
     pub metric: Metric,
     pub draw: Draw,
+    /// Of the steps with these rows, by this metric.
+    pub kept: &'a KeptRows,
 }
 
 /// A cache of keys and values, and how the queries of one token read it.

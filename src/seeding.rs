@@ -3,6 +3,7 @@
 use crate::{
     error::{Error, Result},
     host,
+    kept::KeptRows,
     kmeans::{Init, OVERSAMPLING, ROUNDS},
     memory::Memory,
     metric::Metric,
@@ -131,7 +132,7 @@ fn plus_plus(
     let taken = Tensor::zeros(x.b, DType::U32, device)?;
     let norms = (metric == Metric::Cosine).then(|| primitives::norms(x)).transpose()?;
     let chosen = Tensor::zeros((x.b, count), DType::U32, device)?;
-    let memory = Memory::default();
+    let (memory, kept) = (Memory::default(), KeptRows::default());
     let captured = primitives::capturing(device)?;
     let most = draws(count);
     let (mut seeds, mut block) = (0, 0);
@@ -145,10 +146,10 @@ fn plus_plus(
         };
         for _ in 0..blocks {
             let (start, draw) = (block == 0, Draw { round: first.round + block, ..first });
-            let (nearest, taken, norms, chosen) = (&nearest, &taken, norms.as_ref(), &chosen);
+            let (nearest, taken, norms, chosen, kept) = (&nearest, &taken, norms.as_ref(), &chosen, &kept);
             let draws = if start { 1 } else { most };
             primitives::kmeanspp_block(
-                &KmeansppBlock { x, nearest, taken, norms, weights, chosen, start, draws, metric, draw },
+                &KmeansppBlock { x, nearest, taken, norms, weights, chosen, start, draws, metric, draw, kept },
                 &memory,
             )?;
             block += 1;
@@ -180,11 +181,14 @@ fn greedy(
     let slot = Tensor::zeros(x.b, DType::U32, device)?;
     let norms = (metric == Metric::Cosine).then(|| primitives::norms(x)).transpose()?;
     let chosen = Tensor::zeros((x.b, count), DType::U32, device)?;
-    let memory = Memory::default();
+    let (memory, kept) = (Memory::default(), KeptRows::default());
     for i in 0..count {
         let draw = Draw { round: first.round + i as u64, ..first };
-        let (nearest, slot, norms, chosen) = (&nearest, &slot, norms.as_ref(), &chosen);
-        primitives::greedy_step(&GreedyStep { x, nearest, slot, norms, weights, chosen, i, metric, draw }, &memory)?;
+        let (nearest, slot, norms, chosen, kept) = (&nearest, &slot, norms.as_ref(), &chosen, &kept);
+        primitives::greedy_step(
+            &GreedyStep { x, nearest, slot, norms, weights, chosen, i, metric, draw, kept },
+            &memory,
+        )?;
         if let Some(watch) = watch.filter(|_| i + 1 < count) {
             // Of what is read there is a seed.
             chosen.narrow(1, i, 1)?.flatten_all()?.to_vec1::<u32>()?;

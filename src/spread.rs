@@ -56,6 +56,14 @@ pub(crate) fn trials(k: usize) -> usize {
     2 + (k as f64).ln() as usize
 }
 
+/// Whether so many passes over rows of `d` columns are worth a copy of these in bf16, with which a matrix unit finds seeds that are too far
+/// to count (`cpu/spread_filter.rs`): it takes about as long as a pass.
+pub(crate) fn worth_rounding(metric: Metric, d: usize, passes: usize) -> bool {
+    const COLUMNS: usize = 32;
+    const PASSES: usize = 4;
+    metric != Metric::Manhattan && d >= COLUMNS && passes >= PASSES
+}
+
 /// Terms of a potential count as no more than this.
 const LARGEST: f64 = power_of_two(1000);
 /// Added to a number of at most 2^51, it leaves the nearest whole number in the last bits.

@@ -1,7 +1,7 @@
-//! AMX, the matrix unit of some x86 processors: products of bf16 in tiles of registers (Intel, Architecture Instruction Set Extensions
+//! AMX, the matrix unit of some x86 processors: products of bf16, and of bytes, in tiles of registers (Intel, Architecture Instruction Set Extensions
 //! Programming Reference, chapter 3). Rust has no stable intrinsics for it, but stable inline assembly.
 
-use super::lines::{pair_lines, Line, PAIR};
+use super::lines::{pair_lines, ByteLine, Line, BYTE_TILE, PAIR, SLICES};
 use raw_cpuid::CpuId;
 use std::{
     arch::{asm, x86_64::*},
@@ -52,12 +52,18 @@ impl Amx {
     pub(super) fn product(self, rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &mut [f32]) {
         product(rows, centroids, bias, steps, out)
     }
+
+    /// Levels of the products of a tile of rows and a tile of centroids, row by row each: sums of the products of all slices `i` and `j` of them with
+    /// the same `i + j`. Both have tiles of all slices for each step.
+    pub(super) fn byte_levels(self, rows: &[ByteLine], centroids: &[ByteLine], out: &mut [i32]) {
+        byte_levels(rows, centroids, out)
+    }
 }
 
-/// Asks the processor for tiles of bf16.
+/// Asks the processor for tiles of bf16 and of bytes.
 fn has_tiles() -> bool {
     let features = CpuId::new().get_extended_feature_info();
-    features.is_some_and(|features| features.has_amx_tile() && features.has_amx_bf16())
+    features.is_some_and(|features| features.has_amx_tile() && features.has_amx_bf16() && features.has_amx_int8())
 }
 
 /// Asks Linux for the registers' state, which a process has only on request, and only where the system saves them with the others.
@@ -161,6 +167,97 @@ fn product(rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &
             lower = inout(reg) out[PAIR / 2 * bias.len()..].as_mut_ptr() => _,
             out = inout(reg) out.as_mut_ptr() => _,
             row_bytes = in(reg) row_bytes,
+            options(nostack),
+        );
+    }
+}
+
+/// Asks for the next 512 bytes of centroids.
+macro_rules! ahead {
+    () => {
+        concat!(
+            "prefetcht0 [{ahead}]\nprefetcht0 [{ahead} + 64]\nprefetcht0 [{ahead} + 128]\nprefetcht0 [{ahead} + 192]\n",
+            "prefetcht0 [{ahead} + 256]\nprefetcht0 [{ahead} + 320]\nprefetcht0 [{ahead} + 384]\nprefetcht0 [{ahead} + 448]\n",
+            "add {ahead}, 512"
+        )
+    };
+}
+
+fn byte_levels(rows: &[ByteLine], centroids: &[ByteLine], out: &mut [i32]) {
+    let steps = rows.len() / (SLICES * BYTE_TILE);
+    assert!(steps > 0 && rows.len() == steps * SLICES * BYTE_TILE && centroids.len() == rows.len());
+    assert!(out.len() == SLICES * BYTE_TILE * BYTE_TILE && SLICES == 5);
+    // SAFETY: an `Amx` is made only where the unit is there. Each step loads from 5,120 bytes of `rows` and of `centroids`, five tiles of 1,024, and goes on to
+    // the next. Five tiles are stored to 1,024 bytes each of `out`. These are all the bytes that the slices have, as asserted; what is asked for
+    // ahead of its turn may lie behind `centroids`, which is a hint that cannot fault. The block leaves tile registers as the process had
+    // them, in their initial state, and touches no other that is not named.
+    //
+    // Loads take longer than products: two slices of the rows stay in tmm5 and tmm6 while those of the centroids come and go in tmm7, and twelve
+    // loads are enough for fifteen products. A sum of a level, in tmm0 to tmm4, waits for the one before, which takes as long as three products:
+    // so those of the last level, of which there are most, are apart.
+    unsafe {
+        asm!(
+            "ldtilecfg [{config}]",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "tilezero tmm4",
+            "2:",
+            "tileloadd tmm5, [{row} + {line}*1]",
+            "tileloadd tmm7, [{centroid} + {line}*1 + 1024]",
+            "tdpbssd tmm1, tmm5, tmm7",
+            ahead!(),
+            "tileloadd tmm6, [{row} + {line}*1 + 1024]",
+            "tdpbssd tmm2, tmm6, tmm7",
+            "tileloadd tmm7, [{centroid} + {line}*1 + 4096]",
+            ahead!(),
+            "tdpbssd tmm4, tmm5, tmm7",
+            "tileloadd tmm7, [{centroid} + {line}*1]",
+            "tdpbssd tmm0, tmm5, tmm7",
+            ahead!(),
+            "tdpbssd tmm1, tmm6, tmm7",
+            "tileloadd tmm7, [{centroid} + {line}*1 + 3072]",
+            ahead!(),
+            "tdpbssd tmm3, tmm5, tmm7",
+            "tdpbssd tmm4, tmm6, tmm7",
+            ahead!(),
+            "tileloadd tmm7, [{centroid} + {line}*1 + 2048]",
+            "tdpbssd tmm2, tmm5, tmm7",
+            ahead!(),
+            "tdpbssd tmm3, tmm6, tmm7",
+            "tileloadd tmm5, [{row} + {line}*1 + 2048]",
+            ahead!(),
+            "tdpbssd tmm4, tmm5, tmm7",
+            "tileloadd tmm7, [{centroid} + {line}*1 + 1024]",
+            "tdpbssd tmm3, tmm5, tmm7",
+            ahead!(),
+            "tileloadd tmm6, [{row} + {line}*1 + 3072]",
+            "tdpbssd tmm4, tmm6, tmm7",
+            ahead!(),
+            "tileloadd tmm7, [{centroid} + {line}*1]",
+            "tdpbssd tmm2, tmm5, tmm7",
+            "tdpbssd tmm3, tmm6, tmm7",
+            ahead!(),
+            "tileloadd tmm5, [{row} + {line}*1 + 4096]",
+            "tdpbssd tmm4, tmm5, tmm7",
+            "add {row}, 5120",
+            "add {centroid}, 5120",
+            "dec {steps}",
+            "jnz 2b",
+            "tilestored [{out} + {line}*1], tmm0",
+            "tilestored [{out} + {line}*1 + 1024], tmm1",
+            "tilestored [{out} + {line}*1 + 2048], tmm2",
+            "tilestored [{out} + {line}*1 + 3072], tmm3",
+            "tilestored [{out} + {line}*1 + 4096], tmm4",
+            "tilerelease",
+            config = in(reg) &CONFIG,
+            row = inout(reg) rows.as_ptr() => _,
+            centroid = inout(reg) centroids.as_ptr() => _,
+            ahead = inout(reg) centroids.as_ptr().wrapping_add(SLICES * BYTE_TILE) => _,
+            line = in(reg) size_of::<ByteLine>(),
+            steps = inout(reg) steps => _,
+            out = in(reg) out.as_mut_ptr(),
             options(nostack),
         );
     }

@@ -2,7 +2,7 @@
 
 use super::{
     race::race,
-    spread::{meet, Measure, Met, Scratch},
+    spread::{kept_rounded, meet, Measure, Met, Scratch},
     tensors::{or, read_and_write, tensor, typed, Element},
 };
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
 };
 
 pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>) -> Result<()> {
-    let &KmeansppBlock { x, nearest, taken, norms, weights, chosen, start, draws, metric, draw } = p;
+    let &KmeansppBlock { x, nearest, taken, norms, weights, chosen, start, draws, metric, draw, kept } = p;
     let (n, count) = (x.n, chosen.dim(1)?);
     let (mut counts, mut rows) = (taken.to_vec1::<u32>()?, chosen.to_vec2::<u32>()?);
     typed!(x.dtype(), T => {
@@ -23,6 +23,9 @@ pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>) -> Result<()> {
             let near = |b: usize, row: usize| if start { 1.0 } else { nearest[b * n + row] };
             let open: Vec<_> = (0..x.b).filter(|&b| (counts[b] as usize) < count).collect();
             let drawn = race(&open, [n, draws], near, weights, draw)?;
+            // Nothing is before the first seed, and all rows have to meet it.
+            let passes = if start { 0 } else { count.div_ceil(draws) };
+            let rounded = kept_rounded(kept, &xs, norms, metric, passes)?;
             let mut met = Vec::with_capacity(open.len());
             for (&b, drawn) in open.iter().zip(&drawn) {
                 let weight = |row: u32| weights.map_or(1.0, |weights| weights[b * n + row as usize]);
@@ -39,7 +42,8 @@ pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>) -> Result<()> {
                 // A distance to the last seed is nobody's probability.
                 if own.len() < left {
                     let seeds = measure.seeds(own);
-                    met.push(Met { measure, seeds, slot: (!start).then_some(0), units: None });
+                    let filter = rounded.map(|rounded| rounded.filter(b, &seeds.rows)).transpose()?;
+                    met.push(Met { measure, seeds, filter, slot: (!start).then_some(0), units: None });
                 }
             }
             meet(&met, 1, weights, nearest)
@@ -92,7 +96,7 @@ fn take<T: Element>(
             taken.push(row);
             let seed = measure.seeds(vec![row]);
             for other in candidates.iter_mut().filter(|other| !certain && !other.taken) {
-                let found = measure.to_seeds(other.row as usize, other.now, &seed, &mut scratch)[0];
+                let found = measure.to_seeds(other.row as usize, other.now, &seed, &[0], &mut scratch)[0];
                 other.now = other.now.min(found);
             }
         } else {

@@ -25,6 +25,27 @@ impl Line {
     pub(super) const ZERO: Self = Self([0; STEP]);
 }
 
+/// Columns of a step of bytes, whose products are added up exactly, in 32 bits.
+pub(super) const BYTE_STEP: usize = 64;
+/// Rows, and centroids, of a product of bytes: a tile each.
+pub(super) const BYTE_TILE: usize = 16;
+/// Bytes of a number (`byte_slices.rs`).
+pub(super) const SLICES: usize = 5;
+
+/// A row of a tile register of bytes.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(super) struct ByteLine(pub [u8; BYTE_STEP]);
+
+impl ByteLine {
+    pub(super) const ZERO: Self = Self([0; BYTE_STEP]);
+}
+
+/// Steps of bytes that rows of `d` columns take.
+pub(super) fn byte_steps(d: usize) -> usize {
+    d.div_ceil(BYTE_STEP)
+}
+
 /// Steps that rows of `d` columns take.
 pub(super) fn steps(d: usize) -> usize {
     d.div_ceil(STEP)

@@ -11,6 +11,7 @@ mod attend_coded;
 mod bounded;
 mod bounds;
 mod byte_codes;
+mod byte_slices;
 mod candidates;
 mod clusters;
 mod filter;
@@ -29,6 +30,7 @@ mod median;
 mod nearest;
 mod origin;
 mod pairwise;
+mod pairwise_products;
 mod parts;
 mod product_codes;
 mod race;
@@ -41,9 +43,11 @@ mod softmax;
 mod sort;
 mod sorted_1d;
 mod spread;
+mod spread_filter;
 mod sums;
 mod tensors;
 mod tile;
+mod transform;
 mod update;
 
 use crate::{
@@ -88,7 +92,7 @@ impl Backend for Cpu {
     }
 
     fn pairwise(&self, x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-        pairwise::pairwise(x, c, metric)
+        transform::pairwise(x, c, metric)
     }
 
     fn nearest(&self, x: &Rows, c: &Rows, m: usize, metric: Metric) -> Result<(Tensor, Tensor)> {

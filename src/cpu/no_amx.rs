@@ -1,6 +1,6 @@
 //! The matrix unit, of processors and systems that have none that this crate knows: what `amx.rs` has, of which nothing can be called.
 
-use super::lines::Line;
+use super::lines::{ByteLine, Line};
 
 /// The unit, which is not there.
 #[derive(Clone, Copy)]
@@ -16,6 +16,10 @@ impl Amx {
     }
 
     pub(super) fn all_at_most(self, _: &[f32], _: f32, _: impl FnMut(usize, f32) -> bool) -> bool {
+        match self {}
+    }
+
+    pub(super) fn byte_levels(self, _: &[ByteLine], _: &[ByteLine], _: &mut [i32]) {
         match self {}
     }
 

@@ -44,15 +44,26 @@ pub(super) fn distinct<T: Element>(c: &View<'_, T>, batch: usize, metric: Metric
 
 /// The median of each column over a few of the centroids `kept`, which single ones far away do not move.
 pub(super) fn median<T: Element>(c: &View<'_, T>, batch: usize, kept: &[u32]) -> Vec<T::Filter> {
-    const FEW: usize = 31;
-    let (d, n) = (c.rows.d, kept.len());
-    let few = n.min(FEW);
-    let mut rows = vec![T::Filter::of(0.0); few.max(1) * d];
-    for (i, row) in rows.chunks_exact_mut(d).take(few).enumerate() {
-        // One of each part, at no regular distance.
-        let place = (i * n + i.wrapping_mul(0x9e37_79b1) % n) / few;
+    let d = c.rows.d;
+    let mut rows = vec![T::Filter::of(0.0); kept.len().min(FEW) * d];
+    for (place, row) in few_of(kept.len()).zip(rows.chunks_exact_mut(d)) {
         T::filter_row(c.row(batch, kept[place] as usize), row);
     }
+    median_of(&mut rows, d)
+}
+
+/// Rows that have a median of each column, of more of them.
+pub(super) const FEW: usize = 31;
+
+/// Which of `n` rows are those, at no regular distance: one of each part.
+pub(super) fn few_of(n: usize) -> impl Iterator<Item = usize> {
+    let few = n.min(FEW);
+    (0..few).map(move |i| (i * n + i.wrapping_mul(0x9e37_79b1) % n) / few)
+}
+
+/// The median of each column of a few `rows`, which are sorted.
+pub(super) fn median_of<S: Scalar>(rows: &mut [S], d: usize) -> Vec<S> {
+    let few = rows.len() / d;
     // Odd-even transposition sorts all columns at once.
     for pass in 0..few {
         for pair in rows[pass % 2 * d..few * d].chunks_exact_mut(2 * d) {
@@ -62,7 +73,10 @@ pub(super) fn median<T: Element>(c: &View<'_, T>, batch: usize, kept: &[u32]) ->
             }
         }
     }
-    let half = T::Filter::of(0.5);
+    if few == 0 {
+        return vec![S::of(0.0); d];
+    }
+    let half = S::of(0.5);
     let (low, high) = (&rows[few.saturating_sub(1) / 2 * d..], &rows[few / 2 * d..]);
     low.iter().zip(high).take(d).map(|(a, b)| a.mul(half).add(b.mul(half))).collect()
 }

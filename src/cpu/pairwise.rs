@@ -2,62 +2,50 @@
 //! at once, which lie in the lanes of vectors or fill the time that a chain waits for itself.
 
 use super::{
+    lines::BYTE_TILE,
     scalar::Scalar,
-    tensors::{lock, tensor, typed, Element, View},
+    tensors::{Element, View},
 };
-use crate::{error::Result, host, metric::Metric, rows::Rows};
-use candle_core::Tensor;
+use crate::metric::Metric;
 use pulp::NullaryFnOnce;
 
-/// Centroids that lie side by side in lanes.
-const LANES: usize = 16;
+/// Centroids that lie side by side in lanes: a tile of the matrix unit.
+pub(super) const LANES: usize = BYTE_TILE;
 /// Rows that meet them at once.
 const TOGETHER: usize = 4;
-/// Rows of a task, which stay in the cache as f64.
-const ROWS: usize = 32;
-
-pub(crate) fn pairwise(x: &Rows, c: &Rows, metric: Metric) -> Result<Tensor> {
-    typed!(x.dtype(), T => {
-        let [xs, cs] = lock([&x.operand, &c.operand]);
-        let (xs, cs) = (xs.view::<T>(x)?, cs.view::<T>(c)?);
-        let (n, k, d) = (x.n, c.n, x.d);
-        let problems = if c.batch_stride == 0 { 1 } else { c.b };
-        let tiles = k.div_ceil(LANES);
-        let columns = host::map("pairwise", problems * tiles, LANES * d, |t| Columns::new(&cs, t / tiles, t % tiles, metric))?;
-        let mut out = host::filled("pairwise", x.b * n * k, <T as Element>::Filter::of(0.0))?;
-        if !out.is_empty() {
-            let parts = out.chunks_mut(n * k).enumerate();
-            let parts = parts.flat_map(|(b, out)| out.chunks_mut(ROWS * k).enumerate().map(move |(p, out)| (b, p, out)));
-            let scratch = || vec![0.0; ROWS.min(n) * d];
-            let part = |rows: &mut Vec<f64>, (b, part, out): (usize, usize, &mut [_])| {
-                let columns = &columns[b.min(problems - 1) * tiles..][..tiles];
-                pulp::Arch::new().dispatch(Part { x: &xs, b, first: part * ROWS, k, columns, metric, rows, out });
-                Ok(())
-            };
-            host::for_each(parts.collect(), ROWS.min(n) * d * k / 4, scratch, part)?;
-        }
-        tensor(out, (x.b, n, k))
-    })
-}
 
 /// Some centroids in columns.
-struct Columns {
+pub(super) struct Columns {
     /// `(d, LANES)`, zeros beyond the last centroid.
-    values: Vec<f64>,
+    pub values: Vec<f64>,
     /// The norms, by cosine.
     norms: [f64; LANES],
 }
 
 impl Columns {
-    fn new<T: Element>(c: &View<'_, T>, b: usize, tile: usize, metric: Metric) -> Self {
+    /// Those of tile `tile`, less a `centre` if there is one.
+    pub fn new<T: Element>(c: &View<'_, T>, b: usize, tile: usize, centre: &[f64], metric: Metric) -> Self {
         let (mut values, mut norms) = (vec![0.0; c.rows.d * LANES], [0.0; LANES]);
         for (lane, j) in (tile * LANES..c.rows.n).take(LANES).enumerate() {
-            values.iter_mut().skip(lane).step_by(LANES).zip(c.row(b, j)).for_each(|(to, v)| *to = v.wide());
+            let own = values.iter_mut().skip(lane).step_by(LANES).zip(c.row(b, j));
+            match centre {
+                [] => own.for_each(|(to, v)| *to = v.wide()),
+                centre => own.zip(centre).for_each(|((to, v), m)| *to = v.wide() - m),
+            }
             if metric == Metric::Cosine {
                 norms[lane] = norm(c.row(b, j).iter().map(|v| v.wide()));
             }
         }
         Self { values, norms }
+    }
+
+    /// The sums of their squares.
+    pub fn squares(&self) -> [f64; LANES] {
+        let square = |mut sums: [f64; LANES], column: &[f64; LANES]| {
+            sums.iter_mut().zip(column).for_each(|(sum, v)| *sum += v * v);
+            sums
+        };
+        self.values.as_chunks().0.iter().fold([0.0; LANES], square)
     }
 }
 
@@ -68,16 +56,16 @@ fn norm(row: impl Iterator<Item = f64>) -> f64 {
 }
 
 /// Some rows of problem `b` meet all of its `k` centroids.
-struct Part<'a, T: Element> {
-    x: &'a View<'a, T>,
-    b: usize,
-    first: usize,
-    k: usize,
-    columns: &'a [Columns],
-    metric: Metric,
+pub(super) struct Part<'a, T: Element> {
+    pub x: &'a View<'a, T>,
+    pub b: usize,
+    pub first: usize,
+    pub k: usize,
+    pub columns: &'a [Columns],
+    pub metric: Metric,
     /// Room for the rows.
-    rows: &'a mut [f64],
-    out: &'a mut [T::Filter],
+    pub rows: &'a mut [f64],
+    pub out: &'a mut [T::Filter],
 }
 
 impl<T: Element> NullaryFnOnce for Part<'_, T> {

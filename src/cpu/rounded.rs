@@ -51,7 +51,7 @@ fn round(v: f32) -> u32 {
 
 /// Hands out a packed row as bf16, in columns of a step, and returns a bound on the norm of what rounding leaves of it.
 #[inline(always)]
-fn round_row(row: &[f32], mut write: impl FnMut(usize, [u16; STEP])) -> f64 {
+pub(super) fn round_row(row: &[f32], mut write: impl FnMut(usize, [u16; STEP])) -> f64 {
     let mut squares = [0.0; STEP];
     let (whole, rest) = row.as_chunks::<STEP>();
     let mut last = [0.0; STEP];

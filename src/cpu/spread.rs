@@ -4,17 +4,23 @@
 //! lanes of a distance would be the longer part, since each of its additions waits for the one before: so all seeds' lanes are filled
 //! first, and then folded side by side, where no addition waits for that of another seed. Rows are cut into the columns of all lanes, the
 //! last ones of them zeros, whose terms add zero to what is not below it.
+//!
+//! Where there are many passes, and a matrix unit, most seeds are found to be too far by that, and a row itself is not read (`spread_filter.rs`).
 
 use super::{
+    amx::Amx,
+    lines::PAIR,
     rows::distance,
     scalar::Scalar,
-    tensors::{Element, View},
+    spread_filter::{Filter, Listed, RoundedRows},
+    tensors::{prefetch, Element, View},
 };
 use crate::{
     error::Result,
     host,
+    kept::KeptRows,
     metric::Metric,
-    spread::{spread, whole, Limits, LANES},
+    spread::{spread, whole, worth_rounding, Limits, LANES},
 };
 use pulp::NullaryFnOnce;
 
@@ -25,8 +31,8 @@ const CHECKED: usize = 4;
 /// Seeds whose lanes are folded side by side: so few that the compiler leaves the lanes of a seed together in a vector.
 const FOLDED: usize = 4;
 
-/// Rows of a task at least, of which each has its own potentials.
-const LEAST_ROWS: usize = 16;
+/// Rows of a task are whole tiles of so many, and have potentials of their own.
+const TILE: usize = PAIR;
 
 /// Rows of a problem as seeds.
 pub(super) struct Seeds<S> {
@@ -47,12 +53,15 @@ pub(super) struct Measure<'a, T: Element> {
 pub(super) struct Scratch<S> {
     row: Vec<[S; LANES]>,
     sums: Sums<S>,
+    /// All seeds, and those that each row of a tile has to meet.
+    all: Vec<u32>,
+    listed: Listed,
 }
 
 /// Sums of a row and several seeds.
 struct Sums<S> {
     /// The seeds that may still be near enough to count.
-    open: Vec<usize>,
+    open: Vec<u32>,
     /// Of each of these, and all of them in one.
     lanes: Vec<[S; LANES]>,
     folded: Vec<S>,
@@ -64,7 +73,8 @@ impl<S: Scalar> Scratch<S> {
     pub fn new(d: usize, seeds: usize) -> Self {
         let (zero, open) = (S::of(0.0), Vec::with_capacity(seeds));
         let sums = Sums { open, lanes: vec![[zero; LANES]; seeds], folded: vec![zero; seeds], found: vec![0.0; seeds] };
-        Self { row: vec![[zero; LANES]; d.div_ceil(LANES)], sums }
+        let (row, all) = (vec![[zero; LANES]; d.div_ceil(LANES)], (0..seeds as u32).collect());
+        Self { row, sums, all, listed: Listed::default() }
     }
 }
 
@@ -94,16 +104,30 @@ impl<'a, T: Element> Measure<'a, T> {
         }
     }
 
-    /// The distances of a row to all seeds; in the place of one that is not below `near`, any that is not.
+    /// The distances of a row to all seeds; in the place of one that is not below `near`, any that is not, as those that are not listed are not.
     #[inline(always)]
     pub fn to_seeds<'s>(
         &self,
         i: usize,
         near: f64,
         seeds: &Seeds<T::Filter>,
+        listed: &[u32],
         scratch: &'s mut Scratch<T::Filter>,
     ) -> &'s [f64] {
-        let Scratch { row, sums } = scratch;
+        let Scratch { row, sums, .. } = scratch;
+        self.find(i, near, seeds, listed, row, sums)
+    }
+
+    #[inline(always)]
+    fn find<'s>(
+        &self,
+        i: usize,
+        near: f64,
+        seeds: &Seeds<T::Filter>,
+        listed: &[u32],
+        row: &mut [[T::Filter; LANES]],
+        sums: &'s mut Sums<T::Filter>,
+    ) -> &'s [f64] {
         let own = self.x.row(self.b, i);
         let row = match T::as_filter(own).map(<[_]>::as_chunks).filter(|row| self.norms.is_none() && row.1.is_empty()) {
             Some((row, _)) => row,
@@ -115,17 +139,18 @@ impl<'a, T: Element> Measure<'a, T> {
         let limits = if T::Filter::UNIT > 1e-10 { Limits::F32 } else { Limits::F64 };
         let part = if self.metric == Metric::Cosine { 0.5 } else { 1.0 };
         let found = match self.metric {
-            Metric::Manhattan => sums.add_up(row, seeds, near, &limits, |x, c| x.sub(c).abs()),
-            _ => sums.add_up(row, seeds, near / part, &limits, |x, c| {
+            Metric::Manhattan => sums.add_up(row, seeds, listed, near, &limits, |x, c| x.sub(c).abs()),
+            _ => sums.add_up(row, seeds, listed, near / part, &limits, |x, c| {
                 let t = x.sub(c);
                 t.mul(t)
             }),
         };
-        for (found, &seed) in found.iter_mut().zip(&seeds.rows) {
+        for &t in listed {
+            let found = &mut found[t as usize];
             *found = if limits.hold(*found) {
                 *found * part
             } else {
-                let defined = distance(own, self.x.row(self.b, seed as usize), self.metric);
+                let defined = distance(own, self.x.row(self.b, seeds.rows[t as usize] as usize), self.metric);
                 if defined > 0.0 {
                     defined
                 } else {
@@ -138,13 +163,14 @@ impl<'a, T: Element> Measure<'a, T> {
 }
 
 impl<S: Scalar> Sums<S> {
-    /// The terms of all columns of `x` and each of the seeds, added up in lanes; no more than those of the first ones where they come to
+    /// The terms of all columns of `x` and each of the listed seeds, added up in lanes; no more than those of the first ones where they come to
     /// `enough` already, since no term is below zero and what is rounded to nearest keeps its order.
     #[inline(always)]
     fn add_up(
         &mut self,
         x: &[[S; LANES]],
         seeds: &Seeds<S>,
+        listed: &[u32],
         enough: f64,
         limits: &Limits,
         term: impl Fn(S, S) -> S,
@@ -152,11 +178,12 @@ impl<S: Scalar> Sums<S> {
         let Self { open, lanes, folded, found } = self;
         let (count, len) = (seeds.rows.len(), x.len());
         open.clear();
-        open.extend(0..count);
-        lanes[..count].fill([S::of(0.0); LANES]);
+        open.extend_from_slice(listed);
+        found[..count].fill(f64::INFINITY);
+        lanes[..listed.len()].fill([S::of(0.0); LANES]);
         let (mut from, mut to) = (0, CHECKED.min(len));
         while !open.is_empty() {
-            let part = |t: usize| &seeds.values[t * len + from..t * len + to];
+            let part = |t: u32| &seeds.values[t as usize * len + from..t as usize * len + to];
             for (open, lanes) in open.chunks(2).zip(lanes.chunks_mut(2)) {
                 match (open, lanes) {
                     (&[t, u], [of_t, of_u]) => {
@@ -170,7 +197,7 @@ impl<S: Scalar> Sums<S> {
             let mut kept = 0;
             for i in 0..open.len() {
                 let (t, sum) = (open[i], folded[i].widen());
-                found[t] = sum;
+                found[t as usize] = sum;
                 if to < len && !(sum >= enough && sum > limits.least && sum < limits.most / 2.0) {
                     open[kept] = t;
                     if kept < i {
@@ -229,10 +256,29 @@ fn halve<S: Scalar, const N: usize, const M: usize>(from: &[[S; N]], to: &mut [[
     }
 }
 
+/// The rows of all problems as a filter of seeds takes them, if so many passes are worth it and there is what filters.
+pub(super) fn kept_rounded<'k, T: Element>(
+    kept: &'k KeptRows,
+    x: &View<'_, T>,
+    norms: Option<&[f64]>,
+    metric: Metric,
+    passes: usize,
+) -> Result<Option<&'k RoundedRows>> {
+    let amx = Amx::find().filter(|_| worth_rounding(metric, x.rows.d, passes));
+    let Some(amx) = amx else { return Ok(None) };
+    kept.get_or_make(|| {
+        let point =
+            |b: usize, i: usize, out: &mut [[T::Filter; LANES]]| Measure::new(x, b, norms, metric).widened(i, out);
+        RoundedRows::new(amx, [x.rows.b, x.rows.n, x.rows.d], point)
+    })
+}
+
 /// Rows of a problem, and the seeds that they meet.
 pub(super) struct Met<'a, T: Element> {
     pub measure: Measure<'a, T>,
     pub seeds: Seeds<T::Filter>,
+    /// What finds seeds that are too far to count.
+    pub filter: Option<Filter<'a>>,
     /// The column of `nearest` that has the distances to the seeds so far; none before there are any.
     pub slot: Option<usize>,
     /// The units of the potentials of seeds that are tried; none of seeds that are taken.
@@ -252,7 +298,7 @@ pub(super) fn meet<T: Element>(
     let (n, d) = (x.rows.n, x.rows.d);
     let most = met.iter().map(|met| met.seeds.rows.len()).max().unwrap_or(0);
     let steps = d * (1 + most / 4);
-    let rows = host::items_per_task(steps).max(LEAST_ROWS).min(n);
+    let rows = host::items_per_task(steps).next_multiple_of(TILE).min(n.next_multiple_of(TILE));
     let parts = n.div_ceil(rows);
     let mut potentials = host::filled("k-means++", met.len() * parts * trials, 0u64)?;
     let mut tasks = host::buffer("k-means++", met.len() * parts)?;
@@ -293,33 +339,63 @@ impl<T: Element> NullaryFnOnce for Pass<'_, '_, T> {
 
     #[inline(always)]
     fn call(self) {
-        let Met { measure, seeds, slot, units } = self.met;
-        let (b, n) = (measure.b, measure.x.rows.n);
-        for (i, nearest) in (self.first..).zip(self.nearest.chunks_exact_mut(self.trials)) {
-            if i + 1 < n {
-                measure.x.prefetch(b, i + 1);
-            }
-            let near = slot.map_or(f64::INFINITY, |slot| nearest[slot]);
-            let weight = self.weights.map_or(1.0, |weights| weights[b * n + i]);
-            let is = |&seed: &u32| seed as usize == i;
-            if !(near > 0.0 && weight > 0.0) {
-                // Nothing is drawn by its distance.
-                nearest.fill(near);
-            } else {
-                let found = measure.to_seeds(i, near, seeds, self.scratch);
-                match *units {
-                    None => nearest[0] = found.iter().fold(near, |near, &found| near.min(found)),
-                    Some(units) => {
-                        for (t, &found) in found.iter().enumerate().filter(|&(t, _)| !is(&seeds.rows[t])) {
-                            nearest[t] = near.min(found);
-                            self.potentials[t] += whole(nearest[t] * weight, units);
-                        }
+        let (first, trials) = (self.first, self.trials);
+        for (tile, nearest) in self.nearest.chunks_mut(TILE * trials).enumerate() {
+            tile_of_rows(self.met, first + tile * TILE, trials, self.weights, self.scratch, nearest, self.potentials);
+        }
+    }
+}
+
+/// The rows of a tile meet the seeds that may count.
+#[inline(always)]
+fn tile_of_rows<T: Element>(
+    met: &Met<'_, T>,
+    first: usize,
+    trials: usize,
+    weights: Option<&[f64]>,
+    scratch: &mut Scratch<T::Filter>,
+    nearest: &mut [f64],
+    potentials: &mut [u64],
+) {
+    let Met { measure, seeds, filter, slot, units } = met;
+    let (b, n, count) = (measure.b, measure.x.rows.n, seeds.rows.len());
+    let near_of = |nearest: &[f64]| slot.map_or(f64::INFINITY, |slot| nearest[slot]);
+    let weight_of = |i: usize| weights.map_or(1.0, |weights| weights[b * n + i]);
+    let counts = |near: f64, weight: f64| near > 0.0 && weight > 0.0;
+    let Scratch { row, sums, all, listed } = scratch;
+    let filtered = filter.is_some();
+    if let Some(filter) = filter {
+        let near = nearest.chunks_exact(trials).zip(first..).map(|(nearest, i)| {
+            let near = near_of(nearest);
+            counts(near, weight_of(i)).then_some(if measure.metric == Metric::Cosine { 2.0 * near } else { near })
+        });
+        filter.list(first, near, listed);
+    }
+    for (i, nearest) in (first..).zip(nearest.chunks_exact_mut(trials)) {
+        let ahead = if filtered { listed.next(i + 1 - first).map(|next| first + next) } else { Some(i + 1) };
+        if let Some(ahead) = ahead.filter(|&ahead| ahead < n) {
+            prefetch(measure.x.row(b, ahead));
+        }
+        let own = if filtered { listed.of(i - first) } else { &all[..count] };
+        let (near, weight) = (near_of(nearest), weight_of(i));
+        let is = |&seed: &u32| seed as usize == i;
+        if !counts(near, weight) || own.is_empty() && units.is_none() {
+            // Nothing is drawn by its distance, or nothing has come nearer.
+            nearest.fill(near);
+        } else {
+            let found = measure.find(i, near, seeds, own, row, sums);
+            match *units {
+                None => nearest[0] = found.iter().fold(near, |near, &found| near.min(found)),
+                Some(units) => {
+                    for (t, &found) in found.iter().enumerate().filter(|&(t, _)| !is(&seeds.rows[t])) {
+                        nearest[t] = near.min(found);
+                        potentials[t] += whole(nearest[t] * weight, units);
                     }
                 }
             }
-            if let Some(t) = seeds.rows.iter().position(is) {
-                nearest[units.map_or(0, |_| t)] = -1.0;
-            }
+        }
+        if let Some(t) = seeds.rows.iter().position(is) {
+            nearest[units.map_or(0, |_| t)] = -1.0;
         }
     }
 }

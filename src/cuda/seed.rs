@@ -96,7 +96,7 @@ impl Race {
 
 pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>, memory: &Memory) -> Result<()> {
     const OP: &str = "k-means++";
-    let &KmeansppBlock { x, nearest, taken, norms, weights, chosen, start, draws, metric, draw } = p;
+    let &KmeansppBlock { x, nearest, taken, norms, weights, chosen, start, draws, metric, draw, .. } = p;
     let (dev, wanted) = (device(&x.operand)?, chosen.dim(1)?);
     let [rows, met_rows] = parts(x);
     let (parts, met_parts) = (x.n.div_ceil(rows), elements(&[x.b, x.n.div_ceil(met_rows)]));
@@ -132,7 +132,7 @@ pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>, memory: &Memory) -> Result<(
 
 pub(crate) fn greedy_step(p: &GreedyStep<'_>, memory: &Memory) -> Result<()> {
     const OP: &str = "greedy k-means++";
-    let &GreedyStep { x, nearest, slot, norms, weights, chosen, i, metric, draw } = p;
+    let &GreedyStep { x, nearest, slot, norms, weights, chosen, i, metric, draw, .. } = p;
     let (dev, trials, count) = (device(&x.operand)?, nearest.dim(2)?, chosen.dim(1)?);
     let tried = if i == 0 { 1 } else { trials };
     let [rows, met_rows] = parts(x);

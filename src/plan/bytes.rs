@@ -13,8 +13,8 @@ use crate::{
     metric::Metric,
     problem::Problem,
     rows::RowLayout,
-    spread::{draws, trials},
-    tiles::CPU_ROWS,
+    spread::{draws, trials, worth_rounding},
+    tiles::{AMX_ROWS, CPU_ROWS},
 };
 use candle_core::DType;
 
@@ -49,9 +49,26 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
             if cpu { (rayon::current_num_threads() as u64 + 1) * (d * filter + 32 * filter * draws) } else { 0 };
         (24 + 8 * distances + draws) * bn + b * (draws * (d * filter + 96 + 8 * draws) + 256) + scratch
     };
+    // Rows as a matrix unit takes them, what is known of each, their tasks, and the seeds of a pass; and of each thread a few rows, which it finds
+    // the median of or rounds, and scores.
+    let rounded = |passes: usize, draws: u64| match arch {
+        Arch::Cpu { amx: true } if worth_rounding(p.metric, p.d, passes) => {
+            let (tile, padded) = (AMX_ROWS as u64, d.next_multiple_of(32));
+            let seeds = draws.next_multiple_of(tile);
+            let scratch = (rayon::current_num_threads() as u64 + 1) * (40 * filter * padded + 4 * tile * (seeds + 2));
+            b * (n.next_multiple_of(tile) * 2 * padded + 24 * n + seeds * (2 * padded + 4) + filter * padded) + scratch
+        }
+        _ => 0,
+    };
     let (drawn, begins) = match settings.init {
-        Init::KMeansPlusPlus => (k, tried(1, draws(p.k) as u64)),
-        Init::GreedyKMeansPlusPlus => (k, tried(trials(p.k) as u64, trials(p.k) as u64)),
+        Init::KMeansPlusPlus => {
+            let draws = draws(p.k);
+            (k, tried(1, draws as u64) + rounded(p.k.div_ceil(draws), draws as u64))
+        }
+        Init::GreedyKMeansPlusPlus => {
+            let trials = trials(p.k) as u64;
+            (k, tried(trials, trials) + rounded(p.k, trials))
+        }
         Init::KMeansParallel => {
             let drawn = drawn(k).min(n);
             let joined = b * k * d * size;

@@ -219,6 +219,58 @@ fn transform_is_the_definition_for_any_sizes() {
     }
 }
 
+/// The bits of the definition of data that products prove nothing of, or of which they leave much open, beside data of which they prove all.
+#[test]
+fn transform_is_the_definition_where_products_prove_little() {
+    let mut rng = rng(41);
+    let (n, k, d) = (117, 37, 40);
+    for (dtype, metric) in DTYPES.into_iter().flat_map(|dtype| METRICS.map(|metric| (dtype, metric))) {
+        let largest = if dtype == DType::F16 { 6e4 } else { 1e30 };
+        for kind in ["far", "equal", "huge", "tiny", "ties", "an outlier", "not finite", "moved"] {
+            let noise = f64s(&uniform(&[2, n, d], 0.0, 1.0, DType::F64, &mut rng));
+            let x = tensor(&[2, n, d], dtype, |i| match kind {
+                "far" => 1e4 + noise[i] / 64.0,
+                "equal" => noise[i % d],
+                "huge" => noise[i] * largest,
+                "tiny" => noise[i] * 1e-42,
+                "ties" => (noise[i] * 4.0).round(),
+                "an outlier" if i / d % n == 5 => noise[i] * largest,
+                "moved" => 1e3 * (i % d) as f64 + noise[i],
+                _ => noise[i],
+            });
+            // Some rows, the outlier among them, as centroids of all problems, and as those of each.
+            let own = x.narrow(1, 2, k).unwrap();
+            let values = f64s(&own);
+            let own = tensor(&[2, k, d], dtype, |i| match kind {
+                "not finite" if i / d % k == 7 => [f64::NAN, f64::INFINITY, f64::NEG_INFINITY][i % 3],
+                "not finite" if i / d % k == 8 => f64::INFINITY,
+                _ => values[i],
+            });
+            for c in [own.get(0).unwrap(), own] {
+                let (rows, centroids) = (problems(&x), problems(&c));
+                let of = |b: usize| &centroids[b.min(centroids.len() - 1)];
+                let pairs = (0..2).flat_map(|b| rows[b].iter().flat_map(move |x| of(b).iter().map(move |c| (x, c))));
+                let number = |v: f64| if v.is_nan() { f64::NAN } else { v }.to_bits();
+                let expected: Vec<_> = pairs
+                    .map(|(x, c)| naive::distance(x, c, metric))
+                    .map(|v| number(if dtype == DType::F64 { v } else { v as f32 as f64 }))
+                    .collect();
+                let settings =
+                    KMeans::new(k).metric(metric).init(Init::Given(c.clone())).max_iters(0).check_finite(false);
+                let columns = x.transpose(1, 2).unwrap().contiguous().unwrap().transpose(1, 2).unwrap();
+                for device in devices() {
+                    let fit = settings.fit(&c.to_device(&device).unwrap()).unwrap();
+                    assert_eq!(problems(&fit.centroids).len(), centroids.len());
+                    for x in [&x, &columns].map(|x| x.to_device(&device).unwrap()) {
+                        let got: Vec<_> = f64s(&fit.transform(&x).unwrap()).into_iter().map(number).collect();
+                        assert!(got == expected, "{kind} {dtype:?} {metric:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn given_centroids_of_any_batch() {
     let mut rng = rng(43);

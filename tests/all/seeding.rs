@@ -271,7 +271,7 @@ fn greedy(x: &Rows, w: &[f64], k: usize, trials: usize, metric: Metric, of: [u64
     chosen
 }
 
-/// Both kinds of k-means++ start from the rows of their specification, in all types, at magnitudes whose squares f32 does not hold, by any
+/// Both kinds of k-means++ start from the rows of their specification, in all types, of few seeds and of many, at magnitudes whose squares f32 does not hold, by any
 /// number of threads, and whatever else is in the batch.
 #[test]
 fn draws_of_k_means_plus_plus_are_those_of_the_specification() {
@@ -287,6 +287,12 @@ fn draws_of_k_means_plus_plus_are_those_of_the_specification() {
         (513, DType::F32, 1.0, 20),
         (300, DType::F64, 1e160, 6),
         (257, DType::F64, 1.0, 6),
+        // So many seeds that a matrix unit looks for those that are too far.
+        (40, DType::F32, 1.0, 100),
+        (64, DType::F16, 1.0, 80),
+        (33, DType::BF16, 1.0, 120),
+        (96, DType::F64, 1.0, 70),
+        (40, DType::F32, 1e13, 70),
     ] {
         let x = blobs(&[3, 220, d], 12, DType::F64, &mut rng).affine(scale, 0.0).unwrap().to_dtype(dtype).unwrap();
         let weights = uniform(&[3, 220], 1.0, 1.0, DType::F64, &mut rng);
