@@ -98,7 +98,7 @@ pub fn codebook_of_ranks(devices: &[Device]) -> Vec<f64> {
     let ema = Ema { decay: 0.6, threshold_ema_dead_code: 6.0, seed: 3, ..Ema::default() };
     let all = on_ranks(devices, |device, replica| {
         let start = Codebook::new(&entries.to_device(device).unwrap(), Metric::SquaredEuclidean).unwrap();
-        let mut codebook = EmaCodebook::new(start, ema.clone()).unwrap().replicas(replica.clone()).unwrap();
+        let mut codebook = EmaCodebook::new(start, ema).unwrap().replicas(replica.clone()).unwrap();
         let (rank, count) = (replica.rank(), replica.count());
         let (first, end) = (ROWS * rank / count, ROWS * (rank + 1) / count);
         for (x, weights) in &batches {
@@ -118,7 +118,7 @@ fn ranks_add_up_in_their_order() {
         for count in [1, 2, 5] {
             check_sums(&vec![device.clone(); count]);
         }
-        let one = codebook_of_ranks(&[device.clone()]);
+        let one = codebook_of_ranks(std::slice::from_ref(&device));
         for (a, b) in codebook_of_ranks(&vec![device.clone(); 3]).into_iter().zip(one) {
             assert!((a - b).abs() < 1e-12, "{a} of three, {b} of one");
         }

@@ -166,8 +166,8 @@ fn score(model: &SmolLm2, ids: &[u32], args: &Args, dtype: DType) -> Result<()> 
         lines.push((method.name(), points));
     }
     bar.finish_and_clear();
+    let Dims { key_heads, head_dim, .. } = model.dims;
     if !args.codes.is_empty() {
-        let Dims { key_heads, head_dim, .. } = model.dims;
         println!("\n{} bytes a token and key head in f16", 4 * head_dim);
         println!(
             "| codes | bytes a token and key head | tokens read | KL of codes to clusters without | KL to full attention | perplexity |\n|---|---|---|---|---|---|"
@@ -175,7 +175,7 @@ fn score(model: &SmolLm2, ids: &[u32], args: &Args, dtype: DType) -> Result<()> 
     }
     for Coding { name, codes } in &args.codes {
         prompt.code(codes)?;
-        let bytes = prompt.coded_bytes(model.dims.key_heads);
+        let bytes = prompt.coded_bytes(key_heads);
         for (&budget, uncoded) in args.budgets.iter().zip(&uncoded) {
             let predicted = prompt.follow(model, follows, Method::Codes, budget)?;
             let [own, all] = [uncoded, &full].map(|reference| Score::new(reference, &predicted, next));
