@@ -80,8 +80,13 @@ pub(crate) trait Backend {
         Err(Error::Unsupported { op: "join", device: format!("{:?}", device.location()) })
     }
 
+    /// The same of one that outlives the call.
+    fn join_for_long(&self, device: &Device, _: Rendezvous, _: Box<dyn Ranks + Send>) -> Result<Box<dyn Ranks + Send>> {
+        Err(Error::Unsupported { op: "join", device: format!("{:?}", device.location()) })
+    }
+
     /// A rank that is a process.
-    fn join_launched(&self, device: &Device, _rank: usize, _ranks: usize) -> Result<Box<dyn Ranks>> {
+    fn join_launched(&self, device: &Device, _rank: usize, _ranks: usize) -> Result<Box<dyn Ranks + Send>> {
         let op = "ranks in processes, without the feature `nccl`";
         Err(Error::Unsupported { op, device: format!("{:?}", device.location()) })
     }

@@ -8,7 +8,10 @@ use crate::{
 use candle_core::Tensor;
 use std::{
     panic::resume_unwind,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+    },
     thread,
 };
 
@@ -78,21 +81,30 @@ impl Meeting {
 }
 
 /// A rank of a meeting. If it is dropped before it is `done`, the others go home.
-struct Attendee<'a> {
-    meeting: &'a Meeting,
+pub(crate) struct Attendee {
+    meeting: Arc<Meeting>,
     rank: usize,
-    done: bool,
+    done: AtomicBool,
 }
 
-impl Drop for Attendee<'_> {
+impl Attendee {
+    /// All of a meeting of so many ranks.
+    pub(crate) fn all(ranks: usize) -> Vec<Self> {
+        let meeting = Arc::new(Meeting::new(ranks));
+        let attendee = |rank| Self { meeting: meeting.clone(), rank, done: AtomicBool::new(false) };
+        (0..ranks).map(attendee).collect()
+    }
+}
+
+impl Drop for Attendee {
     fn drop(&mut self) {
-        if !self.done {
-            self.meeting.fail(self.rank, "it panicked".into());
+        if !self.done.load(Ordering::Relaxed) {
+            self.meeting.fail(self.rank, "it has left, or panicked".into());
         }
     }
 }
 
-impl Ranks for Attendee<'_> {
+impl Ranks for Attendee {
     fn rank(&self) -> usize {
         self.rank
     }
@@ -115,6 +127,28 @@ impl Ranks for Attendee<'_> {
         Ok(device.synchronize()?)
     }
 
+    /// Each rank adds up what all have.
+    fn sum(&self, mine: &Tensor) -> Result<Tensor> {
+        let device = mine.device();
+        device.synchronize()?;
+        let messages = self.meeting.exchange(self.rank, Message::Sums(mine.clone()))?;
+        let mut sum: Option<Tensor> = None;
+        for message in messages.iter() {
+            let Message::Sums(t) = message else { unreachable!("ranks say the same in the same order") };
+            if t.dims() != mine.dims() {
+                return Err(Error::Shape {
+                    argument: "all_reduce",
+                    got: mine.dims().to_vec(),
+                    expected: t.dims().to_vec(),
+                });
+            }
+            let t = t.to_device(device)?;
+            sum = Some(sum.map_or(Ok(t.clone()), |sum| sum + &t)?);
+        }
+        device.synchronize()?;
+        Ok(sum.unwrap_or_else(|| mine.clone()))
+    }
+
     fn gather(&self, mine: Vec<f64>) -> Result<Vec<Vec<f64>>> {
         let numbers = |message: &Message| match message {
             Message::Numbers(numbers) => numbers.clone(),
@@ -126,25 +160,28 @@ impl Ranks for Attendee<'_> {
     fn check(&self) -> Result<()> {
         self.meeting.check(&self.meeting.round())
     }
+
+    fn done(&self) {
+        self.done.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Lets so many ranks work, each on a thread of its own, and returns what they return, in their order. If some fail, it is the first
 /// one's error, which names the rank unless all have failed alike, of their own accord.
 pub(crate) fn run_ranks<T: Send>(ranks: usize, work: impl Fn(&dyn Ranks) -> Result<T> + Sync) -> Result<Vec<T>> {
-    let (meeting, work) = (&Meeting::new(ranks), &work);
+    let work = &work;
     let done: Vec<Result<T>> = thread::scope(|scope| {
-        let attend = |rank| {
+        let attend = |attendee: Attendee| {
             scope.spawn(move || {
-                let mut attendee = Attendee { meeting, rank, done: false };
                 let done = work(&attendee);
                 if let Err(error) = &done {
-                    meeting.fail(rank, error.to_string());
+                    attendee.meeting.fail(attendee.rank, error.to_string());
                 }
-                attendee.done = true;
+                attendee.done();
                 done
             })
         };
-        let threads: Vec<_> = (0..ranks).map(attend).collect();
+        let threads: Vec<_> = Attendee::all(ranks).into_iter().map(attend).collect();
         // All have ended before any panic goes on.
         let ended: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
         ended.into_iter().map(|done| done.unwrap_or_else(|panic| resume_unwind(panic))).collect()

@@ -17,6 +17,9 @@ pub(crate) trait Ranks {
     /// (an all-reduce).
     fn reduce(&self, sums: &Tensor) -> Result<()>;
 
+    /// The sum of the f64 numbers of all ranks, each of which has as many, added in the order of ranks: the same bits for all of them.
+    fn sum(&self, mine: &Tensor) -> Result<Tensor>;
+
     /// The numbers of every rank (an all-gather).
     fn gather(&self, mine: Vec<f64>) -> Result<Vec<Vec<f64>>>;
 
@@ -46,6 +49,10 @@ impl Ranks for Alone {
 
     fn reduce(&self, _: &Tensor) -> Result<()> {
         Ok(())
+    }
+
+    fn sum(&self, mine: &Tensor) -> Result<Tensor> {
+        Ok(mine.clone())
     }
 
     fn gather(&self, mine: Vec<f64>) -> Result<Vec<Vec<f64>>> {

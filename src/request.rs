@@ -304,7 +304,7 @@ pub(crate) struct CodedAttention<'a> {
 pub(crate) struct Coded<'a> {
     /// u8 `(b, heads, m, bytes)`: a code for each piece, of 8 bits or of 4, the earlier piece in the low ones.
     pub codes: &'a Tensor,
-    /// `(b, heads, pieces, entries, columns)`, of 256 or 16 entries.
+    /// `(b, heads, pieces, entries, columns)`, of 256 or 16 entries, or `(b, heads, 1, entries, columns)` for all pieces.
     pub entries: &'a Tensor,
     /// The mean rows, `(b, heads, k, d)`.
     pub means: Codes<'a>,

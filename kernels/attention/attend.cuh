@@ -26,14 +26,19 @@ __device__ __forceinline__ void wait_for_inputs() {
 #endif
 }
 
-/// The entries of a key head's codes, which begin to move to shared memory if they have a place there.
+/// The entries of a key head's codes, a table for each piece, which begin to move to shared memory if they have a place
+/// there. One that all pieces share becomes as many on its way.
 template <class T, int D, int BLOCK>
 __device__ __forceinline__ const T* load_entries(const ProductCodes& codes, int64_t head, uint4* place, bool fits) {
-    const int bytes = D * int(sizeof(T)) << codes.bits;
-    const char* const from = static_cast<const char*>(codes.entries) + head * bytes;
+    const int bytes = D * int(sizeof(T)) << codes.bits, table = codes.columns * int(sizeof(T)) << codes.bits;
+    const bool shared = codes.tables == 1;
+    const char* const from = static_cast<const char*>(codes.entries) + head * (shared ? table : bytes);
     if (!fits) return reinterpret_cast<const T*>(from);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < bytes / 16; i += BLOCK) cp_async_16(shared_address(place + i), from + i * 16, 16);
+    for (int i = threadIdx.x; i < bytes / 16; i += BLOCK) {
+        // A table is a power of two of bytes.
+        cp_async_16(shared_address(place + i), from + (shared ? i & (table / 16 - 1) : i) * 16, 16);
+    }
     return reinterpret_cast<const T*>(place);
 }
 

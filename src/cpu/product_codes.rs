@@ -36,8 +36,8 @@ impl<'a, E: Lane> CodedView<'a, E> {
         means: TileRows<'a, E>,
     ) -> Result<Self> {
         let ((_, _, tokens, bytes), d) = (of.codes.dims4()?, means.d);
-        let (batch, heads, pieces, count, columns) = of.entries.dims5()?;
-        let entries = TileRows::contiguous(entries, [batch * heads, 1, pieces * count * columns]);
+        let (batch, heads, tables, count, columns) = of.entries.dims5()?;
+        let entries = TileRows::contiguous(entries, [batch * heads, 1, tables * count * columns]);
         Ok(Self { codes, entries, means, bytes, tokens, count, columns, d })
     }
 
@@ -72,7 +72,8 @@ impl<'a, E: Lane> CodedView<'a, E> {
         let zero = E::of(0.0);
         tables.resize(self.bytes * BYTE, zero);
         let pieces = query[..self.d].chunks_exact(self.columns);
-        let mut pieces = pieces.zip(entries.chunks_exact(self.count * self.columns));
+        // One table serves all pieces, or there is one for each.
+        let mut pieces = pieces.zip(entries.chunks_exact(self.count * self.columns).cycle());
         let mut next = |out: &mut [E]| {
             let (query, entries) = pieces.next().expect("a piece for each code");
             for (out, entry) in out.iter_mut().zip(entries.chunks_exact(self.columns)) {
@@ -96,8 +97,8 @@ impl<'a, E: Lane> CodedView<'a, E> {
     /// Adds the entries to a sum of rows, each times the weight of the bytes that stand for it: 256 for each byte of a row.
     #[inline(always)]
     pub(super) fn add_entries(&self, weights: &[E], entries: &[E], sums: &mut [E]) {
-        let mut pieces =
-            sums[..self.d].chunks_exact_mut(self.columns).zip(entries.chunks_exact(self.count * self.columns));
+        let tables = entries.chunks_exact(self.count * self.columns).cycle();
+        let mut pieces = sums[..self.d].chunks_exact_mut(self.columns).zip(tables);
         let mut add = |weights: &[E]| {
             let (sums, entries) = pieces.next().expect("a piece for each code");
             for (&weight, entry) in weights.iter().zip(entries.chunks_exact(self.columns)) {

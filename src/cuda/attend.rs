@@ -137,8 +137,9 @@ impl Cached<'_> {
             let sums = 4 * warps * group.min(ATTEND_HEADS) * stride;
             let queries = ATTEND_HEADS * columns(4) * size_of::<T>();
             let lists = queries + if group > ATTEND_HEADS { list_bytes + sums } else { list_bytes.max(sums) };
-            let entries = self.clustered.entry_bytes();
-            let (place, shared) = if lists + entries <= most { (lists / 16, lists + entries) } else { (0, lists) };
+            let entry_bytes = self.clustered.entry_bytes(d);
+            let fits = lists + entry_bytes <= most;
+            let (place, shared) = if fits { (lists / 16, lists + entry_bytes) } else { (0, lists) };
             let grid = elements(&[all, blocks]);
             if shared > most || grid > i32::MAX as usize {
                 return Ok(None);
@@ -158,7 +159,15 @@ impl Cached<'_> {
                 Tokens::Rows(order) => (Some(*order), [].as_slice()),
                 Tokens::Codes(coded) => (None, coded.as_slice()),
             };
-            let floats = [q, keys, values].into_iter().chain(coded.iter().map(|c| c.entries)).map(read);
+            // A table that pieces share becomes one for each where blocks hold it, or else here.
+            let entries = coded.iter().map(|c| match c.entries.dims5()? {
+                (b, heads, 1, count, columns) if !fits => {
+                    Ok(c.entries.broadcast_as((b, heads, d / columns, count, columns))?.contiguous()?)
+                }
+                _ => Ok(c.entries.clone()),
+            });
+            let entries = entries.collect::<Result<Vec<_>>>()?;
+            let floats = [q, keys, values].into_iter().chain(&entries).map(read);
             let bytes = [mean_keys.bytes, mean_values.bytes].into_iter().chain(coded.iter().map(|c| c.codes)).map(read);
             let (numbers, lists) = (numbers.map(read), [self.offsets].into_iter().chain(order).map(read));
             let [floats, bytes, lists]: [Vec<_>; 3] = [floats.collect(), bytes.collect(), lists.collect()];
@@ -172,10 +181,10 @@ impl Cached<'_> {
             let lists: Vec<_> = lists.iter().map(|view| view.device_ptr(stream)).collect();
             let written = out.device_ptr_mut(stream);
             let codes = |i: usize| -> Result<ProductCodes> {
-                let Some(coded) = coded.get(i) else { return Ok(ProductCodes::NONE) };
-                let (_, _, _, entries, columns) = coded.entries.dims5()?;
-                let (codes, bits) = (bytes[2 + i].0, entries.trailing_zeros() as i32);
-                Ok(ProductCodes { codes, entries: floats[3 + i].0, columns: columns as i32, bits })
+                let Some(entries) = entries.get(i) else { return Ok(ProductCodes::NONE) };
+                let (_, _, tables, count, columns) = entries.dims5()?;
+                let (codes, bits, tables) = (bytes[2 + i].0, count.trailing_zeros() as i32, tables as i64);
+                Ok(ProductCodes { codes, entries: floats[3 + i].0, columns: columns as i32, bits, tables })
             };
             let mut params = Cache {
                 q: floats[0].0,
@@ -274,9 +283,9 @@ impl Tokens<'_> {
         }
     }
 
-    /// The entries of a key head in bytes.
-    fn entry_bytes(&self) -> usize {
-        let bytes = |entries: &Tensor| entries.dims()[2..].iter().product::<usize>() * entries.dtype().size_in_bytes();
+    /// The entries of a key head of `d` columns in bytes, with a table for each piece.
+    fn entry_bytes(&self, d: usize) -> usize {
+        let bytes = |entries: &Tensor| entries.dims()[3] * d * entries.dtype().size_in_bytes();
         match self {
             Self::Rows(_) => 0,
             Self::Codes(coded) => coded.iter().map(|coded| bytes(coded.entries)).sum(),

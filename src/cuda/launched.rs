@@ -53,6 +53,10 @@ impl Ranks for Launched {
         self.comm.reduce(sums, &self.check())
     }
 
+    fn sum(&self, mine: &Tensor) -> Result<Tensor> {
+        self.comm.sum(mine, &self.check())
+    }
+
     fn gather(&self, mut mine: Vec<f64>) -> Result<Vec<Vec<f64>>> {
         let check = self.check();
         let lengths = self.comm.gather(&[mine.len() as f64], &check)?;

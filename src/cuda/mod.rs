@@ -95,7 +95,17 @@ impl Backend for Cuda {
     }
 
     #[cfg(feature = "nccl")]
-    fn join_launched(&self, device: &Device, rank: usize, ranks: usize) -> Result<Box<dyn Ranks>> {
+    fn join_for_long(
+        &self,
+        device: &Device,
+        at: Rendezvous,
+        others: Box<dyn Ranks + Send>,
+    ) -> Result<Box<dyn Ranks + Send>> {
+        Ok(Box::new(nccl::Joined::new(device.as_cuda_device()?, at, others)?))
+    }
+
+    #[cfg(feature = "nccl")]
+    fn join_launched(&self, device: &Device, rank: usize, ranks: usize) -> Result<Box<dyn Ranks + Send>> {
         let device = device.as_cuda_device()?;
         Ok(Box::new(launched::Launched::new(device, nccl::rendezvous()?, rank, ranks)?))
     }

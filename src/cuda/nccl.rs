@@ -7,7 +7,7 @@ use super::{
     kernel::launch,
     memory::alloc,
     side::{Event, SideStream},
-    tensors::{read, write, DevicePtr},
+    tensors::{read, tensor, write, DevicePtr},
 };
 use crate::{
     error::{Error, Result},
@@ -30,6 +30,7 @@ use std::{
     cell::Cell,
     ffi::{c_void, CStr},
     mem::{offset_of, zeroed},
+    ops::Deref,
     ptr, thread,
     time::{Duration, Instant},
 };
@@ -49,20 +50,20 @@ pub(super) fn rendezvous() -> Result<Rendezvous> {
 }
 
 /// A rank that is a thread of this process, with a GPU of its own: sums go through NCCL, and all else through memory.
-pub(super) struct Joined<'a> {
+pub(super) struct Joined<R> {
     comm: Comm,
-    others: &'a dyn Ranks,
+    others: R,
     done: Cell<bool>,
 }
 
-impl<'a> Joined<'a> {
-    pub fn new(dev: &CudaDevice, at: Rendezvous, others: &'a dyn Ranks) -> Result<Self> {
+impl<R: Deref<Target: Ranks>> Joined<R> {
+    pub fn new(dev: &CudaDevice, at: Rendezvous, others: R) -> Result<Self> {
         let comm = Comm::new(dev, at, others.rank(), others.count(), &|| others.check())?;
         Ok(Self { comm, others, done: Cell::new(false) })
     }
 }
 
-impl Ranks for Joined<'_> {
+impl<R: Deref<Target: Ranks>> Ranks for Joined<R> {
     fn rank(&self) -> usize {
         self.others.rank()
     }
@@ -73,6 +74,10 @@ impl Ranks for Joined<'_> {
 
     fn reduce(&self, sums: &Tensor) -> Result<()> {
         self.comm.reduce(sums, &|| self.others.check())
+    }
+
+    fn sum(&self, mine: &Tensor) -> Result<Tensor> {
+        self.comm.sum(mine, &|| self.others.check())
     }
 
     fn gather(&self, mine: Vec<f64>) -> Result<Vec<Vec<f64>>> {
@@ -88,7 +93,7 @@ impl Ranks for Joined<'_> {
     }
 }
 
-impl Drop for Joined<'_> {
+impl<R> Drop for Joined<R> {
     /// A rank that leaves before it is done has failed. The others hear of it when it has left, and so it waits for none of them.
     fn drop(&mut self) {
         if !self.done.get() {
@@ -175,6 +180,41 @@ impl Comm {
             sums,
             |sums| launch!(dev, Update, "sums_of_limbs", "", count.div_ceil(THREADS), THREADS; &(count as i64), &limbs_at, &sums),
         )
+    }
+
+    /// The sum of the f64 numbers of all ranks. NCCL brings them together and adds none: each rank adds them in the order of ranks, so that
+    /// all have the same bits, whatever way NCCL takes between them.
+    pub fn sum(&self, mine: &Tensor, check: Check<'_>) -> Result<Tensor> {
+        let (dev, count) = (&self.dev, mine.elem_count());
+        if count == 0 {
+            return Ok(mine.clone());
+        }
+        self.side.context().bind_to_thread().w()?;
+        let all = alloc::<f64>(dev, "sum", count * self.ranks)?;
+        let stream = dev.cuda_stream();
+        {
+            let (to, input) = (all.device_ptr(&stream), read(mine));
+            let view = input.view::<f64>()?;
+            let from = view.device_ptr(&stream);
+            self.side.follow(&stream, &self.event).w()?;
+            // SAFETY: both are there until the collective is over or the communicator aborted.
+            let begun = unsafe {
+                let (from, to) = (from.0 as *const c_void, to.0 as *mut c_void);
+                result::all_gather(
+                    from,
+                    to,
+                    count,
+                    ncclDataType_t::ncclFloat64,
+                    self.handle()?,
+                    self.side.handle().cast(),
+                )
+            };
+            self.finish("ncclAllGather", begun.map(drop), check)?;
+        }
+        let all = tensor(dev, all, (self.ranks, count));
+        let of_rank = |rank| all.narrow(0, rank, 1);
+        let sum = (1..self.ranks).try_fold(of_rank(0)?, |sum, rank| sum + of_rank(rank)?)?;
+        Ok(sum.reshape(mine.shape())?)
     }
 
     /// The numbers of all ranks, one after another; each has as many.

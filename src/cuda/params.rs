@@ -156,13 +156,14 @@ pub(super) struct ProductCodes {
     pub(super) entries: u64,
     pub(super) columns: i32,
     pub(super) bits: i32,
+    pub(super) tables: i64,
 }
 
 impl ProductCodes {
-    pub(super) const NONE: Self = Self { codes: 0, entries: 0, columns: 0, bits: 0 };
+    pub(super) const NONE: Self = Self { codes: 0, entries: 0, columns: 0, bits: 0, tables: 0 };
 }
 
-layout!(ProductCodes, 24, bits: 20);
+layout!(ProductCodes, 32, tables: 24);
 
 #[repr(C)]
 pub(super) struct Cache {
@@ -203,7 +204,7 @@ pub(super) struct Cache {
     pub(super) team: i32,
 }
 
-layout!(Cache, 240, team: 236);
+layout!(Cache, 256, team: 252);
 
 #[repr(C)]
 pub(super) struct Route {

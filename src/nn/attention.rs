@@ -240,7 +240,7 @@ impl ClusteredAttention {
         attend: impl FnOnce(&ClusteredKvCache) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let before = self.tokens();
-        self.cache.append(k, v)?;
+        self.cache.store(k, v)?;
         let output = attend(&self.cache).and_then(|output| {
             match self.window {
                 Some(window) => self.cache.keep_window(window)?,

@@ -10,8 +10,8 @@ mod routing;
 pub use attention::ClusteredAttention;
 pub use codebook::{
     codebook_encode, rotate_to, Codebook, Ema, EmaCodebook, EmaResidualQuantizer, Fsq, GainShapeQuantizer,
-    GroupedResidualQuantizer, LearnableCodebook, Lfq, LfqConfig, ProductConfig, ProductQuantizer, Quantized, Replicas,
-    ResidualQuantized, ResidualQuantizer, Rotation, Usage,
+    GroupedResidualQuantizer, LearnableCodebook, Lfq, LfqConfig, ProductConfig, ProductQuantizer, Quantized,
+    ReplicaRank, Replicas, ResidualQuantized, ResidualQuantizer, Rotation, Usage,
 };
 pub use kv_cache::{ClusteredKvCache, KvBudget, KvClusters, KvCodes, KvMeans};
 pub use lut::{Granularity, LutConfig, LutLinear, LutWeights};

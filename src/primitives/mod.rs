@@ -111,8 +111,17 @@ pub(crate) fn join<'a>(device: &Device, at: Rendezvous, others: &'a dyn Ranks) -
     on(device, "join")?.join(device, at, others)
 }
 
+/// The same of one that outlives the call.
+pub(crate) fn join_for_long(
+    device: &Device,
+    at: Rendezvous,
+    others: Box<dyn Ranks + Send>,
+) -> Result<Box<dyn Ranks + Send>> {
+    on(device, "join")?.join_for_long(device, at, others)
+}
+
 /// The rank that this process is, on its device, among others that find each other by `NCCL_COMM_ID`.
-pub(crate) fn join_launched(device: &Device, rank: usize, ranks: usize) -> Result<Box<dyn Ranks>> {
+pub(crate) fn join_launched(device: &Device, rank: usize, ranks: usize) -> Result<Box<dyn Ranks + Send>> {
     on(device, "join_launched")?.join_launched(device, rank, ranks)
 }
 

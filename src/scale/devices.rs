@@ -7,12 +7,12 @@ use crate::{
     host,
     kmeans::Devices,
     lloyd::state::State,
-    meeting::run_ranks,
+    meeting::{run_ranks, Attendee},
     primitives,
     ranks::{Alone, Ranks},
 };
 use candle_core::{DType, Device, Storage, Tensor};
-use std::{env, ops::Range};
+use std::{env, ops::Range, panic::resume_unwind, thread};
 
 /// The devices that the rows of a stream are worked on.
 #[derive(Clone, Debug)]
@@ -160,6 +160,34 @@ impl Place {
         let all = parts.concat();
         let n = all.len();
         Ok(Fit { labels: Tensor::from_vec(all, n, &Device::Cpu)?, ..fit })
+    }
+}
+
+/// A rank for each of these devices, for a thread each, which outlives the call: sums go through NCCL where each is another GPU and there is
+/// NCCL, else through the host's memory.
+pub(crate) fn join_threads(devices: &[Device]) -> Result<Vec<Box<dyn Ranks + Send>>> {
+    let Some(first) = devices.first() else { return Ok(vec![]) };
+    let attendees = Attendee::all(devices.len()).into_iter();
+    let Some(at) = primitives::rendezvous(first)?.filter(|_| all_differ(devices)) else {
+        return Ok(attendees.map(|attendee| Box::new(attendee) as Box<dyn Ranks + Send>).collect());
+    };
+    // Each waits for the others.
+    thread::scope(|scope| {
+        let join = |(device, attendee)| scope.spawn(move || primitives::join_for_long(device, at, Box::new(attendee)));
+        let threads: Vec<_> = devices.iter().zip(attendees).map(join).collect();
+        let ended: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
+        ended.into_iter().map(|joined| joined.unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    })
+}
+
+/// The rank of this process, of those that a launcher has started, and its GPU.
+pub(crate) fn join_process() -> Result<(Device, Box<dyn Ranks + Send>)> {
+    match Place::Gpus(Devices::Launched).open()? {
+        Place::Launched(device, LaunchedRank { rank, ranks }) => {
+            let joined = primitives::join_launched(&device, rank, ranks)?;
+            Ok((device, joined))
+        }
+        _ => unreachable!("launched processes are opened as such"),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Data past the memory of one device.
 
 pub(crate) mod checkpoint;
-mod devices;
+pub(crate) mod devices;
 pub(crate) mod epochs;
 mod feed;
 mod fingerprint;

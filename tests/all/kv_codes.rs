@@ -1,20 +1,19 @@
 //! Clustered tokens as codes: what is read of them against the tokens that they stand for, and what they take.
 
-use super::kv_cache::{budget, empty, random, refused, spec, tolerance, RECENT, SCALE, SINKS};
+use super::{
+    kv_cache::{budget, empty, random, refused, spec, tolerance, RECENT, SCALE, SINKS},
+    kv_rotations::turned,
+};
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::nn::{ClusteredAttention, ClusteredKvCache, KvBudget, KvCodes};
+use candle_flash_kmeans::nn::{ClusteredAttention, ClusteredKvCache, KvBudget, KvCodes, Rotation};
 use candle_flash_kmeans::testing;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
-const CODES: [KvCodes; 3] = [
-    KvCodes::new().keys(1, 4).values(2, 4),
-    KvCodes::new().keys(4, 8).values(2, 8),
-    KvCodes::new().keys(2, 4).values(4, 8),
-];
+pub const CODES: [KvCodes; 3] = [FEW, KvCodes::new().keys(4, 8).values(2, 8), KvCodes::new().keys(2, 4).values(4, 8)];
 /// Codes for whose entries few tokens are enough.
-const FEW: KvCodes = CODES[0];
+pub const FEW: KvCodes = KvCodes::new().keys(1, 4).values(2, 4);
 /// Keys, values and labels.
 type Head = (Vec<f64>, Vec<f64>, Vec<usize>);
 type Change<'a> = &'a dyn Fn(&mut ClusteredKvCache);
@@ -58,7 +57,7 @@ fn exact_tokens(d: usize, device: &Device, rng: &mut ChaCha8Rng) -> [Tensor; 3] 
 }
 
 /// The same tokens in two segments of a cache with codes and of one without, and some that are not clustered.
-fn twins(codes: KvCodes, d: usize, dtype: DType, device: &Device, rng: &mut ChaCha8Rng) -> [ClusteredKvCache; 2] {
+pub fn twins(codes: KvCodes, d: usize, dtype: DType, device: &Device, rng: &mut ChaCha8Rng) -> [ClusteredKvCache; 2] {
     let mut twins = [empty().codes(codes), empty()];
     let append = |keys: &Tensor, values: &Tensor, twins: &mut [ClusteredKvCache; 2]| {
         for cache in twins {
@@ -103,7 +102,7 @@ fn codes_are_read_as_what_they_stand_for() {
             (DType::F16, 256, 20),
         ] {
             let mut rng = rng(80);
-            let [coded, plain] = twins(codes, d, dtype, &device, &mut rng);
+            let [coded, plain] = twins(codes.clone(), d, dtype, &device, &mut rng);
             assert!(coded.clusters().is_none());
             // Several rows rank clusters by scores of their dtype.
             let rows: &[usize] = if dtype.size_in_bytes() < 4 { &[1] } else { &[1, 4] };
@@ -129,9 +128,11 @@ fn codes_are_read_as_what_they_stand_for() {
 /// The same with everything read, in every dtype, where tokens were forgotten and sequences moved.
 #[test]
 fn codes_are_forgotten_and_moved_as_tokens_are() {
-    for (device, dtype) in devices().into_iter().flat_map(|device| DTYPES.map(|t| (device.clone(), t))) {
+    for (device, dtype, codes) in devices().into_iter().flat_map(|device| {
+        DTYPES.into_iter().flat_map(move |t| [FEW, turned(&FEW, 8, &device)].map(|codes| (device.clone(), t, codes)))
+    }) {
         let mut rng = rng(81);
-        let all = twins(FEW, 8, dtype, &device, &mut rng);
+        let all = twins(codes.clone(), 8, dtype, &device, &mut rng);
         let n = all[0].current_seq_len();
         assert_eq!(n, SINKS + 4 * PAIRS + RECENT + 5);
         let index = Tensor::new(&[1u32, 0, 1], &device).unwrap();
@@ -147,7 +148,7 @@ fn codes_are_forgotten_and_moved_as_tokens_are() {
             ("reordered", &|c| c.reorder(&index).unwrap()),
         ];
         for (what, change) in changes {
-            let what = format!("{what}, {dtype:?}");
+            let what = format!("{what}, {dtype:?}, {codes:?}");
             let [mut coded, mut plain] = all.clone();
             change(&mut coded);
             change(&mut plain);
@@ -175,7 +176,7 @@ fn codes_are_forgotten_and_moved_as_tokens_are() {
 }
 
 /// A cache with codes of `n` random tokens, `(1, 2, n, 64)`, clustered.
-fn coded(codes: KvCodes, n: usize, dtype: DType, device: &Device, rng: &mut ChaCha8Rng) -> ClusteredKvCache {
+pub fn coded(codes: KvCodes, n: usize, dtype: DType, device: &Device, rng: &mut ChaCha8Rng) -> ClusteredKvCache {
     let mut cache = ClusteredKvCache::new(n).cluster_size(16).segment(1).codes(codes);
     let [k, v] = [(); 2].map(|_| random([1, 2, n, 64], dtype, device, rng));
     cache.append(&k, &v).unwrap();
@@ -189,7 +190,7 @@ fn codes_are_near() {
     for device in devices() {
         for (codes, most) in [(KvCodes::new().keys(1, 4), 0.01), (KvCodes::new().keys(4, 8), 0.1)] {
             let mut rng = rng(82);
-            let mut cache = ClusteredKvCache::new(4000).codes(codes);
+            let mut cache = ClusteredKvCache::new(4000).codes(codes.clone());
             let k = random([1, 2, 4000, 64], DType::F32, &device, &mut rng);
             cache.append(&k, &k).unwrap();
             assert!(cache.cluster().unwrap());
@@ -204,9 +205,15 @@ fn codes_are_near() {
 #[test]
 fn one_row_is_one_of_many() {
     for device in devices() {
-        for codes in [KvCodes::new(), KvCodes::new().keys(2, 8).values(4, 8), KvCodes::new().keys(4, 4).values(1, 4)] {
+        for codes in [
+            KvCodes::new(),
+            KvCodes::new().keys(2, 8).values(4, 8),
+            KvCodes::new().keys(4, 4).values(1, 4),
+            KvCodes::new().shared(true, true).rotation(Rotation::Random { seed: 3 }, Rotation::Pca),
+            KvCodes::new().keys(4, 8).values(1, 4).shared(false, true).rotation(Rotation::Pca, Rotation::None),
+        ] {
             let mut rng = rng(83);
-            let cache = coded(codes, 3000, DType::F32, &device, &mut rng);
+            let cache = coded(codes.clone(), 3000, DType::F32, &device, &mut rng);
             let q = random([1, 6, 2, 64], DType::F32, &device, &mut rng);
             for all in
                 [(700, true, false), (700, true, true), (0, true, false), (700, false, false), (5000, true, false)]

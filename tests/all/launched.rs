@@ -1,8 +1,12 @@
 //! Processes that share a fit, one for each GPU, as launchers start them. With one GPU they are one, which goes through NCCL all the same.
 
+use super::replicas::{check_sums, codebook_of_ranks, on_ranks};
 use crate::common::*;
 use candle_core::{cuda_backend::cudarc::driver::CudaContext, DType, Device, Tensor};
-use candle_flash_kmeans::{Devices, Error, Fit, Init, KMeans, Source, StoredType, StreamOptions};
+use candle_flash_kmeans::{
+    nn::{ReplicaRank, Replicas},
+    Devices, Error, Fit, Init, KMeans, Source, StoredType, StreamOptions,
+};
 use std::{
     env, fs, io,
     ops::Range,
@@ -54,6 +58,9 @@ const ROOM: usize = 2 * 120 * 32;
 fn worker() {
     let Ok(role) = env::var(ROLE) else { return };
     let rank: usize = env::var("RANK").unwrap().parse().unwrap();
+    if role.starts_with("replica") {
+        return be_replica(&role, rank);
+    }
     let options = StreamOptions::on(Devices::Launched).block_rows(120).memory(ROOM);
     refuse_what_one_process_does(&source("", rank), &options);
     let mut settings = settings();
@@ -76,6 +83,27 @@ fn refuse_what_one_process_does(source: &Source<'_>, options: &StreamOptions) {
     let of_batch = settings().devices(Devices::Launched).fit(&rows().unsqueeze(0).unwrap()).map(drop);
     for refused in [in_a_file, of_fit, of_batch] {
         assert!(matches!(refused, Err(Error::Conflict { argument: "devices", .. })), "{refused:?}");
+    }
+}
+
+/// Adds up with the other processes, and leaves what came of it. One of those that are to fail does so before the second sum.
+fn be_replica(role: &str, rank: usize) {
+    let (replica, device) = ReplicaRank::launched().unwrap();
+    let mine = Tensor::new(&[rank as f64 + 0.1, 1.0], &device).unwrap();
+    let sums = || -> candle_core::Result<Vec<f64>> {
+        let first = replica.all_reduce(&mine)?;
+        if role == "replica-lost" && rank == 1 {
+            candle_core::bail!("on purpose");
+        }
+        (replica.all_reduce(&(&first * 0.1)?)? + first)?.to_vec1()
+    };
+    let path = PathBuf::from(env::var(OUT).unwrap()).join(rank.to_string());
+    match sums() {
+        Ok(sums) => {
+            replica.finish();
+            fs::write(path.with_extension("error"), format!("{sums:?}")).unwrap()
+        }
+        Err(e) => fs::write(path.with_extension("error"), e.to_string()).unwrap(),
     }
 }
 
@@ -173,5 +201,52 @@ fn threads_with_a_gpu_each_have_the_bits_of_one() {
         let beyond = StreamOptions::on(Devices::These(vec![gpus]));
         let refused = settings().fit_stream(&source("fit", 0), &beyond);
         assert!(matches!(refused, Err(Error::Range { argument: "devices", .. })), "{refused:?}");
+    }
+}
+
+/// Threads with a GPU each add up what threads that share a CPU do, to the bit, and learn alike.
+#[test]
+fn replicas_with_a_gpu_each_add_up_in_their_order() {
+    let gpus: Vec<_> = (0..gpus()).map(|ordinal| Device::new_cuda(ordinal).unwrap()).collect();
+    for count in 1..=gpus.len() {
+        check_sums(&gpus[..count]);
+        let of_threads = codebook_of_ranks(&vec![Device::Cpu; count]);
+        for (a, b) in codebook_of_ranks(&gpus[..count]).into_iter().zip(of_threads) {
+            assert!((a - b).abs() < 1e-12, "{count} GPUs: {a}, threads: {b}");
+        }
+    }
+    if gpus.len() > 1 {
+        let left = on_ranks(&gpus[..2], |device, replica| {
+            let mine = Tensor::ones(3, DType::F64, device).unwrap();
+            replica.all_reduce(&mine).unwrap();
+            match replica.rank() {
+                0 => None,
+                _ => Some(replica.all_reduce(&mine).unwrap_err().to_string()),
+            }
+        });
+        assert!(left[1].as_ref().is_some_and(|error| error.contains("rank 0 of 2")), "{left:?}");
+    }
+}
+
+/// Processes add up in their order, and one that fails ends the others.
+#[test]
+fn processes_are_replicas() {
+    let gpus = gpus();
+    for ranks in (1..=gpus).filter(|ranks| ranks.is_power_of_two()) {
+        let first = (0..ranks).map(|rank| rank as f64 + 0.1).reduce(|a, b| a + b).unwrap();
+        let add = |v: f64| (1..ranks).fold(v, |sum, _| sum + v);
+        let sums = [add(first * 0.1) + first, add(ranks as f64 * 0.1) + ranks as f64];
+        let (all, _) = launch("replica-add", ranks, &folder(&format!("replica-{ranks}")));
+        for (rank, left) in all.into_iter().enumerate() {
+            assert_eq!(left.unwrap_err(), format!("{sums:?}"), "rank {rank} of {ranks}");
+        }
+    }
+    if gpus > 1 {
+        let (all, took) = launch("replica-lost", gpus, &folder("replica-lost"));
+        assert!(took < Duration::from_secs(60), "{took:?}");
+        for (rank, left) in all.into_iter().enumerate() {
+            let error = left.unwrap_err();
+            assert!(error.contains(if rank == 1 { "on purpose" } else { "rank 1 of" }), "rank {rank}: {error}");
+        }
     }
 }

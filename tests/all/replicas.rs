@@ -3,7 +3,7 @@
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use candle_flash_kmeans::{
-    nn::{Codebook, Ema, EmaCodebook, EmaResidualQuantizer, Replicas},
+    nn::{Codebook, Ema, EmaCodebook, EmaResidualQuantizer, ReplicaRank, Replicas},
     Error, KMeans, Metric,
 };
 use std::{
@@ -54,6 +54,117 @@ fn on_replicas<T: Send>(count: usize, work: impl Fn(usize, Arc<dyn Replicas>) ->
         let threads: Vec<_> = (0..count).map(start).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
+}
+
+/// The same on ranks, each of which works on a device of these.
+pub fn on_ranks<T: Send>(devices: &[Device], work: impl Fn(&Device, Arc<ReplicaRank>) -> T + Sync) -> Vec<T> {
+    let replicas = ReplicaRank::threads(devices).unwrap();
+    thread::scope(|scope| {
+        let start = |(device, replica)| {
+            let work = &work;
+            scope.spawn(move || work(device, Arc::new(replica)))
+        };
+        let threads: Vec<_> = devices.iter().zip(replicas).map(start).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// Numbers of a rank whose sums depend on their order.
+fn numbers(rank: usize) -> Tensor {
+    uniform(&[3, 5], 0.0, 1.0, DType::F64, &mut rng(60 + rank as u64))
+}
+
+/// Holds sums of ranks on these devices to additions by hand, to the bit, several times; the ranks' numbers are not changed.
+pub fn check_sums(devices: &[Device]) {
+    let expected = (1..devices.len())
+        .fold(f64s(&numbers(0)), |sum, rank| sum.into_iter().zip(f64s(&numbers(rank))).map(|(a, b)| a + b).collect());
+    let sums = on_ranks(devices, |device, replica| {
+        let mine = numbers(replica.rank()).to_device(device).unwrap();
+        let sums: Vec<_> = (0..5).map(|_| replica.all_reduce(&mine).unwrap()).collect();
+        let none = Tensor::zeros((2, 0), DType::F64, device).unwrap();
+        assert_eq!(replica.all_reduce(&none).unwrap().dims(), [2, 0]);
+        assert_same(&mine, &numbers(replica.rank()).to_device(device).unwrap(), "the rank's own");
+        assert!(sums.iter().all(|sum| sum.dims() == [3, 5] && sum.device().same_device(device)));
+        replica.finish();
+        sums.iter().map(f64s).collect::<Vec<_>>()
+    });
+    assert!(sums.iter().flatten().all(|sum| *sum == expected), "{sums:?}, expected {expected:?}");
+}
+
+/// The codebook that ranks on these devices learn of rows shared out to them, the same for all.
+pub fn codebook_of_ranks(devices: &[Device]) -> Vec<f64> {
+    let batches = batches(Metric::SquaredEuclidean, &Device::Cpu);
+    let entries = uniform(&[2, 8, 3], 0.3, 1.0, DType::F64, &mut rng(39));
+    let ema = Ema { decay: 0.6, threshold_ema_dead_code: 6.0, seed: 3, ..Ema::default() };
+    let all = on_ranks(devices, |device, replica| {
+        let start = Codebook::new(&entries.to_device(device).unwrap(), Metric::SquaredEuclidean).unwrap();
+        let mut codebook = EmaCodebook::new(start, ema).unwrap().replicas(replica.clone()).unwrap();
+        let (rank, count) = (replica.rank(), replica.count());
+        let (first, end) = (ROWS * rank / count, ROWS * (rank + 1) / count);
+        for (x, weights) in &batches {
+            let own = |t: &Tensor| t.narrow(1, first, end - first).unwrap().to_device(device).unwrap();
+            codebook.step_weighted(&own(x), &own(weights)).unwrap();
+        }
+        replica.finish();
+        f64s(codebook.codebook().centroids())
+    });
+    assert!(all.iter().all(|entries| *entries == all[0]), "ranks drift apart");
+    all[0].clone()
+}
+
+#[test]
+fn ranks_add_up_in_their_order() {
+    for device in devices() {
+        for count in [1, 2, 5] {
+            check_sums(&vec![device.clone(); count]);
+        }
+        let one = codebook_of_ranks(std::slice::from_ref(&device));
+        for (a, b) in codebook_of_ranks(&vec![device.clone(); 3]).into_iter().zip(one) {
+            assert!((a - b).abs() < 1e-12, "{a} of three, {b} of one");
+        }
+    }
+    assert!(ReplicaRank::threads(&[]).unwrap().is_empty());
+}
+
+/// Who waits for a rank that has failed hears of it, and so does who calls later; one that has finished is no failure.
+#[test]
+fn a_rank_that_leaves_ends_the_others() {
+    let cpus = vec![Device::Cpu; 3];
+    for rounds in 0..3 {
+        let errors = on_ranks(&cpus, |_, replica| {
+            let mine = numbers(replica.rank());
+            for round in 0..5 {
+                if replica.rank() == 1 && round == rounds {
+                    return None;
+                }
+                if let Err(error) = replica.all_reduce(&mine) {
+                    assert_eq!(round, rounds);
+                    assert!(replica.all_reduce(&mine).is_err());
+                    return Some(error.to_string());
+                }
+            }
+            panic!("nobody was missed")
+        });
+        assert_eq!(errors[1], None);
+        for error in [&errors[0], &errors[2]] {
+            let error = error.as_ref().unwrap();
+            // The first to notice leaves as well.
+            assert!(error.contains("of 3") && error.contains("it has left"), "{error}");
+        }
+    }
+    let done = on_ranks(&cpus, |_, replica| {
+        replica.all_reduce(&numbers(0)).unwrap();
+        replica.finish();
+    });
+    assert_eq!(done.len(), 3);
+    let wrong = on_ranks(&cpus, |_, replica| {
+        let mine = Tensor::zeros(2 + replica.rank() / 2, DType::F64, &Device::Cpu).unwrap();
+        replica.all_reduce(&mine.to_dtype(DType::F32).unwrap()).unwrap_err().to_string()
+            + &replica.all_reduce(&mine).unwrap_err().to_string()
+    });
+    for wrong in wrong {
+        assert!(wrong.contains("dtype F32, expected F64") && wrong.contains("shape ["), "{wrong}");
+    }
 }
 
 /// What replicas have of the rows of a problem: uneven parts, one of them a single row.

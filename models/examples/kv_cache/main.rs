@@ -9,7 +9,7 @@
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::DType;
-use candle_flash_kmeans::nn::KvCodes;
+use candle_flash_kmeans::nn::{KvCodes, Rotation};
 use clap::Parser;
 use methods::{Grouping, Method, Prompt, RECENT, SINKS};
 use models::{
@@ -49,9 +49,10 @@ struct Args {
     /// Most tokens of the prompt that are clustered together; of several, clusters of each are compared
     #[arg(long, value_delimiter = ',', default_values_t = [2048])]
     max_segment: Vec<usize>,
-    /// Keep clustered tokens as codes, too: columns of a piece and bits of its code, of keys and of values, as 4x8,4x8
+    /// Keep clustered tokens as codes, too: columns of a piece and bits of its code, of keys and of values, as 4x8,4x8; +shared has one table
+    /// for all pieces, +random and +pca rotate rows, as 1x4+shared+random,4x8+pca. As often as it is given
     #[arg(long, value_name = "KEYS,VALUES", value_parser = codes)]
-    codes: Option<KvCodes>,
+    codes: Vec<Coding>,
     /// Ask for hidden digits in so many prompts instead
     #[arg(long, value_name = "CASES")]
     passkey: Option<usize>,
@@ -64,15 +65,37 @@ struct Args {
 
 impl Args {
     fn grouping(&self) -> Grouping {
-        Grouping { group: self.group, max_segment: self.max_segment[0], codes: self.codes }
+        Grouping { group: self.group, max_segment: self.max_segment[0] }
     }
 }
 
-/// Columns and bits of keys and of values.
-fn codes(text: &str) -> Result<KvCodes> {
-    let numbers = text.split([',', 'x']).map(str::parse).collect::<Result<Vec<usize>, _>>()?;
-    let [columns, bits, value_columns, value_bits] = numbers[..] else { bail!("{text} is not as 4x8,4x8") };
-    Ok(KvCodes::new().keys(columns, bits).values(value_columns, value_bits))
+/// Codes of clustered tokens, and what they are called.
+#[derive(Clone)]
+struct Coding {
+    name: String,
+    codes: KvCodes,
+}
+
+/// Columns, bits and options of keys and of values.
+fn codes(text: &str) -> Result<Coding> {
+    let of_rows = |text: &str| {
+        let (pieces, options) = text.split_once('+').unwrap_or((text, ""));
+        let (columns, bits) = pieces.split_once('x').with_context(|| format!("{pieces} is not as 4x8"))?;
+        let (mut shared, mut rotation) = (false, Rotation::None);
+        for option in options.split('+').filter(|option| !option.is_empty()) {
+            match option {
+                "shared" => shared = true,
+                "random" => rotation = Rotation::Random { seed: 0 },
+                "pca" => rotation = Rotation::Pca,
+                _ => bail!("{option} is none of shared, random and pca"),
+            }
+        }
+        Ok((columns.parse()?, bits.parse()?, shared, rotation))
+    };
+    let (keys, values) = text.split_once(',').with_context(|| format!("{text} is not as 4x8,4x8"))?;
+    let ((columns, bits, shared, rotation), values) = (of_rows(keys)?, of_rows(values)?);
+    let codes = KvCodes::new().keys(columns, bits).values(values.0, values.1);
+    Ok(Coding { name: text.to_string(), codes: codes.shared(shared, values.2).rotation(rotation, values.3) })
 }
 
 fn main() -> Result<()> {
@@ -143,17 +166,24 @@ fn score(model: &SmolLm2, ids: &[u32], args: &Args, dtype: DType) -> Result<()> 
         lines.push((method.name(), points));
     }
     bar.finish_and_clear();
-    if args.codes.is_some() {
-        let Dims { key_heads, head_dim, .. } = model.dims;
-        println!("\n{:.1} bytes a token and key head, {} in f16", prompt.coded_bytes(key_heads), 4 * head_dim);
+    let Dims { key_heads, head_dim, .. } = model.dims;
+    if !args.codes.is_empty() {
+        println!("\n{} bytes a token and key head in f16", 4 * head_dim);
         println!(
-            "| tokens read | KL of codes to clusters without | KL to full attention | perplexity |\n|---|---|---|---|"
+            "| codes | bytes a token and key head | tokens read | KL of codes to clusters without | KL to full attention | perplexity |\n|---|---|---|---|---|---|"
         );
+    }
+    for Coding { name, codes } in &args.codes {
+        prompt.code(codes)?;
+        let bytes = prompt.coded_bytes(key_heads);
         for (&budget, uncoded) in args.budgets.iter().zip(&uncoded) {
             let predicted = prompt.follow(model, follows, Method::Codes, budget)?;
             let [own, all] = [uncoded, &full].map(|reference| Score::new(reference, &predicted, next));
             let (own, all) = (own?, all?);
-            println!("| {budget} | {:.4} | {:.4} | {:.3} |", own.divergence, all.divergence, all.perplexity);
+            println!(
+                "| {name} | {bytes:.1} | {budget} | {:.4} | {:.4} | {:.3} |",
+                own.divergence, all.divergence, all.perplexity
+            );
         }
     }
     let title = "What SmolLM2 loses by reading a part of its cache";

@@ -51,8 +51,6 @@ pub struct Grouping {
     pub group: usize,
     /// Most tokens that are clustered together.
     pub max_segment: usize,
-    /// How clustered tokens are kept as codes as well.
-    pub codes: Option<KvCodes>,
 }
 
 /// A prompt, in a cache for every block.
@@ -62,7 +60,8 @@ pub struct Prompt {
     group: usize,
     clusters: Vec<ClusteredKvCache>,
     pages: Vec<ClusteredKvCache>,
-    /// In f16, as codes are meant to replace.
+    max_segment: usize,
+    /// In f16, as codes are meant to replace; none before they are asked for.
     coded: Vec<ClusteredKvCache>,
     dtype: DType,
     head_dim: usize,
@@ -75,7 +74,7 @@ impl Prompt {
     pub fn new(
         model: &SmolLm2,
         ids: &[u32],
-        Grouping { group, max_segment, codes }: Grouping,
+        Grouping { group, max_segment }: Grouping,
         dtype: DType,
         room: usize,
         bar: &ProgressBar,
@@ -86,23 +85,16 @@ impl Prompt {
         };
         let caches = || (0..model.dims.layers).map(|_| new()).collect::<Vec<_>>();
         let (mut clusters, mut pages) = (caches(), caches());
-        let of_codes = |codes| caches().into_iter().map(|cache| cache.codes(codes)).collect();
-        let mut coded: Vec<_> = codes.map_or_else(Vec::new, of_codes);
         let device = model.embedding.device();
         let (_, prefill_seconds) = seconds(device, || {
             model.forward(ids, 0, |layer, heads| {
                 let [_, keys, values] = stored(heads, dtype)?;
                 clusters[layer].append(&keys, &values)?;
-                if let Some(cache) = coded.get_mut(layer) {
-                    let [_, keys, values] = stored(heads, DType::F16)?;
-                    cache.append(&keys, &values)?;
-                }
                 bar.inc(1);
                 attend(heads)
             })
         })?;
         let (_, clustering_seconds) = seconds(device, || Ok(ClusteredKvCache::cluster_layers(&mut clusters)?))?;
-        ClusteredKvCache::cluster_layers(&mut coded)?;
         for (cache, clustered) in pages.iter_mut().zip(&clusters) {
             let (Some(keys), Some(values), Some(found)) = (clustered.k()?, clustered.v()?, clustered.clusters()) else {
                 anyhow::bail!("{} tokens are too few for a cluster", ids.len());
@@ -113,7 +105,19 @@ impl Prompt {
             cache.group(&page.broadcast_as(found.labels.shape())?.contiguous()?, tokens.div_ceil(group))?;
         }
         let (tokens, head_dim) = (ids.len(), model.dims.head_dim);
-        Ok(Self { tokens, group, clusters, pages, coded, dtype, head_dim, prefill_seconds, clustering_seconds })
+        let coded = vec![];
+        Ok(Self {
+            tokens,
+            group,
+            max_segment,
+            clusters,
+            pages,
+            coded,
+            dtype,
+            head_dim,
+            prefill_seconds,
+            clustering_seconds,
+        })
     }
 
     /// What a query head reads of the prompt in one block, in kB: tokens, and what it chooses and estimates others by.
@@ -136,6 +140,20 @@ impl Prompt {
     pub fn coded_bytes(&self, key_heads: usize) -> f64 {
         let bytes: usize = self.coded.iter().map(ClusteredKvCache::bytes).sum();
         bytes as f64 / (self.tokens * key_heads * self.coded.len()) as f64
+    }
+
+    /// Keeps the clustered tokens as codes as well, of keys and values in f16.
+    pub fn code(&mut self, codes: &KvCodes) -> Result<()> {
+        let coded = |cache: &ClusteredKvCache| {
+            let (Some(keys), Some(values)) = (cache.k()?, cache.v()?) else { anyhow::bail!("a cache without tokens") };
+            let new = ClusteredKvCache::new(keys.dim(2)?).sinks(SINKS).recent(RECENT).cluster_size(self.group);
+            let mut new = new.segment(1).max_segment(self.max_segment).codes(codes.clone());
+            new.append(&keys.to_dtype(DType::F16)?, &values.to_dtype(DType::F16)?)?;
+            Ok(new)
+        };
+        self.coded = self.clusters.iter().map(coded).collect::<Result<Vec<_>>>()?;
+        ClusteredKvCache::cluster_layers(&mut self.coded)?;
+        Ok(())
     }
 
     /// Clusters the keys anew, so many tokens at most together, and returns the seconds that it took.

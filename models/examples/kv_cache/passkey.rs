@@ -2,7 +2,7 @@
 
 use crate::{
     methods::{Method, Prompt},
-    Args,
+    Args, Coding,
 };
 use anyhow::{ensure, Result};
 use candle_core::DType;
@@ -21,7 +21,7 @@ const AFTER: &str = "\n\nWhat is the pass key?<|im_end|>\n<|im_start|>assistant\
 pub fn run(model: &SmolLm2, text: &[u32], args: &Args, cases: usize, dtype: DType) -> Result<()> {
     let Args { tokens, ref budgets, .. } = *args;
     ensure!(cases > 0, "--passkey 0: there is nothing to measure");
-    let codes = args.codes.map(|_| Method::Codes);
+    let codes = args.codes.first().map(|_| Method::Codes);
     let settings: Vec<_> = [(Method::Full, tokens)]
         .into_iter()
         .chain(
@@ -43,6 +43,9 @@ pub fn run(model: &SmolLm2, text: &[u32], args: &Args, cases: usize, dtype: DTyp
         let (straw, depth) = (&text[start..start + straw], straw * (2 * case + 1) / (2 * cases));
         let ids = [&before[..], &straw[..depth], &needle, &straw[depth..]].concat();
         let mut prompt = Prompt::new(model, &ids, args.grouping(), dtype, after.len() + DIGITS, &bar)?;
+        if let Some(Coding { codes, .. }) = args.codes.first() {
+            prompt.code(codes)?;
+        }
 
         // Digits are said one by one, so the greedy answer is right if each is the likeliest after those before it.
         let asked = [&after[..], &digits[..DIGITS - 1]].concat();

@@ -57,7 +57,7 @@ const ORTHOGONAL: f64 = 1e-3;
 
 impl Rotation {
     /// The matrix for the pieces of rows `x` `(..batch, n, d)`, `(d, d)` or `(..batch, d, d)`, in f32, or f64 for such rows.
-    pub(super) fn matrix(&self, x: &Tensor, pieces: usize, kmeans: &KMeans) -> Result<Option<Tensor>> {
+    pub(in crate::nn) fn matrix(&self, x: &Tensor, pieces: usize, kmeans: &KMeans) -> Result<Option<Tensor>> {
         let (dims, d) = (x.dims(), x.dims()[x.rank() - 1]);
         let batch = &dims[..x.rank() - 2];
         let matrix = match self {
@@ -79,7 +79,7 @@ impl Rotation {
 }
 
 /// Checks that a matrix is orthogonal and for such rows. The host waits for its values.
-pub(super) fn check_rotation(matrix: &Tensor, batch: &[usize], d: usize) -> Result<()> {
+pub(in crate::nn) fn check_rotation(matrix: &Tensor, batch: &[usize], d: usize) -> Result<()> {
     check_centroids(matrix)?;
     let expected = [if matrix.rank() > 2 { batch } else { &[] }, &[d, d]].concat();
     if matrix.dims() != expected {
@@ -97,7 +97,7 @@ pub(super) fn check_rotation(matrix: &Tensor, batch: &[usize], d: usize) -> Resu
 }
 
 /// `x` `(..batch, n, d)` times a matrix, or times its transpose.
-pub(super) fn rotated(x: &Tensor, matrix: &Tensor, back: bool) -> Result<Tensor> {
+pub(in crate::nn) fn rotated(x: &Tensor, matrix: &Tensor, back: bool) -> Result<Tensor> {
     let matrix = if back { matrix.t()?.contiguous()? } else { matrix.clone() };
     let rows = x.to_dtype(matrix.dtype())?;
     let rows = match matrix.rank() {

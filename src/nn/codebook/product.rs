@@ -43,9 +43,10 @@ impl ProductQuantizer {
         Ok(Self { codebook, rotation: None, shared: None })
     }
 
-    /// From `(..batch, m, k, d / m)` entries that are known to be finite, for which nothing waits.
-    pub(in crate::nn) fn of_entries(centroids: Tensor) -> Self {
-        Self { codebook: Codebook { centroids, metric: Metric::SquaredEuclidean }, rotation: None, shared: None }
+    /// From `(..batch, m, k, d / m)` entries, or `(..batch, 1, k, d / m)` that so many pieces share, which are known to be finite, for
+    /// which nothing waits.
+    pub(in crate::nn) fn of_entries(centroids: Tensor, shared: Option<usize>) -> Self {
+        Self { codebook: Codebook { centroids, metric: Metric::SquaredEuclidean }, rotation: None, shared }
     }
 
     /// Clusters the `m` pieces of the rows of `x` `(..batch, n, d)`, all of them and all problems in one call. Given centroids

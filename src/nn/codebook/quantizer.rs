@@ -145,7 +145,7 @@ pub(super) fn commitment(x: &Tensor, values: &Tensor, weights: &Tensor) -> Resul
 }
 
 /// Sums of numbers of a dtype are kept in this one.
-pub(super) fn wide(dtype: DType) -> DType {
+pub(in crate::nn) fn wide(dtype: DType) -> DType {
     if dtype == DType::F64 {
         DType::F64
     } else {

@@ -10,8 +10,8 @@ use crate::{
 use candle_core::{DType, Tensor};
 use std::{fmt, sync::Arc};
 
-/// The replicas of a model that trains on several devices, each on rows of its own (data parallelism): the caller's, who has threads, NCCL or MPI
-/// between them. An [`EmaCodebook`](crate::nn::EmaCodebook) that is [told of them](crate::nn::EmaCodebook::replicas) learns from the rows of all.
+/// The replicas of a model that trains on several devices, each on rows of its own (data parallelism): threads or processes with
+/// [`ReplicaRank`](crate::nn::ReplicaRank), or what the caller has between them, such as MPI. An [`EmaCodebook`](crate::nn::EmaCodebook) that is [told of them](crate::nn::EmaCodebook::replicas) learns from the rows of all.
 ///
 /// ```
 /// use candle_core::{Device, Result, Tensor};

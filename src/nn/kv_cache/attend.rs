@@ -110,16 +110,16 @@ impl ClusteredKvCache {
             return empty(&[batch, q_heads, rows, width], q.dtype(), q.device());
         }
         self.shown()?;
-        let q = self.without_padding(&q.detach(), len - rows)?;
+        let q = self.rotations.keys(&self.without_padding(&q.detach(), len - rows)?)?;
         let plain = scoring.softcap.is_none() && scoring.mask.is_none() && self.padding.is_none();
         if let Some(all) = self.coded.as_ref().filter(|_| rows == 1 && plain && scoring.window.is_none()) {
             if let Some(output) = self.attend_coded(&q, stored, all, budget, scoring.scale)? {
-                return Ok(output);
+                return self.rotations.values_back(&output);
             }
         }
         let decoded = match &self.coded {
             Some(_) if coded.is_none() => {
-                let (keys, values) = (self.k()?.expect("it holds tokens"), self.v()?.expect("it holds tokens"));
+                let (keys, values) = (self.kept_keys(stored)?, self.kept_values(stored)?);
                 Some(Stored { keys, values, len, shared: Arc::default() })
             }
             _ => None,
@@ -127,12 +127,12 @@ impl ClusteredKvCache {
         let stored = decoded.as_ref().unwrap_or(stored);
         if rows == 1 && plain && coded.is_none() {
             if let Some(output) = self.attend_fused(&q, stored, clusters, budget, scoring)? {
-                return Ok(output);
+                return self.rotations.values_back(&output);
             }
         }
         let of_codes = coded.map(CodedTokens::clusters).transpose()?;
         let clusters = of_codes.as_ref().or(clusters);
-        self.attend_in_blocks(&q, stored, clusters, coded, budget, scoring)
+        self.rotations.values_back(&self.attend_in_blocks(&q, stored, clusters, coded, budget, scoring)?)
     }
 
     /// One row that reads codes by a kernel, if there is one for it.

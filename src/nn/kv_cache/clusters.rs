@@ -2,7 +2,7 @@
 
 use super::{
     coded::{CodedTokens, Segment, SEGMENT_CLUSTERS},
-    ClusteredKvCache, KvMeans, Settings, Stored, MAX_TOKENS,
+    ClusteredKvCache, KvMeans, Rotations, Settings, Stored, MAX_TOKENS,
 };
 use crate::{
     error::{Error, Result},
@@ -230,30 +230,42 @@ impl ClusteredKvCache {
         segments: &[Segment],
     ) -> Result<Vec<Part>> {
         for layer in layers.iter() {
-            if let (Some(codes), Some(clusters)) = (layer.settings.codes, &layer.clusters) {
+            if let (Some(pieces), Some(clusters)) = (layer.settings.codes, &layer.clusters) {
                 let with = format!("{} tokens that were clustered without", clusters.labels.dims()[2]);
-                return Err(Error::Conflict { argument: "codes", got: format!("{codes:?}"), with });
+                return Err(Error::Conflict { argument: "codes", got: format!("{pieces:?}"), with });
             }
         }
         let waiting = layers[0].waiting();
         let values = stacked(layers, |s| &s.values, &waiting)?;
-        let all = KvClusters::new(keys, &values, labels, k)?;
-        let batch = all.labels.dims()[0] / layers.len();
+        let batch = labels.dims()[0] / layers.len();
         let of_layer = |t: &Tensor, i: usize| Ok(t.narrow(0, i * batch, batch)?);
+        let (mut tokens, mut rotations) = ([keys.clone(), values], vec![]);
+        if let Some(pieces) = layers[0].settings.codes {
+            tokens = [tokens[0].contiguous()?, tokens[1].contiguous()?];
+            for i in 0..layers.len() {
+                check_finite([&of_layer(&tokens[0], i)?, &of_layer(&tokens[1], i)?], waiting.start)?;
+            }
+            let of_layers: Vec<_> = layers.iter().map(|layer| &layer.rotations).collect();
+            (rotations, tokens) = Rotations::find(&of_layers, tokens, labels, k, pieces)?;
+        }
+        let [keys, values] = &tokens;
+        let all = KvClusters::new(keys, values, labels, k)?;
         let parts = layers.iter().enumerate().map(|(i, layer)| {
             let part = all.map(|t| of_layer(t, i))?;
-            let Some(codes) = layer.settings.codes else {
+            let Some(pieces) = layer.settings.codes else {
                 return Ok(Part::Clusters(layer.clusters.as_ref().map_or(Ok(part.clone()), |b| b.followed_by(&part))?));
             };
-            let tokens = [of_layer(keys, i)?.contiguous()?, of_layer(&values, i)?.contiguous()?];
-            check_finite(&tokens, waiting.start)?;
-            let tokens = [&tokens[0], &tokens[1]];
-            let coded = CodedTokens::new(segments.to_vec(), &part, tokens, codes, layer.coded.as_ref())?;
+            let tokens = [&of_layer(keys, i)?, &of_layer(values, i)?];
+            let coded = CodedTokens::new(segments.to_vec(), &part, tokens, pieces, layer.coded.as_ref())?;
             let stored = layer.stored.as_ref().expect("tokens wait");
             let gone = layer.stored_rows(waiting.clone());
             let dims = [&stored.keys, &stored.values].map(|t| t.dims()[3]);
             let room = layer.room(stored.len - gone.len(), batch * keys.dims()[1] * dims[0].max(dims[1]))?;
-            Ok(Part::Codes(coded, stored.without(gone, room)?))
+            let (mut stored, rotations) = (stored.without(gone, room)?, rotations[i].clone());
+            if layer.rotations.waits() {
+                stored = rotations.stored(stored)?;
+            }
+            Ok(Part::Codes(coded, stored, rotations))
         });
         parts.collect()
     }
@@ -263,7 +275,9 @@ impl ClusteredKvCache {
         for (layer, part) in layers.iter_mut().zip(parts) {
             match part {
                 Part::Clusters(clusters) => layer.clusters = Some(clusters),
-                Part::Codes(coded, stored) => (layer.coded, layer.stored) = (Some(coded), Some(stored)),
+                Part::Codes(coded, stored, rotations) => {
+                    (layer.coded, layer.stored, layer.rotations) = (Some(coded), Some(stored), rotations);
+                }
             }
         }
     }
@@ -282,7 +296,7 @@ fn spreads(keys: &Tensor, means: &Tensor, order: &Order, sizes: &Tensor) -> Resu
 /// A layer holds one of these once its waiting tokens are clustered.
 enum Part {
     Clusters(KvClusters),
-    Codes(CodedTokens, Stored),
+    Codes(CodedTokens, Stored, Rotations),
 }
 
 impl Settings {
@@ -296,12 +310,12 @@ impl Settings {
 
     /// The fewest tokens that are coded first, for entries that are more than copies of rows.
     fn trained_on(&self) -> usize {
-        self.codes.map_or(0, |codes| ROWS_PER_ENTRY << codes.keys.bits.max(codes.values.bits))
+        self.codes.map_or(0, |[keys, values]| ROWS_PER_ENTRY << keys.bits.max(values.bits))
     }
 }
 
 /// Refuses keys and values `(batch, kv_heads, n, d)`, from token `first` on, that no code stands for.
-fn check_finite(tokens: &[Tensor; 2], first: usize) -> Result<()> {
+fn check_finite(tokens: [&Tensor; 2], first: usize) -> Result<()> {
     for (argument, t) in ["k", "v"].into_iter().zip(tokens) {
         let first_nonfinite = primitives::max_abs_and_first_nonfinite(&Rows::new(t)?)?.1.to_vec1::<u32>()?;
         if let Some((batch, &row)) = first_nonfinite.iter().enumerate().find(|(_, row)| **row != u32::MAX) {

@@ -1,7 +1,7 @@
 //! The clustered tokens of a cache as codes.
 
 use super::{
-    codes::{CodedRows, KvCodes},
+    codes::{CodedRows, Pieces},
     KvClusters,
 };
 use crate::{
@@ -44,18 +44,18 @@ impl CodedTokens {
         segments: Vec<Segment>,
         clusters: &KvClusters,
         [keys, values]: [&Tensor; 2],
-        codes: KvCodes,
+        pieces: [Pieces; 2],
         before: Option<&Self>,
     ) -> Result<Self> {
         let sorted = &clusters.labels.contiguous()?.gather(&clusters.order.contiguous()?, 2)?;
         let places = [&clusters.order, sorted];
         let new = Self {
-            keys: CodedRows::new(keys, &clusters.mean_keys, places, codes.keys, before.map(|b| &b.keys.quantizer))?,
+            keys: CodedRows::new(keys, &clusters.mean_keys, places, pieces[0], before.map(|b| &b.keys.quantizer))?,
             values: CodedRows::new(
                 values,
                 &clusters.mean_values,
                 places,
-                codes.values,
+                pieces[1],
                 before.map(|b| &b.values.quantizer),
             )?,
             // Copies: what these are parts of would stay with them.

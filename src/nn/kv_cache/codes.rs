@@ -5,10 +5,10 @@ use crate::{
     error::{Error, Result},
     functional::rows_of,
     kmeans::{Init, KMeans},
-    nn::{parts::to_accumulate_dtype, ProductQuantizer},
+    nn::{parts::to_accumulate_dtype, ProductConfig, ProductQuantizer, Rotation},
     request::Coded,
 };
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// Updates of the entries.
 const PASSES: usize = 8;
@@ -22,10 +22,13 @@ const AT_ONCE: usize = 4096;
 /// How a [`ClusteredKvCache`](super::ClusteredKvCache) keeps clustered tokens as codes: product quantisation (Jegou et al. 2011) of what a
 /// key or a value differs by from the mean of its cluster. Rows are cut into pieces of neighbouring columns, and each piece becomes
 /// the nearest of the 16 or 256 entries that k-means finds for it on the tokens that are clustered first, for each head.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+///
+/// Rows may be [rotated](Self::rotation) before they are cut, and pieces may [share](Self::shared) their entries.
+#[derive(Clone, Debug)]
 pub struct KvCodes {
-    pub(super) keys: Pieces,
-    pub(super) values: Pieces,
+    /// Of keys and of values.
+    pub(super) pieces: [Pieces; 2],
+    pub(super) rotations: [Rotation; 2],
 }
 
 /// The pieces of a row.
@@ -34,6 +37,8 @@ pub(super) struct Pieces {
     pub(super) columns: usize,
     /// Of a code.
     pub(super) bits: usize,
+    /// Whether all have the same entries.
+    pub(super) shared: bool,
 }
 
 impl Default for KvCodes {
@@ -46,25 +51,48 @@ impl KvCodes {
     /// 4 bits for each column of a key, whose errors the softmax enlarges, and 8 bits for every four columns of a value. The entries
     /// for values are what a short sequence pays most for: 512 bytes a column in f16, once for each head.
     pub const fn new() -> Self {
-        Self { keys: Pieces { columns: 1, bits: 4 }, values: Pieces { columns: 4, bits: 8 } }
+        let shared = false;
+        let pieces = [Pieces { columns: 1, bits: 4, shared }, Pieces { columns: 4, bits: 8, shared }];
+        Self { pieces, rotations: [Rotation::None, Rotation::None] }
     }
 
     /// Codes of `bits`, 4 or 8, for pieces of so many columns of keys. One column begins with entries evenly spaced over its values,
     /// more with evenly spaced rows.
     pub const fn keys(mut self, columns: usize, bits: usize) -> Self {
-        self.keys = Pieces { columns, bits };
+        self.pieces[0] = Pieces { columns, bits, ..self.pieces[0] };
         self
     }
 
     /// The same for values.
     pub const fn values(mut self, columns: usize, bits: usize) -> Self {
-        self.values = Pieces { columns, bits };
+        self.pieces[1] = Pieces { columns, bits, ..self.pieces[1] };
         self
     }
 
-    /// Refuses what does not fit keys of `d` columns and values of `width`.
-    pub(super) fn check(&self, d: usize, width: usize) -> Result<()> {
-        for (what, Pieces { columns, bits }, d) in [("keys", self.keys, d), ("values", self.values, width)] {
+    /// Whether all pieces of keys, and all of values, have the same entries (default: neither), which learn from all of them: a head
+    /// has one table, where it had one for each piece. Pieces should be alike for that, as they are after a [rotation](Self::rotation).
+    pub const fn shared(mut self, keys: bool, values: bool) -> Self {
+        (self.pieces[0].shared, self.pieces[1].shared) = (keys, values);
+        self
+    }
+
+    /// Rotates keys and values before they are cut into pieces (default: neither), by an orthogonal matrix, which leaves scores as they
+    /// are: a query is rotated as keys are, and what is read is rotated back. Principal components are those of what the tokens that are
+    /// clustered first differ by from their cluster's mean, of each head of each sequence; a given matrix is `(d, d)` or `(kv_heads, d, d)`.
+    ///
+    /// From the first codes on a cache keeps all of its tokens rotated, as in QuaRot (Ashkboos et al. 2024), so that a query and its output
+    /// are multiplied once, whatever they read: what is no code is rounded to its dtype once more. Each head has its matrix in f32 (f64 for
+    /// f64), a random or given one of all heads once.
+    pub fn rotation(mut self, keys: Rotation, values: Rotation) -> Self {
+        self.rotations = [keys, values];
+        self
+    }
+}
+
+impl Pieces {
+    /// Refuses pieces of keys and values that do not fit keys of `d` columns and values of `width`.
+    pub(super) fn check(of: [Self; 2], [d, width]: [usize; 2]) -> Result<()> {
+        for (what, Self { columns, bits, .. }, d) in [("keys", of[0], d), ("values", of[1], width)] {
             if ![4, 8].contains(&bits) {
                 return Err(Error::Value { argument: "codes", got: bits as f64, expected: "4 or 8 bits" });
             }
@@ -77,6 +105,11 @@ impl KvCodes {
             }
         }
         Ok(())
+    }
+
+    /// Those of a row of `d` columns that have the same entries.
+    pub(super) fn sharing(self, d: usize) -> Option<usize> {
+        self.shared.then_some(d / self.columns)
     }
 }
 
@@ -108,8 +141,7 @@ impl CodedRows {
         let quantizer = match quantizer {
             Some(quantizer) => quantizer.clone(),
             None => {
-                let count = n.min(TRAINED_ON);
-                let spaced = Tensor::from_iter((0..count).map(|i| (i * n / count) as u32), x.device())?;
+                let spaced = sample_of(n, x.device())?;
                 let sample = |t: &Tensor| t.index_select(&spaced, 2);
                 trained(&rest(&sample(order)?, &sample(labels)?)?, pieces)?
             }
@@ -131,7 +163,8 @@ impl CodedRows {
 
     /// The same of other sequences of the batch.
     pub(super) fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
-        let quantizer = ProductQuantizer::of_entries(f(self.quantizer.codebook().centroids())?);
+        let shared = self.quantizer.is_shared().then(|| self.quantizer.m());
+        let quantizer = ProductQuantizer::of_entries(f(self.quantizer.codebook().centroids())?, shared);
         Ok(Self { codes: f(&self.codes)?, quantizer, means: self.means.map(&f)? })
     }
 
@@ -165,30 +198,43 @@ impl CodedRows {
     }
 }
 
+/// The places of evenly spaced rows of `n` that entries, and rotations, are found from.
+pub(super) fn sample_of(n: usize, device: &Device) -> Result<Tensor> {
+    let count = n.min(TRAINED_ON);
+    Ok(Tensor::from_iter((0..count).map(|i| (i * n / count) as u32), device)?)
+}
+
 /// Entries for the pieces of rows `(batch, kv_heads, n, d)`.
-fn trained(x: &Tensor, Pieces { columns, bits }: Pieces) -> Result<ProductQuantizer> {
-    let (batch, kv_heads, n, d) = x.dims4()?;
+fn trained(x: &Tensor, pieces: Pieces) -> Result<ProductQuantizer> {
+    let ((batch, kv_heads, n, d), Pieces { columns, bits, shared }) = (x.dims4()?, pieces);
     let (m, k) = (d / columns, n.min(1 << bits));
     let kmeans = match columns {
         1 => {
             let wide = to_accumulate_dtype(x)?;
             let (low, high) = (wide.min(2)?, wide.max(2)?);
+            let (low, high) = if shared { (low.min_keepdim(2)?, high.max_keepdim(2)?) } else { (low, high) };
             let places = Tensor::from_iter((0..k).map(|i| (i as f64 + 0.5) / k as f64), x.device())?;
             let places = places.to_dtype(wide.dtype())?;
             let grid = (high - &low)?.unsqueeze(3)?.broadcast_mul(&places)?.broadcast_add(&low.unsqueeze(3)?)?;
-            let grid = grid.reshape((batch, kv_heads, m, k, 1))?.to_dtype(x.dtype())?;
+            let grid = match shared {
+                true => grid.reshape((batch, kv_heads, k, 1))?,
+                false => grid.reshape((batch, kv_heads, m, k, 1))?,
+            };
+            let grid = grid.to_dtype(x.dtype())?;
             KMeans::new(k).init(Init::Given(grid)).max_iters(PASSES_FROM_GRID)
         }
         _ => KMeans::new(k).init(Init::Even).max_iters(PASSES),
     };
-    let trained = ProductQuantizer::train(x, m, &kmeans.tol(0.0))?;
+    let config = ProductConfig { shared, ..ProductConfig::new(m) };
+    let trained = ProductQuantizer::train_with(x, &config, &kmeans.tol(0.0))?;
     let entries = trained.codebook().centroids();
     // Fewer rows than entries: the last one stands in for those that are missing, so that no code is of none.
     let missing = (1 << bits) - k;
-    let last = entries.narrow(3, k - 1, 1)?.broadcast_as((batch, kv_heads, m, missing, columns))?;
+    let tables = entries.dims()[2];
+    let last = entries.narrow(3, k - 1, 1)?.broadcast_as((batch, kv_heads, tables, missing, columns))?;
     Ok(match missing {
         0 => trained,
-        _ => ProductQuantizer::of_entries(Tensor::cat(&[entries, &last.contiguous()?], 3)?),
+        _ => ProductQuantizer::of_entries(Tensor::cat(&[entries, &last.contiguous()?], 3)?, pieces.sharing(d)),
     })
 }
 

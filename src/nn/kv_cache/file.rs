@@ -3,11 +3,15 @@
 use super::{
     coded::{CodedTokens, Segment, SEGMENT_CLUSTERS},
     codes::{CodedRows, KvCodes, Pieces},
-    ClusteredKvCache, KvClusters, KvMeans, Padding, Settings, Stored, MAX_TOKENS,
+    ClusteredKvCache, KvClusters, KvMeans, Padding, Rotations, Settings, Stored, MAX_TOKENS,
 };
 use crate::{
     error::{Error, Result},
-    nn::ProductQuantizer,
+    nn::{
+        codebook::{orthogonal::check_rotation, quantizer::wide},
+        ProductQuantizer,
+    },
+    problem,
     saved::{self, Saved},
 };
 use candle_core::{DType, Device, Tensor};
@@ -35,10 +39,10 @@ impl ClusteredKvCache {
             ("evicted", self.evicted),
             ("last_start", self.padding.as_ref().map_or(0, |p| p.last)),
         ];
-        let codes = codes.map(|codes| numbers_of(codes.keys, codes.values)).into_iter().flatten();
-        let kind = ("kind".to_string(), KIND.to_string());
-        let settings =
-            numbers.into_iter().chain(codes).map(|(key, number)| (key.to_string(), number.to_string())).chain([kind]);
+        let codes = codes.into_iter().flat_map(|pieces| numbers_of(pieces, self.rotations.are_found()));
+        let texts = [("kind", KIND.to_string())].into_iter().chain(self.rotations.settings());
+        let settings = numbers.into_iter().chain(codes).map(|(key, number)| (key, number.to_string())).chain(texts);
+        let settings = settings.map(|(key, text)| (key.to_string(), text));
         let starts = match &self.padding {
             Some(padding) => Some(Tensor::from_iter(padding.starts.iter().map(|&start| start as u32), &Device::Cpu)?),
             None => None,
@@ -61,6 +65,7 @@ impl ClusteredKvCache {
         ];
         let tensors = tensors.into_iter().filter_map(|(name, t)| Some((name.to_string(), t?)));
         let tensors = tensors.chain(self.coded.iter().flat_map(CodedTokens::tensors));
+        let tensors = tensors.chain(self.rotations.tensors().map(|(name, t)| (name.to_string(), t)));
         saved::write_checked(path.as_ref(), tensors, settings)
     }
 
@@ -83,12 +88,18 @@ impl ClusteredKvCache {
             passes: number("passes")?,
             codes: None,
         };
+        let mut rotated = false;
         if file.states("key_bits") {
-            let [columns, bits, value_columns, value_bits] = CODES.map(number);
-            cache.settings.codes = Some(KvCodes::new().keys(columns?, bits?).values(value_columns?, value_bits?));
+            let [columns, bits, value_columns, value_bits] = NUMBERS.map(number);
+            let codes = KvCodes::new().keys(columns?, bits?).values(value_columns?, value_bits?);
+            // Files were written before there were these.
+            let [keys, values, found] = if file.states(LATER[0]) { LATER.map(number) } else { [Ok(0), Ok(0), Ok(0)] };
+            cache = cache.codes(codes.shared(keys? > 0, values? > 0));
+            rotated = found? > 0;
         }
         let (max_seq_len, last) = (number("max_seq_len")?, number("last_start")?);
         cache.evicted = number("evicted")?;
+        cache.rotations = Rotations::read(&mut file, rotated)?;
         if file.holds("starts") {
             let starts = file.exactly("starts", DType::U32, None)?.flatten_all()?.to_vec1::<u32>()?;
             let starts: Arc<[usize]> = starts.into_iter().map(|start| start as usize).collect();
@@ -101,7 +112,13 @@ impl ClusteredKvCache {
         }
         if file.holds("keys") {
             let [keys, values] = ["keys", "values"].map(|name| Ok::<_, Error>(file.on_host(name)?.to_device(device)?));
-            cache.append(&keys?, &values?).map_err(|e| refused(&file, e))?;
+            // They were written as they are kept.
+            let found = std::mem::take(&mut cache.rotations.found);
+            cache.store(&keys?, &values?).map_err(|e| refused(&file, e))?;
+            cache.rotations.found = found;
+            cache.check_rotations().map_err(|e| refused(&file, e))?;
+        } else if rotated {
+            return Err(file.bad("rotations of no tokens".into()));
         }
         if file.holds("segments") {
             cache.coded = Some(cache.read_codes(&mut file, device)?);
@@ -124,7 +141,7 @@ impl ClusteredKvCache {
 
     /// The codes of a file whose other tokens are here.
     fn read_codes(&self, file: &mut Saved, device: &Device) -> Result<CodedTokens> {
-        let (Some(stored), Some(codes)) = (&self.stored, self.settings.codes) else {
+        let (Some(stored), Some([of_keys, of_values])) = (&self.stored, self.settings.codes) else {
             return Err(file.bad("codes without what says how to read them".into()));
         };
         let ((batch, heads, _, d), width) = (stored.keys.dims4()?, stored.values.dims()[3]);
@@ -151,14 +168,15 @@ impl ClusteredKvCache {
             at += segment.tokens;
         }
         let dtype = stored.keys.dtype();
-        let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-        let mut rows = |name: &str, d: usize, Pieces { columns, bits }: Pieces| {
+        let wide = wide(dtype);
+        let mut rows = |name: &str, d: usize, of: Pieces| {
+            let Pieces { columns, bits, shared } = of;
             let pieces = d / columns;
             let [codes, entries, means, scales] = CodedRows::NAMES.map(|of| format!("{name}_{of}"));
             let codes = file.exactly(&codes, DType::U8, Some(&[batch, heads, m, pieces * bits / 8]))?;
             let means = file.exactly(&means, DType::U8, Some(&[batch, heads, k, d]))?;
             let entries = file.take(&entries)?;
-            let shape = [batch, heads, pieces, 1 << bits, columns];
+            let shape = [batch, heads, if shared { 1 } else { pieces }, 1 << bits, columns];
             if (entries.dtype(), entries.dims()) != (dtype, &shape[..]) {
                 return Err(file.bad(format!("tensor {name}_entries is {entries:?}, expected {dtype:?} {shape:?}")));
             }
@@ -166,11 +184,11 @@ impl ClusteredKvCache {
             let means = KvMeans { codes: means.to_device(device)?, scales: scales.to_device(device)? };
             Ok::<_, Error>(CodedRows {
                 codes: codes.to_device(device)?,
-                quantizer: ProductQuantizer::of_entries(entries),
+                quantizer: ProductQuantizer::of_entries(entries, of.sharing(d)),
                 means,
             })
         };
-        let (keys, values) = (rows("keys", d, codes.keys)?, rows("values", width, codes.values)?);
+        let (keys, values) = (rows("keys", d, of_keys)?, rows("values", width, of_values)?);
         let offsets = file.exactly("offsets", DType::U32, Some(&[batch, heads, k + 1]))?;
         let spreads = file.exactly("spreads", wide, Some(&[batch, heads, k]))?;
         let [offsets_here, spreads, labels] = [&offsets, &spreads, &labels].map(|t| t.to_device(device));
@@ -180,6 +198,23 @@ impl ClusteredKvCache {
             true => Ok(coded),
             false => Err(file.bad("its offsets are not those of its labels".into())),
         }
+    }
+
+    /// Refuses rotations that are not those of what is stored.
+    fn check_rotations(&self) -> Result<()> {
+        let Some(stored) = &self.stored else { return Ok(()) };
+        let (batch, heads, _, d) = stored.keys.dims4()?;
+        if batch == 0 {
+            return Ok(());
+        }
+        let widths = [d, stored.values.dims()[3]];
+        self.rotations.found.iter().zip(widths).try_for_each(|(matrix, d)| match matrix {
+            Some(matrix) => {
+                problem::check_dtype("rotation", matrix, wide(stored.keys.dtype()))?;
+                check_rotation(matrix, &[batch, heads], d)
+            }
+            None => Ok(()),
+        })
     }
 
     /// The clusters of `labels` in this cache, which has none yet, as many as there are `offsets` for.
@@ -201,11 +236,16 @@ impl ClusteredKvCache {
 }
 
 /// The settings of codes by name.
-const CODES: [&str; 4] = ["key_columns", "key_bits", "value_columns", "value_bits"];
+const NUMBERS: [&str; 4] = ["key_columns", "key_bits", "value_columns", "value_bits"];
+/// Those that older files do not have.
+const LATER: [&str; 3] = ["keys_shared", "values_shared", "rotated"];
 
-fn numbers_of(keys: Pieces, values: Pieces) -> [(&'static str, usize); 4] {
-    let numbers = [keys.columns, keys.bits, values.columns, values.bits];
-    std::array::from_fn(|i| (CODES[i], numbers[i]))
+fn numbers_of([keys, values]: [Pieces; 2], rotated: bool) -> impl Iterator<Item = (&'static str, usize)> {
+    let numbers = NUMBERS.into_iter().zip([keys.columns, keys.bits, values.columns, values.bits]);
+    let flags = [keys.shared, values.shared, rotated];
+    // A file that needs none of them is one that older versions read.
+    let flags = LATER.into_iter().zip(flags.map(usize::from)).filter(move |_| flags.contains(&true));
+    numbers.chain(flags)
 }
 
 /// A refusal means that what the file holds does not belong together; a failure is one of the device.

@@ -16,7 +16,7 @@ impl ClusteredKvCache {
         // First, so that what other threads do to the tensors is over.
         self.fence = Fence::default();
         (self.stored, self.clusters, self.coded) = (None, None, None);
-        (self.padding, self.memory) = (None, Memory::kept());
+        (self.rotations, self.padding, self.memory) = (self.rotations.anew(), None, Memory::kept());
         self.evicted = 0;
     }
 
@@ -72,6 +72,7 @@ impl ClusteredKvCache {
         let (keys, values) = (taken(&stored.keys)?, taken(&stored.values)?);
         let clusters = self.clusters.as_ref().map(|clusters| clusters.map(taken)).transpose()?;
         let coded = self.coded.as_ref().map(|coded| coded.map(taken)).transpose()?;
+        self.rotations = self.rotations.map(taken)?;
         self.stored = Some(Stored { keys, values, len: stored.len, shared: Arc::new(()) });
         (self.clusters, self.coded, self.padding) = (clusters, coded, padding);
         Ok(())

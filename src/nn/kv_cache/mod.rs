@@ -10,9 +10,13 @@ mod forget;
 mod means;
 mod padding;
 mod reference;
+mod rotations;
 mod stored;
 
-use super::parts::{check_like, dims4_float};
+use super::{
+    parts::{check_like, dims4_float},
+    Rotation,
+};
 use crate::{
     error::{Error, Result},
     memory::{Fence, Memory},
@@ -22,10 +26,11 @@ pub use budget::KvBudget;
 use candle_core::Tensor;
 pub use clusters::KvClusters;
 use coded::CodedTokens;
-use codes::CodedRows;
 pub use codes::KvCodes;
+use codes::{CodedRows, Pieces};
 pub use means::KvMeans;
 use padding::Padding;
+use rotations::Rotations;
 use std::{ops::Range, sync::Arc};
 use stored::{room_for, write_tokens, Stored};
 
@@ -82,6 +87,7 @@ pub struct ClusteredKvCache {
     clusters: Option<KvClusters>,
     /// In the place of `clusters`, and of what is clustered in `stored`.
     coded: Option<CodedTokens>,
+    rotations: Rotations,
     padding: Option<Padding>,
     /// Tokens that were stored between the sinks and those that are left.
     evicted: usize,
@@ -92,8 +98,8 @@ pub struct ClusteredKvCache {
 impl Clone for ClusteredKvCache {
     fn clone(&self) -> Self {
         let (stored, clusters, coded) = (self.stored.clone(), self.clusters.clone(), self.coded.clone());
-        let (fence, padding) = (self.fence.clone(), self.padding.clone());
-        Self { fence, stored, clusters, coded, padding, memory: Memory::kept(), ..*self }
+        let (fence, rotations, padding) = (self.fence.clone(), self.rotations.clone(), self.padding.clone());
+        Self { fence, stored, clusters, coded, rotations, padding, memory: Memory::kept(), ..*self }
     }
 }
 
@@ -105,7 +111,8 @@ struct Settings {
     segment: usize,
     max_segment: usize,
     passes: usize,
-    codes: Option<KvCodes>,
+    /// Of keys and of values.
+    codes: Option<[Pieces; 2]>,
 }
 
 impl ClusteredKvCache {
@@ -116,7 +123,8 @@ impl ClusteredKvCache {
         let settings = Settings { sinks: 4, recent: 64, cluster_size: 8, segment, max_segment, passes: 4, codes: None };
         let (fence, memory) = (Fence::default(), Memory::kept());
         let (stored, clusters, coded, padding) = (None, None, None, None);
-        Self { fence, settings, max_seq_len, stored, clusters, coded, padding, evicted: 0, memory }
+        let rotations = Rotations::new([Rotation::None, Rotation::None]);
+        Self { fence, settings, max_seq_len, stored, clusters, coded, rotations, padding, evicted: 0, memory }
     }
 
     /// The first tokens, which every query reads: models park attention there.
@@ -159,19 +167,32 @@ impl ClusteredKvCache {
     /// Keeps tokens as `codes` from when they are clustered on, and frees their keys and values: sinks and what is not clustered yet
     /// stay as they are. Clusters' means are kept in 8 bits. Segments have at most 256 clusters then, whatever
     /// [`max_segment`](Self::max_segment) says, and room is made for a segment at a time. Entries come from the tokens that are clustered
-    /// first, of which there have to be four for each, so that a prompt should be clustered before what follows it.
+    /// first, of which there have to be four for each, so that a prompt should be clustered before what follows it. Rotations that
+    /// were found already stay.
     pub fn codes(mut self, codes: KvCodes) -> Self {
-        self.settings.codes = Some(codes);
+        self.settings.codes = Some(codes.pieces);
+        if !self.rotations.are_found() {
+            self.rotations = Rotations::new(codes.rotations);
+        }
         self
     }
 
     /// Stores further tokens, keys `(batch, kv_heads, n, d)` and values `(batch, kv_heads, n, width)`, and returns all there are, as
-    /// views; with [`codes`](Self::codes) those that are no codes, which are the first and the last ones. No tokens (`n` = 0) and a batch of no sequences are stored like any others.
+    /// views; with [`codes`](Self::codes) those that are no codes, which are the first and the last ones, as copies where they are kept
+    /// [rotated](KvCodes::rotation). No tokens (`n` = 0) and a batch of no sequences are stored like any others.
     ///
     /// # Errors
     /// Refuses shapes, dtypes and devices that differ from each other or from what is stored, no heads or columns, another batch
-    /// than that of the [`left_padding`](Self::left_padding), more than 2^24 tokens, and codes that do not fit the columns.
+    /// than that of the [`left_padding`](Self::left_padding), more than 2^24 tokens, and codes and given rotations that do not fit the
+    /// columns. The host waits for those rotations to be checked with the first tokens.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.store(k, v)?;
+        let [keys, values] = self.stored.as_ref().expect("just made").rows()?;
+        Ok((self.rotations.keys_back(&keys)?, self.rotations.values_back(&values)?))
+    }
+
+    /// [`append`](Self::append) for who does not ask for what there is.
+    pub(super) fn store(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
         let ([batch, kv_heads, n, d], len) = (dims4_float("k", k)?, self.current_seq_len());
         let [_, _, _, width] = dims4_float("v", v)?;
         for (argument, got) in [("k heads", kv_heads), ("k columns", d), ("v columns", width)] {
@@ -187,14 +208,18 @@ impl ClusteredKvCache {
             }
         }
         self.check_padding(batch)?;
-        self.settings.codes.map_or(Ok(()), |codes| codes.check(d, width))?;
+        self.settings.codes.map_or(Ok(()), |pieces| Pieces::check(pieces, [d, width]))?;
+        if self.stored.is_none() {
+            self.rotations.check(kv_heads, [d, width])?;
+        }
         let at = self.stored.as_ref().map_or(0, |s| s.len);
         let room = self.room(at + n, batch * kv_heads * d.max(width))?;
         if len + n > MAX_TOKENS {
             return Err(Error::TooLarge { argument: "k", got: len + n, limit: MAX_TOKENS });
         }
         self.fence.write(k.device())?;
-        let (k, v) = (&self.without_padding(k, len)?, &self.without_padding(v, len)?);
+        let (k, v) = (self.without_padding(k, len)?, self.without_padding(v, len)?);
+        let (k, v) = (&self.rotations.keys(&k)?, &self.rotations.values(&v)?);
         let writable = |s: &mut Stored| s.keys.dims()[2] >= room && Arc::get_mut(&mut s.shared).is_some();
         if !self.stored.as_mut().is_some_and(writable) {
             let grown = |like: &Tensor, old: Option<Tensor>| {
@@ -211,8 +236,7 @@ impl ClusteredKvCache {
         write_tokens(&stored.keys, Some(k), at)?;
         write_tokens(&stored.values, Some(v), at)?;
         stored.len = at + n;
-        let [keys, values] = stored.rows()?;
-        Ok((keys, values))
+        Ok(())
     }
 
     /// Room for so many tokens, each of `elements` over all heads.
@@ -232,13 +256,23 @@ impl ClusteredKvCache {
     /// [`codes`](Self::codes) a copy, in which clustered keys are what their codes stand for.
     pub fn k(&self) -> Result<Option<Tensor>> {
         self.shown()?;
-        self.stored.as_ref().map(|s| self.whole(&s.keys.narrow(2, 0, s.len)?, |coded| &coded.keys)).transpose()
+        self.stored.as_ref().map(|s| self.rotations.keys_back(&self.kept_keys(s)?)).transpose()
     }
 
     /// All values, `(batch, kv_heads, n, width)`, as [`k`](Self::k).
     pub fn v(&self) -> Result<Option<Tensor>> {
         self.shown()?;
-        self.stored.as_ref().map(|s| self.whole(&s.values.narrow(2, 0, s.len)?, |coded| &coded.values)).transpose()
+        self.stored.as_ref().map(|s| self.rotations.values_back(&self.kept_values(s)?)).transpose()
+    }
+
+    /// All keys as they are kept.
+    fn kept_keys(&self, stored: &Stored) -> Result<Tensor> {
+        self.whole(&stored.keys.narrow(2, 0, stored.len)?, |coded| &coded.keys)
+    }
+
+    /// All values as they are kept.
+    fn kept_values(&self, stored: &Stored) -> Result<Tensor> {
+        self.whole(&stored.values.narrow(2, 0, stored.len)?, |coded| &coded.values)
     }
 
     /// All tokens, from those that are no codes.
@@ -253,13 +287,14 @@ impl ClusteredKvCache {
         self.stored.as_ref().map_or(0, |s| s.len) + self.coded.as_ref().map_or(0, CodedTokens::len)
     }
 
-    /// The memory of all tensors that hold tokens and clusters, with room for more, in bytes. Clones that share them count them
+    /// The memory of all tensors that hold tokens, clusters and rotations, with room for more, in bytes. Clones that share them count them
     /// too.
     pub fn bytes(&self) -> usize {
         let stored = self.stored.iter().flat_map(|s| [&s.keys, &s.values]);
         let clusters = self.clusters.iter().flat_map(KvClusters::tensors);
         let coded = self.coded.iter().flat_map(|c| c.tensors().map(|(_, t)| t));
-        stored.chain(clusters).chain(coded).map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
+        let rotations = self.rotations.found.iter().flatten();
+        stored.chain(clusters).chain(coded).chain(rotations).map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
     }
 
     /// Tokens that were forgotten by [`evict`](Self::evict): those after the sinks have come that much later in the sequence.
