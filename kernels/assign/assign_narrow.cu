@@ -39,9 +39,9 @@ __device__ void assign_by(const T* x, const Rows& r, const Active& active, const
         const StoredLabels here = {labels + b * r.n};
         if constexpr (TENSOR) {
             if (tensor) {
-                tensor = most_proven(assign_rows_tensor<false, T, D>(x, r, b, first, end, centroids, cr.row_stride, to,
-                                                                     fragments, here),
-                                     end - first);
+                tensor = most_proven(
+                    assign_rows_tensor<false, T, D>(x, r, b, first, end, centroids, cr.row_stride, to, fragments, here),
+                    end - first);
                 continue;
             }
         }

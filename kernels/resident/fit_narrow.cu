@@ -185,9 +185,8 @@ __device__ void fit(const T* x, const Rows& r, const Active& active, const Summa
                 add(s, k, units, factor, weight_scale, divisor, odd);
             }
             // (What a warp finds another one may be about to set.)
-            const double moved = warp_max(__any_sync(~0u, odd) ? 0
-                                                               : replace(s, c, k, d, units, factor != nullptr,
-                                                                         weight_scale, divisor, odd));
+            const double moved = warp_max(
+                __any_sync(~0u, odd) ? 0 : replace(s, c, k, d, units, factor != nullptr, weight_scale, divisor, odd));
             if (threadIdx.x % WARP == 0 && moved > 0) atomic_max(&shift, moved);
             __syncthreads();
             known = !odd;

@@ -57,8 +57,8 @@ struct ChangedLabels {
 template <class T, int D>
 __device__ void sort(const OnChip<T, D>& s, uint32_t n, uint32_t k) {
     for (uint32_t i = threadIdx.x; i < k * D; i += blockDim.x) s.remainders[i] = 0;
-    block_counting_sort<uint32_t>(n, k, blockDim.x, s.labels, [](uint32_t) { return true; }, s.starts, s.sizes,
-                                  s.order);
+    block_counting_sort<uint32_t>(
+        n, k, blockDim.x, s.labels, [](uint32_t) { return true; }, s.starts, s.sizes, s.order);
 }
 
 /// Rows of a cluster that one thread adds up for a column, and a warp at a time of those beyond: no more than a limb

@@ -323,7 +323,12 @@ fn draws_of_k_means_plus_plus_are_those_of_the_specification() {
                         let x = x.to_device(&device).unwrap();
                         for threads in [1, 3] {
                             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                            let start = pool.install(|| settings.fit(&x).unwrap().centroids);
+                            let start = pool.install(|| {
+                                let fit = settings.fit(&x).unwrap();
+                                // Threads of a GPU have streams of their own, and another one reads this.
+                                device.synchronize().unwrap();
+                                fit.centroids
+                            });
                             assert_eq!(problems(&start), expected, "{init:?} {metric:?} {dtype:?} {d} {scale}");
                         }
                     }
