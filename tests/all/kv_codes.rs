@@ -226,7 +226,12 @@ fn one_row_is_one_of_many() {
                 assert_eq!(testing::launches().contains(&kernel.into()), device.is_cpu() || all.0 > 0);
                 assert_near(&one, &f64s(&both), 1e-4, &format!("{codes:?} {all:?}"));
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
-                let again = pool.install(|| cache.attend(&last, SCALE, budget(all)).unwrap());
+                let again = pool.install(|| {
+                    let again = cache.attend(&last, SCALE, budget(all)).unwrap();
+                    // Threads of a GPU have streams of their own, and another one reads this.
+                    device.synchronize().unwrap();
+                    again
+                });
                 assert_same(&again, &one, "three threads");
             }
         }
