@@ -28,7 +28,7 @@ struct Args {
     /// The text to score
     #[arg(long, default_value = PROSE)]
     text: PathBuf,
-    /// The text that tells how much each weight matters (what follows the tokens that are scored)
+    /// The text that tells how much each weight matters (of SmolLM2 what follows the tokens that are scored, of MiniLM none)
     #[arg(long, value_name = "TEXT")]
     calibration: Option<PathBuf>,
     /// Tokens that are scored

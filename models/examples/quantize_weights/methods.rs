@@ -47,9 +47,13 @@ pub struct Matrix {
 /// Second moments of few rows (rows, inputs): those of different columns, which such rows say little of, count the less the fewer rows there
 /// are for each column (shrinkage to the diagonal, after Ledoit and Wolf 2004).
 pub fn second_moments(x: &Tensor) -> Result<Tensor> {
-    let (rows, inputs) = x.dims2()?;
-    let moments = (x.t()?.matmul(x)? / rows as f64)?;
-    let diagonal = (&moments * Tensor::eye(inputs, DType::F32, x.device())?)?;
+    shrunk(&(x.t()?.matmul(x)? / x.dim(0)? as f64)?, x.dim(0)?)
+}
+
+/// The same of the second moments (inputs, inputs) of so many rows.
+pub fn shrunk(moments: &Tensor, rows: usize) -> Result<Tensor> {
+    let inputs = moments.dim(0)?;
+    let diagonal = (moments * Tensor::eye(inputs, DType::F32, moments.device())?)?;
     let share = rows as f64 / (rows + inputs) as f64;
     Ok(((moments * share)? + (diagonal * (1.0 - share))?)?)
 }
@@ -125,6 +129,13 @@ impl Method {
                 let few = if few > 0 { format!(", 1 of {few}") } else { String::new() };
                 format!("sums of {stages} entries of 256{few}{}", calibrated(by))
             }
+        }
+    }
+
+    pub fn by(self) -> By {
+        match self {
+            Self::Shared { by, .. } | Self::Residual { by, .. } => by,
+            _ => By::Square,
         }
     }
 
