@@ -1,6 +1,6 @@
 //! The matrix unit, of processors and systems that have none that this crate knows: what `amx.rs` has, of which nothing can be called.
 
-use super::lines::Line;
+use crate::kept::Line;
 
 /// The unit, which is not there.
 #[derive(Clone, Copy)]
