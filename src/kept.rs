@@ -55,6 +55,28 @@ impl KeptSums {
     }
 }
 
+/// Columns of a row, of bf16, as a matrix unit loads them.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(crate) struct Line(pub [u16; 32]);
+
+impl Line {
+    pub const ZERO: Self = Self([0; 32]);
+}
+
+/// The rows of a problem as a matrix unit multiplies them, for passes that skip.
+#[derive(Default)]
+pub(crate) struct PackedRows {
+    /// `(n, steps)`.
+    pub lines: Vec<Line>,
+    /// Bounds on the norm of each row, and of what rounding has left of it, `(n)`; NaN of a row that is not scored.
+    pub norms: Vec<[f32; 2]>,
+    /// What has been subtracted from rows before they were rounded,
+    pub centre: Vec<f32>,
+    /// and the power of two that they were multiplied by.
+    pub scale: f64,
+}
+
 /// Bounds on distances, in the data's own units, that an assignment leaves for the next one of the same rows. That one skips the groups
 /// of centroids which the triangle inequality proves to be too far from a row to have its nearest centroid (Elkan 2003, Hamerly 2010;
 /// by groups: Yinyang k-means, Ding et al. 2015).
@@ -69,6 +91,8 @@ pub(crate) struct KeptBounds {
     pub fallen: Tensor,
     /// The centroids of the last assignment, `(b, k, d)`.
     pub before: Tensor,
+    /// The rows of each problem; empty before there are bounds, and where there is no matrix unit.
+    pub packed: Mutex<Vec<PackedRows>>,
     /// Says how many groups there are, and when they are skipped.
     pub skip: SkipPlan,
     /// Whether bounds are of use, of each problem.
@@ -84,6 +108,8 @@ pub(crate) struct BoundsState {
     pub made: Option<usize>,
     /// No pass before this one is to make bounds.
     pub next: usize,
+    /// The pass that has packed the rows, which later ones need not do again.
+    pub packed: Option<usize>,
 }
 
 impl KeptBounds {
@@ -97,6 +123,7 @@ impl KeptBounds {
             upper: zeros(&[b, n], DType::F32)?,
             fallen: zeros(&[b, groups], DType::F32)?,
             before: zeros(&[b, k, d], dtype)?,
+            packed: Mutex::new((0..b).map(|_| PackedRows::default()).collect()),
             skip,
             problems: Mutex::new(vec![BoundsState::default(); b]),
         })

@@ -1,7 +1,8 @@
 //! AMX, the matrix unit of some x86 processors: products of bf16, and of bytes, in tiles of registers (Intel, Architecture Instruction Set Extensions
 //! Programming Reference, chapter 3). Rust has no stable intrinsics for it, but stable inline assembly.
 
-use super::lines::{pair_lines, ByteLine, Line, BYTE_TILE, PAIR, SLICES};
+use super::lines::{pair_lines, rows_lines, ByteLine, BYTE_TILE, PAIR, ROWS_STEP, SLICES, TILE};
+use crate::kept::Line;
 use raw_cpuid::CpuId;
 use std::{
     arch::{asm, x86_64::*},
@@ -48,7 +49,8 @@ impl Amx {
         unsafe { all_at_most(scores, cut, keep) }
     }
 
-    /// `out[i][j] = bias[j] + row_i . centroid_j` for a pair of tiles of rows and as many centroids as there are biases, in whole pairs.
+    /// `out[i][j] = bias[j] + row_i . centroid_j` for a pair of tiles of rows and as many centroids as there are biases, in whole tiles; `centroids` are
+    /// in whole pairs.
     pub(super) fn product(self, rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &mut [f32]) {
         product(rows, centroids, bias, steps, out)
     }
@@ -115,17 +117,23 @@ fn load(tile: &[f32; 16]) -> __m512 {
 }
 
 fn product(rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &mut [f32]) {
-    let (pairs, lines) = (bias.len() / PAIR, pair_lines(steps));
-    assert!(steps > 0 && pairs > 0 && bias.len() == pairs * PAIR);
-    assert!(rows.len() == lines && centroids.len() == pairs * lines && out.len() == PAIR * bias.len());
+    let (pairs, tiles, lines) = (bias.len() / PAIR, bias.len() / TILE, pair_lines(steps));
+    assert!(steps > 0 && tiles > 0 && bias.len() == tiles * TILE);
+    assert!(
+        rows.len() == rows_lines(steps)
+            && centroids.len() == tiles.div_ceil(2) * lines
+            && out.len() == PAIR * bias.len()
+    );
     let row_bytes = 4 * bias.len();
-    // SAFETY: an `Amx` is made only where the unit is there. Tiles are loaded from the lines of `rows`, 2,048 bytes a step, once for each pair of centroids; of
+    // SAFETY: an `Amx` is made only where the unit is there. Tiles are loaded from the lines of `rows`, 2,048 bytes a step and 64 that are not, once for each pair of centroids; of
     // `centroids`, as many a step and pair; and from 128 bytes of `bias` a pair, sixteen times the same (no index: a stride of 0).
-    // They are stored to 128 bytes of each of the 32 rows of `out` a pair. These are all the bytes that the slices have, as asserted.
+    // They are stored to 128 bytes of each of the 32 rows of `out` a pair. If a tile is left it takes the first half of all of that. These are all the bytes that the slices have, as asserted.
     // The block leaves tile registers as the process had them, in their initial state, and touches no other that is not named.
     unsafe {
         asm!(
             "ldtilecfg [{row}]",
+            "test {pairs}, {pairs}",
+            "jz 4f",
             "2:",
             "mov {row}, {rows}",
             "mov {step}, {steps}",
@@ -142,7 +150,7 @@ fn product(rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &
             "tdpbf16ps tmm1, tmm4, tmm7",
             "tdpbf16ps tmm2, tmm5, tmm6",
             "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {row}, 2048",
+            "add {row}, {rows_step}",
             "add {centroid}, 2048",
             "dec {step}",
             "jnz 3b",
@@ -155,6 +163,26 @@ fn product(rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &
             "add {bias}, 128",
             "dec {pairs}",
             "jnz 2b",
+            "4:",
+            "test {left}, {left}",
+            "jz 6f",
+            "mov {row}, {rows}",
+            "mov {step}, {steps}",
+            "tileloadd tmm0, [{bias}]",
+            "tileloadd tmm2, [{bias}]",
+            "5:",
+            "tileloadd tmm4, [{row} + {line}*1]",
+            "tileloadd tmm6, [{centroid} + {line}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm5, [{row} + {line}*1 + 1024]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "add {row}, {rows_step}",
+            "add {centroid}, 2048",
+            "dec {step}",
+            "jnz 5b",
+            "tilestored [{out} + {row_bytes}*1], tmm0",
+            "tilestored [{lower} + {row_bytes}*1], tmm2",
+            "6:",
             "tilerelease",
             row = inout(reg) &CONFIG => _,
             rows = in(reg) rows.as_ptr(),
@@ -164,6 +192,8 @@ fn product(rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &
             steps = in(reg) steps,
             step = out(reg) _,
             pairs = inout(reg) pairs => _,
+            left = in(reg) tiles % 2,
+            rows_step = const ROWS_STEP * size_of::<Line>(),
             lower = inout(reg) out[PAIR / 2 * bias.len()..].as_mut_ptr() => _,
             out = inout(reg) out.as_mut_ptr() => _,
             row_bytes = in(reg) row_bytes,
@@ -283,9 +313,12 @@ mod tests {
         unit
     }
 
-    fn tiles(values: &[Vec<bf16>], write: impl Fn(&mut [Line], usize, usize, [u16; STEP])) -> Vec<Line> {
-        let of_pair = pair_lines(steps(values[0].len()));
-        let mut lines = vec![Line::ZERO; values.len() / PAIR * of_pair];
+    fn tiles(
+        values: &[Vec<bf16>],
+        of_pair: usize,
+        write: impl Fn(&mut [Line], usize, usize, [u16; STEP]),
+    ) -> Vec<Line> {
+        let mut lines = vec![Line::ZERO; values.len().div_ceil(PAIR) * of_pair];
         for (i, row) in values.iter().enumerate() {
             let pair = &mut lines[i / PAIR * of_pair..][..of_pair];
             for (step, values) in row.chunks(STEP).enumerate() {
@@ -298,7 +331,9 @@ mod tests {
     /// Scores of 32 rows against centroids, each with its bias.
     fn scores(unit: Amx, rows: &[Vec<bf16>], centroids: &[Vec<bf16>], bias: &[f32]) -> Vec<f32> {
         let mut out = vec![f32::NAN; PAIR * bias.len()];
-        unit.product(&tiles(rows, write_row), &tiles(centroids, write_centroid), bias, steps(rows[0].len()), &mut out);
+        let steps = steps(rows[0].len());
+        let rows = tiles(rows, rows_lines(steps), write_row);
+        unit.product(&rows, &tiles(centroids, pair_lines(steps), write_centroid), bias, steps, &mut out);
         out
     }
 
@@ -310,7 +345,9 @@ mod tests {
     #[test]
     fn every_place_of_a_product() {
         let Some(unit) = unit() else { return };
-        for (d, k) in [(1, 32), (31, 32), (32, 64), (33, 96), (64, 256), (100, 32), (257, 64)] {
+        for (d, k) in
+            [(1, 32), (31, 32), (32, 64), (33, 96), (64, 256), (100, 32), (257, 64), (1, 16), (40, 48), (96, 80)]
+        {
             let rows = matrix(PAIR, |i| (0..d).map(|col| ((i * 7 + col * 3) % 11) as f32 - 5.0).collect());
             let centroids = matrix(k, |j| (0..d).map(|col| ((j * 5 + col * 2) % 13) as f32 - 6.0).collect());
             let bias: Vec<f32> = (0..k).map(|j| j as f32 * 0.5).collect();

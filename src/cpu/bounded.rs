@@ -5,24 +5,30 @@
 
 use super::{
     amx::Amx,
-    bounds::{Grouping, Moved, Renewal},
+    bounds::{Grouping, Moved, Packed, Renewal},
     filter::Centroids,
     groups::group_centroids,
     label::{Scratch, Views},
     label_rounded::RoundedScratch,
+    lines::steps,
+    listing::{RowBounds, SkipScratch, SkipTile},
+    own::{self, Measure, OwnCentroids},
     rounded::RoundedCentroids,
-    skipping::{Measure, RowBounds, SkipScratch, SkipTile, Work},
+    skipping::Work,
     tensors::{write, Element, Stored, View},
 };
 use crate::{
     error::Result,
     host,
-    kept::{BoundsState, KeptBounds},
+    kept::{BoundsState, KeptBounds, PackedRows},
     launches::{self, PassWork},
     plan::skip::{skip_rows, SkipPlan},
     tiles::{CPU_ROWS, CPU_SAMPLE},
 };
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{
+    atomic::{AtomicU64, Ordering::Relaxed},
+    PoisonError,
+};
 
 /// The largest share of the products that is worth gathering rows for.
 const PAYS: f64 = 0.3;
@@ -34,6 +40,7 @@ const FIRST: usize = 2;
 /// The bounds of a problem, and what they were made of.
 struct Kept<'a, T> {
     state: &'a mut BoundsState,
+    packed: &'a mut PackedRows,
     /// `(k)`.
     group: &'a mut [u32],
     /// `(n, groups)`.
@@ -50,8 +57,8 @@ struct Kept<'a, T> {
 enum Pass {
     /// Compares all centroids,
     Plain,
-    /// and leaves bounds.
-    Renew(Grouping),
+    /// and leaves bounds, and the rows as they are scored if this says so.
+    Renew(Grouping, bool),
     Skip(Grouping, Moved),
 }
 
@@ -60,6 +67,8 @@ struct Prepared {
     pass: Pass,
     centroids: Centroids<f32>,
     rounded: Option<RoundedCentroids>,
+    /// Of a pass that skips.
+    own: Option<OwnCentroids>,
 }
 
 /// Rows of a problem that one task labels.
@@ -94,8 +103,14 @@ pub(super) fn label_bounded<T: Element<Filter = f32>>(
         for ((b, labels), of) in labels.chunks_mut(n).enumerate().zip(&mut of) {
             let Some(prepared) = &prepared[b] else { continue };
             let len = if matches!(prepared.pass, Pass::Skip(..)) { skip_rows(d) } else { CPU_ROWS };
+            let (mut lines, mut norms) = (&mut of.packed.lines[..], &mut of.packed.norms[..]);
             let bounds = of.lower.chunks_mut(len * groups).zip(of.upper.chunks_mut(len));
-            let bounds = bounds.map(|(lower, upper)| RowBounds { lower, upper });
+            let bounds = bounds.map(|(lower, upper)| {
+                let (rows, columns) = (upper.len(), steps(d));
+                let lines = lines.split_off_mut(..rows * columns).unwrap_or_default();
+                let packed = Packed { lines, norms: norms.split_off_mut(..rows).unwrap_or_default() };
+                RowBounds { lower, upper, packed }
+            });
             let parts = labels.chunks_mut(len).zip(bounds).enumerate();
             tiles.extend(parts.map(|(i, (labels, bounds))| Rows { b, first: i * len, labels, bounds }));
         }
@@ -128,12 +143,13 @@ fn with_kept<T: Stored, R>(
 ) -> Result<R> {
     let (KeptBounds { group, lower, upper, fallen, before, .. }, groups) = (kept, kept.skip.groups);
     let each = |group: &mut [u32], lower: &mut [f32], upper: &mut [f32], fallen: &mut [f32], before: &mut [T]| {
-        let mut states = kept.states();
+        let (mut states, mut packed) = (kept.states(), kept.packed.lock().unwrap_or_else(PoisonError::into_inner));
         let of_rows = lower.chunks_mut(n * groups).zip(upper.chunks_mut(n));
         let of_centroids = group.chunks_mut(k).zip(fallen.chunks_mut(groups)).zip(before.chunks_mut(k * d));
-        let all = states.iter_mut().zip(of_rows.zip(of_centroids));
-        let of_problem = all.map(|(state, ((lower, upper), ((group, fallen), before)))| Kept {
+        let all = states.iter_mut().zip(&mut *packed).zip(of_rows.zip(of_centroids));
+        let of_problem = all.map(|((state, packed), ((lower, upper), ((group, fallen), before)))| Kept {
             state,
+            packed,
             group,
             lower,
             upper,
@@ -173,13 +189,15 @@ impl Prepared {
         let (tile, [n, d, k]) = (views.tile(place, &self.centroids), [views.x.rows.n, views.x.rows.d, views.c.rows.n]);
         let renewal = match &self.pass {
             Pass::Skip(grouping, moved) => {
-                let tile = SkipTile { tile, grouping, moved, rounded: self.rounded.as_ref() };
+                let rounded = self.rounded.as_ref().zip(self.own.as_ref());
+                let tile = SkipTile { tile, grouping, moved, rounded };
                 return tile.label(&mut s.skip, labels, bounds);
             }
-            Pass::Renew(grouping) => {
+            Pass::Renew(grouping, packs) => {
                 // The next pass finds the distance to the own centroid where it is asked for.
                 bounds.upper.fill(f32::INFINITY);
-                Some(Renewal::new(grouping, bounds.lower, before))
+                let packed = if *packs { bounds.packed } else { Packed::default() };
+                Some(Renewal::new(grouping, bounds.lower, packed, before))
             }
             Pass::Plain => None,
         };
@@ -206,47 +224,49 @@ impl<T: Element<Filter = f32>> Kept<'_, T> {
         labels: &[u32],
     ) -> Result<Prepared> {
         let &Views { c, metric, .. } = views;
-        let Self { state, group, lower, upper, fallen, before } = self;
+        let Self { state, packed, group, lower, upper, fallen, before } = self;
         state.passes += 1;
-        let mut moved = None;
+        let rounded = |full: &Centroids<f32>| amx.map(|amx| RoundedCentroids::new(full, amx)).transpose();
+        let keep = |before: &mut [T]| {
+            before.chunks_exact_mut(c.rows.d).enumerate().for_each(|(j, to)| to.copy_from_slice(c.row(b, j)));
+        };
         if let Some(made) = state.made {
-            let known = Moved::new(c, b, before, group, fallen)?;
-            let share = needed(views.x, b, labels, (lower, upper), &known)?;
-            if skip.always || share <= PAYS {
-                moved = Some(known);
+            let moved = Moved::new(c, b, before, group, fallen)?;
+            let frame = state.packed.map(|_| (&packed.centre[..], packed.scale));
+            let centroids = Centroids::in_groups(c, b, metric, frame, |j| group[j as usize])?;
+            let share = needed(views.x, b, labels, (lower, upper), &moved)?;
+            // A centroid too far out to be scored has no place in a group.
+            if !centroids.apart().is_empty() {
+                state.made = None;
+            } else if skip.always || share <= PAYS {
+                keep(before);
+                let (grouping, rounded) = (Grouping::new(group, skip.groups, &centroids), rounded(&centroids)?);
+                let own = rounded.as_ref().map(|_| OwnCentroids::new(&centroids)).transpose()?;
+                return Ok(Prepared { pass: Pass::Skip(grouping, moved), centroids, rounded, own });
             } else if made + 1 == state.passes && share > NEARLY {
                 // Bounds could not be tighter.
                 (state.made, state.next) = (None, 2 * made);
             }
         }
-        let renews = moved.is_none() && (state.made.is_some() || state.passes >= state.next.max(FIRST));
-        let rounded = |full: &Centroids<f32>| amx.map(|amx| RoundedCentroids::new(full, amx)).transpose();
-        if renews {
+        if state.made.take().is_some() || state.passes >= state.next.max(FIRST) {
             group_centroids(c, b, skip.groups, group)?;
-        }
-        if renews || moved.is_some() {
-            let centroids = Centroids::in_groups(c, b, metric, |j| group[j as usize])?;
-            // A centroid too far out to be scored has no place in a group.
+            let frame = state.packed.map(|_| (&packed.centre[..], packed.scale));
+            let centroids = Centroids::in_groups(c, b, metric, frame, |j| group[j as usize])?;
             if centroids.apart().is_empty() {
-                let grouping = Grouping::new(group, skip.groups, &centroids);
-                let rounded = rounded(&centroids)?;
-                before.chunks_exact_mut(c.rows.d).enumerate().for_each(|(j, to)| to.copy_from_slice(c.row(b, j)));
-                let pass = match moved {
-                    Some(moved) => Pass::Skip(grouping, moved),
-                    None => {
-                        fallen.fill(0.0);
-                        state.made = Some(state.passes);
-                        Pass::Renew(grouping)
-                    }
-                };
-                return Ok(Prepared { pass, centroids, rounded });
+                keep(before);
+                fallen.fill(0.0);
+                state.made = Some(state.passes);
+                let (grouping, rounded) = (Grouping::new(group, skip.groups, &centroids), rounded(&centroids)?);
+                if rounded.is_some() && state.packed.is_none() {
+                    own::prepare(packed, labels.len(), &centroids)?;
+                    state.packed = Some(state.passes);
+                }
+                let packs = state.packed == Some(state.passes);
+                return Ok(Prepared { pass: Pass::Renew(grouping, packs), centroids, rounded, own: None });
             }
         }
-        if renews || moved.is_some() {
-            state.made = None;
-        }
         let centroids = Centroids::new(c, b, metric)?;
-        Ok(Prepared { pass: Pass::Plain, rounded: rounded(&centroids)?, centroids })
+        Ok(Prepared { pass: Pass::Plain, rounded: rounded(&centroids)?, centroids, own: None })
     }
 }
 
@@ -268,7 +288,7 @@ fn needed<T: Element<Filter = f32>>(
             return 0;
         }
         let own = Measure { moved, row: x.row(b, row), label, scratch: &mut vec![0.0; x.rows.d] };
-        let cut = Moved::cut(moved.above(pulp::Arch::new().dispatch(own)));
+        let cut = Moved::cut(moved.between(pulp::Arch::new().dispatch(own), 0.0, 1.0).above);
         lower.iter().zip(&moved.fallen).filter(|&(&lower, &fallen)| Moved::needed(lower, fallen, cut)).count()
     };
     let needed = host::reduce(sampled, x.rows.d + 8 * groups, of_row, |a, b| a + b)?;
@@ -295,14 +315,15 @@ mod tests {
     fn bounds_are_on_their_side_of_every_distance() {
         const GROUPS: usize = 6;
         let mut rng = ChaCha8Rng::seed_from_u64(5);
-        let shapes = [[400, 45, 40], [400, 45, 5], [90, 20, 33]];
+        // Groups of one tile of centroids, of two and of three.
+        let shapes = [[400, 45, 40], [400, 150, 5], [400, 230, 40], [90, 20, 33]];
         let offsets = [0.0, 300.0];
         for (dtype, [n, k, d]) in [DType::F32, DType::F16, DType::BF16].into_iter().flat_map(|t| shapes.map(|s| (t, s)))
         {
             for offset in offsets {
                 let values: Vec<f64> = (0..n * d).map(|_| offset + rng.random_range(-4.0..4.0)).collect();
                 let (x, xs) = stored(&values, [1, n, d], dtype);
-                let skip = SkipPlan { keep_sums: false, on_gpu: false, groups: GROUPS, always: true };
+                let skip = SkipPlan { keep_sums: false, on_gpu: false, groups: GROUPS, packs: true, always: true };
                 let kept = KeptBounds::new([1, n, k, d], skip, dtype, &Device::Cpu).unwrap();
                 let labels = Tensor::zeros((1, n), DType::U32, &Device::Cpu).unwrap();
                 let (mut c, mut settled, mut skipped) = (values[..k * d].to_vec(), 0, 0);
@@ -311,7 +332,11 @@ mod tests {
                         5 => c.copy_within(20 * d / 2..20 * d / 2 + d, 3 * d),
                         6 => c[7 * d..8 * d].iter_mut().for_each(|v| *v -= 9.0),
                         7 => c[8 * d] = f64::NAN,
-                        _ => c.iter_mut().for_each(|v| *v += rng.random_range(-0.1..0.1)),
+                        // Some in each group are restless.
+                        _ => c.iter_mut().enumerate().for_each(|(i, v)| {
+                            let far = [0.4, 0.02, 0.0, 0.05][i / d % 4];
+                            *v += far * rng.random_range(-1.0..1.0);
+                        }),
                     }
                     let (tensor, cs) = stored(&c, [1, k, d], dtype);
                     let (rows, centroids) = (View::new(&x).unwrap(), View::new(&tensor).unwrap());

@@ -4,23 +4,22 @@
 //! A score `s` of the packed row `x` and a centroid is within `E` of half the squared distance less `|x|^2 / 2` (`filter.rs`): so the distance
 //! is at least `sqrt(2 (s - E) + |x|^2)`, of the lowest score of a group for all of it, and with a square that is not above the row's. If no
 //! centroid of the group has moved farther than `m` since, then by the triangle inequality it is at least that less `m`. What is kept is
-//! rounded away from the truth: distances to groups down, and moves and the distance to the row's own centroid up.
+//! rounded away from the truth: distances to groups down, and moves and the distance to the row's own centroid up. (That one grows by its
+//! centroid's move, and is measured where it is not small enough: Hamerly 2010.)
 //!
 //! A group is skipped if its bound is above the distance to the row's own centroid, of which the same holds by the definition, whose error
-//! [`above`] has in it: then no centroid of the group is as near as the row's own, and none can win, nor tie. The own centroid is left out
+//! [`Between`] has in it: then no centroid of the group is as near as the row's own, and none can win, nor tie. The own centroid is left out
 //! of the bound of its group, which would else be of no use.
 
 use super::{
     filter::{gamma, Centroids, Slack},
-    scalar::Scalar,
+    lines::ROWS_STEP,
+    scalar::{sum_f32s, Scalar},
     tensors::{Element, View},
 };
-use crate::{error::Result, host};
+use crate::{error::Result, host, kept::Line};
 use pulp::{NullaryFnOnce, Simd};
 use std::ops::Range;
-
-/// Sums that go on at once, so that none waits for the one before.
-const CHAINS: usize = 4;
 
 /// More than the roundings of what is compared with it, of numbers as f32.
 const ROUNDINGS: f64 = 1.0 / (1 << 21) as f64;
@@ -40,6 +39,16 @@ pub(super) fn down(v: f64) -> f32 {
 #[inline(always)]
 fn up(v: f64) -> f32 {
     (v as f32).next_up()
+}
+
+/// The sum of a bound and a move, which no move leaves as it is.
+#[inline(always)]
+fn after_move(bound: f32, far: f32) -> f32 {
+    if far > 0.0 {
+        up(f64::from(bound) + f64::from(far))
+    } else {
+        bound
+    }
 }
 
 /// The groups of a problem's centroids, as these are scored.
@@ -70,6 +79,14 @@ impl Grouping {
     pub fn count(&self) -> usize {
         self.most.len()
     }
+}
+
+/// Bounds on the distance of a row to its own centroid.
+#[derive(Clone, Copy)]
+pub(super) struct Between {
+    pub below: f64,
+    /// That by the definition is not above it either.
+    pub above: f32,
 }
 
 /// The moves of a problem's centroids since the last assignment.
@@ -108,58 +125,37 @@ impl Moved {
             *most = most.max(far);
             moves.push(far);
         }
-        let fall = |(fallen, &far): (&mut f32, &f32)| {
-            if far > 0.0 {
-                *fallen = up(f64::from(*fallen) + f64::from(far));
-            }
-        };
-        fallen.iter_mut().zip(&largest).for_each(fall);
+        fallen.iter_mut().zip(&largest).for_each(|(fallen, &far)| *fallen = after_move(*fallen, far));
         Ok(Self { values, d, moves, fallen: fallen.to_vec() })
     }
 
     /// A bound on the distance to the own centroid, which was at most `upper`.
     #[inline(always)]
     pub fn after_move(&self, upper: f32, label: u32) -> f32 {
-        up(f64::from(upper) + f64::from(self.moves[label as usize]))
+        after_move(upper, self.moves[label as usize])
     }
 
     /// The squared distance of a row to a centroid, in f32: within `gamma` of it, but for what underflow takes.
     #[inline(always)]
     pub fn square<S: Simd>(&self, simd: S, row: &[f32], label: u32) -> f64 {
         let value = &self.values[label as usize * self.d..][..self.d];
-        let ((xs, x_tail), (ys, y_tail)) = (S::as_simd_f32s(row), S::as_simd_f32s(value));
         let add = |sum, x, y| {
             let t = simd.sub_f32s(x, y);
             simd.mul_add_f32s(t, t, sum)
         };
-        let ((fours, others), (y_fours, y_others)) = (xs.as_chunks::<CHAINS>(), ys.as_chunks::<CHAINS>());
-        let mut sums = [simd.splat_f32s(0.0); CHAINS];
-        for (x, y) in fours.iter().zip(y_fours) {
-            for i in 0..CHAINS {
-                sums[i] = add(sums[i], x[i], y[i]);
-            }
-        }
-        sums[0] = others.iter().zip(y_others).fold(sums[0], |sum, (&x, &y)| add(sum, x, y));
-        let [a, b, c, d] = sums;
-        let sum = simd.reduce_sum_f32s(simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d)));
-        f64::from(x_tail.iter().zip(y_tail).fold(sum, |sum, (x, y)| sum + (x - y) * (x - y)))
+        f64::from(sum_f32s(simd, [row, value], add, |sum, x, y| sum + (x - y) * (x - y)))
     }
 
-    /// A number that the distance of this square, and the one by the definition, is not above.
+    /// Bounds on a distance, by a square in f32 that is within `gamma` of that of a distance which is off by at most `error`, both in
+    /// units of `unit`.
     #[inline(always)]
-    pub fn above(&self, square: f64) -> f32 {
+    pub fn between(&self, square: f64, error: f64, unit: f64) -> Between {
         let (g, definition) = (gamma(self.d, f32::UNIT), gamma(self.d, f64::EPSILON));
-        up(((square + self.d as f64 * f32::TINY) * (1.0 + 2.0 * g)).sqrt() * (1.0 + 2.0 * definition))
-    }
-
-    /// A number that the distance of this square is not below.
-    #[inline(always)]
-    pub fn below(&self, square: f64) -> f64 {
-        let below = (square * (1.0 - 2.0 * gamma(self.d, f32::UNIT))).max(0.0).sqrt();
-        if below.is_finite() {
-            below
-        } else {
-            0.0
+        let above = ((square + self.d as f64 * f32::TINY) * (1.0 + 2.0 * g)).sqrt() + error;
+        let below = ((square * (1.0 - 2.0 * g)).max(0.0).sqrt() - error).max(0.0) * unit;
+        Between {
+            above: up(above * unit * (1.0 + 2.0 * definition)),
+            below: if below.is_finite() { below } else { 0.0 },
         }
     }
 
@@ -194,10 +190,20 @@ pub(super) struct Renewal<'a> {
     own: Vec<f32>,
     /// What errors are found by.
     slacks: Vec<Slack>,
+    packed: Packed<'a>,
+}
+
+/// Where rows of a tile are kept as they are scored; empty where they are not.
+#[derive(Default)]
+pub(super) struct Packed<'a> {
+    /// `(rows, steps)`.
+    pub lines: &'a mut [Line],
+    /// `(rows)`: bounds on norms, as [`PackedRows::norms`](crate::kept::PackedRows::norms).
+    pub norms: &'a mut [[f32; 2]],
 }
 
 impl<'a> Renewal<'a> {
-    pub fn new(grouping: &'a Grouping, lower: &'a mut [f32], before: &'a [u32]) -> Self {
+    pub fn new(grouping: &'a Grouping, lower: &'a mut [f32], packed: Packed<'a>, before: &'a [u32]) -> Self {
         lower.fill(f32::INFINITY);
         Self {
             grouping,
@@ -205,6 +211,17 @@ impl<'a> Renewal<'a> {
             before,
             own: vec![f32::INFINITY; before.len()],
             slacks: vec![Slack::NONE; before.len()],
+            packed,
+        }
+    }
+
+    /// Keeps the `m` rows from `first` on, of which these are the lines of a pair.
+    pub fn keep(&mut self, first: usize, m: usize, pair: &[Line]) {
+        let steps = pair.len() / ROWS_STEP;
+        let to = self.packed.lines.chunks_exact_mut(steps).zip(&mut *self.packed.norms).zip(&self.slacks);
+        for (i, ((lines, norms), slack)) in to.skip(first).take(m).enumerate() {
+            lines.iter_mut().zip(pair[i..].iter().step_by(ROWS_STEP)).for_each(|(to, line)| *to = *line);
+            *norms = slack.norms().map(up);
         }
     }
 
@@ -255,7 +272,7 @@ impl<S: Scalar> NullaryFnOnce for MakeBounds<'_, S> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { renewal: Renewal { grouping, lower, before, own, slacks }, labels, centroids } = self;
+        let Self { renewal: Renewal { grouping, lower, before, own, slacks, .. }, labels, centroids } = self;
         let unit = centroids.unit();
         let rows = lower.chunks_exact_mut(grouping.count()).zip(labels.iter().zip(before)).zip(own.iter().zip(slacks));
         for ((lower, (&label, &before)), (&own, slack)) in rows {

@@ -31,10 +31,11 @@
 
 use super::{
     origin::{distinct, median, scale, typical},
-    scalar::{lanes, Scalar},
+    scalar::{lanes, sum_f32s, Scalar},
     tensors::{Element, View},
 };
 use crate::{error::Result, host, metric::Metric, tiles::CPU_CENTROIDS};
+use pulp::Simd;
 use std::ops::Range;
 
 /// The centroids of one problem, ready to be scored.
@@ -98,19 +99,25 @@ pub(super) fn gamma(d: usize, u: f64) -> f64 {
 
 impl<S: Scalar> Centroids<S> {
     pub fn new<T: Element<Filter = S>>(c: &View<'_, T>, batch: usize, metric: Metric) -> Result<Self> {
-        Self::in_groups(c, batch, metric, |_| 0)
+        Self::in_groups(c, batch, metric, None, |_| 0)
     }
 
-    /// With no two groups in one block, for centroids that `group` says the groups of.
+    /// With no two groups in one block, for centroids that `group` says the groups of. They are packed
+    /// as others were that had this [`Centroids::frame`], or as is best for them.
     pub(super) fn in_groups<T: Element<Filter = S>>(
         c: &View<'_, T>,
         batch: usize,
         metric: Metric,
+        frame: Option<(&[S], f64)>,
         group: impl Fn(u32) -> u32,
     ) -> Result<Self> {
         let d = c.rows.d;
         let kept = distinct(c, batch, metric)?;
-        let centre = if metric == Metric::SquaredEuclidean { median(c, batch, &kept) } else { vec![] };
+        let centre = match frame {
+            Some((centre, _)) => centre.to_vec(),
+            None if metric == Metric::SquaredEuclidean => median(c, batch, &kept),
+            None => vec![],
+        };
         let mut values = host::filled("assign", kept.len() * d, S::of(0.0))?;
         let square = |(&j, out): (&u32, &mut [S])| {
             let row = c.row(batch, j as usize);
@@ -128,7 +135,7 @@ impl<S: Scalar> Centroids<S> {
         };
         let mut squares: Vec<f64> = kept.iter().zip(values.chunks_exact_mut(d)).map(square).collect();
         let typical = typical(&squares).sqrt();
-        let scale = scale::<S>(typical, metric);
+        let scale = frame.map_or_else(|| scale::<S>(typical, metric), |(_, scale)| scale);
         squares.iter_mut().for_each(|square| *square *= scale * scale);
         // The second term puts back what underflow takes, and stands for the digits that scaling loses.
         let norm = |p: u32| (squares[p as usize] + d as f64 * S::TINY).sqrt() * (1.0 + 1e-12);
@@ -207,11 +214,14 @@ impl<S: Scalar> Centroids<S> {
         &self.blocks[block].bound
     }
 
-    /// The score of a packed row against one centroid, for metrics that are inner products.
-    #[inline(always)]
-    pub(super) fn score(&self, row: &[S], scored: u32) -> S {
-        let value = &self.values[scored as usize * self.d..][..self.d];
-        self.bias[scored as usize].sub(lanes(row, value, |s, a, b| s.add(a.mul(b))))
+    /// What is subtracted from rows and centroids, and then the power of two that both are multiplied by.
+    pub(super) fn frame(&self) -> (&[S], f64) {
+        (&self.centre, self.scale.map_or(1.0, S::widen))
+    }
+
+    /// A bound on the norm of a scored centroid.
+    pub(super) fn norm(&self, scored: usize) -> f64 {
+        self.norms[scored]
     }
 
     /// The indices of scored centroids, in order.
@@ -279,21 +289,32 @@ impl<S: Scalar> Centroids<S> {
     /// The row's part of the error bound, if the arithmetic is far from overflow (by Cauchy-Schwarz).
     #[inline(always)]
     fn slack(&self, square: f64, row: &[S]) -> Slack {
+        let (d, g) = (self.d as f64, gamma(self.d, S::UNIT));
+        let by_products = matches!(self.metric, Metric::Dot | Metric::Cosine);
+        if by_products && square == 0.0 && row.iter().all(|&v| v == S::of(0.0)) {
+            return Slack::NONE;
+        }
+        // Squares that underflowed are put back.
+        self.slack_of((square + d * S::TINY).sqrt() * (1.0 + g))
+    }
+
+    /// That part, of a packed row whose norm is at most `x`, which was found within `gamma` and by what underflow may take.
+    #[inline(always)]
+    pub(super) fn slack_of(&self, x: f64) -> Slack {
         let (d, c) = (self.d as f64, self.largest);
         let (g, definition) = (gamma(self.d, S::UNIT), gamma(self.d, f64::EPSILON));
         let tiny = 4.0 * d * S::TINY;
         if self.metric == Metric::Manhattan {
             // All terms are positive, so errors are relative.
-            let norm = (square + d * S::TINY).sqrt() * (1.0 + g);
-            let usable = norm + c < S::HUGE / d && 4.0 * g < 1.0;
-            return if usable { Slack { norm, residue: 0.0, bound: tiny, factor: 1.0 + 4.0 * g } } else { Slack::NONE };
+            let usable = x + c < S::HUGE / d && 4.0 * g < 1.0;
+            return if usable {
+                Slack { norm: x, residue: 0.0, bound: tiny, factor: 1.0 + 4.0 * g }
+            } else {
+                Slack::NONE
+            };
         }
         let by_products = self.metric != Metric::SquaredEuclidean;
-        if by_products && square == 0.0 && row.iter().all(|&v| v == S::of(0.0)) {
-            return Slack::NONE;
-        }
-        // Squares that underflowed are put back; the definition's own must neither vanish nor overflow.
-        let x = (square + d * S::TINY).sqrt() * (1.0 + g);
+        // The definition's own squares must neither vanish nor overflow.
         if self.metric == Metric::Cosine && !(1e-140..=1e140).contains(&x) {
             return Slack::NONE;
         }
@@ -312,6 +333,16 @@ impl<S: Scalar> Centroids<S> {
             let c = &self.values[(from + j) * self.d..][..self.d];
             *o = lanes(row, c, |s, a, b| s.add(a.sub(b).abs()));
         }
+    }
+}
+
+impl Centroids<f32> {
+    /// The score of a packed row against one centroid, for metrics that are inner products.
+    #[inline(always)]
+    pub(super) fn score<S: Simd>(&self, simd: S, row: &[f32], scored: u32) -> f32 {
+        let value = &self.values[scored as usize * self.d..][..self.d];
+        let add = |sum, x, y| simd.mul_add_f32s(x, y, sum);
+        self.bias[scored as usize] - sum_f32s(simd, [row, value], add, |sum, x, y| sum + x * y)
     }
 }
 
@@ -353,6 +384,11 @@ impl Slack {
 
     pub fn usable(self) -> bool {
         !self.bound.is_nan()
+    }
+
+    /// The bounds that it is made of.
+    pub(super) fn norms(self) -> [f64; 2] {
+        [self.norm, self.residue]
     }
 
     /// The same of the rounded row, of which `residue` is left, where sums may lose `flushed` to zeros.

@@ -8,16 +8,17 @@ use super::{
     bounds::Renewal,
     candidates::Candidates,
     label::Tile,
-    lines::{pair_lines, steps, Line, PAIR},
+    lines::{rows_lines, steps, PAIR},
     rounded::{self, RoundedBlock, RoundedCentroids},
     tensors::Element,
 };
 use crate::{
     error::Result,
     host,
+    kept::Line,
     tiles::{AMX_CENTROIDS, CPU_CENTROIDS, CPU_ROWS},
 };
-use pulp::NullaryFnOnce;
+use pulp::{NullaryFnOnce, Simd, WithSimd};
 
 /// One thread reuses this from tile to tile. Rows are taken in pairs of the unit's tiles.
 pub(super) struct RoundedScratch {
@@ -44,7 +45,7 @@ impl RoundedScratch {
     pub(super) fn new(d: usize) -> Self {
         Self {
             rows: vec![0.0; PAIR * d],
-            lines: vec![Line::ZERO; pair_lines(steps(d))],
+            lines: vec![Line::ZERO; rows_lines(steps(d))],
             scores: vec![0.0; PAIR * AMX_CENTROIDS],
             close: vec![Candidates::new(); PAIR],
             full: vec![Candidates::new(); PAIR],
@@ -109,6 +110,7 @@ impl<T: Element<Filter = f32>> Tile<'_, T> {
         simd.dispatch(Round { rows, full, lines: &mut s.lines, close });
         if let Some(renewal) = &mut renewal {
             renewal.begin(first, close.iter().map(|close| close.slack));
+            renewal.keep(first, m, &s.lines);
         }
         for block in &rounded.blocks {
             let scores = &mut s.scores[..PAIR * block.width()];
@@ -219,14 +221,14 @@ struct Look<'a, T: Element> {
     full: &'a mut Candidates<f32>,
 }
 
-impl<T: Element<Filter = f32>> NullaryFnOnce for Look<'_, T> {
+impl<T: Element<Filter = f32>> WithSimd for Look<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn call(self) {
+    fn with_simd<S: Simd>(self, simd: S) {
         let (centroids, slack) = (self.tile.centroids, self.full.slack);
         for &(_, scored) in self.few {
-            let (score, error) = (centroids.score(self.row, scored), centroids.bound(scored).error(slack));
+            let (score, error) = (centroids.score(simd, self.row, scored), centroids.bound(scored).error(slack));
             if score <= self.full.cut(score, error) {
                 // There is room for as many as there have been.
                 self.full.keep(score, scored, error);

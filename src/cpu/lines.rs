@@ -5,25 +5,18 @@
 //! is off by at most `18 u` of the sum of the products' magnitudes, and `u` of the accumulator's, with `u = 2^-24`, and [`FLUSHED`] for each
 //! number that is too small. The processor's manual does not promise this: the tests of `amx.rs` hold the processor to it.
 
-use crate::tiles::AMX_ROWS;
+use crate::{kept::Line, tiles::AMX_ROWS};
 
 /// Rows, and centroids, of one product: two tiles each.
 pub(super) const PAIR: usize = AMX_ROWS;
+/// Rows, and centroids, of a tile.
+pub(super) const TILE: usize = PAIR / 2;
 /// Columns of a step.
 pub(super) const STEP: usize = 32;
 /// Least normal magnitude: numbers below it are zeros to the unit.
 pub(super) const FLUSHED: f64 = f32::MIN_POSITIVE as f64;
 /// The error of one step, in units of `2^-24` of its products' magnitudes. Each step adds a unit of the accumulator's.
 pub(super) const STEP_UNITS: usize = 18;
-
-/// A row of a tile register.
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(64))]
-pub(super) struct Line(pub [u16; STEP]);
-
-impl Line {
-    pub(super) const ZERO: Self = Self([0; STEP]);
-}
 
 /// Columns of a step of bytes, whose products are added up exactly, in 32 bits.
 pub(super) const BYTE_STEP: usize = 64;
@@ -51,21 +44,29 @@ pub(super) fn steps(d: usize) -> usize {
     d.div_ceil(STEP)
 }
 
-/// Lines of a pair of tiles for each step.
+/// Lines of a pair of tiles of centroids for each step.
 pub(super) fn pair_lines(steps: usize) -> usize {
     PAIR * steps
+}
+
+/// Lines from one step of a pair of tiles of rows to the next: one more than there are, so that those of one row do not meet in the same
+/// sets of a cache.
+pub(super) const ROWS_STEP: usize = PAIR + 1;
+
+/// Lines of a pair of tiles of rows.
+pub(super) fn rows_lines(steps: usize) -> usize {
+    ROWS_STEP * steps
 }
 
 /// Writes the numbers that row `i` of a pair has in a step, as bf16, to the pair's `lines`.
 #[inline(always)]
 pub(super) fn write_row(lines: &mut [Line], i: usize, step: usize, values: [u16; STEP]) {
-    lines[step * PAIR + i].0 = values;
+    lines[step * ROWS_STEP + i].0 = values;
 }
 
 /// Writes those of centroid `j`, which tiles have in columns, two numbers of each at a time.
 #[inline(always)]
 pub(super) fn write_centroid(lines: &mut [Line], j: usize, step: usize, values: [u16; STEP]) {
-    const TILE: usize = PAIR / 2;
     let lines = &mut lines[step * PAIR + j / TILE * TILE..][..TILE];
     for (line, two) in lines.iter_mut().zip(values.chunks_exact(2)) {
         line.0[j % TILE * 2..][..2].copy_from_slice(two);

@@ -1,6 +1,7 @@
 //! The matrix unit, of processors and systems that have none that this crate knows: what `amx.rs` has, of which nothing can be called.
 
-use super::lines::{ByteLine, Line};
+use super::lines::ByteLine;
+use crate::kept::Line;
 
 /// The unit, which is not there.
 #[derive(Clone, Copy)]

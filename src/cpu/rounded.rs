@@ -11,10 +11,10 @@
 use super::{
     amx::Amx,
     filter::{gamma, Bound, Centroids, Slack},
-    lines::{pair_lines, steps, write_centroid, write_row, Line, FLUSHED, PAIR, STEP, STEP_UNITS},
+    lines::{pair_lines, steps, write_centroid, write_row, FLUSHED, PAIR, STEP, STEP_UNITS},
     scalar::Scalar,
 };
-use crate::{error::Result, host, tiles::AMX_CENTROIDS};
+use crate::{error::Result, host, kept::Line, tiles::AMX_CENTROIDS};
 use std::ops::Range;
 
 /// The centroids of one problem in tiles.
@@ -106,14 +106,14 @@ impl RoundedCentroids {
 
     /// Scores of a pair of rows against a block, row by row; infinite beyond its centroids.
     pub(super) fn score(&self, block: &RoundedBlock, rows: &[Line], out: &mut [f32]) {
-        let Range { start, end } = block.padded;
-        self.amx.product(
-            rows,
-            &self.lines[start * self.steps..end * self.steps],
-            &self.bias[start..end],
-            self.steps,
-            out,
-        )
+        self.score_first(block, block.width(), rows, out);
+    }
+
+    /// The same against the block's first `width` centroids, which are whole tiles.
+    pub(super) fn score_first(&self, block: &RoundedBlock, width: usize, rows: &[Line], out: &mut [f32]) {
+        let (start, end) = (block.padded.start, block.padded.start + width);
+        let lines = &self.lines[start * self.steps..end.next_multiple_of(PAIR) * self.steps];
+        self.amx.product(rows, lines, &self.bias[start..end], self.steps, out)
     }
 }
 
@@ -135,6 +135,11 @@ pub(super) fn pack(row: &[f32], slack: Slack, lines: &mut [Line], i: usize) -> S
         }
         write_row(lines, i, step, values);
     });
-    let flushed = 4.0 * row.len().next_multiple_of(STEP) as f64 * FLUSHED;
-    slack.rounded(residue, flushed)
+    slack.rounded(residue, flushed(row.len()))
+}
+
+/// What sums of so many columns may lose to zeros.
+#[inline(always)]
+pub(super) fn flushed(d: usize) -> f64 {
+    4.0 * d.next_multiple_of(STEP) as f64 * FLUSHED
 }

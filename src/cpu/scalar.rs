@@ -1,5 +1,7 @@
 //! Numbers that scores are computed in, and loops over rows of them that vectorise.
 
+use pulp::Simd;
+
 /// f32 or f64, as scores are computed in.
 pub(crate) trait Scalar: Copy + PartialOrd + Send + Sync + 'static {
     /// Half the distance from 1 to the next number.
@@ -80,6 +82,31 @@ pub(super) fn lanes<S: Scalar>(a: &[S], b: &[S], f: impl Fn(S, S, S) -> S) -> S 
         }
     }
     fold_lanes(&acc, S::add).add(tail)
+}
+
+/// Sums that go on at once, so that none waits for the one before.
+const CHAINS: usize = 4;
+
+/// The sum of a `term` for each pair, in whole vectors of this processor, and of a term for each that is left.
+#[inline(always)]
+pub(super) fn sum_f32s<S: Simd>(
+    simd: S,
+    [a, b]: [&[f32]; 2],
+    add: impl Fn(S::f32s, S::f32s, S::f32s) -> S::f32s,
+    add_one: impl Fn(f32, f32, f32) -> f32,
+) -> f32 {
+    let ((xs, x_tail), (ys, y_tail)) = (S::as_simd_f32s(a), S::as_simd_f32s(b));
+    let ((fours, others), (y_fours, y_others)) = (xs.as_chunks::<CHAINS>(), ys.as_chunks::<CHAINS>());
+    let mut sums = [simd.splat_f32s(0.0); CHAINS];
+    for (x, y) in fours.iter().zip(y_fours) {
+        for i in 0..CHAINS {
+            sums[i] = add(sums[i], x[i], y[i]);
+        }
+    }
+    sums[0] = others.iter().zip(y_others).fold(sums[0], |sum, (&x, &y)| add(sum, x, y));
+    let [a, b, c, d] = sums;
+    let sum = simd.reduce_sum_f32s(simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d)));
+    x_tail.iter().zip(y_tail).fold(sum, |sum, (&x, &y)| add_one(sum, x, y))
 }
 
 /// All lanes in one, halves of them by halves. It is not inlined, since that makes the compiler take narrower vectors for the loop before.

@@ -20,12 +20,12 @@
 use super::{
     amx::Amx,
     filter::gamma,
-    lines::{pair_lines, steps, write_centroid, write_row, Line, FLUSHED, PAIR, STEP, STEP_UNITS},
+    lines::{pair_lines, rows_lines, steps, write_centroid, write_row, FLUSHED, PAIR, ROWS_STEP, STEP, STEP_UNITS},
     origin::{few_of, median_of, FEW},
     rounded::round_row,
     scalar::Scalar,
 };
-use crate::{error::Result, host, spread::LANES};
+use crate::{error::Result, host, kept::Line, spread::LANES};
 use pulp::NullaryFnOnce;
 
 /// The least distance that seeds are filtered by.
@@ -87,7 +87,7 @@ impl RoundedRows {
         point: impl Fn(usize, usize, &mut [[S; LANES]]) + Send + Sync,
     ) -> Result<Self> {
         let (pairs, steps, lanes) = (n.div_ceil(PAIR), steps(d), d.div_ceil(LANES));
-        let mut lines = host::filled("k-means++", b * pairs * pair_lines(steps), Line::ZERO)?;
+        let mut lines = host::filled("k-means++", b * pairs * rows_lines(steps), Line::ZERO)?;
         let mut bounds = host::filled("k-means++", b * n, Rounded::default())?;
         let row = || vec![[S::of(0.0); LANES]; lanes];
         // Zeros beyond the last column stay zeros.
@@ -97,7 +97,7 @@ impl RoundedRows {
             median_of(few.as_flattened_mut(), lanes * LANES)
         };
         let centres = host::map("k-means++", b, FEW * FEW * d, centre)?;
-        let tiles = lines.chunks_exact_mut(pair_lines(steps)).enumerate();
+        let tiles = lines.chunks_exact_mut(rows_lines(steps)).enumerate();
         let mut rest = &mut bounds[..];
         let tiles = tiles.map(|(tile, lines)| {
             let (b, first) = (tile / pairs, tile % pairs * PAIR);
@@ -119,7 +119,7 @@ impl RoundedRows {
     }
 
     fn of_pair(&self, b: usize, pair: usize) -> &[Line] {
-        let len = pair_lines(self.steps);
+        let len = rows_lines(self.steps);
         &self.lines[(b * self.n.div_ceil(PAIR) + pair) * len..][..len]
     }
 
@@ -132,7 +132,7 @@ impl RoundedRows {
             let (i, Rounded { norm, residue }) = (seed as usize, self.bounds[b * self.n + seed as usize]);
             let (from, to) = (self.of_pair(b, i / PAIR), &mut lines[t / PAIR * pair_lines(self.steps)..]);
             for step in 0..self.steps {
-                write_centroid(to, t % PAIR, step, from[step * PAIR + i % PAIR].0.map(|bits| bits ^ 1 << 15));
+                write_centroid(to, t % PAIR, step, from[step * ROWS_STEP + i % PAIR].0.map(|bits| bits ^ 1 << 15));
             }
             bias[t] = (0.5 * norm * norm) as f32;
             most = Rounded { norm: most.norm.max(norm), residue: most.residue.max(residue) };

@@ -56,7 +56,8 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
             let (tile, padded) = (AMX_ROWS as u64, d.next_multiple_of(32));
             let seeds = draws.next_multiple_of(tile);
             let scratch = (rayon::current_num_threads() as u64 + 1) * (40 * filter * padded + 4 * tile * (seeds + 2));
-            b * (n.next_multiple_of(tile) * 2 * padded + 24 * n + seeds * (2 * padded + 4) + filter * padded) + scratch
+            b * (n.div_ceil(tile) * (tile + 1) * 2 * padded + 24 * n + seeds * (2 * padded + 4) + filter * padded)
+                + scratch
         }
         _ => 0,
     };

@@ -25,6 +25,8 @@ pub(crate) struct SkipPlan {
     /// The groups of centroids to which assignments keep bounds on the distances of each row (Yinyang k-means, Ding et al. 2015), and
     /// skip those that cannot have its nearest centroid. 0: they compare all, as they do on GPUs.
     pub groups: usize,
+    /// True if they keep rows as a matrix unit multiplies them.
+    pub packs: bool,
     /// True if they skip groups however few these are.
     pub always: bool,
 }
@@ -54,7 +56,7 @@ impl SkipPlan {
             // Where clusters may be relocated, updates are given an order of all rows.
             let fits = fits && empty == EmptyClusters::Keep;
             let keep_sums = fits && FORCED.get().unwrap_or(values >= GPU_VALUES && p.n / 16 >= p.k);
-            return Self { keep_sums, on_gpu: true, groups: 0, always: false };
+            return Self { keep_sums, on_gpu: true, groups: 0, packs: false, always: false };
         }
         // Sums take sixteen bytes a column of a cluster: no more than a few times the rows.
         let keep_sums = fits && FORCED.get().unwrap_or(values >= VALUES && p.n / 4 >= p.k);
@@ -71,7 +73,8 @@ impl SkipPlan {
             None => 0,
         };
         let groups = if euclidean { groups } else { 0 };
-        Self { keep_sums, on_gpu: false, groups, always: FORCED.get() == Some(true) }
+        let packs = groups > 0 && arch == Arch::Cpu { amx: true };
+        Self { keep_sums, on_gpu: false, groups, packs, always: FORCED.get() == Some(true) }
     }
 
     /// The bytes that are kept between iterations, and those in which changes are found.
@@ -82,6 +85,9 @@ impl SkipPlan {
         let changes = if self.on_gpu { b * (8 * (n / CHANGES_FEW as u64) + slices + 16 * k + 80) + 4096 } else { 0 };
         let sums = b * (16 * k * (d + 2) + 4 * n + 1) + changes;
         let bounds = b * (n * (4 * groups + 4) + k * (4 + d * size) + 4 * groups + 64);
+        // Rows and centroids of bf16 in whole lines.
+        let line = if self.packs { 2 * d.next_multiple_of(32) + 8 } else { 0 };
+        let bounds = bounds + b * (n + k) * line;
         // What is known of centroids, and a thread's rows that are listed, as they are scored and with their candidates.
         let known = b * (k * (4 * d + 16) + 16 * groups);
         let of_row = 4 * d.next_multiple_of(32) + 4 * groups + 160 + 16 * k.min(64);

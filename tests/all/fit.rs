@@ -255,11 +255,11 @@ fn transform_is_the_definition_where_products_prove_little() {
                     .map(|(x, c)| naive::distance(x, c, metric))
                     .map(|v| number(if dtype == DType::F64 { v } else { v as f32 as f64 }))
                     .collect();
-                let settings =
-                    KMeans::new(k).metric(metric).init(Init::Given(c.clone())).max_iters(0).check_finite(false);
                 let columns = x.transpose(1, 2).unwrap().contiguous().unwrap().transpose(1, 2).unwrap();
                 for device in devices() {
-                    let fit = settings.fit(&c.to_device(&device).unwrap()).unwrap();
+                    let c = c.to_device(&device).unwrap();
+                    let settings = KMeans::new(k).metric(metric).init(Init::Given(c.clone()));
+                    let fit = settings.max_iters(0).check_finite(false).fit(&c).unwrap();
                     assert_eq!(problems(&fit.centroids).len(), centroids.len());
                     for x in [&x, &columns].map(|x| x.to_device(&device).unwrap()) {
                         let got: Vec<_> = f64s(&fit.transform(&x).unwrap()).into_iter().map(number).collect();

@@ -151,7 +151,7 @@ fn hostile_centroids_are_skipped_by_nobody() {
     let mut rng = rng(97);
     for dtype in DTYPES {
         let far = if dtype == DType::F16 { 6e4 } else { 1e30 };
-        for (n, d, k) in [(700, 40, 48), (700, 6, 48)] {
+        for (n, d, k) in [(700, 40, 48), (700, 6, 48), (700, 40, 330)] {
             let x = blobs(&[n, d], 20, dtype, &mut rng);
             let values = f64s(&x);
             for (what, value) in [("NaN", f64::NAN), ("infinite", f64::INFINITY), ("far", far), ("rather far", 1e3)] {
