@@ -306,7 +306,7 @@ __device__ void add_changes(const T* x, const Rows& r, const double* factor, con
 }
 
 /// Ends an update by changes: replaces the centroids that are left, lists the problems that are to be added up as a
-/// whole, and clears their slots. So many blocks share a problem; a warp takes a slice.
+/// whole, and clears their slots. `CHANGES_SHARES` blocks share a problem; a warp takes a slice.
 template <class T>
 __device__ void finish_changes(const double* factor, const double* max_abs, const double* max_weight,
                                const uint32_t* first_nonfinite, const Clusters<T>& to, const Active& active,
