@@ -58,7 +58,7 @@ __device__ void norms_near(const T* x, const Rows& r, const float* mu, int64_t m
     }
 }
 
-/// What a distance is near: within `error` of the definition. NaN if nothing is known.
+/// A number within `error` of the distance by the definition; both are NaN if nothing is known.
 struct Near {
     double distance, error;
 };

@@ -166,8 +166,8 @@ struct Digit {
 };
 LAYOUT(Digit, 48, mask, 44);
 
-/// What the slots of a problem hold between updates that may keep their sums (update/changes.cu). Of a fit's first
-/// update nothing is known.
+/// The state of a problem's slots between updates that may keep their sums (update/changes.cu): slots hold ANYTHING
+/// before a fit's first update.
 enum SlotState : uint32_t { ANYTHING, ZEROS, ADDED_WHOLE, ADDED_CHANGES };
 
 /// The centroids of a fit, and where they are added up.

@@ -1,6 +1,6 @@
 // The race of k-means++: the rows with the lowest keys, in their order.
 //
-// Memory traffic: a distance and a key a row, read once and as often as rows are drawn; the latter from L2.
+// Traffic: a distance a row, a key a row written and read once, and of each part as many keys as rows are drawn.
 #pragma once
 #include "exact/common.cuh"
 
@@ -24,7 +24,7 @@ __device__ __forceinline__ Lowest warp_lowest(Lowest v) {
 /// True if `b` comes after `a` in a race.
 __device__ __forceinline__ bool after(Lowest a, Lowest b) { return a.key < b.key || (a.key == b.key && a.row < b.row); }
 
-/// The lowest of what the threads of a block have shown so far, in their order.
+/// The lowest keys that the threads of a block have shown so far, in their order.
 struct LowestFew {
     Lowest kept[WARP], next[WARP], shown[THREADS];
     int count;
@@ -36,8 +36,8 @@ struct LowestFew {
         __syncthreads();
     }
 
-    /// Each thread shows one, of which the `most` lowest stay with those that are there: each goes to the place that as
-    /// many are before it as the place says. True to all threads if any stays.
+    /// Each thread shows one key; of these and the kept ones the `most` lowest are kept. A key's place is the number of
+    /// keys that are before it. True to all threads if one that has been shown is kept.
     __device__ bool keep(int most, Lowest own) {
         const bool stays = after(own, kept[most - 1]);
         if (!__syncthreads_or(stays)) return false;

@@ -36,16 +36,16 @@ __device__ void assign_by(const T* x, const Rows& r, const Active& active, const
         }
         const int64_t first = tile % tiles * NARROW_TILE;
         const int64_t end = min(first + NARROW_TILE, r.n);
-        const StoredLabels here = {labels + b * r.n};
+        const StoredLabels stored = {labels + b * r.n};
         if constexpr (TENSOR) {
             if (tensor) {
-                tensor = most_proven(
-                    assign_rows_tensor<false, T, D>(x, r, b, first, end, centroids, cr.row_stride, to, fragments, here),
-                    end - first);
+                tensor = most_proven(assign_rows_tensor<false, T, D>(x, r, b, first, end, centroids, cr.row_stride, to,
+                                                                     fragments, stored),
+                                     end - first);
                 continue;
             }
         }
-        assign_rows<T, D, DIFFERENCES>(x, r, b, first, end, centroids, cr.row_stride, to, metric, here);
+        assign_rows<T, D, DIFFERENCES>(x, r, b, first, end, centroids, cr.row_stride, to, metric, stored);
     }
 }
 

@@ -66,8 +66,8 @@ __device__ __forceinline__ Filter<T> spread_sum(int metric, const T* const (&x)[
         const bool upper = lane & step;
 #pragma unroll
         for (int i = 0; i < step; ++i) {
-            const F mine = upper ? sums[i + step] : sums[i], other = upper ? sums[i] : sums[i + step];
-            sums[i] = plus(mine, __shfl_xor_sync(~0u, other, step));
+            const F kept = upper ? sums[i + step] : sums[i], given = upper ? sums[i] : sums[i + step];
+            sums[i] = plus(kept, __shfl_xor_sync(~0u, given, step));
         }
     }
     return sums[0];

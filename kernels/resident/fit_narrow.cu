@@ -114,8 +114,8 @@ __device__ double replace(const OnChip<T, D>& s, T* c, uint32_t k, int d, const 
         double by = 0;
         if (divisor == NORM) {
             const double squares = striped_lanes<D>(__dmul_rn(total, total));
-            const bool some = __ballot_sync(~0u, total != 0) >> (lane - q) & (1u << D) - 1;
-            if (some && !(LEAST_SQUARES <= squares && squares <= MOST_SQUARES)) odd = true;
+            const bool any_sum = __ballot_sync(~0u, total != 0) >> (lane - q) & (1u << D) - 1;
+            if (any_sum && !(LEAST_SQUARES <= squares && squares <= MOST_SQUARES)) odd = true;
             else by = __dsqrt_rn(squares);
         } else {
             by = weighted ? fixed_value(s.weights[j], weight_scale) : double(s.sizes[j]);
@@ -157,7 +157,7 @@ __device__ void fit(const T* x, const Rows& r, const Active& active, const Summa
         for (int64_t i = threadIdx.x; i < r.n * D; i += blockDim.x) {
             s.x[i] = i % D < d ? row_of(x, r, b, i / D)[i % D] : T(0.0f);
         }
-        // Whether the sums are those of the labels before.
+        // `known` says that the sums are those of the labels before.
         bool done = false, tensor = TENSOR && fragment_bytes, known = false;
         for (int64_t iteration = 0;; ++iteration) {
             __syncthreads();

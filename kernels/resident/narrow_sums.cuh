@@ -1,5 +1,6 @@
-// What fit_narrow.cu keeps of a problem in shared memory, and the sums of its clusters there: of all rows, which a
-// counting sort brings into cluster order, or of those before and the rows that have changed their cluster.
+// A problem in the shared memory of fit_narrow.cu, and how the sums of its clusters are made there: from all rows,
+// which a counting sort brings into cluster order, or from the sums before and the rows that have changed their
+// cluster.
 #pragma once
 #include "exact/sums.cuh"
 #include "scan.cuh"

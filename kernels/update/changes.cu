@@ -1,8 +1,8 @@
 // An update of sums that are there already: rows that have left a cluster are taken away from it and added to the one
 // that they have come to. Sums are integers (update.cu), so they have the bits of those that begin with nothing.
 //
-// Of each problem the last update has left the labels by which it added rows up, in its slots all sums as well, unless
-// so many rows had changed that this update has no use for them. Changed rows are listed and counted, by the cluster
+// The last update has left the labels by which it added rows up and, unless so many rows had changed that this update
+// has no use for them, the sums in the slots of each problem. Changed rows are listed and counted, by the cluster
 // that they have come to and by the one that they have left, and sorted by both: of each cluster its gains, then its
 // losses. A warp takes a slice of one cluster's, changes its sums and, of f16 rows, replaces the centroid at once.
 // Terms of other types may be no integers of the scale: then a problem goes on the list of those that are added up as a
@@ -14,7 +14,7 @@
 #include "scan.cuh"
 #include "update/pieces.cuh"
 
-/// Whether the slots of a problem hold all sums, when an update begins.
+/// True if the slots of a problem hold all of its sums when an update begins.
 __device__ __forceinline__ bool summed(const Changes& c, int64_t p) {
     return c.state[p] == ADDED_CHANGES || (c.state[p] == ADDED_WHOLE && !c.odd[p]);
 }
@@ -135,7 +135,7 @@ __device__ void place(const uint32_t* labels, int64_t b, int64_t n, const Active
     }
 }
 
-/// Whether terms are f16 without factors: whole numbers of 2^-24 below 2^16, which f64 adds up exactly, 2^13 of them.
+/// True if terms are f16 without factors: they are whole numbers of 2^-24 below 2^16, and f64 adds up 2^13 exactly.
 template <class T, bool FACTOR>
 constexpr bool WHOLE_NUMBERS = std::is_same<T, __half>::value && !FACTOR;
 constexpr int WHOLE_SCALE = 24;
@@ -170,7 +170,7 @@ __device__ __forceinline__ void count_slices(const Clusters<T>& to, int64_t p, u
     }
 }
 
-/// Whether centroids are replaced by whoever changes their sums: of terms that are all integers of the scale.
+/// True if the warp that changes the last sums of a centroid replaces it: all terms are integers of the scale.
 template <class T>
 __device__ __forceinline__ bool replaced_at_once(const double* factor, const uint32_t* first_nonfinite, int64_t p) {
     return std::is_same<T, __half>::value && !factor && first_nonfinite[p] == UINT32_MAX;

@@ -125,10 +125,11 @@ fn product(rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &
             && out.len() == PAIR * bias.len()
     );
     let row_bytes = 4 * bias.len();
-    // SAFETY: an `Amx` is made only where the unit is there. Tiles are loaded from the lines of `rows`, 2,048 bytes a step and 64 that are not, once for each pair of centroids; of
-    // `centroids`, as many a step and pair; and from 128 bytes of `bias` a pair, sixteen times the same (no index: a stride of 0).
-    // They are stored to 128 bytes of each of the 32 rows of `out` a pair. If a tile is left it takes the first half of all of that. These are all the bytes that the slices have, as asserted.
-    // The block leaves tile registers as the process had them, in their initial state, and touches no other that is not named.
+    // SAFETY: an `Amx` is made only where the unit is there. Tiles are loaded from the lines of `rows`, 2,048 bytes a step with 64 between steps that
+    // are skipped, once for each pair of centroids; of `centroids`, 2,048 bytes a step and pair; and from 128 bytes of `bias` a pair, sixteen times
+    // the same (no index: a stride of 0). They are stored to 128 bytes of each of the 32 rows of `out` a pair. A single tile at the end takes the
+    // first half of each of these. That is within the slices, as asserted. The block leaves tile registers as the process had them, in their
+    // initial state, and touches no other that is not named.
     unsafe {
         asm!(
             "ldtilecfg [{row}]",

@@ -193,7 +193,7 @@ pub(super) struct Renewal<'a> {
     packed: Packed<'a>,
 }
 
-/// Where rows of a tile are kept as they are scored; empty where they are not.
+/// The room in which the rows of a tile are kept as they are scored; empty where they are not kept.
 #[derive(Default)]
 pub(super) struct Packed<'a> {
     /// `(rows, steps)`.
