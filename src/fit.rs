@@ -2,7 +2,7 @@
 
 use crate::{
     error::{Error, Result},
-    functional,
+    functional, host,
     metric::Metric,
     ops::labels::{check_labels, flat_labels},
     primitives,
@@ -149,7 +149,7 @@ impl Fit {
     /// # Errors
     /// Fails where a device does.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
-        self.map(|t| Ok(t.to_device(device)?))
+        self.map(|t| Ok(host::to_device(t, device)?))
     }
 
     /// The number of clusters, of a fit that was [checked](Self::check).

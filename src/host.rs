@@ -50,6 +50,15 @@ pub(crate) fn zeros(op: &'static str, shape: impl Into<Shape>, dtype: DType, dev
     Ok(Tensor::zeros(shape, dtype, device)?)
 }
 
+/// The tensor on a device. What goes from one GPU to another goes through the host: by cudarc 0.19 such a copy is queued in the context of
+/// the GPU that it comes from, so that where threads have streams of their own, nothing on the other GPU waits for it.
+pub(crate) fn to_device(t: &Tensor, device: &Device) -> candle_core::Result<Tensor> {
+    if t.device().is_cuda() && device.is_cuda() && !t.device().same_device(device) {
+        return t.to_device(&Device::Cpu)?.to_device(device);
+    }
+    t.to_device(device)
+}
+
 /// Refuses, with a type, what Candle would have no room for on the CPU.
 pub(crate) fn room(op: &'static str, len: usize, dtype: DType, device: &Device) -> Result<()> {
     if device.is_cpu() {

@@ -2,7 +2,7 @@
 
 use crate::{
     error::{Error, Result},
-    primitives,
+    host, primitives,
     ranks::Ranks,
 };
 use candle_core::Tensor;
@@ -121,7 +121,7 @@ impl Ranks for Attendee {
         let messages = self.meeting.exchange(self.rank, Message::Sums(own_sums))?;
         for (rank, message) in messages.iter().enumerate() {
             if let (true, Message::Sums(others)) = (rank != self.rank, message) {
-                primitives::merge(sums, &others.to_device(device)?)?;
+                primitives::merge(sums, &host::to_device(others, device)?)?;
             }
         }
         Ok(device.synchronize()?)
@@ -142,7 +142,7 @@ impl Ranks for Attendee {
                     expected: t.dims().to_vec(),
                 });
             }
-            let t = t.to_device(device)?;
+            let t = host::to_device(t, device)?;
             sum = Some(sum.map_or(Ok(t.clone()), |sum| sum + &t)?);
         }
         device.synchronize()?;

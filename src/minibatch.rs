@@ -3,7 +3,7 @@
 use crate::{
     error::{Error, Result},
     fit::Fit,
-    functional,
+    functional, host,
     kmeans::KMeans,
     memory::Fence,
     metric::Metric,
@@ -256,7 +256,7 @@ impl MiniBatch {
         self.fence.read(self.counts.device())?;
         let fence = Fence::default();
         fence.write(device)?;
-        let (running, counts) = (self.running.to_device(device)?, self.counts.to_device(device)?);
+        let (running, counts) = (self.running.to_device(device)?, host::to_device(&self.counts, device)?);
         Ok(Self { fence, running, counts, ..self.clone() })
     }
 

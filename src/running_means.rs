@@ -3,6 +3,7 @@
 use crate::{
     error::{Error, Result},
     fit::refuse_non_finite,
+    host,
     metric::Metric,
     primitives,
     problem::Problem,
@@ -74,7 +75,7 @@ impl RunningMeans {
 
     /// The same on another device.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
-        let (means, weights) = (self.means.to_device(device)?, self.weights.to_device(device)?);
+        let (means, weights) = (host::to_device(&self.means, device)?, host::to_device(&self.weights, device)?);
         Ok(Self { metric: self.metric, means, weights })
     }
 

@@ -65,7 +65,7 @@ impl KMeans {
                 true => t.flatten(0, p.batch.len() - 1)?.narrow(0, problems.start, problems.len())?,
                 false => t.clone(),
             };
-            Ok::<_, Error>(t.detach().force_contiguous()?.to_device(device)?)
+            Ok::<_, Error>(host::to_device(&t.detach().force_contiguous()?, device)?)
         };
         let mut settings = self.clone();
         settings.weights = self.weights.as_ref().map(|weights| part(weights, 1)).transpose()?;

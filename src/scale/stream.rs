@@ -16,6 +16,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     fit::Fit,
+    host,
     kmeans::{Init, KMeans},
     lloyd::{
         feed::Pass,
@@ -164,7 +165,7 @@ impl KMeans {
     /// [`Init::Auto`] stands for.
     pub(super) fn starting_on(&self, device: &Device) -> Result<Self> {
         Ok(match &self.init {
-            Init::Given(c) => self.clone().init(Init::Given(c.to_device(device)?)),
+            Init::Given(c) => self.clone().init(Init::Given(host::to_device(c, device)?)),
             _ => self.started(false),
         })
     }
@@ -350,7 +351,7 @@ impl Fit {
         ranges: &[Range<usize>],
         each: EachBlock<'_>,
     ) -> Result<()> {
-        let centroids = centroids.to_device(device)?;
+        let centroids = host::to_device(centroids, device)?;
         let c = Rows::new(&centroids)?;
         Reads::new(source, device, most).for_each(ranges, &mut |read| {
             let Some((i, x)) = read else { return Ok(()) };

@@ -70,8 +70,8 @@ mod gpu {
     use candle_flash_kmeans::{
         assign, assign_with_distances, cluster_means, cluster_sums,
         nn::{ClusteredKvCache, Codebook, Ema, EmaCodebook, KeyBudget, KvBudget, ProductQuantizer, RoutedAttention},
-        quantize, residuals, select_clusters, sort_by_cluster, testing, top_rows_per_centroid, ClusterBudget, Error,
-        Fit, Init, KMeans, Metric, MiniBatch, Segments,
+        quantize, residuals, select_clusters, sort_by_cluster, testing, top_rows_per_centroid, ClusterBudget, Devices,
+        Error, Fit, Init, KMeans, Metric, MiniBatch, Segments, Source, StreamOptions,
     };
     use std::{
         sync::{Mutex, MutexGuard},
@@ -368,6 +368,42 @@ mod gpu {
         let Some(devices) = two_gpus("two_gpus_share_layers") else { return };
         take_turns(&devices);
         take_turns(&[Device::new_cuda_with_stream(1).unwrap(), devices[0].clone(), devices[1].clone()]);
+    }
+
+    /// A copy from one GPU to another is complete before the other one works with it, whatever the first still has to do.
+    #[test]
+    fn two_gpus_hand_each_other_tensors() {
+        let Some(_turn) = asked_for() else { return };
+        let Some([a, b]) = two_gpus("two_gpus_hand_each_other_tensors") else { return };
+        let x = &random(&[3000, 40], DType::F32, &Device::Cpu, 11);
+        let settings = || KMeans::new(300).tol(0.0).max_iters(3);
+        let want = settings().fit(x).unwrap();
+        let on = [&a, &b].map(|device| x.to_device(device).unwrap());
+        let fit = settings().fit(&on[0]).unwrap();
+        a.synchronize().unwrap();
+        for turn in 0..3 {
+            keep_busy(&a);
+            let labels = fit.to_device(&b).unwrap().predict(&on[1]).unwrap();
+            assert_same(&labels, &want.labels, &format!("labels on the other GPU, turn {turn}"));
+            // A stream starts from centroids wherever they are.
+            keep_busy(&a);
+            let given = settings().init(Init::Given(fit.centroids.clone())).max_iters(0);
+            let source = Source::from_tensor(x).unwrap();
+            let stays = given.fit_stream(&source, &StreamOptions::new(&b)).unwrap();
+            assert_same(&stays.labels, &want.labels, &format!("labels of a stream, turn {turn}"));
+        }
+        // Sums of ranks meet in memory where there is no NCCL.
+        thread::scope(|scope| {
+            for turn in 0..6 {
+                let (settings, want) = (settings(), &want);
+                scope.spawn(move || {
+                    for _ in 0..4 {
+                        let fit = settings.clone().devices(Devices::These(vec![0, 1])).fit(x).unwrap();
+                        assert_same_fit(&fit, want, &format!("a fit of two GPUs, thread {turn}"));
+                    }
+                });
+            }
+        });
     }
 
     /// The same layers on one device after another give what new ones give.

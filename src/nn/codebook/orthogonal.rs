@@ -71,7 +71,7 @@ impl Rotation {
             }
             Self::Given(matrix) => {
                 check_rotation(matrix, batch, d)?;
-                matrix.detach().to_device(x.device())?.force_contiguous()?
+                host::to_device(&matrix.detach(), x.device())?.force_contiguous()?
             }
         };
         Ok(Some(matrix.to_dtype(wide(x.dtype()))?))

@@ -3,7 +3,7 @@
 use super::{Codebook, GainShapeQuantizer, GroupedResidualQuantizer, ProductQuantizer, ResidualQuantizer};
 use crate::{
     error::Result,
-    functional,
+    functional, host,
     metric::Metric,
     row_weights::{self, RowWeights},
     rows::Rows,
@@ -43,7 +43,7 @@ pub(super) trait Quantizer: Sized {
         let codebooks = codebooks.collect::<Result<Vec<_>>>()?;
         let device = codebooks[0].centroids.device().clone();
         let (rotation, shared) = self.extras();
-        let rotation = rotation.map(|rotation| rotation.to_device(&device)).transpose()?;
+        let rotation = rotation.map(|rotation| host::to_device(rotation, &device)).transpose()?;
         Self::from_codebooks(codebooks)?.with_extras(rotation, shared)
     }
 }
@@ -79,7 +79,7 @@ macro_rules! quantizer {
             /// # Errors
             /// Fails where a device does.
             pub fn to_device(&self, device: &Device) -> Result<Self> {
-                self.map(|t| t.to_device(device))
+                self.map(|t| host::to_device(t, device))
             }
 
             /// Writes it as a safetensors file, whole or not at all.

@@ -99,7 +99,7 @@ impl ResidualQuantizer {
             from = own.end;
             let entries: Vec<f64> = found.iter().flat_map(|entries| entries[own.clone()].iter().copied()).collect();
             let entries = Tensor::from_vec(entries, stage.centroids.shape(), &Device::Cpu)?.to_dtype(first.dtype())?;
-            Ok(Codebook { centroids: entries.to_device(first.device())?, metric: stage.metric })
+            Ok(Codebook { centroids: host::to_device(&entries, first.device())?, metric: stage.metric })
         });
         Self::new(stages.collect::<Result<Vec<_>>>()?)
     }

@@ -11,6 +11,7 @@ use super::{
 use crate::{
     error::Result,
     functional::{means_by_order, rows_of, sort_by_cluster},
+    host,
     kmeans::KMeans,
     nn::{
         codebook::orthogonal::{check_rotation, rotated},
@@ -87,7 +88,7 @@ impl Rotations {
             let (x, (batch, heads, _, d)) = (tokens[i], tokens[i].dims4()?);
             match &self.wanted[i] {
                 Rotation::Given(matrix) if matrix.rank() == 3 => {
-                    let own = matrix.to_device(x.device())?.broadcast_as((batch, heads, d, d))?.contiguous()?;
+                    let own = host::to_device(matrix, x.device())?.broadcast_as((batch, heads, d, d))?.contiguous()?;
                     Rotation::Given(own).matrix(x, 1, &KMeans::new(1))
                 }
                 Rotation::Pca => Rotation::Pca.matrix(&rest(x, labels, k)?, d / pieces[i].columns, &KMeans::new(1)),

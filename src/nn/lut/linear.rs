@@ -3,7 +3,7 @@
 use super::{check_float, LutConfig, LutWeights};
 use crate::{
     error::{Error, Result},
-    problem,
+    host, problem,
     saved::{self, Saved},
 };
 use candle_core::{DType, Device, Tensor};
@@ -80,7 +80,7 @@ impl LutLinear {
     /// # Errors
     /// Fails where a device does.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
-        let bias = self.bias.as_ref().map(|bias| bias.to_device(device)).transpose()?;
+        let bias = self.bias.as_ref().map(|bias| host::to_device(bias, device)).transpose()?;
         Ok(Self { weights: self.weights.to_device(device)?, bias })
     }
 
@@ -113,7 +113,7 @@ impl LutLinear {
         file.expect("kind", KIND)?;
         let weights = LutWeights::read(&mut file, device)?;
         let bias = file.holds("bias").then(|| file.take("bias")).transpose()?;
-        let bias = bias.map(|bias| bias.to_device(device)).transpose()?;
+        let bias = bias.map(|bias| host::to_device(&bias, device)).transpose()?;
         Self::new(weights, bias.as_ref()).map_err(|e| file.bad(e.to_string()))
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     error::{Error, Result},
-    primitives, problem,
+    host, primitives, problem,
     request::{LutMatrix, Outliers},
     rows::Rows,
     saved::{all_finite, Saved},
@@ -259,11 +259,12 @@ impl LutWeights {
     /// Fails where a device does.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         let outliers = self.outliers.as_ref();
-        let outliers = outliers.map(|(at, values)| Ok::<_, Error>((at.to_device(device)?, values.to_device(device)?)));
+        let outliers = outliers
+            .map(|(at, values)| Ok::<_, Error>((host::to_device(at, device)?, host::to_device(values, device)?)));
         Ok(Self {
-            codes: self.codes.to_device(device)?,
-            levels: self.levels.to_device(device)?,
-            scales: self.scales.to_device(device)?,
+            codes: host::to_device(&self.codes, device)?,
+            levels: host::to_device(&self.levels, device)?,
+            scales: host::to_device(&self.scales, device)?,
             outliers: outliers.transpose()?,
             ..*self
         })
