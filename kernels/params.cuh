@@ -221,6 +221,21 @@ struct Changes {
 };
 LAYOUT(Changes, 128, most, 120);
 
+/// What a fit knows of its near groups (near.cuh) from one assignment to the next. Of the last four each is the count of
+/// an `Active`: 1 if that is to be done in this assignment.
+struct NearState {
+    unsigned long long listed;       // groups of all tiles, as they are being listed
+    unsigned long long last_listed;  // the same, of the last lists
+    uint32_t arrived;                // blocks that have listed
+    uint32_t changed;                // rows that changed their label in the last assignment
+    uint32_t on;                     // whether there are groups, and slack
+    uint32_t fresh;                  // whether they have just been made, and there is no slack yet
+    uint32_t crowded;                // whether the last lists were so long that new groups may do better
+    uint32_t regroup, going, near, all;  // make groups; list them; score near groups; score all centroids
+    uint32_t spare[3];
+};
+LAYOUT(NearState, 64, all, 48);
+
 /// The pieces that warps take of the sorted places, which are cut after every `rows`, but for clusters of at most
 /// `whole` rows, which belong to the piece that they begin in.
 struct Pieces {
