@@ -15,7 +15,7 @@
 
 constexpr int PASSES = 5, HALVE_WARPS = HALVE_THREADS / WARP;  // of the power method, and of a block
 constexpr int VALUES = 2 * PIECE, AHEAD = 2;  // columns of a lane, and its rows that are on their way together
-constexpr float BEYOND = 1e10f;  // rows that are farther are in no mean and no direction: sums of products are finite
+constexpr float BEYOND = 1e10f;  // rows of larger sums are left out of directions, as those that are not finite
 
 /// A block shares this while it halves a node. Sums are in the order of lanes: (VALUES, WARP).
 struct HalveState {
