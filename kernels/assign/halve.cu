@@ -208,9 +208,10 @@ __device__ void partition(const uint32_t* keys, int64_t n, uint32_t left, HalveS
 /// but the last are full. `from` (null: all in order) become `to`, and `rank` (null but for the last level) their
 /// places. `arrived` starts as zeros and is left so.
 template <class T>
-__device__ __forceinline__ void halve(const T* c, const Rows& r, int level, const uint32_t* from, uint32_t* to,
-                                      uint32_t* rank, uint32_t* keys, uint32_t* arrived) {
+__device__ __forceinline__ void halve(const T* c, const Rows& r, const Active& active, int level, const uint32_t* from,
+                                      uint32_t* to, uint32_t* rank, uint32_t* keys, uint32_t* arrived) {
     __shared__ HalveState s;
+    if (active.problems(1) == 0) return;
     const int64_t nodes = int64_t(1) << level, shares = blocks_each(nodes);
     for (int64_t tile = blockIdx.x; tile < nodes * shares; tile += gridDim.x) {
         const int64_t node = tile / shares, share = tile % shares;
@@ -241,9 +242,9 @@ __device__ __forceinline__ void halve(const T* c, const Rows& r, int level, cons
 
 #define INSTANCE(name, T)                                                                                              \
     extern "C" __global__ void __launch_bounds__(HALVE_THREADS)                                                        \
-        halve_##name(const T* c, Rows cr, int level, const uint32_t* from, uint32_t* to, uint32_t* rank,               \
-                     uint32_t* keys, uint32_t* arrived) {                                                              \
-        halve(c, cr, level, from, to, rank, keys, arrived);                                                            \
+        halve_##name(const T* c, Rows cr, Active active, int level, const uint32_t* from, uint32_t* to,                \
+                     uint32_t* rank, uint32_t* keys, uint32_t* arrived) {                                              \
+        halve(c, cr, active, level, from, to, rank, keys, arrived);                                                    \
     }
 INSTANCE(f16, __half)
 INSTANCE(bf16, __nv_bfloat16)
