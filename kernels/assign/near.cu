@@ -8,15 +8,30 @@
 
 constexpr int GATHER_THREADS = 512;
 
+/// Does `use(i, value(i))` for all i below n, by one block, with the values of a few of a thread's loaded first.
+template <class Value, class Use>
+__device__ __forceinline__ void in_batches(int64_t n, Value value, Use use) {
+    constexpr int EACH = 8;
+    for (int64_t first = threadIdx.x; first < n; first += EACH * blockDim.x) {
+        decltype(value(0)) values[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) values[i] = value(min(first + i * int64_t(blockDim.x), n - 1));
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int64_t at = first + i * int64_t(blockDim.x);
+            if (at < n) use(at, values[i]);
+        }
+    }
+}
+
 /// A block to each group: copies its centroids as they are scored to places side by side, and finds how far each has
-/// moved since the last time: not at all if groups are fresh. A group with a centroid that no score speaks of (tensor.cuh: at
+/// moved since the last time: not at all where groups are fresh. A group with a centroid that no score speaks of (tensor.cuh: at
 /// distance +inf, out of reach, or repeated) is silent: it bounds nothing.
 template <class T>
 __device__ void gather(const T* c, const Rows& cr, const Active& active, const uint32_t* members, const T* moved,
                        const float* start, int64_t pitch, const NearState* state, T* last, T* near_moved, float* near_start,
                        float* move, uint32_t* silent) {
     constexpr int LANES = MOVE_LANES;
-    const bool first = state->fresh;
     static_assert(SKIP_GROUP * LANES == GATHER_THREADS, "eight lanes to a centroid");
     const int part = threadIdx.x % LANES;
     if (active.problems(1) == 0) return;
@@ -24,27 +39,38 @@ __device__ void gather(const T* c, const Rows& cr, const Active& active, const u
     const bool live = place < cr.n;
     const uint32_t id = live ? members[place] : 0;
     float squares = 0;
-    for (int64_t piece = part; piece < pitch / PIECE; piece += LANES) {
-        uint4 score_of = {};
-        if (live) {
-            const uint4 now = load_piece(c + id * cr.row_stride, piece * PIECE, cr.d);
-            uint4* const before = reinterpret_cast<uint4*>(last + id * pitch) + piece;
-            float u[PIECE], v[PIECE];
-            widen<T>(u, now), widen<T>(v, first ? now : *before);
-            for (int i = 0; i < PIECE; ++i) squares = fmaf(u[i] - v[i], u[i] - v[i], squares);
-            *before = now, score_of = reinterpret_cast<const uint4*>(moved + id * pitch)[piece];
+    // Two at a time, so that one does not wait for the other's loads.
+    for (int64_t first = part; first < pitch / PIECE; first += 2 * LANES) {
+        uint4 now[2] = {}, was[2] = {}, scored[2] = {};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int64_t piece = first + i * LANES;
+            if (!live || piece >= pitch / PIECE) continue;
+            now[i] = load_piece(c + id * cr.row_stride, piece * PIECE, cr.d);
+            was[i] = state->fresh ? now[i] : reinterpret_cast<const uint4*>(last + id * pitch)[piece];
+            scored[i] = reinterpret_cast<const uint4*>(moved + id * pitch)[piece];
         }
-        reinterpret_cast<uint4*>(near_moved + place * pitch)[piece] = score_of;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int64_t piece = first + i * LANES;
+            if (piece >= pitch / PIECE) continue;
+            float u[PIECE], v[PIECE];
+            widen<T>(u, now[i]), widen<T>(v, was[i]);
+#pragma unroll
+            for (int q = 0; q < PIECE; ++q) squares = fmaf(u[q] - v[q], u[q] - v[q], squares);
+            if (live) reinterpret_cast<uint4*>(last + id * pitch)[piece] = now[i];
+            reinterpret_cast<uint4*>(near_moved + place * pitch)[piece] = scored[i];
+        }
     }
     for (int lane = LANES / 2; lane; lane /= 2) squares += __shfl_xor_sync(~0u, squares, lane);
     const float from = live ? start[id] : -INFINITY, norm = row_norm_above(squares, cr.d);
     if (part == 0) {
         near_start[place] = from;
-        if (live) move[id] = first ? 0 : norm < INFINITY ? norm : INFINITY;
+        if (live) move[id] = norm < INFINITY ? norm : INFINITY;
     }
     const int quiet = __syncthreads_or(live && !(from > -INFINITY));
     // Silence lasts for the next iteration, too, whose bounds come from this one.
-    if (threadIdx.x == 0) silent[blockIdx.x] = (first ? 2 : silent[blockIdx.x] << 1 & 2) | (quiet ? 1 : 0);
+    if (threadIdx.x == 0) silent[blockIdx.x] = (silent[blockIdx.x] << 1 & 2) | (quiet ? 1 : 0);
 }
 
 /// One block: the restless centroids are those that have moved farthest, as many as there are places for at most. They
@@ -58,6 +84,7 @@ __device__ void separate(const Active& active, int64_t k, const uint32_t* rank, 
     __shared__ uint32_t bins[256], level, above, taken;
     if (active.problems(1) == 0) return;
     const int64_t begin = groups * SKIP_GROUP, places = restless * SKIP_GROUP;
+    const bool fresh = state->fresh;
     for (int64_t g = threadIdx.x; g < groups; g += blockDim.x) group_move[g] = 0, joined[g] = 0;
     for (int64_t i = threadIdx.x; i < places; i += blockDim.x) near_start[begin + i] = -INFINITY, members[begin + i] = 0;
     if (threadIdx.x == 0) level = above = taken = 0;
@@ -67,11 +94,11 @@ __device__ void separate(const Active& active, int64_t k, const uint32_t* rank, 
         for (int i = threadIdx.x; i < 256; i += blockDim.x) bins[i] = 0;
         __syncthreads();
         const uint32_t prefix = level;
-#pragma unroll 4
-        for (int64_t j = threadIdx.x; j < k; j += blockDim.x) {
-            const uint32_t key = __float_as_uint(move[j]);
-            if (key >> 8 >> shift == prefix >> 8 >> shift) atomicAdd(&bins[key >> shift & 255], 1);
-        }
+        in_batches(
+            k, [&](int64_t j) { return __float_as_uint(move[j]); },
+            [&](int64_t, uint32_t key) {
+                if (key >> 8 >> shift == prefix >> 8 >> shift) atomicAdd(&bins[key >> shift & 255], 1);
+            });
         __syncthreads();
         if (threadIdx.x < WARP) {
             // A lane sums eight digits, the lowest lane the highest ones.
@@ -87,20 +114,20 @@ __device__ void separate(const Active& active, int64_t k, const uint32_t* rank, 
         __syncthreads();
     }
     const uint32_t least = level + (1u << 15);
-#pragma unroll 4
-    for (int64_t j = threadIdx.x; j < k; j += blockDim.x) {
-        const uint32_t key = __float_as_uint(move[j]);
-        const int64_t at = rank[j], group = at / SKIP_GROUP;
-        uint32_t now = at;
-        if (key >= least) {
-            now = begin + atomicAdd(&taken, 1);
-            near_start[now] = near_start[at], near_start[at] = -INFINITY, members[now] = j;
-        } else {
-            atomicMax(reinterpret_cast<uint32_t*>(&group_move[group]), key);
-            if (!state->fresh && place[j] >= begin) joined[group] = 1;
-        }
-        place[j] = now;
-    }
+    in_batches(
+        k, [&](int64_t j) { return make_uint3(__float_as_uint(move[j]), rank[j], place[j]); },
+        [&](int64_t j, uint3 of) {
+            const uint32_t group = of.y / SKIP_GROUP;
+            if (of.x >= least) {
+                const int64_t to = begin + atomicAdd(&taken, 1);
+                near_start[to] = near_start[of.y], near_start[of.y] = -INFINITY;
+                members[to] = j, place[j] = to;
+            } else {
+                atomicMax(reinterpret_cast<uint32_t*>(&group_move[group]), of.x);
+                if (!fresh && of.z >= begin) joined[group] = 1;
+                place[j] = of.y;
+            }
+        });
     __syncthreads();
     for (int64_t g = threadIdx.x; g < groups; g += blockDim.x) {
         if (silent[g]) group_move[g] = INFINITY;
@@ -140,17 +167,23 @@ __device__ void changes(const uint32_t* labels, const uint32_t* was, const Activ
     if (threadIdx.x % WARP == 0 && changed) atomicAdd(&state->changed, changed);
 }
 
-/// Decides what the assignment does. Groups are made where few rows change their label, so that slack will last, and
-/// only if there are none or if their lists have become long.
+/// Groups are made again after so many assignments with long lists.
+constexpr uint32_t STALE = 4;
+/// Where groups have been of no use, they are made again once so many times fewer rows change, as a power of two.
+constexpr int PATIENCE = 3;
+
+/// Decides what the assignment does. Groups are made where at most a share of `few` rows change their label, so that
+/// slack will last; again, once lists have become long.
 __device__ void begin(const Active& active, int64_t n, bool may_regroup, float few, NearState* state) {
     const bool lives = active.problems(1) > 0;
-    const bool regroup = lives && may_regroup && state->changed <= few * n && (!state->on || state->crowded);
+    const bool calm = state->changed <= ldexpf(few, -PATIENCE * int(state->failures)) * n;
+    const bool regroup = lives && may_regroup && calm && (!state->on || state->crowded >= STALE);
     state->on |= regroup, state->fresh = state->regroup = regroup;
     state->going = lives && state->on, state->near = 0, state->all = lives && !state->on;
     state->changed = 0;
 }
 
-/// More of a list is long: new groups may do better.
+/// A larger share of all groups makes lists long.
 constexpr float CROWDED = 0.125f;
 constexpr int LENGTHS = 256;
 
@@ -158,11 +191,11 @@ constexpr int LENGTHS = 256;
 /// much to do.
 __device__ void order_tiles(const uint32_t* lists, int64_t pitch, int64_t tiles, int64_t all, uint32_t* order) {
     __shared__ uint32_t next[LENGTHS];
-    const auto bin = [&](int64_t tile) { return LENGTHS - 1 - lists[tile * pitch + 1] * LENGTHS / uint32_t(all + 1); };
+    const float scale = float(LENGTHS) / (all + 1);
+    const auto bin = [&](int64_t tile) { return LENGTHS - 1 - int(lists[tile * pitch + 1] * scale); };
     for (int i = threadIdx.x; i < LENGTHS; i += blockDim.x) next[i] = 0;
     __syncthreads();
-#pragma unroll 4
-    for (int64_t t = threadIdx.x; t < tiles; t += blockDim.x) atomicAdd(&next[bin(t)], 1);
+    in_batches(tiles, bin, [&](int64_t, int at) { atomicAdd(&next[at], 1); });
     __syncthreads();
     if (threadIdx.x < WARP) {
         uint32_t own = 0;
@@ -175,8 +208,7 @@ __device__ void order_tiles(const uint32_t* lists, int64_t pitch, int64_t tiles,
         }
     }
     __syncthreads();
-#pragma unroll 4
-    for (int64_t t = threadIdx.x; t < tiles; t += blockDim.x) order[atomicAdd(&next[bin(t)], 1)] = t;
+    in_batches(tiles, bin, [&](int64_t tile, int at) { order[atomicAdd(&next[at], 1)] = tile; });
 }
 
 /// Blocks take tiles of `rows` rows: list the groups that each scores, and lower the slack of the others. Slack that is
@@ -255,9 +287,11 @@ __device__ void list_groups(const uint32_t* labels, const uint32_t* order, const
         const auto sum = atomicExch(&state->listed, 0ull);
         const float share = float(sum) / (float(groups) * tiles);
         const bool few = fresh || share <= most;
-        state->last_listed = sum, state->arrived = 0, state->crowded = share > CROWDED;
+        state->last_listed = sum, state->arrived = 0;
+        state->crowded = fresh ? 0 : state->crowded + (share > CROWDED);
         // Without their pass there is no slack of the groups that are listed.
         state->near = few, state->all = !few, state->on = few;
+        state->failures += !few;
     }
     order_tiles(lists, near_pitch(all), tiles, all, tile_order);
 }
