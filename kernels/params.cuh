@@ -221,6 +221,24 @@ struct Changes {
 };
 LAYOUT(Changes, 128, most, 120);
 
+/// What a fit knows of its near groups (near.cuh) from one assignment to the next. The four from `regroup` on are counts
+/// of an `Active`, 1 if that is to be done in this assignment.
+struct NearState {
+    unsigned long long listed;       // groups of all tiles, as they are being listed
+    unsigned long long last_listed;  // the same, of the last lists
+    uint32_t arrived;                // blocks that have listed
+    uint32_t changed;                // rows that changed their label in the last assignment
+    uint32_t on;                     // whether there are groups, and slack
+    uint32_t fresh;                  // whether they have just been made, and there is no slack yet
+    uint32_t regroup;                // make groups, and put rows in their order
+    uint32_t going;                  // list near groups
+    uint32_t near, all;              // score them; score all centroids
+    uint32_t crowded;                // assignments, since groups were made, with lists so long that others may do better
+    uint32_t failures;               // groups that have been of no use
+    uint32_t spare[2];
+};
+LAYOUT(NearState, 64, failures, 52);
+
 /// The pieces that warps take of the sorted places, which are cut after every `rows`, but for clusters of at most
 /// `whole` rows, which belong to the piece that they begin in.
 struct Pieces {

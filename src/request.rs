@@ -5,7 +5,7 @@ use crate::{
     kept::{KeptBounds, KeptRows, KeptSums},
     metric::Metric,
     operand::Readable,
-    plan::{assign::AssignPlan, on_chip::OnChip, update::UpdatePlan},
+    plan::{assign::AssignPlan, on_chip::OnChip, skip::NearGroups, update::UpdatePlan},
     rng::Draw,
     rows::Rows,
 };
@@ -81,6 +81,9 @@ pub(crate) struct Assignment<'a> {
     /// What the last assignment of these rows has left for this one, whose labels have to be those it has made.
     #[cfg_attr(feature = "cuda", allow(dead_code))]
     pub bounds: Option<&'a KeptBounds>,
+    /// How this one and those before it in a fit, by the same memory, score near groups of centroids on a GPU.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub near: Option<NearGroups>,
 }
 
 /// Labels, and the order that brings clusters together. Cluster `j` is `order[offsets[j]..offsets[j + 1]]`.

@@ -128,6 +128,13 @@ pub fn compared() -> u64 {
     crate::cpu::assign::compared()
 }
 
+/// The groups of centroids that the tiles of rows of a fit on a GPU have scored in all when near groups were listed for the last time;
+/// none if it has no groups, or has scored all centroids since. The host waits.
+#[cfg(feature = "cuda")]
+pub fn scored_groups(fit: &PreparedFit) -> Result<Option<u64>> {
+    crate::cuda::assign::near::scored_groups(fit.memory())
+}
+
 /// The number of times that this thread has had labels sorted so far, on any device; fits on chip, which sort in their launch, count for
 /// nothing.
 pub fn sorts() -> u64 {

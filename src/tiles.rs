@@ -190,6 +190,14 @@ pub const MOVE_LANES: usize = 8;
 pub const ORIGIN_THREADS: usize = 512;
 /// Most centroids of a problem that one block prepares.
 pub const PREPARE_CENTROIDS: usize = 512;
+/// Centroids of a group that an assignment on a GPU scores or skips together.
+pub const SKIP_GROUP: usize = 64;
+/// Threads of a block of `halve.cu`.
+pub const HALVE_THREADS: usize = 512;
+/// Centroids of a node that its direction is found by, at most.
+pub const HALVE_SAMPLES: usize = 1024;
+/// Centroids that such a block projects, at least, where several share a node.
+pub const HALVE_ROWS: usize = 128;
 /// Most threads of a block of the scan in `sort.cu`: a warp for each few chunks.
 pub const SCAN_THREADS: usize = 1024;
 /// Steps of a batch of rows of `update.cu`.

@@ -56,6 +56,7 @@ fn peak_is_within_the_plan() {
             let outlier = outlier.unwrap().contiguous().unwrap();
             let all = [
                 (plain.clone(), &x, "plain"),
+                (plain.clone().max_iters(5), &x, "longer"),
                 (weighted.clone(), &x, "weighted"),
                 (plain.clone().lengths(&lengths), &x, "ragged"),
                 (plain.clone(), &ties, "ties"),

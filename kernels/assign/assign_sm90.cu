@@ -22,25 +22,7 @@
 #include "assign/sm90_epilogue.cuh"
 #include "assign/sm90_search.cuh"
 
-// ---- Two threads are producers.
-
-template <class S>
-__device__ void produce_rows(const Shared<S>& s, const CUtensorMap* map, const Rows& r, const Active& active,
-                             bool scratch, int tiles) {
-    int parity = 1;
-    for (TileScheduler<S> work(r, active, centroids_resident<S>(tiles)); work.more(); work.next(), parity ^= 1) {
-        const int problem = scratch ? work.at : active.problem(work.at);
-        for (int group = 0; group < S::GROUPS; ++group) {
-            const uint32_t to = s.rows + group * S::SLOT_BYTES;
-            mbarrier_wait(s.rows_empty(group), parity);
-            mbarrier_expect_tx(s.rows_full(group), S::SLOT_BYTES);
-            for (int box = 0; box < S::BOXES; ++box) {
-                tma_load(to + box * SLOT * 128, map, s.rows_full(group), box * BOX, work.first_row() + group * SLOT,
-                         problem);
-            }
-        }
-    }
-}
+// ---- Two threads are producers: one of rows (sm90.cuh), and one of centroids.
 
 template <class S>
 __device__ void produce_centroids(const Shared<S>& s, const CUtensorMap* map, const Rows& r, const Active& active,
@@ -88,7 +70,10 @@ __device__ __forceinline__ void assign(const CUtensorMap* row_map, const CUtenso
         if (warp >= EPILOGUE)
             epilogue(s, TileScheduler<S>(r, active, centroids_resident<S>(tiles)), active, own, bounds, padded, copies,
                      k, r.n, r.d, row_error, labels, list, listed);
-        if (threadIdx.x == 32 * PRODUCE_ROWS) produce_rows<S>(s, row_map, r, active, row_error != nullptr, tiles);
+        if (threadIdx.x == 32 * PRODUCE_ROWS) {
+            produce_rows(s, row_map, TileScheduler<S>(r, active, centroids_resident<S>(tiles)), active,
+                         row_error != nullptr);
+        }
         if (threadIdx.x == 32 * PRODUCE_CENTROIDS) {
             produce_centroids<S>(s, centroid_map, r, active, start, scale, tiles, padded, copies);
         }

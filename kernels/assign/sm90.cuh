@@ -129,3 +129,20 @@ struct TileScheduler {
         return left == 1 || (copies > 1 && tile + 1 == per_problem);
     }
 };
+
+/// Brings the rows of each tile that `work` walks, slot by slot: one thread does.
+template <class S, class Walk>
+__device__ void produce_rows(const Shared<S>& s, const CUtensorMap* map, Walk work, const Active& active, bool scratch) {
+    for (int parity = 1; work.more(); work.next(), parity ^= 1) {
+        const int problem = scratch ? work.at : active.problem(work.at);
+        for (int group = 0; group < S::GROUPS; ++group) {
+            const uint32_t to = s.rows + group * S::SLOT_BYTES;
+            mbarrier_wait(s.rows_empty(group), parity);
+            mbarrier_expect_tx(s.rows_full(group), S::SLOT_BYTES);
+            for (int box = 0; box < S::BOXES; ++box) {
+                tma_load(to + box * SLOT * 128, map, s.rows_full(group), box * BOX, work.first_row() + group * SLOT,
+                         problem);
+            }
+        }
+    }
+}

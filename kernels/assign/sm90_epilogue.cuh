@@ -3,11 +3,17 @@
 #pragma once
 #include "assign/sm90.cuh"
 
+/// Rows and centroids have the numbers of their places.
+struct OwnNumbers {
+    __device__ __forceinline__ int64_t row(int64_t place) const { return place; }
+    __device__ __forceinline__ uint32_t centroid(uint32_t place) const { return place; }
+};
+
 /// `work` walks the rows of the block; a row's error bound is that of so many `columns`.
-template <class S, class Walk>
+template <class S, class Walk, class Numbers = OwnNumbers>
 __device__ void epilogue(const Shared<S>& s, Walk work, const Active& active, const float* own, const Bounds* bounds,
                          int64_t padded, int64_t copies, int64_t k, int64_t n, int64_t columns, const float* row_error,
-                         uint32_t* labels, UnprovenRow* list, uint32_t* listed) {
+                         uint32_t* labels, UnprovenRow* list, uint32_t* listed, const Numbers& numbers = {}) {
     const int band = (threadIdx.x / 32 - EPILOGUE) * 32 + threadIdx.x % 32;  // the lane's row of a slot
     static_assert(EPILOGUE_WARPS * 32 == SLOT, "a lane to a row");
     for (int parity = 0; work.more(); work.next(), parity ^= 1) {
@@ -34,16 +40,18 @@ __device__ void epilogue(const Shared<S>& s, Walk work, const Active& active, co
             fence_proxy_async();
             __syncwarp();
             if (threadIdx.x % 32 == 0) mbarrier_arrive(s.found_empty(group));
-            const int64_t row = work.row(group * SLOT + band, n);
-            if (row < 0) continue;
+            const int64_t place_of_row = work.row(group * SLOT + band, n);
+            if (place_of_row < 0) continue;
+            const int64_t row = numbers.row(place_of_row);
             // The thread's columns are pairs, eight apart. A tie may name a column that is not there.
             const int column = __float_as_int(f.z) + 8 * (place / 2) + place % 2;
-            labels[b * n + row] = label_of(top, column, k);
+            const uint32_t label = numbers.centroid(label_of(top, column, k));
+            labels[b * n + row] = label;
             float error =
                 error_bound(f.w, columns, row_bounds, S::FROM_ZERO) + (row_error ? __ldg(&row_error[at * n + row]) : 0);
             const float ahead = level == 1 ? top - second : 0;
             if (ahead > error && row_bounds.inverse == 0) continue;
-            const float* widened = own ? own + work.copy(copies) * padded + labels[b * n + row] : nullptr;
+            const float* widened = own ? own + work.copy(copies) * padded + label : nullptr;
             const bool far = beyond(error, widened, f.w, columns, row_bounds);
             if ((ahead > error && !far) || nowhere(top, f.w, row_bounds)) continue;
             list[at * n + atomicAdd(&listed[at], 1)] = {uint32_t(row), top - error};

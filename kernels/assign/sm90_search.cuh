@@ -38,18 +38,22 @@ struct KeySearch {
         if (most > top) column = at;
         top = max(top, most);
     }
-    /// A row of places, or the first few of one.
+    /// A row of places, or the first few of one. Returns its maximum.
     template <int COUNT>
-    __device__ __forceinline__ void add(const int (&keys)[COUNT], int at) {
+    __device__ __forceinline__ int add(const int (&keys)[COUNT], int at) {
 #pragma unroll
         for (int p = 0; p < COUNT; ++p) best_of[p] = max(best_of[p], keys[p]);
-        rank(largest_key(keys), at);
+        const int most = largest_key(keys);
+        rank(most, at);
+        return most;
     }
-    /// Two rows of places, each with its first column.
-    __device__ __forceinline__ void add(const int (&keys)[PLACES], int at, const int (&more)[PLACES], int next) {
+    /// Two rows of places, each with its first column. Returns the maximum of each.
+    __device__ __forceinline__ int2 add(const int (&keys)[PLACES], int at, const int (&more)[PLACES], int next) {
 #pragma unroll
         for (int p = 0; p < PLACES; ++p) best_of[p] = __vimax3_s32(best_of[p], keys[p], more[p]);
-        rank(largest_key(keys), at), rank(largest_key(more), next);
+        const int2 most = {largest_key(keys), largest_key(more)};
+        rank(most.x, at), rank(most.y, next);
+        return most;
     }
 };
 

@@ -24,7 +24,7 @@ use std::{
 };
 
 pub(crate) fn assign_into(a: Assignment<'_>, labels: Target<'_>) -> Result<()> {
-    let Assignment { plan, x, c, metric, turn, bounds } = a;
+    let Assignment { plan, x, c, metric, turn, bounds, .. } = a;
     let converged = converged(turn)?;
     if x.b == 0 || x.n == 0 {
         return Ok(());

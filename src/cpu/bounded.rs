@@ -323,7 +323,8 @@ mod tests {
             for offset in offsets {
                 let values: Vec<f64> = (0..n * d).map(|_| offset + rng.random_range(-4.0..4.0)).collect();
                 let (x, xs) = stored(&values, [1, n, d], dtype);
-                let skip = SkipPlan { keep_sums: false, on_gpu: false, groups: GROUPS, packs: true, always: true };
+                let (groups, near) = (GROUPS, None);
+                let skip = SkipPlan { keep_sums: false, on_gpu: false, groups, packs: true, always: true, near };
                 let kept = KeptBounds::new([1, n, k, d], skip, dtype, &Device::Cpu).unwrap();
                 let labels = Tensor::zeros((1, n), DType::U32, &Device::Cpu).unwrap();
                 let (mut c, mut settled, mut skipped) = (values[..k * d].to_vec(), 0, 0);

@@ -30,12 +30,23 @@ pub(crate) struct Memory {
     zeros: Mutex<Option<Block>>,
     /// What an update of a fit leaves for the next one.
     sums: Mutex<Option<Block>>,
+    /// What an assignment of a fit leaves for the next one, and works in.
+    near: Mutex<Option<Block>>,
 }
 
 impl Memory {
     /// For a value that outlives the call that makes it.
     pub fn kept() -> Self {
         Self { kept: true, ..Self::default() }
+    }
+
+    /// Copies the beginning of what assignments leave each other to the host, which waits; false where they leave nothing. For tests.
+    pub(super) fn read_near(&self, to: &mut [u8]) -> Result<bool> {
+        let held = self.near.lock().unwrap_or_else(|e| e.into_inner());
+        let Some(Block { bytes, .. }) = &*held else { return Ok(false) };
+        bytes.stream().memcpy_dtoh(&bytes.slice(..to.len()), to).w()?;
+        bytes.stream().synchronize().w()?;
+        Ok(true)
     }
 }
 
@@ -138,6 +149,26 @@ impl ArenaLayout {
         let mut held = BlockGuard::of(memory, &memory.sums, dev, op, self.rest, false)?;
         let address = held.block().bytes.device_ptr(&dev.cuda_stream()).0;
         Ok(Arena { _held: held, address, zeroed: 0 })
+    }
+
+    /// What stays from one assignment of a fit to the next, with its layout. None if the `first` has no room for it, or a capture
+    /// finds none: that would be freed after each op. Then there is none for those after it, either.
+    pub(super) fn near<'a>(
+        self,
+        dev: &CudaDevice,
+        op: &'static str,
+        memory: &'a Memory,
+        first: bool,
+    ) -> Result<Option<Arena<'a>>> {
+        if !first && memory.near.lock().unwrap_or_else(|e| e.into_inner()).is_none() {
+            return Ok(None);
+        }
+        let mut held = match BlockGuard::of(memory, &memory.near, dev, op, self.rest, false) {
+            Ok(BlockGuard::Captured(_)) | Err(Error::OutOfMemory { .. }) => return Ok(None),
+            held => held?,
+        };
+        let address = held.block().bytes.device_ptr(&dev.cuda_stream()).0;
+        Ok(Some(Arena { _held: held, address, zeroed: 0 }))
     }
 }
 

@@ -297,6 +297,24 @@ pub(super) struct Changes {
 
 layout!(Changes, 128, most: 120);
 
+#[repr(C)]
+pub(super) struct NearState {
+    pub(super) listed: u64,
+    pub(super) last_listed: u64,
+    pub(super) arrived: u32,
+    pub(super) changed: u32,
+    pub(super) on: u32,
+    pub(super) fresh: u32,
+    pub(super) crowded: u32,
+    pub(super) regroup: u32,
+    pub(super) going: u32,
+    pub(super) near: u32,
+    pub(super) all: u32,
+    pub(super) spare: [u32; 3],
+}
+
+layout!(NearState, 64, all: 48);
+
 impl Clusters {
     /// Of so many problems and clusters, whose sums have room for `rows` rows; with none of what is added up or written.
     pub(super) fn new([problems, k, d]: [usize; 3], rows: usize) -> Self {

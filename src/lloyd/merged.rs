@@ -316,6 +316,7 @@ impl<'a> Merged<'a> {
             sums: Some(&sums),
             kept: None,
             bounds: None,
+            near: None,
         };
         let mut outcome = Outcome::new(*whole, found, terms, &start_centroids)?;
         let (flow, iterations) = lloyd.run(feed, &mut |block| outcome.add(block, &centroids), watch)?;

@@ -21,7 +21,7 @@ use crate::{
     kept::{KeptBounds, KeptSums},
     kmeans::{EmptyClusters, KMeans},
     memory::Memory,
-    plan::on_chip::OnChip,
+    plan::{on_chip::OnChip, skip::NearGroups},
     primitives, problem,
     ranks::{Alone, Ranks},
     request::{Accumulator, Assignment, Finish, Labels, OnChipFit, Progress, Reduction, Turn, Update},
@@ -132,6 +132,7 @@ impl PreparedFit {
             sums: None,
             kept,
             bounds,
+            near: self.plan.steps.skip.near,
         };
         let (flow, iterations) =
             lloyd.run(&mut Resident(self.block(x, summands)), &mut |_| Ok(()), &mut |_, _| Ok(()))?;
@@ -175,6 +176,8 @@ struct Lloyd<'a> {
     kept: Option<&'a Mutex<KeptSums>>,
     /// The bounds that its assignments leave each other, where the plan says so.
     bounds: Option<&'a KeptBounds>,
+    /// How they skip groups of centroids on a GPU, where the plan says so. The first one of a run begins anew.
+    near: Option<NearGroups>,
 }
 
 impl Lloyd<'_> {
@@ -299,7 +302,8 @@ impl Lloyd<'_> {
     /// it keep their labels.
     fn assign(&self, block: Block<'_>, turn: Option<Turn<'_>>) -> Result<()> {
         let (c, metric) = (&Rows::new(self.centroids)?, self.settings.metric);
-        let a = Assignment { plan: block.assign, x: block.x, c, metric, turn, bounds: self.bounds };
+        let (bounds, near) = (self.bounds, self.near);
+        let a = Assignment { plan: block.assign, x: block.x, c, metric, turn, bounds, near };
         primitives::assign_into(a, block.labels.into(), self.memory)
     }
 

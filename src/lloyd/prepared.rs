@@ -168,6 +168,12 @@ impl PreparedFit {
         &self.plan
     }
 
+    /// The memory that its ops share, for tests.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
     /// The centroids, `(..batch, k, d)`. The next run overwrites them.
     pub fn centroids(&self) -> &Tensor {
         self.fence.show(&self.device);

@@ -14,6 +14,7 @@ use crate::{
     metric::Metric,
     problem::Problem,
     rows::RowLayout,
+    tiles,
 };
 use arch::Arch;
 use assign::AssignPlan;
@@ -83,11 +84,19 @@ impl Plan {
             true => None,
             false => OnChip::new(p.dtype, p.metric, sizes, layout, factors, arch, runs_at_once)?,
         };
-        let skip = SkipPlan::new(p, on_chip, settings.empty, arch);
+        let assign = assign(layout);
+        let skip = SkipPlan::new(p, on_chip, assign.kernel, settings, arch);
         let update = UpdatePlan::new(p.dtype, sizes, layout, p.metric == Metric::Manhattan, factors, arch);
         let update = UpdatePlan { keep_sums: skip.keep_sums && skip.on_gpu, ..update };
-        let steps = Steps { given, layout, on_chip, assign: assign(layout), update, skip };
+        let steps = Steps { given, layout, on_chip, assign, update, skip };
         Ok(Self::from_steps(p, steps, pack, bytes(p, &steps, pack, settings, arch)))
+    }
+
+    /// The same for rows that are a block of several, whose assignments leave each other nothing.
+    pub(crate) fn without_near(self, p: &Problem) -> Self {
+        let near = self.steps.skip.near.map_or(0, |near| near.bytes(p));
+        let skip = SkipPlan { near: None, ..self.steps.skip };
+        Self { bytes: self.bytes - near, steps: Steps { skip, ..self.steps }, ..self }
     }
 
     /// The same fit without a kernel that does all iterations.
@@ -124,6 +133,9 @@ impl fmt::Display for Plan {
             Some(_) => write!(f, "whole fit by {update}{packed} in tiles of {rows} x {centroids}")?,
             None => write!(f, "assign {assign}{packed} in tiles of {rows} x {centroids}, update {update}")?,
         }
+        if steps.skip.near.is_some() {
+            write!(f, ", later iterations assign to near groups of {} centroids", tiles::SKIP_GROUP)?;
+        }
         write!(f, ", at most {:.1} MiB", *bytes as f64 / 1048576.0)
     }
 }
@@ -157,5 +169,47 @@ mod tests {
         let without = plan([2048, 64, 128], odd, true);
         let p = Problem::of(&[2048, 128], DType::F16, 64, Metric::default()).unwrap();
         assert_eq!(names(without.without_on_chip(&p)), ("assign_small", "update", true));
+    }
+
+    /// Near groups are planned where they pay and fit, or wherever they fit, and are in the text and the bytes of a plan.
+    #[test]
+    fn near_groups_are_planned_where_they_pay() {
+        let arch = Arch::Cuda { capability: 90, processors: 132 };
+        let of = |shape: [usize; 3], dtype, settings: &KMeans, arch| {
+            let p = Problem::of(&shape, dtype, settings.k, settings.metric).unwrap();
+            let plan = Plan::new(&p, Some(RowLayout::packed(shape[2])), settings, arch, |_| Ok(true)).unwrap();
+            let near = plan.steps.skip.near.is_some();
+            assert_eq!(plan.to_string().contains("near groups of 64 centroids"), near);
+            let without = plan.clone().without_near(&p);
+            assert!(without.steps.skip.near.is_none() && (without.bytes < plan.bytes) == near);
+            near
+        };
+        let (halves, many) = (DType::F16, KMeans::new(2048));
+        for (shape, dtype) in [([1, 32_768, 128], halves), ([1, 50_000, 70], DType::BF16), ([1, 50_000, 33], halves)] {
+            assert!(of(shape, dtype, &many, arch), "{shape:?} {dtype:?}");
+        }
+        let shape = [1, 32_768, 128];
+        for (shape, dtype, settings, arch) in [
+            ([1, 32_767, 128], halves, many.clone(), arch),
+            ([1, 32_768, 129], halves, many.clone(), arch),
+            ([2, 32_768, 128], halves, many.clone(), arch),
+            (shape, DType::F32, many.clone(), arch),
+            (shape, halves, KMeans::new(2047), arch),
+            (shape, halves, many.clone().max_iters(2), arch),
+            (shape, halves, many.clone().metric(Metric::Dot), arch),
+            (shape, halves, many.clone().empty_clusters(EmptyClusters::Relocate), arch),
+            (shape, halves, many.clone(), Arch::Cuda { capability: 80, processors: 108 }),
+            (shape, halves, many.clone(), Arch::CPU),
+        ] {
+            assert!(!of(shape, dtype, &settings, arch), "{shape:?} {dtype:?} {settings:?}");
+        }
+        // Forced, they are made for any two groups, by a kernel for them.
+        for (forced, k, near) in [(true, 128, true), (true, 127, false), (false, 2048, false)] {
+            skip::force_skipping(Some(forced));
+            assign::force(Some("assign_sm90"));
+            assert_eq!(of([1, 40_000, 8], halves, &KMeans::new(k), arch), near, "{k}");
+            assign::force(None);
+            skip::force_skipping(None);
+        }
     }
 }

@@ -178,7 +178,7 @@ impl<'a> Assignment<'a> {
     pub fn new(x: &'a Rows<'a>, c: &'a Rows<'a>, metric: Metric) -> Result<Self> {
         let (sizes, copies) = ([x.b, x.n, c.n, x.d], if c.batch_stride == 0 { 1 } else { c.b });
         let plan = AssignPlan::new(x.dtype(), metric, sizes, copies, x.layout(), arch(x.device())?);
-        Ok(Self { plan, x, c, metric, turn: None, bounds: None })
+        Ok(Self { plan, x, c, metric, turn: None, bounds: None, near: None })
     }
 }
 

@@ -108,7 +108,7 @@ impl DevicePlan {
             resident_bytes: resident_rows * (pitch * p.dtype.size_in_bytes()) as u64,
             block_rows: cut.rows as u64,
             moving_blocks: (blocks - cut.staying) as u64,
-            block: Plan::new(&of_block, Some(layout), of_loop, arch, |_| Ok(false))?,
+            block: Plan::new(&of_block, Some(layout), of_loop, arch, |_| Ok(false))?.without_near(&of_block),
             // On a GPU the rows that stay are one block.
             start_bytes: start_bytes(if device.is_cpu() { cut.rows } else { cut.rows.max(resident_rows as usize) }),
             first_pass_bytes: (end - first) * row_bytes,

@@ -32,6 +32,7 @@ mod layouts;
 mod lut;
 mod lut_calibrated;
 mod minibatch;
+mod near;
 mod nearest;
 mod numbers;
 mod ops;

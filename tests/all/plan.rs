@@ -20,7 +20,8 @@ fn planned(launch: &str) -> Option<String> {
         _ => name,
     };
     let of_a_loop = ["assign_", "fit_", "cpu_", "medians", "update"].iter().any(|kind| name.starts_with(kind));
-    (of_a_loop && name != "update_exact").then(|| name.to_string())
+    // These are beside the kernel that a plan names.
+    (of_a_loop && !["update_exact", "assign_near"].contains(&name)).then(|| name.to_string())
 }
 
 /// Whether this is a fit by the plan: one kernel, or assignments and between them updates, at least one. What is not for rows on a line

@@ -2,23 +2,59 @@
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::{testing, EmptyClusters, Fit, Init, KMeans, Metric};
+use candle_flash_kmeans::{testing, EmptyClusters, Fit, Init, KMeans, Metric, PreparedFit};
 use rand::Rng;
 
-/// The fit that saves nothing, to whose bits those are held that save what they can, or what pays.
+/// The fit that saves nothing, to whose bits those are held that save what they can, or what pays; on a GPU with the kernel that knows near
+/// groups, where it can do the work.
 #[track_caller]
-fn assert_saves_no_bit(settings: &KMeans, x: &Tensor, what: &str) -> Fit {
+pub fn assert_same_on(device: &Device, settings: &KMeans, x: &Tensor, what: &str) -> Fit {
+    let x = x.to_device(device).unwrap();
     let fit = |skip| {
         testing::force_skipping(skip);
-        let fit = settings.fit(x).unwrap();
+        testing::force(device.is_cuda().then_some(NEAR));
+        let fit = settings.fit(&x).unwrap();
+        testing::force(None);
         testing::force_skipping(None);
         fit
     };
     let dense = fit(Some(false));
     for skip in [Some(true), None] {
-        assert_same_fit(&fit(skip), &dense, &format!("{what}, skipping {skip:?}"));
+        assert_same_fit(&fit(skip), &dense, &format!("{what}, skipping {skip:?} on {:?}", device.location()));
     }
     dense
+}
+
+/// The assignment kernel whose fits may score near groups alone.
+const NEAR: &str = "assign_sm90";
+
+/// A prepared fit that saves what it can, by that kernel.
+pub fn prepare_skipping(settings: &KMeans, shape: &[usize], dtype: DType, device: &Device) -> PreparedFit {
+    testing::force_skipping(Some(true));
+    testing::force(device.is_cuda().then_some(NEAR));
+    let prepared = settings.prepare(shape, dtype, device).unwrap();
+    testing::force(None);
+    testing::force_skipping(None);
+    prepared
+}
+
+/// The same on every device, for settings whose tensors are where the rows are. Returns the CPU's.
+#[track_caller]
+fn assert_saves_no_bit_on(settings: impl Fn(&Device) -> KMeans, x: &Tensor, what: &str) -> Fit {
+    let mut fits: Vec<_> = devices().iter().map(|device| assert_same_on(device, &settings(device), x, what)).collect();
+    fits.swap_remove(0)
+}
+
+#[track_caller]
+fn assert_saves_no_bit(settings: &KMeans, x: &Tensor, what: &str) -> Fit {
+    assert_saves_no_bit_on(|_| settings.clone(), x, what)
+}
+
+/// The same from given centroids.
+#[track_caller]
+fn assert_saves_no_bit_from(start: &Tensor, settings: &KMeans, x: &Tensor, what: &str) -> Fit {
+    let start = |device: &Device| Init::Given(start.to_device(device).unwrap());
+    assert_saves_no_bit_on(|device| settings.clone().init(start(device)), x, what)
 }
 
 const SUMMED: [Metric; 3] = [Metric::SquaredEuclidean, Metric::Cosine, Metric::Dot];
@@ -33,18 +69,23 @@ fn work_that_is_saved_changes_no_bit() {
             let weights = tensor(&[batch, &[*n]].concat(), DType::F64, |i| [0.0, 1.0, 3.5, 0.1, 1e-9][i % 5]);
             let lengths = tensor(batch, DType::F64, |i| (n - 11 * i) as f64).to_dtype(DType::U32).unwrap();
             let plain = KMeans::new(k).metric(metric).max_iters(30).tol(0.0);
-            let settings = [
-                plain.clone(),
-                plain.clone().tol(1e-3).n_init(2),
-                plain.clone().max_iters(1).init(Init::Even),
-                plain.clone().sample_weights(&weights),
-                plain.clone().lengths(&lengths),
-                plain.clone().lengths(&lengths).sample_weights(&weights).init(Init::KMeansPlusPlus),
-                plain.clone().check_finite(false),
-                plain.clone().empty_clusters(EmptyClusters::Relocate).init(Init::Given(crowded(&x, k))),
-            ];
-            for (i, settings) in settings.into_iter().enumerate() {
-                assert_saves_no_bit(&settings, &x, &format!("{metric:?} {dtype:?} {shape:?}, setting {i}"));
+            let settings = |device: &Device| {
+                let [weights, lengths, start] =
+                    [&weights, &lengths, &crowded(&x, k)].map(|t| t.to_device(device).unwrap());
+                [
+                    plain.clone(),
+                    plain.clone().tol(1e-3).n_init(2),
+                    plain.clone().max_iters(1).init(Init::Even),
+                    plain.clone().sample_weights(&weights),
+                    plain.clone().lengths(&lengths),
+                    plain.clone().lengths(&lengths).sample_weights(&weights).init(Init::KMeansPlusPlus),
+                    plain.clone().check_finite(false),
+                    plain.clone().empty_clusters(EmptyClusters::Relocate).init(Init::Given(start)),
+                ]
+            };
+            for i in 0..8 {
+                let what = format!("{metric:?} {dtype:?} {shape:?}, setting {i}");
+                assert_saves_no_bit_on(|device| settings(device)[i].clone(), &x, &what);
             }
         }
     }
@@ -59,13 +100,10 @@ fn ties_are_decided_alike() {
             let x = integers(&[n, d], limit, dtype, &mut rng);
             let plain = KMeans::new(60).metric(metric).max_iters(30).tol(0.0);
             let doubled = Tensor::cat(&[x.narrow(0, 0, 30).unwrap(), x.narrow(0, 0, 30).unwrap()], 0).unwrap();
-            for (settings, what) in [
-                (plain.clone(), "rows"),
-                (plain.clone().init(Init::Given(doubled)), "centroids twice"),
-                (plain.clone().empty_clusters(EmptyClusters::Relocate), "relocated"),
-            ] {
-                assert_saves_no_bit(&settings, &x, &format!("{what} {metric:?} {dtype:?} {n} {d}"));
-            }
+            let what = |what: &str| format!("{what} {metric:?} {dtype:?} {n} {d}");
+            assert_saves_no_bit(&plain, &x, &what("rows"));
+            assert_saves_no_bit_from(&doubled, &plain, &x, &what("centroids twice"));
+            assert_saves_no_bit(&plain.empty_clusters(EmptyClusters::Relocate), &x, &what("relocated"));
         }
     }
 }
@@ -94,8 +132,8 @@ fn terms_of_all_magnitudes_are_added_alike() {
             let weights = tensor(&[2, 320], DType::F64, |i| [0.0, 1.0, 1e-30, 0.1, 1e9][i % 5]);
             let plain = KMeans::new(20).metric(metric).max_iters(20).tol(0.0).check_finite(false);
             assert_saves_no_bit(&plain, &x, &format!("{metric:?} {dtype:?} {hostile} {finite}"));
-            let weighted = plain.sample_weights(&weights);
-            assert_saves_no_bit(&weighted, &x, &format!("{metric:?} {dtype:?} {hostile} {finite} weighted"));
+            let weighted = |device: &Device| plain.clone().sample_weights(&weights.to_device(device).unwrap());
+            assert_saves_no_bit_on(weighted, &x, &format!("{metric:?} {dtype:?} {hostile} {finite} weighted"));
         }
     }
 }
@@ -113,12 +151,12 @@ fn later_updates_add_changed_rows_alone() {
 
 #[test]
 fn threads_change_no_bit() {
-    let x = blobs(&[20_000, 16], 300, DType::F32, &mut rng(95)).to_device(&Device::Cpu).unwrap();
+    let x = blobs(&[20_000, 16], 300, DType::F32, &mut rng(95));
     let settings = KMeans::new(200).max_iters(25).tol(0.0);
-    let alone = assert_saves_no_bit(&settings, &x, "all threads");
+    let alone = assert_same_on(&Device::Cpu, &settings, &x, "all threads");
     for threads in [1, 2, 7] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let fit = pool.install(|| assert_saves_no_bit(&settings, &x, &format!("{threads} threads")));
+        let fit = pool.install(|| assert_same_on(&Device::Cpu, &settings, &x, &format!("{threads} threads")));
         assert_same_fit(&fit, &alone, &format!("{threads} threads"));
     }
 }
@@ -131,7 +169,7 @@ fn later_passes_skip_groups_of_centroids() {
         let x = blobs(&[3000, columns], 30, dtype, &mut rng(96));
         let settings = KMeans::new(64).max_iters(12).tol(0.0).init(Init::Even);
         testing::passes();
-        assert_saves_no_bit(&settings, &x, "clusters");
+        assert_same_on(&Device::Cpu, &settings, &x, "clusters");
         let dense: Vec<f64> = testing::passes().iter().map(|pass| pass.products).take(3).collect();
         assert_eq!(dense, [1.0; 3]);
         testing::force_skipping(Some(true));
@@ -156,9 +194,9 @@ fn hostile_centroids_are_skipped_by_nobody() {
             let values = f64s(&x);
             for (what, value) in [("NaN", f64::NAN), ("infinite", f64::INFINITY), ("far", far), ("rather far", 1e3)] {
                 let start = tensor(&[k, d], dtype, |i| if i / d % 9 == 4 && i % 3 == 0 { value } else { values[i] });
-                let plain = KMeans::new(k).max_iters(15).tol(0.0).check_finite(false).init(Init::Given(start));
+                let plain = KMeans::new(k).max_iters(15).tol(0.0).check_finite(false);
                 for settings in [plain.clone(), plain.empty_clusters(EmptyClusters::Relocate)] {
-                    assert_saves_no_bit(&settings, &x, &format!("{what} {dtype:?} {d}"));
+                    assert_saves_no_bit_from(&start, &settings, &x, &format!("{what} {dtype:?} {d}"));
                 }
             }
         }
@@ -184,16 +222,21 @@ fn rows_far_from_the_origin_are_labelled_alike() {
 #[test]
 fn prepared_fits_begin_anew() {
     let mut rng = rng(99);
-    for d in [6, 40] {
-        let settings = KMeans::new(40).max_iters(10).tol(0.0);
-        let rows = [(); 3].map(|()| blobs(&[600, d], 25, DType::F32, &mut rng));
-        testing::force_skipping(Some(true));
-        let mut prepared = settings.prepare((600, d), DType::F32, &Device::Cpu).unwrap();
-        testing::force_skipping(None);
-        for x in [&rows[0], &rows[1], &rows[0], &rows[2]] {
-            prepared.run(x).unwrap();
-            let dense = assert_saves_no_bit(&settings, x, "alone");
-            assert_same_fit(&prepared.fit().unwrap(), &dense, "again");
+    for (n, k, d, dtype) in [
+        (600, 40, 6, DType::F32),
+        (600, 40, 40, DType::F32),
+        (3001, 300, 40, DType::F16),
+        (2500, 130, 128, DType::BF16),
+    ] {
+        let settings = KMeans::new(k).max_iters(10).tol(0.0);
+        let rows = [(); 3].map(|()| blobs(&[n, d], 25, dtype, &mut rng));
+        for device in devices() {
+            let mut prepared = prepare_skipping(&settings, &[n, d], dtype, &device);
+            for x in [&rows[0], &rows[1], &rows[0], &rows[2]] {
+                prepared.run(&x.to_device(&device).unwrap()).unwrap();
+                let dense = assert_same_on(&device, &settings, x, "alone");
+                assert_same_fit(&prepared.fit().unwrap(), &dense, "again");
+            }
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Exact labels: the kernels of `kernels/assign/`, and rows where they can read them.
 
+pub(crate) mod near;
 mod simt;
 mod split;
 pub(crate) mod tensor_core;

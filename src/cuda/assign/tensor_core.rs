@@ -1,5 +1,6 @@
 //! Labels of halves on tensor cores: `kernels/assign/assign_sm80.cu`, `kernels/assign/assign_sm90.cu` and `kernels/assign/recheck.cu`.
 
+use super::near::{Near, Scored};
 use crate::{
     cuda::device::{device, processors},
     cuda::kernel::launch,
@@ -69,7 +70,7 @@ pub(super) fn assign<T: Element>(
     labels: DevicePtr<u32>,
     memory: &Memory,
 ) -> Result<()> {
-    let Assignment { plan: AssignPlan { kernel, prepare_all, .. }, x, c, metric, turn, .. } = a;
+    let Assignment { plan: AssignPlan { kernel, prepare_all, .. }, x, c, metric, turn, near, .. } = a;
     let active = Active::of(turn)?;
     let (xs, cs) = (read(&x.operand), read(&c.operand));
     let (xs, cs) = (xs.view::<T>()?, cs.view::<T>()?);
@@ -131,8 +132,16 @@ pub(super) fn assign<T: Element>(
         let row_map = TensorMap::new(half, from, [x.b, x.n, d], [x.batch_stride, x.row_stride], SM90_ROWS)?;
         let map = TensorMap::new(half, moved.address, [copies, k, d], [k * pitch, pitch], SM90_CENTROIDS)?;
         let tiles = elements(&[x.b, x.n.div_ceil(SM90_ROWS * groups)]).min(processors);
+        let near = near.map(|near| Near::new(dev, near, [x.n, k, d], turn, memory)).transpose()?.flatten();
+        let (x_of, c_of) = ((&xs, x), (&cs, &one));
+        let left = near.map(|near| {
+            let scored =
+                Scored { x: x_of, c: c_of, active, mu, moved, search_start, own, bounds, padded, labels, list, listed };
+            near.assign(dev, &scored)
+        });
+        let dense = left.unwrap_or(Ok(active))?;
         launch!(dev, AssignSm90, sm90_name(steps), T::SUFFIX, tiles, 128 * (groups + 1), SM90_SHARED;
-            &row_map, &map, &shape(x), &active, &search_start, &scale, &own, &bounds, &k64, &padded64, &copies64, &no_slack,
+            &row_map, &map, &shape(x), &dense, &search_start, &scale, &own, &bounds, &k64, &padded64, &copies64, &no_slack,
             &labels, &list, &listed)?;
     } else if kernel == Assign::WideSm90 {
         let from = xs.device_ptr(&dev.cuda_stream()).0;
