@@ -305,15 +305,16 @@ pub(super) struct NearState {
     pub(super) changed: u32,
     pub(super) on: u32,
     pub(super) fresh: u32,
-    pub(super) crowded: u32,
     pub(super) regroup: u32,
     pub(super) going: u32,
     pub(super) near: u32,
     pub(super) all: u32,
-    pub(super) spare: [u32; 3],
+    pub(super) crowded: u32,
+    pub(super) failures: u32,
+    pub(super) spare: [u32; 2],
 }
 
-layout!(NearState, 64, all: 48);
+layout!(NearState, 64, failures: 52);
 
 impl Clusters {
     /// Of so many problems and clusters, whose sums have room for `rows` rows; with none of what is added up or written.

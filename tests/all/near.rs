@@ -44,14 +44,14 @@ fn groups_end_with_their_fit() {
     for (device, (dtype, d)) in
         devices().iter().flat_map(|device| [(DType::F16, 40), (DType::BF16, 128)].map(|t| (device, t)))
     {
-        let x = blobs(&[rows(device), d], 300, dtype, &mut rng);
+        let x = blobs(&[rows(device), d], 25, dtype, &mut rng);
         let settings = KMeans::new(200).max_iters(60).init(Init::Even);
         let mut ends = vec![];
         for tol in [0.0, 1e-4, 1e-3, 1e-2, 1e-1] {
             let fit = assert_same_on(device, &settings.clone().tol(tol), &x, &format!("tol {tol} {dtype:?}"));
             ends.push(u32s(&fit.n_iter)[0]);
         }
-        assert!(ends.is_sorted_by(|a, b| a >= b) && ends[4] < ends[0].min(60), "{ends:?}");
+        assert!(ends.is_sorted_by(|a, b| a >= b) && ends[4] < ends[0], "{ends:?}");
         // Assignments before the first groups, and the first with them.
         for max_iters in 1..6 {
             let settings = settings.clone().tol(0.0).max_iters(max_iters);

@@ -133,6 +133,7 @@ impl<'a, T: Element> Near<'a, T> {
             // Places without a centroid have a number that one has.
             near.members.clear(dev, near.sizes.places)?;
             near.arrived.clear(dev, near.sizes.groups + 1)?;
+            near.silent.clear(dev, near.sizes.groups)?;
         }
         Ok(Some(near))
     }
@@ -167,7 +168,7 @@ impl<'a, T: Element> Near<'a, T> {
         let (tiles, rows) = (sizes.tiles.min(8 * processors(dev)?), sizes.rows as i32);
         // A bit for each group, twice.
         let shared = 8 * sizes.all.div_ceil(32);
-        launch!(dev, Near, "near_list", "", tiles, sizes.rows, shared;
+        launch!(dev, Near, "near_list", "", tiles, THREADS, shared;
             &labels, &self.order, &self.place, &self.move_of, &self.group_move, &self.joined, &going, &n, &groups,
             &restless, &rows, &plan.most(), &self.slack, &self.lists, &self.tile_order, &state)?;
         self.score(dev, scored)?;
