@@ -221,8 +221,8 @@ struct Changes {
 };
 LAYOUT(Changes, 128, most, 120);
 
-/// What a fit knows of its near groups (near.cuh) from one assignment to the next. The four from `regroup` on are counts
-/// of an `Active`, 1 if that is to be done in this assignment.
+/// What a fit knows of its near groups (near.cuh) from one assignment to the next. The four from `regroup` on are
+/// counts of an `Active`, 1 if that is to be done in this assignment.
 struct NearState {
     unsigned long long listed;       // groups of all tiles, as they are being listed
     unsigned long long last_listed;  // the same, of the last lists
@@ -233,8 +233,8 @@ struct NearState {
     uint32_t regroup;                // make groups, and put rows in their order
     uint32_t going;                  // list near groups
     uint32_t near, all;              // score them; score all centroids
-    uint32_t crowded;                // assignments, since groups were made, with lists so long that others may do better
-    uint32_t failures;               // groups that have been of no use
+    uint32_t crowded;   // assignments, since groups were made, with lists so long that others may do better
+    uint32_t failures;  // groups that have been of no use
     uint32_t spare[2];
 };
 LAYOUT(NearState, 64, failures, 52);

@@ -195,7 +195,7 @@ pub const SKIP_GROUP: usize = 64;
 /// Threads of a block of `halve.cu`.
 pub const HALVE_THREADS: usize = 512;
 /// Centroids of a node that its direction is found by, at most.
-pub const HALVE_SAMPLES: usize = 1024;
+pub const HALVE_SAMPLES: usize = 512;
 /// Centroids that such a block projects, at least, where several share a node.
 pub const HALVE_ROWS: usize = 128;
 /// Most threads of a block of the scan in `sort.cu`: a warp for each few chunks.

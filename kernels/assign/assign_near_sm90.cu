@@ -18,6 +18,7 @@ static_assert(2 * SKIP_GROUP == CENTROIDS, "two groups to a tile");
 struct NearStage {
     int columns[2], flags, unused;
 };
+/// The list ends here; the own groups do, so that slack can be measured; slack is made of the first, and of the second.
 enum NearFlags { LAST = 1, OWN_END = 2, SLACK_0 = 4, SLACK_1 = 8 };
 
 template <class S>
@@ -25,6 +26,7 @@ struct NearShared : Shared<S> {
     uint32_t stages, mu;
     static constexpr int BYTES = S::FIXED_BYTES + S::STAGES * (S::STAGE_BYTES + int(sizeof(NearStage))) + S::STEPS * 32;
     static_assert(S::PARTS == 1 && BYTES <= SM90_SHARED, "a tile a stage, and room for what it holds");
+    static_assert(S::PLACES == SKIP_GROUP / 4, "a thread's columns of a group are a row of places");
 
     __device__ explicit NearShared(const uint8_t* raw) : Shared<S>(raw) {
         stages = this->barriers + 256, mu = stages + S::STAGES * sizeof(NearStage);
@@ -47,7 +49,9 @@ struct NearScheduler {
     int place, at = 0, tile, following;
 
     __device__ NearScheduler(const Rows& r, const Active& active, const uint32_t* order)
-        : order(order), tiles(active.problems(1) ? (r.n + S::ROWS - 1) / S::ROWS : 0), place(blockIdx.x) {
+        : order(order),
+          tiles(active.problems(1) ? (r.n + S::ROWS - 1) / S::ROWS : 0),
+          place(blockIdx.x) {
         tile = place < tiles ? order[place] : 0;
         following = load(step());
     }
@@ -70,6 +74,7 @@ struct NearScheduler {
     __device__ __forceinline__ int copy(int64_t) const { return 0; }
 };
 
+/// Brings the groups of each tile's list, two at a time: one thread does.
 template <class S>
 __device__ void produce_listed(const NearShared<S>& s, const CUtensorMap* map, NearScheduler<S> work,
                                const uint32_t* lists, int64_t pitch, const float* start) {
@@ -168,13 +173,15 @@ struct RowDistance {
         // An unused row stays as it is.
         if (own > 0) own = root(fmaxf(fmaf(-2, score, most), 0)) * (1 + 0x1p-20f);
     }
-    /// At most how much farther a centroid with that score is; no nearer than the row's nearest one.
+    /// At most how much farther than that a centroid with this score is: at least 0, since no distance is less than the
+    /// row's own.
     __device__ __forceinline__ float slack(int key) const {
         const float score = __int_as_float(max(key, 0));
         return fmaxf(fmaf(root(fmaxf(fmaf(-2, score, least), 0)), 1 - 0x1p-20f, -own), 0);
     }
 };
 
+/// One warpgroup that searches listed groups (`Consumer` of sm90_search.cuh).
 template <class T, class S>
 struct NearConsumer {
     const NearShared<S>& s;
@@ -182,9 +189,10 @@ struct NearConsumer {
     uint32_t rows[S::STEPS][4];
     PipelineState<S::STAGES> stage;
 
+    /// Searches the next stage, and makes slack of the groups that are not the rows' own.
     template <int WIDTH>
-    __device__ __forceinline__ void search(const int4& about, KeySearch<S::PLACES> (&found)[2],
-                                           RowDistance (&from)[2], uint32_t* slack) {
+    __device__ __forceinline__ void search(const int4& about, KeySearch<S::PLACES> (&found)[2], RowDistance (&from)[2],
+                                           uint32_t* slack) {
         const int quad = lane % 4, own_turn = 1 + index, next_turn = 1 + (index + 1) % S::GROUPS;
         float acc[WIDTH / 2];
         begin(acc, s.start + stage.at * S::VECTOR_BYTES + 8 * quad);
@@ -202,12 +210,7 @@ struct NearConsumer {
         pin(acc);
         __syncwarp();
         if (lane == 0) mbarrier_arrive(s.empty(stage.at));
-        int most[2][2];
-#pragma unroll
-        for (int part = 0; part < WIDTH / SKIP_GROUP; ++part) {
-            constexpr int COLUMNS = SKIP_GROUP / 4;
-            static_assert(S::PLACES == COLUMNS, "a group is a row of places");
-        }
+        int most[2][2];  // of both rows, of each group
         const int first = about.x + 2 * quad, second = about.y + 2 * quad;
         int u[S::PLACES], v[S::PLACES];
         keys_of(acc, 0, u, v);
@@ -280,9 +283,10 @@ __device__ void search_listed(const NearShared<S>& s, const Rows& r, NearSchedul
 template <class T, class S>
 __device__ __forceinline__ void assign_near(const CUtensorMap* row_map, const CUtensorMap* centroid_map, const Rows& r,
                                             const Active& active, const uint32_t* rows, const uint32_t* members,
-                                            const uint32_t* lists, const uint32_t* tile_order, const float* start, const float* own, const T* mu,
-                                            const Bounds* bounds, int64_t padded, int64_t places, uint32_t* slack,
-                                            uint32_t* labels, UnprovenRow* list, uint32_t* listed) {
+                                            const uint32_t* lists, const uint32_t* tile_order, const float* start,
+                                            const float* own, const T* mu, const Bounds* bounds, int64_t padded,
+                                            int64_t places, uint32_t* slack, uint32_t* labels, UnprovenRow* list,
+                                            uint32_t* listed) {
     extern __shared__ uint8_t raw[];
     const NearShared<S> s(raw);
     const int64_t groups = places / SKIP_GROUP;
@@ -297,8 +301,8 @@ __device__ __forceinline__ void assign_near(const CUtensorMap* row_map, const CU
         setmaxnreg_dec<S::PRODUCER_REGISTERS>();
         const int warp = threadIdx.x / 32;
         if (warp >= EPILOGUE)
-            epilogue(s, work, active, own, bounds, padded, 1, places, r.n, r.d, nullptr,
-                     labels, list, listed, TheirNumbers{rows, members});
+            epilogue(s, work, active, own, bounds, padded, 1, places, r.n, r.d, nullptr, labels, list, listed,
+                     TheirNumbers{rows, members});
         if (threadIdx.x == 32 * PRODUCE_ROWS) produce_rows(s, row_map, work, active, true);
         if (threadIdx.x == 32 * PRODUCE_CENTROIDS)
             produce_listed(s, centroid_map, work, lists, near_pitch(groups), start);
@@ -311,11 +315,11 @@ __device__ __forceinline__ void assign_near(const CUtensorMap* row_map, const CU
 #define KERNEL(name, T, steps)                                                                                         \
     extern "C" __global__ void __launch_bounds__(512, 1) assign_near_##steps##_##name(                                 \
         const __grid_constant__ CUtensorMap row_map, const __grid_constant__ CUtensorMap centroid_map, Rows r,         \
-        Active active, const uint32_t* rows, const uint32_t* members, const uint32_t* lists, const uint32_t* tile_order, \
-        const float* start, const float* own, const T* mu, const Bounds* bounds, int64_t padded, int64_t places, uint32_t* slack,               \
-        uint32_t* labels, UnprovenRow* list, uint32_t* listed) {                                                       \
-        assign_near<T, Shape<steps, 3>>(&row_map, &centroid_map, r, active, rows, members, lists, tile_order, start, own, mu,      \
-                                        bounds, padded, places, slack, labels, list, listed);                               \
+        Active active, const uint32_t* rows, const uint32_t* members, const uint32_t* lists,                           \
+        const uint32_t* tile_order, const float* start, const float* own, const T* mu, const Bounds* bounds,           \
+        int64_t padded, int64_t places, uint32_t* slack, uint32_t* labels, UnprovenRow* list, uint32_t* listed) {      \
+        assign_near<T, Shape<steps, 3>>(&row_map, &centroid_map, r, active, rows, members, lists, tile_order, start,   \
+                                        own, mu, bounds, padded, places, slack, labels, list, listed);                 \
     }
 #define KERNELS(name, T)                                                                                               \
     KERNEL(name, T, 1)                                                                                                 \

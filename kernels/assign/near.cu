@@ -1,9 +1,9 @@
-// What an assignment of near groups needs beside its pass (near.cuh): centroids in the order of their groups and how far
-// they have moved, rows in an order of tiles of neighbours, and the lists of the groups that tiles score.
+// What an assignment of near groups needs beside its pass (near.cuh): centroids in the order of their groups and how
+// far they have moved, rows in an order of tiles of neighbours, and the lists of the groups that tiles score.
 //
 // Traffic: centroids three times; per row, its label and its number; per tile and group, its slack twice.
-#include "assign/near.cuh"
 #include "assign/moved.cuh"
+#include "assign/near.cuh"
 #include "scan.cuh"
 
 constexpr int GATHER_THREADS = 512;
@@ -25,12 +25,12 @@ __device__ __forceinline__ void in_batches(int64_t n, Value value, Use use) {
 }
 
 /// A block to each group: copies its centroids as they are scored to places side by side, and finds how far each has
-/// moved since the last time: not at all where groups are fresh. A group with a centroid that no score speaks of (tensor.cuh: at
-/// distance +inf, out of reach, or repeated) is silent: it bounds nothing.
+/// moved since the last time: not at all where groups are fresh. A group with a centroid that no score speaks of
+/// (tensor.cuh: at distance +inf, out of reach, or repeated) is silent: it bounds nothing.
 template <class T>
 __device__ void gather(const T* c, const Rows& cr, const Active& active, const uint32_t* members, const T* moved,
-                       const float* start, int64_t pitch, const NearState* state, T* last, T* near_moved, float* near_start,
-                       float* move, uint32_t* silent) {
+                       const float* start, int64_t pitch, const NearState* state, T* last, T* near_moved,
+                       float* near_start, float* move, uint32_t* silent) {
     constexpr int LANES = MOVE_LANES;
     static_assert(SKIP_GROUP * LANES == GATHER_THREADS, "eight lanes to a centroid");
     const int part = threadIdx.x % LANES;
@@ -74,8 +74,9 @@ __device__ void gather(const T* c, const Rows& cr, const Active& active, const u
 }
 
 /// One block: the restless centroids are those that have moved farthest, as many as there are places for at most. They
-/// are scored by all tiles, from places of their own behind those of the groups, and do not count for the moves of their
-/// groups. `place` becomes that of each centroid. Of a group that one comes back to, `joined`, slack does not know it.
+/// are scored by all tiles, from places of their own behind those of the groups, and do not count for the moves of
+/// their groups. `place` becomes that of each centroid. Of a group that one comes back to, `joined`, slack does not
+/// know it.
 template <class T>
 __device__ void separate(const Active& active, int64_t k, const uint32_t* rank, const float* move, int64_t groups,
                          int64_t restless, int64_t pitch, const NearState* state, T* near_moved, float* near_start,
@@ -86,7 +87,8 @@ __device__ void separate(const Active& active, int64_t k, const uint32_t* rank, 
     const int64_t begin = groups * SKIP_GROUP, places = restless * SKIP_GROUP;
     const bool fresh = state->fresh;
     for (int64_t g = threadIdx.x; g < groups; g += blockDim.x) group_move[g] = 0, joined[g] = 0;
-    for (int64_t i = threadIdx.x; i < places; i += blockDim.x) near_start[begin + i] = -INFINITY, members[begin + i] = 0;
+    for (int64_t i = threadIdx.x; i < places; i += blockDim.x)
+        near_start[begin + i] = -INFINITY, members[begin + i] = 0;
     if (threadIdx.x == 0) level = above = taken = 0;
     // The lowest level that no more moves reach than there are places for, in two digits of eight bits: the order of
     // floats that are not negative is that of their bits.
@@ -136,8 +138,7 @@ __device__ void separate(const Active& active, int64_t k, const uint32_t* rank, 
     uint4* const rows = reinterpret_cast<uint4*>(near_moved);
     for (int64_t i = threadIdx.x; i < places * pieces; i += blockDim.x) {
         const int64_t to = begin + i / pieces;
-        rows[to * pieces + i % pieces] =
-            i / pieces < taken ? rows[rank[members[to]] * pieces + i % pieces] : uint4{};
+        rows[to * pieces + i % pieces] = i / pieces < taken ? rows[rank[members[to]] * pieces + i % pieces] : uint4{};
     }
 }
 
@@ -154,12 +155,14 @@ __device__ void reorder(const T* x, const Rows& r, const Active& active, const u
     const int64_t pieces = pitch / PIECE, all = r.n * pieces;
     for (int64_t i = global_thread(); i < all; i += all_threads()) {
         const int64_t row = i / pieces, piece = i % pieces;
-        reinterpret_cast<uint4*>(out + row * pitch)[piece] = load_piece(x + order[row] * r.row_stride, piece * PIECE, r.d);
+        reinterpret_cast<uint4*>(out + row * pitch)[piece] =
+            load_piece(x + order[row] * r.row_stride, piece * PIECE, r.d);
     }
 }
 
 /// Counts the rows that have changed their label.
-__device__ void changes(const uint32_t* labels, const uint32_t* was, const Active& active, int64_t n, NearState* state) {
+__device__ void changes(const uint32_t* labels, const uint32_t* was, const Active& active, int64_t n,
+                        NearState* state) {
     if (active.problems(1) == 0) return;
     uint32_t changed = 0;
     for (int64_t i = global_thread(); i < n; i += all_threads()) changed += labels[i] != was[i];
@@ -303,11 +306,10 @@ __device__ void list_groups(const uint32_t* labels, const uint32_t* order, const
                            float* near_start, float* move, uint32_t* silent) {                                         \
         gather(c, cr, active, members, moved, start, pitch, state, last, near_moved, near_start, move, silent);        \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(1024)                                                                 \
-        near_separate_##name(Active active, int64_t k, const uint32_t* rank, const float* move, int64_t groups,        \
-                             int64_t restless, int64_t pitch, const NearState* state, T* near_moved,                   \
-                             float* near_start, const uint32_t* silent, uint32_t* members, uint32_t* place,            \
-                             float* group_move, uint32_t* joined) {                                                    \
+    extern "C" __global__ void __launch_bounds__(1024) near_separate_##name(                                           \
+        Active active, int64_t k, const uint32_t* rank, const float* move, int64_t groups, int64_t restless,           \
+        int64_t pitch, const NearState* state, T* near_moved, float* near_start, const uint32_t* silent,               \
+        uint32_t* members, uint32_t* place, float* group_move, uint32_t* joined) {                                     \
         separate(active, k, rank, move, groups, restless, pitch, state, near_moved, near_start, silent, members,       \
                  place, group_move, joined);                                                                           \
     }                                                                                                                  \

@@ -132,7 +132,8 @@ struct TileScheduler {
 
 /// Brings the rows of each tile that `work` walks, slot by slot: one thread does.
 template <class S, class Walk>
-__device__ void produce_rows(const Shared<S>& s, const CUtensorMap* map, Walk work, const Active& active, bool scratch) {
+__device__ void produce_rows(const Shared<S>& s, const CUtensorMap* map, Walk work, const Active& active,
+                             bool scratch) {
     for (int parity = 1; work.more(); work.next(), parity ^= 1) {
         const int problem = scratch ? work.at : active.problem(work.at);
         for (int group = 0; group < S::GROUPS; ++group) {

@@ -151,8 +151,8 @@ impl ArenaLayout {
         Ok(Arena { _held: held, address, zeroed: 0 })
     }
 
-    /// What stays from one assignment of a fit to the next, with its layout. None if the `first` has no room for it, or a capture
-    /// finds none: that would be freed after each op. Then there is none for those after it, either.
+    /// What stays from one assignment of a fit to the next, with its layout. None if a capture finds none, where it would be freed after
+    /// each op; then there is none for those after the `first`, either.
     pub(super) fn near<'a>(
         self,
         dev: &CudaDevice,
@@ -163,9 +163,9 @@ impl ArenaLayout {
         if !first && memory.near.lock().unwrap_or_else(|e| e.into_inner()).is_none() {
             return Ok(None);
         }
-        let mut held = match BlockGuard::of(memory, &memory.near, dev, op, self.rest, false) {
-            Ok(BlockGuard::Captured(_)) | Err(Error::OutOfMemory { .. }) => return Ok(None),
-            held => held?,
+        let mut held = match BlockGuard::of(memory, &memory.near, dev, op, self.rest, false)? {
+            BlockGuard::Captured(_) => return Ok(None),
+            held => held,
         };
         let address = held.block().bytes.device_ptr(&dev.cuda_stream()).0;
         Ok(Some(Arena { _held: held, address, zeroed: 0 }))

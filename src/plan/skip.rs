@@ -122,7 +122,7 @@ impl NearGroups {
         if self.always {
             2.0
         } else {
-            0.03
+            0.04
         }
     }
 
@@ -132,7 +132,7 @@ impl NearGroups {
         if self.always {
             2.0
         } else {
-            0.8
+            0.9
         }
     }
 

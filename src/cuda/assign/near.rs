@@ -36,8 +36,7 @@ pub(super) struct Scored<'a, T> {
     pub(super) listed: DevicePtr<u32>,
 }
 
-/// What an assignment of a fit has from the one before it, and the memory that it works in. All of it is one allocation, so that a fit
-/// for which there is no room has none of it, and scores all centroids.
+/// What an assignment of a fit has from the one before it, and the memory that it works in, all in one allocation.
 pub(super) struct Near<'a, T> {
     held: Arena<'a>,
     plan: NearGroups,
@@ -73,7 +72,7 @@ pub(super) struct Near<'a, T> {
 }
 
 impl<'a, T: Element> Near<'a, T> {
-    /// Takes over from the last assignment of `n` rows of `d` columns to `k` centroids, or begins a fit. None where there is no memory.
+    /// Takes over from the last assignment of `n` rows of `d` columns to `k` centroids, or begins a fit. None in a capture that finds none of it.
     pub(super) fn new(
         dev: &CudaDevice,
         plan: NearGroups,
