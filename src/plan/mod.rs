@@ -192,6 +192,7 @@ mod tests {
         for (shape, dtype, settings, arch) in [
             ([1, 32_767, 128], halves, many.clone(), arch),
             ([1, 32_768, 129], halves, many.clone(), arch),
+            ([1, 1 << 28, 128], halves, many.clone(), arch),
             ([2, 32_768, 128], halves, many.clone(), arch),
             (shape, DType::F32, many.clone(), arch),
             (shape, halves, KMeans::new(2047), arch),

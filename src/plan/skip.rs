@@ -90,6 +90,8 @@ const GROUPED: usize = 16;
 const NEAR_CENTROIDS: usize = 2048;
 /// So many rows a centroid make up for what groups cost: tiles are of rows that lie together.
 const NEAR_ROWS: usize = 16;
+/// A larger copy of rows may be one too many for the memory that a fit has had room in without it.
+const NEAR_BYTES: usize = 8 << 30;
 /// Fewer centroids make no two groups.
 const NEAR_LEAST: usize = 2 * SKIP_GROUP;
 /// Most columns that `assign_near_sm90.cu` is compiled for.
@@ -105,7 +107,7 @@ impl NearGroups {
         let fits = halves && p.metric == Metric::SquaredEuclidean && p.b == 1 && p.d <= NEAR_COLUMNS;
         // The last assignment comes after all iterations.
         let fits = fits && p.k >= NEAR_LEAST && settings.max_iters >= NEAR_FIRST - 1;
-        let pays = p.k >= NEAR_CENTROIDS && p.n / NEAR_ROWS >= p.k;
+        let pays = p.k >= NEAR_CENTROIDS && p.n / NEAR_ROWS >= p.k && p.n.saturating_mul(2 * p.d) <= NEAR_BYTES;
         let sort = Sort::new([1, p.n, p.k], false, arch);
         (fits && FORCED.get().unwrap_or(pays)).then_some(Self { sort, always: forced() })
     }
