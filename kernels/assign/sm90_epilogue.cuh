@@ -45,7 +45,7 @@ __device__ void epilogue(const Shared<S>& s, Walk work, const Active& active, co
             const int64_t row = numbers.row(place_of_row);
             // The thread's columns are pairs, eight apart. A tie may name a column that is not there.
             const int column = __float_as_int(f.z) + 8 * (place / 2) + place % 2;
-            const uint32_t label = numbers.centroid(label_of(top, column, k));
+            const uint32_t label = has_label(top, column, k) ? numbers.centroid(column) : 0;
             labels[b * n + row] = label;
             float error =
                 error_bound(f.w, columns, row_bounds, S::FROM_ZERO) + (row_error ? __ldg(&row_error[at * n + row]) : 0);

@@ -201,9 +201,11 @@ __device__ __forceinline__ bool nowhere(float top, float squares, const Bounds& 
     return squares != squares || (top == -INFINITY && bounds.scale == 0);
 }
 
-/// The label that a row has until it is rechecked: a tie of scores may name a column that is not there.
+/// Whether a row has the label of that column until it is rechecked, and not 0: a tie of scores may name a column that
+/// is not there.
+__device__ __forceinline__ bool has_label(float top, int column, int64_t k) { return top > -INFINITY && column < k; }
 __device__ __forceinline__ int label_of(float top, int column, int64_t k) {
-    return top > -INFINITY && column < k ? column : 0;
+    return has_label(top, column, k) ? column : 0;
 }
 
 // ---- The accumulators of the thread's two rows and two neighbouring columns, `acc[0..4]`: row by row.
