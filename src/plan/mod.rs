@@ -184,18 +184,19 @@ mod tests {
             assert!(without.steps.skip.near.is_none() && (without.bytes < plan.bytes) == near);
             near
         };
-        let (halves, many) = (DType::F16, KMeans::new(2048));
-        for (shape, dtype) in [([1, 32_768, 128], halves), ([1, 50_000, 70], DType::BF16), ([1, 50_000, 33], halves)] {
+        let (halves, many) = (DType::F16, KMeans::new(4096));
+        for (shape, dtype) in [([1, 1 << 20, 128], halves), ([1, 1 << 21, 70], DType::BF16), ([1, 1 << 22, 33], halves)]
+        {
             assert!(of(shape, dtype, &many, arch), "{shape:?} {dtype:?}");
         }
-        let shape = [1, 32_768, 128];
+        let shape = [1, 1 << 20, 128];
         for (shape, dtype, settings, arch) in [
-            ([1, 32_767, 128], halves, many.clone(), arch),
-            ([1, 32_768, 129], halves, many.clone(), arch),
+            ([1, (1 << 20) - 1, 128], halves, many.clone(), arch),
+            ([1, 1 << 20, 129], halves, many.clone(), arch),
             ([1, 1 << 28, 128], halves, many.clone(), arch),
-            ([2, 32_768, 128], halves, many.clone(), arch),
+            ([2, 1 << 20, 128], halves, many.clone(), arch),
             (shape, DType::F32, many.clone(), arch),
-            (shape, halves, KMeans::new(2047), arch),
+            ([1, 1 << 22, 128], halves, KMeans::new(2047), arch),
             (shape, halves, many.clone().max_iters(2), arch),
             (shape, halves, many.clone().metric(Metric::Dot), arch),
             (shape, halves, many.clone().empty_clusters(EmptyClusters::Relocate), arch),

@@ -88,8 +88,11 @@ const GROUPED: usize = 16;
 
 /// Fewer centroids than these are scored by tensor cores sooner than it is said which of them need not be.
 const NEAR_CENTROIDS: usize = 2048;
-/// So many rows a centroid make up for what groups cost: tiles are of rows that lie together.
+/// So many rows a centroid make tiles of rows that lie together.
 const NEAR_ROWS: usize = 16;
+/// Fewer pairs of a row and a centroid are scored so soon that groups of no use, as those of normal data are, cost a fit of 25
+/// iterations more than 2 % (iterations-versions.md).
+const NEAR_PAIRS: usize = 1 << 32;
 /// A larger copy of rows may be one too many for the memory that a fit has had room in without it.
 const NEAR_BYTES: usize = 8 << 30;
 /// Fewer centroids make no two groups.
@@ -107,7 +110,8 @@ impl NearGroups {
         let fits = halves && p.metric == Metric::SquaredEuclidean && p.b == 1 && p.d <= NEAR_COLUMNS;
         // The last assignment comes after all iterations.
         let fits = fits && p.k >= NEAR_LEAST && settings.max_iters >= NEAR_FIRST - 1;
-        let pays = p.k >= NEAR_CENTROIDS && p.n / NEAR_ROWS >= p.k && p.n.saturating_mul(2 * p.d) <= NEAR_BYTES;
+        let pays = p.k >= NEAR_CENTROIDS && p.n / NEAR_ROWS >= p.k && p.n.saturating_mul(p.k) >= NEAR_PAIRS;
+        let pays = pays && p.n.saturating_mul(2 * p.d) <= NEAR_BYTES;
         let sort = Sort::new([1, p.n, p.k], false, arch);
         (fits && FORCED.get().unwrap_or(pays)).then_some(Self { sort, always: forced() })
     }
