@@ -148,7 +148,7 @@ __device__ void places(const uint32_t* labels, const uint32_t* rank, const Activ
     for (int64_t i = global_thread(); i < n; i += all_threads()) out[i] = rank[labels[i]];
 }
 
-/// Copies the rows in the order in which tiles take them, a warp to a row.
+/// Copies the rows in the order in which tiles take them.
 template <class T>
 __device__ void reorder(const T* x, const Rows& r, const Active& active, const uint32_t* order, int64_t pitch, T* out) {
     if (active.problems(1) == 0) return;
