@@ -4,8 +4,8 @@ use anyhow::{anyhow, Result};
 use plotters::prelude::*;
 use std::path::Path;
 
-/// Readable in print and for the colour-blind (Okabe and Ito), with a grey and a brown beside theirs.
-const COLOURS: [RGBColor; 9] = [
+/// Readable in print and for the colour-blind (Okabe and Ito), with two greys and a brown beside theirs.
+const COLOURS: [RGBColor; 10] = [
     RGBColor(0, 114, 178),
     RGBColor(86, 180, 233),
     RGBColor(0, 158, 115),
@@ -15,6 +15,7 @@ const COLOURS: [RGBColor; 9] = [
     RGBColor(213, 94, 0),
     RGBColor(0, 0, 0),
     RGBColor(150, 90, 40),
+    RGBColor(175, 175, 175),
 ];
 const SIZE: (u32, u32) = (1160, 540);
 /// Of the legend, which stands beside the lines: wherever it lay among them, it would cover some.

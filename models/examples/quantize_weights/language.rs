@@ -19,14 +19,16 @@ use std::collections::{BTreeMap, HashMap};
 /// Methods with codes of about so many bits.
 fn methods(bits: usize) -> Vec<Method> {
     const EACH: [By; 3] = [By::Square, By::Importance, By::Hessian];
+    let ggml = |dtype| Method::Ggml { dtype, by: By::Square };
+    let weighted = |dtype| Method::Ggml { dtype, by: By::Importance };
     // Rounding to four bits is left out: the file's weights are integers of so many, which it would reproduce.
     let (others, few): (&[Method], usize) = match bits {
-        2 => (&[Method::Rounded { bits: 2 }, Method::Ggml(GgmlDType::Q2K)], 16),
-        3 => (&[Method::Rounded { bits: 3 }, Method::Ggml(GgmlDType::Q3K)], 8),
+        2 => (&[Method::Rounded { bits: 2 }, ggml(GgmlDType::Q2K), weighted(GgmlDType::Q2K)], 16),
+        3 => (&[Method::Rounded { bits: 3 }, ggml(GgmlDType::Q3K), weighted(GgmlDType::Q3K)], 8),
         _ => {
-            let (nf4, q4) =
-                ([64, 32].map(|group| Method::Nf4 { group }), [GgmlDType::Q4_0, GgmlDType::Q4K].map(Method::Ggml));
-            (&[nf4, q4].concat(), 8)
+            let nf4 = |group| Method::Nf4 { group };
+            let q4 = [ggml(GgmlDType::Q4_0), ggml(GgmlDType::Q4K), weighted(GgmlDType::Q4K)];
+            (&[&[nf4(64), nf4(32)], q4.as_slice()].concat(), 8)
         }
     };
     let mut methods = others.to_vec();

@@ -88,8 +88,8 @@ pub enum Method {
     Rounded { bits: usize },
     /// Fixed levels, in groups of so many
     Nf4 { group: usize },
-    /// llama.cpp's types, by Candle
-    Ggml(GgmlDType),
+    /// llama.cpp's types, by Candle; by importance with what llama.cpp calls an importance matrix
+    Ggml { dtype: GgmlDType, by: By },
     /// Levels that all rows of a matrix share, the best there are for its scaled weights, and so many outliers a thousand weights
     Shared { bits: usize, outliers: usize, by: By },
     /// Levels of each row's own, without groups
@@ -119,7 +119,7 @@ impl Method {
         match self {
             Self::Rounded { bits } => format!("rounded to {bits} bits"),
             Self::Nf4 { group } => format!("NF4, groups of {group}"),
-            Self::Ggml(dtype) => format!("{dtype:?}").replace("K", "_K"),
+            Self::Ggml { dtype, by } => format!("{dtype:?}{}", calibrated(by)).replacen('K', "_K", 1),
             Self::Shared { bits, outliers, by } => {
                 let outliers = if outliers > 0 { ", outliers" } else { "" };
                 format!("{} levels{outliers}{}", 1 << bits, calibrated(by))
@@ -134,8 +134,8 @@ impl Method {
 
     pub fn by(self) -> By {
         match self {
-            Self::Shared { by, .. } | Self::Residual { by, .. } => by,
-            _ => By::Square,
+            Self::Ggml { by, .. } | Self::Shared { by, .. } | Self::Residual { by, .. } => by,
+            Self::Rounded { .. } | Self::Nf4 { .. } | Self::Own { .. } => By::Square,
         }
     }
 
@@ -144,7 +144,8 @@ impl Method {
         match self {
             Self::Rounded { .. } => "rounded",
             Self::Nf4 { .. } => "NF4",
-            Self::Ggml(_) => "llama.cpp's types",
+            Self::Ggml { by: By::Square, .. } => "llama.cpp's types",
+            Self::Ggml { .. } => "llama.cpp's types, importance",
             Self::Shared { by: By::Hessian, .. } => "optimal levels, Hessian",
             Self::Shared { by: By::Importance, .. } => "optimal levels, importance",
             Self::Shared { .. } | Self::Own { .. } => "optimal levels",
@@ -197,11 +198,21 @@ impl Method {
                 let values = values.reshape(groups.shape())?.broadcast_mul(&scale)?;
                 Ok((values.reshape(weight.shape())?, 4.0 + 16.0 / group as f64))
             }
-            Self::Ggml(dtype) => {
-                // Rows are filled with zeros up to whole blocks, which are not counted.
+            Self::Ggml { dtype, by } => {
+                // Rows, and their importance, are filled with zeros up to whole blocks, which are not counted: a scale within a block has only
+                // zeros, or none.
                 let block = dtype.block_size();
-                let padded = weight.pad_with_zeros(1, 0, inputs.next_multiple_of(block) - inputs)?;
-                let values = QTensor::quantize(&padded, dtype)?.dequantize(weight.device())?;
+                let fill = inputs.next_multiple_of(block) - inputs;
+                let padded = weight.pad_with_zeros(1, 0, fill)?;
+                let stored = match by {
+                    By::Square => QTensor::quantize(&padded, dtype)?,
+                    By::Importance => {
+                        let importance = matrix.importance()?.pad_with_zeros(0, 0, fill)?.to_vec1()?;
+                        QTensor::quantize_imatrix(&padded, &importance, dtype)?
+                    }
+                    By::Hessian => bail!("llama.cpp's types know an importance, not a Hessian"),
+                };
+                let values = stored.dequantize(weight.device())?;
                 let bits = (8 * dtype.type_size()) as f64 / block as f64;
                 Ok((values.narrow(1, 0, inputs)?.contiguous()?, bits))
             }

@@ -10,15 +10,17 @@ use candle_core::{quantized::GgmlDType, Device, Tensor};
 use models::progress::progress;
 use std::{collections::HashMap, fs, path::Path};
 
-const METHODS: [Method; 22] = [
+const METHODS: [Method; 25] = [
     Method::Rounded { bits: 2 },
-    Method::Ggml(GgmlDType::Q2K),
+    Method::Ggml { dtype: GgmlDType::Q2K, by: By::Square },
+    Method::Ggml { dtype: GgmlDType::Q2K, by: By::Importance },
     Method::Shared { bits: 2, outliers: 3, by: By::Square },
     Method::Shared { bits: 2, outliers: 3, by: By::Importance },
     Method::Shared { bits: 2, outliers: 3, by: By::Hessian },
     Method::Residual { stages: 2, few: 16, by: By::Square },
     Method::Rounded { bits: 3 },
-    Method::Ggml(GgmlDType::Q3K),
+    Method::Ggml { dtype: GgmlDType::Q3K, by: By::Square },
+    Method::Ggml { dtype: GgmlDType::Q3K, by: By::Importance },
     Method::Shared { bits: 3, outliers: 3, by: By::Square },
     Method::Shared { bits: 3, outliers: 3, by: By::Importance },
     Method::Shared { bits: 3, outliers: 3, by: By::Hessian },
@@ -26,8 +28,9 @@ const METHODS: [Method; 22] = [
     Method::Rounded { bits: 4 },
     Method::Nf4 { group: 64 },
     Method::Nf4 { group: 32 },
-    Method::Ggml(GgmlDType::Q4_0),
-    Method::Ggml(GgmlDType::Q4K),
+    Method::Ggml { dtype: GgmlDType::Q4_0, by: By::Square },
+    Method::Ggml { dtype: GgmlDType::Q4K, by: By::Square },
+    Method::Ggml { dtype: GgmlDType::Q4K, by: By::Importance },
     Method::Own { bits: 4 },
     Method::Shared { bits: 4, outliers: 3, by: By::Square },
     Method::Shared { bits: 4, outliers: 3, by: By::Importance },
