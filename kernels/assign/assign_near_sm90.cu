@@ -14,7 +14,8 @@
 
 static_assert(2 * SKIP_GROUP == CENTROIDS, "two groups to a tile");
 
-/// What a stage of the ring holds: the first columns of its groups (none: -1), and what is to be done with them.
+/// A stage of the ring holds one or two groups: their first columns (none: -1), and flags of what is to be done with
+/// them.
 struct NearStage {
     int columns[2], flags, unused;
 };
@@ -55,7 +56,7 @@ struct NearScheduler {
         tile = place < tiles ? order[place] : 0;
         following = load(step());
     }
-    /// How far the next place is.
+    /// The distance to the next place.
     __device__ __forceinline__ int step() const {
         const int blocks = gridDim.x, round = place / blocks, block = blockIdx.x;
         return round % 2 ? 2 * block + 1 : 2 * (blocks - block) - 1;
@@ -151,8 +152,9 @@ __device__ __forceinline__ float root(float v) {
     return out;
 }
 
-/// How far a row is from centroids by their scores. With y = |x - mu|^2, the squared distance to a centroid with the
-/// score s is y - 2 (s - shift) (tensor.cuh); y is rounded, and scores are off by half the row's error bound.
+/// Bounds on the distances of a row to centroids, from their scores. With y = |x - mu|^2, the squared distance to a
+/// centroid with the score s is y - 2 (s - shift) (tensor.cuh); y is rounded, and scores are off by half the row's
+/// error bound.
 struct RowDistance {
     float most, least;  // twice a score is taken from these for an upper bound of a squared distance, and a lower one
     float own;          // at least the distance to the row's own centroid, once that is known

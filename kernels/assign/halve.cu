@@ -3,7 +3,7 @@
 //
 // An assignment that skips scores only the groups that may hold a nearest centroid. The better groups are, the fewer
 // those; so only speed depends on what is found here, never a label, and directions are those of a sample, in f32.
-// What is found is the same whatever the order of threads and the number of blocks.
+// Groups are the same whatever the order of threads and the number of blocks.
 //
 // A launch for each level of the tree, ceil(log2(ceil(k / SKIP_GROUP))) of them, each of which reads the members that
 // the one before has written. Where a node has several blocks, each finds the same direction, so that none waits for
@@ -64,8 +64,8 @@ struct Reader {
             unrolled<AHEAD>([&](int e) { rows[e] = row_at(min(places[e], end - 1)); });
             unrolled<AHEAD * 2>([&](int i) {
                 const int e = i / 2, column = (part + i % 2 * lanes) * PIECE;
-                const bool there = places[e] < end && column < r.d;
-                pieces[e][i % 2] = there ? load_piece(row_of(c, r, 0, rows[e]), column, r.d) : uint4{};
+                const bool is_member = places[e] < end && column < r.d;
+                pieces[e][i % 2] = is_member ? load_piece(row_of(c, r, 0, rows[e]), column, r.d) : uint4{};
             });
             unrolled<AHEAD * 2>([&](int i) {
                 widen<T>(reinterpret_cast<float(&)[PIECE]>(v[i / 2].at[i % 2 * PIECE]), pieces[i / 2][i % 2]);
@@ -171,7 +171,7 @@ struct Reader {
             float along[AHEAD];
             project(v, along);
             unrolled<AHEAD>([&](int e) {
-                // What is not finite becomes a NaN, which is the last.
+                // A projection that is not finite becomes a NaN, which is the last.
                 if (part == 0 && places[e] < end) keys[places[e]] = rank_of(0 * along[e] - along[e]);
             });
         });

@@ -1,5 +1,5 @@
-// What an assignment of near groups needs beside its pass (near.cuh): centroids in the order of their groups and how
-// far they have moved, rows in an order of tiles of neighbours, and the lists of the groups that tiles score.
+// Kernels around the pass over near groups (near.cuh). They find how far centroids have moved, bring them into the
+// order of their groups, and rows into one of tiles of neighbours, and list the groups that tiles score.
 //
 // Traffic: centroids three times; per row, its label and its number; per tile and group, its slack twice.
 #include "assign/moved.cuh"
@@ -172,7 +172,7 @@ __device__ void changes(const uint32_t* labels, const uint32_t* was, const Activ
 
 /// Groups are made again after so many assignments with long lists.
 constexpr uint32_t STALE = 4;
-/// Where groups have been of no use, they are made again once so many times fewer rows change, as a power of two.
+/// Each time that groups have been of no use, the share of rows that may change falls by this power of two.
 constexpr int PATIENCE = 3;
 
 /// Decides what the assignment does. Groups are made where at most a share of `few` rows change their label, so that
@@ -205,9 +205,9 @@ __device__ void order_tiles(const uint32_t* lists, int64_t pitch, int64_t tiles,
         for (int i = 0; i < LENGTHS / WARP; ++i) own += next[threadIdx.x * (LENGTHS / WARP) + i];
         uint32_t before = warp_scan(own) - own;
         for (int i = 0; i < LENGTHS / WARP; ++i) {
-            uint32_t& here = next[threadIdx.x * (LENGTHS / WARP) + i];
-            const uint32_t count = here;
-            here = before, before += count;
+            uint32_t& slot = next[threadIdx.x * (LENGTHS / WARP) + i];
+            const uint32_t count = slot;
+            slot = before, before += count;
         }
     }
     __syncthreads();
@@ -267,9 +267,9 @@ __device__ void list_groups(const uint32_t* labels, const uint32_t* order, const
             for (int pass = 0; pass < 2; ++pass) {
                 const uint32_t* const bits = pass ? scored : own;
                 for (int64_t w = 0; w < words; ++w) {
-                    const uint32_t here = bits[w];
-                    if (here >> lane & 1) list[at + __popc(here & ((1u << lane) - 1))] = w * 32 + lane;
-                    at += __popc(here);
+                    const uint32_t word = bits[w];
+                    if (word >> lane & 1) list[at + __popc(word & ((1u << lane) - 1))] = w * 32 + lane;
+                    at += __popc(word);
                 }
                 if (pass == 0) others = at;
             }

@@ -201,8 +201,7 @@ __device__ __forceinline__ bool nowhere(float top, float squares, const Bounds& 
     return squares != squares || (top == -INFINITY && bounds.scale == 0);
 }
 
-/// Whether a row has the label of that column until it is rechecked, and not 0: a tie of scores may name a column that
-/// is not there.
+/// A row has the label of that column until it is rechecked, or else 0: a tie of scores may name one that is not there.
 __device__ __forceinline__ bool has_label(float top, int column, int64_t k) { return top > -INFINITY && column < k; }
 __device__ __forceinline__ int label_of(float top, int column, int64_t k) {
     return has_label(top, column, k) ? column : 0;

@@ -175,7 +175,7 @@ mod tests {
     #[test]
     fn near_groups_are_planned_where_they_pay() {
         let arch = Arch::Cuda { capability: 90, processors: 132 };
-        let of = |shape: [usize; 3], dtype, settings: &KMeans, arch| {
+        let plans_near = |shape: [usize; 3], dtype, settings: &KMeans, arch| {
             let p = Problem::of(&shape, dtype, settings.k, settings.metric).unwrap();
             let plan = Plan::new(&p, Some(RowLayout::packed(shape[2])), settings, arch, |_| Ok(true)).unwrap();
             let near = plan.steps.skip.near.is_some();
@@ -187,7 +187,7 @@ mod tests {
         let (halves, many) = (DType::F16, KMeans::new(4096));
         for (shape, dtype) in [([1, 1 << 20, 128], halves), ([1, 1 << 21, 70], DType::BF16), ([1, 1 << 22, 33], halves)]
         {
-            assert!(of(shape, dtype, &many, arch), "{shape:?} {dtype:?}");
+            assert!(plans_near(shape, dtype, &many, arch), "{shape:?} {dtype:?}");
         }
         let shape = [1, 1 << 20, 128];
         for (shape, dtype, settings, arch) in [
@@ -203,13 +203,13 @@ mod tests {
             (shape, halves, many.clone(), Arch::Cuda { capability: 80, processors: 108 }),
             (shape, halves, many.clone(), Arch::CPU),
         ] {
-            assert!(!of(shape, dtype, &settings, arch), "{shape:?} {dtype:?} {settings:?}");
+            assert!(!plans_near(shape, dtype, &settings, arch), "{shape:?} {dtype:?} {settings:?}");
         }
         // Forced, they are made for any two groups, by a kernel for them.
         for (forced, k, near) in [(true, 128, true), (true, 127, false), (false, 2048, false)] {
             skip::force_skipping(Some(forced));
             assign::force(Some("assign_sm90"));
-            assert_eq!(of([1, 40_000, 8], halves, &KMeans::new(k), arch), near, "{k}");
+            assert_eq!(plans_near([1, 40_000, 8], halves, &KMeans::new(k), arch), near, "{k}");
             assign::force(None);
             skip::force_skipping(None);
         }

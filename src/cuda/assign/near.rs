@@ -183,8 +183,8 @@ impl<'a, T: Element> Near<'a, T> {
         for level in 0..levels {
             let last = level + 1 == levels;
             // The last level writes to where members stay.
-            let here = (levels - level) % 2 == 1;
-            let (from, to) = if here { (other_members, members) } else { (members, other_members) };
+            let to_members = (levels - level) % 2 == 1;
+            let (from, to) = if to_members { (other_members, members) } else { (members, other_members) };
             let from = if level == 0 { DevicePtr::NULL } else { from };
             let rank = if last { self.rank } else { DevicePtr::NULL };
             let blocks = c.n.div_ceil(HALVE_ROWS).min(processors(dev)?).max(1 << level);
@@ -202,7 +202,7 @@ impl<'a, T: Element> Near<'a, T> {
     fn score(&self, dev: &CudaDevice, scored: &Scored<'_, T>) -> Result<()> {
         let Self { sizes, .. } = self;
         let Some(half) = T::HALF else { return Ok(()) };
-        let &Scored { x: (_, x), active: _, mu, own, bounds, padded, labels, list, listed, .. } = scored;
+        let &Scored { x: (_, x), mu, own, bounds, padded, labels, list, listed, .. } = scored;
         let ((n, d), (steps, groups)) = ((x.n, x.d), sm90_shape(x.d));
         let (pitch, places) = (sizes.pitch, sizes.places);
         let row_map = TensorMap::new(half, self.rows.address, [1, n, d], [n * pitch, pitch], SM90_ROWS)?;

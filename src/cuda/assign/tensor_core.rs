@@ -133,13 +133,15 @@ pub(super) fn assign<T: Element>(
         let map = TensorMap::new(half, moved.address, [copies, k, d], [k * pitch, pitch], SM90_CENTROIDS)?;
         let tiles = elements(&[x.b, x.n.div_ceil(SM90_ROWS * groups)]).min(processors);
         let near = near.map(|near| Near::new(dev, near, [x.n, k, d], turn, memory)).transpose()?.flatten();
-        let (x_of, c_of) = ((&xs, x), (&cs, &one));
-        let left = near.map(|near| {
-            let scored =
-                Scored { x: x_of, c: c_of, active, mu, moved, search_start, own, bounds, padded, labels, list, listed };
-            near.assign(dev, &scored)
-        });
-        let dense = left.unwrap_or(Ok(active))?;
+        let dense = match near {
+            Some(near) => {
+                let (x, c) = ((&xs, x), (&cs, &one));
+                let scored =
+                    Scored { x, c, active, mu, moved, search_start, own, bounds, padded, labels, list, listed };
+                near.assign(dev, &scored)?
+            }
+            None => active,
+        };
         launch!(dev, AssignSm90, sm90_name(steps), T::SUFFIX, tiles, 128 * (groups + 1), SM90_SHARED;
             &row_map, &map, &shape(x), &dense, &search_start, &scale, &own, &bounds, &k64, &padded64, &copies64, &no_slack,
             &labels, &list, &listed)?;
