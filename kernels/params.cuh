@@ -99,9 +99,10 @@ struct ProductCodes {
     const uint8_t* codes;  // (key heads, tokens, bytes): codes of 8 bits, or of 4, the earlier in the low ones
     const void* entries;   // (key heads, tables, 2^bits, columns)
     int columns, bits;
-    int64_t tables;  // one for each piece, or one for all of them
+    int64_t tables;        // one for each piece, or one for all of them
+    const uint8_t* gains;  // (key heads, tokens): codes of what a row's entries are multiplied by, or nothing
 };
-LAYOUT(ProductCodes, 32, tables, 24);
+LAYOUT(ProductCodes, 40, gains, 32);
 
 /// A cache and the queries of one token. A unit is what chooses alone: the query heads of a key head together, or each
 /// of them. Means are codes in bytes, whole numbers and 128, each row's times a scale.
@@ -128,7 +129,7 @@ struct Cache {
     int entries;                          // their place in shared memory, in 16 bytes, or 0 where they have none
     int team;  // whether the blocks of a unit are a thread block cluster that ranks as a team
 };
-LAYOUT(Cache, 256, team, 252);
+LAYOUT(Cache, 272, team, 268);
 
 /// Queries, keys and values. Strides are in elements; queries and means are dense.
 struct Route {

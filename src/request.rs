@@ -311,6 +311,8 @@ pub(crate) struct Coded<'a> {
     pub entries: &'a Tensor,
     /// The mean rows, `(b, heads, k, d)`.
     pub means: Codes<'a>,
+    /// u8 `(b, heads, m, 1)`: code `i` multiplies a row's entries by `2^(-i / GAINS_PER_OCTAVE)`.
+    pub gains: Option<&'a Tensor>,
 }
 
 /// Queries, keys and values, and how the queries read them.

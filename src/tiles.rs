@@ -216,6 +216,8 @@ pub const ATTEND_HEADS: usize = 8;
 pub const ATTEND_TEAM: usize = 4_000;
 /// Bytes of mean values of a block that it asks for before it reads mean keys.
 pub const ATTEND_PREFETCHED: usize = 65_536;
+/// Gains of product codes to an octave: code `i` is one of `2^(-i / 16)`.
+pub const GAINS_PER_OCTAVE: usize = 16;
 /// Threads of a block of `select.cu`, which ranks the clusters of a unit.
 pub const SELECT_THREADS: usize = 1024;
 /// The same where units are many, so that blocks share a multiprocessor.

@@ -96,6 +96,11 @@ __device__ __forceinline__ uint4 look_up(const uint8_t* codes, const T* entries,
     return piece.all;
 }
 
+/// The gain of a row of product codes (Sabin and Gray 1984), by which its entries are multiplied.
+__device__ __forceinline__ float gain_of(const ProductCodes& codes, int64_t row) {
+    return codes.gains ? exp2f(float(__ldg(codes.gains + row)) * (-1.0f / GAINS_PER_OCTAVE)) : 1;
+}
+
 /// Calls `f` with the columns of a piece and the bits of a code as constants.
 template <class T, class F>
 __device__ __forceinline__ void with_pieces(const ProductCodes& codes, F f) {

@@ -3,8 +3,8 @@
 //! The passes are those of [`attend`](super::attend): mean keys are scored, every unit takes its best clusters up to the budget, and what is
 //! read is shared out in parts that do not depend on the number of threads. Codes lie cluster by cluster, so that a cluster's are one run of
 //! memory, and they are never unpacked. A query has a table of its products with all entries, from which the score of a token is its
-//! cluster's and a number for each byte (asymmetric distances, Jegou et al. 2011). The weights of tokens are added up by byte, and only their
-//! sums meet the entries' columns.
+//! cluster's and a number for each byte (asymmetric distances, Jegou et al. 2011), times its gain if there is one. The weights of tokens,
+//! times their gains, are added up by byte, and only their sums meet the entries' columns.
 //!
 //! A key head costs a read of every mean, as bytes, and `budget * units` of codes.
 
@@ -15,7 +15,7 @@ use super::{
     parts::{attend_parts, narrowed, Heads},
     product_codes::{look_up, CodedView, BYTE},
     softmax::{add, clear, read_tokens, read_values, state_len, weigh, Score, Scratch},
-    tensors::{lock, typed},
+    tensors::{lock, or, typed},
     tile::{padded, Scores, Tile, TileRows, TILE},
 };
 use crate::{
@@ -40,14 +40,17 @@ pub(crate) fn attend_coded(a: &CodedAttention<'_>) -> Result<Option<Tensor>> {
     let [k1, k2, k3, k4] = [ck.codes, ck.entries, ck.means.bytes, ck.means.scales];
     let [v1, v2, v3, v4] = [cv.codes, cv.entries, cv.means.bytes, cv.means.scales];
     let coded = [a.offsets, a.spreads, k1, k2, k3, k4, v1, v2, v3, v4];
-    if coded.iter().any(|t| !t.is_contiguous()) {
+    if coded.into_iter().chain(ck.gains).chain(cv.gains).any(|t| !t.is_contiguous()) {
         return Ok(None);
     }
     typed!(a.q.dtype(), T => {
         let [offsets, spreads, k1, k2, k3, k4, v1, v2, v3, v4] = coded.map(|t| -> &dyn Readable { t });
-        let inputs: [&dyn Readable; 13] =
-            [&q.operand, &keys.operand, &values.operand, offsets, spreads, k1, k2, k3, k4, v1, v2, v3, v4];
-        let [qs, ks, vs, offsets, spreads, k1, k2, k3, k4, v1, v2, v3, v4] = lock(inputs);
+        let (k5, v5) = (or(ck.gains, k1), or(cv.gains, v1));
+        let inputs: [&dyn Readable; 15] =
+            [&q.operand, &keys.operand, &values.operand, offsets, spreads, k1, k2, k3, k4, k5, v1, v2, v3, v4, v5];
+        let [qs, ks, vs, offsets, spreads, k1, k2, k3, k4, k5, v1, v2, v3, v4, v5] = lock(inputs);
+        let key_gains = ck.gains.map(|_| k5.flat()).transpose()?;
+        let value_gains = cv.gains.map(|_| v5.flat()).transpose()?;
         let (group, n) = (q_heads * b / keys.b, a.offsets.dims()[2] - 1);
         let mean_keys = TileRows::of_codes(k3.flat()?, k4.flat()?, n, keys.d);
         let mean_values = TileRows::of_codes(v3.flat()?, v4.flat()?, n, values.d);
@@ -57,8 +60,8 @@ pub(crate) fn attend_coded(a: &CodedAttention<'_>) -> Result<Option<Tensor>> {
             values: TileRows::of(&vs.view::<T>(&values)?),
             offsets: offsets.flat()?,
             spreads: spreads.flat()?,
-            coded_keys: CodedView::new(&ck, k1.flat()?, k2.flat::<T>()?, mean_keys)?,
-            coded_values: CodedView::new(&cv, v1.flat()?, v2.flat::<T>()?, mean_values)?,
+            coded_keys: CodedView::new(&ck, k1.flat()?, k2.flat::<T>()?, mean_keys, key_gains)?,
+            coded_values: CodedView::new(&cv, v1.flat()?, v2.flat::<T>()?, mean_values, value_gains)?,
             k: n,
             group,
             units: if a.shared { 1 } else { group },
@@ -300,7 +303,8 @@ impl<E: Lane> Read<'_, '_, E> {
             scores.clear();
             for (j, run) in runs.clone() {
                 let mean = self.scores[cache.tile(p, j, head)][j % TILE];
-                scores.extend(cache.coded_keys.rows(p, run).map(|codes| mean.add(look_up(codes, tables))));
+                let tokens = cache.coded_keys.rows(p, run.clone()).zip(cache.coded_keys.gains(p, run));
+                scores.extend(tokens.map(|(codes, gain)| mean.add(gain.mul(look_up(codes, tables)))));
             }
             weigh(scores, state, width);
 
@@ -309,8 +313,10 @@ impl<E: Lane> Read<'_, '_, E> {
             let mut weights = scores.iter();
             for (j, run) in runs.clone() {
                 let mut total = zero;
-                for (codes, &weight) in cache.coded_values.rows(p, run).zip(&mut weights) {
+                let tokens = cache.coded_values.rows(p, run.clone()).zip(cache.coded_values.gains(p, run));
+                for ((codes, gain), &weight) in tokens.zip(&mut weights) {
                     total = total.add(weight);
+                    let weight = gain.mul(weight);
                     for (&code, sums) in codes.iter().zip(tables.chunks_exact_mut(BYTE)) {
                         let sum = &mut sums[usize::from(code)];
                         *sum = sum.add(weight);

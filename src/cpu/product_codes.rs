@@ -5,7 +5,7 @@ use super::{
     tensors::Element,
     tile::{padded, TileRows},
 };
-use crate::{error::Result, request::Coded};
+use crate::{error::Result, request::Coded, tiles::GAINS_PER_OCTAVE};
 use std::ops::Range;
 
 /// Values of a byte, and of half of one.
@@ -18,6 +18,8 @@ pub(super) struct CodedView<'a, E> {
     /// A row for each problem.
     entries: TileRows<'a, E>,
     means: TileRows<'a, E>,
+    /// A code for each row, and what codes stand for.
+    gains: Option<(&'a [u8], Vec<E>)>,
     /// Bytes of a row's codes, and codes of a problem.
     pub(super) bytes: usize,
     tokens: usize,
@@ -34,11 +36,14 @@ impl<'a, E: Lane> CodedView<'a, E> {
         codes: &'a [u8],
         entries: &'a [impl Element<Filter = E>],
         means: TileRows<'a, E>,
+        gains: Option<&'a [u8]>,
     ) -> Result<Self> {
         let ((_, _, tokens, bytes), d) = (of.codes.dims4()?, means.d);
         let (batch, heads, tables, count, columns) = of.entries.dims5()?;
         let entries = TileRows::contiguous(entries, [batch * heads, 1, tables * count * columns]);
-        Ok(Self { codes, entries, means, bytes, tokens, count, columns, d })
+        let gain = |code: usize| E::of((-(code as f64) / GAINS_PER_OCTAVE as f64).exp2());
+        let gains = gains.map(|codes| (codes, (0..BYTE).map(gain).collect()));
+        Ok(Self { codes, entries, means, gains, bytes, tokens, count, columns, d })
     }
 
     pub(super) fn means(&self) -> &TileRows<'a, E> {
@@ -57,6 +62,16 @@ impl<'a, E: Lane> CodedView<'a, E> {
     pub(super) fn rows(&self, p: usize, tokens: Range<usize>) -> std::slice::ChunksExact<'a, u8> {
         let first = p * self.tokens + tokens.start;
         self.codes[first * self.bytes..][..tokens.len() * self.bytes].chunks_exact(self.bytes)
+    }
+
+    /// What the entries of the same tokens are multiplied by: gain and shape (Sabin and Gray 1984).
+    #[inline(always)]
+    pub(super) fn gains(&self, p: usize, tokens: Range<usize>) -> impl Iterator<Item = E> + '_ {
+        let first = p * self.tokens;
+        tokens.map(move |token| match &self.gains {
+            Some((codes, gains)) => gains[usize::from(codes[first + token])],
+            None => E::of(1.0),
+        })
     }
 
     /// The entries of a problem, piece by piece.

@@ -169,22 +169,27 @@ impl Cached<'_> {
             let entries = entries.collect::<Result<Vec<_>>>()?;
             let floats = [q, keys, values].into_iter().chain(&entries).map(read);
             let bytes = [mean_keys.bytes, mean_values.bytes].into_iter().chain(coded.iter().map(|c| c.codes)).map(read);
+            let gains: Vec<_> = coded.iter().map(|c| c.gains.map(read)).collect();
             let (numbers, lists) = (numbers.map(read), [self.offsets].into_iter().chain(order).map(read));
             let [floats, bytes, lists]: [Vec<_>; 3] = [floats.collect(), bytes.collect(), lists.collect()];
             let floats = floats.iter().map(|input| input.view::<T>()).collect::<Result<Vec<_>>>()?;
             let bytes = bytes.iter().map(|input| input.view::<u8>()).collect::<Result<Vec<_>>>()?;
             let numbers = numbers.iter().map(|input| input.view::<f32>()).collect::<Result<Vec<_>>>()?;
             let lists = lists.iter().map(|input| input.view::<u32>()).collect::<Result<Vec<_>>>()?;
+            let gains = gains.iter().map(|input| input.as_ref().map(|input| input.view::<u8>()).transpose());
+            let gains = gains.collect::<Result<Vec<_>>>()?;
             let floats: Vec<_> = floats.iter().map(|view| view.device_ptr(stream)).collect();
             let bytes: Vec<_> = bytes.iter().map(|view| view.device_ptr(stream)).collect();
             let numbers: Vec<_> = numbers.iter().map(|view| view.device_ptr(stream)).collect();
             let lists: Vec<_> = lists.iter().map(|view| view.device_ptr(stream)).collect();
+            let gains: Vec<_> = gains.iter().map(|view| view.as_ref().map(|view| view.device_ptr(stream))).collect();
             let written = out.device_ptr_mut(stream);
             let codes = |i: usize| -> Result<ProductCodes> {
                 let Some(entries) = entries.get(i) else { return Ok(ProductCodes::NONE) };
                 let (_, _, tables, count, columns) = entries.dims5()?;
                 let (codes, bits, tables) = (bytes[2 + i].0, count.trailing_zeros() as i32, tables as i64);
-                Ok(ProductCodes { codes, entries: floats[3 + i].0, columns: columns as i32, bits, tables })
+                let gains = gains[i].as_ref().map_or(0, |gains| gains.0);
+                Ok(ProductCodes { codes, entries: floats[3 + i].0, columns: columns as i32, bits, tables, gains })
             };
             let mut params = Cache {
                 q: floats[0].0,
@@ -270,7 +275,7 @@ impl Tokens<'_> {
                 let aligned = |t: &Tensor| {
                     t.is_contiguous() && (t.layout().start_offset() * t.dtype().size_in_bytes()).is_multiple_of(PIECE)
                 };
-                whole && aligned(entries) && aligned(codes)
+                whole && aligned(entries) && aligned(codes) && coded.gains.is_none_or(Tensor::is_contiguous)
             }),
         }
     }

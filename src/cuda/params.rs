@@ -157,13 +157,14 @@ pub(super) struct ProductCodes {
     pub(super) columns: i32,
     pub(super) bits: i32,
     pub(super) tables: i64,
+    pub(super) gains: u64,
 }
 
 impl ProductCodes {
-    pub(super) const NONE: Self = Self { codes: 0, entries: 0, columns: 0, bits: 0, tables: 0 };
+    pub(super) const NONE: Self = Self { codes: 0, entries: 0, columns: 0, bits: 0, tables: 0, gains: 0 };
 }
 
-layout!(ProductCodes, 32, tables: 24);
+layout!(ProductCodes, 40, gains: 32);
 
 #[repr(C)]
 pub(super) struct Cache {
@@ -204,7 +205,7 @@ pub(super) struct Cache {
     pub(super) team: i32,
 }
 
-layout!(Cache, 256, team: 252);
+layout!(Cache, 272, team: 268);
 
 #[repr(C)]
 pub(super) struct Route {

@@ -22,12 +22,18 @@ type Change<'a> = &'a dyn Fn(&mut ClusteredKvCache);
 const PAIRS: usize = 20;
 const CLUSTERS: usize = 11;
 
+/// Shares of the longest difference that gains hold exactly.
+pub const OCTAVES: &[f64] = &[1.0, 0.5, 0.25];
+/// Differences of one length.
+pub const ALIKE: &[f64] = &[1.0];
+
 /// Keys and values `(2, 2, 2 * PAIRS, d)` that codes hold but for rounding, and the labels of their clusters: a token is a mean, in whole
-/// steps of its largest number, and a difference that is one of two in four columns; its partner has the opposite one.
-fn exact_tokens(d: usize, device: &Device, rng: &mut ChaCha8Rng) -> [Tensor; 3] {
+/// steps of its largest number, and a difference that is one of two in four columns, times one of the `lengths` of keys or of values; its
+/// partner has the opposite one. The first has the first length.
+fn exact_tokens(d: usize, lengths: [&[f64]; 2], device: &Device, rng: &mut ChaCha8Rng) -> [Tensor; 3] {
     let mut of_head = || {
         let labels: Vec<usize> = (0..PAIRS).map(|_| rng.random_range(0..CLUSTERS - 2)).collect();
-        let mut rows = || {
+        let mut rows = |lengths: &[f64]| {
             let mean = |column: usize, rng: &mut ChaCha8Rng| match column {
                 0 => 127,
                 _ => rng.random_range(-127..128),
@@ -37,13 +43,15 @@ fn exact_tokens(d: usize, device: &Device, rng: &mut ChaCha8Rng) -> [Tensor; 3] 
                 .collect();
             let signs: Vec<Vec<f64>> =
                 (0..PAIRS).map(|_| (0..d / 4).map(|_| [-0.125, 0.125][rng.random_range(0..2)]).collect()).collect();
+            let length = |i: usize| lengths[if i == 0 { 0 } else { rng.random_range(0..lengths.len()) }];
+            let lengths: Vec<f64> = (0..PAIRS).map(length).collect();
             let token = |i: usize, sign: f64| {
                 let (mean, signs) = (&means[labels[i]], &signs[i]);
-                (0..d).map(|column| mean[column] + sign * signs[column / 4]).collect::<Vec<_>>()
+                (0..d).map(|column| mean[column] + sign * lengths[i] * signs[column / 4]).collect::<Vec<_>>()
             };
             (0..PAIRS).map(|i| token(i, 1.0)).chain((0..PAIRS).map(|i| token(i, -1.0))).flatten().collect::<Vec<_>>()
         };
-        let (keys, values) = (rows(), rows());
+        let (keys, values) = (rows(lengths[0]), rows(lengths[1]));
         (keys, values, labels.repeat(2))
     };
     let heads: Vec<Head> = (0..4).map(|_| of_head()).collect();
@@ -58,6 +66,18 @@ fn exact_tokens(d: usize, device: &Device, rng: &mut ChaCha8Rng) -> [Tensor; 3] 
 
 /// The same tokens in two segments of a cache with codes and of one without, and some that are not clustered.
 pub fn twins(codes: KvCodes, d: usize, dtype: DType, device: &Device, rng: &mut ChaCha8Rng) -> [ClusteredKvCache; 2] {
+    twins_of([ALIKE, ALIKE], codes, d, dtype, device, rng)
+}
+
+/// The same of tokens that differ from their means by such lengths.
+pub fn twins_of(
+    lengths: [&[f64]; 2],
+    codes: KvCodes,
+    d: usize,
+    dtype: DType,
+    device: &Device,
+    rng: &mut ChaCha8Rng,
+) -> [ClusteredKvCache; 2] {
     let mut twins = [empty().codes(codes), empty()];
     let append = |keys: &Tensor, values: &Tensor, twins: &mut [ClusteredKvCache; 2]| {
         for cache in twins {
@@ -68,7 +88,7 @@ pub fn twins(codes: KvCodes, d: usize, dtype: DType, device: &Device, rng: &mut 
     append(&random(SINKS), &random(SINKS), &mut twins);
     let near = [random(RECENT), random(RECENT), random(5), random(5)];
     for segment in 0..2 {
-        let [keys, values, labels] = exact_tokens(d, device, rng);
+        let [keys, values, labels] = exact_tokens(d, lengths, device, rng);
         append(&keys, &values, &mut twins);
         append(&near[0], &near[1], &mut twins);
         twins.iter_mut().for_each(|cache| cache.group(&labels, CLUSTERS).unwrap());
@@ -128,11 +148,12 @@ fn codes_are_read_as_what_they_stand_for() {
 /// The same with everything read, in every dtype, where tokens were forgotten and sequences moved.
 #[test]
 fn codes_are_forgotten_and_moved_as_tokens_are() {
-    for (device, dtype, codes) in devices().into_iter().flat_map(|device| {
-        DTYPES.into_iter().flat_map(move |t| [FEW, turned(&FEW, 8, &device)].map(|codes| (device.clone(), t, codes)))
+    for (device, dtype, (codes, lengths)) in devices().into_iter().flat_map(|device| {
+        let of = [(FEW, ALIKE), (turned(&FEW, 8, &device), ALIKE), (FEW.gains(true, true), OCTAVES)];
+        DTYPES.into_iter().flat_map(move |t| of.clone().map(|codes| (device.clone(), t, codes)))
     }) {
         let mut rng = rng(81);
-        let all = twins(codes.clone(), 8, dtype, &device, &mut rng);
+        let all = twins_of([lengths; 2], codes.clone(), 8, dtype, &device, &mut rng);
         let n = all[0].current_seq_len();
         assert_eq!(n, SINKS + 4 * PAIRS + RECENT + 5);
         let index = Tensor::new(&[1u32, 0, 1], &device).unwrap();
@@ -211,6 +232,8 @@ fn one_row_is_one_of_many() {
             KvCodes::new().keys(4, 4).values(1, 4),
             KvCodes::new().shared(true, true).rotation(Rotation::Random { seed: 3 }, Rotation::Pca),
             KvCodes::new().keys(4, 8).values(1, 4).shared(false, true).rotation(Rotation::Pca, Rotation::None),
+            KvCodes::new().gains(true, true),
+            KvCodes::new().keys(2, 8).values(2, 4).gains(false, true).shared(true, true),
         ] {
             let mut rng = rng(83);
             let cache = coded(codes.clone(), 3000, DType::F32, &device, &mut rng);
@@ -262,21 +285,23 @@ fn codes_do_not_depend_on_neighbours() {
     for device in devices() {
         let mut rng = rng(84);
         let tokens: Vec<_> = (0..3).map(|_| random([2, 2, 160, 8], DType::F32, &device, &mut rng)).collect();
-        let new = || ClusteredKvCache::new(160).segment(1).max_segment(40).codes(FEW);
-        let filled = |k: &Tensor, v: &Tensor| {
-            let mut cache = new();
-            cache.append(k, v).unwrap();
-            cache
-        };
-        let mut together: Vec<_> = tokens.iter().map(|t| filled(t, &(t * 2.0).unwrap())).collect();
-        assert!(ClusteredKvCache::cluster_layers(&mut together).unwrap());
-        for (layer, t) in together.iter().zip(&tokens) {
-            for sequence in 0..2 {
-                let of = |t: &Tensor| t.narrow(0, sequence, 1).unwrap();
-                let mut alone = filled(&of(t), &of(&(t * 2.0).unwrap()));
-                assert!(alone.cluster().unwrap());
-                for (a, b) in [(alone.k(), layer.k()), (alone.v(), layer.v())] {
-                    assert_same(&a.unwrap().unwrap(), &of(&b.unwrap().unwrap()), "tokens");
+        for codes in [FEW, FEW.gains(true, true)] {
+            let new = || ClusteredKvCache::new(160).segment(1).max_segment(40).codes(codes.clone());
+            let filled = |k: &Tensor, v: &Tensor| {
+                let mut cache = new();
+                cache.append(k, v).unwrap();
+                cache
+            };
+            let mut together: Vec<_> = tokens.iter().map(|t| filled(t, &(t * 2.0).unwrap())).collect();
+            assert!(ClusteredKvCache::cluster_layers(&mut together).unwrap());
+            for (layer, t) in together.iter().zip(&tokens) {
+                for sequence in 0..2 {
+                    let of = |t: &Tensor| t.narrow(0, sequence, 1).unwrap();
+                    let mut alone = filled(&of(t), &of(&(t * 2.0).unwrap()));
+                    assert!(alone.cluster().unwrap());
+                    for (a, b) in [(alone.k(), layer.k()), (alone.v(), layer.v())] {
+                        assert_same(&a.unwrap().unwrap(), &of(&b.unwrap().unwrap()), "tokens");
+                    }
                 }
             }
         }
@@ -289,23 +314,28 @@ fn padded_sequences_have_codes() {
     for device in devices() {
         let mut rng = rng(85);
         let [k, v, q] = [160, 160, 1].map(|n| random([2, 2, n, 8], DType::F32, &device, &mut rng));
-        let new = || ClusteredKvCache::new(160).segment(1).codes(FEW);
-        let mut both = new();
-        both.left_padding(&Tensor::new(&[0u32, 9], &device).unwrap()).unwrap();
-        both.append(&k, &v).unwrap();
-        assert!(both.cluster().unwrap());
-        let out = both.attend(&q, SCALE, KvBudget::new(usize::MAX)).unwrap();
-        let [keys, values] = [both.k(), both.v()].map(|t| t.unwrap().unwrap());
-        for (sequence, start) in [(0, 0), (1, 9)] {
-            let of = |t: &Tensor| t.narrow(0, sequence, 1).unwrap();
-            let mut alone = ClusteredKvCache::new(160);
-            let seen = |t: &Tensor| of(t).narrow(2, start, 160 - start).unwrap();
-            alone.append(&seen(&keys), &seen(&values)).unwrap();
-            let expected = alone.attend(&of(&q), SCALE, KvBudget::new(0)).unwrap();
-            assert_near(&of(&out), &f64s(&expected), 2e-5, &format!("sequence {sequence}"));
+        for codes in [FEW, FEW.gains(true, false)] {
+            let new = || ClusteredKvCache::new(160).segment(1).codes(codes.clone());
+            let mut both = new();
+            both.left_padding(&Tensor::new(&[0u32, 9], &device).unwrap()).unwrap();
+            both.append(&k, &v).unwrap();
+            assert!(both.cluster().unwrap());
+            let out = both.attend(&q, SCALE, KvBudget::new(usize::MAX)).unwrap();
+            let [keys, values] = [both.k(), both.v()].map(|t| t.unwrap().unwrap());
+            for (sequence, start) in [(0, 0), (1, 9)] {
+                let of = |t: &Tensor| t.narrow(0, sequence, 1).unwrap();
+                let mut alone = ClusteredKvCache::new(160);
+                let seen = |t: &Tensor| of(t).narrow(2, start, 160 - start).unwrap();
+                alone.append(&seen(&keys), &seen(&values)).unwrap();
+                let expected = alone.attend(&of(&q), SCALE, KvBudget::new(0)).unwrap();
+                assert_near(&of(&out), &f64s(&expected), 2e-5, &format!("sequence {sequence}"));
+            }
         }
     }
 }
+
+/// Tokens that are evicted, of so many.
+const CUTS: [(usize, usize); 4] = [(0, 60), (0, 120), (5, 120), (110, 120)];
 
 /// A file gives back a cache with codes to the bit, which goes on as the one that was written.
 #[test]
@@ -313,9 +343,12 @@ fn files_hold_codes() {
     let folder = Folder::new("kv-codes");
     let path = folder.0.join("cache.safetensors");
     for (device, dtype) in devices().into_iter().flat_map(|device| DTYPES.map(|t| (device.clone(), t))) {
-        for (evicted, n) in [(0, 60), (0, 120), (5, 120), (110, 120)] {
+        let with_gains = [(true, true), (false, true)].map(|(keys, values)| FEW.gains(keys, values));
+        let all =
+            with_gains.into_iter().chain([FEW]).flat_map(|codes| CUTS.map(|(evicted, n)| (codes.clone(), evicted, n)));
+        for (codes, evicted, n) in all {
             let mut rng = rng(86);
-            let mut cache = empty().max_segment(50).codes(FEW);
+            let mut cache = empty().max_segment(50).codes(codes);
             let [k, v] = [8, 12].map(|columns| random([2, 2, n + 60, columns], dtype, &device, &mut rng));
             let part = |t: &Tensor, start, len| t.narrow(2, start, len).unwrap();
             cache.append(&part(&k, 0, n), &part(&v, 0, n)).unwrap();
@@ -342,7 +375,7 @@ fn files_hold_codes() {
 fn damaged_codes_are_refused() {
     let (folder, mut rng) = (Folder::new("kv-codes-damaged"), rng(87));
     let path = folder.0.join("cache.safetensors");
-    let cache = coded(FEW, 140, DType::F32, &Device::Cpu, &mut rng);
+    let cache = coded(FEW.gains(true, true), 140, DType::F32, &Device::Cpu, &mut rng);
     cache.save(&path).unwrap();
     let bytes = std::fs::read(&path).unwrap();
     for at in (0..bytes.len()).step_by(997) {
@@ -436,17 +469,20 @@ fn steps_go_on_over_codes() {
         let mut rng = rng(91);
         let cache = || ClusteredKvCache::new(400).segment(40);
         let budget = KvBudget::new(usize::MAX);
-        let mut layers = [cache().codes(FEW.values(1, 4)), cache()].map(|cache| ClusteredAttention::new(cache, budget));
-        let random = |heads, n, rng: &mut ChaCha8Rng| random([2, heads, n, 16], DType::F32, &device, rng);
-        for step in 0..100 {
-            let n = if step == 0 { 300 } else { 1 };
-            let [q, k, v] = [4, 2, 2].map(|heads| random(heads, n, &mut rng));
-            let offset = layers[0].offset();
-            let [a, b] = layers.each_mut().map(|layer| layer.forward(&q, &k, &v, offset).unwrap());
-            assert_near(&a, &f64s(&b), if step == 0 { 1e-5 } else { 0.1 }, &format!("step {step}"));
+        // Columns of uniform rows are no longer uniform once lengths are taken from them: codes keep less of them.
+        for (codes, most) in [(FEW.values(1, 4), 0.1), (FEW.values(1, 4).gains(true, true), 0.2)] {
+            let mut layers = [cache().codes(codes), cache()].map(|cache| ClusteredAttention::new(cache, budget));
+            let random = |heads, n, rng: &mut ChaCha8Rng| random([2, heads, n, 16], DType::F32, &device, rng);
+            for step in 0..100 {
+                let n = if step == 0 { 300 } else { 1 };
+                let [q, k, v] = [4, 2, 2].map(|heads| random(heads, n, &mut rng));
+                let offset = layers[0].offset();
+                let [a, b] = layers.each_mut().map(|layer| layer.forward(&q, &k, &v, offset).unwrap());
+                assert_near(&a, &f64s(&b), if step == 0 { 1e-5 } else { most }, &format!("step {step}"));
+            }
+            let [a, b] = layers.each_ref().map(|layer| layer.cache().bytes());
+            assert!(2 * a < b, "{a} bytes with codes, {b} without");
         }
-        let [a, b] = layers.each_ref().map(|layer| layer.cache().bytes());
-        assert!(2 * a < b, "{a} bytes with codes, {b} without");
     }
 }
 

@@ -24,6 +24,7 @@ mod grouped;
 mod kernels;
 mod kv_cache;
 mod kv_codes;
+mod kv_gains;
 mod kv_rotations;
 mod labels;
 #[cfg(feature = "nccl")]

@@ -50,7 +50,7 @@ struct Args {
     #[arg(long, value_delimiter = ',', default_values_t = [2048])]
     max_segment: Vec<usize>,
     /// Keep clustered tokens as codes, too: columns of a piece and bits of its code, of keys and of values, as 4x8,4x8; +shared has one table
-    /// for all pieces, +random and +pca rotate rows, as 1x4+shared+random,4x8+pca. As often as it is given
+    /// for all pieces, +random and +pca rotate rows, +lengths has lengths apart, as 1x4+shared+random,4x8+pca. As often as it is given
     #[arg(long, value_name = "KEYS,VALUES", value_parser = codes)]
     codes: Vec<Coding>,
     /// Ask for hidden digits in so many prompts instead
@@ -81,21 +81,24 @@ fn codes(text: &str) -> Result<Coding> {
     let of_rows = |text: &str| {
         let (pieces, options) = text.split_once('+').unwrap_or((text, ""));
         let (columns, bits) = pieces.split_once('x').with_context(|| format!("{pieces} is not as 4x8"))?;
-        let (mut shared, mut rotation) = (false, Rotation::None);
+        let (mut shared, mut lengths, mut rotation) = (false, false, Rotation::None);
         for option in options.split('+').filter(|option| !option.is_empty()) {
             match option {
                 "shared" => shared = true,
+                "lengths" => lengths = true,
                 "random" => rotation = Rotation::Random { seed: 0 },
                 "pca" => rotation = Rotation::Pca,
-                _ => bail!("{option} is none of shared, random and pca"),
+                _ => bail!("{option} is none of shared, lengths, random and pca"),
             }
         }
-        Ok((columns.parse()?, bits.parse()?, shared, rotation))
+        Ok((columns.parse()?, bits.parse()?, [shared, lengths], rotation))
     };
     let (keys, values) = text.split_once(',').with_context(|| format!("{text} is not as 4x8,4x8"))?;
-    let ((columns, bits, shared, rotation), values) = (of_rows(keys)?, of_rows(values)?);
-    let codes = KvCodes::new().keys(columns, bits).values(values.0, values.1);
-    Ok(Coding { name: text.to_string(), codes: codes.shared(shared, values.2).rotation(rotation, values.3) })
+    let ((columns, bits, keys, rotation), (of_values, bits_of_values, values, turned)) =
+        (of_rows(keys)?, of_rows(values)?);
+    let codes = KvCodes::new().keys(columns, bits).values(of_values, bits_of_values);
+    let codes = codes.shared(keys[0], values[0]).gains(keys[1], values[1]).rotation(rotation, turned);
+    Ok(Coding { name: text.to_string(), codes })
 }
 
 fn main() -> Result<()> {

@@ -2,7 +2,7 @@
 
 use super::{
     quantized::{Quantized, Usage},
-    quantizer::{commitment, load_codebook, open, save, widened},
+    quantizer::{commitment, largest, load_codebook, open, save, widened},
     replicas::{Batches, Replicas},
     rotation::rotate_to,
     Codebook,
@@ -20,7 +20,6 @@ use crate::{
     running_means::{check_running, unit_vectors, RunningMeans},
 };
 use candle_core::{DType, Device, Tensor};
-use half::{bf16, f16};
 use std::{path::Path, sync::Arc};
 
 /// Settings of a codebook that learns while a model trains. Names and defaults are those of vector-quantize-pytorch.
@@ -374,15 +373,5 @@ impl EmaCodebook {
         let (means, weights) = (file.take("means")?, file.take("weights")?);
         loaded.running = RunningMeans { means, weights, ..loaded.running }.checked(&file, &shape)?;
         Ok(Self { steps, ..loaded })
-    }
-}
-
-/// The largest finite number of a dtype.
-fn largest(dtype: DType) -> f64 {
-    match dtype {
-        DType::F16 => f16::MAX.to_f64(),
-        DType::BF16 => bf16::MAX.to_f64(),
-        DType::F32 => f32::MAX as f64,
-        _ => f64::MAX,
     }
 }

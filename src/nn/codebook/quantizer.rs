@@ -11,6 +11,7 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor, D};
 use candle_nn::Module;
+use half::{bf16, f16};
 use std::path::Path;
 
 /// A quantiser says here what it is made of, and what it makes of rows. [`quantizer!`] gives all of them the rest.
@@ -150,6 +151,16 @@ pub(in crate::nn) fn wide(dtype: DType) -> DType {
         DType::F64
     } else {
         DType::F32
+    }
+}
+
+/// The largest finite number of a dtype.
+pub(in crate::nn) fn largest(dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => f16::MAX.to_f64(),
+        DType::BF16 => bf16::MAX.to_f64(),
+        DType::F32 => f32::MAX as f64,
+        _ => f64::MAX,
     }
 }
 

@@ -265,7 +265,7 @@ impl ClusteredKvCache {
             if layer.rotations.waits() {
                 stored = rotations.stored(stored)?;
             }
-            Ok(Part::Codes(coded, stored, rotations))
+            Ok(Part::Codes(Box::new(coded), stored, rotations))
         });
         parts.collect()
     }
@@ -276,7 +276,7 @@ impl ClusteredKvCache {
             match part {
                 Part::Clusters(clusters) => layer.clusters = Some(clusters),
                 Part::Codes(coded, stored, rotations) => {
-                    (layer.coded, layer.stored, layer.rotations) = (Some(coded), Some(stored), rotations);
+                    (layer.coded, layer.stored, layer.rotations) = (Some(*coded), Some(stored), rotations);
                 }
             }
         }
@@ -296,7 +296,7 @@ fn spreads(keys: &Tensor, means: &Tensor, order: &Order, sizes: &Tensor) -> Resu
 /// A layer holds one of these once its waiting tokens are clustered.
 enum Part {
     Clusters(KvClusters),
-    Codes(CodedTokens, Stored, Rotations),
+    Codes(Box<CodedTokens>, Stored, Rotations),
 }
 
 impl Settings {

@@ -50,14 +50,8 @@ impl CodedTokens {
         let sorted = &clusters.labels.contiguous()?.gather(&clusters.order.contiguous()?, 2)?;
         let places = [&clusters.order, sorted];
         let new = Self {
-            keys: CodedRows::new(keys, &clusters.mean_keys, places, pieces[0], before.map(|b| &b.keys.quantizer))?,
-            values: CodedRows::new(
-                values,
-                &clusters.mean_values,
-                places,
-                pieces[1],
-                before.map(|b| &b.values.quantizer),
-            )?,
+            keys: CodedRows::new(keys, &clusters.mean_keys, places, pieces[0], before.map(|b| &b.keys))?,
+            values: CodedRows::new(values, &clusters.mean_values, places, pieces[1], before.map(|b| &b.values))?,
             // Copies: what these are parts of would stay with them.
             offsets: clusters.offsets.force_contiguous()?,
             spreads: clusters.spreads.force_contiguous()?,
@@ -129,8 +123,8 @@ impl CodedTokens {
         let at = inverse_order(&order)?.gather(&kept_order.broadcast_add(&start)?, 2)?;
         let of_clusters = |t: &Tensor| Ok(t.narrow(2, clusters.start, clusters.len())?.contiguous()?);
         let rows = |rows: &CodedRows| {
-            let (codes, quantizer) = (rows.codes_at(&at)?, rows.quantizer.clone());
-            Ok::<_, Error>(CodedRows { codes, quantizer, means: rows.means.map(&of_clusters)? })
+            let means = rows.means.map(&of_clusters)?;
+            Ok::<_, Error>(CodedRows { means, ..rows.at(&at)? })
         };
         let (keys, values, spreads) = (rows(&self.keys)?, rows(&self.values)?, of_clusters(&self.spreads)?);
         Ok(Self { keys, values, offsets, spreads, labels, segments: segments.into() })
@@ -154,14 +148,14 @@ impl CodedTokens {
     /// The keys and values at the places `at`, u32 `(batch, kv_heads, n)`, of tokens with these `labels` there.
     pub(super) fn decoded_at(&self, at: &Tensor, labels: &Tensor) -> Result<[Tensor; 2]> {
         let labels = &labels.contiguous()?.gather(at, 2)?;
-        let decoded = |rows: &CodedRows| rows.decode(&rows.codes_at(at)?, labels);
+        let decoded = |rows: &CodedRows| rows.at(at)?.decode(labels);
         Ok([decoded(&self.keys)?, decoded(&self.values)?])
     }
 
     /// The keys or the values of all tokens, in the order of the sequence.
     pub(super) fn decoded(&self, pick: fn(&Self) -> &CodedRows) -> Result<Tensor> {
         let (rows, (order, _)) = (pick(self), self.order()?);
-        rows_of(&rows.decode(&rows.codes, &self.sorted_labels()?)?, &inverse_order(&order)?)
+        rows_of(&rows.decode(&self.sorted_labels()?)?, &inverse_order(&order)?)
     }
 
     /// The order of the tokens here, and where their clusters begin, by their labels alone.
@@ -182,10 +176,8 @@ impl CodedTokens {
 
     /// The tensors of a file, by name.
     pub(super) fn tensors(&self) -> impl Iterator<Item = (String, &Tensor)> {
-        let prefixed = |rows: &'static str, names: [&'static str; 4]| names.map(|name| format!("{rows}_{name}"));
-        let names = ["keys", "values"].map(|rows| prefixed(rows, CodedRows::NAMES));
-        let rows = names.into_iter().zip([&self.keys, &self.values]);
-        let rows = rows.flat_map(|(names, rows)| names.into_iter().zip(rows.tensors()));
+        let rows = [("keys", &self.keys), ("values", &self.values)].into_iter();
+        let rows = rows.flat_map(|(of, rows)| rows.tensors().map(move |(name, t)| (format!("{of}_{name}"), t)));
         rows.chain(
             [("offsets", &self.offsets), ("spreads", &self.spreads), ("labels", &self.labels)]
                 .map(|(n, t)| (n.to_string(), t)),

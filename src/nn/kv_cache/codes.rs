@@ -1,6 +1,9 @@
 //! Keys or values as product codes of what they differ by from the mean of their cluster.
 
-use super::KvMeans;
+use super::{
+    gains::{self, Gains},
+    KvMeans,
+};
 use crate::{
     error::{Error, Result},
     functional::rows_of,
@@ -23,7 +26,8 @@ const AT_ONCE: usize = 4096;
 /// key or a value differs by from the mean of its cluster. Rows are cut into pieces of neighbouring columns, and each piece becomes
 /// the nearest of the 16 or 256 entries that k-means finds for it on the tokens that are clustered first, for each head.
 ///
-/// Rows may be [rotated](Self::rotation) before they are cut, and pieces may [share](Self::shared) their entries.
+/// Rows may be [rotated](Self::rotation) before they are cut, pieces may [share](Self::shared) their entries, and lengths may be coded
+/// [apart](Self::gains).
 #[derive(Clone, Debug)]
 pub struct KvCodes {
     /// Of keys and of values.
@@ -39,6 +43,8 @@ pub(super) struct Pieces {
     pub(super) bits: usize,
     /// Whether all have the same entries.
     pub(super) shared: bool,
+    /// Whether they are those of a row's direction, whose length is apart.
+    pub(super) gains: bool,
 }
 
 impl Default for KvCodes {
@@ -51,8 +57,8 @@ impl KvCodes {
     /// 4 bits for each column of a key, whose errors the softmax enlarges, and 8 bits for every four columns of a value. The entries
     /// for values are what a short sequence pays most for: 512 bytes a column in f16, once for each head.
     pub const fn new() -> Self {
-        let shared = false;
-        let pieces = [Pieces { columns: 1, bits: 4, shared }, Pieces { columns: 4, bits: 8, shared }];
+        let (shared, gains) = (false, false);
+        let pieces = [Pieces { columns: 1, bits: 4, shared, gains }, Pieces { columns: 4, bits: 8, shared, gains }];
         Self { pieces, rotations: [Rotation::None, Rotation::None] }
     }
 
@@ -73,6 +79,14 @@ impl KvCodes {
     /// has one table, where it had one for each piece. Pieces should be alike for that, as they are after a [rotation](Self::rotation).
     pub const fn shared(mut self, keys: bool, values: bool) -> Self {
         (self.pieces[0].shared, self.pieces[1].shared) = (keys, values);
+        self
+    }
+
+    /// Codes the lengths of keys, and of values, apart from their directions (default: neither): gain and shape (Sabin and Gray 1984). A length
+    /// is that of what a row differs by from its cluster's mean, in a byte, which is one of 256 gains from that of the longest row down, sixteen
+    /// to an octave. Entries are those of rows that are all about as long, where each counts by the square of its gain, as its errors do.
+    pub const fn gains(mut self, keys: bool, values: bool) -> Self {
+        (self.pieces[0].gains, self.pieces[1].gains) = (keys, values);
         self
     }
 
@@ -120,6 +134,8 @@ pub(super) struct CodedRows {
     pub(super) codes: Tensor,
     pub(super) quantizer: ProductQuantizer,
     pub(super) means: KvMeans,
+    /// What the rows of the quantiser are multiplied by, if it has directions.
+    pub(super) gains: Option<Gains>,
 }
 
 impl CodedRows {
@@ -127,74 +143,102 @@ impl CodedRows {
     pub(super) const NAMES: [&'static str; 4] = ["codes", "entries", "means", "scales"];
 
     /// Codes rows `x` `(batch, kv_heads, n, d)`, whose clusters have these `means`: taken in the u32 `order`
-    /// `(batch, kv_heads, n)` they have the ascending `labels`. Without a quantiser one is trained.
+    /// `(batch, kv_heads, n)` they have the ascending `labels`. Without codes `before` a quantiser is trained.
     pub(super) fn new(
         x: &Tensor,
         means: &KvMeans,
         [order, labels]: [&Tensor; 2],
         pieces: Pieces,
-        quantizer: Option<&ProductQuantizer>,
+        before: Option<&Self>,
     ) -> Result<Self> {
         let known = means.dequantize(x.dtype())?;
         let rest = |order: &Tensor, labels: &Tensor| Ok::<_, Error>((rows_of(x, order)? - rows_of(&known, labels)?)?);
         let n = order.dims()[2];
-        let quantizer = match quantizer {
-            Some(quantizer) => quantizer.clone(),
+        let (quantizer, longest) = match before {
+            Some(Self { quantizer, gains, .. }) => (quantizer.clone(), gains.as_ref().map(|g| g.longest.clone())),
             None => {
                 let spaced = sample_of(n, x.device())?;
                 let sample = |t: &Tensor| t.index_select(&spaced, 2);
-                trained(&rest(&sample(order)?, &sample(labels)?)?, pieces)?
+                let rest = rest(&sample(order)?, &sample(labels)?)?;
+                match pieces.gains {
+                    true => {
+                        let longest = gains::longest(&rest)?;
+                        let (directions, gains) = gains::directions(&rest, &longest)?;
+                        let weights = gains::decoded(&gains, DType::F64)?.sqr()?.squeeze(3)?;
+                        (trained(&directions, Some(&weights), pieces)?, Some(longest))
+                    }
+                    false => (trained(&rest, None, pieces)?, None),
+                }
             }
         };
-        let codes = (0..n).step_by(AT_ONCE).map(|start| {
+        let (mut codes, mut gains) = (vec![], vec![]);
+        for start in (0..n).step_by(AT_ONCE) {
             let block = |t: &Tensor| t.narrow(2, start, AT_ONCE.min(n - start))?.contiguous();
-            packed(&quantizer.encode_u8(&rest(&block(order)?, &block(labels)?)?)?, pieces)
-        });
-        let codes = Tensor::cat(&codes.collect::<Result<Vec<_>>>()?, 2)?;
-        Ok(Self { codes, quantizer, means: means.clone() })
+            let mut rest = rest(&block(order)?, &block(labels)?)?;
+            if let Some(longest) = &longest {
+                let (directions, of_block) = gains::directions(&rest, longest)?;
+                rest = directions;
+                gains.push(of_block);
+            }
+            codes.push(packed(&quantizer.encode_u8(&rest)?, pieces)?);
+        }
+        let gains =
+            longest.map(|longest| Ok::<_, Error>(Gains { codes: Tensor::cat(&gains, 2)?, longest })).transpose()?;
+        Ok(Self { codes: Tensor::cat(&codes, 2)?, quantizer, means: means.clone(), gains })
     }
 
     /// The clusters of `next` after those that are here. Both have the same entries.
     pub(super) fn followed_by(&self, next: &Self) -> Result<Self> {
-        let join = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 2);
-        let (codes, quantizer) = (join(&self.codes, &next.codes)?, self.quantizer.clone());
-        Ok(Self { codes, quantizer, means: self.means.followed_by(&next.means)? })
+        let gains = self.gains.as_ref().zip(next.gains.as_ref()).map(|(a, b)| a.followed_by(b)).transpose()?;
+        let codes = Tensor::cat(&[&self.codes, &next.codes], 2)?;
+        Ok(Self { codes, quantizer: self.quantizer.clone(), means: self.means.followed_by(&next.means)?, gains })
     }
 
     /// The same of other sequences of the batch.
     pub(super) fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
         let shared = self.quantizer.is_shared().then(|| self.quantizer.m());
         let quantizer = ProductQuantizer::of_entries(f(self.quantizer.codebook().centroids())?, shared);
-        Ok(Self { codes: f(&self.codes)?, quantizer, means: self.means.map(&f)? })
+        let gains = self.gains.as_ref().map(|gains| gains.map(&f)).transpose()?;
+        Ok(Self { codes: f(&self.codes)?, quantizer, means: self.means.map(&f)?, gains })
     }
 
-    /// The codes at the places `at`, u32 `(batch, kv_heads, n)`, of this order.
-    pub(super) fn codes_at(&self, at: &Tensor) -> Result<Tensor> {
-        let ((b, h, m, bytes), (_, _, n)) = (self.codes.dims4()?, at.dims3()?);
+    /// The rows at the places `at`, u32 `(batch, kv_heads, n)`, of this order.
+    pub(super) fn at(&self, at: &Tensor) -> Result<Self> {
+        let ((b, h, m, _), (_, _, n)) = (self.codes.dims4()?, at.dims3()?);
         let first = Tensor::from_iter((0..b * h).map(|i| (i * m) as u32), at.device())?.reshape((b, h, 1))?;
         let at = at.broadcast_add(&first)?.flatten_all()?;
-        Ok(self.codes.flatten(0, 2)?.index_select(&at, 0)?.reshape((b, h, n, bytes))?)
+        let taken = |t: &Tensor| t.flatten(0, 2)?.index_select(&at, 0)?.reshape((b, h, n, ()));
+        let of_gains = |g: &Gains| Ok::<_, Error>(Gains { codes: taken(&g.codes)?, longest: g.longest.clone() });
+        let gains = self.gains.as_ref().map(of_gains).transpose()?;
+        Ok(Self { codes: taken(&self.codes)?, gains, ..self.clone() })
     }
 
-    /// The rows that `codes` `(batch, kv_heads, n, bytes)` stand for in the clusters `labels`, u32 `(batch, kv_heads, n)`.
-    pub(super) fn decode(&self, codes: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    /// The rows that these codes stand for in the clusters `labels`, u32 `(batch, kv_heads, n)`.
+    pub(super) fn decode(&self, labels: &Tensor) -> Result<Tensor> {
         let (entries, n) = (self.quantizer.codebook().centroids(), labels.dims()[2]);
         let means = self.means.dequantize(entries.dtype())?;
         let rows = (0..n).step_by(AT_ONCE).map(|start| {
             let block = |t: &Tensor| t.narrow(2, start, AT_ONCE.min(n - start))?.contiguous();
-            let rest = self.quantizer.decode(&unpacked(&block(codes)?, self.quantizer.m())?)?;
+            let mut rest = self.quantizer.decode(&unpacked(&block(&self.codes)?, self.quantizer.m())?)?;
+            if let Some(gains) = &self.gains {
+                rest = rest.broadcast_mul(&gains::decoded(&block(&gains.codes)?, rest.dtype())?)?;
+            }
             Ok((rest + rows_of(&means, &block(labels)?)?)?)
         });
         Ok(Tensor::cat(&rows.collect::<Result<Vec<_>>>()?, 2)?)
     }
 
     pub(super) fn request(&self) -> Coded<'_> {
-        let entries = self.quantizer.codebook().centroids();
-        Coded { codes: &self.codes, entries, means: self.means.codes() }
+        let (entries, gains) = (self.quantizer.codebook().centroids(), self.gains.as_ref().map(|g| &g.codes));
+        Coded { codes: &self.codes, entries, means: self.means.codes(), gains }
     }
 
-    pub(super) fn tensors(&self) -> [&Tensor; 4] {
-        [&self.codes, self.quantizer.codebook().centroids(), &self.means.codes, &self.means.scales]
+    /// The tensors of a file, by name.
+    pub(super) fn tensors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        let entries = self.quantizer.codebook().centroids();
+        let all = [&self.codes, entries, &self.means.codes, &self.means.scales];
+        let gains = self.gains.iter().flat_map(|gains| Gains::NAMES.into_iter().zip(gains.tensors()));
+        Self::NAMES.into_iter().zip(all).chain(gains)
     }
 }
 
@@ -204,9 +248,9 @@ pub(super) fn sample_of(n: usize, device: &Device) -> Result<Tensor> {
     Ok(Tensor::from_iter((0..count).map(|i| (i * n / count) as u32), device)?)
 }
 
-/// Entries for the pieces of rows `(batch, kv_heads, n, d)`.
-fn trained(x: &Tensor, pieces: Pieces) -> Result<ProductQuantizer> {
-    let ((batch, kv_heads, n, d), Pieces { columns, bits, shared }) = (x.dims4()?, pieces);
+/// Entries for the pieces of rows `(batch, kv_heads, n, d)`, which may have weights `(batch, kv_heads, n)`.
+fn trained(x: &Tensor, weights: Option<&Tensor>, pieces: Pieces) -> Result<ProductQuantizer> {
+    let ((batch, kv_heads, n, d), Pieces { columns, bits, shared, .. }) = (x.dims4()?, pieces);
     let (m, k) = (d / columns, n.min(1 << bits));
     let kmeans = match columns {
         1 => {
@@ -224,6 +268,10 @@ fn trained(x: &Tensor, pieces: Pieces) -> Result<ProductQuantizer> {
             KMeans::new(k).init(Init::Given(grid)).max_iters(PASSES_FROM_GRID)
         }
         _ => KMeans::new(k).init(Init::Even).max_iters(PASSES),
+    };
+    let kmeans = match weights {
+        Some(weights) => kmeans.sample_weights(weights),
+        None => kmeans,
     };
     let config = ProductConfig { shared, ..ProductConfig::new(m) };
     let trained = ProductQuantizer::train_with(x, &config, &kmeans.tol(0.0))?;

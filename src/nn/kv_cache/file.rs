@@ -3,6 +3,7 @@
 use super::{
     coded::{CodedTokens, Segment, SEGMENT_CLUSTERS},
     codes::{CodedRows, KvCodes, Pieces},
+    gains::Gains,
     ClusteredKvCache, KvClusters, KvMeans, Padding, Rotations, Settings, Stored, MAX_TOKENS,
 };
 use crate::{
@@ -93,9 +94,10 @@ impl ClusteredKvCache {
             let [columns, bits, value_columns, value_bits] = NUMBERS.map(number);
             let codes = KvCodes::new().keys(columns?, bits?).values(value_columns?, value_bits?);
             // Files were written before there were these.
-            let [keys, values, found] = if file.states(LATER[0]) { LATER.map(number) } else { [Ok(0), Ok(0), Ok(0)] };
-            cache = cache.codes(codes.shared(keys? > 0, values? > 0));
-            rotated = found? > 0;
+            let flag = |key: &'static str| Ok::<_, Error>(file.states(key) && number(key)? > 0);
+            let [keys_shared, values_shared, found, key_gains, value_gains] = LATER.map(flag);
+            cache = cache.codes(codes.shared(keys_shared?, values_shared?).gains(key_gains?, value_gains?));
+            rotated = found?;
         }
         let (max_seq_len, last) = (number("max_seq_len")?, number("last_start")?);
         cache.evicted = number("evicted")?;
@@ -170,7 +172,7 @@ impl ClusteredKvCache {
         let dtype = stored.keys.dtype();
         let wide = wide(dtype);
         let mut rows = |name: &str, d: usize, of: Pieces| {
-            let Pieces { columns, bits, shared } = of;
+            let Pieces { columns, bits, shared, gains } = of;
             let pieces = d / columns;
             let [codes, entries, means, scales] = CodedRows::NAMES.map(|of| format!("{name}_{of}"));
             let codes = file.exactly(&codes, DType::U8, Some(&[batch, heads, m, pieces * bits / 8]))?;
@@ -182,10 +184,17 @@ impl ClusteredKvCache {
             }
             let scales = file.exactly(&scales, wide, Some(&[batch, heads, k]))?;
             let means = KvMeans { codes: means.to_device(device)?, scales: scales.to_device(device)? };
+            let of_gains = || {
+                let [codes, longest] = Gains::NAMES.map(|of| format!("{name}_{of}"));
+                let codes = file.exactly(&codes, DType::U8, Some(&[batch, heads, m, 1]))?.to_device(device)?;
+                let longest = file.exactly(&longest, wide, Some(&[batch, heads, 1, 1]))?.to_device(device)?;
+                Ok::<_, Error>(Gains { codes, longest })
+            };
             Ok::<_, Error>(CodedRows {
                 codes: codes.to_device(device)?,
                 quantizer: ProductQuantizer::of_entries(entries, of.sharing(d)),
                 means,
+                gains: gains.then(of_gains).transpose()?,
             })
         };
         let (keys, values) = (rows("keys", d, of_keys)?, rows("values", width, of_values)?);
@@ -238,14 +247,13 @@ impl ClusteredKvCache {
 /// The settings of codes by name.
 const NUMBERS: [&str; 4] = ["key_columns", "key_bits", "value_columns", "value_bits"];
 /// Those that older files do not have.
-const LATER: [&str; 3] = ["keys_shared", "values_shared", "rotated"];
+const LATER: [&str; 5] = ["keys_shared", "values_shared", "rotated", "key_gains", "value_gains"];
 
 fn numbers_of([keys, values]: [Pieces; 2], rotated: bool) -> impl Iterator<Item = (&'static str, usize)> {
     let numbers = NUMBERS.into_iter().zip([keys.columns, keys.bits, values.columns, values.bits]);
-    let flags = [keys.shared, values.shared, rotated];
+    let flags = LATER.into_iter().zip([keys.shared, values.shared, rotated, keys.gains, values.gains]);
     // A file that needs none of them is one that older versions read.
-    let flags = LATER.into_iter().zip(flags.map(usize::from)).filter(move |_| flags.contains(&true));
-    numbers.chain(flags)
+    numbers.chain(flags.filter(|&(_, flag)| flag).map(|(name, flag)| (name, usize::from(flag))))
 }
 
 /// A refusal means that what the file holds does not belong together; a failure is one of the device.

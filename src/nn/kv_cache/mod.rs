@@ -7,6 +7,7 @@ mod coded;
 mod codes;
 mod file;
 mod forget;
+mod gains;
 mod means;
 mod padding;
 mod reference;
