@@ -303,20 +303,21 @@ impl<E: Lane> Read<'_, '_, E> {
             scores.clear();
             for (j, run) in runs.clone() {
                 let mean = self.scores[cache.tile(p, j, head)][j % TILE];
-                let tokens = cache.coded_keys.rows(p, run.clone()).zip(cache.coded_keys.gains(p, run));
-                scores.extend(tokens.map(|(codes, gain)| mean.add(gain.mul(look_up(codes, tables)))));
+                let at = scores.len();
+                scores.extend(cache.coded_keys.rows(p, run.clone()).map(|codes| look_up(codes, tables)));
+                cache.coded_keys.multiply(p, run, &mut scores[at..]);
+                scores[at..].iter_mut().for_each(|score| *score = mean.add(*score));
             }
             weigh(scores, state, width);
 
             tables.clear();
             tables.resize(cache.coded_values.bytes * BYTE, zero);
-            let mut weights = scores.iter();
+            let mut rest = &mut scores[..];
             for (j, run) in runs.clone() {
-                let mut total = zero;
-                let tokens = cache.coded_values.rows(p, run.clone()).zip(cache.coded_values.gains(p, run));
-                for ((codes, gain), &weight) in tokens.zip(&mut weights) {
-                    total = total.add(weight);
-                    let weight = gain.mul(weight);
+                let weights = rest.split_off_mut(..run.len()).expect("a weight for each token");
+                let total = weights.iter().fold(zero, |total, &weight| total.add(weight));
+                cache.coded_values.multiply(p, run.clone(), weights);
+                for (codes, &weight) in cache.coded_values.rows(p, run).zip(&*weights) {
                     for (&code, sums) in codes.iter().zip(tables.chunks_exact_mut(BYTE)) {
                         let sum = &mut sums[usize::from(code)];
                         *sum = sum.add(weight);

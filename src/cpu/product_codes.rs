@@ -64,14 +64,12 @@ impl<'a, E: Lane> CodedView<'a, E> {
         self.codes[first * self.bytes..][..tokens.len() * self.bytes].chunks_exact(self.bytes)
     }
 
-    /// What the entries of the same tokens are multiplied by: gain and shape (Sabin and Gray 1984).
+    /// Multiplies a number of each of the same tokens by its gain, if there are gains: gain and shape (Sabin and Gray 1984).
     #[inline(always)]
-    pub(super) fn gains(&self, p: usize, tokens: Range<usize>) -> impl Iterator<Item = E> + '_ {
-        let first = p * self.tokens;
-        tokens.map(move |token| match &self.gains {
-            Some((codes, gains)) => gains[usize::from(codes[first + token])],
-            None => E::of(1.0),
-        })
+    pub(super) fn multiply(&self, p: usize, tokens: Range<usize>, numbers: &mut [E]) {
+        let Some((codes, gains)) = &self.gains else { return };
+        let codes = &codes[p * self.tokens + tokens.start..][..tokens.len()];
+        numbers.iter_mut().zip(codes).for_each(|(v, &code)| *v = v.mul(gains[usize::from(code)]));
     }
 
     /// The entries of a problem, piece by piece.
