@@ -38,27 +38,43 @@ impl Metric {
     /// The definition. `x` and `c` yield the columns of one row and of one centroid.
     #[inline(always)]
     pub(crate) fn distance(self, pairs: impl Iterator<Item = (f64, f64)>) -> f64 {
+        let [distance] = self.distances(pairs.map(|pair| [pair]));
+        distance
+    }
+
+    /// The same of several pairs of rows, column by column: none waits for the others, so that as many additions go on at once.
+    #[inline(always)]
+    pub(crate) fn distances<const R: usize>(self, columns: impl Iterator<Item = [(f64, f64); R]>) -> [f64; R] {
         match self {
-            Self::SquaredEuclidean => pairs.fold(0.0, |s, (x, c)| {
+            Self::SquaredEuclidean => sums(columns, |s, (x, c)| {
                 let t = x - c;
                 s + t * t
             }),
-            Self::Manhattan => pairs.fold(0.0, |s, (x, c)| s + (x - c).abs()),
-            Self::Dot => -pairs.fold(0.0, |s, (x, c)| s + x * c),
+            Self::Manhattan => sums(columns, |s, (x, c)| s + (x - c).abs()),
+            Self::Dot => sums(columns, |s, (x, c)| s + x * c).map(|dot: f64| -dot),
             Self::Cosine => {
-                let (mut dot, mut xx, mut cc) = (0.0, 0.0, 0.0);
-                for (x, c) in pairs {
-                    dot += x * c;
-                    xx += x * x;
-                    cc += c * c;
-                }
-                let norms = f64::sqrt(xx) * f64::sqrt(cc);
-                if norms == 0.0 {
-                    1.0
-                } else {
-                    1.0 - dot / norms
-                }
+                let sums = sums(columns, |[dot, xx, cc]: [f64; 3], (x, c)| [dot + x * c, xx + x * x, cc + c * c]);
+                sums.map(|[dot, xx, cc]| {
+                    let norms = f64::sqrt(xx) * f64::sqrt(cc);
+                    if norms == 0.0 {
+                        1.0
+                    } else {
+                        1.0 - dot / norms
+                    }
+                })
             }
         }
     }
+}
+
+/// Adds the columns up one after another.
+#[inline(always)]
+fn sums<S: Copy + Default, const R: usize>(
+    columns: impl Iterator<Item = [(f64, f64); R]>,
+    add: impl Fn(S, (f64, f64)) -> S,
+) -> [S; R] {
+    columns.fold([S::default(); R], |mut sums, pairs| {
+        sums.iter_mut().zip(pairs).for_each(|(sum, pair)| *sum = add(*sum, pair));
+        sums
+    })
 }

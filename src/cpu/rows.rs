@@ -32,11 +32,35 @@ pub(super) fn distance<T: Element>(x: &[T], c: &[T], metric: Metric) -> f64 {
     metric.distance(x.iter().zip(c).map(|(x, c)| (x.wide(), c.wide())))
 }
 
+/// Rows whose distances are computed at once.
+const TOGETHER: usize = 8;
+
 pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> Result<Tensor> {
     typed!(x.dtype(), T => {
         let [xs, cs, ls] = lock([&x.operand, &c.operand, labels]);
         let (xs, cs, ls) = (xs.view::<T>(x)?, cs.view::<T>(c)?, ls.flat::<u32>()?);
-        per_row("distances", [x.b, x.n], x.d, |b, i| distance(xs.row(b, i), cs.row(b, ls[b * x.n + i] as usize), metric))
+        let mut out = host::filled("distances", x.b * x.n, 0f64)?;
+        let parts = out.chunks_mut(x.n.max(1)).enumerate();
+        let parts = parts.flat_map(|(b, out)| out.chunks_mut(TOGETHER).enumerate().map(move |(part, out)| (b, part, out)));
+        host::for_each(parts.collect(), TOGETHER * x.d, || (), |_, (b, part, out): (usize, usize, &mut [f64])| {
+            let pair = |i: usize| (xs.row(b, i), cs.row(b, ls[b * x.n + i] as usize));
+            let first = part * TOGETHER;
+            match <&mut [f64; TOGETHER]>::try_from(&mut *out) {
+                Ok(out) => {
+                    let pairs: [_; TOGETHER] = std::array::from_fn(|r| pair(first + r));
+                    let column = |col: usize| std::array::from_fn(|r| (pairs[r].0[col].wide(), pairs[r].1[col].wide()));
+                    *out = metric.distances((0..x.d).map(column));
+                }
+                Err(_) => {
+                    for (i, out) in (first..).zip(out) {
+                        let (x, c) = pair(i);
+                        *out = distance(x, c, metric);
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        tensor(out, (x.b, x.n))
     })
 }
 
