@@ -83,14 +83,16 @@ pub(crate) struct PackedRows {
 pub(crate) struct KeptBounds {
     /// The group of each centroid, u32 `(b, k)`.
     pub group: Tensor,
-    /// f32 `(b, n, groups)`: less what the bounds of the group have fallen, no centroid of it but the row's own is nearer.
+    /// f32 `(b, n, groups)`: less what bounds of that snapshot to the group have fallen, no centroid of it but the row's own is nearer.
     pub lower: Tensor,
+    /// The snapshot of the centroids that each of these was made at, u8 `(b, n, groups)`.
+    pub since: Tensor,
     /// f32 `(b, n)`: the row's own centroid of the last assignment is not farther.
     pub upper: Tensor,
-    /// How far the bounds of each group have fallen since they were made, by the moves of its centroids, f32 `(b, groups)`.
+    /// Centroids of the assignments that have made bounds, f32 `(b, snapshots, k, d)`. The latest are those of the last assignment.
+    pub snapshots: Tensor,
+    /// How far bounds of the latest snapshot had fallen when it was taken in the place of one before it, f32 `(b, groups)`.
     pub fallen: Tensor,
-    /// The centroids of the last assignment, `(b, k, d)`.
-    pub before: Tensor,
     /// The rows of each problem; empty before there are bounds, and where there is no matrix unit.
     pub packed: Mutex<Vec<PackedRows>>,
     /// Says how many groups there are, and when they are skipped.
@@ -108,21 +110,24 @@ pub(crate) struct BoundsState {
     pub made: Option<usize>,
     /// No pass before this one is to make bounds.
     pub next: usize,
+    /// Snapshots that have been taken since.
+    pub snapshots: usize,
     /// The pass that has packed the rows, which later ones need not do again.
     pub packed: Option<usize>,
 }
 
 impl KeptBounds {
     /// For `b` problems of `n` rows of `d` columns and `k` centroids.
-    pub fn new([b, n, k, d]: [usize; 4], skip: SkipPlan, dtype: DType, device: &Device) -> Result<Self> {
+    pub fn new([b, n, k, d]: [usize; 4], skip: SkipPlan, device: &Device) -> Result<Self> {
         let zeros = |shape: &[usize], dtype| host::zeros("fit", shape, dtype, device);
         let groups = skip.groups;
         Ok(Self {
             group: zeros(&[b, k], DType::U32)?,
             lower: zeros(&[b, n, groups], DType::F32)?,
+            since: zeros(&[b, n, groups], DType::U8)?,
             upper: zeros(&[b, n], DType::F32)?,
+            snapshots: zeros(&[b, skip.snapshots, k, d], DType::F32)?,
             fallen: zeros(&[b, groups], DType::F32)?,
-            before: zeros(&[b, k, d], dtype)?,
             packed: Mutex::new((0..b).map(|_| PackedRows::default()).collect()),
             skip,
             problems: Mutex::new(vec![BoundsState::default(); b]),

@@ -13,6 +13,8 @@ pub struct PassWork {
     pub products: f64,
     /// Rows whose label it has changed, as a share of those problems' rows.
     pub moved: f64,
+    /// Milliseconds that it has taken.
+    pub ms: f64,
 }
 
 /// Notes a kernel, as `NAME_TYPE`, if the record has been started.

@@ -18,6 +18,8 @@ pub const CPU_SKIP_ROWS: usize = 1024;
 pub const CPU_SKIP_BYTES: usize = 1 << 20;
 /// One row of so many says what all need.
 pub const CPU_SAMPLE: usize = 32;
+/// Most snapshots of centroids from which bounds count moves; a power of two.
+pub const CPU_SNAPSHOTS: usize = 16;
 /// Most centroids of a group to which rows keep bounds.
 pub const CPU_GROUP: usize = 64;
 /// Sorted rows that one CPU task sums.

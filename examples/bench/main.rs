@@ -105,7 +105,7 @@ Each case is one line, with --json an object that also has the plan:
   ratio          minimum of the repeats over that of --beside's case, both timed in turns; of fit-tol over that of fit,
                  whose medians are fit_ms and fit_cpu_ms
   products       of a fit, pass by pass: the share of the products of rows and centroids that were computed; the last pass only labels
-  moved          the share of the rows whose label a pass has changed, of the first from what was there
+  moved          the share of the rows whose label a pass has changed, of the first from what was there; pass_ms: its time
   wrong          with --check: labels, distances, centroid components, counts and inertias that are not what the
                  definition says in f64, out of `checked`. The exit code is 1 if there is one, or if two runs differ
   max_regret     of labels: by how much the distance to a wrong label's centroid exceeds the nearest one's, relatively
@@ -296,6 +296,7 @@ fn measured(args: &Args, dtype: DType, source: &Source, device: &Device) -> Resu
         let passes = case.passes()?;
         line["products"] = passes.iter().map(|pass| pass.products).collect();
         line["moved"] = passes.iter().map(|pass| pass.moved).collect();
+        line["pass_ms"] = passes.iter().map(|pass| pass.ms).collect();
     }
     let verdict = if args.check { Some(case.verdict()?) } else { None };
     if let (Some(verdict), Some(line)) = (&verdict, line.as_object_mut()) {

@@ -6,6 +6,8 @@ use crate::kept::Line;
 use raw_cpuid::CpuId;
 use std::{
     arch::{asm, x86_64::*},
+    cell::Cell,
+    marker::PhantomData,
     sync::OnceLock,
 };
 
@@ -35,7 +37,7 @@ impl Amx {
         FOUND.get_or_init(found).then_some(Self(()))
     }
 
-    /// The least of the scores of a row, of pairs of tiles.
+    /// The least of the scores of a row, of whole tiles.
     #[inline(always)]
     pub(super) fn lowest(self, scores: &[f32]) -> f32 {
         // SAFETY: this was made where AVX-512 is.
@@ -49,15 +51,42 @@ impl Amx {
         unsafe { all_at_most(scores, cut, keep) }
     }
 
+    /// Configures the registers of this thread as tiles. Who multiplies often does this once: it takes as long as a small product.
+    ///
+    /// # Panics
+    /// If the thread has tiles.
+    pub(super) fn tiles(self) -> Tiles {
+        assert!(!CONFIGURED.replace(true), "a thread has the unit's tiles once");
+        // SAFETY: an `Amx` is made only where the unit is there, and the address is that of a configuration. Tile registers are in their initial
+        // state before, and nothing but what takes these `Tiles` uses them until they are dropped, on this thread.
+        unsafe { asm!("ldtilecfg [{config}]", config = in(reg) &CONFIG, options(nostack, readonly)) }
+        Tiles(PhantomData)
+    }
+}
+
+thread_local!(static CONFIGURED: Cell<bool> = const { Cell::new(false) });
+
+/// The unit's registers, of this thread alone, until this is dropped.
+pub(super) struct Tiles(PhantomData<*mut ()>);
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: there is a unit, or there would be no tiles. Their registers are left in their initial state, as the process had them.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) }
+        CONFIGURED.set(false);
+    }
+}
+
+impl Tiles {
     /// `out[i][j] = bias[j] + row_i . centroid_j` for a pair of tiles of rows and as many centroids as there are biases, in whole tiles; `centroids` are
     /// in whole pairs.
-    pub(super) fn product(self, rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &mut [f32]) {
+    pub(super) fn product(&mut self, rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &mut [f32]) {
         product(rows, centroids, bias, steps, out)
     }
 
     /// Levels of the products of a tile of rows and a tile of centroids, row by row each: sums of the products of all slices `i` and `j` of them with
     /// the same `i + j`. Both have tiles of all slices for each step.
-    pub(super) fn byte_levels(self, rows: &[ByteLine], centroids: &[ByteLine], out: &mut [i32]) {
+    pub(super) fn byte_levels(&mut self, rows: &[ByteLine], centroids: &[ByteLine], out: &mut [i32]) {
         byte_levels(rows, centroids, out)
     }
 }
@@ -80,10 +109,14 @@ fn permitted() -> bool {
 #[target_feature(enable = "avx512f")]
 fn lowest(scores: &[f32]) -> f32 {
     let mut least = [_mm512_set1_ps(f32::INFINITY); 2];
-    for pair in scores.as_chunks::<PAIR>().0 {
+    let (pairs, tile) = scores.as_chunks::<PAIR>();
+    for pair in pairs {
         for (least, tile) in least.iter_mut().zip(pair.as_chunks::<16>().0) {
             *least = _mm512_min_ps(load(tile), *least);
         }
+    }
+    if let Some(tile) = tile.first_chunk() {
+        least[0] = _mm512_min_ps(load(tile), least[0]);
     }
     _mm512_reduce_min_ps(_mm512_min_ps(least[0], least[1]))
 }
@@ -125,14 +158,12 @@ fn product(rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &
             && out.len() == PAIR * bias.len()
     );
     let row_bytes = 4 * bias.len();
-    // SAFETY: an `Amx` is made only where the unit is there. Tiles are loaded from the lines of `rows`, 2,048 bytes a step with 64 between steps that
+    // SAFETY: `Tiles` call this, whose registers are configured. They are loaded from the lines of `rows`, 2,048 bytes a step with 64 between steps that
     // are skipped, once for each pair of centroids; of `centroids`, 2,048 bytes a step and pair; and from 128 bytes of `bias` a pair, sixteen times
     // the same (no index: a stride of 0). They are stored to 128 bytes of each of the 32 rows of `out` a pair. A single tile at the end takes the
-    // first half of each of these. That is within the slices, as asserted. The block leaves tile registers as the process had them, in their
-    // initial state, and touches no other that is not named.
+    // first half of each of these. That is within the slices, as asserted. The block touches no register but tiles and those that are named.
     unsafe {
         asm!(
-            "ldtilecfg [{row}]",
             "test {pairs}, {pairs}",
             "jz 4f",
             "2:",
@@ -184,8 +215,7 @@ fn product(rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &
             "tilestored [{out} + {row_bytes}*1], tmm0",
             "tilestored [{lower} + {row_bytes}*1], tmm2",
             "6:",
-            "tilerelease",
-            row = inout(reg) &CONFIG => _,
+            row = out(reg) _,
             rows = in(reg) rows.as_ptr(),
             centroid = inout(reg) centroids.as_ptr() => _,
             bias = inout(reg) bias.as_ptr() => _,
@@ -218,17 +248,16 @@ fn byte_levels(rows: &[ByteLine], centroids: &[ByteLine], out: &mut [i32]) {
     let steps = rows.len() / (SLICES * BYTE_TILE);
     assert!(steps > 0 && rows.len() == steps * SLICES * BYTE_TILE && centroids.len() == rows.len());
     assert!(out.len() == SLICES * BYTE_TILE * BYTE_TILE && SLICES == 5);
-    // SAFETY: an `Amx` is made only where the unit is there. Each step loads from 5,120 bytes of `rows` and of `centroids`, five tiles of 1,024, and goes on to
+    // SAFETY: `Tiles` call this, whose registers are configured. Each step loads from 5,120 bytes of `rows` and of `centroids`, five tiles of 1,024, and goes on to
     // the next. Five tiles are stored to 1,024 bytes each of `out`. These are all the bytes that the slices have, as asserted; what is asked for
-    // ahead of its turn may lie behind `centroids`, which is a hint that cannot fault. The block leaves tile registers as the process had
-    // them, in their initial state, and touches no other that is not named.
+    // ahead of its turn may lie behind `centroids`, which is a hint that cannot fault. The block touches no register but tiles and those that
+    // are named.
     //
     // Loads take longer than products: two slices of the rows stay in tmm5 and tmm6 while those of the centroids come and go in tmm7, and twelve
     // loads are enough for fifteen products. A sum of a level, in tmm0 to tmm4, waits for the one before, which takes as long as three products:
     // so those of the last level, of which there are most, are apart.
     unsafe {
         asm!(
-            "ldtilecfg [{config}]",
             "tilezero tmm0",
             "tilezero tmm1",
             "tilezero tmm2",
@@ -281,8 +310,6 @@ fn byte_levels(rows: &[ByteLine], centroids: &[ByteLine], out: &mut [i32]) {
             "tilestored [{out} + {line}*1 + 2048], tmm2",
             "tilestored [{out} + {line}*1 + 3072], tmm3",
             "tilestored [{out} + {line}*1 + 4096], tmm4",
-            "tilerelease",
-            config = in(reg) &CONFIG,
             row = inout(reg) rows.as_ptr() => _,
             centroid = inout(reg) centroids.as_ptr() => _,
             ahead = inout(reg) centroids.as_ptr().wrapping_add(SLICES * BYTE_TILE) => _,
@@ -334,7 +361,7 @@ mod tests {
         let mut out = vec![f32::NAN; PAIR * bias.len()];
         let steps = steps(rows[0].len());
         let rows = tiles(rows, rows_lines(steps), write_row);
-        unit.product(&rows, &tiles(centroids, pair_lines(steps), write_centroid), bias, steps, &mut out);
+        unit.tiles().product(&rows, &tiles(centroids, pair_lines(steps), write_centroid), bias, steps, &mut out);
         out
     }
 
@@ -413,8 +440,10 @@ mod tests {
         for width in [32, 64, 96, 256] {
             let mut scores: Vec<f32> = (0..width).map(|_| rng.random_range(-9i8..9).into()).collect();
             scores[width - 1] = f32::INFINITY;
-            let least = scores.iter().copied().fold(f32::INFINITY, f32::min);
+            let lowest = |scores: &[f32]| scores.iter().copied().fold(f32::INFINITY, f32::min);
+            let least = lowest(&scores);
             assert_eq!(unit.lowest(&scores), least);
+            assert_eq!(unit.lowest(&scores[16..]), lowest(&scores[16..]));
             for cut in [least - 1.0, least, 0.0, 100.0, f32::INFINITY] {
                 let want: Vec<_> = scores.iter().copied().enumerate().filter(|&(_, score)| score <= cut).collect();
                 let mut got = vec![];

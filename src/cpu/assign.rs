@@ -21,6 +21,7 @@ use crate::{
 use std::{
     cell::Cell,
     sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    time::Instant,
 };
 
 pub(crate) fn assign_into(a: Assignment<'_>, labels: Target<'_>) -> Result<()> {
@@ -89,7 +90,7 @@ fn label_all<T: Element, P: Send + Sync, S>(
     scratch: impl Fn() -> S + Send + Sync,
     label: impl Fn(&mut S, (usize, usize), &P, &mut [u32]) -> Result<u64> + Send + Sync,
 ) -> Result<()> {
-    let &Views { x, c, metric, converged, .. } = views;
+    let (&Views { x, c, metric, converged, .. }, start) = (views, Instant::now());
     let skipped = |b: usize| converged.get(b).is_some_and(|&c| c);
     let problems = if c.rows.batch_stride == 0 { 1 } else { c.rows.b };
     let prepared = |b| {
@@ -115,6 +116,9 @@ fn label_all<T: Element, P: Send + Sync, S>(
     // A multiplication in a product of matrices is a small part of a step.
     host::for_each(tiles, CPU_ROWS.min(n) * d * (4 + k / 16), scratch, tile)?;
     COMPARED.set(COMPARED.get() + compared.into_inner());
-    launches::record_pass(|| PassWork { products: 1.0, moved: moved.into_inner() as f64 / rows.max(1) as f64 });
+    launches::record_pass(|| {
+        let moved = moved.into_inner() as f64 / rows.max(1) as f64;
+        PassWork { products: 1.0, moved, ms: start.elapsed().as_secs_f64() * 1e3 }
+    });
     Ok(())
 }

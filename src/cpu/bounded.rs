@@ -15,7 +15,7 @@ use super::{
     own::{self, Measure, OwnCentroids},
     rounded::RoundedCentroids,
     skipping::Work,
-    tensors::{write, Element, Stored, View},
+    tensors::{write, Element, View},
 };
 use crate::{
     error::Result,
@@ -25,32 +25,38 @@ use crate::{
     plan::skip::{skip_rows, SkipPlan},
     tiles::{CPU_ROWS, CPU_SAMPLE},
 };
-use std::sync::{
-    atomic::{AtomicU64, Ordering::Relaxed},
-    PoisonError,
+use std::{
+    sync::{
+        atomic::{AtomicU64, Ordering::Relaxed},
+        PoisonError,
+    },
+    time::Instant,
 };
 
-/// The largest share of the products that is worth gathering rows for.
-const PAYS: f64 = 0.3;
+/// The largest share of the products that is worth gathering rows for. Near it a pass over all centroids takes little longer, but this one makes bounds
+/// anew where they are needed.
+const PAYS: f64 = 0.6;
 /// A share that may be small enough in the next pass.
-const NEARLY: f64 = 0.5;
+const NEARLY: f64 = 0.7;
 /// The first pass that leaves bounds: before it centroids move too far.
 const FIRST: usize = 2;
 
 /// The bounds of a problem, and what they were made of.
-struct Kept<'a, T> {
+struct Kept<'a> {
     state: &'a mut BoundsState,
     packed: &'a mut PackedRows,
     /// `(k)`.
     group: &'a mut [u32],
     /// `(n, groups)`.
     lower: &'a mut [f32],
+    /// `(n, groups)`.
+    since: &'a mut [u8],
     /// `(n)`.
     upper: &'a mut [f32],
+    /// `(snapshots, k, d)`.
+    snapshots: &'a mut [f32],
     /// `(groups)`.
     fallen: &'a mut [f32],
-    /// `(k, d)`.
-    before: &'a mut [T],
 }
 
 /// The work of a pass on the rows of a problem.
@@ -86,15 +92,15 @@ pub(super) fn label_bounded<T: Element<Filter = f32>>(
     kept: &KeptBounds,
     labels: &mut [u32],
 ) -> Result<u64> {
-    let &Views { x, c, .. } = views;
+    let (&Views { x, c, .. }, start) = (views, Instant::now());
     let (n, d, k, groups) = (x.rows.n, x.rows.d, c.rows.n, kept.skip.groups);
-    with_kept(kept, [n, k, d], |mut of: Vec<Kept<'_, T>>| {
+    with_kept(kept, [n, k, d], |mut of: Vec<Kept<'_>>| {
         let mut prepared = host::buffer("assign", x.rows.b)?;
         prepared.resize_with(x.rows.b, || None);
         let active = of.iter_mut().zip(labels.chunks(n)).zip(&mut prepared).enumerate();
         let active = active.filter(|(b, _)| !views.converged.get(*b).is_some_and(|&over| over)).collect();
-        type Problem<'a, 'k, T> = ((&'a mut Kept<'k, T>, &'a [u32]), &'a mut Option<Prepared>);
-        let prepare = |_: &mut (), (b, ((of, labels), prepared)): (usize, Problem<'_, '_, T>)| {
+        type Problem<'a, 'k> = ((&'a mut Kept<'k>, &'a [u32]), &'a mut Option<Prepared>);
+        let prepare = |_: &mut (), (b, ((of, labels), prepared)): (usize, Problem<'_, '_>)| {
             *prepared = Some(of.prepare(views, amx, kept.skip, b, labels)?);
             Ok(())
         };
@@ -104,12 +110,12 @@ pub(super) fn label_bounded<T: Element<Filter = f32>>(
             let Some(prepared) = &prepared[b] else { continue };
             let len = if matches!(prepared.pass, Pass::Skip(..)) { skip_rows(d) } else { CPU_ROWS };
             let (mut lines, mut norms) = (&mut of.packed.lines[..], &mut of.packed.norms[..]);
-            let bounds = of.lower.chunks_mut(len * groups).zip(of.upper.chunks_mut(len));
-            let bounds = bounds.map(|(lower, upper)| {
+            let bounds = of.lower.chunks_mut(len * groups).zip(of.since.chunks_mut(len * groups));
+            let bounds = bounds.zip(of.upper.chunks_mut(len)).map(|((lower, since), upper)| {
                 let (rows, columns) = (upper.len(), steps(d));
                 let lines = lines.split_off_mut(..rows * columns).unwrap_or_default();
                 let packed = Packed { lines, norms: norms.split_off_mut(..rows).unwrap_or_default() };
-                RowBounds { lower, upper, packed }
+                RowBounds { lower, since, upper, packed }
             });
             let parts = labels.chunks_mut(len).zip(bounds).enumerate();
             tiles.extend(parts.map(|(i, (labels, bounds))| Rows { b, first: i * len, labels, bounds }));
@@ -128,44 +134,41 @@ pub(super) fn label_bounded<T: Element<Filter = f32>>(
         host::for_each(tiles, CPU_ROWS.min(n) * d * (4 + k / 16), Scratches::default, label)?;
         launches::record_pass(|| {
             let share = |part: AtomicU64, of: f64| part.into_inner() as f64 / of.max(1.0);
-            let all = all.into_inner() as f64;
-            PassWork { products: share(products, all), moved: share(moved, all / k as f64) }
+            let (all, ms) = (all.into_inner() as f64, start.elapsed().as_secs_f64() * 1e3);
+            PassWork { products: share(products, all), moved: share(moved, all / k as f64), ms }
         });
         Ok(compared.into_inner())
     })
 }
 
 /// Lets `f` write what is kept of each problem.
-fn with_kept<T: Stored, R>(
-    kept: &KeptBounds,
-    [n, k, d]: [usize; 3],
-    f: impl FnOnce(Vec<Kept<'_, T>>) -> Result<R>,
-) -> Result<R> {
-    let (KeptBounds { group, lower, upper, fallen, before, .. }, groups) = (kept, kept.skip.groups);
-    let each = |group: &mut [u32], lower: &mut [f32], upper: &mut [f32], fallen: &mut [f32], before: &mut [T]| {
-        let (mut states, mut packed) = (kept.states(), kept.packed.lock().unwrap_or_else(PoisonError::into_inner));
-        let of_rows = lower.chunks_mut(n * groups).zip(upper.chunks_mut(n));
-        let of_centroids = group.chunks_mut(k).zip(fallen.chunks_mut(groups)).zip(before.chunks_mut(k * d));
-        let all = states.iter_mut().zip(&mut *packed).zip(of_rows.zip(of_centroids));
-        let of_problem = all.map(|((state, packed), ((lower, upper), ((group, fallen), before)))| Kept {
-            state,
-            packed,
-            group,
-            lower,
-            upper,
-            fallen,
-            before,
-        });
-        f(of_problem.collect())
-    };
+fn with_kept<R>(kept: &KeptBounds, [n, k, d]: [usize; 3], f: impl FnOnce(Vec<Kept<'_>>) -> Result<R>) -> Result<R> {
+    let (KeptBounds { group, lower, since, upper, snapshots, fallen, .. }, skip) = (kept, kept.skip);
+    let each =
+        |(group, since): (&mut [u32], &mut [u8]), [lower, upper, snapshots, fallen]: [&mut [f32]; 4]| {
+            let (mut states, mut packed) = (kept.states(), kept.packed.lock().unwrap_or_else(PoisonError::into_inner));
+            let of_groups = lower.chunks_mut(n * skip.groups).zip(since.chunks_mut(n * skip.groups));
+            let of_rows = of_groups.zip(upper.chunks_mut(n));
+            let of_centroids = group.chunks_mut(k).zip(fallen.chunks_mut(skip.groups));
+            let of_centroids = of_centroids.zip(snapshots.chunks_mut(skip.snapshots * k * d));
+            let all = states.iter_mut().zip(&mut *packed).zip(of_rows.zip(of_centroids));
+            let of_problem = all.map(|((state, packed), (((lower, since), upper), ((group, fallen), snapshots)))| {
+                Kept { state, packed, group, lower, since, upper, snapshots, fallen }
+            });
+            f(of_problem.collect())
+        };
     // Nobody else has these tensors, so that the order of their locks does not matter.
     write(group, |group| {
-        write(lower, |lower| {
-            write(upper, |upper| {
-                write(fallen, |fallen| write(before, |before| each(group, lower, upper, fallen, before)))
+        write(since, |since| {
+            write(lower, |lower| {
+                write(upper, |upper| {
+                    write(snapshots, |snapshots| {
+                        write(fallen, |fallen| each((group, since), [lower, upper, snapshots, fallen]))
+                    })
+                })
             })
         })
-    })?????
+    })??????
 }
 
 /// One thread reuses these from tile to tile.
@@ -196,6 +199,7 @@ impl Prepared {
             Pass::Renew(grouping, packs) => {
                 // The next pass finds the distance to the own centroid where it is asked for.
                 bounds.upper.fill(f32::INFINITY);
+                bounds.since.fill(0);
                 let packed = if *packs { bounds.packed } else { Packed::default() };
                 Some(Renewal::new(grouping, bounds.lower, packed, before))
             }
@@ -213,9 +217,9 @@ impl Prepared {
     }
 }
 
-impl<T: Element<Filter = f32>> Kept<'_, T> {
+impl Kept<'_> {
     /// Decides what a pass does with a problem, whose rows have these labels, and prepares its centroids for that.
-    fn prepare(
+    fn prepare<T: Element<Filter = f32>>(
         &mut self,
         views: &Views<'_, T>,
         amx: Option<Amx>,
@@ -224,22 +228,21 @@ impl<T: Element<Filter = f32>> Kept<'_, T> {
         labels: &[u32],
     ) -> Result<Prepared> {
         let &Views { c, metric, .. } = views;
-        let Self { state, packed, group, lower, upper, fallen, before } = self;
+        let (k, d) = (c.rows.n, c.rows.d);
+        let Self { state, packed, group, lower, since, upper, snapshots, fallen } = self;
         state.passes += 1;
         let rounded = |full: &Centroids<f32>| amx.map(|amx| RoundedCentroids::new(full, amx)).transpose();
-        let keep = |before: &mut [T]| {
-            before.chunks_exact_mut(c.rows.d).enumerate().for_each(|(j, to)| to.copy_from_slice(c.row(b, j)));
-        };
         if let Some(made) = state.made {
-            let moved = Moved::new(c, b, before, group, fallen)?;
+            let moved = Moved::new(c, b, &snapshots[..state.snapshots * k * d], group, fallen, skip.snapshots)?;
             let frame = state.packed.map(|_| (&packed.centre[..], packed.scale));
             let centroids = Centroids::in_groups(c, b, metric, frame, |j| group[j as usize])?;
-            let share = needed(views.x, b, labels, (lower, upper), &moved)?;
+            let share = needed(views.x, b, labels, (lower, since, upper), &moved)?;
             // A centroid too far out to be scored has no place in a group.
             if !centroids.apart().is_empty() {
                 state.made = None;
             } else if skip.always || share <= PAYS {
-                keep(before);
+                moved.take(snapshots, fallen);
+                state.snapshots = usize::from(moved.now) + 1;
                 let (grouping, rounded) = (Grouping::new(group, skip.groups, &centroids), rounded(&centroids)?);
                 let own = rounded.as_ref().map(|_| OwnCentroids::new(&centroids)).transpose()?;
                 return Ok(Prepared { pass: Pass::Skip(grouping, moved), centroids, rounded, own });
@@ -253,9 +256,9 @@ impl<T: Element<Filter = f32>> Kept<'_, T> {
             let frame = state.packed.map(|_| (&packed.centre[..], packed.scale));
             let centroids = Centroids::in_groups(c, b, metric, frame, |j| group[j as usize])?;
             if centroids.apart().is_empty() {
-                keep(before);
+                snapshots.chunks_exact_mut(d).take(k).enumerate().for_each(|(j, to)| T::filter_row(c.row(b, j), to));
                 fallen.fill(0.0);
-                state.made = Some(state.passes);
+                (state.made, state.snapshots) = (Some(state.passes), 1);
                 let (grouping, rounded) = (Grouping::new(group, skip.groups, &centroids), rounded(&centroids)?);
                 if rounded.is_some() && state.packed.is_none() {
                     own::prepare(packed, labels.len(), &centroids)?;
@@ -275,21 +278,22 @@ fn needed<T: Element<Filter = f32>>(
     x: &View<'_, T>,
     b: usize,
     labels: &[u32],
-    (lower, upper): (&[f32], &[f32]),
+    (lower, since, upper): (&[f32], &[u8], &[f32]),
     moved: &Moved,
 ) -> Result<f64> {
-    let (n, groups) = (labels.len(), moved.fallen.len());
+    let (n, groups) = (labels.len(), lower.len() / labels.len());
     let sampled = n.div_ceil(CPU_SAMPLE);
     let of_row = |i: usize| {
         // One of each run of rows, at no regular distance.
         let row = (i * CPU_SAMPLE + i.wrapping_mul(0x9e37_79b1) % CPU_SAMPLE).min(n - 1);
-        let (label, lower) = (labels[row], &lower[row * groups..][..groups]);
-        if !moved.any_needed(lower, Moved::cut(moved.after_move(upper[row], label))) {
+        let (label, of_groups, mut bounds) = (labels[row], row * groups..(row + 1) * groups, vec![0.0; groups]);
+        moved.fall(&lower[of_groups.clone()], &since[of_groups], &mut bounds);
+        if !Moved::any_needed(&bounds, Moved::cut(moved.after_move(upper[row], label))) {
             return 0;
         }
         let own = Measure { moved, row: x.row(b, row), label, scratch: &mut vec![0.0; x.rows.d] };
         let cut = Moved::cut(moved.between(pulp::Arch::new().dispatch(own), 0.0, 1.0).above);
-        lower.iter().zip(&moved.fallen).filter(|&(&lower, &fallen)| Moved::needed(lower, fallen, cut)).count()
+        bounds.iter().filter(|&&bound| Moved::needed(bound, cut)).count()
     };
     let needed = host::reduce(sampled, x.rows.d + 8 * groups, of_row, |a, b| a + b)?;
     Ok(needed.unwrap_or(0) as f64 / (sampled * groups).max(1) as f64)
@@ -324,8 +328,10 @@ mod tests {
                 let values: Vec<f64> = (0..n * d).map(|_| offset + rng.random_range(-4.0..4.0)).collect();
                 let (x, xs) = stored(&values, [1, n, d], dtype);
                 let (groups, near) = (GROUPS, None);
-                let skip = SkipPlan { keep_sums: false, on_gpu: false, groups, packs: true, always: true, near };
-                let kept = KeptBounds::new([1, n, k, d], skip, dtype, &Device::Cpu).unwrap();
+                // Some are taken again.
+                let (keep_sums, on_gpu, packs, always, snapshots) = (false, false, true, true, 3);
+                let skip = SkipPlan { keep_sums, on_gpu, groups, snapshots, packs, always, near };
+                let kept = KeptBounds::new([1, n, k, d], skip, &Device::Cpu).unwrap();
                 let labels = Tensor::zeros((1, n), DType::U32, &Device::Cpu).unwrap();
                 let (mut c, mut settled, mut skipped) = (values[..k * d].to_vec(), 0, 0);
                 for turn in 0..9 {
@@ -357,6 +363,20 @@ mod tests {
                     let f32s = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
                     let (lower, upper, fallen) = (f32s(&kept.lower), f32s(&kept.upper), f32s(&kept.fallen));
                     let group = kept.group.flatten_all().unwrap().to_vec1::<u32>().unwrap();
+                    let since = kept.since.flatten_all().unwrap().to_vec1::<u8>().unwrap();
+                    let (snapshots, taken) = (f32s(&kept.snapshots), kept.states()[0].snapshots);
+                    // How far bounds of each snapshot have fallen, by exact distances.
+                    let fell = |snapshot: usize, g: usize| {
+                        let of_group = (0..k).filter(|&j| group[j] as usize == g);
+                        let far = of_group.map(|j| {
+                            let before = &snapshots[(snapshot * k + j) * d..][..d];
+                            let pairs = cs[j * d..][..d].iter().zip(before).map(|(c, &b)| c - f64::from(b));
+                            pairs.map(|far| far * far).sum::<f64>().sqrt()
+                        });
+                        let before = if snapshot + 1 == taken { f64::from(fallen[g]) } else { 0.0 };
+                        far.fold(0.0, |most: f64, far| if far > most { far } else { most }) + before
+                    };
+                    let fallen: Vec<Vec<f64>> = (0..taken).map(|s| (0..GROUPS).map(|g| fell(s, g)).collect()).collect();
                     for (i, &label) in labels.flatten_all().unwrap().to_vec1::<u32>().unwrap().iter().enumerate() {
                         let label = label as usize;
                         let nearest = (0..k).min_by(|&a, &b| square(i, a).total_cmp(&square(i, b))).unwrap();
@@ -369,7 +389,8 @@ mod tests {
                         assert!(f64::from(upper[i]) >= distance(i, label), "{what}: upper {}", upper[i]);
                         for j in (0..k).filter(|&j| j != label) {
                             let g = group[j] as usize;
-                            let bound = f64::from(lower[i * GROUPS + g]) - f64::from(fallen[g]);
+                            let bound =
+                                f64::from(lower[i * GROUPS + g]) - fallen[usize::from(since[i * GROUPS + g])][g];
                             let far = distance(i, j);
                             assert!(bound <= far, "{what}: {bound} for {far} of centroid {j} in group {g}");
                             skipped += usize::from(bound > f64::from(upper[i]));

@@ -7,17 +7,23 @@
 //! rounded away from the truth: distances to groups down, and moves and the distance to the row's own centroid up. (That one grows by its
 //! centroid's move, and is measured where it is not small enough: Hamerly 2010.)
 //!
+//! How far a centroid has moved since a bound was made is measured from where it was then, as the norm of the sum of its moves, which is
+//! less than the sum of their norms (Newling and Fleuret 2016, "Fast k-means with accurate bounds"); and of the centroids of a group the
+//! one counts that is farthest from where it was, not in each pass another. So bounds know at which *snapshot* of the centroids they were
+//! made. Where there is no room for one more the latest is taken again, and what the bounds made at it had fallen until then is added to all they fall later.
+//!
 //! A group is skipped if its bound is above the distance to the row's own centroid, of which the same holds by the definition, whose error
 //! [`Between`] has in it: then no centroid of the group is as near as the row's own, and none can win, nor tie. The own centroid is left out
 //! of the bound of its group, which would else be of no use.
 
 use super::{
+    candidates::lowest,
     filter::{gamma, Centroids, Slack},
     lines::ROWS_STEP,
-    scalar::{sum_f32s, Scalar},
+    scalar::{sum_f32s, Scalar, LANES},
     tensors::{Element, View},
 };
-use crate::{error::Result, host, kept::Line};
+use crate::{error::Result, host, kept::Line, tiles::CPU_SNAPSHOTS};
 use pulp::{NullaryFnOnce, Simd};
 use std::ops::Range;
 
@@ -96,37 +102,68 @@ pub(super) struct Moved {
     d: usize,
     /// How far each centroid has moved, at most.
     moves: Vec<f32>,
-    /// How far the bounds to each group have fallen.
-    pub fallen: Vec<f32>,
+    /// How far the bounds to each group have fallen that were made at each snapshot, and at the one of this assignment.
+    fallen: Vec<[f32; CPU_SNAPSHOTS]>,
+    /// The snapshot of this assignment.
+    pub now: u8,
 }
 
 impl Moved {
-    /// Adds the moves from the centroids `before` to what bounds have `fallen`.
+    /// Finds how far the centroids of a problem are from the `snapshots` that have been taken, each `(k, d)`, where there is room for at most `most`.
+    /// Bounds made at the latest had `fallen` so far when it was taken.
     pub fn new<T: Element<Filter = f32>>(
         c: &View<'_, T>,
         b: usize,
-        before: &[T],
+        snapshots: &[f32],
         group: &[u32],
-        fallen: &mut [f32],
+        fallen: &[f32],
+        most: usize,
     ) -> Result<Self> {
         let (k, d) = (c.rows.n, c.rows.d);
+        let taken = snapshots.len() / (k * d);
         let mut values = host::filled("assign", k * d, 0.0)?;
-        let (mut moves, mut largest) = (host::buffer("assign", k)?, vec![0f32; fallen.len()]);
-        for (j, (value, before)) in values.chunks_exact_mut(d).zip(before.chunks_exact(d)).enumerate() {
-            let now = c.row(b, j);
-            T::filter_row(now, value);
-            let square = |(a, b): (&T, &T)| (a.wide() - b.wide()) * (a.wide() - b.wide());
-            let square: f64 = now.iter().zip(before).map(square).sum();
-            // Nothing is known of what has been, or become, no number.
-            let far = up(square.sqrt() * (1.0 + gamma(d, f64::EPSILON)));
-            let far = if far.is_nan() { f32::INFINITY } else { far };
-            let far = if square == 0.0 { 0.0 } else { far };
-            let most = &mut largest[group[j] as usize];
-            *most = most.max(far);
-            moves.push(far);
+        let mut far = host::filled("assign", k * taken, 0f32)?;
+        let of_centroids = values.chunks_exact_mut(d).zip(far.chunks_exact_mut(taken)).enumerate().collect();
+        host::for_each(
+            of_centroids,
+            taken * d,
+            || (),
+            |(), (j, (value, far)): (usize, (&mut [f32], &mut [f32]))| {
+                T::filter_row(c.row(b, j), value);
+                pulp::Arch::new().dispatch(Far { value, snapshots: &snapshots[j * d..], pitch: k * d, far });
+                Ok(())
+            },
+        )?;
+        let mut largest = host::filled("assign", fallen.len(), [0f32; CPU_SNAPSHOTS])?;
+        for (far, &group) in far.chunks_exact(taken).zip(group) {
+            largest[group as usize].iter_mut().zip(far).for_each(|(largest, &far)| *largest = largest.max(far));
         }
-        fallen.iter_mut().zip(&largest).for_each(|(fallen, &far)| *fallen = after_move(*fallen, far));
-        Ok(Self { values, d, moves, fallen: fallen.to_vec() })
+        for (largest, &fallen) in largest.iter_mut().zip(fallen) {
+            largest[taken - 1] = after_move(fallen, largest[taken - 1]);
+        }
+        let moves = far.into_iter().skip(taken - 1).step_by(taken).collect();
+        Ok(Self { values, d, moves, fallen: largest, now: taken.min(most - 1) as u8 })
+    }
+
+    /// Keeps the centroids of this assignment as a snapshot, of which this says how far bounds made at it have `fallen`.
+    pub fn take(&self, snapshots: &mut [f32], fallen: &mut [f32]) {
+        let to = snapshots.chunks_exact_mut(self.values.len()).nth(usize::from(self.now));
+        to.expect("room for it").copy_from_slice(&self.values);
+        fallen.iter_mut().enumerate().for_each(|(group, fallen)| *fallen = self.fallen(self.now, group));
+    }
+
+    /// How far bounds to a group that were made at a snapshot have fallen.
+    #[inline(always)]
+    pub fn fallen(&self, since: u8, group: usize) -> f32 {
+        self.fallen[group][usize::from(since) % CPU_SNAPSHOTS]
+    }
+
+    /// Writes to `bounds` what the bounds of a row to all groups are now.
+    #[inline(always)]
+    pub fn fall(&self, lower: &[f32], since: &[u8], bounds: &mut [f32]) {
+        for (((bound, &lower), &since), fallen) in bounds.iter_mut().zip(lower).zip(since).zip(&self.fallen) {
+            *bound = lower - fallen[usize::from(since) % CPU_SNAPSHOTS];
+        }
     }
 
     /// A bound on the distance to the own centroid, which was at most `upper`.
@@ -159,7 +196,7 @@ impl Moved {
         }
     }
 
-    /// The number that the bounds to groups have to be above, less what they have fallen, for these to be skipped: the own centroid is not farther than `upper`.
+    /// The number that the bounds to groups have to be above, for these to be skipped: the own centroid is not farther than `upper`.
     #[inline(always)]
     pub fn cut(upper: f32) -> f32 {
         up(f64::from(upper) * (1.0 + ROUNDINGS))
@@ -168,14 +205,55 @@ impl Moved {
     /// True if a group may have the nearest centroid.
     #[inline(always)]
     #[allow(clippy::neg_cmp_op_on_partial_ord, reason = "a NaN says nothing, so that the group is needed")]
-    pub fn needed(lower: f32, fallen: f32, cut: f32) -> bool {
-        !(lower - fallen > cut)
+    pub fn needed(bound: f32, cut: f32) -> bool {
+        !(bound > cut)
     }
 
     /// True if any may.
     #[inline(always)]
-    pub fn any_needed(&self, lower: &[f32], cut: f32) -> bool {
-        lower.iter().zip(&self.fallen).fold(false, |any, (&l, &f)| any | Self::needed(l, f, cut))
+    pub fn any_needed(bounds: &[f32], cut: f32) -> bool {
+        bounds.iter().fold(false, |any, &bound| any | Self::needed(bound, cut))
+    }
+}
+
+/// Finds how far a centroid is at most from where it was at each snapshot.
+struct Far<'a> {
+    value: &'a [f32],
+    /// From that centroid in the first of them on.
+    snapshots: &'a [f32],
+    /// From one snapshot to the next.
+    pitch: usize,
+    far: &'a mut [f32],
+}
+
+impl NullaryFnOnce for Far<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { value, snapshots, pitch, far } = self;
+        for (far, before) in far.iter_mut().zip(snapshots.chunks(pitch)) {
+            // In f64, where no square of an f32 is lost.
+            let (mut sums, mut tail) = ([0f64; LANES], 0f64);
+            let ((xs, x_tail), (ys, y_tail)) = (value.as_chunks::<LANES>(), before[..value.len()].as_chunks::<LANES>());
+            for (x, y) in xs.iter().zip(ys) {
+                for i in 0..LANES {
+                    let t = f64::from(x[i]) - f64::from(y[i]);
+                    sums[i] += t * t;
+                }
+            }
+            for (&x, &y) in x_tail.iter().zip(y_tail) {
+                tail += (f64::from(x) - f64::from(y)) * (f64::from(x) - f64::from(y));
+            }
+            let square = sums.iter().sum::<f64>() + tail;
+            let distance = up(square.sqrt() * (1.0 + gamma(value.len(), f64::EPSILON)));
+            *far = match square {
+                0.0 => 0.0,
+                // Nothing is known of what has been, or become, no number.
+                square if square.is_nan() => f32::INFINITY,
+                _ => distance,
+            };
+        }
     }
 }
 
@@ -230,15 +308,14 @@ impl<'a> Renewal<'a> {
         self.slacks[first..].iter_mut().zip(slacks).for_each(|(to, slack)| *to = slack);
     }
 
-    /// Takes the scores of row `i` against a block, of which `lowest` finds the least.
+    /// Takes the scores of row `i` against a block, of which this is the `least`.
     #[inline(always)]
     pub fn note<S: Scalar>(
         &mut self,
         i: usize,
         (group, scored): (u32, &Range<usize>),
         error: impl FnOnce(Slack) -> f64,
-        scores: &mut [S],
-        lowest: impl FnOnce(&[S]) -> S,
+        (scores, least): (&mut [S], S),
     ) {
         let own = self.grouping.scored[self.before[i] as usize] as usize;
         let error = error(self.slacks[i]);
@@ -250,7 +327,7 @@ impl<'a> Renewal<'a> {
             self.own[i] = (score.widen() - error) as f32;
             least
         } else {
-            lowest(scores)
+            least
         };
         *at = at.min((least.widen() - error) as f32);
     }

@@ -12,7 +12,7 @@
 //! rounds, at most `4.2 u R R'`, is less than `u R R'` for each of eight columns.
 
 use super::{
-    amx::Amx,
+    amx::{Amx, Tiles},
     lines::{byte_steps, ByteLine, BYTE_STEP, BYTE_TILE, SLICES},
 };
 use crate::{
@@ -118,10 +118,15 @@ impl SlicedCentroids {
         Ok(Self { amx, d, lines, units })
     }
 
+    /// The registers that products of them take.
+    pub(super) fn tiles(&self) -> Tiles {
+        self.amx.tiles()
+    }
+
     /// Levels of the products of a tile of rows, in slices, and a tile of the centroids, row by row each.
-    pub(super) fn multiply(&self, rows: &[ByteLine], tile: usize, levels: &mut [i32]) {
+    pub(super) fn multiply(&self, tiles: &mut Tiles, rows: &[ByteLine], tile: usize, levels: &mut [i32]) {
         let len = sliced_lines(self.d);
-        self.amx.byte_levels(rows, &self.lines[tile * len..][..len], levels);
+        tiles.byte_levels(rows, &self.lines[tile * len..][..len], levels);
     }
 }
 
@@ -191,7 +196,7 @@ mod tests {
                 let units: Vec<_> = rows.iter().enumerate().map(|(i, row)| cut_row(row, &mut lines, i)).collect();
                 let mut levels = vec![-1; LEVELS];
                 for (j, centroid) in centroids.iter().enumerate() {
-                    sliced.multiply(&lines, j / BYTE_TILE, &mut levels);
+                    sliced.multiply(&mut sliced.tiles(), &lines, j / BYTE_TILE, &mut levels);
                     for (i, row) in rows.iter().enumerate() {
                         let got = joined(&levels, i)[j % BYTE_TILE] * units[i] * sliced.units[j];
                         let want: f64 = row.iter().zip(centroid).map(|(a, b)| a * b).sum();

@@ -64,21 +64,10 @@ impl<S: Scalar> Candidates<S> {
         self.reset(Slack::NONE);
     }
 
-    /// Takes the scores of a block, of centroids `from` on. `compare` finds the nearest among centroids and what has been found before.
+    /// Takes the scores of a block, of centroids `from` on, of which this is the lowest. `compare` finds the nearest among centroids and what has been
+    /// found before.
     #[inline(always)]
     pub fn offer(
-        &mut self,
-        scores: &[S],
-        bound: &Bound,
-        from: usize,
-        compare: impl FnMut(Found, &[(S, u32)]) -> Found,
-    ) {
-        self.offer_from(lowest(scores), scores, bound, from, compare);
-    }
-
-    /// The same of scores whose lowest is known.
-    #[inline(always)]
-    pub fn offer_from(
         &mut self,
         lowest: S,
         scores: &[S],
@@ -110,8 +99,9 @@ impl<S: Scalar> Candidates<S> {
         room
     }
 
+    /// Takes the scores of a block that are at most `cut`.
     #[inline(always)]
-    fn collect(
+    pub fn collect(
         &mut self,
         scores: &[S],
         cut: S,

@@ -245,10 +245,11 @@ impl<T: Element> NullaryFnOnce for Offer<'_, '_, T> {
                 let bias = &centroids.bias[scored.clone()];
                 scores.iter_mut().zip(bias).for_each(|(s, &b)| *s = b.sub(*s));
             }
+            let least = lowest(scores);
             if let Some(renewal) = &mut renewal {
-                renewal.note(i, (block.group, &scored), |slack| block.bound.error(slack), scores, lowest);
+                renewal.note(i, (block.group, &scored), |slack| block.bound.error(slack), (scores, least));
             }
-            candidates.offer(scores, &block.bound, scored.start, |before, list| {
+            candidates.offer(least, scores, &block.bound, scored.start, |before, list| {
                 *compared += list.len() as u64;
                 tile.nearest(row(i), before, list.iter().map(|&(_, scored)| centroids.index(scored)))
             });

@@ -112,12 +112,14 @@ impl<T: Element<Filter = f32>> Tile<'_, T> {
             renewal.begin(first, close.iter().map(|close| close.slack));
             renewal.keep(first, m, &s.lines);
         }
+        let mut tiles = rounded.amx.tiles();
         for block in &rounded.blocks {
             let scores = &mut s.scores[..PAIR * block.width()];
-            rounded.score(block, &s.lines, scores);
+            rounded.score(&mut tiles, block, &s.lines, scores);
             let renewal = renewal.as_deref_mut().map(|renewal| (first, renewal));
             simd.dispatch(Offer { amx: rounded.amx, block, scores, close, renewal });
         }
+        drop(tiles);
         for (i, (label, row)) in out.iter_mut().zip(rows.chunks_exact(d)).enumerate() {
             let (close, full) = (&mut close[i], &mut full[i]);
             if !full.slack.usable() {
@@ -191,21 +193,32 @@ impl NullaryFnOnce for Offer<'_, '_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { amx, block, scores, close, mut renewal } = self;
-        for (i, (scores, close)) in scores.chunks_exact_mut(block.width()).zip(close).enumerate() {
-            if let Some((first, renewal)) = &mut renewal {
+        let Self { amx, block, scores, close, renewal } = self;
+        let (width, m) = (block.width(), close.len());
+        // Step by step for all rows, so that none waits for the one before.
+        let mut least = [0f32; PAIR];
+        for (least, scores) in least[..m].iter_mut().zip(scores.chunks_exact(width)) {
+            *least = amx.lowest(scores);
+        }
+        if let Some((first, renewal)) = renewal {
+            for (i, (&least, scores)) in least[..m].iter().zip(scores.chunks_exact_mut(width)).enumerate() {
                 let (place, error) = ((block.group, &block.scored), |slack| block.bound.error(slack));
-                renewal.note(*first + i, place, error, scores, |scores| amx.lowest(scores));
+                renewal.note(first + i, place, error, (scores, least));
             }
-            if !close.slack.usable() {
-                continue;
-            }
-            let (lowest, error) = (amx.lowest(scores), block.bound.error(close.slack));
-            let cut = close.cut(lowest, error);
-            if lowest <= cut {
-                let from = block.scored.start;
-                let crowded = !amx.all_at_most(scores, cut, |i, score| close.keep(score, (from + i) as u32, error));
-                if crowded {
+        }
+        let (mut cuts, mut near) = ([0f32; PAIR], 0u32);
+        for (i, close) in close.iter_mut().enumerate() {
+            cuts[i] = close.cut(least[i], block.bound.error(close.slack));
+            near |= u32::from(least[i] <= cuts[i]) << i;
+        }
+        while near != 0 {
+            let i = near.trailing_zeros() as usize;
+            near &= near - 1;
+            let close = &mut close[i];
+            if close.slack.usable() {
+                let (from, error) = (block.scored.start, block.bound.error(close.slack));
+                let (scores, cut) = (&scores[i * width..][..width], cuts[i]);
+                if !amx.all_at_most(scores, cut, |j, score| close.keep(score, (from + j) as u32, error)) {
                     close.give_up();
                 }
             }

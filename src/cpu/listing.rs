@@ -1,7 +1,7 @@
 //! The rows of a tile that need a group of centroids, for all that bounds say.
 
 use super::{
-    bounds::{score_above, Grouping, Moved, Packed},
+    bounds::{score_above, Between, Grouping, Moved, Packed},
     candidates::Candidates,
     filter::Slack,
     label::Tile,
@@ -25,6 +25,8 @@ pub(super) struct SkipTile<'a, T: Element> {
 /// The bounds of a tile's rows: `(rows, groups)`, and `(rows)`.
 pub(super) struct RowBounds<'a> {
     pub lower: &'a mut [f32],
+    /// The snapshot that each of these was made at.
+    pub since: &'a mut [u8],
     pub upper: &'a mut [f32],
     pub packed: Packed<'a>,
 }
@@ -35,8 +37,8 @@ pub(super) struct SkipScratch {
     pub row: Vec<f32>,
     pub packed: Vec<f32>,
     pub pair: Vec<Line>,
-    /// Rows that may need a group, and bounds from below on the distances that are known.
-    pub open: Vec<(usize, Option<f64>)>,
+    /// Rows that may need a group, and their distances to their own centroids, where these are known.
+    pub open: Vec<(usize, Option<Between>)>,
     /// Those that need one,
     pub listed: Vec<Listed>,
     /// as they are scored without the unit.
@@ -44,6 +46,10 @@ pub(super) struct SkipScratch {
     pub candidates: Vec<Candidates<f32>>,
     /// Which of them need each group.
     pub lists: Vec<Vec<u32>>,
+    /// What a row's bounds are now,
+    pub now: Vec<f32>,
+    /// and those of all open rows.
+    pub bounds: Vec<f32>,
     /// Which groups a row needs, to a whole number of eights.
     pub needed: Vec<u8>,
     /// Rows whose scores would say nothing.
@@ -74,6 +80,8 @@ impl SkipScratch {
     fn prepare(&mut self, d: usize, groups: usize, steps: usize) {
         self.needed.clear();
         self.needed.resize(groups.next_multiple_of(EIGHT), 0);
+        self.now.resize(groups, 0.0);
+        self.bounds.clear();
         self.row.resize(d, 0.0);
         self.packed.resize(d, 0.0);
         self.pair.resize(rows_lines(steps), Line::ZERO);
@@ -100,7 +108,7 @@ impl SkipScratch {
 /// Finds the rows that may need a group, for all that is known of the distance to their own centroid.
 struct Open<'a, 'b, T: Element> {
     of: &'a SkipTile<'a, T>,
-    open: &'a mut Vec<(usize, Option<f64>)>,
+    s: &'a mut SkipScratch,
     labels: &'a [u32],
     bounds: &'a mut RowBounds<'b>,
 }
@@ -110,30 +118,45 @@ impl<T: Element<Filter = f32>> NullaryFnOnce for Open<'_, '_, T> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { of: SkipTile { grouping, moved, rounded, .. }, open, labels, bounds } = self;
-        let rows = bounds.lower.chunks_exact(grouping.count()).zip(&mut *bounds.upper).zip(labels).enumerate();
-        for (row, ((lower, upper), &label)) in rows {
+        let Self { of: SkipTile { grouping, moved, .. }, s, labels, bounds } = self;
+        let SkipScratch { open, now, bounds: open_bounds, .. } = s;
+        let groups = grouping.count();
+        let of_groups = bounds.lower.chunks_exact(groups).zip(bounds.since.chunks_exact(groups));
+        let rows = of_groups.zip(&mut *bounds.upper).zip(labels).enumerate();
+        for (row, (((lower, since), upper), &label)) in rows {
             *upper = moved.after_move(*upper, label);
-            if !moved.any_needed(lower, Moved::cut(*upper)) {
-                continue;
+            moved.fall(lower, since, now);
+            if Moved::any_needed(now, Moved::cut(*upper)) {
+                open.push((row, None));
+                open_bounds.extend_from_slice(now);
             }
-            let mut below = None;
-            if let Some((rounded, own)) = rounded {
-                let lines = &bounds.packed.lines[row * rounded.steps..][..rounded.steps];
-                let scored = grouping.scored[label as usize];
-                if let Some(distance) = own.between(moved, lines, bounds.packed.norms[row], scored) {
-                    (*upper, below) = (upper.min(distance.above), Some(distance.below));
-                    if !moved.any_needed(lower, Moved::cut(*upper)) {
-                        continue;
-                    }
-                }
-            }
-            open.push((row, below));
         }
     }
 }
 
-/// Lists those of them that do.
+/// Measures them from their own centroids by rounded numbers. Nothing is decided by what comes out, so that no row waits for the one before.
+struct MeasureOpen<'a, 'b, T: Element> {
+    of: &'a SkipTile<'a, T>,
+    rounded: (&'a RoundedCentroids, &'a OwnCentroids),
+    open: &'a mut [(usize, Option<Between>)],
+    labels: &'a [u32],
+    packed: &'a Packed<'b>,
+}
+
+impl<T: Element<Filter = f32>> NullaryFnOnce for MeasureOpen<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { of: SkipTile { grouping, moved, .. }, rounded: (rounded, own), open, labels, packed } = self;
+        for (row, between) in open {
+            let lines = &packed.lines[*row * rounded.steps..][..rounded.steps];
+            *between = own.between(moved, lines, packed.norms[*row], grouping.scored[labels[*row] as usize]);
+        }
+    }
+}
+
+/// Lists those of them that need one.
 struct List<'a, 'b, T: Element> {
     of: &'a SkipTile<'a, T>,
     s: &'a mut SkipScratch,
@@ -148,8 +171,8 @@ impl<T: Element<Filter = f32>> NullaryFnOnce for List<'_, '_, T> {
     fn call(self) {
         let Self { of, s, labels, bounds } = self;
         for at in 0..s.open.len() {
-            let (row, below) = s.open[at];
-            of.list(row, labels[row], below, s, bounds);
+            let row = s.open[at].0;
+            of.list(at, labels[row], s, bounds);
         }
     }
 }
@@ -159,30 +182,37 @@ impl<T: Element<Filter = f32>> SkipTile<'_, T> {
     pub(super) fn list_all(&self, s: &mut SkipScratch, labels: &[u32], bounds: &mut RowBounds<'_>) {
         let steps = self.rounded.map_or(0, |(rounded, _)| rounded.steps);
         s.prepare(self.tile.x.rows.d, self.grouping.count(), steps);
-        pulp::Arch::new().dispatch(Open { of: self, open: &mut s.open, labels, bounds });
+        pulp::Arch::new().dispatch(Open { of: self, s, labels, bounds });
+        if let Some(rounded) = self.rounded {
+            let (open, packed) = (&mut s.open[..], &bounds.packed);
+            pulp::Arch::new().dispatch(MeasureOpen { of: self, rounded, open, labels, packed });
+        }
         pulp::Arch::new().dispatch(List { of: self, s, labels, bounds });
     }
 
-    /// Lists a row if it needs a group, packed as it is scored.
+    /// The distance of a row to its own centroid, by f32.
     #[inline(always)]
-    fn list(&self, row: usize, label: u32, below: Option<f64>, s: &mut SkipScratch, bounds: &mut RowBounds<'_>) {
-        let (simd, &Self { ref tile, grouping, moved, rounded }) = (pulp::Arch::new(), self);
+    pub(super) fn measure(&self, row: usize, label: u32, scratch: &mut [f32]) -> Between {
+        let (tile, moved) = (&self.tile, self.moved);
+        let row = tile.x.row(tile.b, tile.first + row);
+        moved.between(pulp::Arch::new().dispatch(Measure { moved, row, label, scratch }), 0.0, 1.0)
+    }
+
+    /// Lists an open row if it needs a group, packed as it is scored.
+    #[inline(always)]
+    fn list(&self, at: usize, label: u32, s: &mut SkipScratch, bounds: &mut RowBounds<'_>) {
+        let &Self { ref tile, grouping, moved, rounded } = self;
         let (groups, centroids) = (grouping.count(), tile.centroids);
+        let (row, between) = s.open[at];
         let (lower, upper) = (&mut bounds.lower[row * groups..][..groups], &mut bounds.upper[row]);
-        let below = match below {
-            Some(below) => below,
-            None => {
-                let row = tile.x.row(tile.b, tile.first + row);
-                let distance =
-                    moved.between(simd.dispatch(Measure { moved, row, label, scratch: &mut s.row }), 0.0, 1.0);
-                *upper = upper.min(distance.above);
-                if !moved.any_needed(lower, Moved::cut(*upper)) {
-                    return;
-                }
-                distance.below
-            }
-        };
+        let since = &mut bounds.since[row * groups..][..groups];
+        let now = &s.bounds[at * groups..][..groups];
+        let Between { below, above } = between.unwrap_or_else(|| self.measure(row, label, &mut s.row));
+        *upper = upper.min(above);
         let cut = Moved::cut(*upper);
+        if !Moved::any_needed(now, cut) {
+            return;
+        }
         let slack = if rounded.is_some() {
             slack(centroids, bounds.packed.norms[row])
         } else {
@@ -203,11 +233,8 @@ impl<T: Element<Filter = f32>> SkipTile<'_, T> {
         s.candidates(slack).within(reach);
         let place = s.listed.len() as u32;
         s.listed.push(Listed { row, own: grouping.scored[label as usize], below, square });
-        let of_groups = lower.iter_mut().zip(&mut s.needed).zip(moved.fallen.iter().zip(&grouping.most));
-        for ((lower, to), (&fallen, &most)) in of_groups {
-            let needed = Moved::needed(*lower, fallen, cut);
-            *to = u8::from(needed);
-            *lower = if needed { most } else { *lower };
+        for (needed, &bound) in s.needed.iter_mut().zip(&s.bounds[at * groups..][..groups]) {
+            *needed = u8::from(Moved::needed(bound, cut));
         }
         for (i, eight) in s.needed.as_chunks::<EIGHT>().0.iter().enumerate() {
             let mut needed = u64::from_le_bytes(*eight);
@@ -215,6 +242,7 @@ impl<T: Element<Filter = f32>> SkipTile<'_, T> {
                 let group = EIGHT * i + needed.trailing_zeros() as usize / 8;
                 needed &= needed - 1;
                 s.lists[group].push(place);
+                (lower[group], since[group]) = (grouping.most[group], moved.now);
             }
         }
     }

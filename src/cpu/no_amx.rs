@@ -20,11 +20,20 @@ impl Amx {
         match self {}
     }
 
-    pub(super) fn byte_levels(self, _: &[ByteLine], _: &[ByteLine], _: &mut [i32]) {
+    pub(super) fn tiles(self) -> Tiles {
         match self {}
     }
+}
 
-    pub(super) fn product(self, _: &[Line], _: &[Line], _: &[f32], _: usize, _: &mut [f32]) {
-        match self {}
+/// Its registers.
+pub(super) enum Tiles {}
+
+impl Tiles {
+    pub(super) fn byte_levels(&mut self, _: &[ByteLine], _: &[ByteLine], _: &mut [i32]) {
+        match *self {}
+    }
+
+    pub(super) fn product(&mut self, _: &[Line], _: &[Line], _: &[f32], _: usize, _: &mut [f32]) {
+        match *self {}
     }
 }

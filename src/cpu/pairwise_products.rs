@@ -275,10 +275,11 @@ impl<T: Element> Proof<'_, T> {
             let unit = cut_row(to, &mut self.scratch.slices[i / LANES * len..][..len], i % LANES);
             self.scratch.sides[i] = Side::new(square, Some(unit), d, self.metric);
         }
+        let mut tiles = centroids.tiles();
         for tile in 0..k.div_ceil(LANES) {
             for first in (0..count).step_by(LANES) {
                 let ProofScratch { slices, levels, .. } = &mut *self.scratch;
-                centroids.multiply(&slices[first / LANES * len..][..len], tile, levels);
+                centroids.multiply(&mut tiles, &slices[first / LANES * len..][..len], tile, levels);
                 for i in first..count.min(first + LANES) {
                     let (sides, unit) = (&self.centroids.sides[tile], self.scratch.sides[i].unit);
                     let mut products = joined(&self.scratch.levels, i - first);

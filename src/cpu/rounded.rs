@@ -9,7 +9,7 @@
 //! `c'` each up to `2^-8` longer, that is the bound of `filter.rs` for a 64th more than `18 + s` columns.
 
 use super::{
-    amx::Amx,
+    amx::{Amx, Tiles},
     filter::{gamma, Bound, Centroids, Slack},
     lines::{pair_lines, steps, write_centroid, write_row, FLUSHED, PAIR, STEP, STEP_UNITS},
     scalar::Scalar,
@@ -105,15 +105,21 @@ impl RoundedCentroids {
     }
 
     /// Scores of a pair of rows against a block, row by row; infinite beyond its centroids.
-    pub(super) fn score(&self, block: &RoundedBlock, rows: &[Line], out: &mut [f32]) {
-        self.score_first(block, block.width(), rows, out);
+    pub(super) fn score(&self, tiles: &mut Tiles, block: &RoundedBlock, rows: &[Line], out: &mut [f32]) {
+        self.score_first(tiles, (block, block.width()), rows, out);
     }
 
     /// The same against the block's first `width` centroids, which are whole tiles.
-    pub(super) fn score_first(&self, block: &RoundedBlock, width: usize, rows: &[Line], out: &mut [f32]) {
+    pub(super) fn score_first(
+        &self,
+        tiles: &mut Tiles,
+        (block, width): (&RoundedBlock, usize),
+        rows: &[Line],
+        out: &mut [f32],
+    ) {
         let (start, end) = (block.padded.start, block.padded.start + width);
         let lines = &self.lines[start * self.steps..end.next_multiple_of(PAIR) * self.steps];
-        self.amx.product(rows, lines, &self.bias[start..end], self.steps, out)
+        tiles.product(rows, lines, &self.bias[start..end], self.steps, out)
     }
 }
 

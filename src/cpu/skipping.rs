@@ -5,7 +5,8 @@
 //! usual way.
 
 use super::{
-    bounds::{distance_below, down, UNSCORED},
+    amx::Tiles,
+    bounds::{distance_below, down, score_above, UNSCORED},
     candidates::{lowest, NONE},
     filter::{Bound, Centroids},
     label::label_of,
@@ -44,12 +45,13 @@ impl<T: Element<Filter = f32>> SkipTile<'_, T> {
         let mut work = Work::default();
         self.list_all(s, labels, &mut bounds);
         if !s.listed.is_empty() {
+            let mut tiles = self.rounded.map(|(rounded, _)| rounded.amx.tiles());
             let parts = self.rounded.map_or(self.tile.centroids.blocks.len(), |(rounded, _)| rounded.blocks.len());
             for part in (0..parts).map(|i| self.part(i)) {
                 let list = std::mem::take(&mut s.lists[part.group]);
                 work.products += (list.len() * part.scored.len()) as u64;
                 for places in list.chunks(PAIR) {
-                    self.score(&part, places, s, bounds.packed.lines);
+                    self.score(tiles.as_mut(), &part, places, s, bounds.packed.lines);
                     let (part, bounds, compared) = (&part, &mut bounds, &mut work.compared);
                     pulp::Arch::new().dispatch(Compare { of: self, part, places, s, bounds, compared });
                 }
@@ -82,16 +84,16 @@ impl<T: Element<Filter = f32>> SkipTile<'_, T> {
     }
 
     /// Scores some listed rows, or, without the unit, finds their products.
-    fn score(&self, part: &Part<'_>, places: &[u32], s: &mut SkipScratch, packed: &[Line]) {
+    fn score(&self, tiles: Option<&mut Tiles>, part: &Part<'_>, places: &[u32], s: &mut SkipScratch, packed: &[Line]) {
         let (d, width) = (self.tile.x.rows.d, part.width);
         if s.scores.len() < PAIR * width {
             s.scores.resize(PAIR * width, 0.0);
         }
-        match (self.rounded, part.rounded) {
-            (Some((rounded, _)), Some(block)) => {
+        match (self.rounded, tiles, part.rounded) {
+            (Some((rounded, _)), Some(tiles), Some(block)) => {
                 let SkipScratch { listed, pair, .. } = s;
                 pulp::Arch::new().dispatch(Gather { packed, steps: rounded.steps, places, listed, pair });
-                rounded.score_first(block, width, &s.pair, &mut s.scores[..PAIR * width]);
+                rounded.score_first(tiles, (block, width), &s.pair, &mut s.scores[..PAIR * width]);
             }
             _ => {
                 s.together.clear();
@@ -112,12 +114,21 @@ impl<T: Element<Filter = f32>> SkipTile<'_, T> {
         compared: &mut u64,
     ) {
         let (tile, candidates) = (&self.tile, &mut s.candidates[place]);
-        let &Listed { row, own, below, .. } = &s.listed[place];
-        let (before, few) = (candidates.compared, candidates.finish());
-        if few.is_empty() && before == NONE && own != UNSCORED {
-            return;
+        let &Listed { row, own, below, square } = &s.listed[place];
+        let (before, was) = (candidates.compared, labels[row]);
+        let mut few = candidates.finish();
+        if before == NONE && own != UNSCORED {
+            if !few.is_empty() && self.rounded.is_some() {
+                // Most are candidates only because of what rounding leaves open of the distance to the own centroid.
+                let upper = self.measure(row, was, &mut s.row).above.min(bounds.upper[row]);
+                bounds.upper[row] = upper;
+                candidates.within(score_above(f64::from(upper) / tile.centroids.unit(), square));
+                few = candidates.finish();
+            }
+            if few.is_empty() {
+                return;
+            }
         }
-        let was = labels[row];
         labels[row] = if before == NONE {
             s.few.clear();
             s.few.extend_from_slice(few);
@@ -131,10 +142,13 @@ impl<T: Element<Filter = f32>> SkipTile<'_, T> {
             label_of(tile.nearest(row, before, few.chain([was])))
         };
         if labels[row] != was {
-            // The bound of its group has been without it.
+            // The bound of its group has been without it, and is one of now with it.
             let group = self.grouping.group[was as usize] as usize;
-            let lower = &mut bounds.lower[row * self.grouping.count() + group];
-            *lower = lower.min(down(below + f64::from(self.moved.fallen[group])));
+            let (at, moved) = (row * self.grouping.count() + group, self.moved);
+            let (lower, since) = (&mut bounds.lower[at], &mut bounds.since[at]);
+            let bound = f64::from(*lower) - f64::from(moved.fallen(*since, group));
+            *lower = down(bound.min(below).max(0.0) + f64::from(moved.fallen(moved.now, group)));
+            *since = moved.now;
             bounds.upper[row] = f32::INFINITY;
         }
     }
@@ -179,21 +193,27 @@ impl<T: Element<Filter = f32>> NullaryFnOnce for Compare<'_, '_, T> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { of: &SkipTile { ref tile, grouping, moved, .. }, part, places, s, bounds, compared } = self;
+        let Self { of: &SkipTile { ref tile, grouping, moved, rounded }, part, places, s, bounds, compared } = self;
         let (centroids, from, size): (&Centroids<f32>, _, _) = (tile.centroids, part.scored.start, part.scored.len());
-        let (unit, fallen) = (centroids.unit(), f64::from(moved.fallen[part.group]));
+        let (unit, fallen) = (centroids.unit(), f64::from(moved.fallen(moved.now, part.group)));
         let (mut least, mut lower) = ([0f32; PAIR], [0f32; PAIR]);
         let (mut error, mut square) = ([0f64; PAIR], [0f64; PAIR]);
+        let amx = rounded.map(|(rounded, _)| rounded.amx);
         for (i, (scores, &place)) in s.scores.chunks_exact_mut(part.width).zip(places).enumerate() {
-            let (listed, scores) = (&s.listed[place as usize], &mut scores[..size]);
-            if part.rounded.is_none() {
+            let listed = &s.listed[place as usize];
+            if amx.is_none() {
                 let bias = &centroids.bias[part.scored.clone()];
                 scores.iter_mut().zip(bias).for_each(|(s, &b)| *s = b - *s);
             }
-            if let Some(own) = scores.get_mut((listed.own as usize).wrapping_sub(from)) {
+            if let Some(own) = scores[..size].get_mut((listed.own as usize).wrapping_sub(from)) {
                 *own = f32::INFINITY;
             }
-            (least[i], square[i]) = (lowest(scores), listed.square);
+            // The unit's scores are infinite beyond the centroids.
+            least[i] = match amx {
+                Some(amx) => amx.lowest(scores),
+                None => lowest(scores),
+            };
+            square[i] = listed.square;
             error[i] = part.bound.error(s.candidates[place as usize].slack);
         }
         // In vectors of these.
@@ -201,13 +221,22 @@ impl<T: Element<Filter = f32>> NullaryFnOnce for Compare<'_, '_, T> {
             let distance = distance_below(f64::from(least[i]) - error[i], square[i]) * unit;
             lower[i] = down(distance + fallen);
         }
-        for (i, (scores, &place)) in s.scores.chunks_exact(part.width).zip(places).enumerate() {
-            let (listed, candidates) = (&s.listed[place as usize], &mut s.candidates[place as usize]);
-            let to = &mut bounds.lower[listed.row * grouping.count() + part.group];
-            *to = to.min(lower[i]);
-            candidates.offer_from(least[i], &scores[..size], part.bound, from, |before, list| {
+        let (mut cuts, mut near) = ([0f32; PAIR], 0u32);
+        for (i, &place) in places.iter().enumerate() {
+            cuts[i] = s.candidates[place as usize].cut(least[i], error[i]);
+            near |= u32::from(least[i] <= cuts[i]) << i;
+        }
+        for (&lower, &place) in lower.iter().zip(places) {
+            let to = &mut bounds.lower[s.listed[place as usize].row * grouping.count() + part.group];
+            *to = to.min(lower);
+        }
+        while near != 0 {
+            let i = near.trailing_zeros() as usize;
+            near &= near - 1;
+            let (place, scores) = (places[i] as usize, &s.scores[i * part.width..][..size]);
+            s.candidates[place].collect(scores, cuts[i], error[i], from, |before, list| {
                 *compared += list.len() as u64;
-                tile.nearest(listed.row, before, list.iter().map(|&(_, scored)| centroids.index(scored)))
+                tile.nearest(s.listed[place].row, before, list.iter().map(|&(_, scored)| centroids.index(scored)))
             });
         }
     }

@@ -148,7 +148,7 @@ impl Filter<'_> {
         let Self { rows, b, count, bias, most, .. } = self;
         let (Listed { seeds, ends, scores }, width) = (listed, bias.len());
         scores.resize(PAIR * width, 0.0);
-        rows.amx.product(rows.of_pair(*b, first / PAIR), &self.lines, bias, rows.steps, scores);
+        rows.amx.tiles().product(rows.of_pair(*b, first / PAIR), &self.lines, bias, rows.steps, scores);
         seeds.clear();
         let bounds = &rows.bounds[b * rows.n + first..];
         let [g, flushed] = rows.error;

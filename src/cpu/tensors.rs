@@ -305,7 +305,7 @@ macro_rules! stored {
         })+
     };
 }
-stored! { u32, U32; i64, I64; f16, F16; bf16, BF16; f32, F32; f64, F64; }
+stored! { u8, U8; u32, U32; i64, I64; f16, F16; bf16, BF16; f32, F32; f64, F64; }
 
 /// The elements of a target.
 fn elements<'a, T: Stored>(storage: &'a mut CpuStorage, layout: &Layout) -> candle_core::Result<&'a mut [T]> {

@@ -135,7 +135,7 @@ impl PreparedFit {
         let skip = plan.steps.skip;
         let kept_sums = (skip.keep_sums && !skip.on_gpu).then(|| KeptSums::new([p.b, p.n, p.k, p.d]).map(Mutex::new));
         let kept_sums = kept_sums.transpose()?;
-        let bounds = || KeptBounds::new([p.b, p.n, p.k, p.d], skip, p.dtype, &device);
+        let bounds = || KeptBounds::new([p.b, p.n, p.k, p.d], skip, &device);
         let bounds = (skip.groups > 0).then(bounds).transpose()?;
         let mut fit = Self {
             fence,

@@ -12,7 +12,7 @@ use crate::{
     problem::Problem,
     tiles::{
         CHANGES_FEW, CHANGES_SLICE, CHANGES_SLICES, CHANGES_SLICE_MOST, CPU_GROUP, CPU_ROWS, CPU_SKIP_BYTES,
-        CPU_SKIP_ROWS, SKIP_GROUP, SM90_ROWS,
+        CPU_SKIP_ROWS, CPU_SNAPSHOTS, SKIP_GROUP, SM90_ROWS,
     },
 };
 use candle_core::DType;
@@ -30,6 +30,8 @@ pub(crate) struct SkipPlan {
     /// The groups of centroids to which assignments keep bounds on the distances of each row (Yinyang k-means, Ding et al. 2015), and
     /// skip those that cannot have its nearest centroid. 0: they compare all, or, on a GPU, do as `near` says. The CPU's.
     pub groups: usize,
+    /// The earlier assignments from which these bounds count the moves of centroids, at most. The CPU's.
+    pub snapshots: usize,
     /// True if they keep rows as a matrix unit multiplies them.
     pub packs: bool,
     /// True if they skip groups however few these are.
@@ -83,6 +85,8 @@ const GPU_VALUES: usize = 1 << 25;
 const PRODUCTS: usize = 1 << 28;
 /// Of fewer groups too many are needed.
 const GROUPS: usize = 4;
+/// All snapshots have as many centroids as a quarter of the rows at most.
+const SNAPSHOT_ROWS: usize = 4;
 /// Groups of which skipping is seen to be right.
 const GROUPED: usize = 16;
 
@@ -186,7 +190,7 @@ impl SkipPlan {
             let keep_sums = fits && FORCED.get().unwrap_or(values >= GPU_VALUES && p.n / 16 >= p.k);
             // Nothing but iterations changes labels and centroids there, so that bounds never have to be forgotten.
             let near = if fits { NearGroups::new(p, kernel, settings, arch) } else { None };
-            return Self { keep_sums, on_gpu: true, groups: 0, packs: false, always: false, near };
+            return Self { keep_sums, on_gpu: true, groups: 0, snapshots: 0, packs: false, always: false, near };
         }
         // Sums take sixteen bytes a column of a cluster: no more than a few times the rows.
         let keep_sums = fits && FORCED.get().unwrap_or(values >= VALUES && p.n / 4 >= p.k);
@@ -203,24 +207,26 @@ impl SkipPlan {
             None => 0,
         };
         let groups = if euclidean { groups } else { 0 };
+        let snapshots = if groups > 0 { (p.n / p.k / SNAPSHOT_ROWS).clamp(1, CPU_SNAPSHOTS) } else { 0 };
         let packs = groups > 0 && arch == Arch::Cpu { amx: true };
-        Self { keep_sums, on_gpu: false, groups, packs, always: forced(), near: None }
+        Self { keep_sums, on_gpu: false, groups, snapshots, packs, always: forced(), near: None }
     }
 
     /// The bytes that are kept between iterations, and those in which changes are found.
     pub fn bytes(self, p: &Problem) -> u64 {
         let (b, n, k, d) = (p.b as u64, p.n as u64, p.k as u64, p.d as u64);
-        let (groups, size) = (self.groups as u64, p.dtype.size_in_bytes() as u64);
+        let groups = self.groups as u64;
         let slices = 8 * most_slices(p.n, p.k) as u64;
         let changes = if self.on_gpu { b * (8 * (n / CHANGES_FEW as u64) + slices + 16 * k + 80) + 4096 } else { 0 };
         let sums = b * (16 * k * (d + 2) + 4 * n + 1) + changes;
-        let bounds = b * (n * (4 * groups + 4) + k * (4 + d * size) + 4 * groups + 64);
+        let snapshots = self.snapshots as u64;
+        let bounds = b * (n * (5 * groups + 4) + k * (4 + 4 * d * snapshots) + 4 * groups + 64);
         // Rows and centroids of bf16 in whole lines.
         let line = if self.packs { 2 * d.next_multiple_of(32) + 8 } else { 0 };
         let bounds = bounds + b * (n + k) * line;
         // What is known of centroids, and a thread's rows that are listed, as they are scored and with their candidates.
-        let known = b * (k * (4 * d + 16) + 16 * groups);
-        let of_row = 4 * d.next_multiple_of(32) + 4 * groups + 160 + 16 * k.min(64);
+        let known = b * (k * (4 * d + 16 + 4 * snapshots) + groups * (16 + 4 * CPU_SNAPSHOTS as u64));
+        let of_row = 4 * d.next_multiple_of(32) + 8 * groups + 160 + 16 * k.min(64);
         let of_pair = 256 * (d.next_multiple_of(32) + CPU_GROUP as u64);
         let listed = (rayon::current_num_threads() as u64 + 1) * (2 * n.min(skip_rows(p.d) as u64) * of_row + of_pair);
         let bounds = bounds + known + listed;
