@@ -27,6 +27,7 @@ enum Work {
     /// So many for each row.
     Nearest(usize),
     /// By a fit that has the centroids.
+    Predict(Box<Fit>),
     Transform(Box<Fit>),
     Update {
         labels: Tensor,
@@ -81,9 +82,14 @@ impl Case {
             }
             Op::Assign | Op::Tune => Work::Assign,
             Op::Nearest => Work::Nearest(args.m),
-            Op::Transform => {
+            Op::Predict | Op::Transform => {
                 let given = KMeans::new(args.k).metric(metric).init(Init::Given(centroids.clone()));
-                Work::Transform(Box::new(given.max_iters(0).fit(&x)?))
+                let fit = Box::new(given.max_iters(0).fit(&x)?);
+                if args.op == Op::Predict {
+                    Work::Predict(fit)
+                } else {
+                    Work::Transform(fit)
+                }
             }
         };
         Ok(Self { x, metric, centroids, settings, weights, work })
@@ -98,6 +104,7 @@ impl Case {
         Ok(match &self.work {
             Work::Assign => format!("assign {}", testing::chosen(&self.x, self.centroids.dim(1)?, self.metric)?),
             Work::Nearest(m) => format!("nearest {m}"),
+            Work::Predict(_) => "predict".into(),
             Work::Transform(_) => "transform".into(),
             Work::Update { update, .. } => format!("update {}", update.kernel()),
             Work::Fit(_) | Work::Run(_) => self.settings.plan(&self.x)?.to_string(),
@@ -109,6 +116,7 @@ impl Case {
         match &mut self.work {
             Work::Assign => return Ok(Some(assign(&self.x, &self.centroids, self.metric)?)),
             Work::Nearest(m) => return Ok(Some(nearest(&self.x, &self.centroids, *m, self.metric)?.0)),
+            Work::Predict(fit) => return Ok(Some(fit.predict(&self.x)?)),
             Work::Transform(fit) => return Ok(Some(fit.transform(&self.x)?)),
             Work::Update { labels, update } => return Ok(Some(update.run(labels)?)),
             Work::Fit(last) => *last = Some(self.settings.fit(&self.x)?),

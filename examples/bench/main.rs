@@ -35,6 +35,8 @@ pub(crate) enum Op {
     Assign,
     /// The m nearest of k centroids for each row, and their distances
     Nearest,
+    /// Labels as a fit gives them, which sees first that all rows are finite
+    Predict,
     /// The distance of each row to each of k centroids, as a fit gives it
     Transform,
     /// The update of a fit for random labels, the sort included
@@ -52,7 +54,7 @@ pub(crate) enum Op {
 impl Op {
     /// Whether it compares rows with centroids that are there.
     pub(crate) fn compares(self) -> bool {
-        matches!(self, Self::Assign | Self::Nearest | Self::Transform)
+        matches!(self, Self::Assign | Self::Nearest | Self::Predict | Self::Transform)
     }
 
     pub(crate) fn fits(self) -> bool {

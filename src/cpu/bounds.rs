@@ -17,10 +17,9 @@
 //! of the bound of its group, which would else be of no use.
 
 use super::{
-    candidates::lowest,
     filter::{gamma, Centroids, Slack},
     lines::ROWS_STEP,
-    scalar::{sum_f32s, Scalar, LANES},
+    scalar::{lowest, sum_f32s, Scalar, LANES},
     tensors::{Element, View},
 };
 use crate::{error::Result, host, kept::Line, tiles::CPU_SNAPSHOTS};

@@ -2,7 +2,7 @@
 
 use super::{
     filter::{Bound, Slack},
-    scalar::{fold_lanes, Scalar, LANES},
+    scalar::{Scalar, LANES},
 };
 
 /// A distance by the definition, and the centroid that is as far.
@@ -13,24 +13,6 @@ pub(crate) const NONE: Found = (f64::INFINITY, u32::MAX);
 
 /// Candidates of one row that are kept before some are compared.
 const MOST: usize = 64;
-
-/// The lowest of these scores.
-#[inline(always)]
-pub(crate) fn lowest<S: Scalar>(scores: &[S]) -> S {
-    let smaller = |a: S, b: S| if a < b { a } else { b };
-    let chunks = scores.chunks_exact(LANES);
-    let mut lowest = S::INFINITY;
-    for &s in chunks.remainder() {
-        lowest = smaller(s, lowest);
-    }
-    let mut low = [S::INFINITY; LANES];
-    for chunk in chunks {
-        for l in 0..LANES {
-            low[l] = smaller(chunk[l], low[l]);
-        }
-    }
-    smaller(fold_lanes(&low, smaller), lowest)
-}
 
 /// Centroids of one row that could still be the nearest.
 #[derive(Clone)]

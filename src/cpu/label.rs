@@ -2,11 +2,11 @@
 
 use super::{
     bounds::Renewal,
-    candidates::{lowest, Candidates, Found, NONE},
+    candidates::{Candidates, Found, NONE},
     filter::{Block, Centroids},
     matmul::multiply,
     rows::distance,
-    scalar::Scalar,
+    scalar::{lowest, Scalar},
     tensors::{Element, View},
 };
 use crate::{

@@ -122,6 +122,24 @@ pub(super) fn fold_lanes<E: Copy>(lanes: &[E; LANES], f: impl Fn(E, E) -> E) -> 
     f(f(of[0], of[2]), f(of[1], of[3]))
 }
 
+/// The lowest of these scores.
+#[inline(always)]
+pub(super) fn lowest<S: Scalar>(scores: &[S]) -> S {
+    let smaller = |a: S, b: S| if a < b { a } else { b };
+    let chunks = scores.chunks_exact(LANES);
+    let mut lowest = S::INFINITY;
+    for &s in chunks.remainder() {
+        lowest = smaller(s, lowest);
+    }
+    let mut low = [S::INFINITY; LANES];
+    for chunk in chunks {
+        for l in 0..LANES {
+            low[l] = smaller(chunk[l], low[l]);
+        }
+    }
+    smaller(fold_lanes(&low, smaller), lowest)
+}
+
 /// The largest finite magnitude, and whether all are finite.
 #[inline(always)]
 pub(super) fn magnitude<S: Scalar>(row: &[S]) -> (S, bool) {

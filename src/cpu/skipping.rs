@@ -7,13 +7,14 @@
 use super::{
     amx::Tiles,
     bounds::{distance_below, down, score_above, UNSCORED},
-    candidates::{lowest, NONE},
+    candidates::NONE,
     filter::{Bound, Centroids},
     label::label_of,
     lines::{PAIR, ROWS_STEP, TILE},
     listing::{Listed, RowBounds, SkipScratch, SkipTile},
     matmul::multiply,
     rounded::RoundedBlock,
+    scalar::lowest,
     tensors::Element,
 };
 use crate::{error::Result, kept::Line};
