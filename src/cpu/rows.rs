@@ -41,22 +41,18 @@ pub(crate) fn distances(x: &Rows, c: &Rows, labels: &Tensor, metric: Metric) -> 
         let (xs, cs, ls) = (xs.view::<T>(x)?, cs.view::<T>(c)?, ls.flat::<u32>()?);
         let mut out = host::filled("distances", x.b * x.n, 0f64)?;
         let parts = out.chunks_mut(x.n.max(1)).enumerate();
-        let parts = parts.flat_map(|(b, out)| out.chunks_mut(TOGETHER).enumerate().map(move |(part, out)| (b, part, out)));
-        host::for_each(parts.collect(), TOGETHER * x.d, || (), |_, (b, part, out): (usize, usize, &mut [f64])| {
+        let parts = parts.flat_map(|(b, out)| out.chunks_mut(CPU_ROWS).enumerate().map(move |(part, out)| (b, part, out)));
+        host::for_each(parts.collect(), CPU_ROWS.min(x.n) * x.d, || (), |_, (b, part, out): (usize, usize, &mut [f64])| {
             let pair = |i: usize| (xs.row(b, i), cs.row(b, ls[b * x.n + i] as usize));
-            let first = part * TOGETHER;
-            match <&mut [f64; TOGETHER]>::try_from(&mut *out) {
-                Ok(out) => {
-                    let pairs: [_; TOGETHER] = std::array::from_fn(|r| pair(first + r));
-                    let column = |col: usize| std::array::from_fn(|r| (pairs[r].0[col].wide(), pairs[r].1[col].wide()));
-                    *out = metric.distances((0..x.d).map(column));
-                }
-                Err(_) => {
-                    for (i, out) in (first..).zip(out) {
-                        let (x, c) = pair(i);
-                        *out = distance(x, c, metric);
-                    }
-                }
+            let (first, (eights, others)) = (part * CPU_ROWS, out.as_chunks_mut::<TOGETHER>());
+            for (i, out) in (first..).step_by(TOGETHER).zip(&mut *eights) {
+                let pairs: [_; TOGETHER] = std::array::from_fn(|r| pair(i + r));
+                let column = |col: usize| std::array::from_fn(|r| (pairs[r].0[col].wide(), pairs[r].1[col].wide()));
+                *out = metric.distances((0..x.d).map(column));
+            }
+            for (i, out) in (first + TOGETHER * eights.len()..).zip(others) {
+                let (x, c) = pair(i);
+                *out = distance(x, c, metric);
             }
             Ok(())
         })?;

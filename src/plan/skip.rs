@@ -225,7 +225,7 @@ impl SkipPlan {
         let line = if self.packs { 2 * d.next_multiple_of(32) + 8 } else { 0 };
         let bounds = bounds + b * (n + k) * line;
         // What is known of centroids, and a thread's rows that are listed, as they are scored and with their candidates.
-        let known = b * (k * (4 * d + 16 + 4 * snapshots) + groups * (16 + 4 * CPU_SNAPSHOTS as u64));
+        let known = b * (k * (4 * d + 96 + 4 * snapshots) + groups * (16 + 4 * CPU_SNAPSHOTS as u64));
         let of_row = 4 * d.next_multiple_of(32) + 8 * groups + 160 + 16 * k.min(64);
         let of_pair = 256 * (d.next_multiple_of(32) + CPU_GROUP as u64);
         let listed = (rayon::current_num_threads() as u64 + 1) * (2 * n.min(skip_rows(p.d) as u64) * of_row + of_pair);
