@@ -20,7 +20,7 @@
 constexpr int PITCH = PAIR_COLUMNS + 4;  // four rows of a fragment then lie in banks of their own
 constexpr int WARPS_DOWN = PAIR_ROWS / 32, WARPS_ACROSS = PAIR_CENTROIDS / 32, PAIR_THREADS = THREADS;
 static_assert(WARPS_DOWN * WARPS_ACROSS * WARP == PAIR_THREADS, "a warp to 32 by 32 pairs");
-static_assert(PAIR_COLUMNS == WARP, "a column to a lane");
+static_assert(PAIR_COLUMNS == WARP && PITCH % 2 == 0, "two columns to a lane of half a warp");
 static_assert(PAIR_SHARED == 2 * (PAIR_ROWS + PAIR_CENTROIDS) * PITCH * sizeof(double), "see src/tiles.rs");
 
 /// acc += a b^T for 16 rows of a, 8 of b and 8 columns: a[i] is row lane / 4 + 8 (i % 2), column lane % 4 + 4 (i / 2);
@@ -58,6 +58,42 @@ __device__ void norms_near(const T* x, const Rows& r, const float* mu, int64_t m
     }
 }
 
+/// Two columns of a row as a vector of their type: a load of both is one instruction, and so is what widens halves.
+template <class T>
+struct Two;
+template <>
+struct Two<float> {
+    using Vector = float2;
+    static __device__ __forceinline__ float2 widened(float2 v) { return v; }
+};
+template <>
+struct Two<__half> {
+    using Vector = __half2;
+    static __device__ __forceinline__ float2 widened(__half2 v) { return __half22float2(v); }
+};
+template <>
+struct Two<__nv_bfloat16> {
+    using Vector = __nv_bfloat162;
+    static __device__ __forceinline__ float2 widened(__nv_bfloat162 v) { return __bfloat1622float2(v); }
+};
+
+/// The columns of a row that are there, zeros for the others. The second is not there without the first.
+template <bool WHOLE, class T>
+__device__ __forceinline__ typename Two<T>::Vector load_two(const T* from, bool first, bool second) {
+    using Vector = typename Two<T>::Vector;
+    if constexpr (WHOLE) return first ? *reinterpret_cast<const Vector*>(from) : Vector{};
+    Vector two{};
+    if (first) two.x = from[0];
+    if (second) two.y = from[1];
+    return two;
+}
+
+/// Whether all rows have whole pairs of columns, each at a multiple of its size.
+template <class T>
+__device__ __forceinline__ bool in_twos(const T* x, const Rows& r) {
+    return (reinterpret_cast<uintptr_t>(x) % (2 * sizeof(T)) | (r.batch_stride | r.row_stride | r.d) % 2) == 0;
+}
+
 /// A number within `error` of the distance by the definition; both are NaN if nothing is known.
 struct Near {
     double distance, error;
@@ -77,7 +113,7 @@ __device__ __forceinline__ Near near(int metric, int64_t d, double dot, double o
 /// A block takes `PAIR_ROWS` rows and `PAIR_CENTROIDS` centroids, `PAIR_COLUMNS` columns at a time, which become f64 on
 /// their way to shared memory, since each is read by several warps. Norms are those of `norms_near`; `copies` problems
 /// have centroids of their own.
-template <class T>
+template <bool WHOLE, class T>
 __device__ void pairwise_near(const T* x, const Rows& r, const T* c, const Rows& cr, int metric, const float* mu,
                               const double* of_x, const double* of_c, int64_t copies, float* out) {
     constexpr int WARPS = PAIR_THREADS / WARP, STEPS = PAIR_COLUMNS / 8;
@@ -86,6 +122,7 @@ __device__ void pairwise_near(const T* x, const Rows& r, const T* c, const Rows&
     double(*const rows)[PITCH] = reinterpret_cast<double(*)[PITCH]>(raw);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, group = lane / 4, part = lane % 4;
     const int top = warp % WARPS_DOWN * 32, left = warp / WARPS_DOWN * 32;
+    const int half = warp * 2 + lane / 16, two = lane % 16 * 2;
     const int64_t down = (r.n + PAIR_ROWS - 1) / PAIR_ROWS, across = (cr.n + PAIR_CENTROIDS - 1) / PAIR_CENTROIDS;
     for (int64_t tile = blockIdx.x; tile < r.b * down * across; tile += gridDim.x) {
         const int64_t b = tile / (down * across), copy = copies == 1 ? 0 : b;
@@ -94,28 +131,37 @@ __device__ void pairwise_near(const T* x, const Rows& r, const T* c, const Rows&
         const int rows_here = int(min(r.n - row0, int64_t(PAIR_ROWS)));
         const int centroids_here = int(min(cr.n - column0, int64_t(PAIR_CENTROIDS)));
         double acc[2][4][4] = {};
-        // Each of four parts of the next columns is on its way while columns are multiplied.
+        // Each of four parts of the next columns is on its way while columns are multiplied. Half of a warp takes two
+        // columns a lane of one row, half of another: with a column a lane, loads and their addresses took a third of
+        // the time.
         const auto stage = [&](int64_t first, double(*to)[PITCH], int quarter, auto meanwhile) {
-            const int64_t column = first + lane;
-            const bool live = column < r.d;
-            const double origin = mu && live ? mu[copy * r.d + column] : 0.0f;
-            const int own = warp + quarter * OWN * WARPS, other = warp + quarter * OTHERS * WARPS;
-            float held[OWN + OTHERS];
+            const int64_t column = first + two;
+            const bool live = column < r.d, both = column + 1 < r.d;
+            const float2 origin = load_two<WHOLE>(mu + copy * r.d + column, mu && live, mu && both);
+            const int own = quarter * OWN * WARPS + half, other = quarter * OTHERS * WARPS + half;
+            typename Two<T>::Vector held[(OWN + OTHERS) / 2];
             const T* from = xs + own * r.row_stride + column;
 #pragma unroll
-            for (int i = 0; i < OWN; ++i, from += WARPS * r.row_stride) {
-                held[i] = live && own + i * WARPS < rows_here ? filter(*from) : 0;
+            for (int i = 0; i < OWN / 2; ++i, from += 2 * WARPS * r.row_stride) {
+                const bool here = own + 2 * WARPS * i < rows_here;
+                held[i] = load_two<WHOLE>(from, here && live, here && both);
             }
             from = cs + other * cr.row_stride + column;
 #pragma unroll
-            for (int i = 0; i < OTHERS; ++i, from += WARPS * cr.row_stride) {
-                held[OWN + i] = live && other + i * WARPS < centroids_here ? filter(*from) : 0;
+            for (int i = 0; i < OTHERS / 2; ++i, from += 2 * WARPS * cr.row_stride) {
+                const bool here = other + 2 * WARPS * i < centroids_here;
+                held[OWN / 2 + i] = load_two<WHOLE>(from, here && live, here && both);
             }
             meanwhile();
+            const auto store = [&](int row, typename Two<T>::Vector pair) {
+                const float2 v = Two<T>::widened(pair);
+                *reinterpret_cast<double2*>(&to[row][two]) =
+                    make_double2(double(v.x) - origin.x, double(v.y) - origin.y);
+            };
 #pragma unroll
-            for (int i = 0; i < OWN; ++i) to[own + i * WARPS][lane] = held[i] - origin;
+            for (int i = 0; i < OWN / 2; ++i) store(own + 2 * WARPS * i, held[i]);
 #pragma unroll
-            for (int i = 0; i < OTHERS; ++i) to[PAIR_ROWS + other + i * WARPS][lane] = held[OWN + i] - origin;
+            for (int i = 0; i < OTHERS / 2; ++i) store(PAIR_ROWS + other + 2 * WARPS * i, held[OWN / 2 + i]);
         };
         __syncthreads();
 #pragma unroll 1
@@ -194,7 +240,8 @@ FOR_EACH_TYPE(INSTANCE)
     extern "C" __global__ void __launch_bounds__(PAIR_THREADS, 2)                                                      \
         pairwise_near_##name(const T* x, Rows r, const T* c, Rows cr, int metric, const float* mu, const double* of_x, \
                              const double* of_c, int64_t copies, float* out) {                                         \
-        pairwise_near(x, r, c, cr, metric, mu, of_x, of_c, copies, out);                                               \
+        if (in_twos(x, r) && in_twos(c, cr)) pairwise_near<true>(x, r, c, cr, metric, mu, of_x, of_c, copies, out);    \
+        else pairwise_near<false>(x, r, c, cr, metric, mu, of_x, of_c, copies, out);                                   \
     }
 INSTANCE(f16, __half)
 INSTANCE(bf16, __nv_bfloat16)
