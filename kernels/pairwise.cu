@@ -118,7 +118,7 @@ __device__ void pairwise_near(const T* x, const Rows& r, const T* c, const Rows&
                               const double* of_x, const double* of_c, int64_t copies, float* out) {
     constexpr int WARPS = PAIR_THREADS / WARP, STEPS = PAIR_COLUMNS / 8;
     constexpr int OWN = PAIR_ROWS / WARPS / STEPS, OTHERS = PAIR_CENTROIDS / WARPS / STEPS;
-    extern __shared__ double raw[];
+    extern __shared__ __align__(16) double raw[];
     double(*const rows)[PITCH] = reinterpret_cast<double(*)[PITCH]>(raw);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, group = lane / 4, part = lane % 4;
     const int top = warp % WARPS_DOWN * 32, left = warp / WARPS_DOWN * 32;
