@@ -96,9 +96,9 @@ __device__ __forceinline__ uint4 look_up(const uint8_t* codes, const T* entries,
     return piece.all;
 }
 
-/// The gain of a row of product codes that have gains (Sabin and Gray 1984), by which its entries are multiplied.
+/// The gain of a row of product codes (Sabin and Gray 1984), by which its entries are multiplied.
 __device__ __forceinline__ float gain_of(const ProductCodes& codes, int64_t row) {
-    return exp2f(float(__ldg(codes.gains + row)) * (-1.0f / GAINS_PER_OCTAVE));
+    return codes.gains ? exp2f(float(__ldg(codes.gains + row)) * (-1.0f / GAINS_PER_OCTAVE)) : 1;
 }
 
 /// Calls `f` with the columns of a piece and the bits of a code as constants.

@@ -124,22 +124,14 @@ __device__ __forceinline__ int Unit<T, D, CODED>::add_coded(Running<T, D>& runni
             };
             score_tile<T, D>(s, key, queries, c.scale);
         });
-        // One branch where there are none: a test for each number costs what has no gains 3 %.
-        const auto multiply_by_gains = [&](const ProductCodes& codes) {
-#pragma unroll
-            for (int r = 0; r < F::VALUES; ++r) {
-                const int i = at + r / 2 * 8 + 2 * t + r % 2;
-                s[r / 2][r % 2] *= gain_of(codes, head + rows[min(i, count - 1)]);
-            }
-        };
-        if (c.key_codes.gains) multiply_by_gains(c.key_codes);
         Codes<F::EACH> means[F::PARTS][F::VALUES];
 #pragma unroll
         for (int r = 0; r < F::VALUES; ++r) {
-            const int i = at + r / 2 * 8 + 2 * t + r % 2, j = int(clusters[min(i, count - 1)]);
+            const int i = at + r / 2 * 8 + 2 * t + r % 2, listed = min(i, count - 1), j = int(clusters[listed]);
+            const float gain = gain_of(c.key_codes, head + rows[listed]);
             const float score = __ldcg(head_bounds + j) - beyond_mean(reach, __ldg(c.spreads + first_cluster + j));
             scales[r / 2][r % 2] = i < count ? __ldg(c.value_scales + first_cluster + j) : 0;
-            s[r / 2][r % 2] = i < count ? s[r / 2][r % 2] + score : -INFINITY;
+            s[r / 2][r % 2] = i < count ? s[r / 2][r % 2] * gain + score : -INFINITY;
             const uint8_t* const row = mean(c.mean_values, j) + g * F::EACH;
 #pragma unroll
             for (int p = 0; p < F::PARTS; ++p) {
@@ -149,7 +141,11 @@ __device__ __forceinline__ int Unit<T, D, CODED>::add_coded(Running<T, D>& runni
         running.weigh(s);
         running.add_scaled(s, scales, means);
         // Gains are 1 at most, so that weights times them are in the type of values.
-        if (c.value_codes.gains) multiply_by_gains(c.value_codes);
+#pragma unroll
+        for (int r = 0; r < F::VALUES; ++r) {
+            const int i = at + r / 2 * 8 + 2 * t + r % 2;
+            s[r / 2][r % 2] *= gain_of(c.value_codes, head + rows[min(i, count - 1)]);
+        }
         uint4 v[F::PARTS][F::VALUES];
         with_pieces<T>(c.value_codes, [&](auto columns, auto bits) {
             constexpr int COLUMNS = decltype(columns)::value, BITS = decltype(bits)::value;

@@ -164,7 +164,7 @@ fn sizes_of_nothing_and_settings_that_do_not_fit_are_refused() {
         "--n 64 --k 4 --d 4 --factor NaN",
         "--n 64 --k 4 --d 4 --data outlier --factor 1e39",
     ];
-    for op in ["assign", "nearest --m 4", "transform", "update", "fit", "fit-tol", "run"] {
+    for op in ["assign", "nearest --m 4", "predict", "transform", "update", "fit", "fit-tol", "run"] {
         run(&format!("{op} --n 64 --k 4 --d 4 --reps 1")).unwrap();
         for args in refused {
             assert!(run(&format!("{op} {args}")).is_err(), "{op} {args}");
