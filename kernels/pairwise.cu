@@ -58,7 +58,7 @@ __device__ void norms_near(const T* x, const Rows& r, const float* mu, int64_t m
     }
 }
 
-/// Two columns of a row as a vector of their type: a load of both is one instruction, and so is what widens halves.
+/// Two columns of a row as a vector of their type: one instruction loads both, and one widens two halves.
 template <class T>
 struct Two;
 template <>
@@ -77,7 +77,7 @@ struct Two<__nv_bfloat16> {
     static __device__ __forceinline__ float2 widened(__nv_bfloat162 v) { return __bfloat1622float2(v); }
 };
 
-/// The columns of a row that are there, zeros for the others. The second is not there without the first.
+/// Two columns of a row, with zeros for those past its end. The second column is never in the row without the first.
 template <bool WHOLE, class T>
 __device__ __forceinline__ typename Two<T>::Vector load_two(const T* from, bool first, bool second) {
     using Vector = typename Two<T>::Vector;
@@ -88,7 +88,7 @@ __device__ __forceinline__ typename Two<T>::Vector load_two(const T* from, bool 
     return two;
 }
 
-/// Whether all rows have whole pairs of columns, each at a multiple of its size.
+/// True if every row consists of whole pairs of columns, each aligned to its size.
 template <class T>
 __device__ __forceinline__ bool in_twos(const T* x, const Rows& r) {
     return (reinterpret_cast<uintptr_t>(x) % (2 * sizeof(T)) | (r.batch_stride | r.row_stride | r.d) % 2) == 0;
@@ -131,9 +131,8 @@ __device__ void pairwise_near(const T* x, const Rows& r, const T* c, const Rows&
         const int rows_here = int(min(r.n - row0, int64_t(PAIR_ROWS)));
         const int centroids_here = int(min(cr.n - column0, int64_t(PAIR_CENTROIDS)));
         double acc[2][4][4] = {};
-        // Each of four parts of the next columns is on its way while columns are multiplied. Half of a warp takes two
-        // columns a lane of one row, half of another: with a column a lane, loads and their addresses took a third of
-        // the time.
+        // Each of four parts of the next columns is on its way while columns are multiplied. Each half of a warp takes
+        // a row, two columns to a lane: with one column to a lane f16 takes half as long again (seeding-versions.md).
         const auto stage = [&](int64_t first, double(*to)[PITCH], int quarter, auto meanwhile) {
             const int64_t column = first + two;
             const bool live = column < r.d, both = column + 1 < r.d;
@@ -143,14 +142,14 @@ __device__ void pairwise_near(const T* x, const Rows& r, const T* c, const Rows&
             const T* from = xs + own * r.row_stride + column;
 #pragma unroll
             for (int i = 0; i < OWN / 2; ++i, from += 2 * WARPS * r.row_stride) {
-                const bool here = own + 2 * WARPS * i < rows_here;
-                held[i] = load_two<WHOLE>(from, here && live, here && both);
+                const bool is_row = own + 2 * WARPS * i < rows_here;
+                held[i] = load_two<WHOLE>(from, is_row && live, is_row && both);
             }
             from = cs + other * cr.row_stride + column;
 #pragma unroll
             for (int i = 0; i < OTHERS / 2; ++i, from += 2 * WARPS * cr.row_stride) {
-                const bool here = other + 2 * WARPS * i < centroids_here;
-                held[OWN / 2 + i] = load_two<WHOLE>(from, here && live, here && both);
+                const bool is_centroid = other + 2 * WARPS * i < centroids_here;
+                held[OWN / 2 + i] = load_two<WHOLE>(from, is_centroid && live, is_centroid && both);
             }
             meanwhile();
             const auto store = [&](int row, typename Two<T>::Vector pair) {

@@ -91,7 +91,7 @@ pub(crate) struct KeptBounds {
     pub upper: Tensor,
     /// Centroids of the assignments that have made bounds, f32 `(b, snapshots, k, d)`. The latest are those of the last assignment.
     pub snapshots: Tensor,
-    /// How far bounds of the latest snapshot had fallen when it was taken in the place of one before it, f32 `(b, groups)`.
+    /// The distance by which bounds of the latest snapshot had fallen when it was taken in the place of one before it, f32 `(b, groups)`.
     pub fallen: Tensor,
     /// The rows of each problem; empty before there are bounds, and where there is no matrix unit.
     pub packed: Mutex<Vec<PackedRows>>,

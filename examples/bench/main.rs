@@ -35,7 +35,7 @@ pub(crate) enum Op {
     Assign,
     /// The m nearest of k centroids for each row, and their distances
     Nearest,
-    /// Labels as a fit gives them, which sees first that all rows are finite
+    /// Labels as a fit gives them, which checks first that all rows are finite
     Predict,
     /// The distance of each row to each of k centroids, as a fit gives it
     Transform,
@@ -107,7 +107,8 @@ Each case is one line, with --json an object that also has the plan:
   ratio          minimum of the repeats over that of --beside's case, both timed in turns; of fit-tol over that of fit,
                  whose medians are fit_ms and fit_cpu_ms
   products       of a fit, pass by pass: the share of the products of rows and centroids that were computed; the last pass only labels
-  moved          the share of the rows whose label a pass has changed, of the first from what was there; pass_ms: its time
+  moved          the share of the rows whose label a pass has changed, of the first from what was there
+  pass_ms        milliseconds of each pass on the CPU
   wrong          with --check: labels, distances, centroid components, counts and inertias that are not what the
                  definition says in f64, out of `checked`. The exit code is 1 if there is one, or if two runs differ
   max_regret     of labels: by how much the distance to a wrong label's centroid exceeds the nearest one's, relatively

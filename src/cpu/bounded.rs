@@ -33,8 +33,8 @@ use std::{
     time::Instant,
 };
 
-/// The largest share of the products that is worth gathering rows for. Near it a pass over all centroids takes little longer, but this one makes bounds
-/// anew where they are needed.
+/// The largest share of the products that is worth gathering rows for. Near it a pass over all centroids takes little longer, but a pass that skips
+/// makes the needed bounds anew.
 const PAYS: f64 = 0.6;
 /// A share that may be small enough in the next pass.
 const NEARLY: f64 = 0.7;
@@ -365,7 +365,7 @@ mod tests {
                     let group = kept.group.flatten_all().unwrap().to_vec1::<u32>().unwrap();
                     let since = kept.since.flatten_all().unwrap().to_vec1::<u8>().unwrap();
                     let (snapshots, taken) = (f32s(&kept.snapshots), kept.states()[0].snapshots);
-                    // How far bounds of each snapshot have fallen, by exact distances.
+                    // Bounds of each snapshot have fallen by these exact distances.
                     let fell = |snapshot: usize, g: usize| {
                         let of_group = (0..k).filter(|&j| group[j] as usize == g);
                         let far = of_group.map(|j| {

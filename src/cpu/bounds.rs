@@ -7,10 +7,10 @@
 //! rounded away from the truth: distances to groups down, and moves and the distance to the row's own centroid up. (That one grows by its
 //! centroid's move, and is measured where it is not small enough: Hamerly 2010.)
 //!
-//! How far a centroid has moved since a bound was made is measured from where it was then, as the norm of the sum of its moves, which is
-//! less than the sum of their norms (Newling and Fleuret 2016, "Fast k-means with accurate bounds"); and of the centroids of a group the
-//! one counts that is farthest from where it was, not in each pass another. So bounds know at which *snapshot* of the centroids they were
-//! made. Where there is no room for one more the latest is taken again, and what the bounds made at it had fallen until then is added to all they fall later.
+//! A centroid's move is the distance from where it was when the bound was made: the norm of the sum of its moves in each pass, which is at
+//! most the sum of their norms (Newling and Fleuret 2016, "Fast k-means with accurate bounds"). A group's bound falls by the largest such
+//! distance of its centroids. So each bound has the number of the *snapshot* of the centroids that it was made at. Where there is no room for
+//! another snapshot the latest is taken again, and what its bounds have fallen until then is added to all that they fall later.
 //!
 //! A group is skipped if its bound is above the distance to the row's own centroid, of which the same holds by the definition, whose error
 //! [`Between`] has in it: then no centroid of the group is as near as the row's own, and none can win, nor tie. The own centroid is left out
@@ -101,15 +101,15 @@ pub(super) struct Moved {
     d: usize,
     /// How far each centroid has moved, at most.
     moves: Vec<f32>,
-    /// How far the bounds to each group have fallen that were made at each snapshot, and at the one of this assignment.
+    /// Each group has the distances by which its bounds have fallen, by their snapshots, that of this assignment among them.
     fallen: Vec<[f32; CPU_SNAPSHOTS]>,
     /// The snapshot of this assignment.
     pub now: u8,
 }
 
 impl Moved {
-    /// Finds how far the centroids of a problem are from the `snapshots` that have been taken, each `(k, d)`, where there is room for at most `most`.
-    /// Bounds made at the latest had `fallen` so far when it was taken.
+    /// Measures the centroids of a problem from the `snapshots` that have been taken, each `(k, d)`, of which there is room for `most`. Bounds made
+    /// at the latest had already `fallen` when it was taken.
     pub fn new<T: Element<Filter = f32>>(
         c: &View<'_, T>,
         b: usize,
@@ -144,20 +144,20 @@ impl Moved {
         Ok(Self { values, d, moves, fallen: largest, now: taken.min(most - 1) as u8 })
     }
 
-    /// Keeps the centroids of this assignment as a snapshot, of which this says how far bounds made at it have `fallen`.
+    /// Keeps the centroids of this assignment as a snapshot, and in `fallen` what bounds made at it have fallen.
     pub fn take(&self, snapshots: &mut [f32], fallen: &mut [f32]) {
         let to = snapshots.chunks_exact_mut(self.values.len()).nth(usize::from(self.now));
         to.expect("room for it").copy_from_slice(&self.values);
         fallen.iter_mut().enumerate().for_each(|(group, fallen)| *fallen = self.fallen(self.now, group));
     }
 
-    /// How far bounds to a group that were made at a snapshot have fallen.
+    /// The distance by which the bounds to a group that were made at a snapshot have fallen.
     #[inline(always)]
     pub fn fallen(&self, since: u8, group: usize) -> f32 {
         self.fallen[group][usize::from(since) % CPU_SNAPSHOTS]
     }
 
-    /// Writes to `bounds` what the bounds of a row to all groups are now.
+    /// Writes the present bounds of a row to all groups.
     #[inline(always)]
     pub fn fall(&self, lower: &[f32], since: &[u8], bounds: &mut [f32]) {
         for (((bound, &lower), &since), fallen) in bounds.iter_mut().zip(lower).zip(since).zip(&self.fallen) {
@@ -215,7 +215,7 @@ impl Moved {
     }
 }
 
-/// Finds how far a centroid is at most from where it was at each snapshot.
+/// Measures a centroid from where it was at each snapshot, rounded up.
 struct Far<'a> {
     value: &'a [f32],
     /// From that centroid in the first of them on.

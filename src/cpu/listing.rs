@@ -46,9 +46,9 @@ pub(super) struct SkipScratch {
     pub candidates: Vec<Candidates<f32>>,
     /// Which of them need each group.
     pub lists: Vec<Vec<u32>>,
-    /// What a row's bounds are now,
+    /// The present bounds of a row, `(groups)`,
     pub now: Vec<f32>,
-    /// and those of all open rows.
+    /// and of all open rows, `(open rows, groups)`.
     pub bounds: Vec<f32>,
     /// Which groups a row needs, to a whole number of eights.
     pub needed: Vec<u8>,

@@ -102,6 +102,38 @@ pub fn twins_of(
     twins
 }
 
+/// The ways in which tokens of a budget are chosen: with estimates, and together.
+pub const HOW: [(bool, bool); 4] = [(true, false), (false, false), (true, true), (false, true)];
+
+/// Holds attention over codes to that over the rows that they stand for, with each budget of tokens in each of these ways, and a GPU to its
+/// kernel of codes where it has one.
+pub fn assert_read_alike(
+    [coded, plain]: &[ClusteredKvCache; 2],
+    [heads, d]: [usize; 2],
+    dtype: DType,
+    (budgets, how): (&[usize], &[(bool, bool)]),
+    rng: &mut ChaCha8Rng,
+    what: &str,
+) {
+    let device = plain.k().unwrap().unwrap().device().clone();
+    // Several rows rank clusters by scores of their dtype.
+    let rows: &[usize] = if dtype.size_in_bytes() < 4 { &[1] } else { &[1, 4] };
+    for &rows in rows {
+        let q = random([2, heads, rows, d], dtype, &device, rng);
+        for (&tokens, &(estimate, shared)) in budgets.iter().flat_map(|tokens| how.iter().map(move |how| (tokens, how)))
+        {
+            let all = (tokens, estimate, shared);
+            testing::launches();
+            let out = coded.attend(&q, SCALE, budget(all)).unwrap();
+            let kernel = format!("attend_coded_{d}_");
+            let ran = testing::launches().iter().any(|l| l.starts_with(&kernel));
+            assert_eq!(ran, device.is_cuda() && rows == 1 && d >= 64 && tokens > 0, "{kernel}");
+            let what = format!("{what} {dtype:?} of {d} columns, {rows} rows, {all:?}");
+            assert_near(&out, &spec(plain, &q, all), tolerance(dtype), &what);
+        }
+    }
+}
+
 /// Tokens that codes hold are read as if there were no codes, by one row and by several, whatever the budget.
 #[test]
 fn codes_are_read_as_what_they_stand_for() {
@@ -124,23 +156,14 @@ fn codes_are_read_as_what_they_stand_for() {
             let mut rng = rng(80);
             let [coded, plain] = twins(codes.clone(), d, dtype, &device, &mut rng);
             assert!(coded.clusters().is_none());
-            // Several rows rank clusters by scores of their dtype.
-            let rows: &[usize] = if dtype.size_in_bytes() < 4 { &[1] } else { &[1, 4] };
-            for &rows in rows {
-                let q = random([2, heads, rows, d], dtype, &device, &mut rng);
-                for tokens in [0, 1, 7, 30, 79, 80] {
-                    for (estimate, shared) in [(true, false), (false, false), (true, true), (false, true)] {
-                        let all = (tokens, estimate, shared);
-                        testing::launches();
-                        let out = coded.attend(&q, SCALE, budget(all)).unwrap();
-                        let kernel = format!("attend_coded_{d}_");
-                        let ran = testing::launches().iter().any(|l| l.starts_with(&kernel));
-                        assert_eq!(ran, device.is_cuda() && rows == 1 && d >= 64 && tokens > 0, "{kernel}");
-                        let what = format!("{codes:?} {dtype:?} of {d} columns, {rows} rows, {all:?}");
-                        assert_near(&out, &spec(&plain, &q, all), tolerance(dtype), &what);
-                    }
-                }
-            }
+            assert_read_alike(
+                &[coded, plain],
+                [heads, d],
+                dtype,
+                (&[0, 1, 7, 30, 79, 80], &HOW),
+                &mut rng,
+                &format!("{codes:?}"),
+            );
         }
     }
 }

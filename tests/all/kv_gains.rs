@@ -1,16 +1,13 @@
 //! Lengths of keys and values that are coded apart from their directions: what is read of them, what they keep, and what they take.
 
 use super::{
-    kv_cache::{budget, random, spec, tolerance, SCALE},
-    kv_codes::{coded, twins_of, ALIKE, CODES, FEW, OCTAVES},
+    kv_cache::{random, tolerance, SCALE},
+    kv_codes::{assert_read_alike, coded, twins_of, ALIKE, CODES, FEW, HOW, OCTAVES},
     kv_rotations::turned,
 };
 use crate::common::*;
 use candle_core::{safetensors, DType, Device, Tensor};
-use candle_flash_kmeans::{
-    nn::{ClusteredKvCache, KvBudget, KvCodes},
-    testing,
-};
+use candle_flash_kmeans::nn::{ClusteredKvCache, KvBudget, KvCodes};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use std::{collections::HashMap, path::Path};
@@ -41,22 +38,14 @@ fn gains_are_read_as_what_they_stand_for() {
             // Rotations, and one table for all pieces, are of directions as they are of rows.
             let codes = if i % 2 == 0 { codes } else { turned(&codes, d, &device) };
             let [coded, plain] = twins_of(lengths, codes.clone(), d, dtype, &device, &mut rng);
-            let rows: &[usize] = if dtype.size_in_bytes() < 4 { &[1] } else { &[1, 4] };
-            for &rows in rows {
-                let q = random([2, heads, rows, d], dtype, &device, &mut rng);
-                for tokens in [0, 7, 30, 80] {
-                    for (estimate, shared) in [(true, false), (false, false), (true, true)] {
-                        let all = (tokens, estimate, shared);
-                        testing::launches();
-                        let out = coded.attend(&q, SCALE, budget(all)).unwrap();
-                        let kernel = format!("attend_coded_{d}_");
-                        let ran = testing::launches().iter().any(|l| l.starts_with(&kernel));
-                        assert_eq!(ran, device.is_cuda() && rows == 1 && d >= 64 && tokens > 0, "{kernel}");
-                        let what = format!("{codes:?} {dtype:?} of {d} columns, {rows} rows, {all:?}");
-                        assert_near(&out, &spec(&plain, &q, all), tolerance(dtype), &what);
-                    }
-                }
-            }
+            assert_read_alike(
+                &[coded, plain],
+                [heads, d],
+                dtype,
+                (&[0, 7, 30, 80], &HOW[..3]),
+                &mut rng,
+                &format!("{codes:?}"),
+            );
         }
     }
 }

@@ -2,14 +2,11 @@
 
 use super::{
     kv_cache::{budget, empty, random, refused, spec, tolerance, SCALE},
-    kv_codes::{coded, twins, CODES, FEW},
+    kv_codes::{assert_read_alike, coded, twins, CODES, FEW, HOW},
 };
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
-use candle_flash_kmeans::{
-    nn::{ClusteredAttention, ClusteredKvCache, KvBudget, KvCodes, Rotation},
-    testing,
-};
+use candle_flash_kmeans::nn::{ClusteredAttention, ClusteredKvCache, KvBudget, KvCodes, Rotation};
 use rand::{seq::SliceRandom, Rng};
 
 /// A matrix for each of two heads that moves blocks of four columns and turns some of them round: differences that are the same number in all
@@ -51,22 +48,14 @@ fn rotated_codes_are_read_as_what_they_stand_for() {
         ] {
             let mut rng = rng(100);
             let [coded, plain] = twins(turned(&codes, d, &device), d, dtype, &device, &mut rng);
-            let rows: &[usize] = if dtype.size_in_bytes() < 4 { &[1] } else { &[1, 4] };
-            for &rows in rows {
-                let q = random([2, heads, rows, d], dtype, &device, &mut rng);
-                for tokens in [0, 7, 30, 80] {
-                    for (estimate, shared) in [(true, false), (false, false), (true, true)] {
-                        let all = (tokens, estimate, shared);
-                        testing::launches();
-                        let out = coded.attend(&q, SCALE, budget(all)).unwrap();
-                        let kernel = format!("attend_coded_{d}_");
-                        let ran = testing::launches().iter().any(|l| l.starts_with(&kernel));
-                        assert_eq!(ran, device.is_cuda() && rows == 1 && d >= 64 && tokens > 0, "{kernel}");
-                        let what = format!("{dtype:?} of {d} columns, {rows} rows, {all:?}");
-                        assert_near(&out, &spec(&plain, &q, all), tolerance(dtype), &what);
-                    }
-                }
-            }
+            assert_read_alike(
+                &[coded, plain],
+                [heads, d],
+                dtype,
+                (&[0, 7, 30, 80], &HOW[..3]),
+                &mut rng,
+                &format!("{codes:?}"),
+            );
         }
     }
 }

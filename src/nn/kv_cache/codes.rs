@@ -43,7 +43,7 @@ pub(super) struct Pieces {
     pub(super) bits: usize,
     /// Whether all have the same entries.
     pub(super) shared: bool,
-    /// Whether they are those of a row's direction, whose length is apart.
+    /// True if they are cut from a row's direction, whose length is coded apart.
     pub(super) gains: bool,
 }
 
