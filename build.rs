@@ -1,7 +1,7 @@
 //! Compiles each `.cu` file below `kernels/` to one fatbin in `OUT_DIR`: machine code for the architectures at hand and PTX for others.
 
 use std::{
-    collections::hash_map::DefaultHasher,
+    collections::{hash_map::DefaultHasher, HashMap, HashSet},
     env, fs,
     hash::{Hash, Hasher},
     path::{Path, PathBuf},
@@ -33,14 +33,46 @@ fn main() {
     files.sort();
     let (kernels, headers): (Vec<_>, Vec<_>) =
         files.into_iter().partition(|path| path.extension().is_some_and(|e| e == "cu"));
-    let headers = headers.iter().map(read).collect::<Vec<_>>();
     // A toolkit may be replaced where it is.
-    let shared = &(output(nvcc, "--version"), headers);
+    let shared = &Shared {
+        toolkit: output(nvcc, "--version"),
+        headers: headers.iter().map(|path| (path.clone(), read(path))).collect(),
+        tiles: tile_macros(),
+    };
     thread::scope(|scope| {
         for kernel in kernels {
             scope.spawn(move || compile(nvcc, archs, kernel, shared));
         }
     });
+}
+
+/// What kernels are compiled with.
+struct Shared {
+    toolkit: String,
+    headers: HashMap<PathBuf, String>,
+    /// The numbers of `src/tiles.rs`.
+    tiles: Vec<(String, String)>,
+}
+
+impl Shared {
+    /// A kernel and all that it includes.
+    fn sources<'a>(&'a self, kernel: &'a str) -> Vec<&'a str> {
+        let (mut sources, mut seen, mut next) = (vec![kernel], HashSet::new(), 0);
+        while next < sources.len() {
+            let lines = sources[next].lines().filter_map(|line| line.strip_prefix("#include \"")?.split('"').next());
+            let included = lines.filter_map(|name| self.headers.get_key_value(&Path::new("kernels").join(name)));
+            let new: Vec<_> = included.filter(|(path, _)| seen.insert(*path)).map(|(_, text)| text.as_str()).collect();
+            sources.extend(new);
+            next += 1;
+        }
+        sources
+    }
+
+    /// The numbers that these name, as macros.
+    fn macros(&self, sources: &[&str]) -> Vec<String> {
+        let named = self.tiles.iter().filter(|(name, _)| sources.iter().any(|text| text.contains(name)));
+        named.map(|(name, value)| format!("-D{name}={value}")).collect()
+    }
 }
 
 /// All files below a folder.
@@ -55,22 +87,24 @@ fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
     }
 }
 
-fn read(path: &PathBuf) -> Vec<u8> {
-    fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+fn read(path: &PathBuf) -> String {
+    fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
 /// A file named after an architecture with instructions of its own (`*_sm90.cu`) is compiled for that one alone. Some take
 /// minutes, so what comes out of the last build stays where nothing that went into it has changed.
-fn compile(nvcc: &PathBuf, archs: &Vec<String>, kernel: PathBuf, shared: &(String, Vec<Vec<u8>>)) {
+fn compile(nvcc: &PathBuf, archs: &Vec<String>, kernel: PathBuf, shared: &Shared) {
     let stem = kernel.file_stem().expect("a .cu file has a stem");
     let own = stem.to_string_lossy().ends_with("_sm90").then(|| vec!["90a".to_string()]);
     let mut flags: Vec<String> = ["-fatbin", "-O3", "-std=c++17", "-Ikernels"].map(String::from).into();
     flags.extend(own.is_none().then(|| PTX.into()));
     flags.extend(own.as_ref().unwrap_or(archs).iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")));
-    flags.extend(tile_macros());
+    let text = read(&kernel);
+    let sources = shared.sources(&text);
+    flags.extend(shared.macros(&sources));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join(stem).with_extension("fatbin");
     let mut inputs = DefaultHasher::new();
-    (nvcc, &flags, shared, read(&kernel)).hash(&mut inputs);
+    (nvcc, &flags, &shared.toolkit, sources).hash(&mut inputs);
     let (inputs, known) = (format!("{:016x}", inputs.finish()), out.with_extension("inputs"));
     if out.exists() && fs::read_to_string(&known).is_ok_and(|known| known == inputs) {
         return;
@@ -107,9 +141,9 @@ fn archs(nvcc: &PathBuf) -> Vec<String> {
     ARCHS.iter().copied().filter(has).map(String::from).collect()
 }
 
-/// The numbers of `src/tiles.rs`, which kernels know as macros.
-fn tile_macros() -> Vec<String> {
+/// The numbers of `src/tiles.rs`, which kernels know as macros, by their names.
+fn tile_macros() -> Vec<(String, String)> {
     let text = fs::read_to_string("src/tiles.rs").expect("src/tiles.rs is part of the package");
     let constants = text.lines().filter_map(|line| line.strip_prefix("pub const ")?.split_once(": usize = "));
-    constants.map(|(name, value)| format!("-D{name}={}", value.trim_end_matches(';').replace('_', ""))).collect()
+    constants.map(|(name, value)| (name.into(), value.trim_end_matches(';').replace('_', ""))).collect()
 }
