@@ -1,8 +1,8 @@
-// The race of k-means++: the rows with the lowest keys, in their order.
+// The race of k-means++: the rows that arrive next, in their order. A key is when a row arrives.
 //
-// Traffic: a distance a row, a key a row written and read once, and of each part as many keys as rows are drawn.
+// Traffic: a distance and an arrival a row, and of each part as many keys as rows are drawn.
 #pragma once
-#include "exact/common.cuh"
+#include "exact/spread.cuh"
 
 struct Lowest {
     uint64_t key;
@@ -26,12 +26,12 @@ __device__ __forceinline__ bool after(Lowest a, Lowest b) { return a.key < b.key
 
 /// The lowest keys that the threads of a block have shown so far, in their order.
 struct LowestFew {
-    Lowest kept[WARP], next[WARP], shown[THREADS];
+    Lowest kept[GREEDY_DRAWS], next[GREEDY_DRAWS], shown[THREADS];
     int count;
 
     /// By the whole block, before anything is shown.
     __device__ __forceinline__ void clear() {
-        if (threadIdx.x < WARP) kept[threadIdx.x] = {UINT64_MAX, UINT32_MAX};
+        if (threadIdx.x < GREEDY_DRAWS) kept[threadIdx.x] = {UINT64_MAX, UINT32_MAX};
         if (threadIdx.x == 0) count = 0;
         __syncthreads();
     }
@@ -42,7 +42,7 @@ struct LowestFew {
         const bool stays = after(own, kept[most - 1]);
         if (!__syncthreads_or(stays)) return false;
         if (stays) shown[atomicAdd(&count, 1)] = own;
-        if (threadIdx.x < WARP) next[threadIdx.x] = {UINT64_MAX, UINT32_MAX};
+        if (threadIdx.x < GREEDY_DRAWS) next[threadIdx.x] = {UINT64_MAX, UINT32_MAX};
         __syncthreads();
         const auto place = [&](Lowest one) {
             int before = 0;
@@ -65,19 +65,21 @@ struct LowestFew {
 /// A key as an integer of the same order.
 __device__ __forceinline__ uint64_t ordered_key(double key) { return ordered<uint64_t>(__double_as_longlong(key)); }
 
+__device__ __forceinline__ double key_of(uint64_t ordered) {
+    return __longlong_as_double(unordered<uint64_t>(ordered));
+}
+
 /// The largest key but of a seed.
 constexpr double LARGEST_KEY = 1.7976931348623157e308;
 
-/// A race of k-means++ by the distances to the nearest seed, which are in column `slot[b]` (0 without) of `nearest`,
-/// `(b, n, width)`, and 1 at the start: the `count` rows of each problem with the lowest keys, in their order, to
-/// `drawn` `(b, count)`: those that were drawn by what they weigh or, where none was, any but seeds; UINT32_MAX for the
+/// A race of k-means++ by `state`, `(b, 2, n)`, of which the first are distances to the nearest seed and the second
+/// arrivals: the `count` rows of each problem that arrive next, in their order, to `drawn` and the times to `times`
+/// `(b, count)`: those that are drawn by what they weigh or, where there is none, any but seeds; UINT32_MAX for the
 /// others. `most` is the largest that a row is drawn by. A block takes `rows` rows; the last block of a problem merges
 /// what each has found. `arrived` is zeros and left so. Problems that have `wanted` seeds `taken` are over.
-__device__ void race_rows(const double* nearest, int64_t width, const uint32_t* slot, const double* weights,
-                          int64_t b_all, int64_t n, int start, int64_t count, uint64_t seed, uint64_t round,
-                          int64_t first_problem, int64_t rows, uint64_t* keys, uint64_t* part_keys, uint32_t* part_rows,
-                          double* part_most, uint32_t* arrived, uint32_t* drawn, double* most, const uint32_t* taken,
-                          int64_t wanted) {
+__device__ void race_rows(const double* state, const double* weights, int64_t b_all, int64_t n, int64_t count,
+                          int64_t rows, uint64_t* part_keys, uint32_t* part_rows, double* part_most, uint32_t* arrived,
+                          uint32_t* drawn, double* times, double* most, const uint32_t* taken, int64_t wanted) {
     __shared__ bool last;
     __shared__ double largest;
     __shared__ LowestFew few;
@@ -86,25 +88,24 @@ __device__ void race_rows(const double* nearest, int64_t width, const uint32_t* 
     const Lowest none = {UINT64_MAX, UINT32_MAX};
     for (int64_t tile = blockIdx.x; tile < b_all * parts; tile += gridDim.x) {
         const int64_t b = tile / parts, begin = tile % parts * rows, end = min(begin + rows, n);
-        if (taken && taken[b] >= wanted) continue;
+        if (taken[b] >= wanted) continue;
+        const double *const nearest = state + 2 * b * n, *const arrivals = nearest + n;
         double own_most = 0;
         if (threadIdx.x == 0) largest = 0;
-        __syncthreads();
-        for (int64_t row = begin + threadIdx.x; row < end; row += blockDim.x) {
-            const int64_t at = b * n + row;
-            const double near = start ? 1 : nearest[at * width + (slot ? slot[b] : 0)];
-            const double weight = weights ? weights[at] : 1.0;
-            keys[at] = ordered_key(race_key(seed, round, first_problem + b, row, near, weight));
-            const double p = __dmul_rn(near, weight);
-            if (near > 0 && p > own_most) own_most = p;
-        }
-        own_most = warp_max(own_most);
-        if (threadIdx.x % WARP == 0) atomic_max(&largest, own_most);
         few.clear();
         for (int64_t first = begin; first < end; first += blockDim.x) {
             const int64_t row = first + threadIdx.x;
-            few.keep(most_rows, row < end ? Lowest{keys[b * n + row], uint32_t(row)} : none);
+            Lowest own = none;
+            if (row < end) {
+                const double near = nearest[row], weight = weights ? weights[b * n + row] : 1.0;
+                own = {ordered_key(arrival_of(near, weight, arrivals[row])), uint32_t(row)};
+                const double p = __dmul_rn(near, weight);
+                if (near > 0 && p > own_most) own_most = p;
+            }
+            few.keep(most_rows, own);
         }
+        own_most = warp_max(own_most);
+        if (threadIdx.x % WARP == 0) atomic_max(&largest, own_most);
         if (threadIdx.x < count) {
             const Lowest own = few.kept[threadIdx.x];
             part_keys[tile * count + threadIdx.x] = own.key, part_rows[tile * count + threadIdx.x] = own.row;
@@ -134,6 +135,7 @@ __device__ void race_rows(const double* nearest, int64_t width, const uint32_t* 
                 const uint64_t most_key = ordered_key(few.kept[0].key <= ordered_key(RACED) ? RACED : LARGEST_KEY);
                 const Lowest own = few.kept[threadIdx.x];
                 drawn[b * count + threadIdx.x] = own.key <= most_key ? own.row : UINT32_MAX;
+                times[b * count + threadIdx.x] = key_of(own.key);
             }
             double all = 0;
             for (int64_t part = threadIdx.x; part < parts; part += blockDim.x) {

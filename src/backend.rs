@@ -11,8 +11,7 @@ use crate::{
     plan::{arch::Arch, on_chip::FitResident, sort::Sort},
     ranks::{Ranks, Rendezvous},
     request::{
-        Accumulator, Assignment, Attention, CodedAttention, Finish, GreedyStep, KmeansppBlock, LutMatrix, OnChipFit,
-        Routed, Update,
+        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppBlock, LutMatrix, OnChipFit, Routed, Update,
     },
     rng::Draw,
     rows::Rows,
@@ -127,7 +126,6 @@ pub(crate) trait Backend {
         first: usize,
     ) -> Result<Tensor>;
     fn kmeanspp_block(&self, p: &KmeansppBlock<'_>, memory: &Memory) -> Result<()>;
-    fn greedy_step(&self, p: &GreedyStep<'_>, memory: &Memory) -> Result<()>;
     fn max_label(&self, labels: &dyn Readable) -> Result<u32>;
     fn order(&self, labels: &dyn Readable, k: usize, plan: &Sort, to: Target<'_>) -> Result<()>;
     fn update(&self, u: &Update<'_>, centroids: Target<'_>, memory: &Memory) -> Result<()>;

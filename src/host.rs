@@ -29,6 +29,14 @@ pub(crate) fn buffer<T>(op: &'static str, len: usize) -> Result<Vec<T>> {
     Ok(buffer)
 }
 
+/// Makes room for so many more, or refuses with a type.
+pub(crate) fn reserve<T>(op: &'static str, buffer: &mut Vec<T>, more: usize) -> Result<()> {
+    buffer.try_reserve(more).map_err(|e| {
+        let bytes = (buffer.len().saturating_add(more)).saturating_mul(size_of::<T>());
+        Error::OutOfMemory { op, bytes, source: candle_core::Error::wrap(e) }
+    })
+}
+
 /// `len` times `value`, or a typed refusal.
 pub(crate) fn filled<T: Clone>(op: &'static str, len: usize, value: T) -> Result<Vec<T>> {
     let mut buffer = buffer(op, len)?;

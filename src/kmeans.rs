@@ -23,16 +23,17 @@ pub enum Init {
     /// row.
     Random,
     /// k-means++ (Arthur and Vassilvitskii 2007): each next row with probability proportional to its weight times its
-    /// distance to the nearest row already chosen. Rows are drawn 16 at a time by the distances to those chosen before, and each is chosen
-    /// with the share of its distance that those chosen meanwhile have left, so that the probabilities are those of one draw after another
-    /// (rejection sampling; for k-means++, though not in blocks: Cohen-Addad et al. 2020). All rows then meet those that were chosen in one
+    /// distance to the nearest row already chosen. Each row is drawn when it arrives, as a Poisson process of that rate does, and waits longer by as
+    /// much as a row that is chosen takes off its rate, so that the probabilities are those of one draw after another (time rescaling,
+    /// Brown et al. 2002). So 16 rows that arrive next are known at a time, and all rows meet those of them that are chosen in one
     /// pass over the data: about `k / 16` passes, and more where most draws are of a few groups of rows. A GPU's host reads now and then
     /// how many are chosen, but for a run that a CUDA graph captures, which holds launches for `k` passes, most of which do nothing.
     KMeansPlusPlus,
     /// Greedy k-means++, as scikit-learn has it: k-means++ that draws `2 + floor(ln(k))` different rows for each centroid but the first, and
     /// keeps the one after which the sum of weights times distances is least. It is in Arthur and Vassilvitskii's paper of 2007 as a
-    /// variant, and analysed by Bhattacharya et al. (2020) and Grunau et al. (2023). `k` passes over the data, in each of which all that were
-    /// drawn are met at once.
+    /// variant, and analysed by Bhattacharya et al. (2020) and Grunau et al. (2023). Rows arrive as for k-means++, and those of several
+    /// centroids, 64 at most, meet all rows in one pass over the data, which lists the rows that are nearer to them than to any centroid before: from
+    /// the lists follows which is best. About `k / 7` passes for rows of 256 columns and more, and of less than 64 about `k`.
     GreedyKMeansPlusPlus,
     /// k-means|| (Bahmani et al. 2012): five rounds that each draw about `2k` rows, then weighted k-means++ among them.
     /// Fewer passes than k-means++ for large `k`. The host reads a sum and a count of each round of each problem.

@@ -182,9 +182,9 @@ pub(crate) struct OnChipFit<'a> {
 /// taken go to the next columns of `chosen`, where there is one left.
 pub(crate) struct KmeansppBlock<'a> {
     pub x: &'a Rows<'a>,
-    /// The distance of each row to the nearest seed ([`spread`](crate::spread)), f64 `(b, n)`: -1 of seeds. Nothing is in it before the first
-    /// block, and after the last one nothing of use.
-    pub nearest: &'a Tensor,
+    /// The distance of each row to the nearest seed ([`spread`](crate::spread)), -1 of seeds, and when it is drawn next, f64 `(b, 2, n)`. Nothing is
+    /// in it before the first block, and after the last one nothing of use.
+    pub rows: &'a Tensor,
     /// The seeds of each problem, u32 `(b,)`: zeros before the first block.
     pub taken: &'a Tensor,
     /// The rows' norms, f64 `(b, n)`, by cosine.
@@ -195,34 +195,22 @@ pub(crate) struct KmeansppBlock<'a> {
     pub chosen: &'a Tensor,
     /// Whether this is the first block, of one draw by weight alone.
     pub start: bool,
-    /// The draws of a block, of a warp's lanes at most one each.
+    /// The draws of a block but the first at most.
     pub draws: usize,
+    /// Of greedy k-means++.
+    pub trials: Option<Trials<'a>>,
     pub metric: Metric,
     pub draw: Draw,
     /// Of the blocks of these rows, by this metric.
     pub kept: &'a KeptRows,
 }
 
-/// Step `i` of greedy k-means++: so many rows are drawn as there are trials, the first of all alone, and the one that leaves the least
-/// potential (of equal ones the one drawn first) goes to column `i` of `chosen`.
-pub(crate) struct GreedyStep<'a> {
-    pub x: &'a Rows<'a>,
-    /// The distance of each row to the nearest seed with each row that the last step tried ([`spread`](crate::spread)), f64 `(b, n, trials)`:
-    /// -1 of seeds. Nothing is in it before the first step.
-    pub nearest: &'a Tensor,
-    /// The trial that the last step chose, u32 `(b,)`: zeros before the first.
-    pub slot: &'a Tensor,
-    /// The rows' norms, f64 `(b, n)`, by cosine.
-    pub norms: Option<&'a Tensor>,
-    /// f64 `(b, n)`. Rows that weigh nothing are drawn only where nothing else is left.
-    pub weights: Option<&'a Tensor>,
-    /// u32 `(b, count)`.
-    pub chosen: &'a Tensor,
-    pub i: usize,
-    pub metric: Metric,
-    pub draw: Draw,
-    /// Of the steps with these rows, by this metric.
-    pub kept: &'a KeptRows,
+/// What blocks of greedy k-means++ go by: several rows are tried for each seed.
+pub(crate) struct Trials<'a> {
+    /// The rounds that the next block of each problem draws for, u32 `(b,)`: ones before the first. A round chooses a seed.
+    pub rounds: &'a Tensor,
+    /// The rows that a round has tried whose end a block has not seen, u32 `(b, trials)`, and `u32::MAX` behind them.
+    pub tried: &'a Tensor,
 }
 
 /// A cache of keys and values, and how the queries of one token read it.

@@ -80,47 +80,9 @@ pub(crate) fn race_key(draw: Draw, batch: usize, row: usize, nearest: f64, weigh
     }
 }
 
-/// [`race_key`] where it may be below `bound`. Since `-ln(u)` is at least `1 - u`, most rows that lose a race need no logarithm.
-#[inline]
-pub(crate) fn race_key_below(
-    bound: f64,
-    draw: Draw,
-    batch: usize,
-    row: usize,
-    nearest: f64,
-    weight: f64,
-) -> Option<f64> {
-    /// Takes more off than all roundings add.
-    const BELOW_ROUNDING: f64 = 1.0 - 1e-12;
-    let p = nearest * weight;
-    // Keys that are no quotient are above all that are.
-    let loses = bound <= RACED && p > 0.0 && (1.0 - uniform(draw, batch, row)) * BELOW_ROUNDING > bound * p;
-    (!loses).then(|| race_key(draw, batch, row, nearest, weight))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn keys_that_are_left_out_are_not_below_the_bound() {
-        let draw = Draw { seed: 3, round: 1, first_problem: 0 };
-        let mut left_out = 0;
-        for row in 0..20_000 {
-            let (nearest, weight) = ([1.0, 1e-9, 3e5, 0.0, -1.0, 1e-320][row % 6], [1.0, 0.5, 7.0, 0.0, -1.0][row % 5]);
-            let key = race_key(draw, 0, row, nearest, weight);
-            for bound in [key, key * (1.0 + 1e-13), key * 0.5, 1e-3, RACED, 2e300, f64::INFINITY] {
-                match race_key_below(bound, draw, 0, row, nearest, weight) {
-                    Some(same) => assert_eq!(same, key),
-                    None => {
-                        left_out += 1;
-                        assert!(key >= bound, "{row}: {key} {bound}");
-                    }
-                }
-            }
-        }
-        assert!(left_out > 10_000, "{left_out}");
-    }
 
     #[test]
     fn logarithm_is_accurate() {

@@ -9,10 +9,10 @@ use crate::{
     metric::Metric,
     optimal, primitives,
     problem::Problem,
-    request::{GreedyStep, KmeansppBlock},
+    request::{KmeansppBlock, Trials},
     rng::{Draw, RACED},
     rows::Rows,
-    spread::{draws, spread, trials},
+    spread::{draws, greedy_draws, spread, trials},
 };
 use candle_core::{DType, Device, Tensor};
 use rand::{seq::index, SeedableRng};
@@ -34,8 +34,8 @@ pub(crate) fn centroids(
     watch: Option<&dyn Fn(usize)>,
 ) -> Result<Tensor> {
     let index = match init {
-        Init::KMeansPlusPlus => plus_plus(x, k, weights, metric, draw, watch)?,
-        Init::GreedyKMeansPlusPlus => greedy(x, k, trials(k), weights, metric, draw, watch)?,
+        Init::KMeansPlusPlus => plus_plus(x, [k, 1], weights, metric, draw, watch)?,
+        Init::GreedyKMeansPlusPlus => plus_plus(x, [k, trials(k)], weights, metric, draw, watch)?,
         Init::KMeansParallel => return parallel(x, k, weights, metric, draw),
         Init::Optimal => return optimal::means(x, k, weights),
         _ => weighted(x, k, weights, draw)?,
@@ -116,42 +116,42 @@ fn weighted(x: &Rows, k: usize, weights: Option<&Tensor>, draw: Draw) -> Result<
 }
 
 /// Picks `count` rows, u32 `(b, count)`, by k-means++ in blocks: rows are drawn several at a time by the distances to the seeds before, and
-/// each is taken with the probability that those taken before it have left it, so that every seed is drawn by the distances to all
-/// before it. Cohen-Addad, Lattanzi, Norouzi-Fard, Sohler and Svensson (2020) seed by such rejections from a tree's distances; here they are
-/// from the distances of a block before, whose seeds all rows then meet in one pass.
+/// come later, or never, by what each seed takes off their probabilities, so that every row is drawn by the distances to all seeds before it
+/// (`cpu/race.rs`). Those of a block all rows meet in one pass. Greedy k-means++ has several `trials`.
 fn plus_plus(
     x: &Rows,
-    count: usize,
+    [count, trials]: [usize; 2],
     weights: Option<&Tensor>,
     metric: Metric,
     first: Draw,
     watch: Option<&dyn Fn(usize)>,
 ) -> Result<Tensor> {
     let device = x.device();
-    let nearest = host::zeros("k-means++", (x.b, x.n), DType::F64, device)?;
+    let rows = host::zeros("k-means++", (x.b, 2, x.n), DType::F64, device)?;
     let taken = Tensor::zeros(x.b, DType::U32, device)?;
     let norms = (metric == Metric::Cosine).then(|| primitives::norms(x)).transpose()?;
     let chosen = Tensor::zeros((x.b, count), DType::U32, device)?;
+    let greedy = trials > 1;
+    let [rounds, tried] = [Tensor::ones(x.b, DType::U32, device)?, Tensor::full(u32::MAX, (x.b, trials), device)?];
     let (memory, kept) = (Memory::default(), KeptRows::default());
     let captured = primitives::capturing(device)?;
-    let most = draws(count);
+    let draws = if greedy { greedy_draws(x.d, trials) } else { draws(count) };
     let (mut seeds, mut block) = (0, 0);
     while seeds < count {
-        // A block takes a seed at least, since nothing is before the first one that it draws, and as many as it draws at most.
+        // A block takes a seed at least, since nothing is before the first one that it draws, and as many as it has rounds at most.
         let left = count - seeds;
         let blocks = match captured {
             true => left,
             false if watch.is_some() || primitives::reads_are_free(device) => 1,
-            false => left.div_ceil(most),
+            false => left.div_ceil(draws / trials),
         };
         for _ in 0..blocks {
             let (start, draw) = (block == 0, Draw { round: first.round + block, ..first });
-            let (nearest, taken, norms, chosen, kept) = (&nearest, &taken, norms.as_ref(), &chosen, &kept);
-            let draws = if start { 1 } else { most };
-            primitives::kmeanspp_block(
-                &KmeansppBlock { x, nearest, taken, norms, weights, chosen, start, draws, metric, draw, kept },
-                &memory,
-            )?;
+            let (rows, taken, norms, chosen, kept) = (&rows, &taken, norms.as_ref(), &chosen, &kept);
+            let trials = greedy.then_some(Trials { rounds: &rounds, tried: &tried });
+            let block_of =
+                KmeansppBlock { x, rows, taken, norms, weights, chosen, start, draws, trials, metric, draw, kept };
+            primitives::kmeanspp_block(&block_of, &memory)?;
             block += 1;
         }
         let before = seeds;
@@ -161,38 +161,6 @@ fn plus_plus(
         };
         if let Some(watch) = watch {
             (before + 1..=seeds.min(count - 1)).for_each(watch);
-        }
-    }
-    Ok(chosen)
-}
-
-/// Picks `count` rows, u32 `(b, count)`, each of as many drawn as there are trials.
-fn greedy(
-    x: &Rows,
-    count: usize,
-    trials: usize,
-    weights: Option<&Tensor>,
-    metric: Metric,
-    first: Draw,
-    watch: Option<&dyn Fn(usize)>,
-) -> Result<Tensor> {
-    let device = x.device();
-    let nearest = host::zeros("k-means++", (x.b, x.n, trials), DType::F64, device)?;
-    let slot = Tensor::zeros(x.b, DType::U32, device)?;
-    let norms = (metric == Metric::Cosine).then(|| primitives::norms(x)).transpose()?;
-    let chosen = Tensor::zeros((x.b, count), DType::U32, device)?;
-    let (memory, kept) = (Memory::default(), KeptRows::default());
-    for i in 0..count {
-        let draw = Draw { round: first.round + i as u64, ..first };
-        let (nearest, slot, norms, chosen, kept) = (&nearest, &slot, norms.as_ref(), &chosen, &kept);
-        primitives::greedy_step(
-            &GreedyStep { x, nearest, slot, norms, weights, chosen, i, metric, draw, kept },
-            &memory,
-        )?;
-        if let Some(watch) = watch.filter(|_| i + 1 < count) {
-            // Of what is read there is a seed.
-            chosen.narrow(1, i, 1)?.flatten_all()?.to_vec1::<u32>()?;
-            watch(i + 1);
         }
     }
     Ok(chosen)
@@ -213,7 +181,7 @@ fn mix_batch(seed: u64, b: usize) -> u64 {
 fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, seed: u64) -> Result<Tensor> {
     let by = spread(metric);
     let draw = |round| Draw { seed, round, first_problem: 0 };
-    let mut candidates = plus_plus(x, 1, weights, metric, draw(0), None)?;
+    let mut candidates = plus_plus(x, [1, 1], weights, metric, draw(0), None)?;
     let everywhere = |v: f64| Tensor::new(v, x.device())?.broadcast_as((1, x.n));
     let taken = everywhere(-1.0)?;
     // A row that was drawn is at -1 from then on, whatever its distance to itself is rounded to.
@@ -266,7 +234,7 @@ fn parallel_one(x: &Rows, k: usize, weights: Option<&Tensor>, metric: Metric, se
 /// The centroids that weighted k-means++ chooses from candidates of k-means||, whose weights are f64 `(1, n)`.
 pub(crate) fn choose(candidates: &Rows, k: usize, weights: &Tensor, metric: Metric, seed: u64) -> Result<Tensor> {
     let draw = Draw { seed, round: 0, first_problem: 0 };
-    let chosen = plus_plus(candidates, k, Some(weights), metric, draw, None)?;
+    let chosen = plus_plus(candidates, [k, 1], Some(weights), metric, draw, None)?;
     primitives::gather(candidates, &chosen)
 }
 

@@ -15,7 +15,8 @@
 use crate::{
     fixed::{exponent, power_of_two},
     metric::Metric,
-    tiles::KMEANSPP_DRAWS,
+    rng::RACED,
+    tiles::{GREEDY_DRAWS, KMEANSPP_DRAWS},
 };
 
 /// Lanes that a distance is added up in.
@@ -56,12 +57,47 @@ pub(crate) fn trials(k: usize) -> usize {
     2 + (k as f64).ln() as usize
 }
 
+/// The draws of a block of greedy k-means++ at most, for rows of `d` columns: whole rounds, and so few that the distances of a row to
+/// all that are drawn are not much more than the row.
+pub(crate) fn greedy_draws(d: usize, trials: usize) -> usize {
+    trials * (GREEDY_DRAWS.min(d / 4) / trials).max(1)
+}
+
+/// The rounds of greedy k-means++ that a block draws for after one that has chosen so many seeds: about as many as it may expect, since seeds
+/// make some of the rows that were drawn come later, or never.
+pub(crate) fn next_rounds(seeds: usize, most: usize) -> usize {
+    (seeds + 1 + seeds / 2).min(most)
+}
+
 /// Whether so many passes over rows of `d` columns are worth a copy of these in bf16, with which a matrix unit finds seeds that are too far
 /// to count (`cpu/spread_filter.rs`): it takes about as long as a pass.
 pub(crate) fn worth_rounding(metric: Metric, d: usize, passes: usize) -> bool {
     const COLUMNS: usize = 32;
     const PASSES: usize = 4;
     metric != Metric::Manhattan && d >= COLUMNS && passes >= PASSES
+}
+
+/// The columns of a rounded row of a GPU.
+pub(crate) fn rounded_width(d: usize) -> usize {
+    d.next_multiple_of(64)
+}
+
+/// Where a row stands in a race that is not drawn by what it weighs: after all that are, and seeds after all. First come those that
+/// a seed is equal to, then those of no weight, then those of a negative one.
+#[inline(always)]
+pub(crate) fn class(near: f64, weight: f64) -> Option<f64> {
+    match (near, weight) {
+        (near, _) if near < 0.0 => Some(f64::INFINITY),
+        (_, weight) if weight < 0.0 => Some(4e300),
+        (near, weight) if weight > 0.0 => (near <= 0.0).then_some(2e300),
+        _ => Some(3e300),
+    }
+}
+
+/// When a row arrives whose distance to the nearest seed falls, at time `now`, from `before` to `near`, if that is above 0.
+#[inline(always)]
+pub(crate) fn postponed(arrival: f64, now: f64, before: f64, near: f64) -> f64 {
+    (now + (arrival - now) * (before.min(RACED) / near.min(RACED))).min(RACED)
 }
 
 /// Terms of a potential count as no more than this.

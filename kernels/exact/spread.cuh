@@ -81,6 +81,23 @@ __device__ __forceinline__ double spread_distance(int metric, double sum, const 
     return defined > 0 ? defined : 0;
 }
 
+/// The infinity in which a row stands behind all others of a race: src/spread.rs says where, once more.
+__device__ __forceinline__ double no_arrival() { return __longlong_as_double(0x7ff0000000000000); }
+
+/// When a row arrives by its distance to the nearest seed and its weight, from `arrival` on of those that are drawn.
+__device__ __forceinline__ double arrival_of(double near, double weight, double arrival) {
+    if (near < 0) return no_arrival();
+    if (weight < 0) return 4e300;
+    if (weight > 0) return near > 0 ? arrival : 2e300;
+    return 3e300;
+}
+
+/// When a row arrives whose distance to the nearest seed falls, at time `now`, from `before` to `near`, if that is > 0.
+__device__ __forceinline__ double postponed(double arrival, double now, double before, double near) {
+    const double share = __ddiv_rn(fmin(before, RACED), fmin(near, RACED));
+    return fmin(__dadd_rn(now, __dmul_rn(__dsub_rn(arrival, now), share)), RACED);
+}
+
 /// The smallest `e` with `v < 2^e`, for finite non-negative `v` (0 for 0).
 __device__ __forceinline__ int exponent_above(double v) {
     const uint64_t bits = __double_as_longlong(v);

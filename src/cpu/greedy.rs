@@ -1,45 +1,76 @@
-//! Steps of greedy k-means++: a race among rows, and the trial of those that won it.
+//! Rounds of greedy k-means++: which of the rows that are tried becomes a seed.
 
 use super::{
-    race::{race, Drawn},
-    spread::{kept_rounded, meet, Measure, Met},
-    tensors::{or, read_and_write, tensor, typed},
+    race::Arrivals,
+    spread_pass::{Nearer, NearerRows},
 };
-use crate::{error::Result, request::GreedyStep, spread::units};
+use crate::spread::{postponed, units, whole};
 
-pub(crate) fn greedy_step(p: &GreedyStep<'_>) -> Result<()> {
-    let &GreedyStep { x, nearest, slot, norms, weights, chosen, i, metric, draw, kept } = p;
-    let (n, trials, start) = (x.n, nearest.dim(2)?, i == 0);
-    let count = if start { 1 } else { trials };
-    // A distance to the last seed is nobody's probability, but of several the potentials are compared.
-    let steps = chosen.dim(1)?;
-    let over = i + 1 == steps && count == 1;
-    let mut slots = slot.to_vec1::<u32>()?;
-    let picked = typed!(x.dtype(), T => {
-        let inputs = [&x.operand, or(weights, &x.operand), or(norms, &x.operand)];
-        read_and_write(inputs, nearest.into(), |[xs, ws, ns], nearest: &mut [f64]| {
-            let (xs, weights) = (xs.view::<T>(x)?, weights.map(|_| ws.flat::<f64>()).transpose()?);
-            let norms = norms.map(|_| ns.flat::<f64>()).transpose()?;
-            let near = |b: usize, row: usize| if start { 1.0 } else { nearest[(b * n + row) * trials + slots[b] as usize] };
-            let drawn = race(&(0..x.b).collect::<Vec<_>>(), [n, count], near, weights, draw)?;
-            // All rows have to meet the first seed.
-            let rounded = kept_rounded(kept, &xs, norms, metric, if start { 0 } else { steps })?;
-            let met = |(b, drawn): (usize, &Drawn)| {
-                let measure = Measure::new(&xs, b, norms, metric);
-                let seeds = measure.seeds(drawn.lowest.iter().map(|&(_, row)| row).collect());
-                let filter = rounded.map(|rounded| rounded.filter(b, &seeds.rows)).transpose()?;
-                let (slot, units) = ((!start).then_some(slots[b] as usize), (count > 1).then(|| units(drawn.most, n)));
-                Ok(Met { measure, seeds, filter, slot, units })
-            };
-            let met = drawn.iter().enumerate().map(met).collect::<Result<Vec<_>>>()?;
-            let potentials = if over { vec![] } else { meet(&met, trials, weights, nearest)? };
-            for (b, potentials) in potentials.iter().enumerate() {
-                slots[b] = (0..met[b].seeds.rows.len()).min_by_key(|&t| potentials[t]).unwrap_or(0) as u32;
+/// What the rounds of a block go by.
+pub(super) struct Round<'a> {
+    pub trials: usize,
+    /// The seeds that are left to choose.
+    pub left: usize,
+    /// The largest that a row is drawn by.
+    pub most: f64,
+    /// Of each row.
+    pub weights: Option<&'a [f64]>,
+    /// The rows that are nearer to each of those that may arrive than `nearest` said before the block.
+    pub nearer: &'a NearerRows,
+}
+
+/// The seeds of the rounds that the arrivals are enough for, and the rows that are tried in a round that they do not end. `before` rows were
+/// tried already. Seeds lower the distances of `rows`, `(2, n)`, and postpone their arrivals.
+pub(super) fn choose(
+    mut arrivals: Arrivals,
+    before: usize,
+    round: &Round<'_>,
+    rows: &mut [f64],
+) -> (Vec<u32>, Vec<u32>) {
+    let &Round { trials, left, most, weights, nearer } = round;
+    let n = rows.len() / 2;
+    let (nearest, times) = rows.split_at_mut(n);
+    let (rows, units) = (arrivals.rows().collect::<Vec<_>>(), units(most, n));
+    let (mut seeds, mut tried) = (vec![], (0..before).collect::<Vec<_>>());
+    while seeds.len() < left {
+        let enough = if arrivals.certain() { 1 } else { trials };
+        while tried.len() < enough {
+            let Some(next) = arrivals.next() else { break };
+            tried.push(next);
+        }
+        // A round of fewer is one of all that are left.
+        if tried.is_empty() || tried.len() < enough && !arrivals.complete() {
+            break;
+        }
+        let weight = |row: usize| weights.map_or(1.0, |weights| weights[row]);
+        let term = |row: usize, near: f64| whole(near * weight(row), units);
+        // What a seed takes off the potential.
+        let gain = |t: usize| {
+            let own = term(rows[t] as usize, nearest[rows[t] as usize]);
+            let others = nearer.of(t).map(|nearer| {
+                let (row, near) = (nearer.row as usize, nearest[nearer.row as usize]);
+                term(row, near) - term(row, near.min(nearer.distance))
+            });
+            own + others.sum::<u64>()
+        };
+        let gains: Vec<_> = if enough > 1 { tried.iter().map(|&t| gain(t)).collect() } else { vec![0] };
+        // Of equal ones the one that was drawn first.
+        let best = (1..gains.len()).fold(0, |best, i| if gains[i] > gains[best] { i } else { best });
+        let best = tried.remove(best);
+        seeds.push(rows[best]);
+        for &Nearer { row, distance, .. } in nearer.of(best) {
+            let (near, time) = (&mut nearest[row as usize], &mut times[row as usize]);
+            if distance < *near {
+                *time = postponed(*time, arrivals.now(), *near, distance);
+                *near = distance;
             }
-            Ok(met.iter().zip(&slots).map(|(met, &slot)| met.seeds.rows[slot as usize]).collect::<Vec<_>>())
-        })?
-    })?;
-    slot.slice_set(&tensor(slots, x.b)?, 0, 0)?;
-    chosen.slice_set(&tensor(picked, (x.b, 1))?, 1, i)?;
-    Ok(())
+        }
+        nearest[rows[best] as usize] = -1.0;
+        (0..rows.len()).for_each(|i| arrivals.lower(i, nearest[rows[i] as usize]));
+        for i in tried.drain(..) {
+            let row = rows[i] as usize;
+            times[row] = arrivals.again(i, weight(row));
+        }
+    }
+    (seeds, tried.into_iter().map(|t| rows[t]).collect())
 }

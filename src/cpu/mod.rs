@@ -46,6 +46,7 @@ mod sort;
 mod sorted_1d;
 mod spread;
 mod spread_filter;
+mod spread_pass;
 mod sums;
 mod tensors;
 mod tile;
@@ -60,8 +61,7 @@ use crate::{
     operand::{Readable, Target},
     plan::{arch::Arch, sort::Sort},
     request::{
-        Accumulator, Assignment, Attention, CodedAttention, Finish, GreedyStep, KmeansppBlock, LutMatrix, OnChipFit,
-        Update,
+        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppBlock, LutMatrix, OnChipFit, Update,
     },
     rng::Draw,
     rows::Rows,
@@ -137,9 +137,6 @@ impl Backend for Cpu {
 
     fn kmeanspp_block(&self, p: &KmeansppBlock<'_>, _: &Memory) -> Result<()> {
         kmeanspp::kmeanspp_block(p)
-    }
-    fn greedy_step(&self, p: &GreedyStep<'_>, _: &Memory) -> Result<()> {
-        greedy::greedy_step(p)
     }
 
     fn max_label(&self, labels: &dyn Readable) -> Result<u32> {

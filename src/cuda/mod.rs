@@ -23,6 +23,7 @@ mod params;
 mod route;
 mod rows;
 mod seed;
+mod seed_filter;
 mod select;
 mod side;
 mod sort;
@@ -40,8 +41,7 @@ use crate::{
     operand::{Readable, Target},
     plan::{arch::Arch, on_chip::FitResident, sort::Sort},
     request::{
-        Accumulator, Assignment, Attention, CodedAttention, Finish, GreedyStep, KmeansppBlock, LutMatrix, OnChipFit,
-        Routed, Update,
+        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppBlock, LutMatrix, OnChipFit, Routed, Update,
     },
     rng::Draw,
     rows::Rows,
@@ -182,9 +182,6 @@ impl Backend for Cuda {
 
     fn kmeanspp_block(&self, p: &KmeansppBlock<'_>, memory: &Memory) -> Result<()> {
         seed::kmeanspp_block(p, memory)
-    }
-    fn greedy_step(&self, p: &GreedyStep<'_>, memory: &Memory) -> Result<()> {
-        seed::greedy_step(p, memory)
     }
 
     fn max_label(&self, labels: &dyn Readable) -> Result<u32> {

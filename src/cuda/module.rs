@@ -15,6 +15,7 @@ use std::{
 pub(super) enum Image {
     Rows,
     Seed,
+    SeedFilter,
     Nearest,
     Pairwise,
     Prepare,
@@ -31,6 +32,7 @@ pub(super) enum Image {
     FitLine,
     FitNarrow,
     FitResident,
+    Greedy,
     Halve,
     Lut,
     Near,
@@ -47,6 +49,7 @@ impl Image {
         match self {
             Self::Rows => include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")),
             Self::Seed => include_bytes!(concat!(env!("OUT_DIR"), "/seed.fatbin")),
+            Self::SeedFilter => include_bytes!(concat!(env!("OUT_DIR"), "/seed_filter.fatbin")),
             Self::Nearest => include_bytes!(concat!(env!("OUT_DIR"), "/nearest.fatbin")),
             Self::Pairwise => include_bytes!(concat!(env!("OUT_DIR"), "/pairwise.fatbin")),
             Self::Prepare => include_bytes!(concat!(env!("OUT_DIR"), "/prepare.fatbin")),
@@ -63,6 +66,7 @@ impl Image {
             Self::FitLine => include_bytes!(concat!(env!("OUT_DIR"), "/fit_line.fatbin")),
             Self::FitNarrow => include_bytes!(concat!(env!("OUT_DIR"), "/fit_narrow.fatbin")),
             Self::FitResident => include_bytes!(concat!(env!("OUT_DIR"), "/fit_resident.fatbin")),
+            Self::Greedy => include_bytes!(concat!(env!("OUT_DIR"), "/greedy.fatbin")),
             Self::Halve => include_bytes!(concat!(env!("OUT_DIR"), "/halve.fatbin")),
             Self::Lut => include_bytes!(concat!(env!("OUT_DIR"), "/lut.fatbin")),
             Self::Near => include_bytes!(concat!(env!("OUT_DIR"), "/near.fatbin")),

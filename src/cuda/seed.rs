@@ -5,16 +5,16 @@ use super::{
     kernel::{launch, Nullable},
     memory::{alloc, elements, ArenaLayout, Memory, Slot},
     params::shape,
-    tensors::{own, read, tensor, typed, DevicePtr, Element},
+    seed_filter,
+    tensors::{own, read, tensor, typed, Element},
 };
 use crate::{
     error::Result,
     metric::Metric,
-    request::{GreedyStep, KmeansppBlock},
+    request::KmeansppBlock,
     rng::Draw,
     rows::Rows,
-    spread,
-    tiles::{PICK_PARTS, SEED_ROWS, SEED_THREADS, THREADS},
+    tiles::{CHOICE_THREADS, LIST_ROWS, PICK_PARTS, RACE_ROWS, SEED_ROWS, SEED_THREADS, THREADS},
 };
 use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, Tensor};
 
@@ -62,98 +62,125 @@ pub(crate) fn exponential_race_keys(
     Ok(tensor(dev, out, (b, n)))
 }
 
-/// How the rows of a problem are cut for blocks of threads: of one that races them, and of one whose warps let them meet seeds.
-fn parts(x: &Rows) -> [usize; 2] {
+/// How the rows of a problem are cut for blocks of threads: of one that races them, and of one whose warps let them meet seeds, of which
+/// each has so many rows at least.
+fn parts(x: &Rows, met: usize) -> [usize; 2] {
     let each = x.n.div_ceil(PICK_PARTS);
-    [each.next_multiple_of(THREADS), each.next_multiple_of(SEED_ROWS)]
+    [each.max(RACE_ROWS).next_multiple_of(THREADS), each.next_multiple_of(met)]
 }
 
 /// The scratch of a race.
 struct Race {
-    keys: Slot<u64>,
     part_keys: Slot<u64>,
     part_rows: Slot<u32>,
     part_most: Slot<f64>,
     drawn: Slot<u32>,
+    times: Slot<f64>,
     most: Slot<f64>,
     arrived: Slot<u32>,
 }
 
 impl Race {
-    fn new([b, parts, n, count]: [usize; 4], scratch: &mut ArenaLayout, zeros: &mut ArenaLayout) -> Self {
-        let (of_parts, of_rows) = (elements(&[b, parts, count]), elements(&[b, n]));
+    fn new([b, parts, count]: [usize; 3], scratch: &mut ArenaLayout, zeros: &mut ArenaLayout) -> Self {
+        let of_parts = elements(&[b, parts, count]);
         Self {
-            keys: scratch.unwritten(of_rows),
             part_keys: scratch.unwritten(of_parts),
             part_rows: scratch.unwritten(of_parts),
             part_most: scratch.unwritten(elements(&[b, parts])),
             drawn: scratch.unwritten(elements(&[b, count])),
+            times: scratch.unwritten(elements(&[b, count])),
             most: scratch.unwritten(b),
             arrived: zeros.zeroed(b),
         }
     }
 }
 
+/// What greedy k-means++ lists: the rows that are nearer to each candidate, and how far they are.
+struct Lists {
+    room: usize,
+    rows: Slot<u32>,
+    distances: Slot<f64>,
+    counts: Slot<u32>,
+}
+
+impl Lists {
+    fn new([b, n, room]: [usize; 3], scratch: &mut ArenaLayout, zeros: &mut ArenaLayout) -> Self {
+        let entries = elements(&[b, room, n]);
+        let (rows, distances) = (scratch.unwritten(entries), scratch.unwritten(entries));
+        Self { room, rows, distances, counts: zeros.zeroed(elements(&[b, room])) }
+    }
+}
+
 pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>, memory: &Memory) -> Result<()> {
     const OP: &str = "k-means++";
-    let &KmeansppBlock { x, nearest, taken, norms, weights, chosen, start, draws, metric, draw, .. } = p;
+    let &KmeansppBlock { x, rows, taken, norms, weights, chosen, start, ref trials, metric, draw, .. } = p;
+    let draws = if start { 1 } else { p.draws };
     let (dev, wanted) = (device(&x.operand)?, chosen.dim(1)?);
-    let [rows, met_rows] = parts(x);
-    let (parts, met_parts) = (x.n.div_ceil(rows), elements(&[x.b, x.n.div_ceil(met_rows)]));
+    let [raced, met] = parts(x, if trials.is_some() && !start { LIST_ROWS } else { SEED_ROWS });
+    let parts = x.n.div_ceil(raced);
+    let blocks = |met: usize| elements(&[x.b, x.n.div_ceil(met)]);
     let (mut scratch, mut zeros) = (ArenaLayout::default(), ArenaLayout::default());
     // Room for the draws of later blocks at the first one too, so that these find their scratch.
-    let race = Race::new([x.b, parts, x.n, spread::draws(wanted)], &mut scratch, &mut zeros);
-    let apart = scratch.unwritten::<f64>(elements(&[x.b, spread::draws(wanted), draws]));
+    let race = Race::new([x.b, parts, p.draws], &mut scratch, &mut zeros);
+    let lists = match trials {
+        Some(trials) => Some(Lists::new([x.b, x.n, p.draws + trials.tried.dim(1)? - 1], &mut scratch, &mut zeros)),
+        None => None,
+    };
+    let apart = scratch.unwritten::<f64>(if start || trials.is_none() { elements(&[x.b, draws, draws]) } else { 0 });
     let (scratch, zeros) = (scratch.scratch(dev, OP, memory)?, zeros.zeros(dev, OP, memory)?);
     let (xs, weights, norms) = (read(&x.operand), weights.map(read), norms.map(read));
     let weights = weights.as_ref().map(|w| w.view::<f64>()).transpose()?;
     let norms = norms.as_ref().map(|n| n.view::<f64>()).transpose()?;
-    let (nearest, taken, chosen) = (own::<f64>(nearest)?, own::<u32>(taken)?, own::<u32>(chosen)?);
-    let (first_problem, start) = (draw.first_problem as i64, i32::from(start));
+    let (state, taken, chosen) = (own::<f64>(rows)?, own::<u32>(taken)?, own::<u32>(chosen)?);
+    let (first_problem, b, n) = (draw.first_problem as i64, x.b as i64, x.n as i64);
+    let (drawn, times, most) = (scratch.ptr(race.drawn), scratch.ptr(race.times), scratch.ptr(race.most));
+    if start {
+        launch!(dev, Seed, "begin_kmeanspp", "", elements(&[x.b, x.n]).div_ceil(THREADS), THREADS;
+            Nullable(&weights), &b, &n, &draw.seed, &draw.round, &first_problem, &state)?;
+    }
     launch!(dev, Seed, "race_kmeanspp", "", elements(&[x.b, parts]), THREADS;
-        &nearest, &1i64, &DevicePtr::<u32>::NULL, Nullable(&weights), &(x.b as i64), &(x.n as i64), &start,
-        &(draws as i64), &draw.seed, &draw.round, &first_problem, &(rows as i64), &scratch.ptr(race.keys),
-        &scratch.ptr(race.part_keys), &scratch.ptr(race.part_rows), &scratch.ptr(race.part_most),
-        &zeros.ptr(race.arrived), &scratch.ptr(race.drawn), &scratch.ptr(race.most), &taken, &(wanted as i64))?;
-    typed!(x.dtype(), T => {
-        launch!(dev, Seed, "take", T::SUFFIX, x.b, THREADS;
-            &xs.view::<T>()?, &shape(x), &nearest, Nullable(&weights), Nullable(&norms), &start, &(metric as i32),
-            &draw.seed, &draw.round, &first_problem, &scratch.ptr(race.drawn), &(draws as i64), &scratch.ptr(apart),
-            &chosen, &(wanted as i64), &taken)?;
+        &state, Nullable(&weights), &b, &n, &(draws as i64), &(raced as i64), &scratch.ptr(race.part_keys),
+        &scratch.ptr(race.part_rows), &scratch.ptr(race.part_most), &zeros.ptr(race.arrived), &drawn, &times, &most,
+        &taken, &(wanted as i64))?;
+    let each = trials.as_ref().map_or(Ok(1), |trials| trials.tried.dim(1))?;
+    // Nothing is before the first seed, and all rows have to meet it.
+    let (candidates, passes) = (draws + each - 1, if start { 0 } else { wanted.div_ceil(p.draws / each) });
+    let rounded = seed_filter::kept(p, candidates, passes)?;
+    let (Some(trials), Some(lists)) = (trials.as_ref().filter(|_| !start), lists) else {
+        typed!(x.dtype(), T => launch!(dev, Seed, "take", T::SUFFIX, x.b, THREADS;
+            &xs.view::<T>()?, &shape(x), &state, Nullable(&weights), Nullable(&norms), &(metric as i32), &drawn, &times,
+            &(draws as i64), &scratch.ptr(apart), &chosen, &(wanted as i64), &taken))?;
         if wanted == 1 {
             // A distance to the last seed is nobody's probability.
             return Ok(());
         }
-        launch!(dev, Seed, "lower", T::SUFFIX, met_parts, SEED_THREADS;
-            &xs.view::<T>()?, &shape(x), &nearest, Nullable(&weights), Nullable(&norms), &scratch.ptr(race.drawn),
-            &(draws as i64), &start, &(metric as i32), &(met_rows as i64), &taken, &(wanted as i64))
-    })
-}
-
-pub(crate) fn greedy_step(p: &GreedyStep<'_>, memory: &Memory) -> Result<()> {
-    const OP: &str = "greedy k-means++";
-    let &GreedyStep { x, nearest, slot, norms, weights, chosen, i, metric, draw, .. } = p;
-    let (dev, trials, count) = (device(&x.operand)?, nearest.dim(2)?, chosen.dim(1)?);
-    let tried = if i == 0 { 1 } else { trials };
-    let [rows, met_rows] = parts(x);
-    let (parts, met_parts) = (x.n.div_ceil(rows), elements(&[x.b, x.n.div_ceil(met_rows)]));
-    let (mut scratch, mut zeros) = (ArenaLayout::default(), ArenaLayout::default());
-    // Room for all trials at the first step too, so that the next one finds its scratch.
-    let race = Race::new([x.b, parts, x.n, trials], &mut scratch, &mut zeros);
-    let potentials = zeros.zeroed::<u64>(elements(&[x.b, trials]));
-    let (scratch, zeros) = (scratch.scratch(dev, OP, memory)?, zeros.zeros(dev, OP, memory)?);
-    let (xs, weights, norms) = (read(&x.operand), weights.map(read), norms.map(read));
-    let weights = weights.as_ref().map(|w| w.view::<f64>()).transpose()?;
-    let norms = norms.as_ref().map(|n| n.view::<f64>()).transpose()?;
-    let (nearest, slot, chosen) = (own::<f64>(nearest)?, own::<u32>(slot)?, own::<u32>(chosen)?);
-    launch!(dev, Seed, "race_kmeanspp", "", elements(&[x.b, parts]), THREADS;
-        &nearest, &(trials as i64), &slot, Nullable(&weights), &(x.b as i64), &(x.n as i64), &i32::from(i == 0),
-        &(tried as i64), &draw.seed, &draw.round, &(draw.first_problem as i64), &(rows as i64),
-        &scratch.ptr(race.keys), &scratch.ptr(race.part_keys), &scratch.ptr(race.part_rows),
-        &scratch.ptr(race.part_most), &zeros.ptr(race.arrived), &scratch.ptr(race.drawn), &scratch.ptr(race.most),
-        &DevicePtr::<u32>::NULL, &0i64)?;
-    typed!(x.dtype(), T => launch!(dev, Seed, "try", T::SUFFIX, met_parts, SEED_THREADS;
-        &xs.view::<T>()?, &shape(x), &nearest, &(trials as i64), &slot, Nullable(&weights), Nullable(&norms),
-        &scratch.ptr(race.drawn), &scratch.ptr(race.most), &chosen, &(count as i64), &(i as i64), &(metric as i32),
-        &(met_rows as i64), &zeros.ptr(potentials), &zeros.ptr(race.arrived)))
+        return match rounded {
+            Some((rounded, pass)) => typed!(x.dtype(), T => launch!(dev, SeedFilter, "lower_rounded", T::SUFFIX,
+                blocks(pass.rows), SEED_THREADS, pass.shared;
+                &xs.view::<T>()?, &shape(x), &rounded.values, &rounded.bounds, &(rounded.width as i64), &state,
+                Nullable(&weights), Nullable(&norms), &drawn, &times, &(draws as i64), &(metric as i32),
+                &(pass.rows as i64), &taken, &(wanted as i64))),
+            None => typed!(x.dtype(), T => launch!(dev, Seed, "lower", T::SUFFIX, blocks(met), SEED_THREADS;
+                &xs.view::<T>()?, &shape(x), &state, Nullable(&weights), Nullable(&norms), &drawn, &times,
+                &(draws as i64), &i32::from(start), &(metric as i32), &(met as i64), &taken, &(wanted as i64))),
+        };
+    };
+    let (tried, rounds) = (own::<u32>(trials.tried)?, own::<u32>(trials.rounds)?);
+    let (list_rows, distances) = (scratch.ptr(lists.rows), scratch.ptr(lists.distances));
+    let (counts, room) = (zeros.ptr(lists.counts), lists.room as i64);
+    match rounded {
+        Some((rounded, pass)) => typed!(x.dtype(), T => launch!(dev, SeedFilter, "list_rounded", T::SUFFIX,
+            blocks(pass.rows), SEED_THREADS, pass.shared;
+            &xs.view::<T>()?, &shape(x), &rounded.values, &rounded.bounds, &(rounded.width as i64), &state,
+            Nullable(&weights), Nullable(&norms), &tried, &(each as i64), &rounds, &drawn, &(draws as i64),
+            &(metric as i32), &(pass.rows as i64), &list_rows, &counts, &distances, &room, &taken, &(wanted as i64)))?,
+        None => typed!(x.dtype(), T => launch!(dev, Greedy, "list", T::SUFFIX, blocks(met), SEED_THREADS;
+            &xs.view::<T>()?, &shape(x), &state, Nullable(&weights), Nullable(&norms), &tried, &(each as i64), &rounds,
+            &drawn, &(draws as i64), &(metric as i32), &(met as i64), &list_rows, &counts, &distances, &room, &taken,
+            &(wanted as i64)))?,
+    }
+    launch!(dev, Greedy, "choose", "", x.b, CHOICE_THREADS;
+        &state, Nullable(&weights), &b, &n, &tried, &(each as i64), &rounds, &((draws / each) as i64), &drawn, &times,
+        &(draws as i64), &most, &draw.seed, &draw.round, &first_problem, &list_rows, &counts, &distances, &room,
+        &chosen, &(wanted as i64), &taken)
 }

@@ -13,7 +13,7 @@ use crate::{
     metric::Metric,
     problem::Problem,
     rows::RowLayout,
-    spread::{draws, trials, worth_rounding},
+    spread::{draws, greedy_draws, rounded_width, trials, worth_rounding},
     tiles::{AMX_ROWS, CPU_ROWS},
 };
 use candle_core::DType;
@@ -42,12 +42,12 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
     // Then one after another. First the distances to what is chosen and their keys; the rows that k-means|| draws,
     // their prepared copy and its labels.
     // On a GPU also what assigns rows to those, and all that is held of each row meanwhile.
-    // Of each row its key, its norm and its distances; the rows that are drawn, each with its values, which parts have drawn it, and how far it is
-    // from the others; and what each thread adds up in.
-    let tried = |distances: u64, draws: u64| {
+    // Of each row its norm, its distance, its arrival and where it is listed; the rows that are drawn, each with its values, which parts have
+    // drawn it, and how far it is from the others; and what each thread adds up in.
+    let raced = |listed: u64, draws: u64| {
         let scratch =
             if cpu { (rayon::current_num_threads() as u64 + 1) * (d * filter + 32 * filter * draws) } else { 0 };
-        (24 + 8 * distances + draws) * bn + b * (draws * (d * filter + 96 + 8 * draws) + 256) + scratch
+        (32 + listed + draws / 64) * bn + b * (draws * (d * filter + 128 + 8 * draws) + 256) + scratch
     };
     // Rows as a matrix unit takes them, what is known of each, their tasks, and the seeds of a pass; and of each thread a few rows, which it finds
     // the median of or rounds, and scores.
@@ -59,16 +59,23 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
             b * (n.div_ceil(tile) * (tile + 1) * 2 * padded + 24 * n + seeds * (2 * padded + 4) + filter * padded)
                 + scratch
         }
+        Arch::Cuda { .. } if p.dtype != DType::F64 && worth_rounding(p.metric, p.d, passes) => {
+            (2 * rounded_width(p.d) as u64 + 8) * bn + 4 * b * d
+        }
         _ => 0,
     };
     let (drawn, begins) = match settings.init {
         Init::KMeansPlusPlus => {
             let draws = draws(p.k);
-            (k, tried(1, draws as u64) + rounded(p.k.div_ceil(draws), draws as u64))
+            (k, raced(0, draws as u64) + rounded(p.k.div_ceil(draws), draws as u64))
         }
         Init::GreedyKMeansPlusPlus => {
-            let trials = trials(p.k) as u64;
-            (k, tried(trials, trials) + rounded(p.k, trials))
+            let trials = trials(p.k);
+            let draws = greedy_draws(p.d, trials);
+            // A list has room for all rows on a GPU; on a CPU it grows, by copies to twice its length.
+            let candidates = (draws + trials - 1) as u64;
+            let listed = if cpu { 40 * draws as u64 } else { 12 * candidates };
+            (k, raced(listed, candidates) + rounded(p.k.div_ceil(draws / trials), candidates))
         }
         Init::KMeansParallel => {
             let drawn = drawn(k).min(n);

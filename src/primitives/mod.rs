@@ -25,8 +25,8 @@ use crate::{
     problem,
     ranks::{Ranks, Rendezvous},
     request::{
-        Accumulator, Assignment, Attention, CodedAttention, Finish, GreedyStep, KmeansppBlock, Labels, LutMatrix,
-        OnChipFit, Order, Reduction, Routed, Summands, Update,
+        Accumulator, Assignment, Attention, CodedAttention, Finish, KmeansppBlock, Labels, LutMatrix, OnChipFit, Order,
+        Reduction, Routed, Summands, Update,
     },
     rng::Draw,
     rows::Rows,
@@ -300,11 +300,6 @@ pub(crate) fn exponential_race_keys(
 /// A block of k-means++: draws from the distances to the seeds so far, of which those that still have their probability are taken.
 pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>, memory: &Memory) -> Result<()> {
     on(p.x.device(), "kmeanspp_block")?.kmeanspp_block(p, memory)
-}
-
-/// A step of greedy k-means++: rows race by their distance to the nearest seed, and of those that win one becomes a seed.
-pub(crate) fn greedy_step(p: &GreedyStep<'_>, memory: &Memory) -> Result<()> {
-    on(p.x.device(), "greedy_step")?.greedy_step(p, memory)
 }
 
 /// The stable order of contiguous `labels`, u32 `(b, n)`, below `k`.
