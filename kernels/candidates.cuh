@@ -4,8 +4,6 @@
 
 /// Most rows that are tried: 2 + ln(2^32).
 constexpr int MOST_TRIALS = 32;
-/// Most candidates of a block: those of a round that has not ended, and those that are drawn.
-constexpr int CANDIDATES = GREEDY_DRAWS + MOST_TRIALS;
 
 /// The candidates of a block: first the rows that were `tried` (UINT32_MAX behind them), then those of the first
 /// `wanted` that a race has `drawn` that are not among these.
@@ -13,7 +11,7 @@ struct Candidates {
     uint32_t rows[CANDIDATES];
     /// Where the race has them.
     int drawn_at[CANDIDATES];
-    bool added[GREEDY_DRAWS];
+    bool added[CANDIDATES];
     int before, count;
 
     /// By the whole block.
@@ -25,7 +23,7 @@ struct Candidates {
         __syncthreads();
         bool adds = own != UINT32_MAX;
         for (int j = 0; adds && j < valid; ++j) adds = rows[j] != own;
-        if (i < GREEDY_DRAWS) added[i] = adds;
+        if (i < CANDIDATES) added[i] = adds;
         const int all = valid + __syncthreads_count(adds);
         if (adds) {
             int at = valid;
@@ -37,17 +35,35 @@ struct Candidates {
     }
 };
 
-/// The rows of problem `b` that are nearer to a candidate than to any seed, and their distances, of each of `room`
-/// candidates.
-struct Lists {
-    uint32_t *rows, *counts;
+/// The rows that are nearer to a candidate than to any seed: of each of `room` candidates how many, and which; what that
+/// takes off the potential; of each row the candidates, as bits, and their distances, `(b, n, room)`.
+struct Nearer {
+    uint32_t *counts, *rows;
+    unsigned long long *gains, *masks;
     double* distances;
     int64_t n, room;
 
-    __device__ __forceinline__ int64_t at(int64_t b, int64_t candidate) const { return b * room + candidate; }
+    __device__ __forceinline__ int64_t list(int64_t b, int64_t candidate) const { return b * room + candidate; }
 
-    __device__ __forceinline__ void add(int64_t b, int64_t candidate, int64_t row, double distance) const {
-        const int64_t list = at(b, candidate), entry = list * n + atomicAdd(&counts[list], 1);
-        rows[entry] = uint32_t(row), distances[entry] = distance;
+    __device__ __forceinline__ double& distance(int64_t b, int64_t row, int64_t candidate) const {
+        return distances[(b * n + row) * room + candidate];
+    }
+
+    __device__ __forceinline__ void add(int64_t b, int64_t candidate, int64_t row, double to) const {
+        const int64_t own = list(b, candidate);
+        rows[own * n + atomicAdd(&counts[own], 1)] = uint32_t(row);
+        distance(b, row, candidate) = to;
+    }
+};
+
+/// Terms of a potential.
+struct Terms {
+    const double* weights;
+    double units;
+
+    __device__ __forceinline__ double weight(int64_t row) const { return weights ? weights[row] : 1.0; }
+
+    __device__ __forceinline__ unsigned long long operator()(int64_t row, double distance) const {
+        return whole(__dmul_rn(distance, weight(row)), units);
     }
 };

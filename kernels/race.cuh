@@ -26,12 +26,12 @@ __device__ __forceinline__ bool after(Lowest a, Lowest b) { return a.key < b.key
 
 /// The lowest keys that the threads of a block have shown so far, in their order.
 struct LowestFew {
-    Lowest kept[GREEDY_DRAWS], next[GREEDY_DRAWS], shown[THREADS];
+    Lowest kept[CANDIDATES], next[CANDIDATES], shown[THREADS];
     int count;
 
     /// By the whole block, before anything is shown.
     __device__ __forceinline__ void clear() {
-        if (threadIdx.x < GREEDY_DRAWS) kept[threadIdx.x] = {UINT64_MAX, UINT32_MAX};
+        if (threadIdx.x < CANDIDATES) kept[threadIdx.x] = {UINT64_MAX, UINT32_MAX};
         if (threadIdx.x == 0) count = 0;
         __syncthreads();
     }
@@ -42,7 +42,7 @@ struct LowestFew {
         const bool stays = after(own, kept[most - 1]);
         if (!__syncthreads_or(stays)) return false;
         if (stays) shown[atomicAdd(&count, 1)] = own;
-        if (threadIdx.x < GREEDY_DRAWS) next[threadIdx.x] = {UINT64_MAX, UINT32_MAX};
+        if (threadIdx.x < CANDIDATES) next[threadIdx.x] = {UINT64_MAX, UINT32_MAX};
         __syncthreads();
         const auto place = [&](Lowest one) {
             int before = 0;
@@ -72,37 +72,54 @@ __device__ __forceinline__ double key_of(uint64_t ordered) {
 /// The largest key but of a seed.
 constexpr double LARGEST_KEY = 1.7976931348623157e308;
 
+/// Rows of a race that a thread has.
+constexpr int RACED_EACH = RACE_ROWS / THREADS;
+
 /// A race of k-means++ by `state`, `(b, 2, n)`, of which the first are distances to the nearest seed and the second
 /// arrivals: the `count` rows of each problem that arrive next, in their order, to `drawn` and the times to `times`
 /// `(b, count)`: those that are drawn by what they weigh or, where there is none, any but seeds; UINT32_MAX for the
-/// others. `most` is the largest that a row is drawn by. A block takes `rows` rows; the last block of a problem merges
-/// what each has found. `arrived` is zeros and left so. Problems that have `wanted` seeds `taken` are over.
+/// others. `most` is the largest that a row is drawn by. A block takes `RACE_ROWS` rows; the last block of a problem
+/// merges what each has found. `arrived` is zeros and left so. Problems that have `wanted` seeds `taken` are over.
 __device__ void race_rows(const double* state, const double* weights, int64_t b_all, int64_t n, int64_t count,
-                          int64_t rows, uint64_t* part_keys, uint32_t* part_rows, double* part_most, uint32_t* arrived,
+                          uint64_t* part_keys, uint32_t* part_rows, double* part_most, uint32_t* arrived,
                           uint32_t* drawn, double* times, double* most, const uint32_t* taken, int64_t wanted) {
     __shared__ bool last;
     __shared__ double largest;
     __shared__ LowestFew few;
-    const int64_t parts = (n + rows - 1) / rows;
+    const int64_t parts = (n + RACE_ROWS - 1) / RACE_ROWS;
     const int most_rows = int(count);
     const Lowest none = {UINT64_MAX, UINT32_MAX};
     for (int64_t tile = blockIdx.x; tile < b_all * parts; tile += gridDim.x) {
-        const int64_t b = tile / parts, begin = tile % parts * rows, end = min(begin + rows, n);
+        const int64_t b = tile / parts, begin = tile % parts * RACE_ROWS;
         if (taken[b] >= wanted) continue;
         const double *const nearest = state + 2 * b * n, *const arrivals = nearest + n;
         double own_most = 0;
-        if (threadIdx.x == 0) largest = 0;
-        few.clear();
-        for (int64_t first = begin; first < end; first += blockDim.x) {
-            const int64_t row = first + threadIdx.x;
-            Lowest own = none;
-            if (row < end) {
+        uint64_t keys[RACED_EACH];
+#pragma unroll
+        for (int i = 0; i < RACED_EACH; ++i) {
+            const int64_t row = begin + i * THREADS + threadIdx.x;
+            keys[i] = UINT64_MAX;
+            if (row < n) {
                 const double near = nearest[row], weight = weights ? weights[b * n + row] : 1.0;
-                own = {ordered_key(arrival_of(near, weight, arrivals[row])), uint32_t(row)};
+                keys[i] = ordered_key(arrival_of(near, weight, arrivals[row]));
                 const double p = __dmul_rn(near, weight);
                 if (near > 0 && p > own_most) own_most = p;
             }
-            few.keep(most_rows, own);
+        }
+        if (threadIdx.x == 0) largest = 0;
+        few.clear();
+        // Each thread shows the lowest that it has left, until none of these stays.
+        for (bool any = true; any;) {
+            Lowest own = none;
+#pragma unroll
+            for (int i = 0; i < RACED_EACH; ++i) {
+                if (keys[i] < own.key) own = {keys[i], uint32_t(begin + i * THREADS + threadIdx.x)};
+            }
+#pragma unroll
+            for (int i = 0; i < RACED_EACH; ++i) {
+                if (begin + i * THREADS + threadIdx.x == own.row) keys[i] = UINT64_MAX;
+            }
+            any = few.keep(most_rows, own);
         }
         own_most = warp_max(own_most);
         if (threadIdx.x % WARP == 0) atomic_max(&largest, own_most);
@@ -121,14 +138,17 @@ __device__ void race_rows(const double* state, const double* weights, int64_t b_
         if (last) {
             __threadfence();
             few.clear();
-            // A part's lowest are in their order: where of no part one more stays, none behind it does.
+            // A part's lowest are in their order: where of no part one more stays, none behind it does. Of few parts
+            // several are shown at once.
+            const int64_t at_once = max(int64_t(1), min(count, THREADS / parts));
             bool any = true;
-            for (int64_t t = 0; any && t < count; ++t) {
+            for (int64_t t = 0; any && t < count; t += at_once) {
                 any = false;
-                for (int64_t first = 0; first < parts; first += blockDim.x) {
-                    const int64_t part = first + threadIdx.x, at = (b * parts + part) * count + t;
-                    any |= few.keep(most_rows,
-                                    part < parts ? Lowest{__ldcg(&part_keys[at]), __ldcg(&part_rows[at])} : none);
+                for (int64_t first = 0; first < parts * at_once; first += blockDim.x) {
+                    const int64_t i = first + threadIdx.x, part = i / at_once, own = t + i % at_once;
+                    const int64_t at = (b * parts + part) * count + own;
+                    const bool is = part < parts && own < count;
+                    any |= few.keep(most_rows, is ? Lowest{__ldcg(&part_keys[at]), __ldcg(&part_rows[at])} : none);
                 }
             }
             if (threadIdx.x < count) {

@@ -85,32 +85,32 @@ __device__ void round_rows(const T* x, const Rows& r, const double* norms, const
 struct Shared {
     Candidates candidates;
     float bias[CANDIDATES];
-    uint32_t masks[SEED_THREADS / WARP][TALL][CANDIDATES / WARP];
+    unsigned long long gains[CANDIDATES];
+    /// Of each row of a warp's tile the candidates that may be nearer, and all of them one after another, each with its
+    /// row.
+    unsigned long long masks[SEED_FILTER_THREADS / WARP][TALL];
+    uint16_t pairs[SEED_FILTER_THREADS / WARP][TALL * CANDIDATES];
     Rounded most;
 };
 
-__device__ __forceinline__ int64_t line_bytes(int64_t width) { return 2 * width + 16; }
+__device__ __forceinline__ int line_bytes(int64_t width) { return int(2 * width) + 16; }
 
-/// Loads the candidates of problem `b`.
+/// Loads the candidates of problem `b`: a warp one after another.
 __device__ void load_candidates(Shared& shared, uint8_t* lines, const RoundedRows& rounded, int64_t b, int64_t n) {
-    const int count = shared.candidates.count, padded = (count + WIDE - 1) / WIDE * WIDE;
-    const int64_t words = rounded.width / 8;
-    __syncthreads();
+    const int count = shared.candidates.count, padded = (count + WIDE - 1) / WIDE * WIDE, words = int(rounded.width / 8);
+    const int lane = threadIdx.x % WARP, line = line_bytes(rounded.width);
     if (threadIdx.x == 0) shared.most = {0, 0};
-    __syncthreads();
-    for (int64_t i = threadIdx.x; i < padded * words; i += blockDim.x) {
-        const int64_t c = i / words;
-        uint4 word = {0, 0, 0, 0};
-        if (c < count) {
-            const __nv_bfloat16* const row = rounded.values + (b * n + shared.candidates.rows[c]) * rounded.width;
-            word = reinterpret_cast<const uint4*>(row)[i % words];
-        }
-        *reinterpret_cast<uint4*>(lines + c * line_bytes(rounded.width) + i % words * 16) = word;
+    for (int c = threadIdx.x / WARP; c < padded; c += SEED_FILTER_THREADS / WARP) {
+        const int64_t row = b * n + shared.candidates.rows[min(c, count - 1)];
+        const uint4* const from = reinterpret_cast<const uint4*>(rounded.values + row * rounded.width);
+        uint4* const to = reinterpret_cast<uint4*>(lines + c * line);
+        for (int i = lane; i < words; i += WARP) to[i] = from[i];
     }
+    __syncthreads();
     if (threadIdx.x < padded) {
         const bool is = threadIdx.x < count;
         const Rounded own = is ? rounded.bounds[b * n + shared.candidates.rows[threadIdx.x]] : Rounded{0, 0};
-        shared.bias[threadIdx.x] = is ? 0.5f * own.norm * own.norm : INFINITY;
+        shared.bias[threadIdx.x] = 0.5f * own.norm * own.norm;
         // Bits of floats above 0 are in their order.
         atomicMax(reinterpret_cast<int*>(&shared.most.norm), __float_as_int(own.norm));
         atomicMax(reinterpret_cast<int*>(&shared.most.residue), __float_as_int(own.residue));
@@ -127,20 +127,21 @@ __device__ __forceinline__ float farthest(double near, const Rounded& own, const
     return __double2float_ru(0.5 * (reach * reach + g * norms * norms - double(own.norm) * own.norm));
 }
 
-/// Sets the bits of the candidates that may be nearer to the rows from `top` on than `cut` says, of which lane l has
-/// those of row l / 4 and of that 8 below it; -inf where a row does not count.
+/// Sets the bits of the candidates that may be nearer to the rows from `first` on than `cut(h)` says, which is asked
+/// once of row lane / 4 + 8 h: -inf where a row does not count.
+template <int TILES, class Cut>
 __device__ __forceinline__ void mark(Shared& shared, const uint8_t* lines, const RoundedRows& rounded, int64_t first,
-                                     int64_t rows, const float (&cut)[2]) {
-    constexpr int TILES = CANDIDATES / WIDE;
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, tiles = (shared.candidates.count + WIDE - 1) / WIDE;
+                                     int64_t rows, Cut cut_of) {
+    const int lane = threadIdx.x % WARP, tiles = (shared.candidates.count + WIDE - 1) / WIDE;
+    const int line = line_bytes(rounded.width), width = int(rounded.width);
     float acc[TILES][4] = {};
     const __nv_bfloat16* own[2];
     for (int h = 0; h < 2; ++h) {
         own[h] = rounded.values + (first + min(int64_t(lane / 4 + 8 * h), rows - 1)) * rounded.width + lane % 4 * 16;
     }
-    const uint8_t* const others = lines + lane / 4 * line_bytes(rounded.width) + lane % 4 * 32;
+    const uint8_t* const others = lines + lane / 4 * line + lane % 4 * 32;
     uint4 next[2][2];
-    const auto load = [&](int64_t column) {
+    const auto load = [&](int column) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const uint4* const from = reinterpret_cast<const uint4*>(own[h] + column);
@@ -148,17 +149,18 @@ __device__ __forceinline__ void mark(Shared& shared, const uint8_t* lines, const
         }
     };
     load(0);
+    const float cut[2] = {cut_of(0), cut_of(1)};
 #pragma unroll 1
-    for (int64_t column = 0; column < rounded.width; column += GROUP) {
+    for (int column = 0; column < width; column += GROUP) {
         const uint32_t upper[8] = {next[0][0].x, next[0][0].y, next[0][0].z, next[0][0].w,
                                    next[0][1].x, next[0][1].y, next[0][1].z, next[0][1].w};
         const uint32_t lower[8] = {next[1][0].x, next[1][0].y, next[1][0].z, next[1][0].w,
                                    next[1][1].x, next[1][1].y, next[1][1].z, next[1][1].w};
-        if (column + GROUP < rounded.width) load(column + GROUP);
+        if (column + GROUP < width) load(column + GROUP);
 #pragma unroll
         for (int j = 0; j < TILES; ++j) {
             if (j >= tiles) continue;
-            const uint8_t* const from = others + j * WIDE * line_bytes(rounded.width) + column * 2;
+            const uint8_t* const from = others + j * WIDE * line + column * 2;
             const uint4 low = *reinterpret_cast<const uint4*>(from), high = *reinterpret_cast<const uint4*>(from + 16);
             const uint32_t b[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
@@ -169,10 +171,8 @@ __device__ __forceinline__ void mark(Shared& shared, const uint8_t* lines, const
             }
         }
     }
-    uint32_t(&masks)[TALL][CANDIDATES / WARP] = shared.masks[warp];
-    for (int i = lane; i < TALL * (CANDIDATES / WARP); i += WARP)
-        masks[i / (CANDIDATES / WARP)][i % (CANDIDATES / WARP)] = 0;
-    __syncwarp();
+    unsigned long long(&masks)[TALL] = shared.masks[threadIdx.x / WARP];
+    unsigned long long marks[2] = {};
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {
         if (j >= tiles) continue;
@@ -181,79 +181,89 @@ __device__ __forceinline__ void mark(Shared& shared, const uint8_t* lines, const
             const int c = j * WIDE + lane % 4 * 2 + e % 2;
             // What is not a number says nothing.
             const bool far = shared.bias[c] - acc[j][e] > cut[e / 2] || cut[e / 2] == -INFINITY;
-            if (!far && c < shared.candidates.count) atomicOr(&masks[lane / 4 + e / 2 * 8][c / WARP], 1u << c % WARP);
+            if (!far && c < shared.candidates.count) marks[e / 2] |= 1ull << c;
         }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        for (int step = 1; step < 4; step *= 2) marks[h] |= __shfl_xor_sync(~0u, marks[h], step);
+        if (lane % 4 == 0) masks[lane / 4 + 8 * h] = marks[h];
     }
     __syncwarp();
 }
 
-/// Candidates whose distances to a row are added up at once.
+/// Pairs of a row and a candidate whose distances are added up at once.
 constexpr int AT_ONCE = 4;
 
-/// Calls `take` with each candidate of problem `b` that may be nearer to a row of `begin`..`end`, in ascending order,
-/// and its distance, by all lanes of a warp. `starts` and `ends` are called with each row that has any, and what it
-/// has.
-template <class T, class Starts, class Take, class Ends>
+/// Calls `take` with each row of `begin`..`end` and each candidate of problem `b` that may be nearer to it, `AT_ONCE` at
+/// a time, by all lanes of a warp: lane l has the l-th of these pairs, the number of its row in the tile, the candidate and
+/// the distance, and there are `count`; of a row candidates are in ascending order. Before, `starts` is called with a
+/// tile, and after it `ends`: lane l has row l.
+template <int TILES, class T, class Starts, class Take, class Ends>
 __device__ void pass(const T* x, const Rows& r, const RoundedRows& rounded, int64_t b, int64_t begin, int64_t end,
                      Shared& shared, uint8_t* lines, const double* nearest, const double* weights, const double* norms,
                      int by, Starts starts, Take take, Ends ends) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    load_candidates(shared, lines, rounded, b, r.n);
     const uint32_t* const candidates = shared.candidates.rows;
-    for (int64_t top = begin + warp * TALL; top < end; top += blockDim.x / WARP * TALL) {
+    load_candidates(shared, lines, rounded, b, r.n);
+    for (int64_t top = begin + warp * TALL; top < end; top += SEED_FILTER_ROWS) {
         const int64_t rows = min(end - top, int64_t(TALL));
-        float cut[2];
-        for (int h = 0; h < 2; ++h) {
-            const int64_t i = lane / 4 + 8 * h, at = b * r.n + top + i;
+        starts(top, rows);
+        mark<TILES>(shared, lines, rounded, b * r.n + top, rows, [&](int h) {
+            const int64_t row = top + min(int64_t(lane / 4 + 8 * h), rows - 1), at = b * r.n + row;
+            const double near = nearest[row], weight = weights ? weights[at] : 1.0;
+            const Rounded own = rounded.bounds[at];
             // Nothing is drawn by the distance of others.
-            const bool counts = i < rows && nearest[top + i] > 0 && (weights ? weights[at] : 1.0) > 0;
-            const double near = counts ? nearest[top + i] * (by == COSINE ? 2 : 1) : 0;
-            cut[h] = counts ? farthest(near, rounded.bounds[at], shared.most, r.d) : -INFINITY;
+            const bool counts = lane / 4 + 8 * h < rows && near > 0 && weight > 0;
+            return counts ? farthest(by == COSINE ? 2 * near : near, own, shared.most, r.d) : -INFINITY;
+        });
+        // The pairs, row by row.
+        uint16_t* const pairs = shared.pairs[warp];
+        unsigned long long mask = lane < TALL ? shared.masks[warp][lane] : 0;
+        int place = __popcll(mask);
+        for (int step = 1; step < WARP; step *= 2) {
+            const int before = __shfl_up_sync(~0u, place, step);
+            if (lane >= step) place += before;
         }
-        mark(shared, lines, rounded, b * r.n + top, rows, cut);
-        const uint32_t(&masks)[TALL][CANDIDATES / WARP] = shared.masks[warp];
-        uint32_t any = 0;
-        for (int w = 0; lane < TALL && w < CANDIDATES / WARP; ++w) any |= masks[lane][w];
-        for (uint32_t marked = __ballot_sync(~0u, any != 0); marked; marked &= marked - 1) {
-            const int i = __ffs(marked) - 1;
-            const int64_t row = top + i;
-            const T* const own = row_of(x, r, b, row);
-            const float of_own = norms ? reciprocal<float>(norms[b * r.n + row]) : 1;
-            starts(row);
-            for (int w = 0; w < CANDIDATES / WARP; ++w) {
-                uint32_t left = masks[i][w];
-                while (left) {
-                    int found[AT_ONCE], count = 0;
-                    const T* c[AT_ONCE];
-                    float of_c[AT_ONCE], sums[AT_ONCE] = {};
+        const int all = __shfl_sync(~0u, place, WARP - 1);
+        for (place -= __popcll(mask); mask; mask &= mask - 1) pairs[place++] = lane * CANDIDATES + __ffsll(mask) - 1;
+        __syncwarp();
+        for (int first = 0; first < all; first += AT_ONCE) {
+            const T *own[AT_ONCE], *c[AT_ONCE];
+            float of_own[AT_ONCE], of_c[AT_ONCE], sums[AT_ONCE] = {};
 #pragma unroll
-                    for (int q = 0; q < AT_ONCE; ++q) {
-                        found[q] = q && !left ? found[0] : w * WARP + __ffs(left) - 1;
-                        if (left) ++count, left &= left - 1;
-                        c[q] = row_of(x, r, b, candidates[found[q]]);
-                        of_c[q] = norms ? reciprocal<float>(norms[b * r.n + candidates[found[q]]]) : 1;
-                    }
-                    for (int64_t j = lane; j < r.d; j += WARP) {
-                        const float v = scaled(own[j], norms, of_own);
+            for (int q = 0; q < AT_ONCE; ++q) {
+                const int pair = pairs[min(first + q, all - 1)];
+                const int64_t row = top + pair / CANDIDATES, candidate = candidates[pair % CANDIDATES];
+                own[q] = row_of(x, r, b, row), c[q] = row_of(x, r, b, candidate);
+                of_own[q] = norms ? reciprocal<float>(norms[b * r.n + row]) : 1;
+                of_c[q] = norms ? reciprocal<float>(norms[b * r.n + candidate]) : 1;
+            }
+#pragma unroll 1
+            for (int j = lane; j < int(r.d); j += WARP) {
 #pragma unroll
-                        for (int q = 0; q < AT_ONCE; ++q) {
-                            const float t = less(v, scaled(c[q][j], norms, of_c[q]));
-                            sums[q] = plus(sums[q], times(t, t));
-                        }
-                    }
-#pragma unroll
-                    for (int q = 0; q < AT_ONCE; ++q) {
-                        for (int step = WARP / 2; step; step /= 2) {
-                            sums[q] = plus(sums[q], __shfl_xor_sync(~0u, sums[q], step));
-                        }
-                        if (q < count && candidates[found[q]] != row) {
-                            take(row, found[q], spread_distance(by, double(sums[q]), own, c[q], r.d));
-                        }
-                    }
+                for (int q = 0; q < AT_ONCE; ++q) {
+                    const float t = less(scaled(own[q][j], norms, of_own[q]), scaled(c[q][j], norms, of_c[q]));
+                    sums[q] = plus(sums[q], times(t, t));
                 }
             }
-            ends(row);
+            float sum = 0;
+#pragma unroll
+            for (int q = 0; q < AT_ONCE; ++q) {
+                for (int step = WARP / 2; step; step /= 2) sums[q] = plus(sums[q], __shfl_xor_sync(~0u, sums[q], step));
+                if (lane == q) sum = sums[q];
+            }
+            const int count = min(AT_ONCE, all - first), pair = pairs[min(first + lane, all - 1)];
+            const int64_t row = top + pair / CANDIDATES, candidate = candidates[pair % CANDIDATES];
+            double distance = no_arrival();
+            // A row is no candidate for itself.
+            if (lane < count && row != candidate) {
+                distance = spread_distance(by, double(sum), row_of(x, r, b, row), row_of(x, r, b, candidate), r.d);
+            }
+            __syncwarp();
+            take(count, pair / CANDIDATES, pair % CANDIDATES, distance);
         }
+        ends(top, rows);
         __syncwarp();
     }
     __syncthreads();
@@ -263,25 +273,47 @@ __device__ void pass(const T* x, const Rows& r, const RoundedRows& rounded, int6
 template <class T>
 __device__ void list_rounded(const T* x, const Rows& r, const RoundedRows& rounded, const double* state,
                              const double* weights, const double* norms, const uint32_t* tried, int64_t trials,
-                             const uint32_t* rounds, const uint32_t* drawn, int64_t count, int metric, int64_t rows,
-                             const Lists& lists, const uint32_t* taken, int64_t wanted) {
+                             const uint32_t* rounds, const uint32_t* drawn, int64_t count, const double* most,
+                             int metric, int64_t rows, const Nearer& nearer, const uint32_t* taken, int64_t wanted) {
     extern __shared__ uint4 lines[];
     __shared__ Shared shared;
+    const int lane = threadIdx.x % WARP;
     const int64_t parts = (r.n + rows - 1) / rows;
     for (int64_t tile = blockIdx.x; tile < r.b * parts; tile += gridDim.x) {
         const int64_t b = tile / parts, begin = tile % parts * rows, end = min(begin + rows, r.n);
         if (taken[b] >= wanted) continue;
         const double* const nearest = state + 2 * b * r.n;
+        const Terms term = {weights ? weights + b * r.n : nullptr, potential_units(most[b], r.n)};
         const int drawn_for = int(min(trials * rounds[b], count));
         shared.candidates.find(tried + b * trials, int(trials), drawn + b * count, drawn_for);
+        if (threadIdx.x < CANDIDATES) shared.gains[threadIdx.x] = 0;
         double near = 0;
-        pass(
+        unsigned long long mask = 0;
+        int64_t top = 0;
+        pass<CANDIDATES / WIDE>(
             x, r, rounded, b, begin, end, shared, reinterpret_cast<uint8_t*>(lines), nearest, weights, norms,
-            spread_by(metric), [&](int64_t row) { near = nearest[row]; },
-            [&](int64_t row, int candidate, double distance) {
-                if (distance < near && threadIdx.x % WARP == 0) lists.add(b, candidate, row, distance);
+            spread_by(metric),
+            [&](int64_t first, int64_t all) { near = nearest[first + min(int64_t(lane), all - 1)], mask = 0, top = first; },
+            [&](int pairs, int row, int candidate, double distance) {
+                const double before = __shfl_sync(~0u, near, row);
+                const bool is = lane < pairs && distance < before;
+                if (is) {
+                    nearer.add(b, candidate, top + row, distance);
+                    atomicAdd(&shared.gains[candidate], term(top + row, before) - term(top + row, distance));
+                }
+                for (uint32_t left = __ballot_sync(~0u, is); left; left &= left - 1) {
+                    const int one = __ffs(left) - 1, of_row = __shfl_sync(~0u, row, one);
+                    const int of = __shfl_sync(~0u, candidate, one);
+                    if (lane == of_row) mask |= 1ull << of;
+                }
             },
-            [](int64_t) {});
+            [&](int64_t first, int64_t all) {
+                if (lane < all) nearer.masks[b * r.n + first + lane] = mask;
+            });
+        if (threadIdx.x < shared.candidates.count && shared.gains[threadIdx.x]) {
+            atomicAdd(&nearer.gains[nearer.list(b, threadIdx.x)], shared.gains[threadIdx.x]);
+        }
+        __syncthreads();
     }
 }
 
@@ -292,6 +324,7 @@ __device__ void lower_rounded(const T* x, const Rows& r, const RoundedRows& roun
                               int64_t count, int metric, int64_t rows, const uint32_t* taken, int64_t wanted) {
     extern __shared__ uint4 lines[];
     __shared__ Shared shared;
+    const int lane = threadIdx.x % WARP;
     const int64_t parts = (r.n + rows - 1) / rows;
     for (int64_t tile = blockIdx.x; tile < r.b * parts; tile += gridDim.x) {
         const int64_t b = tile / parts, begin = tile % parts * rows, end = min(begin + rows, r.n);
@@ -300,15 +333,23 @@ __device__ void lower_rounded(const T* x, const Rows& r, const RoundedRows& roun
         double *const nearest = state + 2 * b * r.n, *const arrivals = nearest + r.n;
         shared.candidates.find(nullptr, 0, seeds + b * count, int(count));
         double near = 0, before = 0, arrival = 0;
-        pass(
+        pass<(KMEANSPP_DRAWS + WIDE - 1) / WIDE>(
             x, r, rounded, b, begin, end, shared, reinterpret_cast<uint8_t*>(lines), nearest, weights, norms,
-            spread_by(metric), [&](int64_t row) { near = before = nearest[row], arrival = arrivals[row]; },
-            [&](int64_t, int seed, double distance) {
-                if (distance < near)
-                    arrival = postponed(arrival, times[b * count + seed], near, distance), near = distance;
+            spread_by(metric),
+            [&](int64_t first, int64_t all) {
+                const int64_t row = first + min(int64_t(lane), all - 1);
+                near = before = nearest[row], arrival = arrivals[row];
             },
-            [&](int64_t row) {
-                if (near < before && threadIdx.x % WARP == 0) nearest[row] = near, arrivals[row] = arrival;
+            [&](int pairs, int row, int seed, double distance) {
+                const double time = times[b * count + seed];
+                for (int q = 0; q < pairs; ++q) {
+                    const double one = __shfl_sync(~0u, distance, q), now = __shfl_sync(~0u, time, q);
+                    if (lane != __shfl_sync(~0u, row, q) || !(one < near)) continue;
+                    arrival = postponed(arrival, now, near, one), near = one;
+                }
+            },
+            [&](int64_t first, int64_t all) {
+                if (lane < all && near < before) nearest[first + lane] = near, arrivals[first + lane] = arrival;
             });
     }
 }
@@ -321,15 +362,16 @@ __device__ void lower_rounded(const T* x, const Rows& r, const RoundedRows& roun
                                             int64_t width, __nv_bfloat16* values, Rounded* bounds) {                   \
         round_rows(x, r, norms, centre, width, values, bounds);                                                        \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(SEED_THREADS, 2) list_rounded_##name(                                 \
+    extern "C" __global__ void __launch_bounds__(SEED_FILTER_THREADS, 2) list_rounded_##name(                          \
         const T* x, Rows r, const __nv_bfloat16* values, const Rounded* bounds, int64_t width, const double* state,    \
         const double* weights, const double* norms, const uint32_t* tried, int64_t trials, const uint32_t* rounds,     \
-        const uint32_t* drawn, int64_t count, int metric, int64_t rows, uint32_t* list_rows, uint32_t* list_counts,    \
-        double* list_distances, int64_t room, const uint32_t* taken, int64_t wanted) {                                 \
-        list_rounded(x, r, {values, bounds, width}, state, weights, norms, tried, trials, rounds, drawn, count,        \
-                     metric, rows, {list_rows, list_counts, list_distances, r.n, room}, taken, wanted);                \
+        const uint32_t* drawn, int64_t count, const double* most, int metric, int64_t rows, uint32_t* counts,          \
+        uint32_t* nearer_rows, unsigned long long* gains, unsigned long long* masks, double* distances, int64_t room,  \
+        const uint32_t* taken, int64_t wanted) {                                                                       \
+        list_rounded(x, r, {values, bounds, width}, state, weights, norms, tried, trials, rounds, drawn, count, most,  \
+                     metric, rows, {counts, nearer_rows, gains, masks, distances, r.n, room}, taken, wanted);          \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(SEED_THREADS, 2) lower_rounded_##name(                                \
+    extern "C" __global__ void __launch_bounds__(SEED_FILTER_THREADS, 2) lower_rounded_##name(                         \
         const T* x, Rows r, const __nv_bfloat16* values, const Rounded* bounds, int64_t width, double* state,          \
         const double* weights, const double* norms, const uint32_t* seeds, const double* times, int64_t count,         \
         int metric, int64_t rows, const uint32_t* taken, int64_t wanted) {                                             \

@@ -16,7 +16,7 @@ use crate::{
     fixed::{exponent, power_of_two},
     metric::Metric,
     rng::RACED,
-    tiles::{GREEDY_DRAWS, KMEANSPP_DRAWS},
+    tiles::{CANDIDATES, KMEANSPP_DRAWS},
 };
 
 /// Lanes that a distance is added up in.
@@ -58,9 +58,9 @@ pub(crate) fn trials(k: usize) -> usize {
 }
 
 /// The draws of a block of greedy k-means++ at most, for rows of `d` columns: whole rounds, and so few that the distances of a row to
-/// all that are drawn are not much more than the row.
+/// all candidates, which are one round's less one more than the draws, are not much more than the row.
 pub(crate) fn greedy_draws(d: usize, trials: usize) -> usize {
-    trials * (GREEDY_DRAWS.min(d / 4) / trials).max(1)
+    trials * ((CANDIDATES.min(d / 4) + 1) / trials).saturating_sub(1).max(1)
 }
 
 /// The rounds of greedy k-means++ that a block draws for after one that has chosen so many seeds: about as many as it may expect, since seeds

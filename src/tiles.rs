@@ -252,20 +252,21 @@ pub const PAIR_SHARED: usize = 110_592;
 pub const NEAREST: usize = 64;
 /// Rows that a block of k-means++ draws, of a warp's lanes at most one each.
 pub const KMEANSPP_DRAWS: usize = 16;
-/// Rows that a block of greedy k-means++ draws at most.
-pub const GREEDY_DRAWS: usize = 64;
+/// Candidates of a block of greedy k-means++ at most: a bit of a word each.
+pub const CANDIDATES: usize = 64;
 /// Threads of a block that chooses among rows that greedy k-means++ tries.
-pub const CHOICE_THREADS: usize = 1024;
+pub const CHOICE_THREADS: usize = 512;
 /// Threads of a block whose rows meet seeds, and its rows at least.
 pub const SEED_THREADS: usize = 128;
 pub const SEED_ROWS: usize = 32;
 /// Rows of a block that lists those nearer to candidates of greedy k-means++ at least.
 pub const LIST_ROWS: usize = 128;
-/// Rows of a block that meets seeds by products are whole times this: of each of its warps a tile.
-pub const SEED_FILTER_ROWS: usize = 64;
-/// Rows of a block of a race at least.
-pub const RACE_ROWS: usize = 1024;
-/// Most blocks that race the rows of a problem for a pick of k-means++.
+/// Threads of a block that meets seeds by products, and its rows, which are whole times this: of each of its warps a tile.
+pub const SEED_FILTER_THREADS: usize = 256;
+pub const SEED_FILTER_ROWS: usize = 128;
+/// Rows of a block of a race, of which each thread has some.
+pub const RACE_ROWS: usize = 2048;
+/// Most blocks whose warps let the rows of a problem meet seeds.
 pub const PICK_PARTS: usize = 4096;
 /// Blocks that share the rows left to recheck: enough to fill any device, and cheap when there are none.
 pub const RECHECK_BLOCKS: usize = 1024;

@@ -14,7 +14,7 @@ use crate::{
     request::KmeansppBlock,
     rng::Draw,
     rows::Rows,
-    tiles::{CHOICE_THREADS, LIST_ROWS, PICK_PARTS, RACE_ROWS, SEED_ROWS, SEED_THREADS, THREADS},
+    tiles::{CHOICE_THREADS, LIST_ROWS, PICK_PARTS, RACE_ROWS, SEED_FILTER_THREADS, SEED_ROWS, SEED_THREADS, THREADS},
 };
 use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, Tensor};
 
@@ -62,11 +62,9 @@ pub(crate) fn exponential_race_keys(
     Ok(tensor(dev, out, (b, n)))
 }
 
-/// How the rows of a problem are cut for blocks of threads: of one that races them, and of one whose warps let them meet seeds, of which
-/// each has so many rows at least.
-fn parts(x: &Rows, met: usize) -> [usize; 2] {
-    let each = x.n.div_ceil(PICK_PARTS);
-    [each.max(RACE_ROWS).next_multiple_of(THREADS), each.next_multiple_of(met)]
+/// The rows of a block of threads whose warps let them meet seeds, of which each has so many at least.
+fn met_rows(x: &Rows, least: usize) -> usize {
+    x.n.div_ceil(PICK_PARTS).next_multiple_of(least)
 }
 
 /// The scratch of a race.
@@ -95,19 +93,22 @@ impl Race {
     }
 }
 
-/// What greedy k-means++ lists: the rows that are nearer to each candidate, and how far they are.
-struct Lists {
+/// What greedy k-means++ lists (`Nearer` of `kernels/candidates.cuh`).
+struct Nearer {
     room: usize,
     rows: Slot<u32>,
+    masks: Slot<u64>,
     distances: Slot<f64>,
     counts: Slot<u32>,
+    gains: Slot<u64>,
 }
 
-impl Lists {
+impl Nearer {
     fn new([b, n, room]: [usize; 3], scratch: &mut ArenaLayout, zeros: &mut ArenaLayout) -> Self {
-        let entries = elements(&[b, room, n]);
+        let (entries, lists) = (elements(&[b, room, n]), elements(&[b, room]));
         let (rows, distances) = (scratch.unwritten(entries), scratch.unwritten(entries));
-        Self { room, rows, distances, counts: zeros.zeroed(elements(&[b, room])) }
+        let masks = scratch.unwritten(elements(&[b, n]));
+        Self { room, rows, masks, distances, counts: zeros.zeroed(lists), gains: zeros.zeroed(lists) }
     }
 }
 
@@ -116,14 +117,14 @@ pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>, memory: &Memory) -> Result<(
     let &KmeansppBlock { x, rows, taken, norms, weights, chosen, start, ref trials, metric, draw, .. } = p;
     let draws = if start { 1 } else { p.draws };
     let (dev, wanted) = (device(&x.operand)?, chosen.dim(1)?);
-    let [raced, met] = parts(x, if trials.is_some() && !start { LIST_ROWS } else { SEED_ROWS });
-    let parts = x.n.div_ceil(raced);
+    let met = met_rows(x, if trials.is_some() && !start { LIST_ROWS } else { SEED_ROWS });
+    let parts = x.n.div_ceil(RACE_ROWS);
     let blocks = |met: usize| elements(&[x.b, x.n.div_ceil(met)]);
     let (mut scratch, mut zeros) = (ArenaLayout::default(), ArenaLayout::default());
     // Room for the draws of later blocks at the first one too, so that these find their scratch.
     let race = Race::new([x.b, parts, p.draws], &mut scratch, &mut zeros);
-    let lists = match trials {
-        Some(trials) => Some(Lists::new([x.b, x.n, p.draws + trials.tried.dim(1)? - 1], &mut scratch, &mut zeros)),
+    let nearer = match trials {
+        Some(trials) => Some(Nearer::new([x.b, x.n, p.draws + trials.tried.dim(1)? - 1], &mut scratch, &mut zeros)),
         None => None,
     };
     let apart = scratch.unwritten::<f64>(if start || trials.is_none() { elements(&[x.b, draws, draws]) } else { 0 });
@@ -139,14 +140,14 @@ pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>, memory: &Memory) -> Result<(
             Nullable(&weights), &b, &n, &draw.seed, &draw.round, &first_problem, &state)?;
     }
     launch!(dev, Seed, "race_kmeanspp", "", elements(&[x.b, parts]), THREADS;
-        &state, Nullable(&weights), &b, &n, &(draws as i64), &(raced as i64), &scratch.ptr(race.part_keys),
+        &state, Nullable(&weights), &b, &n, &(draws as i64), &scratch.ptr(race.part_keys),
         &scratch.ptr(race.part_rows), &scratch.ptr(race.part_most), &zeros.ptr(race.arrived), &drawn, &times, &most,
         &taken, &(wanted as i64))?;
     let each = trials.as_ref().map_or(Ok(1), |trials| trials.tried.dim(1))?;
     // Nothing is before the first seed, and all rows have to meet it.
     let (candidates, passes) = (draws + each - 1, if start { 0 } else { wanted.div_ceil(p.draws / each) });
     let rounded = seed_filter::kept(p, candidates, passes)?;
-    let (Some(trials), Some(lists)) = (trials.as_ref().filter(|_| !start), lists) else {
+    let (Some(trials), Some(nearer)) = (trials.as_ref().filter(|_| !start), nearer) else {
         typed!(x.dtype(), T => launch!(dev, Seed, "take", T::SUFFIX, x.b, THREADS;
             &xs.view::<T>()?, &shape(x), &state, Nullable(&weights), Nullable(&norms), &(metric as i32), &drawn, &times,
             &(draws as i64), &scratch.ptr(apart), &chosen, &(wanted as i64), &taken))?;
@@ -156,7 +157,7 @@ pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>, memory: &Memory) -> Result<(
         }
         return match rounded {
             Some((rounded, pass)) => typed!(x.dtype(), T => launch!(dev, SeedFilter, "lower_rounded", T::SUFFIX,
-                blocks(pass.rows), SEED_THREADS, pass.shared;
+                blocks(pass.rows), SEED_FILTER_THREADS, pass.shared;
                 &xs.view::<T>()?, &shape(x), &rounded.values, &rounded.bounds, &(rounded.width as i64), &state,
                 Nullable(&weights), Nullable(&norms), &drawn, &times, &(draws as i64), &(metric as i32),
                 &(pass.rows as i64), &taken, &(wanted as i64))),
@@ -166,21 +167,22 @@ pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>, memory: &Memory) -> Result<(
         };
     };
     let (tried, rounds) = (own::<u32>(trials.tried)?, own::<u32>(trials.rounds)?);
-    let (list_rows, distances) = (scratch.ptr(lists.rows), scratch.ptr(lists.distances));
-    let (counts, room) = (zeros.ptr(lists.counts), lists.room as i64);
+    let (rows, masks, distances) = (scratch.ptr(nearer.rows), scratch.ptr(nearer.masks), scratch.ptr(nearer.distances));
+    let (counts, gains, room) = (zeros.ptr(nearer.counts), zeros.ptr(nearer.gains), nearer.room as i64);
     match rounded {
         Some((rounded, pass)) => typed!(x.dtype(), T => launch!(dev, SeedFilter, "list_rounded", T::SUFFIX,
-            blocks(pass.rows), SEED_THREADS, pass.shared;
+            blocks(pass.rows), SEED_FILTER_THREADS, pass.shared;
             &xs.view::<T>()?, &shape(x), &rounded.values, &rounded.bounds, &(rounded.width as i64), &state,
             Nullable(&weights), Nullable(&norms), &tried, &(each as i64), &rounds, &drawn, &(draws as i64),
-            &(metric as i32), &(pass.rows as i64), &list_rows, &counts, &distances, &room, &taken, &(wanted as i64)))?,
+            &most, &(metric as i32), &(pass.rows as i64), &counts, &rows, &gains, &masks, &distances, &room, &taken,
+            &(wanted as i64)))?,
         None => typed!(x.dtype(), T => launch!(dev, Greedy, "list", T::SUFFIX, blocks(met), SEED_THREADS;
             &xs.view::<T>()?, &shape(x), &state, Nullable(&weights), Nullable(&norms), &tried, &(each as i64), &rounds,
-            &drawn, &(draws as i64), &(metric as i32), &(met as i64), &list_rows, &counts, &distances, &room, &taken,
-            &(wanted as i64)))?,
+            &drawn, &(draws as i64), &most, &(metric as i32), &(met as i64), &counts, &rows, &gains, &masks, &distances,
+            &room, &taken, &(wanted as i64)))?,
     }
     launch!(dev, Greedy, "choose", "", x.b, CHOICE_THREADS;
         &state, Nullable(&weights), &b, &n, &tried, &(each as i64), &rounds, &((draws / each) as i64), &drawn, &times,
-        &(draws as i64), &most, &draw.seed, &draw.round, &first_problem, &list_rows, &counts, &distances, &room,
-        &chosen, &(wanted as i64), &taken)
+        &(draws as i64), &most, &draw.seed, &draw.round, &first_problem, &counts, &rows, &gains, &masks,
+        &distances, &room, &chosen, &(wanted as i64), &taken)
 }

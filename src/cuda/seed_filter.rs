@@ -52,9 +52,9 @@ pub(super) fn kept<'k>(
     if x.dtype() == DType::F64 || shared > most || !worth_rounding(p.metric, x.d, passes) {
         return Ok(None);
     }
-    let rows = x.n.saturating_mul(x.b).div_ceil(2 * processors).next_multiple_of(SEED_FILTER_ROWS);
+    let rows = x.n.saturating_mul(x.b).div_ceil(4 * processors).next_multiple_of(SEED_FILTER_ROWS);
     let rounded = p.kept.get_or_make(|| round(x, p.norms, width))?;
-    Ok(rounded.map(|rounded| (rounded, Pass { rows: rows.min(16 * SEED_FILTER_ROWS), shared })))
+    Ok(rounded.map(|rounded| (rounded, Pass { rows: rows.min(8 * SEED_FILTER_ROWS), shared })))
 }
 
 fn round(x: &Rows, norms: Option<&Tensor>, width: usize) -> Result<RoundedRows> {

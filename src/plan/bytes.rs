@@ -74,7 +74,7 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
             let draws = greedy_draws(p.d, trials);
             // A list has room for all rows on a GPU; on a CPU it grows, by copies to twice its length.
             let candidates = (draws + trials - 1) as u64;
-            let listed = if cpu { 40 * draws as u64 } else { 12 * candidates };
+            let listed = if cpu { 40 * draws as u64 } else { 12 * candidates + 8 };
             (k, raced(listed, candidates) + rounded(p.k.div_ceil(draws / trials), candidates))
         }
         Init::KMeansParallel => {

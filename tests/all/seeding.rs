@@ -128,7 +128,7 @@ fn seeds_of_a_block_follow_the_law_of_single_ones() {
     let points = [0.0, 0.5, 6.0, 6.7, 10.0, 15.0f64];
     let (b, k) = (40_000, 4);
     let weights = [1.0, 2.0, 1.0, 0.5, 3.0, 1.0];
-    for (init, d, trials) in [(Init::KMeansPlusPlus, 1, 1), (Init::GreedyKMeansPlusPlus, 48, 3)] {
+    for (init, d, trials) in [(Init::KMeansPlusPlus, 1, 1), (Init::GreedyKMeansPlusPlus, 64, 3)] {
         let x =
             tensor(&[b, points.len(), d], DType::F32, |i| if i % d == 0 { points[i / d % points.len()] } else { 0.0 });
         let seeded = KMeans::new(k).init(init).seed(3).max_iters(0);
@@ -237,7 +237,7 @@ fn plus_plus(x: &Rows, w: &[f64], k: usize, trials: usize, metric: Metric, of: [
     let (n, d) = (x.len(), x[0].len());
     let to = |row: usize, seed: usize| if row == seed { 0.0 } else { naive::distance(&x[row], &x[seed], by) };
     let hazard = |block: u64, again: u64, row: usize| -uniform_of(of, block + (again << 32), row).ln();
-    let most = (64.min(d / 4) / trials).max(1);
+    let most = ((64.min(d / 4) + 1) / trials).saturating_sub(1).max(1);
     let (mut chosen, mut tried, mut rounds): (Vec<usize>, Vec<usize>, _) = (vec![], vec![], 1);
     let (mut near, mut rate, mut now) = (vec![f64::INFINITY; n], w.to_vec(), 0.0);
     let mut hazards: Vec<f64> = (0..n).map(|row| hazard(0, 0, row)).collect();
