@@ -83,7 +83,7 @@ fn label_rounded<T: Element<Filter = f32>>(views: &Views<'_, T>, amx: Amx, label
 }
 
 /// Labels all rows, tile by tile, with what `prepare` makes of each problem's centroids. `label` returns how many centroids it has compared.
-fn label_all<T: Element, P: Send + Sync, S>(
+fn label_all<T: Element, P: Send + Sync, S: Send>(
     views: &Views<'_, T>,
     labels: &mut [u32],
     prepare: impl Fn(Centroids<T::Filter>) -> Result<P> + Send + Sync,
