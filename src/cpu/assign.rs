@@ -6,6 +6,7 @@ use super::{
     filter::Centroids,
     label::{Scratch, Views},
     label_rounded::RoundedScratch,
+    packed::Source,
     rounded::RoundedCentroids,
     tensors::{converged, read_and_write, single, typed, Element},
 };
@@ -78,7 +79,7 @@ fn label_rounded<T: Element<Filter = f32>>(views: &Views<'_, T>, amx: Amx, label
     let prepare = |full: Centroids<f32>| RoundedCentroids::new(&full, amx).map(|rounded| (full, rounded));
     let scratch = || RoundedScratch::new(views.x.rows.d);
     label_all(views, labels, prepare, scratch, |s, place, (full, rounded), out| {
-        views.tile(place, full).label_rounded(rounded, s, out, None)
+        views.tile(place, full).label_rounded(rounded, s, out, None, Source::Rows)
     })
 }
 

@@ -58,6 +58,23 @@ pub(super) fn rows_lines(steps: usize) -> usize {
     ROWS_STEP * steps
 }
 
+/// The rows of a pair of tiles, wherever their lines are.
+#[derive(Clone, Copy)]
+pub(super) struct PairRows<'a> {
+    pub lines: &'a [Line],
+    /// Lines from one row to the next,
+    pub row: usize,
+    /// and from one step to the next.
+    pub step: usize,
+}
+
+impl<'a> PairRows<'a> {
+    /// Those of a pair as [`write_row`] writes it.
+    pub fn of_pair(lines: &'a [Line]) -> Self {
+        Self { lines, row: 1, step: ROWS_STEP }
+    }
+}
+
 /// Writes the numbers that row `i` of a pair has in a step, as bf16, to the pair's `lines`.
 #[inline(always)]
 pub(super) fn write_row(lines: &mut [Line], i: usize, step: usize, values: [u16; STEP]) {

@@ -1,6 +1,6 @@
 //! The matrix unit, of processors and systems that have none that this crate knows: what `amx.rs` has, of which nothing can be called.
 
-use super::lines::ByteLine;
+use super::lines::{ByteLine, PairRows};
 use crate::kept::Line;
 
 /// The unit, which is not there.
@@ -20,6 +20,10 @@ impl Amx {
         match self {}
     }
 
+    pub(super) fn only_at_most(self, _: &[f32], _: f32) -> Option<usize> {
+        match self {}
+    }
+
     pub(super) fn tiles(self) -> Tiles {
         match self {}
     }
@@ -33,7 +37,7 @@ impl Tiles {
         match *self {}
     }
 
-    pub(super) fn product(&mut self, _: &[Line], _: &[Line], _: &[f32], _: usize, _: &mut [f32]) {
+    pub(super) fn product(&mut self, _: PairRows<'_>, _: &[Line], _: &[f32], _: usize, _: &mut [f32]) {
         match *self {}
     }
 }
