@@ -3,7 +3,7 @@
 
 mod vectors;
 
-use super::lines::{pair_lines, ByteLine, PairRows, BYTE_TILE, PAIR, SLICES, TILE};
+use super::lines::{pair_lines, ByteLine, Ends, PairRows, TileEnds, BYTE_TILE, PAIR, SLICES, TILE};
 use crate::kept::Line;
 use raw_cpuid::CpuId;
 use std::{arch::asm, cell::Cell, marker::PhantomData, sync::OnceLock};
@@ -53,6 +53,20 @@ impl Amx {
     pub(super) fn only_at_most(self, scores: &[f32], cut: f32) -> Option<usize> {
         // SAFETY: as above.
         unsafe { vectors::only_at_most(scores, cut) }
+    }
+
+    /// Distances of some rows of a tile and a tile of centroids by the levels of their products, from below, to rows of `out`; calls `open` with a
+    /// row and those of its columns, as bits, where the distance from above is another f32.
+    #[inline(always)]
+    pub(super) fn distances(
+        self,
+        levels: &[i32],
+        (rows, centroids): (&[Ends], &TileEnds),
+        (out, stride): (&mut [f32], usize),
+        open: impl FnMut(usize, u32),
+    ) {
+        // SAFETY: as above.
+        unsafe { vectors::distances(levels, (rows, centroids), (out, stride), open) }
     }
 
     /// Configures the registers of this thread as tiles. Who multiplies often does this once: it takes as long as a small product.
@@ -447,6 +461,40 @@ mod tests {
                 assert_eq!((got.as_slice(), all), (&want[..want.len().min(20)], want.len() < 20), "{width}, {cut}");
                 let only = if let [(i, _)] = want[..] { Some(i) } else { None };
                 assert_eq!(unit.only_at_most(&scores, cut), only, "{width}, {cut}");
+            }
+        }
+    }
+
+    /// Bit by bit as one by one, and open where nothing is known.
+    #[test]
+    fn levels_become_distances_as_one_by_one() {
+        let Some(unit) = unit() else { return };
+        let mut rng = ChaCha8Rng::seed_from_u64(9);
+        let mut ends = |wide: f64| {
+            let middle = rng.random_range(0.0..9.0);
+            Ends { low: middle - wide, high: middle + wide, factor: 0.5f64.powi(rng.random_range(9..12)) }
+        };
+        let mut rows: Vec<_> = (0..BYTE_TILE).map(|i| ends(if i % 3 == 0 { 1e-6 } else { 1e-12 })).collect();
+        let mut centroids: [Ends; BYTE_TILE] = from_fn(|_| ends(1e-12));
+        (rows[5], centroids[7]) = (Ends::UNKNOWN, Ends::UNKNOWN);
+        let levels: Vec<i32> =
+            (0..SLICES * BYTE_TILE * BYTE_TILE).map(|_| rng.random_range(-1i32 << 20..1 << 20)).collect();
+        for count in [1, 7, BYTE_TILE] {
+            let (stride, mut differ) = (BYTE_TILE + 3, [0; BYTE_TILE]);
+            let mut out = vec![f32::NAN; count * stride];
+            let tile = TileEnds::new(centroids);
+            unit.distances(&levels, (&rows[..count], &tile), (&mut out, stride), |i, open| differ[i] = open);
+            for (i, row) in rows[..count].iter().enumerate() {
+                for (j, centroid) in centroids.iter().enumerate() {
+                    let level = |level: usize| f64::from(levels[(level * BYTE_TILE + i) * BYTE_TILE + j]);
+                    let sum = (0..SLICES).rev().fold(0.0, |sum: f64, next| sum.mul_add(1.0 / 256.0, level(next)));
+                    let product = sum * row.factor;
+                    let low = (-product).mul_add(centroid.factor, row.low + centroid.low) as f32;
+                    let high = (-product).mul_add(centroid.factor, row.high + centroid.high) as f32;
+                    assert_eq!(out[i * stride + j].to_bits(), low.to_bits(), "{i} {j}");
+                    assert_eq!(differ[i] >> j & 1 == 1, low.to_bits() != high.to_bits(), "{i} {j}");
+                    assert!(i != 5 && j != 7 || low.to_bits() != high.to_bits(), "{i} {j}");
+                }
             }
         }
     }

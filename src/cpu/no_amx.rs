@@ -1,6 +1,6 @@
 //! The matrix unit, of processors and systems that have none that this crate knows: what `amx.rs` has, of which nothing can be called.
 
-use super::lines::{ByteLine, PairRows};
+use super::lines::{ByteLine, Ends, PairRows, TileEnds};
 use crate::kept::Line;
 
 /// The unit, which is not there.
@@ -21,6 +21,16 @@ impl Amx {
     }
 
     pub(super) fn only_at_most(self, _: &[f32], _: f32) -> Option<usize> {
+        match self {}
+    }
+
+    pub(super) fn distances(
+        self,
+        _: &[i32],
+        _: (&[Ends], &TileEnds),
+        _: (&mut [f32], usize),
+        _: impl FnMut(usize, u32),
+    ) {
         match self {}
     }
 
