@@ -273,9 +273,9 @@ impl<S: Scalar> Centroids<S> {
 
     /// Writes a row as it is scored and returns what may be concluded from its scores.
     #[inline(always)]
-    pub fn pack<T: Element<Filter = S>>(&self, row: &[T], out: &mut [S]) -> Slack {
+    pub fn pack<T: Element<Filter = S>>(&self, simd: impl Simd, row: &[T], out: &mut [S]) -> Slack {
         self.move_row(row, out);
-        self.slack(lanes(out, out, |s, a, b| s.add(a.mul(b))).widen(), out)
+        self.slack(S::squares(simd, out).widen(), out)
     }
 
     /// Writes a row as it is scored.

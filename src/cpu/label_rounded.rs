@@ -5,7 +5,7 @@
 
 use super::{
     aligned::Aligned,
-    amx::{Amx, Tiles},
+    amx::Amx,
     bounds::Renewal,
     candidates::Candidates,
     filter::Centroids,
@@ -76,12 +76,10 @@ impl<T: Element<Filter = f32>> Tile<'_, T> {
         s.crowded.places.clear();
         s.crowded.rows.clear();
         let mut compared = 0;
-        let mut tiles = rounded.amx.tiles();
         for (pair, out) in out.chunks_mut(PAIR).enumerate() {
             let (first, renewal) = (pair * PAIR, renewal.as_mut());
-            compared += self.part(first).label_pair((rounded, &mut tiles), s, first, out, renewal, &mut source);
+            compared += self.part(first).label_pair(rounded, s, first, out, renewal, &mut source);
         }
-        drop(tiles);
         if !s.crowded.places.is_empty() {
             self.label_crowded(&mut s.crowded, out, &mut compared)?;
         }
@@ -111,7 +109,7 @@ impl<T: Element<Filter = f32>> Tile<'_, T> {
     /// definition.
     fn label_pair(
         &self,
-        (rounded, tiles): (&RoundedCentroids, &mut Tiles),
+        rounded: &RoundedCentroids,
         s: &mut RoundedScratch,
         first: usize,
         out: &mut [u32],
@@ -142,12 +140,14 @@ impl<T: Element<Filter = f32>> Tile<'_, T> {
         s.only.fill(SEVERAL);
         let only = (rounded.blocks.len() == 1).then_some(&mut s.only);
         let mut only = only.filter(|_| self.centroids.apart().is_empty());
+        let mut tiles = rounded.amx.tiles();
         for block in &rounded.blocks {
             let scores = &mut s.scores[..PAIR * block.width()];
-            rounded.score(tiles, block, pair, scores);
+            rounded.score(&mut tiles, block, pair, scores);
             let renewal = renewal.as_deref_mut().map(|renewal| (first, renewal));
             simd.dispatch(Offer { amx: rounded.amx, block, scores, close, renewal, only: only.as_deref_mut() });
         }
+        drop(tiles);
         if matches!(source, Source::Kept(_)) {
             // Rows that are looked at once more have not been read.
             let open = s.only[..m].iter().enumerate().filter(|(_, &only)| only == SEVERAL);
