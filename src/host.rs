@@ -2,18 +2,27 @@
 //!
 //! A caller may hold read locks on tensors, and Candle holds some around custom ops. A rayon worker that waits for its own
 //! tasks runs other people's meanwhile, and one of those may ask for the same lock behind a writer that waits for the first
-//! (rayon#592: a deadlock). So the work goes to a pool of this crate's own, as large as the caller's, and the caller sleeps
-//! until it is done. What runs there takes no lock of a tensor and calls neither Candle's ops nor a user's functions.
+//! (rayon#592: a deadlock). So the caller does its own work and nothing else, while threads of a pool of this crate's own, as large as the
+//! caller's, help it. What runs there takes no lock of a tensor and calls neither Candle's ops nor a user's functions.
 
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Shape, Tensor};
 use rayon::{prelude::*, ThreadPool, ThreadPoolBuilder};
 use std::{
+    any::Any,
     cell::Cell,
     cmp::Ordering,
+    hint::spin_loop,
     mem::{transmute, MaybeUninit},
     panic::{catch_unwind, resume_unwind, AssertUnwindSafe},
-    sync::{mpsc, Arc, Mutex, PoisonError},
+    sync::{
+        atomic::{
+            AtomicUsize,
+            Ordering::{AcqRel, Acquire, Relaxed},
+        },
+        mpsc, Arc, Mutex, PoisonError,
+    },
+    thread::{self, Thread},
 };
 
 /// Work that is worth waking another thread for, in steps of about a nanosecond. Less runs on the caller's thread.
@@ -48,8 +57,26 @@ pub(crate) fn filled<T: Clone>(op: &'static str, len: usize, value: T) -> Result
 pub(crate) fn zeros_unwritten<T: Clone>(op: &'static str, len: usize, zero: T) -> Result<Vec<T>> {
     // What is allocated as zeros is there, or the process ends: so it is asked for here first.
     buffer::<T>(op, len)?;
-    Ok(vec![zero; len])
+    let mut zeros = vec![zero; len];
+    ask_for_huge_pages(&mut zeros);
+    Ok(zeros)
 }
+
+/// Asks the system for the largest pages that it has, of which 25,000 fewer come to be for a hundred megabytes. It need not heed that.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn ask_for_huge_pages<T>(zeros: &mut [T]) {
+    const PAGE: usize = 2 << 20;
+    let bytes = zeros.as_mut_ptr_range();
+    let (start, end) = (bytes.start.addr().next_multiple_of(PAGE), bytes.end.addr() / PAGE * PAGE);
+    if start < end {
+        let from = bytes.start.cast::<u8>().wrapping_add(start - bytes.start.addr());
+        // SAFETY: these pages lie inside of `zeros`, and the call changes nothing of what they hold. Whether it fails makes no difference.
+        unsafe { libc::madvise(from.cast(), end - start, libc::MADV_HUGEPAGE) };
+    }
+}
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+fn ask_for_huge_pages<T>(_: &mut [T]) {}
 
 /// A tensor of zeros. What Candle allocates on the CPU is there, or the process ends: so it is asked for here first.
 pub(crate) fn zeros(op: &'static str, shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
@@ -121,8 +148,8 @@ pub(crate) fn reduce<R: Send>(
     Ok(sums.into_iter().flatten().reduce(add))
 }
 
-/// Calls `f` with each of the `items`, each about so many steps. A task makes its `scratch` first, and uses it again.
-pub(crate) fn for_each<T: Send, S>(
+/// Calls `f` with each of the `items`, each about so many steps. Who is the first to work makes a `scratch`, and others use it again.
+pub(crate) fn for_each<T: Send, S: Send>(
     items: Vec<T>,
     steps: usize,
     scratch: impl Fn() -> S + Send + Sync,
@@ -136,14 +163,17 @@ pub(crate) fn for_each<T: Send, S>(
     let len = piece_len(items.len(), least);
     let mut items = items.into_iter();
     let pieces = (0..items.len().div_ceil(len)).map(|_| items.by_ref().take(len).collect()).collect();
-    let failed = Mutex::new(None);
+    let (failed, scratches) = (Mutex::new(None), Mutex::new(vec![]));
+    let scratches = || scratches.lock().unwrap_or_else(PoisonError::into_inner);
     each_piece(pieces, |items: Vec<T>| {
         let failed = || failed.lock().unwrap_or_else(PoisonError::into_inner);
         if failed().is_none() {
-            let mut scratch = scratch();
+            let left = scratches().pop();
+            let mut scratch = left.unwrap_or_else(&scratch);
             if let Err(error) = items.into_iter().try_for_each(|item| f(&mut scratch, item)) {
                 *failed() = Some(error);
             }
+            scratches().push(scratch);
         }
     })?;
     failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
@@ -167,7 +197,7 @@ fn piece_len(count: usize, least: usize) -> usize {
     count.div_ceil(PIECES_PER_THREAD * rayon::current_num_threads()).max(least)
 }
 
-/// Calls `f` with each of the `pieces`. It and what calls it are thin: rayon's machinery is compiled once, for [`each_index`].
+/// Calls `f` with each of the `pieces`. It and what calls it are thin: the crew's machinery is compiled once, for [`each_index`].
 fn each_piece<P: Send>(pieces: Vec<P>, f: impl Fn(P) + Sync) -> Result<()> {
     let pieces: Vec<_> = pieces.into_iter().map(|piece| Mutex::new(Some(piece))).collect();
     each_index(pieces.len(), &|i| {
@@ -177,7 +207,92 @@ fn each_piece<P: Send>(pieces: Vec<P>, f: impl Fn(P) + Sync) -> Result<()> {
 }
 
 fn each_index(count: usize, f: &(dyn Fn(usize) + Sync)) -> Result<()> {
-    run(&mut || (0..count).into_par_iter().for_each(f))
+    let threads = rayon::current_num_threads();
+    // SAFETY: only the lifetime of what `f` borrows is made longer. Nobody calls it but members of the crew, and `dismiss`, which every path from
+    // here comes to, returns when there is none at work and none can come.
+    let f: *const (dyn Fn(usize) + Sync + 'static) = unsafe { transmute(f) };
+    let crew = Arc::new(Crew {
+        f,
+        count,
+        most: threads.min(count),
+        next: AtomicUsize::new(0),
+        at_work: AtomicUsize::new(0),
+        caller: thread::current(),
+        panic: Mutex::new(None),
+    });
+    // Without threads there is nobody to help.
+    if crew.most > 1 && !cfg!(target_family = "wasm") {
+        let helped = crew.clone();
+        pool(threads)?.spawn(move || helped.help(1));
+    }
+    crew.work();
+    crew.dismiss();
+    let panic = crew.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+    panic.map_or(Ok(()), |panic| resume_unwind(panic))
+}
+
+/// The threads that share a caller's work, each of which takes the next index that is left. Who comes when all are taken has nothing to do with it
+/// any more: so the caller waits for nobody who is late.
+struct Crew {
+    f: *const (dyn Fn(usize) + Sync),
+    count: usize,
+    /// Members, the caller among them.
+    most: usize,
+    next: AtomicUsize,
+    /// The helpers that are at work, and [`DISMISSED`] once no more may come.
+    at_work: AtomicUsize,
+    caller: Thread,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+// SAFETY: `f` is shared by threads, as it may be, and called while what it points to is there.
+unsafe impl Send for Crew {}
+// SAFETY: as above.
+unsafe impl Sync for Crew {}
+
+const DISMISSED: usize = 1 << (usize::BITS - 1);
+/// Looks at the helpers before the caller sleeps: some microseconds.
+const LOOKS: usize = 1 << 9;
+
+impl Crew {
+    fn work(&self) {
+        let work = || {
+            while let Some(i) = Some(self.next.fetch_add(1, Relaxed)).filter(|&i| i < self.count) {
+                // SAFETY: whoever is at work has not been dismissed, and until then what is called is there.
+                unsafe { (*self.f)(i) };
+            }
+        };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
+            self.next.store(self.count, Relaxed);
+            *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+        }
+    }
+
+    /// Works as member `i`, who calls the next two, so that nobody calls all.
+    fn help(self: Arc<Self>, i: usize) {
+        if self.at_work.fetch_add(1, AcqRel) & DISMISSED == 0 && self.next.load(Relaxed) < self.count {
+            for i in [2 * i, 2 * i + 1].into_iter().filter(|&i| i < self.most) {
+                let helped = self.clone();
+                rayon::spawn(move || helped.help(i));
+            }
+            self.work();
+        }
+        if self.at_work.fetch_sub(1, AcqRel) == DISMISSED + 1 {
+            self.caller.unpark();
+        }
+    }
+
+    /// Returns when nobody is at work, and nobody will be.
+    fn dismiss(&self) {
+        self.at_work.fetch_or(DISMISSED, AcqRel);
+        let mut looks = 0..LOOKS;
+        while self.at_work.load(Acquire) != DISMISSED {
+            match looks.next() {
+                Some(_) => spin_loop(),
+                None => thread::park(),
+            }
+        }
+    }
 }
 
 thread_local!(static OURS: Cell<bool> = const { Cell::new(false) });
@@ -234,9 +349,8 @@ mod tests {
     fn work_runs_on_as_many_threads_as_the_caller_has_and_nested_work_too() {
         for threads in [1, 2, 5] {
             let caller = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            let seen =
-                caller.install(|| map("test", 100, LONG, |_| (OURS.get(), rayon::current_num_threads())).unwrap());
-            assert_eq!(seen, vec![(true, threads); 100]);
+            let seen = caller.install(|| map("test", 100, LONG, |_| rayon::current_num_threads()).unwrap());
+            assert_eq!(seen, vec![threads; 100]);
             let nested = |i| map("test", 10, LONG, |j| i * j).unwrap().into_iter().sum::<usize>();
             let all = caller.install(|| reduce(100, LONG, nested, |a, b| a + b).unwrap());
             assert_eq!(all, Some(45 * 4950));

@@ -64,7 +64,7 @@ impl Line {
     pub const ZERO: Self = Self([0; 32]);
 }
 
-/// The rows of a problem as a matrix unit multiplies them, for passes that skip.
+/// The rows of a problem as a matrix unit multiplies them.
 #[derive(Default)]
 pub(crate) struct PackedRows {
     /// `(n, steps)`.
@@ -87,15 +87,15 @@ pub(crate) struct KeptBounds {
     pub lower: Tensor,
     /// The snapshot of the centroids that each of these was made at, u8 `(b, n, groups)`.
     pub since: Tensor,
-    /// f32 `(b, n)`: the row's own centroid of the last assignment is not farther.
+    /// f32 `(b, n)`, none of no groups: the row's own centroid of the last assignment is not farther.
     pub upper: Tensor,
     /// Centroids of the assignments that have made bounds, f32 `(b, snapshots, k, d)`. The latest are those of the last assignment.
     pub snapshots: Tensor,
     /// The distance by which bounds of the latest snapshot had fallen when it was taken in the place of one before it, f32 `(b, groups)`.
     pub fallen: Tensor,
-    /// The rows of each problem; empty before there are bounds, and where there is no matrix unit.
+    /// The rows of each problem; empty before a pass has packed them, and where there is no matrix unit.
     pub packed: Mutex<Vec<PackedRows>>,
-    /// Says how many groups there are, and when they are skipped.
+    /// Says how many groups there are, none where only rows are kept, and when they are skipped.
     pub skip: SkipPlan,
     /// Whether bounds are of use, of each problem.
     pub problems: Mutex<Vec<BoundsState>>,
@@ -112,8 +112,8 @@ pub(crate) struct BoundsState {
     pub next: usize,
     /// Snapshots that have been taken since.
     pub snapshots: usize,
-    /// The pass that has packed the rows, which later ones need not do again.
-    pub packed: Option<usize>,
+    /// True if a pass has packed the rows, which later ones need not do again.
+    pub packed: bool,
 }
 
 impl KeptBounds {
@@ -125,7 +125,7 @@ impl KeptBounds {
             group: zeros(&[b, k], DType::U32)?,
             lower: zeros(&[b, n, groups], DType::F32)?,
             since: zeros(&[b, n, groups], DType::U8)?,
-            upper: zeros(&[b, n], DType::F32)?,
+            upper: zeros(&[b, if groups > 0 { n } else { 0 }], DType::F32)?,
             snapshots: zeros(&[b, skip.snapshots, k, d], DType::F32)?,
             fallen: zeros(&[b, groups], DType::F32)?,
             packed: Mutex::new((0..b).map(|_| PackedRows::default()).collect()),

@@ -1,15 +1,12 @@
 //! AMX, the matrix unit of some x86 processors: products of bf16, and of bytes, in tiles of registers (Intel, Architecture Instruction Set Extensions
 //! Programming Reference, chapter 3). Rust has no stable intrinsics for it, but stable inline assembly.
 
-use super::lines::{pair_lines, rows_lines, ByteLine, BYTE_TILE, PAIR, ROWS_STEP, SLICES, TILE};
+mod vectors;
+
+use super::lines::{pair_lines, ByteLine, Ends, PairRows, TileEnds, BYTE_TILE, PAIR, SLICES, TILE};
 use crate::kept::Line;
 use raw_cpuid::CpuId;
-use std::{
-    arch::{asm, x86_64::*},
-    cell::Cell,
-    marker::PhantomData,
-    sync::OnceLock,
-};
+use std::{arch::asm, cell::Cell, marker::PhantomData, sync::OnceLock};
 
 /// The unit, which whoever has this may use, with AVX-512.
 #[derive(Clone, Copy)]
@@ -41,14 +38,35 @@ impl Amx {
     #[inline(always)]
     pub(super) fn lowest(self, scores: &[f32]) -> f32 {
         // SAFETY: this was made where AVX-512 is.
-        unsafe { lowest(scores) }
+        unsafe { vectors::lowest(scores) }
     }
 
     /// Calls `keep` with each of these scores that is at most `cut`, and its place, until one returns false, and returns that.
     #[inline(always)]
     pub(super) fn all_at_most(self, scores: &[f32], cut: f32, keep: impl FnMut(usize, f32) -> bool) -> bool {
         // SAFETY: as above.
-        unsafe { all_at_most(scores, cut, keep) }
+        unsafe { vectors::all_at_most(scores, cut, keep) }
+    }
+
+    /// The place of the one of these scores that is at most `cut`, if there is one and no other.
+    #[inline(always)]
+    pub(super) fn only_at_most(self, scores: &[f32], cut: f32) -> Option<usize> {
+        // SAFETY: as above.
+        unsafe { vectors::only_at_most(scores, cut) }
+    }
+
+    /// Distances of some rows of a tile and a tile of centroids by the levels of their products, from below, to rows of `out`; calls `open` with a
+    /// row and those of its columns, as bits, where the distance from above is another f32.
+    #[inline(always)]
+    pub(super) fn distances(
+        self,
+        levels: &[i32],
+        (rows, centroids): (&[Ends], &TileEnds),
+        (out, stride): (&mut [f32], usize),
+        open: impl FnMut(usize, u32),
+    ) {
+        // SAFETY: as above.
+        unsafe { vectors::distances(levels, (rows, centroids), (out, stride), open) }
     }
 
     /// Configures the registers of this thread as tiles. Who multiplies often does this once: it takes as long as a small product.
@@ -80,7 +98,14 @@ impl Drop for Tiles {
 impl Tiles {
     /// `out[i][j] = bias[j] + row_i . centroid_j` for a pair of tiles of rows and as many centroids as there are biases, in whole tiles; `centroids` are
     /// in whole pairs.
-    pub(super) fn product(&mut self, rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &mut [f32]) {
+    pub(super) fn product(
+        &mut self,
+        rows: PairRows<'_>,
+        centroids: &[Line],
+        bias: &[f32],
+        steps: usize,
+        out: &mut [f32],
+    ) {
         product(rows, centroids, bias, steps, out)
     }
 
@@ -105,84 +130,59 @@ fn permitted() -> bool {
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0 }
 }
 
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn lowest(scores: &[f32]) -> f32 {
-    let mut least = [_mm512_set1_ps(f32::INFINITY); 2];
-    let (pairs, tile) = scores.as_chunks::<PAIR>();
-    for pair in pairs {
-        for (least, tile) in least.iter_mut().zip(pair.as_chunks::<16>().0) {
-            *least = _mm512_min_ps(load(tile), *least);
-        }
-    }
-    if let Some(tile) = tile.first_chunk() {
-        least[0] = _mm512_min_ps(load(tile), least[0]);
-    }
-    _mm512_reduce_min_ps(_mm512_min_ps(least[0], least[1]))
+/// What a product reads from memory, since registers are few.
+#[repr(C)]
+struct ProductArgs {
+    /// Both tiles of rows.
+    rows: [*const Line; 2],
+    /// From one step of them to the next, in bytes.
+    step_bytes: usize,
+    steps: usize,
+    /// Tiles of centroids that are no pair.
+    left: usize,
 }
 
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn all_at_most(scores: &[f32], cut: f32, mut keep: impl FnMut(usize, f32) -> bool) -> bool {
-    let cut = _mm512_set1_ps(cut);
-    for (i, pair) in scores.as_chunks::<PAIR>().0.iter().enumerate() {
-        let [low, high] = [&pair[..16], &pair[16..]].map(|tile| {
-            let tile = tile.first_chunk().expect("a tile has sixteen columns");
-            u32::from(_mm512_cmp_ps_mask::<_CMP_LE_OQ>(load(tile), cut))
-        });
-        let mut kept = low | high << 16;
-        while kept != 0 {
-            let column = kept.trailing_zeros() as usize;
-            if !keep(i * PAIR + column, pair[column]) {
-                return false;
-            }
-            kept &= kept - 1;
-        }
-    }
-    true
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn load(tile: &[f32; 16]) -> __m512 {
-    // SAFETY: these are 64 bytes, and the load asks for no alignment.
-    unsafe { _mm512_loadu_ps(tile.as_ptr()) }
-}
-
-fn product(rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &mut [f32]) {
+fn product(rows: PairRows<'_>, centroids: &[Line], bias: &[f32], steps: usize, out: &mut [f32]) {
     let (pairs, tiles, lines) = (bias.len() / PAIR, bias.len() / TILE, pair_lines(steps));
     assert!(steps > 0 && tiles > 0 && bias.len() == tiles * TILE);
-    assert!(
-        rows.len() == rows_lines(steps)
-            && centroids.len() == tiles.div_ceil(2) * lines
-            && out.len() == PAIR * bias.len()
-    );
+    assert!(centroids.len() == tiles.div_ceil(2) * lines && out.len() == PAIR * bias.len());
+    let [upper, lower] = [0, TILE].map(|row| &rows.lines[row * rows.row..]);
+    assert!((TILE - 1) * rows.row + (steps - 1) * rows.step < lower.len());
+    let args = ProductArgs {
+        rows: [upper.as_ptr(), lower.as_ptr()],
+        step_bytes: rows.step * size_of::<Line>(),
+        steps,
+        left: tiles % 2,
+    };
     let row_bytes = 4 * bias.len();
-    // SAFETY: `Tiles` call this, whose registers are configured. They are loaded from the lines of `rows`, 2,048 bytes a step with 64 between steps that
-    // are skipped, once for each pair of centroids; of `centroids`, 2,048 bytes a step and pair; and from 128 bytes of `bias` a pair, sixteen times
-    // the same (no index: a stride of 0). They are stored to 128 bytes of each of the 32 rows of `out` a pair. A single tile at the end takes the
-    // first half of each of these. That is within the slices, as asserted. The block touches no register but tiles and those that are named.
+    // SAFETY: `Tiles` call this, whose registers are configured. They are loaded from a line of each of 32 `rows` a step, of which the last is that of the
+    // last row and step, once for each pair of centroids; of `centroids`, 2,048 bytes a step and pair; and from 128 bytes of `bias` a pair, sixteen
+    // times the same (no index: a stride of 0). They are stored to 128 bytes of each of the 32 rows of `out` a pair. A single tile at the end takes
+    // the first half of each of these. That is within the slices, as asserted. `args` is read as it is declared. The block touches no register but
+    // tiles and those that are named.
     unsafe {
         asm!(
             "test {pairs}, {pairs}",
             "jz 4f",
             "2:",
-            "mov {row}, {rows}",
-            "mov {step}, {steps}",
+            "mov {row}, [{args}]",
+            "mov {lower_row}, [{args} + 8]",
+            "mov {step}, [{args} + 24]",
             "tileloadd tmm0, [{bias}]",
             "tileloadd tmm1, [{bias} + 64]",
             "tileloadd tmm2, [{bias}]",
             "tileloadd tmm3, [{bias} + 64]",
             "3:",
-            "tileloadd tmm4, [{row} + {line}*1]",
+            "tileloadd tmm4, [{row} + {row_line}*1]",
             "tileloadd tmm6, [{centroid} + {line}*1]",
             "tileloadd tmm7, [{centroid} + {line}*1 + 1024]",
             "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm5, [{row} + {line}*1 + 1024]",
+            "tileloadd tmm5, [{lower_row} + {row_line}*1]",
             "tdpbf16ps tmm1, tmm4, tmm7",
             "tdpbf16ps tmm2, tmm5, tmm6",
             "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {row}, {rows_step}",
+            "add {row}, [{args} + 16]",
+            "add {lower_row}, [{args} + 16]",
             "add {centroid}, 2048",
             "dec {step}",
             "jnz 3b",
@@ -196,19 +196,21 @@ fn product(rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &
             "dec {pairs}",
             "jnz 2b",
             "4:",
-            "test {left}, {left}",
+            "cmp qword ptr [{args} + 32], 0",
             "jz 6f",
-            "mov {row}, {rows}",
-            "mov {step}, {steps}",
+            "mov {row}, [{args}]",
+            "mov {lower_row}, [{args} + 8]",
+            "mov {step}, [{args} + 24]",
             "tileloadd tmm0, [{bias}]",
             "tileloadd tmm2, [{bias}]",
             "5:",
-            "tileloadd tmm4, [{row} + {line}*1]",
+            "tileloadd tmm4, [{row} + {row_line}*1]",
             "tileloadd tmm6, [{centroid} + {line}*1]",
             "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm5, [{row} + {line}*1 + 1024]",
+            "tileloadd tmm5, [{lower_row} + {row_line}*1]",
             "tdpbf16ps tmm2, tmm5, tmm6",
-            "add {row}, {rows_step}",
+            "add {row}, [{args} + 16]",
+            "add {lower_row}, [{args} + 16]",
             "add {centroid}, 2048",
             "dec {step}",
             "jnz 5b",
@@ -216,15 +218,14 @@ fn product(rows: &[Line], centroids: &[Line], bias: &[f32], steps: usize, out: &
             "tilestored [{lower} + {row_bytes}*1], tmm2",
             "6:",
             row = out(reg) _,
-            rows = in(reg) rows.as_ptr(),
+            lower_row = out(reg) _,
             centroid = inout(reg) centroids.as_ptr() => _,
             bias = inout(reg) bias.as_ptr() => _,
             line = in(reg) size_of::<Line>(),
-            steps = in(reg) steps,
+            row_line = in(reg) rows.row * size_of::<Line>(),
+            args = in(reg) &args,
             step = out(reg) _,
             pairs = inout(reg) pairs => _,
-            left = in(reg) tiles % 2,
-            rows_step = const ROWS_STEP * size_of::<Line>(),
             lower = inout(reg) out[PAIR / 2 * bias.len()..].as_mut_ptr() => _,
             out = inout(reg) out.as_mut_ptr() => _,
             row_bytes = in(reg) row_bytes,
@@ -324,7 +325,7 @@ fn byte_levels(rows: &[ByteLine], centroids: &[ByteLine], out: &mut [i32]) {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::lines::{steps, write_centroid, write_row, FLUSHED, STEP, STEP_UNITS},
+        super::lines::{rows_lines, steps, write_centroid, write_row, FLUSHED, STEP, STEP_UNITS},
         *,
     };
     use half::bf16;
@@ -361,7 +362,13 @@ mod tests {
         let mut out = vec![f32::NAN; PAIR * bias.len()];
         let steps = steps(rows[0].len());
         let rows = tiles(rows, rows_lines(steps), write_row);
-        unit.tiles().product(&rows, &tiles(centroids, pair_lines(steps), write_centroid), bias, steps, &mut out);
+        unit.tiles().product(
+            PairRows::of_pair(&rows),
+            &tiles(centroids, pair_lines(steps), write_centroid),
+            bias,
+            steps,
+            &mut out,
+        );
         out
     }
 
@@ -452,6 +459,42 @@ mod tests {
                     got.len() < 20
                 });
                 assert_eq!((got.as_slice(), all), (&want[..want.len().min(20)], want.len() < 20), "{width}, {cut}");
+                let only = if let [(i, _)] = want[..] { Some(i) } else { None };
+                assert_eq!(unit.only_at_most(&scores, cut), only, "{width}, {cut}");
+            }
+        }
+    }
+
+    /// Bit by bit as one by one, and open where nothing is known.
+    #[test]
+    fn levels_become_distances_as_one_by_one() {
+        let Some(unit) = unit() else { return };
+        let mut rng = ChaCha8Rng::seed_from_u64(9);
+        let mut ends = |wide: f64| {
+            let middle = rng.random_range(0.0..9.0);
+            Ends { low: middle - wide, high: middle + wide, factor: 0.5f64.powi(rng.random_range(9..12)) }
+        };
+        let mut rows: Vec<_> = (0..BYTE_TILE).map(|i| ends(if i % 3 == 0 { 1e-6 } else { 1e-12 })).collect();
+        let mut centroids: [Ends; BYTE_TILE] = from_fn(|_| ends(1e-12));
+        (rows[5], centroids[7]) = (Ends::UNKNOWN, Ends::UNKNOWN);
+        let levels: Vec<i32> =
+            (0..SLICES * BYTE_TILE * BYTE_TILE).map(|_| rng.random_range(-1i32 << 20..1 << 20)).collect();
+        for count in [1, 7, BYTE_TILE] {
+            let (stride, mut differ) = (BYTE_TILE + 3, [0; BYTE_TILE]);
+            let mut out = vec![f32::NAN; count * stride];
+            let tile = TileEnds::new(centroids);
+            unit.distances(&levels, (&rows[..count], &tile), (&mut out, stride), |i, open| differ[i] = open);
+            for (i, row) in rows[..count].iter().enumerate() {
+                for (j, centroid) in centroids.iter().enumerate() {
+                    let level = |level: usize| f64::from(levels[(level * BYTE_TILE + i) * BYTE_TILE + j]);
+                    let sum = (0..SLICES).rev().fold(0.0, |sum: f64, next| sum.mul_add(1.0 / 256.0, level(next)));
+                    let product = sum * row.factor;
+                    let low = (-product).mul_add(centroid.factor, row.low + centroid.low) as f32;
+                    let high = (-product).mul_add(centroid.factor, row.high + centroid.high) as f32;
+                    assert_eq!(out[i * stride + j].to_bits(), low.to_bits(), "{i} {j}");
+                    assert_eq!(differ[i] >> j & 1 == 1, low.to_bits() != high.to_bits(), "{i} {j}");
+                    assert!(i != 5 && j != 7 || low.to_bits() != high.to_bits(), "{i} {j}");
+                }
             }
         }
     }

@@ -6,6 +6,7 @@ use super::{
     filter::Centroids,
     label::{Scratch, Views},
     label_rounded::RoundedScratch,
+    packed::Source,
     rounded::RoundedCentroids,
     tensors::{converged, read_and_write, single, typed, Element},
 };
@@ -78,12 +79,12 @@ fn label_rounded<T: Element<Filter = f32>>(views: &Views<'_, T>, amx: Amx, label
     let prepare = |full: Centroids<f32>| RoundedCentroids::new(&full, amx).map(|rounded| (full, rounded));
     let scratch = || RoundedScratch::new(views.x.rows.d);
     label_all(views, labels, prepare, scratch, |s, place, (full, rounded), out| {
-        views.tile(place, full).label_rounded(rounded, s, out, None)
+        views.tile(place, full).label_rounded(rounded, s, out, None, Source::Rows)
     })
 }
 
 /// Labels all rows, tile by tile, with what `prepare` makes of each problem's centroids. `label` returns how many centroids it has compared.
-fn label_all<T: Element, P: Send + Sync, S>(
+fn label_all<T: Element, P: Send + Sync, S: Send>(
     views: &Views<'_, T>,
     labels: &mut [u32],
     prepare: impl Fn(Centroids<T::Filter>) -> Result<P> + Send + Sync,

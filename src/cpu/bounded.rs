@@ -2,29 +2,33 @@
 //!
 //! The first pass compares all centroids, and so does the second, which leaves bounds. From then on a pass looks at a sample of the rows
 //! first: what they need says whether skipping pays. Where it does not yet, bounds are made again after as many passes more.
+//!
+//! Where there is a matrix unit the second pass leaves the rows too, as it has packed them, even of fits that keep no bounds.
 
 use super::{
     amx::Amx,
-    bounds::{Grouping, Moved, Packed, Renewal},
+    bounds::{Grouping, Moved, Renewal},
     filter::Centroids,
     groups::group_centroids,
     label::{Scratch, Views},
     label_rounded::RoundedScratch,
     lines::steps,
     listing::{RowBounds, SkipScratch, SkipTile},
-    own::{self, Measure, OwnCentroids},
+    own::{Measure, OwnCentroids},
+    packed::{self, Packed, Source},
     rounded::RoundedCentroids,
     skipping::Work,
-    tensors::{write, Element, View},
+    tensors::{write, Element, Stored, View},
 };
 use crate::{
-    error::Result,
+    error::{Error, Result},
     host,
     kept::{BoundsState, KeptBounds, PackedRows},
     launches::{self, PassWork},
     plan::skip::{skip_rows, SkipPlan},
     tiles::{CPU_ROWS, CPU_SAMPLE},
 };
+use candle_core::Tensor;
 use std::{
     sync::{
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -38,10 +42,10 @@ use std::{
 const PAYS: f64 = 0.6;
 /// A share that may be small enough in the next pass.
 const NEARLY: f64 = 0.7;
-/// The first pass that leaves bounds: before it centroids move too far.
+/// The first pass that leaves anything: before it centroids move too far.
 const FIRST: usize = 2;
 
-/// The bounds of a problem, and what they were made of.
+/// What is kept of a problem. Of no groups there are rows alone.
 struct Kept<'a> {
     state: &'a mut BoundsState,
     packed: &'a mut PackedRows,
@@ -63,8 +67,8 @@ struct Kept<'a> {
 enum Pass {
     /// Compares all centroids,
     Plain,
-    /// and leaves bounds, and the rows as they are scored if this says so.
-    Renew(Grouping, bool),
+    /// and leaves bounds.
+    Renew(Grouping),
     Skip(Grouping, Moved),
 }
 
@@ -75,6 +79,16 @@ struct Prepared {
     rounded: Option<RoundedCentroids>,
     /// Of a pass that skips.
     own: Option<OwnCentroids>,
+    rows: PackedBy,
+}
+
+/// Who has packed the rows that a pass over all centroids reads.
+enum PackedBy {
+    /// The pass itself,
+    This,
+    /// which keeps them;
+    ThisForLater,
+    Earlier,
 }
 
 /// Rows of a problem that one task labels.
@@ -94,7 +108,7 @@ pub(super) fn label_bounded<T: Element<Filter = f32>>(
 ) -> Result<u64> {
     let (&Views { x, c, .. }, start) = (views, Instant::now());
     let (n, d, k, groups) = (x.rows.n, x.rows.d, c.rows.n, kept.skip.groups);
-    with_kept(kept, [n, k, d], |mut of: Vec<Kept<'_>>| {
+    with_kept(kept, k, |mut of: Vec<Kept<'_>>| {
         let mut prepared = host::buffer("assign", x.rows.b)?;
         prepared.resize_with(x.rows.b, || None);
         let active = of.iter_mut().zip(labels.chunks(n)).zip(&mut prepared).enumerate();
@@ -110,15 +124,20 @@ pub(super) fn label_bounded<T: Element<Filter = f32>>(
             let Some(prepared) = &prepared[b] else { continue };
             let len = if matches!(prepared.pass, Pass::Skip(..)) { skip_rows(d) } else { CPU_ROWS };
             let (mut lines, mut norms) = (&mut of.packed.lines[..], &mut of.packed.norms[..]);
-            let bounds = of.lower.chunks_mut(len * groups).zip(of.since.chunks_mut(len * groups));
-            let bounds = bounds.zip(of.upper.chunks_mut(len)).map(|((lower, since), upper)| {
-                let (rows, columns) = (upper.len(), steps(d));
-                let lines = lines.split_off_mut(..rows * columns).unwrap_or_default();
-                let packed = Packed { lines, norms: norms.split_off_mut(..rows).unwrap_or_default() };
-                RowBounds { lower, since, upper, packed }
-            });
-            let parts = labels.chunks_mut(len).zip(bounds).enumerate();
-            tiles.extend(parts.map(|(i, (labels, bounds))| Rows { b, first: i * len, labels, bounds }));
+            let (mut lower, mut since, mut upper) = (&mut *of.lower, &mut *of.since, &mut *of.upper);
+            tiles.extend(labels.chunks_mut(len).enumerate().map(|(i, labels)| {
+                // There is nothing to take of what is not kept.
+                let (rows, of_groups) = (..labels.len(), ..labels.len() * groups);
+                let lines = lines.split_off_mut(..labels.len() * steps(d)).unwrap_or_default();
+                let packed = Packed { lines, norms: norms.split_off_mut(rows).unwrap_or_default() };
+                let bounds = RowBounds {
+                    lower: lower.split_off_mut(of_groups).unwrap_or_default(),
+                    since: since.split_off_mut(of_groups).unwrap_or_default(),
+                    upper: upper.split_off_mut(rows).unwrap_or_default(),
+                    packed,
+                };
+                Rows { b, first: i * len, labels, bounds }
+            }));
         }
         let [compared, products, moved, all] = [(); 4].map(|()| AtomicU64::new(0));
         let label = |s: &mut Scratches, rows: Rows<'_>| {
@@ -142,15 +161,14 @@ pub(super) fn label_bounded<T: Element<Filter = f32>>(
 }
 
 /// Lets `f` write what is kept of each problem.
-fn with_kept<R>(kept: &KeptBounds, [n, k, d]: [usize; 3], f: impl FnOnce(Vec<Kept<'_>>) -> Result<R>) -> Result<R> {
-    let (KeptBounds { group, lower, since, upper, snapshots, fallen, .. }, skip) = (kept, kept.skip);
+fn with_kept<R>(kept: &KeptBounds, k: usize, f: impl FnOnce(Vec<Kept<'_>>) -> Result<R>) -> Result<R> {
+    let KeptBounds { group, lower, since, upper, snapshots, fallen, .. } = kept;
     let each =
         |(group, since): (&mut [u32], &mut [u8]), [lower, upper, snapshots, fallen]: [&mut [f32]; 4]| {
             let (mut states, mut packed) = (kept.states(), kept.packed.lock().unwrap_or_else(PoisonError::into_inner));
-            let of_groups = lower.chunks_mut(n * skip.groups).zip(since.chunks_mut(n * skip.groups));
-            let of_rows = of_groups.zip(upper.chunks_mut(n));
-            let of_centroids = group.chunks_mut(k).zip(fallen.chunks_mut(skip.groups));
-            let of_centroids = of_centroids.zip(snapshots.chunks_mut(skip.snapshots * k * d));
+            let b = states.len();
+            let of_rows = parts(lower, b).zip(parts(since, b)).zip(parts(upper, b));
+            let of_centroids = group.chunks_mut(k).zip(parts(fallen, b)).zip(parts(snapshots, b));
             let all = states.iter_mut().zip(&mut *packed).zip(of_rows.zip(of_centroids));
             let of_problem = all.map(|((state, packed), (((lower, since), upper), ((group, fallen), snapshots)))| {
                 Kept { state, packed, group, lower, since, upper, snapshots, fallen }
@@ -158,17 +176,31 @@ fn with_kept<R>(kept: &KeptBounds, [n, k, d]: [usize; 3], f: impl FnOnce(Vec<Kep
             f(of_problem.collect())
         };
     // Nobody else has these tensors, so that the order of their locks does not matter.
-    write(group, |group| {
-        write(since, |since| {
-            write(lower, |lower| {
-                write(upper, |upper| {
-                    write(snapshots, |snapshots| {
-                        write(fallen, |fallen| each((group, since), [lower, upper, snapshots, fallen]))
+    write_kept(group, |group| {
+        write_kept(since, |since| {
+            write_kept(lower, |lower| {
+                write_kept(upper, |upper| {
+                    write_kept(snapshots, |snapshots| {
+                        write_kept(fallen, |fallen| each((group, since), [lower, upper, snapshots, fallen]))
                     })
                 })
             })
         })
     })??????
+}
+
+/// Lets `f` write a tensor, which Candle does not do if it has no elements.
+fn write_kept<E: Stored, R>(t: &Tensor, f: impl FnOnce(&mut [E]) -> R) -> Result<R> {
+    if t.elem_count() == 0 {
+        return Ok(f(&mut []));
+    }
+    write(t, f)
+}
+
+/// So many parts of the same length, which may be none.
+fn parts<E>(mut all: &mut [E], count: usize) -> impl Iterator<Item = &mut [E]> {
+    let len = all.len() / count;
+    (0..count).map(move |_| all.split_off_mut(..len).expect("a part of them"))
 }
 
 /// One thread reuses these from tile to tile.
@@ -196,12 +228,11 @@ impl Prepared {
                 let tile = SkipTile { tile, grouping, moved, rounded };
                 return tile.label(&mut s.skip, labels, bounds);
             }
-            Pass::Renew(grouping, packs) => {
+            Pass::Renew(grouping) => {
                 // The next pass finds the distance to the own centroid where it is asked for.
                 bounds.upper.fill(f32::INFINITY);
                 bounds.since.fill(0);
-                let packed = if *packs { bounds.packed } else { Packed::default() };
-                Some(Renewal::new(grouping, bounds.lower, packed, before))
+                Some(Renewal::new(grouping, bounds.lower, before))
             }
             Pass::Plain => None,
         };
@@ -209,7 +240,12 @@ impl Prepared {
         let compared = match &self.rounded {
             Some(rounded) => {
                 let s = s.rounded.get_or_insert_with(|| RoundedScratch::new(d));
-                tile.label_rounded(rounded, s, labels, renewal)?
+                let source = match self.rows {
+                    PackedBy::This => Source::Rows,
+                    PackedBy::ThisForLater => Source::Keep(bounds.packed),
+                    PackedBy::Earlier => Source::Kept(bounds.packed),
+                };
+                tile.label_rounded(rounded, s, labels, renewal, source)?
             }
             None => tile.label(s.plain.get_or_insert_with(|| Scratch::new([n, d, k])), labels, renewal),
         };
@@ -232,9 +268,10 @@ impl Kept<'_> {
         let Self { state, packed, group, lower, since, upper, snapshots, fallen } = self;
         state.passes += 1;
         let rounded = |full: &Centroids<f32>| amx.map(|amx| RoundedCentroids::new(full, amx)).transpose();
+        let centre = state.packed.then(|| packed.centre.clone());
+        let frame = centre.as_deref().map(|centre| (centre, packed.scale));
         if let Some(made) = state.made {
             let moved = Moved::new(c, b, &snapshots[..state.snapshots * k * d], group, fallen, skip.snapshots)?;
-            let frame = state.packed.map(|_| (&packed.centre[..], packed.scale));
             let centroids = Centroids::in_groups(c, b, metric, frame, |j| group[j as usize])?;
             let share = needed(views.x, b, labels, (lower, since, upper), &moved)?;
             // A centroid too far out to be scored has no place in a group.
@@ -245,31 +282,40 @@ impl Kept<'_> {
                 state.snapshots = usize::from(moved.now) + 1;
                 let (grouping, rounded) = (Grouping::new(group, skip.groups, &centroids), rounded(&centroids)?);
                 let own = rounded.as_ref().map(|_| OwnCentroids::new(&centroids)).transpose()?;
-                return Ok(Prepared { pass: Pass::Skip(grouping, moved), centroids, rounded, own });
+                let rows = PackedBy::Earlier;
+                return Ok(Prepared { pass: Pass::Skip(grouping, moved), centroids, rounded, own, rows });
             } else if made + 1 == state.passes && share > NEARLY {
                 // Bounds could not be tighter.
                 (state.made, state.next) = (None, 2 * made);
             }
         }
-        if state.made.take().is_some() || state.passes >= state.next.max(FIRST) {
+        let late = state.passes >= FIRST;
+        let mut rows = |state: &mut BoundsState, centroids: &Centroids<f32>| {
+            if state.packed {
+                return Ok(PackedBy::Earlier);
+            }
+            state.packed = late && amx.is_some();
+            if !state.packed {
+                return Ok(PackedBy::This);
+            }
+            packed::prepare(packed, labels.len(), centroids)?;
+            Ok::<_, Error>(PackedBy::ThisForLater)
+        };
+        if skip.groups > 0 && (state.made.take().is_some() || late && state.passes >= state.next) {
             group_centroids(c, b, skip.groups, group)?;
-            let frame = state.packed.map(|_| (&packed.centre[..], packed.scale));
             let centroids = Centroids::in_groups(c, b, metric, frame, |j| group[j as usize])?;
             if centroids.apart().is_empty() {
                 snapshots.chunks_exact_mut(d).take(k).enumerate().for_each(|(j, to)| T::filter_row(c.row(b, j), to));
                 fallen.fill(0.0);
                 (state.made, state.snapshots) = (Some(state.passes), 1);
                 let (grouping, rounded) = (Grouping::new(group, skip.groups, &centroids), rounded(&centroids)?);
-                if rounded.is_some() && state.packed.is_none() {
-                    own::prepare(packed, labels.len(), &centroids)?;
-                    state.packed = Some(state.passes);
-                }
-                let packs = state.packed == Some(state.passes);
-                return Ok(Prepared { pass: Pass::Renew(grouping, packs), centroids, rounded, own: None });
+                let rows = rows(state, &centroids)?;
+                return Ok(Prepared { pass: Pass::Renew(grouping), centroids, rounded, own: None, rows });
             }
         }
-        let centroids = Centroids::new(c, b, metric)?;
-        Ok(Prepared { pass: Pass::Plain, rounded: rounded(&centroids)?, centroids, own: None })
+        let centroids = Centroids::in_groups(c, b, metric, frame, |_| 0)?;
+        let rows = rows(state, &centroids)?;
+        Ok(Prepared { pass: Pass::Plain, rounded: rounded(&centroids)?, centroids, own: None, rows })
     }
 }
 

@@ -18,11 +18,10 @@
 
 use super::{
     filter::{gamma, Centroids, Slack},
-    lines::ROWS_STEP,
     scalar::{lowest, sum_f32s, Scalar, LANES},
     tensors::{Element, View},
 };
-use crate::{error::Result, host, kept::Line, tiles::CPU_SNAPSHOTS};
+use crate::{error::Result, host, tiles::CPU_SNAPSHOTS};
 use pulp::{NullaryFnOnce, Simd};
 use std::ops::Range;
 
@@ -42,7 +41,7 @@ pub(super) fn down(v: f64) -> f32 {
 
 /// The next number above the nearest of `v`.
 #[inline(always)]
-fn up(v: f64) -> f32 {
+pub(super) fn up(v: f64) -> f32 {
     (v as f32).next_up()
 }
 
@@ -267,20 +266,10 @@ pub(super) struct Renewal<'a> {
     own: Vec<f32>,
     /// What errors are found by.
     slacks: Vec<Slack>,
-    packed: Packed<'a>,
-}
-
-/// The room in which the rows of a tile are kept as they are scored; empty where they are not kept.
-#[derive(Default)]
-pub(super) struct Packed<'a> {
-    /// `(rows, steps)`.
-    pub lines: &'a mut [Line],
-    /// `(rows)`: bounds on norms, as [`PackedRows::norms`](crate::kept::PackedRows::norms).
-    pub norms: &'a mut [[f32; 2]],
 }
 
 impl<'a> Renewal<'a> {
-    pub fn new(grouping: &'a Grouping, lower: &'a mut [f32], packed: Packed<'a>, before: &'a [u32]) -> Self {
+    pub fn new(grouping: &'a Grouping, lower: &'a mut [f32], before: &'a [u32]) -> Self {
         lower.fill(f32::INFINITY);
         Self {
             grouping,
@@ -288,17 +277,6 @@ impl<'a> Renewal<'a> {
             before,
             own: vec![f32::INFINITY; before.len()],
             slacks: vec![Slack::NONE; before.len()],
-            packed,
-        }
-    }
-
-    /// Keeps the `m` rows from `first` on, of which these are the lines of a pair.
-    pub fn keep(&mut self, first: usize, m: usize, pair: &[Line]) {
-        let steps = pair.len() / ROWS_STEP;
-        let to = self.packed.lines.chunks_exact_mut(steps).zip(&mut *self.packed.norms).zip(&self.slacks);
-        for (i, ((lines, norms), slack)) in to.skip(first).take(m).enumerate() {
-            lines.iter_mut().zip(pair[i..].iter().step_by(ROWS_STEP)).for_each(|(to, line)| *to = *line);
-            *norms = slack.norms().map(up);
         }
     }
 

@@ -13,7 +13,7 @@
 
 use super::{
     amx::{Amx, Tiles},
-    lines::{byte_steps, ByteLine, BYTE_STEP, BYTE_TILE, SLICES},
+    lines::{byte_steps, ByteLine, Ends, TileEnds, BYTE_STEP, BYTE_TILE, SLICES},
 };
 use crate::{
     error::Result,
@@ -123,6 +123,18 @@ impl SlicedCentroids {
         self.amx.tiles()
     }
 
+    /// Distances by the levels of products, as [`Amx::distances`].
+    #[inline(always)]
+    pub(super) fn distances(
+        &self,
+        levels: &[i32],
+        ends: (&[Ends], &TileEnds),
+        out: (&mut [f32], usize),
+        open: impl FnMut(usize, u32),
+    ) {
+        self.amx.distances(levels, ends, out, open);
+    }
+
     /// Levels of the products of a tile of rows, in slices, and a tile of the centroids, row by row each.
     pub(super) fn multiply(&self, tiles: &mut Tiles, rows: &[ByteLine], tile: usize, levels: &mut [i32]) {
         let len = sliced_lines(self.d);
@@ -130,27 +142,29 @@ impl SlicedCentroids {
     }
 }
 
+/// The weight of the first level of a product that is without the `2^e` of both rows; each further one has a 256th of the one before.
+pub(super) const LEVEL: f64 = 1.0 / 16384.0;
+
 /// Levels of all products of two tiles.
 pub(super) const LEVELS: usize = SLICES * BYTE_TILE * BYTE_TILE;
-
-/// The products of row `i` of a tile by their levels, without the `2^e` of both.
-#[inline(always)]
-pub(super) fn joined(levels: &[i32], i: usize) -> [f64; BYTE_TILE] {
-    let mut out = [0.0; BYTE_TILE];
-    for level in levels.chunks_exact(BYTE_TILE * BYTE_TILE).rev() {
-        for (out, &level) in out.iter_mut().zip(&level[i * BYTE_TILE..][..BYTE_TILE]) {
-            *out = *out * (1.0 / 256.0) + f64::from(level);
-        }
-    }
-    out.iter_mut().for_each(|sum| *sum *= 1.0 / 16384.0);
-    out
-}
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
+
+    /// The products of row `i` of a tile by their levels, without the `2^e` of both.
+    fn joined(levels: &[i32], i: usize) -> [f64; BYTE_TILE] {
+        let mut out = [0.0; BYTE_TILE];
+        for level in levels.chunks_exact(BYTE_TILE * BYTE_TILE).rev() {
+            for (out, &level) in out.iter_mut().zip(&level[i * BYTE_TILE..][..BYTE_TILE]) {
+                *out = *out * (1.0 / 256.0) + f64::from(level);
+            }
+        }
+        out.iter_mut().for_each(|sum| *sum *= LEVEL);
+        out
+    }
 
     /// Slices add up to the number, but for what cutting leaves.
     #[test]

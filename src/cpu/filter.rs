@@ -63,6 +63,8 @@ pub(crate) struct Centroids<S> {
     largest: f64,
     metric: Metric,
     d: usize,
+    /// `g`, and `v`.
+    gammas: [f64; 2],
 }
 
 /// Centroids that are scored together and share an error bound.
@@ -187,6 +189,7 @@ impl<S: Scalar> Centroids<S> {
             blocks,
             metric,
             d,
+            gammas: [S::UNIT, f64::EPSILON].map(|u| gamma(d, u)),
         })
     }
 
@@ -239,7 +242,7 @@ impl<S: Scalar> Centroids<S> {
     #[inline(always)]
     pub(super) fn square_below(&self, slack: Slack) -> f64 {
         let d = self.d as f64;
-        slack.norm * slack.norm * (1.0 - 4.0 * gamma(self.d, S::UNIT)) - 2.0 * d * S::TINY
+        slack.norm * slack.norm * (1.0 - 4.0 * self.gammas[0]) - 2.0 * d * S::TINY
     }
 
     pub(super) fn columns(&self) -> usize {
@@ -270,7 +273,14 @@ impl<S: Scalar> Centroids<S> {
 
     /// Writes a row as it is scored and returns what may be concluded from its scores.
     #[inline(always)]
-    pub fn pack<T: Element<Filter = S>>(&self, row: &[T], out: &mut [S]) -> Slack {
+    pub fn pack<T: Element<Filter = S>>(&self, simd: impl Simd, row: &[T], out: &mut [S]) -> Slack {
+        self.move_row(row, out);
+        self.slack(S::squares(simd, out).widen(), out)
+    }
+
+    /// Writes a row as it is scored.
+    #[inline(always)]
+    pub(super) fn move_row<T: Element<Filter = S>>(&self, row: &[T], out: &mut [S]) {
         match T::as_filter(row) {
             Some(row) if !self.centre.is_empty() => {
                 out.iter_mut().zip(row).zip(&self.centre).for_each(|((o, v), &m)| *o = v.sub(m));
@@ -283,13 +293,12 @@ impl<S: Scalar> Centroids<S> {
         if let Some(scale) = self.scale {
             out.iter_mut().for_each(|o| *o = o.mul(scale));
         }
-        self.slack(lanes(out, out, |s, a, b| s.add(a.mul(b))).widen(), out)
     }
 
     /// The row's part of the error bound, if the arithmetic is far from overflow (by Cauchy-Schwarz).
     #[inline(always)]
     fn slack(&self, square: f64, row: &[S]) -> Slack {
-        let (d, g) = (self.d as f64, gamma(self.d, S::UNIT));
+        let (d, [g, _]) = (self.d as f64, self.gammas);
         let by_products = matches!(self.metric, Metric::Dot | Metric::Cosine);
         if by_products && square == 0.0 && row.iter().all(|&v| v == S::of(0.0)) {
             return Slack::NONE;
@@ -301,8 +310,7 @@ impl<S: Scalar> Centroids<S> {
     /// That part, of a packed row whose norm is at most `x`, which was found within `gamma` and by what underflow may take.
     #[inline(always)]
     pub(super) fn slack_of(&self, x: f64) -> Slack {
-        let (d, c) = (self.d as f64, self.largest);
-        let (g, definition) = (gamma(self.d, S::UNIT), gamma(self.d, f64::EPSILON));
+        let (d, c, [g, definition]) = (self.d as f64, self.largest, self.gammas);
         let tiny = 4.0 * d * S::TINY;
         if self.metric == Metric::Manhattan {
             // All terms are positive, so errors are relative.

@@ -78,7 +78,9 @@ impl Changes {
             Ok(())
         };
         let sums = kept.sums.chunks_mut(d + 1).enumerate().filter(|&(i, _)| has_changed(i)).collect();
-        host::for_each(sums, d * (8 + rows.x.rows.n / CPU_CHANGED / k), || Scratch::new(d), add)?;
+        // A row comes to one cluster and leaves another.
+        let of_cluster = 2 * kept.changed / self.few.len().max(1) / k;
+        host::for_each(sums, d * (4 + of_cluster), || Scratch::new(d), add)?;
         for (b, odd) in odd.into_iter().enumerate().filter(|&(b, _)| self.few[b]) {
             // Terms of which no integer of the scale has all are none of the sums that are known: all are added up.
             (kept.known[b], whole[b]) = (!odd.into_inner(), false);

@@ -14,7 +14,7 @@ use crate::{
     plan::assign::Assign,
     tiles::{CPU_CENTROIDS, CPU_ROWS},
 };
-use pulp::NullaryFnOnce;
+use pulp::{NullaryFnOnce, Simd, WithSimd};
 use std::ops::Range;
 
 /// The smallest distance by the definition, of what was found before and of centroids, and the lowest index that has it. A
@@ -204,14 +204,14 @@ struct Pack<'a, T: Element> {
     candidates: &'a mut [Candidates<T::Filter>],
 }
 
-impl<T: Element> NullaryFnOnce for Pack<'_, T> {
+impl<T: Element> WithSimd for Pack<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn call(self) {
+    fn with_simd<S: Simd>(self, simd: S) {
         let &Tile { x, b, first, centroids, .. } = self.tile;
         for (i, (packed, candidates)) in self.rows.chunks_exact_mut(x.rows.d).zip(self.candidates).enumerate() {
-            candidates.reset(centroids.pack(x.row(b, first + i), packed));
+            candidates.reset(centroids.pack(simd, x.row(b, first + i), packed));
         }
     }
 }

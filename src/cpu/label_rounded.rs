@@ -4,11 +4,14 @@
 //! centroids as they are without the unit; the definition settles what is open then.
 
 use super::{
+    aligned::Aligned,
     amx::Amx,
     bounds::Renewal,
     candidates::Candidates,
+    filter::Centroids,
     label::Tile,
-    lines::{rows_lines, steps, PAIR},
+    lines::{rows_lines, steps, PairRows, PAIR, ROWS_STEP},
+    packed::{slacks, Source},
     rounded::{self, RoundedBlock, RoundedCentroids},
     tensors::Element,
 };
@@ -24,13 +27,18 @@ use pulp::{NullaryFnOnce, Simd, WithSimd};
 pub(super) struct RoundedScratch {
     rows: Vec<f32>,
     lines: Vec<Line>,
-    scores: Vec<f32>,
+    scores: Aligned<f32>,
     /// Candidates by rounded scores,
     close: Vec<Candidates<f32>>,
     /// and by those in f32.
     full: Vec<Candidates<f32>>,
+    /// The one candidate of each row, or [`SEVERAL`].
+    only: [u32; PAIR],
     crowded: Crowded,
 }
+
+/// More candidates than one, or none.
+const SEVERAL: u32 = u32::MAX;
 
 /// The rows of a tile that have many candidates, packed. There is no memory for them before there are any.
 #[derive(Default)]
@@ -46,9 +54,10 @@ impl RoundedScratch {
         Self {
             rows: vec![0.0; PAIR * d],
             lines: vec![Line::ZERO; rows_lines(steps(d))],
-            scores: vec![0.0; PAIR * AMX_CENTROIDS],
+            scores: Aligned::new(PAIR * AMX_CENTROIDS, 0.0),
             close: vec![Candidates::new(); PAIR],
             full: vec![Candidates::new(); PAIR],
+            only: [SEVERAL; PAIR],
             crowded: Crowded::default(),
         }
     }
@@ -62,12 +71,14 @@ impl<T: Element<Filter = f32>> Tile<'_, T> {
         s: &mut RoundedScratch,
         out: &mut [u32],
         mut renewal: Option<Renewal<'_>>,
+        mut source: Source<'_>,
     ) -> Result<u64> {
         s.crowded.places.clear();
         s.crowded.rows.clear();
         let mut compared = 0;
         for (pair, out) in out.chunks_mut(PAIR).enumerate() {
-            self.part(pair * PAIR).label_pair(rounded, s, pair * PAIR, out, &mut compared, renewal.as_mut());
+            let (first, renewal) = (pair * PAIR, renewal.as_mut());
+            compared += self.part(first).label_pair(rounded, s, first, out, renewal, &mut source);
         }
         if !s.crowded.places.is_empty() {
             self.label_crowded(&mut s.crowded, out, &mut compared)?;
@@ -94,48 +105,81 @@ impl<T: Element<Filter = f32>> Tile<'_, T> {
         Ok(())
     }
 
-    /// Labels a pair, but for crowded rows, which are `first` and so on in their tile.
+    /// Labels a pair, but for crowded rows, which are `first` and so on in their tile. Returns how many centroids were compared by the
+    /// definition.
     fn label_pair(
         &self,
         rounded: &RoundedCentroids,
         s: &mut RoundedScratch,
         first: usize,
         out: &mut [u32],
-        compared: &mut u64,
         mut renewal: Option<&mut Renewal<'_>>,
-    ) {
-        let (m, d, simd) = (out.len(), self.x.rows.d, pulp::Arch::new());
+        source: &mut Source<'_>,
+    ) -> u64 {
+        let (m, d, simd, mut compared) = (out.len(), self.x.rows.d, pulp::Arch::new(), 0);
         let (rows, full, close) = (&mut s.rows[..m * d], &mut s.full[..m], &mut s.close[..m]);
-        self.pack(rows, full);
-        simd.dispatch(Round { rows, full, lines: &mut s.lines, close });
+        if let Source::Kept(packed) = source {
+            packed.prefetch(first + PAIR, s.lines.len() / ROWS_STEP);
+            let norms = &packed.norms[first..][..m];
+            simd.dispatch(Recall { centroids: self.centroids, norms, full, close });
+        } else {
+            self.pack(rows, full);
+            simd.dispatch(Round { rows, full, lines: &mut s.lines, close });
+        }
+        if let Source::Keep(packed) = source {
+            packed.keep(first, &s.lines, close.iter().map(|close| close.slack));
+        }
         if let Some(renewal) = &mut renewal {
             renewal.begin(first, close.iter().map(|close| close.slack));
-            renewal.keep(first, m, &s.lines);
         }
+        let pair = match source {
+            Source::Kept(packed) => packed.pair(first, m, &mut s.lines),
+            _ => PairRows::of_pair(&s.lines),
+        };
+        // All that a row has in a block may be known to be one centroid, where there is no other block.
+        s.only.fill(SEVERAL);
+        let only = (rounded.blocks.len() == 1).then_some(&mut s.only);
+        let mut only = only.filter(|_| self.centroids.apart().is_empty());
         let mut tiles = rounded.amx.tiles();
         for block in &rounded.blocks {
             let scores = &mut s.scores[..PAIR * block.width()];
-            rounded.score(&mut tiles, block, &s.lines, scores);
+            rounded.score(&mut tiles, block, pair, scores);
             let renewal = renewal.as_deref_mut().map(|renewal| (first, renewal));
-            simd.dispatch(Offer { amx: rounded.amx, block, scores, close, renewal });
+            simd.dispatch(Offer { amx: rounded.amx, block, scores, close, renewal, only: only.as_deref_mut() });
         }
         drop(tiles);
-        for (i, (label, row)) in out.iter_mut().zip(rows.chunks_exact(d)).enumerate() {
-            let (close, full) = (&mut close[i], &mut full[i]);
-            if !full.slack.usable() {
-                *label = self.unproven(i, compared);
-            } else if !close.slack.usable() {
-                s.crowded.add(first + i, row, full);
+        if matches!(source, Source::Kept(_)) {
+            // Rows that are looked at once more have not been read.
+            let open = s.only[..m].iter().enumerate().filter(|(_, &only)| only == SEVERAL);
+            open.for_each(|(i, _)| self.x.prefetch(self.b, self.first + i));
+        }
+        for (i, label) in out.iter_mut().enumerate() {
+            let (only, usable) = (s.only[i], s.close[i].slack.usable());
+            if only != SEVERAL {
+                *label = self.centroids.index(only);
+                continue;
+            }
+            if !s.full[i].slack.usable() {
+                *label = self.unproven(i, &mut compared);
+                continue;
+            }
+            let few = s.close[i].finish();
+            if let (true, &[(_, only)], []) = (usable, few, self.centroids.apart()) {
+                *label = self.centroids.index(only);
+                continue;
+            }
+            let row = &mut s.rows[i * d..][..d];
+            if matches!(source, Source::Kept(_)) {
+                simd.dispatch(Move { tile: self, i, row });
+            }
+            if usable {
+                self.look(row, few, &mut s.full[i]);
+                *label = self.settle(i, &mut s.full[i], &mut compared);
             } else {
-                match close.finish() {
-                    &[(_, only)] if self.centroids.apart().is_empty() => *label = self.centroids.index(only),
-                    few => {
-                        self.look(row, few, full);
-                        *label = self.settle(i, full, compared);
-                    }
-                }
+                s.crowded.add(first + i, row, &s.full[i]);
             }
         }
+        compared
     }
 }
 
@@ -154,6 +198,44 @@ impl Crowded {
         self.candidates[self.places.len()].reset(like.slack);
         self.places.push(place);
         self.rows.extend_from_slice(row);
+    }
+}
+
+/// Readies a list of candidates for each row of a pair that is kept.
+struct Recall<'a> {
+    centroids: &'a Centroids<f32>,
+    norms: &'a [[f32; 2]],
+    full: &'a mut [Candidates<f32>],
+    close: &'a mut [Candidates<f32>],
+}
+
+impl NullaryFnOnce for Recall<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for ((full, close), &norms) in self.full.iter_mut().zip(self.close).zip(self.norms) {
+            let [slack, rounded] = slacks(self.centroids, norms);
+            full.reset(slack);
+            close.reset(rounded);
+        }
+    }
+}
+
+/// Writes row `i` of a tile as it is scored.
+struct Move<'a, T: Element> {
+    tile: &'a Tile<'a, T>,
+    i: usize,
+    row: &'a mut [f32],
+}
+
+impl<T: Element<Filter = f32>> NullaryFnOnce for Move<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Tile { x, b, first, centroids, .. } = self.tile;
+        centroids.move_row(x.row(*b, first + self.i), self.row);
     }
 }
 
@@ -186,6 +268,8 @@ struct Offer<'a, 'r> {
     close: &'a mut [Candidates<f32>],
     /// With the place of the first row.
     renewal: Option<(usize, &'a mut Renewal<'r>)>,
+    /// Takes the candidates of rows that have one.
+    only: Option<&'a mut [u32; PAIR]>,
 }
 
 impl NullaryFnOnce for Offer<'_, '_> {
@@ -193,7 +277,7 @@ impl NullaryFnOnce for Offer<'_, '_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { amx, block, scores, close, renewal } = self;
+        let Self { amx, block, scores, close, renewal, mut only } = self;
         let (width, m) = (block.width(), close.len());
         // Step by step for all rows, so that none waits for the one before.
         let mut least = [0f32; PAIR];
@@ -218,6 +302,12 @@ impl NullaryFnOnce for Offer<'_, '_> {
             if close.slack.usable() {
                 let (from, error) = (block.scored.start, block.bound.error(close.slack));
                 let (scores, cut) = (&scores[i * width..][..width], cuts[i]);
+                if let Some(only) = &mut only {
+                    if let Some(j) = amx.only_at_most(scores, cut) {
+                        only[i] = (from + j) as u32;
+                        continue;
+                    }
+                }
                 if !amx.all_at_most(scores, cut, |j, score| close.keep(score, (from + j) as u32, error)) {
                     close.give_up();
                 }

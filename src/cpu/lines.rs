@@ -34,6 +34,34 @@ impl ByteLine {
     pub(super) const ZERO: Self = Self([0; BYTE_STEP]);
 }
 
+/// What a row adds to a distance beside the product: in bounds from below and from above, and as a factor of the product. Bounds of which nothing
+/// is known are infinite, and their factor is zero, so that they differ whatever is added.
+#[derive(Clone, Copy)]
+pub(super) struct Ends {
+    pub low: f64,
+    pub high: f64,
+    pub factor: f64,
+}
+
+impl Ends {
+    pub(super) const UNKNOWN: Self = Self { low: f64::INFINITY, high: f64::NEG_INFINITY, factor: 0.0 };
+}
+
+/// The same of a tile of centroids.
+pub(super) struct TileEnds {
+    pub low: [f64; BYTE_TILE],
+    pub high: [f64; BYTE_TILE],
+    pub factor: [f64; BYTE_TILE],
+}
+
+impl TileEnds {
+    pub(super) fn new(ends: [Ends; BYTE_TILE]) -> Self {
+        let [low, high, factor] =
+            [|ends: Ends| ends.low, |ends: Ends| ends.high, |ends: Ends| ends.factor].map(|of| ends.map(of));
+        Self { low, high, factor }
+    }
+}
+
 /// Steps of bytes that rows of `d` columns take.
 pub(super) fn byte_steps(d: usize) -> usize {
     d.div_ceil(BYTE_STEP)
@@ -56,6 +84,23 @@ pub(super) const ROWS_STEP: usize = PAIR + 1;
 /// Lines of a pair of tiles of rows.
 pub(super) fn rows_lines(steps: usize) -> usize {
     ROWS_STEP * steps
+}
+
+/// The rows of a pair of tiles, wherever their lines are.
+#[derive(Clone, Copy)]
+pub(super) struct PairRows<'a> {
+    pub lines: &'a [Line],
+    /// Lines from one row to the next,
+    pub row: usize,
+    /// and from one step to the next.
+    pub step: usize,
+}
+
+impl<'a> PairRows<'a> {
+    /// Those of a pair as [`write_row`] writes it.
+    pub fn of_pair(lines: &'a [Line]) -> Self {
+        Self { lines, row: 1, step: ROWS_STEP }
+    }
 }
 
 /// Writes the numbers that row `i` of a pair has in a step, as bf16, to the pair's `lines`.

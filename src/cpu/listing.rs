@@ -1,12 +1,14 @@
 //! The rows of a tile that need a group of centroids, for all that bounds say.
 
 use super::{
-    bounds::{score_above, Between, Grouping, Moved, Packed},
+    aligned::Aligned,
+    bounds::{score_above, Between, Grouping, Moved},
     candidates::Candidates,
     filter::Slack,
     label::Tile,
     lines::rows_lines,
-    own::{slack, Measure, OwnCentroids},
+    own::{Measure, OwnCentroids},
+    packed::{slacks, Packed},
     rounded::RoundedCentroids,
     tensors::Element,
 };
@@ -56,7 +58,7 @@ pub(super) struct SkipScratch {
     pub unusable: Vec<usize>,
     /// Those that are scored together.
     pub together: Vec<f32>,
-    pub scores: Vec<f32>,
+    pub scores: Aligned<f32>,
     pub full: Vec<Candidates<f32>>,
     pub few: Vec<(f32, u32)>,
 }
@@ -214,7 +216,7 @@ impl<T: Element<Filter = f32>> SkipTile<'_, T> {
             return;
         }
         let slack = if rounded.is_some() {
-            slack(centroids, bounds.packed.norms[row])
+            slacks(centroids, bounds.packed.norms[row])[1]
         } else {
             tile.part(row).pack(&mut s.packed, &mut s.full);
             s.full[0].slack

@@ -1,5 +1,6 @@
 //! The CPU backend: fixed tiles on the threads of `host`, and no N x K matrix.
 
+mod aligned;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
@@ -31,6 +32,7 @@ mod median;
 mod nearest;
 mod origin;
 mod own;
+mod packed;
 mod pairwise;
 mod pairwise_products;
 mod parts;

@@ -5,46 +5,76 @@
 //! for `m` centroids `i`: these are nearer by the definition, and `j` is none of the `m` nearest. So the candidates hold all of these, and
 //! are compared by the definition. What is not scored (copies of centroids, those set apart, and those with a NaN or an infinity) is compared
 //! where it may count, and where fewer than `m` centroids are at a finite distance, all are.
+//!
+//! Where there is a matrix unit rows and centroids are scored rounded first (`rounded.rs`), and what that leaves of a row once more in f32. Of rows
+//! with many candidates all centroids are.
+
+mod nearby;
+mod rounded;
 
 use super::{
-    candidates::Found,
-    filter::{Block, Centroids, Slack},
+    amx::Amx,
+    filter::{Block, Centroids},
     matmul::multiply,
     pairwise::{distances_to, FEW},
-    scalar::{hash, Scalar, LANES},
-    tensors::{lock, tensor, typed, Element, View},
+    rounded::RoundedCentroids,
+    scalar::{hash, Scalar},
+    tensors::{lock, single, tensor, typed, Element, View},
 };
 use crate::{
     error::Result,
     host,
     metric::Metric,
+    plan::assign::by_unit,
     rows::Rows,
     tiles::{CPU_CENTROIDS, CPU_ROWS},
 };
-use candle_core::Tensor;
-use pulp::NullaryFnOnce;
+use candle_core::{DType, Tensor};
+use nearby::{Nearby, MOST};
+use pulp::{NullaryFnOnce, Simd, WithSimd};
+use rounded::RoundedScratch;
 use std::{collections::HashMap, ops::Range};
 
-/// Candidates of a row that are kept before some are compared, beside twice as many as are asked for.
-const MOST: usize = 64;
-
 pub(crate) fn nearest(x: &Rows, c: &Rows, m: usize, metric: Metric) -> Result<(Tensor, Tensor)> {
-    typed!(x.dtype(), T => {
-        let [xs, cs] = lock([&x.operand, &c.operand]);
-        let (indices, distances) = nearest_of_all(&xs.view::<T>(x)?, &cs.view::<T>(c)?, m, metric)?;
-        Ok((tensor(indices, (x.b, x.n, m))?, tensor(distances, (x.b, x.n, m))?))
-    })
+    let by_unit = metric != Metric::Manhattan && x.dtype() != DType::F64 && by_unit(c.n, x.d);
+    let [xs, cs] = lock([&x.operand, &c.operand]);
+    let (indices, distances) = match Amx::find().filter(|_| by_unit) {
+        Some(amx) => single!(x.dtype(), T => {
+            let rounded = |centroids: &Centroids<f32>| RoundedCentroids::new(centroids, amx);
+            let scratch = || RoundedScratch::new(x.n, x.d, c.n, m);
+            let find = |tile: Tile<'_, T>, rounded: &RoundedCentroids, s: &mut RoundedScratch, out: Nearest<'_>| {
+                tile.find_rounded(rounded, s, out)
+            };
+            nearest_of_all(&xs.view::<T>(x)?, &cs.view::<T>(c)?, m, metric, rounded, scratch, find)
+        })?,
+        None => typed!(x.dtype(), T => {
+            let scratch = || Scratch::new(x.n, x.d, c.n, m);
+            let find = |tile: Tile<'_, T>, &(): &(), s: &mut _, out: Nearest<'_>| tile.find(s, out);
+            nearest_of_all(&xs.view::<T>(x)?, &cs.view::<T>(c)?, m, metric, |_| Ok(()), scratch, find)
+        })?,
+    };
+    Ok((tensor(indices, (x.b, x.n, m))?, tensor(distances, (x.b, x.n, m))?))
 }
 
-fn nearest_of_all<T: Element>(
+/// The indices of rows' nearest centroids, and their distances.
+type Nearest<'a> = (&'a mut [u32], &'a mut [f64]);
+
+fn nearest_of_all<T: Element, P: Send + Sync, S: Send>(
     x: &View<'_, T>,
     c: &View<'_, T>,
     m: usize,
     metric: Metric,
+    prepare: impl Fn(&Centroids<T::Filter>) -> Result<P> + Send + Sync,
+    scratch: impl Fn() -> S + Send + Sync,
+    find: impl Fn(Tile<'_, T>, &P, &mut S, Nearest<'_>) + Send + Sync,
 ) -> Result<(Vec<u32>, Vec<f64>)> {
     let (b, n, d, k) = (x.rows.b, x.rows.n, x.rows.d, c.rows.n);
     let problems = if c.rows.batch_stride == 0 { 1 } else { c.rows.b };
-    let scored = host::map("nearest", problems, 8 * k * d, |b| Scored::new(c, b, metric))?;
+    let scored = |b| {
+        let scored = Scored::new(c, b, metric)?;
+        Ok((prepare(&scored.centroids)?, scored))
+    };
+    let scored = host::map("nearest", problems, 8 * k * d, scored)?;
     let scored = scored.into_iter().collect::<Result<Vec<_>>>()?;
     let mut indices = host::filled("nearest", b * n * m, 0)?;
     let mut distances = host::filled("nearest", b * n * m, 0.0)?;
@@ -53,14 +83,9 @@ fn nearest_of_all<T: Element>(
         let parts = indices.chunks_mut(CPU_ROWS * m).zip(distances.chunks_mut(CPU_ROWS * m)).enumerate();
         parts.map(move |(part, out)| (b, part, out))
     });
-    let scratch = || Scratch {
-        rows: vec![Scalar::of(0.0); CPU_ROWS.min(n) * d],
-        scores: vec![Scalar::of(0.0); CPU_ROWS.min(n) * CPU_CENTROIDS.min(k)],
-        nearby: vec![Nearby::new(m); CPU_ROWS.min(n)],
-    };
-    let tile = |s: &mut Scratch<T::Filter>, (b, part, out): (usize, usize, (&mut [u32], &mut [f64]))| {
-        let scored = &scored[b.min(problems - 1)];
-        Tile { x, c, b, first: part * CPU_ROWS, m, scored, metric }.find(s, out);
+    let tile = |s: &mut S, (b, part, out): (usize, usize, Nearest<'_>)| {
+        let (prepared, scored) = &scored[b.min(problems - 1)];
+        find(Tile { x, c, b, first: part * CPU_ROWS, m, scored, metric }, prepared, s, out);
         Ok(())
     };
     host::for_each(tiles.collect(), CPU_ROWS.min(n) * d * (4 + k / 16), scratch, tile)?;
@@ -109,88 +134,13 @@ struct Scratch<S> {
     nearby: Vec<Nearby<S>>,
 }
 
-/// What is known of the nearest centroids of a row.
-#[derive(Clone)]
-struct Nearby<S> {
-    m: usize,
-    /// The least of the scores, each with its error added, ascending, as many as are asked for.
-    upper: Vec<f64>,
-    /// Candidates: scores, each without its error, and which centroids have them.
-    list: Vec<(S, u32)>,
-    /// The nearest by the definition of those that have been compared, ascending.
-    found: Vec<Found>,
-    slack: Slack,
-}
-
-impl<S: Scalar> Nearby<S> {
-    fn new(m: usize) -> Self {
-        Self { m, upper: Vec::with_capacity(m + 1), list: vec![], found: Vec::with_capacity(m + 1), slack: Slack::NONE }
-    }
-
-    fn reset(&mut self, slack: Slack) {
-        self.upper.clear();
-        self.list.clear();
-        self.found.clear();
-        self.slack = slack;
-    }
-
-    /// `U`, infinite as long as fewer centroids have been scored than are asked for.
-    #[inline(always)]
-    fn bound(&self) -> f64 {
-        self.upper.get(self.m - 1).copied().unwrap_or(f64::INFINITY)
-    }
-
-    /// No true value of one of the nearest is above.
-    fn cutoff(&self) -> f64 {
-        self.bound() * self.slack.factor
-    }
-
-    /// Takes the scores of a block. `compare` makes room in a full list.
-    #[inline(always)]
-    fn offer(&mut self, scores: &[S], block: &Block, mut compare: impl FnMut(&mut Self)) {
-        let error = block.bound.error(self.slack);
-        let below = |scores: &[S], cut: S| scores.iter().fold(false, |below, &s| below | (s <= cut));
-        let mut cut = S::of(self.bound() - error);
-        for few in scores.chunks(LANES) {
-            if below(few, cut) {
-                for &s in few {
-                    let upper = s.widen() + error;
-                    if upper < self.bound() {
-                        let at = self.upper.partition_point(|&other| other <= upper);
-                        self.upper.insert(at, upper);
-                        self.upper.truncate(self.m);
-                    }
-                }
-                cut = S::of(self.bound() - error);
-            }
-        }
-        let cut = S::of(self.cutoff() + error);
-        for (few, from) in scores.chunks(LANES).zip((block.scored.start..).step_by(LANES)) {
-            if below(few, cut) {
-                for (l, &s) in few.iter().enumerate().filter(|(_, &s)| s <= cut) {
-                    if self.list.len() == 2 * self.m + MOST {
-                        compare(self);
-                    }
-                    self.list.push((S::of(s.widen() - error), (from + l) as u32));
-                }
-            }
-        }
-    }
-
-    /// Leaves out candidates that are none any more.
-    fn shorten(&mut self) {
-        let cut = S::of(self.cutoff());
-        self.list.retain(|&(s, _)| s <= cut);
-    }
-
-    /// Adds a centroid at a distance. A NaN is as far as can be.
-    fn add(&mut self, distance: f64, index: u32) {
-        let found = (if distance.is_nan() { f64::INFINITY } else { distance }, index);
-        let before = |other: &Found| other.0 < found.0 || other.0 == found.0 && other.1 < found.1;
-        let at = self.found.partition_point(before);
-        if at < self.m {
-            self.found.insert(at, found);
-            self.found.truncate(self.m);
+impl<S: Scalar> Scratch<S> {
+    fn new(n: usize, d: usize, k: usize, m: usize) -> Self {
+        let rows = CPU_ROWS.min(n);
+        Self {
+            rows: vec![S::of(0.0); rows * d],
+            scores: vec![S::of(0.0); rows * CPU_CENTROIDS.min(k)],
+            nearby: vec![Nearby::new(m); rows],
         }
     }
 }
@@ -208,7 +158,7 @@ struct Tile<'a, T: Element> {
 }
 
 impl<T: Element> Tile<'_, T> {
-    fn find(self, s: &mut Scratch<T::Filter>, (indices, distances): (&mut [u32], &mut [f64])) {
+    fn find(self, s: &mut Scratch<T::Filter>, (indices, distances): Nearest<'_>) {
         let (count, d, centroids) = (indices.len() / self.m, self.x.rows.d, &self.scored.centroids);
         let (rows, nearby) = (&mut s.rows[..count * d], &mut s.nearby[..count]);
         let simd = pulp::Arch::new();
@@ -224,9 +174,7 @@ impl<T: Element> Tile<'_, T> {
         let out = indices.chunks_exact_mut(self.m).zip(distances.chunks_exact_mut(self.m));
         for (i, (nearby, (indices, distances))) in nearby.iter_mut().zip(out).enumerate() {
             self.settle(i, nearby);
-            for ((&(distance, index), to), at) in nearby.found.iter().zip(distances).zip(indices) {
-                (*to, *at) = (distance, index);
-            }
+            nearby.write(indices, distances);
         }
     }
 
@@ -277,10 +225,26 @@ impl<T: Element> Tile<'_, T> {
                 return;
             }
             // Beyond the last one those of before, whose distances nobody asks for.
-            let rows = few.map(|j| self.c.row(self.b, j as usize));
-            let distances = distances_to(row, rows, self.metric);
+            let few_rows = few.map(|j| self.c.row(self.b, j as usize));
+            let distances = pulp::Arch::new().dispatch(Distances { row, few: few_rows, metric: self.metric });
             few.iter().zip(distances).take(count).for_each(|(&j, distance)| nearby.add(distance, j));
         }
+    }
+}
+
+/// The distances of a row to a few others.
+struct Distances<'a, T> {
+    row: &'a [T],
+    few: [&'a [T]; FEW],
+    metric: Metric,
+}
+
+impl<T: Element> NullaryFnOnce for Distances<'_, T> {
+    type Output = [f64; FEW];
+
+    #[inline(always)]
+    fn call(self) -> [f64; FEW] {
+        distances_to(self.row, self.few, self.metric)
     }
 }
 
@@ -291,14 +255,14 @@ struct Pack<'a, T: Element> {
     nearby: &'a mut [Nearby<T::Filter>],
 }
 
-impl<T: Element> NullaryFnOnce for Pack<'_, T> {
+impl<T: Element> WithSimd for Pack<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn call(self) {
+    fn with_simd<S: Simd>(self, simd: S) {
         let Tile { x, b, first, scored, .. } = self.tile;
         for (i, (packed, nearby)) in self.rows.chunks_exact_mut(x.rows.d).zip(self.nearby).enumerate() {
-            nearby.reset(scored.centroids.pack(x.row(b, first + i), packed));
+            nearby.reset(scored.centroids.pack(simd, x.row(b, first + i), packed));
         }
     }
 }
@@ -329,7 +293,7 @@ impl<T: Element> NullaryFnOnce for Offer<'_, T> {
                 let bias = &centroids.bias[scored.clone()];
                 scores.iter_mut().zip(bias).for_each(|(s, &b)| *s = b.sub(*s));
             }
-            nearby.offer(scores, block, |nearby| {
+            nearby.offer(scores, (&block.bound, scored.start), |nearby| {
                 nearby.shorten();
                 if nearby.list.len() > nearby.m + MOST / 2 {
                     tile.compare_listed(i, nearby);

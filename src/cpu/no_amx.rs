@@ -1,6 +1,6 @@
 //! The matrix unit, of processors and systems that have none that this crate knows: what `amx.rs` has, of which nothing can be called.
 
-use super::lines::ByteLine;
+use super::lines::{ByteLine, Ends, PairRows, TileEnds};
 use crate::kept::Line;
 
 /// The unit, which is not there.
@@ -20,6 +20,20 @@ impl Amx {
         match self {}
     }
 
+    pub(super) fn only_at_most(self, _: &[f32], _: f32) -> Option<usize> {
+        match self {}
+    }
+
+    pub(super) fn distances(
+        self,
+        _: &[i32],
+        _: (&[Ends], &TileEnds),
+        _: (&mut [f32], usize),
+        _: impl FnMut(usize, u32),
+    ) {
+        match self {}
+    }
+
     pub(super) fn tiles(self) -> Tiles {
         match self {}
     }
@@ -33,7 +47,7 @@ impl Tiles {
         match *self {}
     }
 
-    pub(super) fn product(&mut self, _: &[Line], _: &[Line], _: &[f32], _: usize, _: &mut [f32]) {
+    pub(super) fn product(&mut self, _: PairRows<'_>, _: &[Line], _: &[f32], _: usize, _: &mut [f32]) {
         match *self {}
     }
 }

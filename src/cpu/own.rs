@@ -8,17 +8,13 @@
 
 use super::{
     bounds::{Between, Moved, UNSCORED},
-    filter::{gamma, Centroids, Slack},
+    filter::{gamma, Centroids},
     lines::{steps, STEP},
-    rounded::{flushed, round_row},
+    rounded::round_row,
     scalar::Scalar,
     tensors::Element,
 };
-use crate::{
-    error::Result,
-    host,
-    kept::{Line, PackedRows},
-};
+use crate::{error::Result, host, kept::Line};
 use pulp::{Simd, WithSimd};
 
 /// Finds the squared distance of a row to its own centroid.
@@ -89,21 +85,4 @@ impl OwnCentroids {
         let error = self.errors[scored as usize] + f64::from(left) + self.g * f64::from(norm);
         Some(moved.between(f64::from(sums[0]), error, self.unit))
     }
-}
-
-/// The packed row's part of the error bound, of rows that are kept.
-pub(super) fn slack(centroids: &Centroids<f32>, [norm, left]: [f32; 2]) -> Slack {
-    let slack = centroids.slack_of(f64::from(norm));
-    slack.rounded(f64::from(left), flushed(centroids.columns()))
-}
-
-/// Makes room for rows that are kept, and says how centroids pack them.
-pub(super) fn prepare(kept: &mut PackedRows, n: usize, centroids: &Centroids<f32>) -> Result<()> {
-    let lines = n * steps(centroids.columns());
-    if kept.lines.len() != lines {
-        (kept.lines, kept.norms) = (host::filled("fit", lines, Line::ZERO)?, host::filled("fit", n, [f32::NAN; 2])?);
-    }
-    let (centre, scale) = centroids.frame();
-    (kept.centre, kept.scale) = (centre.to_vec(), scale);
-    Ok(())
 }

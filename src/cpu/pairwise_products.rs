@@ -16,20 +16,23 @@
 //! - Dot products are off by `d u |x| |c|`, and one unit for `e`.
 //! - By cosine a product is divided by norms of `d` roundings under a root and two multiplications: `2 d u` of 1, and three units for the rest.
 //! - A product of bytes is off by `LOST` times the reaches `R` of both rows, which their norms are not above: twice that in a squared
-//!   distance, which is at most half of `LOST (R + R')^2`; by cosine, divided by both norms.
+//!   distance, which is at most `LOST (R^2 + R'^2)`, and a share of `(R + R')^2` at most twice that of both squares; by cosine, divided by both
+//!   norms, at most half the squares. So each row has a part of the error, which is added to its part of the distance, and taken from it: that
+//!   is a unit more of each row's square, and what is left adds up in two roundings.
 //! - A pair alone has the terms of the definition, in several chains: a squared difference is off by a share of less than `g`.
 //!
 //! The definition itself is off by no more than those in f64, of a squared difference with two units for its terms: twice `g`, or four times by cosine,
 //! is what both are apart at most, and the norms that it is multiplied by, which are rounded too, add less than a hundredth of it.
 
 use super::{
+    aligned::Aligned,
     amx::Amx,
-    byte_slices::{cut_row, joined, sliced_lines, SlicedCentroids, LEVELS, LOST, MOST_COLUMNS},
+    byte_slices::{cut_row, sliced_lines, SlicedCentroids, LEVEL, LEVELS, LOST, MOST_COLUMNS},
     filter::gamma,
-    lines::ByteLine,
+    lines::{ByteLine, Ends, TileEnds},
     pairwise::{Columns, LANES},
     rows::distance,
-    scalar::{fold_lanes, lanes, Scalar},
+    scalar::{end_streams, Scalar},
     tensors::{Element, View},
 };
 use crate::{error::Result, host, metric::Metric};
@@ -37,6 +40,10 @@ use pulp::{Simd, WithSimd};
 
 /// Rows of a task.
 pub(super) const ROWS: usize = 96;
+/// A row is asked for so many rows before its turn.
+const AHEAD: usize = 4;
+/// Distances of a problem that are more than caches hold.
+const STREAMED: usize = 1 << 23;
 /// Columns from which on a product is worth its proof, and rows.
 const COLUMNS: usize = 16;
 /// Of so many distances one may be left open by products. Where there are more, the definition of all is computed.
@@ -53,25 +60,37 @@ pub(super) fn worth_proving<T: Element>(metric: Metric, d: usize) -> bool {
 #[derive(Clone, Copy, Default)]
 struct Side {
     square: f64,
-    /// The norm; by cosine its inverse, or 0 of zeros.
+    /// The norm; by cosine its inverse, or 0 of zeros. NaN of a row that is not finite, so that nothing is proven by it.
     norm: f64,
-    /// What the error grows with: the norm or a reach; by cosine, divided by the norm.
-    reach: f64,
-    /// The power of two that products are without.
-    unit: f64,
 }
 
 impl Side {
-    /// Of a row of a `square`, which was cut into slices without a power of two where there is one.
     #[inline(always)]
-    fn new(square: f64, cut: Option<f64>, d: usize, metric: Metric) -> Self {
+    fn new(square: f64, metric: Metric) -> Self {
         let length = square.sqrt();
-        let (unit, reach) = cut.map_or((1.0, length), |unit| (unit, unit * (d as f64).sqrt()));
-        // A NaN stays one, so that nothing is proven by it.
-        let known = if square.is_finite() { 1.0 } else { f64::NAN };
         let inverse = if length > 0.0 { 1.0 / length } else { 0.0 };
-        let (norm, reach) = if metric == Metric::Cosine { (inverse, reach * inverse) } else { (length, reach) };
-        Self { square, norm: norm * known, reach: reach * known, unit }
+        let known = if square.is_finite() { 1.0 } else { f64::NAN };
+        Self { square, norm: known * if metric == Metric::Cosine { inverse } else { length } }
+    }
+
+    /// The ends of a row's distances by products of bytes, whose first one has this weight beside the power of two that the row was cut without. The
+    /// row has the whole constant of distances by cosine, the centroids none.
+    #[inline(always)]
+    fn ends(self, (unit, weight): (f64, f64), d: usize, metric: Metric, is_row: bool) -> Ends {
+        let g = gamma(d, f64::UNIT);
+        let reach = unit * unit * d as f64;
+        let (from, error, factor) = match metric {
+            Metric::Cosine => {
+                let error = 0.5 * LOST * (reach * self.norm * self.norm);
+                let (from, constant) = if is_row { (1.0, 4.04 * g) } else { (0.0, 0.0) };
+                (from, error + constant, weight * unit * self.norm)
+            }
+            _ => (self.square, (LOST + 4.04 * g) * reach, weight * unit),
+        };
+        if self.norm.is_nan() {
+            return Ends::UNKNOWN;
+        }
+        Ends { low: from - error, high: from + error, factor }
     }
 }
 
@@ -79,16 +98,11 @@ impl Side {
 struct Sides {
     square: [f64; LANES],
     norm: [f64; LANES],
-    reach: [f64; LANES],
-    unit: [f64; LANES],
 }
 
 impl Sides {
     fn new(sides: [Side; LANES]) -> Self {
-        let [square, norm, reach, unit] =
-            [|side: Side| side.square, |side: Side| side.norm, |side: Side| side.reach, |side: Side| side.unit]
-                .map(|of| sides.map(of));
-        Self { square, norm, reach, unit }
+        Self { square: sides.map(|side| side.square), norm: sides.map(|side| side.norm) }
     }
 }
 
@@ -98,13 +112,11 @@ pub(super) struct ProvingCentroids {
     centre: Vec<f64>,
     factors: Factors,
     sides: Vec<Sides>,
-    /// What products are off by, of the reaches.
-    lost: f64,
 }
 
 enum Factors {
     Columns(Vec<Columns>),
-    Slices(SlicedCentroids),
+    Slices(SlicedCentroids, Vec<TileEnds>),
 }
 
 impl ProvingCentroids {
@@ -114,30 +126,26 @@ impl ProvingCentroids {
         // Dot products are often far smaller than what those of bytes are off by grows with: too many would be open.
         let amx = Amx::find().filter(|_| d <= MOST_COLUMNS && metric != Metric::Dot);
         let columns = host::map("pairwise", tiles, LANES * d, |tile| Columns::new(c, b, tile, &centre, metric))?;
-        let squares: Vec<_> = columns.iter().map(Columns::squares).collect();
+        let sides = |columns: &Columns| Sides::new(columns.squares().map(|square| Side::new(square, metric)));
+        let sides: Vec<_> = columns.iter().map(sides).collect();
         let factors = match amx {
             Some(amx) => {
                 let row = |j: usize, to: &mut [f64]| {
                     let values = columns[j / LANES].values.iter().skip(j % LANES).step_by(LANES);
                     to.iter_mut().zip(values).for_each(|(to, v)| *to = *v);
                 };
-                Factors::Slices(SlicedCentroids::new(amx, [k, d], row)?)
+                let slices = SlicedCentroids::new(amx, [k, d], row)?;
+                let end = |tile: usize, lane: usize| {
+                    let Sides { square, norm } = &sides[tile];
+                    let unit = slices.units.get(tile * LANES + lane).copied().unwrap_or(0.0);
+                    Side { square: square[lane], norm: norm[lane] }.ends((unit, 1.0), d, metric, false)
+                };
+                let ends = (0..tiles).map(|tile| TileEnds::new(std::array::from_fn(|lane| end(tile, lane)))).collect();
+                Factors::Slices(slices, ends)
             }
             None => Factors::Columns(columns),
         };
-        let (units, lost) = match &factors {
-            Factors::Slices(slices) => (Some(&slices.units), LOST),
-            Factors::Columns(_) => (None, 0.0),
-        };
-        let side = |tile: usize, lane: usize, square: f64| {
-            let unit = units.map(|units| units.get(tile * LANES + lane).copied().unwrap_or(0.0));
-            Side::new(square, unit, d, metric)
-        };
-        let sides = squares.iter().enumerate();
-        let sides =
-            sides.map(|(tile, squares)| Sides::new(std::array::from_fn(|lane| side(tile, lane, squares[lane]))));
-        let sides = sides.collect();
-        Ok(Self { centre, factors, sides, lost })
+        Ok(Self { centre, factors, sides })
     }
 }
 
@@ -160,11 +168,12 @@ pub(super) struct ProofScratch {
     /// In groups that lie side by side, or one row.
     rows: Vec<f64>,
     sides: Vec<Side>,
+    ends: Vec<Ends>,
     /// In tiles.
     slices: Vec<ByteLine>,
-    levels: Vec<i32>,
+    levels: Aligned<i32>,
     /// Distances as they are rounded, in whole tiles, which stay in a cache until their rows are done.
-    rounded: Vec<f32>,
+    rounded: Aligned<f32>,
     open: Vec<(u32, u32)>,
 }
 
@@ -176,11 +185,11 @@ impl<T: Element> WithSimd for Proof<'_, T> {
     fn with_simd<S: Simd>(mut self, simd: S) -> bool {
         self.scratch.open.clear();
         self.scratch.sides.resize(ROWS, Side::default());
-        self.scratch.rounded.resize(ROWS * self.stride(), 0.0);
+        self.scratch.rounded.grow(ROWS * self.stride(), 0.0);
         // So many rows and vectors at once fill the registers that there are.
         let centroids = self.centroids;
         let proven = match (&centroids.factors, S::F64_LANES) {
-            (Factors::Slices(slices), _) => self.by_bytes(slices),
+            (Factors::Slices(slices, ends), _) => self.by_bytes(simd, slices, ends),
             (Factors::Columns(columns), 8) => self.in_groups::<S, 12, 2>(simd, columns),
             (Factors::Columns(columns), 4) => self.in_groups::<S, 6, 2>(simd, columns),
             (Factors::Columns(columns), _) => self.in_groups::<S, 4, 2>(simd, columns),
@@ -254,38 +263,47 @@ impl<T: Element> Proof<'_, T> {
             }
         }
         let sides = self.scratch.sides[group * R..][..R].iter_mut().zip(squares);
-        sides.for_each(|(side, square)| *side = Side::new(square, None, d, self.metric));
+        sides.for_each(|(side, square)| *side = Side::new(square, self.metric));
     }
 
     /// By products of bytes.
     #[inline(always)]
-    fn by_bytes(&mut self, centroids: &SlicedCentroids) -> bool {
-        let (d, k, count) = (self.x.rows.d, self.c.rows.n, self.count());
+    fn by_bytes<S: Simd>(&mut self, simd: S, centroids: &SlicedCentroids, ends: &[TileEnds]) -> bool {
+        let (d, k, count, stride) = (self.x.rows.d, self.c.rows.n, self.count(), self.stride());
         let len = sliced_lines(d);
         self.scratch.rows.resize(d, 0.0);
         self.scratch.slices.resize(ROWS / LANES * len, ByteLine::ZERO);
-        self.scratch.levels.resize(LEVELS, 0);
+        self.scratch.levels.grow(LEVELS, 0);
+        self.scratch.ends.clear();
+        // A squared distance takes the product twice.
+        let weight = if self.metric == Metric::Cosine { LEVEL } else { 2.0 * LEVEL };
         for i in 0..count {
             let (row, to) = (self.x.row(self.b, self.first + i), &mut self.scratch.rows[..]);
+            self.x.prefetch(self.b, (self.first + i + AHEAD).min(self.x.rows.n - 1));
             match &self.centroids.centre[..] {
                 [] => to.iter_mut().zip(row).for_each(|(to, v)| *to = v.wide()),
                 centre => to.iter_mut().zip(row).zip(centre).for_each(|((to, v), m)| *to = v.wide() - m),
             }
-            let square = lanes(to, to, |s, a, b| s + a * b);
+            let side = Side::new(f64::squares(simd, to), self.metric);
             let unit = cut_row(to, &mut self.scratch.slices[i / LANES * len..][..len], i % LANES);
-            self.scratch.sides[i] = Side::new(square, Some(unit), d, self.metric);
+            self.scratch.sides[i] = side;
+            self.scratch.ends.push(side.ends((unit, weight), d, self.metric, true));
         }
         let mut tiles = centroids.tiles();
-        for tile in 0..k.div_ceil(LANES) {
+        for (tile, of_tile) in ends.iter().enumerate() {
+            let there = u32::MAX >> (32 - LANES.min(k - tile * LANES));
             for first in (0..count).step_by(LANES) {
-                let ProofScratch { slices, levels, .. } = &mut *self.scratch;
+                let ProofScratch { slices, levels, ends, rounded, open, .. } = &mut *self.scratch;
                 centroids.multiply(&mut tiles, &slices[first / LANES * len..][..len], tile, levels);
-                for i in first..count.min(first + LANES) {
-                    let (sides, unit) = (&self.centroids.sides[tile], self.scratch.sides[i].unit);
-                    let mut products = joined(&self.scratch.levels, i - first);
-                    products.iter_mut().zip(&sides.unit).for_each(|(product, other)| *product *= unit * other);
-                    self.round(i, tile, &products);
-                }
+                let rows = (&ends[first..count.min(first + LANES)], of_tile);
+                let out = (&mut rounded[first * stride + tile * LANES..], stride);
+                centroids.distances(levels, rows, out, |i, differ| {
+                    let mut differ = differ & there;
+                    while differ != 0 {
+                        open.push(((first + i) as u32, tile as u32 * LANES as u32 + differ.trailing_zeros()));
+                        differ &= differ - 1;
+                    }
+                });
             }
             if self.too_much(count * LANES * (tile + 1)) {
                 return false;
@@ -297,17 +315,13 @@ impl<T: Element> Proof<'_, T> {
     /// Makes distances of the products of row `i` and a tile of centroids, and lists those that are open.
     #[inline(always)]
     fn round(&mut self, i: usize, tile: usize, products: &[f64; LANES]) {
-        let (own, sides, lost) = (self.scratch.sides[i], &self.centroids.sides[tile], self.centroids.lost);
-        let g = gamma(self.x.rows.d, f64::UNIT);
+        let (own, sides, g) = (self.scratch.sides[i], &self.centroids.sides[tile], gamma(self.x.rows.d, f64::UNIT));
         match self.metric {
-            Metric::Dot => self.keep(i, tile, |l| (-products[l], (lost + 2.02 * g) * (own.reach * sides.reach[l]))),
-            Metric::Cosine => self.keep(i, tile, |l| {
-                let cosine = products[l] * (own.norm * sides.norm[l]);
-                (1.0 - cosine, lost * (own.reach * sides.reach[l]) + 4.04 * g)
-            }),
+            Metric::Dot => self.keep(i, tile, |l| (-products[l], 2.02 * g * (own.norm * sides.norm[l]))),
+            Metric::Cosine => self.keep(i, tile, |l| (1.0 - products[l] * (own.norm * sides.norm[l]), 4.04 * g)),
             _ => self.keep(i, tile, |l| {
-                let reach = own.reach + sides.reach[l];
-                (own.square + sides.square[l] - 2.0 * products[l], (0.5 * lost + 2.02 * g) * (reach * reach))
+                let reach = own.norm + sides.norm[l];
+                (own.square + sides.square[l] - 2.0 * products[l], 2.02 * g * (reach * reach))
             }),
         }
     }
@@ -359,9 +373,16 @@ impl<T: Element> Proof<'_, T> {
             rounded[i as usize * stride + j as usize] =
                 if proven { low } else { distance(row, centroid, self.metric) as f32 };
         }
+        // What caches have room for stays there for whoever reads it next.
+        let streams = self.x.rows.n * k >= STREAMED;
         for (out, rounded) in self.out.chunks_exact_mut(k).zip(rounded.chunks_exact(stride)) {
-            out.iter_mut().zip(rounded).for_each(|(to, &v)| *to = T::Filter::of(f64::from(v)));
+            if streams {
+                T::Filter::stream_f32s(&rounded[..k], out);
+            } else {
+                out.iter_mut().zip(rounded).for_each(|(to, &v)| *to = T::Filter::of(f64::from(v)));
+            }
         }
+        end_streams();
     }
 }
 
@@ -376,7 +397,7 @@ fn alone<T: Element>(x: &[T], c: &[T], f: impl Fn(f64, f64, f64) -> f64) -> f64 
         }
     }
     let rest = x_rest.iter().zip(c_rest).fold(0.0, |sum, (x, c)| f(sum, x.wide(), c.wide()));
-    fold_lanes(&sums, |a, b| a + b) + rest
+    sums.iter().sum::<f64>() + rest
 }
 
 /// The products of `R` rows and the centroids of a tile, of which `V` vectors at a time.

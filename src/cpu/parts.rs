@@ -20,7 +20,7 @@ pub(super) struct Heads {
 
 /// The attention of all heads, `(problems, group, width)`: a task reads each of `parts` of each problem, some `steps`, for a range of its
 /// heads, and writes the states of these. Parts do not depend on the number of threads, and neither do the bits of what they join to.
-pub(super) fn attend_parts<E: Lane, P: Clone + Send + Sync, S>(
+pub(super) fn attend_parts<E: Lane, P: Clone + Send + Sync, S: Send>(
     op: &'static str,
     Heads { problems, group, width }: Heads,
     parts: &[(P, Range<usize>)],

@@ -9,9 +9,10 @@
 //! `c'` each up to `2^-8` longer, that is the bound of `filter.rs` for a 64th more than `18 + s` columns.
 
 use super::{
+    aligned::Aligned,
     amx::{Amx, Tiles},
     filter::{gamma, Bound, Centroids, Slack},
-    lines::{pair_lines, steps, write_centroid, write_row, FLUSHED, PAIR, STEP, STEP_UNITS},
+    lines::{pair_lines, steps, write_centroid, write_row, PairRows, FLUSHED, PAIR, STEP, STEP_UNITS},
     scalar::Scalar,
 };
 use crate::{error::Result, host, kept::Line, tiles::AMX_CENTROIDS};
@@ -21,7 +22,7 @@ use std::ops::Range;
 pub(super) struct RoundedCentroids {
     lines: Vec<Line>,
     /// As [`Centroids::bias`]; infinite where a tile has no centroid.
-    bias: Vec<f32>,
+    bias: Aligned<f32>,
     pub(super) blocks: Vec<RoundedBlock>,
     pub(super) steps: usize,
     pub(super) amx: Amx,
@@ -90,7 +91,7 @@ impl RoundedCentroids {
             }
         }
         let mut lines = host::filled("assign", end * steps, Line::ZERO)?;
-        let mut bias = host::filled("assign", end, f32::INFINITY)?;
+        let mut bias = Aligned::filled("assign", end, f32::INFINITY)?;
         for block in &mut blocks {
             bias[block.padded.start..][..block.scored.len()].copy_from_slice(&c.bias[block.scored.clone()]);
             let mut left = 0f64;
@@ -105,7 +106,7 @@ impl RoundedCentroids {
     }
 
     /// Scores of a pair of rows against a block, row by row; infinite beyond its centroids.
-    pub(super) fn score(&self, tiles: &mut Tiles, block: &RoundedBlock, rows: &[Line], out: &mut [f32]) {
+    pub(super) fn score(&self, tiles: &mut Tiles, block: &RoundedBlock, rows: PairRows<'_>, out: &mut [f32]) {
         self.score_first(tiles, (block, block.width()), rows, out);
     }
 
@@ -114,7 +115,7 @@ impl RoundedCentroids {
         &self,
         tiles: &mut Tiles,
         (block, width): (&RoundedBlock, usize),
-        rows: &[Line],
+        rows: PairRows<'_>,
         out: &mut [f32],
     ) {
         let (start, end) = (block.padded.start, block.padded.start + width);

@@ -14,6 +14,10 @@ pub(crate) trait Scalar: Copy + PartialOrd + Send + Sync + 'static {
     /// The largest number that a norm is known by: what overflows is at least that.
     const FAR: f64;
     fn of(v: f64) -> Self;
+    /// The same of many numbers, which nobody reads soon. [`end_streams`] belongs to it.
+    fn stream_f32s(from: &[f32], to: &mut [Self]);
+    /// The sum of a row's squares.
+    fn squares<V: Simd>(simd: V, row: &[Self]) -> Self;
     fn widen(self) -> f64;
     fn sub(self, other: Self) -> Self;
     fn add(self, other: Self) -> Self;
@@ -24,7 +28,7 @@ pub(crate) trait Scalar: Copy + PartialOrd + Send + Sync + 'static {
 }
 
 macro_rules! scalar {
-    ($t:ident, $tiny:expr, $huge:expr, $far:expr, $hash:expr) => {
+    ($t:ident, $tiny:expr, $huge:expr, $far:expr, $hash:expr, $stream:expr, $squares:ident) => {
         impl Scalar for $t {
             const UNIT: f64 = $t::EPSILON as f64 / 2.0;
             const TINY: f64 = $tiny;
@@ -34,6 +38,14 @@ macro_rules! scalar {
             #[inline(always)]
             fn of(v: f64) -> Self {
                 v as $t
+            }
+            #[inline(always)]
+            fn stream_f32s(from: &[f32], to: &mut [Self]) {
+                $stream(from, to);
+            }
+            #[inline(always)]
+            fn squares<V: Simd>(simd: V, row: &[Self]) -> Self {
+                $squares(simd, row)
             }
             #[inline(always)]
             fn widen(self) -> f64 {
@@ -63,8 +75,40 @@ macro_rules! scalar {
         }
     };
 }
-scalar!(f32, 1e-44, 1e37, f32::MAX as f64, |bits| bits);
-scalar!(f64, 1e-322, 1e307, 1e150, |bits: u64| (bits ^ (bits >> 32)) as u32);
+scalar!(f32, 1e-44, 1e37, f32::MAX as f64, |bits| bits, stream, squares_of_f32s);
+scalar!(
+    f64,
+    1e-322,
+    1e307,
+    1e150,
+    |bits: u64| (bits ^ (bits >> 32)) as u32,
+    |from: &[f32], to: &mut [f64]| { to.iter_mut().zip(from).for_each(|(to, &v)| *to = v.into()) },
+    squares_of_f64s
+);
+
+/// Copies past the caches, where there is a way: lines that are written whole need not be read first. Only after [`end_streams`] may others be told.
+#[inline(always)]
+fn stream(from: &[f32], to: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if to.as_ptr().align_offset(16) == 0 && to.len().is_multiple_of(4) {
+        use std::arch::x86_64::{_mm_loadu_ps, _mm_stream_ps};
+        for (to, four) in to.as_chunks_mut::<4>().0.iter_mut().zip(from.as_chunks::<4>().0) {
+            // SAFETY: these are 16 bytes each, and those that are written begin at a multiple of as many.
+            unsafe { _mm_stream_ps(to.as_mut_ptr(), _mm_loadu_ps(four.as_ptr())) };
+        }
+        return;
+    }
+    to.copy_from_slice(from);
+}
+
+/// Makes what has been streamed visible to whoever is told of it from here on.
+pub(super) fn end_streams() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every processor of this architecture has SSE.
+    unsafe {
+        std::arch::x86_64::_mm_sfence()
+    }
+}
 
 /// SIMD lanes that a loop is written for; wide enough for one AVX-512 register of f32.
 pub(super) const LANES: usize = 16;
@@ -107,6 +151,29 @@ pub(super) fn sum_f32s<S: Simd>(
     let [a, b, c, d] = sums;
     let sum = simd.reduce_sum_f32s(simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d)));
     x_tail.iter().zip(y_tail).fold(sum, |sum, (&x, &y)| add_one(sum, x, y))
+}
+
+/// The sum of a row's squares.
+#[inline(always)]
+fn squares_of_f32s<S: Simd>(simd: S, row: &[f32]) -> f32 {
+    sum_f32s(simd, [row, row], |sum, x, y| simd.mul_add_f32s(x, y, sum), |sum, x, y| sum + x * y)
+}
+
+/// The sum of a row's squares, in whole vectors of this processor.
+#[inline(always)]
+fn squares_of_f64s<S: Simd>(simd: S, row: &[f64]) -> f64 {
+    let (whole, rest) = S::as_simd_f64s(row);
+    let (fours, others) = whole.as_chunks::<CHAINS>();
+    let mut sums = [simd.splat_f64s(0.0); CHAINS];
+    for four in fours {
+        for i in 0..CHAINS {
+            sums[i] = simd.mul_add_e_f64s(four[i], four[i], sums[i]);
+        }
+    }
+    sums[0] = others.iter().fold(sums[0], |sum, &v| simd.mul_add_e_f64s(v, v, sum));
+    let [a, b, c, d] = sums;
+    let sum = simd.reduce_sum_f64s(simd.add_f64s(simd.add_f64s(a, b), simd.add_f64s(c, d)));
+    rest.iter().fold(sum, |sum, v| sum + v * v)
 }
 
 /// All lanes in one, halves of them by halves. It is not inlined, since that makes the compiler take narrower vectors for the loop before.

@@ -10,7 +10,7 @@ use super::{
     candidates::NONE,
     filter::{Bound, Centroids},
     label::label_of,
-    lines::{PAIR, ROWS_STEP, TILE},
+    lines::{PairRows, PAIR, ROWS_STEP, TILE},
     listing::{Listed, RowBounds, SkipScratch, SkipTile},
     matmul::multiply,
     rounded::RoundedBlock,
@@ -87,14 +87,12 @@ impl<T: Element<Filter = f32>> SkipTile<'_, T> {
     /// Scores some listed rows, or, without the unit, finds their products.
     fn score(&self, tiles: Option<&mut Tiles>, part: &Part<'_>, places: &[u32], s: &mut SkipScratch, packed: &[Line]) {
         let (d, width) = (self.tile.x.rows.d, part.width);
-        if s.scores.len() < PAIR * width {
-            s.scores.resize(PAIR * width, 0.0);
-        }
+        s.scores.grow(PAIR * width, 0.0);
         match (self.rounded, tiles, part.rounded) {
             (Some((rounded, _)), Some(tiles), Some(block)) => {
                 let SkipScratch { listed, pair, .. } = s;
                 pulp::Arch::new().dispatch(Gather { packed, steps: rounded.steps, places, listed, pair });
-                rounded.score_first(tiles, (block, width), &s.pair, &mut s.scores[..PAIR * width]);
+                rounded.score_first(tiles, (block, width), PairRows::of_pair(&s.pair), &mut s.scores[..PAIR * width]);
             }
             _ => {
                 s.together.clear();

@@ -20,7 +20,9 @@
 use super::{
     amx::Amx,
     filter::gamma,
-    lines::{pair_lines, rows_lines, steps, write_centroid, write_row, FLUSHED, PAIR, ROWS_STEP, STEP, STEP_UNITS},
+    lines::{
+        pair_lines, rows_lines, steps, write_centroid, write_row, PairRows, FLUSHED, PAIR, ROWS_STEP, STEP, STEP_UNITS,
+    },
     origin::{few_of, median_of, FEW},
     rounded::round_row,
     scalar::Scalar,
@@ -148,7 +150,8 @@ impl Filter<'_> {
         let Self { rows, b, count, bias, most, .. } = self;
         let (Listed { seeds, ends, scores }, width) = (listed, bias.len());
         scores.resize(PAIR * width, 0.0);
-        rows.amx.tiles().product(rows.of_pair(*b, first / PAIR), &self.lines, bias, rows.steps, scores);
+        let pair = PairRows::of_pair(rows.of_pair(*b, first / PAIR));
+        rows.amx.tiles().product(pair, &self.lines, bias, rows.steps, scores);
         seeds.clear();
         let bounds = &rows.bounds[b * rows.n + first..];
         let [g, flushed] = rows.error;

@@ -80,7 +80,7 @@ pub struct PreparedFit {
     pub(super) memory: Memory,
     /// The sums that updates leave each other on the CPU, where the plan says so.
     pub(super) kept_sums: Option<Mutex<KeptSums>>,
-    /// The bounds that assignments leave each other, where the plan says so.
+    /// What assignments leave each other, where the plan says so.
     pub(super) bounds: Option<KeptBounds>,
     /// The copy of rows that cannot be read where they lie.
     pub(super) copy: Option<Tensor>,
@@ -136,7 +136,7 @@ impl PreparedFit {
         let kept_sums = (skip.keep_sums && !skip.on_gpu).then(|| KeptSums::new([p.b, p.n, p.k, p.d]).map(Mutex::new));
         let kept_sums = kept_sums.transpose()?;
         let bounds = || KeptBounds::new([p.b, p.n, p.k, p.d], skip, &device);
-        let bounds = (skip.groups > 0).then(bounds).transpose()?;
+        let bounds = (skip.groups > 0 || skip.packs).then(bounds).transpose()?;
         let mut fit = Self {
             fence,
             settings,

@@ -131,7 +131,7 @@ impl Assign {
             _ => products <= 5_000_000 && d < 64,
         };
         // Too few for tiles of the unit, most of which would be empty.
-        let narrow = k < AMX_LEAST[0] || d < AMX_LEAST[1];
+        let narrow = !by_unit(k, d);
         // Too little for two launches to be worth their while.
         let small = products <= 1 << 28 && k <= tiles::PREPARE_CENTROIDS;
         if candidates[0] == Self::Narrow {
@@ -211,6 +211,12 @@ pub(crate) fn split_rows(d: usize) -> usize {
 const SM90_MOST: usize = i32::MAX as usize - 4096;
 /// Fewer centroids, or columns, are scored without the matrix unit of a CPU.
 const AMX_LEAST: [usize; 2] = [16, 32];
+
+/// Whether so many centroids of so many columns are scored by the matrix unit of a CPU.
+pub(crate) fn by_unit(k: usize, d: usize) -> bool {
+    k >= AMX_LEAST[0] && d >= AMX_LEAST[1]
+}
+
 /// Most columns that `assign_sm90.cu` is compiled for.
 pub(crate) const SM90_COLUMNS: usize = 512;
 

@@ -32,7 +32,7 @@ pub(crate) struct SkipPlan {
     pub groups: usize,
     /// The earlier assignments from which these bounds count the moves of centroids, at most. The CPU's.
     pub snapshots: usize,
-    /// True if they keep rows as a matrix unit multiplies them.
+    /// True if they keep rows as a matrix unit multiplies them, which they do without groups too.
     pub packs: bool,
     /// True if they skip groups however few these are.
     pub always: bool,
@@ -87,6 +87,8 @@ const PRODUCTS: usize = 1 << 28;
 const GROUPS: usize = 4;
 /// All snapshots have as many centroids as a quarter of the rows at most.
 const SNAPSHOT_ROWS: usize = 4;
+/// Fits of fewer iterations than these have no pass, or one, that reads packed rows.
+const PACKED: usize = 3;
 /// Groups of which skipping is seen to be right.
 const GROUPED: usize = 16;
 
@@ -208,7 +210,9 @@ impl SkipPlan {
         };
         let groups = if euclidean { groups } else { 0 };
         let snapshots = if groups > 0 { (p.n / p.k / SNAPSHOT_ROWS).clamp(1, CPU_SNAPSHOTS) } else { 0 };
-        let packs = groups > 0 && arch == Arch::Cpu { amx: true };
+        let pays = settings.max_iters >= PACKED && FORCED.get() != Some(false);
+        let packs =
+            groups > 0 && arch == Arch::Cpu { amx: true } || on_chip.is_none() && kernel == Assign::CpuAmx && pays;
         Self { keep_sums, on_gpu: false, groups, snapshots, packs, always: forced(), near: None }
     }
 
@@ -220,7 +224,8 @@ impl SkipPlan {
         let changes = if self.on_gpu { b * (8 * (n / CHANGES_FEW as u64) + slices + 16 * k + 80) + 4096 } else { 0 };
         let sums = b * (16 * k * (d + 2) + 4 * n + 1) + changes;
         let snapshots = self.snapshots as u64;
-        let bounds = b * (n * (5 * groups + 4) + k * (4 + 4 * d * snapshots) + 4 * groups + 64);
+        let bounds = b * (n * 5 * groups + k * (4 + 4 * d * snapshots) + 4 * groups + 64);
+        let bounds = bounds + if groups > 0 { b * 4 * n } else { 0 };
         // Rows and centroids of bf16 in whole lines.
         let line = if self.packs { 2 * d.next_multiple_of(32) + 8 } else { 0 };
         let bounds = bounds + b * (n + k) * line;
@@ -228,9 +233,12 @@ impl SkipPlan {
         let known = b * (k * (4 * d + 96 + 4 * snapshots) + groups * (16 + 4 * CPU_SNAPSHOTS as u64));
         let of_row = 4 * d.next_multiple_of(32) + 8 * groups + 160 + 16 * k.min(64);
         let of_pair = 256 * (d.next_multiple_of(32) + CPU_GROUP as u64);
-        let listed = (rayon::current_num_threads() as u64 + 1) * (2 * n.min(skip_rows(p.d) as u64) * of_row + of_pair);
+        let of_groups = groups.min(1);
+        let listed = of_groups
+            * (rayon::current_num_threads() as u64 + 1)
+            * (2 * n.min(skip_rows(p.d) as u64) * of_row + of_pair);
         let bounds = bounds + known + listed;
-        let kept = [(self.keep_sums, sums), (groups > 0, bounds)];
+        let kept = [(self.keep_sums, sums), (groups > 0 || self.packs, bounds)];
         let kept: u64 = kept.into_iter().filter(|&(kept, _)| kept).map(|(_, bytes)| bytes).sum();
         kept + self.near.map_or(0, |near| near.bytes(p))
     }
