@@ -35,8 +35,8 @@ struct Candidates {
     }
 };
 
-/// The rows that are nearer to a candidate than to any seed: of each of `room` candidates how many, and which; what that
-/// takes off the potential; of each row the candidates, as bits, and their distances, `(b, n, room)`.
+/// The rows that are nearer to a candidate than to any seed: of each of `room` candidates how many, and which; what
+/// that takes off the potential; of each row the candidates, as bits, and their distances, `(b, n, room)`.
 struct Nearer {
     uint32_t *counts, *rows;
     unsigned long long *gains, *masks;

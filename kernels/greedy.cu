@@ -56,25 +56,22 @@ __device__ void list_rows(const T* x, const Rows& r, const double* state, const 
 /// What a block of threads shares that goes through the rounds.
 struct Chosen {
     Candidates candidates;
-    /// Of each candidate when it arrives, its distance to the nearest seed, what it takes off the potential by its list,
-    /// the exponential variate by which it waits again, and how often it has.
+    /// Of each candidate when it arrives, its distance to the nearest seed, and what it takes off the potential by its
+    /// list.
     double arrivals[CANDIDATES], near[CANDIDATES];
     unsigned long long gains[CANDIDATES];
-    double wait[CANDIDATES];
-    uint32_t again[CANDIDATES];
     bool waits[CANDIDATES];
-    /// Those that a round tries, and the best.
+    /// Those that a round tries, and the best; none where the block ends.
     int tried[MOST_TRIALS];
     int trying, best;
     double now;
-    bool ends;
 };
 
-/// By the first warp: lets candidates arrive until there are `enough`, and picks the best. Arrivals after `last` may be
-/// those of other rows.
-__device__ __forceinline__ void pick(Chosen& s, int enough, const Lowest& last, bool certain, const Terms& term) {
+/// By the first warp: lets candidates arrive, besides those that are `trying`, until there are `enough`, and picks the
+/// best. Arrivals after `last` may be those of other rows.
+__device__ __forceinline__ void pick(Chosen& s, int trying, int enough, const Lowest& last, bool certain,
+                                     const Terms& term) {
     const int lane = threadIdx.x % WARP;
-    int trying = s.trying;
     double now = s.now;
     while (trying < enough) {
         Lowest next = {UINT64_MAX, UINT32_MAX};
@@ -105,8 +102,35 @@ __device__ __forceinline__ void pick(Chosen& s, int enough, const Lowest& last, 
         const int other_place = __shfl_xor_sync(~0u, place, step);
         if (other > gain || (other == gain && other_place < place)) gain = other, place = other_place;
     }
-    if (lane == 0) s.trying = trying, s.now = now, s.ends = ends, s.best = ends ? -1 : s.tried[place];
-    __syncwarp();
+    if (lane == 0) s.trying = trying, s.now = now, s.best = ends ? -1 : s.tried[place];
+}
+
+/// Entries of a list that a thread has at once.
+constexpr int ENTRIES = 4;
+
+/// Lowers the distances of the rows that are nearer to candidate `best`, and postpones their arrivals: of `entries`
+/// rows those of a thread. Where rounds go on, `others` is told a row that has come nearer, what it was before and is
+/// now.
+template <class Others>
+__device__ __forceinline__ void lower_listed(const Nearer& nearer, int64_t b, int best, int64_t entries, double now,
+                                             double* nearest, double* arrivals, Others others) {
+    const uint32_t* const list = nearer.rows + nearer.list(b, best) * nearer.n;
+    for (int64_t first = threadIdx.x; first < entries; first += ENTRIES * blockDim.x) {
+        int64_t row[ENTRIES];
+        double near[ENTRIES], distance[ENTRIES], arrival[ENTRIES];
+#pragma unroll
+        for (int i = 0; i < ENTRIES; ++i) row[i] = list[min(first + i * blockDim.x, entries - 1)];
+#pragma unroll
+        for (int i = 0; i < ENTRIES; ++i) {
+            near[i] = nearest[row[i]], arrival[i] = arrivals[row[i]], distance[i] = nearer.distance(b, row[i], best);
+        }
+#pragma unroll
+        for (int i = 0; i < ENTRIES; ++i) {
+            if (first + i * blockDim.x >= entries || !(distance[i] < near[i])) continue;
+            nearest[row[i]] = distance[i], arrivals[row[i]] = postponed(arrival[i], now, near[i], distance[i]);
+            others(row[i], near[i], distance[i]);
+        }
+    }
 }
 
 /// The rounds of a block, whose rows `drawn` and arrivals `times` `(b, count)` are in their order: of as many rows as
@@ -128,97 +152,101 @@ __device__ void choose_rows(double* state, const double* weights, int64_t b_all,
         const Terms term = {weights ? weights + b * n : nullptr, potential_units(most[b], n)};
         const int drawn_for = int(min(trials * rounds[b], count));
         const uint32_t last_row = drawn[b * count + drawn_for - 1];
-        const uint64_t last_key =
-            last_row == UINT32_MAX ? UINT64_MAX : ordered_key(times[b * count + drawn_for - 1]);
+        const uint64_t last_key = last_row == UINT32_MAX ? UINT64_MAX : ordered_key(times[b * count + drawn_for - 1]);
         // Rows of no probability are all that is left, in their order.
         const bool certain = times[b * count] > RACED;
         s.candidates.find(tried + b * trials, int(trials), drawn + b * count, drawn_for);
         const bool is = own < s.candidates.count;
         const int64_t own_row = is ? s.candidates.rows[own] : 0;
-        const auto exponential_again = [&] {
-            return exponential(seed, beside(round, s.again[own] + 1), first_problem + b, own_row);
+        const auto exponential_again = [&](uint32_t again) {
+            return exponential(seed, beside(round, again), first_problem + b, own_row);
         };
         unsigned long long own_mask = 0;
+        uint32_t again = 1;
+        double wait = 0;
         if (is) {
-            const bool fresh = own >= s.candidates.before;
-            if (!fresh) s.tried[own] = own;
-            s.arrivals[own] = fresh ? times[b * count + s.candidates.drawn_at[own]] : 0;
-            s.near[own] = nearest[own_row], s.again[own] = 0, s.waits[own] = fresh;
+            s.waits[own] = own >= s.candidates.before;
+            if (!s.waits[own]) s.tried[own] = own;
+            s.arrivals[own] = arrivals[own_row], s.near[own] = nearest[own_row];
             s.gains[own] = nearer.gains[nearer.list(b, own)], own_mask = nearer.masks[b * n + own_row];
-            s.wait[own] = exponential_again();
+            wait = exponential_again(again);
         }
-        if (own == 0) s.trying = s.candidates.before, s.now = 0;
+        if (certain && is) s.arrivals[own] = times[b * count + s.candidates.drawn_at[own]];
+        if (own == 0) s.now = 0;
         uint32_t seeds = before;
+        bool dense = false;
         __syncthreads();
-        while (seeds < wanted) {
-            if (threadIdx.x < WARP) pick(s, certain ? 1 : int(trials), {last_key, last_row}, certain, term);
+        while (seeds < wanted && !dense) {
+            if (own < WARP) {
+                pick(s, seeds == before ? s.candidates.before : 0, certain ? 1 : int(trials), {last_key, last_row},
+                     certain, term);
+            }
             __syncthreads();
-            if (s.ends) break;
             const int best = s.best;
-            const int64_t list = nearer.list(b, best), entries = nearer.counts[list];
-            for (int64_t e = threadIdx.x; e < entries; e += blockDim.x) {
-                const int64_t row = nearer.rows[list * n + e];
-                const double near = nearest[row], distance = nearer.distance(b, row, best), arrival = arrivals[row];
-                unsigned long long others = nearer.masks[b * n + row] & ~(1ull << best);
-                if (!(distance < near)) continue;
-                nearest[row] = distance, arrivals[row] = postponed(arrival, s.now, near, distance);
-                // Others take less off what is left.
-                for (const unsigned long long left = term(row, near) - term(row, distance); others; others &= others - 1) {
-                    const int other = __ffsll(others) - 1;
+            if (best < 0) break;
+            const double now = s.now;
+            const int64_t entries = nearer.counts[nearer.list(b, best)];
+            dense = entries * DENSE_LISTS > n;
+            // Others take less off what is left.
+            const auto others = [&](int64_t row, double near, double distance) {
+                const unsigned long long left = term(row, near) - term(row, distance);
+                for (unsigned long long mask = nearer.masks[b * n + row] & ~(1ull << best); mask; mask &= mask - 1) {
+                    const int other = __ffsll(mask) - 1;
                     const double to = nearer.distance(b, row, other);
                     if (!(to < near)) continue;
-                    const unsigned long long less = to < distance ? left : term(row, near) - term(row, to);
-                    atomicAdd(&s.gains[other], 0 - less);
+                    atomicAdd(&s.gains[other], 0 - (to < distance ? left : term(row, near) - term(row, to)));
                 }
+            };
+            if (dense) {
+                lower_listed(nearer, b, best, entries, now, nearest, arrivals, [](int64_t, double, double) {});
+            } else {
+                lower_listed(nearer, b, best, entries, now, nearest, arrivals, others);
             }
             if (is && own == best) {
-                nearest[own_row] = -1;
-                for (unsigned long long others = own_mask; others; others &= others - 1) {
-                    const int other = __ffsll(others) - 1;
-                    const double to = nearer.distance(b, own_row, other);
-                    if (to < s.near[own]) atomicAdd(&s.gains[other], 0 - (term(own_row, s.near[own]) - term(own_row, to)));
+                nearest[own_row] = -1, chosen[b * wanted + seeds] = uint32_t(own_row);
+                if (!dense) others(own_row, s.near[own], 0);
+                s.near[own] = -1;
+            } else if (is) {
+                const double near = s.near[own];
+                if (own_mask >> best & 1) {
+                    const double distance = nearer.distance(b, own_row, best);
+                    if (distance < near) {
+                        s.arrivals[own] = postponed(s.arrivals[own], now, near, distance), s.near[own] = distance;
+                    }
                 }
-                s.near[own] = -1, chosen[b * wanted + seeds] = uint32_t(own_row);
-            } else if (is && own_mask >> best & 1) {
-                const double distance = nearer.distance(b, own_row, best), near = s.near[own];
-                if (distance < near) {
-                    s.arrivals[own] = postponed(s.arrivals[own], s.now, near, distance), s.near[own] = distance;
+                bool waits = false;
+                for (int t = 0; t < s.trying; ++t) waits |= s.tried[t] == own;
+                if (waits) {
+                    const double rate = __dmul_rn(s.near[own], term.weight(own_row));
+                    s.arrivals[own] = fmin(__dadd_rn(now, __ddiv_rn(wait, rate)), RACED), s.waits[own] = true;
+                    wait = exponential_again(++again);
                 }
             }
-            __syncthreads();
-            bool again = false;
-            for (int t = 0; is && t < s.trying; ++t) again |= s.tried[t] == own && own != best;
-            if (again) {
-                const double rate = __dmul_rn(s.near[own], term.weight(own_row));
-                const double arrival = fmin(__dadd_rn(s.now, __ddiv_rn(s.wait[own], rate)), RACED);
-                arrivals[own_row] = s.arrivals[own] = arrival, s.waits[own] = true, ++s.again[own];
-            }
-            __syncthreads();
-            if (again) s.wait[own] = exponential_again();
-            if (own == 0) s.trying = 0;
             ++seeds;
             __syncthreads();
         }
-        __syncthreads();
-        if (own < trials) {
-            tried[b * trials + own] = own < s.trying && seeds < wanted ? s.candidates.rows[s.tried[own]] : UINT32_MAX;
+        // What is tried and not decided waits for the next block.
+        const bool ended = seeds == wanted || dense;
+        if (own < trials)
+            tried[b * trials + own] = !ended && own < s.trying ? s.candidates.rows[s.tried[own]] : UINT32_MAX;
+        if (is) {
+            if (!certain) arrivals[own_row] = s.arrivals[own];
+            nearer.counts[nearer.list(b, own)] = 0, nearer.gains[nearer.list(b, own)] = 0;
         }
-        if (is) nearer.counts[nearer.list(b, own)] = 0, nearer.gains[nearer.list(b, own)] = 0;
         if (own == 0) {
             const int64_t chose = seeds - before;
-            taken[b] = seeds, rounds[b] = uint32_t(min(chose + 1 + chose / 2, most_rounds));
+            taken[b] = seeds, rounds[b] = uint32_t(dense ? 1 : min(chose + 1 + chose / 2, most_rounds));
         }
         __syncthreads();
     }
 }
 
 #define INSTANCE(name, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(SEED_THREADS, sizeof(T) > 4 ? 2 : 3)                                  \
-        list_##name(const T* x, Rows r, const double* state, const double* weights, const double* norms,               \
-                    const uint32_t* tried, int64_t trials, const uint32_t* rounds, const uint32_t* drawn,              \
-                    int64_t count, const double* most, int metric, int64_t rows, uint32_t* counts,                     \
-                    uint32_t* nearer_rows, unsigned long long* gains, unsigned long long* masks, double* distances,    \
-                    int64_t room, const uint32_t* taken, int64_t wanted) {                                             \
+    extern "C" __global__ void __launch_bounds__(SEED_THREADS, sizeof(T) > 4 ? 2 : 3) list_##name(                     \
+        const T* x, Rows r, const double* state, const double* weights, const double* norms, const uint32_t* tried,    \
+        int64_t trials, const uint32_t* rounds, const uint32_t* drawn, int64_t count, const double* most, int metric,  \
+        int64_t rows, uint32_t* counts, uint32_t* nearer_rows, unsigned long long* gains, unsigned long long* masks,   \
+        double* distances, int64_t room, const uint32_t* taken, int64_t wanted) {                                      \
         list_rows(x, r, state, weights, norms, tried, trials, rounds, drawn, count, most, metric, rows,                \
                   {counts, nearer_rows, gains, masks, distances, r.n, room}, taken, wanted);                           \
     }
@@ -229,8 +257,8 @@ extern "C" __global__ void __launch_bounds__(CHOICE_THREADS, 1)
     choose(double* state, const double* weights, int64_t b, int64_t n, uint32_t* tried, int64_t trials,
            uint32_t* rounds, int64_t most_rounds, const uint32_t* drawn, const double* times, int64_t count,
            const double* most, uint64_t seed, uint64_t round, int64_t first_problem, uint32_t* counts,
-           uint32_t* nearer_rows, unsigned long long* gains, unsigned long long* masks, double* distances,
-           int64_t room, uint32_t* chosen, int64_t wanted, uint32_t* taken) {
+           uint32_t* nearer_rows, unsigned long long* gains, unsigned long long* masks, double* distances, int64_t room,
+           uint32_t* chosen, int64_t wanted, uint32_t* taken) {
     choose_rows(state, weights, b, n, tried, trials, rounds, most_rounds, drawn, times, count, most, seed, round,
                 first_problem, {counts, nearer_rows, gains, masks, distances, n, room}, chosen, wanted, taken);
 }

@@ -97,7 +97,8 @@ __device__ __forceinline__ int line_bytes(int64_t width) { return int(2 * width)
 
 /// Loads the candidates of problem `b`: a warp one after another.
 __device__ void load_candidates(Shared& shared, uint8_t* lines, const RoundedRows& rounded, int64_t b, int64_t n) {
-    const int count = shared.candidates.count, padded = (count + WIDE - 1) / WIDE * WIDE, words = int(rounded.width / 8);
+    const int count = shared.candidates.count, padded = (count + WIDE - 1) / WIDE * WIDE,
+              words = int(rounded.width / 8);
     const int lane = threadIdx.x % WARP, line = line_bytes(rounded.width);
     if (threadIdx.x == 0) shared.most = {0, 0};
     for (int c = threadIdx.x / WARP; c < padded; c += SEED_FILTER_THREADS / WARP) {
@@ -195,10 +196,10 @@ __device__ __forceinline__ void mark(Shared& shared, const uint8_t* lines, const
 /// Pairs of a row and a candidate whose distances are added up at once.
 constexpr int AT_ONCE = 4;
 
-/// Calls `take` with each row of `begin`..`end` and each candidate of problem `b` that may be nearer to it, `AT_ONCE` at
-/// a time, by all lanes of a warp: lane l has the l-th of these pairs, the number of its row in the tile, the candidate and
-/// the distance, and there are `count`; of a row candidates are in ascending order. Before, `starts` is called with a
-/// tile, and after it `ends`: lane l has row l.
+/// Calls `take` with each row of `begin`..`end` and each candidate of problem `b` that may be nearer to it, `AT_ONCE`
+/// at a time, by all lanes of a warp: lane l has the l-th of these pairs, the number of its row in the tile, the
+/// candidate and the distance, and there are `count`; of a row candidates are in ascending order. Before, `starts` is
+/// called with a tile, and after it `ends`: lane l has row l.
 template <int TILES, class T, class Starts, class Take, class Ends>
 __device__ void pass(const T* x, const Rows& r, const RoundedRows& rounded, int64_t b, int64_t begin, int64_t end,
                      Shared& shared, uint8_t* lines, const double* nearest, const double* weights, const double* norms,
@@ -293,7 +294,9 @@ __device__ void list_rounded(const T* x, const Rows& r, const RoundedRows& round
         pass<CANDIDATES / WIDE>(
             x, r, rounded, b, begin, end, shared, reinterpret_cast<uint8_t*>(lines), nearest, weights, norms,
             spread_by(metric),
-            [&](int64_t first, int64_t all) { near = nearest[first + min(int64_t(lane), all - 1)], mask = 0, top = first; },
+            [&](int64_t first, int64_t all) {
+                near = nearest[first + min(int64_t(lane), all - 1)], mask = 0, top = first;
+            },
             [&](int pairs, int row, int candidate, double distance) {
                 const double before = __shfl_sync(~0u, near, row);
                 const bool is = lane < pairs && distance < before;

@@ -193,8 +193,8 @@ pub(crate) struct KmeansppBlock<'a> {
     pub weights: Option<&'a Tensor>,
     /// u32 `(b, count)`.
     pub chosen: &'a Tensor,
-    /// Whether this is the first block, of one draw by weight alone.
-    pub start: bool,
+    /// The number of the block; the first is of one draw by weight alone.
+    pub block: usize,
     /// The draws of a block but the first at most.
     pub draws: usize,
     /// Of greedy k-means++.

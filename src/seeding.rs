@@ -146,11 +146,11 @@ fn plus_plus(
             false => left.div_ceil(draws / trials),
         };
         for _ in 0..blocks {
-            let (start, draw) = (block == 0, Draw { round: first.round + block, ..first });
+            let draw = Draw { round: first.round + block as u64, ..first };
             let (rows, taken, norms, chosen, kept) = (&rows, &taken, norms.as_ref(), &chosen, &kept);
             let trials = greedy.then_some(Trials { rounds: &rounds, tried: &tried });
             let block_of =
-                KmeansppBlock { x, rows, taken, norms, weights, chosen, start, draws, trials, metric, draw, kept };
+                KmeansppBlock { x, rows, taken, norms, weights, chosen, block, draws, trials, metric, draw, kept };
             primitives::kmeanspp_block(&block_of, &memory)?;
             block += 1;
         }

@@ -16,7 +16,7 @@ use crate::{
     fixed::{exponent, power_of_two},
     metric::Metric,
     rng::RACED,
-    tiles::{CANDIDATES, KMEANSPP_DRAWS},
+    tiles::{CANDIDATES, DENSE_LISTS, KMEANSPP_DRAWS},
 };
 
 /// Lanes that a distance is added up in.
@@ -64,9 +64,18 @@ pub(crate) fn greedy_draws(d: usize, trials: usize) -> usize {
 }
 
 /// The rounds of greedy k-means++ that a block draws for after one that has chosen so many seeds: about as many as it may expect, since seeds
-/// make some of the rows that were drawn come later, or never.
-pub(crate) fn next_rounds(seeds: usize, most: usize) -> usize {
-    (seeds + 1 + seeds / 2).min(most)
+/// make some of the rows that were drawn come later, or never; one while lists are dense.
+pub(crate) fn next_rounds(seeds: usize, dense: bool, most: usize) -> usize {
+    if dense {
+        1
+    } else {
+        (seeds + 1 + seeds / 2).min(most)
+    }
+}
+
+/// Whether so many of `n` rows have come nearer to a seed that a block ends with it: what is listed of others is mostly out of date.
+pub(crate) fn dense(nearer: usize, n: usize) -> bool {
+    nearer * DENSE_LISTS > n
 }
 
 /// Whether so many passes over rows of `d` columns are worth a copy of these in bf16, with which a matrix unit finds seeds that are too far

@@ -254,6 +254,9 @@ pub const NEAREST: usize = 64;
 pub const KMEANSPP_DRAWS: usize = 16;
 /// Candidates of a block of greedy k-means++ at most: a bit of a word each.
 pub const CANDIDATES: usize = 64;
+/// A block of greedy k-means++ ends with a seed that more than one of so many rows have come nearer to: the lists of others are then mostly
+/// out of date.
+pub const DENSE_LISTS: usize = 16;
 /// Threads of a block that chooses among rows that greedy k-means++ tries.
 pub const CHOICE_THREADS: usize = 512;
 /// Threads of a block whose rows meet seeds, and its rows at least.

@@ -4,7 +4,7 @@ use super::{
     race::Arrivals,
     spread_pass::{Nearer, NearerRows},
 };
-use crate::spread::{postponed, units, whole};
+use crate::spread::{dense, postponed, units, whole};
 
 /// What the rounds of a block go by.
 pub(super) struct Round<'a> {
@@ -19,20 +19,25 @@ pub(super) struct Round<'a> {
     pub nearer: &'a NearerRows,
 }
 
+/// What rounds have come to.
+#[derive(Default)]
+pub(super) struct Outcome {
+    pub seeds: Vec<u32>,
+    /// The rows that are tried in a round that the arrivals do not end.
+    pub tried: Vec<u32>,
+    /// Whether many rows have come nearer to the last seed.
+    pub dense: bool,
+}
+
 /// The seeds of the rounds that the arrivals are enough for, and the rows that are tried in a round that they do not end. `before` rows were
 /// tried already. Seeds lower the distances of `rows`, `(2, n)`, and postpone their arrivals.
-pub(super) fn choose(
-    mut arrivals: Arrivals,
-    before: usize,
-    round: &Round<'_>,
-    rows: &mut [f64],
-) -> (Vec<u32>, Vec<u32>) {
+pub(super) fn choose(mut arrivals: Arrivals, before: usize, round: &Round<'_>, rows: &mut [f64]) -> Outcome {
     let &Round { trials, left, most, weights, nearer } = round;
     let n = rows.len() / 2;
     let (nearest, times) = rows.split_at_mut(n);
     let (rows, units) = (arrivals.rows().collect::<Vec<_>>(), units(most, n));
-    let (mut seeds, mut tried) = (vec![], (0..before).collect::<Vec<_>>());
-    while seeds.len() < left {
+    let (mut outcome, mut tried) = (Outcome::default(), (0..before).collect::<Vec<_>>());
+    while outcome.seeds.len() < left && !outcome.dense {
         let enough = if arrivals.certain() { 1 } else { trials };
         while tried.len() < enough {
             let Some(next) = arrivals.next() else { break };
@@ -57,20 +62,24 @@ pub(super) fn choose(
         // Of equal ones the one that was drawn first.
         let best = (1..gains.len()).fold(0, |best, i| if gains[i] > gains[best] { i } else { best });
         let best = tried.remove(best);
-        seeds.push(rows[best]);
+        outcome.seeds.push(rows[best]);
+        let mut entries = 0;
         for &Nearer { row, distance, .. } in nearer.of(best) {
             let (near, time) = (&mut nearest[row as usize], &mut times[row as usize]);
+            entries += 1;
             if distance < *near {
                 *time = postponed(*time, arrivals.now(), *near, distance);
                 *near = distance;
             }
         }
         nearest[rows[best] as usize] = -1.0;
+        outcome.dense = dense(entries, n);
         (0..rows.len()).for_each(|i| arrivals.lower(i, nearest[rows[i] as usize]));
         for i in tried.drain(..) {
             let row = rows[i] as usize;
             times[row] = arrivals.again(i, weight(row));
         }
     }
-    (seeds, tried.into_iter().map(|t| rows[t]).collect())
+    outcome.tried = tried.into_iter().map(|t| rows[t]).collect();
+    outcome
 }

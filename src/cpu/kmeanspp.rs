@@ -27,7 +27,7 @@ pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>) -> Result<()> {
             let (xs, weights) = (xs.view::<T>(x)?, weights.map(|_| ws.flat::<f64>()).transpose()?);
             let norms = norms.map(|_| ns.flat::<f64>()).transpose()?;
             let given = Given { x: &xs, norms, weights };
-            match p.trials.as_ref().filter(|_| !p.start) {
+            match p.trials.as_ref().filter(|_| p.block > 0) {
                 Some(trials) => tried(p, trials, given, rows, &mut seeds),
                 None => drawn(p, given, rows, &mut seeds),
             }
@@ -69,7 +69,8 @@ impl Seeded {
 
 /// Each row that arrives is a seed. The rows meet these afterwards.
 fn drawn<T: Element>(p: &KmeansppBlock<'_>, given: Given<'_, T>, rows: &mut [f64], seeds: &mut Seeded) -> Result<()> {
-    let &KmeansppBlock { x, start, metric, draw, kept, .. } = p;
+    let &KmeansppBlock { x, metric, draw, kept, .. } = p;
+    let start = p.block == 0;
     let draws = if start { 1 } else { p.draws };
     let (n, open, count) = (x.n, seeds.open(), p.chosen.dim(1)?);
     if start {
@@ -159,11 +160,11 @@ fn tried<T: Element>(
         let Some((_, rows)) = problems.find(|(problem, _)| *problem == b) else { continue };
         let weights = given.weights.map(|weights| &weights[b * n..][..n]);
         let round = Round { trials: each, left: seeds.left(b), most: drawn.most, weights, nearer };
-        let (own, rest) = greedy::choose(arrivals, before, &round, rows);
-        seeds.add(b, &own);
-        rounds[b] = next_rounds(own.len(), draws / each) as u32;
+        let own = greedy::choose(arrivals, before, &round, rows);
+        seeds.add(b, &own.seeds);
+        rounds[b] = next_rounds(own.seeds.len(), own.dense, draws / each) as u32;
         tried[b].fill(u32::MAX);
-        tried[b][..rest.len()].copy_from_slice(&rest);
+        tried[b][..own.tried.len()].copy_from_slice(&own.tried);
     }
     trials.rounds.slice_set(&tensor(rounds, x.b)?, 0, 0)?;
     trials.tried.slice_set(&tensor(tried.concat(), (x.b, each))?, 0, 0)?;

@@ -14,7 +14,10 @@ use crate::{
     request::KmeansppBlock,
     rng::Draw,
     rows::Rows,
-    tiles::{CHOICE_THREADS, LIST_ROWS, PICK_PARTS, RACE_ROWS, SEED_FILTER_THREADS, SEED_ROWS, SEED_THREADS, THREADS},
+    tiles::{
+        CHOICE_THREADS, DENSE_LISTS, LIST_ROWS, PICK_PARTS, RACE_ROWS, SEED_FILTER_THREADS, SEED_ROWS, SEED_THREADS,
+        THREADS,
+    },
 };
 use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, Tensor};
 
@@ -114,7 +117,8 @@ impl Nearer {
 
 pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>, memory: &Memory) -> Result<()> {
     const OP: &str = "k-means++";
-    let &KmeansppBlock { x, rows, taken, norms, weights, chosen, start, ref trials, metric, draw, .. } = p;
+    let &KmeansppBlock { x, rows, taken, norms, weights, chosen, ref trials, metric, draw, .. } = p;
+    let start = p.block == 0;
     let draws = if start { 1 } else { p.draws };
     let (dev, wanted) = (device(&x.operand)?, chosen.dim(1)?);
     let met = met_rows(x, if trials.is_some() && !start { LIST_ROWS } else { SEED_ROWS });
@@ -144,8 +148,9 @@ pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>, memory: &Memory) -> Result<(
         &scratch.ptr(race.part_rows), &scratch.ptr(race.part_most), &zeros.ptr(race.arrived), &drawn, &times, &most,
         &taken, &(wanted as i64))?;
     let each = trials.as_ref().map_or(Ok(1), |trials| trials.tried.dim(1))?;
-    // Nothing is before the first seed, and all rows have to meet it.
-    let (candidates, passes) = (draws + each - 1, if start { 0 } else { wanted.div_ceil(p.draws / each) });
+    // Nothing is before the first seed, and all rows have to meet it. While there are few seeds, many rows have to meet those that are tried.
+    let few = start || trials.is_some() && p.block <= DENSE_LISTS;
+    let (candidates, passes) = (draws + each - 1, if few { 0 } else { wanted.div_ceil(p.draws / each) });
     let rounded = seed_filter::kept(p, candidates, passes)?;
     let (Some(trials), Some(nearer)) = (trials.as_ref().filter(|_| !start), nearer) else {
         typed!(x.dtype(), T => launch!(dev, Seed, "take", T::SUFFIX, x.b, THREADS;

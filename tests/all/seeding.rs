@@ -258,8 +258,9 @@ fn plus_plus(x: &Rows, w: &[f64], k: usize, trials: usize, metric: Metric, of: [
             .collect();
         ends.sort_by(f64::total_cmp);
         let end = ends.get(draws - 1).map_or(f64::INFINITY, |end| end * (1.0 + 1e-12));
-        let (mut again, mut seeds) = (vec![0; n], 0);
-        while chosen.len() < k && (block > 0 || seeds == 0) {
+        let (mut again, mut seeds, mut dense) = (vec![0; n], 0, false);
+        let start = near.clone();
+        while chosen.len() < k && !dense && (block > 0 || seeds == 0) {
             while tried.len() < enough {
                 let waiting = (0..n).filter(|&i| waits[i] && rate[i] > 0.0);
                 let next = waiting.map(|i| (arrival(i, now, &hazards, &rate), i)).min_by(|a, b| a.0.total_cmp(&b.0));
@@ -274,6 +275,9 @@ fn plus_plus(x: &Rows, w: &[f64], k: usize, trials: usize, metric: Metric, of: [
             let with = |seed: usize| -> Vec<f64> { (0..n).map(|row| near[row].min(to(row, seed))).collect() };
             let potential = |&seed: &usize| sum(with(seed).iter().zip(w).map(|(near, w)| near * w));
             let best = *tried.iter().min_by(|i, j| potential(i).total_cmp(&potential(j))).unwrap();
+            // The rows that are nearer to the seed than to any before the block.
+            dense =
+                trials > 1 && 16 * (0..n).filter(|&i| i != best && w[i] > 0.0 && to(i, best) < start[i]).count() > n;
             near = with(best);
             rate = near.iter().zip(w).map(|(near, w)| near * w).collect();
             chosen.push(best);
@@ -284,7 +288,7 @@ fn plus_plus(x: &Rows, w: &[f64], k: usize, trials: usize, metric: Metric, of: [
             }
         }
         if block > 0 {
-            rounds = (seeds + 1 + seeds / 2).min(most);
+            rounds = if dense { 1 } else { (seeds + 1 + seeds / 2).min(most) };
         } else {
             // Else what is left of a hazard may be too little to be added to the time.
             now = 0.0;
