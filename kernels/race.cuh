@@ -78,20 +78,22 @@ constexpr int RACED_EACH = RACE_ROWS / THREADS;
 /// A race of k-means++ by `state`, `(b, 2, n)`, of which the first are distances to the nearest seed and the second
 /// arrivals: the `count` rows of each problem that arrive next, in their order, to `drawn` and the times to `times`
 /// `(b, count)`: those that are drawn by what they weigh or, where there is none, any but seeds; UINT32_MAX for the
-/// others. `most` is the largest that a row is drawn by. A block takes `RACE_ROWS` rows; the last block of a problem
-/// merges what each has found. `arrived` is zeros and left so. Problems that have `wanted` seeds `taken` are over.
+/// others, and for those behind as many as `trials` for each of the `rounds` of a problem, where there are rounds.
+/// `most` is the largest that a row is drawn by. A block takes `RACE_ROWS` rows; the last block of a problem merges
+/// what each has found. `arrived` is zeros and left so. Problems that have `wanted` seeds `taken` are over.
 __device__ void race_rows(const double* state, const double* weights, int64_t b_all, int64_t n, int64_t count,
-                          uint64_t* part_keys, uint32_t* part_rows, double* part_most, uint32_t* arrived,
-                          uint32_t* drawn, double* times, double* most, const uint32_t* taken, int64_t wanted) {
+                          const uint32_t* rounds, int64_t trials, uint64_t* part_keys, uint32_t* part_rows,
+                          double* part_most, uint32_t* arrived, uint32_t* drawn, double* times, double* most,
+                          const uint32_t* taken, int64_t wanted) {
     __shared__ bool last;
     __shared__ double largest;
     __shared__ LowestFew few;
     const int64_t parts = (n + RACE_ROWS - 1) / RACE_ROWS;
-    const int most_rows = int(count);
     const Lowest none = {UINT64_MAX, UINT32_MAX};
     for (int64_t tile = blockIdx.x; tile < b_all * parts; tile += gridDim.x) {
         const int64_t b = tile / parts, begin = tile % parts * RACE_ROWS;
         if (taken[b] >= wanted) continue;
+        const int most_rows = int(rounds ? min(trials * rounds[b], count) : count);
         const double *const nearest = state + 2 * b * n, *const arrivals = nearest + n;
         double own_most = 0;
         uint64_t keys[RACED_EACH];
@@ -140,14 +142,14 @@ __device__ void race_rows(const double* state, const double* weights, int64_t b_
             few.clear();
             // A part's lowest are in their order: where of no part one more stays, none behind it does. Of few parts
             // several are shown at once.
-            const int64_t at_once = max(int64_t(1), min(count, THREADS / parts));
+            const int64_t at_once = max(int64_t(1), min(int64_t(most_rows), THREADS / parts));
             bool any = true;
-            for (int64_t t = 0; any && t < count; t += at_once) {
+            for (int64_t t = 0; any && t < most_rows; t += at_once) {
                 any = false;
                 for (int64_t first = 0; first < parts * at_once; first += blockDim.x) {
                     const int64_t i = first + threadIdx.x, part = i / at_once, own = t + i % at_once;
                     const int64_t at = (b * parts + part) * count + own;
-                    const bool is = part < parts && own < count;
+                    const bool is = part < parts && own < most_rows;
                     any |= few.keep(most_rows, is ? Lowest{__ldcg(&part_keys[at]), __ldcg(&part_rows[at])} : none);
                 }
             }

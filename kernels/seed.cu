@@ -235,8 +235,10 @@ extern "C" __global__ void begin_kmeanspp(const double* weights, int64_t b, int6
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    race_kmeanspp(const double* state, const double* weights, int64_t b, int64_t n, int64_t count, uint64_t* part_keys,
-                  uint32_t* part_rows, double* part_most, uint32_t* arrived, uint32_t* drawn, double* times,
-                  double* most, const uint32_t* taken, int64_t wanted) {
-    race_rows(state, weights, b, n, count, part_keys, part_rows, part_most, arrived, drawn, times, most, taken, wanted);
+    race_kmeanspp(const double* state, const double* weights, int64_t b, int64_t n, int64_t count,
+                  const uint32_t* rounds, int64_t trials, uint64_t* part_keys, uint32_t* part_rows, double* part_most,
+                  uint32_t* arrived, uint32_t* drawn, double* times, double* most, const uint32_t* taken,
+                  int64_t wanted) {
+    race_rows(state, weights, b, n, count, rounds, trials, part_keys, part_rows, part_most, arrived, drawn, times, most,
+              taken, wanted);
 }

@@ -33,7 +33,8 @@ pub enum Init {
     /// keeps the one after which the sum of weights times distances is least. It is in Arthur and Vassilvitskii's paper of 2007 as a
     /// variant, and analysed by Bhattacharya et al. (2020) and Grunau et al. (2023). Rows arrive as for k-means++, and those of several
     /// centroids, 64 at most, meet all rows in one pass over the data, which lists the rows that are nearer to them than to any centroid before: from
-    /// the lists follows which is best. About `k / 7` passes for rows of 256 columns and more, and of less than 64 about `k`.
+    /// the lists follows which is best. About `k / 5` passes for rows of 256 columns and more, one a centroid while there are few, and about `k`
+    /// passes for less than 64 columns.
     GreedyKMeansPlusPlus,
     /// k-means|| (Bahmani et al. 2012): five rounds that each draw about `2k` rows, then weighted k-means++ among them.
     /// Fewer passes than k-means++ for large `k`. The host reads a sum and a count of each round of each problem.

@@ -6,7 +6,7 @@ use super::{
     memory::{alloc, elements, ArenaLayout, Memory, Slot},
     params::shape,
     seed_filter,
-    tensors::{own, read, tensor, typed, Element},
+    tensors::{own, read, tensor, typed, DevicePtr, Element},
 };
 use crate::{
     error::Result,
@@ -143,11 +143,15 @@ pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>, memory: &Memory) -> Result<(
         launch!(dev, Seed, "begin_kmeanspp", "", elements(&[x.b, x.n]).div_ceil(THREADS), THREADS;
             Nullable(&weights), &b, &n, &draw.seed, &draw.round, &first_problem, &state)?;
     }
+    let each = trials.as_ref().map_or(Ok(1), |trials| trials.tried.dim(1))?;
+    let rounds = match trials.as_ref().filter(|_| !start) {
+        Some(trials) => own::<u32>(trials.rounds)?,
+        None => DevicePtr::NULL,
+    };
     launch!(dev, Seed, "race_kmeanspp", "", elements(&[x.b, parts]), THREADS;
-        &state, Nullable(&weights), &b, &n, &(draws as i64), &scratch.ptr(race.part_keys),
+        &state, Nullable(&weights), &b, &n, &(draws as i64), &rounds, &(each as i64), &scratch.ptr(race.part_keys),
         &scratch.ptr(race.part_rows), &scratch.ptr(race.part_most), &zeros.ptr(race.arrived), &drawn, &times, &most,
         &taken, &(wanted as i64))?;
-    let each = trials.as_ref().map_or(Ok(1), |trials| trials.tried.dim(1))?;
     // Nothing is before the first seed, and all rows have to meet it. While there are few seeds, many rows have to meet those that are tried.
     let few = start || trials.is_some() && p.block <= DENSE_LISTS;
     let (candidates, passes) = (draws + each - 1, if few { 0 } else { wanted.div_ceil(p.draws / each) });
@@ -171,7 +175,7 @@ pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>, memory: &Memory) -> Result<(
                 &(draws as i64), &i32::from(start), &(metric as i32), &(met as i64), &taken, &(wanted as i64))),
         };
     };
-    let (tried, rounds) = (own::<u32>(trials.tried)?, own::<u32>(trials.rounds)?);
+    let tried = own::<u32>(trials.tried)?;
     let (rows, masks, distances) = (scratch.ptr(nearer.rows), scratch.ptr(nearer.masks), scratch.ptr(nearer.distances));
     let (counts, gains, room) = (zeros.ptr(nearer.counts), zeros.ptr(nearer.gains), nearer.room as i64);
     match rounded {
