@@ -47,6 +47,8 @@ awk -v arch="sm_$arch" -v most_shared="$most_shared" '
     if (name ~ /^fit_narrow/) most = 104
     # What the end of a tile needs waits in memory while its columns are multiplied.
     if (name ~ /^pairwise_near_/) most = 72
+    # What a lane knows of its row waits in memory while the columns of a tile are multiplied.
+    if (name == "list_rounded_f32") most = arch == "sm_80" ? 16 : 0
     # Constants of a tile of rows, and what proves them, which no loop over centroids loads.
     if (name ~ /^assign_narrow/) most = 20
     # Its tile and counters take more shared memory than blocks of sm_80 have, so there it is not run.
