@@ -178,8 +178,8 @@ pub(crate) struct OnChipFit<'a> {
     pub labels: &'a Tensor,
 }
 
-/// A block of k-means++ (Arthur and Vassilvitskii 2007): rows are drawn by their distances to the seeds before the block, and those that are
-/// taken go to the next columns of `chosen`, where there is one left.
+/// A block of k-means++ (Arthur and Vassilvitskii 2007): rows arrive by their distances to all seeds before them, and those that become
+/// seeds go to the next columns of `chosen`, where there is one left.
 pub(crate) struct KmeansppBlock<'a> {
     pub x: &'a Rows<'a>,
     /// The distance of each row to the nearest seed ([`spread`](crate::spread)), -1 of seeds, and when it is drawn next, f64 `(b, 2, n)`. Nothing is

@@ -297,7 +297,7 @@ pub(crate) fn exponential_race_keys(
     on(nearest.device(), "exponential_race_keys")?.exponential_race_keys(nearest, weights, draw, first)
 }
 
-/// A block of k-means++: draws from the distances to the seeds so far, of which those that still have their probability are taken.
+/// A block of k-means++: the rows that arrive next, and those of them that become seeds.
 pub(crate) fn kmeanspp_block(p: &KmeansppBlock<'_>, memory: &Memory) -> Result<()> {
     on(p.x.device(), "kmeanspp_block")?.kmeanspp_block(p, memory)
 }
