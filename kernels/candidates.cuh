@@ -9,7 +9,7 @@ constexpr int MOST_TRIALS = 32;
 /// `wanted` that a race has `drawn` that are not among these.
 struct Candidates {
     uint32_t rows[CANDIDATES];
-    /// Where the race has them.
+    /// The place of each among the rows that the race has drawn.
     int drawn_at[CANDIDATES];
     bool added[CANDIDATES];
     int before, count;

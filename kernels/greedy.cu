@@ -53,7 +53,7 @@ __device__ void list_rows(const T* x, const Rows& r, const double* state, const 
     }
 }
 
-/// What a block of threads shares that goes through the rounds.
+/// The state of the rounds, which the threads of a block share.
 struct Chosen {
     Candidates candidates;
     /// Of each candidate when it arrives, its distance to the nearest seed, and what it takes off the potential by its
@@ -61,7 +61,7 @@ struct Chosen {
     double arrivals[CANDIDATES], near[CANDIDATES];
     unsigned long long gains[CANDIDATES];
     bool waits[CANDIDATES];
-    /// Those that a round tries, and the best; none where the block ends.
+    /// The candidates that a round tries, and the best of them, which is -1 where the block ends.
     int tried[MOST_TRIALS];
     int trying, best;
     double now;
@@ -225,7 +225,7 @@ __device__ void choose_rows(double* state, const double* weights, int64_t b_all,
             ++seeds;
             __syncthreads();
         }
-        // What is tried and not decided waits for the next block.
+        // A round that has not ended goes on in the next block.
         const bool ended = seeds == wanted || dense;
         if (own < trials)
             tried[b * trials + own] = !ended && own < s.trying ? s.candidates.rows[s.tried[own]] : UINT32_MAX;

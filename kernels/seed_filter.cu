@@ -16,7 +16,7 @@ constexpr int SAMPLED = 32;
 /// The largest norm of a row that is bounded, and the least distance that candidates are filtered by.
 constexpr double FAR = 1e17, NEAR = 1e-25;
 
-/// What is known of a rounded row: its norm, and a bound on its distance from the row.
+/// The norm of a rounded row, and a bound on its distance from the row.
 struct Rounded {
     float norm, residue;
 };
@@ -30,8 +30,8 @@ struct RoundedRows {
 
 /// A value as distances take it.
 template <class T>
-__device__ __forceinline__ float scaled(T value, bool by, float of) {
-    return by ? times(filter(value), of) : filter(value);
+__device__ __forceinline__ float scaled(T value, bool scales, float inverse_norm) {
+    return scales ? times(filter(value), inverse_norm) : filter(value);
 }
 
 /// The mean of some rows, `(b, d)`, by which all are moved; 0 where it is not finite.
@@ -43,8 +43,8 @@ __device__ void centre_rows(const T* x, const Rows& r, const double* norms, floa
         float sum = 0;
         for (int64_t t = 0; t < few; ++t) {
             const int64_t row = t * r.n / few;
-            const float of = norms ? reciprocal<float>(norms[b * r.n + row]) : 1;
-            sum += scaled(row_of(x, r, b, row)[i % r.d], norms, of);
+            const float inverse_norm = norms ? reciprocal<float>(norms[b * r.n + row]) : 1;
+            sum += scaled(row_of(x, r, b, row)[i % r.d], norms, inverse_norm);
         }
         const float mean = sum / float(few);
         centre[i] = fabsf(mean) < FAR ? mean : 0;
@@ -60,10 +60,10 @@ __device__ void round_rows(const T* x, const Rows& r, const double* norms, const
     for (int64_t i = global_thread() / WARP; i < r.b * r.n; i += all_threads() / WARP) {
         const int64_t b = i / r.n;
         const T* const row = row_of(x, r, b, i % r.n);
-        const float of = norms ? reciprocal<float>(norms[i]) : 1;
+        const float inverse_norm = norms ? reciprocal<float>(norms[i]) : 1;
         float squares = 0, residues = 0;
         for (int64_t j = lane; j < width; j += WARP) {
-            const float v = j < r.d ? scaled(row[j], norms, of) - centre[b * r.d + j] : 0;
+            const float v = j < r.d ? scaled(row[j], norms, inverse_norm) - centre[b * r.d + j] : 0;
             const __nv_bfloat16 rounded = __float2bfloat16_rn(v);
             const float kept = __bfloat162float(rounded), left = v - kept;
             values[i * width + j] = rounded;
@@ -80,8 +80,8 @@ __device__ void round_rows(const T* x, const Rows& r, const double* norms, const
     }
 }
 
-/// What a block of threads shares in a pass, and behind it the candidates' values, each with room behind it by which
-/// lanes that load parts of several at once do not meet in a bank.
+/// The state that a block of threads shares in a pass. Behind it lie the candidates' values, and behind each candidate
+/// there is room by which lanes that load parts of several at once do not meet in a bank.
 struct Shared {
     Candidates candidates;
     float bias[CANDIDATES];
@@ -180,7 +180,7 @@ __device__ __forceinline__ void mark(Shared& shared, const uint8_t* lines, const
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
             const int c = j * WIDE + lane % 4 * 2 + e % 2;
-            // What is not a number says nothing.
+            // A score that is not a number proves nothing, so its candidate stays.
             const bool far = shared.bias[c] - acc[j][e] > cut[e / 2] || cut[e / 2] == -INFINITY;
             if (!far && c < shared.candidates.count) marks[e / 2] |= 1ull << c;
         }
@@ -305,9 +305,9 @@ __device__ void list_rounded(const T* x, const Rows& r, const RoundedRows& round
                     atomicAdd(&shared.gains[candidate], term(top + row, before) - term(top + row, distance));
                 }
                 for (uint32_t left = __ballot_sync(~0u, is); left; left &= left - 1) {
-                    const int one = __ffs(left) - 1, of_row = __shfl_sync(~0u, row, one);
-                    const int of = __shfl_sync(~0u, candidate, one);
-                    if (lane == of_row) mask |= 1ull << of;
+                    const int pair = __ffs(left) - 1, its_row = __shfl_sync(~0u, row, pair);
+                    const int its_candidate = __shfl_sync(~0u, candidate, pair);
+                    if (lane == its_row) mask |= 1ull << its_candidate;
                 }
             },
             [&](int64_t first, int64_t all) {

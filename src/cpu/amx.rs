@@ -130,7 +130,7 @@ fn permitted() -> bool {
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0 }
 }
 
-/// What a product reads from memory, since registers are few.
+/// The arguments of a product, which lie in memory, since registers are few.
 #[repr(C)]
 struct ProductArgs {
     /// Both tiles of rows.

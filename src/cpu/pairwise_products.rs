@@ -291,14 +291,14 @@ impl<T: Element> Proof<'_, T> {
         }
         let mut tiles = centroids.tiles();
         for (tile, of_tile) in ends.iter().enumerate() {
-            let there = u32::MAX >> (32 - LANES.min(k - tile * LANES));
+            let centroid_lanes = u32::MAX >> (32 - LANES.min(k - tile * LANES));
             for first in (0..count).step_by(LANES) {
                 let ProofScratch { slices, levels, ends, rounded, open, .. } = &mut *self.scratch;
                 centroids.multiply(&mut tiles, &slices[first / LANES * len..][..len], tile, levels);
                 let rows = (&ends[first..count.min(first + LANES)], of_tile);
                 let out = (&mut rounded[first * stride + tile * LANES..], stride);
                 centroids.distances(levels, rows, out, |i, differ| {
-                    let mut differ = differ & there;
+                    let mut differ = differ & centroid_lanes;
                     while differ != 0 {
                         open.push(((first + i) as u32, tile as u32 * LANES as u32 + differ.trailing_zeros()));
                         differ &= differ - 1;

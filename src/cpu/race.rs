@@ -137,11 +137,11 @@ impl Arrivals {
 
     /// The number of the row that arrives next, which waits no longer; none if it may be another row, or there is none.
     pub fn next(&mut self) -> Option<usize> {
-        let of = |waiting: &Waiting| (waiting.arrival, waiting.row);
+        let arrival = |waiting: &Waiting| (waiting.arrival, waiting.row);
         let drawn = |waiting: &Waiting| waiting.waits && (self.certain || waiting.near > 0.0);
         let waiting = self.rows.iter().enumerate().filter(|(_, waiting)| drawn(waiting));
-        let (i, next) = waiting.min_by(|(_, x), (_, y)| order(of(x), of(y)))?;
-        if self.last.is_some_and(|last| order(of(next), last) == Ordering::Greater) {
+        let (i, next) = waiting.min_by(|(_, x), (_, y)| order(arrival(x), arrival(y)))?;
+        if self.last.is_some_and(|last| order(arrival(next), last) == Ordering::Greater) {
             return None;
         }
         self.now = next.arrival;

@@ -50,7 +50,7 @@ pub(super) struct RoundedRows {
     farther: f64,
 }
 
-/// What is known of a rounded row.
+/// A rounded row, as bounds know it.
 #[derive(Clone, Copy, Default)]
 struct Rounded {
     /// Its norm.
