@@ -15,7 +15,10 @@ use candle_flash_kmeans::nn::{LutConfig, LutLinear, LutWeights};
 use candle_nn::Linear;
 use clap::Parser;
 use common::backend::Backend;
-use std::time::Instant;
+use std::{
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 mod common {
     pub mod backend;
@@ -42,6 +45,9 @@ struct Args {
     #[arg(long, default_value_t = 20)]
     rounds: usize,
 }
+
+/// What threads that wait for work are left to fall asleep.
+const REST: Duration = Duration::from_millis(5);
 
 type Layer = Box<dyn Module>;
 
@@ -94,6 +100,10 @@ fn main() -> Result<()> {
             for _ in 0..=args.rounds {
                 for ((kind, x), least) in kinds.iter().zip(&xs).zip(&mut least) {
                     device.synchronize()?;
+                    // Threads of the kind before wait for more work for a while, at full speed.
+                    if device.is_cpu() {
+                        sleep(REST);
+                    }
                     let start = Instant::now();
                     for layer in &kind.layers {
                         layer.forward(x)?;

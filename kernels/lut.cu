@@ -1,20 +1,24 @@
-// Products of a few rows with weights that are looked up: codes of 2, 3 or 4 bits become levels in registers, and no
-// weight is ever written.
+// Products of rows with weights that are looked up: codes of 2, 3 or 4 bits become levels in registers, where tensor
+// cores take them, and no weight is ever written.
 //
-// A warp takes an output, 256 columns at a time, four blocks of 64: eight lanes have a block, and each of them the
-// codes of eight columns
-// (`LutMatrix` in request.rs). A lane keeps the table of levels in registers, the bytes of 16-bit levels apart, and
-// `__byte_perm` looks four codes up at once, as four selectors. The values of the rows are in shared memory, those of a
-// lane side by side.
+// A thread block takes 16 outputs, which are the tall side of a matrix product, and its warps take blocks of 64 columns
+// in turn. Four lanes have an output, each of them the codes of 16 columns of a block (`LutMatrix` in request.rs). A
+// lane keeps the tables of two outputs in registers, the bytes of 16-bit levels apart, and `__byte_perm` looks four
+// codes up at once, as four selectors. The values of rows are in shared memory in the order of a lane's codes, as
+// halves, which are scaled by a power of two; a value of f32 is the sum of two.
 //
-// Traffic: the codes once, with their levels and scales; rows once a thread block, from L2. Sums are in f32, in an
-// order of their own, always the same. More rows are multiplied by cuBLAS with weights that `lut_decode` writes, some
-// outputs at a time.
+// Traffic: the codes once, with their levels and scales; rows once a thread block, from L2. Products are exact, and
+// sums are in f32, in an order of their own, always the same. More rows are multiplied by cuBLAS with weights that
+// `lut_decode` writes, some outputs at a time.
+#include <float.h>
+
+#include <type_traits>
+
+#include "arch/mma.cuh"
 #include "exact/common.cuh"
 
 constexpr int LUT_WARPS = THREADS / WARP;
-constexpr int LUT_BLOCK = 64;                   // columns whose codes lie together
-constexpr int LUT_STEP = WARP / 8 * LUT_BLOCK;  // columns of a warp at a time
+constexpr int LUT_BLOCK = 64;  // columns whose codes lie together
 
 /// Weights as `LutMatrix` has them.
 struct LutWeights {
@@ -33,16 +37,26 @@ struct Table {
     static constexpr int WORDS = BITS == 4 ? 4 : BITS == 3 ? 2 : 1;
     uint32_t low[WORDS], high[WORDS];
 
-    __device__ __forceinline__ Table(const __half* levels) {
+    /// Levels as they lie, which may be on their way.
+    struct Levels {
+        uint2 fours[WORDS];
+
+        __device__ __forceinline__ void load(const __half* from) {
+#pragma unroll
+            for (int i = 0; i < WORDS; ++i) fours[i] = __ldg(reinterpret_cast<const uint2*>(from) + i);
+        }
+    };
+
+    __device__ __forceinline__ void keep(const Levels& levels) {
 #pragma unroll
         for (int i = 0; i < WORDS; ++i) {
-            const uint2 four = __ldg(reinterpret_cast<const uint2*>(levels) + i);
+            const uint2 four = levels.fours[i];
             low[i] = __byte_perm(four.x, four.y, 0x6420), high[i] = __byte_perm(four.x, four.y, 0x7531);
         }
     }
 
-    /// The levels of eight codes, each a nibble.
-    __device__ __forceinline__ void look_up(uint32_t codes, float (&v)[8]) const {
+    /// The levels of eight codes, each a nibble, in pairs.
+    __device__ __forceinline__ void look_up(uint32_t codes, uint32_t (&pairs)[4]) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const uint32_t four = codes >> 16 * half, of_eight = four & 0x7777;
@@ -53,33 +67,46 @@ struct Table {
                 lows = (lows & ~upper) | (__byte_perm(low[2], low[3], of_eight) & upper);
                 highs = (highs & ~upper) | (__byte_perm(high[2], high[3], of_eight) & upper);
             }
-            const uint32_t pairs[2] = {__byte_perm(lows, highs, 0x5140), __byte_perm(lows, highs, 0x7362)};
-#pragma unroll
-            for (int pair = 0; pair < 2; ++pair) {
-                const float2 two = __half22float2(reinterpret_cast<const __half2&>(pairs[pair]));
-                v[4 * half + 2 * pair] = two.x, v[4 * half + 2 * pair + 1] = two.y;
-            }
+            pairs[2 * half] = __byte_perm(lows, highs, 0x5140);
+            pairs[2 * half + 1] = __byte_perm(lows, highs, 0x7362);
         }
     }
 };
 
-/// The codes of lane `t` of the eight that have a block, as nibbles: of the columns t, 8 + t, 16 + t, ..
-template <int BITS>
-__device__ __forceinline__ uint32_t load_codes(const uint8_t* block, int t) {
-    if constexpr (BITS == 4) return __ldcs(reinterpret_cast<const uint32_t*>(block) + t);
-    uint32_t codes = __ldcs(reinterpret_cast<const uint16_t*>(block) + t);
+/// Numbers of sixteen fields of two bits, or of eight of one, as nibbles.
+__device__ __forceinline__ uint32_t nibbles_of_twos(uint32_t codes) {
     codes = (codes | codes << 8) & 0x00ff00ff;
     codes = (codes | codes << 4) & 0x0f0f0f0f;
-    codes = (codes | codes << 2) & 0x33333333;
-    if constexpr (BITS == 3) {
-        uint32_t high = __ldcs(block + 16 + t);
-        high = (high | high << 12) & 0x000f000f;
-        high = (high | high << 6) & 0x03030303;
-        high = (high | high << 3) & 0x11111111;
-        codes |= high << 2;
-    }
-    return codes;
+    return (codes | codes << 2) & 0x33333333;
 }
+__device__ __forceinline__ uint32_t nibbles_of_ones(uint32_t bits) {
+    bits = (bits | bits << 12) & 0x000f000f;
+    bits = (bits | bits << 6) & 0x03030303;
+    return (bits | bits << 3) & 0x11111111;
+}
+
+/// The codes of two numbers of a block, 2 t and 2 t + 1, as they lie.
+template <int BITS>
+struct Codes {
+    uint32_t first = 0, second = 0;
+
+    __device__ __forceinline__ void load(const uint8_t* block, int t) {
+        if constexpr (BITS == 4) {
+            const uint2 both = __ldcs(reinterpret_cast<const uint2*>(block) + t);
+            first = both.x, second = both.y;
+        } else {
+            first = __ldcs(reinterpret_cast<const uint32_t*>(block) + t);
+            if constexpr (BITS == 3) second = __ldcs(reinterpret_cast<const uint16_t*>(block + 16) + t);
+        }
+    }
+    /// The codes of one of them, each a nibble: of the columns 2 t, 8 + 2 t, 16 + 2 t, .., or one more.
+    __device__ __forceinline__ uint32_t number(int which) const {
+        if constexpr (BITS == 4) return which ? second : first;
+        const uint32_t codes = nibbles_of_twos(which ? first >> 16 : first & 0xffff);
+        if constexpr (BITS == 2) return codes;
+        return codes | nibbles_of_ones(which ? second >> 8 : second & 0xff) << 2;
+    }
+};
 
 /// One output: where it lies, block by block.
 template <int BITS>
@@ -96,84 +123,282 @@ struct Output {
         levels = w.levels + (o * w.tables << BITS), scales = w.scales + o * w.groups;
         a_table = float(w.tables) / blocks, a_group = float(w.groups) / blocks;
     }
-    /// Half of a block more keeps whole numbers of blocks from rounding down.
-    __device__ __forceinline__ Table<BITS> table(int block) const {
-        return Table<BITS>(levels + (tables <= 1 ? 0 : int((block + 0.5f) * a_table) << BITS));
+    /// The levels of a block. Half of a block more keeps whole numbers of blocks from rounding down.
+    __device__ __forceinline__ const __half* levels_of(int block) const {
+        return levels + (tables <= 1 ? 0 : int((block + 0.5f) * a_table) << BITS);
     }
-    __device__ __forceinline__ float scale(int block) const {
-        return __half2float(__ldg(scales + int((block + 0.5f) * a_group)));
-    }
+    __device__ __forceinline__ __half scale(int block) const { return __ldg(scales + int((block + 0.5f) * a_group)); }
 };
 
-template <class T, int BITS, int ROWS>
-__device__ void lut_product(const T* x, const Rows& r, const LutWeights& w, float* out) {
-    constexpr int STEPS = LUT_COLUMNS / LUT_STEP;
-    // Of each row the eight values of a lane side by side, block by block.
-    extern __shared__ __align__(16) float values[];
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, t = lane % 8;
-    bool staged = false;
-    for (int64_t first = int64_t(blockIdx.x) * LUT_WARPS; first < w.outputs; first += int64_t(gridDim.x) * LUT_WARPS) {
-        const int64_t o = min(first + warp, w.outputs - 1);
-        const Output<BITS> output(w, o);
-        Table<BITS> table = output.table(0);
-        float sum[ROWS] = {};
-        for (int64_t begin = 0; begin < w.columns; begin += LUT_COLUMNS) {
-            const int block = int(begin / LUT_BLOCK) + lane / 8;
-            uint32_t codes[STEPS];
-            float scale[STEPS];
+/// Halves that are a value, and how much the second counts.
+template <class T>
+constexpr int PARTS = sizeof(T) > 2 ? 2 : 1;
+constexpr float SECOND = 1.f / 2048;
+
+/// Columns that a thread brings to shared memory at a time: a quarter of a block.
+constexpr int LUT_PIECE = LUT_BLOCK / 4;
+/// Where blocks of values begin, so that their pieces lie in different banks.
+constexpr int LUT_ROOM = LUT_BLOCK + 8;
+
+/// The power of two whose product with numbers of this magnitude and below is within a half, nearly as large as that.
+__device__ __forceinline__ float to_halves(float most) {
+    const int exponent = int(__float_as_uint(most) >> 23) - 127;
+    return __uint_as_float(uint32_t(127 + 14 - max(exponent, -100)) << 23);
+}
+
+/// The values of a row from a column on, of which those beyond `count` are zeros.
+template <class T>
+__device__ __forceinline__ void load_piece(const T* from, int64_t count, T (&v)[LUT_PIECE]) {
+    constexpr int EACH = 16 / sizeof(T);
+    if (count >= LUT_PIECE && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
 #pragma unroll
-            for (int s = 0; s < STEPS; ++s) {
-                const int at = block + s * (LUT_STEP / LUT_BLOCK);
-                const bool is = at < output.blocks;
-                codes[s] = is ? load_codes<BITS>(output.codes + at * (8 * BITS), t) : 0;
-                scale[s] = is ? output.scale(at) : 0;
-            }
-            if (!staged || w.columns > LUT_COLUMNS) {
+        for (int i = 0; i < LUT_PIECE / EACH; ++i) {
+            const uint4 some = __ldg(reinterpret_cast<const uint4*>(from) + i);
+            memcpy(v + i * EACH, &some, sizeof some);
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < LUT_PIECE; ++i) v[i] = i < count ? from[i] : T(0.f);
+}
+
+/// Two halves side by side.
+__device__ __forceinline__ void store_pair(__half* to, __half a, __half b) {
+    *reinterpret_cast<__half2*>(to) = __halves2half2(a, b);
+}
+
+/// A piece of a row to shared memory, in the order of codes: value `i` of number `t` is that of column 8 i + t. The
+/// values of a block are scaled by a power of two, for which its four lanes are called together: returned is the unit.
+template <class T>
+__device__ __forceinline__ float stage(const T (&v)[LUT_PIECE], __half* first, __half* second) {
+    if constexpr (std::is_same_v<T, __half>) {
+#pragma unroll
+        for (int t = 0; t < 8; ++t) store_pair(first + 8 * t, v[t], v[8 + t]);
+        return 1;
+    }
+    float most = 0;
+#pragma unroll
+    for (int i = 0; i < LUT_PIECE; ++i) {
+        const float magnitude = fabsf(filter(v[i]));
+        if (magnitude <= FLT_MAX) most = fmaxf(most, magnitude);
+    }
+    for (int apart = 1; apart < 4; apart *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, apart));
+    const float scale = to_halves(most);
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+        const float a = filter(v[t]) * scale, b = filter(v[8 + t]) * scale;
+        const __half2 halves = __floats2half2_rn(a, b);
+        store_pair(first + 8 * t, halves.x, halves.y);
+        if constexpr (PARTS<T> == 2) {
+            const auto rest = [](float of, __half half) {
+                return isfinite(of) ? (of - __half2float(half)) / SECOND : 0.f;
+            };
+            store_pair(second + 8 * t, __float2half_rn(rest(a, halves.x)), __float2half_rn(rest(b, halves.y)));
+        }
+    }
+    return 1 / scale;
+}
+
+/// The sizes of a thread block's work for rows of `T`, with products of 8 `WIDE` columns.
+template <class T, int WIDE>
+struct Tile {
+    static constexpr bool HALVES = std::is_same_v<T, __half>;
+    static constexpr int ROWS = 8 * WIDE / PARTS<T>;
+    /// Blocks of columns that a warp, and all of them, have at a time.
+    static constexpr int STEPS = LUT_STEPS / WIDE / (HALVES ? 1 : 2), BLOCKS = STEPS * LUT_WARPS;
+    /// Where rows of values begin, so that lanes read from different banks.
+    static constexpr int STRIDE = BLOCKS * LUT_ROOM + 8;
+
+    /// What the values of a block of a row are in.
+    using Units = float[HALVES ? 1 : BLOCKS][ROWS];
+    /// What warps, and outliers, add up to.
+    struct Sums {
+        float of_warp[LUT_WARPS][LUT_TALL][8 * WIDE], of_outliers[LUT_TALL][ROWS];
+    };
+};
+
+/// The values of some rows, from a block on, to shared memory, by all threads; second parts are behind those of all
+/// rows.
+template <class T, int WIDE>
+__device__ __forceinline__ void bring_values(const T* x, const Rows& r, const LutWeights& w, int64_t top, int rows,
+                                             int begin, int blocks, __half* values,
+                                             typename Tile<T, WIDE>::Units& units) {
+    using S = Tile<T, WIDE>;
+    const int lane = threadIdx.x % WARP, pieces = 4 * min(S::BLOCKS, blocks - begin), all = rows * pieces;
+    for (int of_warp = threadIdx.x - lane; of_warp < all; of_warp += THREADS) {
+        // Lanes beyond the last block bring it once more, so that all of a warp are here.
+        const int at = min(of_warp + lane, all - 4 + lane % 4), row = at / pieces, piece = at % pieces;
+        const int block = piece / 4, quarter = piece % 4;
+        const int64_t column = int64_t(begin) * LUT_BLOCK + piece * LUT_PIECE;
+        T v[LUT_PIECE];
+        load_piece(row_of(x, r, 0, top + row) + column, w.inputs - column, v);
+        __half* const own = values + row * S::STRIDE + block * LUT_ROOM + quarter * 2;
+        const float unit = stage(v, own, own + rows * S::STRIDE);
+        if constexpr (!S::HALVES) {
+            if (quarter == 0) units[block][row] = unit;
+        }
+    }
+}
+
+/// What outliers add to a tile, by a warp for each output and row in turn.
+template <class T, class Sums>
+__device__ __forceinline__ void add_outliers(const T* x, const Rows& r, const LutWeights& w, int64_t top, int rows,
+                                             int64_t first, Sums& sums) {
+    const int lane = threadIdx.x % WARP;
+    for (int i = threadIdx.x / WARP; i < LUT_TALL * rows; i += LUT_WARPS) {
+        const int64_t o = min(first + i % LUT_TALL, w.outputs - 1);
+        const T* const row = row_of(x, r, 0, top + i / LUT_TALL);
+        float sum = 0;
+        for (int64_t e = lane; e < w.outliers; e += WARP) {
+            const int64_t at = o * w.outliers + e;
+            sum = fmaf(__half2float(w.extra[at]), filter(row[w.places[at]]), sum);
+        }
+        for (int apart = WARP / 2; apart; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
+        if (lane == 0) sums.of_outliers[i % LUT_TALL][i / LUT_TALL] = sum;
+    }
+}
+
+/// The outputs of a tile, by all threads.
+template <class T, class Sums>
+__device__ __forceinline__ void write_outputs(const LutWeights& w, int64_t top, int rows, int64_t first,
+                                              const Sums& sums, const float* bias, T* out) {
+    for (int i = threadIdx.x; i < LUT_TALL * rows; i += THREADS) {
+        const int o = i % LUT_TALL, row = i / LUT_TALL;
+        if (first + o >= w.outputs) continue;
+        float sum = 0;
+#pragma unroll
+        for (int part = 0; part < PARTS<T>; ++part) {
+#pragma unroll
+            for (int warp = 0; warp < LUT_WARPS; ++warp) sum += sums.of_warp[warp][o][part * rows + row];
+        }
+        if (w.outliers > 0) sum += sums.of_outliers[o][row];
+        if (bias) sum += bias[first + o];
+        out[(top + row) * w.outputs + first + o] = T(sum);
+    }
+}
+
+/// Products with a multiple of 8 columns, `WIDE` of them, which are rows, or parts of them. What a thread block does is
+/// a tile of outputs and rows, and some blocks of columns of it at a time, whose codes come while those before are
+/// multiplied. Values stay in shared memory while the rows, and the columns, are the same.
+template <class T, int BITS, int WIDE>
+__device__ void lut_product(const T* x, const Rows& r, const LutWeights& w, const float* bias, T* out) {
+    using S = Tile<T, WIDE>;
+    using Levels = typename Table<BITS>::Levels;
+    extern __shared__ __align__(16) char memory[];
+    __shared__ typename S::Units units;
+    // Of this tile, and of the one before, which others may still read.
+    typename S::Sums* const all_sums = reinterpret_cast<typename S::Sums*>(memory);
+    __half* const values = reinterpret_cast<__half*>(all_sums + 2);
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const int64_t talls = (w.outputs + LUT_TALL - 1) / LUT_TALL;
+    const int blocks = int(w.columns / LUT_BLOCK);
+    // The rows and the outputs of a tile, and of the next one of this thread block.
+    int64_t top = 0, tall = blockIdx.x;
+    const auto step = [&](int64_t& top, int64_t& tall, int64_t by) {
+        for (tall += by; tall >= talls; tall -= talls) top += S::ROWS;
+    };
+    step(top, tall, 0);
+    const auto output_of = [&](int64_t tall, int i) {
+        return Output<BITS>(w, min(tall * LUT_TALL + 8 * i + g, w.outputs - 1));
+    };
+    Codes<BITS> codes[S::STEPS][2];
+    __half scales[S::STEPS][2];
+    const auto load = [&](int s, const Output<BITS>(&outputs)[2], int block) {
+        if (block >= blocks) return;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            codes[s][i].load(outputs[i].codes + int64_t(block) * (8 * BITS), t);
+            scales[s][i] = outputs[i].scale(block);
+        }
+    };
+    Output<BITS> outputs[2] = {output_of(tall, 0), output_of(tall, 1)};
+    Levels levels[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) levels[i].load(outputs[i].levels);
+#pragma unroll
+    for (int s = 0; s < S::STEPS; ++s) load(s, outputs, s * LUT_WARPS + warp);
+    int64_t staged_top = -1;
+    int staged_begin = 0;
+    for (bool odd = false; top < r.n; odd = !odd) {
+        int64_t next_top = top, next_tall = tall;
+        step(next_top, next_tall, gridDim.x);
+        const int64_t first = tall * LUT_TALL;
+        const int rows = int(min(int64_t(S::ROWS), r.n - top)), columns = rows * PARTS<T>;
+        const __half* own_levels[2] = {outputs[0].levels, outputs[1].levels};
+        Table<BITS> tables[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) tables[i].keep(levels[i]);
+        float sums[WIDE][4] = {};
+        for (int begin = 0; begin < blocks; begin += S::BLOCKS) {
+            if (top != staged_top || begin != staged_begin) {
+                staged_top = top, staged_begin = begin;
+                // All have multiplied by the values that were there.
                 __syncthreads();
-                for (int at = threadIdx.x; at < LUT_COLUMNS && begin + at < w.columns; at += THREADS) {
-                    const int place = at / LUT_BLOCK * LUT_BLOCK + at % 8 * 8 + at % LUT_BLOCK / 8;
+                bring_values<T, WIDE>(x, r, w, top, rows, begin, blocks, values, units);
+                __syncthreads();
+            }
+            const bool more = begin + S::BLOCKS < blocks;
+            const int next = more ? begin + S::BLOCKS : next_top < r.n ? 0 : blocks;
+            if (!more) outputs[0] = output_of(next_tall, 0), outputs[1] = output_of(next_tall, 1);
 #pragma unroll
-                    for (int row = 0; row < ROWS; ++row) {
-                        const bool is = begin + at < w.inputs && row < r.n;
-                        values[row * LUT_COLUMNS + place] = is ? float(wide(row_of(x, r, 0, row)[begin + at])) : 0;
+            for (int s = 0; s < S::STEPS; ++s) {
+                const int own_block = s * LUT_WARPS + warp, block = begin + own_block;
+                if (block >= blocks) {
+                    load(s, outputs, next + own_block);
+                    continue;
+                }
+                float scale[2], acc[WIDE][4] = {};
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    if (outputs[i].tables > 1) {
+                        levels[i].load(own_levels[i] + (outputs[i].levels_of(block) - outputs[i].levels));
+                        tables[i].keep(levels[i]);
+                    }
+                    scale[i] = __half2float(scales[s][i]);
+                }
+#pragma unroll
+                for (int number = 0; number < 2; ++number) {
+                    const __half* const own = values + own_block * LUT_ROOM + 16 * t + 8 * number;
+                    uint32_t upper[4], lower[4];
+                    tables[0].look_up(codes[s][0].number(number), upper);
+                    tables[1].look_up(codes[s][1].number(number), lower);
+                    const uint32_t a[2][4] = {{upper[0], lower[0], upper[1], lower[1]},
+                                              {upper[2], lower[2], upper[3], lower[3]}};
+#pragma unroll
+                    for (int j = 0; j < WIDE; ++j) {
+                        const __half* const with = own + min(8 * j + g, columns - 1) * S::STRIDE;
+                        const uint4 b = *reinterpret_cast<const uint4*>(with);
+                        mma(acc[j], a[0], b.x, b.y, __half());
+                        mma(acc[j], a[1], b.z, b.w, __half());
                     }
                 }
-                __syncthreads();
-                staged = true;
-            }
+                load(s, outputs, next + own_block);
 #pragma unroll
-            for (int s = 0; s < STEPS; ++s) {
-                // Beyond the last column the values are those of others, and scales are zero: but not times a NaN.
-                if (block + s * (LUT_STEP / LUT_BLOCK) >= output.blocks) break;
-                if (output.tables > 1) table = output.table(block + s * (LUT_STEP / LUT_BLOCK));
-                float v[8];
-                table.look_up(codes[s], v);
+                for (int j = 0; j < WIDE; ++j) {
 #pragma unroll
-                for (int row = 0; row < ROWS; ++row) {
-                    const float* with = values + row * LUT_COLUMNS + s * LUT_STEP + lane * 8;
-                    const float4 a = *reinterpret_cast<const float4*>(with),
-                                 b = *reinterpret_cast<const float4*>(with + 4);
-                    float of_block = v[0] * a.x;
-                    of_block = fmaf(v[1], a.y, of_block), of_block = fmaf(v[2], a.z, of_block);
-                    of_block = fmaf(v[3], a.w, of_block), of_block = fmaf(v[4], b.x, of_block);
-                    of_block = fmaf(v[5], b.y, of_block), of_block = fmaf(v[6], b.z, of_block);
-                    sum[row] = fmaf(fmaf(v[7], b.w, of_block), scale[s], sum[row]);
+                    for (int e = 0; e < 4; ++e) {
+                        float by = scale[e / 2];
+                        if constexpr (!S::HALVES) {
+                            const int column = min(8 * j + 2 * t + e % 2, columns - 1);
+                            by *= column < rows ? units[own_block][column] : units[own_block][column - rows] * SECOND;
+                        }
+                        sums[j][e] = fmaf(acc[j][e], by, sums[j][e]);
+                    }
                 }
             }
         }
-        for (int64_t e = lane; e < w.outliers; e += WARP) {
-            const int64_t column = w.places[o * w.outliers + e];
-            const float v = __half2float(w.extra[o * w.outliers + e]);
 #pragma unroll
-            for (int row = 0; row < ROWS; ++row) {
-                if (row < r.n) sum[row] = fmaf(v, float(wide(row_of(x, r, 0, row)[column])), sum[row]);
-            }
-        }
+        for (int i = 0; i < 2; ++i) levels[i].load(outputs[i].levels);
+        typename S::Sums& of_tile = all_sums[odd];
 #pragma unroll
-        for (int row = 0; row < ROWS; ++row) {
-            for (int apart = WARP / 2; apart; apart /= 2) sum[row] += __shfl_xor_sync(~0u, sum[row], apart);
-            if (lane == 0 && row < r.n && first + warp < w.outputs) out[row * w.outputs + o] = sum[row];
+        for (int j = 0; j < WIDE; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) of_tile.of_warp[warp][g + e / 2 * 8][8 * j + 2 * t + e % 2] = sums[j][e];
         }
+        if (w.outliers > 0) add_outliers(x, r, w, top, rows, first, of_tile);
+        __syncthreads();
+        write_outputs(w, top, rows, first, of_tile, bias, out);
+        top = next_top, tall = next_tall;
     }
 }
 
@@ -181,20 +406,28 @@ __device__ void lut_product(const T* x, const Rows& r, const LutWeights& w, floa
 /// output.
 template <int BITS>
 __device__ void lut_decode(const LutWeights& w, int64_t first, int64_t count, float* out) {
-    const int lane = threadIdx.x % WARP, t = lane % 8;
+    const int lane = threadIdx.x % WARP, t = lane % 4;
     for (int64_t at = global_thread() / WARP; at < count; at += all_threads() / WARP) {
         float* const row = out + at * w.inputs;
         const Output<BITS> output(w, first + at);
-        for (int64_t begin = 0; begin < w.columns; begin += LUT_STEP) {
-            const int block = int(begin / LUT_BLOCK) + lane / 8;
-            if (block >= output.blocks) continue;
-            float v[8];
-            output.table(block).look_up(load_codes<BITS>(output.codes + block * (8 * BITS), t), v);
-            const float scale = output.scale(block);
+        for (int block = lane / 4; block < output.blocks; block += WARP / 4) {
+            typename Table<BITS>::Levels levels;
+            levels.load(output.levels_of(block));
+            Table<BITS> table;
+            table.keep(levels);
+            const float scale = __half2float(output.scale(block));
+            Codes<BITS> codes;
+            codes.load(output.codes + int64_t(block) * (8 * BITS), t);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const int64_t column = int64_t(block) * LUT_BLOCK + 8 * i + t;
-                if (column < w.inputs) row[column] = v[i] * scale;
+            for (int number = 0; number < 2; ++number) {
+                uint32_t pairs[4];
+                table.look_up(codes.number(number), pairs);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const float2 levels = __half22float2(reinterpret_cast<const __half2&>(pairs[i / 2]));
+                    const int64_t column = int64_t(block) * LUT_BLOCK + 8 * i + 2 * t + number;
+                    if (column < w.inputs) row[column] = (i % 2 ? levels.y : levels.x) * scale;
+                }
             }
         }
         __syncwarp();
@@ -205,18 +438,20 @@ __device__ void lut_decode(const LutWeights& w, int64_t first, int64_t count, fl
     }
 }
 
-#define KERNEL(name, T, bits, rows)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS, LUT_BLOCKS) lut_product_##bits##_##rows##_##name(            \
-        const T* x, Rows r, const uint8_t* codes, const __half* levels, const __half* scales, const uint32_t* places,  \
-        const __half* extra, int64_t outputs, int64_t inputs, int64_t columns, int64_t tables, int64_t groups,         \
-        int64_t outliers, float* out) {                                                                                \
+#define KERNEL(name, T, bits, wide)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS, LUT_BLOCKS) lut_product_##bits##_##wide##_##name(            \
+        const T* x, Rows r, const float* bias, const uint8_t* codes, const __half* levels, const __half* scales,       \
+        const uint32_t* places, const __half* extra, int64_t outputs, int64_t inputs, int64_t columns, int64_t tables, \
+        int64_t groups, int64_t outliers, T* out) {                                                                    \
         const LutWeights w = {                                                                                         \
             codes, levels, scales, places, extra, outputs, inputs, columns, tables, groups, outliers};                 \
-        lut_product<T, bits, rows>(x, r, w, out);                                                                      \
+        lut_product<T, bits, wide>(x, r, w, bias, out);                                                                \
     }
 #define WIDTHS(name, T, bits) KERNEL(name, T, bits, 1) KERNEL(name, T, bits, 2) KERNEL(name, T, bits, 4)
 #define INSTANCE(name, T) WIDTHS(name, T, 2) WIDTHS(name, T, 3) WIDTHS(name, T, 4)
-FOR_EACH_TYPE(INSTANCE)
+INSTANCE(f16, __half)
+INSTANCE(bf16, __nv_bfloat16)
+INSTANCE(f32, float)
 #undef INSTANCE
 #undef WIDTHS
 #undef KERNEL

@@ -164,7 +164,7 @@ pub(crate) trait Backend {
     }
 
     /// None where there is no kernel for it.
-    fn lut_product(&self, _: &Rows, _: &LutMatrix<'_>) -> Result<Option<Tensor>> {
+    fn lut_product(&self, _: &Rows, _: &LutMatrix<'_>, _: Option<&Tensor>) -> Result<Option<Tensor>> {
         Ok(None)
     }
 

@@ -230,11 +230,15 @@ pub const SELECT_MANY: usize = 1024;
 pub const ROUTE_THREADS: usize = 128;
 /// Keys of a tile there.
 pub const ROUTE_KEYS: usize = 64;
-/// Rows that `lut.cu` multiplies at most.
-pub const LUT_ROWS: usize = 4;
-/// Columns of a row whose values a thread block of it keeps at a time.
-pub const LUT_COLUMNS: usize = 4096;
-/// Such blocks of a multiprocessor.
+/// Rows that `lut.cu` multiplies at most; more are multiplied with weights that it decodes.
+pub const LUT_ROWS: usize = 128;
+/// Outputs of a thread block of it: the tall side of a product of tensor cores.
+pub const LUT_TALL: usize = 16;
+/// Blocks of columns whose codes a warp of it loads ahead, where its products have eight columns, of rows of f16; of others half as many.
+pub const LUT_STEPS: usize = 8;
+/// Columns of a product, in tiles of eight, at most.
+pub const LUT_WIDE: usize = 4;
+/// Thread blocks of it on a multiprocessor.
 pub const LUT_BLOCKS: usize = 2;
 /// Threads of a block of every other kernel.
 pub const THREADS: usize = 256;

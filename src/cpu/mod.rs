@@ -185,7 +185,7 @@ impl Backend for Cpu {
         attend_coded::attend_coded(a)
     }
 
-    fn lut_product(&self, x: &Rows, w: &LutMatrix<'_>) -> Result<Option<Tensor>> {
-        lut::product(x, w).map(Some)
+    fn lut_product(&self, x: &Rows, w: &LutMatrix<'_>, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
+        lut::product(x, w, bias).map(Some)
     }
 }

@@ -2,19 +2,19 @@
 
 use super::{
     device::{device, processors},
-    kernel::{launch, warps, Nullable},
+    kernel::{launch, warps, Nullable, WARP},
     memory::{alloc, elements},
     params::shape,
-    tensors::{read, tensor, typed, Element},
+    tensors::{read, tensor, Element},
 };
 use crate::{
-    error::Result,
+    error::{Error, Result},
     request::LutMatrix,
     rows::Rows,
-    tiles::{LUT_BLOCKS, LUT_COLUMNS, LUT_ROWS, THREADS},
+    tiles::{LUT_BLOCKS, LUT_ROWS, LUT_STEPS, LUT_TALL, LUT_WIDE, THREADS},
 };
-use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, Tensor};
-use half::f16;
+use candle_core::{cuda_backend::cudarc::driver::PushKernelArg, DType, Tensor};
+use half::{bf16, f16};
 use std::ops::Range;
 
 /// The sizes of a matrix, and where it lies, for a launch.
@@ -33,21 +33,40 @@ macro_rules! launch_lut {
     }};
 }
 
-pub(crate) fn lut_product(x: &Rows, w: &LutMatrix<'_>) -> Result<Option<Tensor>> {
-    let outputs = w.codes.dims()[0];
+pub(crate) fn lut_product(x: &Rows, w: &LutMatrix<'_>, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
     if x.n == 0 || x.n > LUT_ROWS {
         return Ok(None);
     }
-    typed!(x.dtype(), T => {
-        let dev = device(&x.operand)?;
-        let mut out = alloc::<f32>(dev, "lut_product", elements(&[x.n, outputs]))?;
-        let xs = read(&x.operand);
-        let rows = x.n.next_power_of_two();
-        let (blocks, shared) = (warps(outputs).min(LUT_BLOCKS * processors(dev)?), 4 * LUT_COLUMNS * rows);
-        launch_lut!(w, dev, product_name(w.bits, rows), T::SUFFIX, blocks, shared;
-            &xs.view::<T>()?, &shape(x); &mut out)?;
-        Ok(Some(tensor(dev, out, (x.n, outputs))))
-    })
+    match x.dtype() {
+        DType::F16 => product::<f16>(x, w, bias),
+        DType::BF16 => product::<bf16>(x, w, bias),
+        DType::F32 => product::<f32>(x, w, bias),
+        got => Err(Error::DType { argument: "x", got, expected: "F16, BF16 or F32".into() }),
+    }
+    .map(Some)
+}
+
+fn product<T: Element>(x: &Rows, w: &LutMatrix<'_>, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (dev, outputs) = (device(&x.operand)?, w.codes.dims()[0]);
+    let mut out = alloc::<T>(dev, "lut_product", elements(&[x.n, outputs]))?;
+    let (xs, bias) = (read(&x.operand), bias.map(read));
+    let bias = bias.as_ref().map(|bias| bias.view::<f32>()).transpose()?;
+    // A value of f32 has two columns of a product.
+    let parts = x.dtype().size_in_bytes().div_ceil(2);
+    let wide = (parts * x.n).div_ceil(8).next_power_of_two().min(LUT_WIDE);
+    let rows = 8 * wide / parts;
+    let tiles = outputs.div_ceil(LUT_TALL) * x.n.div_ceil(rows);
+    let blocks = tiles.min(LUT_BLOCKS * processors(dev)?);
+    launch_lut!(w, dev, product_name(w.bits, wide), T::SUFFIX, blocks, shared(x.dtype(), wide, parts, rows.min(x.n));
+        &xs.view::<T>()?, &shape(x), Nullable(&bias); &mut out)?;
+    Ok(tensor(dev, out, (x.n, outputs)))
+}
+
+/// Bytes of what each warp and the outliers add up to, twice, and of values in halves.
+fn shared(dtype: DType, wide: usize, parts: usize, rows: usize) -> usize {
+    let (warps, steps) = (THREADS / WARP, LUT_STEPS / wide / if dtype == DType::F16 { 1 } else { 2 });
+    let sums = 4 * LUT_TALL * (warps * 8 * wide + 8 * wide / parts);
+    2 * sums + parts * rows * 2 * (warps * steps * (LutMatrix::BLOCK + 8) + 8)
 }
 
 pub(crate) fn lut_decode(w: &LutMatrix<'_>, outputs: Range<usize>) -> Result<Tensor> {
@@ -59,12 +78,12 @@ pub(crate) fn lut_decode(w: &LutMatrix<'_>, outputs: Range<usize>) -> Result<Ten
     Ok(tensor(dev, out, (outputs.len(), w.inputs)))
 }
 
-/// The instance for so many bits of a code and rows.
-fn product_name(bits: usize, rows: usize) -> &'static str {
+/// The instance for so many bits of a code and tiles of columns.
+fn product_name(bits: usize, wide: usize) -> &'static str {
     const NAMES: [[&str; 3]; 3] = [
         ["lut_product_2_1", "lut_product_2_2", "lut_product_2_4"],
         ["lut_product_3_1", "lut_product_3_2", "lut_product_3_4"],
         ["lut_product_4_1", "lut_product_4_2", "lut_product_4_4"],
     ];
-    NAMES[bits - 2][rows.ilog2() as usize]
+    NAMES[bits - 2][wide.ilog2() as usize]
 }

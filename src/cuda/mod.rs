@@ -224,8 +224,8 @@ impl Backend for Cuda {
         route::route(r, memory)
     }
 
-    fn lut_product(&self, x: &Rows, w: &LutMatrix<'_>) -> Result<Option<Tensor>> {
-        lut::lut_product(x, w)
+    fn lut_product(&self, x: &Rows, w: &LutMatrix<'_>, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
+        lut::lut_product(x, w, bias)
     }
 
     fn lut_decode(&self, w: &LutMatrix<'_>, outputs: Range<usize>) -> Result<Option<Tensor>> {

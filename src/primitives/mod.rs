@@ -402,12 +402,13 @@ pub(crate) fn route(r: &Routed<'_>, memory: &Memory) -> Result<Option<Tensor>> {
     on(r.q.device(), "route")?.route(r, memory)
 }
 
-/// The products of rows `(1, m, inputs)` with weights that are codes, f32 `(m, outputs)`; nothing where there is no kernel for it.
-pub(crate) fn lut_product(x: &Rows, w: &LutMatrix<'_>) -> Result<Option<Tensor>> {
+/// The products of rows `(1, m, inputs)` with weights that are codes, and a bias, f32 `(outputs)`, if there is one: `(m, outputs)` in the dtype of the
+/// rows. Nothing where there is no kernel for it.
+pub(crate) fn lut_product(x: &Rows, w: &LutMatrix<'_>, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
     if forced() {
         return Ok(None);
     }
-    on(x.device(), "lut_product")?.lut_product(x, w)
+    on(x.device(), "lut_product")?.lut_product(x, w, bias)
 }
 
 /// The weights of some outputs, f32 `(some, inputs)`; nothing where there is no kernel for it.

@@ -74,7 +74,7 @@ fn products_are_those_of_the_stored_weights() {
     let mut rng = rng(1);
     for device in devices() {
         for (i, config) in configs().enumerate() {
-            for (outputs, inputs) in [(1, 5), (33, 64), (70, 200), (5, 384)] {
+            for (outputs, inputs) in [(1, 5), (33, 64), (70, 200), (5, 384), (18, 4300)] {
                 let w = normal(&[outputs, inputs], &mut rng);
                 let weights = LutWeights::quantize(&w.to_device(&device).unwrap(), None, &config).unwrap();
                 let spec = spec_weights(&weights.to_device(&Device::Cpu).unwrap());
@@ -82,9 +82,18 @@ fn products_are_those_of_the_stored_weights() {
                 // A product of two numbers and an addition are rounded, each to f32.
                 let near = 1e-6 * largest(flat.iter().map(|w| w.abs()));
                 assert_near(&weights.dequantize().unwrap(), &flat, near, &format!("{config:?}"));
-                for (m, dtype) in
-                    [(1, DType::F32), (3, DType::BF16), (4, DType::F16), (5, DType::F32), (40, DType::F16)]
-                {
+                let rows = [
+                    (1, DType::F32),
+                    (1, DType::BF16),
+                    (1, DType::F16),
+                    (3, DType::BF16),
+                    (9, DType::F16),
+                    (5, DType::F32),
+                    (19, DType::BF16),
+                    (40, DType::F16),
+                    (40, DType::F32),
+                ];
+                for (m, dtype) in rows {
                     let x = uniform(&[m, inputs], -1.0, 2.0, dtype, &mut rng);
                     let rows = &problems(&x)[0];
                     let expected: Vec<f64> =
@@ -104,6 +113,38 @@ fn products_are_those_of_the_stored_weights() {
                         assert_eq!((product.dims(), product.dtype()), (&[m, outputs][..], dtype), "{what}");
                         assert_near(&product, &expected, tolerance, &what);
                     }
+                }
+            }
+        }
+    }
+}
+
+/// What is not finite, or far larger than the rest, is nobody's but its own row's, whatever else the rows are.
+#[test]
+fn rows_do_not_touch_each_other() {
+    let mut rng = rng(11);
+    for device in devices() {
+        for (bits, dtype) in (2..=4).flat_map(|bits| [DType::F16, DType::BF16, DType::F32].map(|dtype| (bits, dtype))) {
+            let config = LutConfig { bits, group_size: 64, outliers: 1, ..LutConfig::default() };
+            let w = normal(&[21, 300], &mut rng).to_device(&device).unwrap();
+            let weights = LutWeights::quantize(&w, None, &config).unwrap();
+            let mut rows = problems(&uniform(&[6, 300], -1.0, 2.0, dtype, &mut rng))[0].clone();
+            (rows[1][7], rows[2][299], rows[4][130]) = (f64::INFINITY, f64::NAN, 60000.0);
+            rows[5].iter_mut().for_each(|v| *v *= 2f64.powi(-9));
+            let x = tensor(&[6, 300], dtype, |i| rows[i / 300][i % 300]).to_device(&device).unwrap();
+            let all = weights.matmul(&x).unwrap().to_device(&Device::Cpu).unwrap();
+            let spec = spec_weights(&weights.to_device(&Device::Cpu).unwrap());
+            for (i, row) in problems(&all)[0].iter().enumerate() {
+                let what = format!("{bits} bits, {dtype:?}, row {i}");
+                if i == 1 || i == 2 {
+                    assert!(row.iter().all(|y| !y.is_finite()), "{what}: {row:?}");
+                    continue;
+                }
+                let own = &problems(&x.to_device(&Device::Cpu).unwrap())[0][i];
+                for (y, w) in row.iter().zip(&spec) {
+                    let size = sum(own.iter().zip(w).map(|(x, w)| (x * w).abs()));
+                    let off = (y - dot(own, w)).abs();
+                    assert!(off <= 1e-6 * size + ulp(dot(own, w).abs(), dtype), "{what}: {off} of {size}");
                 }
             }
         }

@@ -176,7 +176,7 @@ impl LutWeights {
     }
 
     /// The products of `x` `(.., inputs)` with each output, in the dtype of `x`, f16, bf16 or f32: `(.., outputs)`. Sums are in f32. On a
-    /// CPU, and of at most 4 rows on a GPU, codes are read as they lie; else as many outputs as have 16 million weights are decoded at a time. No
+    /// CPU, and of at most 128 rows on a GPU, codes are read as they lie; else as many outputs as have 16 million weights are decoded at a time. No
     /// gradient flows.
     ///
     /// # Errors
@@ -199,17 +199,9 @@ impl LutWeights {
             return problem::empty(&shape, x.dtype(), x.device());
         }
         let rows = x.detach().reshape(((), self.inputs))?;
-        let product = match self.looked_up(&rows)? {
-            Some(product) => product,
-            None => self.by_tiles(&rows)?,
-        };
-        let product = bias.map_or_else(|| Ok(product.clone()), |bias| product.broadcast_add(bias))?;
-        Ok(product.to_dtype(x.dtype())?.reshape(shape)?)
-    }
-
-    /// By the kernel of a device, if it has one.
-    fn looked_up(&self, rows: &Tensor) -> Result<Option<Tensor>> {
-        primitives::lut_product(&Rows::new(&rows.unsqueeze(0)?)?, &self.matrix())
+        let looked_up = primitives::lut_product(&Rows::new(&rows.unsqueeze(0)?)?, &self.matrix(), bias)?;
+        let product = looked_up.map_or_else(|| self.by_tiles(&rows, bias), Ok)?;
+        Ok(product.reshape(shape)?)
     }
 
     fn matrix(&self) -> LutMatrix<'_> {
@@ -219,9 +211,11 @@ impl LutWeights {
     }
 
     /// By Candle's products with weights that are decoded tile by tile.
-    fn by_tiles(&self, rows: &Tensor) -> Result<Tensor> {
-        let rows = rows.to_dtype(DType::F32)?;
-        Ok(Tensor::cat(&self.tiles(|weights| Ok(rows.matmul(&weights.t()?)?))?, 1)?)
+    fn by_tiles(&self, rows: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let in_f32 = rows.to_dtype(DType::F32)?;
+        let product = Tensor::cat(&self.tiles(|weights| Ok(in_f32.matmul(&weights.t()?)?))?, 1)?;
+        let product = bias.map_or_else(|| Ok(product.clone()), |bias| product.broadcast_add(bias))?;
+        Ok(product.to_dtype(rows.dtype())?)
     }
 
     /// What `f` makes of the weights, tile by tile, f32 `(some, inputs)`.
