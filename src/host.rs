@@ -26,7 +26,9 @@ use std::{
 };
 
 /// Work that is worth waking another thread for, in steps of about a nanosecond. Less runs on the caller's thread.
-const GRAIN: usize = 1 << 15;
+const GRAIN: usize = 1 << 14;
+/// Work that is worth taking from the others, once there are others.
+const PIECE: usize = 1 << 12;
 
 /// Room for `len` elements, or a typed refusal.
 pub(crate) fn buffer<T>(op: &'static str, len: usize) -> Result<Vec<T>> {
@@ -119,7 +121,7 @@ pub(crate) fn map<R: Send>(
         out.extend((0..count).map(f));
         return Ok(out);
     }
-    let len = piece_len(count, least);
+    let len = piece_len(count, steps);
     let pieces = out.spare_capacity_mut()[..count].chunks_mut(len).enumerate().collect();
     each_piece(pieces, |(piece, out): (usize, &mut [MaybeUninit<R>])| {
         out.iter_mut().zip(piece * len..).for_each(|(out, i)| _ = out.write(f(i)));
@@ -140,7 +142,7 @@ pub(crate) fn reduce<R: Send>(
     if count <= least {
         return Ok((0..count).map(f).reduce(add));
     }
-    let len = piece_len(count, least);
+    let len = piece_len(count, steps);
     let mut sums: Vec<Option<R>> = (0..count.div_ceil(len)).map(|_| None).collect();
     each_piece(sums.iter_mut().enumerate().collect(), |(piece, sum): (usize, &mut Option<R>)| {
         *sum = (piece * len..count.min((piece + 1) * len)).map(&f).reduce(&add);
@@ -160,7 +162,7 @@ pub(crate) fn for_each<T: Send, S: Send>(
         let mut scratch = scratch();
         return items.into_iter().try_for_each(|item| f(&mut scratch, item));
     }
-    let len = piece_len(items.len(), least);
+    let len = piece_len(items.len(), steps);
     let mut items = items.into_iter();
     let pieces = (0..items.len().div_ceil(len)).map(|_| items.by_ref().take(len).collect()).collect();
     let (failed, scratches) = (Mutex::new(None), Mutex::new(vec![]));
@@ -192,9 +194,9 @@ pub(crate) fn sort<T: Send>(items: &mut [T], by: impl Fn(&T, &T) -> Ordering + S
 /// Pieces of `count` items for each thread, of which some may take longer than others.
 const PIECES_PER_THREAD: usize = 8;
 
-/// The items of a piece, at least so many. Nobody sees how many pieces there are.
-fn piece_len(count: usize, least: usize) -> usize {
-    count.div_ceil(PIECES_PER_THREAD * rayon::current_num_threads()).max(least)
+/// The items of a piece, for items that take so many steps each. Nobody sees how many pieces there are.
+fn piece_len(count: usize, steps: usize) -> usize {
+    count.div_ceil(PIECES_PER_THREAD * rayon::current_num_threads()).max(PIECE / steps.max(1))
 }
 
 /// Calls `f` with each of the `pieces`. It and what calls it are thin: the crew's machinery is compiled once, for [`each_index`].
