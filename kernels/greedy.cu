@@ -102,6 +102,8 @@ __device__ __forceinline__ void pick(Chosen& s, int trying, int enough, const Lo
         const int other_place = __shfl_xor_sync(~0u, place, step);
         if (other > gain || (other == gain && other_place < place)) gain = other, place = other_place;
     }
+    // All lanes have read what lane 0 writes.
+    __syncwarp();
     if (lane == 0) s.trying = trying, s.now = now, s.best = ends ? -1 : s.tried[place];
 }
 
