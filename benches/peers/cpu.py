@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 Shape = collections.namedtuple("Shape", "n d k iters")
 SHAPES = {
-    "full": [Shape(100_000, 128, 256, 11), Shape(100_000, 128, 1024, 11), Shape(50_000, 384, 512, 11), Shape(10_000, 64, 64, 31)],
+    "full": [Shape(100_000, 128, 256, 11), Shape(100_000, 128, 1024, 11), Shape(50_000, 384, 512, 11), Shape(10_000, 64, 64, 45)],
     "tiny": [Shape(4_000, 16, 32, 5), Shape(2_000, 8, 16, 5)],
 }
 ROUNDS, FEWEST_ROUNDS, SECONDS = 5, 3, 280
