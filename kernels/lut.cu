@@ -1,5 +1,6 @@
 // Products of rows with weights that are looked up: codes of 2, 3 or 4 bits become levels in registers, where tensor
-// cores take them, and no weight is ever written.
+// cores take them, and no weight is ever written. (Marlin does so with codes that are whole numbers, Frantar et al.
+// 2024.)
 //
 // A thread block takes 16 outputs, which are the tall side of a matrix product, and its warps take blocks of 64 columns
 // in turn. Four lanes have an output, each of them the codes of 16 columns of a block (`LutMatrix` in request.rs). A
@@ -73,7 +74,7 @@ struct Table {
     }
 };
 
-/// Numbers of sixteen fields of two bits, or of eight of one, as nibbles.
+/// The eight fields of a number, of two bits or of one each, as nibbles.
 __device__ __forceinline__ uint32_t nibbles_of_twos(uint32_t codes) {
     codes = (codes | codes << 8) & 0x00ff00ff;
     codes = (codes | codes << 4) & 0x0f0f0f0f;
@@ -294,15 +295,16 @@ __device__ void lut_product(const T* x, const Rows& r, const LutWeights& w, cons
     const int blocks = int(w.columns / LUT_BLOCK);
     // The rows and the outputs of a tile, and of the next one of this thread block.
     int64_t top = 0, tall = blockIdx.x;
-    const auto step = [&](int64_t& top, int64_t& tall, int64_t by) {
-        for (tall += by; tall >= talls; tall -= talls) top += S::ROWS;
+    const auto advance = [&](int64_t& to_top, int64_t& to_tall, int64_t by) {
+        for (to_tall += by; to_tall >= talls; to_tall -= talls) to_top += S::ROWS;
     };
-    step(top, tall, 0);
+    advance(top, tall, 0);
     const auto output_of = [&](int64_t tall, int i) {
         return Output<BITS>(w, min(tall * LUT_TALL + 8 * i + g, w.outputs - 1));
     };
     Codes<BITS> codes[S::STEPS][2];
     __half scales[S::STEPS][2];
+    // The codes and the scales of a step of two outputs, unless their blocks are at an end.
     const auto load = [&](int s, const Output<BITS>(&outputs)[2], int block) {
         if (block >= blocks) return;
 #pragma unroll
@@ -321,7 +323,7 @@ __device__ void lut_product(const T* x, const Rows& r, const LutWeights& w, cons
     int staged_begin = 0;
     for (bool odd = false; top < r.n; odd = !odd) {
         int64_t next_top = top, next_tall = tall;
-        step(next_top, next_tall, gridDim.x);
+        advance(next_top, next_tall, gridDim.x);
         const int64_t first = tall * LUT_TALL;
         const int rows = int(min(int64_t(S::ROWS), r.n - top)), columns = rows * PARTS<T>;
         const __half* own_levels[2] = {outputs[0].levels, outputs[1].levels};
@@ -343,6 +345,7 @@ __device__ void lut_product(const T* x, const Rows& r, const LutWeights& w, cons
 #pragma unroll
             for (int s = 0; s < S::STEPS; ++s) {
                 const int own_block = s * LUT_WARPS + warp, block = begin + own_block;
+                // These columns have none for the warp, but the next ones may.
                 if (block >= blocks) {
                     load(s, outputs, next + own_block);
                     continue;

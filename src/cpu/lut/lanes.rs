@@ -1,7 +1,8 @@
 //! Levels that codes name, looked up sixteen at a time, with what the processor has.
 //!
-//! The codes of two blocks of 64 columns make sixteen numbers of eight fields. The fields of one place are sixteen codes, and of these the
-//! instructions that permute a register by indices make sixteen levels.
+//! The codes of two blocks of 64 columns are sixteen numbers of eight fields (`LutMatrix` in `request.rs`). The fields at one place of all numbers
+//! are sixteen codes, for which the instructions that permute a register by indices find sixteen levels at once: a table of sixteen numbers of
+//! f32 fills one register of AVX-512, and two of AVX2.
 
 use crate::request::LutMatrix;
 use half::f16;
@@ -24,8 +25,8 @@ pub(super) const PAIR: usize = 2 * LutMatrix::BLOCK;
 /// Levels of a table, which repeats itself where codes are of fewer bits.
 pub(super) const LEVELS: usize = 16;
 
-/// Sixteen numbers of eight fields, at least as wide as codes, in the low bits of which a code lies once they are moved down, and above these
-/// anything. Of codes of three bits the third is apart.
+/// The numbers of a pair of blocks. Moved down by a field's place, each has the field's code in its low bits, and above it the fields that follow,
+/// which look-ups pass over. Codes of three bits have two in `fields`; the third is in `thirds`, two places up.
 #[derive(Clone, Copy)]
 pub(super) struct Numbers<C> {
     fields: C,
@@ -72,10 +73,10 @@ pub(super) trait Lanes: Copy {
     /// Each number moved by so many bits.
     fn up(self, codes: Self::Codes, bits: u32) -> Self::Codes;
     fn down(self, codes: Self::Codes, bits: u32) -> Self::Codes;
-    /// The low two bits of `twos`, and above these the bits of `rest`.
+    /// The low two bits of `twos` below the other bits of `rest`.
     fn with_rest(self, twos: Self::Codes, rest: Self::Codes) -> Self::Codes;
-    /// The levels that the low four bits of codes name, or three where tables are not `WIDE`. The blocks of a pair have tables of their own if they
-    /// are `APART`.
+    /// The levels that codes name: by their low four bits, or three where tables are not `WIDE` and say the same twice. The blocks of a pair
+    /// have each its own table if these are `APART`, or else the first.
     fn look_up<const WIDE: bool, const APART: bool>(
         self,
         tables: [Self::Floats; 2],
