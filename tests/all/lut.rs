@@ -7,6 +7,7 @@ use candle_flash_kmeans::{
     testing, Error,
 };
 use candle_nn::Linear;
+use half::f16;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
@@ -367,6 +368,20 @@ fn a_file_holds_a_layer() {
             std::fs::write(&path, &damaged).unwrap();
             let error = LutLinear::load(&path, &Device::Cpu).unwrap_err();
             assert!(matches!(error, Error::Format { .. }), "{error}");
+        }
+        // Numbers that are none.
+        let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        for name in ["levels", "scales"] {
+            let own = header.split_once(&format!("\"{name}\":{{")).unwrap().1;
+            let offset = own.split_once("\"data_offsets\":[").unwrap().1.split_once(',').unwrap().0;
+            let at = data + offset.parse::<usize>().unwrap();
+            for value in [f16::NAN, f16::INFINITY] {
+                let mut damaged = bytes.clone();
+                damaged[at..at + 2].copy_from_slice(&value.to_le_bytes());
+                std::fs::write(&path, &damaged).unwrap();
+                let error = LutLinear::load(&path, &Device::Cpu).unwrap_err();
+                assert!(matches!(error, Error::Format { .. }), "{name}, {value}: {error}");
+            }
         }
     }
 }
