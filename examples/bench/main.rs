@@ -86,6 +86,8 @@ pub(crate) enum Start {
     GreedyKMeansPlusPlus,
     #[value(name = "kmeans||")]
     KMeansParallel,
+    /// The best clusters that rows of one column have
+    Optimal,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -222,6 +224,7 @@ impl Start {
             Self::KMeansPlusPlus => Some(Init::KMeansPlusPlus),
             Self::GreedyKMeansPlusPlus => Some(Init::GreedyKMeansPlusPlus),
             Self::KMeansParallel => Some(Init::KMeansParallel),
+            Self::Optimal => Some(Init::Optimal),
         }
     }
 }

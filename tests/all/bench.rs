@@ -209,6 +209,7 @@ fn every_kind_of_data_is_timed_and_right() {
     for init in ["random", "even", "kmeans++", "greedy", "kmeans||"] {
         run(&format!("fit {sizes} --init {init} --data outlier,normal --beside normal")).unwrap();
     }
+    run("fit --b 2 --n 400 --k 5 --d 1 --init optimal --reps 1 --iters 3 --check --json").unwrap();
     for labels in ["uniform", "hot"] {
         run(&format!("update {sizes} --labels {labels} --data normal,offset,tight,equal --dtype f16,bf16,f32,f64"))
             .unwrap();
