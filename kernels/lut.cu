@@ -131,14 +131,14 @@ struct Output {
     __device__ __forceinline__ __half scale(int block) const { return __ldg(scales + int((block + 0.5f) * a_group)); }
 };
 
-/// Halves that are a value, and how much the second counts.
+/// A value is the sum of so many halves, of which the second counts this much.
 template <class T>
 constexpr int PARTS = sizeof(T) > 2 ? 2 : 1;
 constexpr float SECOND = 1.f / 2048;
 
 /// Columns that a thread brings to shared memory at a time: a quarter of a block.
 constexpr int LUT_PIECE = LUT_BLOCK / 4;
-/// Where blocks of values begin, so that their pieces lie in different banks.
+/// Blocks of values begin so many halves apart, which puts their pieces in different banks.
 constexpr int LUT_ROOM = LUT_BLOCK + 8;
 
 /// The power of two whose product with numbers of this magnitude and below is within a half, nearly as large as that.
@@ -154,8 +154,8 @@ __device__ __forceinline__ void load_piece(const T* from, int64_t count, T (&v)[
     if (count >= LUT_PIECE && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
 #pragma unroll
         for (int i = 0; i < LUT_PIECE / EACH; ++i) {
-            const uint4 some = __ldg(reinterpret_cast<const uint4*>(from) + i);
-            memcpy(v + i * EACH, &some, sizeof some);
+            const uint4 words = __ldg(reinterpret_cast<const uint4*>(from) + i);
+            memcpy(v + i * EACH, &words, sizeof words);
         }
         return;
     }
@@ -163,13 +163,14 @@ __device__ __forceinline__ void load_piece(const T* from, int64_t count, T (&v)[
     for (int i = 0; i < LUT_PIECE; ++i) v[i] = i < count ? from[i] : T(0.f);
 }
 
-/// Two halves side by side.
+/// Stores two halves side by side.
 __device__ __forceinline__ void store_pair(__half* to, __half a, __half b) {
     *reinterpret_cast<__half2*>(to) = __halves2half2(a, b);
 }
 
-/// A piece of a row to shared memory, in the order of codes: value `i` of number `t` is that of column 8 i + t. The
-/// values of a block are scaled by a power of two, for which its four lanes are called together: returned is the unit.
+/// Stores a piece of a row in shared memory, in the order of codes: value `i` of number `t` is that of column 8 i + t.
+/// The values of a block are scaled by a power of two, for which its four lanes are called together: returned is the
+/// unit.
 template <class T>
 __device__ __forceinline__ float stage(const T (&v)[LUT_PIECE], __half* first, __half* second) {
     if constexpr (std::is_same_v<T, __half>) {
@@ -207,19 +208,19 @@ struct Tile {
     static constexpr int ROWS = 8 * WIDE / PARTS<T>;
     /// Blocks of columns that a warp, and all of them, have at a time.
     static constexpr int STEPS = LUT_STEPS / WIDE / (HALVES ? 1 : 2), BLOCKS = STEPS * LUT_WARPS;
-    /// Where rows of values begin, so that lanes read from different banks.
+    /// Rows of values begin so many halves apart, which lets lanes read from different banks.
     static constexpr int STRIDE = BLOCKS * LUT_ROOM + 8;
 
-    /// What the values of a block of a row are in.
+    /// A block of values of a row has a unit, by which its products are multiplied.
     using Units = float[HALVES ? 1 : BLOCKS][ROWS];
-    /// What warps, and outliers, add up to.
+    /// The sums of a tile are added up by warps, each over its own blocks, and over outliers apart.
     struct Sums {
         float of_warp[LUT_WARPS][LUT_TALL][8 * WIDE], of_outliers[LUT_TALL][ROWS];
     };
 };
 
-/// The values of some rows, from a block on, to shared memory, by all threads; second parts are behind those of all
-/// rows.
+/// Brings the values of some rows, from a block on, to shared memory, by all threads; second parts are behind those of
+/// all rows.
 template <class T, int WIDE>
 __device__ __forceinline__ void bring_values(const T* x, const Rows& r, const LutWeights& w, int64_t top, int rows,
                                              int begin, int blocks, __half* values,
@@ -241,7 +242,7 @@ __device__ __forceinline__ void bring_values(const T* x, const Rows& r, const Lu
     }
 }
 
-/// What outliers add to a tile, by a warp for each output and row in turn.
+/// Adds up the products with outliers of a tile; a warp takes an output and a row at a time.
 template <class T, class Sums>
 __device__ __forceinline__ void add_outliers(const T* x, const Rows& r, const LutWeights& w, int64_t top, int rows,
                                              int64_t first, Sums& sums) {
@@ -259,7 +260,7 @@ __device__ __forceinline__ void add_outliers(const T* x, const Rows& r, const Lu
     }
 }
 
-/// The outputs of a tile, by all threads.
+/// Writes the outputs of a tile, by all threads.
 template <class T, class Sums>
 __device__ __forceinline__ void write_outputs(const LutWeights& w, int64_t top, int rows, int64_t first,
                                               const Sums& sums, const float* bias, T* out) {

@@ -81,7 +81,7 @@ pub(super) fn product(x: &Rows, w: &LutMatrix<'_>, bias: Option<&Tensor>) -> Res
     })
 }
 
-/// Where the value of a column lies in a row.
+/// The place in a row at which the value of a column lies.
 #[inline(always)]
 fn place(column: usize) -> usize {
     let (pair, block, field, number) =
@@ -131,7 +131,7 @@ struct Weights<'a> {
     outliers_each: usize,
 }
 
-/// What is done with weights, for each number of bits, tables that the blocks of a pair share or not, and kind of processor.
+/// A pass over weights is compiled for each number of bits, for blocks of a pair that share a table or not, and for each kind of processor.
 trait Pass {
     fn weights(&self) -> &Weights<'_>;
     fn run<const BITS: usize, const APART: bool, L: Lanes>(self, lanes: L);

@@ -33,7 +33,7 @@ pub(super) struct Numbers<C> {
     thirds: C,
 }
 
-/// What the bits of a half are times where they lie in an f32: the exponents of the two begin 112 apart.
+/// The bits of a half, moved to where an f32 has them, stand for a number that is smaller by this factor: the exponents of the two begin 112 apart.
 const UP: f32 = f32::from_bits((127 + 112) << 23);
 
 /// A finite number, as `f16::to_f32` has it, in three operations on vectors and no call.
@@ -418,12 +418,12 @@ mod tests {
         tables: [&[f16]; 2],
     ) -> Vec<[f32; LANES]> {
         let (numbers, tables) = (lanes.numbers::<BITS>(pair), tables.map(|levels| lanes.table::<BITS>(levels)));
-        let of = |field| {
+        let levels_of_field = |field| {
             let mut to = [0.0; LANES];
             lanes.store(lanes.levels::<BITS, APART>(tables, &numbers, field), &mut to);
             to
         };
-        (0..FIELDS).map(of).collect()
+        (0..FIELDS).map(levels_of_field).collect()
     }
 
     /// The code of a field of a number, bit by bit, as `LutMatrix` lays it out.
