@@ -151,6 +151,29 @@ struct Choice {
 };
 LAYOUT(Choice, 48, share, 40);
 
+/// Weights as `LutMatrix` of request.rs has them.
+struct LutWeights {
+    const uint8_t* codes;         // (outputs, 8 bits / 64 columns)
+    const void *levels, *scales;  // f16 (outputs, tables, 2^bits) or, where tables are 0, (2^bits); (outputs, groups)
+    const uint32_t* places;       // of outliers, (outputs, outliers), or null
+    const void* extra;            // what those are more than their levels, f16
+    int64_t outputs, inputs, columns;  // columns are whole blocks of 64
+    int64_t tables, groups, outliers;  // of an output
+};
+LAYOUT(LutWeights, 88, outliers, 80);
+
+/// A product of many rows with such weights. `values` and `units` are what `lut_arrange` makes of rows.
+struct LutProduct {
+    LutWeights w;
+    const void *values,
+        *across;                // f16 (tiles of rows, blocks, columns of a product, 64); (inputs, padded rows), or null
+    const float *units, *bias;  // (tiles of rows, blocks, rows of a tile), or null; (outputs), or null
+    void* out;
+    int64_t rows, padded;  // of x, and of `across`
+    int64_t parts;         // thread blocks of a tile, which share its columns: a cluster
+};
+LAYOUT(LutProduct, 152, parts, 144);
+
 /// A sort goes by one digit: the bits `mask` of a label from `shift` on, below `bins`. `before` (null: none) is the
 /// order by the lower digits.
 struct Digit {

@@ -232,6 +232,17 @@ pub const ROUTE_THREADS: usize = 128;
 pub const ROUTE_KEYS: usize = 64;
 /// Rows that `lut.cu` multiplies at most; more are multiplied with weights that it decodes.
 pub const LUT_ROWS: usize = 128;
+/// Rows and products of the two and a weight from which `lut_sm90.cu` takes less time, both its launches included.
+pub const LUT_SM90_LEAST: usize = 17;
+pub const LUT_SM90_WORTH: usize = 134_217_728;
+/// Rows that it takes at a time, which have room in the order of codes.
+pub const LUT_SM90_ROWS: usize = 8192;
+/// Outputs of a thread block of it: two warpgroups.
+pub const LUT_SM90_OUTPUTS: usize = 128;
+/// Blocks of columns whose values, and codes, have a place there at a time.
+pub const LUT_SM90_STAGES: usize = 8;
+/// Thread blocks that share a tile, at most.
+pub const LUT_SM90_PARTS: usize = 8;
 /// Outputs of a thread block of it: the tall side of a product of tensor cores.
 pub const LUT_TALL: usize = 16;
 /// Blocks of columns whose codes a warp of it loads ahead, where its products have eight columns, of rows of f16; of others half as many.

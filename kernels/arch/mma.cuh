@@ -10,7 +10,10 @@
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
-/// Copies a word.
+/// Copies two words, or one.
+__device__ __forceinline__ void cp_async_8(uint32_t* to, const uint2* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
 __device__ __forceinline__ void cp_async_4(uint32_t* to, const uint32_t* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }

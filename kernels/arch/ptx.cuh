@@ -154,25 +154,30 @@ __device__ __forceinline__ void pin(float (&acc)[N]) {
 #define SCORES_128(acc)                                                                                                \
     SCORES_64(acc), EIGHT(acc, 64), EIGHT(acc, 72), EIGHT(acc, 80), EIGHT(acc, 88), EIGHT(acc, 96), EIGHT(acc, 104),   \
         EIGHT(acc, 112), EIGHT(acc, 120)
-#define PRODUCT(T, type, width, scores, operands)                                                                      \
+#define PRODUCT(name, T, type, width, scores, operands, adds)                                                          \
     template <>                                                                                                        \
-    __device__ __forceinline__ void wgmma<T>(float(&acc)[scores], const uint32_t(&a)[4], uint64_t b) {                 \
+    __device__ __forceinline__ void name<T>(float(&acc)[scores], const uint32_t(&a)[4], uint64_t b) {                  \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" #width "k16.f32." type "." type " {" NUMBERS_##scores         \
-                     "}, " operands ", 1, 1, 1, 0;"                                                                    \
+                     "}, " operands ", " #adds ", 1, 1, 0;"                                                            \
                      : SCORES_##scores(acc)                                                                            \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
     }
-#define PRODUCTS(T, type)                                                                                              \
-    PRODUCT(T, type, 32, 16, "{%16, %17, %18, %19}, %20")                                                              \
-    PRODUCT(T, type, 64, 32, "{%32, %33, %34, %35}, %36")                                                              \
-    PRODUCT(T, type, 96, 48, "{%48, %49, %50, %51}, %52")                                                              \
-    PRODUCT(T, type, 128, 64, "{%64, %65, %66, %67}, %68")
+#define PRODUCTS(name, T, type, adds)                                                                                  \
+    PRODUCT(name, T, type, 32, 16, "{%16, %17, %18, %19}, %20", adds)                                                  \
+    PRODUCT(name, T, type, 64, 32, "{%32, %33, %34, %35}, %36", adds)                                                  \
+    PRODUCT(name, T, type, 96, 48, "{%48, %49, %50, %51}, %52", adds)                                                  \
+    PRODUCT(name, T, type, 128, 64, "{%64, %65, %66, %67}, %68", adds)
 
-/// acc += a b^T for 64 rows in registers and N / 64 * 128 rows in shared memory, 16 columns of each.
+/// acc += a b^T for 64 rows in registers and 2 N rows in shared memory, 16 columns of each.
 template <class T, int N>
 __device__ __forceinline__ void wgmma(float (&acc)[N], const uint32_t (&a)[4], uint64_t b);
-PRODUCTS(__half, "f16")
-PRODUCTS(__nv_bfloat16, "bf16")
+PRODUCTS(wgmma, __half, "f16", 1)
+PRODUCTS(wgmma, __nv_bfloat16, "bf16", 1)
+
+/// acc = a b^T of the same.
+template <class T, int N>
+__device__ __forceinline__ void wgmma_first(float (&acc)[N], const uint32_t (&a)[4], uint64_t b);
+PRODUCTS(wgmma_first, __half, "f16", 0)
 #undef PRODUCTS
 #undef PRODUCT
 

@@ -229,6 +229,39 @@ pub(super) struct Route {
 layout!(Route, 120, scale: 112);
 
 #[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct LutWeights {
+    pub(super) codes: u64,
+    pub(super) levels: u64,
+    pub(super) scales: u64,
+    pub(super) places: u64,
+    pub(super) extra: u64,
+    pub(super) outputs: i64,
+    pub(super) inputs: i64,
+    pub(super) columns: i64,
+    pub(super) tables: i64,
+    pub(super) groups: i64,
+    pub(super) outliers: i64,
+}
+
+layout!(LutWeights, 88, outliers: 80);
+
+#[repr(C)]
+pub(super) struct LutProduct {
+    pub(super) w: LutWeights,
+    pub(super) values: u64,
+    pub(super) across: u64,
+    pub(super) units: u64,
+    pub(super) bias: u64,
+    pub(super) out: u64,
+    pub(super) rows: i64,
+    pub(super) padded: i64,
+    pub(super) parts: i64,
+}
+
+layout!(LutProduct, 152, parts: 144);
+
+#[repr(C)]
 pub(super) struct Choice {
     pub(super) units: i64,
     pub(super) clustered: i64,

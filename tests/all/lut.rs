@@ -75,7 +75,7 @@ fn products_are_those_of_the_stored_weights() {
     let mut rng = rng(1);
     for device in devices() {
         for (i, config) in configs().enumerate() {
-            for (outputs, inputs) in [(1, 5), (33, 64), (70, 200), (5, 384), (18, 4300)] {
+            for (outputs, inputs) in [(1, 5), (33, 64), (70, 200), (150, 384), (18, 4300)] {
                 let w = normal(&[outputs, inputs], &mut rng);
                 let weights = LutWeights::quantize(&w.to_device(&device).unwrap(), None, &config).unwrap();
                 let spec = spec_weights(&weights.to_device(&Device::Cpu).unwrap());
@@ -93,6 +93,9 @@ fn products_are_those_of_the_stored_weights() {
                     (19, DType::BF16),
                     (40, DType::F16),
                     (40, DType::F32),
+                    (150, DType::F16),
+                    (141, DType::BF16),
+                    (133, DType::F32),
                 ];
                 for (m, dtype) in rows {
                     let x = uniform(&[m, inputs], -1.0, 2.0, dtype, &mut rng);
@@ -399,6 +402,10 @@ fn what_does_not_fit_is_refused() {
     refused(
         quantize(&w, None, LutConfig { group_size: 32, ..default }),
         "group_size: 32 cannot be combined with codes of 64 columns that lie together",
+    );
+    refused(
+        quantize(&w, None, LutConfig { group_size: 1 << 63, levels: Granularity::Tensor, ..default }),
+        "group_size: 9223372036854775808 is outside 0..=4294967295",
     );
     refused(quantize(&w, None, LutConfig { outliers: 71, ..default }), "outliers: 71 is outside 0..=70");
     refused(quantize(&w, Some(&w.narrow(1, 0, 7).unwrap()), default), "importance: shape [4, 7], expected [70]");

@@ -1,6 +1,6 @@
 // Products of rows with weights that are looked up: codes of 2, 3 or 4 bits become levels in registers, where tensor
 // cores take them, and no weight is ever written. (Marlin does so with codes that are whole numbers, Frantar et al.
-// 2024.)
+// 2024.) On Hopper lut_sm90.cu multiplies many rows.
 //
 // A thread block takes 16 outputs, which are the tall side of a matrix product, and its warps take blocks of 64 columns
 // in turn. Four lanes have an output, each of them the codes of 16 columns of a block (`LutMatrix` in request.rs). A
@@ -11,162 +11,15 @@
 // Traffic: the codes once, with their levels and scales; rows once a thread block, from L2. Products are exact, and
 // sums are in f32, in an order of their own, always the same. More rows are multiplied by cuBLAS with weights that
 // `lut_decode` writes, some outputs at a time.
-#include <float.h>
-
-#include <type_traits>
-
 #include "arch/mma.cuh"
-#include "exact/common.cuh"
+#include "lut/values.cuh"
 
 constexpr int LUT_WARPS = THREADS / WARP;
-constexpr int LUT_BLOCK = 64;  // columns whose codes lie together
-
-/// Weights as `LutMatrix` has them.
-struct LutWeights {
-    const uint8_t* codes;    // (outputs, 8 bits / 64 columns)
-    const __half* levels;    // (outputs, tables, 2^bits), or (2^bits) of all outputs, where tables are 0
-    const __half* scales;    // (outputs, groups)
-    const uint32_t* places;  // (outputs, outliers), or null
-    const __half* extra;
-    int64_t outputs, inputs, columns, tables, groups, outliers;
-};
-
-/// A table of levels, the low bytes and the high bytes of four levels each in a register, where `__byte_perm` looks
-/// codes up.
-template <int BITS>
-struct Table {
-    static constexpr int WORDS = BITS == 4 ? 4 : BITS == 3 ? 2 : 1;
-    uint32_t low[WORDS], high[WORDS];
-
-    /// Levels as they lie, which may be on their way.
-    struct Levels {
-        uint2 fours[WORDS];
-
-        __device__ __forceinline__ void load(const __half* from) {
-#pragma unroll
-            for (int i = 0; i < WORDS; ++i) fours[i] = __ldg(reinterpret_cast<const uint2*>(from) + i);
-        }
-    };
-
-    __device__ __forceinline__ void keep(const Levels& levels) {
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i) {
-            const uint2 four = levels.fours[i];
-            low[i] = __byte_perm(four.x, four.y, 0x6420), high[i] = __byte_perm(four.x, four.y, 0x7531);
-        }
-    }
-
-    /// The levels of eight codes, each a nibble, in pairs.
-    __device__ __forceinline__ void look_up(uint32_t codes, uint32_t (&pairs)[4]) const {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint32_t four = codes >> 16 * half, of_eight = four & 0x7777;
-            uint32_t lows = __byte_perm(low[0], low[BITS > 2], of_eight);
-            uint32_t highs = __byte_perm(high[0], high[BITS > 2], of_eight);
-            if constexpr (BITS == 4) {
-                const uint32_t upper = __byte_perm(0xff00, 0, four >> 3 & 0x1111);
-                lows = (lows & ~upper) | (__byte_perm(low[2], low[3], of_eight) & upper);
-                highs = (highs & ~upper) | (__byte_perm(high[2], high[3], of_eight) & upper);
-            }
-            pairs[2 * half] = __byte_perm(lows, highs, 0x5140);
-            pairs[2 * half + 1] = __byte_perm(lows, highs, 0x7362);
-        }
-    }
-};
-
-/// The eight fields of a number, of two bits or of one each, as nibbles.
-__device__ __forceinline__ uint32_t nibbles_of_twos(uint32_t codes) {
-    codes = (codes | codes << 8) & 0x00ff00ff;
-    codes = (codes | codes << 4) & 0x0f0f0f0f;
-    return (codes | codes << 2) & 0x33333333;
-}
-__device__ __forceinline__ uint32_t nibbles_of_ones(uint32_t bits) {
-    bits = (bits | bits << 12) & 0x000f000f;
-    bits = (bits | bits << 6) & 0x03030303;
-    return (bits | bits << 3) & 0x11111111;
-}
-
-/// The codes of two numbers of a block, 2 t and 2 t + 1, as they lie.
-template <int BITS>
-struct Codes {
-    uint32_t first = 0, second = 0;
-
-    __device__ __forceinline__ void load(const uint8_t* block, int t) {
-        if constexpr (BITS == 4) {
-            const uint2 both = __ldcs(reinterpret_cast<const uint2*>(block) + t);
-            first = both.x, second = both.y;
-        } else {
-            first = __ldcs(reinterpret_cast<const uint32_t*>(block) + t);
-            if constexpr (BITS == 3) second = __ldcs(reinterpret_cast<const uint16_t*>(block + 16) + t);
-        }
-    }
-    /// The codes of one of them, each a nibble: of the columns 2 t, 8 + 2 t, 16 + 2 t, .., or one more.
-    __device__ __forceinline__ uint32_t number(int which) const {
-        if constexpr (BITS == 4) return which ? second : first;
-        const uint32_t codes = nibbles_of_twos(which ? first >> 16 : first & 0xffff);
-        if constexpr (BITS == 2) return codes;
-        return codes | nibbles_of_ones(which ? second >> 8 : second & 0xff) << 2;
-    }
-};
-
-/// One output: where it lies, block by block.
-template <int BITS>
-struct Output {
-    const uint8_t* codes;
-    const __half *levels, *scales;
-    int blocks, tables;
-    float a_table, a_group;  // blocks of a table, of a group: one over them
-
-    __device__ __forceinline__ Output(const LutWeights& w, int64_t o)
-        : blocks(w.columns / LUT_BLOCK),
-          tables(w.tables) {
-        codes = w.codes + o * blocks * (8 * BITS);
-        levels = w.levels + (o * w.tables << BITS), scales = w.scales + o * w.groups;
-        a_table = float(w.tables) / blocks, a_group = float(w.groups) / blocks;
-    }
-    /// The levels of a block. Half of a block more keeps whole numbers of blocks from rounding down.
-    __device__ __forceinline__ const __half* levels_of(int block) const {
-        return levels + (tables <= 1 ? 0 : int((block + 0.5f) * a_table) << BITS);
-    }
-    __device__ __forceinline__ __half scale(int block) const { return __ldg(scales + int((block + 0.5f) * a_group)); }
-};
-
-/// A value is the sum of so many halves, of which the second counts this much.
-template <class T>
-constexpr int PARTS = sizeof(T) > 2 ? 2 : 1;
-constexpr float SECOND = 1.f / 2048;
-
-/// Columns that a thread brings to shared memory at a time: a quarter of a block.
-constexpr int LUT_PIECE = LUT_BLOCK / 4;
 /// Blocks of values begin so many halves apart, which puts their pieces in different banks.
 constexpr int LUT_ROOM = LUT_BLOCK + 8;
 
-/// The power of two whose product with numbers of this magnitude and below is within a half, nearly as large as that.
-__device__ __forceinline__ float to_halves(float most) {
-    const int exponent = int(__float_as_uint(most) >> 23) - 127;
-    return __uint_as_float(uint32_t(127 + 14 - max(exponent, -100)) << 23);
-}
-
-/// The values of a row from a column on, of which those beyond `count` are zeros.
-template <class T>
-__device__ __forceinline__ void load_piece(const T* from, int64_t count, T (&v)[LUT_PIECE]) {
-    constexpr int EACH = 16 / sizeof(T);
-    if (count >= LUT_PIECE && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-#pragma unroll
-        for (int i = 0; i < LUT_PIECE / EACH; ++i) {
-            const uint4 words = __ldg(reinterpret_cast<const uint4*>(from) + i);
-            memcpy(v + i * EACH, &words, sizeof words);
-        }
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < LUT_PIECE; ++i) v[i] = i < count ? from[i] : T(0.f);
-}
-
 /// Stores two halves side by side.
-__device__ __forceinline__ void store_pair(__half* to, __half a, __half b) {
-    *reinterpret_cast<__half2*>(to) = __halves2half2(a, b);
-}
+__device__ __forceinline__ void store_pair(__half* to, __half2 pair) { *reinterpret_cast<__half2*>(to) = pair; }
 
 /// Stores a piece of a row in shared memory, in the order of codes: value `i` of number `t` is that of column 8 i + t.
 /// The values of a block are scaled by a power of two, for which its four lanes are called together: returned is the
@@ -175,28 +28,17 @@ template <class T>
 __device__ __forceinline__ float stage(const T (&v)[LUT_PIECE], __half* first, __half* second) {
     if constexpr (std::is_same_v<T, __half>) {
 #pragma unroll
-        for (int t = 0; t < 8; ++t) store_pair(first + 8 * t, v[t], v[8 + t]);
+        for (int t = 0; t < 8; ++t) store_pair(first + 8 * t, __halves2half2(v[t], v[8 + t]));
         return 1;
     }
-    float most = 0;
-#pragma unroll
-    for (int i = 0; i < LUT_PIECE; ++i) {
-        const float magnitude = fabsf(filter(v[i]));
-        if (magnitude <= FLT_MAX) most = fmaxf(most, magnitude);
-    }
+    float most = largest(v);
     for (int apart = 1; apart < 4; apart *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, apart));
     const float scale = to_halves(most);
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
-        const float a = filter(v[t]) * scale, b = filter(v[8 + t]) * scale;
-        const __half2 halves = __floats2half2_rn(a, b);
-        store_pair(first + 8 * t, halves.x, halves.y);
-        if constexpr (PARTS<T> == 2) {
-            const auto rest = [](float of, __half half) {
-                return isfinite(of) ? (of - __half2float(half)) / SECOND : 0.f;
-            };
-            store_pair(second + 8 * t, __float2half_rn(rest(a, halves.x)), __float2half_rn(rest(b, halves.y)));
-        }
+        const Halves pair(filter(v[t]) * scale, filter(v[8 + t]) * scale);
+        store_pair(first + 8 * t, pair.first);
+        if constexpr (PARTS<T> == 2) store_pair(second + 8 * t, pair.second);
     }
     return 1 / scale;
 }
@@ -253,7 +95,7 @@ __device__ __forceinline__ void add_outliers(const T* x, const Rows& r, const Lu
         float sum = 0;
         for (int64_t e = lane; e < w.outliers; e += WARP) {
             const int64_t at = o * w.outliers + e;
-            sum = fmaf(__half2float(w.extra[at]), filter(row[w.places[at]]), sum);
+            sum = fmaf(__half2float(static_cast<const __half*>(w.extra)[at]), filter(row[w.places[at]]), sum);
         }
         for (int apart = WARP / 2; apart; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
         if (lane == 0) sums.of_outliers[i % LUT_TALL][i / LUT_TALL] = sum;
@@ -282,8 +124,8 @@ __device__ __forceinline__ void write_outputs(const LutWeights& w, int64_t top, 
 /// Products with a multiple of 8 columns, `WIDE` of them, which are rows, or parts of them. What a thread block does is
 /// a tile of outputs and rows, and some blocks of columns of it at a time, whose codes come while those before are
 /// multiplied. Values stay in shared memory while the rows, and the columns, are the same.
-template <class T, int BITS, int WIDE>
-__device__ void lut_product(const T* x, const Rows& r, const LutWeights& w, const float* bias, T* out) {
+template <class T, int BITS, int WIDE, bool OWN_TABLES>
+__device__ __forceinline__ void lut_product(const T* x, const Rows& r, const LutWeights& w, const float* bias, T* out) {
     using S = Tile<T, WIDE>;
     using Levels = typename Table<BITS>::Levels;
     extern __shared__ __align__(16) char memory[];
@@ -354,7 +196,7 @@ __device__ void lut_product(const T* x, const Rows& r, const LutWeights& w, cons
                 float scale[2], acc[WIDE][4] = {};
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    if (outputs[i].tables > 1) {
+                    if constexpr (OWN_TABLES) {
                         levels[i].load(own_levels[i] + (outputs[i].levels_of(block) - outputs[i].levels));
                         tables[i].keep(levels[i]);
                     }
@@ -437,19 +279,16 @@ __device__ void lut_decode(const LutWeights& w, int64_t first, int64_t count, fl
         __syncwarp();
         for (int64_t e = lane; e < w.outliers; e += WARP) {
             const int64_t outlier = (first + at) * w.outliers + e;
-            row[w.places[outlier]] += __half2float(w.extra[outlier]);
+            row[w.places[outlier]] += __half2float(static_cast<const __half*>(w.extra)[outlier]);
         }
     }
 }
 
 #define KERNEL(name, T, bits, wide)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS, LUT_BLOCKS) lut_product_##bits##_##wide##_##name(            \
-        const T* x, Rows r, const float* bias, const uint8_t* codes, const __half* levels, const __half* scales,       \
-        const uint32_t* places, const __half* extra, int64_t outputs, int64_t inputs, int64_t columns, int64_t tables, \
-        int64_t groups, int64_t outliers, T* out) {                                                                    \
-        const LutWeights w = {                                                                                         \
-            codes, levels, scales, places, extra, outputs, inputs, columns, tables, groups, outliers};                 \
-        lut_product<T, bits, wide>(x, r, w, bias, out);                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, LUT_BLOCKS)                                                  \
+        lut_product_##bits##_##wide##_##name(const T* x, Rows r, LutWeights w, const float* bias, T* out) {            \
+        if (w.tables > 1) lut_product<T, bits, wide, true>(x, r, w, bias, out);                                        \
+        else lut_product<T, bits, wide, false>(x, r, w, bias, out);                                                    \
     }
 #define WIDTHS(name, T, bits) KERNEL(name, T, bits, 1) KERNEL(name, T, bits, 2) KERNEL(name, T, bits, 4)
 #define INSTANCE(name, T) WIDTHS(name, T, 2) WIDTHS(name, T, 3) WIDTHS(name, T, 4)
@@ -462,11 +301,7 @@ INSTANCE(f32, float)
 
 #define KERNEL(bits)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(THREADS, LUT_BLOCKS)                                                  \
-        lut_decode_##bits(const uint8_t* codes, const __half* levels, const __half* scales, const uint32_t* places,    \
-                          const __half* extra, int64_t outputs, int64_t inputs, int64_t columns, int64_t tables,       \
-                          int64_t groups, int64_t outliers, int64_t first, int64_t count, float* out) {                \
-        const LutWeights w = {                                                                                         \
-            codes, levels, scales, places, extra, outputs, inputs, columns, tables, groups, outliers};                 \
+        lut_decode_##bits(LutWeights w, int64_t first, int64_t count, float* out) {                                    \
         lut_decode<bits>(w, first, count, out);                                                                        \
     }
 KERNEL(2)
