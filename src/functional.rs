@@ -46,8 +46,9 @@ pub fn assign_with_distances(x: &Tensor, centroids: &Tensor, metric: Metric) -> 
 ///
 /// `x` is `(..batch, n, d)` and `centroids` `(..batch, k, d)`, or `(k, d)` for every problem, in the same float dtype, and `m` is
 /// at most `k` and 64. Of centroids at equal distances the lower index comes first, so that column 0 has the labels of [`assign`].
-/// A distance that is NaN counts, and is shown, as infinity. One pass over the rows, and no `(n, k)` matrix: fast scores rule
-/// centroids out within a proven error bound, as they do for labels. No gradient flows.
+/// A distance that is NaN counts, and is shown, as infinity. One pass over the rows. On the CPU fast scores rule centroids out within a
+/// proven error bound, as they do for labels, without an `(n, k)` matrix; on a GPU the distances of [`transform`](crate::Fit::transform) do, of as many rows at a time as
+/// have 128 MiB of them. No gradient flows.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
