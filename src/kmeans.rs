@@ -16,7 +16,9 @@ use std::sync::Arc;
 pub enum Init {
     /// By the number of clusters: [greedy k-means++](Self::GreedyKMeansPlusPlus) of at most 32, whose passes over the rows are about as many as
     /// those of the iterations and which finds separate groups of rows where random ones mostly do not, and [random](Self::Random) rows of
-    /// more. A fit that is [prepared](KMeans::prepare) starts from random rows in any case, which take no pass.
+    /// more. Of more than 65,536 rows, unless they have [lengths](KMeans::lengths), a sample of so many is drawn uniformly, in a stream as in
+    /// memory, so that neither time nor memory of a start grows with the rows. A fit that is [prepared](KMeans::prepare) starts from random
+    /// rows in any case, which take no pass.
     #[default]
     Auto,
     /// `k` different rows, uniformly, or with probability proportional to the sample weights, for which the host reads a number a
@@ -160,11 +162,10 @@ impl KMeans {
         self
     }
 
-    /// The same with the start that [`Init::Auto`] stands for.
+    /// The same with the start that [`Init::Auto`] stands for, which stays where it is a greedy one.
     pub(crate) fn started(&self, prepared: bool) -> Self {
         match self.init {
             Init::Auto if prepared || self.k > GREEDY_CLUSTERS => self.clone().init(Init::Random),
-            Init::Auto => self.clone().init(Init::GreedyKMeansPlusPlus),
             _ => self.clone(),
         }
     }

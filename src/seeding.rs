@@ -18,6 +18,9 @@ use candle_core::{DType, Device, Tensor};
 use rand::{seq::index, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+/// Of problems' streams of random numbers there are fewer.
+const SAMPLE_STREAM: u64 = u64::MAX;
+
 /// Steps that a draw takes.
 const DRAW_STEPS: usize = 20;
 
@@ -33,14 +36,43 @@ pub(crate) fn centroids(
     draw: Draw,
     watch: Option<&dyn Fn(usize)>,
 ) -> Result<Tensor> {
-    let index = match init {
-        Init::KMeansPlusPlus => plus_plus(x, [k, 1], weights, metric, draw, watch)?,
-        Init::GreedyKMeansPlusPlus => plus_plus(x, [k, trials(k)], weights, metric, draw, watch)?,
-        Init::KMeansParallel => return parallel(x, k, weights, metric, draw),
-        Init::Optimal => return optimal::means(x, k, weights),
-        _ => weighted(x, k, weights, draw)?,
-    };
-    primitives::gather(x, &index)
+    match init {
+        Init::KMeansParallel => parallel(x, k, weights, metric, draw),
+        Init::Optimal => optimal::means(x, k, weights),
+        _ => primitives::gather(x, &rows(init, x, k, weights, metric, draw, watch)?),
+    }
+}
+
+/// The same as rows, u32 `(b, k)`, of an initialisation that chooses such.
+pub(crate) fn rows(
+    init: &Init,
+    x: &Rows,
+    k: usize,
+    weights: Option<&Tensor>,
+    metric: Metric,
+    draw: Draw,
+    watch: Option<&dyn Fn(usize)>,
+) -> Result<Tensor> {
+    match init {
+        Init::KMeansPlusPlus => plus_plus(x, [k, 1], weights, metric, draw, watch),
+        Init::Auto | Init::GreedyKMeansPlusPlus => plus_plus(x, [k, trials(k)], weights, metric, draw, watch),
+        Init::Random => weighted(x, k, weights, draw),
+        Init::KMeansParallel | Init::Even | Init::Optimal | Init::Given(_) => {
+            unreachable!("{init:?} chooses no rows by what they hold")
+        }
+    }
+}
+
+/// So many of `n` rows, drawn uniformly and without replacement, in order; all where they are no more.
+pub(crate) fn sample_rows(n: usize, count: usize, seed: u64) -> Vec<usize> {
+    if count >= n {
+        return (0..n).collect();
+    }
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(SAMPLE_STREAM);
+    let mut rows = index::sample(&mut rng, n, count).into_vec();
+    rows.sort_unstable();
+    rows
 }
 
 /// Given centroids as `(b, k, d)`.

@@ -126,6 +126,15 @@ pub(crate) fn whole(term: f64, units: f64) -> u64 {
     (term.min(LARGEST) * units + ROUND).to_bits() - ROUND.to_bits()
 }
 
+/// Rows of which a start that looks at them sees a sample, where it is `Init::Auto` or rows are streamed: for each centroid, and at least.
+const SAMPLED_PER_CENTROID: usize = 16;
+pub(crate) const SAMPLED: usize = 65_536;
+
+/// How many of `n` rows a start of `k` centroids sees that goes by a sample.
+pub(crate) fn sampled(n: usize, k: usize) -> usize {
+    k.saturating_mul(SAMPLED_PER_CENTROID).max(SAMPLED).min(n)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

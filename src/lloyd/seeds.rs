@@ -12,7 +12,8 @@ use crate::{
     primitives,
     rng::Draw,
     rows::Rows,
-    seeding,
+    seeding::{self, sample_rows},
+    spread::{sampled, SAMPLED},
 };
 use candle_core::Tensor;
 
@@ -41,6 +42,9 @@ impl PreparedFit {
                 let usable = if any { drawn.clone() } else { primitives::usable_seeds(x, weights, drawn, metric)? };
                 primitives::gather(x, &usable)?
             }
+            (Init::Auto, _) if self.p.n > SAMPLED && self.settings.lengths.is_none() => {
+                self.seeds_of_sample(x, run, seed)?
+            }
             _ => {
                 let weights = self.weights.as_ref().map(|w| &w.values);
                 let draw = Draw { seed, round: 0, first_problem: self.p.first_problem };
@@ -55,6 +59,28 @@ impl PreparedFit {
         primitives::overwrite(&self.centroids, &start)?;
         self.tell(run, k);
         Ok(())
+    }
+
+    /// The seeds that a sample of the rows, the same ones of each problem, has by greedy k-means++.
+    fn seeds_of_sample(&self, x: &Rows, run: usize, seed: u64) -> Result<Tensor> {
+        let (settings, p, metric) = (&self.settings, &self.p, self.p.metric);
+        let sample = sample_rows(p.n, sampled(p.n, p.k), seed);
+        let sample = Tensor::from_iter(sample.into_iter().map(|row| row as u32), &self.device)?.unsqueeze(0)?;
+        let sample = sample.broadcast_as((p.b, sample.dim(1)?))?.contiguous()?;
+        let all_weights = self.weights.as_ref().map(|w| &w.values);
+        let weights = all_weights.map(|w| w.gather(&sample, 1)).transpose()?;
+        let of_sample = primitives::gather(x, &sample)?;
+        let of_sample = Rows::new(&of_sample)?;
+        let weights = seed_weights(&of_sample, weights.as_ref(), settings)?;
+        let draw = Draw { seed, round: 0, first_problem: p.first_problem };
+        let watch = |seeds| self.tell(run, seeds);
+        let watch: Option<&dyn Fn(usize)> = settings.on_seed.is_some().then_some(&watch);
+        let chosen = seeding::rows(&settings.init, &of_sample, p.k, weights.as_ref(), metric, draw, watch)?;
+        let chosen = sample.gather(&chosen, 1)?;
+        let any = settings.check_finite && metric != Metric::Cosine && settings.weights.is_none();
+        // Where the sample has too few rows that can be seeds, others may.
+        let chosen = if any { chosen } else { primitives::usable_seeds(x, all_weights, &chosen, metric)? };
+        primitives::gather(x, &chosen)
     }
 }
 

@@ -13,7 +13,7 @@ use crate::{
     metric::Metric,
     problem::Problem,
     rows::RowLayout,
-    spread::{draws, greedy_draws, rounded_width, trials, worth_rounding},
+    spread::{draws, greedy_draws, rounded_width, trials, worth_rounding, SAMPLED},
     tiles::{AMX_ROWS, CPU_ROWS},
 };
 use candle_core::DType;
@@ -44,14 +44,15 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
     // On a GPU also what assigns rows to those, and all that is held of each row meanwhile.
     // Of each row its norm, its distance, its arrival and where it is listed; the rows that are drawn, each with its values, which parts have
     // drawn it, and how far it is from the others; and what each thread adds up in.
-    let raced = |listed: u64, draws: u64| {
+    let raced = |n: u64, listed: u64, draws: u64| {
+        let bn = b * n;
         let scratch =
             if cpu { (rayon::current_num_threads() as u64 + 1) * (d * filter + 32 * filter * draws) } else { 0 };
         (32 + listed + draws / 64) * bn + b * (draws * (d * filter + 128 + 8 * draws) + 256) + scratch
     };
     // Rows as a matrix unit takes them, what is known of each, their tasks, and the seeds of a pass; and of each thread a few rows, which it finds
     // the median of or rounds, and scores.
-    let rounded = |passes: usize, draws: u64| match arch {
+    let rounded = |n: u64, passes: usize, draws: u64| match arch {
         Arch::Cpu { amx: true } if worth_rounding(p.metric, p.d, passes) => {
             let (tile, padded) = (AMX_ROWS as u64, d.next_multiple_of(32));
             let seeds = draws.next_multiple_of(tile);
@@ -60,22 +61,26 @@ pub(super) fn bytes(p: &Problem, steps: &Steps, pack: bool, settings: &KMeans, a
                 + scratch
         }
         Arch::Cuda { .. } if p.dtype != DType::F64 && worth_rounding(p.metric, p.d, passes) => {
-            (2 * rounded_width(p.d) as u64 + 8) * bn + 4 * b * d
+            (2 * rounded_width(p.d) as u64 + 8) * b * n + 4 * b * d
         }
         _ => 0,
     };
     let (drawn, begins) = match settings.init {
         Init::KMeansPlusPlus => {
             let draws = draws(p.k);
-            (k, raced(0, draws as u64) + rounded(p.k.div_ceil(draws), draws as u64))
+            (k, raced(n, 0, draws as u64) + rounded(n, p.k.div_ceil(draws), draws as u64))
         }
-        Init::GreedyKMeansPlusPlus => {
+        Init::Auto | Init::GreedyKMeansPlusPlus => {
+            let sampled = matches!(settings.init, Init::Auto) && settings.lengths.is_none() && p.n > SAMPLED;
+            let n = if sampled { SAMPLED as u64 } else { n };
+            // The sample, where it lies, and its weights.
+            let sample = if sampled { b * n * (d * size + eights + 24) } else { 0 };
             let trials = trials(p.k);
             let draws = greedy_draws(p.d, trials);
             // A list has room for all rows on a GPU; on a CPU it grows, by copies to twice its length.
             let candidates = (draws + trials - 1) as u64;
             let listed = if cpu { 40 * draws as u64 } else { 12 * candidates + 8 };
-            (k, raced(listed, candidates) + rounded(p.k.div_ceil(draws / trials), candidates))
+            (k, sample + raced(n, listed, candidates) + rounded(n, p.k.div_ceil(draws / trials), candidates))
         }
         Init::KMeansParallel => {
             let drawn = drawn(k).min(n);

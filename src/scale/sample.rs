@@ -1,10 +1,11 @@
 //! Fits of a sample of rows that memory does not hold.
 
-use super::{options::StreamOptions, reads::read_rows, seeds::sample_rows, source::Source, stream::check_stream};
+use super::{options::StreamOptions, reads::read_rows, source::Source, stream::check_stream};
 use crate::{
     error::{Error, Result},
     fit::Fit,
     kmeans::{Init, KMeans},
+    seeding::sample_rows,
 };
 use candle_core::{Device, Tensor};
 

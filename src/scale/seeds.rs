@@ -12,19 +12,11 @@ use crate::{
     problem::Problem,
     rng::Draw,
     rows::Rows,
-    seeding,
+    seeding::{self, sample_rows},
+    spread::sampled,
 };
 use candle_core::{Device, Tensor};
-use rand::{seq::index, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use std::ops::Range;
-
-/// Rows of which initialisations that look at them see a sample of so many: for each centroid, and at least.
-const SAMPLED_PER_CENTROID: usize = 16;
-const SAMPLED: usize = 65_536;
-
-/// Of problems' streams of random numbers there are fewer.
-const SAMPLE_STREAM: u64 = u64::MAX;
 
 /// Rows that are looked through at a time for one that can be a seed, at most.
 const LOOKED_THROUGH: usize = 4096;
@@ -62,7 +54,7 @@ impl Seeds<'_> {
             let drawn = drawn.flatten_all()?.to_vec1::<u32>()?.into_iter().map(|row| row as usize).collect();
             return self.gather(self.usable(drawn)?);
         }
-        let sample = sample_rows(p.n, p.k.saturating_mul(SAMPLED_PER_CENTROID).max(SAMPLED), seed);
+        let sample = sample_rows(p.n, sampled(p.n, p.k), seed);
         let x = read_rows(self.source, &sample)?.unsqueeze(0)?.to_device(self.device)?;
         let weights = match self.weights {
             Some(Weights { values, .. }) => {
@@ -76,7 +68,16 @@ impl Seeds<'_> {
         let draw = Draw { seed, round: 0, first_problem: 0 };
         let watch = |seeds| self.settings.tell(Seeding { run, seeds, of: p.k });
         let watch: Option<&dyn Fn(usize)> = self.settings.on_seed.is_some().then_some(&watch);
-        seeding::centroids(init, &x, p.k, weights.as_ref(), *metric, draw, watch)
+        if matches!(init, Init::Optimal | Init::KMeansParallel) {
+            return seeding::centroids(init, &x, p.k, weights.as_ref(), *metric, draw, watch);
+        }
+        let chosen = seeding::rows(init, &x, p.k, weights.as_ref(), *metric, draw, watch)?;
+        if sample.len() == p.n {
+            return primitives::gather(&x, &chosen);
+        }
+        // Where the sample has too few rows that can be seeds, others may.
+        let chosen = chosen.flatten_all()?.to_vec1::<u32>()?.into_iter().map(|at| sample[at as usize]).collect();
+        self.gather(self.usable(chosen)?)
     }
 
     /// These rows, `(1, rows, d)`.
@@ -122,16 +123,4 @@ impl Seeds<'_> {
         }
         Ok(None)
     }
-}
-
-/// So many of `n` rows, drawn uniformly and without replacement, in order; all where they are no more.
-pub(super) fn sample_rows(n: usize, count: usize, seed: u64) -> Vec<usize> {
-    if count >= n {
-        return (0..n).collect();
-    }
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(SAMPLE_STREAM);
-    let mut rows = index::sample(&mut rng, n, count).into_vec();
-    rows.sort_unstable();
-    rows
 }

@@ -53,12 +53,12 @@ impl KMeans {
     /// A fit that takes hours may go on after its process has ended: see [`Checkpoint`](crate::Checkpoint).
     ///
     /// # Where it starts
-    /// Given centroids, evenly spaced rows, random rows without weights and k-means|| are those of [`fit`](Self::fit). k-means|| takes
+    /// The [default](crate::Init::Auto), given centroids, evenly spaced rows, random rows without weights and k-means|| are those of [`fit`](Self::fit). k-means|| takes
     /// seven passes for each run: one for the first row, five that draw about `2k` each, and one that weighs them; and another for each
     /// row that lacks where fewer than `k` were drawn. It keeps nothing of a row between passes, and on the device has some dozens of
-    /// bytes for each of at most 2^20 rows at a time, and the rows that were drawn ([`DevicePlan::start_bytes`](crate::DevicePlan::start_bytes)). k-means++ and random rows with weights are
+    /// bytes for each of at most 2^20 rows at a time, and the rows that were drawn ([`DevicePlan::start_bytes`](crate::DevicePlan::start_bytes)). k-means++, greedy or not, random rows with weights and an optimum are
     /// chosen from a sample: 16 rows for each centroid, but at least 65,536, drawn uniformly. Of fewer rows it is all, and the start
-    /// that of `fit`. The sample is on the device before other rows are, whatever the memory that is allowed.
+    /// that of `fit`. Rows that cannot be seeds are replaced by the next ones of the source that can. The sample is on the device before other rows are, whatever the memory that is allowed.
     ///
     /// # Errors
     /// As [`fit`](Self::fit), and those of [`Source::read`]. [Weights](Self::sample_weights) are a tensor on the CPU;

@@ -619,3 +619,53 @@ fn an_optimum_of_other_rows_is_refused() {
         refused(optimal.n_init(2).fit(&x), "Conflict", &["n_init", "an optimum"]);
     }
 }
+
+/// Of more rows than a sample has, the default start sees the same ones in memory and in a stream, and others where too few of them can be seeds.
+#[test]
+fn the_default_start_of_many_rows_is_that_of_a_sample() {
+    const ROWS: usize = 65_536 + 3000;
+    let x = blobs(&[ROWS, 3], 40, DType::F32, &mut rng(47));
+    // Rows that weigh, of which a sample has few, or none; by cosine others have no direction.
+    let weighing = [5, 40_000, 65_535, 65_540, ROWS - 1];
+    let weights = tensor(&[ROWS], DType::F64, |i| f64::from(weighing.contains(&i)));
+    let directed = x.broadcast_mul(&weights.to_dtype(DType::F32).unwrap().unsqueeze(1).unwrap()).unwrap();
+    for device in devices() {
+        let on = |t: &Tensor| t.to_device(&device).unwrap();
+        let plain = KMeans::new(5).seed(3).max_iters(1);
+        let cases = [
+            (&x, plain.clone(), plain.clone()),
+            (&x, plain.clone().sample_weights(&weights), plain.clone().sample_weights(&on(&weights))),
+            (&directed, plain.clone().metric(Metric::Cosine), plain.clone().metric(Metric::Cosine)),
+        ];
+        for (case, (x, streamed, whole)) in cases.into_iter().enumerate() {
+            let (source, options) = (Source::from_tensor(x).unwrap(), StreamOptions::new(&device).block_rows(20_000));
+            let (stream, fit) = (streamed.fit_stream(&source, &options).unwrap(), whole.fit(&on(x)).unwrap());
+            let fit = fit.to_device(&Device::Cpu).unwrap();
+            assert_same(&stream.centroids, &fit.centroids, &format!("centroids of case {case}"));
+            assert_same(&stream.labels, &fit.labels, &format!("labels of case {case}"));
+            let start = whole.clone().max_iters(0).fit(&on(x)).unwrap();
+            let seeds = problems(&start.centroids)[0].clone();
+            let rows = &problems(x)[0];
+            if case > 0 {
+                for row in weighing {
+                    assert!(seeds.contains(&rows[row]), "case {case}: row {row} is no seed");
+                }
+            }
+            // Each problem of a batch has the start that it has alone.
+            let twice = Tensor::stack(&[x, x], 0).unwrap();
+            let batch = whole.clone().max_iters(0).fit(&on(&twice)).unwrap();
+            assert_same(&batch.centroids.get(0).unwrap(), &start.centroids, &format!("batch of case {case}"));
+        }
+    }
+}
+
+/// An optimum where nothing counts is a row that is finite, if there is one.
+#[test]
+fn an_optimum_of_nothing_is_finite() {
+    for device in devices() {
+        let x = Tensor::from_slice(&[f32::NAN, 2.0, 4.0], (3, 1), &device).unwrap();
+        let settings = KMeans::new(2).init(Init::Optimal).max_iters(0).check_finite(false);
+        let settings = settings.sample_weights(&Tensor::zeros(3, DType::F32, &device).unwrap());
+        assert_eq!(f64s(&settings.fit(&x).unwrap().centroids), [2.0, 2.0]);
+    }
+}
