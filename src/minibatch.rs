@@ -99,8 +99,9 @@ impl MiniBatch {
 
     /// Lets dead centroids start again from rows of a batch (scikit-learn's `reassignment_ratio`, 0.01 there; 0: never, which is the default). At
     /// the end of a step a centroid that has had no row moves to one of the step's rows that count, and so does, each time that ten rows for each
-    /// centroid have come, one of less than `ratio` times the largest weight in its problem. Such rows are evenly spaced from a random start, by
-    /// `seed` and the number of the step. A moved centroid weighs as much as the lightest of those that stay, or as none if all move.
+    /// centroid have come, one of less than `ratio` times the largest weight in its problem. Each has a row of its own, evenly spaced from a random
+    /// start by `seed` and the number of the step; in a step no more move than half of its rows that count, those of the lowest index, and at
+    /// least one. A moved centroid weighs as much as the lightest that is not dead, or as none if all are.
     ///
     /// # Errors
     /// Refuses a ratio outside of 0 and 1.
@@ -202,9 +203,7 @@ impl MiniBatch {
             self.seen = 0;
             dead = had.broadcast_lt(&(had.max_keepdim(1)? * ratio)?)?.maximum(&dead)?;
         }
-        let (index, any) = weights.at_shares(&row_weights::shares(seed, self.steps, (b, k), rows.device())?)?;
-        // Where no row counts, there is nothing to start again from.
-        let dead = any.broadcast_as((b, k))?.where_cond(&dead, &dead.zeros_like()?)?;
+        let (index, moves) = weights.starts(&dead, seed, self.steps)?;
         let mut drawn = primitives::gather(rows, &index)?;
         if self.p.metric == Metric::Cosine {
             drawn = unit_vectors(&drawn)?;
@@ -212,9 +211,9 @@ impl MiniBatch {
         let none = (had.ones_like()? * f64::INFINITY)?;
         let least = dead.where_cond(&none, had)?.min_keepdim(1)?;
         let least = least.lt(f64::INFINITY)?.where_cond(&least, &least.zeros_like()?)?;
-        let moved = dead.unsqueeze(2)?.broadcast_as((b, k, d))?;
+        let moved = moves.unsqueeze(2)?.broadcast_as((b, k, d))?;
         self.running.means = moved.where_cond(&drawn, &self.running.means)?;
-        self.running.weights = dead.where_cond(&least.broadcast_as((b, k))?.contiguous()?, had)?;
+        self.running.weights = moves.where_cond(&least.broadcast_as((b, k))?.contiguous()?, had)?;
         Ok(())
     }
 
@@ -301,6 +300,7 @@ impl MiniBatch {
         }
         let (means, weights) = (means.reshape((p.b, k, p.d))?, weights.reshape((p.b, k))?);
         let running = RunningMeans { metric, means, weights }.checked(&file, &[p.b, k, p.d])?;
+        check_centroids(&running.centroids()?.to_dtype(dtype)?).map_err(bad)?;
         let fence = Fence::default();
         fence.write(device)?;
         let mut loaded =

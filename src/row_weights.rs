@@ -16,7 +16,7 @@ use crate::{
     rows::Rows,
 };
 use candle_core::{DType, Device, Tensor};
-use rand::{seq::SliceRandom, Rng, SeedableRng};
+use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// The weight of each row of a batch.
@@ -102,22 +102,41 @@ impl RowWeights {
         let (order, count) = self.counting()?;
         Ok((order.gather(&places(shares, &count)?.to_dtype(DType::U32)?, 1)?, count.gt(0.0)?))
     }
+
+    /// Rows that count, u32 `(b, k)`, for those of `k` that want to start again, u8 `(b, k)`: each a row of its own, evenly spaced from a
+    /// random start. And who has one, u8 `(b, k)`: the first of them, as many as half of the rows that count but one at least, if any counts.
+    pub fn starts(&self, wanting: &Tensor, seed: u64, step: u64) -> Result<(Tensor, Tensor)> {
+        let (rank, wanted) = ranks(wanting)?;
+        let (rows, count) = self.counting()?;
+        let most = (&count / 2.0)?.floor()?.maximum(1.0)?.minimum(&count)?;
+        let moved = wanted.minimum(&most)?;
+        let places = places(&spaced(&rank, &moved, seed, step)?, &count)?;
+        Ok((rows.gather(&places.to_dtype(DType::U32)?, 1)?, rank.broadcast_lt(&moved)?))
+    }
 }
 
-/// A share for each of `k` that start again from a row of the batch, f64 `(b, k)` in [0, 1): evenly spaced from a random start, in random order,
-/// by a seed and the number of the step.
-pub(crate) fn shares(seed: u64, step: u64, (b, k): (usize, usize), device: &Device) -> Result<Tensor> {
+/// Who wants something of `k`, u8 `(b, k)`, as a number, from 0 on by their index and before all others, f64 `(b, k)`; and how many they
+/// are, f64 `(b, 1)`.
+fn ranks(wanting: &Tensor) -> Result<(Tensor, Tensor)> {
+    let (order, ends) = primitives::sorted(&wanting.eq(0u8)?.to_dtype(DType::U32)?, 2)?;
+    let (ranks, _) = primitives::sorted(&order, wanting.dim(1)?)?;
+    Ok((ranks.to_dtype(DType::F64)?, ends.narrow(1, 1, 1)?.to_dtype(DType::F64)?))
+}
+
+/// Shares of the ranks below `count`, f64 `(b, 1)`: evenly spaced in [0, 1) from a random start, by a seed and the number of the step.
+fn spaced(ranks: &Tensor, count: &Tensor, seed: u64, step: u64) -> Result<Tensor> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(step);
-    let mut all = Vec::with_capacity(b * k);
-    for _ in 0..b {
-        // Halfway between multiples of 2^-20, so that shares that are whole numbers of rows apart stay so when rounded.
-        let start = (rng.random_range(0..1u32 << 20) as f64 + 0.5) * 2f64.powi(-20);
-        let mut shares: Vec<_> = (0..k).map(|i| (i as f64 + start) / k as f64).collect();
-        shares.shuffle(&mut rng);
-        all.append(&mut shares);
-    }
-    Ok(Tensor::from_vec(all, (b, k), device)?)
+    // Halfway between multiples of 2^-20, so that shares that are whole numbers of rows apart stay so when rounded.
+    let start = |_| (rng.random_range(0..1u32 << 20) as f64 + 0.5) * 2f64.powi(-20);
+    let starts = Tensor::from_iter((0..count.dim(0)?).map(start), ranks.device())?.unsqueeze(1)?;
+    Ok(ranks.broadcast_add(&starts)?.broadcast_div(&count.maximum(1.0)?)?)
+}
+
+/// A share for each that wants to start again from a row of the batch, u8 `(b, k)`: f64 `(b, k)` in [0, 1), evenly spaced.
+pub(crate) fn shares(wanting: &Tensor, seed: u64, step: u64) -> Result<Tensor> {
+    let (ranks, wanted) = ranks(wanting)?;
+    spaced(&ranks, &wanted, seed, step)
 }
 
 /// Where the shares `(b, k)` of so many things `(b, 1)` are among them, f64 `(b, k)`: the place, rounded down, is a number below theirs.

@@ -5,13 +5,16 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    kmeans::KMeans,
+    fit::refuse_non_finite,
+    kmeans::{Init, KMeans},
     lloyd::{feed::Pass, weights::Weights},
     minibatch::MiniBatch,
+    primitives,
     problem::{self, Problem},
+    rows::Rows,
     running_means::check_running,
 };
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rand::{seq::SliceRandom, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::ops::Range;
@@ -64,7 +67,7 @@ impl MiniBatch {
     /// a sample, as by k-means++), in clusters that have had no rows yet, and [steps](Self::step_stream) through the passes. Weights of rows count in each step.
     ///
     /// Iterations, their end and empty clusters have no part in it. A row that is not finite weighs nothing, whatever
-    /// [`check_finite`](KMeans::check_finite) says.
+    /// [`check_finite`](KMeans::check_finite) says; where a start has fewer rows than clusters, these are some of them again, and zeros without any.
     ///
     /// # Errors
     /// As [`fit_stream`](KMeans::fit_stream) and [`step_stream`](Self::step_stream). Refuses [`n_init`](KMeans::n_init) above 1.
@@ -85,22 +88,45 @@ impl MiniBatch {
         options: &StreamOptions,
         epochs: &Epochs,
     ) -> Result<Self> {
-        check_running(kmeans.metric, "a mini-batch")?;
         let options = &options.opened()?;
+        let mut running = Self::start_opened(source, kmeans, options, Some(epochs))?;
+        running.steps(source, kmeans.weights.as_ref(), options, epochs)?;
+        Ok(running)
+    }
+
+    /// Where [`train_stream`](Self::train_stream) starts, without a step: for settings of its own, as [`reassignment_ratio`](Self::reassignment_ratio),
+    /// before [`step_stream`](Self::step_stream).
+    ///
+    /// # Errors
+    /// As [`train_stream`](Self::train_stream).
+    pub fn start_stream(source: &Source<'_>, kmeans: &KMeans, options: &StreamOptions) -> Result<Self> {
+        Self::start_opened(source, kmeans, &options.opened()?, None)
+    }
+
+    fn start_opened(
+        source: &Source<'_>,
+        kmeans: &KMeans,
+        options: &StreamOptions,
+        epochs: Option<&Epochs>,
+    ) -> Result<Self> {
+        check_running(kmeans.metric, "a mini-batch")?;
         let device = options.only_device("a mini-batch")?;
         let p = check_stream(kmeans, source, options)?;
         if kmeans.n_init > 1 {
             let with = "a mini-batch, which keeps one result".into();
             return Err(Error::Conflict { argument: "n_init", got: kmeans.n_init.to_string(), with });
         }
-        epochs.check(source, options)?;
+        if let Some(epochs) = epochs {
+            epochs.check(source, options)?;
+        }
         let weights = Weights::new(kmeans, &p, None, &Device::Cpu)?;
         // A row that weighs nothing is no seed.
-        let settings = &kmeans.clone().check_finite(false);
+        let settings = &kmeans.starting_on(device)?.check_finite(false);
+        if let Init::Given(c) = &settings.init {
+            refuse_non_finite("init", &primitives::max_abs_and_first_nonfinite(&Rows::new(c)?)?.1)?;
+        }
         let start = Seeds { settings, p: &p, source, weights: weights.as_ref(), device }.centroids(0)?;
-        let mut running = Self::new(&start.squeeze(0)?, kmeans.metric)?;
-        running.steps(source, kmeans.weights.as_ref(), options, epochs)?;
-        Ok(running)
+        Self::new(&finite_seeds(&start.squeeze(0)?)?, kmeans.metric)
     }
 
     /// Takes the rows of a source, a [step](Self::step) for each batch. The batches decide the result, and so nothing else does: neither the
@@ -111,6 +137,23 @@ impl MiniBatch {
     /// GPU has room for and eight the CPU. After an error of the source the steps before it have been taken.
     pub fn step_stream(&mut self, source: &Source<'_>, options: &StreamOptions, epochs: &Epochs) -> Result<()> {
         self.steps(source, None, &options.opened()?, epochs)
+    }
+
+    /// The same with weights of the rows, float `(n)` on the CPU, as [`step_weighted`](Self::step_weighted) takes them.
+    ///
+    /// # Errors
+    /// As [`step_stream`](Self::step_stream). Refuses weights of other shapes, dtypes and devices.
+    pub fn step_stream_weighted(
+        &mut self,
+        source: &Source<'_>,
+        sample_weights: &Tensor,
+        options: &StreamOptions,
+        epochs: &Epochs,
+    ) -> Result<()> {
+        let (n, d) = source.shape();
+        let k = self.counts().dims()[self.counts().rank() - 1];
+        Problem::of(&[n as usize, d], source.dtype(), k, self.metric())?.weights(sample_weights, &Device::Cpu)?;
+        self.steps(source, Some(sample_weights), &options.opened()?, epochs)
     }
 
     fn steps(
@@ -159,5 +202,20 @@ impl Epochs {
             return Err(Error::Range { argument: "batch_rows", got, min: 1, max });
         }
         Ok(())
+    }
+}
+
+/// Seeds `(k, d)` with finite ones again in the place of those that are not, which are seeds where there are fewer finite rows; zeros where
+/// there are none.
+fn finite_seeds(seeds: &Tensor) -> Result<Tensor> {
+    let (k, rows) = (seeds.dim(0)?, seeds.to_dtype(DType::F64)?.to_vec2::<f64>()?);
+    let finite: Vec<u32> = (0..k as u32).filter(|&i| rows[i as usize].iter().all(|v| v.is_finite())).collect();
+    match finite.len() {
+        0 => Ok(seeds.zeros_like()?),
+        all if all == k => Ok(seeds.clone()),
+        _ => {
+            let index = Tensor::from_iter(finite.into_iter().cycle().take(k), seeds.device())?;
+            Ok(seeds.index_select(&index, 0)?)
+        }
     }
 }

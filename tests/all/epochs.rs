@@ -34,6 +34,7 @@ fn epochs_are_steps() {
         for device in devices() {
             let (x, on_device) = (x.to_device(&device).unwrap(), weights.to_device(&device).unwrap());
             for (init, weights) in [
+                (Init::Auto, None),
                 (Init::Random, None),
                 (Init::KMeansPlusPlus, None),
                 (Init::Even, Some(&weights)),
@@ -55,11 +56,16 @@ fn epochs_are_steps() {
                 for options in [options, tight] {
                     let trained = MiniBatch::train_stream(&source, &settings, &options, &epochs).unwrap();
                     assert_same_means(&trained, &expected, &what);
-                    if weights.is_none() {
-                        let mut running = start.clone();
-                        running.step_stream(&source, &options, &epochs).unwrap();
-                        assert_same_means(&running, &expected, &what);
+                    let mut running = MiniBatch::start_stream(&source, &settings, &options).unwrap();
+                    assert_same_means(&running, &start, &what);
+                    match weights {
+                        Some(weights) => running.step_stream_weighted(&source, weights, &options, &epochs).unwrap(),
+                        None => running.step_stream(&source, &options, &epochs).unwrap(),
                     }
+                    assert_same_means(&running, &expected, &what);
+                    let wrong = ones(&[249], DType::F64, &Device::Cpu);
+                    let error = running.step_stream_weighted(&source, &wrong, &options, &epochs).unwrap_err();
+                    assert_eq!(error.to_string(), "sample_weights: shape [249], expected [250]");
                 }
             }
         }
@@ -151,5 +157,30 @@ fn epochs_are_refused() {
         let refused = running.step_stream(&source, &options, &epochs).unwrap_err();
         assert!(refused.to_string().starts_with(argument), "{refused}");
         assert_eq!(f64s(running.counts()).iter().sum::<f64>(), 0.0);
+    }
+}
+
+/// A start of fewer finite rows than clusters repeats them, and one of none is zeros, as that of rows in memory.
+#[test]
+fn a_start_has_finite_rows_alone() {
+    let rows = [[f32::NAN, 0.0], [1.0, 2.0], [f32::INFINITY, 1.0], [3.0, 4.0]];
+    for device in devices() {
+        let options = StreamOptions::new(&device);
+        let started = |rows: [[f32; 2]; 4], init| {
+            let source = Source::from_tensor(&Tensor::new(&rows, &Device::Cpu).unwrap()).unwrap();
+            MiniBatch::train_stream(&source, &KMeans::new(3).init(init), &options, &Epochs::new(0))
+        };
+        for init in [Init::Auto, Init::Random, Init::Even, Init::KMeansPlusPlus, Init::KMeansParallel] {
+            let seeds = f64s(&started(rows, init.clone()).unwrap().centroids().unwrap());
+            for seed in seeds.chunks(2) {
+                assert!(seed == [1.0, 2.0] || seed == [3.0, 4.0], "{init:?}: {seeds:?}");
+            }
+            assert!(seeds.contains(&1.0) && seeds.contains(&3.0), "{init:?}: {seeds:?}");
+            let none = started([[f32::NAN; 2]; 4], init.clone()).unwrap();
+            assert_eq!(f64s(&none.centroids().unwrap()), [0.0; 6], "{init:?}");
+        }
+        let given = Tensor::new(&[[1f32, 2.0], [f32::NAN, 0.0], [0.0, 0.0]], &device).unwrap();
+        let error = started(rows, Init::Given(given)).unwrap_err().to_string();
+        assert_eq!(error, "init: row 1 of batch element 0 holds a NaN or an infinity");
     }
 }

@@ -233,3 +233,51 @@ fn a_start_counts_no_rows() {
         }
     }
 }
+
+/// However many centroids are dead, those that move have rows of their own, at most half of a batch.
+#[test]
+fn dead_centroids_do_not_share_rows() {
+    for device in devices() {
+        let (k, rows) = (64, 11);
+        let start = (ones(&[2, k, 2], DType::F64, &device) * 1e3).unwrap();
+        let mut running = MiniBatch::new(&start, Metric::SquaredEuclidean).unwrap();
+        running = running.reassignment_ratio(0.01, 5).unwrap();
+        for step in 0..3 {
+            let batch = uniform(&[2, rows, 2], 0.0, 1.0, DType::F64, &mut rng(120 + step)).to_device(&device).unwrap();
+            let mask = tensor(&[2, rows], DType::F64, |i| f64::from(i % rows != 3)).to_device(&device).unwrap();
+            let before = problems(&running.centroids().unwrap());
+            running.step_weighted(&batch, &mask).unwrap();
+            let (after, batch) = (problems(&running.centroids().unwrap()), problems(&batch));
+            for b in 0..2 {
+                let on_row = |row: &Vec<f64>| after[b].iter().filter(|c| *c == row).count();
+                let shared: Vec<_> = batch[b].iter().map(on_row).collect();
+                assert!(shared.iter().all(|&centroids| centroids <= 1), "step {step}: {shared:?}");
+                assert_eq!((shared.iter().sum::<usize>(), shared[3]), (5, 0), "step {step}: {shared:?}");
+                let same = before[b].iter().zip(&after[b]).filter(|(before, after)| before == after).count();
+                // Beside those that move, one that had all rows of the first step.
+                assert!(same >= k - 1 - 5 * (step as usize + 1), "step {step}: {same} stay");
+            }
+        }
+        // A batch of one row has a start for one.
+        let mut running = MiniBatch::new(&start, Metric::SquaredEuclidean).unwrap();
+        running = running.reassignment_ratio(0.01, 5).unwrap();
+        running.step(&ones(&[2, 1, 2], DType::F64, &device)).unwrap();
+        assert_eq!(f64s(&running.centroids().unwrap()).iter().filter(|v| **v == 1.0).count(), 2 * 2 * 2);
+    }
+}
+
+/// Means that a file's dtype does not hold are refused when it is read.
+#[test]
+fn a_file_of_means_beyond_its_dtype_is_refused() {
+    let folder = Folder::new("beyond");
+    let path = folder.0.join("running.safetensors");
+    let start = Tensor::new(&[[1e10f64, 0.0], [1.0, 2.0]], &Device::Cpu).unwrap();
+    MiniBatch::new(&start, Metric::SquaredEuclidean).unwrap().save(&path).unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    let text = String::from_utf8_lossy(&bytes[8..]).into_owned();
+    let at = 8 + text.find("\"dtype\":\"f64\"").expect("the dtype of rows");
+    let mut changed = bytes.clone();
+    changed[at..at + 13].copy_from_slice(b"\"dtype\":\"f16\"");
+    std::fs::write(&path, changed).unwrap();
+    assert!(matches!(MiniBatch::load(&path, &Device::Cpu), Err(Error::Format { .. })));
+}
