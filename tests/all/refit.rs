@@ -156,6 +156,12 @@ fn rows_that_do_not_count_change_nothing() {
             assert_same(of_nan.stages()[stage].centroids(), expected.centroids(), "not finite");
         }
     }
+    // Only shares of weights count, however large these are.
+    let huge = Tensor::full(1e308, 50, &Device::Cpu).unwrap();
+    let of_huge = rq.refit(&x, &codes.narrow(0, 0, 50).unwrap(), Some(&huge)).unwrap();
+    for (stage, expected) in expected.stages().iter().enumerate() {
+        assert_near(of_huge.stages()[stage].centroids(), &f64s(expected.centroids()), 1e-6, "huge weights");
+    }
     let all =
         rq.refit(&x, &codes.narrow(0, 0, 50).unwrap(), Some(&Tensor::zeros(50, DType::F32, &Device::Cpu).unwrap()));
     assert_same(all.unwrap().stages()[1].centroids(), rq.stages()[1].centroids(), "nothing counts");

@@ -224,6 +224,11 @@ fn what_is_no_rotation_is_refused() {
     let lengths = KMeans::new(2).lengths(&Tensor::new(&[4u32, 5], &Device::Cpu).unwrap());
     let error = train(config(2, Rotation::None, true), &lengths).unwrap_err();
     assert!(matches!(error, Error::Conflict { argument: "lengths", .. }), "{error}");
+    // Finite rows whose coordinates are beyond their dtype.
+    let large = (x.narrow(0, 0, 1).unwrap() * 60_000.0).unwrap().to_dtype(DType::F16).unwrap();
+    let error = ProductQuantizer::train_with(&large, &config(2, Rotation::Pca, false), &KMeans::new(2)).unwrap_err();
+    let says = "rotation: a matrix cannot be combined with row 0 of batch element 0, which it takes beyond F16";
+    assert_eq!(error.to_string(), says);
     let error = train(config(3, Rotation::Pca, false), &KMeans::new(2)).unwrap_err();
     assert!(matches!(error, Error::Conflict { argument: "m", .. }), "{error}");
 }

@@ -309,7 +309,8 @@ fn entries_that_are_parameters_get_gradients() {
                 }
             }
             let (x, entries) = (var(&x, &device), var(&entries, &device));
-            let learnable = LearnableCodebook::new(&entries, Metric::SquaredEuclidean).unwrap().commitment_weight(beta);
+            let learnable =
+                LearnableCodebook::new(&entries, Metric::SquaredEuclidean).unwrap().commitment_weight(beta).unwrap();
             let out = learnable.quantize_weighted(&x, &mask.to_device(&device).unwrap()).unwrap();
             assert_eq!(u32s(&out.codes), labels);
             assert_near(&out.loss, &[loss], 1e-12, "loss");
@@ -327,6 +328,11 @@ fn entries_that_are_parameters_get_gradients() {
     let entries = ones(&[3, 2], DType::F32, &Device::Cpu);
     let error = LearnableCodebook::new(&entries, Metric::Cosine).unwrap_err();
     assert!(matches!(error, Error::Conflict { argument: "metric", .. }), "{error}");
+    for weight in [-1.0, f64::NAN, f64::INFINITY] {
+        let learnable = LearnableCodebook::new(&entries, Metric::SquaredEuclidean).unwrap();
+        let error = learnable.commitment_weight(weight).unwrap_err();
+        assert!(matches!(error, Error::Value { argument: "commitment_weight", .. }), "{error}");
+    }
 }
 
 #[test]
@@ -339,7 +345,7 @@ fn stages_learn_what_is_left_over() {
         for masked in [false, true] {
             let mut stages = quantizer.codebooks().to_vec();
             let before = quantizer.quantizer().unwrap();
-            let frozen = quantizer.quantize(&x).unwrap();
+            let frozen = if masked { quantizer.quantize_weighted(&x, &mask) } else { quantizer.quantize(&x) }.unwrap();
             let out = if masked { quantizer.step_weighted(&x, &mask) } else { quantizer.step(&x) }.unwrap();
             assert_same(&out.codes, &before.encode(&x).unwrap(), "codes");
             assert_near(&out.values, &f64s(&before.decode(&out.codes).unwrap()), 1e-12, "values");
@@ -352,10 +358,20 @@ fn stages_learn_what_is_left_over() {
                 assert_same(learned.codebook().centroids(), stage.codebook().centroids(), "stage");
             }
             assert_near(&out.loss, &[sum(losses.into_iter())], 1e-12, "loss");
+            assert_same(&frozen.loss, &out.loss, "frozen loss");
             // Once, however many stages there are.
             let by = out.values.ones_like().unwrap();
             assert_same(&pulled(&out.values, &by, &x), &by.detach(), "straight through");
         }
+        // A start has seen the rows of each cluster, and goes where its tensors go.
+        let started = EmaResidualQuantizer::train(&x, 2, &KMeans::new(4), ema).unwrap();
+        let first = EmaCodebook::train(&x.detach(), &KMeans::new(4), ema).unwrap();
+        let sizes = |codebook: &EmaCodebook| codebook.cluster_size().unwrap();
+        assert_same(&sizes(&started.codebooks()[0]), &sizes(&first), "rows of a first stage");
+        assert_eq!(sum(f64s(&sizes(&started.codebooks()[1])).into_iter()), 80.0);
+        let moved = started.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+        assert_eq!(moved.codebooks()[1].codebook().centroids().dtype(), DType::F32);
+        assert_eq!(moved.stages(), 2);
         // Each stage pulls its rows to its entries: of a row `r` and values `q` it is `2 (r - q) / elements`, stage by stage.
         let out = quantizer.quantize(&x).unwrap();
         let now = quantizer.quantizer().unwrap();
@@ -408,6 +424,9 @@ fn stages_may_share_a_codebook_and_drop_out() {
             assert!(seen.contains(&2) && seen.contains(&3) && seen.iter().all(|s| (2..=3).contains(s)), "{seen:?}");
             // Outside of training there are all.
             assert_eq!(quantizer.quantize(&x).unwrap().codes.dims(), [40, 3]);
+            let wrong = ones(&[39], DType::F64, &device);
+            let error = quantizer.step_weighted(&x, &wrong).unwrap_err().to_string();
+            assert_eq!(error, "sample_weights: shape [39], expected [40]");
             let error = quantizer.quantize_dropout(4, 0).unwrap_err();
             assert_eq!(error.to_string(), "stages: 4 is outside 1..=3");
         }
@@ -429,7 +448,74 @@ fn quantisers_without_entries_refuse_what_does_not_fit() {
     assert_eq!(message(lfq.quantize(&x).unwrap_err()), "x: columns is 3, expected 2");
     let none = ones(&[0, 2], DType::F32, &Device::Cpu);
     assert_eq!(message(lfq.quantize(&none).unwrap_err()), "x rows: 0 is outside 1..");
+    assert_eq!(message(lfq.loss(&none).unwrap_err()), "x rows: 0 is outside 1..");
     assert_eq!(lfq.encode(&none).unwrap().dims(), [0]);
     assert_eq!(Fsq::new(&[3, 3]).unwrap().forward(&none).unwrap().dims(), [0, 2]);
     assert_eq!(message(lfq.decode(&x).unwrap_err()), "codes: dtype F32, expected U8 or U32");
+}
+
+/// Of more than a thousand levels the range ends beyond the last one.
+#[test]
+fn finite_scalars_of_many_levels_stay_among_them() {
+    for device in devices() {
+        for levels in [1002, 2048, 5001] {
+            let fsq = Fsq::new(&[levels, 3]).unwrap();
+            let x = Tensor::new(&[[100f32, 0.0], [-100.0, 100.0], [0.3, -100.0], [3.9, 0.1]], &device).unwrap();
+            let (codes, values) = (fsq.encode(&x).unwrap(), fsq.forward(&x).unwrap());
+            assert_same(&fsq.decode(&codes).unwrap(), &values, &format!("{levels} levels"));
+        }
+    }
+}
+
+/// Stages learn from what the codes of a beam leave to them, each of its own entries or all of shared ones.
+#[test]
+fn stages_learn_by_a_beam() {
+    for device in devices() {
+        let x = var(&uniform(&[60, 4], 0.0, 1.0, DType::F64, &mut rng(19)), &device);
+        let mask = tensor(&[60], DType::F64, |i| f64::from(i % 7 != 0)).to_device(&device).unwrap();
+        let ema = Ema { decay: 0.5, eps: 0.0, ..Ema::default() };
+        let separate = EmaResidualQuantizer::train(&x, 3, &KMeans::new(6), ema).unwrap();
+        let one = EmaCodebook::train(&x.detach(), &KMeans::new(6), ema).unwrap();
+        let shared = EmaResidualQuantizer::shared(one, 3).unwrap();
+        let mut differing = 0;
+        for (mut quantizer, is_shared) in [(separate.beam(4).unwrap(), false), (shared.beam(4).unwrap(), true)] {
+            let before = quantizer.quantizer().unwrap();
+            let sizes = |q: &EmaResidualQuantizer, s: usize| f64s(&q.codebooks()[s].cluster_size().unwrap());
+            let old: Vec<_> = (0..quantizer.codebooks().len()).map(|s| sizes(&quantizer, s)).collect();
+            let frozen = quantizer.quantize_weighted(&x, &mask).unwrap();
+            let out = quantizer.step_weighted(&x, &mask).unwrap();
+            let expected = before.encode_beam(&x, 4).unwrap();
+            assert_same(&out.codes, &expected, "codes");
+            assert_same(&frozen.codes, &expected, "frozen codes");
+            assert_near(&out.values, &f64s(&before.decode(&expected).unwrap()), 1e-12, "values");
+            let greedy = u32s(&before.encode(&x).unwrap());
+            differing += u32s(&expected).iter().zip(&greedy).filter(|(a, b)| a != b).count();
+            // What each stage gets, by loops.
+            let entries: Vec<_> = before.stages().iter().map(|s| problems(s.centroids())[0].clone()).collect();
+            let (mut counts, mut sums) = (vec![vec![0.0; 6]; 3], vec![vec![vec![0.0; 4]; 6]; 3]);
+            for ((row, codes), w) in problems(&x)[0].iter().zip(u32s(&expected).chunks(3)).zip(f64s(&mask)) {
+                let mut left = row.clone();
+                for (s, &code) in codes.iter().enumerate() {
+                    let (j, own) = (code as usize, if is_shared { 0 } else { s });
+                    counts[own][j] += w;
+                    left.iter().zip(&mut sums[own][j]).for_each(|(v, sum)| *sum += w * v);
+                    left.iter_mut().zip(&entries[s][j]).for_each(|(v, e)| *v -= e);
+                }
+            }
+            for (s, codebook) in quantizer.codebooks().iter().enumerate() {
+                let (has, is) = (sizes(&quantizer, s), problems(codebook.codebook().centroids())[0].clone());
+                for j in 0..6 {
+                    let size = 0.5 * old[s][j] + 0.5 * counts[s][j];
+                    assert!((has[j] - size).abs() < 1e-9, "stage {s}, entry {j}: {} rows, not {size}", has[j]);
+                    for (c, is) in is[j].iter().enumerate().filter(|_| counts[s][j] > 0.0) {
+                        let mean = (0.5 * old[s][j] * entries[s][j][c] + 0.5 * sums[s][j][c]) / size;
+                        assert!((is - mean).abs() < 1e-9, "stage {s}, entry {j}: {is}, not {mean}");
+                    }
+                }
+            }
+        }
+        assert!(differing > 20, "{differing} codes are not the greedy ones");
+        let error = EmaResidualQuantizer::train(&x, 2, &KMeans::new(3), ema).unwrap().beam(65).unwrap_err();
+        assert_eq!(error.to_string(), "width: 65 is outside 1..=64");
+    }
 }

@@ -35,10 +35,7 @@ impl ResidualQuantizer {
     /// # Errors
     /// As [`nearest`]. Refuses a width of 0 or above 64, and stages of another metric than the squared Euclidean distance.
     pub fn encode_beam(&self, x: &Tensor, width: usize) -> Result<Tensor> {
-        if !(1..=NEAREST).contains(&width) {
-            return Err(Error::Range { argument: "width", got: width, min: 1, max: NEAREST });
-        }
-        self.check_squares("a beam, which adds up squared Euclidean distances")?;
+        self.check_beam(width)?;
         primitives::check_counted("x", x)?;
         if x.elem_count() == 0 || x.rank() < 2 {
             return self.encode(x);
@@ -49,6 +46,13 @@ impl ResidualQuantizer {
         let blocks =
             (0..n).step_by(rows).map(|from| self.search(&x.detach().narrow(at, from, rows.min(n - from))?, width));
         Ok(Tensor::cat(&blocks.collect::<Result<Vec<_>>>()?, at)?)
+    }
+
+    pub(super) fn check_beam(&self, width: usize) -> Result<()> {
+        if !(1..=NEAREST).contains(&width) {
+            return Err(Error::Range { argument: "width", got: width, min: 1, max: NEAREST });
+        }
+        self.check_squares("a beam, which adds up squared Euclidean distances")
     }
 
     fn search(&self, x: &Tensor, width: usize) -> Result<Tensor> {

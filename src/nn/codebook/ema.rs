@@ -22,7 +22,8 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use std::{path::Path, sync::Arc};
 
-/// Settings of a codebook that learns while a model trains. Names and defaults are those of vector-quantize-pytorch.
+/// Settings of a codebook that learns while a model trains. Names and defaults are those of vector-quantize-pytorch, but that
+/// gradients are rotated only where that is asked for.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ema {
     /// Share of the old that a step keeps (0.8).
@@ -54,7 +55,7 @@ impl Default for Ema {
 }
 
 impl Ema {
-    fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         let refuse = |argument, got, expected| Err(Error::Value { argument, got, expected });
         if !(0.0..=1.0).contains(&self.decay) {
             return refuse("decay", self.decay, "between 0 and 1");
@@ -143,7 +144,7 @@ impl EmaCodebook {
         check_running(metric, "entries that are moving averages")
     }
 
-    fn with_sizes(codebook: Codebook, weights: Tensor, ema: Ema) -> Result<Self> {
+    pub(super) fn with_sizes(codebook: Codebook, weights: Tensor, ema: Ema) -> Result<Self> {
         Self::check(codebook.metric, ema)?;
         let shape = [weights.dims(), &[codebook.d()]].concat();
         let mut means = codebook.centroids.to_dtype(DType::F64)?.reshape(shape)?;
@@ -193,7 +194,7 @@ impl EmaCodebook {
     /// # Errors
     /// As [`assign`](crate::assign). Refuses `x` without rows.
     pub fn step(&mut self, x: &Tensor) -> Result<Quantized> {
-        self.learn(x, None)
+        self.learn(x, None, None)
     }
 
     /// The same with weights of the rows, float `(..batch, n)` or `(n)`: in the averages, the loss and the usage. A weight that is
@@ -202,7 +203,7 @@ impl EmaCodebook {
     /// # Errors
     /// As [`step`](Self::step). Refuses weights of other shapes, dtypes and devices.
     pub fn step_weighted(&mut self, x: &Tensor, sample_weights: &Tensor) -> Result<Quantized> {
-        self.learn(x, Some(sample_weights))
+        self.learn(x, None, Some(sample_weights))
     }
 
     /// Quantises `x` as [`step`](Self::step) does, and leaves the codebook as it is: for validation, and for one that is frozen.
@@ -210,8 +211,7 @@ impl EmaCodebook {
     /// # Errors
     /// As [`step`](Self::step).
     pub fn quantize(&self, x: &Tensor) -> Result<Quantized> {
-        self.fence.read(self.running.means.device())?;
-        Ok(self.pass(x, None, &Batches::default())?.0)
+        self.quantize_as(x, None, None)
     }
 
     /// The same with weights, as [`step_weighted`](Self::step_weighted) takes them.
@@ -219,8 +219,18 @@ impl EmaCodebook {
     /// # Errors
     /// As [`step_weighted`](Self::step_weighted).
     pub fn quantize_weighted(&self, x: &Tensor, sample_weights: &Tensor) -> Result<Quantized> {
+        self.quantize_as(x, None, Some(sample_weights))
+    }
+
+    /// The same with these `codes`, or those of the nearest entries.
+    pub(super) fn quantize_as(
+        &self,
+        x: &Tensor,
+        codes: Option<&Tensor>,
+        sample_weights: Option<&Tensor>,
+    ) -> Result<Quantized> {
         self.fence.read(self.running.means.device())?;
-        Ok(self.pass(x, Some(sample_weights), &Batches::default())?.0)
+        Ok(self.pass(x, codes, sample_weights, &Batches::default())?.0)
     }
 
     /// The steps so far.
@@ -232,6 +242,7 @@ impl EmaCodebook {
     fn pass(
         &self,
         x: &Tensor,
+        codes: Option<&Tensor>,
         sample_weights: Option<&Tensor>,
         batches: &Batches,
     ) -> Result<(Quantized, Rows<'static>, RowWeights, Clusters)> {
@@ -244,7 +255,13 @@ impl EmaCodebook {
         let (b, k, d) = self.running.means.dims3()?;
         let n = p.b * p.n / b;
         let given = sample_weights.map(|w| row_weights::sample_weights(&p, w, x.device())?.reshape((b, n)));
-        let (mut values, codes) = quantize(x, &self.codebook.centroids, self.codebook.metric)?;
+        let (mut values, codes) = match codes {
+            Some(codes) => {
+                let values = functional::rows_of(&self.codebook.centroids, codes)?;
+                (functional::straight_through(x, values)?, codes.clone())
+            }
+            None => quantize(x, &self.codebook.centroids, self.codebook.metric)?,
+        };
         let flat = x.detach().reshape((b, n, d))?;
         let weights = RowWeights::new(&Rows::new(&flat)?, given.transpose()?.as_ref(), p.metric)?;
         // Means are rounded to the rows' type.
@@ -259,23 +276,28 @@ impl EmaCodebook {
         Ok((Quantized { values, codes, loss, usage }, rows, weights, batch))
     }
 
-    /// A step, with weights of the rows or without.
-    pub(super) fn learn(&mut self, x: &Tensor, sample_weights: Option<&Tensor>) -> Result<Quantized> {
+    /// A step with these codes or those of the nearest entries, and with weights of the rows or without.
+    pub(super) fn learn(
+        &mut self,
+        x: &Tensor,
+        codes: Option<&Tensor>,
+        sample_weights: Option<&Tensor>,
+    ) -> Result<Quantized> {
         self.fence.write(self.running.means.device())?;
-        let (quantized, rows, weights, batch) = self.pass(x, sample_weights, &self.batches)?;
+        let (quantized, rows, weights, batch) = self.pass(x, codes, sample_weights, &self.batches)?;
         let (b, k, d) = self.running.means.dims3()?;
         let Ema { decay, threshold_ema_dead_code: threshold, .. } = self.ema;
         let mut running = self.running.clone();
         let learned = running.add(&batch, decay, 1.0 - decay)?;
         let mut entries = self.entries(&running, &learned)?;
         if threshold > 0.0 {
-            let shares = row_weights::shares(self.ema.seed, self.steps, (b, k), x.device())?;
+            let dead = running.weights.lt(threshold)?;
+            let shares = row_weights::shares(&dead, self.ema.seed, self.steps)?;
             let (mut drawn, any) = self.batches.rows_at(&shares, &rows, &weights)?;
             if running.metric == Metric::Cosine {
                 drawn = unit_vectors(&drawn)?;
             }
             // Where no row counts, there is nothing to start again from.
-            let dead = running.weights.lt(threshold)?;
             let dead = any.broadcast_as((b, k))?.where_cond(&dead, &dead.zeros_like()?)?;
             let all = dead.unsqueeze(2)?.broadcast_as((b, k, d))?;
             entries = all.where_cond(&drawn, &entries)?;

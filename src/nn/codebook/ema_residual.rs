@@ -13,8 +13,9 @@ use crate::{
     error::{Error, Result},
     functional,
     kmeans::KMeans,
+    problem::Problem,
 };
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
@@ -29,6 +30,8 @@ pub struct EmaResidualQuantizer {
     /// One for all, or one each.
     codebooks: Vec<EmaCodebook>,
     stages: usize,
+    /// Choices of codes that are kept after each stage.
+    beam: usize,
     /// The fewest stages that a step has, if it may have fewer than all, and the seed of that number.
     dropout: Option<(usize, u64)>,
 }
@@ -54,7 +57,7 @@ impl EmaResidualQuantizer {
     /// As [`ResidualQuantizer::new`].
     pub fn new(stages: Vec<EmaCodebook>) -> Result<Self> {
         ResidualQuantizer::new(stages.iter().map(|stage| stage.codebook().clone()).collect())?;
-        Ok(Self { stages: stages.len(), codebooks: stages, dropout: None })
+        Ok(Self { stages: stages.len(), codebooks: stages, beam: 1, dropout: None })
     }
 
     /// Of one codebook for so many stages.
@@ -63,16 +66,19 @@ impl EmaResidualQuantizer {
     /// Refuses no stages, and more than 1024.
     pub fn shared(codebook: EmaCodebook, stages: usize) -> Result<Self> {
         check_stages(stages, MAX_STAGES)?;
-        Ok(Self { codebooks: vec![codebook], stages, dropout: None })
+        Ok(Self { codebooks: vec![codebook], stages, beam: 1, dropout: None })
     }
 
-    /// Starts from a [`ResidualQuantizer`] of `x` `(..batch, n, d)`, as if each entry had seen one row.
+    /// Starts from a [`ResidualQuantizer`] of `x` `(..batch, n, d)`, as if each entry had seen the rows of its cluster, as
+    /// [`EmaCodebook::train`] does.
     ///
     /// # Errors
-    /// As [`ResidualQuantizer::train`] and [`EmaCodebook::new`].
+    /// As [`ResidualQuantizer::train`] and [`EmaCodebook::train`].
     pub fn train(x: &Tensor, stages: usize, kmeans: &KMeans, ema: Ema) -> Result<Self> {
-        let trained = ResidualQuantizer::train(x, stages, kmeans)?;
-        Self::new(trained.stages().iter().map(|stage| EmaCodebook::new(stage.clone(), ema)).collect::<Result<_>>()?)
+        ema.check()?;
+        let trained = ResidualQuantizer::train_with_sizes(x, stages, kmeans)?;
+        let codebooks = trained.into_iter().map(|(stage, sizes)| EmaCodebook::with_sizes(stage, sizes, ema));
+        Self::new(codebooks.collect::<Result<_>>()?)
     }
 
     /// Lets each step have any number of stages from `least` on, as likely as any other, by a seed.
@@ -82,6 +88,16 @@ impl EmaResidualQuantizer {
     pub fn quantize_dropout(self, least: usize, seed: u64) -> Result<Self> {
         check_stages(least, self.stages)?;
         Ok(Self { dropout: Some((least, seed)), ..self })
+    }
+
+    /// Codes are those of a [beam search](ResidualQuantizer::encode_beam) of this width over the stages of a step, in training and without
+    /// (`beam_size` of vector-quantize-pytorch), and stages learn from what they leave over.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn beam(self, width: usize) -> Result<Self> {
+        self.quantizer()?.check_beam(width)?;
+        Ok(Self { beam: width, ..self })
     }
 
     /// Every stage learns from the rows of all replicas from now on, as [`EmaCodebook::replicas`] has it; with dropout all have the same
@@ -141,10 +157,43 @@ impl EmaResidualQuantizer {
     /// # Errors
     /// As [`step`](Self::step).
     pub fn quantize(&self, x: &Tensor) -> Result<ResidualQuantized> {
+        self.pass(x, None)
+    }
+
+    /// The same with weights of the rows, as [`step_weighted`](Self::step_weighted) takes them: for a loss that leaves padding out.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn quantize_weighted(&self, x: &Tensor, sample_weights: &Tensor) -> Result<ResidualQuantized> {
+        self.pass(x, Some(sample_weights))
+    }
+
+    /// The same for rows of another float dtype, as [`EmaCodebook::to_dtype`] has it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        self.with_codebooks(|codebook| codebook.to_dtype(dtype))
+    }
+
+    /// The same on another device.
+    ///
+    /// # Errors
+    /// Fails where a device does.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        self.with_codebooks(|codebook| codebook.to_device(device))
+    }
+
+    fn with_codebooks(&self, f: impl Fn(&EmaCodebook) -> Result<EmaCodebook>) -> Result<Self> {
+        Ok(Self { codebooks: self.codebooks.iter().map(f).collect::<Result<_>>()?, ..self.clone() })
+    }
+
+    fn pass(&self, x: &Tensor, sample_weights: Option<&Tensor>) -> Result<ResidualQuantized> {
         let rows = widened(x, self.codebook(0).codebook().centroids().dtype())?;
         let (mut left, mut all) = (rows, Vec::with_capacity(self.stages));
+        let codes = self.codes(&left, self.stages)?;
         for stage in 0..self.stages {
-            let quantized = self.codebook(stage).quantize(&left)?;
+            let quantized = self.codebook(stage).quantize_as(&left, codes.get(stage), sample_weights)?;
             left = (left - quantized.values.detach())?;
             all.push(quantized);
         }
@@ -158,8 +207,9 @@ impl EmaResidualQuantizer {
             return self.learn_shared(x, left, sample_weights, stages);
         }
         let mut all = Vec::with_capacity(stages);
-        for codebook in &mut self.codebooks[..stages] {
-            let quantized = codebook.learn(&left, sample_weights)?;
+        let codes = self.codes(&left, stages)?;
+        for (stage, codebook) in self.codebooks[..stages].iter_mut().enumerate() {
+            let quantized = codebook.learn(&left, codes.get(stage), sample_weights)?;
             left = (left - quantized.values.detach())?;
             all.push(quantized);
         }
@@ -178,14 +228,21 @@ impl EmaResidualQuantizer {
             return Err(Error::Rank { argument: "x", expected: 2, shape: x.dims().to_vec() });
         }
         let (rows_dim, n) = (left.rank() - 2, left.dims()[left.rank() - 2]);
+        let codes = self.codes(&left, stages)?;
         let codebook = &mut self.codebooks[0];
+        if let Some(weights) = sample_weights {
+            // Before they are repeated for the stages.
+            Problem::assign(&left, codebook.codebook().centroids(), codebook.codebook().metric())?
+                .weights(weights, x.device())?;
+        }
         let mut lefts = vec![left.clone()];
-        for _ in 1..stages {
-            left = (&left - codebook.quantize(&left)?.values.detach())?;
+        for stage in 1..stages {
+            left = (&left - codebook.quantize_as(&left, codes.get(stage - 1), None)?.values.detach())?;
             lefts.push(left.clone());
         }
+        let codes = (!codes.is_empty()).then(|| Tensor::cat(&codes, rows_dim)).transpose()?;
         let weights = sample_weights.map(|w| Tensor::cat(&vec![w; stages], w.rank().max(1) - 1)).transpose()?;
-        let all = codebook.learn(&Tensor::cat(&lefts, rows_dim)?, weights.as_ref())?;
+        let all = codebook.learn(&Tensor::cat(&lefts, rows_dim)?, codes.as_ref(), weights.as_ref())?;
         // The loss is a mean over the rows of all stages.
         let loss = (&all.loss * stages as f64)?;
         let stage = |i: usize| {
@@ -194,6 +251,16 @@ impl EmaResidualQuantizer {
         };
         let (values, codes): (Vec<_>, Vec<_>) = (0..stages).map(stage).collect::<Result<Vec<_>>>()?.into_iter().unzip();
         self.result(x, values, &codes, loss, vec![all.usage.clone()])
+    }
+
+    /// The codes of so many stages by the beam, u32 `(..batch, n)` each; none without one, where each stage's are its nearest.
+    fn codes(&self, rows: &Tensor, stages: usize) -> Result<Vec<Tensor>> {
+        if self.beam == 1 {
+            return Ok(vec![]);
+        }
+        let codes = self.quantizer()?.first(stages)?.encode_beam(rows, self.beam)?;
+        let last = codes.rank() - 1;
+        (0..stages).map(|stage| Ok(codes.narrow(last, stage, 1)?.squeeze(last)?.contiguous()?)).collect()
     }
 
     fn summed(&self, x: &Tensor, all: Vec<Quantized>) -> Result<ResidualQuantized> {

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    functional,
+    functional, primitives,
     problem::MAX_ROWS,
 };
 use candle_core::{DType, Tensor, D};
@@ -83,9 +83,10 @@ impl Fsq {
     /// The code of each row of `x` `(.., d)`, u32 `(..)`. A NaN has the code of some level.
     ///
     /// # Errors
-    /// Refuses other numbers of columns and dtypes that are no floats.
+    /// Refuses other numbers of columns, dtypes that are no floats, and on a GPU more values than Candle's kernels count.
     pub fn encode(&self, x: &Tensor) -> Result<Tensor> {
         check_float_columns(x, self.d())?;
+        primitives::check_counted("x", x)?;
         let shape = &x.dims()[..x.rank() - 1];
         if x.elem_count() == 0 {
             return empty(shape, DType::U32, x.device());
@@ -153,12 +154,18 @@ impl Module for Fsq {
     /// Each value of `x` `(.., d)` as its level says, in its dtype.
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         check_float_columns(x, self.d())?;
+        primitives::check_counted("x", x)?;
         if x.elem_count() == 0 {
             return Ok(x.clone());
         }
         let bounded = self.bounded(x)?;
         // With 0 for -0, as decoding has it.
-        let rounded = bounded.detach().round()?.affine(1.0, 0.0)?;
+        let mut rounded = bounded.detach().round()?.affine(1.0, 0.0)?;
+        // The range of so many levels ends beyond the last one.
+        if self.levels.iter().any(|&l| (l - 1) as f64 * EPS >= 1.0) {
+            rounded = rounded.broadcast_maximum(&self.row(|l| -((l / 2) as f64), x)?)?;
+            rounded = rounded.broadcast_minimum(&self.row(|l| (l - 1 - l / 2) as f64, x)?)?;
+        }
         let rounded = functional::straight_through(&bounded, rounded)?;
         rounded.broadcast_div(&self.row(|l| (l / 2) as f64, x)?)?.to_dtype(x.dtype())
     }

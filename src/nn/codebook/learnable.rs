@@ -49,8 +49,15 @@ impl LearnableCodebook {
     }
 
     /// The factor of what pulls rows to entries, beside 1 for what pulls entries to rows (1).
-    pub fn commitment_weight(self, commitment_weight: f64) -> Self {
-        Self { commitment_weight, ..self }
+    ///
+    /// # Errors
+    /// Refuses a number that is negative or not finite.
+    pub fn commitment_weight(self, commitment_weight: f64) -> Result<Self> {
+        if !(commitment_weight >= 0.0 && commitment_weight.is_finite()) {
+            let expected = "a finite number of at least 0";
+            return Err(Error::Value { argument: "commitment_weight", got: commitment_weight, expected });
+        }
+        Ok(Self { commitment_weight, ..self })
     }
 
     /// Whether gradients of the values pass by [`rotate_to`], rather than unchanged (no).

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    functional,
+    functional, primitives,
 };
 use candle_core::{DType, Tensor, D};
 use candle_nn::{ops::sigmoid, Module};
@@ -105,9 +105,10 @@ impl Lfq {
     /// The code of each row of `x` `(.., d)`, u32 `(..)`: the first value's bit is the highest. What is not above 0, a NaN too, is 0.
     ///
     /// # Errors
-    /// Refuses other numbers of columns and dtypes that are no floats.
+    /// Refuses other numbers of columns, dtypes that are no floats, and on a GPU more values than Candle's kernels count.
     pub fn encode(&self, x: &Tensor) -> Result<Tensor> {
         check_float_columns(x, self.d)?;
+        primitives::check_counted("x", x)?;
         if x.elem_count() == 0 {
             return empty(&x.dims()[..x.rank() - 1], DType::U32, x.device());
         }
@@ -138,16 +139,28 @@ impl Lfq {
     /// Quantises `x` `(.., d)` for a forward pass in training.
     ///
     /// # Errors
-    /// As [`encode`](Self::encode). Refuses `x` without rows.
+    /// As [`encode`](Self::encode). Refuses `x` without rows, and on a GPU more rows, times codes where the codebook's entropy has a weight, than
+    /// Candle's kernels count.
     pub fn quantize(&self, x: &Tensor) -> Result<Quantized> {
-        check_float_columns(x, self.d)?;
-        if x.elem_count() == 0 {
-            return Err(Error::Range { argument: "x rows", got: 0, min: 1, max: usize::MAX });
-        }
+        self.check_rows(x)?;
         let codes = self.encode(x)?;
         let sizes = functional::cluster_sizes(&codes.flatten_all()?, self.codebook_size())?;
         let usage = Usage::of(&sizes.to_dtype(DType::F64)?.unsqueeze(0)?, &[])?;
         Ok(Quantized { values: self.forward(x)?, loss: self.loss(x)?, codes, usage })
+    }
+
+    /// Refuses what has no loss, or more numbers on the way to it than kernels count.
+    fn check_rows(&self, x: &Tensor) -> Result<()> {
+        check_float_columns(x, self.d)?;
+        primitives::check_counted("x", x)?;
+        if x.elem_count() == 0 {
+            return Err(Error::Range { argument: "x rows", got: 0, min: 1, max: usize::MAX });
+        }
+        let LfqConfig { entropy_loss_weight, diversity_gamma, .. } = self.config;
+        if entropy_loss_weight > 0.0 && diversity_gamma > 0.0 {
+            primitives::check_count("x", vec![x.elem_count() / self.d, self.codebook_size()], x.device())?;
+        }
+        Ok(())
     }
 
     /// The loss alone, a scalar, f32 for half types.
@@ -155,7 +168,7 @@ impl Lfq {
     /// # Errors
     /// As [`quantize`](Self::quantize).
     pub fn loss(&self, x: &Tensor) -> Result<Tensor> {
-        check_float_columns(x, self.d)?;
+        self.check_rows(x)?;
         let LfqConfig { entropy_loss_weight, commitment_loss_weight, diversity_gamma, .. } = self.config;
         let rows = x.to_dtype(wide(x.dtype()))?.reshape(((), self.d))?;
         let mut loss = Tensor::zeros((), rows.dtype(), x.device())?;
@@ -210,6 +223,7 @@ impl Module for Lfq {
     /// Each value of `x` `(.., d)` as the magnitude with its sign; the gradient passes to `x` unchanged.
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         check_float_columns(x, self.d)?;
+        primitives::check_counted("x", x)?;
         match x.elem_count() {
             0 => Ok(x.clone()),
             _ => Ok(functional::straight_through(x, self.values(x)?)?),

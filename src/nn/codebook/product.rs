@@ -10,8 +10,10 @@ use crate::{
     error::{Error, Result},
     kmeans::KMeans,
     metric::Metric,
+    primitives,
     problem::{check_device, check_dtype, Problem},
     row_weights,
+    rows::Rows,
 };
 use candle_core::{DType, Tensor};
 
@@ -82,7 +84,16 @@ impl ProductQuantizer {
             false => (row_weights::marked(x, &KMeans::new(kmeans.k).check_finite(false))?.0, kmeans.clone()),
         };
         let rotation = config.rotation.matrix(&x, m, &kmeans)?;
-        let x = rotation.as_ref().map_or_else(|| Ok(x.clone()), |r| rotated(&x, r, false))?;
+        let x = match &rotation {
+            Some(matrix) => {
+                let rows = rotated(&x, matrix, false)?;
+                if kmeans.check_finite {
+                    refuse_overflow(&x, &rows)?;
+                }
+                rows
+            }
+            None => x,
+        };
         let trained = match config.shared {
             true => Self::train_shared(&x, m, &kmeans)?,
             false => Self::train(&x, m, &kmeans)?,
@@ -367,4 +378,19 @@ pub(super) fn split(x: &Tensor, m: usize) -> Result<Tensor> {
     }
     let pieces = x.reshape([rows, &[m, d[0] / m]].concat())?;
     Ok(pieces.transpose(rows.len() - 1, rows.len())?)
+}
+
+/// Refuses a rotation that takes finite rows beyond their dtype.
+fn refuse_overflow(x: &Tensor, rotated: &Tensor) -> Result<()> {
+    let first =
+        |t: &Tensor| Ok::<_, Error>(primitives::max_abs_and_first_nonfinite(&Rows::new(t)?)?.1.to_vec1::<u32>()?);
+    let (of_x, of_rotated) = (first(x)?, first(rotated)?);
+    match of_rotated.iter().zip(&of_x).position(|(of_rotated, of_x)| of_rotated < of_x) {
+        None => Ok(()),
+        Some(batch) => {
+            let with =
+                format!("row {} of batch element {batch}, which it takes beyond {:?}", of_rotated[batch], x.dtype());
+            Err(Error::Conflict { argument: "rotation", got: "a matrix".into(), with })
+        }
+    }
 }

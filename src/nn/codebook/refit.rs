@@ -21,7 +21,7 @@ impl ResidualQuantizer {
     /// Lempitsky 2014) and AQLM (Egiazarian et al. 2024): with `codes`, u32 or u8 `(..batch, n, stages)`, of the rows of `x` `(..batch, n, d)`, no
     /// entries leave less over but for a millionth of the weight of an entry, which holds each of them where it is, and rounding. The squares
     /// that are left over never become more. `weights` `(..batch, n)` are what the rows count: what is not a finite number above 0 counts for
-    /// nothing, and neither do rows that are not finite. In turns with [`encode_beam`](Self::encode_beam) it trains the quantiser.
+    /// nothing, and neither do rows of which what is left over is not finite. In turns with [`encode_beam`](Self::encode_beam) it trains the quantiser.
     ///
     /// Entries are found on the host, in f64, in time that grows with the rows by the square of the stages, and with the cube of the
     /// number of all entries.
@@ -40,8 +40,8 @@ impl ResidualQuantizer {
     /// ```
     ///
     /// # Errors
-    /// Refuses shapes, dtypes and devices that do not fit together, codes of no entry, and stages of another metric than the squared
-    /// Euclidean distance.
+    /// Refuses shapes, dtypes and devices that do not fit together, codes of no entry, stages of another metric than the squared
+    /// Euclidean distance, and what would move an entry beyond its dtype.
     pub fn refit(&self, x: &Tensor, codes: &Tensor, weights: Option<&Tensor>) -> Result<Self> {
         self.check_squares("least squares")?;
         let first = &self.stages()[0].centroids;
@@ -99,7 +99,7 @@ impl ResidualQuantizer {
             from = own.end;
             let entries: Vec<f64> = found.iter().flat_map(|entries| entries[own.clone()].iter().copied()).collect();
             let entries = Tensor::from_vec(entries, stage.centroids.shape(), &Device::Cpu)?.to_dtype(first.dtype())?;
-            Ok(Codebook { centroids: host::to_device(&entries, first.device())?, metric: stage.metric })
+            Codebook::new(&host::to_device(&entries, first.device())?, stage.metric)
         });
         Self::new(stages.collect::<Result<Vec<_>>>()?)
     }
@@ -123,8 +123,15 @@ impl Problem<'_> {
     fn solve(self) -> Result<Vec<f64>> {
         let Self { x, codes, weights, before, sizes, d } = self;
         let firsts: Vec<usize> = sizes.iter().scan(0, |at, k| Some(std::mem::replace(at, *at + k))).collect();
-        let all = sizes.iter().sum();
-        let (mut normal, mut right) = (DMatrix::zeros(all, all), DMatrix::zeros(all, d));
+        let all: usize = sizes.iter().sum();
+        let zeros = |columns: usize| {
+            Ok::<_, Error>(DMatrix::from_vec(all, columns, host::filled("refit", all.saturating_mul(columns), 0.0)?))
+        };
+        let (mut normal, mut right) = (zeros(all)?, zeros(d)?);
+        // As shares of the largest weight and of the rows no sum of them is beyond an f64.
+        let counting = |w: &f64| *w > 0.0 && w.is_finite();
+        let largest = weights.map_or(1.0, |w| w.iter().copied().filter(counting).fold(0.0, f64::max));
+        let rows = (codes.len() / sizes.len()) as f64;
         let (mut left, mut named) = (vec![0.0; d], vec![0; sizes.len()]);
         for (i, (row, codes)) in x.chunks_exact(d).zip(codes.chunks_exact(sizes.len())).enumerate() {
             for (((named, &code), first), &k) in named.iter_mut().zip(codes).zip(&firsts).zip(sizes) {
@@ -134,13 +141,13 @@ impl Problem<'_> {
                 *named = first + code as usize;
             }
             let weight = weights.map_or(1.0, |w| w[i]);
-            let counts = weight > 0.0 && weight.is_finite() && row.iter().all(|v| v.is_finite());
-            if !counts {
-                continue;
-            }
             for (c, (left, value)) in left.iter_mut().zip(row).enumerate() {
                 *left = value - named.iter().map(|entry| *before[entry * d + c]).sum::<f64>();
             }
+            if !counting(&weight) || !left.iter().all(|left| left.is_finite()) {
+                continue;
+            }
+            let weight = weight / largest / rows;
             for &a in &named {
                 named.iter().for_each(|&b| normal[(a, b)] += weight);
                 left.iter().enumerate().for_each(|(c, left)| right[(a, c)] += weight * left);

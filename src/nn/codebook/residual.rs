@@ -50,6 +50,12 @@ impl ResidualQuantizer {
     /// # Errors
     /// As [`KMeans::fit`]. Refuses no stages, and more than 1024.
     pub fn train(x: &Tensor, stages: usize, kmeans: &KMeans) -> Result<Self> {
+        let all = Self::train_with_sizes(x, stages, kmeans)?;
+        Self::new(all.into_iter().map(|(codebook, _)| codebook).collect())
+    }
+
+    /// The codebooks of the stages, and the weights of their entries' clusters, f64 `(b, k)`.
+    pub(super) fn train_with_sizes(x: &Tensor, stages: usize, kmeans: &KMeans) -> Result<Vec<(Codebook, Tensor)>> {
         check_stages(stages, MAX_STAGES)?;
         row_weights::check_fit(kmeans, x.dims(), x.dtype(), x.device())?;
         let (mut left, kmeans) = row_weights::marked(x, kmeans)?;
@@ -57,13 +63,14 @@ impl ResidualQuantizer {
         for stage in 0..stages {
             let seed = kmeans.seed.wrapping_add(stage as u64);
             let fit = row_weights::fit(&left, &kmeans.clone().seed(seed))?;
+            let sizes = row_weights::cluster_weights(&left, &kmeans, &fit)?;
             if stage + 1 < stages {
                 let values = functional::rows_of(&fit.centroids, &fit.labels)?;
                 left = primitives::elementwise([&left, &values], |[left, values]| left - values)?;
             }
-            codebooks.push(Codebook::of(&fit));
+            codebooks.push((Codebook::of(&fit), sizes));
         }
-        Self::new(codebooks)
+        Ok(codebooks)
     }
 
     /// The codebooks, first stage first.

@@ -3,7 +3,7 @@
 use super::quantizer::wide;
 use crate::{
     error::{Error, Result},
-    functional,
+    functional, primitives,
     problem::{check_device, check_dtype},
 };
 use candle_core::{Tensor, D};
@@ -16,13 +16,14 @@ use candle_core::{Tensor, D};
 /// either has no direction, the gradient passes unchanged. It goes with any quantiser: `rotate_to(&x, &codebook.forward(&x)?)`.
 ///
 /// # Errors
-/// Refuses shapes, dtypes and devices that differ.
+/// Refuses shapes, dtypes and devices that differ, and on a GPU more values than Candle's kernels count.
 pub fn rotate_to(x: &Tensor, values: &Tensor) -> Result<Tensor> {
     if x.dims() != values.dims() || x.rank() == 0 {
         return Err(Error::Shape { argument: "values", got: values.dims().to_vec(), expected: x.dims().to_vec() });
     }
     check_dtype("values", values, x.dtype())?;
     check_device("values", values, x.device())?;
+    primitives::check_counted("x", x)?;
     let values = values.detach();
     if !x.track_op() || x.elem_count() == 0 {
         return Ok(values);

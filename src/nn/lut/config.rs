@@ -2,6 +2,7 @@
 
 use crate::{
     error::{Error, Result},
+    problem::MAX_ROWS,
     request::LutMatrix,
 };
 
@@ -62,6 +63,10 @@ impl LutConfig {
         if !group_size.is_multiple_of(LutMatrix::BLOCK) {
             let with = format!("codes of {} columns that lie together", LutMatrix::BLOCK);
             return Err(Error::Conflict { argument: "group_size", got: group_size.to_string(), with });
+        }
+        // A group that is longer than rows makes them as long.
+        if group_size > MAX_ROWS {
+            return Err(Error::Range { argument: "group_size", got: group_size, min: 0, max: MAX_ROWS });
         }
         if outliers > inputs {
             return Err(Error::Range { argument: "outliers", got: outliers, min: 0, max: inputs });

@@ -79,17 +79,23 @@ pub(super) fn fit(
         .collect();
 
     for round in 0..=config.rounds {
-        each(&mut outputs, |_, output| match round {
-            0 => output.start(config.outliers),
-            _ => output.rescale(),
+        each(&mut outputs, |_, output| {
+            match round {
+                0 => output.start(config.outliers),
+                _ => output.rescale(),
+            }
+            Ok(())
         })?;
         match config.levels {
-            Granularity::Tensor => share_levels(&mut outputs),
+            Granularity::Tensor => share_levels(&mut outputs)?,
             Granularity::Output | Granularity::Group => {
                 each(&mut outputs, |scratch, output| output.own_levels(scratch))?
             }
         }
-        each(&mut outputs, |_, output| output.encode())?;
+        each(&mut outputs, |_, output| {
+            output.encode();
+            Ok(())
+        })?;
     }
     if let Some(hessian) = hessian {
         hessian.calibrate(&mut outputs, config)?;
@@ -98,16 +104,13 @@ pub(super) fn fit(
 }
 
 /// Calls `f` with each output.
-fn each(outputs: &mut [Output], f: impl Fn(&mut Scratch, &mut Output) + Send + Sync) -> Result<()> {
+fn each(outputs: &mut [Output], f: impl Fn(&mut Scratch, &mut Output) -> Result<()> + Send + Sync) -> Result<()> {
     let steps = outputs.first().map_or(0, |output| STEPS * output.weights.len() * output.sizes.entries);
-    host::for_each(outputs.iter_mut().collect(), steps, Scratch::default, |scratch, output| {
-        f(scratch, output);
-        Ok(())
-    })
+    host::for_each(outputs.iter_mut().collect(), steps, Scratch::default, f)
 }
 
 /// Gives all outputs the same levels, an optimum of a histogram of their scaled weights.
-fn share_levels(outputs: &mut [Output]) {
+fn share_levels(outputs: &mut [Output]) -> Result<()> {
     let points = || outputs.iter().flat_map(|output| output.points(0..output.weights.len()));
     let counting = || points().filter(|&(_, counts)| counts > 0.0);
     let ends = counting().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), (v, _)| (low.min(v), high.max(v)));
@@ -120,9 +123,10 @@ fn share_levels(outputs: &mut [Output]) {
     }
     let mut means = vec![0.0; outputs[0].levels.len()];
     // Where nothing counts, any level does.
-    Solver::default().means(bins.into_iter().map(|(counts, sum)| (sum / counts, counts)), &mut means);
+    Solver::default().means(bins.into_iter().map(|(counts, sum)| (sum / counts, counts)), &mut means)?;
     means.iter_mut().for_each(|mean| *mean = as_f16(*mean));
     outputs.iter_mut().for_each(|output| output.levels.copy_from_slice(&means));
+    Ok(())
 }
 
 fn store(outputs: &[Output], columns: usize, config: &LutConfig) -> Result<Stored> {
@@ -193,17 +197,18 @@ impl Output<'_> {
         })
     }
 
-    fn own_levels(&mut self, scratch: &mut Scratch) {
+    fn own_levels(&mut self, scratch: &mut Scratch) -> Result<()> {
         let Sizes { entries, served, tables, .. } = self.sizes;
         for t in 0..tables {
             let own = t * served..self.weights.len().min((t + 1) * served);
             scratch.means.clear();
             scratch.means.resize(entries, 0.0);
             // Where nothing counts, any level does.
-            scratch.solver.means(self.points(own), &mut scratch.means);
+            scratch.solver.means(self.points(own), &mut scratch.means)?;
             let levels = &mut self.levels[t * entries..][..entries];
             levels.iter_mut().zip(&scratch.means).for_each(|(level, mean)| *level = as_f16(*mean));
         }
+        Ok(())
     }
 
     fn encode(&mut self) {
