@@ -18,7 +18,7 @@ const COST_STEPS: usize = 2;
 const LANES: usize = 8;
 
 /// The means of an optimum, `(b, k, 1)`, ascending. `weights` are f64 `(b, n)`: what is not above 0 counts for nothing. Where there are fewer
-/// values than clusters, the others are the largest value again; where nothing counts, all are the first row.
+/// values than clusters, the others are the largest value again; where nothing counts, all are the first row that is finite.
 pub(crate) fn means(x: &Rows, k: usize, weights: Option<&Tensor>) -> Result<Tensor> {
     let all = Tensor::arange(0, x.n as u32, x.device())?.broadcast_as((x.b, x.n))?.contiguous()?;
     let rows = primitives::gather(x, &all)?;
@@ -30,8 +30,8 @@ pub(crate) fn means(x: &Rows, k: usize, weights: Option<&Tensor>) -> Result<Tens
         let values = &values[b * x.n..][..x.n];
         let weights = weights.as_ref().map(|w| &w[b * x.n..][..x.n]);
         let points = values.iter().enumerate().map(|(i, &value)| (value, weights.map_or(1.0, |w| w[i])));
-        if !solver.means(points, means) {
-            means.fill(values[0]);
+        if !solver.means(points, means)? {
+            means.fill(values.iter().copied().find(|v| v.is_finite()).unwrap_or(values[0]));
         }
         Ok(())
     };
@@ -58,18 +58,18 @@ pub(crate) struct Solver {
 
 impl Solver {
     /// The means of an optimum of values with weights as [`means`] has them, and whether any value counts; if not, nothing is written.
-    pub fn means(&mut self, points: impl Iterator<Item = (f64, f64)>, means: &mut [f64]) -> bool {
+    pub fn means(&mut self, points: impl Iterator<Item = (f64, f64)>, means: &mut [f64]) -> Result<bool> {
         self.points.clear();
         self.points.extend(points.filter(|&(value, weight)| value.is_finite() && weight > 0.0));
         let any = !self.points.is_empty();
         if any {
-            self.optimum(means);
+            self.optimum(means)?;
         }
-        any
+        Ok(any)
     }
 
     /// The means of the clusters of an optimum of the points. Of cuts that are equally good the first are taken.
-    fn optimum(&mut self, means: &mut [f64]) {
+    fn optimum(&mut self, means: &mut [f64]) -> Result<()> {
         self.points.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)));
         // -0 equals 0.
         self.points.dedup_by(|next, first| {
@@ -79,6 +79,8 @@ impl Solver {
         });
         let (n, k) = (self.points.len(), means.len());
         if n > k {
+            self.begins.clear();
+            host::reserve("optimal", &mut self.begins, (k - 1).saturating_mul(n))?;
             self.costs.reset(&self.points);
             Arch::new().dispatch(Cuts { solver: self, k });
         }
@@ -97,6 +99,7 @@ impl Solver {
             means[j] = first + own.iter().map(|(value, weight)| (value - first) * (weight / total)).sum::<f64>();
             end = begin;
         }
+        Ok(())
     }
 }
 
@@ -201,7 +204,7 @@ impl WithSimd for Cuts<'_> {
         let n = points.len();
         least.clear();
         least.extend((0..n).map(|i| costs.of(0, i + 1)));
-        begins.clear();
+        // There is room.
         begins.resize((self.k - 1) * n, 0);
         rough.resize(n, 0.0);
         for (clusters, begins) in (1..self.k).zip(begins.chunks_exact_mut(n)) {
@@ -263,7 +266,7 @@ mod tests {
             if n <= k {
                 continue;
             }
-            solver.optimum(&mut vec![0.0; k]);
+            solver.optimum(&mut vec![0.0; k]).unwrap();
             let mut least: Vec<_> = (0..n).map(|i| solver.costs.of(0, i + 1)).collect();
             for (clusters, begins) in (1..k).zip(solver.begins.chunks_exact(n)) {
                 let mut next = vec![f64::INFINITY; n];
