@@ -144,8 +144,8 @@ pub(crate) struct Args {
     device: Backend,
     #[arg(long, default_value = "squared_euclidean")]
     metric: Distance,
-    /// Iterations of a fit
-    #[arg(long, default_value_t = 10, value_parser = at_least_one())]
+    /// Iterations of a fit; of none are its start and its labels
+    #[arg(long, default_value_t = 10)]
     iters: usize,
     /// Run a fit until no centroid moves
     #[arg(long, conflicts_with = "iters")]
@@ -276,7 +276,7 @@ fn measured(args: &Args, dtype: DType, source: &Source, device: &Device) -> Resu
     let case = &mut cases[0];
 
     let (ms, iterations) = (times[0].median(), case.iterations()?);
-    let (each, size) = (ms / iterations, (b * n * d) as f64);
+    let (each, size) = (ms / iterations.max(1.0), (b * n * d) as f64);
     let mut line = json!({
         "op": name(&args.op), "device": name(&args.device), "b": b, "n": n, "k": args.k, "d": d,
         "dtype": dtype.as_str(), "metric": args.metric.metric().name(), "init": name(&args.init),

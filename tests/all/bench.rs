@@ -158,12 +158,14 @@ fn sizes_of_nothing_and_settings_that_do_not_fit_are_refused() {
         "--n 64 --k 65 --d 4",
         "--b 4294967295 --n 4294967295 --k 4 --d 64",
         "--n 64 --k 4 --d 4 --reps 0",
-        "--n 64 --k 4 --d 4 --iters 0",
+        "--n 64 --k 4 --d 4 --iters=-1",
         "--n 64 --k 4 --d 4 --budget=-1",
         "--n 64 --k 4 --d 4 --factor 0",
         "--n 64 --k 4 --d 4 --factor NaN",
         "--n 64 --k 4 --d 4 --data outlier --factor 1e39",
     ];
+    // A fit of no iteration is its start and its labels.
+    run("fit --n 64 --k 4 --d 4 --reps 1 --init greedy --iters 0 --check").unwrap();
     for op in ["assign", "nearest --m 4", "predict", "transform", "update", "fit", "fit-tol", "run"] {
         run(&format!("{op} --n 64 --k 4 --d 4 --reps 1")).unwrap();
         for args in refused {
