@@ -3,7 +3,7 @@
 use crate::{data, lists::Lists};
 use anyhow::Result;
 use candle_core::{DType, Tensor, D};
-use candle_flash_kmeans::{Fit, Source};
+use candle_flash_kmeans::{nearest, Fit, Source};
 use rayon::prelude::*;
 
 /// Neighbours that are asked for.
@@ -79,16 +79,30 @@ pub struct Found {
     pub compared: usize,
 }
 
+/// `nearest` finds so many at most.
+const NEAREST: usize = 64;
+
+/// The lists whose centroids are nearest to each query.
+fn probes(fit: &Fit, queries: &Tensor, nprobe: usize) -> Result<Vec<Vec<u32>>> {
+    let (queries, k) = (queries.to_dtype(fit.centroids.dtype())?, fit.centroids.dim(0)?);
+    if nprobe <= NEAREST {
+        return Ok(nearest(&queries, &fit.centroids, nprobe.min(k), fit.metric)?.0.to_vec2()?);
+    }
+    let distances = fit.transform(&queries)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+    let order = |distances: &Vec<f32>| {
+        let mut order: Vec<_> = (0..k as u32).collect();
+        order.sort_by(|&a, &b| distances[a as usize].total_cmp(&distances[b as usize]));
+        order.truncate(nprobe);
+        order
+    };
+    Ok(distances.iter().map(order).collect())
+}
+
 /// The neighbours in the `nprobe` lists whose centroids are nearest to each query. A list is read once for all queries that want it.
 pub fn search(fit: &Fit, lists: &Lists, queries: &Queries, nprobe: usize) -> Result<Found> {
-    let distances = fit.transform(&queries.rows.to_dtype(fit.centroids.dtype())?)?;
-    let mut wanted_by = vec![vec![]; distances.dim(1)?];
-    for (query, distances) in distances.to_dtype(DType::F32)?.to_vec2::<f32>()?.iter().enumerate() {
-        let mut order: Vec<_> = (0..distances.len()).collect();
-        if nprobe < order.len() {
-            order.select_nth_unstable_by(nprobe, |&a, &b| distances[a].total_cmp(&distances[b]));
-        }
-        order.iter().take(nprobe).for_each(|&list| wanted_by[list].push(query));
+    let mut wanted_by = vec![vec![]; fit.centroids.dim(0)?];
+    for (query, probes) in probes(fit, &queries.rows, nprobe)?.iter().enumerate() {
+        probes.iter().for_each(|&list| wanted_by[list as usize].push(query));
     }
     let of_list = |(list, wanted_by): (usize, &Vec<usize>)| {
         let read = if wanted_by.is_empty() { None } else { lists.read(list)? };

@@ -37,57 +37,53 @@ struct LutTile {
 
 /// Puts `rows` rows from the first on into the order of a lane's codes: of a block of columns, 16-byte piece 4 number +
 /// quarter has a quarter's columns 2 t + number and 8 + 2 t + number, for each of four lanes. Rows are swizzled as
-/// products want them. Lanes have a row each, and all columns of a block.
+/// products want them. A warp takes eight rows of a block, and four lanes a row.
 template <class T>
 __device__ void lut_arrange(const T* x, const Rows& r, int64_t first, int64_t rows, int64_t blocks, int rows_of_tile,
                             __half* values, float* units, T* across, int64_t padded) {
-    const int lane = threadIdx.x % WARP, products = rows_of_tile * PARTS<T>;
-    const int64_t groups = (rows + WARP - 1) / WARP;
+    constexpr int TALL = WARP / 4;
+    const int lane = threadIdx.x % WARP, quarter = lane % 4, products = rows_of_tile * PARTS<T>;
+    const int64_t groups = (rows + TALL - 1) / TALL;
     for (int64_t at = global_thread() / WARP; at < groups * blocks; at += all_threads() / WARP) {
-        const int64_t row = at / blocks * WARP + lane, block = at % blocks;
-        if (row >= rows) continue;
-        const T* const from = row_of(x, r, 0, first + row) + block * LUT_BLOCK;
-        T v[4][LUT_PIECE];
-        float most = 0;
-#pragma unroll
-        for (int quarter = 0; quarter < 4; ++quarter) {
-            load_piece(from + quarter * LUT_PIECE, r.d - block * LUT_BLOCK - quarter * LUT_PIECE, v[quarter]);
-            if constexpr (!std::is_same_v<T, __half>) most = fmaxf(most, largest(v[quarter]));
-        }
+        const int64_t block = at % blocks, column = block * LUT_BLOCK + quarter * LUT_PIECE;
+        // Lanes beyond the last row bring it once more, so that all of a warp are here.
+        const int64_t row = min(at / blocks * TALL + lane / 4, rows - 1);
+        T v[LUT_PIECE];
+        load_piece(row_of(x, r, 0, first + row) + column, r.d - column, v);
         const int64_t tile = row / rows_of_tile * blocks + block;
         const int of_tile = int(row % rows_of_tile);
-        const float scale = to_halves(most);
-        if constexpr (!std::is_same_v<T, __half>) units[tile * rows_of_tile + of_tile] = 1 / scale;
-        __half* const to = values + tile * products * LUT_BLOCK;
+        float scale = 1;
+        if constexpr (!std::is_same_v<T, __half>) {
+            float most = largest(v);
+            for (int apart = 1; apart < 4; apart *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, apart));
+            scale = to_halves(most);
+            if (quarter == 0) units[tile * rows_of_tile + of_tile] = 1 / scale;
+        }
+        char* const to = reinterpret_cast<char*>(values + tile * products * LUT_BLOCK);
 #pragma unroll
-        for (int quarter = 0; quarter < 4; ++quarter) {
+        for (int number = 0; number < 2; ++number) {
+            __align__(16) __half2 parts[2][4];
 #pragma unroll
-            for (int number = 0; number < 2; ++number) {
-                __align__(16) __half2 first[4], second[4];
-#pragma unroll
-                for (int t = 0; t < 4; ++t) {
-                    const T a = v[quarter][2 * t + number], b = v[quarter][8 + 2 * t + number];
-                    if constexpr (std::is_same_v<T, __half>) {
-                        first[t] = __halves2half2(a, b);
-                    } else {
-                        const Halves pair(filter(a) * scale, filter(b) * scale);
-                        first[t] = pair.first, second[t] = pair.second;
-                    }
+            for (int t = 0; t < 4; ++t) {
+                const T a = v[2 * t + number], b = v[8 + 2 * t + number];
+                if constexpr (std::is_same_v<T, __half>) {
+                    parts[0][t] = __halves2half2(a, b);
+                } else {
+                    const Halves pair(filter(a) * scale, filter(b) * scale);
+                    parts[0][t] = pair.first, parts[1][t] = pair.second;
                 }
-                const int piece = 4 * number + quarter;
-                const auto store = [&](int place, const __half2* eight) {
-                    char* const there = reinterpret_cast<char*>(to) + swizzled<128>(place, piece);
-                    *reinterpret_cast<uint4*>(there) = *reinterpret_cast<const uint4*>(eight);
-                };
-                store(of_tile, first);
-                if constexpr (PARTS<T> == 2) store(rows_of_tile + of_tile, second);
+            }
+#pragma unroll
+            for (int part = 0; part < PARTS<T>; ++part) {
+                const int place = part * rows_of_tile + of_tile;
+                *reinterpret_cast<uint4*>(to + swizzled<128>(place, 4 * number + quarter)) =
+                    *reinterpret_cast<const uint4*>(parts[part]);
             }
         }
         if (!across) continue;
 #pragma unroll
-        for (int c = 0; c < LUT_BLOCK; ++c) {
-            const int64_t column = block * LUT_BLOCK + c;
-            if (column < r.d) across[column * padded + row] = v[c / LUT_PIECE][c % LUT_PIECE];
+        for (int c = 0; c < LUT_PIECE; ++c) {
+            if (column + c < r.d) across[(column + c) * padded + row] = v[c];
         }
     }
 }

@@ -64,7 +64,7 @@ pub(super) fn product<T: Element>(x: &Rows, w: &LutMatrix<'_>, bias: Option<&Ten
     with_weights(w, stream, |&weights| {
         for first in (0..x.n).step_by(most) {
             let count = most.min(x.n - first);
-            let warps = count.div_ceil(WARP) * blocks;
+            let warps = count.div_ceil(WARP / 4) * blocks;
             launch!(dev, LutSm90, "lut_arrange", T::SUFFIX, warps.div_ceil(THREADS / WARP), THREADS;
                 &xs, &shape(x), &(first as i64), &(count as i64), &(blocks as i64), &(rows as i64), &values, &units,
                 &across, &(padded as i64))?;
