@@ -2,10 +2,10 @@
 // which a warpgroup multiplies 64 outputs with all rows of a tile, which lie in shared memory. (As Machete of vLLM does
 // with whole numbers.)
 //
-// A thread block takes 128 outputs and a tile of rows, block of columns by block: a producer brings rows, which
-// `lut_arrange` has put into the order of codes; two warpgroups bring codes for themselves, and turn those of the next
-// block into levels while the products of this one run. Levels are as they are stored, so products are exact; those of
-// a block of 64 columns are added up by the tensor cores, and blocks, times their scales, in f32. Where there are fewer
+// A thread block takes 128 outputs and a tile of rows, block of columns by block. Its warps bring rows in turns, which
+// `lut_arrange` has put into the order of codes; each thread brings codes for itself, and turns those of the next block
+// into levels while the products of this one run. Levels are as they are stored, so products are exact; those of a
+// block of 64 columns are added up by the tensor cores, and blocks, times their scales, in f32. Where there are fewer
 // tiles than multiprocessors the thread blocks of a cluster share the columns of a tile, and add their sums up in the
 // order of columns.
 //
