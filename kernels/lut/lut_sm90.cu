@@ -243,7 +243,10 @@ __device__ __forceinline__ void multiply(const LutProduct& p, int64_t first, int
             }
         }
         // Lane 0 arrives for all, who have read units.
-        if constexpr (!S::HALVES) fence_proxy_async(), __syncwarp();
+        if constexpr (!S::HALVES) {
+            fence_proxy_async();
+            __syncwarp();
+        }
         if (lane == 0) mbarrier_arrive(ring.empty + 8 * stage);
     };
     uint32_t a[2][4][4];

@@ -229,6 +229,18 @@ pub(super) struct Route {
 layout!(Route, 120, scale: 112);
 
 #[repr(C)]
+pub(super) struct Choice {
+    pub(super) units: i64,
+    pub(super) clustered: i64,
+    pub(super) k: i64,
+    pub(super) least: i64,
+    pub(super) most: i64,
+    pub(super) share: f32,
+}
+
+layout!(Choice, 48, share: 40);
+
+#[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct LutWeights {
     pub(super) codes: u64,
@@ -260,18 +272,6 @@ pub(super) struct LutProduct {
 }
 
 layout!(LutProduct, 152, parts: 144);
-
-#[repr(C)]
-pub(super) struct Choice {
-    pub(super) units: i64,
-    pub(super) clustered: i64,
-    pub(super) k: i64,
-    pub(super) least: i64,
-    pub(super) most: i64,
-    pub(super) share: f32,
-}
-
-layout!(Choice, 48, share: 40);
 
 #[repr(C)]
 pub(super) struct Digit {
