@@ -104,14 +104,16 @@ __device__ void nearest_of(const T* x, const Rows& r, const T* c, const Rows& cr
         const int64_t b = i / r.n;
         const T* const row = row_of(x, r, b, i % r.n);
         const float* const own_rounded = rounded + i * cr.n;
-        const auto of = [&](int64_t j) { return j < cr.n ? candidate(own_rounded[j], uint32_t(j)) : nothing(); };
+        const auto rounded_candidate = [&](int64_t j) {
+            return j < cr.n ? candidate(own_rounded[j], uint32_t(j)) : nothing();
+        };
         Nearby list = empty_list(m);
-        for (int64_t first = 0; first < cr.n; first += WARP) insert_all(list, of(first + lane), m);
+        for (int64_t first = 0; first < cr.n; first += WARP) insert_all(list, rounded_candidate(first + lane), m);
         const double last = list.at(m - 1).distance;
         list = empty_list(m);
         int queued = 0;
         for (int64_t first = 0; first < cr.n; first += WARP) {
-            const Best own = of(first + lane);
+            const Best own = rounded_candidate(first + lane);
             const bool takes = first + lane < cr.n && own.distance <= last;
             const uint32_t taken = __ballot_sync(~0u, takes);
             if (takes) queue[queued + __popc(taken & ((1u << lane) - 1))] = own.index;

@@ -115,8 +115,8 @@ impl RowWeights {
     }
 }
 
-/// Who wants something of `k`, u8 `(b, k)`, as a number, from 0 on by their index and before all others, f64 `(b, k)`; and how many they
-/// are, f64 `(b, 1)`.
+/// The ranks of `k` things, f64 `(b, k)`: those that want to start again, u8 `(b, k)`, come first, by their index, and then the others. And
+/// how many want to, f64 `(b, 1)`.
 fn ranks(wanting: &Tensor) -> Result<(Tensor, Tensor)> {
     let (order, ends) = primitives::sorted(&wanting.eq(0u8)?.to_dtype(DType::U32)?, 2)?;
     let (ranks, _) = primitives::sorted(&order, wanting.dim(1)?)?;

@@ -88,8 +88,8 @@ __device__ void lut_arrange(const T* x, const Rows& r, int64_t first, int64_t ro
     }
 }
 
-/// What a thread multiplies: two outputs, whose codes of a block become the rows of four products, 16 columns each. It
-/// walks over blocks one by one.
+/// The multiplicand of a thread is two outputs, whose codes of a block become the rows of four products, 16 columns
+/// each. It walks over blocks one by one.
 template <class S, int BITS, bool OWN_TABLES>
 struct Multiplicand {
     static constexpr int WORDS = Codes<BITS>::WORDS;
@@ -315,9 +315,9 @@ __device__ __forceinline__ void write_rows(const LutProduct& p, int64_t first, i
 #pragma unroll 4
     for (int row = part + parts * int(threadIdx.x / WARP); row < rows; row += parts * WARPS) {
         float sum[4] = {};
-        for (int of = 0; of < parts; ++of) {
+        for (int rank = 0; rank < parts; ++rank) {
             const uint32_t at = own + row * S::STRIDE * 4;
-            const float4 v = parts > 1 ? load_from(at, of) : load_floats4(at);
+            const float4 v = parts > 1 ? load_from(at, rank) : load_floats4(at);
             sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
         }
         T* const to = static_cast<T*>(p.out) + (top + row) * p.w.outputs + first + output;
@@ -377,7 +377,7 @@ __device__ void lut_product(const LutProduct& p) {
         __syncthreads();
     }
     write_rows<T, S>(p, first, top, part, sums);
-    // What others read stays until they have.
+    // A thread block keeps its sums until the others of its cluster have read them.
     if (parts > 1) cluster_sync();
 }
 

@@ -78,7 +78,7 @@ impl PreparedFit {
         let chosen = seeding::rows(&settings.init, &of_sample, p.k, weights.as_ref(), metric, draw, watch)?;
         let chosen = sample.gather(&chosen, 1)?;
         let any = settings.check_finite && metric != Metric::Cosine && settings.weights.is_none();
-        // Where the sample has too few rows that can be seeds, others may.
+        // A sample may have too few rows that can be seeds; rows outside of it take the place of the others.
         let chosen = if any { chosen } else { primitives::usable_seeds(x, all_weights, &chosen, metric)? };
         primitives::gather(x, &chosen)
     }

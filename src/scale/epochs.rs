@@ -94,8 +94,8 @@ impl MiniBatch {
         Ok(running)
     }
 
-    /// Where [`train_stream`](Self::train_stream) starts, without a step: for settings of its own, as [`reassignment_ratio`](Self::reassignment_ratio),
-    /// before [`step_stream`](Self::step_stream).
+    /// A mini-batch where [`train_stream`](Self::train_stream) starts, before any step, so that it can have settings of its own, as
+    /// [`reassignment_ratio`](Self::reassignment_ratio), before [`step_stream`](Self::step_stream).
     ///
     /// # Errors
     /// As [`train_stream`](Self::train_stream).

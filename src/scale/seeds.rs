@@ -75,7 +75,7 @@ impl Seeds<'_> {
         if sample.len() == p.n {
             return primitives::gather(&x, &chosen);
         }
-        // Where the sample has too few rows that can be seeds, others may.
+        // A sample may have too few rows that can be seeds; rows outside of it take the place of the others.
         let chosen = chosen.flatten_all()?.to_vec1::<u32>()?.into_iter().map(|at| sample[at as usize]).collect();
         self.gather(self.usable(chosen)?)
     }

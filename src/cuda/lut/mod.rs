@@ -65,7 +65,7 @@ fn parts(dtype: DType) -> usize {
     dtype.size_in_bytes().div_ceil(2)
 }
 
-/// What `launch` does with weights as kernels take them, which are read until it returns.
+/// Calls `launch` with weights as kernels take them, whose tensors stay locked for reading until it returns.
 fn with_weights<R>(
     w: &LutMatrix<'_>,
     stream: &Arc<CudaStream>,
@@ -76,7 +76,7 @@ fn with_weights<R>(
     let places = outliers.as_ref().map(|(columns, _)| columns.view::<u32>()).transpose()?;
     let extra = outliers.as_ref().map(|(_, values)| values.view::<f16>()).transpose()?;
     let (codes, levels, scales) = (codes.view::<u8>()?, levels.view::<f16>()?, scales.view::<f16>()?);
-    // What orders the launch with other streams while it is queued.
+    // These guards order the launch with other streams while it is queued.
     let (codes, levels, scales) = (codes.device_ptr(stream), levels.device_ptr(stream), scales.device_ptr(stream));
     let places = places.as_ref().map(|places| places.device_ptr(stream));
     let extra = extra.as_ref().map(|extra| extra.device_ptr(stream));
